@@ -1,0 +1,233 @@
+"""The data that flows through one training step, and the project's one shape legend.
+
+Shape suffixes (logical sizes, never shard sizes):
+
+    P  prompts on this data-parallel rank        V  vocabulary
+    G  responses per prompt                      D  hidden size
+    T  tokens of a packed sequence               N  attention heads
+    R  response tokens (all responses of all     H  size of one attention head
+       groups in the packed sequence)            F  decoded frames of a video
+    M  images and videos of a packed sequence    S  patches (one ViT token before merging)
+    C  image channels
+
+``logprob_R[r]`` belongs to ``target_ids_R[r]``: the log-probability of response token ``r``, computed from
+the hidden row ``predicting_rows_R[r]``, which is the row *before* that token.
+
+Flow of one step (``trainer.py``):
+
+    Prompt -> RolloutGroup -> PackedBatch (one per view) -> TokenScores -> TokenStreams -> loss
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+View = Literal["intact", "hidden", "shuffled"]
+VIEWS: tuple[View, ...] = ("intact", "hidden", "shuffled")
+
+
+@dataclass(frozen=True)
+class VisualInput:
+    """One image or video after decoding and resizing; patches are made from it on demand.
+
+    Worked example: 8 frames of 56 x 84 sampled at 2 frames a second, patch 14, merge 2, temporal patch 2:
+    ``grid_thw == (4, 4, 6)``, 4 * 2 * 3 = 24 visual tokens, ``seconds_per_grid == 1.0``.
+    """
+
+    kind: Literal["image", "video"]
+    frames_FCHW: Tensor
+    """uint8 [F, C, H, W] at the final size (H and W multiples of patch * merge). An image has F == 1."""
+    grid_thw: tuple[int, int, int]
+    """Patches along time, height and width, before merging. F frames give ceil(F / temporal_patch) in time."""
+    seconds_per_grid: float = 0.0
+    """Seconds between two temporal patches (temporal_patch_size / sampled fps). 0 for images."""
+    source: str = ""
+    """Path it came from, for logs only."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question with its media, tokenised.
+
+    ``token_ids`` holds every visual placeholder already expanded: a video of 24 visual tokens appears as 24
+    times ``video_token_id``. ``media`` is in order of occurrence.
+    """
+
+    problem_id: str
+    token_ids: tuple[int, ...]
+    media: tuple[VisualInput, ...] = ()
+    record: Mapping[str, Any] = field(default_factory=dict)
+    """The dataset record (problem_type, solution, options, path ...), read by rewards and reports."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled response. ``token_ids`` includes the end token when ``is_finished``."""
+
+    token_ids: tuple[int, ...]
+    sampler_logprobs: tuple[float, ...] | None = None
+    """log-softmax(logits / temperature) over the full vocabulary, before top-p; None if not recorded."""
+    text: str = ""
+    is_finished: bool = True
+    rewards: Mapping[str, float] = field(default_factory=dict)
+    """Named parts of the reward, e.g. {"accuracy": 1.0, "format": 1.0}; their sum is the reward."""
+
+    @property
+    def reward(self) -> float:
+        return float(sum(self.rewards.values()))
+
+
+@dataclass(frozen=True)
+class RolloutGroup:
+    """G responses to one prompt; the unit that is packed, scored and selected together, never split."""
+
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+
+    @property
+    def num_response_tokens(self) -> int:
+        return sum(len(rollout.token_ids) for rollout in self.rollouts)
+
+
+@dataclass(frozen=True)
+class GroupSpan:
+    """Where one group lies in a packed sequence: prompt rows, then its responses back to back.
+
+    Example: ``GroupSpan(start=0, prompt_length=5, response_lengths=(2, 3))`` covers rows 0..9; response 1 is
+    rows 5, 6 and response 2 rows 7, 8, 9.
+    """
+
+    start: int
+    prompt_length: int
+    response_lengths: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        return self.prompt_length + sum(self.response_lengths)
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
+
+
+@dataclass(frozen=True)
+class PackedLayout:
+    """Attention structure of a packed sequence: groups back to back, then padding rows.
+
+    Row i may attend row j <= i iff both are in the same group and j is in the group's prompt or in i's own
+    response. Padding rows (``num_padding`` at the end, to make T divisible for sequence parallelism or FP8)
+    attend causally among themselves and are never read by anybody.
+    """
+
+    groups: tuple[GroupSpan, ...]
+    num_padding: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return (self.groups[-1].end if self.groups else 0) + self.num_padding
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One micro-batch for one view: everything the model and the loss need, on any pipeline stage."""
+
+    view: View
+    layout: PackedLayout
+    token_ids_T: Tensor
+    """int64 [T]"""
+    position_ids_3T: Tensor
+    """int64 [3, T]: M-RoPE positions (time, height, width)."""
+    predicting_rows_R: Tensor
+    """int64 [R]: row of T whose hidden state predicts response token r. The prompt's last row appears once
+    per response of its group; its gradient therefore sums over the group."""
+    target_ids_R: Tensor
+    """int64 [R]"""
+    response_R: Tensor
+    """int64 [R]: index of the response, counted over the whole batch (group-major)."""
+    group_R: Tensor
+    """int64 [R]: index of the group in ``layout.groups``."""
+    visual_rows: Tensor
+    """int64 [number of visual tokens]: rows of T that receive vision features, in order of occurrence."""
+    patches_SD: Tensor | None
+    """float32 [S, C * temporal_patch * patch * patch], media concatenated in order of occurrence; None where
+    the view has no media. Only the first pipeline stage reads it."""
+    grid_thw_M3: Tensor
+    """int64 [M, 3]; empty where the view has no media."""
+
+    @property
+    def num_responses(self) -> int:
+        return sum(len(group.response_lengths) for group in self.layout.groups)
+
+    def to(self, device: torch.device) -> PackedBatch:
+        """Moves every tensor to ``device``."""
+        moved = {
+            f.name: value.to(device, non_blocking=True)
+            for f in dataclasses.fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return dataclasses.replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """What is known about the response tokens of one PackedBatch, without gradient; fp32 [R] each.
+
+    A field is None when no enabled part of the objective asked for it, or for the two counterfactuals when the
+    batch has nothing to hide or to shuffle. ``has_video_R`` is False on tokens of text-only and image prompts
+    as far as ``shuffled`` goes; see ``attribution/signals.py``.
+    """
+
+    policy_logprob_R: Tensor
+    entropy_R: Tensor | None = None
+    hidden_logprob_R: Tensor | None = None
+    shuffled_logprob_R: Tensor | None = None
+    reference_logprob_R: Tensor | None = None
+    behaviour_logprob_R: Tensor | None = None
+    """Old policy of a clipped ratio: None means one update per rollout, ratio = exp(logp - stopgrad(logp))."""
+
+
+@dataclass(frozen=True)
+class TokenStreams:
+    """What an objective hands to the loss; the policy consumes these without knowing the algorithm.
+
+    loss = -sum_r weight_R[r] * (ratio_r * advantage_R[r] - kl_weight * k3_r)
+
+    ``weight_R`` already contains mask, per-response denominator and the global denominator, so that summing
+    the loss over micro-batches and data-parallel ranks gives the loss of the global batch.
+    """
+
+    advantage_R: Tensor
+    weight_R: Tensor
+    is_key_token_R: Tensor
+    """bool [R]: True on tokens that carry the loss."""
+    is_selected_R: Mapping[str, Tensor] = field(default_factory=dict)
+    """bool [R] by signal name; their union is ``is_key_token_R`` where signals are used."""
+
+
+@dataclass
+class Metrics:
+    """Sums and counts that reduce over ranks by addition; ``means()`` divides at the very end."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=dict)
+
+    def add(self, name: str, value: float, count: float = 1.0) -> None:
+        self.sums[name] = self.sums.get(name, 0.0) + float(value)
+        self.counts[name] = self.counts.get(name, 0.0) + float(count)
+
+    def merge(self, other: Metrics) -> None:
+        for name, value in other.sums.items():
+            self.add(name, value, other.counts[name])
+
+    def means(self) -> dict[str, float]:
+        return {name: value / max(self.counts[name], 1e-12) for name, value in self.sums.items()}
+
+
+def total_response_tokens(groups: Sequence[RolloutGroup]) -> int:
+    return sum(group.num_response_tokens for group in groups)
