@@ -1,0 +1,32 @@
+"""RMSNorm with the signature megatron-core's layer specs build norms with."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+
+class RMSNorm(torch.nn.Module):
+    """``y = weight * x / sqrt(mean(x**2, -1) + eps)``, statistics in fp32 (fp64 for fp64 inputs).
+
+    Like Hugging Face, the normalised value is rounded to the input's dtype before the weight multiplies it.
+    megatron-core's wrapper around ``torch.nn.RMSNorm`` refuses sequence parallelism, hence this one: under it
+    every tensor rank norms its own tokens, so the weight is marked and ``finalize_model_grads`` sums its
+    gradient over the tensor group.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_unused) -> None:
+        """``_unused`` swallows megatron-core's options of other norms (``persist_layer_norm`` and the like)."""
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.eps}"
