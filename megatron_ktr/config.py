@@ -1,0 +1,299 @@
+"""Every option of a training run: typed, frozen, documented; the paper's settings are the defaults.
+
+``load_config(argv)``: defaults < YAML file (``--config FILE``) < flags. The name of a field is its YAML key and,
+with dashes, its flag; Megatron's name wherever Megatron has the option. ``check`` holds the rules that relate
+options to each other. ``python -m megatron_ktr.config --markdown`` prints docs/configuration.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from megatron_ktr.config_checks import ABSENT_OPTIONS, check
+from megatron_ktr.config_cli import build_parser, options_of, read_flags, read_yaml, render_markdown
+from megatron_ktr.config_cli import option as _option
+from megatron_ktr.errors import UserError, run_cli
+
+Signal = Literal["entropy", "visual", "temporal"]
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """Which model, in which precision, and which of its parts are trained."""
+
+    model: str = _option("", "Hugging Face directory with config, weights, tokenizer and chat template; required")
+    transformer_impl: Literal["auto", "te", "local"] = _option(
+        "auto", "Transformer layers: Transformer Engine, plain torch, or the first where it is installed on CUDA"
+    )
+    params_dtype: Literal["fp32", "bf16", "fp16"] = _option(
+        "fp32", "Precision of weights and activations; --bf16 and --fp16 are short forms"
+    )
+    freeze: tuple[Literal["vision", "merger", "language"], ...] = _option(
+        (), "Parts that are not trained: the vision encoder without its merger, the merger, the language model"
+    )
+
+
+@dataclass(frozen=True)
+class DataSection:
+    """Questions and their media. Media paths stay inside media_root."""
+
+    data_path: str | None = _option(None, "JSON or JSONL file of questions (Video-R1 records)")
+    media_root: str | None = _option(None, "Directory of the media; none = the directory of the questions' file")
+    prompt_template: str | None = _option(None, "File with the wording of the prompt; none = the built-in wording")
+    problem_types: tuple[str, ...] = _option((), "Keep only questions of these problem types; empty = all")
+    shuffle_data: bool = _option(True, "Visit the questions in a new seeded order in every epoch")
+    max_skip_share: float = _option(0.1, "Stop when more than this share of prompts is unusable", low=0, high=1)
+    max_prompt_length: int = _option(16384, "Longest prompt in tokens; longer ones are skipped and counted", low=1)
+    video_fps: float = _option(2.0, "Frames sampled per second of video", above=0)
+    video_num_frames: int | None = _option(None, "Fixed number of frames in place of video_fps; even", low=2)
+    video_max_frames: int = _option(16, "Most frames of one video; even", low=2)
+    video_min_pixels: int = _option(4 * 28 * 28, "Fewest pixels of a video frame after resizing", low=1)
+    video_max_pixels: int = _option(128 * 28 * 28, "Most pixels of a video frame after resizing", low=1)
+    image_min_pixels: int = _option(4 * 28 * 28, "Fewest pixels of an image after resizing", low=1)
+    image_max_pixels: int = _option(1280 * 28 * 28, "Most pixels of an image after resizing", low=1)
+
+
+@dataclass(frozen=True)
+class RolloutSection:
+    """Where responses come from and how they are sampled."""
+
+    engine: Literal["replay", "hf", "vllm_colocated", "vllm_server"] = _option(
+        "replay", "Source of responses; replay reads recorded ones from replay_path, the others are not available yet"
+    )
+    replay_path: str | None = _option(None, "JSONL of recorded rollouts: media, question, responses with rewards")
+    num_generations: int = _option(8, "Responses per prompt (G)", low=1)
+    max_response_length: int = _option(768, "Longest response in tokens, end token included", low=1)
+    temperature: float = _option(1.0, "Sampling temperature; log-probs everywhere are of logits / temperature", above=0)
+    top_p: float = _option(0.95, "Nucleus sampling: smallest set of tokens with this probability", above=0, high=1)
+    top_k: int = _option(0, "Sample from the k most probable tokens; 0 = no limit", low=0)
+
+
+@dataclass(frozen=True)
+class RewardSection:
+    """Reward of a response = sum of its named parts + length bonus."""
+
+    reward_functions: tuple[str, ...] = _option(
+        (),
+        "Reward parts by name, or own ones as module:function; empty = as recorded with the rollouts; "
+        "others not available yet",
+    )
+    length_bonus: float = _option(
+        0.2,
+        "Added to a correct response of length_bonus_min..length_bonus_max tokens where more than one response of "
+        "the group is correct; 0 = off",
+        low=0,
+    )
+    length_bonus_min: int = _option(320, "Shortest response that gets the length bonus, in tokens", low=0)
+    length_bonus_max: int = _option(512, "Longest response that gets the length bonus, in tokens", low=0)
+
+
+@dataclass(frozen=True)
+class ObjectiveSection:
+    """What is optimised, and which tokens carry it."""
+
+    objective: Literal["video_ktr", "grpo", "t_grpo", "tw_grpo", "sft"] = _option(
+        "video_ktr",
+        "Training objective; video_ktr puts the loss of grpo on key tokens only; the others are not available yet",
+    )
+    signals: tuple[Signal, ...] = _option(
+        ("entropy", "visual", "temporal"), "Signals whose selected tokens, together, are the key tokens"
+    )
+    selection_ratio: tuple[float, ...] = _option(
+        (0.2,), "Share of response tokens each signal selects: one for all, or one per signal", above=0, high=1
+    )
+    shift: Literal["signed", "absolute", "kl"] = _option(
+        "signed",
+        "Visual and temporal score: log-prob difference, its magnitude, or KL over the vocabulary (not available yet)",
+    )
+    shuffle_unit: Literal["frame", "temporal_patch"] = _option(
+        "frame", "What the temporal counterfactual permutes: decoded frames, or pairs of frames already encoded"
+    )
+    num_shuffles: int = _option(1, "Random orders whose scores are averaged; above 1 not available yet", low=1)
+    kl_beta: float = _option(0.04, "Weight of the KL term to the reference model; 0 = no reference model", low=0)
+    clip_low: float = _option(0.2, "Probability ratio is clipped below at 1 - clip_low", low=0, high=1)
+    clip_high: float = _option(0.2, "Probability ratio is clipped above at 1 + clip_high", low=0)
+    updates_per_rollout: int = _option(1, "Optimizer steps on the same responses; clipping acts from 2 on", low=1)
+    loss_aggregation: Literal["sequence", "token"] = _option(
+        "sequence", "Mean over tokens then responses, or mean over all tokens of the global batch"
+    )
+    original_compat: bool = _option(
+        False,
+        "Do as the authors' release where it slips: no seconds per grid when scoring, length bonus on key tokens, "
+        "division by the number of key tokens even where it is zero",
+    )
+
+    @property
+    def ratio_of_signal(self) -> dict[str, float]:
+        """Selected share by signal, with a single ``selection_ratio`` applied to every signal."""
+        ratios = self.selection_ratio * (len(self.signals) if len(self.selection_ratio) == 1 else 1)
+        return dict(zip(self.signals, ratios, strict=True))
+
+
+@dataclass(frozen=True)
+class OptimizerSection:
+    """Optimizer and learning-rate schedule."""
+
+    optimizer: Literal["adam", "sgd"] = _option("adam", "adam is AdamW; sgd has no momentum")
+    lr: float = _option(2e-6, "Highest learning rate", above=0)
+    vision_lr: float | None = _option(None, "Highest learning rate of the vision encoder; none = lr", low=0)
+    min_lr: float = _option(0.0, "Learning rate at the end of the decay", low=0)
+    lr_decay_style: Literal["cosine", "linear", "constant"] = _option("cosine", "Shape of the decay over train_steps")
+    lr_warmup_steps: int = _option(0, "Steps of linear warm-up from 0", low=0)
+    weight_decay: float = _option(0.01, "Decoupled weight decay; not on biases and norms", low=0)
+    adam_beta1: float = _option(0.9, "Decay of the first moment", low=0, high=1)
+    adam_beta2: float = _option(0.999, "Decay of the second moment", low=0, high=1)
+    adam_eps: float = _option(1e-8, "Added to the denominator of Adam", above=0)
+    clip_grad: float = _option(5.0, "Gradient norm is clipped to this; 0 = never", low=0)
+    use_distributed_optimizer: bool = _option(True, "Split optimizer states over data-parallel ranks")
+
+
+@dataclass(frozen=True)
+class ParallelSection:
+    """How the model is laid out over ranks; data-parallel size = ranks / (tensor x pipeline x context)."""
+
+    tensor_model_parallel_size: int = _option(1, "Ranks that share each layer", low=1)
+    pipeline_model_parallel_size: int = _option(
+        1, "Ranks that share the stack of layers; vision is on the first", low=1
+    )
+    num_layers_per_virtual_pipeline_stage: int | None = _option(
+        None, "Layers of one interleaved pipeline chunk; none = one chunk per rank", low=1
+    )
+    context_parallel_size: int = _option(1, "Ranks that share each sequence; above 1 not available yet", low=1)
+    sequence_parallel: bool = _option(False, "Split norms and residuals by tokens over the tensor-parallel ranks")
+    overlap_grad_reduce: bool = _option(False, "Reduce gradients during backward")
+    overlap_param_gather: bool = _option(False, "Gather updated parameters during the next forward")
+    recompute_granularity: Literal["full", "selective"] | None = _option(
+        None, "Recompute activations in backward: whole layers, or core attention only"
+    )
+    recompute_method: Literal["uniform", "block"] | None = _option(
+        None, "Full recomputation of every group of recompute_num_layers layers, or of that many layers per stage"
+    )
+    recompute_num_layers: int | None = _option(None, "See recompute_method", low=1)
+    vision_parallel: Literal["tensor", "frame"] = _option(
+        "tensor",
+        "Vision encoder: weights split like the language model's, or frames split over ranks (not available yet)",
+    )
+
+
+@dataclass(frozen=True)
+class TrainerSection:
+    """The run: where it is written, how long it is, how it starts."""
+
+    run_dir: str = _option("runs/train", "Directory of everything the run writes; must be empty unless --resume")
+    resume: bool = _option(False, "Continue from the last checkpoint in run_dir; not available yet")
+    train_steps: int = _option(1000, "Rollout steps of the whole run", low=1)
+    prompts_per_step: int = _option(32, "Prompts per step over all ranks (P x data-parallel size)", low=1)
+    micro_batch_groups: int = _option(1, "Prompt groups per micro-batch; a group is never split", low=1)
+    save_interval: int = _option(0, "Steps between checkpoints; 0 = none; others not available yet", low=0)
+    eval_interval: int = _option(0, "Steps between evaluations; 0 = none; others not available yet", low=0)
+    log_interval: int = _option(1, "Steps between lines on the console", low=1)
+    seed: int = _option(0, "Seed of data order, shuffled views and sampling", low=0)
+    platform: Literal["auto", "cpu", "cuda"] = _option("auto", "Devices to run on; auto takes CUDA where it is found")
+    distributed_timeout_minutes: int = _option(10, "How long a rank waits for the others before it gives up", low=1)
+
+
+@dataclass(frozen=True)
+class Config:
+    """All options of a run. ``Config()`` is the paper's setting without model and data; ``check`` validates."""
+
+    model: ModelSection = field(default_factory=ModelSection)
+    data: DataSection = field(default_factory=DataSection)
+    rollout: RolloutSection = field(default_factory=RolloutSection)
+    reward: RewardSection = field(default_factory=RewardSection)
+    objective: ObjectiveSection = field(default_factory=ObjectiveSection)
+    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    parallel: ParallelSection = field(default_factory=ParallelSection)
+    trainer: TrainerSection = field(default_factory=TrainerSection)
+
+    def prompts_per_replica(self, data_parallel_size: int) -> int:
+        """P: prompts of one data-parallel rank per step, a whole number of micro-batches."""
+        unit = data_parallel_size * self.trainer.micro_batch_groups
+        if self.trainer.prompts_per_step % unit:
+            raise UserError(
+                f"--prompts-per-step {self.trainer.prompts_per_step} must be a multiple of data-parallel size "
+                f"{data_parallel_size} x --micro-batch-groups {self.trainer.micro_batch_groups} = {unit}"
+            )
+        return self.trainer.prompts_per_step // data_parallel_size
+
+
+OPTIONS = options_of(Config)
+SECTION_DOCS = {section.name: section.default_factory.__doc__ for section in dataclasses.fields(Config)}
+
+
+def config_from_values(values: Mapping[str, Any]) -> Config:
+    """A Config with the fields named in ``values`` set and the rest at their defaults; not checked."""
+    sections = {}
+    for section in dataclasses.fields(Config):
+        own = {name: value for name, value in values.items() if OPTIONS[name].section == section.name}
+        sections[section.name] = section.default_factory(**own)
+    return Config(**sections)
+
+
+def load_config(argv: Sequence[str], *, prog: str = "megatron-ktr-train") -> Config:
+    """The checked configuration of a command line. Raises ``UserError`` on the first thing that is wrong."""
+    parser = build_parser(OPTIONS, prog=prog, section_docs=SECTION_DOCS)
+    short_forms = parser.add_argument_group("short forms")
+    for dtype in ("bf16", "fp16"):
+        short_forms.add_argument(
+            f"--{dtype}", action="append_const", const=dtype, dest="short_dtypes", help=f"--params-dtype {dtype}"
+        )
+    flags = read_flags(parser, argv, options=OPTIONS, notes=ABSENT_OPTIONS)
+    file = flags.pop("config", None)
+    dtypes = set(flags.pop("short_dtypes", ())) | ({flags["params_dtype"]} if "params_dtype" in flags else set())
+    if len(dtypes) > 1:
+        raise UserError(f"--params-dtype, --bf16 and --fp16 contradict each other: {', '.join(sorted(dtypes))}")
+    if dtypes:
+        flags["params_dtype"] = dtypes.pop()
+    values = read_yaml(Path(file), options=OPTIONS, notes=ABSENT_OPTIONS) if file is not None else {}
+    config = config_from_values({**values, **flags})
+    check(config)
+    return config
+
+
+def save_resolved(config: Config, path: str | Path) -> None:
+    """Writes every option as YAML, in one rename; ``load_config(["--config", path])`` gives an equal Config."""
+    content = {
+        section: {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+        for section, fields in dataclasses.asdict(config).items()
+    }
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write the resolved configuration to {path}: {error.strerror}") from error
+
+
+def configuration_page() -> str:
+    """Content of docs/configuration.md."""
+    return (
+        "# Configuration\n\n"
+        "Generated by `python -m megatron_ktr.config --markdown`; do not edit.\n\n"
+        "Defaults < YAML file (`--config FILE`) < flags. The flag of a key is its name with dashes\n"
+        "(`video_max_frames` is `--video-max-frames`); booleans also have `--no-...`; lists are comma-separated or\n"
+        "given by repeating the flag; `none` unsets an optional value. In a file, a key stands under its section or,\n"
+        "since names are unique, at the top level. `--bf16` and `--fp16` are short forms of `--params-dtype`.\n"
+        "Relative paths start at the working directory.\n" + render_markdown(OPTIONS, section_docs=SECTION_DOCS)
+    )
+
+
+def _main() -> int:
+    if sys.argv[1:] == ["--markdown"]:
+        print(configuration_page(), end="")
+        return 0
+    config = load_config(sys.argv[1:], prog="python -m megatron_ktr.config")
+    print(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(_main)

@@ -1,0 +1,140 @@
+"""Rules between options, and what is not available yet: refused here with one sentence, never ignored.
+
+An option joins a run only when it works; until then its value stands in ``_not_available`` and is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from megatron_ktr.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_ktr.config import Config
+
+ABSENT_OPTIONS = {
+    "fp8": "FP8 is not available yet",
+    "fp8_format": "FP8 is not available yet",
+    "fp8_recipe": "FP8 is not available yet",
+    "virtual_pipeline_model_parallel_size": "use --num-layers-per-virtual-pipeline-stage, as in Megatron",
+    "micro_batch_size": "use --micro-batch-groups",
+    "global_batch_size": "use --prompts-per-step",
+    "train_iters": "use --train-steps",
+    "max_steps": "use --train-steps",
+    "group_size": "use --num-generations",
+}
+"""Options of related projects, and of later versions, that deserve a better answer than the nearest spelling."""
+
+
+def check(config: Config) -> None:
+    """Raises ``UserError`` with the first rule that ``config`` breaks."""
+    for rules in (_required, _not_available, _data, _reward, _objective, _optimizer, _parallel):
+        for problem in rules(config):
+            raise UserError(problem)
+
+
+def _required(config: Config) -> Iterator[str]:
+    if not config.model.model:
+        yield "--model is required: a Hugging Face directory with config, weights, tokenizer and chat template"
+    if not config.trainer.run_dir:
+        yield "--run-dir must not be empty"
+
+
+def _not_available(config: Config) -> Iterator[str]:
+    """What the interface already names but no code serves yet."""
+    engine, objective = config.rollout.engine, config.objective
+    if engine != "replay":
+        yield f"--engine {engine} is not available yet; available: replay"
+    if objective.objective not in ("video_ktr", "grpo"):
+        yield f"--objective {objective.objective} is not available yet; available: video_ktr, grpo"
+    if objective.shift == "kl":
+        yield "--shift kl is not available yet; available: signed, absolute"
+    if objective.num_shuffles > 1:
+        yield f"--num-shuffles {objective.num_shuffles} is not available yet; available: 1"
+    if config.reward.reward_functions:
+        yield "--reward-functions is not available yet: rewards are read from the recorded rollouts"
+    if config.parallel.context_parallel_size > 1:
+        yield f"--context-parallel-size {config.parallel.context_parallel_size} is not available yet; available: 1"
+    if config.parallel.vision_parallel == "frame":
+        yield "--vision-parallel frame is not available yet; available: tensor"
+    if config.trainer.resume or config.trainer.save_interval:
+        yield "--resume and --save-interval: checkpoints of a running training are not available yet"
+    if config.trainer.eval_interval:
+        yield "--eval-interval: evaluation during training is not available yet"
+
+
+def _data(config: Config) -> Iterator[str]:
+    data, rollout = config.data, config.rollout
+    if rollout.engine == "replay":
+        if not rollout.replay_path:
+            yield "--engine replay needs --replay-path, a JSONL of recorded rollouts"
+        if data.data_path is not None:
+            yield "--data-path is not read by --engine replay: the questions come with --replay-path"
+    for name in ("video_num_frames", "video_max_frames"):
+        value = getattr(data, name)
+        if value is not None and value % 2:
+            yield f"--{name.replace('_', '-')} must be even (two frames make one temporal patch), got {value}"
+    if data.video_num_frames is not None and data.video_num_frames > data.video_max_frames:
+        yield f"--video-num-frames {data.video_num_frames} exceeds --video-max-frames {data.video_max_frames}"
+    for kind, low, high in (
+        ("video", data.video_min_pixels, data.video_max_pixels),
+        ("image", data.image_min_pixels, data.image_max_pixels),
+    ):
+        if low > high:
+            yield f"--{kind}-min-pixels {low} exceeds --{kind}-max-pixels {high}"
+
+
+def _reward(config: Config) -> Iterator[str]:
+    if config.reward.length_bonus_min > config.reward.length_bonus_max:
+        yield (
+            f"--length-bonus-min {config.reward.length_bonus_min} exceeds "
+            f"--length-bonus-max {config.reward.length_bonus_max}"
+        )
+
+
+def _objective(config: Config) -> Iterator[str]:
+    section = config.objective
+    if not section.selection_ratio:
+        yield "--selection-ratio must not be empty"
+    if section.objective == "video_ktr":
+        if not section.signals:
+            yield "--signals must name at least one of entropy, visual, temporal for --objective video_ktr"
+        if len(section.selection_ratio) not in (1, len(section.signals)):
+            yield (
+                f"--selection-ratio needs 1 value or one per signal ({len(section.signals)}: "
+                f"{', '.join(section.signals)}), got {len(section.selection_ratio)}"
+            )
+    if config.rollout.num_generations < 2 and section.objective != "sft":
+        yield "--num-generations must be at least 2: advantages compare the responses of one prompt"
+
+
+def _optimizer(config: Config) -> Iterator[str]:
+    section = config.optimizer
+    if section.min_lr > section.lr:
+        yield f"--min-lr {section.min_lr:g} exceeds --lr {section.lr:g}"
+    if max(section.adam_beta1, section.adam_beta2) >= 1:
+        yield "--adam-beta1 and --adam-beta2 must be below 1"
+    num_updates = config.trainer.train_steps * config.objective.updates_per_rollout
+    if section.lr_warmup_steps > num_updates:
+        yield f"--lr-warmup-steps {section.lr_warmup_steps} exceeds the {num_updates} optimizer steps of the run"
+
+
+def _parallel(config: Config) -> Iterator[str]:
+    section = config.parallel
+    if section.sequence_parallel and section.tensor_model_parallel_size == 1:
+        yield "--sequence-parallel needs --tensor-model-parallel-size above 1"
+    if section.num_layers_per_virtual_pipeline_stage is not None and section.pipeline_model_parallel_size == 1:
+        yield "--num-layers-per-virtual-pipeline-stage needs --pipeline-model-parallel-size above 1"
+    if section.overlap_param_gather and not config.optimizer.use_distributed_optimizer:
+        yield "--overlap-param-gather needs --use-distributed-optimizer"
+    if section.overlap_param_gather and not section.overlap_grad_reduce:
+        yield "--overlap-param-gather needs --overlap-grad-reduce"
+    details = section.recompute_method is not None or section.recompute_num_layers is not None
+    if section.recompute_granularity == "full":
+        if section.recompute_method is None or section.recompute_num_layers is None:
+            yield "--recompute-granularity full needs --recompute-method and --recompute-num-layers"
+    elif details:
+        yield "--recompute-method and --recompute-num-layers need --recompute-granularity full"
+    if config.trainer.platform == "cpu" and config.model.transformer_impl == "te":
+        yield "--transformer-impl te needs CUDA; with --platform cpu use auto or local"

@@ -1,0 +1,309 @@
+"""From frozen dataclasses to YAML keys, command-line flags, help text and a reference page; knows no option by name.
+
+A configuration class is a frozen dataclass of sections; a section is a frozen dataclass of fields made with
+``option``. Field names are unique over all sections, so ``lr`` is the flag ``--lr`` and, in a YAML file, either
+``optimizer: {lr: ...}`` or plain ``lr: ...``. Where a section and one of its fields share a name, ``model: DIR``
+means ``model: {model: DIR}``. Everything a user can get wrong raises ``UserError`` with the nearest valid name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import yaml
+
+from megatron_ktr.errors import UserError
+
+
+def option(default: Any, doc: str, *, low: float | None = None, above: float | None = None, high: float | None = None):
+    """A documented field. ``low <= value <= high`` and ``value > above`` hold for each number given."""
+    return dataclasses.field(default=default, metadata={"doc": doc, "low": low, "above": above, "high": high})
+
+
+@dataclass(frozen=True)
+class Option:
+    """What is known about one field: where it stands, its type taken apart, its default and limits."""
+
+    section: str
+    name: str
+    kind: type
+    """str, int, float or bool; of the elements where ``is_list``."""
+    choices: tuple[str, ...]
+    is_list: bool
+    is_optional: bool
+    default: Any
+    doc: str
+    low: float | None
+    above: float | None
+    high: float | None
+
+    @property
+    def key(self) -> str:
+        return f"{self.section}.{self.name}"
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def expected(self) -> str:
+        """The accepted values in words."""
+        if self.choices:
+            words = "one of " + ", ".join(self.choices)
+        else:
+            words = {str: "text", int: "an integer", float: "a number", bool: "true or false"}[self.kind]
+        limits = [
+            f"{sign} {limit:g}"
+            for sign, limit in ((">=", self.low), (">", self.above), ("<=", self.high))
+            if limit is not None
+        ]
+        words += f" {' and '.join(limits)}" if limits else ""
+        words = f"a list, each {words}" if self.is_list else words
+        return f"{words}, or none" if self.is_optional else words
+
+
+def options_of(config_class: type) -> dict[str, Option]:
+    """Every field of every section by field name. A name used twice is a mistake of ours, hence the assertion."""
+    found: dict[str, Option] = {}
+    for section_name, section_class in typing.get_type_hints(config_class).items():
+        hints = typing.get_type_hints(section_class)
+        for field in dataclasses.fields(section_class):
+            assert field.name not in found, f"option name {field.name} is used in two sections"
+            found[field.name] = _describe(section_name, field, hint=hints[field.name])
+    return found
+
+
+def _describe(section: str, field: dataclasses.Field, *, hint: Any) -> Option:
+    is_optional = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    if is_optional:
+        (hint,) = [part for part in typing.get_args(hint) if part is not type(None)]
+    is_list = typing.get_origin(hint) is tuple
+    if is_list:
+        hint = typing.get_args(hint)[0]
+    choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+    return Option(
+        section=section,
+        name=field.name,
+        kind=str if choices else hint,
+        choices=choices,
+        is_list=is_list,
+        is_optional=is_optional,
+        default=field.default,
+        **field.metadata,
+    )
+
+
+def did_you_mean(name: str, candidates: Iterable[str]) -> str:
+    """``"; did you mean X?"``: the shortest candidate with all words of ``name``, else the nearest spelling."""
+    known = list(candidates)
+    words = [word for word in name.replace("_", "-").split("-") if word]
+    with_words = [other for other in known if words and set(words) <= set(other.replace("_", "-").split("-"))]
+    near = sorted(with_words, key=len) or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def convert(option: Option, value: Any, *, source: str) -> Any:
+    """``value`` (YAML value or flag text) as the field's type, checked; ``source`` says where it came from."""
+    if value is None or (option.is_optional and _is_none_word(value)):
+        if option.is_optional:
+            return None
+        _refuse(option, value, source=source)
+    if not option.is_list:
+        return _convert_one(option, value, source=source)
+    items = value.split(",") if isinstance(value, str) else value
+    if not isinstance(items, (list, tuple)):
+        items = [items]
+    items = [item.strip() if isinstance(item, str) else item for item in items]
+    converted = tuple(_convert_one(option, item, source=source) for item in items if item != "")
+    if option.kind is str and len(set(converted)) < len(converted):
+        raise UserError(f"{source}: {option.key} names the same item twice: {', '.join(converted)}")
+    return converted
+
+
+def _is_none_word(value: Any) -> bool:
+    return isinstance(value, str) and value.lower() in ("none", "null", "")
+
+
+def _convert_one(option: Option, value: Any, *, source: str) -> Any:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    result: Any = None
+    if option.kind is str and isinstance(value, str):
+        result = value
+    elif option.kind is bool and isinstance(value, bool):
+        result = value
+    elif option.kind in (int, float) and (is_number or isinstance(value, str)):
+        # YAML 1.1 reads 2e-6 (no dot) as text, so numbers are accepted as text from files too.
+        try:
+            result = option.kind(value) if isinstance(value, str) or option.kind is float else value
+        except ValueError:
+            _refuse(option, value, source=source)
+        if option.kind is int and not isinstance(result, int):
+            _refuse(option, value, source=source)
+        if not math.isfinite(result) or not _in_range(option, result):
+            _refuse(option, value, source=source)
+    if result is None or (option.choices and result not in option.choices):
+        _refuse(option, value, source=source)
+    return result
+
+
+def _in_range(option: Option, number: float) -> bool:
+    return (
+        (option.low is None or number >= option.low)
+        and (option.above is None or number > option.above)
+        and (option.high is None or number <= option.high)
+    )
+
+
+def _refuse(option: Option, value: Any, *, source: str) -> NoReturn:
+    hint = did_you_mean(value, option.choices) if isinstance(value, str) else ""
+    raise UserError(f"{source}: {option.key} ({option.flag}) expects {option.expected}, got {value!r}{hint}")
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Safe loader that refuses a key given twice (plain YAML silently keeps the last)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, (str, int, float)) and key in seen:
+                raise UserError(f"line {key_node.start_mark.line + 1}: {key} is given twice")
+            seen.add(key if isinstance(key, (str, int, float)) else id(key_node))
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path, *, options: Mapping[str, Option], notes: Mapping[str, str]) -> dict[str, Any]:
+    """Field values set by a YAML file, by field name, converted and checked."""
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
+    except OSError as error:
+        raise UserError(f"--config: cannot read {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, UserError) as error:
+        raise UserError(f"{path}: not a valid YAML file: {error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected sections with options, got {type(content).__name__}")
+    values: dict[str, Any] = {}
+    for name, value, section in _flatten(content, path=path, options=options):
+        known = [other.name for other in options.values() if section in (None, other.section)]
+        if name not in known:
+            label = f"{section}.{name}" if section else f"{name}"
+            sections = [] if section else sorted({other.section for other in options.values()})
+            hint = _hint_for(name, known=[*sections, *known], options=options, notes=notes)
+            raise UserError(f"{path}: unknown key {label}{hint}")
+        if name in values:
+            raise UserError(f"{path}: {options[name].key} is given twice")
+        values[name] = convert(options[name], value, source=str(path))
+    return values
+
+
+def _flatten(content: dict, *, path: Path, options: Mapping[str, Option]) -> list[tuple[str, Any, str | None]]:
+    """(field name, value, section or None at the top level) for everything in the file."""
+    sections = {option.section for option in options.values()}
+    rows: list[tuple[str, Any, str | None]] = []
+    for key, value in content.items():
+        key = str(key)
+        if key in sections and isinstance(value, dict):
+            rows += [(str(name), item, key) for name, item in value.items()]
+        elif key in sections and key not in options:
+            if value is not None:
+                raise UserError(f"{path}: section {key} expects options below it, got {value!r}")
+        else:
+            rows.append((key, value, None))
+    return rows
+
+
+def _hint_for(name: str, *, known: Sequence[str], options: Mapping[str, Option], notes: Mapping[str, str]) -> str:
+    if name in notes:
+        return f": {notes[name]}"
+    if name in options:
+        return f"; {name} belongs to section {options[name].section}"
+    return did_you_mean(name, known)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see --help)")
+
+
+def build_parser(
+    options: Mapping[str, Option], *, prog: str, section_docs: Mapping[str, str]
+) -> argparse.ArgumentParser:
+    """A parser with one flag per option, grouped by section, that leaves values as text for ``convert``."""
+    parser = _Parser(
+        prog=prog,
+        usage=f"{prog} [--config FILE] [--option VALUE ...]",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
+        description="Defaults < YAML file < flags. Lists are comma-separated or given by repeating the flag.",
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file with options by section; flags override it")
+    groups: dict[str, Any] = {}
+    for item in options.values():
+        if item.section not in groups:
+            groups[item.section] = parser.add_argument_group(item.section, section_docs.get(item.section))
+        group = groups[item.section]
+        text = f"{item.doc} (default: {show_value(item.default)})".replace("%", "%%")
+        if item.kind is bool:
+            group.add_argument(item.flag, action=argparse.BooleanOptionalAction, help=text)
+        else:
+            metavar = {str: "TEXT", int: "N", float: "X"}[item.kind]
+            metavar = "{" + ",".join(item.choices) + "}" if item.choices else metavar
+            metavar = f"{metavar}[,...]" if item.is_list else metavar
+            group.add_argument(item.flag, action="append" if item.is_list else "store", metavar=metavar, help=text)
+    return parser
+
+
+def read_flags(
+    parser: argparse.ArgumentParser, argv: Sequence[str], *, options: Mapping[str, Option], notes: Mapping[str, str]
+) -> dict[str, Any]:
+    """What the command line sets, by field name, converted; other arguments of ``parser`` come back untouched."""
+    parsed, unknown = parser.parse_known_args(list(argv))
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        if not flag.startswith("-"):
+            raise UserError(f"unexpected argument {flag!r}: every option is given as --name value (see --help)")
+        name = flag.lstrip("-").replace("-", "_")
+        flags = [text for action in parser._actions for text in action.option_strings]
+        raise UserError(f"unknown flag {flag}" + (f": {notes[name]}" if name in notes else did_you_mean(flag, flags)))
+    values = vars(parsed)
+    for name in values.keys() & options.keys():
+        value = values[name]
+        if options[name].is_list:
+            value = ",".join(value)
+        values[name] = convert(options[name], value, source="command line")
+    return values
+
+
+def show_value(value: Any) -> str:
+    """A default as a user would type it."""
+    if isinstance(value, tuple):
+        return ",".join(show_value(item) for item in value) or "empty"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return {None: "none", "": "empty"}.get(value, f"{value:g}" if isinstance(value, float) else str(value))
+
+
+def render_markdown(options: Mapping[str, Option], *, section_docs: Mapping[str, str]) -> str:
+    """One table per section: key, accepted values, default, meaning."""
+    lines: list[str] = []
+    section = None
+    for item in options.values():
+        if item.section != section:
+            section = item.section
+            lines += ["", f"## `{section}`", "", section_docs.get(section, ""), ""]
+            lines += ["| key | values | default | meaning |", "|---|---|---|---|"]
+        cells = [f"`{item.name}`", item.expected, f"`{show_value(item.default)}`", item.doc]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
