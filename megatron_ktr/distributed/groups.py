@@ -1,0 +1,213 @@
+"""Process groups as one explicit object, made once from the sizes of every parallel dimension.
+
+Ranks are ordered tensor, context, (expert,) data, pipeline, fastest first: megatron-core's default. Example with
+8 ranks, tensor 2, pipeline 2: rank 5 = tensor rank 1, data rank 0, pipeline rank 1.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from torch.distributed import ProcessGroup
+
+from megatron_ktr.distributed.platform import Platform
+from megatron_ktr.errors import UserError
+
+
+@dataclass(frozen=True)
+class ParallelSizes:
+    """How the ranks are split; the data-parallel size is what is left of the world size."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+    virtual_pipeline: int | None = None
+    """Model chunks per pipeline stage (interleaved schedule); None or 1 means no interleaving."""
+    sequence_parallel: bool = False
+    expert: int = 1
+
+    @property
+    def model(self) -> int:
+        """Ranks of one replica."""
+        return self.tensor * self.pipeline * self.context
+
+
+@dataclass(frozen=True)
+class ParallelGroups:
+    """This rank's groups. Groups of one rank exist too, so that one process runs the same code."""
+
+    sizes: ParallelSizes
+    rank: int
+    world_size: int
+    tensor: ProcessGroup
+    pipeline: ProcessGroup
+    context: ProcessGroup
+    data: ProcessGroup
+    """Same tensor, pipeline and context rank, other replicas."""
+    data_context: ProcessGroup
+    """``data`` x ``context``: the group gradients are reduced over."""
+    model: ProcessGroup
+    """All ranks of this replica: tensor x context x pipeline."""
+    world: ProcessGroup
+    tensor_rank: int
+    pipeline_rank: int
+    context_rank: int
+    data_rank: int
+    data_size: int
+    process_groups: ProcessGroupCollection
+    """The same groups as megatron-core passes them around."""
+
+    @property
+    def is_first_stage(self) -> bool:
+        """First pipeline rank. (With interleaving this rank also holds later chunks.)"""
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline_rank == self.sizes.pipeline - 1
+
+    @property
+    def is_source(self) -> bool:
+        """The one rank of its replica that reads data and reports for it."""
+        return self.tensor_rank == self.pipeline_rank == self.context_rank == 0
+
+
+def check_sizes(sizes: ParallelSizes, *, world_size: int) -> None:
+    """Raises ``UserError`` for sizes that cannot work or that megatron-core would accept and get wrong."""
+    options = {
+        "--tensor-model-parallel-size": sizes.tensor,
+        "--pipeline-model-parallel-size": sizes.pipeline,
+        "--context-parallel-size": sizes.context,
+        "--expert-model-parallel-size": sizes.expert,
+        "number of virtual pipeline chunks (--num-layers-per-virtual-pipeline-stage)": sizes.virtual_pipeline or 1,
+    }
+    for option, size in options.items():
+        if size < 1:
+            raise UserError(f"{option} must be at least 1, got {size}")
+    if world_size % sizes.model:
+        raise UserError(
+            f"world size {world_size} (torchrun --nnodes x --nproc-per-node) must be a multiple of "
+            f"--tensor-model-parallel-size {sizes.tensor} x --pipeline-model-parallel-size {sizes.pipeline} x "
+            f"--context-parallel-size {sizes.context} = {sizes.model}"
+        )
+    if sizes.sequence_parallel and sizes.tensor == 1:
+        # megatron-core only warns and goes on without; memory estimates and norms would silently differ.
+        raise UserError("--sequence-parallel needs --tensor-model-parallel-size of at least 2, got 1")
+    if (sizes.virtual_pipeline or 1) > 1 and sizes.pipeline == 1:
+        raise UserError(
+            "--num-layers-per-virtual-pipeline-stage needs --pipeline-model-parallel-size of at least 2, got 1"
+        )
+
+
+def init_parallel(
+    sizes: ParallelSizes, *, platform: Platform, seed: int = 0, timeout_minutes: float = 10.0
+) -> ParallelGroups:
+    """Joins the world (RANK, WORLD_SIZE as torchrun sets them; none = a lone process) and splits it.
+
+    A second call in one process replaces the first split. ``seed`` seeds megatron-core's tracked random states
+    (same over data-parallel ranks, different over tensor ranks inside tensor-parallel regions).
+    Raises ``UserError`` for bad sizes before any collective runs, so that every rank stops with the same line.
+    """
+    world_size = _world_size()
+    check_sizes(sizes, world_size=world_size)
+    _join_world(platform, world_size=world_size, timeout_minutes=timeout_minutes)
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    virtual = sizes.virtual_pipeline if (sizes.virtual_pipeline or 1) > 1 else None
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=sizes.tensor,
+        pipeline_model_parallel_size=sizes.pipeline,
+        virtual_pipeline_model_parallel_size=virtual,
+        context_parallel_size=sizes.context,
+        expert_model_parallel_size=sizes.expert,
+        distributed_timeout_minutes=max(1, round(timeout_minutes)),
+        # Twins of the data-parallel groups for the old checkpoint formats; ours does not use them.
+        create_gloo_process_groups=False,
+    )
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    return ParallelGroups(
+        sizes=sizes,
+        rank=torch.distributed.get_rank(),
+        world_size=world_size,
+        tensor=parallel_state.get_tensor_model_parallel_group(),
+        pipeline=parallel_state.get_pipeline_model_parallel_group(),
+        context=parallel_state.get_context_parallel_group(),
+        data=parallel_state.get_data_parallel_group(),
+        data_context=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        model=_model_group(sizes, world_size=world_size),
+        world=torch.distributed.group.WORLD,
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        context_rank=parallel_state.get_context_parallel_rank(),
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+        process_groups=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+
+
+def destroy_parallel() -> None:
+    """Leaves all groups and the world. Collective: every rank calls it. Safe to call when nothing was started."""
+    parallel_state.destroy_model_parallel()
+    parallel_state.destroy_global_memory_buffer()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def pipeline_comm_settings(sizes: ParallelSizes, *, variable_lengths: bool = True) -> dict[str, Any]:
+    """Keyword arguments for ``TransformerConfig`` under which the pipeline's point-to-point messages are right.
+
+    - Interleaved stages use separate sends and receives: with batched ones and two stages, both directions share
+      one pair of ranks, and megatron-core swaps the messages without an error: gradients are silently wrong.
+    - Packed sequences differ in length, so shapes are exchanged first. megatron-core asserts the MoE dispatcher
+      for that even in dense models.
+    """
+    is_interleaved = sizes.pipeline > 1 and (sizes.virtual_pipeline or 1) > 1
+    settings: dict[str, Any] = {"overlap_p2p_comm": is_interleaved, "batch_p2p_comm": not is_interleaved}
+    if variable_lengths:
+        settings |= {"variable_seq_lengths": True, "moe_token_dispatcher_type": "alltoall"}
+    return settings
+
+
+def _world_size() -> int:
+    if torch.distributed.is_initialized():
+        return torch.distributed.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _join_world(platform: Platform, *, world_size: int, timeout_minutes: float) -> None:
+    if torch.distributed.is_initialized():
+        return
+    if world_size > 1 and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        raise UserError(f"WORLD_SIZE={world_size} but RANK, MASTER_ADDR or MASTER_PORT is not set: start with torchrun")
+    where: dict[str, Any] = {"init_method": "env://"}
+    if world_size == 1:
+        # A store inside the process: no port to collide with another run on this machine.
+        where = {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
+    if platform.device.index is not None:
+        where["device_id"] = platform.device
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    torch.distributed.init_process_group(platform.backend, timeout=timeout, **where)
+
+
+def _model_group(sizes: ParallelSizes, *, world_size: int) -> ProcessGroup:
+    """Tensor x context x pipeline ranks of this replica; megatron-core's own model group leaves context out."""
+    if sizes.context == 1:
+        return parallel_state.get_model_parallel_group()
+    stage = world_size // sizes.pipeline
+    inner = sizes.tensor * sizes.context
+    mine = None
+    # Every rank makes every group, in the same order: new_group is collective over the world.
+    for replica in range(stage // inner):
+        ranks = [p * stage + replica * inner + i for p in range(sizes.pipeline) for i in range(inner)]
+        group = torch.distributed.new_group(ranks)
+        if torch.distributed.get_rank() in ranks:
+            mine = group
+    assert mine is not None
+    return mine
