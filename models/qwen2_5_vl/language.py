@@ -1,0 +1,118 @@
+"""The language model: megatron-core's GPTModel, fed with embeddings and stopped at its final hidden states."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_ktr.types import PackedBatch
+from models.qwen2_5_vl.attention import PrefixSeqParams
+from models.qwen2_5_vl.config import Qwen2_5_VLConfig
+from models.qwen2_5_vl.layer_specs import TransformerImpl, language_block_spec
+from models.qwen2_5_vl.transformer_config import padded_vocab_size
+
+
+class LanguageModel(GPTModel):
+    """GPTModel with M-RoPE that takes packed batches and returns hidden states instead of logits.
+
+    The output weight lives here (``output_layer``, or the embedding where both are tied and on one stage), but the
+    head is applied outside, to the few rows that predict response tokens: full logits never exist.
+    """
+
+    def __init__(
+        self,
+        model_config: Qwen2_5_VLConfig,
+        *,
+        config: TransformerConfig,
+        process_groups: ProcessGroupCollection,
+        transformer_impl: TransformerImpl,
+        pre_process: bool,
+        post_process: bool,
+        vp_stage: int | None,
+    ) -> None:
+        text = model_config.text
+        super().__init__(
+            config=config,
+            transformer_layer_spec=language_block_spec(
+                config, impl=transformer_impl, vp_stage=vp_stage, pp_rank=process_groups.pp.rank()
+            ),
+            vocab_size=padded_vocab_size(text.vocab_size, config.tensor_model_parallel_size),
+            max_sequence_length=text.max_position_embeddings,
+            pre_process=pre_process,
+            post_process=post_process,
+            share_embeddings_and_output_weights=model_config.tie_word_embeddings,
+            position_embedding_type="mrope",
+            rotary_base=text.rope_theta,
+            # Vision features are put between the word embeddings first; ``embed`` scatters afterwards.
+            scatter_embedding_sequence_parallel=False,
+            pg_collection=process_groups,
+            vp_stage=vp_stage,
+        )
+
+    def embed(self, token_ids_T: Tensor, *, visual_rows: Tensor, features: Tensor | None) -> Tensor:
+        """Word embeddings with ``features`` in place of ``visual_rows``: the input of the first layer.
+
+        Args:
+            token_ids_T: int64 [T].
+            visual_rows: int64 [n], rows that receive features, in order of occurrence.
+            features: [n, D], equal on all tensor-parallel ranks; each gets its full gradient. None: no media.
+
+        Returns:
+            [T, 1, D], or this rank's [T / tp, 1, D] under sequence parallelism.
+        """
+        hidden_T1D = self.embedding(input_ids=token_ids_T[None], position_ids=None)
+        if features is not None:
+            hidden_T1D = hidden_T1D.index_copy(0, visual_rows, features[:, None].to(hidden_T1D.dtype))
+        if self.config.sequence_parallel:
+            # Backward gathers, so that embedding and vision encoder see the gradient of every row on every rank.
+            # The copy frees the full tensor, of which the scattered rows are a view.
+            hidden_T1D = scatter_to_sequence_parallel_region(hidden_T1D, group=self.tp_group).clone()
+        return hidden_T1D
+
+    def forward_packed(self, batch: PackedBatch, *, decoder_input: Tensor | None) -> Tensor:
+        """Hidden states after this stage's layers (and the final norm on the last stage).
+
+        ``decoder_input`` is ``embed``'s result on the first stage, None elsewhere (see ``set_input_tensor``).
+        Returns [T, 1, D] or, under sequence parallelism, [T / tp, 1, D].
+        """
+        return self(
+            input_ids=None,
+            position_ids=batch.position_ids_3T[:, None],
+            attention_mask=None,
+            decoder_input=decoder_input,
+            packed_seq_params=PrefixSeqParams.from_layout(batch.layout),
+        )
+
+    def output_weight(self) -> Tensor:
+        """[padded V / tp, D]: this rank's shard of the output weight; last stage only."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+    def _postprocess(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        return hidden_states
+
+
+class ZeroGradientAnchor(torch.autograd.Function):
+    """Identity on ``hidden`` whose backward also reaches ``parameters``, with zeros.
+
+    Data-parallel gradient reduction starts when every parameter of a bucket has received a gradient, and all replicas
+    must start it together. A text-only micro-batch never runs the vision encoder; without an anchor this replica
+    would wait for gradients that never come, and the others for this replica.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.kinds = [(p.shape, p.dtype, p.device) for p in parameters]
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, grad_hidden: Tensor) -> tuple[Tensor, ...]:
+        zeros = [torch.zeros((), dtype=dtype, device=device).expand(shape) for shape, dtype, device in ctx.kinds]
+        return grad_hidden, *zeros

@@ -1,0 +1,204 @@
+"""Qwen2.5-VL: vision encoder on the first pipeline stage, language model over all stages.
+
+    first stage   patches -> vision encoder -> features;  token ids -> embeddings, features in place of placeholders
+    every stage   its layers
+    last stage    final norm -> the rows that predict response tokens -> (outside) the vocabulary-parallel head
+
+The model takes one ``PackedBatch`` and knows nothing of objectives; the head turns hidden rows into log-probs and
+entropy without ever making full logits (``ops/linear_logprob``).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from megatron.core.pipeline_parallel.utils import (
+    is_pp_first_stage,
+    is_pp_last_stage,
+    is_vp_first_stage,
+    is_vp_last_stage,
+)
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_ktr.distributed.groups import ParallelGroups
+from megatron_ktr.distributed.platform import current
+from megatron_ktr.ops.linear_logprob import LinearLogprob, linear_logprob
+from megatron_ktr.types import PackedBatch
+from models.qwen2_5_vl.config import Qwen2_5_VLConfig
+from models.qwen2_5_vl.language import LanguageModel, ZeroGradientAnchor
+from models.qwen2_5_vl.layer_specs import TransformerImpl
+from models.qwen2_5_vl.transformer_config import language_transformer_config
+from models.qwen2_5_vl.vision import VisionEncoder
+
+if TYPE_CHECKING:
+    from megatron_ktr.config import Config
+
+
+class Qwen2_5_VLModel(MegatronModule):
+    """One pipeline chunk of the model. ``vision`` is None on all but the first chunk of the first stage.
+
+    ``pre_process``, ``post_process``, ``share_embeddings_and_output_weights``, ``shared_embedding_or_output_weight``,
+    ``set_input_tensor``, ``model_type`` and ``vp_stage`` are what megatron-core's schedules and gradient finalisation
+    ask a model chunk for.
+    """
+
+    def __init__(
+        self,
+        model_config: Qwen2_5_VLConfig,
+        *,
+        transformer_config: TransformerConfig,
+        process_groups: ProcessGroupCollection,
+        transformer_impl: TransformerImpl = "auto",
+        pre_process: bool = True,
+        post_process: bool = True,
+        vp_stage: int | None = None,
+    ) -> None:
+        super().__init__(config=transformer_config)
+        self.model_config = model_config
+        self.pre_process = pre_process
+        self.post_process = post_process
+        self.vp_stage = vp_stage
+        self.tensor_group = process_groups.tp
+        self.share_embeddings_and_output_weights = model_config.tie_word_embeddings
+        self.vision = None
+        if pre_process:
+            self.vision = VisionEncoder(
+                model_config.vision, transformer_config=transformer_config, process_groups=process_groups
+            )
+        self.language = LanguageModel(
+            model_config,
+            config=transformer_config,
+            process_groups=process_groups,
+            transformer_impl=transformer_impl,
+            pre_process=pre_process,
+            post_process=post_process,
+            vp_stage=vp_stage,
+        )
+        self.model_type = self.language.model_type
+
+    @property
+    def head_group(self) -> torch.distributed.ProcessGroup:
+        """The ranks that share the vocabulary."""
+        return self.tensor_group
+
+    @property
+    def vocab_size(self) -> int:
+        """True vocabulary size; rows of the output weight beyond it are padding."""
+        return self.model_config.text.vocab_size
+
+    @property
+    def head_reduces_hidden_grad(self) -> bool:
+        """Whether the head must sum the hidden gradient over ``head_group``.
+
+        Each tensor rank knows only its vocabulary shard's part. Under sequence parallelism the rows were gathered
+        just before the head, and the backward of that gather sums while it scatters: summing twice would be wrong.
+        """
+        return not self.config.sequence_parallel
+
+    def output_weight(self) -> Tensor:
+        """[padded V / tp, D]: this rank's shard of the output weight (the embedding's, if tied); last stage only."""
+        return self.language.output_weight()
+
+    def shared_embedding_or_output_weight(self) -> Tensor | None:
+        """The tied weight of this chunk, which core keeps equal on the first and the last stage."""
+        return self.language.shared_embedding_or_output_weight()
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor] | None) -> None:
+        """The previous stage's activation, set by the pipeline schedule before ``forward``."""
+        self.language.set_input_tensor(input_tensor)
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Hidden rows ``[R, D]`` that predict the response tokens on the last stage; before it, the activation
+        ``[T, 1, D]`` for the next stage (``[T / tp, 1, D]`` under sequence parallelism).
+
+        ``batch`` must lie on this rank's device, equal on all tensor ranks.
+
+        Raises:
+            ValueError: T that sequence parallelism cannot split, or visual rows without patches.
+        """
+        self._check(batch)
+        decoder_input = self._embed(batch) if self.pre_process else None
+        hidden_T1D = self.language.forward_packed(batch, decoder_input=decoder_input)
+        if not self.post_process:
+            return hidden_T1D
+        if self.config.sequence_parallel:
+            # Predicting rows may lie on any rank. Backward: every rank's partial gradient of all rows is summed and
+            # scattered (see ``head_reduces_hidden_grad``).
+            hidden_T1D = gather_from_sequence_parallel_region(
+                hidden_T1D, tensor_parallel_output_grad=True, group=self.tensor_group
+            )
+        # The prompt's last row appears once per response: backward sums over the group.
+        return hidden_T1D[:, 0].index_select(0, batch.predicting_rows_R)
+
+    def token_statistics(self, hidden_RD: Tensor, target_ids_R: Tensor, *, temperature: float = 1.0) -> LinearLogprob:
+        """Log-probability of each target and entropy of its distribution, from ``forward``'s rows; last stage only."""
+        return linear_logprob(
+            hidden_RD,
+            self.output_weight(),
+            target_ids_R,
+            group=self.head_group,
+            vocab_size=self.vocab_size,
+            temperature=temperature,
+            reduce_hidden_grad=self.head_reduces_hidden_grad,
+        )
+
+    def _embed(self, batch: PackedBatch) -> Tensor:
+        has_media = batch.patches_SD is not None
+        features = self.vision(batch.patches_SD, batch.grid_thw_M3) if has_media else None
+        hidden_T1D = self.language.embed(batch.token_ids_T, visual_rows=batch.visual_rows, features=features)
+        if not has_media and torch.is_grad_enabled():
+            trainable = [p for p in self.vision.parameters() if p.requires_grad]
+            hidden_T1D = ZeroGradientAnchor.apply(hidden_T1D, *trainable)
+        return hidden_T1D
+
+    def _check(self, batch: PackedBatch) -> None:
+        num_tokens = batch.token_ids_T.shape[0]
+        tensor_size = self.config.tensor_model_parallel_size
+        if self.config.sequence_parallel and num_tokens % tensor_size:
+            raise ValueError(
+                f"sequence parallelism splits T over {tensor_size} ranks, got T = {num_tokens}; "
+                "pack with pad_to_multiple set to a multiple of the tensor-parallel size"
+            )
+        if batch.patches_SD is None and len(batch.visual_rows):
+            raise ValueError(f"the batch has {len(batch.visual_rows)} visual rows but no patches")
+
+
+def build_model(
+    model_config: Qwen2_5_VLConfig,
+    *,
+    groups: ParallelGroups,
+    config: Config | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> list[Qwen2_5_VLModel]:
+    """This rank's model chunks, randomly initialised, on the platform's device: one, or one per virtual stage.
+
+    Args:
+        model_config: architecture.
+        groups: placement.
+        config: the run's options (``model.transformer_impl`` and recomputation); None means the defaults.
+        dtype: of parameters and activations.
+
+    Raises:
+        UserError: a layout that does not fit the model's sizes.
+    """
+    transformer_config = language_transformer_config(model_config, groups=groups, dtype=dtype, config=config)
+    num_chunks = transformer_config.virtual_pipeline_model_parallel_size
+    pipeline_group = groups.process_groups.pp
+    chunks = []
+    for vp_stage in range(num_chunks) if num_chunks else [None]:
+        chunk = Qwen2_5_VLModel(
+            model_config,
+            transformer_config=transformer_config,
+            process_groups=groups.process_groups,
+            transformer_impl=config.model.transformer_impl if config else "auto",
+            pre_process=is_pp_first_stage(pipeline_group) and is_vp_first_stage(vp_stage, num_chunks),
+            post_process=is_pp_last_stage(pipeline_group) and is_vp_last_stage(vp_stage, num_chunks),
+            vp_stage=vp_stage,
+        )
+        chunks.append(chunk.to(current().device))
+    return chunks

@@ -1,0 +1,135 @@
+"""Qwen2.5-VL's language model in megatron-core's vocabulary: one ``TransformerConfig`` per run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_ktr.distributed.groups import ParallelGroups, ParallelSizes, pipeline_comm_settings
+from megatron_ktr.distributed.platform import current
+from megatron_ktr.errors import UserError
+from models.qwen2_5_vl.config import Qwen2_5_VLConfig
+
+if TYPE_CHECKING:
+    from megatron_ktr.config import Config
+
+
+def language_transformer_config(
+    model_config: Qwen2_5_VLConfig, *, groups: ParallelGroups, dtype: torch.dtype, config: Config | None = None
+) -> TransformerConfig:
+    """The language model's ``TransformerConfig``; ``config`` adds recomputation, everything else follows the sizes.
+
+    Raises:
+        UserError: sizes that the layout cannot split, or a layout the model does not support.
+    """
+    sizes = groups.sizes
+    _check_layout(model_config, sizes)
+    try:
+        return TransformerConfig(
+            **_architecture(model_config),
+            **_placement(sizes, dtype=dtype),
+            **pipeline_comm_settings(sizes),
+            **_kernels(),
+            **_recompute(config),
+        )
+    except (ValueError, AssertionError) as error:
+        raise UserError(f"megatron-core refuses this model and layout: {error}") from error
+
+
+def padded_vocab_size(vocab_size: int, tensor_parallel_size: int) -> int:
+    """Rows of the embedding and output weights: the vocabulary rounded up to a multiple of the tensor-parallel size.
+
+    Padding rows hold zeros, are never looked up, never counted in a softmax and never exported.
+    """
+    return -(-vocab_size // tensor_parallel_size) * tensor_parallel_size
+
+
+def _architecture(model_config: Qwen2_5_VLConfig) -> dict[str, Any]:
+    text = model_config.text
+    return dict(
+        num_layers=text.num_hidden_layers,
+        hidden_size=text.hidden_size,
+        ffn_hidden_size=text.intermediate_size,
+        num_attention_heads=text.num_attention_heads,
+        num_query_groups=text.num_key_value_heads,
+        kv_channels=text.head_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=text.rms_norm_eps,
+        add_bias_linear=False,
+        add_qkv_bias=True,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        mrope_section=list(text.mrope_section),
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+    )
+
+
+def _placement(sizes: ParallelSizes, *, dtype: torch.dtype) -> dict[str, Any]:
+    return dict(
+        tensor_model_parallel_size=sizes.tensor,
+        pipeline_model_parallel_size=sizes.pipeline,
+        virtual_pipeline_model_parallel_size=_num_chunks(sizes) if _num_chunks(sizes) > 1 else None,
+        context_parallel_size=sizes.context,
+        sequence_parallel=sizes.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        # The loss that arrives is already divided by the global denominator: core must only add up.
+        calculate_per_token_loss=True,
+    )
+
+
+def _num_chunks(sizes: ParallelSizes) -> int:
+    return sizes.virtual_pipeline or 1
+
+
+def _kernels() -> dict[str, Any]:
+    # core's fusions are compiled, which on CPU costs minutes and gains nothing.
+    can_fuse = current().name != "cpu"
+    return dict(
+        bias_activation_fusion=can_fuse,
+        bias_dropout_fusion=can_fuse,
+        masked_softmax_fusion=False,
+        # The fused kernel restarts at every segment; M-RoPE needs one frequency per row.
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+    )
+
+
+def _recompute(config: Config | None) -> dict[str, Any]:
+    if config is None:
+        return {}
+    parallel = config.parallel
+    return dict(
+        recompute_granularity=parallel.recompute_granularity,
+        recompute_method=parallel.recompute_method,
+        recompute_num_layers=parallel.recompute_num_layers,
+    )
+
+
+def _check_layout(model_config: Qwen2_5_VLConfig, sizes: ParallelSizes) -> None:
+    text = model_config.text
+    if sizes.context > 1:
+        raise UserError(
+            f"context parallelism is not supported by this model yet, got --context-parallel-size {sizes.context}"
+        )
+    if text.num_attention_heads % sizes.tensor or text.intermediate_size % sizes.tensor:
+        raise UserError(
+            f"--tensor-model-parallel-size {sizes.tensor} must divide the {text.num_attention_heads} attention heads "
+            f"and the MLP size {text.intermediate_size}"
+        )
+    if max(text.num_key_value_heads, sizes.tensor) % min(text.num_key_value_heads, sizes.tensor):
+        raise UserError(
+            f"--tensor-model-parallel-size {sizes.tensor} and the {text.num_key_value_heads} key/value heads: one must "
+            "divide the other"
+        )
+    num_stages = sizes.pipeline * _num_chunks(sizes)
+    if text.num_hidden_layers % num_stages:
+        raise UserError(
+            f"--pipeline-model-parallel-size {sizes.pipeline} (with virtual stages: {num_stages}) must divide the "
+            f"{text.num_hidden_layers} layers"
+        )
