@@ -1,0 +1,299 @@
+"""Hugging Face weights into a live Megatron model, and out of it again, in any layout.
+
+Both directions walk the table of ``weight_map``: every rank reads only its own slices, and export moves one tensor
+at a time. The offline converter (``dist_checkpoint.py``) walks the same table.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_ktr.errors import UserError
+from megatron_ktr.hf_files import SafetensorsWriter, TensorInfo, copy_side_files, new_directory
+from models.qwen2_5_vl.config import Qwen2_5_VLConfig
+from models.qwen2_5_vl.hf_weights import open_hf_weights
+from models.qwen2_5_vl.weight_map import TE_NAMES, WeightSpec, weight_specs
+
+TensorOf = Callable[[nn.Parameter], Tensor | None]
+GatherTo = Literal["all", "source"]
+
+
+def named_model_parameters(model: nn.Module | Sequence[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters of a model (or of its virtual-pipeline chunks) under the table's names.
+
+    Unwraps DDP, counts layers over the whole model, and gives Transformer Engine's fused norms their plain name.
+    """
+    for chunk in model if isinstance(model, Sequence) else (model,):
+        inner = unwrap_model(chunk)
+        for name, parameter in inner.named_parameters():
+            yield _table_name(inner, name), parameter
+
+
+def model_config(model: nn.Module | Sequence[nn.Module]) -> Qwen2_5_VLConfig:
+    """The architecture a model (or its first chunk) was built from."""
+    return unwrap_model(model[0] if isinstance(model, Sequence) else model).model_config
+
+
+def unwrap_model(model: nn.Module) -> nn.Module:
+    """The model inside DDP and precision wrappers."""
+    while isinstance(getattr(model, "module", None), nn.Module):
+        model = model.module
+    return model
+
+
+def _table_name(model: nn.Module, name: str) -> str:
+    match = re.fullmatch(r"(.*\.layers\.)(\d+)\.(.*)", name)
+    if match is None:
+        return name
+    prefix, index, rest = match.groups()
+    number = getattr(model.get_submodule(prefix + index), "layer_number", int(index) + 1) - 1
+    return f"{prefix}{number}.{TE_NAMES.get(rest, rest)}"
+
+
+@torch.no_grad()
+def load_hf_weights(model: nn.Module | Sequence[nn.Module], hf_dir: Path | str, *, groups: Any = None) -> None:
+    """Fills this rank's parameters in place from a Hugging Face directory; padding becomes zero.
+
+    Every rank checks the whole directory, so that all fail alike, and reads only its own slices.
+
+    Args:
+        model: the model or its virtual-pipeline chunks, wrapped or not.
+        groups: ``ParallelGroups``; None means one process.
+
+    Raises:
+        UserError: missing, extra or misshapen tensors, named; damaged files.
+    """
+    chunks = model if isinstance(model, Sequence) else (model,)
+    config = model_config(chunks)
+    reader = open_hf_weights(hf_dir, config=config)
+    specs = {spec.name: spec for spec in weight_specs(config)}
+    layout = _Layout.of(groups)
+    for name, parameter in named_model_parameters(chunks):
+        spec, shape = specs[name], tuple(parameter.shape)
+        index, count = layout.shard(spec, shape)
+        parameter.copy_(spec.read_shard(reader.read, shape, index=index, count=count))
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where this rank stands; the groups are None in one process."""
+
+    tensor: dist.ProcessGroup | None = None
+    pipeline: dist.ProcessGroup | None = None
+    tensor_size: int = 1
+    tensor_rank: int = 0
+    pipeline_size: int = 1
+    pipeline_rank: int = 0
+
+    @classmethod
+    def of(cls, groups: Any) -> _Layout:
+        if groups is None:
+            return cls()
+        return cls(
+            tensor=groups.tensor,
+            pipeline=groups.pipeline,
+            tensor_size=groups.sizes.tensor,
+            tensor_rank=groups.tensor_rank,
+            pipeline_size=groups.sizes.pipeline,
+            pipeline_rank=groups.pipeline_rank,
+        )
+
+    @property
+    def is_source(self) -> bool:
+        return self.tensor_rank == self.pipeline_rank == 0
+
+    def shard(self, spec: WeightSpec, local_shape: tuple[int, ...]) -> tuple[int, int]:
+        """(index, count) of this rank's shard; (0, 1) where the module is not split."""
+        count = spec.num_shards(local_shape, tensor_size=self.tensor_size)
+        return (self.tensor_rank, count) if count > 1 else (0, 1)
+
+
+@torch.no_grad()
+def export_hf_tensors(
+    model: nn.Module | Sequence[nn.Module],
+    *,
+    groups: Any = None,
+    tensor_of: TensorOf | None = None,
+    gather_to: GatherTo = "all",
+) -> Iterator[tuple[str, Tensor]]:
+    """Yields (published Hugging Face name, whole tensor) one by one: vision, embedding, layers, norm, head.
+
+    Collective over the tensor and pipeline groups: every rank of a replica must exhaust the iterator. One tensor
+    and its shards are in memory beside the model, never more. A tied head is not exported.
+
+    Args:
+        model: the model or its virtual-pipeline chunks, wrapped or not.
+        groups: ``ParallelGroups``; None means one process.
+        tensor_of: what to export for a parameter, in the parameter's shape: by default the parameter itself. Pass
+            e.g. ``lambda p: p.main_grad`` to get gradients under Hugging Face names (complete only after
+            ``finalize_model_grads``). Where it returns None the parameter is left out.
+        gather_to: "all": every rank gets every tensor. "source": only the replica's source rank does (tensor and
+            pipeline rank 0); the others take part and yield nothing.
+    """
+    layout = _Layout.of(groups)
+    tensor_of = tensor_of or (lambda parameter: parameter)
+    local = dict(named_model_parameters(model))
+    specs = weight_specs(model_config(model))
+    if unknown := sorted(set(local) - {spec.name for spec in specs}):
+        raise RuntimeError(f"parameters that the table of names does not know: {', '.join(unknown)}")
+    owners = _stage_and_dtype(local, tensor_of, layout)
+    device = next(iter(local.values())).device
+    for spec in specs:
+        if spec.is_tied_copy or spec.name not in owners:
+            continue
+        stage, dtype = owners[spec.name]
+        wants = gather_to == "all" or layout.is_source
+        hf_tensors = None
+        if stage == layout.pipeline_rank:
+            shard = tensor_of(local[spec.name]).detach()
+            hf_tensors = _gather_shards(spec, shard, layout, gather_to=gather_to)
+        elif wants:
+            hf_tensors = tuple(torch.empty(shape, dtype=dtype, device=device) for shape in spec.hf_shapes)
+        _move_over_pipeline(hf_tensors, stage, layout, gather_to=gather_to)
+        if wants:
+            yield from zip(spec.hf_names, hf_tensors, strict=True)
+
+
+def _stage_and_dtype(
+    local: dict[str, nn.Parameter], tensor_of: TensorOf, layout: _Layout
+) -> dict[str, tuple[int, torch.dtype]]:
+    """Which pipeline stage holds each exported tensor, and its dtype; the same on every stage."""
+    mine = {name: tensor.dtype for name, p in local.items() if (tensor := tensor_of(p)) is not None}
+    stages: list[dict[str, torch.dtype]] = [mine] * layout.pipeline_size
+    if layout.pipeline_size > 1:
+        dist.all_gather_object(stages, mine, group=layout.pipeline)
+    owners: dict[str, tuple[int, torch.dtype]] = {}
+    for stage, names in enumerate(stages):
+        for name, dtype in names.items():
+            owners.setdefault(name, (stage, dtype))
+    return owners
+
+
+def _gather_shards(
+    spec: WeightSpec, shard: Tensor, layout: _Layout, *, gather_to: GatherTo
+) -> tuple[Tensor, ...] | None:
+    """The Hugging Face tensors of one Megatron tensor, on every tensor rank or on rank 0 (None on the others)."""
+    _, count = layout.shard(spec, tuple(shard.shape))
+    shards = [shard]
+    if count > 1:
+        shard = shard.contiguous()
+        receives = gather_to == "all" or layout.tensor_rank == 0
+        shards = [torch.empty_like(shard) for _ in range(count)] if receives else None
+        if gather_to == "all":
+            dist.all_gather(shards, shard, group=layout.tensor)
+        else:
+            dist.gather(shard, shards, group=layout.tensor, group_dst=0)
+    if shards is None or (gather_to == "source" and layout.tensor_rank != 0):
+        return None
+    hf_tensors = tuple(torch.empty(shape, dtype=shard.dtype, device=shard.device) for shape in spec.hf_shapes)
+    for index, piece in enumerate(shards):
+        spec.write_shard(piece, hf_tensors, index=index, count=count)
+    return hf_tensors
+
+
+def _move_over_pipeline(
+    hf_tensors: tuple[Tensor, ...] | None, stage: int, layout: _Layout, *, gather_to: GatherTo
+) -> None:
+    """From the stage that holds them to all stages, or to the first one."""
+    if layout.pipeline_size == 1 or hf_tensors is None:
+        return
+    if gather_to == "all":
+        for tensor in hf_tensors:
+            dist.broadcast(tensor, group=layout.pipeline, group_src=stage)
+    elif stage != 0:
+        # Point to point: only the two ranks concerned wait for each other.
+        for tensor in hf_tensors:
+            if layout.pipeline_rank == stage:
+                dist.send(tensor, group=layout.pipeline, group_dst=0)
+            elif layout.pipeline_rank == 0:
+                dist.recv(tensor, group=layout.pipeline, group_src=stage)
+
+
+def save_hf(
+    model: nn.Module | Sequence[nn.Module],
+    out_dir: Path | str,
+    *,
+    groups: Any = None,
+    hf_source_dir: Path | str,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes a directory that transformers and ``vllm serve`` load: weights, and every side file of the source.
+
+    Collective over the world. The first replica's source rank writes, tensor by tensor, into a scratch directory
+    that is renamed at the end. ``dtype`` in config.json becomes that of the written weights.
+
+    Raises:
+        UserError: on every rank: ``out_dir`` exists, or the disk is full.
+    """
+    layout = _Layout.of(groups)
+    takes_part = groups is None or groups.data_rank == groups.context_rank == 0
+    failure: Exception | None = None
+    if takes_part:
+        infos = _export_infos(model, layout)
+        tensors = export_hf_tensors(model, groups=groups, gather_to="source")
+        if layout.is_source:
+            try:
+                _write_hf_directory(Path(out_dir), tensors, infos, Path(hf_source_dir), max_shard_bytes=max_shard_bytes)
+            except Exception as error:
+                failure = error
+        # After a failure the other ranks still wait in the collectives of the tensors that were not written.
+        for _ in tensors:
+            pass
+    _raise_everywhere(failure, groups)
+
+
+def _export_infos(model: nn.Module | Sequence[nn.Module], layout: _Layout) -> list[TensorInfo]:
+    """Name, shape and dtype of every exported tensor, in order; collective over the pipeline group."""
+    owners = _stage_and_dtype(dict(named_model_parameters(model)), lambda parameter: parameter, layout)
+    return [
+        TensorInfo(name, shape, owners[spec.name][1])
+        for spec in weight_specs(model_config(model))
+        if not spec.is_tied_copy
+        for name, shape in zip(spec.hf_names, spec.hf_shapes, strict=True)
+    ]
+
+
+def _write_hf_directory(
+    out_dir: Path,
+    tensors: Iterator[tuple[str, Tensor]],
+    infos: list[TensorInfo],
+    source_dir: Path,
+    *,
+    max_shard_bytes: int,
+) -> None:
+    num_bytes = sum(info.num_bytes for info in infos)
+    with new_directory(out_dir, option="the export directory", need_bytes=num_bytes) as scratch:
+        copy_side_files(source_dir, scratch)
+        _set_config_dtype(scratch / "config.json", infos[-1].dtype)
+        SafetensorsWriter(scratch, infos, max_shard_bytes=max_shard_bytes).write(tensors)
+
+
+def _set_config_dtype(path: Path, dtype: torch.dtype) -> None:
+    """A run in bf16 may start from an fp32 directory; loaders trust config.json."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    name = str(dtype).removeprefix("torch.")
+    for section in (config, config.get("text_config"), config.get("vision_config")):
+        for key in ("dtype", "torch_dtype"):
+            if section and key in section:
+                section[key] = name
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _raise_everywhere(failure: Exception | None, groups: Any) -> None:
+    """Lets every rank fail with the writer's error instead of waiting for it in the next collective."""
+    message = [None if failure is None else str(failure)]
+    if groups is not None and groups.world_size > 1:
+        dist.broadcast_object_list(message, src=0, group=groups.world)
+    if failure is not None:
+        raise failure
+    if message[0] is not None:
+        raise UserError(message[0])
