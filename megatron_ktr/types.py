@@ -21,7 +21,7 @@ Flow of one step (``trainer.py``):
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -93,6 +93,11 @@ class RolloutGroup:
     @property
     def num_response_tokens(self) -> int:
         return sum(len(rollout.token_ids) for rollout in self.rollouts)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the packed group: the prompt once, and every response."""
+        return len(self.prompt.token_ids) + self.num_response_tokens
 
 
 @dataclass(frozen=True)
@@ -178,15 +183,18 @@ class PackedBatch:
 class TokenScores:
     """What is known about the response tokens of one PackedBatch, without gradient; fp32 [R] each.
 
-    A field is None when no enabled part of the objective asked for it, or for the two counterfactuals when the
-    batch has nothing to hide or to shuffle. ``has_video_R`` is False on tokens of text-only and image prompts
-    as far as ``shuffled`` goes; see ``attribution/signals.py``.
+    A field is None when no enabled part of the objective asked for it. Counterfactual values on tokens of a
+    prompt with nothing to hide or to shuffle mean nothing; ``attribution/signals.py`` discards them.
     """
 
     policy_logprob_R: Tensor
     entropy_R: Tensor | None = None
     hidden_logprob_R: Tensor | None = None
     shuffled_logprob_R: Tensor | None = None
+    hidden_kl_R: Tensor | None = None
+    """KL(p_intact || p_hidden) over the whole vocabulary; only for ``shift: kl``."""
+    shuffled_kl_R: Tensor | None = None
+    """KL(p_intact || p_shuffled), likewise."""
     reference_logprob_R: Tensor | None = None
     behaviour_logprob_R: Tensor | None = None
     """Old policy of a clipped ratio: None means one update per rollout, ratio = exp(logp - stopgrad(logp))."""
@@ -196,7 +204,7 @@ class TokenScores:
 class TokenStreams:
     """What an objective hands to the loss; the policy consumes these without knowing the algorithm.
 
-    loss = -sum_r weight_R[r] * (ratio_r * advantage_R[r] - kl_weight * k3_r)
+    loss = -sum_r weight_R[r] * (ratio_r * advantage_R[r] - kl_beta * k3_r)
 
     ``weight_R`` already contains mask, per-response denominator and the global denominator, so that summing
     the loss over micro-batches and data-parallel ranks gives the loss of the global batch.
@@ -208,6 +216,8 @@ class TokenStreams:
     """bool [R]: True on tokens that carry the loss."""
     is_selected_R: Mapping[str, Tensor] = field(default_factory=dict)
     """bool [R] by signal name; their union is ``is_key_token_R`` where signals are used."""
+    metrics: Metrics = field(default_factory=lambda: Metrics())
+    """What the objective counted on the way; the loss passes it on."""
 
 
 @dataclass
@@ -227,7 +237,3 @@ class Metrics:
 
     def means(self) -> dict[str, float]:
         return {name: value / max(self.counts[name], 1e-12) for name, value in self.sums.items()}
-
-
-def total_response_tokens(groups: Sequence[RolloutGroup]) -> int:
-    return sum(group.num_response_tokens for group in groups)

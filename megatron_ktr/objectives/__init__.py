@@ -1,0 +1,87 @@
+"""Objectives by name. A new algorithm is one file and one line in ``BUILDERS``."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from megatron_ktr.errors import UserError
+from megatron_ktr.objectives.advantages import LengthBonus
+from megatron_ktr.objectives.base import Objective
+from megatron_ktr.objectives.grpo import GRPO
+from megatron_ktr.objectives.video_ktr import VideoKTR
+
+__all__ = ["BUILDERS", "Objective", "build_objective"]
+
+
+def build_objective(section: Any, *, reward: Any | None = None) -> Objective:
+    """The objective the configuration asks for.
+
+    Args:
+        section: the ``objective`` section of the configuration.
+        reward: the ``reward`` section, which holds the length bonus; None for no bonus.
+
+    Raises:
+        UserError: an unknown name (with the nearest known one) or a setting out of range.
+    """
+    if section.objective not in BUILDERS:
+        nearest = difflib.get_close_matches(section.objective, BUILDERS, n=1, cutoff=0.0)
+        raise UserError(
+            f"objective: unknown objective {section.objective!r}, expected one of {sorted(BUILDERS)}; "
+            f"did you mean {nearest[0]!r}?"
+        )
+    try:
+        return BUILDERS[section.objective](section, _length_bonus(reward))
+    except ValueError as error:
+        raise UserError(f"objective {section.objective}: {error}") from error
+
+
+def _grpo(section: Any, length_bonus: LengthBonus | None) -> GRPO:
+    return GRPO(
+        kl_beta=section.kl_beta,
+        clip_low=section.clip_low,
+        clip_high=section.clip_high,
+        loss_aggregation=section.loss_aggregation,
+        length_bonus=length_bonus,
+        original_compat=section.original_compat,
+    )
+
+
+def _video_ktr(section: Any, length_bonus: LengthBonus | None) -> VideoKTR:
+    signals = tuple(section.signals)
+    return VideoKTR(
+        base=_grpo(section, length_bonus),
+        signals=signals,
+        selection_ratio=_ratios(section.selection_ratio, signals),
+        shift=section.shift,
+    )
+
+
+BUILDERS: dict[str, Callable[[Any, LengthBonus | None], Objective]] = {"grpo": _grpo, "video_ktr": _video_ktr}
+
+
+def _ratios(setting: Any, signals: tuple[str, ...]) -> dict[str, float]:
+    """One share for all signals, one for each in order, or a mapping by signal."""
+    if isinstance(setting, Mapping):
+        return {signal: float(ratio) for signal, ratio in setting.items()}
+    if isinstance(setting, int | float):
+        return dict.fromkeys(signals, float(setting))
+    ratios = [float(ratio) for ratio in setting]
+    if len(ratios) == 1:
+        return dict.fromkeys(signals, ratios[0])
+    if len(ratios) != len(signals):
+        raise ValueError(f"selection_ratio needs one share, or one for each of {signals}, got {ratios}")
+    return dict(zip(signals, ratios, strict=True))
+
+
+def _length_bonus(reward: Any | None) -> LengthBonus | None:
+    if reward is None or not reward.length_bonus:
+        return None
+    if reward.length_bonus_min > reward.length_bonus_max:
+        raise UserError(
+            f"length_bonus_min {reward.length_bonus_min} is above length_bonus_max {reward.length_bonus_max}"
+        )
+    # `true` stands for the published amount.
+    bonus = LengthBonus.bonus if reward.length_bonus is True else float(reward.length_bonus)
+    return LengthBonus(bonus=bonus, min_length=reward.length_bonus_min, max_length=reward.length_bonus_max)

@@ -1,0 +1,82 @@
+"""Key tokens: the top share of each signal within a prompt's group, and the union over signals.
+
+    threshold = quantile of the group's finite scores at 1 - ratio, linear interpolation, as torch.quantile
+    selected  = score >= threshold
+
+The quantile runs over all response tokens of the G responses together, so a response may have many key tokens
+or none. Ties at the threshold are all kept. A degenerate group, without finite scores or with all of them
+equal, says nothing about which tokens matter and selects none (quantile and >= would select all).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+def select_top_share(score_R: Tensor, group_R: Tensor, *, ratio: float, num_groups: int) -> Tensor:
+    """bool [R]: True on tokens at or above their group's quantile at ``1 - ratio``.
+
+    Args:
+        score_R: floating point; non-finite scores are left out of the quantile and never selected.
+        group_R: int64 in 0 .. num_groups - 1, in any order.
+        ratio: in (0, 1].
+    """
+    check_ratio(ratio)
+    is_finite_R = score_R.isfinite()
+    threshold_P, is_degenerate_P = _thresholds(score_R, group_R, is_finite_R, quantile=1 - ratio, num_groups=num_groups)
+    return is_finite_R & (score_R >= threshold_P[group_R]) & ~is_degenerate_P[group_R]
+
+
+def select_key_tokens(
+    score_R_by_signal: Mapping[str, Tensor], ratios: Mapping[str, float], *, group_R: Tensor, num_groups: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The union over signals, bool [R], and each signal's own selection."""
+    if not score_R_by_signal:
+        raise ValueError("select_key_tokens needs at least one signal")
+    selected = {
+        signal: select_top_share(score_R, group_R, ratio=ratios[signal], num_groups=num_groups)
+        for signal, score_R in score_R_by_signal.items()
+    }
+    return torch.stack(list(selected.values())).any(dim=0), selected
+
+
+def check_ratio(ratio: float) -> None:
+    if not 0 < ratio <= 1:
+        raise ValueError(f"selection_ratio must be above 0 and at most 1, got {ratio}")
+
+
+def _thresholds(
+    score_R: Tensor, group_R: Tensor, is_finite_R: Tensor, *, quantile: float, num_groups: int
+) -> tuple[Tensor, Tensor]:
+    """Threshold and degeneracy of each group, [num_groups] both.
+
+    All groups at once: two stable sorts order the tokens by (group, score) with the non-finite ones at each
+    group's end, and the interpolation repeats torch.quantile's arithmetic, the rank included, in the scores'
+    own precision. No loop over tokens or groups, and no data leaves the device.
+    """
+    by_score = score_R.masked_fill(~is_finite_R, float("inf")).argsort(stable=True)
+    order = by_score[group_R[by_score].argsort(stable=True)]
+    sorted_R = score_R[order]
+    num_tokens_P = _count(torch.ones_like(group_R), group_R, num_groups)
+    num_finite_P = _count(is_finite_R.to(torch.int64), group_R, num_groups)
+    start_P = num_tokens_P.cumsum(0) - num_tokens_P
+
+    last_P = (num_finite_P - 1).clamp(min=0)
+    rank_P = torch.tensor(quantile, dtype=score_R.dtype, device=score_R.device) * last_P
+    below_P, above_P = rank_P.to(torch.int64), rank_P.ceil().to(torch.int64)
+    # A group without tokens may start past the end; its value is never read.
+    end = max(len(sorted_R) - 1, 0)
+
+    def at(place_P: Tensor) -> Tensor:
+        return sorted_R[(start_P + place_P).clamp(max=end)]
+
+    threshold_P = torch.lerp(at(below_P), at(above_P), rank_P - below_P)
+    is_degenerate_P = (num_finite_P == 0) | (at(torch.zeros_like(last_P)) == at(last_P))
+    return threshold_P, is_degenerate_P
+
+
+def _count(values: Tensor, group_R: Tensor, num_groups: int) -> Tensor:
+    return torch.zeros(num_groups, dtype=torch.int64, device=group_R.device).index_add_(0, group_R, values)

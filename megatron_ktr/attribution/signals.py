@@ -1,0 +1,94 @@
+"""The three scores of Video-KTR (arXiv 2601.19686), per response token, without gradient:
+
+    entropy   H_t = -sum_v p(v) log p(v)                   policy, intact view, full vocabulary
+    visual    s_t = logp_t(intact) - logp_t(hidden)        how much the answer token owes to seeing the video
+    temporal  s_t = logp_t(intact) - logp_t(shuffled)      how much it owes to the order of the frames
+
+``shift`` says how the last two measure the difference: ``signed`` as above, ``absolute`` |s_t|, or ``kl`` =
+KL(p_intact || p_counterfactual) over the whole vocabulary.
+
+A signal does not apply to tokens whose prompt has nothing to hide (text only: no visual score) or nothing to
+shuffle (images, one temporal patch: no temporal score). Their score is NaN, which selection ignores. It is not
+0: the two forwards of an unchanged input may differ in the last bit, and noise must not pick tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megatron_ktr.attribution.counterfactuals import can_hide, can_shuffle
+from megatron_ktr.errors import UserError
+from megatron_ktr.types import PackedBatch, RolloutGroup, TokenScores, View
+
+Signal = Literal["entropy", "visual", "temporal"]
+SIGNALS: tuple[Signal, ...] = ("entropy", "visual", "temporal")
+Shift = Literal["signed", "absolute", "kl"]
+SHIFTS: tuple[Shift, ...] = ("signed", "absolute", "kl")
+VIEW_OF_SIGNAL: dict[Signal, View] = {"visual": "hidden", "temporal": "shuffled"}
+
+
+def signal_scores(
+    scores: TokenScores, *, applies_R: dict[Signal, Tensor], shift: Shift = "signed"
+) -> dict[Signal, Tensor]:
+    """The score of every response token, fp32 [R] by signal; NaN where the signal does not apply.
+
+    Args:
+        applies_R: bool [R] for each signal wanted (``signal_applies``).
+
+    Raises:
+        ValueError: the scores lack the entropy or the log-probs a wanted signal needs.
+        UserError: ``shift`` is ``kl`` and the scores carry no KL.
+    """
+    if shift not in SHIFTS:
+        raise ValueError(f"shift must be one of {SHIFTS}, got {shift!r}")
+    found: dict[Signal, Tensor] = {}
+    for signal, is_applicable_R in applies_R.items():
+        if signal == "entropy":
+            score_R = _present(scores.entropy_R, "entropy_R", signal)
+        elif shift == "kl":
+            score_R = _kl(scores, signal)
+        else:
+            view = VIEW_OF_SIGNAL[signal]
+            counterfactual_R = scores.hidden_logprob_R if view == "hidden" else scores.shuffled_logprob_R
+            score_R = scores.policy_logprob_R - _present(counterfactual_R, f"{view}_logprob_R", signal)
+            score_R = score_R.abs() if shift == "absolute" else score_R
+        found[signal] = score_R.detach().float().masked_fill(~is_applicable_R.to(score_R.device), float("nan"))
+    return found
+
+
+def signal_applies(
+    batch: PackedBatch, groups: Sequence[RolloutGroup], *, signals: Sequence[Signal]
+) -> dict[Signal, Tensor]:
+    """bool [R] for each of ``signals``: whether the token's prompt has something to hide or to shuffle."""
+    tests = {"entropy": lambda prompt: True, "visual": can_hide, "temporal": can_shuffle}
+    unknown = [signal for signal in signals if signal not in tests]
+    if unknown:
+        raise ValueError(f"unknown signals {unknown}, expected some of {SIGNALS}")
+    if len(groups) != len(batch.layout.groups):
+        raise ValueError(f"the batch packs {len(batch.layout.groups)} groups, got {len(groups)}")
+    return {
+        signal: torch.tensor([tests[signal](group.prompt) for group in groups], device=batch.group_R.device)[
+            batch.group_R
+        ]
+        for signal in signals
+    }
+
+
+def _kl(scores: TokenScores, signal: Signal) -> Tensor:
+    kl_R = scores.hidden_kl_R if signal == "visual" else scores.shuffled_kl_R
+    if kl_R is None:
+        raise UserError(
+            f"shift: kl needs the {signal} scores' KL over the whole vocabulary, which this run does not compute; "
+            "choose shift signed or absolute"
+        )
+    return kl_R
+
+
+def _present(values_R: Tensor | None, field: str, signal: Signal) -> Tensor:
+    if values_R is None:
+        raise ValueError(f"signal {signal!r} needs TokenScores.{field}, which was not computed")
+    return values_R

@@ -1,0 +1,112 @@
+"""What an objective is, and the two pieces all policy-gradient objectives share: rewards and token weights.
+
+An objective says which scores it needs and turns them into per-token streams; ``loss.py`` consumes the streams.
+The trainer and the policy know objectives by this protocol only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_ktr.types import Metrics, PackedBatch, RolloutGroup, TokenScores, TokenStreams, View
+
+LossAggregation = Literal["sequence", "token"]
+LOSS_AGGREGATIONS: tuple[LossAggregation, ...] = ("sequence", "token")
+
+
+class Objective(Protocol):
+    """An algorithm, from scores to loss. Implementations are frozen dataclasses without state."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def views(self) -> frozenset[View]:
+        """Counterfactual views whose log-probs must be in the scores; never contains ``intact``."""
+        ...
+
+    @property
+    def needs_entropy(self) -> bool: ...
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the frozen reference model's log-probs must be in the scores (KL weight above 0)."""
+        ...
+
+    @property
+    def needs_selection_first(self) -> bool:
+        """Whether ``num_tokens_global`` counts *key* tokens: then every micro-batch of every replica must be
+        scored and selected (``select_tokens``) before the first forward of the update."""
+        ...
+
+    def select_tokens(
+        self, batch: PackedBatch, scores: TokenScores, group_data: Sequence[RolloutGroup]
+    ) -> dict[str, Tensor]:
+        """bool [R] by signal; empty where every response token carries the loss."""
+        ...
+
+    def num_loss_tokens(self, batch: PackedBatch, is_selected_R: Mapping[str, Tensor]) -> int:
+        """Tokens of the batch that carry the loss, given ``select_tokens``'s answer."""
+        ...
+
+    def token_streams(
+        self,
+        batch: PackedBatch,
+        scores: TokenScores,
+        group_data: Sequence[RolloutGroup],
+        *,
+        num_responses_global: int,
+        num_tokens_global: int | None = None,
+        is_selected_R: Mapping[str, Tensor] | None = None,
+    ) -> TokenStreams:
+        """Advantage, weight and mask of every response token.
+
+        Args:
+            batch: the intact view.
+            group_data: the groups packed in ``batch``, in order, with rewards.
+            num_responses_global: responses of the update over all micro-batches and replicas.
+            num_tokens_global: tokens that carry the loss over all of them; needed for token aggregation.
+            is_selected_R: a selection made earlier, used as it is (several updates per rollout; proofs).
+        """
+        ...
+
+    def loss(self, statistics: Any, streams: TokenStreams, scores: TokenScores) -> tuple[Tensor, Metrics]:
+        """Loss of the micro-batch (differentiable through ``statistics.logprob_R``) and its metrics."""
+        ...
+
+
+def token_weights(
+    is_key_token_R: Tensor,
+    response_R: Tensor,
+    *,
+    num_responses: int,
+    num_responses_global: int,
+    num_tokens_global: int | None,
+    aggregation: LossAggregation,
+    zero_division: bool = False,
+) -> Tensor:
+    """``weight_R`` of ``TokenStreams``: mask and every denominator in one number, fp32 [R].
+
+    ``sequence``: mask / (key tokens of the token's response * responses of the global batch), GRPO's mean over
+    responses of means over tokens; ``token``: mask / tokens of the global batch (DAPO). A response without key
+    tokens adds zero; with ``zero_division`` it makes all its tokens' weights, and so the loss, NaN (0 / 0).
+    """
+    mask_R = is_key_token_R.to(torch.float32)
+    if aggregation == "token":
+        if num_tokens_global is None:
+            raise ValueError("loss_aggregation 'token' needs num_tokens_global, the global batch's number of tokens")
+        return mask_R / (num_tokens_global if zero_division else max(num_tokens_global, 1))
+    num_key_tokens = count_by_response(is_key_token_R, response_R, num_responses=num_responses)
+    if not zero_division:
+        num_key_tokens = num_key_tokens.clamp(min=1)
+    return mask_R / (num_key_tokens[response_R] * num_responses_global)
+
+
+def count_by_response(is_counted_R: Tensor, response_R: Tensor, *, num_responses: int) -> Tensor:
+    """Number of True tokens of each response, fp32 [responses of the batch]."""
+    counts = torch.zeros(num_responses, dtype=torch.float32, device=response_R.device)
+    return counts.index_add_(0, response_R, is_counted_R.to(torch.float32))

@@ -1,0 +1,152 @@
+"""GRPO (arXiv 2402.03300), as Video-R1 trains it: every response token carries the loss.
+
+    loss = -mean_i (1 / |o_i|) sum_t [ratio_it * A_i - beta * k3_it]            i over all responses of the batch
+
+Deviations:
+1. A is exactly 0 where a group's rewards are equal to 1e-6 (``advantages.py``).
+2. ``loss_aggregation: token`` averages over the tokens of the global batch instead (DAPO, arXiv 2503.14476).
+3. The log-ratio of the KL term is clamped to [-10, 10], so that one forgotten token cannot overflow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_ktr.objectives.advantages import LengthBonus, group_advantages, response_rewards
+from megatron_ktr.objectives.base import LOSS_AGGREGATIONS, LossAggregation, count_by_response, token_weights
+from megatron_ktr.objectives.loss import policy_gradient_loss
+from megatron_ktr.types import Metrics, PackedBatch, RolloutGroup, TokenScores, TokenStreams, View
+
+
+@dataclass(frozen=True)
+class GRPO:
+    """The base of every algorithm here: advantages, token weights and the loss, given a mask of key tokens."""
+
+    kl_beta: float = 0.04
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    loss_aggregation: LossAggregation = "sequence"
+    length_bonus: LengthBonus | None = None
+    original_compat: bool = False
+    """Only matters with a mask: length and length bonus count key tokens, no key tokens divides by zero."""
+
+    def __post_init__(self) -> None:
+        if self.loss_aggregation not in LOSS_AGGREGATIONS:
+            raise ValueError(f"loss_aggregation must be one of {LOSS_AGGREGATIONS}, got {self.loss_aggregation!r}")
+        if self.kl_beta < 0 or self.clip_low < 0 or self.clip_high < 0:
+            raise ValueError(f"kl_beta, clip_low and clip_high must not be negative, got {self}")
+
+    @property
+    def name(self) -> str:
+        return "grpo"
+
+    @property
+    def views(self) -> frozenset[View]:
+        return frozenset()
+
+    @property
+    def needs_entropy(self) -> bool:
+        return False
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.kl_beta > 0
+
+    @property
+    def needs_selection_first(self) -> bool:
+        return False
+
+    def select_tokens(
+        self, batch: PackedBatch, scores: TokenScores, group_data: Sequence[RolloutGroup]
+    ) -> dict[str, Tensor]:
+        return {}
+
+    def num_loss_tokens(self, batch: PackedBatch, is_selected_R: Mapping[str, Tensor]) -> int:
+        return int(batch.target_ids_R.numel())
+
+    def token_streams(
+        self,
+        batch: PackedBatch,
+        scores: TokenScores,
+        group_data: Sequence[RolloutGroup],
+        *,
+        num_responses_global: int,
+        num_tokens_global: int | None = None,
+        is_selected_R: Mapping[str, Tensor] | None = None,
+    ) -> TokenStreams:
+        return self.masked_streams(
+            batch,
+            group_data,
+            is_key_token_R=torch.ones_like(batch.target_ids_R, dtype=torch.bool),
+            num_responses_global=num_responses_global,
+            num_tokens_global=num_tokens_global,
+        )
+
+    def masked_streams(
+        self,
+        batch: PackedBatch,
+        group_data: Sequence[RolloutGroup],
+        *,
+        is_key_token_R: Tensor,
+        num_responses_global: int,
+        num_tokens_global: int | None,
+        is_selected_R: Mapping[str, Tensor] | None = None,
+    ) -> TokenStreams:
+        """Streams of GRPO in which only ``is_key_token_R`` carries the loss."""
+        if num_responses_global < batch.num_responses:
+            raise ValueError(f"num_responses_global {num_responses_global} < {batch.num_responses} of one micro-batch")
+        lengths = None
+        if self.original_compat:
+            counts = count_by_response(is_key_token_R, batch.response_R, num_responses=batch.num_responses)
+            lengths = [int(count) for count in counts.tolist()]
+        rewards = response_rewards(group_data, lengths=lengths, setting=self.length_bonus)
+        advantages = torch.cat([group_advantages([sum(parts) for parts in group]) for group in rewards])
+        advantage_R = advantages.to(device=batch.response_R.device, dtype=torch.float32)[batch.response_R]
+        weight_R = token_weights(
+            is_key_token_R,
+            batch.response_R,
+            num_responses=batch.num_responses,
+            num_responses_global=num_responses_global,
+            num_tokens_global=num_tokens_global,
+            aggregation=self.loss_aggregation,
+            zero_division=self.original_compat,
+        )
+        selected = dict(is_selected_R or {})
+        metrics = _selection_metrics(is_key_token_R, selected)
+        if self.length_bonus is not None:
+            bonuses = [bonus for group in rewards for _, bonus in group]
+            metrics.add("reward/length_bonus", sum(bonuses), len(bonuses))
+        lengths = lengths or [len(rollout.token_ids) for group in group_data for rollout in group.rollouts]
+        metrics.add("response_length", sum(lengths), len(lengths))
+        return TokenStreams(
+            advantage_R=advantage_R,
+            weight_R=weight_R,
+            is_key_token_R=is_key_token_R,
+            is_selected_R=selected,
+            metrics=metrics,
+        )
+
+    def loss(self, statistics: Any, streams: TokenStreams, scores: TokenScores) -> tuple[Tensor, Metrics]:
+        return policy_gradient_loss(
+            statistics.logprob_R,
+            streams,
+            scores=scores,
+            kl_beta=self.kl_beta,
+            clip_low=self.clip_low,
+            clip_high=self.clip_high,
+        )
+
+
+def _selection_metrics(is_key_token_R: Tensor, is_selected_R: Mapping[str, Tensor]) -> Metrics:
+    """Shares of response tokens; one transfer from the device for all of them."""
+    masks = {"key_token_ratio": is_key_token_R}
+    masks |= {f"key_token_ratio/{signal}": mask_R for signal, mask_R in is_selected_R.items()}
+    metrics = Metrics()
+    for name, count in zip(masks, torch.stack([mask_R.sum() for mask_R in masks.values()]).tolist(), strict=True):
+        metrics.add(name, count, is_key_token_R.numel())
+    return metrics
