@@ -102,12 +102,12 @@ def _describe(section: str, field: dataclasses.Field, *, hint: Any) -> Option:
     )
 
 
-def did_you_mean(name: str, candidates: Iterable[str]) -> str:
+def did_you_mean(name: str, candidates: Iterable[str], *, cutoff: float = 0.0) -> str:
     """``"; did you mean X?"``: the shortest candidate with all words of ``name``, else the nearest spelling."""
     known = list(candidates)
     words = [word for word in name.replace("_", "-").split("-") if word]
     with_words = [other for other in known if words and set(words) <= set(other.replace("_", "-").split("-"))]
-    near = sorted(with_words, key=len) or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    near = sorted(with_words, key=len) or difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
     return f"; did you mean {near[0]}?" if near else ""
 
 
@@ -164,7 +164,7 @@ def _in_range(option: Option, number: float) -> bool:
 
 
 def _refuse(option: Option, value: Any, *, source: str) -> NoReturn:
-    hint = did_you_mean(value, option.choices) if isinstance(value, str) else ""
+    hint = did_you_mean(value, option.choices, cutoff=0.5) if isinstance(value, str) else ""
     raise UserError(f"{source}: {option.key} ({option.flag}) expects {option.expected}, got {value!r}{hint}")
 
 

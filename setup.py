@@ -1,0 +1,72 @@
+"""Installation of Megatron-KTR. Tool settings are in pyproject.toml, environments in the Makefile."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+
+def _version() -> str:
+    """``__version__`` of the package, read without importing it."""
+    for node in ast.parse((HERE / "megatron_ktr" / "__init__.py").read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and node.targets[0].id == "__version__":
+            return ast.literal_eval(node.value)
+    raise RuntimeError("megatron_ktr/__init__.py has no __version__")
+
+
+DECORD_HAS_WHEELS = (
+    "(platform_system == 'Linux' and platform_machine == 'x86_64')"
+    " or (platform_system == 'Windows' and platform_machine == 'AMD64')"
+)
+
+INSTALL_REQUIRES = [
+    "torch>=2.11",
+    "megatron-core==0.16.1",  # the platform layer redirects functions of exactly this version
+    "transformers>=5.18,<5.20",  # older ones cut seconds per grid to integers; vLLM 0.32 ends at 5.20
+    "numpy",
+    "safetensors",
+    "sentencepiece",
+    "pyyaml",
+    "pillow",
+    "psutil",  # without it megatron-core's checkpoint writer hangs silently
+    "av",
+    f"decord>=0.6; {DECORD_HAS_WHEELS}",
+    "tensorboard",
+    "rouge-score",
+    "jiwer",
+]
+
+EXTRAS_REQUIRE = {
+    # vLLM 0.32 pins this torch exactly, so core and engine can share an environment.
+    "cpu": ["torch==2.13.0"],
+    "vllm": ["vllm==0.32.0"],
+    # The newest that megatron-core 0.16.1 accepts. CUDA only: on a CPU machine its wheel breaks megatron-core.
+    "te": ["transformer-engine[pytorch]==2.11.0"],
+    "dev": ["pytest>=8", "ruff==0.17.5"],
+}
+# NVIDIA's apex is not listed on purpose: the public index holds an unrelated project under that name. See README.
+
+setup(
+    name="megatron-ktr",
+    version=_version(),
+    description="Token-level selective reinforcement learning for video-reasoning models on Megatron-core",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["megatron_ktr", "megatron_ktr.*", "models", "models.*"]),
+    package_data={"megatron_ktr": ["data/templates/*"]},
+    install_requires=INSTALL_REQUIRES,
+    extras_require=EXTRAS_REQUIRE,
+    entry_points={"console_scripts": ["megatron-ktr-train=megatron_ktr.train:cli"]},
+    classifiers=[
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
