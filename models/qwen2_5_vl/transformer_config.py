@@ -97,6 +97,8 @@ def _kernels() -> dict[str, Any]:
         # The fused kernel restarts at every segment; M-RoPE needs one frequency per row.
         apply_rope_fusion=False,
         gradient_accumulation_fusion=False,
+        # Not in use; core's own default is a deprecated spelling that it warns about.
+        cuda_graph_scope=[],
     )
 
 
