@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
@@ -97,22 +96,3 @@ class LanguageModel(GPTModel):
 
     def _postprocess(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         return hidden_states
-
-
-class ZeroGradientAnchor(torch.autograd.Function):
-    """Identity on ``hidden`` whose backward also reaches ``parameters``, with zeros.
-
-    Data-parallel gradient reduction starts when every parameter of a bucket has received a gradient, and all replicas
-    must start it together. A text-only micro-batch never runs the vision encoder; without an anchor this replica
-    would wait for gradients that never come, and the others for this replica.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.kinds = [(p.shape, p.dtype, p.device) for p in parameters]
-        return hidden.view_as(hidden)
-
-    @staticmethod
-    def backward(ctx: Any, grad_hidden: Tensor) -> tuple[Tensor, ...]:
-        zeros = [torch.zeros((), dtype=dtype, device=device).expand(shape) for shape, dtype, device in ctx.kinds]
-        return grad_hidden, *zeros

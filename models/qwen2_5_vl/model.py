@@ -30,7 +30,7 @@ from megatron_ktr.distributed.platform import current
 from megatron_ktr.ops.linear_logprob import LinearLogprob, linear_logprob
 from megatron_ktr.types import PackedBatch
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
-from models.qwen2_5_vl.language import LanguageModel, ZeroGradientAnchor
+from models.qwen2_5_vl.language import LanguageModel
 from models.qwen2_5_vl.layer_specs import TransformerImpl
 from models.qwen2_5_vl.transformer_config import language_transformer_config
 from models.qwen2_5_vl.vision import VisionEncoder
@@ -148,13 +148,22 @@ class Qwen2_5_VLModel(MegatronModule):
         )
 
     def _embed(self, batch: PackedBatch) -> Tensor:
-        has_media = batch.patches_SD is not None
-        features = self.vision(batch.patches_SD, batch.grid_thw_M3) if has_media else None
-        hidden_T1D = self.language.embed(batch.token_ids_T, visual_rows=batch.visual_rows, features=features)
-        if not has_media and torch.is_grad_enabled():
-            trainable = [p for p in self.vision.parameters() if p.requires_grad]
-            hidden_T1D = ZeroGradientAnchor.apply(hidden_T1D, *trainable)
-        return hidden_T1D
+        # The encoder runs before the embedding, always: backward then reaches them in the opposite order, always.
+        features = None
+        if batch.patches_SD is not None or self._needs_vision_gradients():
+            features = self.vision(batch.patches_SD, batch.grid_thw_M3)
+        return self.language.embed(batch.token_ids_T, visual_rows=batch.visual_rows, features=features)
+
+    def _needs_vision_gradients(self) -> bool:
+        """Whether backward must reach the vision encoder even if this micro-batch has no media.
+
+        Overlapped data-parallel reduction sends a bucket of gradients as soon as all of its parameters have one, and
+        replicas must send the same buckets in the same order. A replica without media that left the encoder out would
+        stall the others; zeros from a mere anchor would come at another moment of backward, and pair one bucket with
+        another. So the encoder runs on a single dummy unit, whose (empty) result is connected to every parameter:
+        same graph, same order, zero gradients.
+        """
+        return torch.is_grad_enabled() and any(p.requires_grad for p in self.vision.parameters())
 
     def _check(self, batch: PackedBatch) -> None:
         num_tokens = batch.token_ids_T.shape[0]
