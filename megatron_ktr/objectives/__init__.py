@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from megatron_ktr.errors import UserError
@@ -49,30 +49,15 @@ def _grpo(section: Any, length_bonus: LengthBonus | None) -> GRPO:
 
 
 def _video_ktr(section: Any, length_bonus: LengthBonus | None) -> VideoKTR:
-    signals = tuple(section.signals)
     return VideoKTR(
         base=_grpo(section, length_bonus),
-        signals=signals,
-        selection_ratio=_ratios(section.selection_ratio, signals),
+        signals=tuple(section.signals),
+        selection_ratio=section.ratio_of_signal,
         shift=section.shift,
     )
 
 
 BUILDERS: dict[str, Callable[[Any, LengthBonus | None], Objective]] = {"grpo": _grpo, "video_ktr": _video_ktr}
-
-
-def _ratios(setting: Any, signals: tuple[str, ...]) -> dict[str, float]:
-    """One share for all signals, one for each in order, or a mapping by signal."""
-    if isinstance(setting, Mapping):
-        return {signal: float(ratio) for signal, ratio in setting.items()}
-    if isinstance(setting, int | float):
-        return dict.fromkeys(signals, float(setting))
-    ratios = [float(ratio) for ratio in setting]
-    if len(ratios) == 1:
-        return dict.fromkeys(signals, ratios[0])
-    if len(ratios) != len(signals):
-        raise ValueError(f"selection_ratio needs one share, or one for each of {signals}, got {ratios}")
-    return dict(zip(signals, ratios, strict=True))
 
 
 def _length_bonus(reward: Any | None) -> LengthBonus | None:
@@ -82,6 +67,6 @@ def _length_bonus(reward: Any | None) -> LengthBonus | None:
         raise UserError(
             f"length_bonus_min {reward.length_bonus_min} is above length_bonus_max {reward.length_bonus_max}"
         )
-    # `true` stands for the published amount.
-    bonus = LengthBonus.bonus if reward.length_bonus is True else float(reward.length_bonus)
-    return LengthBonus(bonus=bonus, min_length=reward.length_bonus_min, max_length=reward.length_bonus_max)
+    return LengthBonus(
+        bonus=reward.length_bonus, min_length=reward.length_bonus_min, max_length=reward.length_bonus_max
+    )

@@ -50,7 +50,8 @@ class Objective(Protocol):
         ...
 
     def num_loss_tokens(self, batch: PackedBatch, is_selected_R: Mapping[str, Tensor]) -> int:
-        """Tokens of the batch that carry the loss, given ``select_tokens``'s answer."""
+        """Tokens of the batch that carry the loss, given ``select_tokens``'s answer; without one (pipeline stages
+        that do not score) an objective that selects answers 0."""
         ...
 
     def token_streams(

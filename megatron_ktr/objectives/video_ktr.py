@@ -93,7 +93,7 @@ class VideoKTR:
         return is_selected_R
 
     def num_loss_tokens(self, batch: PackedBatch, is_selected_R: Mapping[str, Tensor]) -> int:
-        return int(_union(is_selected_R).sum())
+        return int(_union(is_selected_R).sum()) if is_selected_R else 0
 
     def token_streams(
         self,

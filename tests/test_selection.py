@@ -1,0 +1,199 @@
+"""Counterfactual orders, signals and the choice of key tokens."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from megatron_ktr.attribution.counterfactuals import can_hide, can_shuffle, draw_permutation, draw_permutations
+from megatron_ktr.attribution.selection import _thresholds, select_key_tokens, select_top_share
+from megatron_ktr.attribution.signals import signal_applies, signal_scores
+from megatron_ktr.errors import UserError
+from megatron_ktr.packing import pack_groups
+from megatron_ktr.types import TokenScores
+from tests.support.groups import MEDIA, group_of, image, video
+
+NAN = float("nan")
+
+
+def select(scores, groups=None, ratio=0.2):
+    score_R = torch.tensor(scores, dtype=torch.float32)
+    group_R = torch.tensor(groups if groups is not None else [0] * len(scores))
+    return select_top_share(score_R, group_R, ratio=ratio, num_groups=int(group_R.max()) + 1).tolist()
+
+
+def test_top_share_worked_by_hand():
+    # Quantile 0.8 of 0 .. 10 is 8 exactly; of 1, 2, 3, 4 it is 3 + 0.4 * (4 - 3).
+    assert select(list(range(11))) == [False] * 8 + [True] * 3
+    assert select([2.0, 4.0, 1.0, 3.0]) == [False, True, False, False]
+    assert select([2.0, 4.0, 1.0, 3.0], ratio=1.0) == [True] * 4
+
+
+def test_all_ties_at_the_threshold_are_kept():
+    assert select([1.0, 5.0, 5.0, 5.0, 0.0]) == [False, True, True, True, False]
+    assert select([0.0, 0.0, 0.0, 0.0, 0.0, 1.0], ratio=0.4) == [True] * 6
+
+
+@pytest.mark.parametrize("scores", [[3.0, 3.0, 3.0], [NAN, NAN], [1.0], [NAN, 2.0, NAN], [float("inf"), 1.0]])
+def test_degenerate_scores_select_nothing(scores):
+    assert not any(select(scores))
+
+
+def test_non_finite_scores_are_left_out_of_the_quantile():
+    scores = [0.0, NAN, 1.0, float("inf"), 2.0, float("-inf"), 3.0, 4.0]
+    assert select(scores, ratio=0.25) == [False, False, False, False, False, False, True, True]
+
+
+def test_groups_in_any_token_order_do_not_see_each_other():
+    scores = [0.0, 100.0, 1.0, 300.0, 2.0, 200.0]
+    assert select(scores, [0, 1, 0, 1, 0, 1]) == [False, False, False, True, True, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("levels", [None, 4])
+def test_thresholds_equal_torch_quantile_bit_for_bit(dtype, levels):
+    generator = torch.Generator().manual_seed(0)
+    # 67 groups: vectorised and scalar tails of the interpolation kernel both run; coarse levels make ties.
+    for ratio in (0.2, 0.1, 0.37, 1.0, 0.013):
+        num_groups = 67
+        lengths = torch.randint(1, 90, (num_groups,), generator=generator)
+        group_R = torch.arange(num_groups).repeat_interleave(lengths)
+        shuffle = torch.randperm(len(group_R), generator=generator)
+        group_R = group_R[shuffle]
+        score_R = torch.randn(len(group_R), generator=generator, dtype=dtype)
+        if levels:
+            score_R = (score_R * levels).round() / levels
+        score_R[torch.rand(len(score_R), generator=generator) < 0.1] = NAN
+        threshold_P, _ = _thresholds(score_R, group_R, score_R.isfinite(), quantile=1 - ratio, num_groups=num_groups)
+        is_selected_R = select_top_share(score_R, group_R, ratio=ratio, num_groups=num_groups)
+        for group in range(num_groups):
+            own = score_R[group_R == group]
+            finite = own[own.isfinite()]
+            if len(finite) == 0:
+                assert not is_selected_R[group_R == group].any()
+                continue
+            threshold = torch.quantile(finite, 1 - ratio)
+            assert torch.equal(threshold_P[group], threshold)
+            expected = (own >= threshold) & bool((finite != finite[0]).any())
+            assert torch.equal(is_selected_R[group_R == group], expected)
+
+
+def test_key_tokens_are_the_union_of_the_signals():
+    group_R = torch.zeros(5, dtype=torch.int64)
+    key_R, selected = select_key_tokens(
+        {"entropy": torch.tensor([0.0, 1, 2, 3, 9]), "visual": torch.tensor([9.0, 1, 2, 3, 0])},
+        {"entropy": 0.2, "visual": 0.5},
+        group_R=group_R,
+        num_groups=1,
+    )
+    assert selected["entropy"].tolist() == [False, False, False, False, True]
+    assert selected["visual"].tolist() == [True, False, True, True, False]
+    assert key_R.tolist() == [True, False, True, True, True]
+
+
+@pytest.mark.parametrize("ratio", [0.0, -0.1, 1.1])
+def test_ratio_out_of_range_is_refused(ratio):
+    with pytest.raises(ValueError, match="selection_ratio"):
+        select([1.0, 2.0], ratio=ratio)
+
+
+def batch_of_all_kinds():
+    groups = [
+        group_of(1, video(4), responses=[[10, 11], [12]], problem_id="video"),
+        group_of(2, image(), responses=[[13]], problem_id="image"),
+        group_of(3, video(2), responses=[[14]], problem_id="one temporal patch"),
+        group_of(4, responses=[[15, 16]], problem_id="text"),
+    ]
+    return groups, pack_groups(groups, view="intact", media=MEDIA)
+
+
+def test_signals_are_nan_where_they_do_not_apply():
+    groups, batch = batch_of_all_kinds()
+    scores = TokenScores(
+        policy_logprob_R=torch.full((7,), -1.0),
+        entropy_R=torch.arange(7.0),
+        hidden_logprob_R=torch.tensor([-3.0, -0.5, -1, -2, -2, -1 - 1e-7, -1]),
+        shuffled_logprob_R=torch.tensor([-1.5, -1, 0, -9, -9, -9, -9]),
+    )
+    applies = signal_applies(batch, groups, signals=("entropy", "visual", "temporal"))
+    found = signal_scores(scores, applies_R=applies)
+    assert found["entropy"].tolist() == list(range(7))
+    expected = {"visual": [2.0, -0.5, 0, 1, 1, NAN, NAN], "temporal": [0.5, 0, -1, NAN, NAN, NAN, NAN]}
+    for signal, values in expected.items():
+        torch.testing.assert_close(found[signal], torch.tensor(values), rtol=0, atol=0, equal_nan=True)
+    absolute = signal_scores(scores, applies_R=applies, shift="absolute")
+    assert absolute["visual"][:2].tolist() == [2.0, 0.5]
+    assert absolute["entropy"].tolist() == list(range(7))
+
+
+def test_kl_shift_reads_the_kl_and_is_refused_without_it():
+    groups, batch = batch_of_all_kinds()
+    applies = signal_applies(batch, groups, signals=("visual",))
+    scores = TokenScores(policy_logprob_R=torch.zeros(7), hidden_logprob_R=torch.zeros(7))
+    with pytest.raises(UserError, match="shift: kl"):
+        signal_scores(scores, applies_R=applies, shift="kl")
+    scores = TokenScores(policy_logprob_R=torch.zeros(7), hidden_kl_R=torch.arange(7.0))
+    assert signal_scores(scores, applies_R=applies, shift="kl")["visual"][:5].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_missing_scores_are_refused_rather_than_taken_as_nothing_to_select():
+    groups, batch = batch_of_all_kinds()
+    for signal in ("entropy", "visual", "temporal"):
+        with pytest.raises(ValueError, match=signal):
+            signal_scores(
+                TokenScores(policy_logprob_R=torch.zeros(7)),
+                applies_R=signal_applies(batch, groups, signals=(signal,)),
+            )
+
+
+def test_what_can_be_hidden_and_shuffled():
+    groups, _ = batch_of_all_kinds()
+    prompts = [group.prompt for group in groups]
+    assert [can_hide(prompt) for prompt in prompts] == [True, True, True, False]
+    assert [can_shuffle(prompt) for prompt in prompts] == [True, False, False, False]
+    for unit in ("frame", "temporal_patch"):
+        orders = [draw_permutations(prompt, unit=unit, seed=0, step=0) for prompt in prompts]
+        assert [[order is not None for order in of_prompt] for of_prompt in orders] == [[True], [False], [False], []]
+
+
+def test_orders_are_permutations_other_than_the_identity():
+    assert draw_permutation(1, seed=0, step=0, problem_id="a") is None
+    # Half of all orders of two units are the identity; 40 draws would show one.
+    for step in range(40):
+        assert draw_permutation(2, seed=0, step=step, problem_id="a").tolist() == [1, 0]
+    seen = {tuple(draw_permutation(3, seed=0, step=step, problem_id="a").tolist()) for step in range(200)}
+    assert len(seen) == 5 and (0, 1, 2) not in seen
+
+
+def test_order_depends_on_seed_step_problem_medium_and_draw():
+    base = dict(seed=0, step=0, problem_id="a", medium=0, draw=0)
+    orders = [draw_permutation(30, **base)]
+    for change in (dict(seed=1), dict(step=1), dict(problem_id="b"), dict(medium=1), dict(draw=1)):
+        orders.append(draw_permutation(30, **{**base, **change}))
+    # Thirty units have 2.7e32 orders: equal ones would mean an ignored argument.
+    assert len({tuple(order.tolist()) for order in orders}) == len(orders)
+    prompt = group_of(1, video(30), video(30), responses=[[9]]).prompt
+    first, second = draw_permutations(prompt, seed=0, step=0)
+    assert not torch.equal(first, second)
+
+
+def test_order_is_the_same_in_another_process():
+    code = (
+        "from megatron_ktr.attribution.counterfactuals import draw_permutation;"
+        "print(draw_permutation(9, seed=3, step=4, problem_id='é/1').tolist())"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert found.strip() == str(draw_permutation(9, seed=3, step=4, problem_id="é/1").tolist())
+
+
+def test_unknown_unit_and_signal_are_refused():
+    groups, batch = batch_of_all_kinds()
+    with pytest.raises(ValueError, match="shuffle_unit"):
+        draw_permutations(groups[0].prompt, unit="second", seed=0, step=0)
+    with pytest.raises(ValueError, match="unknown signals"):
+        signal_applies(batch, groups, signals=("smell",))
+    with pytest.raises(ValueError, match="shift"):
+        signal_scores(TokenScores(policy_logprob_R=torch.zeros(7)), applies_R={}, shift="squared")
