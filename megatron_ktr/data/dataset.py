@@ -1,0 +1,285 @@
+"""Prompts for training: which record comes next on this rank, loaded, skipped where unusable, resumable.
+
+All ranks walk through one endless sequence, the epochs' orders back to back; data-parallel rank r of n takes
+elements r, r + n, r + 2n, ... So the prompts of a step are the same set whatever n is (as long as nothing is
+skipped), no epoch loses its tail, and the whole state is one number: how many elements this rank has drawn.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_ktr.data.preprocess import PreprocessSettings, load_media
+from megatron_ktr.data.records import Record, read_records, resolve_media_path
+from megatron_ktr.data.template import PromptBuilder, VisualTokens, WordingTemplate, load_tokenizer
+from megatron_ktr.data.unusable import PromptTooLong, UnusableSample
+from megatron_ktr.data.video import FrameSampling
+from megatron_ktr.errors import UserError
+from megatron_ktr.types import Prompt
+
+__all__ = ["PromptDataset", "PromptLoader", "SkipCounter", "read_records", "resolve_media_path"]
+
+_log = logging.getLogger(__name__)
+_MAX_FRUITLESS_DRAWS = 1000
+"""So many samples in a row without a usable one stop the run, even if each was rejected for its length."""
+
+
+class PromptLoader:
+    """Loads one record: media below ``media_root``, resized frames, tokenised prompt."""
+
+    def __init__(
+        self,
+        builder: PromptBuilder,
+        *,
+        media_root: Path | str,
+        settings: PreprocessSettings,
+        sampling: FrameSampling,
+        max_prompt_length: int | None = None,
+    ) -> None:
+        self.builder = builder
+        self.media_root = Path(media_root)
+        self.settings = settings
+        self.sampling = sampling
+        self.max_prompt_length = max_prompt_length
+        self.counts: Counter[str] = Counter()
+        """decoder/<name>, decoder/pyav: <why not decord>, repeated_frames."""
+
+    @classmethod
+    def from_model(
+        cls,
+        model_dir: Path | str,
+        *,
+        media_root: Path | str,
+        sampling: FrameSampling | None = None,
+        prompt_template: Path | str | None = None,
+        max_prompt_length: int | None = None,
+        tokenizer: Any = None,
+        **pixel_limits: int | None,
+    ) -> PromptLoader:
+        """Everything read from a Hugging Face directory; ``pixel_limits`` are ``PreprocessSettings`` fields."""
+        if not Path(media_root).is_dir():
+            raise UserError(f"media_root: {media_root} is not a directory")
+        settings = PreprocessSettings.from_model(model_dir, **pixel_limits)
+        tokenizer = tokenizer if tokenizer is not None else load_tokenizer(model_dir)
+        builder = PromptBuilder(
+            tokenizer,
+            visual_tokens=VisualTokens.from_model(model_dir, tokenizer),
+            merge_size=settings.merge_size,
+            wording=WordingTemplate(prompt_template),
+        )
+        return cls(
+            builder,
+            media_root=media_root,
+            settings=settings,
+            sampling=sampling or FrameSampling(),
+            max_prompt_length=max_prompt_length,
+        )
+
+    def load(self, record: Mapping[str, Any]) -> Prompt:
+        """The prompt of one record.
+
+        Raises:
+            UnusableSample: the record must be skipped (``UnusableMedia``, ``PromptTooLong`` or its text).
+            UserError: a path leads out of the media root, or template and model do not fit.
+        """
+        media = []
+        for kind, written in record.get("media", ()):
+            path = resolve_media_path(self.media_root, written)
+            loaded = load_media(path, kind=kind, settings=self.settings, sampling=self.sampling)
+            self.counts[f"decoder/{loaded.backend}"] += 1
+            if loaded.fallback_reason:
+                self.counts[f"decoder/pyav: {loaded.fallback_reason}"] += 1
+            self.counts["repeated_frames"] += loaded.num_repeated_frames
+            media.append(loaded.visual)
+        prompt = self.builder.build(record, media)
+        if self.max_prompt_length is not None and len(prompt.token_ids) > self.max_prompt_length:
+            raise PromptTooLong(
+                f"record {prompt.problem_id}",
+                f"{len(prompt.token_ids)} tokens, at most {self.max_prompt_length} (max_prompt_length)",
+            )
+        return prompt
+
+
+class SkipCounter:
+    """Counts samples drawn and skipped, and stops the run when too large a share is unusable.
+
+    Over-long prompts are counted, but not in that share: leaving them out is a choice, not a defect of the data.
+    """
+
+    def __init__(self, *, max_skip_share: float = 0.1, min_drawn: int = 20) -> None:
+        self.max_skip_share = max_skip_share
+        self.min_drawn = min_drawn
+        """The share means something only after so many samples."""
+        self.num_drawn = 0
+        self.by_kind: Counter[str] = Counter()
+        self.last: UnusableSample | None = None
+
+    @property
+    def num_skipped(self) -> int:
+        return sum(self.by_kind.values())
+
+    def count_drawn(self) -> None:
+        self.num_drawn += 1
+
+    def count_skip(self, error: UnusableSample) -> None:
+        """Logs path and reason.
+
+        Raises:
+            UserError: more than ``max_skip_share`` of at least ``min_drawn`` samples are unusable.
+        """
+        self.by_kind[error.kind] += 1
+        self.last = error
+        _log.warning("skipped (%s): %s", error.kind, error)
+        num_unusable = self.num_skipped - self.by_kind[PromptTooLong.kind]
+        if self.num_drawn >= self.min_drawn and num_unusable > self.max_skip_share * self.num_drawn:
+            raise UserError(
+                f"{num_unusable} of {self.num_drawn} samples are unusable, more than max_skip_share "
+                f"{self.max_skip_share:g}; the last one: {error}"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"num_drawn": self.num_drawn, "by_kind": dict(self.by_kind)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.num_drawn = int(state["num_drawn"])
+        self.by_kind = Counter({str(kind): int(count) for kind, count in state["by_kind"].items()})
+
+
+class PromptDataset:
+    """An endless, seeded, resumable stream of prompts for one data-parallel rank."""
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        *,
+        loader: PromptLoader,
+        seed: int = 0,
+        shuffle: bool = True,
+        rank: int = 0,
+        size: int = 1,
+        skips: SkipCounter | None = None,
+    ) -> None:
+        if not records:
+            raise UserError("data_path: no records to draw prompts from")
+        if not 0 <= rank < size:
+            raise ValueError(f"expected a data-parallel rank in [0, {size}), got {rank}")
+        self.records = records
+        self.loader = loader
+        self.seed = seed
+        self.shuffle = shuffle
+        self.rank = rank
+        self.size = size
+        self.skips = skips or SkipCounter()
+        self.position = 0
+        """Samples drawn by this rank so far, skipped ones included."""
+        self._order: tuple[int, list[int]] | None = None
+
+    @property
+    def num_skipped(self) -> int:
+        return self.skips.num_skipped
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the next sample."""
+        return self._element(self.position) // len(self.records)
+
+    def next(self, num_prompts: int) -> list[Prompt]:
+        """The next ``num_prompts`` usable prompts; each skipped sample is replaced by the one after it.
+
+        Raises:
+            UserError: too large a share of samples is unusable, or none is.
+        """
+        prompts: list[Prompt] = []
+        fruitless = 0
+        while len(prompts) < num_prompts:
+            record = self._draw()
+            try:
+                prompts.append(self.loader.load(record))
+                fruitless = 0
+            except UnusableSample as error:
+                self.skips.count_skip(error)
+                fruitless += 1
+                if fruitless >= min(len(self.records) + self.skips.min_drawn, _MAX_FRUITLESS_DRAWS):
+                    raise UserError(
+                        f"no usable prompt among the last {fruitless} samples; the last one: {error}"
+                    ) from None
+        return prompts
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers and text: where this rank stands, and its counts."""
+        return {
+            "position": self.position,
+            "epoch": self.epoch,
+            "seed": self.seed,
+            "shuffle": self.shuffle,
+            "rank": self.rank,
+            "size": self.size,
+            "num_records": len(self.records),
+            "skips": self.skips.state_dict(),
+            "counts": dict(self.loader.counts),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues exactly where ``state_dict`` was taken.
+
+        Raises:
+            UserError: taken with other data, seed, shuffling or number of data-parallel ranks (for the last, see
+                ``reshard_states``).
+        """
+        ours = {"num_records": len(self.records), "seed": self.seed, "shuffle": self.shuffle}
+        ours |= {"rank": self.rank, "size": self.size}
+        for name, value in ours.items():
+            if state[name] != value:
+                raise UserError(
+                    f"resume: the data position was saved with {name} = {state[name]}, this run has {value}"
+                )
+        self.position = int(state["position"])
+        self.skips.load_state_dict(state["skips"])
+        self.loader.counts = Counter({str(name): int(count) for name, count in state["counts"].items()})
+
+    def _element(self, position: int) -> int:
+        return self.rank + position * self.size
+
+    def _draw(self) -> Record:
+        epoch, offset = divmod(self._element(self.position), len(self.records))
+        self.position += 1
+        self.skips.count_drawn()
+        if not self.shuffle:
+            return self.records[offset]
+        if self._order is None or self._order[0] != epoch:
+            # Seeded by the sum of two far-apart streams: a generator takes one number, epochs and seeds are small.
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self._order = (epoch, torch.randperm(len(self.records), generator=generator).tolist())
+        return self.records[self._order[1][offset]]
+
+
+def reshard_states(states: Iterable[Mapping[str, Any]], *, rank: int, size: int) -> dict[str, Any]:
+    """State of rank ``rank`` of ``size`` from the states of all data-parallel ranks of a saved run.
+
+    Same size: that rank's own state, exact. Another size: all ranks continue after the furthest sample that any rank
+    has drawn, so none is seen twice; where ranks had skipped different numbers of samples, a few are passed over.
+    Counts are kept once, on rank 0.
+    """
+    saved = sorted(states, key=lambda state: state["rank"])
+    old_size = int(saved[0]["size"])
+    if len(saved) != old_size:
+        raise ValueError(f"expected the states of all {old_size} data-parallel ranks, got {len(saved)}")
+    if size == old_size:
+        return dict(saved[rank])
+    furthest = max(int(state["position"]) for state in saved) * old_size
+    skips, counts = SkipCounter(), Counter[str]()
+    if rank == 0:
+        for state in saved:
+            skips.num_drawn += int(state["skips"]["num_drawn"])
+            skips.by_kind.update(state["skips"]["by_kind"])
+            counts.update(state["counts"])
+    position = -(-(furthest - rank) // size) if furthest > rank else 0
+    state = {**saved[0], "position": position, "rank": rank, "size": size}
+    state["epoch"] = (rank + position * size) // int(state["num_records"])
+    return {**state, "skips": skips.state_dict(), "counts": dict(counts)}

@@ -1,0 +1,308 @@
+"""From decoded frames to what the vision encoder reads: one resize, then patches.
+
+Frames are resized once, to their final uint8 size, and that is what every consumer gets: our encoder, the HF
+oracle and vLLM (whose processors then find nothing left to resize, see ``PreprocessSettings.passthrough_size``).
+Sizes follow qwen-vl-utils, including the share of a total pixel budget per frame that HF's processor leaves out
+by default; patches come in exactly the order of HF's processors:
+
+    frames [F, C, H, W] -> pad F to a multiple of tp by repeating the last frame
+    -> [F/tp, tp, C, H/(m p), m, p, W/(m p), m, p] -> permute to (F/tp, H/(m p), W/(m p), m, m, C, tp, p, p)
+    -> [S, C tp p p]
+
+with p = patch size, tp = temporal patch size, m = merge size: the m * m patches that the merger joins into one
+visual token are neighbours, and an image is a video of one frame shown tp times.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from megatron_ktr.data.unusable import UnusableMedia
+from megatron_ktr.data.video import FrameSampling, read_image, read_video
+from megatron_ktr.errors import UserError
+from megatron_ktr.types import VisualInput
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+MAX_ASPECT_RATIO = 200
+_RESIZE_PIXELS = 1 << 24
+"""Input pixels per interpolation call: bounds the float32 copy at 200 MB."""
+
+MediaKind = Literal["image", "video"]
+
+
+@dataclass(frozen=True)
+class PreprocessSettings:
+    """Sizes and limits, in pixels of one frame unless said; defaults are Qwen2.5-VL's.
+
+    Worked example, 640 x 360, 16 frames, ``video_max_pixels`` = 128 * 28 * 28: resized to 420 x 224, grid
+    (8, 16, 30), 8 * 16 * 30 / 4 = 960 visual tokens.
+    """
+
+    patch_size: int = 14
+    temporal_patch_size: int = 2
+    merge_size: int = 2
+    image_mean: tuple[float, ...] = CLIP_MEAN
+    image_std: tuple[float, ...] = CLIP_STD
+    image_min_pixels: int = 4 * 28 * 28
+    image_max_pixels: int = 16384 * 28 * 28
+    video_min_pixels: int = 128 * 28 * 28
+    video_max_pixels: int = 768 * 28 * 28
+    """Cap of one frame."""
+    video_total_pixels: int = int(128000 * 28 * 28 * 0.9)
+    """Budget of a whole video, in pixels of temporal patches: F / temporal_patch_size frames share it."""
+
+    def __post_init__(self) -> None:
+        for kind in ("image", "video"):
+            low, high = getattr(self, f"{kind}_min_pixels"), getattr(self, f"{kind}_max_pixels")
+            if not 0 < low <= high:
+                raise UserError(
+                    f"expected 0 < {kind}_min_pixels <= {kind}_max_pixels, got {low} and {high}; "
+                    f"change {kind}_min_pixels or {kind}_max_pixels"
+                )
+
+    @property
+    def factor(self) -> int:
+        """Height and width of a frame are multiples of this: the side of one visual token."""
+        return self.patch_size * self.merge_size
+
+    @classmethod
+    def from_model(cls, model_dir: Path | str, **overrides: int | None) -> PreprocessSettings:
+        """Settings of a Hugging Face directory; ``overrides`` (the data options; None = not set) win.
+
+        Read, later ones winning: patch sizes of ``config.json``, ``processor_config.json`` (its ``image_processor``
+        and ``video_processor``), ``preprocessor_config.json``, ``video_preprocessor_config.json``. Without any of them,
+        Qwen2.5-VL's. An override of one limit alone moves the other out of its way.
+        """
+        directory = Path(model_dir)
+        values: dict[str, Any] = {}
+        values.update(_vision_sizes(_read_json(directory / "config.json").get("vision_config", {})))
+        processor = _read_json(directory / "processor_config.json")
+        values.update(_processor_values(processor.get("image_processor", {}), kind="image"))
+        values.update(_processor_values(processor.get("video_processor", {}), kind="video"))
+        values.update(_processor_values(_read_json(directory / "preprocessor_config.json"), kind="image"))
+        values.update(_processor_values(_read_json(directory / "video_preprocessor_config.json"), kind="video"))
+        known = {field.name for field in fields(cls)}
+        given = {name: value for name, value in overrides.items() if value is not None}
+        if unknown := given.keys() - known:
+            raise TypeError(f"unknown preprocessing options {sorted(unknown)}")
+        for kind in ("image", "video"):
+            low, high = f"{kind}_min_pixels", f"{kind}_max_pixels"
+            if high in given and low not in given:
+                given[low] = min(values.get(low, getattr(cls, low)), given[high])
+            elif low in given and high not in given:
+                given[high] = max(values.get(high, getattr(cls, high)), given[low])
+        return cls(**{**values, **given})
+
+    def passthrough_size(self) -> dict[str, int]:
+        """``size`` for HF's and vLLM's processors under which frames of a final size are not resized again."""
+        return {"shortest_edge": self.factor**2, "longest_edge": 1 << 40}
+
+    def frame_size(self, height: int, width: int, *, kind: MediaKind, num_frames: int = 1) -> tuple[int, int]:
+        """Final (height, width). A video's cap per frame is
+        max(min(video_max_pixels, video_total_pixels * tp / F), 1.05 * video_min_pixels), at most video_max_pixels.
+
+        Raises:
+            ValueError: aspect ratio above 200.
+        """
+        if kind == "image":
+            low, high = self.image_min_pixels, self.image_max_pixels
+        else:
+            low = self.video_min_pixels
+            share = self.video_total_pixels * self.temporal_patch_size // num_frames
+            high = min(max(min(self.video_max_pixels, share), int(low * 1.05)), self.video_max_pixels)
+        return smart_resize(height, width, factor=self.factor, min_pixels=low, max_pixels=high)
+
+    def grid_thw(self, frames_FCHW: Tensor) -> tuple[int, int, int]:
+        """Patches along time, height and width of frames of a final size."""
+        num_frames, _, height, width = frames_FCHW.shape
+        return -(-num_frames // self.temporal_patch_size), height // self.patch_size, width // self.patch_size
+
+    def num_visual_tokens(self, grid_thw: tuple[int, int, int]) -> int:
+        return math.prod(grid_thw) // self.merge_size**2
+
+    def seconds_per_grid(self, sampled_fps: float) -> float:
+        """Seconds between two temporal patches."""
+        return self.temporal_patch_size / sampled_fps
+
+    def patchify(self, frames_FCHW: Tensor, visual: VisualInput | None = None) -> Tensor:
+        """``patchify`` with these sizes; the second argument is what ``packing.MediaSpec`` hands over, not read."""
+        del visual
+        return patchify(
+            frames_FCHW,
+            patch_size=self.patch_size,
+            temporal_patch_size=self.temporal_patch_size,
+            merge_size=self.merge_size,
+            mean=self.image_mean,
+            std=self.image_std,
+        )
+
+
+def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """Nearest (height, width) in multiples of ``factor`` with an area in [min_pixels, max_pixels]; HF's rule.
+
+    Round each side; if the area is then too large (small), scale both true sides by the square root of the excess
+    and round down (up). A side rounded to 0 makes the area too small, so no side ends below ``factor`` as long as
+    min_pixels > 0 (qwen-vl-utils raises such a side to ``factor`` first, and then may stop there).
+
+    Raises:
+        ValueError: one side more than 200 times the other, or empty.
+    """
+    if min(height, width) < 1 or max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+        raise ValueError(f"{width} x {height} pixels: sides may differ at most {MAX_ASPECT_RATIO}-fold")
+    new_height = round(height / factor) * factor
+    new_width = round(width / factor) * factor
+    if new_height * new_width > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        new_height = max(factor, math.floor(height / shrink / factor) * factor)
+        new_width = max(factor, math.floor(width / shrink / factor) * factor)
+    elif new_height * new_width < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        new_height = math.ceil(height * grow / factor) * factor
+        new_width = math.ceil(width * grow / factor) * factor
+    return new_height, new_width
+
+
+def resize_frames(frames_FCHW: Tensor, size: tuple[int, int]) -> Tensor:
+    """uint8 [F, C, H, W] at (height, width) ``size``: antialiased bicubic in fp32, rounded and clamped to uint8."""
+    if tuple(frames_FCHW.shape[-2:]) == tuple(size):
+        return frames_FCHW.contiguous()
+    step = max(1, _RESIZE_PIXELS // (frames_FCHW.shape[-2] * frames_FCHW.shape[-1]))
+    parts = []
+    for part in frames_FCHW.split(step):
+        resized = torch.nn.functional.interpolate(
+            part.float(), size=size, mode="bicubic", align_corners=False, antialias=True
+        )
+        parts.append(resized.round_().clamp_(0, 255).to(torch.uint8))
+    return torch.cat(parts)
+
+
+def patchify(
+    frames_FCHW: Tensor,
+    *,
+    patch_size: int = 14,
+    temporal_patch_size: int = 2,
+    merge_size: int = 2,
+    mean: tuple[float, ...] = CLIP_MEAN,
+    std: tuple[float, ...] = CLIP_STD,
+) -> Tensor:
+    """fp32 patches [S, C * tp * p * p] of uint8 frames, value (x / 255 - mean) / std, in HF's order (see the header).
+
+    Raises:
+        ValueError: not uint8 [F, C, H, W], or H or W no multiple of patch * merge.
+    """
+    if frames_FCHW.dtype != torch.uint8 or frames_FCHW.ndim != 4:
+        raise ValueError(
+            f"expected uint8 frames [F, C, H, W], got {frames_FCHW.dtype} of shape {tuple(frames_FCHW.shape)}"
+        )
+    num_frames, channels, height, width = frames_FCHW.shape
+    factor = patch_size * merge_size
+    if not num_frames or not height or not width or height % factor or width % factor:
+        raise ValueError(
+            f"expected at least one frame with sides in multiples of {factor} (patch * merge), "
+            f"got {num_frames} frames of {width} x {height}"
+        )
+    if missing := -num_frames % temporal_patch_size:
+        frames_FCHW = torch.cat([frames_FCHW, frames_FCHW[-1:].expand(missing, -1, -1, -1)])
+    mean_C11 = 255 * torch.tensor(mean, device=frames_FCHW.device).view(-1, 1, 1)
+    std_C11 = 255 * torch.tensor(std, device=frames_FCHW.device).view(-1, 1, 1)
+    values_FCHW = (frames_FCHW.float() - mean_C11) / std_C11
+    patches = values_FCHW.reshape(
+        -1,
+        temporal_patch_size,
+        channels,
+        height // factor,
+        merge_size,
+        patch_size,
+        width // factor,
+        merge_size,
+        patch_size,
+    ).permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
+    return patches.reshape(-1, channels * temporal_patch_size * patch_size**2)
+
+
+@dataclass(frozen=True)
+class LoadedMedia:
+    """One image or video ready for the model, and what must be counted about it."""
+
+    visual: VisualInput
+    backend: str
+    """decord, pyav or pillow."""
+    num_repeated_frames: int = 0
+    fallback_reason: str = ""
+
+
+def load_media(
+    path: Path | str, *, kind: MediaKind, settings: PreprocessSettings, sampling: FrameSampling
+) -> LoadedMedia:
+    """Reads, samples and resizes one file.
+
+    Raises:
+        UnusableMedia: it cannot be read, or its aspect ratio exceeds 200.
+    """
+    sampling = replace(sampling, multiple=settings.temporal_patch_size)
+    try:
+        if kind == "image":
+            frames_FCHW = read_image(path)
+            frames_FCHW = resize_frames(frames_FCHW, settings.frame_size(*frames_FCHW.shape[-2:], kind="image"))
+            visual = VisualInput("image", frames_FCHW, settings.grid_thw(frames_FCHW), 0.0, str(path))
+            return LoadedMedia(visual, backend="pillow")
+
+        def resize(chunk_FCHW: Tensor, num_frames: int) -> Tensor:
+            size = settings.frame_size(*chunk_FCHW.shape[-2:], kind="video", num_frames=num_frames)
+            return resize_frames(chunk_FCHW, size)
+
+        video = read_video(path, sampling=sampling, transform=resize)
+    except ValueError as error:
+        raise UnusableMedia(path, error) from error
+    visual = VisualInput(
+        kind="video",
+        frames_FCHW=video.frames_FCHW,
+        grid_thw=settings.grid_thw(video.frames_FCHW),
+        seconds_per_grid=settings.seconds_per_grid(video.sampled_fps),
+        source=str(path),
+    )
+    return LoadedMedia(visual, video.backend, video.num_repeated, video.fallback_reason)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"model: {path} cannot be read as JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"model: expected one JSON object in {path}, got {type(values).__name__}")
+    return values
+
+
+def _vision_sizes(vision: Mapping[str, Any]) -> dict[str, int]:
+    names = {"patch_size": "patch_size", "temporal_patch_size": "temporal_patch_size"}
+    names |= {"spatial_merge_size": "merge_size"}
+    return {ours: int(vision[theirs]) for theirs, ours in names.items() if theirs in vision}
+
+
+def _processor_values(processor: Mapping[str, Any], *, kind: MediaKind) -> dict[str, Any]:
+    """Values of one HF processor file under our names; ``size`` is its newer spelling of the pixel limits."""
+    values: dict[str, Any] = {}
+    for name in ("patch_size", "temporal_patch_size", "merge_size"):
+        if processor.get(name) is not None:
+            values[name] = int(processor[name])
+    for name in ("image_mean", "image_std"):
+        if processor.get(name) is not None:
+            values[name] = tuple(float(value) for value in processor[name])
+    size = processor.get("size") or {}
+    for bound, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+        limit = processor.get(bound) or size.get(bound) or size.get(edge)
+        if limit is not None:
+            values[f"{kind}_{bound}"] = int(limit)
+    return values

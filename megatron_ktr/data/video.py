@@ -1,0 +1,301 @@
+"""Videos and images as frames: which frames of a video, and their pixels, upright.
+
+decord decodes first, in a child process (``video_decord.py``); PyAV stands behind it (``video_pyav.py``) for codecs
+that decord does not have (AV1), for files whose frame numbering decord gets wrong, and for machines without decord.
+Both give the same frames. Why PyAV was needed is said once per reason and returned with every video, to be counted.
+
+Sampling is qwen-vl-utils' (fps or a fixed count, an even number, evenly spaced, both ends included), which is what
+Qwen2.5-VL was trained with; see ``select_frames``.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import os
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from megatron_ktr.data.unusable import UnusableMedia
+from megatron_ktr.data.video_decord import DecordFailed, DecordProcess
+from megatron_ktr.data.video_pyav import VideoIndex, decode_frames, index_video
+
+__all__ = [
+    "DecodedVideo",
+    "FrameSampling",
+    "FrameSelection",
+    "UnusableMedia",
+    "read_image",
+    "read_video",
+    "select_frames",
+]
+
+_log = logging.getLogger(__name__)
+
+DECORD_TIMEOUT_SECONDS = 120.0
+"""For one chunk of frames. Beyond it decord is taken to hang; its process is replaced and PyAV decodes."""
+_CHUNK_BYTES = 256 << 20
+"""Full-size frames in memory at once (at least one), when they are resized as they come."""
+
+Backend = Literal["auto", "decord", "pyav"]
+
+
+@dataclass(frozen=True)
+class FrameSampling:
+    """How many frames to take from a video.
+
+    Worked example: 10 s at 30 fps with ``fps=2, max_frames=16``: 20 frames wished, 16 taken, 1.6 frames a second.
+    """
+
+    fps: float = 2.0
+    """Frames per second of video. Not read where ``num_frames`` is given."""
+    num_frames: int | None = None
+    """Fixed number of frames, whatever the length of the video."""
+    min_frames: int = 4
+    """Fewest frames under fps sampling, as far as the video has that many."""
+    max_frames: int = 768
+    multiple: int = 2
+    """The temporal patch size: the number of frames is a multiple of it."""
+
+    def __post_init__(self) -> None:
+        if not self.fps > 0 or self.multiple < 1 or self.max_frames < self.multiple:
+            raise ValueError(
+                f"expected video_fps > 0 and video_max_frames >= {max(self.multiple, 1)} (the temporal patch size), "
+                f"got video_fps {self.fps} and video_max_frames {self.max_frames}"
+            )
+        if self.num_frames is not None and self.num_frames < 1:
+            raise ValueError(f"expected video_num_frames >= 1, got {self.num_frames}")
+
+
+@dataclass(frozen=True)
+class FrameSelection:
+    """Which frames were taken. Example: 3 frames, 8 wanted: ``indices == (0, 1, 2, 2)``, ``num_repeated == 1``."""
+
+    indices: tuple[int, ...]
+    sampled_fps: float
+    """Frames taken per second of video: what the seconds of a temporal patch are computed from."""
+    num_repeated: int = 0
+    """How often the last frame was repeated, because the video has fewer frames than wanted or than a patch."""
+
+
+@dataclass(frozen=True)
+class DecodedVideo:
+    """The sampled frames of one video, upright."""
+
+    frames_FCHW: Tensor
+    """uint8 [F, 3, H, W], RGB."""
+    sampled_fps: float
+    native_fps: float
+    total_frames: int
+    duration_seconds: float
+    frame_indices: tuple[int, ...]
+    num_repeated: int
+    backend: Literal["decord", "pyav"]
+    fallback_reason: str = ""
+    """Why decord did not decode this video; empty if it did, or was not asked."""
+
+
+def select_frames(total_frames: int, *, native_fps: float, sampling: FrameSampling) -> FrameSelection:
+    """Frame numbers, evenly spaced from the first to the last frame.
+
+    fps:    n = floor_m(min(max(total / native_fps * fps, ceil_m(min_frames)), floor_m(max_frames), floor_m(total)))
+    fixed:  n = min(round_m(num_frames), floor_m(max_frames))
+    index_k = round(k * (total - 1) / (n - 1)),   sampled_fps = n / total * native_fps
+
+    where x_m rounds to a multiple of ``sampling.multiple``. A video with fewer frames than one temporal patch, or
+    than the fixed count, gives all its frames, the last one repeated up to a multiple; no ValueError as in
+    qwen-vl-utils.
+    """
+    multiple = sampling.multiple
+    most = sampling.max_frames // multiple * multiple
+    if sampling.num_frames is not None:
+        num_frames = min(max(round(sampling.num_frames / multiple) * multiple, multiple), most)
+    else:
+        wanted = total_frames / native_fps * sampling.fps
+        wanted = min(max(wanted, math.ceil(sampling.min_frames / multiple) * multiple), most)
+        num_frames = max(int(min(wanted, total_frames) // multiple) * multiple, multiple)
+    if num_frames > total_frames:
+        num_repeated = -total_frames % multiple
+        indices = [*range(total_frames), *[total_frames - 1] * num_repeated]
+        return FrameSelection(indices=tuple(indices), sampled_fps=native_fps, num_repeated=num_repeated)
+    # torch's float32 linspace and half-to-even rounding on purpose: the frames that qwen-vl-utils would take.
+    spaced = torch.linspace(0, total_frames - 1, num_frames).round().long()
+    return FrameSelection(indices=tuple(spaced.tolist()), sampled_fps=num_frames / total_frames * native_fps)
+
+
+def read_video(
+    path: Path | str,
+    *,
+    sampling: FrameSampling,
+    transform: Callable[[Tensor, int], Tensor] | None = None,
+    backend: Backend = "auto",
+) -> DecodedVideo:
+    """Decodes the sampled frames of the best video stream, upright.
+
+    Args:
+        transform: ``transform(frames_FCHW, num_frames)`` is applied chunk by chunk as frames are decoded (resizing),
+            so that full-size frames of a long video never lie in memory together.
+        backend: "decord" and "pyav" insist on one decoder (tests); "auto" is decord with PyAV behind it.
+
+    Raises:
+        UnusableMedia: missing, not a video, damaged, cut off, or in a codec no decoder has.
+    """
+    path = _regular_file(path)
+    index = index_video(path)
+    selection = select_frames(index.num_frames, native_fps=index.native_fps, sampling=sampling)
+    wanted = sorted(set(selection.indices))
+
+    def collect(chunks: Iterator[np.ndarray]) -> Tensor:
+        parts = []
+        for chunk_FHWC in chunks:
+            chunk_FCHW = torch.from_numpy(chunk_FHWC).permute(0, 3, 1, 2)
+            parts.append(chunk_FCHW if transform is None else transform(chunk_FCHW, len(selection.indices)))
+        return torch.cat(parts)
+
+    reason = _why_not_decord(index) if backend == "auto" else ""
+    used: Literal["decord", "pyav"] = "pyav"
+    frames_FCHW = None
+    if backend == "decord" or (backend == "auto" and not reason):
+        try:
+            frames_FCHW, used = collect(_decord_chunks(index, wanted)), "decord"
+        except DecordFailed as error:
+            if backend == "decord":
+                raise UnusableMedia(path, f"decord: {error}") from error
+            reason = _explain(index, error)
+    if frames_FCHW is None:
+        frames_FCHW = collect(_pyav_chunks(index, wanted))
+        if reason:
+            _say_once(reason, str(path))
+            if reason.startswith("decord cannot open"):
+                _CODECS_WITHOUT_DECORD.add(index.codec)
+    position = {number: row for row, number in enumerate(wanted)}
+    if len(wanted) < len(selection.indices):
+        frames_FCHW = frames_FCHW[[position[number] for number in selection.indices]]
+    return DecodedVideo(
+        frames_FCHW=frames_FCHW.contiguous(),
+        sampled_fps=selection.sampled_fps,
+        native_fps=index.native_fps,
+        total_frames=index.num_frames,
+        duration_seconds=index.num_frames / index.native_fps,
+        frame_indices=selection.indices,
+        num_repeated=selection.num_repeated,
+        backend=used,
+        fallback_reason=reason,
+    )
+
+
+def read_image(path: Path | str) -> Tensor:
+    """uint8 [1, 3, H, W], RGB, turned as its EXIF orientation says, transparency over white.
+
+    Raises:
+        UnusableMedia: missing, damaged, cut off, or so large that decoding it looks like an attack (Pillow's limit).
+    """
+    path = _regular_file(path)
+    try:
+        with Image.open(path) as opened:
+            image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith("I;16"):  # Pillow's own conversion clips 16 bits to 8 instead of scaling
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            pixels_HWC = np.array(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise UnusableMedia(path, f"cannot be read as an image: {error}") from error
+    return torch.from_numpy(pixels_HWC).permute(2, 0, 1)[None].contiguous()
+
+
+def _regular_file(path: Path | str) -> Path:
+    path = Path(path)
+    try:
+        status = path.stat()
+    except (OSError, ValueError) as error:
+        raise UnusableMedia(path, getattr(error, "strerror", None) or error) from error
+    if not stat.S_ISREG(status.st_mode):  # a pipe or a device would block or never end
+        raise UnusableMedia(path, "is not a regular file")
+    if status.st_size == 0:
+        raise UnusableMedia(path, "is empty")
+    if not os.access(path, os.R_OK):
+        raise UnusableMedia(path, "may not be read")
+    return path
+
+
+def _why_not_decord(index: VideoIndex) -> str:
+    """Why decord must not decode this file; empty where it may."""
+    if not _has_decord():
+        return "decord is not installed"
+    if index.codec in _CODECS_WITHOUT_DECORD:
+        return f"decord cannot open {index.codec}"
+    if index.pts is None:
+        return "decord needs presentation times, which this file lacks"
+    if index.is_mirrored:
+        return "decord ignores mirrored display matrices"
+    if index.has_open_groups:
+        return "decord miscounts frames in open groups of pictures"
+    return ""
+
+
+def _explain(index: VideoIndex, error: DecordFailed) -> str:
+    """A reason in few kinds, so that saying each once does not flood the log; details go to the debug log."""
+    _log.debug("decord, %s: %s", index.path, error)
+    if error.stage == "open":
+        return "decord counts other frames" if "counts" in str(error) else f"decord cannot open {index.codec}"
+    return {"timeout": "decord hangs", "crash": "decord crashed"}.get(error.stage, "decord failed while decoding")
+
+
+def _decord_chunks(index: VideoIndex, wanted: list[int]) -> Iterator[np.ndarray]:
+    process = _decord_process(os.getpid())
+    parts = list(_chunks(index, wanted))
+    for part in parts:
+        yield process.read_frames(
+            index.path,
+            part,
+            num_frames=index.num_frames,
+            size=index.upright_size,
+            is_last=part is parts[-1],
+            timeout_seconds=DECORD_TIMEOUT_SECONDS,
+        )
+
+
+def _pyav_chunks(index: VideoIndex, wanted: list[int]) -> Iterator[np.ndarray]:
+    frames = decode_frames(index, wanted)
+    for part in _chunks(index, wanted):
+        yield np.stack([next(frames) for _ in part])
+
+
+def _chunks(index: VideoIndex, wanted: list[int]) -> Iterator[list[int]]:
+    size = max(1, _CHUNK_BYTES // (index.height * index.width * 3))
+    for start in range(0, len(wanted), size):
+        yield wanted[start : start + size]
+
+
+_CODECS_WITHOUT_DECORD: set[str] = set()
+"""Learnt from failures to open: each such codec costs one attempt per process, not one per video."""
+_REASONS_SAID: set[str] = set()
+
+
+@functools.cache
+def _has_decord() -> bool:
+    return DecordProcess.is_installed()
+
+
+@functools.cache
+def _decord_process(process_id: int) -> DecordProcess:
+    """One child per process: after a fork the pipe would be shared with the parent and answers would mix."""
+    del process_id
+    return DecordProcess()
+
+
+def _say_once(reason: str, example: str) -> None:
+    if reason not in _REASONS_SAID:
+        _REASONS_SAID.add(reason)
+        _log.warning("decoding with PyAV: %s (first: %s; said once, counted in the metrics)", reason, example)

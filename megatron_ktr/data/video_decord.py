@@ -1,0 +1,198 @@
+"""decord in a process of its own.
+
+decord is quick, but it is native code of 2021: on some files it spins for ever inside ``get_batch`` and no Python
+timeout reaches it there, and a crash would take the training rank with it. So one child per rank runs this file
+as a script (it imports decord and numpy only); the parent asks it for frames over a pipe, waits no longer than a
+deadline, and starts a fresh child after a hang or a crash.
+
+Protocol: the parent writes one JSON line ``{"path", "frames", "num_frames", "size", "is_last"}``; the child answers
+with one JSON line ``{"shape"}`` followed by that many bytes of uint8 RGB, or ``{"error", "stage"}``. It keeps the
+file open between the requests for one video, until ``is_last``.
+
+decord conceals damage: it returns a neighbouring or half-grey picture without an error. But its FFmpeg complains on
+the error stream, so frames during which anything was written there are not delivered, and PyAV, which can tell
+which frames are damaged, decides.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib.util
+import json
+import os
+import select
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+class DecordFailed(Exception):
+    """decord could not deliver these frames. ``stage`` is "open", "decode", "timeout" or "crash"."""
+
+    def __init__(self, stage: str, reason: str) -> None:
+        self.stage = stage
+        super().__init__(reason)
+
+
+class DecordProcess:
+    """Asks a child process for frames; thread-hostile (one request at a time), safe to keep for a whole run."""
+
+    def __init__(self) -> None:
+        self._child: subprocess.Popen[bytes] | None = None
+        self._pending = b""
+        atexit.register(self.close)
+
+    @staticmethod
+    def is_installed() -> bool:
+        """False on aarch64 and macOS, for which decord has no wheels."""
+        return importlib.util.find_spec("decord") is not None
+
+    def read_frames(
+        self,
+        path: Path,
+        frames: list[int],
+        *,
+        num_frames: int,
+        size: tuple[int, int],
+        is_last: bool,
+        timeout_seconds: float,
+    ) -> np.ndarray:
+        """uint8 [F, H, W, 3] of the given frame numbers (upright: decord applies rotation itself).
+
+        ``num_frames`` and ``size`` (height, width, upright) are what the packet index found; a file that decord
+        sees differently fails with stage "open", because its numbering would not be ours.
+        """
+        child = self._start()
+        request = {
+            "path": str(path),
+            "frames": frames,
+            "num_frames": num_frames,
+            "size": list(size),
+            "is_last": is_last,
+        }
+        deadline = time.monotonic() + timeout_seconds
+        try:
+            assert child.stdin is not None
+            child.stdin.write(json.dumps(request).encode() + b"\n")
+            child.stdin.flush()
+            answer = json.loads(self._read_line(deadline))
+            if "error" in answer:
+                raise DecordFailed(answer["stage"], answer["error"])
+            frames_FHWC = np.empty(answer["shape"], dtype=np.uint8)
+            self._read_into(memoryview(frames_FHWC).cast("B"), deadline)
+            return frames_FHWC
+        except TimeoutError:
+            self.close()
+            raise DecordFailed("timeout", f"no answer within {timeout_seconds:g} s") from None
+        except (EOFError, OSError, json.JSONDecodeError):
+            code = self.close()
+            raise DecordFailed("crash", f"its process ended with code {code}") from None
+
+    def close(self) -> int | None:
+        """Ends the child, if any, and returns its exit code."""
+        child, self._child, self._pending = self._child, None, b""
+        if child is None:
+            return None
+        if child.poll() is None:
+            child.kill()
+        code = child.wait()
+        for pipe in (child.stdin, child.stdout):
+            if pipe is not None:
+                try:
+                    pipe.close()
+                except OSError:  # unsent bytes to a child that is gone
+                    pass
+        return code
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        if self._child is None or self._child.poll() is not None:
+            self.close()
+            command = [sys.executable, "-u", os.path.abspath(__file__)]
+            self._child = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            )
+        return self._child
+
+    def _wait(self, deadline: float) -> int:
+        assert self._child is not None and self._child.stdout is not None
+        descriptor = self._child.stdout.fileno()
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN | select.POLLHUP)
+        if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+            raise TimeoutError
+        return descriptor
+
+    def _read_line(self, deadline: float) -> bytes:
+        while b"\n" not in self._pending:
+            chunk = os.read(self._wait(deadline), 1 << 16)
+            if not chunk:
+                raise EOFError
+            self._pending += chunk
+        line, self._pending = self._pending.split(b"\n", 1)
+        return line
+
+    def _read_into(self, target: memoryview, deadline: float) -> None:
+        filled = min(len(self._pending), len(target))
+        target[:filled], self._pending = self._pending[:filled], self._pending[filled:]
+        while filled < len(target):
+            count = os.readv(self._wait(deadline), [target[filled : filled + (1 << 24)]])
+            if not count:
+                raise EOFError
+            filled += count
+
+
+def _open_reader(request: dict[str, Any]) -> Any:
+    import decord
+
+    decord.logging.set_level(decord.logging.ERROR)
+    # fault_tol 0: no neighbouring frame, silently, in place of one that cannot be decoded.
+    reader = decord.VideoReader(request["path"], num_threads=2, fault_tol=0)
+    if len(reader) != request["num_frames"]:
+        raise ValueError(f"decord counts {len(reader)} frames, the packets say {request['num_frames']}")
+    return reader
+
+
+def _serve() -> None:
+    """The child: answers requests until the parent closes the pipe."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # native code that prints must not write into the answers
+    complaints = tempfile.TemporaryFile()
+    os.dup2(complaints.fileno(), 2)
+    reader, reader_path = None, None
+    for line in sys.stdin.buffer:
+        request = json.loads(line)
+        stage = "open"
+        os.ftruncate(2, 0)
+        try:
+            if reader_path != request["path"]:
+                reader, reader_path = None, None
+                reader = _open_reader(request)
+                reader_path = request["path"]
+            stage = "decode"
+            batch = reader.get_batch(request["frames"])  # type: ignore[union-attr]
+            frames_FHWC = np.ascontiguousarray(batch.asnumpy())
+            if list(frames_FHWC.shape[1:3]) != request["size"]:
+                raise ValueError(f"decord gives frames of {frames_FHWC.shape[1:3]}, expected {request['size']}")
+            if num_bytes := os.fstat(2).st_size:
+                raise ValueError(f"FFmpeg complained: {os.pread(2, min(num_bytes, 300), 0).decode(errors='replace')}")
+        except Exception as error:  # whatever decord raises, the parent decides what it means
+            reader, reader_path = None, None
+            reason = " ".join(str(error).split())[:300]
+            answers.write(json.dumps({"error": f"{type(error).__name__}: {reason}", "stage": stage}).encode() + b"\n")
+        else:
+            answers.write(json.dumps({"shape": list(frames_FHWC.shape)}).encode() + b"\n")
+            answers.write(memoryview(frames_FHWC).cast("B"))
+            if request["is_last"]:
+                reader, reader_path = None, None
+        answers.flush()
+
+
+if __name__ == "__main__":
+    # Running a file puts its folder first in the search path, where this package's modules could shadow others.
+    sys.path = [entry for entry in sys.path if os.path.abspath(entry) != os.path.dirname(os.path.abspath(__file__))]
+    _serve()

@@ -1,0 +1,291 @@
+"""What is in a video file, and its frames by number, with PyAV.
+
+Three facts make frame numbers trustworthy here:
+
+1. One pass over the packets (nothing but the first picture is decoded) gives the presentation times of all
+   frames; frame ``i`` is the i-th of them in time. Packets that an edit list discards are no frames.
+2. A wanted frame is decoded from the last key frame shown at or before it and recognised by its time, so seeking
+   cannot shift the numbering. Files without usable times are decoded from the start and counted instead.
+3. The display matrix is applied: rotated and mirrored recordings come out upright.
+
+A decoding error between that key frame and a wanted frame makes the file unusable, and so does a frame there that
+is flagged as damaged: training on pictures invented by error concealment would go unnoticed.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+
+from megatron_ktr.data.unusable import UnusableMedia
+
+_PLAYLIST_FORMATS = ("hls", "dash", "concat", "concatf", "imf", "sdp", "rtsp", "webm_dash_manifest")
+"""Formats that name other files or hosts: following them would lead outside the media root."""
+_CONTAINER_OPTIONS = {"protocol_whitelist": "file"}
+_OPEN_TIMEOUT_SECONDS = (30.0, 30.0)
+_DECODER_THREADS = 2
+_ERRORS = (av.FFmpegError, OSError, ValueError, EOFError, RuntimeError)
+
+
+class _FrameNotFound(Exception):
+    """The expected presentation time never came out of the decoder (hidden packets, wrong times)."""
+
+
+@dataclass(frozen=True)
+class VideoIndex:
+    """Everything needed to choose frames and to find them again.
+
+    Example: 10 frames of 0.1 s, key frames 0 and 6, frame 5 stored after key frame 6 (an open group of pictures):
+    ``pts == (0, 1, .., 9)``, ``key_pts == (0, 6)``, ``has_open_groups``.
+    """
+
+    path: Path
+    codec: str
+    num_frames: int
+    native_fps: float
+    pts: tuple[int, ...] | None
+    """Sorted presentation times in stream ticks; None where the file has no usable ones."""
+    key_pts: tuple[int, ...]
+    key_dts: tuple[int, ...]
+    """Decoding time of each key frame: what a seek must aim at. Same order as ``key_pts``."""
+    has_open_groups: bool
+    """Some frame is stored after a key frame but shown before it. decord, which counts frames from key frames on,
+    returns wrong pictures all over such a file (usual in HEVC)."""
+    height: int
+    width: int
+    """Size as stored, before rotation."""
+    quarter_turns: int
+    """Clockwise quarter turns that make the picture upright, applied after mirroring."""
+    is_mirrored: bool
+
+    @property
+    def upright_size(self) -> tuple[int, int]:
+        return (self.width, self.height) if self.quarter_turns % 2 else (self.height, self.width)
+
+
+def index_video(path: Path) -> VideoIndex:
+    """Reads all packet headers of the best video stream and decodes its first frame.
+
+    Raises:
+        UnusableMedia: not a video, no decoder, damaged beyond the first frame, or shorter than it declares.
+    """
+    try:
+        with _open(path) as container:
+            return _index_stream(path, container, _best_stream(path, container))
+    except _ERRORS as error:
+        raise UnusableMedia(path, f"cannot be opened as a video: {error}") from error
+
+
+def decode_frames(index: VideoIndex, wanted: Sequence[int]) -> Iterator[np.ndarray]:
+    """Yields the frames ``wanted`` (sorted, without repeats) as uint8 [H, W, 3] RGB, upright.
+
+    Raises:
+        UnusableMedia: a wanted frame, or one it depends on, cannot be decoded.
+    """
+    num_done = 0
+    try:
+        with _open(index.path) as container:
+            stream = _best_stream(index.path, container)
+            seek_exactly = index.pts is not None
+            find = _frames_by_time if seek_exactly else _frames_by_count
+            try:
+                for frame in find(index, container, stream, wanted):
+                    yield _upright(frame, index)
+                    num_done += 1
+            except _FrameNotFound:
+                seek_exactly = False
+        if num_done < len(wanted):
+            with _open(index.path) as container:
+                stream = _best_stream(index.path, container)
+                for frame in _frames_by_count(index, container, stream, wanted[num_done:]):
+                    yield _upright(frame, index)
+                    num_done += 1
+    except _ERRORS as error:
+        raise UnusableMedia(index.path, f"damaged before frame {wanted[num_done]}: {error}") from error
+    except _FrameNotFound as error:
+        raise UnusableMedia(index.path, f"has no frame {wanted[num_done]} of {index.num_frames}") from error
+
+
+def _open(path: Path) -> Any:
+    container = av.open(
+        str(path), metadata_errors="ignore", container_options=_CONTAINER_OPTIONS, timeout=_OPEN_TIMEOUT_SECONDS
+    )
+    if set(container.format.name.split(",")) & set(_PLAYLIST_FORMATS):
+        container.close()
+        raise UnusableMedia(path, f"is a playlist ({container.format.name}), not a video")
+    return container
+
+
+def _best_stream(path: Path, container: Any) -> Any:
+    """The stream FFmpeg ranks first (of several: default flag, then size), which is also decord's choice."""
+    stream = container.streams.best("video")
+    if stream is None:
+        raise UnusableMedia(path, "has no video stream")
+    if stream.disposition & av.stream.Disposition.attached_pic:
+        raise UnusableMedia(path, "has no video stream, only a cover picture")
+    if stream.codec_context is None:
+        raise UnusableMedia(path, "no decoder here can read its codec")
+    stream.codec_context.thread_count = _DECODER_THREADS
+    return stream
+
+
+def _index_stream(path: Path, container: Any, stream: Any) -> VideoIndex:
+    first_frame, first_error = None, None
+    times: list[tuple[int | None, int | None, bool]] = []
+    num_stored = 0
+    for packet in container.demux(stream):
+        if packet.size:
+            num_stored += 1
+            if not packet.is_discard:
+                times.append((packet.pts, packet.dts, packet.is_keyframe))
+        if first_frame is None:
+            try:
+                first_frame = next(iter(packet.decode()), None)
+            except _ERRORS as error:
+                first_error = error
+    if first_frame is None:
+        raise UnusableMedia(path, f"no frame can be decoded: {first_error or 'the stream is empty'}")
+    # Only the mov family counts its samples in a table; elsewhere the declared number is an estimate.
+    if "mov" in container.format.name and stream.frames > num_stored:
+        raise UnusableMedia(path, f"is cut off: {num_stored} of the {stream.frames} declared frames are there")
+    pts, keys, has_open_groups = _order_frames(times)
+    num_frames = len(times) if pts is not None else _count_frames(path)
+    native_fps = float(stream.average_rate or stream.guessed_rate or 0)
+    if native_fps <= 0:
+        raise UnusableMedia(path, "has no frame rate")
+    quarter_turns, is_mirrored = _orientation(first_frame)
+    return VideoIndex(
+        path=path,
+        codec=stream.codec_context.codec.canonical_name,
+        num_frames=num_frames,
+        native_fps=native_fps,
+        pts=pts,
+        key_pts=tuple(key for key, _ in keys),
+        key_dts=tuple(dts for _, dts in keys),
+        has_open_groups=has_open_groups,
+        height=first_frame.height,
+        width=first_frame.width,
+        quarter_turns=quarter_turns,
+        is_mirrored=is_mirrored,
+    )
+
+
+def _order_frames(
+    times: list[tuple[int | None, int | None, bool]],
+) -> tuple[tuple[int, ...] | None, list[tuple[int, int]], bool]:
+    """Sorted presentation times, (pts, dts) of the key frames, whether groups of pictures are open; (None, [], False)
+    where times are missing or repeated or no key frame is marked."""
+    pts = tuple(sorted(time for time, _, _ in times if time is not None))
+    has_key = any(is_key for _, _, is_key in times)
+    if len(pts) < len(times) or len(set(pts)) < len(pts) or not has_key:
+        return None, [], False
+    keys: list[tuple[int, int]] = []
+    has_open_groups = False
+    for time, dts, is_key in times:
+        assert time is not None
+        if is_key:
+            keys.append((time, time if dts is None else dts))
+        elif keys and time < keys[-1][0]:
+            has_open_groups = True
+    return pts, sorted(keys), has_open_groups
+
+
+def _count_frames(path: Path) -> int:
+    """Number of frames that come out of the decoder, the only truth where packets carry no times."""
+    with _open(path) as container:
+        return sum(1 for _ in container.decode(_best_stream(path, container)))
+
+
+def _frames_by_time(index: VideoIndex, container: Any, stream: Any, wanted: Sequence[int]) -> Iterator[Any]:
+    """Frames recognised by presentation time, seeking over key frames that need not be decoded."""
+    assert index.pts is not None
+    frames: Iterator[Any] | None = None
+    latest = None
+    for number in wanted:
+        target = index.pts[number]
+        key = max(bisect.bisect_right(index.key_pts, target) - 1, 0)
+        if frames is None or latest is None or index.key_pts[key] > latest:
+            frames = _decode_from_key(index, container, stream, seek_to=index.key_dts[key] if key else None)
+            first = next(frames, None)
+            if first is not None and first.pts is not None and first.pts > target:
+                # The container landed on a later key frame: its index is not by decoding time.
+                frames = _decode_from_key(index, container, stream, seek_to=None, rewind=True)
+                first = next(frames, None)
+            frame = first
+        else:
+            frame = next(frames, None)
+        while frame is not None and frame.pts is not None and frame.pts < target:
+            frame = next(frames, None)
+        if frame is None or frame.pts != target:
+            raise _FrameNotFound
+        latest = frame.pts
+        yield frame
+
+
+def _decode_from_key(
+    index: VideoIndex, container: Any, stream: Any, *, seek_to: int | None, rewind: bool = False
+) -> Iterator[Any]:
+    """Decoded frames in order of time from a key frame (None: from where a fresh container stands)."""
+    if seek_to is not None or rewind:
+        start = stream.start_time or 0
+        container.seek(seek_to if seek_to is not None else min(start, 0), stream=stream, backward=True)
+    first_key: int | None = None
+    for packet in container.demux(stream):
+        # After a seek some containers start between key frames; those pictures would lack their references.
+        if first_key is None and packet.is_keyframe:
+            first_key = packet.pts
+        if first_key is None:
+            continue
+        for frame in packet.decode():
+            # Frames shown before the key frame lack references after a seek; nobody wants them from here.
+            if frame.is_corrupt and frame.pts is not None and frame.pts >= first_key:
+                raise UnusableMedia(index.path, f"a frame at {float(frame.time or 0):.2f} s is damaged")
+            yield frame
+
+
+def _frames_by_count(index: VideoIndex, container: Any, stream: Any, wanted: Sequence[int]) -> Iterator[Any]:
+    """Frames recognised by counting everything that is decoded."""
+    remaining = iter(wanted)
+    number = next(remaining, None)
+    for position, frame in enumerate(container.decode(stream)):
+        if frame.is_corrupt:
+            raise UnusableMedia(index.path, f"frame {position} is damaged")
+        if position == number:
+            yield frame
+            number = next(remaining, None)
+            if number is None:
+                return
+    if number is not None:
+        raise _FrameNotFound
+
+
+def _orientation(frame: Any) -> tuple[int, bool]:
+    """(clockwise quarter turns, mirrored first?) from the display matrix of a decoded frame.
+
+    The matrix maps stored to shown points as row vectors with y downwards: x' = a x + c y, y' = b x + d y.
+    """
+    matrix = next((data for data in frame.side_data if data.type.name == "DISPLAYMATRIX"), None)
+    if matrix is None:
+        return 0, False
+    a, b, _, c, d, *_ = (int(value) for value in np.frombuffer(bytes(matrix), dtype="<i4", count=9))
+    is_mirrored = a * d - b * c < 0
+    if is_mirrored:
+        a, b = -a, -b
+    if abs(a) >= abs(b):
+        return (0 if a >= 0 else 2), is_mirrored
+    return (1 if b > 0 else 3), is_mirrored
+
+
+def _upright(frame: Any, index: VideoIndex) -> np.ndarray:
+    if (frame.height, frame.width) != (index.height, index.width):  # the picture size changed inside the file
+        frame = frame.reformat(width=index.width, height=index.height, format="rgb24")
+    picture_HWC = frame.to_ndarray(format="rgb24")
+    if index.is_mirrored:
+        picture_HWC = picture_HWC[:, ::-1]
+    return np.ascontiguousarray(np.rot90(picture_HWC, -index.quarter_turns))

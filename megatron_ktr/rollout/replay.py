@@ -1,0 +1,251 @@
+"""Recorded rollouts: a JSONL of questions with G responses and their rewards, trained on without sampling.
+
+One line is one group:
+
+    {"problem_id": "7", "problem": "Which colour came first?", "video": "clips/7.mp4", "options": ["A. red", "B. blue"],
+     "responses": [{"text": "<think>..</think><answer>A</answer>", "rewards": {"accuracy": 1.0, "format": 1.0}},
+                   {"token_ids": [151667, 198, 151645], "logprobs": [-0.1, -0.7, 0.0], "reward": 0.0}]}
+
+The question is a Video-R1 record (``data/records.py``), or ``messages``. A response is text, to which the end token is
+added (unless ``"is_finished": false``: it was cut at the length limit), or token ids, taken as they are.
+``write_rollouts`` writes what a run sampled in the same form.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from megatron_ktr.data.dataset import PromptDataset, PromptLoader, SkipCounter
+from megatron_ktr.data.records import Record, read_records
+from megatron_ktr.errors import UserError
+from megatron_ktr.types import Prompt, Rollout, RolloutGroup
+
+_log = logging.getLogger(__name__)
+_LINE = "record_number"
+"""Field of a record that says which line its responses are on (problem ids may repeat over lines)."""
+
+
+class ReplayEngine:
+    """A ``RolloutEngine`` that answers each prompt with its recorded responses; weights change nothing."""
+
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        tokenizer: Any,
+        num_generations: int | None = None,
+        end_token_id: int | None = None,
+        vocab_size: int | None = None,
+    ) -> None:
+        """Reads and checks the whole file.
+
+        Args:
+            num_generations: take this many responses of each group (the first ones); None = all that are recorded.
+            end_token_id: appended to responses given as text; None = the tokenizer's end token.
+            vocab_size: token ids must be below it; None = the tokenizer's length.
+
+        Raises:
+            UserError: naming the line, and the response counted from 1.
+        """
+        self.path = Path(path)
+        self.tokenizer = tokenizer
+        self.end_token_id = tokenizer.eos_token_id if end_token_id is None else end_token_id
+        if self.end_token_id is None:
+            raise UserError("model: the tokenizer has no end token, which recorded responses need (eos_token)")
+        self.vocab_size = len(tokenizer) if vocab_size is None else vocab_size
+        self.records: list[Record] = read_records(path, option="replay_path", needs_solution=False)
+        self._rollouts: dict[int, tuple[Rollout, ...]] = {}
+        for record in self.records:
+            line = record[_LINE]
+            try:
+                rollouts = self._read_responses(record.pop("responses", None))
+                if num_generations is not None and len(rollouts) < num_generations:
+                    raise ValueError(f"{len(rollouts)} responses, but num_generations is {num_generations}")
+            except ValueError as error:
+                raise UserError(
+                    f"replay_path: {self.path}, record {line} (problem_id {record['problem_id']}): {error}"
+                ) from error
+            self._rollouts[line] = rollouts[:num_generations]
+
+    def generate(self, prompts: Sequence[Prompt], *, step: int = 0) -> list[RolloutGroup]:
+        """The recorded group of each prompt (a prompt built from one of ``records``)."""
+        del step
+        groups = []
+        for prompt in prompts:
+            line = prompt.record.get(_LINE)
+            if line not in self._rollouts:
+                raise UserError(f"replay_path: {self.path} has no recorded responses for prompt {prompt.problem_id}")
+            recorded_length = prompt.record.get("prompt_length")
+            if recorded_length is not None and recorded_length != len(prompt.token_ids):
+                _log.warning(
+                    "prompt %s has %d tokens, %d when its responses were recorded: frames, sizes or wording differ",
+                    prompt.problem_id,
+                    len(prompt.token_ids),
+                    recorded_length,
+                )
+            groups.append(RolloutGroup(prompt=prompt, rollouts=self._rollouts[line]))
+        return groups
+
+    def load_weights(self, named_tensors: Iterator[tuple[str, Tensor]]) -> None:
+        """Recorded responses do not depend on weights; the stream is read to its end, as its producers (collective
+        gathers on all ranks) must all finish."""
+        for _ in named_tensors:
+            pass
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def _read_responses(self, responses: Any) -> tuple[Rollout, ...]:
+        if not isinstance(responses, list) or not responses:
+            raise ValueError(f"expected a list of responses in 'responses', got {_short(responses)}")
+        rollouts = []
+        for number, response in enumerate(responses, start=1):
+            try:
+                rollouts.append(self._read_response(response))
+            except ValueError as error:
+                raise ValueError(f"response {number}: {error}") from error
+        return tuple(rollouts)
+
+    def _read_response(self, response: Any) -> Rollout:
+        if not isinstance(response, dict):
+            raise ValueError(f"expected an object, got {_short(response)}")
+        text, token_ids = response.get("text"), response.get("token_ids")
+        if token_ids is None:
+            if not isinstance(text, str):
+                raise ValueError(f"expected 'text' or 'token_ids', got keys {sorted(response)}")
+            is_finished = bool(response.get("is_finished", True))
+            token_ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            if is_finished and (not token_ids or token_ids[-1] != self.end_token_id):
+                token_ids = [*token_ids, self.end_token_id]
+        else:
+            _check_token_ids(token_ids, self.vocab_size)
+            is_finished = bool(response.get("is_finished", token_ids[-1:] == [self.end_token_id]))
+            if text is None:
+                text = self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        if not token_ids:
+            raise ValueError("it has no tokens; an unfinished response cannot be empty")
+        return Rollout(
+            token_ids=tuple(token_ids),
+            sampler_logprobs=_read_logprobs(response.get("logprobs"), len(token_ids)),
+            text=str(text),
+            is_finished=is_finished,
+            rewards=_read_rewards(response),
+        )
+
+
+class ReplaySource:
+    """The trainer's source of groups from recorded rollouts: seeded order, sharding, skips and state of
+    ``PromptDataset``, responses of ``ReplayEngine``."""
+
+    def __init__(
+        self,
+        engine: ReplayEngine,
+        *,
+        loader: PromptLoader,
+        seed: int = 0,
+        shuffle: bool = True,
+        rank: int = 0,
+        size: int = 1,
+        skips: SkipCounter | None = None,
+    ) -> None:
+        self.engine = engine
+        self.dataset = PromptDataset(
+            engine.records, loader=loader, seed=seed, shuffle=shuffle, rank=rank, size=size, skips=skips
+        )
+
+    def next(self, num_prompts: int, *, step: int = 0) -> list[RolloutGroup]:
+        """The next ``num_prompts`` groups of this data-parallel rank."""
+        return self.engine.generate(self.dataset.next(num_prompts), step=step)
+
+    @property
+    def num_skipped(self) -> int:
+        return self.dataset.num_skipped
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.dataset.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.dataset.load_state_dict(state)
+
+
+def write_rollouts(path: Path | str, groups: Iterable[RolloutGroup], *, append: bool = True) -> int:
+    """Writes groups as replay lines and returns how many. Lines are written whole, then flushed to disk.
+
+    Frames are not stored: the record's path is, and replaying samples them again with the settings of that run.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    num_written = 0
+    with path.open("a" if append else "w", encoding="utf-8") as file:
+        for group in groups:
+            file.write(json.dumps(_group_line(group), ensure_ascii=False, allow_nan=False) + "\n")
+            num_written += 1
+        file.flush()
+        os.fsync(file.fileno())
+    return num_written
+
+
+def _group_line(group: RolloutGroup) -> dict[str, Any]:
+    line = {name: value for name, value in group.prompt.record.items() if name not in (_LINE, "responses", "media")}
+    line["problem_id"] = group.prompt.problem_id
+    line["prompt_length"] = len(group.prompt.token_ids)
+    line["responses"] = []
+    for rollout in group.rollouts:
+        response: dict[str, Any] = {
+            "text": rollout.text,
+            "token_ids": list(rollout.token_ids),
+            "is_finished": rollout.is_finished,
+            "rewards": dict(rollout.rewards),
+        }
+        if rollout.sampler_logprobs is not None:
+            response["logprobs"] = list(rollout.sampler_logprobs)
+        line["responses"].append(response)
+    return line
+
+
+def _check_token_ids(token_ids: Any, vocab_size: int) -> None:
+    is_list = isinstance(token_ids, list)
+    if not is_list or not all(isinstance(token, int) and not isinstance(token, bool) for token in token_ids):
+        raise ValueError(f"expected token_ids to be a list of whole numbers, got {_short(token_ids)}")
+    wrong = next((token for token in token_ids if not 0 <= token < vocab_size), None)
+    if wrong is not None:
+        raise ValueError(f"token id {wrong} is outside the vocabulary of {vocab_size}")
+
+
+def _read_logprobs(logprobs: Any, num_tokens: int) -> tuple[float, ...] | None:
+    if logprobs is None:
+        return None
+    if not isinstance(logprobs, list) or not all(_is_number(value) and value <= 1e-6 for value in logprobs):
+        raise ValueError(f"expected logprobs to be a list of numbers <= 0, got {_short(logprobs)}")
+    if len(logprobs) != num_tokens:
+        raise ValueError(f"{len(logprobs)} logprobs for {num_tokens} tokens (the end token counts)")
+    return tuple(float(value) for value in logprobs)
+
+
+def _read_rewards(response: Mapping[str, Any]) -> dict[str, float]:
+    rewards = response.get("rewards")
+    if rewards is None and "reward" in response:
+        rewards = {"reward": response["reward"]}
+    if not isinstance(rewards, dict) or not rewards:
+        raise ValueError("expected 'rewards' (an object of named numbers) or 'reward' (a number)")
+    for name, value in rewards.items():
+        if not _is_number(value):
+            raise ValueError(f"expected reward {name!r} to be a finite number, got {_short(value)}")
+    return {str(name): float(value) for name, value in rewards.items()}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
