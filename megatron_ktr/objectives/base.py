@@ -67,7 +67,7 @@ class Objective(Protocol):
         """Advantage, weight and mask of every response token.
 
         Args:
-            batch: the intact view.
+            batch: the intact view, on any device; the streams live where the scores are.
             group_data: the groups packed in ``batch``, in order, with rewards.
             num_responses_global: responses of the update over all micro-batches and replicas.
             num_tokens_global: tokens that carry the loss over all of them; needed for token aggregation.

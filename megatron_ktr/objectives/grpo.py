@@ -82,7 +82,7 @@ class GRPO:
         return self.masked_streams(
             batch,
             group_data,
-            is_key_token_R=torch.ones_like(batch.target_ids_R, dtype=torch.bool),
+            is_key_token_R=torch.ones_like(scores.policy_logprob_R, dtype=torch.bool),
             num_responses_global=num_responses_global,
             num_tokens_global=num_tokens_global,
         )
@@ -100,16 +100,18 @@ class GRPO:
         """Streams of GRPO in which only ``is_key_token_R`` carries the loss."""
         if num_responses_global < batch.num_responses:
             raise ValueError(f"num_responses_global {num_responses_global} < {batch.num_responses} of one micro-batch")
+        # The batch may have stayed on the host; the scores decide where the streams live.
+        response_R = batch.response_R.to(is_key_token_R.device)
         lengths = None
         if self.original_compat:
-            counts = count_by_response(is_key_token_R, batch.response_R, num_responses=batch.num_responses)
+            counts = count_by_response(is_key_token_R, response_R, num_responses=batch.num_responses)
             lengths = [int(count) for count in counts.tolist()]
         rewards = response_rewards(group_data, lengths=lengths, setting=self.length_bonus)
         advantages = torch.cat([group_advantages([sum(parts) for parts in group]) for group in rewards])
-        advantage_R = advantages.to(device=batch.response_R.device, dtype=torch.float32)[batch.response_R]
+        advantage_R = advantages.to(device=response_R.device, dtype=torch.float32)[response_R]
         weight_R = token_weights(
             is_key_token_R,
-            batch.response_R,
+            response_R,
             num_responses=batch.num_responses,
             num_responses_global=num_responses_global,
             num_tokens_global=num_tokens_global,

@@ -87,7 +87,7 @@ class VideoKTR:
         _, is_selected_R = select_key_tokens(
             signal_scores(scores, applies_R=applies_R, shift=self.shift),
             self.selection_ratio,
-            group_R=batch.group_R,
+            group_R=batch.group_R.to(scores.policy_logprob_R.device),
             num_groups=len(batch.layout.groups),
         )
         return is_selected_R
