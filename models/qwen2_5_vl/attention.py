@@ -9,8 +9,7 @@ would otherwise be a device synchronisation per layer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,7 +39,12 @@ class VarlenPlan:
     cu_seqlens_kv: Tensor
     """int32 [segments + 1]"""
     max_seqlen_q: int
+    """Rounded up, like the next; as host numbers, so that nobody has to ask the device."""
     max_seqlen_kv: int
+
+    def to(self, device: torch.device) -> VarlenPlan:
+        names = ("kv_rows", "cu_seqlens_q", "cu_seqlens_kv")
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
 @dataclass
@@ -48,15 +52,17 @@ class PrefixSeqParams(PackedSeqParams):
     """Attention of the language model: ``layout`` says who may attend whom."""
 
     layout: PackedLayout | None = None
+    _varlen_plan: VarlenPlan | None = None
 
     @classmethod
     def from_layout(cls, layout: PackedLayout) -> PrefixSeqParams:
         return cls(layout=layout, **_one_sequence(layout.num_tokens))
 
-    @cached_property
-    def varlen_plan(self) -> VarlenPlan:
-        """Built on first use, in host memory; the same for every layer of a forward."""
-        return plan_varlen(self.layout)
+    def varlen_plan(self, device: torch.device) -> VarlenPlan:
+        """Built and moved on first use: all layers of a forward share it."""
+        if self._varlen_plan is None:
+            self._varlen_plan = plan_varlen(self.layout).to(device)
+        return self._varlen_plan
 
 
 class PrefixCoreAttention(torch.nn.Module):

@@ -164,21 +164,19 @@ def _te_modules() -> SimpleNamespace:
             packed_seq_params: PrefixSeqParams | None = None,
             **kwargs: Any,
         ) -> Tensor:
-            plan = packed_seq_params.varlen_plan
-            device = query.device
-            rows = plan.kv_rows.to(device, non_blocking=True)
+            plan = packed_seq_params.varlen_plan(query.device)
             segments = PackedSeqParams(
                 qkv_format="thd",
-                cu_seqlens_q=plan.cu_seqlens_q.to(device, non_blocking=True),
-                cu_seqlens_kv=plan.cu_seqlens_kv.to(device, non_blocking=True),
+                cu_seqlens_q=plan.cu_seqlens_q,
+                cu_seqlens_kv=plan.cu_seqlens_kv,
                 max_seqlen_q=plan.max_seqlen_q,
                 max_seqlen_kv=plan.max_seqlen_kv,
             )
             mask = SimpleNamespace(name="padding_causal_bottom_right")
             return super().forward(
                 query,
-                key.index_select(0, rows),
-                value.index_select(0, rows),
+                key.index_select(0, plan.kv_rows),
+                value.index_select(0, plan.kv_rows),
                 None,
                 attn_mask_type=mask,
                 packed_seq_params=segments,

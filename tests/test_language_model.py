@@ -1,0 +1,218 @@
+"""The language model on one rank: Hugging Face parity on text, recomputation, precision, layer specifications."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_ktr.config import Config, ModelSection, ParallelSection
+from megatron_ktr.distributed.groups import ParallelGroups
+from megatron_ktr.errors import UserError
+from megatron_ktr.ops.prefix_attention import prefix_attention
+from megatron_ktr.types import GroupSpan, PackedBatch, PackedLayout
+from models.qwen2_5_vl.config import Qwen2_5_VLConfig
+from tests.support.parity import (
+    Group,
+    Medium,
+    hf_reference,
+    make_group,
+    max_relative_difference,
+    pack,
+    weights_R,
+)
+from tests.support.tiny import save_tiny_hf
+
+MEDIA = (Medium("image", (1, 4, 6)), Medium("video", (2, 4, 4), seconds_per_grid=1.0))
+LAYOUT = PackedLayout((GroupSpan(0, 3, (2, 4)), GroupSpan(9, 5, (1, 0, 3))), num_padding=4)
+
+
+@pytest.fixture(scope="module")
+def hf_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("hf")
+    save_tiny_hf(directory, num_layers=3, vision_depth=2)
+    return directory
+
+
+@pytest.fixture
+def run(hf_dir: Path, one_rank: ParallelGroups) -> Iterator[Callable]:
+    """Builds the model with options, runs one batch forward and backward: (log-probs, gradients, model)."""
+    from models.qwen2_5_vl.conversion import export_hf_tensors, load_hf_weights
+    from models.qwen2_5_vl.model import build_model
+
+    def forward_backward(batch: PackedBatch, weight_R: Tensor, **options: object) -> SimpleNamespace:
+        chunks = build_model(Qwen2_5_VLConfig.from_hf(hf_dir), groups=one_rank, **options)
+        load_hf_weights(chunks, hf_dir, groups=one_rank)
+        model = chunks[0].train()
+        logprob_R = model.token_statistics(model(batch), batch.target_ids_R).logprob_R
+        (-(weight_R * logprob_R).sum()).backward()
+        gradients = dict(export_hf_tensors(chunks, groups=one_rank, tensor_of=lambda p: p.grad))
+        return SimpleNamespace(logprob_R=logprob_R.detach(), gradients=gradients, model=model)
+
+    yield forward_backward
+
+
+def groups_of(hf_dir: Path, *, media: tuple[Medium, ...]) -> list[Group]:
+    config = Qwen2_5_VLConfig.from_hf(hf_dir)
+    return [make_group(config, media=media, response_lengths=(4, 1, 6), seed=5)]
+
+
+def test_text_model_equals_hugging_face(hf_dir: Path, run: Callable) -> None:
+    from transformers import Qwen2_5_VLForConditionalGeneration as HFModel
+
+    groups = groups_of(hf_dir, media=())
+    model = HFModel.from_pretrained(hf_dir, attn_implementation="eager", dtype=torch.float32)
+    expected_R, expected_gradients = hf_reference(model, groups)
+    ours = run(pack(groups), weights_R(groups))
+    # fp32 rounding through three layers; seen 1e-6 and 3e-6.
+    torch.testing.assert_close(ours.logprob_R, expected_R, rtol=0, atol=1e-5)
+    assert max_relative_difference(ours.gradients, expected_gradients) <= 1e-4
+    # Text never touches the encoder, but its gradients exist, for data-parallel reduction.
+    vision = [gradient for name, gradient in ours.gradients.items() if name.startswith("visual.")]
+    assert vision and all(bool((gradient == 0).all()) for gradient in vision)
+
+
+def test_padding_changes_nothing(hf_dir: Path, run: Callable) -> None:
+    groups = groups_of(hf_dir, media=MEDIA)
+    plain, padded = (run(pack(groups, pad_to_multiple=n), weights_R(groups)) for n in (1, 64))
+    # Other matrix sizes may be summed in another order.
+    torch.testing.assert_close(padded.logprob_R, plain.logprob_R, rtol=0, atol=5e-6)
+    assert max_relative_difference(padded.gradients, plain.gradients) <= 2e-5
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        ParallelSection(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
+        ParallelSection(recompute_granularity="full", recompute_method="block", recompute_num_layers=2),
+        ParallelSection(recompute_granularity="selective"),
+    ],
+    ids=["full uniform", "full block", "selective"],
+)
+def test_recomputation_changes_nothing(hf_dir: Path, run: Callable, parallel: ParallelSection) -> None:
+    groups = groups_of(hf_dir, media=MEDIA)
+    batch = pack(groups)
+    stored = run(batch, weights_R(groups))
+    recomputed = run(batch, weights_R(groups), config=Config(parallel=parallel))
+    assert recomputed.model.config.recompute_granularity == parallel.recompute_granularity
+    # The same operations on the same numbers, twice.
+    torch.testing.assert_close(recomputed.logprob_R, stored.logprob_R, rtol=0, atol=0)
+    assert max_relative_difference(recomputed.gradients, stored.gradients) <= 1e-6
+
+
+def test_bf16_stays_close_to_fp32(hf_dir: Path, run: Callable) -> None:
+    groups = groups_of(hf_dir, media=MEDIA)
+    exact = run(pack(groups), weights_R(groups))
+    rounded = run(pack(groups), weights_R(groups), dtype=torch.bfloat16)
+    assert {p.dtype for p in rounded.model.parameters()} == {torch.bfloat16}
+    # Eight bits of mantissa through three layers and the encoder; a wrong position moves values by about one.
+    torch.testing.assert_close(rounded.logprob_R, exact.logprob_R, rtol=0, atol=0.1)
+
+
+def test_vision_encoder_does_not_run_when_scoring_text(hf_dir: Path, run: Callable) -> None:
+    """The hidden view costs text only."""
+    groups = groups_of(hf_dir, media=())
+    model = run(pack(groups), weights_R(groups)).model
+    model.vision.forward = None  # calling it would raise
+    with torch.no_grad():
+        assert model(pack(groups)).isfinite().all()
+    model.vision.requires_grad_(False)
+    assert model(pack(groups)).requires_grad
+
+
+def test_checkpoint_keys_do_not_depend_on_the_layer_specification(hf_dir: Path, run: Callable) -> None:
+    groups = groups_of(hf_dir, media=())
+    model = run(pack(groups), weights_R(groups)).model
+    keys = {
+        tensor.key for tensor in model.language.sharded_state_dict(prefix="language.").values() if tensor is not None
+    }
+    # Where Transformer Engine keeps the norms that are fused into the following linear layer.
+    assert "language.decoder.layers.self_attention.linear_qkv.layer_norm_weight" in keys
+    assert "language.decoder.layers.mlp.linear_fc1.layer_norm_weight" in keys
+
+
+def test_unsupported_requests_are_refused(hf_dir: Path, one_rank: ParallelGroups) -> None:
+    import dataclasses
+
+    from megatron_ktr.distributed.groups import ParallelSizes
+    from models.qwen2_5_vl.layer_specs import resolve_transformer_impl
+    from models.qwen2_5_vl.model import build_model
+
+    assert resolve_transformer_impl("auto") == "local"
+    with pytest.raises(UserError, match="--transformer-impl local"):
+        resolve_transformer_impl("te")
+    with pytest.raises(UserError, match="must be auto, te or local"):
+        resolve_transformer_impl("fast")  # type: ignore[arg-type]
+    model_config = Qwen2_5_VLConfig.from_hf(hf_dir)
+    with pytest.raises(UserError, match="Transformer Engine"):
+        build_model(model_config, groups=one_rank, config=Config(model=ModelSection(transformer_impl="te")))
+    for sizes, message in [
+        (ParallelSizes(context=2), "--context-parallel-size 2"),
+        (ParallelSizes(tensor=3), "must divide the 4 attention heads"),
+        (ParallelSizes(pipeline=2), "must divide the 3 layers"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            build_model(model_config, groups=dataclasses.replace(one_rank, sizes=sizes))
+
+
+def test_visual_rows_without_patches_are_refused(hf_dir: Path, run: Callable) -> None:
+    import dataclasses
+
+    groups = groups_of(hf_dir, media=MEDIA)
+    batch = pack(groups)
+    model = run(batch, weights_R(groups)).model
+    with pytest.raises(ValueError, match="visual rows but no patches"):
+        model(dataclasses.replace(batch, patches_SD=None))
+
+
+def test_varlen_plan_of_the_docstring() -> None:
+    from models.qwen2_5_vl.attention import plan_varlen
+
+    plan = plan_varlen(PackedLayout((GroupSpan(0, 2, (1, 2)),)))
+    assert plan.kv_rows.tolist() == [0, 1, 0, 1, 2, 0, 1, 3, 4]
+    assert plan.cu_seqlens_q.tolist() == [0, 2, 3, 5]
+    assert plan.cu_seqlens_kv.tolist() == [0, 2, 5, 9]
+
+
+def test_transformer_engine_attention_asks_for_shared_prefix_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformer Engine cannot run here; what our subclass asks of it can be computed and compared."""
+    import megatron.core.extensions.transformer_engine as extensions
+
+    from models.qwen2_5_vl import layer_specs
+    from models.qwen2_5_vl.attention import PrefixSeqParams
+
+    monkeypatch.setattr(extensions, "TEDotProductAttention", BottomRightCausal)
+    layer_specs._te_modules.cache_clear()
+    try:
+        attention = layer_specs._te_modules().PrefixCoreAttention()
+    finally:
+        layer_specs._te_modules.cache_clear()
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(LAYOUT.num_tokens, n, 8, generator=generator) for n in (4, 2, 2))
+    out = attention(q, k, v, None, packed_seq_params=PrefixSeqParams.from_layout(LAYOUT))
+    # Two implementations of softmax over at most a dozen fp32 terms.
+    torch.testing.assert_close(out, prefix_attention(q, k, v, layout=LAYOUT), rtol=0, atol=2e-6)
+
+
+class BottomRightCausal(torch.nn.Module):
+    """What Transformer Engine does with packed segments and this mask, by its definition: query i of m may attend
+    key j of n iff j <= i + n - m."""
+
+    def forward(self, query, key, value, attention_mask, *, attn_mask_type, packed_seq_params) -> Tensor:
+        assert attn_mask_type.name == "padding_causal_bottom_right"
+        bounds_q, bounds_kv = packed_seq_params.cu_seqlens_q.tolist(), packed_seq_params.cu_seqlens_kv.tolist()
+        assert packed_seq_params.max_seqlen_q <= packed_seq_params.max_seqlen_kv
+        repeats = query.shape[1] // key.shape[1]
+        outputs = []
+        for i in range(len(bounds_q) - 1):
+            q = query[bounds_q[i] : bounds_q[i + 1]]
+            k, v = (x[bounds_kv[i] : bounds_kv[i + 1]].repeat_interleave(repeats, dim=1) for x in (key, value))
+            assert len(q) <= packed_seq_params.max_seqlen_q and len(k) <= packed_seq_params.max_seqlen_kv
+            scores = torch.einsum("inh,jnh->nij", q, k) * q.shape[-1] ** -0.5
+            allowed = torch.ones(len(q), len(k), dtype=torch.bool).tril(len(k) - len(q))
+            outputs.append(torch.einsum("nij,jnh->inh", scores.masked_fill(~allowed, -torch.inf).softmax(-1), v))
+        return torch.cat(outputs)
