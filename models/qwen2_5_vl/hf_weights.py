@@ -43,9 +43,11 @@ def open_hf_weights(directory: Path | str, *, config: Qwen2_5_VLConfig) -> Safet
         _require_equal_head(reader)
         extra.remove("lm_head.weight")
     if missing:
-        raise UserError(f"{directory}: {_count(missing, 'tensor')} missing: {_some(missing)}{_hint(missing)}")
+        raise UserError(f"{directory}: {_count(missing, 'tensor')} missing: {list_some(missing)}{_hint(missing)}")
     if extra:
-        raise UserError(f"{directory}: {_count(extra, 'tensor')} that config.json does not call for: {_some(extra)}")
+        raise UserError(
+            f"{directory}: {_count(extra, 'tensor')} that config.json does not call for: {list_some(extra)}"
+        )
     for name, shape in expected.items():
         if reader.infos[name].shape != shape:
             raise UserError(f"{directory}: tensor {name}: expected shape {shape}, got {reader.infos[name].shape}")
@@ -56,7 +58,8 @@ def _count(names: Sequence[str], noun: str) -> str:
     return f"{len(names)} {noun}{'s' if len(names) != 1 else ''}"
 
 
-def _some(names: Sequence[str], limit: int = 4) -> str:
+def list_some(names: Sequence[str], limit: int = 4) -> str:
+    """The first few names, for a message."""
     return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
 
 

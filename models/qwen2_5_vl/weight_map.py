@@ -139,6 +139,14 @@ class WeightSpec:
                 target.copy_(shard.narrow(axis, offset, segment.length))
             offset += segment.length
 
+    def split(self, whole: Tensor) -> tuple[Tensor, ...]:
+        """The Hugging Face tensors of a whole (perhaps padded) Megatron tensor; views where nothing is reordered."""
+        if self.transform in ("copy", "pad"):
+            return (whole.narrow(self.concat_axis, 0, self.shape[self.concat_axis]).reshape(self.hf_shapes[0]),)
+        hf_tensors = tuple(whole.new_empty(shape) for shape in self.hf_shapes)
+        self.write_shard(whole, hf_tensors)
+        return hf_tensors
+
 
 def _cut(segments: list[Segment], start: int, length: int) -> list[Segment]:
     """The part [start, start + length) of a concatenation."""

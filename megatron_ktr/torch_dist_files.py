@@ -1,0 +1,201 @@
+"""megatron-core's distributed checkpoint directories, read and written tensor by tensor without a process group.
+
+A ``torch_dist`` directory is a PyTorch distributed checkpoint (``.metadata``: shapes and the place of every chunk;
+``*.distcp``: chunks, each a ``torch.save``) with two files of megatron-core beside it (``metadata.json``: the format,
+``common.pt``: what is not a tensor). Which ranks wrote the chunks does not matter for reading.
+
+PyTorch's own ``FileSystemWriter`` resolves data lazily but keeps every tensor of a file until the file is closed
+(torch 2.13), and its loader fills whole tensors, of which one may be all layers stacked. Hence this file: chunks
+out as they come, any region in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from megatron_ktr.errors import UserError
+
+FORMAT_FILE, COMMON_FILE, METADATA_FILE = "metadata.json", "common.pt", ".metadata"
+FORMAT = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+Shape = tuple[int, ...]
+
+
+class TorchDistWriter:
+    """Appends chunks to ``__0_N.distcp`` files; ``finish`` makes the directory a checkpoint.
+
+    Args:
+        directory: exists and is empty.
+        max_file_bytes: a new file starts when the current one has reached this size.
+    """
+
+    def __init__(self, directory: Path, *, max_file_bytes: int = 4_000_000_000) -> None:
+        self.directory = directory
+        self.max_file_bytes = max_file_bytes
+        self._tensors: dict[str, TensorStorageMetadata] = {}
+        self._places: dict[MetadataIndex, _StorageInfo] = {}
+        self._file: Any = None
+        self._num_files = 0
+
+    def write(self, key: str, tensor: Tensor, *, offset: Shape, global_shape: Shape) -> None:
+        """Stores ``tensor`` as the chunk of tensor ``key`` that starts at ``offset``.
+
+        ``offset`` and ``global_shape`` may have more (leading) axes than the tensor: one layer of a stack.
+        """
+        file = self._current_file()
+        start = file.tell()
+        tensor = tensor.detach().cpu().contiguous()
+        tensor = tensor.view((1,) * (len(global_shape) - tensor.ndim) + tuple(tensor.shape))
+        _save_tensor(tensor, file)
+        chunk = ChunkStorageMetadata(offsets=torch.Size(offset), sizes=tensor.shape)
+        stored = self._tensors.setdefault(
+            key, TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), torch.Size(global_shape), [])
+        )
+        if stored.properties.dtype != tensor.dtype:
+            raise UserError(f"{key}: all layers must have one dtype, got {stored.properties.dtype} and {tensor.dtype}")
+        index = MetadataIndex(key, offset, len(stored.chunks))
+        stored.chunks.append(chunk)
+        self._places[index] = _StorageInfo(Path(file.name).name, start, file.tell() - start)
+
+    def finish(self) -> None:
+        self.close()
+        metadata = Metadata(self._tensors, storage_data=self._places, storage_meta=StorageMeta(), version="1.0.0")
+        (self.directory / METADATA_FILE).write_bytes(pickle.dumps(metadata))
+        torch.save({}, self.directory / COMMON_FILE)
+        # Last: megatron-core takes a directory with this file for a complete checkpoint.
+        (self.directory / FORMAT_FILE).write_text(json.dumps(FORMAT), encoding="utf-8")
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _current_file(self) -> Any:
+        if self._file is not None and self._file.tell() >= self.max_file_bytes:
+            self.close()
+        if self._file is None:
+            self._file = open(self.directory / f"__0_{self._num_files}{DEFAULT_SUFFIX}", "wb")  # noqa: SIM115
+            self._num_files += 1
+        return self._file
+
+
+def _save_tensor(tensor: Tensor, file: Any) -> None:
+    """``torch.save`` that lets an ``OSError`` through: its zip writer turns a full disk into a RuntimeError."""
+    guarded = _GuardedFile(file)
+    try:
+        # A view of a larger tensor would be saved with all of it.
+        torch.save(tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone(), guarded)
+    except Exception:
+        if guarded.error is not None:
+            raise guarded.error from None
+        raise
+
+
+class _GuardedFile:
+    """Remembers the first ``OSError`` of ``write``."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+class TorchDistReader:
+    """Random access to the tensors of a distributed checkpoint, whatever layout wrote it.
+
+    Raises:
+        UserError: not a distributed checkpoint (names checkpoints inside it, if any), or damaged.
+    """
+
+    def __init__(self, directory: Path | str) -> None:
+        self.directory = Path(directory)
+        _require_checkpoint(self.directory)
+        self._reader = FileSystemReader(self.directory)
+        with _reporting_damage(self.directory):
+            self._metadata = self._reader.read_metadata()
+        self._reader.set_up_storage_reader(self._metadata, True)
+        self.tensors: dict[str, TensorStorageMetadata] = {
+            key: value
+            for key, value in self._metadata.state_dict_metadata.items()
+            if isinstance(value, TensorStorageMetadata)
+        }
+
+    def read(self, key: str, *, offset: Shape, shape: Shape) -> Tensor:
+        """The region of tensor ``key`` from ``offset``; one stored chunk at a time is in memory beside it."""
+        region = ChunkStorageMetadata(offsets=torch.Size(offset), sizes=torch.Size(shape))
+        items = create_read_items_for_chunk_list(key, self.tensors[key], [region])
+        target = _RegionTarget(shape, self.tensors[key].properties.dtype)
+        covered = sum(item.lengths.numel() for item in items)
+        if covered != torch.Size(shape).numel():
+            raise UserError(f"{self.directory}: tensor {key}: stored chunks do not cover {shape} at {offset}")
+        with _reporting_damage(self.directory):
+            self._reader.read_data(LoadPlan(items), target)
+        return target.tensor
+
+
+class _RegionTarget:
+    """The part of a load planner that ``FileSystemReader.read_data`` talks to."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype) -> None:
+        self.tensor = torch.empty(shape, dtype=dtype)
+
+    def resolve_tensor(self, item: ReadItem) -> Tensor:
+        part = self.tensor
+        for axis, (start, length) in enumerate(zip(item.dest_offsets, item.lengths, strict=True)):
+            part = part.narrow(axis, start, length)
+        return part
+
+    def commit_tensor(self, item: ReadItem, tensor: Tensor) -> None:
+        """Copied in place already."""
+
+
+def _require_checkpoint(directory: Path) -> None:
+    try:
+        found = json.loads((directory / FORMAT_FILE).read_text(encoding="utf-8"))["sharded_backend"]
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        inside = sorted(path.parent.name for path in directory.glob(f"*/{FORMAT_FILE}"))
+        hint = f"; it contains checkpoints: {', '.join(inside)}" if inside else ""
+        raise UserError(f"{directory}: not a Megatron distributed checkpoint (no valid {FORMAT_FILE}){hint}") from None
+    if found != FORMAT["sharded_backend"]:
+        raise UserError(f"{directory}: expected a checkpoint of format torch_dist, got {found!r}")
+
+
+@contextlib.contextmanager
+def _reporting_damage(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, EOFError, RuntimeError, AssertionError, KeyError, pickle.UnpicklingError) as error:
+        raise UserError(f"{directory}: damaged or incomplete checkpoint: {error}") from None

@@ -1,0 +1,140 @@
+"""The live model's side of a Megatron distributed checkpoint: layout-independent sharded state, loading, saving."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
+from torch import Tensor, nn
+
+from megatron_ktr.errors import UserError
+from megatron_ktr.torch_dist_files import TorchDistReader
+from models.qwen2_5_vl.conversion import model_config, unwrap_model
+from models.qwen2_5_vl.dist_checkpoint import locate_tensors
+
+VISION_MLP = "vision.decoder.layers.mlp."
+
+
+def model_sharded_state_dict(model: nn.Module | Sequence[nn.Module]) -> dict[str, Any]:
+    """megatron-core's sharded state of one chunk (``{"model": ...}``) or several (``{"model0": ..., ...}``).
+
+    What a checkpoint holds must not depend on the layout, but core stores the vision MLP as padded for this
+    tensor-parallel size: here each rank contributes the true part of its shard only. (The vocabulary's padding core
+    handles itself.)
+    """
+    chunks = list(model) if isinstance(model, Sequence) else [model]
+    states = {}
+    for i, chunk in enumerate(chunks):
+        inner = unwrap_model(chunk)
+        state = inner.sharded_state_dict()
+        if inner.vision is not None:
+            _trim_vision_mlp(state, inner)
+        states["model" if len(chunks) == 1 else f"model{i}"] = state
+    return states
+
+
+def _trim_vision_mlp(state: dict[str, Any], model: nn.Module) -> None:
+    true_size = model.model_config.vision.intermediate_size
+    group = model.tensor_group
+    if model.model_config.vision.padded_intermediate_size(group.size()) == true_size:
+        return
+    for name, value in state.items():
+        if isinstance(value, ShardedTensor | ShardedTensorFactory) and value.key.startswith(VISION_MLP):
+            part = value.key.removeprefix(VISION_MLP)
+            if part in ("linear_fc1.weight", "linear_fc1.bias", "linear_fc2.weight"):
+                layer = _layer_offset(value)
+                state[name] = _trimmed(value, layer=layer, true_size=true_size, part=part, rank=group.rank())
+
+
+def _layer_offset(value: ShardedTensor | ShardedTensorFactory) -> tuple[int, int]:
+    """(index of the layer, number of layers) on the stacked axis."""
+    whole = value if isinstance(value, ShardedTensor) else value.build()[0]
+    return whole.global_offset[0], whole.global_shape[0]
+
+
+def _trimmed(
+    value: ShardedTensor | ShardedTensorFactory, *, layer: tuple[int, int], true_size: int, part: str, rank: int
+) -> ShardedTensorFactory:
+    """A factory of the shard's true rows (gate and up apart) or columns; loading puts zeros where padding was.
+
+    Shards are then of unequal size, which core supports only without prepended axes: the layer axis is spelled out.
+    """
+    axis = 1 if part == "linear_fc2.weight" else 0
+    halves = 1 if axis == 1 else 2
+
+    def pieces_of(tensor: Tensor) -> list[tuple[Tensor, int]]:
+        """(true part of a half of the shard, where it starts on the global axis); none if all is padding."""
+        shard_size = tensor.shape[axis] // halves
+        start = rank * shard_size
+        length = min(shard_size, true_size - start)
+        return [
+            (tensor.narrow(axis, half * shard_size, length), half * true_size + start)
+            for half in range(halves)
+            if length > 0
+        ]
+
+    def build(key: str, tensor: Tensor, replica_id: Any, flattened_range: slice | None) -> list[ShardedTensor]:
+        built = []
+        for piece, start in pieces_of(tensor):
+            shape = list(tensor.shape)
+            shape[axis] = halves * true_size
+            offset = [start if i == axis else 0 for i in range(tensor.ndim)]
+            built.append(
+                ShardedTensor(
+                    key,
+                    piece.detach()[None],
+                    tensor.dtype,
+                    (1, *piece.shape),
+                    (layer[1], *shape),
+                    (layer[0], *offset),
+                    axis_fragmentations=None,
+                    replica_id=replica_id,
+                )
+            )
+        return built
+
+    def merge(loaded: list[Tensor]) -> Tensor:
+        whole = torch.zeros_like(value.data)
+        for (target, _), piece in zip(pieces_of(whole), loaded, strict=True):
+            target.copy_(piece[0])
+        return whole
+
+    return ShardedTensorFactory(value.key, value.data, build, merge, value.replica_id)
+
+
+@torch.no_grad()
+def load_megatron_weights(model: nn.Module | Sequence[nn.Module], directory: Path | str) -> None:
+    """Fills this rank's parameters from a distributed checkpoint, converted or trained, saved in any layout.
+
+    Collective over the world. Optimizer state in the checkpoint is not read; an optimizer that keeps its own copy of
+    the parameters must reload them afterwards.
+
+    Raises:
+        UserError: not a checkpoint, missing or misshapen tensors.
+    """
+    chunks = list(model) if isinstance(model, Sequence) else [model]
+    states = model_sharded_state_dict(chunks)
+    locate_tensors(TorchDistReader(directory), config=model_config(chunks))
+    for state in states.values():
+        # Empty on the local layers, FP8 scaling history on TE's: a converted checkpoint has neither.
+        for name in [name for name, value in state.items() if isinstance(value, ShardedObject)]:
+            del state[name]
+    try:
+        loaded = dist_checkpointing.load(states, str(directory))
+    except (CheckpointingException, KeyError) as error:
+        raise UserError(f"{directory}: {error}") from error
+    for chunk, name in zip(chunks, states, strict=True):
+        result = unwrap_model(chunk).load_state_dict(loaded[name], strict=False)
+        lost = [key for key in result.missing_keys if not key.endswith("_extra_state")] + result.unexpected_keys
+        if lost:
+            raise RuntimeError(f"parameters that the sharded state does not cover: {', '.join(lost)}")
+
+
+def save_megatron_weights(model: nn.Module | Sequence[nn.Module], directory: Path | str) -> None:
+    """Writes the model alone as a distributed checkpoint to an existing empty directory; collective over the world."""
+    dist_checkpointing.save(model_sharded_state_dict(model), str(directory))
