@@ -28,6 +28,7 @@ from torch import Tensor
 from megatron_ktr.data.unusable import UnusableMedia
 from megatron_ktr.data.video_decord import DecordFailed, DecordProcess
 from megatron_ktr.data.video_pyav import VideoIndex, decode_frames, index_video
+from megatron_ktr.errors import UserError
 
 __all__ = [
     "DecodedVideo",
@@ -68,12 +69,12 @@ class FrameSampling:
 
     def __post_init__(self) -> None:
         if not self.fps > 0 or self.multiple < 1 or self.max_frames < self.multiple:
-            raise ValueError(
+            raise UserError(
                 f"expected video_fps > 0 and video_max_frames >= {max(self.multiple, 1)} (the temporal patch size), "
                 f"got video_fps {self.fps} and video_max_frames {self.max_frames}"
             )
         if self.num_frames is not None and self.num_frames < 1:
-            raise ValueError(f"expected video_num_frames >= 1, got {self.num_frames}")
+            raise UserError(f"expected video_num_frames >= 1, got {self.num_frames}")
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,13 @@ class DecordFailed(Exception):
 
 
 class DecordProcess:
-    """Asks a child process for frames; thread-hostile (one request at a time), safe to keep for a whole run."""
+    """Asks a child process for frames; one request at a time (not for several threads), kept for a whole run.
 
-    def __init__(self) -> None:
+    ``command`` is what to run as the child: this file, unless a test puts something that hangs or crashes there.
+    """
+
+    def __init__(self, command: Sequence[str] | None = None) -> None:
+        self._command = list(command or (sys.executable, "-u", os.path.abspath(__file__)))
         self._child: subprocess.Popen[bytes] | None = None
         self._pending = b""
         atexit.register(self.close)
@@ -112,9 +117,8 @@ class DecordProcess:
     def _start(self) -> subprocess.Popen[bytes]:
         if self._child is None or self._child.poll() is not None:
             self.close()
-            command = [sys.executable, "-u", os.path.abspath(__file__)]
             self._child = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+                self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
             )
         return self._child
 
@@ -168,6 +172,7 @@ def _serve() -> None:
         request = json.loads(line)
         stage = "open"
         os.ftruncate(2, 0)
+        os.lseek(2, 0, os.SEEK_SET)
         try:
             if reader_path != request["path"]:
                 reader, reader_path = None, None
