@@ -220,6 +220,16 @@ class TokenStreams:
     """What the objective counted on the way; the loss passes it on."""
 
 
+@dataclass(frozen=True)
+class ResponseSelection:
+    """Which tokens of one response carried the loss, for logs and reports; each tuple has the response's length."""
+
+    is_key_token: tuple[bool, ...]
+    is_selected: Mapping[str, tuple[bool, ...]] = field(default_factory=dict)
+    """By signal name."""
+    policy_logprobs: tuple[float, ...] = ()
+
+
 @dataclass
 class Metrics:
     """Sums and counts that reduce over ranks by addition; ``means()`` divides at the very end."""
@@ -234,6 +244,11 @@ class Metrics:
     def merge(self, other: Metrics) -> None:
         for name, value in other.sums.items():
             self.add(name, value, other.counts[name])
+
+    def pop_sum(self, name: str) -> float:
+        """Removes a name and returns its sum, for what adds up over ranks rather than being averaged."""
+        self.counts.pop(name, None)
+        return self.sums.pop(name, 0.0)
 
     def means(self) -> dict[str, float]:
         return {name: value / max(self.counts[name], 1e-12) for name, value in self.sums.items()}

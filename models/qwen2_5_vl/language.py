@@ -6,10 +6,11 @@ from typing import Any
 
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
+from megatron.core.tensor_parallel import ColumnParallelLinear, scatter_to_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_ktr.ops.linear_logprob import LinearLogprob, linear_logprob
 from megatron_ktr.types import PackedBatch
 from models.qwen2_5_vl.attention import PrefixSeqParams
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
@@ -53,6 +54,8 @@ class LanguageModel(GPTModel):
             pg_collection=process_groups,
             vp_stage=vp_stage,
         )
+        if post_process:
+            self.output_layer.__class__ = StatisticsHead
 
     def embed(self, token_ids_T: Tensor, *, visual_rows: Tensor, features: Tensor | None) -> Tensor:
         """Word embeddings with ``features`` in place of ``visual_rows``: the input of the first layer.
@@ -96,3 +99,17 @@ class LanguageModel(GPTModel):
 
     def _postprocess(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         return hidden_states
+
+
+class StatisticsHead(ColumnParallelLinear):
+    """The output layer GPTModel built, answering with statistics of the logits instead of the logits.
+
+    It stays a module of its own, and is called as one, because megatron-core's DDP hangs its overlapped parameter
+    gathering on module calls: a weight read behind its module's back may still be the last step's.
+    """
+
+    def forward(
+        self, hidden_RD: Tensor, target_ids_R: Tensor, *, weight: Tensor | None = None, **options: Any
+    ) -> LinearLogprob:
+        """``linear_logprob`` with this layer's weight shard, or with ``weight`` where the embedding's is shared."""
+        return linear_logprob(hidden_RD, self.weight if weight is None else weight, target_ids_R, **options)

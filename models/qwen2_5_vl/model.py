@@ -27,7 +27,7 @@ from torch import Tensor
 
 from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.distributed.platform import current
-from megatron_ktr.ops.linear_logprob import LinearLogprob, linear_logprob
+from megatron_ktr.ops.linear_logprob import LinearLogprob
 from megatron_ktr.types import PackedBatch
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.language import LanguageModel
@@ -137,10 +137,11 @@ class Qwen2_5_VLModel(MegatronModule):
 
     def token_statistics(self, hidden_RD: Tensor, target_ids_R: Tensor, *, temperature: float = 1.0) -> LinearLogprob:
         """Log-probability of each target and entropy of its distribution, from ``forward``'s rows; last stage only."""
-        return linear_logprob(
+        is_shared = self.share_embeddings_and_output_weights
+        return self.language.output_layer(
             hidden_RD,
-            self.output_weight(),
             target_ids_R,
+            weight=self.output_weight() if is_shared else None,
             group=self.head_group,
             vocab_size=self.vocab_size,
             temperature=temperature,
@@ -173,7 +174,7 @@ class Qwen2_5_VLModel(MegatronModule):
                 f"sequence parallelism splits T over {tensor_size} ranks, got T = {num_tokens}; "
                 "pack with pad_to_multiple set to a multiple of the tensor-parallel size"
             )
-        if batch.patches_SD is None and len(batch.visual_rows):
+        if self.pre_process and batch.patches_SD is None and len(batch.visual_rows):
             raise ValueError(f"the batch has {len(batch.visual_rows)} visual rows but no patches")
 
 

@@ -1,0 +1,105 @@
+"""Data-parallel wrapping, optimizer and learning-rate schedule, all megatron-core's own.
+
+Scale of gradients: the loss handed to backward is already divided by the *global* number of responses (or
+tokens), so data-parallel ranks must add, not average. ``calculate_per_token_loss`` in the transformer
+configuration makes megatron-core's DDP do exactly that (gradient scaling factor 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_ktr.config import OptimizerSection, ParallelSection
+
+
+def wrap_in_ddp(
+    chunks: Sequence[MegatronModule],
+    *,
+    config: TransformerConfig,
+    optimizer: OptimizerSection,
+    parallel: ParallelSection,
+) -> list[DistributedDataParallel]:
+    """Wraps the pipeline chunks of one rank; parameters frozen before this call stay outside every buffer."""
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        use_distributed_optimizer=optimizer.use_distributed_optimizer,
+        average_in_collective=False,
+    )
+    return [
+        DistributedDataParallel(
+            config=config,
+            ddp_config=ddp_config,
+            # No Float16Module: parameters are built in their dtype, and it would turn the head's input to fp32.
+            module=chunk,
+            # Later chunks must not be bucketed: their parameter gathers would be launched out of order.
+            disable_bucketing=index > 0,
+        )
+        for index, chunk in enumerate(chunks)
+    ]
+
+
+def build_optimizer(
+    ddp_chunks: Sequence[DistributedDataParallel],
+    *,
+    section: OptimizerSection,
+    dtype: torch.dtype,
+    overlap_param_gather: bool,
+) -> MegatronOptimizer:
+    """Adam or SGD behind megatron-core's (distributed) mixed-precision optimizer; fp32 main parameters under bf16.
+
+    Vision parameters get their own learning rate where ``vision_lr`` is set; biases and norms carry no weight decay.
+    """
+    config = OptimizerConfig(
+        optimizer=section.optimizer,
+        lr=section.lr,
+        min_lr=section.min_lr,
+        weight_decay=section.weight_decay,
+        adam_beta1=section.adam_beta1,
+        adam_beta2=section.adam_beta2,
+        adam_eps=section.adam_eps,
+        sgd_momentum=0.0,
+        clip_grad=section.clip_grad,
+        bf16=dtype is torch.bfloat16,
+        fp16=dtype is torch.float16,
+        params_dtype=dtype,
+        use_distributed_optimizer=section.use_distributed_optimizer,
+        overlap_param_gather=overlap_param_gather,
+    )
+    no_decay = ParamKey(name="*.bias", predicate=ParamPredicate(name="vector", fn=lambda p: p.ndim == 1))
+    overrides = {no_decay: {"wd_mult": 0.0}}
+    if section.vision_lr is not None:
+        overrides[ParamKey(name="*vision.*")] = {
+            "max_lr": section.vision_lr,
+            # The vision rate decays in proportion, so that one schedule serves both.
+            "min_lr": section.min_lr * section.vision_lr / section.lr,
+        }
+    return get_megatron_optimizer(config, list(ddp_chunks), config_overrides=overrides, use_gloo_process_groups=False)
+
+
+def build_scheduler(
+    optimizer: MegatronOptimizer, *, section: OptimizerSection, num_steps: int
+) -> OptimizerParamScheduler:
+    """Linear warm-up, then cosine, linear or constant decay to ``min_lr`` at ``num_steps``."""
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=section.lr,
+        min_lr=section.min_lr,
+        lr_warmup_steps=section.lr_warmup_steps,
+        lr_decay_steps=max(num_steps, section.lr_warmup_steps + 1),
+        lr_decay_style=section.lr_decay_style,
+        start_wd=section.weight_decay,
+        end_wd=section.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )

@@ -1,0 +1,97 @@
+"""Where numbers of a run go: one line per step on the console, ``metrics.jsonl`` and TensorBoard events.
+
+Keys are stable: reward_mean, reward/<name>, key_token_ratio, key_token_ratio/<signal>, loss, kl, grad_norm,
+learning_rate, sampler_trainer_logprob_gap, num_skipped, num_prompts, tokens_per_second, seconds/<phase>.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+
+class PhaseTimer:
+    """Wall seconds by phase of the current step; phases do not nest."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+    def pop(self) -> dict[str, float]:
+        """The seconds so far as ``{"seconds/<phase>": value}``, starting again from zero."""
+        taken, self.seconds = self.seconds, {}
+        return {f"seconds/{name}": value for name, value in taken.items()}
+
+
+class MetricsWriter:
+    """Writes one record per step; does nothing on ranks that do not report (``run_dir`` None).
+
+    A resumed run first drops the records of steps at or after the one it starts from, so that every step appears
+    once.
+    """
+
+    def __init__(self, run_dir: Path | None, *, first_step: int = 0) -> None:
+        self._file: IO[str] | None = None
+        self._events = None
+        if run_dir is None:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        run_dir.mkdir(parents=True, exist_ok=True)
+        path = run_dir / "metrics.jsonl"
+        kept = [line for line in _lines(path) if json.loads(line)["step"] < first_step]
+        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
+        self._events = SummaryWriter(log_dir=str(run_dir / "tensorboard"), purge_step=first_step or None)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        if self._file is None or self._events is None:
+            return
+        self._file.write(json.dumps({"step": step, **{name: round(value, 8) for name, value in values.items()}}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def step_line(step: int, num_steps: int, values: Mapping[str, float]) -> str:
+    """The console line of one step, for people."""
+    bar = "#" * round(10 * step / max(num_steps, 1))
+    parts = [f"[{bar:<10}] step {step}/{num_steps}"]
+    for name, text in (("reward_mean", "reward"), ("loss", "loss"), ("grad_norm", "grad_norm"), ("kl", "kl")):
+        if name in values:
+            parts.append(f"{text} {values[name]:.4g}")
+    if "key_token_ratio" in values:
+        signals = ", ".join(
+            f"{name.removeprefix('key_token_ratio/')} {value:.2f}"
+            for name, value in sorted(values.items())
+            if name.startswith("key_token_ratio/")
+        )
+        parts.append(f"key tokens {values['key_token_ratio']:.2f}" + (f" ({signals})" if signals else ""))
+    if "tokens_per_second" in values:
+        parts.append(f"{values['tokens_per_second']:.0f} tokens/s")
+    if values.get("num_skipped"):
+        parts.append(f"skipped {values['num_skipped']:.0f}")
+    return "  ".join(parts)
+
+
+def _lines(path: Path) -> list[str]:
+    if not path.exists():
+        return []
+    return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]

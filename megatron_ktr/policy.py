@@ -1,0 +1,322 @@
+"""The trained model behind four verbs: ``score``, ``update``, ``export`` and the state its checkpoint needs.
+
+This file drives megatron-core: pipeline schedule, data-parallel gradients, optimizer. It knows no algorithm by
+name: an objective turns scores into per-token streams, and the loss consumes the streams.
+
+One micro-batch holds whole groups (a group is never split). The head runs on the last pipeline stage only, on
+the predicting rows only; its outputs stay there. Every rank runs every forward and backward, also when all
+advantages of its micro-batch are zero: the collectives inside would otherwise wait for it for ever.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
+from torch import Tensor
+
+from megatron_ktr.config import Config
+from megatron_ktr.distributed.collectives import all_reduce_sum, broadcast_object, reduce_metrics
+from megatron_ktr.distributed.groups import ParallelGroups
+from megatron_ktr.distributed.optimizer import build_optimizer, build_scheduler, wrap_in_ddp
+from megatron_ktr.distributed.platform import Platform
+from megatron_ktr.errors import UserError
+from megatron_ktr.objectives.base import Objective
+from megatron_ktr.ops.linear_logprob import LinearLogprob
+from megatron_ktr.types import Metrics, PackedBatch, RolloutGroup, TokenScores, TokenStreams, View
+from models.qwen2_5_vl.config import Qwen2_5_VLConfig
+from models.qwen2_5_vl.conversion import export_hf_tensors, load_hf_weights, save_hf, unwrap_model
+from models.qwen2_5_vl.model import Qwen2_5_VLModel, build_model
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One micro-batch of the update: its groups, packed intact, and what earlier passes found out about it."""
+
+    groups: tuple[RolloutGroup, ...]
+    batch: PackedBatch
+    """View ``intact``."""
+    counterfactual_logprob_R: dict[View, Tensor | None] = field(default_factory=dict)
+    """From ``score`` on the other views; None on every stage but the last."""
+    reference_logprob_R: Tensor | None = None
+    behaviour_logprob_R: Tensor | None = None
+    is_selected_R: Mapping[str, Tensor] | None = None
+    """Set where the selection is made before the update (several updates per rollout, denominators that count key
+    tokens); otherwise the objective selects inside the update, right after the intact forward."""
+
+    def scores(self, statistics: LinearLogprob) -> TokenScores:
+        """All scores of the micro-batch, given an intact pass."""
+        return TokenScores(
+            policy_logprob_R=statistics.logprob_R.detach(),
+            entropy_R=statistics.entropy_R.detach(),
+            hidden_logprob_R=self.counterfactual_logprob_R.get("hidden"),
+            shuffled_logprob_R=self.counterfactual_logprob_R.get("shuffled"),
+            reference_logprob_R=self.reference_logprob_R,
+            behaviour_logprob_R=self.behaviour_logprob_R,
+        )
+
+
+@dataclass(frozen=True)
+class Denominators:
+    """Global counts of one update, the same on every rank; the loss of a micro-batch is divided by them."""
+
+    num_responses: int
+    num_tokens: int | None = None
+    """Tokens that carry the loss, for token-mean aggregation; None for the mean over responses."""
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """What one optimizer step did. ``streams`` and ``scores`` are per micro-batch, on the last stage only."""
+
+    loss: float
+    """Of the global batch."""
+    has_gradient: bool
+    """Whether any token of the global batch has a gradient. Without one ``update`` takes no optimizer step: Adam's
+    momentum and weight decay would move the weights on no evidence."""
+    metrics: Metrics
+    has_stepped: bool = False
+    grad_norm: float = 0.0
+    """Before clipping."""
+    streams: tuple[TokenStreams, ...] = ()
+    scores: tuple[TokenScores, ...] = ()
+
+
+class Policy:
+    """Policy model, optional frozen reference model, optimizer and schedule of one rank.
+
+    ``hf_dir`` gives sizes and initial weights. ``num_steps`` is the length of the learning-rate schedule.
+    """
+
+    def __init__(
+        self, hf_dir: str | Path, *, config: Config, groups: ParallelGroups, platform: Platform, num_steps: int
+    ) -> None:
+        self.config = config
+        self.groups = groups
+        self.platform = platform
+        self.hf_dir = Path(hf_dir)
+        self.model_config = Qwen2_5_VLConfig.from_hf(self.hf_dir)
+        self.dtype = DTYPES[config.model.params_dtype]
+        self.temperature = config.rollout.temperature
+
+        chunks = self._build_chunks()
+        _freeze(chunks, config.model.freeze)
+        self.transformer_config = get_model_config(chunks[0])
+        self.chunks = wrap_in_ddp(
+            chunks, config=self.transformer_config, optimizer=config.optimizer, parallel=config.parallel
+        )
+        self.optimizer = build_optimizer(
+            self.chunks,
+            section=config.optimizer,
+            dtype=self.dtype,
+            overlap_param_gather=config.parallel.overlap_param_gather,
+        )
+        self.scheduler = build_scheduler(self.optimizer, section=config.optimizer, num_steps=num_steps)
+        self._connect_schedule_hooks()
+        self.reference_chunks: list[Qwen2_5_VLModel] | None = None
+
+    def _build_chunks(self) -> list[Qwen2_5_VLModel]:
+        chunks = build_model(self.model_config, groups=self.groups, config=self.config, dtype=self.dtype)
+        load_hf_weights(chunks, self.hf_dir, groups=self.groups)
+        return chunks
+
+    def _connect_schedule_hooks(self) -> None:
+        config = self.transformer_config
+        # Our loss is already normalised by global counts, so the schedule's own token count is dropped.
+        config.finalize_model_grads_func = lambda model, num_tokens=None, **kwargs: finalize_model_grads(
+            model, None, **kwargs
+        )
+        config.grad_scale_func = self.optimizer.scale_loss
+        if self.config.parallel.overlap_grad_reduce:
+            no_sync = [chunk.no_sync for chunk in self.chunks]
+            config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+
+    def add_reference(self, hf_dir: str | Path | None = None) -> None:
+        """Keeps a frozen copy of the weights in ``hf_dir`` (default: the initial weights) for the KL term."""
+        chunks = build_model(self.model_config, groups=self.groups, config=self.config, dtype=self.dtype)
+        load_hf_weights(chunks, Path(hf_dir or self.hf_dir), groups=self.groups)
+        for chunk in chunks:
+            chunk.requires_grad_(False)
+        self.reference_chunks = chunks
+
+    def score(self, batches: Sequence[PackedBatch], *, model: str = "policy") -> list[LinearLogprob | None]:
+        """Log-prob and entropy of every response token, without gradient; None on every stage but the last."""
+        chunks = self.chunks if model == "policy" else self.reference_chunks
+        if chunks is None:
+            raise ValueError("no reference model: call add_reference() first")
+
+        def keep(
+            item: PackedBatch, chunk: torch.nn.Module, hidden_RD: Tensor, non_loss_data: bool = True
+        ) -> LinearLogprob:
+            return self._statistics(chunk, item, hidden_RD)
+
+        with torch.no_grad():
+            results = self._run(chunks, batches, batch_of=lambda item: item, finish=keep, forward_only=True)
+        return list(results) if results else [None] * len(batches)
+
+    def update(
+        self, micro_batches: Sequence[MicroBatch], *, objective: Objective, denominators: Denominators
+    ) -> UpdateResult:
+        """One optimizer step: ``backward``, then clipping, optimizer and learning-rate schedule."""
+        result = self.backward(micro_batches, objective=objective, denominators=denominators)
+        if not result.has_gradient:
+            return result
+        succeeded, grad_norm, _ = self.optimizer.step()
+        if succeeded:
+            self.scheduler.step(increment=1)
+        return dataclasses.replace(result, grad_norm=float(grad_norm or 0.0), has_stepped=bool(succeeded))
+
+    def backward(
+        self, micro_batches: Sequence[MicroBatch], *, objective: Objective, denominators: Denominators
+    ) -> UpdateResult:
+        """Forward, key tokens chosen on the last stage, backward; gradients reduced over all ranks, no step taken."""
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+        def loss_of(item: MicroBatch, chunk: torch.nn.Module, hidden_RD: Tensor) -> tuple[Tensor, Tensor, Any]:
+            statistics = self._statistics(chunk, item.batch, hidden_RD)
+            scores = item.scores(statistics)
+            streams = objective.token_streams(
+                item.batch,
+                scores,
+                item.groups,
+                num_responses_global=denominators.num_responses,
+                num_tokens_global=denominators.num_tokens,
+                is_selected_R=item.is_selected_R,
+            )
+            loss, metrics = objective.loss(statistics, streams, scores)
+            _add_sampler_gap(metrics, item, scores)
+            no_tokens = torch.zeros((), dtype=torch.int, device=loss.device)
+            return loss, no_tokens, (float(loss.detach()), metrics, streams, scores)
+
+        outputs = self._run(
+            self.chunks, micro_batches, batch_of=lambda item: item.batch, finish=loss_of, forward_only=False
+        )
+        metrics = Metrics()
+        # Tensor-parallel ranks hold the same numbers; one of them speaks for all.
+        for batch_loss, batch_metrics, streams, _ in outputs if self.groups.tensor_rank == 0 else ():
+            metrics.merge(batch_metrics)
+            metrics.add("loss", batch_loss)
+            metrics.add("has_gradient", objective.needs_reference or _has_gradient(streams))
+        metrics = reduce_metrics(metrics, self.groups.world)
+        # Already divided by global counts: the parts of the loss add up, they are not averaged.
+        loss, has_gradient = (metrics.pop_sum(name) for name in ("loss", "has_gradient"))
+        return UpdateResult(
+            loss=loss,
+            has_gradient=has_gradient > 0,
+            metrics=metrics,
+            streams=tuple(streams for _, _, streams, _ in outputs),
+            scores=tuple(scores for _, _, _, scores in outputs),
+        )
+
+    def export(self, *, tensor_of: Callable[[Tensor], Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Streams the policy's weights (or ``tensor_of(parameter)``) as full tensors under HF names."""
+        self._wait_for_parameters()
+        yield from export_hf_tensors(self.bare_chunks, groups=self.groups, tensor_of=tensor_of)
+
+    def save_hf(self, directory: Path) -> None:
+        """Writes a directory that transformers and vLLM load: weights, and all other files of the initial model."""
+        self._wait_for_parameters()
+        save_hf(self.bare_chunks, directory, groups=self.groups, hf_source_dir=self.hf_dir)
+
+    def _wait_for_parameters(self) -> None:
+        """With overlapped gathering, parts of the parameters are still on their way after an optimizer step."""
+        if self.config.parallel.overlap_param_gather:
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)
+
+    @property
+    def bare_chunks(self) -> list[Qwen2_5_VLModel]:
+        return [unwrap_model(chunk) for chunk in self.chunks]
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def global_count(self, value: float) -> float:
+        """Sum of a per-replica count over data-parallel replicas, equal on every rank."""
+        total = torch.tensor(float(value), dtype=torch.float64, device=self.platform.device)
+        return float(all_reduce_sum(total, self.groups.data))
+
+    def mean_over_replicas(self, metrics: Metrics) -> dict[str, float]:
+        """Means of metrics that every rank of a replica holds alike, over replicas; equal on every rank."""
+        return reduce_metrics(metrics, self.groups.data).means()
+
+    def from_last_stage(self, value: Any) -> Any:
+        """The last pipeline stage's ``value`` on every rank of the replica; small host objects only."""
+        source = torch.distributed.get_global_rank(self.groups.pipeline, self.groups.sizes.pipeline - 1)
+        return broadcast_object(value, group=self.groups.pipeline, source=source)
+
+    def _statistics(self, chunk: torch.nn.Module, batch: PackedBatch, hidden_RD: Tensor) -> LinearLogprob:
+        targets = batch.target_ids_R.to(hidden_RD.device)
+        return unwrap_model(chunk).token_statistics(hidden_RD, targets, temperature=self.temperature)
+
+    def _run(
+        self,
+        chunks: Sequence[torch.nn.Module],
+        items: Sequence[Any],
+        *,
+        batch_of: Callable[[Any], PackedBatch],
+        finish: Callable[..., Any],
+        forward_only: bool,
+    ) -> list[Any]:
+        """Runs megatron-core's schedule over ``items``; returns ``finish``'s data per item (last stage), else []."""
+        if not items:
+            raise ValueError("a step needs at least one micro-batch on every data-parallel rank")
+
+        def forward_step(iterator: Iterator[Any], chunk: torch.nn.Module) -> tuple[Tensor, Callable]:
+            item = next(iterator)
+            output = chunk(batch_of(item).to(self.platform.device))
+            return output, partial(finish, item, chunk)
+
+        iterators = [iter(items) for _ in chunks]
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=list(chunks),
+            num_microbatches=len(items),
+            # Shapes travel with the activations (variable_seq_lengths); these two are not read.
+            seq_length=1,
+            micro_batch_size=1,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
+
+
+def _has_gradient(streams: TokenStreams) -> bool:
+    return bool(((streams.weight_R != 0) & (streams.advantage_R != 0)).any())
+
+
+def _add_sampler_gap(metrics: Metrics, item: MicroBatch, scores: TokenScores) -> None:
+    """Mean |sampler - trainer| log-prob, over the responses whose sampler log-probs were recorded."""
+    recorded = [rollout.sampler_logprobs for group in item.groups for rollout in group.rollouts]
+    if any(logprobs is None for logprobs in recorded):
+        return
+    policy_R = scores.policy_logprob_R
+    sampler_R = torch.tensor([value for logprobs in recorded for value in logprobs], device=policy_R.device)
+    metrics.add("sampler_trainer_logprob_gap", float((sampler_R - policy_R).abs().sum()), len(sampler_R))
+
+
+def _freeze(chunks: Sequence[Qwen2_5_VLModel], parts: Sequence[str]) -> None:
+    """Stops the gradient of ``vision`` (the encoder without its merger), ``merger`` or ``language``."""
+    prefixes = {"vision": "vision.", "merger": "vision.merger.", "language": "language."}
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            is_merger = name.startswith("vision.merger.")
+            for part in parts:
+                if part not in prefixes:
+                    raise UserError(f"freeze: unknown part {part!r}, expected some of {sorted(prefixes)}")
+                if name.startswith(prefixes[part]) and not (part == "vision" and is_merger):
+                    parameter.requires_grad_(False)

@@ -1,0 +1,44 @@
+"""One response with its key tokens marked, for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from megatron_ktr.types import ResponseSelection, Rollout
+
+
+def selected_tokens_text(
+    rollout: Rollout, selection: ResponseSelection, *, decode: Callable[[Sequence[int]], str]
+) -> str:
+    """The response with every key token as ``[text|SIGNALS]``; signals by first letter: Entropy, Visual, Temporal.
+
+    Where no signal selects (every token carries the loss), the plain text. ``decode`` turns token ids into text.
+
+    >>> rollout = Rollout(token_ids=(1, 2))
+    >>> selection = ResponseSelection(is_key_token=(False, True), is_selected={"visual": (False, True)})
+    >>> selected_tokens_text(rollout, selection, decode=lambda ids: "".join(" a" if i == 1 else " red" for i in ids))
+    ' a [red|V]'
+    """
+    if not selection.is_selected:
+        return decode(rollout.token_ids)
+    pieces = []
+    for index, text in enumerate(token_texts(rollout.token_ids, decode=decode)):
+        letters = "".join(name[0].upper() for name, marks in selection.is_selected.items() if marks[index])
+        core = text.strip()
+        lead, trail = text.split(core, 1) if core else ("", "")
+        pieces.append(f"{lead}[{core or repr(text)[1:-1]}|{letters}]{trail}" if letters else text)
+    return "".join(pieces)
+
+
+def token_texts(token_ids: Sequence[int], *, decode: Callable[[Sequence[int]], str]) -> list[str]:
+    """What each token adds to the decoded text. Decoding tokens one by one would lose the blanks between words; a
+    token that completes no character yet adds nothing, and the one that completes it adds all of it."""
+    texts, before = [], ""
+    for end in range(1, len(token_ids) + 1):
+        after = decode(token_ids[:end])
+        if after.endswith("\ufffd") or not after.startswith(before):
+            texts.append("")
+            continue
+        texts.append(after[len(before) :])
+        before = after
+    return texts

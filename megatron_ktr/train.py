@@ -1,0 +1,118 @@
+"""Entry point of training: ``torchrun ... -m megatron_ktr.train --config FILE [flags]``.
+
+Parses the config, starts platform and process groups, builds policy, objective and source of groups, runs the
+steps, and ends with a Hugging Face export that vLLM and transformers load.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from megatron_ktr.config import Config, load_config
+from megatron_ktr.data.preprocess import PreprocessSettings
+from megatron_ktr.data.template import load_tokenizer
+from megatron_ktr.distributed import platform as platforms
+from megatron_ktr.distributed.groups import ParallelGroups, ParallelSizes, destroy_parallel, init_parallel
+from megatron_ktr.errors import UserError, run_cli
+from megatron_ktr.metrics import MetricsWriter, step_line
+from megatron_ktr.objectives import build_objective
+from megatron_ktr.policy import Policy
+from megatron_ktr.report.console import selected_tokens_text
+from megatron_ktr.rollout.source import ReplicaSource, build_local_source, on_every_rank
+from megatron_ktr.run_directory import open_run_directory
+from megatron_ktr.trainer import StepReport, Trainer
+from models.qwen2_5_vl.config import Qwen2_5_VLConfig
+from models.qwen2_5_vl.media import media_spec
+
+
+def parallel_sizes(config: Config, *, num_layers: int) -> ParallelSizes:
+    """Sizes for the process groups; virtual pipeline chunks are counted from the layers of one chunk."""
+    parallel = config.parallel
+    virtual = None
+    if parallel.num_layers_per_virtual_pipeline_stage:
+        per_stage = num_layers // parallel.pipeline_model_parallel_size
+        if per_stage % parallel.num_layers_per_virtual_pipeline_stage:
+            raise UserError(
+                f"--num-layers-per-virtual-pipeline-stage {parallel.num_layers_per_virtual_pipeline_stage} must divide "
+                f"the {per_stage} layers of a pipeline stage"
+            )
+        virtual = per_stage // parallel.num_layers_per_virtual_pipeline_stage
+    return ParallelSizes(
+        tensor=parallel.tensor_model_parallel_size,
+        pipeline=parallel.pipeline_model_parallel_size,
+        context=parallel.context_parallel_size,
+        virtual_pipeline=virtual,
+        sequence_parallel=parallel.sequence_parallel,
+    )
+
+
+def train(config: Config) -> None:
+    """One run, on every rank."""
+    platform = platforms.start(config.trainer.platform)
+    model_config = Qwen2_5_VLConfig.from_hf(config.model.model)
+    groups = init_parallel(
+        parallel_sizes(config, num_layers=model_config.text.num_hidden_layers),
+        platform=platform,
+        seed=config.trainer.seed,
+        timeout_minutes=config.trainer.distributed_timeout_minutes,
+    )
+    run_dir = _open_run_directory(config, groups)
+    tokenizer = load_tokenizer(config.model.model)
+    local_source = on_every_rank(lambda: build_local_source(config, groups=groups, tokenizer=tokenizer), groups=groups)
+    policy = Policy(
+        config.model.model, config=config, groups=groups, platform=platform, num_steps=config.trainer.train_steps
+    )
+    objective = build_objective(config.objective, reward=config.reward)
+    if objective.needs_reference:
+        policy.add_reference()
+    trainer = Trainer(
+        config=config,
+        policy=policy,
+        source=ReplicaSource(local_source, groups=groups),
+        objective=objective,
+        media=media_spec(model_config, patchify=PreprocessSettings.from_model(config.model.model).patchify),
+    )
+    writer = MetricsWriter(run_dir if groups.rank == 0 else None)
+    for step in range(1, config.trainer.train_steps + 1):
+        report = trainer.train_step(step)
+        writer.write(step, report.values)
+        if groups.rank == 0 and (step % config.trainer.log_interval == 0 or step == config.trainer.train_steps):
+            _show(report, config=config, decode=tokenizer.decode)
+    writer.close()
+    policy.save_hf(run_dir / "export")
+    if groups.rank == 0:
+        print(f"exported the trained model to {run_dir / 'export'}", flush=True)
+    destroy_parallel()
+
+
+def _show(report: StepReport, *, config: Config, decode: Callable[[Sequence[int]], str]) -> None:
+    """The step's line and, on the last step, one response with its key tokens."""
+    print(step_line(report.step, config.trainer.train_steps, report.values), flush=True)
+    if report.step < config.trainer.train_steps or not report.selections:
+        return
+    group, selections = report.groups[0], report.selections[0]
+    text = selected_tokens_text(group.rollouts[0], selections[0], decode=decode)
+    reward = group.rollouts[0].reward
+    print(f"problem {group.prompt.problem_id}, response 1 (reward {reward:g}), key tokens as [token|signals]:")
+    print(text, flush=True)
+
+
+def _open_run_directory(config: Config, groups: ParallelGroups) -> Path:
+    on_every_rank(lambda: open_run_directory(config) if groups.rank == 0 else None, groups=groups)
+    return Path(config.trainer.run_dir)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    train(load_config(sys.argv[1:] if argv is None else argv))
+
+
+def cli() -> None:
+    run_cli(main)
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,235 @@
+"""The training step, as the paper's algorithm box.
+
+    groups  <- source.next(P)                    G responses with rewards for each of P prompts
+    scores  <- policy without gradient on the hidden and the shuffled view, reference model on the intact view
+    update  <- one intact forward; key tokens chosen from the scores; backward through key tokens; optimizer step
+
+This file knows neither Megatron nor any algorithm by name. Sources give groups (recorded, or freshly generated
+and rewarded), objectives say which views they need and turn scores into per-token streams.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megatron_ktr.attribution.counterfactuals import draw_permutations
+from megatron_ktr.config import Config
+from megatron_ktr.metrics import PhaseTimer
+from megatron_ktr.objectives.base import Objective
+from megatron_ktr.ops.linear_logprob import LinearLogprob
+from megatron_ktr.packing import MediaSpec, pack_groups, plan_micro_batches
+from megatron_ktr.policy import Denominators, MicroBatch, Policy, UpdateResult
+from megatron_ktr.rollout.source import GroupSource
+from megatron_ktr.types import (
+    Metrics,
+    PackedBatch,
+    ResponseSelection,
+    RolloutGroup,
+    TokenScores,
+    TokenStreams,
+    View,
+)
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One step for logs and reports."""
+
+    step: int
+    values: dict[str, float]
+    groups: tuple[RolloutGroup, ...]
+    selections: tuple[tuple[ResponseSelection, ...], ...]
+    """Per group, per response. Empty where no group had unequal rewards and there is no KL term: nothing to learn,
+    no optimizer step was taken."""
+
+
+class Trainer:
+    """Runs training steps; ``source`` and ``policy`` hold all state that outlives a step."""
+
+    def __init__(
+        self, *, config: Config, policy: Policy, source: GroupSource, objective: Objective, media: MediaSpec
+    ) -> None:
+        self.config = config
+        self.policy = policy
+        self.source = source
+        self.objective = objective
+        self.media = media
+        self.timer = PhaseTimer()
+        self.prompts_per_rank = config.prompts_per_replica(policy.groups.data_size)
+
+    def train_step(self, step: int) -> StepReport:
+        with self.timer.phase("rollout"):
+            groups = self.source.next(self.prompts_per_rank, step=step)
+        if not self._anything_to_learn(groups):
+            return self._report(step, groups, result=None)
+        with self.timer.phase("pack"):
+            micro_batches = [MicroBatch(part, self._pack(part, "intact")) for part in self._plan(groups)]
+        with self.timer.phase("score"):
+            micro_batches = self._with_counterfactuals(micro_batches, step)
+            micro_batches = self._with_reference(micro_batches)
+            micro_batches = self._with_selection(micro_batches)
+            denominators = self._denominators(micro_batches)
+        with self.timer.phase("update"):
+            for _ in range(self.config.objective.updates_per_rollout):
+                result = self.policy.update(micro_batches, objective=self.objective, denominators=denominators)
+        return self._report(step, groups, result=result)
+
+    def _plan(self, groups: Sequence[RolloutGroup]) -> list[tuple[RolloutGroup, ...]]:
+        return plan_micro_batches(groups, groups_per_micro_batch=self.config.trainer.micro_batch_groups)
+
+    def _pack(
+        self, groups: Sequence[RolloutGroup], view: View, *, step: int = 0, for_scoring: bool = False
+    ) -> PackedBatch:
+        parallel, objective = self.config.parallel, self.config.objective
+        permutations = None
+        if view == "shuffled":
+            permutations = [
+                draw_permutations(group.prompt, unit=objective.shuffle_unit, seed=self.config.trainer.seed, step=step)
+                for group in groups
+            ]
+        return pack_groups(
+            groups,
+            view=view,
+            media=self.media,
+            pad_to_multiple=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
+            permutations=permutations,
+            seconds_per_grid=1.0 if for_scoring and objective.original_compat else None,
+            with_patches=self.policy.groups.is_first_stage,
+        )
+
+    def _with_counterfactuals(self, micro_batches: list[MicroBatch], step: int) -> list[MicroBatch]:
+        """Log-probs of the same responses where the video is hidden, and where its frames are in random order."""
+        for view in sorted(self.objective.views):
+            batches = [self._pack(item.groups, view, step=step, for_scoring=True) for item in micro_batches]
+            micro_batches = [
+                dataclasses.replace(
+                    item, counterfactual_logprob_R={**item.counterfactual_logprob_R, view: _logprob(found)}
+                )
+                for item, found in zip(micro_batches, self.policy.score(batches), strict=True)
+            ]
+        return micro_batches
+
+    def _with_reference(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
+        if not self.objective.needs_reference:
+            return micro_batches
+        found = self.policy.score([self._for_scoring(item) for item in micro_batches], model="reference")
+        return [
+            dataclasses.replace(item, reference_logprob_R=_logprob(statistics))
+            for item, statistics in zip(micro_batches, found, strict=True)
+        ]
+
+    def _with_selection(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
+        """Chooses key tokens before the update where inside it would be too late; costs one more scoring pass.
+
+        That is: denominators that count key tokens of the global batch, several updates on the same responses (the
+        selection and the old policy stay those of the first), and original_compat, whose scores come from passes
+        without the videos' timing.
+        """
+        settings = self.config.objective
+        is_reused = settings.updates_per_rollout > 1
+        if not (self.objective.needs_selection_first or is_reused or settings.original_compat):
+            return micro_batches
+        found = self.policy.score([self._for_scoring(item) for item in micro_batches])
+        selected = []
+        for item, statistics in zip(micro_batches, found, strict=True):
+            if statistics is not None:
+                chosen = self.objective.select_tokens(item.batch, item.scores(statistics), item.groups)
+                item = dataclasses.replace(item, is_selected_R=chosen)
+                if is_reused:
+                    item = dataclasses.replace(item, behaviour_logprob_R=statistics.logprob_R)
+            selected.append(item)
+        return selected
+
+    def _for_scoring(self, item: MicroBatch) -> PackedBatch:
+        """The intact batch as scoring passes see it: the update's own, but for original_compat."""
+        if not self.config.objective.original_compat:
+            return item.batch
+        return self._pack(item.groups, "intact", for_scoring=True)
+
+    def _denominators(self, micro_batches: Sequence[MicroBatch]) -> Denominators:
+        """Counted over all micro-batches and replicas before the first forward, so that losses simply add up."""
+        num_responses = self.policy.global_count(sum(item.batch.num_responses for item in micro_batches))
+        if self.config.objective.loss_aggregation == "sequence":
+            return Denominators(num_responses=round(num_responses))
+        num_tokens = sum(self.objective.num_loss_tokens(item.batch, item.is_selected_R or {}) for item in micro_batches)
+        # Only the last stage knows the selection and only it reads the count; reduced over its replicas alone.
+        return Denominators(num_responses=round(num_responses), num_tokens=round(self.policy.global_count(num_tokens)))
+
+    def _anything_to_learn(self, groups: Sequence[RolloutGroup]) -> bool:
+        """False only if certainly no group of any replica has a gradient; then no pass is worth running.
+
+        A length bonus is known after selection at the earliest; the update itself has the last word.
+        """
+        if self.objective.needs_reference or self.config.reward.length_bonus > 0:
+            return True
+        uneven = sum(1 for group in groups if len({rollout.reward for rollout in group.rollouts}) > 1)
+        return self.policy.global_count(uneven) > 0
+
+    def _report(self, step: int, groups: Sequence[RolloutGroup], *, result: UpdateResult | None) -> StepReport:
+        seconds = self.timer.pop()
+        metrics = Metrics()
+        for group in groups:
+            for rollout in group.rollouts:
+                metrics.add("reward_mean", rollout.reward)
+                metrics.add("response_length", len(rollout.token_ids))
+                metrics.add("finished_share", rollout.is_finished)
+                for name, value in rollout.rewards.items():
+                    metrics.add(f"reward/{name}", value)
+        num_tokens = self.policy.global_count(sum(group.num_tokens for group in groups))
+        values = self.policy.mean_over_replicas(metrics)
+        values["num_prompts"] = self.policy.global_count(len(groups))
+        values["num_skipped"] = self.policy.global_count(self.source.num_skipped)
+        values["tokens_per_second"] = num_tokens / max(sum(seconds.values()), 1e-9)
+        values["has_stepped"] = float(result is not None and result.has_stepped)
+        if result is not None:
+            values |= result.metrics.means()
+            values |= {"loss": result.loss, "grad_norm": result.grad_norm, "learning_rate": self.policy.learning_rate}
+        return StepReport(
+            step=step, values=values | seconds, groups=tuple(groups), selections=self._selections(groups, result)
+        )
+
+    def _selections(
+        self, groups: Sequence[RolloutGroup], result: UpdateResult | None
+    ) -> tuple[tuple[ResponseSelection, ...], ...]:
+        """The update's selection by group and response, on every rank; the last stage tells the others."""
+        if result is None:
+            return ()
+        pieces = [
+            piece
+            for streams, scores in zip(result.streams, result.scores, strict=True)
+            for piece in _split_by_token(streams, scores)
+        ]
+        pieces = self.policy.from_last_stage(pieces)
+        start, selections = 0, []
+        for group in groups:
+            responses = []
+            for rollout in group.rollouts:
+                tokens = pieces[start : start + len(rollout.token_ids)]
+                start += len(tokens)
+                signals = tokens[0][2].keys()
+                responses.append(
+                    ResponseSelection(
+                        is_key_token=tuple(is_key for is_key, _, _ in tokens),
+                        policy_logprobs=tuple(logprob for _, logprob, _ in tokens),
+                        is_selected={name: tuple(marks[name] for _, _, marks in tokens) for name in signals},
+                    )
+                )
+            selections.append(tuple(responses))
+        return tuple(selections)
+
+
+def _split_by_token(streams: TokenStreams, scores: TokenScores) -> list[tuple[bool, float, dict[str, bool]]]:
+    """Per response token of a micro-batch: is it a key token, its log-prob, and which signals selected it."""
+    names = list(streams.is_selected_R)
+    columns = [streams.is_selected_R[name].tolist() for name in names]
+    marks = [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
+    is_key, logprobs = streams.is_key_token_R.tolist(), scores.policy_logprob_R.tolist()
+    return list(zip(is_key, logprobs, marks or [{}] * len(is_key), strict=True))
+
+
+def _logprob(statistics: LinearLogprob | None) -> Tensor | None:
+    return None if statistics is None else statistics.logprob_R
