@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_ktr.errors import UserError
 
@@ -154,16 +155,28 @@ class TorchDistReader:
         }
 
     def read(self, key: str, *, offset: Shape, shape: Shape) -> Tensor:
-        """The region of tensor ``key`` from ``offset``; one stored chunk at a time is in memory beside it."""
+        """The region of tensor ``key`` from ``offset``.
+
+        A region that is one stored chunk is all that is in memory; one put together from several has one chunk at a
+        time beside it.
+        """
         region = ChunkStorageMetadata(offsets=torch.Size(offset), sizes=torch.Size(shape))
         items = create_read_items_for_chunk_list(key, self.tensors[key], [region])
-        target = _RegionTarget(shape, self.tensors[key].properties.dtype)
         covered = sum(item.lengths.numel() for item in items)
         if covered != torch.Size(shape).numel():
             raise UserError(f"{self.directory}: tensor {key}: stored chunks do not cover {shape} at {offset}")
         with _reporting_damage(self.directory):
+            place = self._metadata.storage_data[items[0].storage_index]
+            if region in self.tensors[key].chunks and not place.transform_descriptors:
+                return self._read_chunk(place)
+            target = _RegionTarget(shape, self.tensors[key].properties.dtype)
             self._reader.read_data(LoadPlan(items), target)
-        return target.tensor
+            return target.tensor
+
+    def _read_chunk(self, place: _StorageInfo) -> Tensor:
+        with open(self.directory / place.relative_path, "rb") as file:
+            chunk = _create_file_view(file, place.offset, place.length)
+            return torch.load(chunk, map_location="cpu", weights_only=True)
 
 
 class _RegionTarget:

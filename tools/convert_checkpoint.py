@@ -4,7 +4,8 @@
     python tools/convert_checkpoint.py to-hf --megatron DIR --out DIR
 
 The Megatron side is a distributed checkpoint that every tensor x pipeline layout loads, whichever layout saved it.
-Memory: about twice the largest tensor. The target must not exist; it appears only when it is complete.
+Memory: about the largest tensor (twice that for a checkpoint saved by several ranks). The target must not exist; it
+appears only when it is complete.
 """
 
 from __future__ import annotations

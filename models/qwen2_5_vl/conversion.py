@@ -63,7 +63,8 @@ def _table_name(model: nn.Module, name: str) -> str:
 def load_hf_weights(model: nn.Module | Sequence[nn.Module], hf_dir: Path | str, *, groups: Any = None) -> None:
     """Fills this rank's parameters in place from a Hugging Face directory; padding becomes zero.
 
-    Every rank checks the whole directory, so that all fail alike, and reads only its own slices.
+    Every rank checks the whole directory, so that all fail alike, and reads only its own slices. An optimizer that
+    keeps its own copy of the parameters (fp32 main parameters) must be made, or reload them, afterwards.
 
     Args:
         model: the model or its virtual-pipeline chunks, wrapped or not.
