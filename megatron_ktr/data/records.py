@@ -22,6 +22,8 @@ from megatron_ktr.errors import UserError
 
 Record = dict[str, Any]
 _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+_DATA_TYPE_SYNONYMS = {"frame": "video"}
+"""MVBench in Video-R1's release marks videos that were joined from single frames; the path is a video all the same."""
 _ROLES = ("system", "user", "assistant")
 
 
@@ -140,7 +142,7 @@ def _media_of(raw: Mapping[str, Any]) -> list[tuple[str, str]]:
     if not media:
         for written in _paths(raw, "path"):
             guess = "image" if Path(written).suffix.lower() in _IMAGE_SUFFIXES else "video"
-            kind = raw.get("data_type") or guess
+            kind = _declared_type(raw) or guess
             if kind == "text":
                 raise ValueError(f"data_type is 'text', but it has the path {written!r}")
             media.append((str(kind), written))
@@ -160,7 +162,7 @@ def _paths(raw: Mapping[str, Any], key: str) -> list[str]:
 
 def _data_type(raw: Mapping[str, Any], media: list[tuple[str, str]]) -> str:
     kinds = {kind for kind, _ in media}
-    declared = raw.get("data_type")
+    declared = _declared_type(raw)
     if declared is None:
         return "video" if "video" in kinds else "image" if kinds else "text"
     if declared not in ("video", "image", "text"):
@@ -168,6 +170,11 @@ def _data_type(raw: Mapping[str, Any], media: list[tuple[str, str]]) -> str:
     if declared != "text" and declared not in kinds:
         raise ValueError(f"data_type is '{declared}', but it names no {declared} (keys: path, {declared})")
     return str(declared)
+
+
+def _declared_type(raw: Mapping[str, Any]) -> Any:
+    declared = raw.get("data_type")
+    return _DATA_TYPE_SYNONYMS.get(declared, declared) if isinstance(declared, str) else declared
 
 
 def _options(value: Any) -> list[str]:

@@ -61,10 +61,17 @@ class VisualTokens:
             if token_id is None:
                 token_id = tokenizer.convert_tokens_to_ids(_VISUAL_NAMES[name])
             text = tokenizer.convert_ids_to_tokens(token_id) if token_id is not None else None
-            if not text or tokenizer(text, add_special_tokens=False)["input_ids"] != [token_id]:
+            is_unknown = token_id is not None and token_id == tokenizer.unk_token_id
+            if (
+                not text
+                or is_unknown
+                or token_id in ids.values()
+                or tokenizer(text, add_special_tokens=False)["input_ids"] != [token_id]
+            ):
                 raise UserError(
-                    f"model: the tokenizer in {model_dir} does not read {text or _VISUAL_NAMES[name]!r} as the single "
-                    f"token {token_id} ({key} of config.json); it needs Qwen2.5-VL's visual tokens as special tokens"
+                    f"model: the tokenizer in {model_dir} does not read {text or _VISUAL_NAMES[name]!r} as a single "
+                    f"token of its own ({key} {token_id} of config.json); "
+                    "it needs Qwen2.5-VL's visual tokens as special tokens"
                 )
             ids[name], texts[name] = int(token_id), str(text)
         return cls(**texts, image_id=ids["image"], video_id=ids["video"])

@@ -50,6 +50,7 @@ class DecordProcess:
         self._command = list(command or (sys.executable, "-u", os.path.abspath(__file__)))
         self._child: subprocess.Popen[bytes] | None = None
         self._pending = b""
+        self._owner = os.getpid()
         atexit.register(self.close)
 
     @staticmethod
@@ -101,7 +102,7 @@ class DecordProcess:
     def close(self) -> int | None:
         """Ends the child, if any, and returns its exit code."""
         child, self._child, self._pending = self._child, None, b""
-        if child is None:
+        if child is None or os.getpid() != self._owner:  # a fork must not end its parent's child
             return None
         if child.poll() is None:
             child.kill()

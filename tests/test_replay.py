@@ -1,0 +1,163 @@
+"""Recorded rollouts: what a line may hold, what is refused and how, and that what is written can be replayed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_ktr.data.dataset import PromptLoader
+from megatron_ktr.data.video import FrameSampling
+from megatron_ktr.errors import UserError
+from megatron_ktr.rollout.base import RolloutEngine
+from megatron_ktr.rollout.replay import ReplayEngine, ReplaySource, write_rollouts
+from megatron_ktr.types import Prompt, Rollout, RolloutGroup
+from tests.support.tiny import EOS_ID, VOCAB_SIZE
+from tests.support.tokenizer import save_tiny_tokenizer, tiny_tokenizer
+from tests.support.videos import numbered_frames, write_video
+
+TOKENIZER = tiny_tokenizer()
+RESPONSES: list[dict[str, Any]] = [
+    {"text": "<answer>A</answer>", "rewards": {"accuracy": 1, "format": 0.5}},
+    {"token_ids": [5, 6, EOS_ID], "logprobs": [-0.5, -1, 0], "reward": 0},
+]
+
+
+def line(**changes: Any) -> dict[str, Any]:
+    record = {"problem_id": "p", "problem": "Which?", "video": "clip.mp4", "responses": RESPONSES, **changes}
+    return {name: value for name, value in record.items() if value is not ...}
+
+
+def write_lines(path: Path, lines: list[dict[str, Any]]) -> Path:
+    path.write_text("\n\n".join(json.dumps(value) for value in lines) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("replay")
+    save_tiny_tokenizer(folder)
+    write_video(folder / "clip.mp4", numbered_frames(20, height=56, width=84))
+    return folder
+
+
+@pytest.fixture
+def loader(folder: Path) -> PromptLoader:
+    sampling = FrameSampling(max_frames=4)
+    return PromptLoader.from_model(folder, media_root=folder, sampling=sampling, video_min_pixels=784)
+
+
+def test_responses_are_read_from_text_and_from_tokens(tmp_path: Path, loader: PromptLoader) -> None:
+    engine = ReplayEngine(write_lines(tmp_path / "r.jsonl", [line()]), tokenizer=TOKENIZER)
+    assert isinstance(engine, RolloutEngine)
+    (group,) = ReplaySource(engine, loader=loader).next(1, step=0)
+    from_text, from_tokens = group.rollouts
+    assert from_text.token_ids[-1] == EOS_ID
+    assert TOKENIZER.decode(from_text.token_ids[:-1]) == from_text.text == "<answer>A</answer>"
+    assert from_text.reward == 1.5 and from_text.sampler_logprobs is None and from_text.is_finished
+    assert from_tokens.token_ids == (5, 6, EOS_ID) and from_tokens.sampler_logprobs == (-0.5, -1.0, 0.0)
+    assert from_tokens.rewards == {"reward": 0.0} and from_tokens.text == TOKENIZER.decode([5, 6])
+    assert group.prompt.media[0].grid_thw == (2, 4, 6) and "responses" not in group.prompt.record
+
+
+def test_an_unfinished_response_gets_no_end_token(tmp_path: Path) -> None:
+    responses = [{"text": "cut", "is_finished": False, "reward": 0}, {"token_ids": [5, 6], "reward": 0}]
+    path = write_lines(tmp_path / "r.jsonl", [line(responses=responses)])
+    engine = ReplayEngine(path, tokenizer=TOKENIZER)
+    prompt = Prompt("p", (1,), record=engine.records[0])
+    first, second = engine.generate([prompt])[0].rollouts
+    assert len(first.token_ids) == 3 and not first.is_finished
+    assert second.token_ids == (5, 6) and not second.is_finished
+
+
+def test_repeated_problem_ids_keep_their_own_responses(tmp_path: Path, loader: PromptLoader) -> None:
+    lines = [line(video=..., responses=[{"text": str(number), "reward": number}] * 2) for number in range(3)]
+    engine = ReplayEngine(write_lines(tmp_path / "r.jsonl", lines), tokenizer=TOKENIZER)
+    groups = ReplaySource(engine, loader=loader, shuffle=False).next(3)
+    assert [group.rollouts[0].text for group in groups] == ["0", "1", "2"]
+
+
+def test_the_first_responses_are_taken_where_fewer_are_wanted(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "r.jsonl", [line()])
+    engine = ReplayEngine(path, tokenizer=TOKENIZER, num_generations=1)
+    assert len(engine.generate([Prompt("p", (1,), record=engine.records[0])])[0].rollouts) == 1
+    with pytest.raises(UserError, match="2 responses, but num_generations is 3"):
+        ReplayEngine(path, tokenizer=TOKENIZER, num_generations=3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"responses": ...}, "list of responses"),
+        ({"responses": []}, "list of responses"),
+        ({"responses": ["text"]}, "response 1: expected an object"),
+        ({"responses": [RESPONSES[0], {"reward": 1}]}, "response 2: expected 'text' or 'token_ids'"),
+        ({"responses": [{"text": "x"}]}, "'rewards'"),
+        ({"responses": [{"text": "x", "rewards": {}}]}, "'rewards'"),
+        ({"responses": [{"text": "x", "rewards": {"a": "1"}}]}, "reward 'a'"),
+        ({"responses": [{"text": "x", "reward": float("nan")}]}, "finite"),
+        ({"responses": [{"token_ids": [VOCAB_SIZE], "reward": 1}]}, "outside the vocabulary"),
+        ({"responses": [{"token_ids": [1.5], "reward": 1}]}, "whole numbers"),
+        ({"responses": [{"token_ids": [], "reward": 1}]}, "no tokens"),
+        ({"responses": [{"token_ids": [1, 2], "logprobs": [-1], "reward": 1}]}, "1 logprobs for 2 tokens"),
+        ({"responses": [{"token_ids": [1], "logprobs": [0.5], "reward": 1}]}, "<= 0"),
+        ({"problem": ...}, "'problem'"),
+    ],
+)
+def test_a_bad_line_is_named_by_number_and_reason(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    path = write_lines(tmp_path / "r.jsonl", [line(), line(**changes)])
+    with pytest.raises(UserError, match="replay_path: .*record 3") as caught:  # a blank line stands between
+        ReplayEngine(path, tokenizer=TOKENIZER)
+    assert message in str(caught.value)
+
+
+def test_written_rollouts_replay_exactly(tmp_path: Path, loader: PromptLoader) -> None:
+    engine = ReplayEngine(
+        write_lines(tmp_path / "r.jsonl", [line(), line(problem_id=2, video=...)]), tokenizer=TOKENIZER
+    )
+    groups = ReplaySource(engine, loader=loader, shuffle=False).next(2)
+    assert write_rollouts(tmp_path / "runs" / "out.jsonl", groups[:1]) == 1
+    write_rollouts(tmp_path / "runs" / "out.jsonl", groups[1:])
+    again = ReplaySource(
+        ReplayEngine(tmp_path / "runs" / "out.jsonl", tokenizer=TOKENIZER), loader=loader, shuffle=False
+    )
+    for before, after in zip(groups, again.next(2), strict=True):
+        assert after.rollouts == before.rollouts
+        assert (after.prompt.problem_id, after.prompt.token_ids) == (before.prompt.problem_id, before.prompt.token_ids)
+        assert [medium.grid_thw for medium in after.prompt.media] == [medium.grid_thw for medium in before.prompt.media]
+
+
+def test_unfinished_and_unicode_rollouts_survive_writing(tmp_path: Path) -> None:
+    rollout = Rollout((5, 6), (-0.1, -0.2), text="é\u2028x", is_finished=False, rewards={"accuracy": 0.25})
+    record = {"problem": "Q?", "solution": "1"}
+    write_rollouts(tmp_path / "o.jsonl", [RolloutGroup(Prompt("id", (1, 2), record=record), (rollout,))])
+    engine = ReplayEngine(tmp_path / "o.jsonl", tokenizer=TOKENIZER)
+    assert engine.generate([Prompt("id", (1, 2), record=engine.records[0])])[0].rollouts == (rollout,)
+
+
+def test_other_prompt_length_than_recorded_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write_lines(tmp_path / "r.jsonl", [line(prompt_length=9)])
+    engine = ReplayEngine(path, tokenizer=TOKENIZER)
+    engine.generate([Prompt("p", (1,) * 9, record=engine.records[0])])
+    assert not caplog.records
+    engine.generate([Prompt("p", (1,) * 8, record=engine.records[0])])
+    assert "8 tokens, 9 when" in caplog.text
+    with pytest.raises(UserError, match="no recorded responses"):
+        engine.generate([Prompt("stranger", (1,))])
+
+
+def test_weights_are_read_to_the_end(tmp_path: Path) -> None:
+    """The producer gathers over ranks: one rank that stops early would leave the others waiting."""
+    seen = []
+
+    def stream() -> Iterator[tuple[str, torch.Tensor]]:
+        for name in "abc":
+            seen.append(name)
+            yield name, torch.zeros(1)
+
+    ReplayEngine(write_lines(tmp_path / "r.jsonl", [line()]), tokenizer=TOKENIZER).load_weights(stream())
+    assert seen == ["a", "b", "c"]
