@@ -52,6 +52,9 @@ class DataSection:
     shuffle_data: bool = _option(True, "Visit the questions in a new seeded order in every epoch")
     max_skip_share: float = _option(0.1, "Stop when more than this share of prompts is unusable", low=0, high=1)
     max_prompt_length: int = _option(16384, "Longest prompt in tokens; longer ones are skipped and counted", low=1)
+    media_cache_gb: float = _option(
+        0.5, "Resized media kept in memory between epochs on each reading rank, in 10^9 bytes; 0 = none", low=0
+    )
     video_fps: float = _option(2.0, "Frames sampled per second of video", above=0)
     video_num_frames: int | None = _option(None, "Fixed number of frames in place of video_fps; even", low=2)
     video_max_frames: int = _option(16, "Most frames of one video; even", low=2)
@@ -66,7 +69,9 @@ class RolloutSection:
     """Where responses come from and how they are sampled."""
 
     engine: Literal["replay", "hf", "vllm_colocated", "vllm_server"] = _option(
-        "replay", "Source of responses; replay reads recorded ones from replay_path, the others are not available yet"
+        "replay",
+        "Source of responses: recorded ones from replay_path, or transformers' generate (hf) on the questions of "
+        "data_path; the others are not available yet",
     )
     replay_path: str | None = _option(None, "JSONL of recorded rollouts: media, question, responses with rewards")
     num_generations: int = _option(8, "Responses per prompt (G)", low=1)
@@ -82,8 +87,8 @@ class RewardSection:
 
     reward_functions: tuple[str, ...] = _option(
         (),
-        "Reward parts by name, or own ones as module:function; empty = as recorded with the rollouts; "
-        "others not available yet",
+        "Reward parts by name (accuracy, format), or own ones as module:function; empty = accuracy and format; "
+        "recorded rollouts keep their recorded rewards",
     )
     length_bonus: float = _option(
         0.2,
@@ -101,7 +106,8 @@ class ObjectiveSection:
 
     objective: Literal["video_ktr", "grpo", "t_grpo", "tw_grpo", "sft"] = _option(
         "video_ktr",
-        "Training objective; video_ktr puts the loss of grpo on key tokens only; the others are not available yet",
+        "Training objective; video_ktr puts the loss of grpo on key tokens only, sft imitates the responses of "
+        "data_path; the others are not available yet",
     )
     signals: tuple[Signal, ...] = _option(
         ("entropy", "visual", "temporal"), "Signals whose selected tokens, together, are the key tokens"
@@ -194,6 +200,11 @@ class TrainerSection:
     micro_batch_groups: int = _option(1, "Prompt groups per micro-batch; a group is never split", low=1)
     save_interval: int = _option(0, "Steps between checkpoints; 0 = none; others not available yet", low=0)
     eval_interval: int = _option(0, "Steps between evaluations; 0 = none; others not available yet", low=0)
+    rollout_log_interval: int = _option(
+        10,
+        "Steps between files of one replica's rollouts and key tokens in run_dir/rollouts; 0 = none",
+        low=0,
+    )
     log_interval: int = _option(1, "Steps between lines on the console", low=1)
     seed: int = _option(0, "Seed of data order, shuffled views and sampling", low=0)
     platform: Literal["auto", "cpu", "cuda"] = _option("auto", "Devices to run on; auto takes CUDA where it is found")

@@ -44,16 +44,14 @@ def _required(config: Config) -> Iterator[str]:
 def _not_available(config: Config) -> Iterator[str]:
     """What the interface already names but no code serves yet."""
     engine, objective = config.rollout.engine, config.objective
-    if engine != "replay":
-        yield f"--engine {engine} is not available yet; available: replay"
-    if objective.objective not in ("video_ktr", "grpo"):
-        yield f"--objective {objective.objective} is not available yet; available: video_ktr, grpo"
+    if engine not in ("replay", "hf"):
+        yield f"--engine {engine} is not available yet; available: replay, hf"
+    if objective.objective not in ("video_ktr", "grpo", "sft"):
+        yield f"--objective {objective.objective} is not available yet; available: video_ktr, grpo, sft"
     if objective.shift == "kl":
         yield "--shift kl is not available yet; available: signed, absolute"
     if objective.num_shuffles > 1:
         yield f"--num-shuffles {objective.num_shuffles} is not available yet; available: 1"
-    if config.reward.reward_functions:
-        yield "--reward-functions is not available yet: rewards are read from the recorded rollouts"
     if config.parallel.context_parallel_size > 1:
         yield f"--context-parallel-size {config.parallel.context_parallel_size} is not available yet; available: 1"
     if config.parallel.vision_parallel == "frame":
@@ -66,7 +64,15 @@ def _not_available(config: Config) -> Iterator[str]:
 
 def _data(config: Config) -> Iterator[str]:
     data, rollout = config.data, config.rollout
-    if rollout.engine == "replay":
+    if config.objective.objective == "sft":
+        if not data.data_path:
+            yield "--objective sft needs --data-path, a JSON or JSONL file of questions with responses"
+    elif rollout.engine != "replay":
+        if not data.data_path:
+            yield f"--engine {rollout.engine} needs --data-path, a JSON or JSONL file of questions"
+        if rollout.replay_path is not None:
+            yield f"--replay-path is not read by --engine {rollout.engine}"
+    else:
         if not rollout.replay_path:
             yield "--engine replay needs --replay-path, a JSONL of recorded rollouts"
         if data.data_path is not None:
@@ -86,6 +92,8 @@ def _data(config: Config) -> Iterator[str]:
 
 
 def _reward(config: Config) -> Iterator[str]:
+    if config.reward.reward_functions and config.rollout.engine == "replay":
+        yield "--reward-functions is not read by --engine replay: rewards come with the recorded rollouts"
     if config.reward.length_bonus_min > config.reward.length_bonus_max:
         yield (
             f"--length-bonus-min {config.reward.length_bonus_min} exceeds "

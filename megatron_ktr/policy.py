@@ -33,7 +33,7 @@ from megatron_ktr.objectives.base import Objective
 from megatron_ktr.ops.linear_logprob import LinearLogprob
 from megatron_ktr.types import Metrics, PackedBatch, RolloutGroup, TokenScores, TokenStreams, View
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
-from models.qwen2_5_vl.conversion import export_hf_tensors, load_hf_weights, save_hf, unwrap_model
+from models.qwen2_5_vl.conversion import GatherTo, export_hf_tensors, load_hf_weights, save_hf, unwrap_model
 from models.qwen2_5_vl.model import Qwen2_5_VLModel, build_model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -221,10 +221,15 @@ class Policy:
             scores=tuple(scores for _, _, _, scores in outputs),
         )
 
-    def export(self, *, tensor_of: Callable[[Tensor], Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Streams the policy's weights (or ``tensor_of(parameter)``) as full tensors under HF names."""
+    def export(
+        self, *, tensor_of: Callable[[Tensor], Tensor] | None = None, gather_to: GatherTo = "all"
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Streams the policy's weights (or ``tensor_of(parameter)``) as full tensors under HF names.
+
+        Collective: every rank exhausts it. ``gather_to`` "source" yields them on each replica's reading rank only.
+        """
         self._wait_for_parameters()
-        yield from export_hf_tensors(self.bare_chunks, groups=self.groups, tensor_of=tensor_of)
+        yield from export_hf_tensors(self.bare_chunks, groups=self.groups, tensor_of=tensor_of, gather_to=gather_to)
 
     def save_hf(self, directory: Path) -> None:
         """Writes a directory that transformers and vLLM load: weights, and all other files of the initial model."""

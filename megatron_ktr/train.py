@@ -21,6 +21,7 @@ from megatron_ktr.metrics import MetricsWriter, step_line
 from megatron_ktr.objectives import build_objective
 from megatron_ktr.policy import Policy
 from megatron_ktr.report.console import selected_tokens_text
+from megatron_ktr.rollout.replay import write_rollouts
 from megatron_ktr.rollout.source import ReplicaSource, build_local_source, on_every_rank
 from megatron_ktr.run_directory import open_run_directory
 from megatron_ktr.trainer import StepReport, Trainer
@@ -61,7 +62,10 @@ def train(config: Config) -> None:
     )
     run_dir = _open_run_directory(config, groups)
     tokenizer = load_tokenizer(config.model.model)
-    local_source = on_every_rank(lambda: build_local_source(config, groups=groups, tokenizer=tokenizer), groups=groups)
+    media = media_spec(model_config, patchify=PreprocessSettings.from_model(config.model.model).patchify)
+    local_source = on_every_rank(
+        lambda: build_local_source(config, groups=groups, tokenizer=tokenizer, media=media), groups=groups
+    )
     policy = Policy(
         config.model.model, config=config, groups=groups, platform=platform, num_steps=config.trainer.train_steps
     )
@@ -73,7 +77,7 @@ def train(config: Config) -> None:
         policy=policy,
         source=ReplicaSource(local_source, groups=groups),
         objective=objective,
-        media=media_spec(model_config, patchify=PreprocessSettings.from_model(config.model.model).patchify),
+        media=media,
     )
     writer = MetricsWriter(run_dir if groups.rank == 0 else None)
     for step in range(1, config.trainer.train_steps + 1):
@@ -81,11 +85,18 @@ def train(config: Config) -> None:
         writer.write(step, report.values)
         if groups.rank == 0 and (step % config.trainer.log_interval == 0 or step == config.trainer.train_steps):
             _show(report, config=config, decode=tokenizer.decode)
+        if groups.rank == 0 and _is_due(step, config.trainer.rollout_log_interval):
+            path = run_dir / "rollouts" / f"step_{step:08d}.jsonl"
+            write_rollouts(path, report.groups, selections=report.selections, append=False)
     writer.close()
     policy.save_hf(run_dir / "export")
     if groups.rank == 0:
         print(f"exported the trained model to {run_dir / 'export'}", flush=True)
     destroy_parallel()
+
+
+def _is_due(step: int, interval: int) -> bool:
+    return interval > 0 and (step == 1 or step % interval == 0)
 
 
 def _show(report: StepReport, *, config: Config, decode: Callable[[Sequence[int]], str]) -> None:

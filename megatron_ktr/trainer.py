@@ -62,6 +62,9 @@ class Trainer:
         self.prompts_per_rank = config.prompts_per_replica(policy.groups.data_size)
 
     def train_step(self, step: int) -> StepReport:
+        if self.source.needs_weights:
+            with self.timer.phase("weights"):
+                self.source.load_weights(self.policy.export(gather_to="source"))
         with self.timer.phase("rollout"):
             groups = self.source.next(self.prompts_per_rank, step=step)
         if not self._anything_to_learn(groups):
@@ -164,7 +167,8 @@ class Trainer:
 
         A length bonus is known after selection at the earliest; the update itself has the last word.
         """
-        if self.objective.needs_reference or self.config.reward.length_bonus > 0:
+        objective = self.objective
+        if not objective.learns_from_rewards or objective.needs_reference or self.config.reward.length_bonus > 0:
             return True
         uneven = sum(1 for group in groups if len({rollout.reward for rollout in group.rollouts}) > 1)
         return self.policy.global_count(uneven) > 0
@@ -174,7 +178,8 @@ class Trainer:
         metrics = Metrics()
         for group in groups:
             for rollout in group.rollouts:
-                metrics.add("reward_mean", rollout.reward)
+                if rollout.rewards:
+                    metrics.add("reward_mean", rollout.reward)
                 metrics.add("response_length", len(rollout.token_ids))
                 metrics.add("finished_share", rollout.is_finished)
                 for name, value in rollout.rewards.items():

@@ -8,14 +8,14 @@ skipped), no epoch loses its tail, and the whole state is one number: how many e
 from __future__ import annotations
 
 import logging
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_ktr.data.preprocess import PreprocessSettings, load_media
+from megatron_ktr.data.preprocess import LoadedMedia, PreprocessSettings, load_media
 from megatron_ktr.data.records import Record, read_records, resolve_media_path
 from megatron_ktr.data.template import PromptBuilder, VisualTokens, WordingTemplate, load_tokenizer
 from megatron_ktr.data.unusable import PromptTooLong, UnusableSample
@@ -30,6 +30,32 @@ _MAX_FRUITLESS_DRAWS = 1000
 """So many samples in a row without a usable one stop the run, even if each was rejected for its length."""
 
 
+class MediaCache:
+    """Resized media by path and kind, least recently used ones dropped beyond ``max_bytes``.
+
+    Files are taken not to change during a run.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
+        self._items: OrderedDict[tuple[Path, str], LoadedMedia] = OrderedDict()
+
+    def get(self, path: Path, kind: str) -> LoadedMedia | None:
+        if (path, kind) in self._items:
+            self._items.move_to_end((path, kind))
+        return self._items.get((path, kind))
+
+    def put(self, path: Path, kind: str, media: LoadedMedia) -> None:
+        if media.visual.frames_FCHW.nbytes > self.max_bytes:
+            return
+        self._items[path, kind] = media
+        self.num_bytes += media.visual.frames_FCHW.nbytes
+        while self.num_bytes > self.max_bytes:
+            _, oldest = self._items.popitem(last=False)
+            self.num_bytes -= oldest.visual.frames_FCHW.nbytes
+
+
 class PromptLoader:
     """Loads one record: media below ``media_root``, resized frames, tokenised prompt."""
 
@@ -41,8 +67,10 @@ class PromptLoader:
         settings: PreprocessSettings,
         sampling: FrameSampling,
         max_prompt_length: int | None = None,
+        cache_bytes: int = 0,
     ) -> None:
         self.builder = builder
+        self.cache = MediaCache(cache_bytes)
         self.media_root = Path(media_root)
         self.settings = settings
         self.sampling = sampling
@@ -60,6 +88,7 @@ class PromptLoader:
         prompt_template: Path | str | None = None,
         max_prompt_length: int | None = None,
         tokenizer: Any = None,
+        cache_bytes: int = 0,
         **pixel_limits: int | None,
     ) -> PromptLoader:
         """Everything read from a Hugging Face directory; ``pixel_limits`` are ``PreprocessSettings`` fields."""
@@ -79,6 +108,7 @@ class PromptLoader:
             settings=settings,
             sampling=sampling or FrameSampling(),
             max_prompt_length=max_prompt_length,
+            cache_bytes=cache_bytes,
         )
 
     def load(self, record: Mapping[str, Any]) -> Prompt:
@@ -91,12 +121,7 @@ class PromptLoader:
         media = []
         for kind, written in record.get("media", ()):
             path = resolve_media_path(self.media_root, written)
-            loaded = load_media(path, kind=kind, settings=self.settings, sampling=self.sampling)
-            self.counts[f"decoder/{loaded.backend}"] += 1
-            if loaded.fallback_reason:
-                self.counts[f"decoder/pyav: {loaded.fallback_reason}"] += 1
-            self.counts["repeated_frames"] += loaded.num_repeated_frames
-            media.append(loaded.visual)
+            media.append(self._load_media(path, kind).visual)
         prompt = self.builder.build(record, media)
         if self.max_prompt_length is not None and len(prompt.token_ids) > self.max_prompt_length:
             raise PromptTooLong(
@@ -104,6 +129,17 @@ class PromptLoader:
                 f"{len(prompt.token_ids)} tokens, at most {self.max_prompt_length} (max_prompt_length)",
             )
         return prompt
+
+    def _load_media(self, path: Path, kind: str) -> LoadedMedia:
+        loaded = self.cache.get(path, kind)
+        if loaded is None:
+            loaded = load_media(path, kind=kind, settings=self.settings, sampling=self.sampling)
+            self.cache.put(path, kind, loaded)
+            self.counts[f"decoder/{loaded.backend}"] += 1
+            if loaded.fallback_reason:
+                self.counts[f"decoder/pyav: {loaded.fallback_reason}"] += 1
+            self.counts["repeated_frames"] += loaded.num_repeated_frames
+        return loaded
 
 
 class SkipCounter:

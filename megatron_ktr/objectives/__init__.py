@@ -10,6 +10,7 @@ from megatron_ktr.errors import UserError
 from megatron_ktr.objectives.advantages import LengthBonus
 from megatron_ktr.objectives.base import Objective
 from megatron_ktr.objectives.grpo import GRPO
+from megatron_ktr.objectives.sft import SupervisedFineTuning
 from megatron_ktr.objectives.video_ktr import VideoKTR
 
 __all__ = ["BUILDERS", "Objective", "build_objective"]
@@ -57,7 +58,15 @@ def _video_ktr(section: Any, length_bonus: LengthBonus | None) -> VideoKTR:
     )
 
 
-BUILDERS: dict[str, Callable[[Any, LengthBonus | None], Objective]] = {"grpo": _grpo, "video_ktr": _video_ktr}
+def _sft(section: Any, length_bonus: LengthBonus | None) -> SupervisedFineTuning:
+    return SupervisedFineTuning(loss_aggregation=section.loss_aggregation)
+
+
+BUILDERS: dict[str, Callable[[Any, LengthBonus | None], Objective]] = {
+    "grpo": _grpo,
+    "sft": _sft,
+    "video_ktr": _video_ktr,
+}
 
 
 def _length_bonus(reward: Any | None) -> LengthBonus | None:

@@ -43,6 +43,11 @@ class Objective(Protocol):
         scored and selected (``select_tokens``) before the first forward of the update."""
         ...
 
+    @property
+    def learns_from_rewards(self) -> bool:
+        """Whether a group of equal rewards has no gradient (but for the KL term); False for supervised objectives."""
+        ...
+
     def select_tokens(
         self, batch: PackedBatch, scores: TokenScores, group_data: Sequence[RolloutGroup]
     ) -> dict[str, Tensor]:

@@ -61,6 +61,10 @@ class GRPO:
     def needs_selection_first(self) -> bool:
         return False
 
+    @property
+    def learns_from_rewards(self) -> bool:
+        return True
+
     def select_tokens(
         self, batch: PackedBatch, scores: TokenScores, group_data: Sequence[RolloutGroup]
     ) -> dict[str, Tensor]:

@@ -80,6 +80,10 @@ class VideoKTR:
     def needs_selection_first(self) -> bool:
         return self.base.loss_aggregation == "token"
 
+    @property
+    def learns_from_rewards(self) -> bool:
+        return True
+
     def select_tokens(
         self, batch: PackedBatch, scores: TokenScores, group_data: Sequence[RolloutGroup]
     ) -> dict[str, Tensor]:

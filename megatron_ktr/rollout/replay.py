@@ -13,11 +13,12 @@ added (unless ``"is_finished": false``: it was cut at the length limit), or toke
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from torch import Tensor
 from megatron_ktr.data.dataset import PromptDataset, PromptLoader, SkipCounter
 from megatron_ktr.data.records import Record, read_records
 from megatron_ktr.errors import UserError
-from megatron_ktr.types import Prompt, Rollout, RolloutGroup
+from megatron_ktr.types import Prompt, ResponseSelection, Rollout, RolloutGroup
 
 _log = logging.getLogger(__name__)
 _LINE = "record_number"
@@ -161,6 +162,11 @@ class ReplaySource:
             engine.records, loader=loader, seed=seed, shuffle=shuffle, rank=rank, size=size, skips=skips
         )
 
+    needs_weights = False
+
+    def load_weights(self, named_tensors: Iterator[tuple[str, Tensor]]) -> None:
+        self.engine.load_weights(named_tensors)
+
     def next(self, num_prompts: int, *, step: int = 0) -> list[RolloutGroup]:
         """The next ``num_prompts`` groups of this data-parallel rank."""
         return self.engine.generate(self.dataset.next(num_prompts), step=step)
@@ -176,29 +182,37 @@ class ReplaySource:
         self.dataset.load_state_dict(state)
 
 
-def write_rollouts(path: Path | str, groups: Iterable[RolloutGroup], *, append: bool = True) -> int:
+def write_rollouts(
+    path: Path | str,
+    groups: Sequence[RolloutGroup],
+    *,
+    selections: Sequence[Sequence[ResponseSelection]] = (),
+    append: bool = True,
+) -> int:
     """Writes groups as replay lines and returns how many. Lines are written whole, then flushed to disk.
 
     Frames are not stored: the record's path is, and replaying samples them again with the settings of that run.
+    With ``selections`` each response also tells its key tokens (``is_key_token``, ``is_selected`` by signal) and the
+    trainer's log-probs (``policy_logprobs``), for reports; replaying ignores them.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     num_written = 0
     with path.open("a" if append else "w", encoding="utf-8") as file:
-        for group in groups:
-            file.write(json.dumps(_group_line(group), ensure_ascii=False, allow_nan=False) + "\n")
+        for group, chosen in itertools.zip_longest(groups, selections):
+            file.write(json.dumps(_group_line(group, chosen), ensure_ascii=False, allow_nan=False) + "\n")
             num_written += 1
         file.flush()
         os.fsync(file.fileno())
     return num_written
 
 
-def _group_line(group: RolloutGroup) -> dict[str, Any]:
+def _group_line(group: RolloutGroup, selections: Sequence[ResponseSelection] | None) -> dict[str, Any]:
     line = {name: value for name, value in group.prompt.record.items() if name not in (_LINE, "responses", "media")}
     line["problem_id"] = group.prompt.problem_id
     line["prompt_length"] = len(group.prompt.token_ids)
     line["responses"] = []
-    for rollout in group.rollouts:
+    for rollout, selection in itertools.zip_longest(group.rollouts, selections or ()):
         response: dict[str, Any] = {
             "text": rollout.text,
             "token_ids": list(rollout.token_ids),
@@ -207,6 +221,12 @@ def _group_line(group: RolloutGroup) -> dict[str, Any]:
         }
         if rollout.sampler_logprobs is not None:
             response["logprobs"] = list(rollout.sampler_logprobs)
+        if selection is not None:
+            response["is_key_token"] = [int(mark) for mark in selection.is_key_token]
+            response["is_selected"] = {
+                name: [int(mark) for mark in marks] for name, marks in selection.is_selected.items()
+            }
+            response["policy_logprobs"] = list(selection.policy_logprobs)
         line["responses"].append(response)
     return line
 

@@ -1,0 +1,83 @@
+"""Supervised fine-tuning: maximum likelihood of given responses, with the same packing and the same loss op.
+
+    loss = -(1 / N) sum_t logp_t          N = response tokens of the global batch (loss_aggregation token)
+    loss = -mean_i (1 / |o_i|) sum_t logp_t                                       (loss_aggregation sequence)
+
+A response is a group of one. In the streams' terms every token is a key token of advantage 1; the ratio of the policy
+gradient is not used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_ktr.objectives.base import LossAggregation, token_weights
+from megatron_ktr.types import Metrics, PackedBatch, RolloutGroup, TokenScores, TokenStreams, View
+
+
+@dataclass(frozen=True)
+class SupervisedFineTuning:
+    """``loss_aggregation`` token weighs every token alike, sequence every response."""
+
+    loss_aggregation: LossAggregation = "token"
+
+    @property
+    def name(self) -> str:
+        return "sft"
+
+    @property
+    def views(self) -> frozenset[View]:
+        return frozenset()
+
+    @property
+    def needs_entropy(self) -> bool:
+        return False
+
+    @property
+    def needs_reference(self) -> bool:
+        return False
+
+    @property
+    def needs_selection_first(self) -> bool:
+        return False
+
+    @property
+    def learns_from_rewards(self) -> bool:
+        return False
+
+    def select_tokens(
+        self, batch: PackedBatch, scores: TokenScores, group_data: Sequence[RolloutGroup]
+    ) -> dict[str, Tensor]:
+        return {}
+
+    def num_loss_tokens(self, batch: PackedBatch, is_selected_R: Mapping[str, Tensor]) -> int:
+        return int(batch.target_ids_R.numel())
+
+    def token_streams(
+        self,
+        batch: PackedBatch,
+        scores: TokenScores,
+        group_data: Sequence[RolloutGroup],
+        *,
+        num_responses_global: int,
+        num_tokens_global: int | None = None,
+        is_selected_R: Mapping[str, Tensor] | None = None,
+    ) -> TokenStreams:
+        is_key_token_R = torch.ones_like(scores.policy_logprob_R, dtype=torch.bool)
+        weight_R = token_weights(
+            is_key_token_R,
+            batch.response_R.to(is_key_token_R.device),
+            num_responses=batch.num_responses,
+            num_responses_global=num_responses_global,
+            num_tokens_global=num_tokens_global,
+            aggregation=self.loss_aggregation,
+        )
+        return TokenStreams(advantage_R=torch.ones_like(weight_R), weight_R=weight_R, is_key_token_R=is_key_token_R)
+
+    def loss(self, statistics: Any, streams: TokenStreams, scores: TokenScores) -> tuple[Tensor, Metrics]:
+        return -(streams.weight_R * statistics.logprob_R).sum(), Metrics()

@@ -1,0 +1,188 @@
+"""Rollout through Hugging Face ``generate``: the engine for CPUs and for debugging, exact and simple.
+
+The model is HF's own, filled with the trainer's exported weights. Each prompt's media are encoded once, its embeddings
+repeated for the G samples, and all samples of all prompts decoded as one left-padded batch with a key-value cache.
+Positions are ours, as in the trainer (``models/qwen2_5_vl/mrope.py``): HF's own differ on long videos.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_ktr.distributed.platform import current
+from megatron_ktr.errors import UserError
+from megatron_ktr.packing import MediaSpec
+from megatron_ktr.rollout.sampling import GumbelSampler, sample_seed
+from megatron_ktr.types import Prompt, Rollout, RolloutGroup
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How responses are sampled; temperature 0 is greedy."""
+
+    num_generations: int
+    max_response_length: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    max_batch_size: int = 256
+    """Responses decoded together; more are taken in turns, which changes no response."""
+
+
+class HFEngine:
+    """A ``RolloutEngine`` on the model in ``model_dir`` (config and initial weights)."""
+
+    def __init__(self, model_dir: Path | str, *, tokenizer: Any, media: MediaSpec, sampling: SamplingSettings) -> None:
+        from transformers import Qwen2_5_VLForConditionalGeneration
+
+        self.tokenizer = tokenizer
+        self.media = media
+        self.sampling = sampling
+        self.device = current().device
+        self.model = Qwen2_5_VLForConditionalGeneration.from_pretrained(model_dir, dtype=torch.float32)
+        self.model.to(self.device).eval().requires_grad_(False)
+        self.end_token_ids = _end_token_ids(self.model.generation_config, tokenizer)
+        self._parameters = {_published_name(name): tensor for name, tensor in self.model.named_parameters()}
+
+    def load_weights(self, named_tensors: Iterator[tuple[str, Tensor]]) -> None:
+        """Copies HF-named tensors in place, one at a time.
+
+        Raises UserError for a name or shape the model does not have, and if any of its weights did not come.
+        """
+        missing = set(self._parameters)
+        with torch.no_grad():
+            for name, tensor in named_tensors:
+                parameter = self._parameters.get(name)
+                if parameter is None or parameter.shape != tensor.shape:
+                    shape = None if parameter is None else tuple(parameter.shape)
+                    raise UserError(
+                        f"rollout engine hf: weight {name} has shape {tuple(tensor.shape)}, expected {shape}"
+                    )
+                parameter.copy_(tensor)
+                missing.discard(name)
+        if missing:
+            raise UserError(f"rollout engine hf: {len(missing)} weights were not sent, among them {sorted(missing)[0]}")
+
+    def generate(
+        self, prompts: Sequence[Prompt], *, step: int, sampling: SamplingSettings | None = None
+    ) -> list[RolloutGroup]:
+        """One group of G responses per prompt; a prompt's responses do not depend on the other prompts."""
+        sampling = sampling or self.sampling
+        per_batch = max(1, sampling.max_batch_size // sampling.num_generations)
+        groups = []
+        for start in range(0, len(prompts), per_batch):
+            groups += self._generate_batch(prompts[start : start + per_batch], step=step, sampling=sampling)
+        return groups
+
+    def close(self) -> None:
+        """Drops the model."""
+        del self.model, self._parameters
+
+    @torch.no_grad()
+    def _generate_batch(
+        self, prompts: Sequence[Prompt], *, step: int, sampling: SamplingSettings
+    ) -> list[RolloutGroup]:
+        number = sampling.num_generations
+        embedded = [self._embed(prompt) for prompt in prompts]
+        length = max(embeds.shape[0] for embeds, _ in embedded)
+        inputs, positions, mask = [], [], []
+        for embeds_PD, positions_3P in embedded:
+            padding = length - embeds_PD.shape[0]
+            inputs.append(torch.nn.functional.pad(embeds_PD, (0, 0, padding, 0)))
+            positions.append(torch.nn.functional.pad(positions_3P, (padding, 0)))
+            mask.append(torch.arange(length, device=self.device) >= padding)
+        seeds = [
+            sample_seed(seed=sampling.seed, step=step, problem_id=prompt.problem_id, sample=sample)
+            for prompt in prompts
+            for sample in range(number)
+        ]
+        sampler = GumbelSampler(seeds, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k)
+        token_ids_BR = self.model.generate(
+            inputs_embeds=torch.stack(inputs).repeat_interleave(number, dim=0),
+            attention_mask=torch.stack(mask).long().repeat_interleave(number, dim=0),
+            position_ids=torch.stack(positions, dim=1).repeat_interleave(number, dim=1),
+            max_new_tokens=sampling.max_response_length,
+            eos_token_id=list(self.end_token_ids),
+            pad_token_id=self.end_token_ids[0],
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            logits_processor=[_Chooser(sampler)],
+            use_cache=True,
+        ).cpu()
+        logprobs_BR = torch.stack(sampler.logprobs, dim=1)
+        responses = [
+            self._rollout(ids, logprobs)
+            for ids, logprobs in zip(token_ids_BR.tolist(), logprobs_BR.tolist(), strict=True)
+        ]
+        return [
+            RolloutGroup(prompt=prompt, rollouts=tuple(responses[index * number : (index + 1) * number]))
+            for index, prompt in enumerate(prompts)
+        ]
+
+    def _embed(self, prompt: Prompt) -> tuple[Tensor, Tensor]:
+        """([P, D] embeddings with vision features in place of placeholders, [3, P] positions) of one prompt."""
+        token_ids = torch.tensor(prompt.token_ids, device=self.device)
+        embeds_PD = self.model.get_input_embeddings()(token_ids)
+        if prompt.media:
+            patches = torch.cat([self.media.patchify(m.frames_FCHW, m) for m in prompt.media]).to(self.device)
+            grids = torch.tensor([m.grid_thw for m in prompt.media], device=self.device)
+            # Images and videos go through the same encoder in the same way; one call takes them in order.
+            features = self.model.model.visual(patches, grid_thw=grids).pooler_output
+            rows = (token_ids == self.media.image_token_id) | (token_ids == self.media.video_token_id)
+            embeds_PD = embeds_PD.index_copy(0, rows.nonzero()[:, 0], features.to(embeds_PD.dtype))
+        positions_3P, next_position = self.media.positions(
+            prompt.token_ids,
+            grid_thw=[m.grid_thw for m in prompt.media],
+            kinds=[m.kind for m in prompt.media],
+            seconds_per_grid=[m.seconds_per_grid for m in prompt.media],
+        )
+        if int(positions_3P[:, -1].max()) + 1 != next_position or self.media.is_visual(prompt.token_ids[-1]):
+            raise UserError(f"prompt {prompt.problem_id} must end in text: generation continues from its last position")
+        return embeds_PD, positions_3P.to(self.device)
+
+    def _rollout(self, token_ids: list[int], logprobs: list[float]) -> Rollout:
+        ends = [index for index, token in enumerate(token_ids) if token in self.end_token_ids]
+        length = ends[0] + 1 if ends else len(token_ids)
+        return Rollout(
+            token_ids=tuple(token_ids[:length]),
+            sampler_logprobs=tuple(logprobs[:length]),
+            text=self.tokenizer.decode(token_ids[: length - 1] if ends else token_ids, skip_special_tokens=True),
+            is_finished=bool(ends),
+        )
+
+
+class _Chooser:
+    """A logits processor that leaves ``generate`` only the sampler's choice."""
+
+    def __init__(self, sampler: GumbelSampler) -> None:
+        self._sampler = sampler
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        choice = self._sampler.choose(scores)
+        return torch.full_like(scores, float("-inf")).scatter(1, choice[:, None], 0.0)
+
+
+def _end_token_ids(generation_config: Any, tokenizer: Any) -> tuple[int, ...]:
+    """The model's end tokens; without any, the tokenizer's."""
+    ends = generation_config.eos_token_id
+    ends = [ends] if isinstance(ends, int) else list(ends or [])
+    if not ends and tokenizer.eos_token_id is not None:
+        ends = [tokenizer.eos_token_id]
+    if not ends:
+        raise UserError("model: neither generation_config.json nor the tokenizer names an end token")
+    return tuple(ends)
+
+
+def _published_name(name: str) -> str:
+    """HF's in-memory parameter name as it is written in published checkpoints, and exported by the trainer."""
+    return re.sub(r"^model\.language_model\.", "model.", re.sub(r"^model\.visual\.", "visual.", name))

@@ -1,0 +1,71 @@
+"""Seeded sampling: the same (seed, step, prompt, sample) gives the same response, whatever the batch around it."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def sample_seed(*, seed: int, step: int, problem_id: str, sample: int) -> int:
+    """A 63-bit seed for one response; a cryptographic hash, as Python's own differs between processes."""
+    key = "\x1f".join((str(seed), str(step), problem_id, str(sample)))
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") >> 1
+
+
+class GumbelSampler:
+    """Chooses one token per row by the Gumbel-max rule and remembers its log-prob.
+
+        token = argmax_v (log p_v + g_v),  g_v ~ Gumbel(0, 1)  has exactly the distribution p
+
+    With one generator per row, a row's noise depends on nothing but its seed, while a multinomial draw over the batch
+    would depend on the rows above it. p is cut to top-k and top-p first; the remembered log-prob is that of the full
+    softmax of logits / temperature, before any cut, which is what the trainer computes.
+
+    ``temperature`` 0 is greedy: no noise, log-probs at temperature 1.
+    """
+
+    def __init__(self, row_seeds: Sequence[int], *, temperature: float, top_p: float = 1.0, top_k: int = 0) -> None:
+        if temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
+            raise ValueError(
+                f"expected temperature >= 0, 0 < top_p <= 1 and top_k >= 0, got {temperature}, {top_p}, {top_k}"
+            )
+        self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
+        self._generators = [torch.Generator().manual_seed(seed) for seed in row_seeds]
+        self.logprobs: list[Tensor] = []
+        """fp32 [B] on the host for each token chosen so far."""
+
+    def choose(self, logits_BV: Tensor) -> Tensor:
+        """int64 [B]: the next token of each row."""
+        logprob_BV = torch.log_softmax(logits_BV.float() / (self.temperature or 1.0), dim=-1)
+        choice_B = self._perturbed(logprob_BV).argmax(dim=-1)
+        self.logprobs.append(logprob_BV.gather(1, choice_B[:, None])[:, 0].cpu())
+        return choice_B
+
+    def _perturbed(self, logprob_BV: Tensor) -> Tensor:
+        if self.temperature == 0:
+            return logprob_BV
+        uniform = torch.stack([torch.rand(logprob_BV.shape[1], generator=g) for g in self._generators])
+        # A uniform of exactly 0 would give -log(-log 0) = -inf, one of 1 gives +inf; both are kept finite.
+        uniform = uniform.clamp(torch.finfo(uniform.dtype).tiny, 1 - 2**-24)
+        gumbel = -torch.log(-torch.log(uniform))
+        return _cut(logprob_BV, top_p=self.top_p, top_k=self.top_k) + gumbel.to(logprob_BV.device)
+
+
+def _cut(logprob_BV: Tensor, *, top_p: float, top_k: int) -> Tensor:
+    """Log-probs with -inf outside the top-k tokens and outside the smallest set whose probability reaches top_p."""
+    vocab_size = logprob_BV.shape[1]
+    if 0 < top_k < vocab_size:
+        threshold = logprob_BV.topk(top_k, dim=-1).values[:, -1:]
+        logprob_BV = logprob_BV.masked_fill(logprob_BV < threshold, -math.inf)
+    if top_p < 1:
+        ordered, order = logprob_BV.sort(dim=-1, descending=True)
+        probability = ordered.softmax(dim=-1)
+        # A token stays while the probability before it has not reached top_p; the first one always stays.
+        is_out = probability.cumsum(dim=-1) - probability >= top_p
+        is_out = torch.zeros_like(is_out).scatter(1, order, is_out)
+        logprob_BV = logprob_BV.masked_fill(is_out, -math.inf)
+    return logprob_BV
