@@ -245,7 +245,10 @@ def _vision_config(raw: Mapping[str, Any], *, where: str) -> VisionConfig:
     sizes |= _require(raw, tuple(name for name in optional if name in raw), where=where)
     options: dict[str, Any] = {}
     if "fullatt_block_indexes" in raw:
-        options["fullatt_block_indexes"] = tuple(raw["fullatt_block_indexes"])
+        layers = raw["fullatt_block_indexes"]
+        if not isinstance(layers, list | tuple):
+            raise UserError(f"{where}: expected a list in fullatt_block_indexes, got {layers!r}")
+        options["fullatt_block_indexes"] = tuple(layers)
     if "tokens_per_second" in raw:
         options["tokens_per_second"] = raw["tokens_per_second"]
     rope = raw.get("rope_parameters") or {}

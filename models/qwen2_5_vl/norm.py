@@ -6,6 +6,8 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_ktr.distributed.platform import current
+
 
 class RMSNorm(torch.nn.Module):
     """``y = weight * x / sqrt(mean(x**2, -1) + eps)``, statistics in fp32 (fp64 for fp64 inputs).
@@ -20,7 +22,9 @@ class RMSNorm(torch.nn.Module):
         """``_unused`` swallows megatron-core's options of other norms (``persist_layer_norm`` and the like)."""
         super().__init__()
         self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight = torch.nn.Parameter(
+            torch.ones(hidden_size, dtype=config.params_dtype, device=parameter_device(config))
+        )
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
@@ -30,3 +34,9 @@ class RMSNorm(torch.nn.Module):
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.eps}"
+
+
+def parameter_device(config: TransformerConfig) -> torch.device | None:
+    """Where megatron-core's own layers put new parameters: the host (or the default device) on request, else the
+    platform's device."""
+    return None if config.use_cpu_initialization else current().device

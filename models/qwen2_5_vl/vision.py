@@ -1,0 +1,181 @@
+"""Qwen2.5-VL's vision encoder on megatron-core transformer layers, tensor parallel.
+
+    patches -> linear embedding -> window order -> depth x (attention, MLP) -> merger -> original order
+
+Attention stays within windows of ``window_size`` pixels, except in the ``fullatt_block_indexes`` layers, where it
+spans a whole frame. The merger joins each square of patches into one visual token of the language model's width.
+Equal to Hugging Face's ``Qwen2_5_VisionTransformerPretrainedModel`` and to vLLM's.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn.functional import gelu, silu
+
+from megatron_ktr.errors import UserError
+from models.qwen2_5_vl.config import VisionConfig
+from models.qwen2_5_vl.norm import RMSNorm, parameter_device
+from models.qwen2_5_vl.vision_layer_spec import VisionSeqParams, vision_layer_spec
+from models.qwen2_5_vl.vision_layout import plan_vision
+
+
+class VisionEncoder(MegatronModule):
+    """Encoder and merger; lives whole on the first pipeline stage, split over the tensor-parallel ranks.
+
+    Every tensor rank gets the same patches and returns the same features. Backward expects the whole gradient of
+    the features on every tensor rank (what scattering to a sequence-parallel region gives), and leaves identical
+    gradients of the replicated parameters (``patch_embed``, norms, row-parallel biases) on all of them.
+
+    Parameters: ``patch_embed.weight``, ``decoder.layers.N.*``, ``merger.{ln_q, linear_fc1, linear_fc2}.*``. In the
+    order of flattened patches, ``patch_embed.weight`` is the published convolution's weight, flattened. QKV rows
+    are ordered head by head (q, k, v of head 0, then of head 1, ...), as everywhere in megatron-core.
+    """
+
+    def __init__(
+        self,
+        config: VisionConfig,
+        *,
+        transformer_config: TransformerConfig,
+        process_groups: ProcessGroupCollection,
+    ) -> None:
+        """
+        Args:
+            config: architecture.
+            transformer_config: the language model's; gives precision, initialisation and recomputation.
+            process_groups: needs ``tp``, ``pp`` and ``cp``.
+
+        Raises:
+            UserError: the tensor-parallel size does not divide the number of heads.
+        """
+        tensor_size = process_groups.tp.size()
+        if config.num_heads % tensor_size:
+            raise UserError(
+                f"the vision encoder has {config.num_heads} attention heads, which {tensor_size} tensor-parallel ranks "
+                "cannot share; expected a divisor for --tensor-model-parallel-size"
+            )
+        block_config = vision_transformer_config(config, base=transformer_config, tensor_parallel_size=tensor_size)
+        super().__init__(config=block_config)
+        self.vision_config = config
+        self.patch_embed = torch.nn.Linear(
+            config.patch_dim,
+            config.hidden_size,
+            bias=False,
+            dtype=block_config.params_dtype,
+            device=parameter_device(block_config),
+        )
+        self.decoder = TransformerBlock(
+            block_config, vision_layer_spec(), post_layer_norm=False, pg_collection=process_groups
+        )
+        self.merger = PatchMerger(config, transformer_config=block_config, process_groups=process_groups)
+
+    def forward(self, patches_SD: Tensor | None, grid_thw_M3: Tensor) -> Tensor:
+        """Features of all visual tokens, in order of occurrence.
+
+        Args:
+            patches_SD: [S, channels * temporal_patch * patch * patch], media concatenated; None without media.
+            grid_thw_M3: int64 [M, 3]: patches along time, height and width of each medium.
+
+        Returns:
+            [S / merge_unit, out_hidden_size] in the parameters' dtype. Without media an empty result that is still
+            connected to every parameter: backward then fills in zero gradients, so that ranks with and without
+            media run the same collectives and no data-parallel bucket waits for a gradient that never comes.
+
+        Raises:
+            ValueError: patches and grids disagree.
+        """
+        grids = [tuple(grid) for grid in grid_thw_M3.tolist()]
+        weight = self.patch_embed.weight
+        if not grids:
+            merge = self.vision_config.spatial_merge_size
+            return self._encode(weight.new_zeros(merge * merge, weight.shape[1]), [(1, merge, merge)])[:0]
+        num_patches = sum(num_t * num_h * num_w for num_t, num_h, num_w in grids)
+        if patches_SD is None or tuple(patches_SD.shape) != (num_patches, weight.shape[1]):
+            got = None if patches_SD is None else list(patches_SD.shape)
+            raise ValueError(f"vision patches: expected {[num_patches, weight.shape[1]]} for {grids=}, got {got}")
+        return self._encode(patches_SD.to(weight.dtype), grids)
+
+    def _encode(self, patches_SD: Tensor, grids: list[tuple[int, int, int]]) -> Tensor:
+        layout = plan_vision(grids, config=self.vision_config).to(patches_SD.device)
+        unit = self.vision_config.merge_unit
+        # The embedding acts on each patch alone, so patches can be put in window order before it, while narrow.
+        ordered_SD = patches_SD.unflatten(0, (-1, unit))[layout.unit_order].flatten(0, 1)
+        hidden_S1D = self.patch_embed(ordered_SD)[:, None].contiguous()
+        hidden_S1D = self.decoder(hidden_S1D, None, packed_seq_params=VisionSeqParams.from_layout(layout))
+        return self.merger(hidden_S1D.squeeze(1))[layout.unit_position]
+
+
+class PatchMerger(MegatronModule):
+    """Norm of each patch, then a GELU MLP over the concatenated patches of each merge unit."""
+
+    def __init__(
+        self, config: VisionConfig, *, transformer_config: TransformerConfig, process_groups: ProcessGroupCollection
+    ) -> None:
+        super().__init__(config=transformer_config)
+        self.merged_hidden_size = config.merged_hidden_size
+        self.ln_q = RMSNorm(transformer_config, config.hidden_size, config.rms_norm_eps)
+        shared = dict(
+            config=transformer_config,
+            init_method=transformer_config.init_method,
+            bias=True,
+            skip_bias_add=False,
+            tp_group=process_groups.tp,
+        )
+        self.linear_fc1 = ColumnParallelLinear(config.merged_hidden_size, config.merged_hidden_size, **shared)
+        self.linear_fc2 = RowParallelLinear(
+            config.merged_hidden_size, config.out_hidden_size, input_is_parallel=True, **shared
+        )
+
+    def forward(self, hidden_SD: Tensor) -> Tensor:
+        """[S, hidden_size] -> [S / merge_unit, out_hidden_size]"""
+        merged = self.ln_q(hidden_SD).view(-1, self.merged_hidden_size)
+        hidden, _ = self.linear_fc1(merged)
+        features, _ = self.linear_fc2(gelu(hidden))
+        return features
+
+
+def vision_transformer_config(
+    config: VisionConfig, *, base: TransformerConfig, tensor_parallel_size: int
+) -> TransformerConfig:
+    """megatron-core's configuration of the encoder: the language model's training options, the encoder's sizes.
+
+    Neither pipeline, context nor sequence parallel: the encoder is whole on the first stage and its features are
+    replicated. Never FP8, and gradients are accumulated by autograd: fused accumulation needs Transformer Engine.
+    """
+    block_layers = base.recompute_num_layers
+    return TransformerConfig(
+        num_layers=config.depth,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.padded_intermediate_size(tensor_parallel_size),
+        num_attention_heads=config.num_heads,
+        num_query_groups=config.num_heads,
+        kv_channels=config.head_size,
+        layernorm_epsilon=config.rms_norm_eps,
+        normalization="RMSNorm",
+        activation_func=silu,
+        gated_linear_unit=True,
+        add_bias_linear=True,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        bias_activation_fusion=base.bias_activation_fusion,
+        bias_dropout_fusion=base.bias_dropout_fusion,
+        tensor_model_parallel_size=tensor_parallel_size,
+        gradient_accumulation_fusion=False,
+        params_dtype=base.params_dtype,
+        pipeline_dtype=base.pipeline_dtype,
+        fp16=base.fp16,
+        bf16=base.bf16,
+        init_method_std=base.init_method_std,
+        use_cpu_initialization=base.use_cpu_initialization,
+        perform_initialization=base.perform_initialization,
+        deterministic_mode=base.deterministic_mode,
+        recompute_granularity=base.recompute_granularity,
+        recompute_method=base.recompute_method,
+        recompute_num_layers=None if block_layers is None else min(block_layers, config.depth),
+        recompute_modules=base.recompute_modules,
+    )
