@@ -14,7 +14,7 @@ import random
 import shutil
 from pathlib import Path
 
-from megatron_ktr.data.synthetic import DEFAULT_TASKS, corpus, draw_scene, record_of, render, write_video
+from megatron_ktr.data.synthetic import DEFAULT_TASKS, corpus, draw_scene, guess, record_of, render, write_video
 from megatron_ktr.data.tiny_model import save_tiny_model
 from megatron_ktr.errors import UserError, run_cli
 from megatron_ktr.rewards import BUILT_IN
@@ -22,14 +22,13 @@ from megatron_ktr.rewards import BUILT_IN
 
 def recorded_responses(scene, *, number: int, rng: random.Random) -> list[str]:
     """Right answers, guesses, and now and then one without the answer block."""
-    choices = scene.options or ("1", "2", "3", "4")
     texts = []
     for _ in range(number):
         kind = rng.random()
         if kind < 0.4:
             texts.append(scene.response())
         elif kind < 0.9:
-            texts.append(scene.response(answer=rng.choice(choices), reasoning="i guess"))
+            texts.append(guess(scene, rng))
         else:
             texts.append("i guess so")
     return texts

@@ -137,26 +137,58 @@ def make_dataset(
     seed: int = 0,
     tasks: Sequence[str] = DEFAULT_TASKS,
     order_share: float = 0.5,
+    guess_share: float = 0.6,
     num_frames: int = 8,
     size: int = 56,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Writes ``train.json``, ``eval.json`` and ``videos/``; returns the records by split.
+    """Writes ``videos/`` and the files below; returns the records by file stem.
+
+        train.json        questions with right answers, for reinforcement learning
+        eval.json         held-out questions; no scene of them is in any other file
+        sft_lookup.json   text only: which letter stands before a word (the skill the others build on)
+        sft.json          the training questions with right reasoning, and some look-ups
+        sft_guess.json    the same, but ``guess_share`` of the responses guess: what the reinforcement unlearns
 
     ``order_share`` of the questions are order questions where that task is enabled; the others share the rest.
     Raises UserError if ``out_dir`` already holds a data set, or where the tasks have too few different scenes.
     """
     if any((out_dir / name).exists() for name in ("train.json", "eval.json", "videos")):
         raise UserError(f"{out_dir} already holds a data set; choose another directory")
-    scenes = _distinct_scenes(num_train + num_eval, tasks, random.Random(seed), order_share, num_frames)
-    splits = {"train": [], "eval": []}
+    rng = random.Random(seed)
+    scenes = _distinct_scenes(num_train + num_eval, tasks, rng, order_share, num_frames)
+    files: dict[str, list[dict[str, Any]]] = {"train": [], "eval": [], "sft_guess": []}
     for index, scene in enumerate(scenes):
         split = "train" if index < num_train else "eval"
-        name = f"videos/{split}_{len(splits[split]):05d}.mp4"
+        number = len(files[split])
+        name = f"videos/{split}_{number:05d}.mp4"
         write_video(out_dir / name, render(scene, num_frames=num_frames, size=size))
-        splits[split].append(record_of(scene, problem_id=f"{split}-{len(splits[split])}", path=name))
-    for split, records in splits.items():
-        (out_dir / f"{split}.json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
-    return splits
+        record = record_of(scene, problem_id=f"{split}-{number}", path=name)
+        files[split].append(record)
+        if split == "train":
+            is_guess = rng.random() < guess_share
+            files["sft_guess"].append({**record, "response": guess(scene, rng)} if is_guess else record)
+    files["sft_lookup"] = [lookup_record(rng, number=number) for number in range(num_train)]
+    some_lookups = files["sft_lookup"][: num_train // 10]
+    files["sft"] = files["train"] + some_lookups
+    files["sft_guess"] = files["sft_guess"] + some_lookups
+    for stem, records in files.items():
+        (out_dir / f"{stem}.json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+    return files
+
+
+def guess(scene: Scene, rng: random.Random) -> str:
+    """A response that names a random option without looking."""
+    return scene.response(answer=rng.choice(scene.options or NUMBERS), reasoning="i guess")
+
+
+def lookup_record(rng: random.Random, *, number: int) -> dict[str, Any]:
+    """A question without video: the letter of a word among the options."""
+    words = rng.choice((list(COLOURS), list(SHAPES), list(DIRECTIONS)))
+    word = rng.choice(words)
+    scene = Scene("lookup", f"which letter is {word}", word, _options(rng, [word], words), f"i see {word}", ())
+    record = record_of(scene, problem_id=f"lookup-{number}", path="")
+    del record["path"]
+    return {**record, "data_type": "text"}
 
 
 def record_of(scene: Scene, *, problem_id: str, path: str) -> dict[str, Any]:
@@ -180,6 +212,7 @@ def corpus() -> list[str]:
     """Every sentence the tasks can produce, for training the tokenizer."""
     rng = random.Random(0)
     scenes = [draw_scene(task, rng) for task in TASKS for _ in range(200)]
+    scenes += [Scene("lookup", "which letter is red", "red", ("red",), "i see red", ())]
     lines = [f"user {scene.problem} {' '.join(_option_texts(scene))} assistant" for scene in scenes]
     lines += [scene.response() for scene in scenes]
     lines += [scene.response(reasoning="i guess") for scene in scenes]

@@ -1,0 +1,201 @@
+"""Sampling and the Hugging Face rollout engine, against HF's own forward pass and against hand-made distributions."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from megatron_ktr.data.synthetic import corpus
+from megatron_ktr.data.template import load_tokenizer
+from megatron_ktr.data.tiny_model import save_tiny_model
+from megatron_ktr.distributed import platform
+from megatron_ktr.errors import UserError
+from megatron_ktr.evaluation.accuracy import apply_control, evaluate
+from megatron_ktr.packing import MediaSpec
+from megatron_ktr.rollout.hf import HFEngine, SamplingSettings
+from megatron_ktr.rollout.sampling import GumbelSampler, sample_seed
+from megatron_ktr.types import Prompt, Rollout, RolloutGroup, VisualInput
+from models.qwen2_5_vl.config import Qwen2_5_VLConfig
+from models.qwen2_5_vl.media import media_spec
+from tests.support.parity import Group, Medium, hf_logprobs
+
+SETTINGS = SamplingSettings(num_generations=3, max_response_length=9, seed=5)
+
+
+def test_gumbel_choice_has_the_softmax_distribution() -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]])
+    sampler = GumbelSampler([1], temperature=0.7)
+    counts = torch.zeros(4)
+    num_draws = 4000
+    for _ in range(num_draws):
+        counts[sampler.choose(logits)] += 1
+    expected = torch.softmax(logits[0] / 0.7, dim=0)
+    # Five standard deviations of a binomial share: fails by chance once in two million runs of a free seed.
+    tolerance = 5 * (expected * (1 - expected) / num_draws).sqrt()
+    assert ((counts / num_draws - expected).abs() < tolerance).all()
+
+
+def test_recorded_logprob_is_of_the_whole_vocabulary_before_the_cut() -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]])
+    sampler = GumbelSampler([1], temperature=2.0, top_k=1)
+    assert sampler.choose(logits).item() == 3
+    # 1e-6: one fp32 log-softmax of four numbers.
+    assert sampler.logprobs[0].item() == pytest.approx(torch.log_softmax(logits[0] / 2, 0)[3].item(), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("top_p", "top_k", "allowed"), [(0.6, 0, {3}), (0.7, 0, {2, 3}), (1.0, 2, {2, 3}), (0.01, 0, {3})]
+)
+def test_top_p_and_top_k_keep_the_smallest_sufficient_set(top_p: float, top_k: int, allowed: set[int]) -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]])  # probabilities 0.03, 0.09, 0.24, 0.64
+    sampler = GumbelSampler([7], temperature=1.0, top_p=top_p, top_k=top_k)
+    assert {int(sampler.choose(logits)) for _ in range(300)} == allowed
+
+
+def test_seeds_differ_in_every_part() -> None:
+    base = dict(seed=1, step=2, problem_id="3", sample=4)
+    seeds = {sample_seed(**{**base, **change}) for change in ({}, {"seed": 9}, {"step": 9}, {"sample": 9})}
+    assert len(seeds | {sample_seed(**{**base, "problem_id": "9"})}) == 5
+    assert sample_seed(seed=1, step=23, problem_id="4", sample=5) != sample_seed(
+        seed=1, step=2, problem_id="34", sample=5
+    )
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory) -> HFEngine:
+    platform.start("cpu")
+    directory = tmp_path_factory.mktemp("tiny") / "model"
+    save_tiny_model(directory, corpus=corpus(), num_layers=2, hidden_size=64, ffn_size=96)
+    media = media_spec(Qwen2_5_VLConfig.from_hf(directory), patchify=_patchify)
+    return HFEngine(directory, tokenizer=load_tokenizer(directory), media=media, sampling=SETTINGS)
+
+
+def _patchify(frames_FCHW: torch.Tensor, visual: VisualInput) -> torch.Tensor:
+    from megatron_ktr.data.preprocess import PreprocessSettings
+
+    return PreprocessSettings().patchify(frames_FCHW, visual)
+
+
+def prompts_of(media: MediaSpec, tokenizer) -> list[Prompt]:
+    """A long video (time exceeds space), an image with a video, and text alone; different lengths."""
+    generator = torch.Generator().manual_seed(0)
+
+    def visual(kind: str, num_frames: int, height: int, width: int) -> VisualInput:
+        frames = torch.randint(0, 256, (num_frames, 3, height, width), generator=generator, dtype=torch.uint8)
+        grid = (-(-num_frames // 2), height // 14, width // 14)
+        return VisualInput(kind, frames, grid, seconds_per_grid=2.5 if kind == "video" else 0.0)
+
+    def prompt(name: str, text: str, *visuals: VisualInput) -> Prompt:
+        start, end = tokenizer.convert_tokens_to_ids(["<|vision_start|>", "<|vision_end|>"])
+        ids = []
+        for item in visuals:
+            ids += [start, *[media.token_id(item)] * media.num_visual_tokens(item), end]
+        record = {"solution": "<answer>A</answer>", "problem_type": "multiple choice"}
+        return Prompt(name, (*ids, *tokenizer(text)["input_ids"]), tuple(visuals), record)
+
+    return [
+        prompt("long", "which colour came first", visual("video", 10, 28, 28)),
+        prompt("both", "how many are there", visual("image", 1, 28, 56), visual("video", 4, 56, 28)),
+        prompt("text", "which letter is red"),
+    ]
+
+
+@torch.no_grad()
+def full_forward(model, prompt: Prompt, response, *, media: MediaSpec) -> torch.Tensor:
+    """Log-probs of one response by HF's own forward over the whole sequence, without cache or padding."""
+    positions, next_position = media.positions(
+        prompt.token_ids,
+        grid_thw=[m.grid_thw for m in prompt.media],
+        kinds=[m.kind for m in prompt.media],
+        seconds_per_grid=[m.seconds_per_grid for m in prompt.media],
+    )
+    group = Group(
+        prompt=torch.tensor(prompt.token_ids),
+        prompt_positions=positions,
+        next_position=next_position,
+        media=tuple(Medium(m.kind, m.grid_thw, m.seconds_per_grid) for m in prompt.media),
+        patches=tuple(media.patchify(m.frames_FCHW, m) for m in prompt.media),
+        responses=(torch.tensor(response),),
+        weights=(),
+    )
+    return hf_logprobs(model, group)[0]
+
+
+def test_sampler_logprobs_equal_a_full_forward_of_each_response(engine: HFEngine) -> None:
+    groups = engine.generate(prompts_of(engine.media, engine.tokenizer), step=1)
+    for group in groups:
+        for rollout in group.rollouts:
+            expected = full_forward(engine.model, group.prompt, rollout.token_ids, media=engine.media)
+            got = torch.tensor(rollout.sampler_logprobs)
+            # 2e-5: fp32, cached and left-padded attention sums in another order than one full pass.
+            torch.testing.assert_close(got, expected, atol=2e-5, rtol=0)
+
+
+def test_responses_do_not_depend_on_the_batch_around_them(engine: HFEngine) -> None:
+    prompts = prompts_of(engine.media, engine.tokenizer)
+    together = engine.generate(prompts, step=3)
+    for prompt, group in zip(prompts, together, strict=True):
+        alone = engine.generate([prompt], step=3)[0]
+        assert [r.token_ids for r in alone.rollouts] == [r.token_ids for r in group.rollouts]
+    assert len({r.token_ids for group in together for r in group.rollouts}) == 9
+    later = engine.generate(prompts, step=4)
+    assert [r.token_ids for r in later[0].rollouts] != [r.token_ids for r in together[0].rollouts]
+
+
+def test_greedy_responses_are_the_argmax_of_a_full_forward(engine: HFEngine) -> None:
+    greedy = SamplingSettings(num_generations=1, max_response_length=6, temperature=0.0)
+    for group in engine.generate(prompts_of(engine.media, engine.tokenizer), step=0, sampling=greedy):
+        rollout = group.rollouts[0]
+        for index, token in enumerate(rollout.token_ids):
+            options = torch.stack(
+                [
+                    full_forward(engine.model, group.prompt, (*rollout.token_ids[:index], other), media=engine.media)[
+                        -1
+                    ]
+                    for other in {token, 0, 5, 100, 200, engine.end_token_ids[0]}
+                ]
+            )
+            # Greedy: none of the others is more probable; 1e-4 leaves room for reordered fp32 sums.
+            assert rollout.sampler_logprobs[index] >= options.max().item() - 1e-4
+
+
+def test_new_weights_change_the_responses_and_incomplete_ones_are_refused(engine: HFEngine) -> None:
+    prompts = prompts_of(engine.media, engine.tokenizer)
+    before = engine.generate(prompts, step=1)
+    original = {name: tensor.clone() for name, tensor in engine._parameters.items()}
+    engine.load_weights((name, tensor * 1.5) for name, tensor in original.items())
+    after = engine.generate(prompts, step=1)
+    assert [r.token_ids for g in before for r in g.rollouts] != [r.token_ids for g in after for r in g.rollouts]
+    with pytest.raises(UserError, match="were not sent"):
+        engine.load_weights(iter(list(original.items())[:3]))
+    with pytest.raises(UserError, match="shape"):
+        engine.load_weights(iter([("lm_head.weight", torch.zeros(2, 2))]))
+    engine.load_weights(iter(original.items()))
+    assert engine.generate(prompts, step=1) == before
+
+
+class _Fixed:
+    """An engine that answers A unless the video is black."""
+
+    def generate(self, prompts, *, step):
+        def text(prompt: Prompt) -> str:
+            is_blank = all(not medium.frames_FCHW.any() for medium in prompt.media)
+            return "<answer>B</answer>" if prompt.media and is_blank else "<answer>A</answer>"
+
+        return [RolloutGroup(prompt, (Rollout((1,), text=text(prompt)),)) for prompt in prompts]
+
+
+def test_evaluation_counts_by_task_and_controls_touch_only_the_video(engine: HFEngine) -> None:
+    prompts = prompts_of(engine.media, engine.tokenizer)
+    assert evaluate(_Fixed(), prompts).mean == 1.0
+    blank = evaluate(_Fixed(), prompts, control="blank")
+    assert blank.mean == pytest.approx(1 / 3) and blank.num_questions == 3
+    # Sample variance of (0, 0, 1) is 1/3, so the error of the mean is sqrt(1/3/3).
+    assert blank.standard_error == pytest.approx(math.sqrt(1 / 9))
+    shuffled = apply_control(prompts[0], "shuffled")
+    original = prompts[0].media[0].frames_FCHW
+    assert not torch.equal(shuffled.media[0].frames_FCHW, original)
+    assert sorted(f.sum().item() for f in shuffled.media[0].frames_FCHW) == sorted(f.sum().item() for f in original)
+    assert shuffled.token_ids == prompts[0].token_ids
