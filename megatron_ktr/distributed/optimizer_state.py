@@ -1,0 +1,55 @@
+"""Makes optimizers of plain torch (no Transformer Engine, no apex) loadable from a distributed checkpoint.
+
+megatron-core 0.16 is written for FusedAdam, which keeps one step count per parameter group. torch's AdamW keeps a
+step *tensor per parameter*, and loading goes wrong in three ways:
+
+1. before the first step there is no state: ``state_dict`` asserts that it finds exactly one step count, and the
+   loaded shards have no place to go;
+2. the non-distributed optimizers make moments without ``step``: the next update raises ``KeyError: 'step'``;
+3. the distributed optimizer hands **one** tensor to all parameters. Each parameter then adds one to it in turn,
+   Adam's bias correction sees the step jump by the number of parameters, and training goes on, silently wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer
+
+
+def prepare_optimizer_for_load(optimizer: MegatronOptimizer) -> None:
+    """Call once on a new optimizer, before its ``sharded_state_dict`` (for loading, or for saving at step 0).
+
+    Gives every parameter zero moments and a step tensor of its own, and keeps step tensors apart in later loads.
+    State that exists is kept. SGD has none (and no distributed optimizer); Transformer Engine's and apex's optimizers
+    need none of this: all are left alone.
+    """
+    for inner in _torch_optimizers(optimizer):
+        for group in inner.param_groups:
+            for parameter in group["params"]:
+                _fill_state(inner, parameter)
+        if not getattr(inner, "_keeps_steps_apart", False):
+            inner.register_load_state_dict_post_hook(_separate_steps)
+            inner._keeps_steps_apart = True
+
+
+def _torch_optimizers(optimizer: MegatronOptimizer) -> Iterator[torch.optim.Optimizer]:
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        # A rank without trainable parameters has a megatron optimizer around None.
+        if isinstance(part.optimizer, torch.optim.Adam):  # AdamW is one
+            yield part.optimizer
+
+
+def _fill_state(inner: torch.optim.Optimizer, parameter: torch.Tensor) -> None:
+    state = inner.state[parameter]
+    state.setdefault("step", torch.zeros((), dtype=torch.float32))
+    for name in ("exp_avg", "exp_avg_sq"):
+        if name not in state:
+            state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+
+
+def _separate_steps(inner: torch.optim.Optimizer) -> None:
+    for state in inner.state.values():
+        if torch.is_tensor(state.get("step")):
+            state["step"] = state["step"].detach().clone()
