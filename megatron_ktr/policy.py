@@ -123,6 +123,7 @@ class Policy:
         )
         self.scheduler = build_scheduler(self.optimizer, section=config.optimizer, num_steps=num_steps)
         self._connect_schedule_hooks()
+        self._is_gather_pending = config.parallel.overlap_param_gather
         self.reference_chunks: list[Qwen2_5_VLModel] | None = None
 
     def _build_chunks(self) -> list[Qwen2_5_VLModel]:
@@ -154,6 +155,10 @@ class Policy:
         chunks = self.chunks if model == "policy" else self.reference_chunks
         if chunks is None:
             raise ValueError("no reference model: call add_reference() first")
+        if model == "policy":
+            # Left to the forward, a replica whose batch has no media would not gather the vision encoder, and the
+            # others would wait for it for ever. (With gradient, the encoder always runs.)
+            self.wait_for_parameters()
 
         def keep(
             item: PackedBatch, chunk: torch.nn.Module, hidden_RD: Tensor, non_loss_data: bool = True
@@ -204,6 +209,7 @@ class Policy:
         outputs = self._run(
             self.chunks, micro_batches, batch_of=lambda item: item.batch, finish=loss_of, forward_only=False
         )
+        self._is_gather_pending = self.config.parallel.overlap_param_gather
         metrics = Metrics()
         # Tensor-parallel ranks hold the same numbers; one of them speaks for all.
         for batch_loss, batch_metrics, streams, _ in outputs if self.groups.tensor_rank == 0 else ():
@@ -228,19 +234,21 @@ class Policy:
 
         Collective: every rank exhausts it. ``gather_to`` "source" yields them on each replica's reading rank only.
         """
-        self._wait_for_parameters()
+        self.wait_for_parameters()
         yield from export_hf_tensors(self.bare_chunks, groups=self.groups, tensor_of=tensor_of, gather_to=gather_to)
 
     def save_hf(self, directory: Path) -> None:
         """Writes a directory that transformers and vLLM load: weights, and all other files of the initial model."""
-        self._wait_for_parameters()
+        self.wait_for_parameters()
         save_hf(self.bare_chunks, directory, groups=self.groups, hf_source_dir=self.hf_dir)
 
-    def _wait_for_parameters(self) -> None:
-        """With overlapped gathering, parts of the parameters are still on their way after an optimizer step."""
-        if self.config.parallel.overlap_param_gather:
+    def wait_for_parameters(self) -> None:
+        """With overlapped gathering, every rank holds but its own shard of what the last optimizer step changed, until
+        the next forward gathers the rest, module by module; this gathers it at once, on all ranks."""
+        if self._is_gather_pending:
             for chunk in self.chunks:
                 chunk.start_param_sync(force_sync=True)
+            self._is_gather_pending = False
 
     @property
     def bare_chunks(self) -> list[Qwen2_5_VLModel]:

@@ -18,6 +18,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ktr.config import OptimizerSection, ParallelSection
+from megatron_ktr.errors import UserError
 
 
 def wrap_in_ddp(
@@ -58,7 +59,12 @@ def build_optimizer(
     """Adam or SGD behind megatron-core's (distributed) mixed-precision optimizer; fp32 main parameters under bf16.
 
     Vision parameters get their own learning rate where ``vision_lr`` is set; biases and norms carry no weight decay.
+
+    Raises:
+        UserError: SGD with the distributed optimizer, which megatron-core does not know how to checkpoint.
     """
+    if section.optimizer == "sgd" and section.use_distributed_optimizer:
+        raise UserError("--optimizer sgd has no state to split over ranks: add --no-use-distributed-optimizer")
     config = OptimizerConfig(
         optimizer=section.optimizer,
         lr=section.lr,
