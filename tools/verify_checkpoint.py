@@ -1,0 +1,363 @@
+"""Compares this model with Hugging Face transformers: log-probs and gradients of the same inputs, in fp32.
+
+    python tools/verify_checkpoint.py --hf DIR [--megatron DIR] [--video FILE ... | --image FILE ...] [--json]
+    torchrun --nproc-per-node 4 tools/verify_checkpoint.py --hf DIR --tensor-model-parallel-size 2 \\
+        --pipeline-model-parallel-size 2 --sequence-parallel
+
+Inputs: the media in the order given (none: a drawn test pattern video), a question, 32 random response tokens
+(seed 0). Loss: the sum of their log-probs. Reported:
+
+    max_abs_logprob_diff   largest |log-prob - Hugging Face's| over the response tokens
+    max_rel_grad_diff      largest |g - g_hf| / max(|g_hf|, 1e-3 of the largest |g_hf|) over Hugging Face's tensors,
+                           Frobenius norms
+
+Weights come from --hf, converted in memory, or from the Megatron checkpoint --megatron; Hugging Face always uses
+--hf. Both sides get the same position ids, ours.
+Exit code: 0 within the limits, 1 beyond them, 2 for input that cannot be used (torchrun turns any failure into 1).
+Memory: rank 0 holds Hugging Face's model in fp32 with gradients (8 bytes a parameter) first, and its gradients (4
+bytes, on the host) while this model runs (8 bytes a parameter, split over tensor and pipeline ranks).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import os
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# `python tools/X.py` puts tools/ on the path, not the repository.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+# Advice about speed that core and torch.distributed give on import and on every rank.
+warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed\.")
+warnings.filterwarnings("ignore", message="Please use DTensor instead")
+logging.getLogger("megatron").setLevel(logging.ERROR)
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from megatron_ktr.config import Config, DataSection, config_from_values  # noqa: E402
+from megatron_ktr.data.preprocess import PreprocessSettings, load_media  # noqa: E402
+from megatron_ktr.data.unusable import UnusableMedia  # noqa: E402
+from megatron_ktr.data.video import FrameSampling  # noqa: E402
+from megatron_ktr.distributed import platform as platforms  # noqa: E402
+from megatron_ktr.distributed.collectives import broadcast_object  # noqa: E402
+from megatron_ktr.distributed.groups import ParallelGroups, destroy_parallel, init_parallel  # noqa: E402
+from megatron_ktr.errors import UserError, run_cli  # noqa: E402
+from megatron_ktr.packing import pack_groups  # noqa: E402
+from megatron_ktr.policy import Denominators, MicroBatch, Policy  # noqa: E402
+from megatron_ktr.rollout.source import on_every_rank  # noqa: E402
+from megatron_ktr.torch_dist_files import TorchDistReader  # noqa: E402
+from megatron_ktr.train import parallel_sizes  # noqa: E402
+from megatron_ktr.types import PackedBatch, RolloutGroup, VisualInput  # noqa: E402
+from megatron_ktr.verification import (  # noqa: E402
+    NUM_RESPONSE_TOKENS,
+    GradientDifference,
+    LogprobSum,
+    VerificationInput,
+    build_input,
+    draw_test_pattern,
+    max_abs_difference,
+    max_relative_difference,
+    run_hugging_face,
+    write_dump,
+)
+from models.qwen2_5_vl.config import Qwen2_5_VLConfig  # noqa: E402
+from models.qwen2_5_vl.conversion import export_hf_tensors  # noqa: E402
+from models.qwen2_5_vl.dist_checkpoint import locate_tensors  # noqa: E402
+from models.qwen2_5_vl.dist_weights import load_megatron_weights  # noqa: E402
+from models.qwen2_5_vl.hf_weights import canonical_hf_name, open_hf_weights  # noqa: E402
+from models.qwen2_5_vl.media import media_spec  # noqa: E402
+from models.qwen2_5_vl.transformer_config import language_transformer_config  # noqa: E402
+
+LOGPROB_TOLERANCE = 1e-4
+GRADIENT_TOLERANCE = 1e-3
+REPORT_SECONDS = 10.0
+"""How long another rank leaves the report of an error to rank 0; torchrun usually ends it within one."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Both numbers, complete on rank 0."""
+
+    logprob_diff: float
+    gradient_diff: GradientDifference
+
+    def is_within(self, options: argparse.Namespace) -> bool:
+        return self.logprob_diff <= options.logprob_tolerance and self.gradient_diff.value <= options.gradient_tolerance
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hf", required=True, metavar="DIR", type=Path, help="Hugging Face directory")
+    parser.add_argument("--megatron", metavar="DIR", type=Path, help="Megatron checkpoint to take the weights from")
+    for kind in ("video", "image"):
+        parser.add_argument(
+            f"--{kind}", nargs="+", metavar="FILE", dest="media", action=_AppendMedia, help=f"{kind} of the prompt"
+        )
+    parser.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
+    parser.add_argument(
+        "--dump",
+        metavar="FILE.npz",
+        type=Path,
+        help="write token_ids [T], position_ids [3, T], logprobs and hf_logprobs [R], pixel_values, image_grid_thw, "
+        "pixel_values_videos, video_grid_thw; the response is the last R tokens",
+    )
+    parser.add_argument("--logprob-tolerance", type=float, default=LOGPROB_TOLERANCE, metavar="X", help="limit (1e-4)")
+    parser.add_argument("--gradient-tolerance", type=float, default=GRADIENT_TOLERANCE, metavar="X", help="(1e-3)")
+    layout = parser.add_argument_group("layout, as in training")
+    for name in ("tensor-model-parallel-size", "pipeline-model-parallel-size"):
+        layout.add_argument(f"--{name}", type=_positive, default=1, metavar="N")
+    layout.add_argument("--num-layers-per-virtual-pipeline-stage", type=_positive, metavar="N")
+    layout.add_argument("--sequence-parallel", action="store_true")
+    layout.add_argument("--platform", default="auto", help="devices, as in training (auto)")
+    layout.add_argument(
+        "--transformer-impl",
+        choices=("local", "te", "auto"),
+        default="local",
+        help="layers; local, because Transformer Engine multiplies fp32 matrices in TF32, beyond the limits here",
+    )
+    layout.add_argument(
+        "--distributed-timeout-minutes", type=_positive, default=120, metavar="N", help="wait for rank 0 (120)"
+    )
+    return parser.parse_args(argv)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports bad flags like every other user error: one line."""
+
+    def error(self, message: str) -> None:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+class _AppendMedia(argparse.Action):
+    """Keeps (kind, path) over --video and --image in the order of the command line."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        kind = str(option_string).lstrip("-")
+        setattr(namespace, self.dest, (getattr(namespace, self.dest) or []) + [(kind, value) for value in values])
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    is_within = verify(parse_arguments(argv))
+    destroy_parallel()
+    return 0 if is_within else 1
+
+
+def verify(options: argparse.Namespace) -> bool:
+    """Compares, reports on rank 0, and returns whether the differences are within the limits, on every rank."""
+    platform = platforms.start(options.platform)
+    model_config = _check_paths(options)
+    config = _config(options)
+    groups = init_parallel(
+        parallel_sizes(config, num_layers=model_config.text.num_hidden_layers),
+        platform=platform,
+        timeout_minutes=options.distributed_timeout_minutes,
+    )
+    # Refuses a layout that does not fit now, not after minutes of Hugging Face.
+    language_transformer_config(model_config, groups=groups, dtype=torch.float32, config=config)
+
+    def prepare() -> VerificationInput | None:
+        return _read_input(options, model_config) if groups.rank == 0 else None
+
+    item = broadcast_object(on_every_rank(prepare, groups=groups), group=groups.world, source=0)
+    comparison = _compare(item.group, options, config=config, model_config=model_config, groups=groups)
+    if comparison is not None:
+        _print_report(comparison, item, options)
+    is_within = None if comparison is None else comparison.is_within(options)
+    return broadcast_object(is_within, group=groups.world, source=0)
+
+
+def _check_paths(options: argparse.Namespace) -> Qwen2_5_VLConfig:
+    """Everything that can be refused without reading weights; the same answer on every rank."""
+    for flag, directory in (("--hf", options.hf), ("--megatron", options.megatron)):
+        if directory is not None and not directory.is_dir():
+            raise UserError(f"{flag} {directory}: no such directory")
+    if options.dump is not None and (options.dump.is_dir() or not options.dump.absolute().parent.is_dir()):
+        raise UserError(f"--dump {options.dump}: expected a file in an existing directory")
+    model_config = Qwen2_5_VLConfig.from_hf(options.hf)
+    # transformers would fill missing tensors with random numbers.
+    open_hf_weights(options.hf, config=model_config)
+    if options.megatron is not None:
+        locate_tensors(TorchDistReader(options.megatron), config=model_config)
+    return model_config
+
+
+def _config(options: argparse.Namespace) -> Config:
+    return config_from_values(
+        {
+            "model": str(options.hf),
+            "transformer_impl": options.transformer_impl,
+            "params_dtype": "fp32",
+            # Gradients stay whole on every replica, where the comparison reads them.
+            "use_distributed_optimizer": False,
+            "tensor_model_parallel_size": options.tensor_model_parallel_size,
+            "pipeline_model_parallel_size": options.pipeline_model_parallel_size,
+            "num_layers_per_virtual_pipeline_stage": options.num_layers_per_virtual_pipeline_stage,
+            "sequence_parallel": options.sequence_parallel,
+        }
+    )
+
+
+def _read_input(options: argparse.Namespace, model_config: Qwen2_5_VLConfig) -> VerificationInput:
+    """Media sampled and resized by the training's defaults."""
+    data = DataSection()
+    settings = PreprocessSettings.from_model(
+        options.hf,
+        video_min_pixels=data.video_min_pixels,
+        video_max_pixels=data.video_max_pixels,
+        image_min_pixels=data.image_min_pixels,
+        image_max_pixels=data.image_max_pixels,
+    )
+    sampling = FrameSampling(fps=data.video_fps, max_frames=data.video_max_frames)
+    media: list[VisualInput] = []
+    for kind, path in options.media or ():
+        try:
+            media.append(load_media(path, kind=kind, settings=settings, sampling=sampling).visual)
+        except UnusableMedia as error:
+            raise UserError(f"--{kind} {error}") from error
+    return build_input(
+        options.hf,
+        media=media or [draw_test_pattern(settings)],
+        spec=media_spec(model_config, patchify=settings.patchify),
+        vocab_size=model_config.text.vocab_size,
+        vision_start_id=model_config.vision_start_token_id,
+        vision_end_id=model_config.vision_end_token_id,
+        pad_id=_pad_token_id(options.hf),
+    )
+
+
+def _pad_token_id(hf_dir: Path) -> int | None:
+    values = json.loads((hf_dir / "config.json").read_text(encoding="utf-8"))
+    return (values.get("text_config") or values).get("pad_token_id", values.get("pad_token_id"))
+
+
+def _compare(
+    group: RolloutGroup,
+    options: argparse.Namespace,
+    *,
+    config: Config,
+    model_config: Qwen2_5_VLConfig,
+    groups: ParallelGroups,
+) -> Comparison | None:
+    """Hugging Face on rank 0 first, freed before this model is built; None on the other ranks."""
+    patchify = PreprocessSettings.from_model(options.hf).patchify
+    batch = pack_groups(
+        [group],
+        view="intact",
+        media=media_spec(model_config, patchify=patchify),
+        pad_to_multiple=groups.sizes.tensor if groups.sizes.sequence_parallel else 1,
+    )
+    kinds = [medium.kind for medium in group.prompt.media]
+    device = platforms.current().device
+
+    def ask_hugging_face() -> Any:
+        if groups.rank != 0:
+            return None
+        return run_hugging_face(options.hf, batch, kinds=kinds, device=device, rename=canonical_hf_name)
+
+    theirs = on_every_rank(ask_hugging_face, groups=groups)
+    platforms.current().empty_cache()
+    policy = Policy(options.hf, config=config, groups=groups, platform=platforms.current(), num_steps=1)
+    if options.megatron is not None:
+        _replace_weights(policy, options.megatron)
+    ours_R = _forward_backward(policy, group, batch)
+    gradients = export_hf_tensors(
+        policy.bare_chunks, groups=groups, tensor_of=lambda parameter: parameter.main_grad, gather_to="source"
+    )
+    if groups.rank != 0:
+        for _ in gradients:  # takes part in the gathering
+            pass
+        return None
+    if options.dump is not None:
+        write_dump(options.dump, batch, kinds=kinds, ours_R=ours_R, theirs_R=theirs.logprob_R)
+    return Comparison(
+        logprob_diff=max_abs_difference(ours_R, theirs.logprob_R),
+        gradient_diff=max_relative_difference(gradients, theirs.gradients),
+    )
+
+
+@torch.no_grad()
+def _replace_weights(policy: Policy, directory: Path) -> None:
+    # Whatever the checkpoint failed to fill must not pass for Hugging Face's weight.
+    for chunk in policy.bare_chunks:
+        for parameter in chunk.parameters():
+            parameter.zero_()
+    load_megatron_weights(policy.bare_chunks, directory)
+
+
+def _forward_backward(policy: Policy, group: RolloutGroup, batch: PackedBatch) -> Tensor:
+    """Log-probs [R] of the response, on every rank; leaves the gradients of their sum in ``main_grad``."""
+    sizes = policy.groups.sizes
+    # The interleaved schedule needs a micro-batch for every pipeline rank. Copies, and replicas, share the loss.
+    num_copies = sizes.pipeline if (sizes.virtual_pipeline or 1) > 1 else 1
+    result = policy.backward(
+        [MicroBatch((group,), batch)] * num_copies,
+        objective=LogprobSum(),
+        denominators=Denominators(num_responses=policy.groups.data_size * num_copies),
+    )
+    return policy.from_last_stage(result.scores[0].policy_logprob_R.cpu() if result.scores else None)
+
+
+def _print_report(comparison: Comparison, item: VerificationInput, options: argparse.Namespace) -> None:
+    if item.note:
+        print(f"note: random text around the media: {item.note}", file=sys.stderr, flush=True)
+    logprob, gradient = comparison.logprob_diff, comparison.gradient_diff
+    if options.json:
+        values = {
+            # JSON has no infinity: null, and exit code 1.
+            "max_abs_logprob_diff": logprob if math.isfinite(logprob) else None,
+            "max_rel_grad_diff": gradient.value if math.isfinite(gradient.value) else None,
+            "num_response_tokens": NUM_RESPONSE_TOKENS,
+            "tensor_model_parallel_size": options.tensor_model_parallel_size,
+            "pipeline_model_parallel_size": options.pipeline_model_parallel_size,
+            "sequence_parallel": options.sequence_parallel,
+        }
+        print(json.dumps(values), flush=True)
+    else:
+        prompt = item.group.prompt
+        shown = ", ".join(f"{m.kind} {m.source} {'x'.join(map(str, m.grid_thw))} patches" for m in prompt.media)
+        print(
+            f"weights            {options.megatron or options.hf}, against {options.hf} in Hugging Face, fp32\n"
+            f"layout             tensor {options.tensor_model_parallel_size} x pipeline "
+            f"{options.pipeline_model_parallel_size}{', sequence parallel' if options.sequence_parallel else ''}\n"
+            f"input              {len(prompt.token_ids)} prompt tokens and {NUM_RESPONSE_TOKENS} random "
+            f"response tokens; {shown}\n"
+            f"log-probs          {logprob:.2e}  largest absolute difference, limit {options.logprob_tolerance:g}\n"
+            f"gradients          {gradient.value:.2e}  largest relative difference, limit "
+            f"{options.gradient_tolerance:g}; in {gradient.name}",
+            flush=True,
+        )
+    if not comparison.is_within(options):
+        print("FAILED: the differences exceed the limits", file=sys.stderr, flush=True)
+    elif not options.json:
+        print("passed", flush=True)
+
+
+def _main_of_rank() -> int:
+    """Rank 0 alone reports bad input, which all ranks find alike. Another rank waits until torchrun ends it; one that
+    is still there then has found something of its own, and says it."""
+    try:
+        return main()
+    except UserError:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(REPORT_SECONDS)
+        raise
+
+
+if __name__ == "__main__":
+    run_cli(_main_of_rank)
