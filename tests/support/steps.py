@@ -1,0 +1,358 @@
+"""Whole training steps in any layout, and what came out of them in a form that layouts can be compared by.
+
+``example_groups`` are prompts with real frames and rewarded responses; ``run_steps`` sends them through the product's
+own Trainer and Policy, watched from three places: the source hands out fixed groups, the objective records the scores
+it selects by (and can be told to use other masks), the policy records what each update did.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_ktr.config import Config, config_from_values
+from megatron_ktr.data.preprocess import PreprocessSettings
+from megatron_ktr.distributed.groups import ParallelGroups, ParallelSizes
+from megatron_ktr.objectives import build_objective
+from megatron_ktr.objectives.video_ktr import VideoKTR
+from megatron_ktr.types import Prompt, Rollout, RolloutGroup, VisualInput
+from tests.support.parity import max_relative_difference
+from tests.support.tiny import FIRST_SPECIAL_ID, IMAGE_TOKEN_ID, VIDEO_TOKEN_ID, VISION_END_ID, VISION_START_ID
+
+Masks = dict[str, dict[str, Tensor]]
+"""Selected tokens by problem id and signal, bool [response tokens of the group]."""
+
+LENGTHS = {"mixed": (6, 1, 4), "text": (5, 3, 2), "long video": (3, 7, 5), "even": (4, 2, 6), "image": (5, 6, 3)}
+REWARDS = {
+    "mixed": ((1.0, 1.0), (0.0, 1.0), (0.0, 0.0)),
+    "text": ((0.0, 0.5), (1.0, 1.0), (0.25, 0.0)),
+    "long video": ((1.0, 1.0), (0.5, 0.0), (1.0, 0.0)),
+    "even": ((1.0, 0.0), (1.0, 0.0), (1.0, 0.0)),
+    "image": ((0.0, 1.0), (0.3, 0.0), (1.0, 1.0)),
+}
+"""(accuracy, format) of each response. The group "even" has equal rewards: no advantage, a KL term only."""
+
+
+def _frames(num_frames: int, height: int, width: int, generator: torch.Generator) -> Tensor:
+    """Coarse random pictures that change from frame to frame: neighbouring patches differ, so that order matters."""
+    cells = torch.randint(0, 256, (num_frames, 3, height // 14, width // 14), generator=generator)
+    noise = torch.randint(0, 40, (num_frames, 3, height, width), generator=generator)
+    return (cells.repeat_interleave(14, 2).repeat_interleave(14, 3) * 215 // 255 + noise).to(torch.uint8)
+
+
+def example_groups(*names: str, problem_suffix: str = "") -> list[RolloutGroup]:
+    """Groups by name (keys of ``LENGTHS``), each the same in every process.
+
+    mixed: an image and a video of an odd number of frames. text: no media. long video: lasts longer than it is wide
+    (temporal positions decide where the text goes on). even: text, all rewards equal. image: one image.
+    """
+    groups = []
+    for name in names:
+        generator = torch.Generator().manual_seed(list(LENGTHS).index(name) + 1)
+        media = {
+            "mixed": (
+                VisualInput("image", _frames(1, 56, 84, generator), (1, 4, 6)),
+                VisualInput("video", _frames(5, 56, 28, generator), (3, 4, 2), seconds_per_grid=0.7),
+            ),
+            "long video": (VisualInput("video", _frames(8, 28, 56, generator), (4, 2, 4), seconds_per_grid=2.5),),
+            "image": (VisualInput("image", _frames(1, 84, 28, generator), (1, 6, 2)),),
+        }.get(name, ())
+
+        def text(length: int, generator: torch.Generator = generator) -> list[int]:
+            return torch.randint(0, FIRST_SPECIAL_ID, (length,), generator=generator).tolist()
+
+        tokens = text(3)
+        for medium in media:
+            t, h, w = medium.grid_thw
+            placeholder = IMAGE_TOKEN_ID if medium.kind == "image" else VIDEO_TOKEN_ID
+            tokens += [VISION_START_ID, *[placeholder] * (t * h * w // 4), VISION_END_ID, *text(2)]
+        rollouts = [
+            Rollout(tuple(text(length)), rewards={"accuracy": accuracy, "format": form})
+            for length, (accuracy, form) in zip(LENGTHS[name], REWARDS[name], strict=True)
+        ]
+        groups.append(RolloutGroup(Prompt(name + problem_suffix, tuple(tokens), media), tuple(rollouts)))
+    return groups
+
+
+class FixedSource:
+    """The same groups in every step; replica r of n trains on every n-th, starting at r."""
+
+    num_skipped = 0
+    needs_weights = False
+
+    def __init__(self, groups: Sequence[RolloutGroup], parallel: ParallelGroups) -> None:
+        self._groups = list(groups)[parallel.data_rank :: parallel.data_size]
+
+    def next(self, num_prompts: int, *, step: int) -> list[RolloutGroup]:
+        assert num_prompts == len(self._groups)
+        return self._groups
+
+
+@dataclass
+class Selections:
+    """What the objective saw and chose, by problem id, and the masks it was told to choose instead (by step)."""
+
+    injected: list[Masks] | None = None
+    step: int = 0
+    scores: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    chosen: Masks = field(default_factory=dict)
+
+    def reset(self, step: int) -> None:
+        self.step, self.scores, self.chosen = step, {}, {}
+
+
+@dataclass(frozen=True)
+class WatchedVideoKTR(VideoKTR):
+    """Video-KTR that records scores and selection, and uses injected masks where there are any.
+
+    A score within rounding distance of the threshold may be selected in one layout and not in another, and a single
+    token moves a gradient by several percent: comparisons of gradients must agree on the tokens first.
+    """
+
+    selections: Selections = field(default_factory=Selections)
+
+    def select_tokens(self, batch: Any, scores: Any, group_data: Sequence[RolloutGroup]) -> dict[str, Tensor]:
+        chosen = super().select_tokens(batch, scores, group_data)
+        watched = self.selections
+        parts = []
+        for index, group in enumerate(group_data):
+            of_group = batch.group_R == index
+            name = group.prompt.problem_id
+            values = {f.name: getattr(scores, f.name) for f in dataclasses.fields(scores)}
+            watched.scores[name] = {key: value[of_group] for key, value in values.items() if value is not None}
+            watched.chosen[name] = {signal: mask_R[of_group] for signal, mask_R in chosen.items()}
+            parts.append(watched.injected[watched.step][name] if watched.injected else watched.chosen[name])
+        return {signal: torch.cat([part[signal] for part in parts]) for signal in chosen}
+
+
+@dataclass
+class UpdateRecord:
+    """One update. Gradients by published name (frozen parameters have none), complete on every rank; a distributed
+    optimizer leaves each rank with its own shard of them, so they are None then."""
+
+    loss: float
+    has_stepped: bool
+    grad_norm: float
+    gradients: dict[str, Tensor] | None
+    gradient_dtypes: set[torch.dtype]
+
+
+@dataclass
+class StepRecord:
+    """One training step as this rank saw it; ``scores`` and ``chosen`` on the last pipeline stage only."""
+
+    values: dict[str, float]
+    """The step's report, without what measures time."""
+    updates: list[UpdateRecord]
+    scores: dict[str, dict[str, Tensor]]
+    chosen: Masks
+    key_tokens: dict[str, list[tuple[bool, ...]]]
+    """By problem id and response; empty where the step had nothing to learn."""
+    weights: dict[str, Tensor]
+    """After the step, by published name, complete on every rank; empty between steps whose gathering overlaps."""
+
+
+DEFAULTS: dict[str, Any] = dict(
+    optimizer="sgd",
+    lr=0.1,
+    lr_decay_style="constant",
+    weight_decay=0.0,
+    clip_grad=0.0,
+    kl_beta=0.04,
+    length_bonus=0.0,
+    use_distributed_optimizer=False,
+    selection_ratio=(0.3,),
+    num_generations=3,
+    platform="cpu",
+    train_steps=10,
+)
+"""SGD, because the same gradients up to rounding give the same weights up to rounding; Adam divides an element by its
+own magnitude, so that rounding noise moves it as far as a gradient."""
+
+_EPSILON = 1e6
+DISTRIBUTED_SGD: dict[str, Any] = dict(
+    use_distributed_optimizer=True,
+    optimizer="adam",
+    lr=DEFAULTS["lr"] * _EPSILON,
+    adam_eps=_EPSILON,
+    adam_beta1=0.0,
+    adam_beta2=0.0,
+)
+"""megatron-core's distributed optimizer knows Adam alone. Without memory, Adam steps by lr * g / (|g| + epsilon); an
+epsilon of a million and a learning rate as many times larger make that SGD, to a millionth of |g|."""
+
+
+def make_config(hf_dir: Path, values: Mapping[str, Any], *, num_prompts: int, sizes: ParallelSizes) -> Config:
+    """A training configuration on ``hf_dir`` with ``values`` over ``DEFAULTS``; sizes from the layout."""
+    return config_from_values(
+        {
+            **DEFAULTS,
+            "model": str(hf_dir),
+            "prompts_per_step": num_prompts,
+            "tensor_model_parallel_size": sizes.tensor,
+            "pipeline_model_parallel_size": sizes.pipeline,
+            "sequence_parallel": sizes.sequence_parallel,
+            **values,
+        }
+    )
+
+
+def run_steps(
+    parallel: ParallelGroups,
+    *,
+    hf_dir: Path,
+    rollout_groups: Sequence[RolloutGroup],
+    values: Mapping[str, Any] | None = None,
+    reference_dir: Path | None = None,
+    num_steps: int = 1,
+    masks: list[Masks] | None = None,
+    bucket_size: int | None = None,
+) -> list[StepRecord]:
+    """``num_steps`` training steps on fixed groups, through Trainer and Policy.
+
+    Args:
+        reference_dir: weights of the reference model; by default the policy's own first ones.
+        masks: key tokens to use in place of the selected ones, one entry per step.
+        bucket_size: elements of a gradient bucket; small, so that overlapped communication has several to order.
+    """
+    # Imported here: these build on megatron-core, which must not be touched before the platform is started.
+    from megatron_ktr.distributed.platform import current
+    from megatron_ktr.trainer import Trainer
+    from models.qwen2_5_vl.config import Qwen2_5_VLConfig
+    from models.qwen2_5_vl.media import media_spec
+
+    config = make_config(hf_dir, values or {}, num_prompts=len(rollout_groups), sizes=parallel.sizes)
+    with _small_buckets(bucket_size):
+        policy = _watched_policy(
+            hf_dir, config=config, groups=parallel, platform=current(), num_steps=config.trainer.train_steps
+        )
+    objective = build_objective(config.objective, reward=config.reward)
+    selections = Selections(injected=masks)
+    if isinstance(objective, VideoKTR):
+        settings = {f.name: getattr(objective, f.name) for f in dataclasses.fields(objective)}
+        objective = WatchedVideoKTR(**settings, selections=selections)
+    if objective.needs_reference:
+        policy.add_reference(reference_dir)
+    trainer = Trainer(
+        config=config,
+        policy=policy,
+        source=FixedSource(rollout_groups, parallel),
+        objective=objective,
+        media=media_spec(Qwen2_5_VLConfig.from_hf(hf_dir), patchify=PreprocessSettings().patchify),
+    )
+    records = []
+    for step in range(num_steps):
+        selections.reset(step)
+        policy.updates = []
+        report = trainer.train_step(step)
+        values_ = {key: v for key, v in report.values.items() if "seconds" not in key and "per_second" not in key}
+        key_tokens = {
+            group.prompt.problem_id: [response.is_key_token for response in responses]
+            for group, responses in zip(report.groups, report.selections, strict=bool(report.selections))
+        }
+        # Reading weights gathers them first; the next step must find them as the optimizer left them.
+        is_read = step == num_steps - 1 or not config.parallel.overlap_param_gather
+        weights = _cloned(policy.export()) if is_read else {}
+        records.append(StepRecord(values_, policy.updates, selections.scores, selections.chosen, key_tokens, weights))
+    return records
+
+
+def _watched_policy(*args: Any, **kwargs: Any) -> Any:
+    from megatron_ktr.policy import Policy
+
+    class WatchedPolicy(Policy):
+        updates: list[UpdateRecord]
+
+        def update(self, *args: Any, **kwargs: Any) -> Any:
+            result = super().update(*args, **kwargs)
+            gradients = None
+            if not self.config.optimizer.use_distributed_optimizer:
+                gradients = _cloned(self.export(tensor_of=lambda p: getattr(p, "main_grad", None)))
+            parameters = [p for chunk in self.chunks for p in chunk.parameters() if p.requires_grad]
+            record = UpdateRecord(
+                loss=result.loss,
+                has_stepped=result.has_stepped,
+                grad_norm=result.grad_norm,
+                gradients=gradients,
+                gradient_dtypes={parameter.main_grad.dtype for parameter in parameters},
+            )
+            self.updates.append(record)
+            return result
+
+    return WatchedPolicy(*args, **kwargs)
+
+
+def _cloned(tensors: Any) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors}
+
+
+class _small_buckets:
+    """Within it, data-parallel buckets hold ``size`` elements; core's default would put a tiny model into one."""
+
+    def __init__(self, size: int | None) -> None:
+        self._size = size
+
+    def __enter__(self) -> None:
+        from megatron_ktr.distributed import optimizer
+
+        self._original = optimizer.DistributedDataParallelConfig
+        if self._size is not None:
+            optimizer.DistributedDataParallelConfig = lambda **options: self._original(
+                **options, bucket_size=self._size
+            )
+
+    def __exit__(self, *error: object) -> None:
+        from megatron_ktr.distributed import optimizer
+
+        optimizer.DistributedDataParallelConfig = self._original
+
+
+@dataclass(frozen=True)
+class StepDifference:
+    """Largest differences of one rank's steps from those of a single process; what a rank does not know is 0."""
+
+    loss: float = 0.0
+    score: float = 0.0
+    value: float = 0.0
+    """Relative, over the report's numbers."""
+    worst_value: str = ""
+    gradient: float = 0.0
+    update: float = 0.0
+    """Of what the steps changed in the weights, relative per tensor."""
+
+
+def compare_steps(
+    ours: Sequence[StepRecord], expected: Sequence[StepRecord], *, initial: Mapping[str, Tensor]
+) -> StepDifference:
+    """``ours`` against the first steps of ``expected``; ``initial`` are the weights before the first step."""
+    loss = score = gradient = update = 0.0
+    worst = (0.0, "")
+    for mine, theirs in zip(ours, expected, strict=False):
+        assert mine.values.keys() == theirs.values.keys(), mine.values.keys() ^ theirs.values.keys()
+        for name, value in mine.values.items():
+            if name == "learning_rate":
+                continue
+            relative = abs(value - theirs.values[name]) / max(abs(theirs.values[name]), 0.01)
+            worst = max(worst, (relative, name))
+        for name, columns in mine.scores.items():
+            for key, values_R in columns.items():
+                score = max(score, float((values_R - theirs.scores[name][key]).abs().max()))
+        for name, key_tokens in mine.key_tokens.items():
+            assert key_tokens == theirs.key_tokens[name], name
+        assert len(mine.updates) == len(theirs.updates)
+        for one, other in zip(mine.updates, theirs.updates, strict=True):
+            assert one.has_stepped == other.has_stepped
+            loss = max(loss, abs(one.loss - other.loss))
+            if one.gradients is not None:
+                known = {name: other.gradients[name] for name in one.gradients}
+                gradient = max(gradient, max_relative_difference(one.gradients, known))
+        if mine.weights:
+            changes = [{name: record.weights[name] - initial[name] for name in initial} for record in (mine, theirs)]
+            update = max(update, max_relative_difference(*changes))
+    return StepDifference(loss, score, worst[0], worst[1], gradient, update)
