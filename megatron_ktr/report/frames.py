@@ -1,0 +1,118 @@
+"""Small pictures of the media of a question, as data URIs inside the page."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from megatron_ktr.data.preprocess import resize_frames
+from megatron_ktr.data.records import resolve_media_path
+from megatron_ktr.data.unusable import UnusableMedia
+from megatron_ktr.data.video import FrameSampling, read_image, read_video
+from megatron_ktr.errors import UserError
+from megatron_ktr.report.run_data import RunData
+
+LONG_SIDE = 128
+"""Pixels; smaller frames are kept as they are."""
+_JPEG_QUALITY = 82
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One frame."""
+
+    uri: str
+    caption: str
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class Strip:
+    """The frames of one image or video, or why there are none."""
+
+    kind: str
+    source: str
+    pictures: tuple[Picture, ...] = ()
+    num_sampled: int = 0
+    """Frames that the run's settings take; ``pictures`` may be fewer, evenly chosen."""
+    problem: str = ""
+
+
+@dataclass
+class FrameReader:
+    """Decodes each file once."""
+
+    media_root: Path | None
+    sampling: FrameSampling
+    max_frames: int = 16
+    _strips: dict[tuple[str, str], Strip] = field(default_factory=dict)
+
+    @classmethod
+    def of_run(cls, run: RunData, *, media_root: Path | None, max_frames: int = 16) -> FrameReader:
+        """Sampling as in the run's config; media below ``media_root``, else as the run found them."""
+        if media_root is not None and not media_root.is_dir():
+            raise UserError(f"--media-root {media_root} is not a directory")
+        if media_root is None:
+            file = run.option("rollout", "replay_path") or run.option("data", "data_path")
+            written = run.option("data", "media_root") or (Path(file).parent if file else None)
+            media_root = Path(written) if written else None
+        data: Mapping[str, Any] = run.config.get("data", {})
+        sampling = FrameSampling(
+            fps=data.get("video_fps", FrameSampling.fps),
+            num_frames=data.get("video_num_frames"),
+            max_frames=data.get("video_max_frames", 16),
+        )
+        return cls(media_root, sampling, max_frames=max_frames)
+
+    def strips_of(self, record: Mapping[str, Any]) -> list[Strip]:
+        """One strip per image or video of a record."""
+        return [self._strip(kind, written) for kind, written in record["media"]]
+
+    def _strip(self, kind: str, written: str) -> Strip:
+        key = kind, written
+        if key not in self._strips:
+            self._strips[key] = self._read(kind, written)
+        return self._strips[key]
+
+    def _read(self, kind: str, written: str) -> Strip:
+        if self.media_root is None:
+            return Strip(kind, written, problem="not shown: no media root is known (--media-root)")
+        try:
+            path = resolve_media_path(self.media_root, written)
+            if kind == "image":
+                picture = _picture(_small(read_image(path), 1)[0], caption="image")
+                return Strip(kind, written, (picture,), num_sampled=1)
+            # PyAV alone: no second process, and the same frames as decord gives.
+            video = read_video(path, sampling=self.sampling, transform=_small, backend="pyav")
+        except (UnusableMedia, UserError, ValueError) as error:
+            return Strip(kind, written, problem=f"not shown: {error}")
+        total = len(video.frame_indices)
+        shown = sorted({round(index) for index in torch.linspace(0, total - 1, min(total, self.max_frames)).tolist()})
+        pictures = tuple(
+            _picture(video.frames_FCHW[index], caption=f"{video.frame_indices[index] / video.native_fps:.1f} s")
+            for index in shown
+        )
+        return Strip(kind, written, pictures, num_sampled=total)
+
+
+def _small(frames_FCHW: Tensor, num_frames: int) -> Tensor:
+    height, width = frames_FCHW.shape[-2:]
+    share = min(1.0, LONG_SIDE / max(height, width))
+    return resize_frames(frames_FCHW, (max(round(height * share), 1), max(round(width * share), 1)))
+
+
+def _picture(frame_CHW: Tensor, *, caption: str) -> Picture:
+    image = Image.fromarray(frame_CHW.permute(1, 2, 0).numpy())
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=_JPEG_QUALITY)
+    uri = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    return Picture(uri, caption, image.width, image.height)

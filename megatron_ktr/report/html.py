@@ -1,0 +1,322 @@
+"""The report of a training: one HTML file with everything inside it, readable without network or scripts.
+
+    write_report([("Supervised fine-tuning", sft_dir), ("Video-KTR", ktr_dir)], out=Path("report.html"), summary=...)
+
+Headline numbers, then per run curves over steps and some recorded rollouts with frames and key tokens, then the
+options. The same run directories give the same bytes: no clock, no random ids.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_ktr.config import Config
+from megatron_ktr.data.template import load_tokenizer
+from megatron_ktr.errors import UserError
+from megatron_ktr.report.curves import NUM_STYLES, Series, line_chart, stacked_chart
+from megatron_ktr.report.frames import FrameReader
+from megatron_ktr.report.markup import Html, element, format_number, join
+from megatron_ktr.report.rollouts import KNOWN_SIGNALS, Decode, group_section, legend, signal_styles
+from megatron_ktr.report.run_data import RecordedGroup, RunData, choose_groups, read_run
+from megatron_ktr.report.style import STYLE
+from megatron_ktr.report.summary import summary_section
+
+_log = logging.getLogger(__name__)
+
+OBJECTIVE_TITLES = {"sft": "Supervised fine-tuning", "video_ktr": "Video-KTR", "grpo": "GRPO"}
+_LINE_CHARTS = (
+    ("Reward", ("reward_mean", "reward/"), "mean over responses"),
+    ("Loss", ("loss",), ""),
+    ("Share of key tokens", ("key_token_ratio", "key_token_ratio/"), "of all response tokens"),
+    ("Gradient norm", ("grad_norm",), "before clipping"),
+    ("Entropy", ("entropy",), "nats a token"),
+    ("KL to the reference model", ("kl",), "nats a token"),
+    ("Gap between sampler and trainer", ("sampler_trainer_logprob_gap",), "mean difference of log-probs"),
+    ("Response length", ("response_length",), "tokens"),
+    ("Finished responses", ("finished_share",), "share that ends before the length limit"),
+    ("Tokens a second", ("tokens_per_second",), ""),
+    ("Learning rate", ("learning_rate",), ""),
+)
+"""Title, metrics (a name, or with "/" at its end a family), note."""
+_LABELS = {"reward_mean": "total", "key_token_ratio": "any signal"}
+_CONTENT_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+"""Tells browsers to load nothing, whatever the page holds."""
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """What the page shows of one run."""
+
+    title: str
+    run_dir: str
+    num_steps: int
+    num_charts: int
+    num_groups: int
+    num_responses: int
+    num_frames: int
+    notes: tuple[str, ...]
+    """What could not be shown, and why."""
+
+
+@dataclass(frozen=True)
+class ReportWritten:
+    """The file, and what is in it."""
+
+    out: str
+    num_bytes: int
+    stages: tuple[StageReport, ...]
+
+
+def write_report(
+    run_dirs: Sequence[tuple[str | None, Path | str]],
+    *,
+    out: Path | str,
+    summary: Mapping[str, Any] | None = None,
+    title: str = "Megatron-KTR report",
+    notes: Sequence[str] = (),
+    model: Path | str | None = None,
+    media_root: Path | str | None = None,
+    max_groups: int = 4,
+    max_frames: int = 16,
+) -> ReportWritten:
+    """Writes the page in one rename.
+
+    Args:
+        run_dirs: (title, run directory) in the order of the page; title None = by the run's objective.
+        summary: headline numbers, see ``summary.py``; None = no headline.
+        notes: paragraphs below the title.
+        model: Hugging Face directory whose tokenizer splits responses; None = the run's export, else its model.
+        media_root: below which media are found; None = where the run found them.
+        max_groups: questions to show per run; half of the first, half of the last recorded step.
+        max_frames: pictures to show per video.
+
+    Raises:
+        UserError: a run directory that is none or is damaged, an option that does not fit, ``out`` not writable.
+    """
+    if not run_dirs:
+        raise UserError("--run-dir: expected at least one run directory")
+    if max_groups < 0 or max_frames < 1:
+        raise UserError(f"expected --max-groups >= 0 and --max-frames >= 1, got {max_groups} and {max_frames}")
+    runs = [read_run(run_dir) for _, run_dir in run_dirs]
+    titles = [name or _default_title(run) for (name, _), run in zip(run_dirs, runs, strict=True)]
+    sections, stages = [], []
+    for number, (name, run) in enumerate(zip(titles, runs, strict=True), start=1):
+        section, stage = _stage(
+            run,
+            title=name,
+            anchor=f"stage-{number}",
+            groups=choose_groups(run, max_groups=max_groups),
+            decode=_decoder(run, model=model),
+            frames=FrameReader.of_run(run, media_root=Path(media_root) if media_root else None, max_frames=max_frames),
+        )
+        sections.append(section)
+        stages.append(stage)
+    links = [(f"stage-{number}", name) for number, name in enumerate(titles, start=1)]
+    links = [("results", "Results"), *links] if summary is not None else links
+    body = [
+        element("header", element("h1", title), [element("p", note) for note in notes], _navigation(links)),
+        element("main", summary_section(summary) if summary is not None else None, sections, _options(titles, runs)),
+        element("footer", "Made by tools/report.py of Megatron-KTR. The page is complete in itself."),
+    ]
+    page = _page(title, body)
+    num_bytes = _write(Path(out), page)
+    return ReportWritten(str(out), num_bytes, tuple(stages))
+
+
+def _stage(
+    run: RunData,
+    *,
+    title: str,
+    anchor: str,
+    groups: Sequence[RecordedGroup],
+    decode: Decode | None,
+    frames: FrameReader,
+) -> tuple[Html, StageReport]:
+    """The section of one run, and what is in it."""
+    notes = []
+    if not run.steps:
+        notes.append("No step was logged yet.")
+    if not run.rollout_files:
+        notes.append("No rollouts were recorded (--rollout-log-interval).")
+    if groups and decode is None:
+        notes.append("No tokenizer was found (--model): responses are shown without marks on their tokens.")
+    strips = [frames.strips_of(group.record) for group in groups]
+    lost = sum(bool(strip.problem) for group_strips in strips for strip in group_strips)
+    if lost:
+        notes.append(f"{lost} of the media shown below cannot be read.")
+    charts = _charts(run, anchor=anchor)
+    responses = [response for group in groups for response in group.responses]
+    styles = signal_styles(list(dict.fromkeys(name for response in responses for name in response.is_selected)))
+    shown = [
+        group_section(group, strips=group_strips, styles=styles, decode=decode)
+        for group, group_strips in zip(groups, strips, strict=True)
+    ]
+    section = element(
+        "section",
+        element("h2", title),
+        _facts(run),
+        [element("p", note, class_="missing") for note in notes],
+        element("h3", "Curves") if charts else None,
+        element("div", charts, class_="charts") if charts else None,
+        [element("h3", "Some rollouts"), legend(styles), shown] if shown else None,
+        id=anchor,
+    )
+    num_frames = sum(len(strip.pictures) for group_strips in strips for strip in group_strips)
+    return section, StageReport(
+        title=title,
+        run_dir=str(run.path),
+        num_steps=len(run.steps),
+        num_charts=len(charts),
+        num_groups=len(groups),
+        num_responses=len(responses),
+        num_frames=num_frames,
+        notes=tuple(notes),
+    )
+
+
+def _facts(run: RunData) -> Html:
+    facts = [element("span", "run ", element("b", run.path.name or str(run.path)))]
+    facts.append(element("span", "steps ", element("b", f"{len(run.steps):,}")))
+    seconds = [values for name, values in run.metrics.items() if name.startswith("seconds/")]
+    if seconds:
+        total = math.fsum(value for values in seconds for value in values if math.isfinite(value))
+        facts.append(element("span", "time in steps ", element("b", f"{format_number(total, digits=3)} s")))
+    idle = sum(value == 0 for value in run.metrics.get("has_stepped", ()))
+    if idle:
+        facts.append(element("span", "steps without update (nothing to learn) ", element("b", f"{idle:,}")))
+    skipped = [value for value in run.metrics.get("num_skipped", ()) if math.isfinite(value)]
+    if skipped and skipped[-1]:
+        facts.append(element("span", "samples skipped ", element("b", format_number(skipped[-1]))))
+    return element("p", facts, class_="stage-facts")
+
+
+def _charts(run: RunData, *, anchor: str) -> list[Html]:
+    charts = []
+    for title, wanted, note in _LINE_CHARTS:
+        names = [name for want in wanted for name in run.metrics if name == want or _is_in_family(name, want)]
+        series = [_series(name, run, index) for index, name in enumerate(names)]
+        if series and run.steps:
+            charts.append(line_chart(title, run.steps, series, note=note))
+    phases = [name for name in run.metrics if name.startswith("seconds/")]
+    if phases and run.steps:
+        parts = [
+            Series(name.removeprefix("seconds/"), run.metrics[name], index % NUM_STYLES)
+            for index, name in enumerate(phases)
+        ]
+        charts.append(
+            stacked_chart("Seconds a step by phase", run.steps, parts, note="stacked", prefix=f"{anchor}-phase")
+        )
+    return charts
+
+
+def _is_in_family(name: str, wanted: str) -> bool:
+    return wanted.endswith("/") and name.startswith(wanted)
+
+
+def _series(name: str, run: RunData, index: int) -> Series:
+    label = _LABELS.get(name, name.split("/", 1)[-1] if "/" in name else "value")
+    dash = index % NUM_STYLES
+    style = (index + 1) % NUM_STYLES
+    if name.startswith("key_token_ratio"):  # signals look as in the responses
+        style = dash = KNOWN_SIGNALS.index(label) if label in KNOWN_SIGNALS else 3 + index % 3
+    return Series(label.replace("_", " "), run.metrics[name], style, dash)
+
+
+def _options(titles: Sequence[str], runs: Sequence[RunData]) -> Html | None:
+    """All options by section, one column per run; what differs from the default is marked."""
+    if not any(run.config for run in runs):
+        return None
+    defaults = {name: _plain(values) for name, values in dataclasses.asdict(Config()).items()}
+    tables = []
+    for section in dict.fromkeys(name for run in runs for name in run.config):
+        names = dict.fromkeys(name for run in runs for name in run.config.get(section, {}))
+        rows, num_changed = [], 0
+        for name in names:
+            cells = []
+            for run in runs:
+                value = run.option(section, name)
+                is_changed = name in defaults.get(section, {}) and value != defaults[section][name]
+                num_changed += is_changed and bool(run.config)
+                text = _option_text(value) if run.config else "-"
+                cells.append(
+                    element("td", f"{text} *" if is_changed else text, class_="changed" if is_changed else None)
+                )
+            rows.append(element("tr", element("th", name, scope="row"), cells))
+        head = element("tr", element("td"), [element("th", title, scope="col") for title in titles])
+        table = element("table", element("thead", head), element("tbody", rows), class_="config")
+        summary = element("summary", f"{section} ({len(names)} options, {num_changed} changed)")
+        tables.append(element("details", summary, element("div", table, class_="scroll")))
+    note = element("p", "Values that differ from the default have a star.", class_="note")
+    return element("section", element("h2", "Configuration"), note, tables, id="configuration")
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def _option_text(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value)
+
+
+def _default_title(run: RunData) -> str:
+    objective = run.option("objective", "objective")
+    return OBJECTIVE_TITLES.get(str(objective), run.path.name) if objective else run.path.name
+
+
+def _decoder(run: RunData, *, model: Path | str | None) -> Decode | None:
+    """The tokenizer's decode; a ``model`` given must have one, others are tried."""
+    if model is not None:
+        if not Path(model).is_dir():
+            raise UserError(f"--model {model} is not a directory")
+        return load_tokenizer(model).decode
+    for candidate in (run.path / "export", run.option("model", "model")):
+        if candidate and Path(candidate).is_dir():
+            try:
+                return load_tokenizer(candidate).decode
+            except UserError as error:
+                _log.warning("report: %s", error)
+    return None
+
+
+def _navigation(links: Sequence[tuple[str, str]]) -> Html:
+    items = [
+        element("li", element("a", text, href=f"#{anchor}"))
+        for anchor, text in (*links, ("configuration", "Configuration"))
+    ]
+    return element("nav", element("ul", items), aria_label="Sections")
+
+
+def _page(title: str, body: Sequence[Html]) -> str:
+    head = [
+        element("meta", charset="utf-8"),
+        element("meta", http_equiv="Content-Security-Policy", content=_CONTENT_POLICY),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("title", title),
+        Html(f"<style>{STYLE}</style>"),
+    ]
+    return f'<!DOCTYPE html>\n<html lang="en"><head>{join(head)}</head>\n<body>{join(body)}</body></html>\n'
+
+
+def _write(path: Path, page: str) -> int:
+    content = page.encode("utf-8")
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content)
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"--out {path} cannot be written: {error.strerror or error}") from error
+    return len(content)

@@ -1,0 +1,228 @@
+"""What a run directory holds, read and checked for the report: config, metrics by step, recorded rollouts.
+
+    run_dir/config.yaml                          the resolved options
+    run_dir/metrics.jsonl                        one object per step
+    run_dir/rollouts/step_XXXXXXXX.jsonl         groups of one step, as ``rollout/replay.py`` writes them
+
+A run that is still going may end in half a line; that line is left out, any other damage is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_ktr.data.records import Record, check_record
+from megatron_ktr.errors import UserError
+
+_STEP_FILE = re.compile(r"step_(\d+)\.jsonl")
+
+
+@dataclass(frozen=True)
+class RecordedResponse:
+    """One response with what was logged about its tokens; every tuple has ``token_ids``' length or is empty."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    rewards: Mapping[str, float]
+    is_finished: bool = True
+    is_key_token: tuple[bool, ...] = ()
+    is_selected: Mapping[str, tuple[bool, ...]] = field(default_factory=dict)
+    """By signal; empty where no signals choose and every token carries the loss, or none were logged."""
+    policy_logprobs: tuple[float, ...] = ()
+    sampler_logprobs: tuple[float, ...] = ()
+
+    @property
+    def reward(self) -> float:
+        return sum(self.rewards.values())
+
+    def signals_of(self, index: int) -> tuple[str, ...]:
+        """Signals that selected token ``index``."""
+        return tuple(name for name, marks in self.is_selected.items() if marks[index])
+
+
+@dataclass(frozen=True)
+class RecordedGroup:
+    """A question and its responses at one step."""
+
+    step: int
+    record: Record
+    responses: tuple[RecordedResponse, ...]
+
+    @property
+    def has_unequal_rewards(self) -> bool:
+        """Whether the group teaches anything: group-relative advantages are zero where all rewards are equal."""
+        return len({response.reward for response in self.responses}) > 1
+
+
+@dataclass(frozen=True)
+class RunData:
+    """One run directory."""
+
+    path: Path
+    config: Mapping[str, Mapping[str, Any]]
+    """Sections of options; empty without config.yaml."""
+    steps: tuple[int, ...]
+    metrics: Mapping[str, tuple[float, ...]]
+    """Values by name over ``steps``; NaN where a step did not log the name."""
+    rollout_files: tuple[tuple[int, Path], ...]
+    """(step, file), by step."""
+
+    def option(self, section: str, name: str) -> Any:
+        return self.config.get(section, {}).get(name)
+
+    def groups_of(self, step: int) -> list[RecordedGroup]:
+        """The groups recorded at ``step``."""
+        return [group for at, path in self.rollout_files if at == step for group in _read_groups(path, step=at)]
+
+
+def read_run(run_dir: Path | str) -> RunData:
+    """Reads everything but the rollouts, which are read when asked for.
+
+    Raises:
+        UserError: no run directory, or a file in it is damaged; names file and line.
+    """
+    run_dir = Path(run_dir)
+    if not run_dir.is_dir():
+        raise UserError(f"--run-dir {run_dir} is not a directory")
+    if not (run_dir / "metrics.jsonl").is_file():
+        raise UserError(f"--run-dir {run_dir} has no metrics.jsonl: expected the --run-dir of a training run")
+    by_step: dict[int, Mapping[str, float]] = {}
+    for line, values in _read_lines(run_dir / "metrics.jsonl"):
+        step = values.get("step")
+        numbers = {name: value for name, value in values.items() if name != "step"}
+        if not _is_whole(step) or not all(_is_number(value) for value in numbers.values()):
+            raise UserError(f"{run_dir / 'metrics.jsonl'}, line {line}: expected a whole 'step' and numbers")
+        by_step[step] = numbers
+    steps = tuple(sorted(by_step))
+    names = dict.fromkeys(name for step in steps for name in by_step[step])
+    found = [
+        (int(match[1]), path)
+        for path in (run_dir / "rollouts").glob("step_*.jsonl")
+        if (match := _STEP_FILE.fullmatch(path.name))
+    ]
+    return RunData(
+        path=run_dir,
+        config=_read_config(run_dir / "config.yaml"),
+        steps=steps,
+        metrics={name: tuple(float(by_step[step].get(name, math.nan)) for step in steps) for name in names},
+        rollout_files=tuple(sorted(found)),
+    )
+
+
+def choose_groups(run: RunData, *, max_groups: int) -> list[RecordedGroup]:
+    """Up to ``max_groups`` groups to show: half of the first recorded step, half of the last, to be compared.
+
+    Within a step those with unequal rewards come first (they teach), and kinds of questions take turns.
+    """
+    if not run.rollout_files or max_groups < 1:
+        return []
+    first, last = run.rollout_files[0][0], run.rollout_files[-1][0]
+    of_last = _varied(run.groups_of(last))
+    if first == last:
+        return of_last[:max_groups]
+    of_first = _varied(run.groups_of(first))
+    num_last = min(len(of_last), max(max_groups - min(len(of_first), max_groups // 2), 0))
+    return of_first[: max_groups - num_last] + of_last[:num_last]
+
+
+def _varied(groups: Sequence[RecordedGroup]) -> list[RecordedGroup]:
+    taken: dict[tuple[bool, str], int] = {}
+    keyed = []
+    for position, group in enumerate(groups):
+        kind = (not group.has_unequal_rewards, str(group.record.get("task") or group.record["problem_type"]))
+        taken[kind] = taken.get(kind, 0) + 1
+        keyed.append(((kind[0], taken[kind], position), group))
+    return [group for _, group in sorted(keyed, key=lambda item: item[0])]
+
+
+def _read_groups(path: Path, *, step: int) -> list[RecordedGroup]:
+    groups = []
+    for line, values in _read_lines(path):
+        try:
+            record = check_record(values, number=line, needs_solution=False)
+            responses = record.pop("responses", None)
+            if not isinstance(responses, list) or not all(isinstance(item, dict) for item in responses):
+                raise ValueError("expected a list of objects in 'responses'")
+            groups.append(RecordedGroup(step, record, tuple(_read_response(item) for item in responses)))
+        except ValueError as error:
+            raise UserError(f"{path}, line {line}: {error}") from error
+    return groups
+
+
+def _read_response(item: Mapping[str, Any]) -> RecordedResponse:
+    token_ids, rewards = item.get("token_ids", []), item.get("rewards", {})
+    if not isinstance(token_ids, list) or not all(_is_whole(token) and token >= 0 for token in token_ids):
+        raise ValueError("expected token_ids to be a list of whole numbers")
+    if not isinstance(rewards, dict) or not all(_is_number(value) for value in rewards.values()):
+        raise ValueError("expected rewards to be an object of numbers")
+    selected = item.get("is_selected", {})
+    if not isinstance(selected, dict):
+        raise ValueError("expected is_selected to be an object of lists")
+    num_tokens = len(token_ids)
+    return RecordedResponse(
+        text=str(item.get("text", "")),
+        token_ids=tuple(token_ids),
+        rewards={str(name): float(value) for name, value in rewards.items()},
+        is_finished=bool(item.get("is_finished", True)),
+        is_key_token=tuple(map(bool, _numbers(item, "is_key_token", num_tokens))),
+        is_selected={str(name): tuple(map(bool, _numbers(selected, name, num_tokens))) for name in selected},
+        policy_logprobs=tuple(map(float, _numbers(item, "policy_logprobs", num_tokens))),
+        sampler_logprobs=tuple(map(float, _numbers(item, "logprobs", num_tokens))),
+    )
+
+
+def _numbers(item: Mapping[str, Any], name: str, num_tokens: int) -> list[float]:
+    values = item.get(name)
+    if values is None or values == []:
+        return []
+    if not isinstance(values, list) or len(values) != num_tokens or not all(_is_number(value) for value in values):
+        raise ValueError(f"expected {name} to be a list of {num_tokens} numbers, one per token")
+    return values
+
+
+def _read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number from 1, object) of each line; half a line at the end is not there yet."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: JSON text may contain U+2028
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+        except ValueError as error:
+            if number == len(lines):
+                return
+            raise UserError(f"{path}, line {number} is not valid JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise UserError(f"{path}, line {number}: expected an object, got {type(values).__name__}")
+        yield number, values
+
+
+def _read_config(path: Path) -> dict[str, dict[str, Any]]:
+    if not path.is_file():
+        return {}
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict) or not all(isinstance(section, dict) for section in content.values()):
+        raise UserError(f"{path}: expected sections of options")
+    return content
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)

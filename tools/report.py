@@ -1,0 +1,92 @@
+"""One HTML page about one or more training runs: curves, rollouts with their key tokens and frames, options.
+
+    python tools/report.py --run-dir runs/quickstart/sft runs/quickstart/ktr --summary runs/quickstart/summary.json
+
+The page holds everything itself (no network, no scripts) and is written to report.html in the last run directory
+unless --out names a file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+# `python tools/X.py` puts tools/ on the path, not the repository.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_ktr.errors import UserError, run_cli  # noqa: E402
+from megatron_ktr.report.html import write_report  # noqa: E402
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports bad flags like every other user error: one line."""
+
+    def error(self, message: str) -> None:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--run-dir", type=Path, nargs="+", required=True, metavar="DIR", help="run directories, in the page's order"
+    )
+    parser.add_argument("--title", nargs="+", default=[], metavar="TEXT", help="one per run (default: its objective)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="page to write (default: report.html in the last run)")
+    parser.add_argument(
+        "--summary", type=Path, metavar="FILE", help="headline numbers (default: the runs' summary.json)"
+    )
+    parser.add_argument(
+        "--media-root", type=Path, metavar="DIR", help="directory of the media (default: as in the run)"
+    )
+    parser.add_argument("--model", type=Path, metavar="DIR", help="model whose tokenizer made the responses")
+    parser.add_argument("--max-groups", type=int, default=4, metavar="N", help="questions to show per run (4)")
+    parser.add_argument("--max-frames", type=int, default=16, metavar="N", help="pictures to show per video (16)")
+    parser.add_argument("--json", action="store_true", help="say what was written as one JSON object")
+    return parser.parse_args(argv)
+
+
+def read_summary(path: Path | None, run_dirs: list[Path]) -> dict | None:
+    """The object in ``path``, or in the first run directory that has a summary.json; None without one."""
+    if path is None:
+        path = next((run_dir / "summary.json" for run_dir in run_dirs if (run_dir / "summary.json").is_file()), None)
+    if path is None:
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--summary {path} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"--summary {path}: expected one JSON object, got {type(content).__name__}")
+    return content
+
+
+def main() -> int:
+    options = parse_arguments()
+    if options.title and len(options.title) != len(options.run_dir):
+        raise UserError(f"--title: {len(options.title)} titles for {len(options.run_dir)} run directories")
+    titles = options.title or [None] * len(options.run_dir)
+    written = write_report(
+        list(zip(titles, options.run_dir, strict=True)),
+        out=options.out or options.run_dir[-1] / "report.html",
+        summary=read_summary(options.summary, options.run_dir),
+        media_root=options.media_root,
+        model=options.model,
+        max_groups=options.max_groups,
+        max_frames=options.max_frames,
+    )
+    if options.json:
+        print(json.dumps(dataclasses.asdict(written)))
+        return 0
+    for stage in written.stages:
+        print(f"{stage.title}: {stage.num_steps} steps, {stage.num_groups} questions, {stage.num_frames} frames")
+        for note in stage.notes:
+            print(f"  {note}")
+    print(f"wrote {written.out} ({written.num_bytes / 1e6:.1f} MB)")
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)
