@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ from torch import Tensor
 
 from megatron_ktr.distributed.groups import ParallelGroups, ParallelSizes
 from megatron_ktr.types import RolloutGroup
+from tests.support.layouts import FULL, LAYOUTS, OVERLAPPED, SMALL, Layout, sizes_of
 from tests.support.parity import max_relative_difference
 from tests.support.ranks import RankContext, RankPool
-from tests.support.steps import DISTRIBUTED_SGD, StepDifference, StepRecord, compare_steps, example_groups, run_steps
+from tests.support.steps import StepDifference, StepRecord, compare_steps, example_groups, run_steps
 from tests.support.tiny import save_tiny_hf
 
 LOSS_TOLERANCE = 2e-6
@@ -55,66 +56,6 @@ class Case:
     @property
     def masks(self) -> list[dict[str, dict[str, Tensor]]]:
         return [record.chosen for record in self.expected]
-
-
-@dataclass(frozen=True)
-class Layout:
-    name: str
-    sizes: ParallelSizes = field(default_factory=ParallelSizes)
-    values: dict[str, Any] = field(default_factory=dict)
-    case: str = "untied"
-    bucket_size: int | None = None
-
-
-def _sizes(tensor: int = 1, pipeline: int = 1, *, sp: bool = False, vpp: int | None = None) -> ParallelSizes:
-    return ParallelSizes(tensor=tensor, pipeline=pipeline, sequence_parallel=sp, virtual_pipeline=vpp)
-
-
-DISTRIBUTED = DISTRIBUTED_SGD
-OVERLAPPED = {**DISTRIBUTED_SGD, "overlap_grad_reduce": True, "overlap_param_gather": True}
-FULL = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
-SMALL = 10_000
-"""Elements of a bucket: about ten buckets, so that their order matters."""
-
-LAYOUTS: dict[int, list[Layout]] = {
-    1: [
-        Layout("two groups per micro-batch", values=dict(micro_batch_groups=2)),
-        Layout("all groups in one micro-batch, tied", values=dict(micro_batch_groups=4), case="tied, clipped"),
-        Layout("full recomputation", values=FULL),
-        Layout("selective recomputation", values=dict(recompute_granularity="selective")),
-        Layout("distributed optimizer", values=DISTRIBUTED, case="tied, clipped"),
-    ],
-    2: [
-        Layout("tp2", _sizes(2)),
-        Layout("tp2, tied", _sizes(2), case="tied, clipped"),
-        Layout("tp2 sp", _sizes(2, sp=True)),
-        Layout("tp2 sp full recomputation, tied", _sizes(2, sp=True), FULL, case="tied, clipped"),
-        Layout("pp2", _sizes(1, 2)),
-        Layout("pp2, tied", _sizes(1, 2), case="tied, clipped"),
-        Layout("pp2 two groups per micro-batch", _sizes(1, 2), dict(micro_batch_groups=2)),
-        Layout("pp2 vpp2, tied", _sizes(1, 2, vpp=2), case="tied, clipped"),
-        Layout("pp2 vpp2 full recomputation", _sizes(1, 2, vpp=2), FULL),
-        Layout("dp2", values=dict(micro_batch_groups=2)),
-        Layout("dp2 overlapped reduction, tied", values=dict(overlap_grad_reduce=True), case="tied, clipped"),
-        Layout("dp2 distributed", values=DISTRIBUTED, case="tied, clipped"),
-        Layout("dp2 distributed overlapped", values=OVERLAPPED, bucket_size=SMALL),
-        Layout("dp2 distributed overlapped, tied", values=OVERLAPPED, case="tied, clipped", bucket_size=SMALL),
-    ],
-    4: [
-        Layout("tp4", _sizes(4)),
-        Layout("tp4 sp, tied", _sizes(4, sp=True), case="tied, clipped"),
-        Layout("pp4, tied", _sizes(1, 4), case="tied, clipped"),
-        Layout("tp2 pp2", _sizes(2, 2)),
-        Layout("tp2 pp2 vpp2 sp, tied", _sizes(2, 2, sp=True, vpp=2), case="tied, clipped"),
-        Layout("tp2 dp2 sp", _sizes(2, sp=True)),
-        Layout("tp2 dp2 sp distributed overlapped, tied", _sizes(2, sp=True), OVERLAPPED, "tied, clipped", SMALL),
-        Layout("pp2 dp2, tied", _sizes(1, 2), dict(overlap_grad_reduce=True), "tied, clipped", SMALL),
-        Layout("pp2 dp2 distributed overlapped", _sizes(1, 2), OVERLAPPED, bucket_size=SMALL),
-        Layout("pp2 vpp2 dp2 distributed overlapped", _sizes(1, 2, vpp=2), OVERLAPPED, bucket_size=SMALL),
-        Layout("dp4, tied", case="tied, clipped"),
-        Layout("dp4 distributed overlapped", values=OVERLAPPED, bucket_size=SMALL),
-    ],
-}
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +159,7 @@ def test_two_updates_with_token_mean_are_the_same_in_layouts(ranks: RankPool, ca
     expected = ranks(run_in_layout, 1, **_run_options(cases["untied"], values, masked=True))[0]
     assert len(expected[0].updates) == 2
     # The second update finds its weights gathered by nobody but its own forward.
-    for sizes, layout in ((_sizes(1, 2), {}), (_sizes(2, sp=True), {}), (_sizes(1, 2), OVERLAPPED)):
+    for sizes, layout in ((sizes_of(1, 2), {}), (sizes_of(2, sp=True), {}), (sizes_of(1, 2), OVERLAPPED)):
         options = _run_options(cases["untied"], {**values, **layout}, masked=True, sizes=sizes)
         for records in ranks(run_in_layout, 4, **options, bucket_size=SMALL):
             _assert_small(f"{sizes} {layout}", compare_steps(records, expected, initial=cases["untied"].initial))
@@ -257,7 +198,7 @@ def test_equal_rewards_everywhere_leave_every_bit_of_the_weights(
     case = cases["untied"]
     groups = _equal_rewards(example_groups(*GROUPS))
     values = {**ADAM, "length_bonus": length_bonus, "use_distributed_optimizer": True, "overlap_grad_reduce": True}
-    for sizes in (ParallelSizes(), _sizes(1, 2)):
+    for sizes in (ParallelSizes(), sizes_of(1, 2)):
         options = {**_run_options(case, values, sizes=sizes), "rollout_groups": groups, "num_steps": 2}
         for records in ranks(run_in_layout, 2, **options):
             for record in records:
@@ -321,18 +262,18 @@ def test_frozen_parts_keep_every_bit_and_the_rest_trains_as_before(
     runs = {
         1: [(freeze, ParallelSizes(), {}, "untied") for freeze in FREEZES],
         2: [
-            (("language",), _sizes(1, 2), {}, "untied"),
-            (("language",), _sizes(1, 2), {}, "tied, clipped"),
-            (("language",), _sizes(1, 2, vpp=2), FULL, "untied"),
-            (("vision", "merger"), _sizes(1, 2), {}, "tied, clipped"),
-            (("language",), _sizes(2, sp=True), FULL, "untied"),
+            (("language",), sizes_of(1, 2), {}, "untied"),
+            (("language",), sizes_of(1, 2), {}, "tied, clipped"),
+            (("language",), sizes_of(1, 2, vpp=2), FULL, "untied"),
+            (("vision", "merger"), sizes_of(1, 2), {}, "tied, clipped"),
+            (("language",), sizes_of(2, sp=True), FULL, "untied"),
             (("language",), ParallelSizes(), OVERLAPPED, "untied"),
             (("vision", "merger"), ParallelSizes(), OVERLAPPED, "tied, clipped"),
         ],
         4: [
-            (("language",), _sizes(1, 2), OVERLAPPED, "untied"),
-            (("merger",), _sizes(1, 2), OVERLAPPED, "tied, clipped"),
-            (("vision", "language"), _sizes(2, 2, sp=True), {}, "untied"),
+            (("language",), sizes_of(1, 2), OVERLAPPED, "untied"),
+            (("merger",), sizes_of(1, 2), OVERLAPPED, "tied, clipped"),
+            (("vision", "language"), sizes_of(2, 2, sp=True), {}, "untied"),
         ],
     }[world_size]
     for freeze, sizes, values, name in runs:
@@ -368,7 +309,7 @@ def _assert_moved(moved: dict[str, Tensor], steps: dict[str, Tensor]) -> None:
 
 def test_vision_learning_rate_is_the_vision_encoders_alone(ranks: RankPool, cases: dict[str, Case]) -> None:
     case = cases["untied"]
-    options = _run_options(case, dict(vision_lr=0.03), sizes=_sizes(1, 2), masked=True)
+    options = _run_options(case, dict(vision_lr=0.03), sizes=sizes_of(1, 2), masked=True)
     for records in ranks(run_in_layout, 2, **options):
         moved = {name: weight - case.initial[name] for name, weight in records[0].weights.items()}
         rates = {name: 0.1 if _part(name) == "language" else 0.03 for name in moved}
@@ -380,7 +321,7 @@ def test_vision_learning_rate_is_the_vision_encoders_alone(ranks: RankPool, case
 # Lower precision
 
 
-@pytest.mark.parametrize("sizes", [ParallelSizes(), _sizes(2, 2, sp=True)], ids=["one rank", "tp2 pp2 sp"])
+@pytest.mark.parametrize("sizes", [ParallelSizes(), sizes_of(2, 2, sp=True)], ids=["one rank", "tp2 pp2 sp"])
 def test_bf16_step_stays_near_fp32_and_keeps_gradients_in_fp32(
     ranks: RankPool, cases: dict[str, Case], sizes: ParallelSizes
 ) -> None:

@@ -1,0 +1,366 @@
+"""Whole Video-KTR updates against an independent implementation on Hugging Face's logits.
+
+Ours goes through Trainer and Policy: packed groups, three views, one vocabulary pass, megatron-core's backward. The
+other side runs every response of every view as a sequence of its own through transformers and applies the formulas
+naively (``reference_ktr.py``): full logits, Python loops. What both share are the random inputs, M-RoPE positions
+(proven in ``test_mrope.py``) and the drawn frame orders.
+
+Scores are compared with tolerances, masks outside a band around the threshold, loss and gradients with our masks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import Qwen2_5_VLForConditionalGeneration as HFModel
+
+from megatron_ktr.attribution.counterfactuals import draw_permutations
+from megatron_ktr.distributed.groups import ParallelGroups
+from megatron_ktr.types import RolloutGroup, VisualInput
+from models.qwen2_5_vl.config import Qwen2_5_VLConfig
+from models.qwen2_5_vl.mrope import mrope_positions
+from tests.support.parity import max_relative_difference
+from tests.support.reference_ktr import (
+    ReferenceResponse,
+    ReferenceUpdate,
+    predicting_logits,
+    reference_update,
+    token_logprobs,
+)
+from tests.support.steps import StepRecord, example_groups, run_steps
+from tests.support.tiny import IMAGE_TOKEN_ID, VIDEO_TOKEN_ID, save_tiny_hf
+
+SCORE_TOLERANCE = 2e-5
+"""Log-probs agree to 1e-5 (``test_hf_parity.py``); a shift is a difference of two."""
+BAND = 2e-5
+"""Scores this near the threshold may fall on either side of it."""
+LOSS_TOLERANCE = 1e-5
+"""A mean of terms whose log-probs agree to 1e-5; 2e-6 seen."""
+GRADIENT_TOLERANCE = 1e-4
+"""Relative per tensor, as for plain log-probs."""
+
+NAMES = ("mixed", "text", "long video", "image", "even")
+LR = 0.1
+FIELDS = {"entropy": "entropy_R", "visual": "hidden_logprob_R", "temporal": "shuffled_logprob_R"}
+ALL = ("entropy", "visual", "temporal")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Our options, and the same in the words of ``reference_update``."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    reference: dict[str, Any] = field(default_factory=dict)
+    timing: float | None = None
+    """Seconds per grid of all scoring passes; None: the videos' own."""
+
+
+_BONUS = dict(length_bonus=0.4, length_bonus_min=2, length_bonus_max=4)
+VARIANTS = {
+    "sequence mean, KL to another reference": Variant(),
+    "no KL": Variant(dict(kl_beta=0.0), dict(kl_beta=0.0)),
+    "temperature": Variant(dict(temperature=0.7), dict(temperature=0.7)),
+    "visual and temporal, own ratios, absolute": Variant(
+        dict(signals=("visual", "temporal"), selection_ratio=(0.5, 0.2), shift="absolute"),
+        dict(signals=("visual", "temporal"), ratios={"visual": 0.5, "temporal": 0.2}, shift="absolute"),
+    ),
+    "shuffled temporal patches": Variant(dict(shuffle_unit="temporal_patch")),
+    "length bonus": Variant(_BONUS, dict(length_bonus=(0.4, 2, 4))),
+    "token mean": Variant(dict(loss_aggregation="token"), dict(aggregation="token")),
+    "token mean, length bonus, temperature": Variant(
+        dict(loss_aggregation="token", temperature=1.3, **_BONUS),
+        dict(aggregation="token", temperature=1.3, length_bonus=(0.4, 2, 4)),
+    ),
+    "grpo": Variant(dict(objective="grpo"), dict(signals=())),
+    "grpo, token mean": Variant(
+        dict(objective="grpo", loss_aggregation="token"), dict(signals=(), aggregation="token")
+    ),
+    "original: scores without timing, bonus on key tokens": Variant(
+        dict(original_compat=True, selection_ratio=(0.7,), **_BONUS),
+        dict(original_compat=True, ratios=0.7, length_bonus=(0.4, 2, 4)),
+        timing=1.0,
+    ),
+    "original: a response without key tokens": Variant(
+        dict(original_compat=True, selection_ratio=(0.1,)), dict(original_compat=True, ratios=0.1), timing=1.0
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Models:
+    policy: HFModel
+    reference: HFModel
+    policy_dir: Path
+    reference_dir: Path
+    config: Qwen2_5_VLConfig
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    policy_dir, reference_dir = tmp_path_factory.mktemp("policy"), tmp_path_factory.mktemp("reference")
+    policy, reference = save_tiny_hf(policy_dir), save_tiny_hf(reference_dir, seed=7)
+    return Models(policy, reference, policy_dir, reference_dir, Qwen2_5_VLConfig.from_hf(policy_dir))
+
+
+# Hugging Face's side: one sequence per response and view
+
+
+def _patches(frames_FCHW: Tensor) -> Tensor:
+    """Patches by loops, in the order transformers wants: blocks of 2 x 2 patches together, an odd frame repeated."""
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None, None]
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None, None]
+    pixels = frames_FCHW.float().transpose(0, 1) / 255
+    if pixels.shape[1] % 2:
+        pixels = torch.cat([pixels, pixels[:, -1:]], dim=1)
+    pixels = (pixels - mean) / std
+    _, num_frames, height, width = pixels.shape
+    return torch.stack(
+        [
+            pixels[:, f : f + 2, y + dy : y + dy + 14, x + dx : x + dx + 14].flatten()
+            for f in range(0, num_frames, 2)
+            for y in range(0, height, 28)
+            for x in range(0, width, 28)
+            for dy in (0, 14)
+            for dx in (0, 14)
+        ]
+    )
+
+
+def _logits(
+    model: HFModel, group: RolloutGroup, media: Sequence[VisualInput], *, config: Qwen2_5_VLConfig, timing: float | None
+) -> list[Tensor]:
+    """Logits that predict each response's tokens, given ``media`` (none: without visual tokens in the prompt)."""
+    prompt = [t for t in group.prompt.token_ids if media or t not in (IMAGE_TOKEN_ID, VIDEO_TOKEN_ID)]
+    positions_3P, next_position = mrope_positions(
+        prompt,
+        grid_thw=[medium.grid_thw for medium in media],
+        kinds=[medium.kind for medium in media],
+        seconds_per_grid=[timing or medium.seconds_per_grid for medium in media],
+        config=config,
+    )
+    inputs: dict[str, Tensor] = {}
+    for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+        if chosen := [medium for medium in media if medium.kind == kind]:
+            inputs[name] = torch.cat([_patches(medium.frames_FCHW) for medium in chosen])
+            inputs[f"{kind}_grid_thw"] = torch.tensor([medium.grid_thw for medium in chosen])
+    found = []
+    for rollout in group.rollouts:
+        response_3N = (next_position + torch.arange(len(rollout.token_ids))).expand(3, -1)
+        logits = model(
+            input_ids=torch.tensor([[*prompt, *rollout.token_ids]]),
+            position_ids=torch.cat([positions_3P, response_3N], dim=1)[:, None],
+            use_cache=False,
+            **inputs,
+        ).logits[0]
+        found.append(predicting_logits(logits, prompt_length=len(prompt)))
+    return found
+
+
+def _responses(
+    models: Models, groups: Sequence[RolloutGroup], *, unit: str = "frame", timing: float | None = None
+) -> list[list[ReferenceResponse]]:
+    """Everything the formulas ask for, without gradient."""
+    found = []
+    with torch.no_grad():
+        for group in groups:
+            media = group.prompt.media
+            options = dict(config=models.config, timing=timing)
+            views = dict(
+                intact=_logits(models.policy, group, media, **options),
+                reference=_logits(models.reference, group, media, **options),
+            )
+            if media:
+                views["hidden"] = _logits(models.policy, group, (), **options)
+            orders = draw_permutations(group.prompt, unit=unit, seed=0, step=0)
+            if any(order is not None for order in orders):
+                shuffled = [
+                    medium if order is None else dataclasses.replace(medium, frames_FCHW=medium.frames_FCHW[order])
+                    for medium, order in zip(media, orders, strict=True)
+                ]
+                views["shuffled"] = _logits(models.policy, group, shuffled, **options)
+            found.append(
+                [
+                    ReferenceResponse(
+                        rollout.token_ids,
+                        reward=rollout.reward,
+                        accuracy=rollout.rewards["accuracy"],
+                        **{view: logits[index] for view, logits in views.items()},
+                    )
+                    for index, rollout in enumerate(group.rollouts)
+                ]
+            )
+    return found
+
+
+def _with_gradient(
+    model: HFModel, config: Qwen2_5_VLConfig, groups: Sequence[RolloutGroup], responses: list, *, old: bool = False
+) -> list[list[ReferenceResponse]]:
+    """The responses with differentiable intact logits; ``old``: their present ones become the old policy's."""
+    found = []
+    for group, known in zip(groups, responses, strict=True):
+        logits = _logits(model, group, group.prompt.media, config=config, timing=None)
+        found.append(
+            [
+                dataclasses.replace(response, intact=fresh, old_policy=response.intact if old else None)
+                for response, fresh in zip(known, logits, strict=True)
+            ]
+        )
+    return found
+
+
+def _gradients(model: HFModel, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    gradients = {_published(name): parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    return gradients
+
+
+def _published(name: str) -> str:
+    return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+
+
+# The comparison
+
+
+def _masks(record: StepRecord) -> list[list[Tensor]]:
+    return [[torch.tensor(response) for response in record.key_tokens[name]] for name in NAMES]
+
+
+def _ours(models: Models, parallel: ParallelGroups, values: Mapping[str, Any]) -> StepRecord:
+    return run_steps(
+        parallel,
+        hf_dir=models.policy_dir,
+        reference_dir=models.reference_dir,
+        rollout_groups=example_groups(*NAMES),
+        values={"lr": LR, **values},
+    )[0]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_update_equals_the_independent_one(models: Models, one_rank: ParallelGroups, name: str) -> None:
+    variant = VARIANTS[name]
+    groups = example_groups(*NAMES)
+    options = {"ratios": 0.3, **variant.reference}
+    ours = _ours(models, one_rank, variant.values)
+    responses = _responses(models, groups, unit=variant.values.get("shuffle_unit", "frame"), timing=variant.timing)
+    scored = reference_update(responses, **options)
+    if options.get("signals", ALL):
+        _assert_scores(ours, scored, temperature=options.get("temperature", 1.0), responses=responses)
+        _assert_masks(ours, scored, ratios=options["ratios"])
+    masks = _masks(ours)
+    expected = reference_update(_with_gradient(models.policy, models.config, groups, responses), masks=masks, **options)
+    (update,) = ours.updates
+    if "without key tokens" in name:
+        assert any(not mask.any() for group in masks for mask in group)
+        assert torch.isnan(expected.loss) and update.loss != update.loss
+        return
+    assert update.loss == pytest.approx(float(expected.loss), abs=LOSS_TOLERANCE)
+    if options.get("kl_beta", 0.04):
+        assert ours.values["kl"] == pytest.approx(expected.kl_mean, abs=LOSS_TOLERANCE)
+    tokens = torch.cat([mask for group in masks for mask in group])
+    assert ours.values["key_token_ratio"] == pytest.approx(float(tokens.float().mean()), abs=1e-6)
+    gradients = _gradients(models.policy, expected.loss)
+    assert max_relative_difference(update.gradients, gradients) <= GRADIENT_TOLERANCE
+
+
+def _assert_scores(
+    ours: StepRecord, scored: ReferenceUpdate, *, temperature: float, responses: list[list[ReferenceResponse]]
+) -> None:
+    for group_name, group, by_signal in zip(NAMES, responses, scored.scores, strict=True):
+        mine = ours.scores[group_name]
+        logprobs = [token_logprobs(r.intact, r.token_ids, temperature=temperature) for r in group]
+        assert torch.allclose(mine["policy_logprob_R"], torch.cat(logprobs), rtol=0, atol=SCORE_TOLERANCE)
+        for signal, values in by_signal.items():
+            if values[0] is None:
+                continue
+            score_R = mine[FIELDS[signal]]
+            if signal != "entropy":
+                score_R = mine["policy_logprob_R"] - score_R
+                theirs = torch.cat(values)
+                # Signed and absolute shifts are compared by magnitude here, by selection below.
+                score_R = score_R.abs() if (theirs >= 0).all() else score_R
+            assert torch.allclose(score_R, torch.cat(values), rtol=0, atol=SCORE_TOLERANCE), (group_name, signal)
+
+
+def _assert_masks(ours: StepRecord, scored: ReferenceUpdate, *, ratios: float | Mapping[str, float]) -> None:
+    for group_name, by_signal, selected in zip(NAMES, scored.scores, scored.selected, strict=True):
+        for signal, values in by_signal.items():
+            mine_R, theirs_R = ours.chosen[group_name][signal], torch.cat(selected[signal])
+            if values[0] is None:
+                assert not mine_R.any()
+                continue
+            pooled = torch.cat(values)
+            ratio = ratios if isinstance(ratios, float) else ratios[signal]
+            is_clear = (pooled - torch.quantile(pooled, 1 - ratio)).abs() > BAND
+            assert torch.equal(mine_R[is_clear], theirs_R[is_clear]), (group_name, signal)
+            # The responses' first tokens share one predicting row, so up to three equal entropies lie in the band.
+            assert is_clear.float().mean() > 0.6, "too many scores are in the band"
+
+
+def test_timing_and_key_token_lengths_of_the_original_change_the_numbers(
+    models: Models, one_rank: ParallelGroups
+) -> None:
+    """Otherwise the variants above would agree whether they are served or ignored."""
+    original = VARIANTS["original: scores without timing, bonus on key tokens"].values
+    ours = _ours(models, one_rank, {**original, "original_compat": False})
+    theirs = _ours(models, one_rank, original)
+    difference = ours.scores["long video"]["policy_logprob_R"] - theirs.scores["long video"]["policy_logprob_R"]
+    assert float(difference.abs().max()) > 1e-2
+    assert ours.values["reward/length_bonus"] != theirs.values["reward/length_bonus"]
+    assert ours.values["response_length"] != theirs.values["response_length"]
+
+
+@pytest.mark.parametrize("aggregation", ["sequence", "token"])
+def test_second_update_on_the_same_rollouts_is_clipped_and_keeps_the_selection(
+    models: Models, one_rank: ParallelGroups, aggregation: str
+) -> None:
+    """The first update moves the weights by SGD; the second takes ratios to the first policy, clipped unevenly."""
+    rate, clip = 0.3, (0.05, 0.1)
+    values = dict(updates_per_rollout=2, lr=rate, clip_low=clip[0], clip_high=clip[1], loss_aggregation=aggregation)
+    ours = _ours(models, one_rank, values)
+    groups, masks = example_groups(*NAMES), _masks(ours)
+    responses = _responses(models, groups)
+    options = dict(ratios=0.3, clip=clip, aggregation=aggregation, masks=masks)
+
+    first = reference_update(_with_gradient(models.policy, models.config, groups, responses, old=True), **options)
+    gradients = _gradients(models.policy, first.loss)
+    moved = HFModel(models.policy.config).eval()
+    moved.load_state_dict(models.policy.state_dict())
+    with torch.no_grad():
+        for name, parameter in moved.named_parameters():
+            parameter -= rate * gradients[_published(name)]
+    again = _with_gradient(moved, models.config, groups, responses, old=True)
+    second = reference_update(again, **options)
+
+    assert len(ours.updates) == 2
+    for update, expected, model in zip(ours.updates, (first, second), (models.policy, moved), strict=True):
+        assert update.loss == pytest.approx(float(expected.loss), abs=LOSS_TOLERANCE)
+        found = gradients if model is models.policy else _gradients(moved, expected.loss)
+        assert max_relative_difference(update.gradients, found) <= GRADIENT_TOLERANCE
+    ratios, clipped = _clipped(again, masks, first.advantages, clip)
+    assert 0.1 < clipped < 0.9, "both clipped and free tokens are needed"
+    assert ours.values["clip_ratio"] == pytest.approx(clipped, abs=1e-6)
+    for bound in (1 - clip[0], 1 + clip[1]):
+        assert float((ratios - bound).abs().min()) > 1e-5, "a ratio at the bound could fall on either side"
+
+
+def _clipped(
+    responses: list[list[ReferenceResponse]], masks: list[list[Tensor]], advantages: list[list[float]], clip: tuple
+) -> tuple[Tensor, float]:
+    """Ratios of the key tokens, and the share of them whose gain is cut."""
+    ratios, cut = [], []
+    for group, keys, weights in zip(responses, masks, advantages, strict=True):
+        for response, is_key, advantage in zip(group, keys, weights, strict=True):
+            new, old = (token_logprobs(x, response.token_ids).detach() for x in (response.intact, response.old_policy))
+            for ratio in (new - old).exp()[is_key]:
+                ratios.append(ratio)
+                cut.append(advantage > 0 and ratio > 1 + clip[1] or advantage < 0 and ratio < 1 - clip[0])
+    return torch.stack(ratios), sum(map(bool, cut)) / len(cut)
