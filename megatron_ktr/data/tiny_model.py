@@ -13,6 +13,7 @@ import string
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_ktr.data.preprocess import CLIP_MEAN, CLIP_STD
 from megatron_ktr.errors import UserError
 
 SPECIAL_TOKENS = (
@@ -82,6 +83,10 @@ def save_tiny_model(
         "patch_size": 14,
         "temporal_patch_size": 2,
         "merge_size": 2,
+        # As in published checkpoints. HF has them as defaults, but vLLM normalises by what this file says: without
+        # them its encoder gets raw bytes, in silence.
+        "image_mean": CLIP_MEAN,
+        "image_std": CLIP_STD,
         **limits,
     }
     for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
@@ -142,6 +147,7 @@ def _save_tokenizer(directory: Path, corpus: Sequence[str]) -> dict[str, int]:
 def _save_model(directory: Path, token_ids: dict[str, int], *, seed: int, text: dict, vision: dict) -> None:
     import torch
     from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    from transformers.utils import logging
 
     head_size = text["hidden_size"] // text["num_attention_heads"]
     side = head_size // 2 * 3 // 8
@@ -182,6 +188,7 @@ def _save_model(directory: Path, token_ids: dict[str, int], *, seed: int, text: 
         vision_end_token_id=token_ids["<|vision_end|>"],
         tie_word_embeddings=False,
     )
+    logging.disable_progress_bar()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = Qwen2_5_VLForConditionalGeneration(config)

@@ -1,0 +1,104 @@
+"""What vLLM's CPU build needs before it can be imported and started inside our process.
+
+Four things, each of which stops or slows it otherwise:
+
+1. torchvision, which HF's video processors import, is a CUDA build on the public index: its native library does not
+   load beside a CPU torch, and its Python half then fails on operators that nobody declared.
+2. vLLM inspects a model class in a child process, which does not know of 1; registering the class itself avoids that.
+3. Four settings have environment variables only: the engine in this process, no thread pinning (it would pin the
+   trainer too), a quiet log.
+4. The sampler's small functions are compiled to C++ on first use: half a minute, for a model that needs milliseconds.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+"""Read by vLLM when it is imported. A value the user has set stays."""
+
+_TORCHVISION_SCHEMAS = {
+    "nms": "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+}
+_LIBRARIES: list[torch.library.Library] = []
+"""Kept alive: an operator disappears with the library object that declared it."""
+
+
+def make_torchvision_importable() -> None:
+    """Declares torchvision's operators where its own native library cannot; nothing happens where it can, or where
+    there is no torchvision. Call before the first import of torchvision, or of a transformers model, which imports it.
+
+    Declared operators have no implementation; what is plain torch inside torchvision, such as resizing, works.
+    """
+    spec = importlib.util.find_spec("torchvision")
+    if _LIBRARIES or spec is None or not spec.submodule_search_locations:
+        return
+    for native in Path(spec.submodule_search_locations[0]).glob("_C.*"):
+        try:
+            torch.ops.load_library(str(native))
+        except OSError:
+            continue
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name, schema in _TORCHVISION_SCHEMAS.items():
+        if not hasattr(torch.ops.torchvision, name):
+            library.define(schema)
+    _LIBRARIES.append(library)
+
+
+def start_vllm_on_cpu(model_dir: Path | str, *, kv_cache_bytes: int = 1 << 28, **options: Any) -> Any:
+    """A ``vllm.LLM`` in this process, in fp32, without compilation; ``options`` are its own and win.
+
+    ``kv_cache_bytes`` is allocated at once. vLLM's warm-up run is skipped, as its purpose is to find that number.
+    """
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    make_torchvision_importable()
+    import torch._dynamo
+
+    torch._dynamo.config.disable = True
+    from vllm import LLM, ModelRegistry
+    from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
+
+    ModelRegistry.register_model("Qwen2_5_VLForConditionalGeneration", Qwen2_5_VLForConditionalGeneration)
+    set_num_threads = torch.set_num_threads
+    try:
+        return LLM(
+            str(model_dir),
+            **{
+                "dtype": "float32",
+                "enforce_eager": True,
+                "kv_cache_memory_bytes": kv_cache_bytes,
+                "disable_log_stats": True,
+                # Normalise in HF's processor. Inside the model, its default, vLLM feeds raw bytes without a word where
+                # preprocessor_config.json leaves mean and deviation to HF's defaults.
+                "mm_device_do_normalize": False,
+                **options,
+            },
+        )
+    finally:
+        # vLLM replaces it by a function that only warns, for the whole process.
+        torch.set_num_threads = set_num_threads
+
+
+def stop_vllm_in_process(llm: Any) -> None:
+    """Ends an engine of this process and leaves vLLM's process groups, so that another can start; the trainer's own
+    groups stay."""
+    from vllm.distributed import parallel_state
+
+    llm.llm_engine.engine_core.shutdown()
+    parallel_state.destroy_model_parallel()
+    # Not destroy_distributed_environment(): it ends torch.distributed for the trainer too.
+    if parallel_state._WORLD is not None:
+        parallel_state._WORLD.destroy()
+        parallel_state._WORLD = None
