@@ -1,3 +1,12 @@
 """Megatron-KTR: token-level selective reinforcement learning for video-reasoning models on Megatron-core."""
 
+import warnings
+
+# On import and on every rank megatron-core advises on optional packages and torch on renamed collectives it calls; a
+# run's console is for the run.
+warnings.filterwarnings("ignore", module=r"megatron\.")
+warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+# megatron-core's pipeline looks at .grad of activations it kept alive itself.
+warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+
 __version__ = "0.1.0"

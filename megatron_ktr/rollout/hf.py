@@ -42,11 +42,13 @@ class HFEngine:
 
     def __init__(self, model_dir: Path | str, *, tokenizer: Any, media: MediaSpec, sampling: SamplingSettings) -> None:
         from transformers import Qwen2_5_VLForConditionalGeneration
+        from transformers.utils import logging
 
         self.tokenizer = tokenizer
         self.media = media
         self.sampling = sampling
         self.device = current().device
+        logging.disable_progress_bar()
         self.model = Qwen2_5_VLForConditionalGeneration.from_pretrained(model_dir, dtype=torch.float32)
         self.model.to(self.device).eval().requires_grad_(False)
         self.end_token_ids = _end_token_ids(self.model.generation_config, tokenizer)
