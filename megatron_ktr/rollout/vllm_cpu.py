@@ -12,6 +12,7 @@ Four things, each of which stops or slows it otherwise:
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 from pathlib import Path
@@ -93,12 +94,14 @@ def start_vllm_on_cpu(model_dir: Path | str, *, kv_cache_bytes: int = 1 << 28, *
 
 def stop_vllm_in_process(llm: Any) -> None:
     """Ends an engine of this process and leaves vLLM's process groups, so that another can start; the trainer's own
-    groups stay."""
+    groups stay. vLLM's own shutdown ends ``torch.distributed``, whoever started it; so its steps are taken here."""
     from vllm.distributed import parallel_state
 
-    llm.llm_engine.engine_core.shutdown()
+    core = llm.llm_engine.engine_core.engine_core
+    core.model_executor.shutdown()
+    core.scheduler.shutdown()
+    gc.unfreeze()
     parallel_state.destroy_model_parallel()
-    # Not destroy_distributed_environment(): it ends torch.distributed for the trainer too.
     if parallel_state._WORLD is not None:
         parallel_state._WORLD.destroy()
         parallel_state._WORLD = None
