@@ -194,11 +194,12 @@ class TrainerSection:
     """The run: where it is written, how long it is, how it starts."""
 
     run_dir: str = _option("runs/train", "Directory of everything the run writes; must be empty unless --resume")
-    resume: bool = _option(False, "Continue from the last checkpoint in run_dir; not available yet")
+    resume: bool = _option(False, "Continue from the newest complete checkpoint in run_dir, in any layout")
     train_steps: int = _option(1000, "Rollout steps of the whole run", low=1)
     prompts_per_step: int = _option(32, "Prompts per step over all ranks (P x data-parallel size)", low=1)
     micro_batch_groups: int = _option(1, "Prompt groups per micro-batch; a group is never split", low=1)
-    save_interval: int = _option(0, "Steps between checkpoints; 0 = none; others not available yet", low=0)
+    save_interval: int = _option(0, "Steps between checkpoints, and one after the last step; 0 = none", low=0)
+    keep_checkpoints: int = _option(2, "Newest checkpoints to keep; 0 = all", low=0)
     eval_interval: int = _option(0, "Steps between evaluations; 0 = none; others not available yet", low=0)
     rollout_log_interval: int = _option(
         10,

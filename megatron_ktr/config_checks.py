@@ -56,8 +56,6 @@ def _not_available(config: Config) -> Iterator[str]:
         yield f"--context-parallel-size {config.parallel.context_parallel_size} is not available yet; available: 1"
     if config.parallel.vision_parallel == "frame":
         yield "--vision-parallel frame is not available yet; available: tensor"
-    if config.trainer.resume or config.trainer.save_interval:
-        yield "--resume and --save-interval: checkpoints of a running training are not available yet"
     if config.trainer.eval_interval:
         yield "--eval-interval: evaluation during training is not available yet"
 
@@ -121,6 +119,8 @@ def _optimizer(config: Config) -> Iterator[str]:
     section = config.optimizer
     if section.min_lr > section.lr:
         yield f"--min-lr {section.min_lr:g} exceeds --lr {section.lr:g}"
+    if section.optimizer == "sgd" and config.trainer.save_interval and config.model.params_dtype != "fp32":
+        yield "--save-interval with --optimizer sgd needs --params-dtype fp32: its fp32 copies are not saved"
     if max(section.adam_beta1, section.adam_beta2) >= 1:
         yield "--adam-beta1 and --adam-beta2 must be below 1"
     num_updates = config.trainer.train_steps * config.objective.updates_per_rollout

@@ -50,7 +50,7 @@ class MetricsWriter:
 
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / "metrics.jsonl"
-        kept = [line for line in _lines(path) if json.loads(line)["step"] < first_step]
+        kept = [line for line in _lines(path) if _step_of(line) < first_step]
         path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
         self._events = SummaryWriter(log_dir=str(run_dir / "tensorboard"), purge_step=first_step or None)
@@ -95,3 +95,11 @@ def _lines(path: Path) -> list[str]:
     if not path.exists():
         return []
     return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def _step_of(line: str) -> float:
+    """The record's step; infinite for the torn last line of a run that died while writing it."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return float("inf")

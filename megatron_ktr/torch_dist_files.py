@@ -71,7 +71,7 @@ class TorchDistWriter:
         start = file.tell()
         tensor = tensor.detach().cpu().contiguous()
         tensor = tensor.view((1,) * (len(global_shape) - tensor.ndim) + tuple(tensor.shape))
-        _save_tensor(tensor, file)
+        save_tensor(tensor, file)
         chunk = ChunkStorageMetadata(offsets=torch.Size(offset), sizes=tensor.shape)
         stored = self._tensors.setdefault(
             key, TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), torch.Size(global_shape), [])
@@ -104,7 +104,7 @@ class TorchDistWriter:
         return self._file
 
 
-def _save_tensor(tensor: Tensor, file: Any) -> None:
+def save_tensor(tensor: Tensor, file: Any) -> None:
     """``torch.save`` that lets an ``OSError`` through: its zip writer turns a full disk into a RuntimeError."""
     guarded = _GuardedFile(file)
     try:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
+from megatron_ktr.checkpoint import Checkpoints
 from megatron_ktr.config import Config, load_config
 from megatron_ktr.data.preprocess import PreprocessSettings
 from megatron_ktr.data.template import load_tokenizer
 from megatron_ktr.distributed import platform as platforms
+from megatron_ktr.distributed.collectives import broadcast_object
 from megatron_ktr.distributed.groups import ParallelGroups, ParallelSizes, destroy_parallel, init_parallel
 from megatron_ktr.errors import UserError, run_cli
 from megatron_ktr.metrics import MetricsWriter, step_line
@@ -23,7 +24,7 @@ from megatron_ktr.policy import Policy
 from megatron_ktr.report.console import selected_tokens_text
 from megatron_ktr.rollout.replay import write_rollouts
 from megatron_ktr.rollout.source import ReplicaSource, build_local_source, on_every_rank
-from megatron_ktr.run_directory import open_run_directory
+from megatron_ktr.run_directory import RunStart, open_run_directory
 from megatron_ktr.trainer import StepReport, Trainer
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.media import media_spec
@@ -60,7 +61,8 @@ def train(config: Config) -> None:
         seed=config.trainer.seed,
         timeout_minutes=config.trainer.distributed_timeout_minutes,
     )
-    run_dir = _open_run_directory(config, groups)
+    start = _open_run_directory(config, groups)
+    run_dir = start.run_dir
     tokenizer = load_tokenizer(config.model.model)
     media = media_spec(model_config, patchify=PreprocessSettings.from_model(config.model.model).patchify)
     local_source = on_every_rank(
@@ -79,8 +81,11 @@ def train(config: Config) -> None:
         objective=objective,
         media=media,
     )
-    writer = MetricsWriter(run_dir if groups.rank == 0 else None)
-    for step in range(1, config.trainer.train_steps + 1):
+    checkpoints = Checkpoints(run_dir, policy=policy, source=trainer.source)
+    if start.checkpoint is not None:
+        checkpoints.load(start.checkpoint)
+    writer = MetricsWriter(run_dir if groups.rank == 0 else None, first_step=start.step + 1)
+    for step in range(start.step + 1, config.trainer.train_steps + 1):
         report = trainer.train_step(step)
         writer.write(step, report.values)
         if groups.rank == 0 and (step % config.trainer.log_interval == 0 or step == config.trainer.train_steps):
@@ -88,6 +93,8 @@ def train(config: Config) -> None:
         if groups.rank == 0 and _is_due(step, config.trainer.rollout_log_interval):
             path = run_dir / "rollouts" / f"step_{step:08d}.jsonl"
             write_rollouts(path, report.groups, selections=report.selections, append=False)
+        checkpoints.after_step(step)
+    checkpoints.close()
     writer.close()
     policy.save_hf(run_dir / "export")
     if groups.rank == 0:
@@ -111,9 +118,9 @@ def _show(report: StepReport, *, config: Config, decode: Callable[[Sequence[int]
     print(text, flush=True)
 
 
-def _open_run_directory(config: Config, groups: ParallelGroups) -> Path:
-    on_every_rank(lambda: open_run_directory(config) if groups.rank == 0 else None, groups=groups)
-    return Path(config.trainer.run_dir)
+def _open_run_directory(config: Config, groups: ParallelGroups) -> RunStart:
+    start = on_every_rank(lambda: open_run_directory(config) if groups.rank == 0 else None, groups=groups)
+    return broadcast_object(start, group=groups.world, source=0)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -172,8 +172,6 @@ def test_bad_flag_is_fatal_and_the_message_names_the_remedy(argv, parts):
         (["--reward-functions", "accuracy"], "not read by --engine replay"),
         (["--engine", "hf"], "needs --data-path"),
         (["--objective", "sft"], "needs --data-path"),
-        (["--resume"], "not available yet"),
-        (["--save-interval", "5"], "not available yet"),
         (["--eval-interval", "5"], "not available yet"),
         (["--replay-path", "none"], "needs --replay-path"),
         (["--data-path", "questions.json"], "not read by --engine replay"),

@@ -99,7 +99,8 @@ def _trimmed(
         return built
 
     def merge(loaded: list[Tensor]) -> Tensor:
-        whole = torch.zeros_like(value.data)
+        # Not the parameter's dtype: optimizer state of half-precision parameters is stored in fp32.
+        whole = torch.zeros_like(value.data, dtype=loaded[0].dtype if loaded else None)
         for (target, _), piece in zip(pieces_of(whole), loaded, strict=True):
             target.copy_(piece[0])
         return whole

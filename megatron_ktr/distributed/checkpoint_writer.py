@@ -1,0 +1,138 @@
+"""Writes megatron-core's sharded state in the background: snapshot now, files by a thread, metadata at the end.
+
+megatron-core's own asynchronous saving forks the training process (once per save and once per file) and spawns a
+manager that imports the main script again. A fork of a process that runs gloo, NCCL or OpenMP threads may hang, and
+the manager costs every rank seconds. Here a save is
+
+    snapshot   collective: plan who writes what, copy this rank's part to host memory      (training waits)
+    write      a thread appends the copies to ``__<rank>_0.distcp``                        (training goes on)
+    finish     collective: results of all ranks become ``.metadata`` and ``metadata.json`` (training waits, briefly)
+
+The files are those of megatron-core's ``torch_dist`` format; its loader reads them. Tensors that data-parallel ranks
+hold alike are written by one of them each, spread evenly.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.state_dict_saver import save_state_dict_async_plan
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from torch.distributed import ProcessGroup
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, _StorageInfo, _StoragePrefix
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+
+from megatron_ktr.torch_dist_files import save_tensor
+
+
+class _RankWriter(FileSystemWriter):
+    """This rank's file: ``prepare_write_data`` copies, ``write`` (from any thread) writes."""
+
+    can_run_decentralized_global_plan = True
+
+    def __init__(self, directory: Path, *, rank: int) -> None:
+        super().__init__(directory)
+        self.directory = directory
+        self.file_name = f"__{rank}_0{DEFAULT_SUFFIX}"
+        self._prefix = _StoragePrefix(f"__{rank}_")
+        self._items: list[tuple[WriteItem, Any]] = []
+
+    def prepare_decentralized_global_plan(self, plan: SavePlan) -> SavePlan:
+        return dataclasses.replace(plan, storage_data=self._prefix)
+
+    def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
+        # Copies, on the host: training changes these tensors in place while the thread writes.
+        self._items = [(item, _copy(item, planner.resolve_data(item))) for item in plan.items]
+
+    def write(self) -> list[WriteResult]:
+        results: list[WriteResult] = []
+        if not self._items:
+            return results
+        with open(self.directory / self.file_name, "wb") as file:
+            while self._items:
+                item, data = self._items.pop()
+                start = file.tell()
+                if item.type == WriteItemType.BYTE_IO:
+                    file.write(data)
+                else:
+                    save_tensor(data, file)
+                length = file.tell() - start
+                results.append(WriteResult(item.index, length, _StorageInfo(self.file_name, start, length)))
+            file.flush()
+            os.fsync(file.fileno())
+        return results
+
+
+def _copy(item: WriteItem, data: Any) -> Any:
+    if item.type == WriteItemType.BYTE_IO:
+        return data.getvalue()
+    data = data.detach()
+    return data.clone(memory_format=torch.contiguous_format) if data.device.type == "cpu" else data.to("cpu")
+
+
+class BackgroundSave:
+    """One save under way. Construction is the snapshot, collective over the world; the thread starts at once."""
+
+    def __init__(self, state: ShardedStateDict, directory: Path, *, data_group: ProcessGroup) -> None:
+        """``state`` holds sharded tensors only; ``directory`` exists, is empty of tensors and seen by every rank."""
+        self.directory = directory
+        strategy = get_default_save_sharded_strategy()
+        self._format = CheckpointingConfig(strategy.backend, strategy.version)
+        FullyParallelSaveStrategyWrapper(strategy, data_group).apply_saving_parallelization(state)
+        state, _, _ = _replace_state_dict_keys_with_sharded_keys(state, True)
+        self._writer = _RankWriter(directory, rank=torch.distributed.get_rank())
+        (_, self._metadata, _), *_ = save_state_dict_async_plan(
+            mcore_to_pyt_state_dict(state, False),
+            self._writer,
+            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+        )
+        self._results: list[WriteResult] = []
+        self.error: Exception | None = None
+        """Why this rank could not write; valid once the thread has ended."""
+        # A daemon: a run that fails must not wait for a checkpoint that nobody will complete.
+        self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._results = self._writer.write()
+        except Exception as error:
+            self.error = error
+
+    @property
+    def is_written(self) -> bool:
+        """Whether this rank's part is on disk, or has failed."""
+        return not self._thread.is_alive()
+
+    def wait(self) -> None:
+        self._thread.join()
+
+    def gather_results(self) -> list[list[WriteResult]]:
+        """Every rank's results, on every rank; collective, after every rank's ``wait``."""
+        gathered: list[list[WriteResult]] = [[]] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(gathered, self._results)
+        return gathered
+
+    def finish(self, results: list[list[WriteResult]]) -> None:
+        """On rank 0: writes the metadata, which makes the directory a checkpoint."""
+        metadata: Metadata = self._metadata
+        # Kept for a cache of plans that is not used here; its size grows with ranks x tensors.
+        metadata.__dict__.pop("all_local_plans", None)
+        self._writer.finish(metadata, results)
+        save_config(self._format, str(self.directory))
