@@ -18,6 +18,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ktr.config import OptimizerSection, ParallelSection
+from megatron_ktr.distributed.checks import check_transformer_config
 from megatron_ktr.errors import UserError
 
 
@@ -29,6 +30,7 @@ def wrap_in_ddp(
     parallel: ParallelSection,
 ) -> list[DistributedDataParallel]:
     """Wraps the pipeline chunks of one rank; parameters frozen before this call stay outside every buffer."""
+    check_transformer_config(config)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
