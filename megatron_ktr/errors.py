@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -12,11 +13,15 @@ class UserError(Exception):
 
 
 def run_cli(main: Callable[[], int | None]) -> NoReturn:
-    """Runs a command's ``main`` and exits with its code; a ``UserError`` becomes one ``error: ...`` line and code 2."""
+    """Runs a command's ``main`` and exits with its code; a ``UserError`` becomes one ``error: ...`` line and code 2.
+
+    Under torchrun every rank raises the same error (``rollout.source.on_every_rank``), and rank 0 alone prints it.
+    """
     try:
         code = main()
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         code = 2
     except BrokenPipeError:
         code = 1

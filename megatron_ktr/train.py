@@ -61,12 +61,16 @@ def train(config: Config) -> None:
         seed=config.trainer.seed,
         timeout_minutes=config.trainer.distributed_timeout_minutes,
     )
+    platform.seed(config.trainer.seed)
     start = _open_run_directory(config, groups)
     run_dir = start.run_dir
     tokenizer = load_tokenizer(config.model.model)
     media = media_spec(model_config, patchify=PreprocessSettings.from_model(config.model.model).patchify)
     local_source = on_every_rank(
-        lambda: build_local_source(config, groups=groups, tokenizer=tokenizer, media=media), groups=groups
+        lambda: build_local_source(
+            config, groups=groups, tokenizer=tokenizer, media=media, vocab_size=model_config.text.vocab_size
+        ),
+        groups=groups,
     )
     policy = Policy(
         config.model.model, config=config, groups=groups, platform=platform, num_steps=config.trainer.train_steps
@@ -99,7 +103,6 @@ def train(config: Config) -> None:
     policy.save_hf(run_dir / "export")
     if groups.rank == 0:
         print(f"exported the trained model to {run_dir / 'export'}", flush=True)
-    destroy_parallel()
 
 
 def _is_due(step: int, interval: int) -> bool:
@@ -126,6 +129,7 @@ def _open_run_directory(config: Config, groups: ParallelGroups) -> RunStart:
 def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     train(load_config(sys.argv[1:] if argv is None else argv))
+    destroy_parallel()
 
 
 def cli() -> None:

@@ -197,9 +197,12 @@ def on_every_rank(action: Callable[[], T], *, groups: ParallelGroups) -> T:
 
 
 def build_local_source(
-    config: Config, *, groups: ParallelGroups, tokenizer: Any, media: MediaSpec
+    config: Config, *, groups: ParallelGroups, tokenizer: Any, media: MediaSpec, vocab_size: int
 ) -> GroupSource | None:
-    """The source ``config`` asks for on the reading rank of each replica; None on the others."""
+    """The source ``config`` asks for on the reading rank of each replica; None on the others.
+
+    ``vocab_size`` is the model's: it has more ids than its tokenizer knows, and a sampler may have drawn them.
+    """
     if not groups.is_source:
         return None
     data, trainer = config.data, config.trainer
@@ -212,7 +215,10 @@ def build_local_source(
     )
     if config.objective.objective != "sft" and config.rollout.engine == "replay":
         engine = ReplayEngine(
-            config.rollout.replay_path, tokenizer=tokenizer, num_generations=config.rollout.num_generations
+            config.rollout.replay_path,
+            tokenizer=tokenizer,
+            num_generations=config.rollout.num_generations,
+            vocab_size=vocab_size,
         )
         return ReplaySource(engine, loader=prompt_loader(config, tokenizer=tokenizer), **order)
     is_supervised = config.objective.objective == "sft"

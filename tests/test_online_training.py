@@ -1,0 +1,216 @@
+"""The whole loop, generation included, in several layouts; supervised fine-tuning against Hugging Face."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from megatron_ktr.config import Config, config_from_values
+from megatron_ktr.data.dataset import PromptLoader
+from megatron_ktr.data.records import read_records
+from megatron_ktr.data.synthetic import corpus, make_dataset
+from megatron_ktr.data.template import load_tokenizer
+from megatron_ktr.data.tiny_model import save_tiny_model
+from megatron_ktr.data.video import FrameSampling
+from megatron_ktr.distributed.groups import ParallelSizes
+from megatron_ktr.errors import UserError
+from megatron_ktr.rollout.source import on_every_rank, response_text
+from megatron_ktr.train import train
+from models.qwen2_5_vl.config import Qwen2_5_VLConfig
+from models.qwen2_5_vl.media import media_spec
+from tests.support.parity import Group, Medium, hf_logprobs
+
+STEPS = 2
+
+
+def uneven_reward(response: str, record: dict) -> float:
+    """An untrained model earns nothing; this gives its responses something to differ by."""
+    return len(response) % 5 / 5
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("online")
+    save_tiny_model(folder / "model", corpus=corpus(), num_layers=2, hidden_size=64, ffn_size=96)
+    make_dataset(folder / "data", num_train=8, num_eval=1)
+    return folder
+
+
+def settings(inputs: Path, run_dir: Path, **changes) -> Config:
+    return config_from_values(
+        {
+            "model": str(inputs / "model"),
+            "data_path": str(inputs / "data" / "train.json"),
+            "prompt_template": str(inputs / "model" / "prompt_template.txt"),
+            "video_num_frames": 8,
+            "video_max_pixels": 3136,
+            "engine": "hf",
+            "num_generations": 3,
+            "max_response_length": 8,
+            "reward_functions": ("accuracy", "format", f"{__name__}:uneven_reward"),
+            "length_bonus": 0.0,
+            "kl_beta": 0.04,
+            "optimizer": "sgd",
+            "use_distributed_optimizer": False,
+            "lr": 0.05,
+            "lr_decay_style": "constant",
+            "train_steps": STEPS,
+            "prompts_per_step": 4,
+            "run_dir": str(run_dir),
+            **changes,
+        }
+    )
+
+
+def train_layouts(context, *, inputs: Path, out: Path, layouts: dict[str, dict]) -> None:
+    """Runs the training command's function once per layout in the ranks of this world."""
+    for name, changes in layouts.items():
+        train(settings(inputs, out / name, **changes))
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_the_whole_loop_gives_the_same_steps_in_every_layout(ranks, inputs, tmp_path) -> None:
+    two = dict(tensor_model_parallel_size=2)
+    worlds = {
+        1: {"one": {}},
+        2: {"tp2 sp": {**two, "sequence_parallel": True}, "dp2": {}},
+        4: {"tp2 pp2": {**two, "pipeline_model_parallel_size": 2}, "tp2 dp2": two},
+    }
+    for world_size, layouts in worlds.items():
+        ranks(train_layouts, world_size=world_size, inputs=inputs, out=tmp_path, layouts=layouts)
+    expected = metrics(tmp_path / "one")
+    assert [step["has_stepped"] for step in expected] == [1.0] * STEPS
+    for name in (name for layouts in worlds.values() for name in layouts):
+        for got, wanted in zip(metrics(tmp_path / name), expected, strict=True):
+            # The engine got this step's weights from shards of any layout: stale or misplaced ones would differ by
+            # whole nats. 1e-5: fp32, cached generation against one packed pass.
+            assert got["sampler_trainer_logprob_gap"] < 1e-5
+            # The same prompts with the same seeds: the same responses, rewards and (but for rounding) numbers.
+            assert got["reward_mean"] == pytest.approx(wanted["reward_mean"], abs=1e-6)
+            assert got["response_length"] == wanted["response_length"]
+            assert got["loss"] == pytest.approx(wanted["loss"], abs=1e-5)
+            # A score within rounding of its threshold may fall on either side: one token of about a hundred.
+            assert got["key_token_ratio"] == pytest.approx(wanted["key_token_ratio"], abs=0.02)
+            assert got["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=0.05)
+
+
+def test_rollouts_written_by_a_run_can_be_replayed(ranks, inputs, tmp_path) -> None:
+    once = {"train_steps": 1, "rollout_log_interval": 1, "shuffle_data": False}
+    ranks(train_layouts, world_size=1, inputs=inputs, out=tmp_path, layouts={"online": once})
+    recorded = tmp_path / "online" / "rollouts" / "step_00000001.jsonl"
+    replay = {
+        "engine": "replay",
+        "data_path": None,
+        "replay_path": str(recorded),
+        "media_root": str(inputs / "data"),
+        "reward_functions": (),
+        **once,
+    }
+    ranks(train_layouts, world_size=1, inputs=inputs, out=tmp_path, layouts={"replay": replay})
+    online, again = metrics(tmp_path / "online")[0], metrics(tmp_path / "replay")[0]
+    for name in ("reward_mean", "loss", "grad_norm", "key_token_ratio", "sampler_trainer_logprob_gap"):
+        # The same numbers through a file of decimal text; 1e-6 is their fp32 rounding.
+        assert again[name] == pytest.approx(online[name], abs=1e-6), name
+
+
+def test_supervised_fine_tuning_has_the_loss_and_gradient_of_hugging_face(ranks, inputs, tmp_path) -> None:
+    """SGD without momentum at lr 1: the weights' change is the gradient."""
+    layouts = {
+        name: {
+            "objective": "sft",
+            "loss_aggregation": name,
+            "kl_beta": 0.0,
+            "lr": 1.0,
+            "weight_decay": 0.0,
+            "clip_grad": 0.0,
+            "train_steps": 1,
+            "micro_batch_groups": 2,
+            "shuffle_data": False,
+            "data_path": str(inputs / "data" / "sft_guess.json"),
+        }
+        for name in ("token", "sequence")
+    }
+    ranks(train_layouts, world_size=1, inputs=inputs, out=tmp_path, layouts=layouts)
+    before = Qwen2_5_VLForConditionalGeneration.from_pretrained(inputs / "model")
+    logprobs = _hf_response_logprobs(before, inputs)
+    losses = {
+        "token": -torch.cat(logprobs).mean(),
+        "sequence": -torch.stack([values.mean() for values in logprobs]).mean(),
+    }
+    for name, loss in losses.items():
+        before.zero_grad()
+        loss.backward(retain_graph=True)
+        assert metrics(tmp_path / name)[0]["loss"] == pytest.approx(loss.item(), abs=1e-5)
+        after = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / name / "export")
+        for (parameter_name, old), new in zip(before.named_parameters(), after.parameters(), strict=True):
+            # 1e-6: weights of size 0.1 hold the change to fp32 rounding; 1e-4 relative as in all gradient parity.
+            torch.testing.assert_close(old.data - new, old.grad, atol=1e-6, rtol=1e-4, msg=parameter_name)
+
+
+def _hf_response_logprobs(model, inputs: Path) -> list[torch.Tensor]:
+    """Log-probs of the first four records' responses, by full forwards with explicit positions."""
+    tokenizer = load_tokenizer(inputs / "model")
+    loader = PromptLoader.from_model(
+        inputs / "model",
+        media_root=inputs / "data",
+        sampling=FrameSampling(num_frames=8, max_frames=16),
+        prompt_template=inputs / "model" / "prompt_template.txt",
+        video_max_pixels=3136,
+    )
+    media = media_spec(Qwen2_5_VLConfig.from_hf(inputs / "model"), patchify=loader.settings.patchify)
+    logprobs = []
+    for record in read_records(inputs / "data" / "sft_guess.json")[:4]:
+        prompt = loader.load(record)
+        shown = prompt.media[0]
+        positions, next_position = media.positions(
+            prompt.token_ids,
+            grid_thw=[shown.grid_thw],
+            kinds=[shown.kind],
+            seconds_per_grid=[shown.seconds_per_grid],
+        )
+        response = [*tokenizer(record["response"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        group = Group(
+            prompt=torch.tensor(prompt.token_ids),
+            prompt_positions=positions,
+            next_position=next_position,
+            media=(Medium(shown.kind, shown.grid_thw, shown.seconds_per_grid),),
+            patches=(media.patchify(shown.frames_FCHW, shown),),
+            responses=(torch.tensor(response),),
+            weights=(),
+        )
+        logprobs += hf_logprobs(model, group)
+    return logprobs
+
+
+def fail_on_last_rank(context) -> str:
+    groups = context.init(ParallelSizes())
+
+    def action() -> None:
+        if context.rank == context.world_size - 1:
+            raise UserError("this rank's disk is full")
+
+    try:
+        on_every_rank(action, groups=groups)
+    except UserError as error:
+        return str(error)
+    return "no error"
+
+
+def test_an_error_on_one_rank_is_the_same_error_on_all(ranks) -> None:
+    assert ranks(fail_on_last_rank, world_size=2) == ["this rank's disk is full"] * 2
+
+
+def test_a_response_to_imitate_is_response_or_process_and_solution() -> None:
+    assert response_text({"problem_id": "1", "response": "x", "process": "p"}) == "x"
+    chain = {"problem_id": "1", "process": "<think>p</think>", "solution": "<answer>A</answer>"}
+    assert response_text(chain) == "<think>p</think><answer>A</answer>"
+    with pytest.raises(UserError, match="record 7 has no response"):
+        response_text({"problem_id": "7", "solution": "<answer>A</answer>"})
