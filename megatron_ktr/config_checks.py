@@ -119,6 +119,8 @@ def _optimizer(config: Config) -> Iterator[str]:
     section = config.optimizer
     if section.min_lr > section.lr:
         yield f"--min-lr {section.min_lr:g} exceeds --lr {section.lr:g}"
+    if section.optimizer == "sgd" and section.use_distributed_optimizer:
+        yield "--optimizer sgd has no state to split over ranks: add --no-use-distributed-optimizer"
     if section.optimizer == "sgd" and config.trainer.save_interval and config.model.params_dtype != "fp32":
         yield "--save-interval with --optimizer sgd needs --params-dtype fp32: its fp32 copies are not saved"
     if max(section.adam_beta1, section.adam_beta2) >= 1:

@@ -18,8 +18,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ktr.config import OptimizerSection, ParallelSection
-from megatron_ktr.distributed.checks import check_transformer_config
-from megatron_ktr.errors import UserError
+from megatron_ktr.distributed.checks import check_optimizer_config, check_transformer_config
+from megatron_ktr.distributed.platform import current
 
 
 def wrap_in_ddp(
@@ -65,8 +65,6 @@ def build_optimizer(
     Raises:
         UserError: SGD with the distributed optimizer, which megatron-core does not know how to checkpoint.
     """
-    if section.optimizer == "sgd" and section.use_distributed_optimizer:
-        raise UserError("--optimizer sgd has no state to split over ranks: add --no-use-distributed-optimizer")
     config = OptimizerConfig(
         optimizer=section.optimizer,
         lr=section.lr,
@@ -83,6 +81,7 @@ def build_optimizer(
         use_distributed_optimizer=section.use_distributed_optimizer,
         overlap_param_gather=overlap_param_gather,
     )
+    check_optimizer_config(config, platform=current())
     no_decay = ParamKey(name="*.bias", predicate=ParamPredicate(name="vector", fn=lambda p: p.ndim == 1))
     overrides = {no_decay: {"wd_mult": 0.0}}
     if section.vision_lr is not None:

@@ -12,6 +12,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from torch import Tensor, nn
 
+from megatron_ktr.distributed.checks import check_checkpoint_packages
 from megatron_ktr.errors import UserError
 from megatron_ktr.torch_dist_files import TorchDistReader
 from models.qwen2_5_vl.conversion import model_config, unwrap_model
@@ -138,4 +139,5 @@ def load_megatron_weights(model: nn.Module | Sequence[nn.Module], directory: Pat
 
 def save_megatron_weights(model: nn.Module | Sequence[nn.Module], directory: Path | str) -> None:
     """Writes the model alone as a distributed checkpoint to an existing empty directory; collective over the world."""
+    check_checkpoint_packages()
     dist_checkpointing.save(model_sharded_state_dict(model), str(directory))
