@@ -105,8 +105,11 @@ def train(config: Config, groups: ParallelGroups) -> dict[str, Any]:
     """As train.py does it; what came out of it."""
     start = broadcast_object(open_run_directory(config) if groups.rank == 0 else None, group=groups.world, source=0)
     model_dir = config.model.model
-    media = media_spec(Qwen2_5_VLConfig.from_hf(model_dir), patchify=PreprocessSettings.from_model(model_dir).patchify)
-    local = build_local_source(config, groups=groups, tokenizer=load_tokenizer(model_dir), media=media)
+    model_config = Qwen2_5_VLConfig.from_hf(model_dir)
+    media = media_spec(model_config, patchify=PreprocessSettings.from_model(model_dir).patchify)
+    vocab_size = model_config.text.vocab_size
+    tokenizer = load_tokenizer(model_dir)
+    local = build_local_source(config, groups=groups, tokenizer=tokenizer, media=media, vocab_size=vocab_size)
     source = ReplicaSource(local, groups=groups)
     num_steps = config.trainer.train_steps
     policy = Policy(model_dir, config=config, groups=groups, platform=current(), num_steps=num_steps)
