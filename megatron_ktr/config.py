@@ -133,7 +133,7 @@ class ObjectiveSection:
     original_compat: bool = _option(
         False,
         "Do as the authors' release where it slips: no seconds per grid when scoring, length bonus on key tokens, "
-        "division by the number of key tokens even where it is zero",
+        "division by the number of key tokens even where it is zero, questions with unusable media asked without them",
     )
 
     @property
@@ -209,7 +209,9 @@ class TrainerSection:
     log_interval: int = _option(1, "Steps between lines on the console", low=1)
     seed: int = _option(0, "Seed of data order, shuffled views and sampling", low=0)
     platform: Literal["auto", "cpu", "cuda"] = _option("auto", "Devices to run on; auto takes CUDA where it is found")
-    distributed_timeout_minutes: int = _option(10, "How long a rank waits for the others before it gives up", low=1)
+    distributed_timeout_minutes: int = _option(
+        60, "How long a rank waits for the others, also while one of them generates, before it gives up", low=1
+    )
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,9 @@ def _data(config: Config) -> Iterator[str]:
 def _reward(config: Config) -> Iterator[str]:
     if config.reward.reward_functions and config.rollout.engine == "replay":
         yield "--reward-functions is not read by --engine replay: rewards come with the recorded rollouts"
+    parts = [name.rpartition(":")[2] for name in config.reward.reward_functions]
+    if config.reward.length_bonus > 0 and parts and "accuracy" not in parts and config.objective.objective != "sft":
+        yield "--length-bonus goes to correct responses: add accuracy to --reward-functions, or set --length-bonus 0"
     if config.reward.length_bonus_min > config.reward.length_bonus_max:
         yield (
             f"--length-bonus-min {config.reward.length_bonus_min} exceeds "
@@ -111,6 +114,10 @@ def _objective(config: Config) -> Iterator[str]:
                 f"--selection-ratio needs 1 value or one per signal ({len(section.signals)}: "
                 f"{', '.join(section.signals)}), got {len(section.selection_ratio)}"
             )
+    if section.objective == "sft" and config.rollout.temperature != 1.0:
+        yield "--temperature must be 1 for --objective sft: the likelihood of given responses has none"
+    if {"vision", "merger", "language"} <= set(config.model.freeze):
+        yield "--freeze vision,merger,language leaves nothing to train"
     if config.rollout.num_generations < 2 and section.objective != "sft":
         yield "--num-generations must be at least 2: advantages compare the responses of one prompt"
 

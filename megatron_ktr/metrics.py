@@ -1,12 +1,17 @@
 """Where numbers of a run go: one line per step on the console, ``metrics.jsonl`` and TensorBoard events.
 
 Keys are stable: reward_mean, reward/<name>, key_token_ratio, key_token_ratio/<signal>, loss, kl, grad_norm,
-learning_rate, sampler_trainer_logprob_gap, num_skipped, num_prompts, tokens_per_second, seconds/<phase>.
+learning_rate, sampler_trainer_logprob_gap, num_skipped, num_prompts, tokens_per_second, seconds/<phase>; counted since
+the run began: skipped/<kind>, decoder/<name>, "decoder/pyav: <why not decord>", repeated_frames, text_only_fallback.
+
+Numbers in the file have 8 significant digits. One that is not a number is written as Python's json does, ``NaN``, which
+our readers take and strict JSON does not.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -38,7 +43,7 @@ class MetricsWriter:
     """Writes one record per step; does nothing on ranks that do not report (``run_dir`` None).
 
     A resumed run first drops the records of steps at or after the one it starts from, so that every step appears
-    once.
+    once; the file is replaced by a rename, so that a crash meanwhile leaves the old one.
     """
 
     def __init__(self, run_dir: Path | None, *, first_step: int = 0) -> None:
@@ -50,15 +55,17 @@ class MetricsWriter:
 
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / "metrics.jsonl"
-        kept = [line for line in _lines(path) if _step_of(line) < first_step]
-        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        if path.exists():
+            kept = [line for line in _lines(path) if _step_of(line) < first_step]
+            _replace_text(path, "".join(line + "\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
         self._events = SummaryWriter(log_dir=str(run_dir / "tensorboard"), purge_step=first_step or None)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         if self._file is None or self._events is None:
             return
-        self._file.write(json.dumps({"step": step, **{name: round(value, 8) for name, value in values.items()}}) + "\n")
+        rounded = {name: float(f"{value:.8g}") for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, **rounded}) + "\n")
         self._file.flush()
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
@@ -91,9 +98,17 @@ def step_line(step: int, num_steps: int, values: Mapping[str, float]) -> str:
     return "  ".join(parts)
 
 
+def _replace_text(path: Path, text: str) -> None:
+    """Writes ``text`` beside ``path`` and renames it: at every moment ``path`` is whole, the old file or the new."""
+    scratch = path.with_name(f".{path.name}.new")
+    with scratch.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)
+
+
 def _lines(path: Path) -> list[str]:
-    if not path.exists():
-        return []
     return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 

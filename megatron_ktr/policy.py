@@ -11,6 +11,7 @@ advantages of its micro-batch are zero: the collectives inside would otherwise w
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,7 +29,7 @@ from megatron_ktr.distributed.collectives import all_reduce_sum, broadcast_objec
 from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.distributed.optimizer import build_optimizer, build_scheduler, wrap_in_ddp
 from megatron_ktr.distributed.platform import Platform
-from megatron_ktr.errors import UserError
+from megatron_ktr.errors import UserError, same_on_every_rank
 from megatron_ktr.objectives.base import Objective
 from megatron_ktr.ops.linear_logprob import LinearLogprob
 from megatron_ktr.types import Metrics, PackedBatch, RolloutGroup, TokenScores, TokenStreams, View
@@ -176,10 +177,24 @@ class Policy:
         result = self.backward(micro_batches, objective=objective, denominators=denominators)
         if not result.has_gradient:
             return result
+        self._require_finite("loss", result.loss)
         succeeded, grad_norm, _ = self.optimizer.step()
+        self._require_finite("gradient norm", float(grad_norm or 0.0))
         if succeeded:
             self.scheduler.step(increment=1)
         return dataclasses.replace(result, grad_norm=float(grad_norm or 0.0), has_stepped=bool(succeeded))
+
+    def _require_finite(self, name: str, value: float) -> None:
+        """Stops the run, on every rank alike, before a checkpoint or an export could hold NaN weights.
+
+        original_compat goes on: dividing by zero is what it is there to reproduce.
+        """
+        if not math.isfinite(value) and not self.config.objective.original_compat:
+            with same_on_every_rank():
+                raise UserError(
+                    f"the {name} is {value}: the run stops, earlier checkpoints are intact; lower --lr or --clip-grad, "
+                    "or look at the last rollouts"
+                )
 
     def backward(
         self, micro_batches: Sequence[MicroBatch], *, objective: Objective, denominators: Denominators
@@ -212,10 +227,10 @@ class Policy:
         self._is_gather_pending = self.config.parallel.overlap_param_gather
         metrics = Metrics()
         # Tensor-parallel ranks hold the same numbers; one of them speaks for all.
-        for batch_loss, batch_metrics, streams, _ in outputs if self.groups.tensor_rank == 0 else ():
+        for batch_loss, batch_metrics, streams, scores in outputs if self.groups.tensor_rank == 0 else ():
             metrics.merge(batch_metrics)
             metrics.add("loss", batch_loss)
-            metrics.add("has_gradient", objective.needs_reference or _has_gradient(streams))
+            metrics.add("has_gradient", _has_gradient(streams, scores if objective.needs_reference else None))
         metrics = reduce_metrics(metrics, self.groups.world)
         # Already divided by global counts: the parts of the loss add up, they are not averaged.
         loss, has_gradient = (metrics.pop_sum(name) for name in ("loss", "has_gradient"))
@@ -308,8 +323,13 @@ class Policy:
         )
 
 
-def _has_gradient(streams: TokenStreams) -> bool:
-    return bool(((streams.weight_R != 0) & (streams.advantage_R != 0)).any())
+def _has_gradient(streams: TokenStreams, scores: TokenScores | None) -> bool:
+    """Whether any token that carries the loss has an advantage, or (``scores`` given: there is a KL term) has left the
+    reference model."""
+    is_pulled_R = streams.advantage_R != 0
+    if scores is not None and scores.reference_logprob_R is not None:
+        is_pulled_R = is_pulled_R | (scores.reference_logprob_R != scores.policy_logprob_R)
+    return bool(((streams.weight_R != 0) & is_pulled_R).any())
 
 
 def _add_sampler_gap(metrics: Metrics, item: MicroBatch, scores: TokenScores) -> None:

@@ -1,11 +1,17 @@
-"""The directory of one run, and how a stopped run is taken up again; nothing of an earlier part is overwritten.
+"""The directory of one run, and how a stopped run is taken up again.
 
 config.yaml                        the options the run started with
-config_from_step_00000011.yaml     those of a part that was resumed at that step
+config_from_step_00000011.yaml     those of a part that was resumed at that step (the next such part: ..._2.yaml)
 metrics.jsonl, tensorboard/        every step once
+rollouts/step_00000010.jsonl       rollouts of some steps, with their key tokens
+rollouts/abandoned_after_step_00000010/    those of later steps that an earlier part had done and a resumed one repeats
 checkpoints/step_00000010/         a complete checkpoint: the name appears by a rename, after everything is written
 checkpoints/.step_00000020         one that was being written when the run stopped; ignored, later removed
 export/                            the trained model in Hugging Face format
+export_until_step_00000020/        the export of an earlier part, which had ended at that step
+
+A resumed run overwrites no file of an earlier part: what stands in its way gets another name. Only the metrics of steps
+that are done again are dropped, so that every step appears once; that file is replaced as a whole.
 """
 
 from __future__ import annotations
@@ -23,6 +29,7 @@ from megatron_ktr.errors import UserError
 CHECKPOINTS = "checkpoints"
 CONFIG_FILE = "config.yaml"
 SIDE_FILES = "hf"
+ROLLOUTS = "rollouts"
 STEP_NAME = re.compile(r"step_(\d{8,})")
 REQUIRED_FILES = ("metadata.json", ".metadata", "common.pt", "training.json", CONFIG_FILE)
 
@@ -91,8 +98,9 @@ def _resume(config: Config, run_dir: Path) -> RunStart:
         raise UserError(
             f"--train-steps {config.trainer.train_steps}: the run is at step {step} already ({checkpoint}); raise it"
         )
-    save_resolved(config, run_dir / f"config_from_{step_name(step + 1)}.yaml")
-    _set_aside(run_dir / "export", step)
+    _set_aside_export(run_dir / "export", step)
+    _set_aside_rollouts(run_dir / ROLLOUTS, step)
+    save_resolved(config, _unused(run_dir / f"config_from_{step_name(step + 1)}.yaml"))
     return RunStart(run_dir, checkpoint, step)
 
 
@@ -125,16 +133,42 @@ def _read_json(path: str | Path) -> Any:
         raise UserError(f"cannot read {path}: {error}") from error
 
 
-def _set_aside(export: Path, step: int) -> None:
+def _set_aside_export(export: Path, step: int) -> None:
     """The run will export again; what the part before it exported stays, under another name."""
-    if not export.exists():
+    if export.exists():
+        _rename(export, _unused(export.with_name(f"{export.name}_until_{step_name(step)}")))
+
+
+def _set_aside_rollouts(rollouts: Path, step: int) -> None:
+    """Rollouts of steps after ``step`` belong to a branch that ends here: the run samples those steps anew, perhaps
+    records others of them, and reports take the files in ``rollouts`` for one run."""
+    abandoned = [
+        path
+        for path in sorted(rollouts.glob("step_*.jsonl"))
+        if (match := STEP_NAME.fullmatch(path.stem)) and int(match[1]) > step
+    ]
+    if not abandoned:
         return
-    target = export.with_name(f"{export.name}_until_{step_name(step)}")
-    number = 1
-    while target.exists():
-        number += 1
-        target = export.with_name(f"{export.name}_until_{step_name(step)}_{number}")
+    folder = _unused(rollouts / f"abandoned_after_{step_name(step)}")
     try:
-        export.rename(target)
+        folder.mkdir()
     except OSError as error:
-        raise UserError(f"--run-dir: cannot rename {export} to {target.name}: {error.strerror}") from error
+        raise UserError(f"--run-dir: cannot create {folder}: {error.strerror}") from error
+    for path in abandoned:
+        _rename(path, folder / path.name)
+
+
+def _unused(path: Path) -> Path:
+    """``path``, or where that exists the first of name_2, name_3, ... that does not."""
+    number, unused = 1, path
+    while unused.exists():
+        number += 1
+        unused = path.with_name(f"{path.stem}_{number}{path.suffix}")
+    return unused
+
+
+def _rename(path: Path, target: Path) -> None:
+    try:
+        path.rename(target)
+    except OSError as error:
+        raise UserError(f"--run-dir: cannot rename {path} to {target}: {error.strerror}") from error

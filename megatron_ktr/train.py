@@ -17,7 +17,7 @@ from megatron_ktr.data.template import load_tokenizer
 from megatron_ktr.distributed import platform as platforms
 from megatron_ktr.distributed.collectives import broadcast_object
 from megatron_ktr.distributed.groups import ParallelGroups, ParallelSizes, destroy_parallel, init_parallel
-from megatron_ktr.errors import UserError, run_cli
+from megatron_ktr.errors import UserError, run_cli, same_on_every_rank
 from megatron_ktr.metrics import MetricsWriter, step_line
 from megatron_ktr.objectives import build_objective
 from megatron_ktr.policy import Policy
@@ -51,16 +51,32 @@ def parallel_sizes(config: Config, *, num_layers: int) -> ParallelSizes:
     )
 
 
+def check_micro_batches(config: Config, groups: ParallelGroups) -> None:
+    """Refuses what megatron-core's interleaved schedule would refuse inside the first step."""
+    stages = groups.sizes.pipeline
+    prompts = config.prompts_per_replica(groups.data_size)
+    number = -(-prompts // config.trainer.micro_batch_groups)
+    if (groups.sizes.virtual_pipeline or 1) > 1 and number % stages:
+        raise UserError(
+            f"--num-layers-per-virtual-pipeline-stage needs a multiple of {stages} (pipeline stages) micro-batches per "
+            f"replica, got {number} = {prompts} prompts / --micro-batch-groups {config.trainer.micro_batch_groups}"
+        )
+
+
 def train(config: Config) -> None:
     """One run, on every rank."""
     platform = platforms.start(config.trainer.platform)
-    model_config = Qwen2_5_VLConfig.from_hf(config.model.model)
-    groups = init_parallel(
-        parallel_sizes(config, num_layers=model_config.text.num_hidden_layers),
-        platform=platform,
-        seed=config.trainer.seed,
-        timeout_minutes=config.trainer.distributed_timeout_minutes,
-    )
+    with same_on_every_rank():
+        model_config = Qwen2_5_VLConfig.from_hf(config.model.model)
+        groups = init_parallel(
+            parallel_sizes(config, num_layers=model_config.text.num_hidden_layers),
+            platform=platform,
+            seed=config.trainer.seed,
+            timeout_minutes=config.trainer.distributed_timeout_minutes,
+        )
+        config.prompts_per_replica(groups.data_size)
+        check_micro_batches(config, groups)
+        objective = build_objective(config.objective, reward=config.reward)
     platform.seed(config.trainer.seed)
     start = _open_run_directory(config, groups)
     run_dir = start.run_dir
@@ -72,10 +88,8 @@ def train(config: Config) -> None:
         ),
         groups=groups,
     )
-    policy = Policy(
-        config.model.model, config=config, groups=groups, platform=platform, num_steps=config.trainer.train_steps
-    )
-    objective = build_objective(config.objective, reward=config.reward)
+    num_updates = config.trainer.train_steps * config.objective.updates_per_rollout
+    policy = Policy(config.model.model, config=config, groups=groups, platform=platform, num_steps=num_updates)
     if objective.needs_reference:
         policy.add_reference()
     trainer = Trainer(
@@ -128,7 +142,9 @@ def _open_run_directory(config: Config, groups: ParallelGroups) -> RunStart:
 
 def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    train(load_config(sys.argv[1:] if argv is None else argv))
+    with same_on_every_rank():
+        config = load_config(sys.argv[1:] if argv is None else argv)
+    train(config)
     destroy_parallel()
 
 

@@ -14,6 +14,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from megatron_ktr.attribution.counterfactuals import draw_permutations
@@ -77,9 +78,13 @@ class Trainer:
             micro_batches = self._with_selection(micro_batches)
             denominators = self._denominators(micro_batches)
         with self.timer.phase("update"):
-            for _ in range(self.config.objective.updates_per_rollout):
-                result = self.policy.update(micro_batches, objective=self.objective, denominators=denominators)
-        return self._report(step, groups, result=result)
+            results = [
+                self.policy.update(micro_batches, objective=self.objective, denominators=denominators)
+                for _ in range(self.config.objective.updates_per_rollout)
+            ]
+        # Sampler and trainer had the same weights in the first update only: later ones would measure drift.
+        gap = results[0].metrics.select("sampler_trainer_logprob_gap")
+        return self._report(step, groups, result=results[-1], gap=gap)
 
     def _plan(self, groups: Sequence[RolloutGroup]) -> list[tuple[RolloutGroup, ...]]:
         return plan_micro_batches(groups, groups_per_micro_batch=self.config.trainer.micro_batch_groups)
@@ -91,7 +96,13 @@ class Trainer:
         permutations = None
         if view == "shuffled":
             permutations = [
-                draw_permutations(group.prompt, unit=objective.shuffle_unit, seed=self.config.trainer.seed, step=step)
+                draw_permutations(
+                    group.prompt,
+                    unit=objective.shuffle_unit,
+                    seed=self.config.trainer.seed,
+                    step=step,
+                    temporal_patch_size=self.media.temporal_patch_size,
+                )
                 for group in groups
             ]
         return pack_groups(
@@ -173,7 +184,9 @@ class Trainer:
         uneven = sum(1 for group in groups if len({rollout.reward for rollout in group.rollouts}) > 1)
         return self.policy.global_count(uneven) > 0
 
-    def _report(self, step: int, groups: Sequence[RolloutGroup], *, result: UpdateResult | None) -> StepReport:
+    def _report(
+        self, step: int, groups: Sequence[RolloutGroup], *, result: UpdateResult | None, gap: Metrics | None = None
+    ) -> StepReport:
         seconds = self.timer.pop()
         metrics = Metrics()
         for group in groups:
@@ -191,7 +204,7 @@ class Trainer:
         values["tokens_per_second"] = num_tokens / max(sum(seconds.values()), 1e-9)
         values["has_stepped"] = float(result is not None and result.has_stepped)
         if result is not None:
-            values |= result.metrics.means()
+            values |= result.metrics.means() | (gap.means() if gap else {})
             values |= {"loss": result.loss, "grad_norm": result.grad_norm, "learning_rate": self.policy.learning_rate}
         return StepReport(
             step=step, values=values | seconds, groups=tuple(groups), selections=self._selections(groups, result)
@@ -203,37 +216,37 @@ class Trainer:
         """The update's selection by group and response, on every rank; the last stage tells the others."""
         if result is None:
             return ()
-        pieces = [
-            piece
-            for streams, scores in zip(result.streams, result.scores, strict=True)
-            for piece in _split_by_token(streams, scores)
-        ]
-        pieces = self.policy.from_last_stage(pieces)
+        parts = [_selection_tensors(*found) for found in zip(result.streams, result.scores, strict=True)]
+        names, is_key_R, logprob_R, marks_SR = self.policy.from_last_stage(
+            (list(result.streams[0].is_selected_R), *(torch.cat(column, dim=-1) for column in zip(*parts, strict=True)))
+            if parts
+            else None
+        )
         start, selections = 0, []
         for group in groups:
             responses = []
             for rollout in group.rollouts:
-                tokens = pieces[start : start + len(rollout.token_ids)]
-                start += len(tokens)
-                signals = tokens[0][2].keys()
+                tokens = slice(start, start + len(rollout.token_ids))
+                start = tokens.stop
                 responses.append(
                     ResponseSelection(
-                        is_key_token=tuple(is_key for is_key, _, _ in tokens),
-                        policy_logprobs=tuple(logprob for _, logprob, _ in tokens),
-                        is_selected={name: tuple(marks[name] for _, _, marks in tokens) for name in signals},
+                        is_key_token=tuple(is_key_R[tokens].tolist()),
+                        policy_logprobs=tuple(logprob_R[tokens].tolist()),
+                        is_selected={
+                            name: tuple(marks_R[tokens].tolist()) for name, marks_R in zip(names, marks_SR, strict=True)
+                        },
                     )
                 )
             selections.append(tuple(responses))
         return tuple(selections)
 
 
-def _split_by_token(streams: TokenStreams, scores: TokenScores) -> list[tuple[bool, float, dict[str, bool]]]:
-    """Per response token of a micro-batch: is it a key token, its log-prob, and which signals selected it."""
-    names = list(streams.is_selected_R)
-    columns = [streams.is_selected_R[name].tolist() for name in names]
-    marks = [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
-    is_key, logprobs = streams.is_key_token_R.tolist(), scores.policy_logprob_R.tolist()
-    return list(zip(is_key, logprobs, marks or [{}] * len(is_key), strict=True))
+def _selection_tensors(streams: TokenStreams, scores: TokenScores) -> tuple[Tensor, Tensor, Tensor]:
+    """Of one micro-batch, on the host: key tokens [R], log-probs [R], marks of every signal [signals, R]."""
+    marks = list(streams.is_selected_R.values())
+    is_key_R = streams.is_key_token_R
+    marks_SR = torch.stack(marks) if marks else is_key_R.new_zeros((0, len(is_key_R)))
+    return is_key_R.cpu(), scores.policy_logprob_R.cpu(), marks_SR.cpu()
 
 
 def _logprob(statistics: LinearLogprob | None) -> Tensor | None:

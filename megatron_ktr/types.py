@@ -245,6 +245,11 @@ class Metrics:
         for name, value in other.sums.items():
             self.add(name, value, other.counts[name])
 
+    def select(self, *names: str) -> Metrics:
+        """Only these names, as far as they are there."""
+        found = [name for name in names if name in self.sums]
+        return Metrics({name: self.sums[name] for name in found}, {name: self.counts[name] for name in found})
+
     def pop_sum(self, name: str) -> float:
         """Removes a name and returns its sum, for what adds up over ranks rather than being averaged."""
         self.counts.pop(name, None)

@@ -186,6 +186,8 @@ def test_bad_flag_is_fatal_and_the_message_names_the_remedy(argv, parts):
         (["--video-min-pixels", "200000"], "exceeds --video-max-pixels"),
         (["--length-bonus-min", "600"], "exceeds --length-bonus-max 512"),
         (["--min-lr", "1"], "exceeds --lr"),
+        (["--freeze", "vision,merger,language"], "nothing to train"),
+        (["--optimizer", "sgd"], "--no-use-distributed-optimizer"),
         (["--adam-beta2", "1"], "below 1"),
         (["--train-steps", "3", "--lr-warmup-steps", "4"], "exceeds the 3 optimizer steps"),
         (["--overlap-param-gather"], "--overlap-grad-reduce"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -131,6 +133,18 @@ def test_sampler_logprobs_equal_a_full_forward_of_each_response(engine: HFEngine
             got = torch.tensor(rollout.sampler_logprobs)
             # 2e-5: fp32, cached and left-padded attention sums in another order than one full pass.
             torch.testing.assert_close(got, expected, atol=2e-5, rtol=0)
+
+
+def test_published_generation_settings_do_not_reach_the_sampler(engine: HFEngine, tmp_path) -> None:
+    """Published directories ask for a repetition penalty; sampling and log-probs must not follow it."""
+    directory = tmp_path / "penalised"
+    shutil.copytree(engine.model.config._name_or_path, directory)
+    settings = json.loads((directory / "generation_config.json").read_text())
+    settings |= {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "top_k": 1, "temperature": 0.1}
+    (directory / "generation_config.json").write_text(json.dumps(settings))
+    other = HFEngine(directory, tokenizer=engine.tokenizer, media=engine.media, sampling=SETTINGS)
+    prompts = prompts_of(engine.media, engine.tokenizer)
+    assert other.generate(prompts, step=1) == engine.generate(prompts, step=1)
 
 
 def test_responses_do_not_depend_on_the_batch_around_them(engine: HFEngine) -> None:

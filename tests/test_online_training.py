@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+import megatron_ktr.train as train_module
 from megatron_ktr.config import Config, config_from_values
 from megatron_ktr.data.dataset import PromptLoader
 from megatron_ktr.data.records import read_records
@@ -18,6 +20,7 @@ from megatron_ktr.data.tiny_model import save_tiny_model
 from megatron_ktr.data.video import FrameSampling
 from megatron_ktr.distributed.groups import ParallelSizes
 from megatron_ktr.errors import UserError
+from megatron_ktr.objectives.sft import SupervisedFineTuning
 from megatron_ktr.rollout.source import on_every_rank, response_text
 from megatron_ktr.train import train
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
@@ -188,6 +191,33 @@ def _hf_response_logprobs(model, inputs: Path) -> list[torch.Tensor]:
         )
         logprobs += hf_logprobs(model, group)
     return logprobs
+
+
+class _NotFinite(SupervisedFineTuning):
+    """Imitation whose loss is infinite."""
+
+    def loss(self, statistics, streams, scores):
+        loss, metrics = super().loss(statistics, streams, scores)
+        return loss + math.inf, metrics
+
+
+def train_to_infinity(context, *, inputs: Path, run_dir: Path) -> str:
+    original = train_module.build_objective
+    train_module.build_objective = lambda section, *, reward: _NotFinite("sequence")
+    data = str(inputs / "data" / "sft.json")
+    try:
+        train(settings(inputs, run_dir, objective="sft", data_path=data, kl_beta=0.0, save_interval=1))
+    except UserError as error:
+        return f"{error.is_on_every_rank} {error}"
+    finally:
+        train_module.build_objective = original  # the process serves other tests
+    return "no error"
+
+
+def test_a_loss_that_is_no_number_stops_every_rank_before_anything_is_saved(ranks, inputs, tmp_path) -> None:
+    said = ranks(train_to_infinity, world_size=2, inputs=inputs, run_dir=tmp_path / "run")
+    assert len(set(said)) == 1 and said[0].startswith("True the loss is inf")
+    assert not (tmp_path / "run" / "export").exists() and not list((tmp_path / "run").glob("checkpoints/step_*"))
 
 
 def fail_on_last_rank(context) -> str:

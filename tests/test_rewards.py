@@ -31,6 +31,9 @@ def answer(text: str) -> str:
         ("numerical", "1,200", "<answer>1200.0</answer>", 1.0),  # ',' counts as a decimal part too
         ("numerical", "three", "<answer>3</answer>", 0.0),
         ("OCR", "the red door", "<answer>The red door</answer>", 1.0),
+        ("numerical", "3.", "<answer>3.0</answer>", 1.0),
+        ("numerical", "1e5", "<answer>100000</answer>", 1.0),
+        ("OCR", "red\ndoor", "<answer>red door</answer>", 1.0),  # a line break is a word border
         ("OCR", "the red", "<answer>the red door</answer>", 2 / 3),  # one deletion in three words
         ("OCR", "a b c d e f g", "<answer>x</answer>", 0.0),  # WER 7, clipped
         ("regression", "8", "<answer>10</answer>", 0.8),
@@ -61,6 +64,8 @@ def test_first_answer_block_counts_and_missing_one_gives_zero() -> None:
         ("so <think>a</think><answer>C</answer>", False),
         ("<answer>C</answer>", False),
         ("<think>a</think>", False),
+        ("<think>a</think><answer>B</answer><answer>C</answer>", False),
+        ("<think>a</think> b </think><answer>C</answer>", False),
     ],
 )
 def test_format_is_the_whole_response(text: str, expected: bool) -> None:
@@ -85,6 +90,18 @@ def test_own_reward_function_is_loaded_by_module_and_name() -> None:
     first, second = reward_groups([group], names=names)[0].rollouts
     assert first.rewards == {"accuracy": 1.0, "format": 1.0, "shouting": 0.0} and first.reward == 2.0
     assert second.rewards == {"accuracy": 0.0, "format": 0.0, "shouting": 1.0}
+
+
+def broken(response: str, record: dict) -> float:
+    return float("nan")
+
+
+def test_two_parts_of_one_name_and_a_reward_that_is_no_number_are_refused() -> None:
+    group = RolloutGroup(Prompt("7", (1,)), (Rollout((3,), text="x"),))
+    with pytest.raises(UserError, match="two parts are called 'shouting'"):
+        reward_groups([group], names=[f"{__name__}:shouting", f"{__name__}:shouting"])
+    with pytest.raises(UserError, match="'broken' gave nan for a response to problem 7"):
+        reward_groups([group], names=[f"{__name__}:broken"])
 
 
 def test_unknown_names_are_user_errors() -> None:

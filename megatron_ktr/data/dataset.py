@@ -18,7 +18,7 @@ import torch
 from megatron_ktr.data.preprocess import LoadedMedia, PreprocessSettings, load_media
 from megatron_ktr.data.records import Record, read_records, resolve_media_path
 from megatron_ktr.data.template import PromptBuilder, VisualTokens, WordingTemplate, load_tokenizer
-from megatron_ktr.data.unusable import PromptTooLong, UnusableSample
+from megatron_ktr.data.unusable import PromptTooLong, UnusableMedia, UnusableSample
 from megatron_ktr.data.video import FrameSampling
 from megatron_ktr.errors import UserError
 from megatron_ktr.types import Prompt
@@ -68,15 +68,19 @@ class PromptLoader:
         sampling: FrameSampling,
         max_prompt_length: int | None = None,
         cache_bytes: int = 0,
+        text_only_fallback: bool = False,
     ) -> None:
+        """``text_only_fallback``: where a record's media are unusable, ask the question without them; the model then
+        learns to answer about what it cannot see, so it is off unless the authors' release is to be reproduced."""
         self.builder = builder
         self.cache = MediaCache(cache_bytes)
         self.media_root = Path(media_root)
         self.settings = settings
         self.sampling = sampling
         self.max_prompt_length = max_prompt_length
+        self.text_only_fallback = text_only_fallback
         self.counts: Counter[str] = Counter()
-        """decoder/<name>, decoder/pyav: <why not decord>, repeated_frames."""
+        """decoder/<name>, decoder/pyav: <why not decord>, repeated_frames, text_only_fallback."""
 
     @classmethod
     def from_model(
@@ -89,6 +93,7 @@ class PromptLoader:
         max_prompt_length: int | None = None,
         tokenizer: Any = None,
         cache_bytes: int = 0,
+        text_only_fallback: bool = False,
         **pixel_limits: int | None,
     ) -> PromptLoader:
         """Everything read from a Hugging Face directory; ``pixel_limits`` are ``PreprocessSettings`` fields."""
@@ -109,19 +114,27 @@ class PromptLoader:
             sampling=sampling or FrameSampling(),
             max_prompt_length=max_prompt_length,
             cache_bytes=cache_bytes,
+            text_only_fallback=text_only_fallback,
         )
 
     def load(self, record: Mapping[str, Any]) -> Prompt:
-        """The prompt of one record.
+        """The prompt of one record; its ``record`` has no media where the fallback left them out.
 
         Raises:
             UnusableSample: the record must be skipped (``UnusableMedia``, ``PromptTooLong`` or its text).
             UserError: a path leads out of the media root, or template and model do not fit.
         """
         media = []
-        for kind, written in record.get("media", ()):
-            path = resolve_media_path(self.media_root, written)
-            media.append(self._load_media(path, kind).visual)
+        try:
+            for kind, written in record.get("media", ()):
+                path = resolve_media_path(self.media_root, written)
+                media.append(self._load_media(path, kind).visual)
+        except UnusableMedia as error:
+            if not self.text_only_fallback:
+                raise
+            self.counts["text_only_fallback"] += 1
+            _log.warning("record %s is asked without its media: %s", record["problem_id"], error)
+            record, media = _without_media(record), []
         prompt = self.builder.build(record, media)
         if self.max_prompt_length is not None and len(prompt.token_ids) > self.max_prompt_length:
             raise PromptTooLong(
@@ -140,6 +153,21 @@ class PromptLoader:
                 self.counts[f"decoder/pyav: {loaded.fallback_reason}"] += 1
             self.counts["repeated_frames"] += loaded.num_repeated_frames
         return loaded
+
+
+def _without_media(record: Mapping[str, Any]) -> Record:
+    """A copy that names no media, so that what is recorded of it is read again as the text question it was."""
+    names_media = ("path", "image", "images", "video", "videos")
+    copy = {name: value for name, value in record.items() if name not in names_media}
+    if copy.get("messages"):
+        copy["messages"] = [_text_message(message) for message in copy["messages"]]
+    return {**copy, "media": [], "data_type": "text"}
+
+
+def _text_message(message: Mapping[str, Any]) -> dict[str, Any]:
+    parts = message["content"]
+    text = parts if isinstance(parts, str) else "".join(part["text"] for part in parts if part["type"] == "text")
+    return {**message, "content": text}
 
 
 class SkipCounter:
@@ -219,6 +247,11 @@ class PromptDataset:
     @property
     def num_skipped(self) -> int:
         return self.skips.num_skipped
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Over the whole run, for the metrics: the loader's ``counts``, and ``skipped/<kind>`` for each kind of skip."""
+        return dict(self.loader.counts) | {f"skipped/{kind}": number for kind, number in self.skips.by_kind.items()}
 
     @property
     def epoch(self) -> int:

@@ -12,7 +12,8 @@ Deviations from the authors' code (``original_compat`` restores 1 and 2 here; 3 
 2. The length bonus and the logged length count all tokens of a response; theirs count its key tokens.
 3. Videos keep their timing in every pass; theirs falls back to 1.0 s per temporal patch when it computes
    log-probs (``pack_groups(seconds_per_grid=1.0)``).
-4. A prompt whose video cannot be used is skipped and counted; theirs trains on the text alone.
+4. A prompt whose video cannot be used is skipped and counted; theirs trains on the text alone
+   (``PromptLoader(text_only_fallback=True)``).
 5. A degenerate signal (nothing to hide or shuffle, all scores equal) selects nothing.
 6. The shuffled order is never the identity, and is one per prompt and step.
 """

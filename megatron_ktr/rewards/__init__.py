@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from megatron_ktr.errors import UserError
 from megatron_ktr.rewards.accuracy import accuracy
 from megatron_ktr.rewards.text import has_reasoning_format
-from megatron_ktr.types import RolloutGroup
+from megatron_ktr.types import Prompt, Rollout, RolloutGroup
 
 RewardFunction = Callable[[str, Mapping[str, Any]], float]
 
@@ -44,17 +45,33 @@ def load_reward(name: str) -> tuple[str, RewardFunction]:
 
 def reward_groups(groups: Sequence[RolloutGroup], *, names: Sequence[str]) -> list[RolloutGroup]:
     """The same groups with ``rewards`` of every rollout filled in from its text and its prompt's record."""
-    functions = [load_reward(name) for name in names]
+    functions = load_rewards(names)
     return [
         dataclasses.replace(
             group,
             rollouts=tuple(
-                dataclasses.replace(
-                    rollout,
-                    rewards={name: float(function(rollout.text, group.prompt.record)) for name, function in functions},
-                )
+                dataclasses.replace(rollout, rewards=_reward_parts(rollout, group.prompt, functions))
                 for rollout in group.rollouts
             ),
         )
         for group in groups
     ]
+
+
+def load_rewards(names: Sequence[str]) -> dict[str, RewardFunction]:
+    """The functions by short name; UserError if two have the same one, as one would hide the other."""
+    functions: dict[str, RewardFunction] = {}
+    for name in names:
+        short_name, function = load_reward(name)
+        if short_name in functions:
+            raise UserError(f"reward_functions: two parts are called {short_name!r}; rename one of the functions")
+        functions[short_name] = function
+    return functions
+
+
+def _reward_parts(rollout: Rollout, prompt: Prompt, functions: Mapping[str, RewardFunction]) -> dict[str, float]:
+    parts = {name: float(function(rollout.text, prompt.record)) for name, function in functions.items()}
+    for name, value in parts.items():
+        if not math.isfinite(value):
+            raise UserError(f"reward {name!r} gave {value} for a response to problem {prompt.problem_id}")
+    return parts

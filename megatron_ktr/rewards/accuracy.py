@@ -38,9 +38,11 @@ def ocr(answer: str, truth: str) -> float:
     """1 - WER on lower-case words, clipped; an empty truth is matched only by an empty answer."""
     import jiwer
 
-    if not truth.split():
-        return float(not answer.split())
-    error = jiwer.wer(truth.lower(), answer.lower())
+    # jiwer takes only blanks for word borders; a line break is one too.
+    truth, answer = (" ".join(text.lower().split()) for text in (truth, answer))
+    if not truth:
+        return float(not answer)
+    error = jiwer.wer(truth, answer)
     return min(1.0, max(0.0, 1.0 - error))
 
 

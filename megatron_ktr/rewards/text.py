@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 
 _ANSWER = re.compile(r"<answer>\s*(.*?)\s*</answer>", re.DOTALL)
-_FORMAT = re.compile(r"\s*<think>.*?</think>\s*<answer>.*?</answer>\s*", re.DOTALL)
-_NUMBER = re.compile(r"[+-]?\d[\d,]*(?:\.\d+)?|[+-]?\.\d+")
+_NO_TAG = r"(?:(?!</?think>|</?answer>).)*"
+_FORMAT = re.compile(rf"\s*<think>{_NO_TAG}</think>\s*<answer>{_NO_TAG}</answer>\s*", re.DOTALL)
+_NUMBER = re.compile(r"[+-]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
 
 
 def extract_answer(text: str) -> str | None:
@@ -16,7 +17,7 @@ def extract_answer(text: str) -> str | None:
 
 
 def has_reasoning_format(text: str) -> bool:
-    """Whether the whole response is ``<think>...</think>`` then ``<answer>...</answer>`` and nothing else."""
+    """Whether the response is ``<think>...</think>`` then ``<answer>...</answer>``, each tag once, and nothing else."""
     return _FORMAT.fullmatch(text) is not None
 
 

@@ -41,7 +41,7 @@ class HFEngine:
     """A ``RolloutEngine`` on the model in ``model_dir`` (config and initial weights)."""
 
     def __init__(self, model_dir: Path | str, *, tokenizer: Any, media: MediaSpec, sampling: SamplingSettings) -> None:
-        from transformers import Qwen2_5_VLForConditionalGeneration
+        from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration
         from transformers.utils import logging
 
         self.tokenizer = tokenizer
@@ -52,6 +52,11 @@ class HFEngine:
         self.model = Qwen2_5_VLForConditionalGeneration.from_pretrained(model_dir, dtype=torch.float32)
         self.model.to(self.device).eval().requires_grad_(False)
         self.end_token_ids = _end_token_ids(self.model.generation_config, tokenizer)
+        # Published directories ask generate for a repetition penalty and more, applied before our sampler would see
+        # the logits: responses would come from, and log-probs be of, another distribution than the trainer's.
+        self.model.generation_config = GenerationConfig(
+            eos_token_id=list(self.end_token_ids), pad_token_id=self.end_token_ids[0], do_sample=False
+        )
         self._parameters = {_published_name(name): tensor for name, tensor in self.model.named_parameters()}
 
     def load_weights(self, named_tensors: Iterator[tuple[str, Tensor]]) -> None:
@@ -112,12 +117,6 @@ class HFEngine:
             attention_mask=torch.stack(mask).long().repeat_interleave(number, dim=0),
             position_ids=torch.stack(positions, dim=1).repeat_interleave(number, dim=1),
             max_new_tokens=sampling.max_response_length,
-            eos_token_id=list(self.end_token_ids),
-            pad_token_id=self.end_token_ids[0],
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
             logits_processor=[_Chooser(sampler)],
             use_cache=True,
         ).cpu()

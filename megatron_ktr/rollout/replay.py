@@ -4,10 +4,13 @@ One line is one group:
 
     {"problem_id": "7", "problem": "Which colour came first?", "video": "clips/7.mp4", "options": ["A. red", "B. blue"],
      "responses": [{"text": "<think>..</think><answer>A</answer>", "rewards": {"accuracy": 1.0, "format": 1.0}},
-                   {"token_ids": [151667, 198, 151645], "logprobs": [-0.1, -0.7, 0.0], "reward": 0.0}]}
+                   {"token_ids": [151667, 198, 151645], "logprobs": [-0.1, -0.7, 0.0],
+                    "rewards": {"accuracy": 0.0, "format": 0.0}}]}
 
 The question is a Video-R1 record (``data/records.py``), or ``messages``. A response is text, to which the end token is
-added (unless ``"is_finished": false``: it was cut at the length limit), or token ids, taken as they are.
+added (unless ``"is_finished": false``: it was cut at the length limit), or token ids, taken as they are. Its reward is
+the sum of named parts, or one number, ``"reward": 0.0``. The length bonus, on by default, goes to correct responses and
+therefore needs the part ``accuracy`` of every response; files without it train with ``--length-bonus 0``.
 ``write_rollouts`` writes what a run sampled in the same form.
 """
 
@@ -45,6 +48,8 @@ class ReplayEngine:
         num_generations: int | None = None,
         end_token_id: int | None = None,
         vocab_size: int | None = None,
+        required_rewards: Sequence[str] = (),
+        required_because: str = "",
     ) -> None:
         """Reads and checks the whole file.
 
@@ -52,6 +57,8 @@ class ReplayEngine:
             num_generations: take this many responses of each group (the first ones); None = all that are recorded.
             end_token_id: appended to responses given as text; None = the tokenizer's end token.
             vocab_size: token ids must be below it; None = the tokenizer's length.
+            required_rewards: reward parts that every response taken must have.
+            required_because: ends the message where one lacks them: what needs them, and the way out.
 
         Raises:
             UserError: naming the line, and the response counted from 1.
@@ -70,6 +77,7 @@ class ReplayEngine:
                 rollouts = self._read_responses(record.pop("responses", None))
                 if num_generations is not None and len(rollouts) < num_generations:
                     raise ValueError(f"{len(rollouts)} responses, but num_generations is {num_generations}")
+                _check_rewards(rollouts[:num_generations], required_rewards, because=required_because)
             except ValueError as error:
                 raise UserError(
                     f"replay_path: {self.path}, record {line} (problem_id {record['problem_id']}): {error}"
@@ -175,6 +183,10 @@ class ReplaySource:
     def num_skipped(self) -> int:
         return self.dataset.num_skipped
 
+    @property
+    def counts(self) -> Mapping[str, int]:
+        return self.dataset.counts
+
     def state_dict(self) -> dict[str, Any]:
         return self.dataset.state_dict()
 
@@ -260,6 +272,14 @@ def _read_rewards(response: Mapping[str, Any]) -> dict[str, float]:
         if not _is_number(value):
             raise ValueError(f"expected reward {name!r} to be a finite number, got {_short(value)}")
     return {str(name): float(value) for name, value in rewards.items()}
+
+
+def _check_rewards(rollouts: Sequence[Rollout], required: Sequence[str], *, because: str) -> None:
+    for number, rollout in enumerate(rollouts, start=1):
+        for name in required:
+            if name not in rollout.rewards:
+                found = ", ".join(map(repr, rollout.rewards))
+                raise ValueError(f"response {number}: no reward {name!r}, only {found}{because and f'; {because}'}")
 
 
 def _is_number(value: Any) -> bool:

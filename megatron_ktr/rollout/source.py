@@ -20,13 +20,14 @@ from torch import Tensor
 
 from megatron_ktr.config import Config
 from megatron_ktr.data.dataset import PromptDataset, PromptLoader, SkipCounter
-from megatron_ktr.data.records import read_records
+from megatron_ktr.data.records import Record, read_records
 from megatron_ktr.data.video import FrameSampling
 from megatron_ktr.distributed.collectives import broadcast_object
 from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.errors import UserError
 from megatron_ktr.packing import MediaSpec
 from megatron_ktr.rewards import reward_groups
+from megatron_ktr.rewards.accuracy import ACCURACY_BY_TYPE
 from megatron_ktr.rollout.base import RolloutEngine
 from megatron_ktr.rollout.replay import ReplayEngine, ReplaySource
 from megatron_ktr.types import Prompt, Rollout, RolloutGroup
@@ -56,6 +57,11 @@ class GroupSource(Protocol):
         """Samples skipped so far, each logged with its path and reason."""
         ...
 
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """What the data loader met so far, by metric name: decoder/<name>, repeated_frames, skipped/<kind>, ..."""
+        ...
+
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
@@ -79,6 +85,10 @@ class OnlineSource:
     @property
     def num_skipped(self) -> int:
         return self.dataset.num_skipped
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        return self.dataset.counts
 
     def state_dict(self) -> dict[str, Any]:
         return self.dataset.state_dict()
@@ -108,6 +118,10 @@ class SupervisedSource:
     @property
     def num_skipped(self) -> int:
         return self.dataset.num_skipped
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        return self.dataset.counts
 
     def state_dict(self) -> dict[str, Any]:
         return self.dataset.state_dict()
@@ -142,29 +156,39 @@ class ReplicaSource:
         self.local = local
         self._groups = groups
         self._num_skipped = 0
+        self._counts: Mapping[str, int] = {}
         self.needs_weights: bool = self._from_local(None if local is None else local.needs_weights)
 
     def load_weights(self, named_tensors: Iterator[tuple[str, Tensor]]) -> None:
         def load() -> None:
-            if self.local is not None:
-                self.local.load_weights(named_tensors)
-            for _ in named_tensors:  # the other ranks take part in the gathering; they are given nothing
-                pass
+            try:
+                if self.local is not None:
+                    self.local.load_weights(named_tensors)
+            finally:
+                # The other ranks take part in the gathering and are given nothing; also where the reading rank has
+                # failed, which they learn only after the last tensor.
+                for _ in named_tensors:
+                    pass
 
         on_every_rank(load, groups=self._groups)
 
     def next(self, num_prompts: int, *, step: int) -> list[RolloutGroup]:
-        def read() -> tuple[list[RolloutGroup], int] | None:
+        def read() -> tuple[list[RolloutGroup], int, dict[str, int]] | None:
             if self.local is None:
                 return None
-            return self.local.next(num_prompts, step=step), self.local.num_skipped
+            return self.local.next(num_prompts, step=step), self.local.num_skipped, dict(self.local.counts)
 
-        groups, self._num_skipped = self._from_local(on_every_rank(read, groups=self._groups))
+        groups, self._num_skipped, self._counts = self._from_local(on_every_rank(read, groups=self._groups))
         return groups
 
     @property
     def num_skipped(self) -> int:
         return self._num_skipped
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """The reading rank's, as of the last ``next``."""
+        return self._counts
 
     def state_dict(self) -> dict[str, Any]:
         """The reading rank's state, on every rank of the replica."""
@@ -192,7 +216,9 @@ def on_every_rank(action: Callable[[], T], *, groups: ParallelGroups) -> T:
     torch.distributed.all_gather_object(problems, problem, group=groups.world)
     for found in problems:
         if found is not None:
-            raise UserError(found)
+            error = UserError(found)
+            error.is_on_every_rank = True
+            raise error
     return cast(T, result)
 
 
@@ -219,15 +245,31 @@ def build_local_source(
             tokenizer=tokenizer,
             num_generations=config.rollout.num_generations,
             vocab_size=vocab_size,
+            required_rewards=("accuracy",) if config.reward.length_bonus > 0 else (),
+            required_because="the length bonus goes to correct responses: record it, or set --length-bonus 0",
         )
         return ReplaySource(engine, loader=prompt_loader(config, tokenizer=tokenizer), **order)
     is_supervised = config.objective.objective == "sft"
     records = read_records(data.data_path, problem_types=data.problem_types, needs_solution=not is_supervised)
+    rewards = config.reward.reward_functions or DEFAULT_REWARDS
+    if not is_supervised and "accuracy" in rewards:
+        _check_problem_types(records, data_path=data.data_path)
     dataset = PromptDataset(records, loader=prompt_loader(config, tokenizer=tokenizer), **order)
     if is_supervised:
         return SupervisedSource(dataset, tokenizer=tokenizer)
     engine = build_engine(config, tokenizer=tokenizer, media=media)
-    return OnlineSource(dataset, engine, rewards=config.reward.reward_functions or DEFAULT_REWARDS)
+    return OnlineSource(dataset, engine, rewards=rewards)
+
+
+def _check_problem_types(records: Sequence[Record], *, data_path: str) -> None:
+    """Before the first step rather than in the middle of the run, where the record is drawn."""
+    for record in records:
+        if record["problem_type"] not in ACCURACY_BY_TYPE:
+            raise UserError(
+                f"data_path: {data_path}, record {record['record_number']} (problem_id {record['problem_id']}): the "
+                f"reward accuracy does not know problem_type {record['problem_type']!r}, only "
+                f"{sorted(ACCURACY_BY_TYPE)}; choose with --problem-types, or name other --reward-functions"
+            )
 
 
 def build_engine(config: Config, *, tokenizer: Any, media: MediaSpec) -> RolloutEngine:
@@ -247,7 +289,10 @@ def build_engine(config: Config, *, tokenizer: Any, media: MediaSpec) -> Rollout
 
 
 def prompt_loader(config: Config, *, tokenizer: Any) -> PromptLoader:
-    """Loads records as the data options say; media below ``media_root``, or beside the file that names them."""
+    """Loads records as the data options say; media below ``media_root``, or beside the file that names them.
+
+    With ``original_compat`` a question whose media are unusable is asked without them, as the authors' code does.
+    """
     data = config.data
     is_replay = config.objective.objective != "sft" and config.rollout.engine == "replay"
     file = config.rollout.replay_path if is_replay else data.data_path
@@ -259,6 +304,7 @@ def prompt_loader(config: Config, *, tokenizer: Any) -> PromptLoader:
         max_prompt_length=data.max_prompt_length,
         tokenizer=tokenizer,
         cache_bytes=round(data.media_cache_gb * 1e9),
+        text_only_fallback=config.objective.original_compat,
         video_min_pixels=data.video_min_pixels,
         video_max_pixels=data.video_max_pixels,
         image_min_pixels=data.image_min_pixels,

@@ -84,6 +84,7 @@ class FixedSource:
     """The same groups in every step; replica r of n trains on every n-th, starting at r."""
 
     num_skipped = 0
+    counts: Mapping[str, int] = {}
     needs_weights = False
 
     def __init__(self, groups: Sequence[RolloutGroup], parallel: ParallelGroups) -> None:
