@@ -30,6 +30,7 @@ from megatron_ktr.errors import UserError
 from megatron_ktr.metrics import MetricsWriter
 from megatron_ktr.objectives import build_objective
 from megatron_ktr.policy import Policy
+from megatron_ktr.report.run_data import read_run
 from megatron_ktr.rollout.source import ReplicaSource, build_local_source
 from megatron_ktr.run_directory import list_checkpoints, open_run_directory, step_name
 from megatron_ktr.torch_dist_files import TorchDistReader
@@ -436,6 +437,52 @@ def test_resume_takes_the_newest_complete_checkpoint(data_dir, tmp_path):
     start = open_run_directory(run_config(data_dir, tmp_path / "run", resume=True, train_steps=9, log_interval=3))
     assert (start.checkpoint, start.step) == (newest, 2)
     assert (tmp_path / "run/export_until_step_00000002").is_dir()
+
+
+def test_resuming_twice_at_one_step_overwrites_no_config(data_dir, tmp_path):
+    run_dir = tmp_path / "run"
+    open_run_directory(run_config(data_dir, run_dir))
+    fake_checkpoint(run_dir, run_config(data_dir, run_dir), 2)
+    for log_interval in (7, 8, 9):
+        open_run_directory(run_config(data_dir, run_dir, resume=True, log_interval=log_interval))
+    for suffix, log_interval in (("", 7), ("_2", 8), ("_3", 9)):
+        assert f"log_interval: {log_interval}\n" in (run_dir / f"config_from_step_00000003{suffix}.yaml").read_text()
+
+
+def test_rollouts_after_the_resumed_step_are_moved_aside_and_never_overwritten(data_dir, tmp_path):
+    """The new branch may record other steps: a file of the abandoned one would pass for this run's last."""
+    run_dir = tmp_path / "run"
+    open_run_directory(run_config(data_dir, run_dir))
+    fake_checkpoint(run_dir, run_config(data_dir, run_dir), 2)
+    (run_dir / "rollouts").mkdir()
+
+    def record(step: int, text: str) -> None:
+        (run_dir / "rollouts" / f"{step_name(step)}.jsonl").write_text(text)
+
+    def recorded() -> dict[str, str]:
+        files = (run_dir / "rollouts").rglob("*.jsonl")
+        return {str(path.relative_to(run_dir / "rollouts")): path.read_text() for path in files}
+
+    def resume() -> None:
+        open_run_directory(run_config(data_dir, run_dir, resume=True))
+
+    record(2, "kept")
+    resume()
+    assert recorded() == {"step_00000002.jsonl": "kept"} and len(list((run_dir / "rollouts").iterdir())) == 1
+    record(3, "first branch")
+    record(4, "first branch")
+    resume()
+    record(3, "second branch")
+    resume()
+    aside = "abandoned_after_step_00000002"
+    assert recorded() == {
+        "step_00000002.jsonl": "kept",
+        f"{aside}/step_00000003.jsonl": "first branch",
+        f"{aside}/step_00000004.jsonl": "first branch",
+        f"{aside}_2/step_00000003.jsonl": "second branch",
+    }
+    (run_dir / "metrics.jsonl").write_text("")
+    assert [step for step, _ in read_run(run_dir).rollout_files] == [2], "reports show this branch alone"
 
 
 @pytest.mark.parametrize(

@@ -365,6 +365,62 @@ def test_decoders_and_repeated_frames_are_counted(model_dir: Path, media_root: P
     assert loader.counts["decoder/decord"] + loader.counts["decoder/pyav"] == 2
 
 
+def test_what_the_loader_met_and_what_was_skipped_are_counts_that_survive_resuming(
+    model_dir: Path, media_root: Path
+) -> None:
+    records = text_records(3)
+    records[0] = check_record(question(problem_id="good"), number=1)
+    records[1] = check_record(question(problem_id="bad", path="clips/broken.mp4"), number=2)
+    skips = SkipCounter(max_skip_share=0.5)
+    dataset = PromptDataset(records, loader=make_loader(model_dir, media_root), shuffle=False, skips=skips)
+    assert draw(dataset, 2) == ["good", "2"]
+    counts = {name: number for name, number in dataset.counts.items() if number}
+    assert counts.pop("skipped/unusable_media") == 1
+    assert sum(number for name, number in counts.items() if not name.startswith("decoder/pyav: ")) == 1
+    resumed = PromptDataset(records, loader=make_loader(model_dir, media_root), shuffle=False)
+    resumed.load_state_dict(json.loads(json.dumps(dataset.state_dict())))
+    assert resumed.counts == dataset.counts
+
+
+def test_text_only_fallback_asks_the_question_without_its_media(
+    model_dir: Path, media_root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = check_record(question(path=..., image="picture.png", video="clips/broken.mp4"), number=1)
+    loader = make_loader(model_dir, media_root, text_only_fallback=True)
+    prompt = loader.load(broken)
+    alone = loader.load(check_record(question(path=..., data_type="text"), number=1))
+    assert prompt.token_ids == alone.token_ids and prompt.media == ()
+    assert loader.counts["text_only_fallback"] == 1
+    (message,) = (record.getMessage() for record in caplog.records if "without its media" in record.getMessage())
+    assert "record 7" in message and "broken.mp4: cannot be opened" in message
+    assert broken["media"] and broken["data_type"] == "video", "the data set's own record is untouched"
+    # What a run writes of it is a record like any other, and the question it was asked.
+    again = loader.load(check_record(json.loads(json.dumps(dict(prompt.record))), number=1))
+    assert again.token_ids == prompt.token_ids
+
+
+def test_text_only_fallback_drops_media_parts_of_messages(model_dir: Path, media_root: Path) -> None:
+    parts = [{"type": "video", "video": "clips/broken.mp4"}, {"type": "text", "text": "What is it?"}]
+    record = check_record({"messages": [{"role": "user", "content": parts}], "solution": "1"}, number=1)
+    loader = make_loader(model_dir, media_root, text_only_fallback=True)
+    alone = check_record({"messages": [{"role": "user", "content": "What is it?"}], "solution": "1"}, number=1)
+    prompt = loader.load(record)
+    assert prompt.token_ids == loader.load(alone).token_ids
+    assert check_record(dict(prompt.record), number=1)["media"] == [] and record["messages"][0]["content"] == parts
+
+
+def test_text_only_fallback_uses_media_that_can_be_used_and_is_off_by_default(
+    model_dir: Path, media_root: Path
+) -> None:
+    loader = make_loader(model_dir, media_root, text_only_fallback=True)
+    assert loader.load(check_record(question(), number=1)).media and not loader.counts["text_only_fallback"]
+    with pytest.raises(PromptTooLong):
+        long = make_loader(model_dir, media_root, text_only_fallback=True, max_prompt_length=100)
+        long.load(check_record(question(), number=1))
+    with pytest.raises(UnusableMedia):
+        make_loader(model_dir, media_root).load(check_record(question(path="clips/broken.mp4"), number=1))
+
+
 def test_too_large_a_share_of_unusable_samples_stops_the_run(model_dir: Path, media_root: Path) -> None:
     records = [
         check_record(question(problem_id=i, path=f"clips/{'broken' if i % 2 else 'one'}.mp4"), number=i)

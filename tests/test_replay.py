@@ -13,6 +13,7 @@ import torch
 from megatron_ktr.data.dataset import PromptLoader
 from megatron_ktr.data.video import FrameSampling
 from megatron_ktr.errors import UserError
+from megatron_ktr.rollout import replay
 from megatron_ktr.rollout.base import RolloutEngine
 from megatron_ktr.rollout.replay import ReplayEngine, ReplaySource, write_rollouts
 from megatron_ktr.types import Prompt, Rollout, RolloutGroup
@@ -113,6 +114,25 @@ def test_a_bad_line_is_named_by_number_and_reason(tmp_path: Path, changes: dict[
     with pytest.raises(UserError, match="replay_path: .*record 3") as caught:  # a blank line stands between
         ReplayEngine(path, tokenizer=TOKENIZER)
     assert message in str(caught.value)
+
+
+def test_a_response_without_a_required_reward_is_named_with_the_way_out(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "r.jsonl", [line()])  # its second response has one number for a reward
+    because = "the bonus needs it: set --length-bonus 0"
+    with pytest.raises(UserError, match="record 1 .*response 2: no reward 'accuracy', only 'reward'; .*-bonus 0"):
+        ReplayEngine(path, tokenizer=TOKENIZER, required_rewards=("accuracy",), required_because=because)
+    ReplayEngine(path, tokenizer=TOKENIZER, required_rewards=("accuracy",), num_generations=1)
+    ReplayEngine(path, tokenizer=TOKENIZER)
+
+
+def test_the_documented_example_is_read_as_it_stands_with_the_length_bonus_on(tmp_path: Path) -> None:
+    block = (replay.__doc__ or "").split("One line is one group:")[1].split("The question is")[0]
+    example = json.loads(block)
+    example["responses"][1]["token_ids"] = [5, 6, EOS_ID]  # the tiny vocabulary ends below the real ids
+    path = write_lines(tmp_path / "r.jsonl", [example])
+    engine = ReplayEngine(path, tokenizer=TOKENIZER, required_rewards=("accuracy",))
+    first, second = engine.generate([Prompt("7", (1,), record=engine.records[0])])[0].rollouts
+    assert (first.reward, second.reward, second.sampler_logprobs) == (2.0, 0.0, (-0.1, -0.7, 0.0))
 
 
 def test_written_rollouts_replay_exactly(tmp_path: Path, loader: PromptLoader) -> None:

@@ -250,7 +250,7 @@ class PromptDataset:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Over the whole run, for the metrics: the loader's ``counts``, and ``skipped/<kind>`` for each kind of skip."""
+        """Over the whole run, for the metrics: the loader's counts, and ``skipped/<kind>`` for each kind of skip."""
         return dict(self.loader.counts) | {f"skipped/{kind}": number for kind, number in self.skips.by_kind.items()}
 
     @property
