@@ -1,0 +1,72 @@
+"""metrics.jsonl: every step once, no digits lost, and whole at every moment."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from megatron_ktr.metrics import MetricsWriter
+from megatron_ktr.report.run_data import read_run
+
+
+def write_steps(run_dir: Path, steps: range, *, first_step: int = 0, **values: float) -> None:
+    writer = MetricsWriter(run_dir, first_step=first_step)
+    for step in steps:
+        writer.write(step, values)
+    writer.close()
+
+
+def records(run_dir: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("value", [2e-6 / 3, 1.2345678e-11, -3.3333333e-9, 0.1, 123456.78, 0.0])
+def test_small_values_keep_eight_significant_digits(tmp_path: Path, value: float) -> None:
+    write_steps(tmp_path, range(1, 2), learning_rate=value)
+    # Half a unit of the eighth digit is at most 5e-8 of the value.
+    assert records(tmp_path)[0]["learning_rate"] == pytest.approx(value, rel=5e-8, abs=0.0)
+
+
+def test_values_that_are_no_numbers_are_read_back_by_our_reader(tmp_path: Path) -> None:
+    write_steps(tmp_path, range(1, 2), loss=math.nan, kl=math.inf, num_skipped=3)
+    metrics = read_run(tmp_path).metrics
+    assert math.isnan(metrics["loss"][0]) and metrics["kl"] == (math.inf,) and metrics["num_skipped"] == (3.0,)
+
+
+def test_a_resumed_run_has_every_step_once_whatever_the_crash_left(tmp_path: Path) -> None:
+    write_steps(tmp_path, range(1, 6), loss=1.0)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
+    write_steps(tmp_path, range(4, 7), first_step=4, loss=2.0)
+    assert [(record["step"], record["loss"]) for record in records(tmp_path)] == [
+        *((step, 1.0) for step in (1, 2, 3)),
+        *((step, 2.0) for step in (4, 5, 6)),
+    ]
+
+
+def test_dropping_steps_replaces_the_file_instead_of_writing_over_it(tmp_path: Path) -> None:
+    """Whoever reads while a run is resumed, and whoever finds the directory after a crash then, sees a whole file."""
+    write_steps(tmp_path, range(1, 6), loss=1.0)
+    before = (tmp_path / "metrics.jsonl").read_text()
+    with (tmp_path / "metrics.jsonl").open() as reader:
+        write_steps(tmp_path, range(3, 4), first_step=3, loss=2.0)
+        assert reader.read() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "tensorboard"], "no scratch file"
+
+
+def test_a_crash_while_steps_are_dropped_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_steps(tmp_path, range(1, 6), loss=1.0)
+    before = (tmp_path / "metrics.jsonl").read_text()
+
+    def crash(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("os.fsync", crash)
+        MetricsWriter(tmp_path, first_step=3)
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+    write_steps(tmp_path, range(3, 4), first_step=3, loss=2.0)
+    assert [record["step"] for record in records(tmp_path)] == [1, 2, 3]

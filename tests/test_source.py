@@ -1,0 +1,135 @@
+"""Sources of groups: what is refused before the first step, and one replica's ranks that share one reader."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_ktr.config import Config, config_from_values
+from megatron_ktr.data.unusable import UnusableMedia
+from megatron_ktr.distributed.groups import ParallelSizes
+from megatron_ktr.errors import UserError
+from megatron_ktr.rollout.source import ReplicaSource, build_local_source, prompt_loader
+from tests.support.tiny import VOCAB_SIZE
+from tests.support.tokenizer import save_tiny_tokenizer, tiny_tokenizer
+
+READER = SimpleNamespace(is_source=True, data_rank=0, data_size=1)
+
+
+def build(config: Config) -> Any:
+    return build_local_source(config, groups=READER, tokenizer=tiny_tokenizer(), media=None, vocab_size=VOCAB_SIZE)
+
+
+def write_jsonl(path: Path, *records: dict[str, Any]) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+# --- refused at read time -------------------------------------------------------------------------------------
+
+
+QUESTIONS = (
+    {"problem": "Which?", "problem_type": "multiple choice", "solution": "A"},
+    {"problem_id": "odd", "problem": "Which?", "problem_type": "multiple-choice", "solution": "A"},
+)
+
+
+@pytest.mark.parametrize("rewards", [(), ("format", "accuracy")])
+def test_a_problem_type_that_accuracy_cannot_judge_is_refused_before_the_first_step(tmp_path: Path, rewards) -> None:
+    data = write_jsonl(tmp_path / "q.jsonl", *QUESTIONS)
+    config = config_from_values(dict(model="nowhere", engine="hf", data_path=data, reward_functions=rewards))
+    with pytest.raises(UserError, match=r"record 2 \(problem_id odd\): .*'multiple-choice'.*'OCR', 'free-form'"):
+        build(config)
+
+
+@pytest.mark.parametrize(
+    "change", [dict(reward_functions=("format",)), dict(objective="sft"), dict(problem_types=("multiple choice",))]
+)
+def test_problem_types_are_free_where_accuracy_does_not_read_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+) -> None:
+    monkeypatch.setattr("megatron_ktr.rollout.source.build_engine", lambda config, **options: None)
+    save_tiny_tokenizer(tmp_path)
+    data = write_jsonl(tmp_path / "q.jsonl", *QUESTIONS)
+    config = config_from_values(dict(model=str(tmp_path), engine="hf", data_path=data) | change)
+    assert build(config).dataset.records
+
+
+def test_recorded_rollouts_without_accuracy_need_the_length_bonus_off(tmp_path: Path) -> None:
+    save_tiny_tokenizer(tmp_path)
+    path = write_jsonl(
+        tmp_path / "r.jsonl", {"problem": "Q?", "responses": [{"text": "a", "reward": 1}, {"text": "b", "reward": 0}]}
+    )
+    values = dict(model=str(tmp_path), replay_path=path, num_generations=2)
+    with pytest.raises(UserError, match="record 1 .*response 1: no reward 'accuracy'.*--length-bonus 0"):
+        build(config_from_values(values))
+    (group,) = build(config_from_values({**values, "length_bonus": 0.0})).next(1, step=1)
+    assert [rollout.reward for rollout in group.rollouts] == [1.0, 0.0]
+
+
+def test_original_compat_asks_without_unusable_media(tmp_path: Path) -> None:
+    save_tiny_tokenizer(tmp_path)
+    record = {"problem_id": "1", "problem": "Q?", "media": [("video", "missing.mp4")]}
+    for compat in (False, True):
+        values = dict(model=str(tmp_path), replay_path=str(tmp_path / "r.jsonl"), original_compat=compat)
+        loader = prompt_loader(config_from_values(values), tokenizer=tiny_tokenizer())
+        if compat:
+            assert loader.load(record).media == () and loader.counts["text_only_fallback"] == 1
+        else:
+            with pytest.raises(UnusableMedia):
+                loader.load(record)
+
+
+# --- one reader, several ranks --------------------------------------------------------------------------------
+
+
+class FailingSource:
+    """Gives up after the first tensor; counts more with every step."""
+
+    needs_weights = True
+    num_skipped = 0
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = {}
+
+    def load_weights(self, named_tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+        next(named_tensors)
+        raise UserError("the engine does not know this tensor")
+
+    def next(self, num_prompts: int, *, step: int) -> list[Any]:
+        self.num_skipped = step
+        self.counts = {"decoder/pyav": 2 * step, "skipped/unusable_media": step}
+        return []
+
+
+def share_one_source(context) -> tuple[str, int, dict[str, int], dict[str, int]]:
+    groups = context.init(ParallelSizes(tensor=2))
+    source = ReplicaSource(FailingSource() if groups.is_source else None, groups=groups)
+    before = dict(source.counts)
+
+    def gathered() -> Iterator[tuple[str, torch.Tensor]]:
+        for name in "abc":
+            tensor = torch.ones(1)
+            torch.distributed.all_reduce(tensor, group=groups.tensor)
+            yield name, tensor
+
+    try:
+        source.load_weights(gathered())
+        said = "nothing"
+    except UserError as error:
+        said = f"{error.is_on_every_rank} {error}"
+    source.next(1, step=3)
+    return said, source.num_skipped, before, dict(source.counts)
+
+
+def test_a_reader_that_fails_on_a_tensor_leaves_no_rank_waiting_and_its_counts_reach_all(ranks) -> None:
+    """Were the tensors after it not gathered, the other rank would wait in the next one; and the two would then
+    answer each other's collectives."""
+    expected = ("True the engine does not know this tensor", 3, {}, {"decoder/pyav": 6, "skipped/unusable_media": 3})
+    assert ranks(share_one_source, world_size=2) == [expected, expected]
