@@ -30,7 +30,8 @@ def metrics(run_dir: Path) -> list[dict]:
 @pytest.mark.slow
 def test_three_step_quickstart_writes_summary_and_report(tmp_path) -> None:
     out = tmp_path / "quickstart"
-    done = run("tools/quickstart.py", "--out", str(out), "--steps", "3", "--num-train", "24", "--num-eval", "8")
+    small = ["--steps", "3", "--num-train", "24", "--num-eval", "8", "--nproc-per-node", "1"]
+    done = run("tools/quickstart.py", "--out", str(out), *small)
     assert done.returncode == 0, done.stderr[-2000:]
     summary = json.loads((out / "summary.json").read_text())
     wanted = {

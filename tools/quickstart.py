@@ -192,7 +192,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="directory to create")
     parser.add_argument("--seed", type=int, default=0, help="seed of data, model and sampling (default 0)")
-    parser.add_argument("--nproc-per-node", type=int, default=1, help="processes of each training stage (default 1)")
+    parser.add_argument(
+        "--nproc-per-node",
+        type=int,
+        default=min(2, os.cpu_count() or 1),
+        help="processes of each training stage, data-parallel unless flags say otherwise (default 2, or 1 on one core)",
+    )
     parser.add_argument("--num-train", type=int, default=3000, help="training videos (default 3000)")
     parser.add_argument("--num-eval", type=int, default=400, help="held-out questions (default 400)")
     parser.add_argument("--steps", type=int, help="steps of every stage, to try the commands quickly; learns nothing")
