@@ -282,6 +282,10 @@ class Policy:
         """Means of metrics that every rank of a replica holds alike, over replicas; equal on every rank."""
         return reduce_metrics(metrics, self.groups.data).means()
 
+    def sum_over_replicas(self, counts: Mapping[str, float]) -> dict[str, float]:
+        """Sums by name of counts that every rank of a replica holds alike; replicas may know different names."""
+        return reduce_metrics(Metrics(dict(counts), dict.fromkeys(counts, 1.0)), self.groups.data).sums
+
     def from_last_stage(self, value: Any) -> Any:
         """The last pipeline stage's ``value`` on every rank of the replica; small host objects only."""
         source = torch.distributed.get_global_rank(self.groups.pipeline, self.groups.sizes.pipeline - 1)

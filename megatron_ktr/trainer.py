@@ -200,7 +200,7 @@ class Trainer:
         num_tokens = self.policy.global_count(sum(group.num_tokens for group in groups))
         values = self.policy.mean_over_replicas(metrics)
         values["num_prompts"] = self.policy.global_count(len(groups))
-        values["num_skipped"] = self.policy.global_count(self.source.num_skipped)
+        values |= self.policy.sum_over_replicas({"num_skipped": self.source.num_skipped, **self.source.counts})
         values["tokens_per_second"] = num_tokens / max(sum(seconds.values()), 1e-9)
         values["has_stepped"] = float(result is not None and result.has_stepped)
         if result is not None:

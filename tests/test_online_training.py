@@ -97,6 +97,7 @@ def test_the_whole_loop_gives_the_same_steps_in_every_layout(ranks, inputs, tmp_
             # whole nats. 1e-5: fp32, cached generation against one packed pass.
             assert got["sampler_trainer_logprob_gap"] < 1e-5
             # The same prompts with the same seeds: the same responses, rewards and (but for rounding) numbers.
+            assert got["num_skipped"] == 0 and got["decoder/decord"] + got.get("decoder/pyav", 0) >= 4
             assert got["reward_mean"] == pytest.approx(wanted["reward_mean"], abs=1e-6)
             assert got["response_length"] == wanted["response_length"]
             assert got["loss"] == pytest.approx(wanted["loss"], abs=1e-5)

@@ -26,7 +26,7 @@ from megatron_ktr.distributed.collectives import broadcast_object
 from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.errors import UserError
 from megatron_ktr.packing import MediaSpec
-from megatron_ktr.rewards import reward_groups
+from megatron_ktr.rewards import load_rewards, reward_groups
 from megatron_ktr.rewards.accuracy import ACCURACY_BY_TYPE
 from megatron_ktr.rollout.base import RolloutEngine
 from megatron_ktr.rollout.replay import ReplayEngine, ReplaySource
@@ -252,7 +252,7 @@ def build_local_source(
     is_supervised = config.objective.objective == "sft"
     records = read_records(data.data_path, problem_types=data.problem_types, needs_solution=not is_supervised)
     rewards = config.reward.reward_functions or DEFAULT_REWARDS
-    if not is_supervised and "accuracy" in rewards:
+    if not is_supervised and "accuracy" in load_rewards(rewards):
         _check_problem_types(records, data_path=data.data_path)
     dataset = PromptDataset(records, loader=prompt_loader(config, tokenizer=tokenizer), **order)
     if is_supervised:
