@@ -30,7 +30,7 @@ from megatron_ktr.distributed.optimizer import build_optimizer, build_scheduler,
 from megatron_ktr.distributed.platform import Platform
 from megatron_ktr.errors import UserError
 from megatron_ktr.objectives.base import Objective
-from megatron_ktr.ops.linear_logprob import LinearLogprob
+from megatron_ktr.ops.token_statistics import TokenStatistics
 from megatron_ktr.types import Metrics, PackedBatch, RolloutGroup, TokenScores, TokenStreams, View
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.conversion import GatherTo, export_hf_tensors, load_hf_weights, save_hf, unwrap_model
@@ -54,7 +54,7 @@ class MicroBatch:
     """Set where the selection is made before the update (several updates per rollout, denominators that count key
     tokens); otherwise the objective selects inside the update, right after the intact forward."""
 
-    def scores(self, statistics: LinearLogprob) -> TokenScores:
+    def scores(self, statistics: TokenStatistics) -> TokenScores:
         """All scores of the micro-batch, given an intact pass."""
         return TokenScores(
             policy_logprob_R=statistics.logprob_R.detach(),
@@ -150,7 +150,7 @@ class Policy:
             chunk.requires_grad_(False)
         self.reference_chunks = chunks
 
-    def score(self, batches: Sequence[PackedBatch], *, model: str = "policy") -> list[LinearLogprob | None]:
+    def score(self, batches: Sequence[PackedBatch], *, model: str = "policy") -> list[TokenStatistics | None]:
         """Log-prob and entropy of every response token, without gradient; None on every stage but the last."""
         chunks = self.chunks if model == "policy" else self.reference_chunks
         if chunks is None:
@@ -162,7 +162,7 @@ class Policy:
 
         def keep(
             item: PackedBatch, chunk: torch.nn.Module, hidden_RD: Tensor, non_loss_data: bool = True
-        ) -> LinearLogprob:
+        ) -> TokenStatistics:
             return self._statistics(chunk, item, hidden_RD)
 
         with torch.no_grad():
@@ -272,7 +272,7 @@ class Policy:
         source = torch.distributed.get_global_rank(self.groups.pipeline, self.groups.sizes.pipeline - 1)
         return broadcast_object(value, group=self.groups.pipeline, source=source)
 
-    def _statistics(self, chunk: torch.nn.Module, batch: PackedBatch, hidden_RD: Tensor) -> LinearLogprob:
+    def _statistics(self, chunk: torch.nn.Module, batch: PackedBatch, hidden_RD: Tensor) -> TokenStatistics:
         targets = batch.target_ids_R.to(hidden_RD.device)
         return unwrap_model(chunk).token_statistics(hidden_RD, targets, temperature=self.temperature)
 

@@ -20,7 +20,7 @@ from megatron_ktr.attribution.counterfactuals import draw_permutations
 from megatron_ktr.config import Config
 from megatron_ktr.metrics import PhaseTimer
 from megatron_ktr.objectives.base import Objective
-from megatron_ktr.ops.linear_logprob import LinearLogprob
+from megatron_ktr.ops.token_statistics import TokenStatistics
 from megatron_ktr.packing import MediaSpec, pack_groups, plan_micro_batches
 from megatron_ktr.policy import Denominators, MicroBatch, Policy, UpdateResult
 from megatron_ktr.rollout.source import GroupSource
@@ -236,5 +236,5 @@ def _split_by_token(streams: TokenStreams, scores: TokenScores) -> list[tuple[bo
     return list(zip(is_key, logprobs, marks or [{}] * len(is_key), strict=True))
 
 
-def _logprob(statistics: LinearLogprob | None) -> Tensor | None:
+def _logprob(statistics: TokenStatistics | None) -> Tensor | None:
     return None if statistics is None else statistics.logprob_R

@@ -5,7 +5,7 @@
     last stage    final norm -> the rows that predict response tokens -> (outside) the vocabulary-parallel head
 
 The model takes one ``PackedBatch`` and knows nothing of objectives; the head turns hidden rows into log-probs and
-entropy without ever making full logits (``ops/linear_logprob``).
+entropy without ever making full logits (``ops/token_statistics``).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.distributed.platform import current
-from megatron_ktr.ops.linear_logprob import LinearLogprob
+from megatron_ktr.ops.token_statistics import TokenStatistics
 from megatron_ktr.types import PackedBatch
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.language import LanguageModel
@@ -135,7 +135,7 @@ class Qwen2_5_VLModel(MegatronModule):
         # The prompt's last row appears once per response: backward sums over the group.
         return hidden_T1D[:, 0].index_select(0, batch.predicting_rows_R)
 
-    def token_statistics(self, hidden_RD: Tensor, target_ids_R: Tensor, *, temperature: float = 1.0) -> LinearLogprob:
+    def token_statistics(self, hidden_RD: Tensor, target_ids_R: Tensor, *, temperature: float = 1.0) -> TokenStatistics:
         """Log-probability of each target and entropy of its distribution, from ``forward``'s rows; last stage only."""
         is_shared = self.share_embeddings_and_output_weights
         return self.language.output_layer(

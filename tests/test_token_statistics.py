@@ -1,4 +1,4 @@
-"""``linear_logprob`` against full logits: values, gradients, memory, work and traffic."""
+"""``linear_token_statistics`` against full logits: values, gradients, memory, work and traffic."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from megatron_ktr.ops.linear_logprob import linear_logprob
-from megatron_ktr.ops.linear_logprob_reference import linear_logprob_reference
+from megatron_ktr.ops.token_statistics import linear_token_statistics
+from megatron_ktr.ops.token_statistics_reference import token_statistics_reference
 from megatron_ktr.ops.vocab_tiles import tile_sizes
 
 HIDDEN_SIZE = 24
@@ -60,7 +60,7 @@ def _values_and_gradients(op, case: Case, *, dtype: torch.dtype, **options) -> d
 
 
 def _truth(case: Case) -> dict[str, Tensor]:
-    return _values_and_gradients(linear_logprob_reference, case, dtype=torch.float64)
+    return _values_and_gradients(token_statistics_reference, case, dtype=torch.float64)
 
 
 def _error(value: Tensor, truth: Tensor) -> float:
@@ -71,7 +71,7 @@ def _error(value: Tensor, truth: Tensor) -> float:
 
 
 def _assert_as_good_as_naive(ours: dict[str, Tensor], case: Case) -> None:
-    truth, naive = _truth(case), _values_and_gradients(linear_logprob_reference, case, dtype=case.dtype)
+    truth, naive = _truth(case), _values_and_gradients(token_statistics_reference, case, dtype=case.dtype)
     for name in NAMES:
         # Both are sums of the same terms in another order; 8 units in the last place of the result's dtype is what
         # that order is worth at these sizes. Naive bf16 logits alone cost thousands of fp32 units.
@@ -94,7 +94,7 @@ SHAPES = [
 def test_error_is_at_most_that_of_full_logits(shape: Case, dtype: torch.dtype) -> None:
     case = Case(shape.num_rows, shape.padded_size, shape.vocab_size, dtype, shape.temperature, shape.seed)
     for tile in ({}, {"row_chunk": 5, "vocab_chunk": 13}):
-        ours = _values_and_gradients(linear_logprob, case, dtype=dtype, **tile)
+        ours = _values_and_gradients(linear_token_statistics, case, dtype=dtype, **tile)
         assert ours["logprob"].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         assert ours["hidden_grad"].dtype == ours["weight_grad"].dtype == dtype
         _assert_as_good_as_naive(ours, case)
@@ -103,7 +103,7 @@ def test_error_is_at_most_that_of_full_logits(shape: Case, dtype: torch.dtype) -
 
 def test_bf16_inputs_are_summed_in_fp32() -> None:
     case = Case(29, 1024, 1021, torch.bfloat16)
-    ours, truth = _values_and_gradients(linear_logprob, case, dtype=case.dtype), _truth(case)
+    ours, truth = _values_and_gradients(linear_token_statistics, case, dtype=case.dtype), _truth(case)
     # bf16 products are exact in fp32, so only fp32 rounding is left in the values: 1e-6 of numbers near 7 is 8 units.
     assert _error(ours["logprob"], truth["logprob"]) < 1e-6
     assert _error(ours["entropy"], truth["entropy"]) < 1e-6
@@ -117,8 +117,10 @@ def test_bf16_inputs_are_summed_in_fp32() -> None:
 @pytest.mark.parametrize("tile", [(1, 1), (3, 7), (64, 10), (4, 1000)], ids=str)
 def test_tile_size_does_not_matter(tile: tuple[int, int]) -> None:
     case = Case(19, 101, 97)
-    whole = _values_and_gradients(linear_logprob, case, dtype=torch.float64)
-    tiled = _values_and_gradients(linear_logprob, case, dtype=torch.float64, row_chunk=tile[0], vocab_chunk=tile[1])
+    whole = _values_and_gradients(linear_token_statistics, case, dtype=torch.float64)
+    tiled = _values_and_gradients(
+        linear_token_statistics, case, dtype=torch.float64, row_chunk=tile[0], vocab_chunk=tile[1]
+    )
     for name in NAMES:
         assert _error(tiled[name], whole[name]) < 1e-13, name  # fp64 sums in another order: some hundred units
 
@@ -128,7 +130,7 @@ def test_gradcheck(temperature: float) -> None:
     hidden_RD, weight_VD, target_R, *_ = Case(5, 13, 11, torch.float64).tensors()
 
     def op(hidden_RD: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor]:
-        result = linear_logprob(
+        result = linear_token_statistics(
             hidden_RD, weight_VD, target_R, vocab_size=11, temperature=temperature, row_chunk=2, vocab_chunk=4
         )
         return result.logprob_R, result.entropy_R
@@ -140,7 +142,7 @@ def test_worked_example() -> None:
     # Logits (log 3, 0) give p = (3/4, 1/4); at temperature 1/2 they are (log 9, 0): p = (9/10, 1/10).
     hidden_RD, weight_VD = torch.tensor([[1.0]]), torch.tensor([[math.log(3)], [0.0]])
     for temperature, p in ((1.0, 0.75), (0.5, 0.9)):
-        result = linear_logprob(hidden_RD, weight_VD, torch.tensor([1]), temperature=temperature)
+        result = linear_token_statistics(hidden_RD, weight_VD, torch.tensor([1]), temperature=temperature)
         assert result.logprob_R.item() == pytest.approx(math.log(1 - p), rel=1e-6)  # fp32 has 1.2e-7
         assert result.entropy_R.item() == pytest.approx(-p * math.log(p) - (1 - p) * math.log(1 - p), rel=1e-6)
 
@@ -153,7 +155,7 @@ def test_extreme_logits(vocab_chunk: int | None) -> None:
     weight_VD = torch.zeros(vocab_size, 5)
     weight_VD[:, 1], weight_VD[:, 2], weight_VD[11, 3] = 1e4, -1e4, 1e4
     target_R = torch.tensor([0, 39, 7, 11, 12])
-    result = linear_logprob(hidden_RD, weight_VD.requires_grad_(), target_R, vocab_chunk=vocab_chunk)
+    result = linear_token_statistics(hidden_RD, weight_VD.requires_grad_(), target_R, vocab_chunk=vocab_chunk)
     log_size = torch.tensor(float(vocab_size)).log()
     assert torch.equal(result.entropy_R, torch.stack([log_size] * 3 + [torch.tensor(0.0)] * 2))
     assert torch.equal(result.logprob_R, torch.stack([-log_size] * 3 + [torch.tensor(0.0), torch.tensor(-1e4)]))
@@ -188,7 +190,7 @@ def test_rows_without_weight_have_no_gradient_and_cost_nothing() -> None:
     active = has_logprob | has_entropy
     hidden_RD.requires_grad_(), weight_VD.requires_grad_()
     with _Recorder() as forward:
-        result = linear_logprob(hidden_RD, weight_VD, target_R, vocab_size=97, row_chunk=3, vocab_chunk=31)
+        result = linear_token_statistics(hidden_RD, weight_VD, target_R, vocab_size=97, row_chunk=3, vocab_chunk=31)
     with _Recorder() as backward:
         torch.autograd.backward([result.logprob_R, result.entropy_R], [logprob_grad_R, entropy_grad_R])
     assert forward.multiply_adds == 40 * 97 * HIDDEN_SIZE
@@ -197,14 +199,16 @@ def test_rows_without_weight_have_no_gradient_and_cost_nothing() -> None:
     assert not hidden_RD.grad[~active].any() and hidden_RD.grad[active].any(dim=1).all()
 
     hidden_too, weight_too = hidden_RD.detach()[active].requires_grad_(), weight_VD.detach().requires_grad_()
-    alone = linear_logprob(hidden_too, weight_too, target_R[active], vocab_size=97, row_chunk=3, vocab_chunk=31)
+    alone = linear_token_statistics(
+        hidden_too, weight_too, target_R[active], vocab_size=97, row_chunk=3, vocab_chunk=31
+    )
     torch.autograd.backward([alone.logprob_R, alone.entropy_R], [logprob_grad_R[active], entropy_grad_R[active]])
     assert torch.equal(hidden_RD.grad[active], hidden_too.grad) and torch.equal(weight_VD.grad, weight_too.grad)
 
 
 def test_no_row_with_weight_costs_no_product() -> None:
     hidden_RD, weight_VD, target_R, *_ = Case(6, 20, 20).tensors()
-    result = linear_logprob(hidden_RD.requires_grad_(), weight_VD.requires_grad_(), target_R)
+    result = linear_token_statistics(hidden_RD.requires_grad_(), weight_VD.requires_grad_(), target_R)
     with _Recorder() as backward:
         (result.logprob_R * 0.0).sum().backward()
     assert backward.multiply_adds == 0
@@ -215,7 +219,9 @@ def test_no_row_with_weight_costs_no_product() -> None:
 @pytest.mark.parametrize("needs_hidden, needs_weight", [(True, False), (False, True)])
 def test_a_frozen_side_costs_no_product(needs_hidden: bool, needs_weight: bool) -> None:
     hidden_RD, weight_VD, target_R, *_ = Case(6, 20, 20).tensors()
-    result = linear_logprob(hidden_RD.requires_grad_(needs_hidden), weight_VD.requires_grad_(needs_weight), target_R)
+    result = linear_token_statistics(
+        hidden_RD.requires_grad_(needs_hidden), weight_VD.requires_grad_(needs_weight), target_R
+    )
     with _Recorder() as backward:
         result.entropy_R.sum().backward()
     assert backward.multiply_adds == 2 * 6 * 20 * HIDDEN_SIZE
@@ -228,7 +234,7 @@ def test_no_tensor_grows_with_rows_times_vocabulary(dtype: torch.dtype) -> None:
     hidden_RD, weight_VD, target_R, *_ = Case(num_rows, vocab_size, vocab_size, dtype).tensors()
     tile = {"row_chunk": 64, "vocab_chunk": 256}
     with _Recorder() as recorder:
-        result = linear_logprob(hidden_RD.requires_grad_(), weight_VD.requires_grad_(), target_R, **tile)
+        result = linear_token_statistics(hidden_RD.requires_grad_(), weight_VD.requires_grad_(), target_R, **tile)
         (result.logprob_R + result.entropy_R).sum().backward()
     # The largest tensor is the weight's own gradient; a row-by-vocabulary tensor would be at least 20 times that.
     assert recorder.largest <= max(weight_VD.nbytes, 64 * 256 * 4)
@@ -265,7 +271,7 @@ def test_bad_arguments_are_named(change: dict, message: str) -> None:
         "vocab_size": 9,
     }
     with pytest.raises(ValueError, match=message):
-        linear_logprob(**(arguments | change))
+        linear_token_statistics(**(arguments | change))
 
 
 # --- tensor parallel ---------------------------------------------------------------------------------------------
@@ -281,7 +287,7 @@ def _sharded_values_and_gradients(context, *, cases: list[Case], tensor: int, re
 
         def op(hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor, **options):
             shard_VD = weight_VD.chunk(tensor)[groups.tensor_rank]
-            return linear_logprob(
+            return linear_token_statistics(
                 hidden_RD,
                 shard_VD,
                 target_R,
@@ -354,7 +360,7 @@ def _collective_traffic(context, *, num_rows: int, padded_size: int, num_active:
             return func(*args, **(kwargs or {}))
 
     with Counter():
-        result = linear_logprob(
+        result = linear_token_statistics(
             hidden_RD.requires_grad_(),
             weight_VD,
             target_R,
