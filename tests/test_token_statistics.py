@@ -1,84 +1,32 @@
-"""``linear_token_statistics`` against full logits: values, gradients, memory, work and traffic."""
+"""``linear_token_statistics`` against full logits: values, gradients, memory and work, for each implementation.
+
+Sharded vocabularies, traffic and whole training steps: ``test_token_statistics_parallel.py``.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
-from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 
 from megatron_ktr.ops.token_statistics import linear_token_statistics
 from megatron_ktr.ops.token_statistics_reference import token_statistics_reference
 from megatron_ktr.ops.vocab_tiles import tile_sizes
+from tests.support.token_statistics import (
+    HIDDEN_SIZE,
+    NAMES,
+    Case,
+    Recorder,
+    assert_as_good_as_naive,
+    error_of,
+    truth_of,
+    values_and_gradients,
+)
 
-HIDDEN_SIZE = 24
-NAMES = ("logprob", "entropy", "hidden_grad", "weight_grad")
-
-
-@dataclass(frozen=True)
-class Case:
-    """One problem; made from its seed alone, so that every rank makes the same one."""
-
-    num_rows: int
-    padded_size: int
-    vocab_size: int
-    dtype: torch.dtype = torch.float32
-    temperature: float = 1.0
-    seed: int = 0
-
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """hidden, weight, target, and the gradients that arrive at logprob and entropy. Padding rows are NaN."""
-        generator = torch.Generator().manual_seed(self.seed)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-        # Logits with a standard deviation of about 2: entropies well between 0 and log V.
-        hidden_RD = normal(self.num_rows, HIDDEN_SIZE).to(self.dtype)
-        weight_VD = (normal(self.padded_size, HIDDEN_SIZE) * 0.4).to(self.dtype)
-        weight_VD[self.vocab_size :] = float("nan")
-        target_R = torch.randint(0, self.vocab_size, (self.num_rows,), generator=generator)
-        target_R[-1:] = self.vocab_size - 1
-        logprob_grad_R, entropy_grad_R = normal(2, self.num_rows).unbind()
-        return hidden_RD, weight_VD, target_R, logprob_grad_R, entropy_grad_R
-
-
-def _values_and_gradients(op, case: Case, *, dtype: torch.dtype, **options) -> dict[str, Tensor]:
-    hidden_RD, weight_VD, target_R, logprob_grad_R, entropy_grad_R = case.tensors()
-    hidden_RD, weight_VD = (tensor.to(dtype).requires_grad_() for tensor in (hidden_RD, weight_VD))
-    result = op(hidden_RD, weight_VD, target_R, vocab_size=case.vocab_size, temperature=case.temperature, **options)
-    torch.autograd.backward(
-        [result.logprob_R, result.entropy_R],
-        [logprob_grad_R.to(result.logprob_R.dtype), entropy_grad_R.to(result.entropy_R.dtype)],
-    )
-    tensors = (result.logprob_R.detach(), result.entropy_R.detach(), hidden_RD.grad, weight_VD.grad)
-    return dict(zip(NAMES, tensors, strict=True))
-
-
-def _truth(case: Case) -> dict[str, Tensor]:
-    return _values_and_gradients(token_statistics_reference, case, dtype=torch.float64)
-
-
-def _error(value: Tensor, truth: Tensor) -> float:
-    """Largest error as a share of the largest true number."""
-    if truth.numel() == 0:
-        return 0.0
-    return float((value.double() - truth).abs().max() / truth.abs().max().clamp_min(1e-3))
-
-
-def _assert_as_good_as_naive(ours: dict[str, Tensor], case: Case) -> None:
-    truth, naive = _truth(case), _values_and_gradients(token_statistics_reference, case, dtype=case.dtype)
-    for name in NAMES:
-        # Both are sums of the same terms in another order; 8 units in the last place of the result's dtype is what
-        # that order is worth at these sizes. Naive bf16 logits alone cost thousands of fp32 units.
-        tolerance = 8 * torch.finfo(ours[name].dtype).eps
-        assert ours[name].isfinite().all(), name
-        assert _error(ours[name], truth[name]) <= _error(naive[name], truth[name]) + tolerance, name
-
+IMPLS = ("chunked", "naive")
 
 SHAPES = [
     pytest.param(Case(37, 101, 101), id="primes"),
@@ -89,24 +37,27 @@ SHAPES = [
 ]
 
 
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_error_is_at_most_that_of_full_logits(shape: Case, dtype: torch.dtype) -> None:
-    case = Case(shape.num_rows, shape.padded_size, shape.vocab_size, dtype, shape.temperature, shape.seed)
+def test_error_is_at_most_that_of_full_logits(shape: Case, dtype: torch.dtype, impl: str) -> None:
+    case = shape.of(dtype)
     for tile in ({}, {"row_chunk": 5, "vocab_chunk": 13}):
-        ours = _values_and_gradients(linear_token_statistics, case, dtype=dtype, **tile)
-        assert ours["logprob"].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        ours = values_and_gradients(linear_token_statistics, case, dtype=dtype, impl=impl, **tile)
+        assert ours["logprob"].dtype == ours["kl"].dtype == (dtype if dtype == torch.float64 else torch.float32)
         assert ours["hidden_grad"].dtype == ours["weight_grad"].dtype == dtype
-        _assert_as_good_as_naive(ours, case)
+        # naive rounds its logits to the inputs' dtype and the gradient of its logits too, once more than autograd.
+        assert_as_good_as_naive(ours, case, grain=dtype if impl == "naive" else None)
         assert not ours["weight_grad"][case.vocab_size :].any(), "padding rows are not parameters"
+        assert ours["kl"][0] == 0, "the same hidden row has the same distribution"
 
 
 def test_bf16_inputs_are_summed_in_fp32() -> None:
     case = Case(29, 1024, 1021, torch.bfloat16)
-    ours, truth = _values_and_gradients(linear_token_statistics, case, dtype=case.dtype), _truth(case)
+    ours, truth = values_and_gradients(linear_token_statistics, case, dtype=case.dtype), truth_of(case)
     # bf16 products are exact in fp32, so only fp32 rounding is left in the values: 1e-6 of numbers near 7 is 8 units.
-    assert _error(ours["logprob"], truth["logprob"]) < 1e-6
-    assert _error(ours["entropy"], truth["entropy"]) < 1e-6
+    assert error_of(ours["logprob"], truth["logprob"]) < 1e-6
+    assert error_of(ours["entropy"], truth["entropy"]) < 1e-6
     # The gradients are rounded to bf16 exactly once: half a unit in the last place of eight significant bits (frexp's
     # exponent is one too high), plus 1% of that and 1e-7 for the fp32 sum before it.
     for name in ("hidden_grad", "weight_grad"):
@@ -117,12 +68,12 @@ def test_bf16_inputs_are_summed_in_fp32() -> None:
 @pytest.mark.parametrize("tile", [(1, 1), (3, 7), (64, 10), (4, 1000)], ids=str)
 def test_tile_size_does_not_matter(tile: tuple[int, int]) -> None:
     case = Case(19, 101, 97)
-    whole = _values_and_gradients(linear_token_statistics, case, dtype=torch.float64)
-    tiled = _values_and_gradients(
+    whole = values_and_gradients(linear_token_statistics, case, dtype=torch.float64)
+    tiled = values_and_gradients(
         linear_token_statistics, case, dtype=torch.float64, row_chunk=tile[0], vocab_chunk=tile[1]
     )
     for name in NAMES:
-        assert _error(tiled[name], whole[name]) < 1e-13, name  # fp64 sums in another order: some hundred units
+        assert error_of(tiled[name], whole[name]) < 1e-13, name  # fp64 sums in another order: some hundred units
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
@@ -141,45 +92,44 @@ def test_gradcheck(temperature: float) -> None:
 def test_worked_example() -> None:
     # Logits (log 3, 0) give p = (3/4, 1/4); at temperature 1/2 they are (log 9, 0): p = (9/10, 1/10).
     hidden_RD, weight_VD = torch.tensor([[1.0]]), torch.tensor([[math.log(3)], [0.0]])
-    for temperature, p in ((1.0, 0.75), (0.5, 0.9)):
-        result = linear_token_statistics(hidden_RD, weight_VD, torch.tensor([1]), temperature=temperature)
+    for impl, (temperature, p) in itertools.product(IMPLS, ((1.0, 0.75), (0.5, 0.9))):
+        result = linear_token_statistics(
+            hidden_RD,
+            weight_VD,
+            torch.tensor([1]),
+            temperature=temperature,
+            counterfactual_hidden_RD=torch.zeros(1, 1),  # q = (1/2, 1/2)
+            impl=impl,
+        )
+        assert result.counterfactual_logprob_R.item() == pytest.approx(math.log(0.5), rel=1e-6)
+        kl = p * math.log(2 * p) + (1 - p) * math.log(2 * (1 - p))
+        assert result.kl_R.item() == pytest.approx(kl, rel=1e-5)  # a difference of two logarithms, ten times smaller
         assert result.logprob_R.item() == pytest.approx(math.log(1 - p), rel=1e-6)  # fp32 has 1.2e-7
         assert result.entropy_R.item() == pytest.approx(-p * math.log(p) - (1 - p) * math.log(1 - p), rel=1e-6)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("vocab_chunk", [7, None])
-def test_extreme_logits(vocab_chunk: int | None) -> None:
+def test_extreme_logits(vocab_chunk: int | None, impl: str) -> None:
     """Rows: uniform at 0, uniform at 1e4, uniform at -1e4, one at +1e4 on the target, the same off the target."""
     vocab_size = 40
     hidden_RD = (torch.eye(5)[[0, 1, 2, 3, 3]] * torch.tensor([0.0, 1.0, 1.0, 1.0, 1.0])[:, None]).requires_grad_()
     weight_VD = torch.zeros(vocab_size, 5)
     weight_VD[:, 1], weight_VD[:, 2], weight_VD[11, 3] = 1e4, -1e4, 1e4
     target_R = torch.tensor([0, 39, 7, 11, 12])
-    result = linear_token_statistics(hidden_RD, weight_VD.requires_grad_(), target_R, vocab_chunk=vocab_chunk)
+    other_RD = torch.eye(5)[[0, 2, 1, 4, 3]]  # against: itself, twice another uniform row, the one-hot row, itself
+    options = dict(counterfactual_hidden_RD=other_RD * hidden_RD.detach().sum(1, keepdim=True), impl=impl)
+    result = linear_token_statistics(
+        hidden_RD, weight_VD.requires_grad_(), target_R, vocab_chunk=vocab_chunk, **options
+    )
     log_size = torch.tensor(float(vocab_size)).log()
     assert torch.equal(result.entropy_R, torch.stack([log_size] * 3 + [torch.tensor(0.0)] * 2))
     assert torch.equal(result.logprob_R, torch.stack([-log_size] * 3 + [torch.tensor(0.0), torch.tensor(-1e4)]))
+    # One-hot against uniform: log V, with or without logits of 1e4.
+    assert torch.equal(result.kl_R, torch.stack([torch.tensor(0.0)] * 3 + [log_size, torch.tensor(0.0)]))
     (result.logprob_R.sum() + result.entropy_R.sum()).backward()
     assert hidden_RD.grad.isfinite().all() and weight_VD.grad.isfinite().all()
     assert not weight_VD.grad[:, 4].any() and not hidden_RD.grad[3].any()  # p(target) == 1: nothing left to learn
-
-
-class _Recorder(TorchDispatchMode):
-    """Counts multiply-adds of matrix products and remembers the largest tensor made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.multiply_adds = 0
-        self.largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if func.overloadpacket in (torch.ops.aten.addmm, torch.ops.aten.mm):
-            a, b = args[1:3] if func.overloadpacket is torch.ops.aten.addmm else args[:2]
-            self.multiply_adds += a.shape[0] * a.shape[1] * b.shape[1]
-        tensors = [leaf for leaf in tree_flatten(out)[0] if isinstance(leaf, Tensor)]
-        self.largest = max([self.largest, *(tensor.untyped_storage().nbytes() for tensor in tensors)])
-        return out
 
 
 def test_rows_without_weight_have_no_gradient_and_cost_nothing() -> None:
@@ -189,9 +139,9 @@ def test_rows_without_weight_have_no_gradient_and_cost_nothing() -> None:
     logprob_grad_R, entropy_grad_R = (logprob_grad_R * has_logprob).float(), (entropy_grad_R * has_entropy).float()
     active = has_logprob | has_entropy
     hidden_RD.requires_grad_(), weight_VD.requires_grad_()
-    with _Recorder() as forward:
+    with Recorder() as forward:
         result = linear_token_statistics(hidden_RD, weight_VD, target_R, vocab_size=97, row_chunk=3, vocab_chunk=31)
-    with _Recorder() as backward:
+    with Recorder() as backward:
         torch.autograd.backward([result.logprob_R, result.entropy_R], [logprob_grad_R, entropy_grad_R])
     assert forward.multiply_adds == 40 * 97 * HIDDEN_SIZE
     # The logits again, then the two gradients, for the remaining rows alone.
@@ -206,10 +156,76 @@ def test_rows_without_weight_have_no_gradient_and_cost_nothing() -> None:
     assert torch.equal(hidden_RD.grad[active], hidden_too.grad) and torch.equal(weight_VD.grad, weight_too.grad)
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+def test_kl_of_near_distributions_keeps_its_digits(scale: float) -> None:
+    """KL falls with the square of the distance; its error must stay that of sums near log V, and never a sign."""
+    case = Case(64, 512, 512)
+    hidden_RD, weight_VD, target_R, *_ = case.tensors()
+    other_RD = hidden_RD + scale * (case.counterfactual() - hidden_RD)
+    found = linear_token_statistics(hidden_RD, weight_VD, target_R, counterfactual_hidden_RD=other_RD).kl_R
+    doubles = (tensor.double() for tensor in (hidden_RD, weight_VD))
+    truth = token_statistics_reference(*doubles, target_R, counterfactual_hidden_RD=other_RD.double()).kl_R
+    assert (found >= 0).all()
+    assert float((found - truth).abs().max()) < 4e-6  # a few units of log 512 in fp32
+
+
+def test_counterfactual_costs_one_product_and_leaves_the_rest_as_it_was() -> None:
+    case = Case(40, 101, 97)
+    hidden_RD, weight_VD, target_R, *_ = case.tensors()
+    alone = linear_token_statistics(hidden_RD, weight_VD, target_R, vocab_size=97)
+    with Recorder() as recorder:
+        both = linear_token_statistics(
+            hidden_RD, weight_VD, target_R, vocab_size=97, counterfactual_hidden_RD=case.counterfactual()
+        )
+    assert recorder.multiply_adds == 2 * 40 * 97 * HIDDEN_SIZE
+    assert torch.equal(alone.logprob_R, both.logprob_R) and torch.equal(alone.entropy_R, both.entropy_R)
+    assert alone.kl_R is None and alone.counterfactual_logprob_R is None
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_main_grad_receives_the_weight_gradient_in_fp32(dtype: torch.dtype, impl: str) -> None:
+    case = Case(29, 104, 97).of(dtype)
+    hidden_RD, weight_VD, target_R, logprob_grad_R, _ = case.tensors()
+    truth = truth_of_logprob_gradient(case)
+    weight = torch.nn.Parameter(weight_VD)
+    weight.main_grad, weight.grad_added_to_main_grad = torch.ones(104, HIDDEN_SIZE), False
+    for fused in (False, True, True):
+        weight.grad = None
+        result = linear_token_statistics(
+            hidden_RD, weight, target_R, vocab_size=97, impl=impl, accumulate_into_main_grad=fused
+        )
+        (result.logprob_R * logprob_grad_R.float()).sum().backward()
+        assert weight.grad_added_to_main_grad == fused
+        assert weight.grad.any() == (not fused), "zeros, not None: a tied embedding adds to them"
+    # Two backward passes on top of ones; naive's products are rounded to bf16 (8 bits) before they are added.
+    tolerance = 0.05 if dtype == torch.bfloat16 and impl == "naive" else 2e-5
+    assert float((weight.main_grad - 1 - 2 * truth).abs().max()) < tolerance
+    assert (weight.main_grad[97:] == 1).all()
+
+
+def truth_of_logprob_gradient(case: Case) -> Tensor:
+    hidden_RD, weight_VD, target_R, logprob_grad_R, _ = case.tensors()
+    weight_VD = weight_VD.double().requires_grad_()
+    result = token_statistics_reference(hidden_RD.double(), weight_VD, target_R, vocab_size=case.vocab_size)
+    (result.logprob_R * logprob_grad_R).sum().backward()
+    return weight_VD.grad
+
+
+@pytest.mark.parametrize("main_grad", [None, torch.bfloat16], ids=str)
+def test_without_a_precise_main_grad_autograd_receives_the_gradient(main_grad: torch.dtype | None) -> None:
+    hidden_RD, weight_VD, target_R, *_ = Case(6, 20, 20).tensors()
+    weight = torch.nn.Parameter(weight_VD)
+    if main_grad is not None:
+        weight.main_grad = torch.zeros(20, HIDDEN_SIZE, dtype=main_grad)
+    linear_token_statistics(hidden_RD, weight, target_R, accumulate_into_main_grad=True).logprob_R.sum().backward()
+    assert weight.grad.any() and not hasattr(weight, "grad_added_to_main_grad")
+
+
 def test_no_row_with_weight_costs_no_product() -> None:
     hidden_RD, weight_VD, target_R, *_ = Case(6, 20, 20).tensors()
     result = linear_token_statistics(hidden_RD.requires_grad_(), weight_VD.requires_grad_(), target_R)
-    with _Recorder() as backward:
+    with Recorder() as backward:
         (result.logprob_R * 0.0).sum().backward()
     assert backward.multiply_adds == 0
     assert torch.equal(hidden_RD.grad, torch.zeros(6, HIDDEN_SIZE))
@@ -222,7 +238,7 @@ def test_a_frozen_side_costs_no_product(needs_hidden: bool, needs_weight: bool) 
     result = linear_token_statistics(
         hidden_RD.requires_grad_(needs_hidden), weight_VD.requires_grad_(needs_weight), target_R
     )
-    with _Recorder() as backward:
+    with Recorder() as backward:
         result.entropy_R.sum().backward()
     assert backward.multiply_adds == 2 * 6 * 20 * HIDDEN_SIZE
     assert (hidden_RD.grad is not None, weight_VD.grad is not None) == (needs_hidden, needs_weight)
@@ -233,7 +249,7 @@ def test_no_tensor_grows_with_rows_times_vocabulary(dtype: torch.dtype) -> None:
     num_rows, vocab_size = 512, 4096
     hidden_RD, weight_VD, target_R, *_ = Case(num_rows, vocab_size, vocab_size, dtype).tensors()
     tile = {"row_chunk": 64, "vocab_chunk": 256}
-    with _Recorder() as recorder:
+    with Recorder() as recorder:
         result = linear_token_statistics(hidden_RD.requires_grad_(), weight_VD.requires_grad_(), target_R, **tile)
         (result.logprob_R + result.entropy_R).sum().backward()
     # The largest tensor is the weight's own gradient; a row-by-vocabulary tensor would be at least 20 times that.
@@ -261,6 +277,8 @@ def test_default_tiles_fit_the_budget(hidden_size: int, num_columns: int) -> Non
         ({"vocab_size": 11}, "between 1 and 10.*got 11"),
         ({"temperature": 0.0}, "temperature, got 0.0"),
         ({"vocab_chunk": 0}, "vocab_chunk of at least 1, got 0"),
+        ({"impl": "fast"}, "one of auto, triton, chunked, naive, got 'fast'"),
+        ({"counterfactual_hidden_RD": torch.zeros(3, 2)}, r"counterfactual_hidden_RD like .*\[4, 2\], got .*\[3, 2\]"),
     ],
 )
 def test_bad_arguments_are_named(change: dict, message: str) -> None:
@@ -272,118 +290,3 @@ def test_bad_arguments_are_named(change: dict, message: str) -> None:
     }
     with pytest.raises(ValueError, match=message):
         linear_token_statistics(**(arguments | change))
-
-
-# --- tensor parallel ---------------------------------------------------------------------------------------------
-
-
-def _sharded_values_and_gradients(context, *, cases: list[Case], tensor: int, reduce_hidden_grad: bool):
-    """On one rank: its results for its shard of every case, with a tile that does not divide anything."""
-    from megatron_ktr.distributed.groups import ParallelSizes
-
-    groups = context.init(ParallelSizes(tensor=tensor))
-    results = []
-    for case in cases:
-
-        def op(hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor, **options):
-            shard_VD = weight_VD.chunk(tensor)[groups.tensor_rank]
-            return linear_token_statistics(
-                hidden_RD,
-                shard_VD,
-                target_R,
-                group=groups.tensor,
-                reduce_hidden_grad=reduce_hidden_grad,
-                row_chunk=5,
-                vocab_chunk=11,
-                **options,
-            )
-
-        results.append(_values_and_gradients(op, case, dtype=case.dtype))
-    return results
-
-
-SHARDED_CASES = [
-    Case(37, 104, 101),
-    Case(1, 104, 101, seed=1),
-    Case(12, 104, 49, temperature=0.7, seed=2),  # at four shards of 26 the third holds 0 and the fourth no real row
-    Case(0, 104, 101, seed=3),
-    Case(23, 104, 101, torch.bfloat16, seed=4),
-    Case(11, 104, 97, torch.float64, temperature=1.3, seed=5),
-]
-
-
-@pytest.mark.parametrize("tensor, world_size", [(1, 1), (2, 2), (4, 4), (2, 4)])
-def test_shards_together_are_as_good_as_full_logits(ranks, tensor: int, world_size: int) -> None:
-    by_rank = ranks(
-        _sharded_values_and_gradients,
-        world_size=world_size,
-        cases=SHARDED_CASES,
-        tensor=tensor,
-        reduce_hidden_grad=True,
-    )
-    for index, case in enumerate(SHARDED_CASES):
-        first, *others = [results[index] for results in by_rank[:tensor]]
-        for other in others:
-            for name in ("logprob", "entropy", "hidden_grad"):
-                assert torch.equal(first[name], other[name]), "ranks of a group must not drift apart"
-        # A shard's gradient arrives at its own rows of the full weight and is zero elsewhere.
-        _assert_as_good_as_naive(first | {"weight_grad": sum(r[index]["weight_grad"] for r in by_rank[:tensor])}, case)
-        for replica in by_rank[tensor:]:  # the second group of two sees the same problem
-            assert torch.equal(replica[index]["logprob"], first["logprob"])
-
-
-def test_partial_hidden_gradients_sum_to_the_whole(ranks) -> None:
-    case = Case(13, 104, 101, torch.float64)
-    by_rank = ranks(_sharded_values_and_gradients, world_size=2, cases=[case], tensor=2, reduce_hidden_grad=False)
-    parts = [results[0]["hidden_grad"] for results in by_rank]
-    truth = _truth(case)["hidden_grad"]
-    assert _error(sum(parts), truth) < 1e-13  # fp64 sums in another order
-    assert _error(parts[0], truth) > 0.01, "one shard's part alone must not already be the whole"
-
-
-def _collective_traffic(context, *, num_rows: int, padded_size: int, num_active: int, reduce_hidden_grad: bool):
-    """(name, bytes this rank sends) of every collective, forward and backward."""
-    import torch.distributed as dist
-
-    case = Case(num_rows, padded_size, padded_size - 3)
-    hidden_RD, weight_VD, target_R, *_ = case.tensors()
-    weight_VD = weight_VD.chunk(context.world_size)[context.rank].clone().requires_grad_()
-    calls: list[tuple[str, int]] = []
-
-    class Counter(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func.namespace == "c10d":
-                name = func.overloadpacket.__name__
-                # allgather_base_(output, input, ...) sends its input; the all-reduce sends what it is given.
-                sent = tree_flatten(args[1] if "gather" in name else args[0])[0]
-                calls.append((name, sum(tensor.nbytes for tensor in sent)))
-            return func(*args, **(kwargs or {}))
-
-    with Counter():
-        result = linear_token_statistics(
-            hidden_RD.requires_grad_(),
-            weight_VD,
-            target_R,
-            group=dist.group.WORLD,
-            vocab_size=case.vocab_size,
-            reduce_hidden_grad=reduce_hidden_grad,
-        )
-        num_forward = len(calls)
-        (result.logprob_R * (torch.arange(num_rows) < num_active)).sum().backward()
-    return calls[:num_forward], calls[num_forward:]
-
-
-@pytest.mark.parametrize("padded_size", [64, 4096])
-def test_one_collective_of_four_floats_a_row_whatever_the_vocabulary(ranks, padded_size: int) -> None:
-    arguments = {"num_rows": 31, "padded_size": padded_size, "num_active": 12}
-    for forward, backward in ranks(_collective_traffic, world_size=2, **arguments, reduce_hidden_grad=True):
-        assert [size for _, size in forward] == [4 * 31 * 4]
-        assert [size for _, size in backward] == [12 * HIDDEN_SIZE * 4], "remaining rows only, fp32"
-    for forward, backward in ranks(_collective_traffic, world_size=2, **arguments, reduce_hidden_grad=False):
-        assert [size for _, size in forward] == [4 * 31 * 4] and backward == []
-
-
-def test_no_rows_still_join_the_collectives(ranks) -> None:
-    arguments = {"num_rows": 0, "padded_size": 64, "num_active": 0, "reduce_hidden_grad": True}
-    for forward, backward in ranks(_collective_traffic, world_size=4, **arguments):
-        assert len(forward) == len(backward) == 1

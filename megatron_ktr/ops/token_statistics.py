@@ -253,20 +253,25 @@ class _TokenStatistics(torch.autograd.Function):
 
 
 def join_shards(statistics_KR: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, ...]:
-    """The statistics of the whole vocabulary from those of the shards, [R] each: the forward's only collective."""
+    """The statistics of the whole vocabulary from those of the shards, [R] each, by one all-gather.
+
+    ``statistics_KR`` holds the 8 or 4 of ``token_statistics_interface``, or the first 2 alone.
+    """
     if group is None:
         return statistics_KR.unbind()
     num_shards, size = dist.get_world_size(group), statistics_KR.shape[0]
     # Concatenated along the first dimension, the only layout every backend accepts.
     gathered = statistics_KR.new_empty(num_shards * size, statistics_KR.shape[1])
     dist.all_gather_into_tensor(gathered, statistics_KR, group=group)
-    max_SR, sum_SR, shifted_sum_SR, target_logit_SR, *counterfactual = gathered.view(num_shards, size, -1).unbind(1)
+    max_SR, sum_SR, *others = gathered.view(num_shards, size, -1).unbind(1)
     max_R = max_SR.amax(dim=0)
     step_SR = max_SR - max_R
     decay_SR = step_SR.exp()
-    joined = (
-        max_R,
-        (decay_SR * sum_SR).sum(dim=0),
+    joined = (max_R, (decay_SR * sum_SR).sum(dim=0))
+    if not others:
+        return joined
+    shifted_sum_SR, target_logit_SR, *counterfactual = others
+    joined += (
         (decay_SR * (shifted_sum_SR + sum_SR * step_SR)).sum(dim=0),
         target_logit_SR.sum(dim=0),  # one shard holds the target, the others hold 0
     )

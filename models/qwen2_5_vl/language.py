@@ -111,5 +111,5 @@ class StatisticsHead(ColumnParallelLinear):
     def forward(
         self, hidden_RD: Tensor, target_ids_R: Tensor, *, weight: Tensor | None = None, **options: Any
     ) -> TokenStatistics:
-        """``linear_token_statistics`` on this layer's weight shard, or on ``weight`` where the embedding's is shared."""
+        """``linear_token_statistics`` on this layer's weight shard, or on ``weight`` (a shared embedding's)."""
         return linear_token_statistics(hidden_RD, self.weight if weight is None else weight, target_ids_R, **options)
