@@ -44,8 +44,10 @@ IS_INTERPRETED = not isinstance(kernels.statistics_kernel, triton.JITFunction)
 
 
 def tile_configs(names: tuple[str, str, str, str], sizes: tuple[tuple[int, ...], ...]) -> list[triton.Config]:
-    """``sizes``: (rows, columns, inner, group, warps, stages). One that does not fit a device's shared memory (the 4-stage
-    ones on sm_80) loses the tuning by not launching."""
+    """``sizes``: (rows, columns, inner, group, warps, stages) each.
+
+    One that does not fit a device's shared memory (some 4-stage ones on sm_80) loses the tuning by not launching.
+    """
     if IS_INTERPRETED:
         sizes = ((32, 64, 32, 2, 4, 1),)
     return [
@@ -281,7 +283,8 @@ def _is_half(tensor: Tensor) -> bool:
 def _check(hidden_RD: Tensor) -> None:
     if hidden_RD.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(
-            f"linear_token_statistics: impl='triton' takes fp32, bf16 or fp16, got {hidden_RD.dtype}; use impl='chunked'"
+            "linear_token_statistics: impl='triton' takes fp32, bf16 or fp16, "
+            f"got {hidden_RD.dtype}; use impl='chunked'"
         )
     if hidden_RD.device.type == "cpu" and not IS_INTERPRETED:
         raise ValueError(

@@ -18,10 +18,10 @@ is fp32: a bf16 sum over 152,064 exponentials would stall after 256 equal terms,
 
        d z = scale (g 1[target] + exp(z - m) (offset + slope (z - m)))
 
-   stored in the inputs' dtype, for one chunk of the vocabulary that fits a memory budget. To hold a whole row of d hidden
-   beside the logits (D fp32 numbers a row) is beyond registers and shared memory, and every way without the buffer
-   multiplies more: recomputing logits per slice of D costs D / BLOCK_D products, adding tile after tile into d hidden
-   moves 8 bytes for each BLOCK_V terms of a sum. The chunk costs 2 bytes a logit once, and its products are the minimum.
+   stored in the inputs' dtype, for one chunk of the vocabulary that fits a memory budget. d hidden of a row (D fp32
+   numbers) fits neither registers nor shared memory, and every way without the buffer costs more: recomputing the
+   logits for each slice of D is D / slice times the work, adding tile after tile into d hidden moves 8 bytes for each
+   BLOCK_V terms of a sum. The chunk is written once and read twice, 2 bytes a logit; no product is formed again.
 
 3. ``product_kernel``: out += a @ b of a chunk: d hidden [R, D] = sum over chunks of d z @ W, in fp32; d weight of the
    chunk = d z^T @ hidden, complete in one pass over the rows, so it is rounded once (where it goes into the fp32
@@ -31,8 +31,9 @@ Rows and vocabulary rows beyond the end read the last one instead (no mask insid
 Pointers into matrices start from 64-bit offsets per tile: R D, Vs D and R chunk may exceed 2^31. Column ids and targets
 are 32-bit.
 
-``UPCAST`` widens the operands of a product: Triton's interpreter multiplies bf16 wrongly. ``PRECISION`` is that of fp32
-products: "ieee" or "tf32". ``row_bucket`` is read by nobody: it is the autotuner's key for the number of rows.
+``UPCAST`` is for bf16 in Triton's interpreter, which multiplies it wrongly and cuts digits off instead of rounding.
+``PRECISION`` is that of fp32 products: "ieee" or "tf32". ``row_bucket`` is read by nobody: it is the autotuner's key for
+the number of rows.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ def _block_of(program, num_row_blocks, num_column_blocks, GROUP_R: tl.constexpr)
 
 @triton.jit
 def _tile_pointers(ptr, first, num_total, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Pointers [BLOCK, BLOCK_D] to rows first .. first + BLOCK - 1 of a [num_total, D] matrix, the last one repeated."""
+    """Pointers [BLOCK, BLOCK_D] to rows first .. first + BLOCK - 1 of a [num_total, D] matrix, its last one repeated
+    beyond the end."""
     inside = tl.minimum(tl.arange(0, BLOCK), num_total - 1 - first)
     start = ptr + tl.cast(first, tl.int64) * D
     return start + inside[:, None] * D + tl.arange(0, BLOCK_D)[None, :]
@@ -72,6 +74,17 @@ def _load_slice(ptrs, start, D: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.
     if UPCAST:
         tile = tile.to(tl.float32)
     return tile
+
+
+@triton.jit
+def _rounded_for(ptr, value, UPCAST: tl.constexpr):
+    """fp32 ``value`` in the dtype ``ptr`` points to, rounded to nearest even."""
+    if UPCAST and ptr.dtype.element_ty == tl.bfloat16:
+        # The interpreter cuts the last 16 bits off; after this nothing is lost with them.
+        bits = value.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        value = bits.to(tl.float32, bitcast=True)
+    return value.to(ptr.dtype.element_ty)
 
 
 @triton.jit
@@ -274,7 +287,7 @@ def logit_gradient_kernel(
     z_grad = tl.exp(x) * coefficient + tl.where(columns[None, :] == target[:, None], grad[:, None], 0.0)
     out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * out_stride + columns[None, :]
     is_inside = is_row[:, None] & (columns < num_columns)[None, :]
-    tl.store(out_ptrs, (z_grad * scale).to(out_ptr.dtype.element_ty), mask=is_inside)
+    tl.store(out_ptrs, _rounded_for(out_ptr, z_grad * scale, UPCAST), mask=is_inside)
 
 
 @triton.jit(do_not_specialize=["row_bucket"])
@@ -326,4 +339,4 @@ def product_kernel(
     out_ptrs = out_ptr + outs.to(tl.int64)[:, None] * D + ds[None, :]
     is_inside = is_out[:, None] & is_d[None, :]
     total += tl.load(out_ptrs, mask=is_inside, other=0.0).to(tl.float32)
-    tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=is_inside)
+    tl.store(out_ptrs, _rounded_for(out_ptr, total, UPCAST), mask=is_inside)
