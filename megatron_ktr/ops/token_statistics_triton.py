@@ -184,11 +184,11 @@ class TritonTokenStatistics:
         for start in range(0, plan.num_columns, chunk_columns):
             columns = slice(start, min(start + chunk_columns, plan.num_columns))
             chunk = chunk_buffer[:, : columns.stop - start]
-            _write_logit_gradient(chunk, hidden_RD, weight_VD[columns], gradient, plan, first_id=plan.first_id + start)
+            write_logit_gradient(chunk, hidden_RD, weight_VD[columns], gradient, plan, first_id=plan.first_id + start)
             if hidden_grad is not None:
-                _add_product(hidden_grad, chunk, weight_VD[columns], num_rows=num_rows)
+                add_product(hidden_grad, chunk, weight_VD[columns], num_rows=num_rows)
             if weight_grad_VD is not None:
-                _add_product(weight_grad_VD[columns], chunk, hidden_RD, num_rows=num_rows, is_weight_grad=True)
+                add_product(weight_grad_VD[columns], chunk, hidden_RD, num_rows=num_rows, is_weight_grad=True)
         return hidden_grad
 
 
@@ -219,7 +219,7 @@ def choose_chunk_columns(num_rows: int, num_columns: int, *, itemsize: int) -> i
     return min(columns, triton.cdiv(num_columns, block) * block)
 
 
-def _write_logit_gradient(
+def write_logit_gradient(
     chunk_RC: Tensor, hidden_RD: Tensor, weight_CD: Tensor, gradient: LogitGradient, plan: ShardPlan, *, first_id: int
 ) -> None:
     num_rows, num_columns = chunk_RC.shape
@@ -246,7 +246,7 @@ def _write_logit_gradient(
     )
 
 
-def _add_product(
+def add_product(
     out_MD: Tensor, chunk_RC: Tensor, factor_ND: Tensor, *, num_rows: int, is_weight_grad: bool = False
 ) -> None:
     """out += chunk @ factor (d hidden: factor is the weight), or chunk^T @ factor (d weight: it is the hidden)."""

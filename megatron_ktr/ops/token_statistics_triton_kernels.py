@@ -32,8 +32,8 @@ Pointers into matrices start from 64-bit offsets per tile: R D, Vs D and R chunk
 are 32-bit.
 
 ``UPCAST`` is for bf16 in Triton's interpreter, which multiplies it wrongly and cuts digits off instead of rounding.
-``PRECISION`` is that of fp32 products: "ieee" or "tf32". ``row_bucket`` is read by nobody: it is the autotuner's key for
-the number of rows.
+``PRECISION`` is that of fp32 products: "ieee" or "tf32". ``row_bucket`` is read by nobody: it is the autotuner's key
+for the number of rows.
 """
 
 from __future__ import annotations
@@ -336,7 +336,7 @@ def product_kernel(
             b = b.to(tl.float32)
         total = tl.dot(a, b, total, input_precision=PRECISION)
 
-    out_ptrs = out_ptr + outs.to(tl.int64)[:, None] * D + ds[None, :]
+    out_ptrs = out_ptr + tl.cast(block, tl.int64) * BLOCK_M * D + (tl.arange(0, BLOCK_M)[:, None] * D + ds[None, :])
     is_inside = is_out[:, None] & is_d[None, :]
     total += tl.load(out_ptrs, mask=is_inside, other=0.0).to(tl.float32)
     tl.store(out_ptrs, _rounded_for(out_ptr, total, UPCAST), mask=is_inside)
