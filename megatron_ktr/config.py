@@ -33,6 +33,14 @@ class ModelSection:
     transformer_impl: Literal["auto", "te", "local"] = _option(
         "auto", "Transformer layers: Transformer Engine, plain torch, or the first where it is installed on CUDA"
     )
+    token_statistics_impl: Literal["auto", "triton", "chunked", "naive"] = _option(
+        "auto",
+        "Vocabulary head: fused Triton kernels on CUDA, torch in tiles, or full logits to compare with; auto takes the "
+        "first where it runs, else the second",
+    )
+    gradient_accumulation_fusion: bool = _option(
+        True, "Add the vocabulary head's weight gradient straight to the fp32 gradient buffer"
+    )
     params_dtype: Literal["fp32", "bf16", "fp16"] = _option(
         "fp32", "Precision of weights and activations; --bf16 and --fp16 are short forms"
     )
@@ -117,7 +125,7 @@ class ObjectiveSection:
     )
     shift: Literal["signed", "absolute", "kl"] = _option(
         "signed",
-        "Visual and temporal score: log-prob difference, its magnitude, or KL over the vocabulary (not available yet)",
+        "Visual and temporal score: log-prob difference, its magnitude, or KL over the whole vocabulary",
     )
     shuffle_unit: Literal["frame", "temporal_patch"] = _option(
         "frame", "What the temporal counterfactual permutes: decoded frames, or pairs of frames already encoded"

@@ -48,8 +48,6 @@ def _not_available(config: Config) -> Iterator[str]:
         yield f"--engine {engine} is not available yet; available: replay, hf"
     if objective.objective not in ("video_ktr", "grpo", "sft"):
         yield f"--objective {objective.objective} is not available yet; available: video_ktr, grpo, sft"
-    if objective.shift == "kl":
-        yield "--shift kl is not available yet; available: signed, absolute"
     if objective.num_shuffles > 1:
         yield f"--num-shuffles {objective.num_shuffles} is not available yet; available: 1"
     if config.parallel.context_parallel_size > 1:

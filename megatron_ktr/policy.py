@@ -31,7 +31,7 @@ from megatron_ktr.distributed.optimizer import build_optimizer, build_scheduler,
 from megatron_ktr.distributed.platform import Platform
 from megatron_ktr.errors import UserError, same_on_every_rank
 from megatron_ktr.objectives.base import Objective
-from megatron_ktr.ops.linear_logprob import LinearLogprob
+from megatron_ktr.ops.token_statistics import TokenStatistics
 from megatron_ktr.types import Metrics, PackedBatch, RolloutGroup, TokenScores, TokenStreams, View
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.conversion import GatherTo, export_hf_tensors, load_hf_weights, save_hf, unwrap_model
@@ -49,19 +49,26 @@ class MicroBatch:
     """View ``intact``."""
     counterfactual_logprob_R: dict[View, Tensor | None] = field(default_factory=dict)
     """From ``score`` on the other views; None on every stage but the last."""
+    counterfactual_kl_R: dict[View, Tensor] = field(default_factory=dict)
+    """KL(intact || view), where an intact pass has met ``counterfactual_hidden_RD``."""
+    counterfactual_hidden_RD: dict[View, Tensor | None] = field(default_factory=dict)
+    """From ``hidden_rows`` on the other views, for objectives that need the KL: the next intact pass compares whole
+    distributions, one pass over the vocabulary for each view, and no logits are kept."""
     reference_logprob_R: Tensor | None = None
     behaviour_logprob_R: Tensor | None = None
     is_selected_R: Mapping[str, Tensor] | None = None
     """Set where the selection is made before the update (several updates per rollout, denominators that count key
     tokens); otherwise the objective selects inside the update, right after the intact forward."""
 
-    def scores(self, statistics: LinearLogprob) -> TokenScores:
+    def scores(self, statistics: TokenStatistics) -> TokenScores:
         """All scores of the micro-batch, given an intact pass."""
         return TokenScores(
             policy_logprob_R=statistics.logprob_R.detach(),
             entropy_R=statistics.entropy_R.detach(),
             hidden_logprob_R=self.counterfactual_logprob_R.get("hidden"),
             shuffled_logprob_R=self.counterfactual_logprob_R.get("shuffled"),
+            hidden_kl_R=self.counterfactual_kl_R.get("hidden"),
+            shuffled_kl_R=self.counterfactual_kl_R.get("shuffled"),
             reference_logprob_R=self.reference_logprob_R,
             behaviour_logprob_R=self.behaviour_logprob_R,
         )
@@ -151,8 +158,36 @@ class Policy:
             chunk.requires_grad_(False)
         self.reference_chunks = chunks
 
-    def score(self, batches: Sequence[PackedBatch], *, model: str = "policy") -> list[LinearLogprob | None]:
+    def score(self, batches: Sequence[PackedBatch], *, model: str = "policy") -> list[TokenStatistics | None]:
         """Log-prob and entropy of every response token, without gradient; None on every stage but the last."""
+        return self._look(batches, batch_of=lambda batch: batch, finish=self._statistics, model=model)
+
+    def hidden_rows(self, batches: Sequence[PackedBatch]) -> list[Tensor | None]:
+        """Hidden states [R, D] that predict the response tokens, without a pass over the vocabulary and without
+        gradient; None on every stage but the last."""
+        return self._look(
+            batches, batch_of=lambda batch: batch, finish=lambda chunk, batch, hidden_RD: hidden_RD.clone()
+        )
+
+    def score_intact(self, items: Sequence[MicroBatch]) -> list[tuple[MicroBatch, TokenScores] | None]:
+        """An intact pass without gradient: all scores of every micro-batch, which no longer keeps hidden rows of
+        other views once they were compared; None on every stage but the last."""
+
+        def scores_of(chunk: torch.nn.Module, item: MicroBatch, hidden_RD: Tensor) -> tuple[MicroBatch, TokenScores]:
+            statistics, item = self._compared(chunk, item, hidden_RD)
+            return item, item.scores(statistics)
+
+        return self._look(items, batch_of=lambda item: item.batch, finish=scores_of)
+
+    def _look(
+        self,
+        items: Sequence[Any],
+        *,
+        batch_of: Callable[[Any], PackedBatch],
+        finish: Callable[[torch.nn.Module, Any, Tensor], Any],
+        model: str = "policy",
+    ) -> list[Any]:
+        """A forward pass without gradient; ``finish(chunk, item, hidden_RD)`` by item, None before the last stage."""
         chunks = self.chunks if model == "policy" else self.reference_chunks
         if chunks is None:
             raise ValueError("no reference model: call add_reference() first")
@@ -161,14 +196,12 @@ class Policy:
             # others would wait for it for ever. (With gradient, the encoder always runs.)
             self.wait_for_parameters()
 
-        def keep(
-            item: PackedBatch, chunk: torch.nn.Module, hidden_RD: Tensor, non_loss_data: bool = True
-        ) -> LinearLogprob:
-            return self._statistics(chunk, item, hidden_RD)
+        def keep(item: Any, chunk: torch.nn.Module, hidden_RD: Tensor, non_loss_data: bool = True) -> Any:
+            return finish(chunk, item, hidden_RD)
 
         with torch.no_grad():
-            results = self._run(chunks, batches, batch_of=lambda item: item, finish=keep, forward_only=True)
-        return list(results) if results else [None] * len(batches)
+            results = self._run(chunks, items, batch_of=batch_of, finish=keep, forward_only=True)
+        return list(results) if results else [None] * len(items)
 
     def update(
         self, micro_batches: Sequence[MicroBatch], *, objective: Objective, denominators: Denominators
@@ -206,7 +239,7 @@ class Policy:
         self.optimizer.zero_grad()
 
         def loss_of(item: MicroBatch, chunk: torch.nn.Module, hidden_RD: Tensor) -> tuple[Tensor, Tensor, Any]:
-            statistics = self._statistics(chunk, item.batch, hidden_RD)
+            statistics, item = self._compared(chunk, item, hidden_RD)
             scores = item.scores(statistics)
             streams = objective.token_streams(
                 item.batch,
@@ -291,9 +324,36 @@ class Policy:
         source = torch.distributed.get_global_rank(self.groups.pipeline, self.groups.sizes.pipeline - 1)
         return broadcast_object(value, group=self.groups.pipeline, source=source)
 
-    def _statistics(self, chunk: torch.nn.Module, batch: PackedBatch, hidden_RD: Tensor) -> LinearLogprob:
-        targets = batch.target_ids_R.to(hidden_RD.device)
-        return unwrap_model(chunk).token_statistics(hidden_RD, targets, temperature=self.temperature)
+    def _statistics(
+        self, chunk: torch.nn.Module, batch: PackedBatch, hidden_RD: Tensor, other_hidden_RD: Tensor | None = None
+    ) -> TokenStatistics:
+        return unwrap_model(chunk).token_statistics(
+            hidden_RD,
+            batch.target_ids_R.to(hidden_RD.device),
+            temperature=self.temperature,
+            counterfactual_hidden_RD=other_hidden_RD,
+        )
+
+    def _compared(
+        self, chunk: torch.nn.Module, item: MicroBatch, hidden_RD: Tensor
+    ) -> tuple[TokenStatistics, MicroBatch]:
+        """Statistics of the intact rows, and the item with what the other views' rows it kept have to be compared to.
+
+        The first view shares the intact rows' pass over the vocabulary; every further one costs a pass of its own.
+        """
+        statistics, found = None, {}
+        for view, other_hidden_RD in item.counterfactual_hidden_RD.items():
+            with torch.set_grad_enabled(torch.is_grad_enabled() and statistics is None):
+                found[view] = self._statistics(chunk, item.batch, hidden_RD, other_hidden_RD)
+            statistics = statistics or found[view]
+        if statistics is None:
+            return self._statistics(chunk, item.batch, hidden_RD), item
+        return statistics, dataclasses.replace(
+            item,
+            counterfactual_logprob_R={view: value.counterfactual_logprob_R for view, value in found.items()},
+            counterfactual_kl_R={view: value.kl_R for view, value in found.items()},
+            counterfactual_hidden_RD={},
+        )
 
     def _run(
         self,

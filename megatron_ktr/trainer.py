@@ -21,7 +21,7 @@ from megatron_ktr.attribution.counterfactuals import draw_permutations
 from megatron_ktr.config import Config
 from megatron_ktr.metrics import PhaseTimer
 from megatron_ktr.objectives.base import Objective
-from megatron_ktr.ops.linear_logprob import LinearLogprob
+from megatron_ktr.ops.token_statistics import TokenStatistics
 from megatron_ktr.packing import MediaSpec, pack_groups, plan_micro_batches
 from megatron_ktr.policy import Denominators, MicroBatch, Policy, UpdateResult
 from megatron_ktr.rollout.source import GroupSource
@@ -116,14 +116,17 @@ class Trainer:
         )
 
     def _with_counterfactuals(self, micro_batches: list[MicroBatch], step: int) -> list[MicroBatch]:
-        """Log-probs of the same responses where the video is hidden, and where its frames are in random order."""
+        """The same responses where the video is hidden, and where its frames are in random order: their log-probs, or
+        the hidden rows behind them where the objective compares whole distributions."""
         for view in sorted(self.objective.views):
             batches = [self._pack(item.groups, view, step=step, for_scoring=True) for item in micro_batches]
+            if self.objective.needs_kl:
+                field, values = "counterfactual_hidden_RD", self.policy.hidden_rows(batches)
+            else:
+                field, values = "counterfactual_logprob_R", [_logprob(found) for found in self.policy.score(batches)]
             micro_batches = [
-                dataclasses.replace(
-                    item, counterfactual_logprob_R={**item.counterfactual_logprob_R, view: _logprob(found)}
-                )
-                for item, found in zip(micro_batches, self.policy.score(batches), strict=True)
+                dataclasses.replace(item, **{field: {**getattr(item, field), view: value}})
+                for item, value in zip(micro_batches, values, strict=True)
             ]
         return micro_batches
 
@@ -147,14 +150,17 @@ class Trainer:
         is_reused = settings.updates_per_rollout > 1
         if not (self.objective.needs_selection_first or is_reused or settings.original_compat):
             return micro_batches
-        found = self.policy.score([self._for_scoring(item) for item in micro_batches])
+        found = self.policy.score_intact(
+            [dataclasses.replace(item, batch=self._for_scoring(item)) for item in micro_batches]
+        )
         selected = []
-        for item, statistics in zip(micro_batches, found, strict=True):
-            if statistics is not None:
-                chosen = self.objective.select_tokens(item.batch, item.scores(statistics), item.groups)
-                item = dataclasses.replace(item, is_selected_R=chosen)
+        for item, scored in zip(micro_batches, found, strict=True):
+            if scored is not None:
+                scored_item, scores = scored
+                chosen = self.objective.select_tokens(item.batch, scores, item.groups)
+                item = dataclasses.replace(scored_item, batch=item.batch, is_selected_R=chosen)
                 if is_reused:
-                    item = dataclasses.replace(item, behaviour_logprob_R=statistics.logprob_R)
+                    item = dataclasses.replace(item, behaviour_logprob_R=scores.policy_logprob_R)
             selected.append(item)
         return selected
 
@@ -249,5 +255,5 @@ def _selection_tensors(streams: TokenStreams, scores: TokenScores) -> tuple[Tens
     return is_key_R.cpu(), scores.policy_logprob_R.cpu(), marks_SR.cpu()
 
 
-def _logprob(statistics: LinearLogprob | None) -> Tensor | None:
+def _logprob(statistics: TokenStatistics | None) -> Tensor | None:
     return None if statistics is None else statistics.logprob_R

@@ -51,6 +51,7 @@ class LogprobSum:
     name: str = "logprob_sum"
     views: frozenset[View] = frozenset()
     needs_entropy: bool = False
+    needs_kl: bool = False
     needs_reference: bool = False
     needs_selection_first: bool = False
 

@@ -167,7 +167,6 @@ def test_bad_flag_is_fatal_and_the_message_names_the_remedy(argv, parts):
         (["--vision-parallel", "frame"], "not available yet"),
         (["--engine", "vllm_server"], "not available yet"),
         (["--objective", "tw_grpo"], "not available yet"),
-        (["--shift", "kl"], "not available yet"),
         (["--num-shuffles", "2"], "not available yet"),
         (["--reward-functions", "accuracy"], "not read by --engine replay"),
         (["--engine", "hf"], "needs --data-path"),

@@ -49,6 +49,7 @@ GRADIENT_TOLERANCE = 1e-4
 NAMES = ("mixed", "text", "long video", "image", "even")
 LR = 0.1
 FIELDS = {"entropy": "entropy_R", "visual": "hidden_logprob_R", "temporal": "shuffled_logprob_R"}
+KL_FIELDS = {"visual": "hidden_kl_R", "temporal": "shuffled_kl_R"}
 ALL = ("entropy", "visual", "temporal")
 
 
@@ -70,6 +71,16 @@ VARIANTS = {
     "visual and temporal, own ratios, absolute": Variant(
         dict(signals=("visual", "temporal"), selection_ratio=(0.5, 0.2), shift="absolute"),
         dict(signals=("visual", "temporal"), ratios={"visual": 0.5, "temporal": 0.2}, shift="absolute"),
+    ),
+    "KL shift": Variant(dict(shift="kl"), dict(shift="kl")),
+    "KL shift, visual alone, token mean, temperature": Variant(
+        dict(shift="kl", signals=("visual",), loss_aggregation="token", temperature=0.8),
+        dict(shift="kl", signals=("visual",), aggregation="token", temperature=0.8),
+    ),
+    "KL shift, original": Variant(
+        dict(shift="kl", original_compat=True, selection_ratio=(0.7,)),
+        dict(shift="kl", original_compat=True, ratios=0.7),
+        timing=1.0,
     ),
     "shuffled temporal patches": Variant(dict(shuffle_unit="temporal_patch")),
     "length bonus": Variant(_BONUS, dict(length_bonus=(0.4, 2, 4))),
@@ -253,7 +264,13 @@ def test_update_equals_the_independent_one(models: Models, one_rank: ParallelGro
     responses = _responses(models, groups, unit=variant.values.get("shuffle_unit", "frame"), timing=variant.timing)
     scored = reference_update(responses, **options)
     if options.get("signals", ALL):
-        _assert_scores(ours, scored, temperature=options.get("temperature", 1.0), responses=responses)
+        _assert_scores(
+            ours,
+            scored,
+            temperature=options.get("temperature", 1.0),
+            responses=responses,
+            is_kl=options.get("shift") == "kl",
+        )
         _assert_masks(ours, scored, ratios=options["ratios"])
     masks = _masks(ours)
     expected = reference_update(_with_gradient(models.policy, models.config, groups, responses), masks=masks, **options)
@@ -272,7 +289,12 @@ def test_update_equals_the_independent_one(models: Models, one_rank: ParallelGro
 
 
 def _assert_scores(
-    ours: StepRecord, scored: ReferenceUpdate, *, temperature: float, responses: list[list[ReferenceResponse]]
+    ours: StepRecord,
+    scored: ReferenceUpdate,
+    *,
+    temperature: float,
+    responses: list[list[ReferenceResponse]],
+    is_kl: bool,
 ) -> None:
     for group_name, group, by_signal in zip(NAMES, responses, scored.scores, strict=True):
         mine = ours.scores[group_name]
@@ -281,8 +303,8 @@ def _assert_scores(
         for signal, values in by_signal.items():
             if values[0] is None:
                 continue
-            score_R = mine[FIELDS[signal]]
-            if signal != "entropy":
+            score_R = mine[KL_FIELDS[signal] if is_kl and signal != "entropy" else FIELDS[signal]]
+            if signal != "entropy" and not is_kl:
                 score_R = mine["policy_logprob_R"] - score_R
                 theirs = torch.cat(values)
                 # Signed and absolute shifts are compared by magnitude here, by selection below.

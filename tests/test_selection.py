@@ -7,6 +7,8 @@ import sys
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_ktr.attribution.counterfactuals import can_hide, can_shuffle, draw_permutation, draw_permutations
 from megatron_ktr.attribution.selection import _thresholds, select_key_tokens, select_top_share
@@ -197,3 +199,49 @@ def test_unknown_unit_and_signal_are_refused():
         signal_applies(batch, groups, signals=("smell",))
     with pytest.raises(ValueError, match="shift"):
         signal_scores(TokenScores(policy_logprob_R=torch.zeros(7)), applies_R={}, shift="squared")
+
+
+class _NoHostReads(TorchDispatchMode):
+    """Fails where a value leaves the device: ``item``, ``bool(tensor)``, and shapes that depend on values."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        by_mask = name == "index" and any(t is not None and t.dtype == torch.bool for t in args[1])
+        if by_mask or name in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "is_nonzero"):
+            raise AssertionError(f"{name} waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+class _NoHostCopies(TorchFunctionMode):
+    """Fails on methods that copy to the host without passing the dispatcher on CPU."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") in ("tolist", "numpy", "cpu", "item", "__bool__", "__float__", "__int__"):
+            raise AssertionError(f"{func.__name__} waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("shift", ["signed", "absolute", "kl"])
+def test_scores_become_key_tokens_without_a_host_round_trip(shift):
+    generator = torch.Generator().manual_seed(0)
+    names = ("policy_logprob_R", "entropy_R", "hidden_logprob_R", "shuffled_logprob_R", "hidden_kl_R", "shuffled_kl_R")
+    groups, batch = batch_of_all_kinds()
+    scores = TokenScores(**{name: torch.randn(7, generator=generator) for name in names})
+    signals = ("entropy", "visual", "temporal")
+    # What applies to a prompt is known on the host and copied to the device once.
+    applies = signal_applies(batch, groups, signals=signals)
+    with _NoHostReads(), _NoHostCopies():
+        key_R, selected = select_key_tokens(
+            signal_scores(scores, applies_R=applies, shift=shift),
+            dict.fromkeys(signals, 0.4),
+            group_R=batch.group_R,
+            num_groups=4,
+        )
+    assert key_R.any() and selected["visual"].any()
+
+
+def test_host_reads_are_noticed():
+    values = torch.arange(3.0)
+    for read in (lambda: values[0].item(), lambda: bool(values[1]), values.tolist, lambda: values[values > 1]):
+        with pytest.raises(AssertionError, match="waits for the device"), _NoHostReads(), _NoHostCopies():
+            read()

@@ -33,6 +33,11 @@ class Objective(Protocol):
     def needs_entropy(self) -> bool: ...
 
     @property
+    def needs_kl(self) -> bool:
+        """Whether the scores must hold KL(intact || view) over the whole vocabulary for each of ``views``."""
+        ...
+
+    @property
     def needs_reference(self) -> bool:
         """Whether the frozen reference model's log-probs must be in the scores (KL weight above 0)."""
         ...

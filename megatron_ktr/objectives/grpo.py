@@ -54,6 +54,10 @@ class GRPO:
         return False
 
     @property
+    def needs_kl(self) -> bool:
+        return False
+
+    @property
     def needs_reference(self) -> bool:
         return self.kl_beta > 0
 

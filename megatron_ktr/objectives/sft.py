@@ -39,6 +39,10 @@ class SupervisedFineTuning:
         return False
 
     @property
+    def needs_kl(self) -> bool:
+        return False
+
+    @property
     def needs_reference(self) -> bool:
         return False
 

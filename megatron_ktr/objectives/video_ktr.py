@@ -74,6 +74,10 @@ class VideoKTR:
         return "entropy" in self.signals
 
     @property
+    def needs_kl(self) -> bool:
+        return self.shift == "kl" and bool(self.views)
+
+    @property
     def needs_reference(self) -> bool:
         return self.base.needs_reference
 

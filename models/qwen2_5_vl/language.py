@@ -10,7 +10,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, scatter_to_seque
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_ktr.ops.linear_logprob import LinearLogprob, linear_logprob
+from megatron_ktr.ops.token_statistics import TokenStatistics, linear_token_statistics
 from megatron_ktr.types import PackedBatch
 from models.qwen2_5_vl.attention import PrefixSeqParams
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
@@ -110,6 +110,6 @@ class StatisticsHead(ColumnParallelLinear):
 
     def forward(
         self, hidden_RD: Tensor, target_ids_R: Tensor, *, weight: Tensor | None = None, **options: Any
-    ) -> LinearLogprob:
-        """``linear_logprob`` with this layer's weight shard, or with ``weight`` where the embedding's is shared."""
-        return linear_logprob(hidden_RD, self.weight if weight is None else weight, target_ids_R, **options)
+    ) -> TokenStatistics:
+        """``linear_token_statistics`` on this layer's weight shard, or on ``weight`` (a shared embedding's)."""
+        return linear_token_statistics(hidden_RD, self.weight if weight is None else weight, target_ids_R, **options)

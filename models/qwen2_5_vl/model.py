@@ -5,7 +5,7 @@
     last stage    final norm -> the rows that predict response tokens -> (outside) the vocabulary-parallel head
 
 The model takes one ``PackedBatch`` and knows nothing of objectives; the head turns hidden rows into log-probs and
-entropy without ever making full logits (``ops/linear_logprob``).
+entropy without ever making full logits (``ops/token_statistics``).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.distributed.platform import current
-from megatron_ktr.ops.linear_logprob import LinearLogprob
+from megatron_ktr.ops.token_statistics import Impl, TokenStatistics
 from megatron_ktr.types import PackedBatch
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.language import LanguageModel
@@ -57,6 +57,8 @@ class Qwen2_5_VLModel(MegatronModule):
         pre_process: bool = True,
         post_process: bool = True,
         vp_stage: int | None = None,
+        statistics_impl: Impl = "auto",
+        accumulate_into_main_grad: bool = False,
     ) -> None:
         super().__init__(config=transformer_config)
         self.model_config = model_config
@@ -64,6 +66,8 @@ class Qwen2_5_VLModel(MegatronModule):
         self.post_process = post_process
         self.vp_stage = vp_stage
         self.tensor_group = process_groups.tp
+        self.statistics_impl: Impl = statistics_impl
+        self.accumulate_into_main_grad = accumulate_into_main_grad
         self.share_embeddings_and_output_weights = model_config.tie_word_embeddings
         self.vision = None
         if pre_process:
@@ -135,8 +139,18 @@ class Qwen2_5_VLModel(MegatronModule):
         # The prompt's last row appears once per response: backward sums over the group.
         return hidden_T1D[:, 0].index_select(0, batch.predicting_rows_R)
 
-    def token_statistics(self, hidden_RD: Tensor, target_ids_R: Tensor, *, temperature: float = 1.0) -> LinearLogprob:
-        """Log-probability of each target and entropy of its distribution, from ``forward``'s rows; last stage only."""
+    def token_statistics(
+        self,
+        hidden_RD: Tensor,
+        target_ids_R: Tensor,
+        *,
+        temperature: float = 1.0,
+        counterfactual_hidden_RD: Tensor | None = None,
+    ) -> TokenStatistics:
+        """Log-probability of each target and entropy of its distribution, from ``forward``'s rows; last stage only.
+
+        With another view's rows of the same tokens, also their log-probability there and the KL to that view.
+        """
         is_shared = self.share_embeddings_and_output_weights
         return self.language.output_layer(
             hidden_RD,
@@ -145,7 +159,10 @@ class Qwen2_5_VLModel(MegatronModule):
             group=self.head_group,
             vocab_size=self.vocab_size,
             temperature=temperature,
+            counterfactual_hidden_RD=counterfactual_hidden_RD,
             reduce_hidden_grad=self.head_reduces_hidden_grad,
+            accumulate_into_main_grad=self.accumulate_into_main_grad,
+            impl=self.statistics_impl,
         )
 
     def _embed(self, batch: PackedBatch) -> Tensor:
@@ -190,7 +207,7 @@ def build_model(
     Args:
         model_config: architecture.
         groups: placement.
-        config: the run's options (``model.transformer_impl`` and recomputation); None means the defaults.
+        config: the run's options (implementations, recomputation); None means the defaults, for use without DDP.
         dtype: of parameters and activations.
 
     Raises:
@@ -209,6 +226,8 @@ def build_model(
             pre_process=is_pp_first_stage(pipeline_group) and is_vp_first_stage(vp_stage, num_chunks),
             post_process=is_pp_last_stage(pipeline_group) and is_vp_last_stage(vp_stage, num_chunks),
             vp_stage=vp_stage,
+            statistics_impl=config.model.token_statistics_impl if config else "auto",
+            accumulate_into_main_grad=config is not None and config.model.gradient_accumulation_fusion,
         )
         chunks.append(chunk.to(current().device))
     return chunks

@@ -1,0 +1,345 @@
+"""Statistics of next-token distributions straight from hidden states: the full logits never exist.
+
+One call replaces ``log_softmax(hidden @ weight^T)``: log-probability of the target and entropy of each row, and
+against a counterfactual hidden row its log-probability and KL(intact || counterfactual). The vocabulary lies in shards
+(tensor parallel, one a rank). Four parts, each in one place:
+
+1. Forward, one pass over the shard: an ``Implementation`` reduces it to four numbers a row, eight with a counterfactual
+   (``token_statistics_interface.py`` defines them).
+
+2. ONE all-gather of these 4 R or 8 R floats joins the shards. With capitals for the joined values,
+
+       logprob = (t - M) - log S        entropy = log S - U / S        KL = W / S - log S + log S'
+
+   All are differences of shifted numbers, so logits of 1e4 cost no digits and equal logits give exactly log V. Every
+   rank joins the same gathered numbers in the same order: the results are equal bit for bit over the group.
+
+3. Backward recomputes the logits (saved: the inputs and three floats a row). With x = z - M, incoming gradients g of
+   logprob and e of entropy, and p = exp(x) / S,
+
+       d z = g (1[target] - p) - e p (log p + entropy) = g 1[target] - exp(x) ((g - e U/S) + e x) / S
+
+   Rows where g and e are both zero (no key token) are dropped before the first product. If nobody uses the entropy's
+   gradient the pass without ``e`` runs. The hidden gradient is a sum over shards: one all-reduce over the group, of the
+   remaining rows only, in fp32; left out with ``reduce_hidden_grad=False``. The counterfactual has no gradient: its
+   statistics are scores, never a loss.
+
+4. The weight gradient is added to Megatron's fp32 ``main_grad`` where the caller says so, without a copy beside it.
+
+Accumulation is fp32 (fp64 for fp64 inputs): a bf16 sum over 152,064 exponentials would stall after 256 equal terms,
+and bf16 logits are off by up to 0.06 at 20.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_ktr.ops.token_statistics_interface import Implementation, LogitGradient, ShardPlan
+
+Impl = Literal["auto", "triton", "chunked", "naive"]
+IMPLS: tuple[Impl, ...] = ("auto", "triton", "chunked", "naive")
+
+
+@dataclass(frozen=True)
+class TokenStatistics:
+    """Statistics of the next-token distribution of each row, equal on every rank of the group.
+
+    fp32 [R] each (fp64 for fp64 inputs), in nats.
+    """
+
+    logprob_R: Tensor
+    """log p(target), never positive."""
+    entropy_R: Tensor
+    """-sum_v p log p over the whole vocabulary."""
+    counterfactual_logprob_R: Tensor | None = None
+    """log q(target), q from the counterfactual hidden row; no gradient. None: no counterfactual was given."""
+    kl_R: Tensor | None = None
+    """KL(p || q) = sum_v p (log p - log q), never negative; no gradient. None: no counterfactual was given."""
+
+
+def linear_token_statistics(
+    hidden_RD: Tensor,
+    weight_VD: Tensor,
+    target_R: Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    vocab_size: int | None = None,
+    temperature: float = 1.0,
+    counterfactual_hidden_RD: Tensor | None = None,
+    reduce_hidden_grad: bool = True,
+    accumulate_into_main_grad: bool = False,
+    impl: Impl = "auto",
+    row_chunk: int | None = None,
+    vocab_chunk: int | None = None,
+) -> TokenStatistics:
+    """log p = log_softmax(hidden @ weight^T / temperature), log q likewise from the counterfactual hidden rows;
+    returns per row log p[target], -sum p log p, log q[target] and sum p (log p - log q).
+
+    ``logprob_R`` and ``entropy_R`` are differentiable with respect to ``hidden_RD`` and ``weight_VD``.
+    ``token_statistics_reference`` is the same formula with full logits and ordinary autograd.
+
+    Args:
+        hidden_RD: [R, D], fp64, fp32, bf16 or fp16; R may be 0. Equal on every rank of ``group``.
+        weight_VD: this rank's shard [Vs, D] of the output weight, same dtype; rank k holds rows k Vs .. (k+1) Vs - 1.
+        target_R: int64 [R], ids in the whole vocabulary, 0 <= id < vocab_size. Equal on every rank of ``group``.
+        group: tensor-parallel group; None means that ``weight_VD`` is the whole vocabulary.
+        vocab_size: true size; weight rows from there on are padding, count nowhere and get zero gradient. Default:
+            every row of every shard is real.
+        temperature: divides the logits.
+        counterfactual_hidden_RD: [R, D], the same tokens' hidden rows in another view; read without gradient.
+        reduce_hidden_grad: True sums the hidden gradient over ``group``. False leaves this shard's part, for a
+            caller that reduces it itself (the reduce-scatter of sequence parallelism).
+        accumulate_into_main_grad: backward adds to ``weight_VD.main_grad``, where it is fp32, sets
+            ``weight_VD.grad_added_to_main_grad`` and returns zeros. The zeros are what autograd then passes on, so
+            gradients that reach a tied embedding on another way still arrive (``zero_out_wgrad``).
+        impl: ``naive`` makes the shard's full logits; ``chunked`` is torch in tiles; ``triton`` fuses them. ``auto``
+            is ``triton`` where it runs, else ``chunked``.
+        row_chunk, vocab_chunk: tile size of ``chunked``; default from ``vocab_tiles.TILE_BUDGET_BYTES``.
+
+    Collectives: one all-gather of 4 R floats forward, 8 R with a counterfactual; at most one all-reduce of (remaining
+    rows) x D backward. They run for R = 0 too. The incoming gradients must be equal on every rank of ``group``, as they
+    are when each rank computes the same loss: the sum over shards and the choice of remaining rows both rest on it.
+
+    Raises:
+        ValueError: shapes, dtypes, temperature, chunk sizes or ``impl`` that do not fit; on CPU also a target outside
+            the vocabulary. Elsewhere that check would stall the device: such a row's log-probability is NaN instead.
+    """
+    _check_inputs(hidden_RD, weight_VD, target_R, counterfactual_hidden_RD)
+    plan = shard_plan(
+        weight_VD,
+        group=group,
+        vocab_size=vocab_size,
+        temperature=temperature,
+        row_chunk=row_chunk,
+        vocab_chunk=vocab_chunk,
+    )
+    _check_targets(target_R, plan.vocab_size)
+    call = _Call(
+        implementation=find_implementation(impl, like=hidden_RD),
+        plan=plan,
+        group=group,
+        reduce_hidden_grad=reduce_hidden_grad,
+        main_grad_of=weight_VD if accumulate_into_main_grad and _has_precise_main_grad(weight_VD) else None,
+    )
+    if counterfactual_hidden_RD is not None:
+        counterfactual_hidden_RD = counterfactual_hidden_RD.detach()
+    return TokenStatistics(*_TokenStatistics.apply(hidden_RD, weight_VD, target_R, counterfactual_hidden_RD, call))
+
+
+def find_implementation(impl: Impl, *, like: Tensor) -> Implementation:
+    """The implementation of that name; ``auto`` chooses by the tensor's device."""
+    if impl not in IMPLS:
+        raise ValueError(f"linear_token_statistics: expected impl to be one of {', '.join(IMPLS)}, got {impl!r}")
+    if impl == "auto":
+        can_fuse = like.is_cuda and like.dtype != torch.float64 and importlib.util.find_spec("triton") is not None
+        impl = "triton" if can_fuse else "chunked"
+    module = importlib.import_module(f"megatron_ktr.ops.token_statistics_{impl}")
+    return cast(Implementation, module.IMPLEMENTATION)
+
+
+def shard_plan(
+    weight_VD: Tensor,
+    *,
+    group: dist.ProcessGroup | None,
+    vocab_size: int | None,
+    temperature: float,
+    row_chunk: int | None = None,
+    vocab_chunk: int | None = None,
+) -> ShardPlan:
+    """Which part of the vocabulary ``weight_VD`` is on this rank, and how to cut it."""
+    num_shards = 1 if group is None else dist.get_world_size(group)
+    shard = 0 if group is None else dist.get_rank(group)
+    shard_size = weight_VD.shape[0]
+    if vocab_size is None:
+        vocab_size = shard_size * num_shards
+    _check_options(vocab_size, shard_size * num_shards, temperature, row_chunk, vocab_chunk)
+    return ShardPlan(
+        first_id=shard * shard_size,
+        num_columns=min(max(vocab_size - shard * shard_size, 0), shard_size),
+        vocab_size=vocab_size,
+        scale=1.0 / temperature,
+        row_chunk=row_chunk,
+        vocab_chunk=vocab_chunk,
+    )
+
+
+@dataclass(frozen=True)
+class _Call:
+    implementation: Implementation
+    plan: ShardPlan
+    group: dist.ProcessGroup | None
+    reduce_hidden_grad: bool
+    main_grad_of: Tensor | None
+    """The parameter whose ``main_grad`` receives the weight gradient; None: autograd receives it."""
+
+
+class _TokenStatistics(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor, counterfactual_RD: Tensor | None, call: _Call
+    ) -> tuple[Tensor, ...]:
+        statistics_KR = call.implementation.forward(hidden_RD, weight_VD, target_R, call.plan, counterfactual_RD)
+        max_R, sum_R, shifted_sum_R, target_logit_R, *counterfactual = join_shards(statistics_KR, call.group)
+        mean_R = shifted_sum_R / sum_R
+        ctx.call = call
+        ctx.save_for_backward(hidden_RD, weight_VD, target_R, max_R, sum_R, mean_R)
+        # An unused output arrives in backward as None, not as zeros: that is how the entropy's work is skipped.
+        ctx.set_materialize_grads(False)
+        log_sum_R = sum_R.log()
+        logprob_R, entropy_R = (target_logit_R - max_R) - log_sum_R, log_sum_R - mean_R
+        if not counterfactual:
+            return logprob_R, entropy_R
+        other_max_R, other_sum_R, difference_R, other_target_logit_R = counterfactual
+        other_log_sum_R = other_sum_R.log()
+        other_logprob_R = (other_target_logit_R - other_max_R) - other_log_sum_R
+        # Not below 0 but for rounding: a negative score would order tokens by noise.
+        kl_R = (difference_R / sum_R - log_sum_R + other_log_sum_R).clamp_min(0)
+        ctx.mark_non_differentiable(other_logprob_R, kl_R)
+        return logprob_R, entropy_R, other_logprob_R, kl_R
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, logprob_grad_R: Tensor | None, entropy_grad_R: Tensor | None, *_: Tensor | None):
+        hidden_RD, weight_VD, target_R, max_R, sum_R, mean_R = ctx.saved_tensors
+        needs_hidden_grad, needs_weight_grad = ctx.needs_input_grad[:2]
+        call: _Call = ctx.call
+        if logprob_grad_R is None:
+            logprob_grad_R = torch.zeros_like(max_R)
+        # d z = g 1[target] + exp(x) (offset + slope x)
+        offset_R, slope_R, is_active_R = -logprob_grad_R / sum_R, None, logprob_grad_R != 0
+        if entropy_grad_R is not None:
+            slope_R = -entropy_grad_R / sum_R
+            offset_R = offset_R - slope_R * mean_R
+            is_active_R = is_active_R | (entropy_grad_R != 0)
+        rows = is_active_R.nonzero().squeeze(1)  # the one host count of a call
+        gradient = LogitGradient(
+            target=target_R[rows],
+            grad=logprob_grad_R[rows],
+            maximum=max_R[rows],
+            offset=offset_R[rows],
+            slope=None if slope_R is None else slope_R[rows],
+        )
+        is_compact = rows.numel() < hidden_RD.shape[0]
+        weight_grad = torch.zeros_like(weight_VD) if needs_weight_grad else None
+        destination = weight_grad
+        if needs_weight_grad and call.main_grad_of is not None:
+            destination = call.main_grad_of.main_grad
+            call.main_grad_of.grad_added_to_main_grad = True
+        active_hidden_grad = call.implementation.backward(
+            hidden_RD[rows] if is_compact else hidden_RD,
+            weight_VD,
+            gradient,
+            call.plan,
+            needs_hidden_grad=needs_hidden_grad,
+            weight_grad_VD=destination,
+        )
+        hidden_grad = None
+        if active_hidden_grad is not None:
+            if call.group is not None and call.reduce_hidden_grad:
+                dist.all_reduce(active_hidden_grad, group=call.group)  # also with no rows: the others wait
+            hidden_grad = active_hidden_grad.to(hidden_RD.dtype)
+            if is_compact:
+                hidden_grad = torch.zeros_like(hidden_RD).index_copy_(0, rows, hidden_grad)
+        return hidden_grad, weight_grad, None, None, None
+
+
+def join_shards(statistics_KR: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, ...]:
+    """The statistics of the whole vocabulary from those of the shards, [R] each, by one all-gather.
+
+    ``statistics_KR`` holds the 8 or 4 of ``token_statistics_interface``, or the first 2 alone.
+    """
+    if group is None:
+        return statistics_KR.unbind()
+    num_shards, size = dist.get_world_size(group), statistics_KR.shape[0]
+    # Concatenated along the first dimension, the only layout every backend accepts.
+    gathered = statistics_KR.new_empty(num_shards * size, statistics_KR.shape[1])
+    dist.all_gather_into_tensor(gathered, statistics_KR, group=group)
+    max_SR, sum_SR, *others = gathered.view(num_shards, size, -1).unbind(1)
+    max_R = max_SR.amax(dim=0)
+    step_SR = max_SR - max_R
+    decay_SR = step_SR.exp()
+    joined = (max_R, (decay_SR * sum_SR).sum(dim=0))
+    if not others:
+        return joined
+    shifted_sum_SR, target_logit_SR, *counterfactual = others
+    joined += (
+        (decay_SR * (shifted_sum_SR + sum_SR * step_SR)).sum(dim=0),
+        target_logit_SR.sum(dim=0),  # one shard holds the target, the others hold 0
+    )
+    if not counterfactual:
+        return joined
+    other_max_SR, other_sum_SR, difference_SR, other_target_logit_SR = counterfactual
+    other_max_R = other_max_SR.amax(dim=0)
+    other_step_SR = other_max_SR - other_max_R
+    return joined + (
+        other_max_R,
+        (other_step_SR.exp() * other_sum_SR).sum(dim=0),
+        (decay_SR * (difference_SR + sum_SR * (step_SR - other_step_SR))).sum(dim=0),
+        other_target_logit_SR.sum(dim=0),
+    )
+
+
+def _has_precise_main_grad(weight_VD: Tensor) -> bool:
+    main_grad = getattr(weight_VD, "main_grad", None)
+    # In 16 bits the sum over micro-batches would lose digits that the sum beside it keeps until it is rounded once.
+    return main_grad is not None and main_grad.dtype in (torch.float32, torch.float64)
+
+
+def _check_inputs(hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor, counterfactual_RD: Tensor | None) -> None:
+    if hidden_RD.dim() != 2 or weight_VD.dim() != 2 or hidden_RD.shape[1] != weight_VD.shape[1]:
+        raise ValueError(
+            "linear_token_statistics: expected hidden_RD [R, D] and weight_VD [V/tp, D], "
+            f"got {list(hidden_RD.shape)} and {list(weight_VD.shape)}"
+        )
+    if target_R.shape != hidden_RD.shape[:1] or target_R.dtype != torch.int64:
+        raise ValueError(
+            f"linear_token_statistics: expected target_R int64 [{hidden_RD.shape[0]}], one id for each hidden row, "
+            f"got {target_R.dtype} {list(target_R.shape)}"
+        )
+    if hidden_RD.dtype != weight_VD.dtype or not hidden_RD.is_floating_point():
+        raise ValueError(
+            "linear_token_statistics: expected one floating-point dtype for hidden_RD and weight_VD, "
+            f"got {hidden_RD.dtype} and {weight_VD.dtype}"
+        )
+    if counterfactual_RD is not None and (
+        counterfactual_RD.shape != hidden_RD.shape or counterfactual_RD.dtype != hidden_RD.dtype
+    ):
+        raise ValueError(
+            "linear_token_statistics: expected counterfactual_hidden_RD like hidden_RD, "
+            f"{hidden_RD.dtype} {list(hidden_RD.shape)}, got {counterfactual_RD.dtype} {list(counterfactual_RD.shape)}"
+        )
+
+
+def _check_options(
+    vocab_size: int, padded_size: int, temperature: float, row_chunk: int | None, vocab_chunk: int | None
+) -> None:
+    if not 1 <= vocab_size <= padded_size:
+        raise ValueError(
+            f"linear_token_statistics: expected vocab_size between 1 and {padded_size}, the rows of all shards "
+            f"together, got {vocab_size}"
+        )
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"linear_token_statistics: expected a positive, finite temperature, got {temperature}")
+    for name, value in (("row_chunk", row_chunk), ("vocab_chunk", vocab_chunk)):
+        if value is not None and value < 1:
+            raise ValueError(f"linear_token_statistics: expected {name} of at least 1, got {value}")
+
+
+def _check_targets(target_R: Tensor, vocab_size: int) -> None:
+    if target_R.device.type != "cpu" or target_R.numel() == 0:
+        return
+    smallest, largest = (int(bound) for bound in torch.aminmax(target_R))
+    if smallest < 0 or largest >= vocab_size:
+        raise ValueError(
+            f"linear_token_statistics: expected target_R in 0 .. {vocab_size - 1} (vocab_size {vocab_size}), "
+            f"got {smallest} .. {largest}"
+        )

@@ -1,0 +1,128 @@
+"""What an implementation of ``linear_token_statistics`` computes: one shard's running numbers, and their gradient.
+
+Everything around it is shared (``token_statistics.py``): joining the shards, dropping rows without gradient, reducing
+the hidden gradient, Megatron's ``main_grad``. An implementation sees one shard and never communicates.
+
+A module ``token_statistics_<name>.py`` offers itself as ``IMPLEMENTATION``, an object with the two methods of
+``Implementation``.
+
+The numbers of a row, over the real columns of a shard, with z = scale hidden . weight and x = z - m:
+
+    m = max z      s = sum exp(x)      u = sum exp(x) x      t = z[target], 0 if the target lies in another shard
+
+With a counterfactual hidden row z' on the same weights, x' = z' - m', four more:
+
+    m' = max z'    s' = sum exp(x')    w = sum exp(x) (x - x')    t' = z'[target], 0 if elsewhere
+
+All of them are sums of shifted numbers, so that neither logits of 1e4 nor equal logits cost digits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+NUM_STATISTICS = 4
+"""Rows of ``Implementation.forward``'s result: m, s, u, t."""
+NUM_STATISTICS_WITH_COUNTERFACTUAL = 8
+"""m, s, u, t, m', s', w, t'."""
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """Everything about one call on one shard that is not a tensor."""
+
+    first_id: int
+    """Vocabulary id of this shard's first row."""
+    num_columns: int
+    """Rows of this shard that are real; its padding, always at the end, is never read. Can be 0."""
+    vocab_size: int
+    """True size of the whole vocabulary."""
+    scale: float
+    """1 / temperature."""
+    row_chunk: int | None = None
+    vocab_chunk: int | None = None
+    """Tile size asked for; None leaves it to the implementation. Implementations without tiles ignore both."""
+
+
+@dataclass(frozen=True)
+class LogitGradient:
+    """d z = grad 1[target] + exp(x) (offset + slope x), x = z - maximum; one entry for each row with a gradient.
+
+    All but ``target`` (int64, ids of the whole vocabulary) are in the accumulation dtype.
+    """
+
+    target: Tensor
+    grad: Tensor
+    maximum: Tensor
+    """Over the whole vocabulary, not over the shard."""
+    offset: Tensor
+    slope: Tensor | None
+    """None: nobody asked for the entropy's gradient."""
+
+
+class Implementation(Protocol):
+    """``token_statistics_{naive,chunked,triton}.IMPLEMENTATION``."""
+
+    def forward(
+        self,
+        hidden_RD: Tensor,
+        weight_VD: Tensor,
+        target_R: Tensor,
+        plan: ShardPlan,
+        counterfactual_hidden_RD: Tensor | None = None,
+    ) -> Tensor:
+        """[4, R] (m, s, u, t), or [8, R] (then m', s', w, t') with a counterfactual; accumulation dtype, contiguous.
+
+        A shard without real columns answers m = m' = ``lowest(dtype)`` and zeros. A target outside the vocabulary
+        makes t (and t') NaN. No autograd is recorded.
+        """
+
+    def backward(
+        self,
+        hidden_RD: Tensor,
+        weight_VD: Tensor,
+        gradient: LogitGradient,
+        plan: ShardPlan,
+        *,
+        needs_hidden_grad: bool,
+        weight_grad_VD: Tensor | None,
+    ) -> Tensor | None:
+        """This shard's part of the hidden gradient (accumulation dtype [R, D]; None if not needed).
+
+        ``hidden_RD`` and ``gradient`` hold the rows with a gradient only, possibly none. The weight gradient is ADDED
+        to ``weight_grad_VD`` in place (None: not wanted): fp32 whatever the weight's dtype when it is Megatron's
+        ``main_grad``, else zeros in the weight's dtype. The sum over rows is formed in the accumulation dtype and
+        rounded once. Padding rows are left alone.
+        """
+
+
+def accumulation_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def lowest(dtype: torch.dtype) -> float:
+    """Below any real logit, yet finite: with -inf the corrections of a first tile and of an all-padding shard would be
+    0 * inf. A quarter, so that differences cannot overflow."""
+    return torch.finfo(dtype).min / 4
+
+
+def empty_statistics(hidden_RD: Tensor, target_R: Tensor, plan: ShardPlan, *, has_counterfactual: bool) -> Tensor:
+    """What ``Implementation.forward`` answers before it has seen a column."""
+    dtype = accumulation_dtype(hidden_RD)
+    size = NUM_STATISTICS_WITH_COUNTERFACTUAL if has_counterfactual else NUM_STATISTICS
+    statistics_KR = torch.zeros(size, hidden_RD.shape[0], dtype=dtype, device=hidden_RD.device)
+    for m, t in ((0, 3), (4, 7)) if has_counterfactual else ((0, 3),):
+        statistics_KR[m].fill_(lowest(dtype))
+        statistics_KR[t].masked_fill_((target_R < 0) | (target_R >= plan.vocab_size), float("nan"))
+    return statistics_KR
+
+
+def locate(target: Tensor, columns: slice, plan: ShardPlan) -> tuple[Tensor, Tensor]:
+    """(column of each target in the tile, or any valid one; whether the target is in the tile at all)."""
+    index = target - (plan.first_id + columns.start)
+    last = columns.stop - columns.start - 1
+    return index.clamp(0, last), (index >= 0) & (index <= last)

@@ -1,0 +1,293 @@
+"""``linear_token_statistics`` fused in Triton: the launches around ``token_statistics_triton_kernels.py``.
+
+Forward: ``statistics_kernel`` (one pass over the shard, logits in registers), then ``join_kernel``. Backward, for each
+chunk of the vocabulary: ``logit_gradient_kernel`` (logits again, turned into their gradient), then ``product_kernel``
+for d hidden and for d weight. The four products are all the multiplications there are. Working memory beside inputs and
+results: partial statistics of 16 or 32 bytes for each row and split (at most 4,096 columns a split; fewer where few
+rows would leave a device idle), and a chunk of ``CHUNK_BUDGET_BYTES``.
+
+Every kernel is tuned once per process, input dtype, hidden size and power of two of the number of rows. Which tile size
+wins may differ between processes, and with it the order of fp32 sums; within a process the results are the same bits
+for the same inputs, for there are no atomics.
+
+Inputs: fp32, bf16 or fp16, any number of rows, columns and hidden dimensions (loads are wide where the hidden size is a
+multiple of 16). fp32 products follow ``torch.set_float32_matmul_precision``. fp16: d z is stored in fp16 like any fp16
+gradient, so scale the loss.
+
+With TRITON_INTERPRET=1 in the environment before this module is imported, the same kernels run on CPU tensors, with
+small tiles so that a small problem has many.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from megatron_ktr.ops import token_statistics_triton_kernels as kernels
+from megatron_ktr.ops.token_statistics_interface import (
+    NUM_STATISTICS,
+    NUM_STATISTICS_WITH_COUNTERFACTUAL,
+    LogitGradient,
+    ShardPlan,
+    empty_statistics,
+)
+
+CHUNK_BUDGET_BYTES = 64 * 2**20
+"""Of the gradient of the logits, [rows, columns of a chunk]."""
+MAX_BLOCK_COLUMNS = 256
+"""Splits and chunks are multiples of it, so that every ``BLOCK_V`` of the configurations divides them."""
+ENOUGH_PROGRAMS = 1024
+"""About eight waves on a device of 132 multiprocessors: the last, partly idle one then costs little."""
+
+IS_INTERPRETED = not isinstance(kernels.statistics_kernel, triton.JITFunction)
+
+
+def tile_configs(names: tuple[str, str, str, str], sizes: tuple[tuple[int, ...], ...]) -> list[triton.Config]:
+    """``sizes``: (rows, columns, inner, group, warps, stages) each.
+
+    One that does not fit a device's shared memory (some 4-stage ones on sm_80) loses the tuning by not launching.
+    """
+    if IS_INTERPRETED:
+        sizes = ((32, 64, 32, 2, 4, 1),)
+    return [
+        triton.Config(dict(zip(names, size[:4], strict=True)), num_warps=size[4], num_stages=size[5]) for size in sizes
+    ]
+
+
+HALF_SIZES = (
+    (128, 256, 64, 8, 8, 3),
+    (128, 256, 64, 16, 8, 4),
+    (128, 128, 64, 8, 4, 4),
+    (128, 128, 64, 8, 8, 3),
+    (64, 256, 64, 8, 4, 4),
+    (64, 128, 64, 8, 4, 4),
+)
+"""16-bit inputs: 128 x 256 fp32 sums are half of a multiprocessor's registers."""
+HALF_SIZES_OF_TWO_PRODUCTS = (
+    (128, 128, 64, 8, 8, 3),
+    (128, 128, 64, 8, 8, 4),
+    (128, 128, 32, 8, 8, 4),
+    (64, 256, 64, 8, 8, 3),
+    (64, 128, 64, 8, 4, 4),
+)
+FP32_SIZES = ((128, 128, 32, 8, 8, 3), (64, 128, 32, 8, 4, 3), (64, 64, 32, 8, 4, 3))
+FP32_SIZES_OF_TWO_PRODUCTS = ((64, 128, 32, 8, 8, 3), (64, 64, 32, 8, 4, 3))
+
+TILE_NAMES = ("BLOCK_R", "BLOCK_V", "BLOCK_D", "GROUP_R")
+PRODUCT_NAMES = ("BLOCK_M", "BLOCK_D", "BLOCK_N", "GROUP_M")
+
+
+def _tuned(kernel, names: tuple[str, str, str, str], sizes: tuple[tuple[int, ...], ...], **options):
+    return triton.autotune(configs=tile_configs(names, sizes), key=["row_bucket", "D"], **options)(kernel)
+
+
+# By (inputs are 16-bit, with a counterfactual).
+_STATISTICS = {
+    (True, False): _tuned(kernels.statistics_kernel, TILE_NAMES, HALF_SIZES),
+    (True, True): _tuned(kernels.statistics_kernel, TILE_NAMES, HALF_SIZES_OF_TWO_PRODUCTS),
+    (False, False): _tuned(kernels.statistics_kernel, TILE_NAMES, FP32_SIZES),
+    (False, True): _tuned(kernels.statistics_kernel, TILE_NAMES, FP32_SIZES_OF_TWO_PRODUCTS),
+}
+# By (inputs are 16-bit).
+_LOGIT_GRADIENT = {
+    True: _tuned(kernels.logit_gradient_kernel, TILE_NAMES, HALF_SIZES),
+    False: _tuned(kernels.logit_gradient_kernel, TILE_NAMES, FP32_SIZES),
+}
+# By (inputs are 16-bit, d weight): the two products differ in their sizes, so one's best tile is not the other's.
+# Tuning runs a kernel many times; what it accumulates into is put back after each.
+_PRODUCT = {
+    (is_half, is_weight_grad): _tuned(
+        kernels.product_kernel, PRODUCT_NAMES, HALF_SIZES if is_half else FP32_SIZES, restore_value=["out_ptr"]
+    )
+    for is_half in (True, False)
+    for is_weight_grad in (True, False)
+}
+
+
+class TritonTokenStatistics:
+    """See ``token_statistics_interface.Implementation``. Raises ValueError for fp64 and for tensors on a CPU."""
+
+    @torch.no_grad()
+    def forward(
+        self,
+        hidden_RD: Tensor,
+        weight_VD: Tensor,
+        target_R: Tensor,
+        plan: ShardPlan,
+        counterfactual_hidden_RD: Tensor | None = None,
+    ) -> Tensor:
+        _check(hidden_RD)
+        has_counterfactual = counterfactual_hidden_RD is not None
+        num_rows, hidden_size = hidden_RD.shape
+        if num_rows == 0 or plan.num_columns == 0:
+            return empty_statistics(hidden_RD, target_R, plan, has_counterfactual=has_counterfactual)
+        hidden_RD, weight_VD, target_R = hidden_RD.contiguous(), weight_VD.contiguous(), target_R.contiguous()
+        size = NUM_STATISTICS_WITH_COUNTERFACTUAL if has_counterfactual else NUM_STATISTICS
+        split_columns = choose_split_columns(num_rows, plan.num_columns)
+        num_splits = triton.cdiv(plan.num_columns, split_columns)
+        partial_SKR = hidden_RD.new_empty(num_splits, size, num_rows, dtype=torch.float32)
+        statistics_KR = hidden_RD.new_empty(size, num_rows, dtype=torch.float32)
+        _STATISTICS[_is_half(hidden_RD), has_counterfactual][
+            lambda meta: (triton.cdiv(num_rows, meta["BLOCK_R"]) * num_splits,)
+        ](
+            hidden_RD,
+            counterfactual_hidden_RD.contiguous() if counterfactual_hidden_RD is not None else hidden_RD,
+            weight_VD,
+            target_R,
+            partial_SKR,
+            num_rows,
+            plan.num_columns,
+            plan.first_id,
+            plan.scale,
+            row_bucket(num_rows),
+            D=hidden_size,
+            SPLIT_COLUMNS=split_columns,
+            HAS_COUNTERFACTUAL=has_counterfactual,
+            **_arithmetic(hidden_RD),
+        )
+        block_rows = 16
+        kernels.join_kernel[(triton.cdiv(num_rows, block_rows),)](
+            partial_SKR,
+            target_R,
+            statistics_KR,
+            num_rows,
+            num_splits,
+            plan.vocab_size,
+            HAS_COUNTERFACTUAL=has_counterfactual,
+            BLOCK_S=triton.next_power_of_2(num_splits),
+            BLOCK_R=block_rows,
+        )
+        return statistics_KR
+
+    @torch.no_grad()
+    def backward(
+        self,
+        hidden_RD: Tensor,
+        weight_VD: Tensor,
+        gradient: LogitGradient,
+        plan: ShardPlan,
+        *,
+        needs_hidden_grad: bool,
+        weight_grad_VD: Tensor | None,
+    ) -> Tensor | None:
+        _check(hidden_RD)
+        num_rows = hidden_RD.shape[0]
+        hidden_grad = torch.zeros_like(hidden_RD, dtype=torch.float32) if needs_hidden_grad else None
+        if num_rows == 0 or plan.num_columns == 0 or not (needs_hidden_grad or weight_grad_VD is not None):
+            return hidden_grad
+        hidden_RD, weight_VD = hidden_RD.contiguous(), weight_VD.contiguous()
+        # dense: the kernels compute addresses from the hidden size alone
+        assert weight_grad_VD is None or weight_grad_VD.is_contiguous()
+        chunk_columns = choose_chunk_columns(num_rows, plan.num_columns, itemsize=hidden_RD.itemsize)
+        chunk_buffer = hidden_RD.new_empty(num_rows, chunk_columns)
+        for start in range(0, plan.num_columns, chunk_columns):
+            columns = slice(start, min(start + chunk_columns, plan.num_columns))
+            chunk = chunk_buffer[:, : columns.stop - start]
+            write_logit_gradient(chunk, hidden_RD, weight_VD[columns], gradient, plan, first_id=plan.first_id + start)
+            if hidden_grad is not None:
+                add_product(hidden_grad, chunk, weight_VD[columns], num_rows=num_rows)
+            if weight_grad_VD is not None:
+                add_product(weight_grad_VD[columns], chunk, hidden_RD, num_rows=num_rows, is_weight_grad=True)
+        return hidden_grad
+
+
+IMPLEMENTATION = TritonTokenStatistics()
+
+
+def row_bucket(num_rows: int) -> int:
+    """Key of the tuning: a training run sees a new number of rows each step and must not tune for each."""
+    return min(max(triton.next_power_of_2(num_rows), 64), 8192)
+
+
+def choose_split_columns(num_rows: int, num_columns: int) -> int:
+    """Columns a program of the forward pass walks: many (fewer partial results) if there are programs enough."""
+    if IS_INTERPRETED:
+        return 128
+    row_blocks = triton.cdiv(num_rows, 128)
+    for columns in (4096, 2048, 1024):
+        if row_blocks * triton.cdiv(num_columns, columns) >= ENOUGH_PROGRAMS:
+            return columns
+    return 512
+
+
+def choose_chunk_columns(num_rows: int, num_columns: int, *, itemsize: int) -> int:
+    """Columns whose gradient fits the budget, though never under one tile."""
+    block = 64 if IS_INTERPRETED else MAX_BLOCK_COLUMNS
+    budget = 2**14 if IS_INTERPRETED else CHUNK_BUDGET_BYTES
+    columns = max(budget // (num_rows * itemsize) // block, 1) * block
+    return min(columns, triton.cdiv(num_columns, block) * block)
+
+
+def write_logit_gradient(
+    chunk_RC: Tensor, hidden_RD: Tensor, weight_CD: Tensor, gradient: LogitGradient, plan: ShardPlan, *, first_id: int
+) -> None:
+    num_rows, num_columns = chunk_RC.shape
+    _LOGIT_GRADIENT[_is_half(hidden_RD)][
+        lambda meta: (triton.cdiv(num_rows, meta["BLOCK_R"]) * triton.cdiv(num_columns, meta["BLOCK_V"]),)
+    ](
+        hidden_RD,
+        weight_CD,
+        gradient.target.contiguous(),
+        gradient.grad.contiguous(),
+        gradient.maximum.contiguous(),
+        gradient.offset.contiguous(),
+        gradient.maximum if gradient.slope is None else gradient.slope.contiguous(),
+        chunk_RC,
+        num_rows,
+        num_columns,
+        first_id,
+        plan.scale,
+        chunk_RC.stride(0),
+        row_bucket(num_rows),
+        D=hidden_RD.shape[1],
+        HAS_SLOPE=gradient.slope is not None,
+        **_arithmetic(hidden_RD),
+    )
+
+
+def add_product(
+    out_MD: Tensor, chunk_RC: Tensor, factor_ND: Tensor, *, num_rows: int, is_weight_grad: bool = False
+) -> None:
+    """out += chunk @ factor (d hidden: factor is the weight), or chunk^T @ factor (d weight: it is the hidden)."""
+    num_out, hidden_size = out_MD.shape
+    _PRODUCT[_is_half(factor_ND), is_weight_grad][
+        lambda meta: (triton.cdiv(num_out, meta["BLOCK_M"]) * triton.cdiv(hidden_size, meta["BLOCK_D"]),)
+    ](
+        chunk_RC,
+        factor_ND,
+        out_MD,
+        num_out,
+        factor_ND.shape[0],
+        chunk_RC.stride(0),
+        row_bucket(num_rows),
+        D=hidden_size,
+        A_TRANSPOSED=is_weight_grad,
+        **_arithmetic(factor_ND),
+    )
+
+
+def _arithmetic(tensor: Tensor) -> dict[str, object]:
+    """UPCAST and PRECISION of the kernels' products."""
+    is_exact = _is_half(tensor) or torch.get_float32_matmul_precision() == "highest"
+    return {
+        "UPCAST": IS_INTERPRETED and tensor.dtype == torch.bfloat16,
+        "PRECISION": "ieee" if is_exact else "tf32",
+    }
+
+
+def _is_half(tensor: Tensor) -> bool:
+    return tensor.itemsize == 2
+
+
+def _check(hidden_RD: Tensor) -> None:
+    if hidden_RD.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(
+            "linear_token_statistics: impl='triton' takes fp32, bf16 or fp16, "
+            f"got {hidden_RD.dtype}; use impl='chunked'"
+        )
+    if hidden_RD.device.type == "cpu" and not IS_INTERPRETED:
+        raise ValueError(
+            "linear_token_statistics: impl='triton' takes tensors on a GPU, got a CPU tensor; use impl='chunked' or "
+            "'auto' (or, to test, set TRITON_INTERPRET=1 before the first import)"
+        )
