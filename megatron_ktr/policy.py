@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,74 +29,15 @@ from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.distributed.optimizer import build_optimizer, build_scheduler, wrap_in_ddp
 from megatron_ktr.distributed.platform import Platform
 from megatron_ktr.errors import UserError, same_on_every_rank
+from megatron_ktr.micro_batch import Denominators, MicroBatch, UpdateResult, add_sampler_gap, any_gradient
 from megatron_ktr.objectives.base import Objective
 from megatron_ktr.ops.token_statistics import TokenStatistics
-from megatron_ktr.types import Metrics, PackedBatch, RolloutGroup, TokenScores, TokenStreams, View
+from megatron_ktr.types import Metrics, PackedBatch, TokenScores
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.conversion import GatherTo, export_hf_tensors, load_hf_weights, save_hf, unwrap_model
 from models.qwen2_5_vl.model import Qwen2_5_VLModel, build_model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """One micro-batch of the update: its groups, packed intact, and what earlier passes found out about it."""
-
-    groups: tuple[RolloutGroup, ...]
-    batch: PackedBatch
-    """View ``intact``."""
-    counterfactual_logprob_R: dict[View, Tensor | None] = field(default_factory=dict)
-    """From ``score`` on the other views; None on every stage but the last."""
-    counterfactual_kl_R: dict[View, Tensor] = field(default_factory=dict)
-    """KL(intact || view), where an intact pass has met ``counterfactual_hidden_RD``."""
-    counterfactual_hidden_RD: dict[View, Tensor | None] = field(default_factory=dict)
-    """From ``hidden_rows`` on the other views, for objectives that need the KL: the next intact pass compares whole
-    distributions, one pass over the vocabulary for each view, and no logits are kept."""
-    reference_logprob_R: Tensor | None = None
-    behaviour_logprob_R: Tensor | None = None
-    is_selected_R: Mapping[str, Tensor] | None = None
-    """Set where the selection is made before the update (several updates per rollout, denominators that count key
-    tokens); otherwise the objective selects inside the update, right after the intact forward."""
-
-    def scores(self, statistics: TokenStatistics) -> TokenScores:
-        """All scores of the micro-batch, given an intact pass."""
-        return TokenScores(
-            policy_logprob_R=statistics.logprob_R.detach(),
-            entropy_R=statistics.entropy_R.detach(),
-            hidden_logprob_R=self.counterfactual_logprob_R.get("hidden"),
-            shuffled_logprob_R=self.counterfactual_logprob_R.get("shuffled"),
-            hidden_kl_R=self.counterfactual_kl_R.get("hidden"),
-            shuffled_kl_R=self.counterfactual_kl_R.get("shuffled"),
-            reference_logprob_R=self.reference_logprob_R,
-            behaviour_logprob_R=self.behaviour_logprob_R,
-        )
-
-
-@dataclass(frozen=True)
-class Denominators:
-    """Global counts of one update, the same on every rank; the loss of a micro-batch is divided by them."""
-
-    num_responses: int
-    num_tokens: int | None = None
-    """Tokens that carry the loss, for token-mean aggregation; None for the mean over responses."""
-
-
-@dataclass(frozen=True)
-class UpdateResult:
-    """What one optimizer step did. ``streams`` and ``scores`` are per micro-batch, on the last stage only."""
-
-    loss: float
-    """Of the global batch."""
-    has_gradient: bool
-    """Whether any token of the global batch has a gradient. Without one ``update`` takes no optimizer step: Adam's
-    momentum and weight decay would move the weights on no evidence."""
-    metrics: Metrics
-    has_stepped: bool = False
-    grad_norm: float = 0.0
-    """Before clipping."""
-    streams: tuple[TokenStreams, ...] = ()
-    scores: tuple[TokenScores, ...] = ()
 
 
 class Policy:
@@ -250,7 +190,7 @@ class Policy:
                 is_selected_R=item.is_selected_R,
             )
             loss, metrics = objective.loss(statistics, streams, scores)
-            _add_sampler_gap(metrics, item, scores)
+            add_sampler_gap(metrics, item, scores)
             no_tokens = torch.zeros((), dtype=torch.int, device=loss.device)
             return loss, no_tokens, (float(loss.detach()), metrics, streams, scores)
 
@@ -263,7 +203,7 @@ class Policy:
         for batch_loss, batch_metrics, streams, scores in outputs if self.groups.tensor_rank == 0 else ():
             metrics.merge(batch_metrics)
             metrics.add("loss", batch_loss)
-            metrics.add("has_gradient", _has_gradient(streams, scores if objective.needs_reference else None))
+            metrics.add("has_gradient", any_gradient(streams, scores if objective.needs_reference else None))
         metrics = reduce_metrics(metrics, self.groups.world)
         # Already divided by global counts: the parts of the loss add up, they are not averaged.
         loss, has_gradient = (metrics.pop_sum(name) for name in ("loss", "has_gradient"))
@@ -385,25 +325,6 @@ class Policy:
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
         )
-
-
-def _has_gradient(streams: TokenStreams, scores: TokenScores | None) -> bool:
-    """Whether any token that carries the loss has an advantage, or (``scores`` given: there is a KL term) has left the
-    reference model."""
-    is_pulled_R = streams.advantage_R != 0
-    if scores is not None and scores.reference_logprob_R is not None:
-        is_pulled_R = is_pulled_R | (scores.reference_logprob_R != scores.policy_logprob_R)
-    return bool(((streams.weight_R != 0) & is_pulled_R).any())
-
-
-def _add_sampler_gap(metrics: Metrics, item: MicroBatch, scores: TokenScores) -> None:
-    """Mean |sampler - trainer| log-prob, over the responses whose sampler log-probs were recorded."""
-    recorded = [rollout.sampler_logprobs for group in item.groups for rollout in group.rollouts]
-    if any(logprobs is None for logprobs in recorded):
-        return
-    policy_R = scores.policy_logprob_R
-    sampler_R = torch.tensor([value for logprobs in recorded for value in logprobs], device=policy_R.device)
-    metrics.add("sampler_trainer_logprob_gap", float((sampler_R - policy_R).abs().sum()), len(sampler_R))
 
 
 def _freeze(chunks: Sequence[Qwen2_5_VLModel], parts: Sequence[str]) -> None:

@@ -20,10 +20,11 @@ from torch import Tensor
 from megatron_ktr.attribution.counterfactuals import draw_permutations
 from megatron_ktr.config import Config
 from megatron_ktr.metrics import PhaseTimer
+from megatron_ktr.micro_batch import Denominators, MicroBatch, UpdateResult
 from megatron_ktr.objectives.base import Objective
 from megatron_ktr.ops.token_statistics import TokenStatistics
 from megatron_ktr.packing import MediaSpec, pack_groups, plan_micro_batches
-from megatron_ktr.policy import Denominators, MicroBatch, Policy, UpdateResult
+from megatron_ktr.policy import Policy
 from megatron_ktr.rollout.source import GroupSource
 from megatron_ktr.types import (
     Metrics,

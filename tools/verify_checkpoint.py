@@ -52,8 +52,9 @@ from megatron_ktr.distributed import platform as platforms  # noqa: E402
 from megatron_ktr.distributed.collectives import broadcast_object  # noqa: E402
 from megatron_ktr.distributed.groups import ParallelGroups, destroy_parallel, init_parallel  # noqa: E402
 from megatron_ktr.errors import UserError, run_cli  # noqa: E402
+from megatron_ktr.micro_batch import Denominators, MicroBatch  # noqa: E402
 from megatron_ktr.packing import pack_groups  # noqa: E402
-from megatron_ktr.policy import Denominators, MicroBatch, Policy  # noqa: E402
+from megatron_ktr.policy import Policy  # noqa: E402
 from megatron_ktr.rollout.source import on_every_rank  # noqa: E402
 from megatron_ktr.torch_dist_files import TorchDistReader  # noqa: E402
 from megatron_ktr.train import parallel_sizes  # noqa: E402

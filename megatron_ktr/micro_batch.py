@@ -1,0 +1,91 @@
+"""What goes into one update and what comes out of it; the policy runs it, the trainer fills and reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from megatron_ktr.ops.token_statistics import TokenStatistics
+from megatron_ktr.types import Metrics, PackedBatch, RolloutGroup, TokenScores, TokenStreams, View
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One micro-batch of the update: its groups, packed intact, and what earlier passes found out about it."""
+
+    groups: tuple[RolloutGroup, ...]
+    batch: PackedBatch
+    """View ``intact``."""
+    counterfactual_logprob_R: dict[View, Tensor | None] = field(default_factory=dict)
+    """From ``score`` on the other views; None on every stage but the last."""
+    counterfactual_kl_R: dict[View, Tensor] = field(default_factory=dict)
+    """KL(intact || view), where an intact pass has met ``counterfactual_hidden_RD``."""
+    counterfactual_hidden_RD: dict[View, Tensor | None] = field(default_factory=dict)
+    """From ``hidden_rows`` on the other views, for objectives that need the KL: the next intact pass compares whole
+    distributions, one pass over the vocabulary for each view, and no logits are kept."""
+    reference_logprob_R: Tensor | None = None
+    behaviour_logprob_R: Tensor | None = None
+    is_selected_R: Mapping[str, Tensor] | None = None
+    """Set where the selection is made before the update (several updates per rollout, denominators that count key
+    tokens); otherwise the objective selects inside the update, right after the intact forward."""
+
+    def scores(self, statistics: TokenStatistics) -> TokenScores:
+        """All scores of the micro-batch, given an intact pass."""
+        return TokenScores(
+            policy_logprob_R=statistics.logprob_R.detach(),
+            entropy_R=statistics.entropy_R.detach(),
+            hidden_logprob_R=self.counterfactual_logprob_R.get("hidden"),
+            shuffled_logprob_R=self.counterfactual_logprob_R.get("shuffled"),
+            hidden_kl_R=self.counterfactual_kl_R.get("hidden"),
+            shuffled_kl_R=self.counterfactual_kl_R.get("shuffled"),
+            reference_logprob_R=self.reference_logprob_R,
+            behaviour_logprob_R=self.behaviour_logprob_R,
+        )
+
+
+@dataclass(frozen=True)
+class Denominators:
+    """Global counts of one update, the same on every rank; the loss of a micro-batch is divided by them."""
+
+    num_responses: int
+    num_tokens: int | None = None
+    """Tokens that carry the loss, for token-mean aggregation; None for the mean over responses."""
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """What one optimizer step did. ``streams`` and ``scores`` are per micro-batch, on the last stage only."""
+
+    loss: float
+    """Of the global batch."""
+    has_gradient: bool
+    """Whether any token of the global batch has a gradient. Without one ``update`` takes no optimizer step: Adam's
+    momentum and weight decay would move the weights on no evidence."""
+    metrics: Metrics
+    has_stepped: bool = False
+    grad_norm: float = 0.0
+    """Before clipping."""
+    streams: tuple[TokenStreams, ...] = ()
+    scores: tuple[TokenScores, ...] = ()
+
+
+def any_gradient(streams: TokenStreams, scores: TokenScores | None) -> bool:
+    """Whether any token that carries the loss has an advantage, or (``scores`` given: there is a KL term) has left the
+    reference model."""
+    is_pulled_R = streams.advantage_R != 0
+    if scores is not None and scores.reference_logprob_R is not None:
+        is_pulled_R = is_pulled_R | (scores.reference_logprob_R != scores.policy_logprob_R)
+    return bool(((streams.weight_R != 0) & is_pulled_R).any())
+
+
+def add_sampler_gap(metrics: Metrics, item: MicroBatch, scores: TokenScores) -> None:
+    """Mean |sampler - trainer| log-prob, over the responses whose sampler log-probs were recorded."""
+    recorded = [rollout.sampler_logprobs for group in item.groups for rollout in group.rollouts]
+    if any(logprobs is None for logprobs in recorded):
+        return
+    policy_R = scores.policy_logprob_R
+    sampler_R = torch.tensor([value for logprobs in recorded for value in logprobs], device=policy_R.device)
+    metrics.add("sampler_trainer_logprob_gap", float((sampler_R - policy_R).abs().sum()), len(sampler_R))
