@@ -23,6 +23,8 @@ DECORD_HAS_WHEELS = (
     " or (platform_system == 'Windows' and platform_machine == 'AMD64')"
 )
 
+TRITON_HAS_WHEELS = "platform_system == 'Linux' and platform_machine == 'x86_64'"
+
 INSTALL_REQUIRES = [
     "torch>=2.11",
     "megatron-core==0.16.1",  # the platform layer redirects functions of exactly this version
@@ -46,7 +48,9 @@ EXTRAS_REQUIRE = {
     "vllm": ["vllm==0.32.0"],
     # The newest that megatron-core 0.16.1 accepts. CUDA only: on a CPU machine its wheel breaks megatron-core.
     "te": ["transformer-engine[pytorch]==2.11.0"],
-    "dev": ["pytest>=8", "ruff==0.17.5"],
+    # Triton's interpreter runs the kernels' tests without a GPU, its compiler the checks that they compile. CUDA builds
+    # of torch name their own version of it; CPU builds name none.
+    "dev": ["pytest>=8", "ruff==0.17.5", f"triton>=3.5; {TRITON_HAS_WHEELS}"],
 }
 # NVIDIA's apex is not listed on purpose: the public index holds an unrelated project under that name. See README.
 

@@ -7,10 +7,10 @@
 One point is rows x hidden x vocabulary x tensor-parallel size x share of key rows (rows with a gradient, at random).
 A tensor-parallel size stands for one rank's shard, measured alone.
 
-Time: all methods and shares of a point take turns in one process, ``--repeats`` times after one turn of warm-up;
-medians. Memory: each method in a process of its own; the allocator's peak on a GPU, the peak of resident memory on CPU,
-minus what the inputs and the process held before. ``extra_bytes`` is all of that, gradients included;
-``working_bytes`` is without the two gradients, the results everybody has to hold.
+Time: all methods and shares of a point take turns in one process, ``--repeats`` times after a warm-up; medians. Memory:
+each method in a process of its own; the allocator's peak on a GPU, the peak of resident memory on CPU, minus what the
+inputs and the process held before. ``extra_bytes`` is all of that, gradients included; ``working_bytes`` is without the
+two gradients, the results everybody has to hold.
 """
 
 from __future__ import annotations
@@ -62,14 +62,15 @@ def measure_time(point: Point, methods: list[str], shares: list[float], *, repea
     """Median seconds of every method and share, in turns."""
     inputs = _inputs(point, platform)
     seconds: dict[tuple[str, float], list[float]] = {key: [] for key in itertools.product(methods, shares)}
-    for turn in range(repeats + 1):
+    for name in methods:  # maps memory and tunes kernels
+        _forward_and_backward(name, shares[-1], *inputs)
+    for _ in range(repeats):
         for name, share in seconds:
             platform.synchronize()
             begin = time.perf_counter()
             _forward_and_backward(name, share, *inputs)
             platform.synchronize()
-            if turn:  # the first turn warms caches and tunes kernels
-                seconds[name, share].append(time.perf_counter() - begin)
+            seconds[name, share].append(time.perf_counter() - begin)
     return [
         {"method": name, "share": share, "seconds": statistics.median(values), "all_seconds": values}
         for (name, share), values in seconds.items()
@@ -129,7 +130,7 @@ def _run_job(job: dict[str, Any], platform: Platform) -> Any:
 def run_benchmark(arguments: argparse.Namespace, platform: Platform) -> dict[str, Any]:
     is_gpu = platform.name != "cpu"
     not_run = {name: reason for name in METHODS if (reason := why_not(name, is_gpu=is_gpu))}
-    methods = [name for name in METHODS if name not in not_run]
+    methods = [name for name in arguments.methods if name not in not_run]
     sizes = (arguments.rows, arguments.hidden, arguments.vocabulary, arguments.tensor_parallel)
     points = [Point(*values, dtype=arguments.dtype) for values in itertools.product(*sizes)]
     results = []
@@ -218,6 +219,7 @@ def _main() -> None:
     parser.add_argument("--vocabulary", type=int, nargs="+", default=[152_064])
     parser.add_argument("--tensor-parallel", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--share", type=float, nargs="+", default=[1.0, 0.4], help="share of rows with a gradient")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="JSON on stdout in place of the table")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -130,8 +132,32 @@ def test_kl_shift_selects_the_same_tokens_in_every_layout(
                 assert one.loss == pytest.approx(other.loss, abs=2e-6)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is not None, reason="Triton is installed")
-def test_auto_needs_no_triton_on_cpu() -> None:
+def _lone_step(hf_dir: Path, values: dict[str, Any]) -> StepRecord:
+    from megatron_ktr.distributed.groups import init_parallel
+    from megatron_ktr.distributed.platform import start
+
+    torch.set_num_threads(1)
+    parallel = init_parallel(ParallelSizes(), platform=start("cpu"))
+    return run_steps(parallel, hf_dir=hf_dir, rollout_groups=example_groups("mixed", "text"), values=values)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("shift", ["signed", "kl"])
+def test_step_is_the_same_with_interpreted_triton_kernels(directories: dict[bool, Path], shift: str) -> None:
+    """In a process of its own: Triton decides at import whether it interprets."""
+    values = dict(shift=shift, prompts_per_step=2)
+    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TRITON_INTERPRET", "1")
+            expected, ours = (
+                pool.submit(_lone_step, directories[True], {**values, "token_statistics_impl": impl}).result()
+                for impl in ("chunked", "triton")
+            )
+    _assert_same_step(ours, expected, shift)
+
+
+def test_auto_is_chunked_on_cpu() -> None:
     from megatron_ktr.ops.token_statistics import find_implementation
     from megatron_ktr.ops.token_statistics_chunked import IMPLEMENTATION
 

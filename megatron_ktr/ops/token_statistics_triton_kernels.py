@@ -168,18 +168,17 @@ def statistics_kernel(
             m2, decay2, step2, x2, exp_x2, s2 = _fold(z2, is_column, m2, s2)
             w = (w + old_s * (step - step2)) * decay + tl.sum(exp_x * (x - x2), axis=1)
 
-    if HAS_COUNTERFACTUAL:
-        out_ptrs = partial_ptr + tl.cast(split, tl.int64) * 8 * num_rows + rows
-        tl.store(out_ptrs + 4 * num_rows, m2, mask=is_row)
-        tl.store(out_ptrs + 5 * num_rows, s2, mask=is_row)
-        tl.store(out_ptrs + 6 * num_rows, w, mask=is_row)
-        tl.store(out_ptrs + 7 * num_rows, t2, mask=is_row)
-    else:
-        out_ptrs = partial_ptr + tl.cast(split, tl.int64) * 4 * num_rows + rows
+    size: tl.constexpr = 8 if HAS_COUNTERFACTUAL else 4
+    out_ptrs = partial_ptr + tl.cast(split, tl.int64) * size * num_rows + rows
     tl.store(out_ptrs, m, mask=is_row)
     tl.store(out_ptrs + num_rows, s, mask=is_row)
     tl.store(out_ptrs + 2 * num_rows, u, mask=is_row)
     tl.store(out_ptrs + 3 * num_rows, t, mask=is_row)
+    if HAS_COUNTERFACTUAL:
+        tl.store(out_ptrs + 4 * num_rows, m2, mask=is_row)
+        tl.store(out_ptrs + 5 * num_rows, s2, mask=is_row)
+        tl.store(out_ptrs + 6 * num_rows, w, mask=is_row)
+        tl.store(out_ptrs + 7 * num_rows, t2, mask=is_row)
 
 
 @triton.jit
