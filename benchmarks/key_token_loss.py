@@ -133,7 +133,7 @@ def run_benchmark(arguments: argparse.Namespace, platform: Platform) -> dict[str
     methods = [name for name in arguments.methods if name not in not_run]
     sizes = (arguments.rows, arguments.hidden, arguments.vocabulary, arguments.tensor_parallel)
     points = [Point(*values, dtype=arguments.dtype) for values in itertools.product(*sizes)]
-    results = []
+    results, load_before = [], os.getloadavg()[0]
     for point in points:
         about = dataclasses.asdict(point)
         _say(f"{point} ...")
@@ -145,7 +145,7 @@ def run_benchmark(arguments: argparse.Namespace, platform: Platform) -> dict[str
             )
             results.append({**about, **entry, **memory})
     return {
-        "machine": _machine(platform),
+        "machine": {**_machine(platform), "load_before": load_before, "load_after": os.getloadavg()[0]},
         "repeats": arguments.repeats,
         "memory": "allocator peak" if is_gpu else "peak resident memory of a fresh process, minus inputs",
         "not_run": not_run,
@@ -182,7 +182,6 @@ def _machine(platform: Platform) -> dict[str, Any]:
         "device": platform.name,
         "processor": names[0] if names else host.processor() or host.machine(),
         "threads": torch.get_num_threads(),
-        "load_before": os.getloadavg()[0],
         "torch": torch.__version__,
     }
 
