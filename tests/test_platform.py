@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import threading
 import time
@@ -228,3 +229,17 @@ def test_groups_hold_the_ranks_they_say(ranks: RankPool) -> None:
     # (tensor, pipeline, context, data rank, ranks of the replica) of rank 3, by hand.
     assert results[3] == [(1, 1, 0, 0, 0, 1, 2, 3), (0, 1, 1, 0, 0, 1, 2, 3), (0, 0, 1, 1, 2, 3)]
     assert results[0][2] == (0, 0, 0, 0, 0, 1)
+
+
+def count_threads(context, *, num_splits: int) -> int:
+    from megatron_ktr.distributed.groups import ParallelSizes
+
+    for _ in range(num_splits):
+        context.init(ParallelSizes(tensor=2))
+    return len(os.listdir("/proc/self/task"))
+
+
+def test_splitting_again_closes_the_groups_of_the_split_before(ranks) -> None:
+    """Forgotten groups keep their threads, which wake up for ever: hundreds of them stall a small machine."""
+    few, many = (ranks(count_threads, world_size=2, num_splits=number)[0] for number in (2, 8))
+    assert many <= few + 2

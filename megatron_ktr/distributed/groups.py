@@ -7,6 +7,7 @@ Ranks are ordered tensor, context, (expert,) data, pipeline, fastest first: mega
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -119,7 +120,7 @@ def init_parallel(
     check_sizes(sizes, world_size=world_size)
     _join_world(platform, world_size=world_size, timeout_minutes=timeout_minutes)
     if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+        _leave_groups()
     virtual = sizes.virtual_pipeline if (sizes.virtual_pipeline or 1) > 1 else None
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=sizes.tensor,
@@ -173,6 +174,17 @@ def pipeline_comm_settings(sizes: ParallelSizes, *, variable_lengths: bool = Tru
     if variable_lengths:
         settings |= {"variable_seq_lengths": True, "moe_token_dispatcher_type": "alltoall"}
     return settings
+
+
+def _leave_groups() -> None:
+    """Closes every group of an earlier split but the world; megatron-core only forgets them, and each keeps threads
+    that wake up for ever. Models of that split cannot communicate afterwards."""
+    parallel_state.destroy_model_parallel()
+    for group in list(torch.distributed.distributed_c10d._world.pg_map):
+        if group is not torch.distributed.group.WORLD:
+            torch.distributed.destroy_process_group(group)
+    # Wrapped models and their gradient hooks refer to each other, and to the groups.
+    gc.collect()
 
 
 def _world_size() -> int:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import multiprocessing
 import os
 import pickle
@@ -181,4 +182,6 @@ def _run(job: bytes) -> Any:
     # Nobody leaves while another rank still talks to it.
     torch.distributed.barrier()
     destroy_parallel()
+    # Models and their hooks are cycles that still hold the groups, and those their threads.
+    gc.collect()
     return result
