@@ -29,7 +29,7 @@ ABSENT_OPTIONS = {
 
 def check(config: Config) -> None:
     """Raises ``UserError`` with the first rule that ``config`` breaks."""
-    for rules in (_required, _not_available, _data, _reward, _objective, _optimizer, _parallel):
+    for rules in (_required, _not_available, _data, _rollout, _reward, _objective, _optimizer, _parallel):
         for problem in rules(config):
             raise UserError(problem)
 
@@ -43,7 +43,7 @@ def _required(config: Config) -> Iterator[str]:
 
 def _not_available(config: Config) -> Iterator[str]:
     """What the interface already names but no code serves yet."""
-    engine, objective = config.rollout.engine, config.objective
+    objective, engine = config.objective, config.rollout.engine
     if engine not in ("replay", "hf"):
         yield f"--engine {engine} is not available yet; available: replay, hf"
     if objective.objective not in ("video_ktr", "grpo", "sft"):
@@ -87,6 +87,26 @@ def _data(config: Config) -> Iterator[str]:
             yield f"--{kind}-min-pixels {low} exceeds --{kind}-max-pixels {high}"
 
 
+def _rollout(config: Config) -> Iterator[str]:
+    rollout = config.rollout
+    is_vllm = rollout.engine.startswith("vllm")
+    if rollout.lag and rollout.engine not in ("hf", "vllm_server"):
+        yield f"--lag 1 does not work with --engine {rollout.engine}: generation cannot run beside training there"
+    if rollout.lag and config.objective.importance_sampling == "none":
+        yield "--lag 1 samples from older weights: choose --importance-sampling token or sequence"
+    if rollout.engine == "vllm_server" and not rollout.server_urls:
+        yield "--engine vllm_server needs --server-urls, the addresses of vllm serve processes"
+    if rollout.server_urls and rollout.engine != "vllm_server":
+        yield f"--server-urls is not read by --engine {rollout.engine}"
+    if rollout.share_vision_features and not is_vllm:
+        yield f"--share-vision-features is not read by --engine {rollout.engine}"
+    if rollout.rollout_tensor_parallel_size > 1 and rollout.engine != "vllm_colocated":
+        yield f"--rollout-tensor-parallel-size is not read by --engine {rollout.engine}"
+    if is_vllm and rollout.temperature != 1 and (rollout.top_p < 1 or rollout.top_k):
+        # Its raw log-probs know no temperature, its processed ones are renormalised over the nucleus.
+        yield "vLLM's log-probs are exact with --temperature 1, or with --top-p 1 --top-k 0, not with both changed"
+
+
 def _reward(config: Config) -> Iterator[str]:
     if config.reward.reward_functions and config.rollout.engine == "replay":
         yield "--reward-functions is not read by --engine replay: rewards come with the recorded rollouts"
@@ -112,6 +132,9 @@ def _objective(config: Config) -> Iterator[str]:
                 f"--selection-ratio needs 1 value or one per signal ({len(section.signals)}: "
                 f"{', '.join(section.signals)}), got {len(section.selection_ratio)}"
             )
+    mask = section.importance_mask
+    if mask and (len(mask) != 2 or not 0 <= mask[0] < 1 < mask[1]):
+        yield f"--importance-mask needs two bounds below and above 1, got {','.join(f'{value:g}' for value in mask)}"
     if section.objective == "sft" and config.rollout.temperature != 1.0:
         yield "--temperature must be 1 for --objective sft: the likelihood of given responses has none"
     if {"vision", "merger", "language"} <= set(config.model.freeze):

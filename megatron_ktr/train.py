@@ -23,7 +23,7 @@ from megatron_ktr.objectives import build_objective
 from megatron_ktr.policy import Policy
 from megatron_ktr.report.console import selected_tokens_text
 from megatron_ktr.rollout.replay import write_rollouts
-from megatron_ktr.rollout.source import ReplicaSource, build_local_source, on_every_rank
+from megatron_ktr.rollout.source import ReplicaSource, build_local_source, build_sampler, on_every_rank
 from megatron_ktr.run_directory import RunStart, open_run_directory
 from megatron_ktr.trainer import StepReport, Trainer
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
@@ -83,10 +83,11 @@ def train(config: Config) -> None:
     tokenizer = load_tokenizer(config.model.model)
     media = media_spec(model_config, patchify=PreprocessSettings.from_model(config.model.model).patchify)
     local_source = on_every_rank(
-        lambda: build_local_source(
-            config, groups=groups, tokenizer=tokenizer, media=media, vocab_size=model_config.text.vocab_size
-        ),
+        lambda: build_local_source(config, groups=groups, tokenizer=tokenizer, vocab_size=model_config.text.vocab_size),
         groups=groups,
+    )
+    sampler = on_every_rank(
+        lambda: build_sampler(config, groups=groups, tokenizer=tokenizer, media=media), groups=groups
     )
     num_updates = config.trainer.train_steps * config.objective.updates_per_rollout
     policy = Policy(config.model.model, config=config, groups=groups, platform=platform, num_steps=num_updates)
@@ -95,7 +96,7 @@ def train(config: Config) -> None:
     trainer = Trainer(
         config=config,
         policy=policy,
-        source=ReplicaSource(local_source, groups=groups),
+        source=ReplicaSource(local_source, groups=groups, sampler=sampler, lag=config.rollout.lag),
         objective=objective,
         media=media,
     )
@@ -114,6 +115,7 @@ def train(config: Config) -> None:
         checkpoints.after_step(step)
     checkpoints.close()
     writer.close()
+    trainer.source.close()
     policy.save_hf(run_dir / "export")
     if groups.rank == 0:
         print(f"exported the trained model to {run_dir / 'export'}", flush=True)

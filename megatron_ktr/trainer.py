@@ -1,6 +1,6 @@
 """The training step, as the paper's algorithm box.
 
-    groups  <- source.next(P)                    G responses with rewards for each of P prompts
+    groups  <- source                            G responses with rewards for each of P prompts
     scores  <- policy without gradient on the hidden and the shuffled view, reference model on the intact view
     update  <- one intact forward; key tokens chosen from the scores; backward through key tokens; optimizer step
 
@@ -25,7 +25,7 @@ from megatron_ktr.objectives.base import Objective
 from megatron_ktr.ops.token_statistics import TokenStatistics
 from megatron_ktr.packing import MediaSpec, pack_groups, plan_micro_batches
 from megatron_ktr.policy import Policy
-from megatron_ktr.rollout.source import GroupSource
+from megatron_ktr.rollout.source import ReplicaSource
 from megatron_ktr.types import (
     Metrics,
     PackedBatch,
@@ -53,7 +53,7 @@ class Trainer:
     """Runs training steps; ``source`` and ``policy`` hold all state that outlives a step."""
 
     def __init__(
-        self, *, config: Config, policy: Policy, source: GroupSource, objective: Objective, media: MediaSpec
+        self, *, config: Config, policy: Policy, source: ReplicaSource, objective: Objective, media: MediaSpec
     ) -> None:
         self.config = config
         self.policy = policy
@@ -64,11 +64,7 @@ class Trainer:
         self.prompts_per_rank = config.prompts_per_replica(policy.groups.data_size)
 
     def train_step(self, step: int) -> StepReport:
-        if self.source.needs_weights:
-            with self.timer.phase("weights"):
-                self.source.load_weights(self.policy.export(gather_to="source"))
-        with self.timer.phase("rollout"):
-            groups = self.source.next(self.prompts_per_rank, step=step)
+        groups = self._rollouts(step)
         if not self._anything_to_learn(groups):
             return self._report(step, groups, result=None)
         with self.timer.phase("pack"):
@@ -86,6 +82,27 @@ class Trainer:
         # Sampler and trainer had the same weights in the first update only: later ones would measure drift.
         gap = results[0].metrics.select("sampler_trainer_logprob_gap")
         return self._report(step, groups, result=results[-1], gap=gap)
+
+    def _rollouts(self, step: int) -> list[RolloutGroup]:
+        """This step's groups, sampled from the weights the last step left.
+
+        With ``lag`` 1 they were begun before the last update, and the next step's begin here, to be sampled while this
+        step trains: one step off-policy, which the objective's importance weights correct.
+        """
+        if self.source.pending_step != step:
+            self._begin_rollouts(step)
+        with self.timer.phase("rollout"):
+            groups = self.source.finish()
+        if self.source.lag and step < self.config.trainer.train_steps:
+            self._begin_rollouts(step + 1)
+        return groups
+
+    def _begin_rollouts(self, step: int) -> None:
+        if self.source.needs_weights:
+            with self.timer.phase("weights"):
+                self.source.load_weights(self.policy.export(gather_to=self.source.gather_weights_to))
+        with self.timer.phase("rollout"):
+            self.source.begin(self.prompts_per_rank, step=step)
 
     def _plan(self, groups: Sequence[RolloutGroup]) -> list[tuple[RolloutGroup, ...]]:
         return plan_micro_batches(groups, groups_per_micro_batch=self.config.trainer.micro_batch_groups)

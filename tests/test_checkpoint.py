@@ -110,7 +110,7 @@ def train(config: Config, groups: ParallelGroups) -> dict[str, Any]:
     media = media_spec(model_config, patchify=PreprocessSettings.from_model(model_dir).patchify)
     vocab_size = model_config.text.vocab_size
     tokenizer = load_tokenizer(model_dir)
-    local = build_local_source(config, groups=groups, tokenizer=tokenizer, media=media, vocab_size=vocab_size)
+    local = build_local_source(config, groups=groups, tokenizer=tokenizer, vocab_size=vocab_size)
     source = ReplicaSource(local, groups=groups)
     num_steps = config.trainer.train_steps
     policy = Policy(model_dir, config=config, groups=groups, platform=current(), num_steps=num_steps)

@@ -165,7 +165,7 @@ def test_bad_flag_is_fatal_and_the_message_names_the_remedy(argv, parts):
         (["--num-layers-per-virtual-pipeline-stage", "1"], "--pipeline-model-parallel-size above 1"),
         (["--context-parallel-size", "2"], "not available yet"),
         (["--vision-parallel", "frame"], "not available yet"),
-        (["--engine", "vllm_server"], "not available yet"),
+        (["--num-shuffles", "2"], "not available yet"),
         (["--objective", "tw_grpo"], "not available yet"),
         (["--num-shuffles", "2"], "not available yet"),
         (["--reward-functions", "accuracy"], "not read by --engine replay"),

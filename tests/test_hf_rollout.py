@@ -16,8 +16,8 @@ from megatron_ktr.distributed import platform
 from megatron_ktr.errors import UserError
 from megatron_ktr.evaluation.accuracy import apply_control, evaluate
 from megatron_ktr.packing import MediaSpec
-from megatron_ktr.rollout.hf import HFEngine, SamplingSettings
-from megatron_ktr.rollout.sampling import GumbelSampler, sample_seed
+from megatron_ktr.rollout.hf import HFEngine
+from megatron_ktr.rollout.sampling import GumbelSampler, SamplingSettings, sample_seed
 from megatron_ktr.types import Prompt, Rollout, RolloutGroup, VisualInput
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.media import media_spec

@@ -21,7 +21,8 @@ from megatron_ktr.data.video import FrameSampling
 from megatron_ktr.distributed.groups import ParallelSizes
 from megatron_ktr.errors import UserError
 from megatron_ktr.objectives.sft import SupervisedFineTuning
-from megatron_ktr.rollout.source import on_every_rank, response_text
+from megatron_ktr.rollout.local import response_text
+from megatron_ktr.rollout.source import on_every_rank
 from megatron_ktr.train import train
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.media import media_spec

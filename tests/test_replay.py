@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ktr.data.dataset import PromptLoader
+from megatron_ktr.data.dataset import PromptDataset, PromptLoader
 from megatron_ktr.data.video import FrameSampling
 from megatron_ktr.errors import UserError
 from megatron_ktr.rollout import replay
@@ -52,10 +52,14 @@ def loader(folder: Path) -> PromptLoader:
     return PromptLoader.from_model(folder, media_root=folder, sampling=sampling, video_min_pixels=784)
 
 
+def source_of(engine: ReplayEngine, loader: PromptLoader, *, shuffle: bool = False) -> ReplaySource:
+    return ReplaySource(PromptDataset(engine.records, loader=loader, shuffle=shuffle), engine=engine)
+
+
 def test_responses_are_read_from_text_and_from_tokens(tmp_path: Path, loader: PromptLoader) -> None:
     engine = ReplayEngine(write_lines(tmp_path / "r.jsonl", [line()]), tokenizer=TOKENIZER)
     assert isinstance(engine, RolloutEngine)
-    (group,) = ReplaySource(engine, loader=loader).next(1, step=0)
+    (group,) = source_of(engine, loader, shuffle=True).next(1)
     from_text, from_tokens = group.rollouts
     assert from_text.token_ids[-1] == EOS_ID
     assert TOKENIZER.decode(from_text.token_ids[:-1]) == from_text.text == "<answer>A</answer>"
@@ -78,7 +82,7 @@ def test_an_unfinished_response_gets_no_end_token(tmp_path: Path) -> None:
 def test_repeated_problem_ids_keep_their_own_responses(tmp_path: Path, loader: PromptLoader) -> None:
     lines = [line(video=..., responses=[{"text": str(number), "reward": number}] * 2) for number in range(3)]
     engine = ReplayEngine(write_lines(tmp_path / "r.jsonl", lines), tokenizer=TOKENIZER)
-    groups = ReplaySource(engine, loader=loader, shuffle=False).next(3)
+    groups = source_of(engine, loader).next(3)
     assert [group.rollouts[0].text for group in groups] == ["0", "1", "2"]
 
 
@@ -139,12 +143,10 @@ def test_written_rollouts_replay_exactly(tmp_path: Path, loader: PromptLoader) -
     engine = ReplayEngine(
         write_lines(tmp_path / "r.jsonl", [line(), line(problem_id=2, video=...)]), tokenizer=TOKENIZER
     )
-    groups = ReplaySource(engine, loader=loader, shuffle=False).next(2)
+    groups = source_of(engine, loader).next(2)
     assert write_rollouts(tmp_path / "runs" / "out.jsonl", groups[:1]) == 1
     write_rollouts(tmp_path / "runs" / "out.jsonl", groups[1:])
-    again = ReplaySource(
-        ReplayEngine(tmp_path / "runs" / "out.jsonl", tokenizer=TOKENIZER), loader=loader, shuffle=False
-    )
+    again = source_of(ReplayEngine(tmp_path / "runs" / "out.jsonl", tokenizer=TOKENIZER), loader)
     for before, after in zip(groups, again.next(2), strict=True):
         assert after.rollouts == before.rollouts
         assert (after.prompt.problem_id, after.prompt.token_ids) == (before.prompt.problem_id, before.prompt.token_ids)

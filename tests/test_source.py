@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,9 @@ from megatron_ktr.config import Config, config_from_values
 from megatron_ktr.data.unusable import UnusableMedia
 from megatron_ktr.distributed.groups import ParallelSizes
 from megatron_ktr.errors import UserError
-from megatron_ktr.rollout.source import ReplicaSource, build_local_source, prompt_loader
+from megatron_ktr.rollout.base import RolloutEngine
+from megatron_ktr.rollout.source import ReplicaSource, Sampler, build_local_source, prompt_loader
+from megatron_ktr.types import Prompt, Rollout, RolloutGroup
 from tests.support.tiny import VOCAB_SIZE
 from tests.support.tokenizer import save_tiny_tokenizer, tiny_tokenizer
 
@@ -23,7 +26,7 @@ READER = SimpleNamespace(is_source=True, data_rank=0, data_size=1)
 
 
 def build(config: Config) -> Any:
-    return build_local_source(config, groups=READER, tokenizer=tiny_tokenizer(), media=None, vocab_size=VOCAB_SIZE)
+    return build_local_source(config, groups=READER, tokenizer=tiny_tokenizer(), vocab_size=VOCAB_SIZE)
 
 
 def write_jsonl(path: Path, *records: dict[str, Any]) -> str:
@@ -51,10 +54,7 @@ def test_a_problem_type_that_accuracy_cannot_judge_is_refused_before_the_first_s
 @pytest.mark.parametrize(
     "change", [dict(reward_functions=("format",)), dict(objective="sft"), dict(problem_types=("multiple choice",))]
 )
-def test_problem_types_are_free_where_accuracy_does_not_read_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
-) -> None:
-    monkeypatch.setattr("megatron_ktr.rollout.source.build_engine", lambda config, **options: None)
+def test_problem_types_are_free_where_accuracy_does_not_read_them(tmp_path: Path, change: dict[str, Any]) -> None:
     save_tiny_tokenizer(tmp_path)
     data = write_jsonl(tmp_path / "q.jsonl", *QUESTIONS)
     config = config_from_values(dict(model=str(tmp_path), engine="hf", data_path=data) | change)
@@ -69,7 +69,7 @@ def test_recorded_rollouts_without_accuracy_need_the_length_bonus_off(tmp_path: 
     values = dict(model=str(tmp_path), replay_path=path, num_generations=2)
     with pytest.raises(UserError, match="record 1 .*response 1: no reward 'accuracy'.*--length-bonus 0"):
         build(config_from_values(values))
-    (group,) = build(config_from_values({**values, "length_bonus": 0.0})).next(1, step=1)
+    (group,) = build(config_from_values({**values, "length_bonus": 0.0})).next(1)
     assert [rollout.reward for rollout in group.rollouts] == [1.0, 0.0]
 
 
@@ -89,28 +89,48 @@ def test_original_compat_asks_without_unusable_media(tmp_path: Path) -> None:
 # --- one reader, several ranks --------------------------------------------------------------------------------
 
 
-class FailingSource:
-    """Gives up after the first tensor; counts more with every step."""
-
-    needs_weights = True
-    num_skipped = 0
+class NumberedSource:
+    """Counts more with every draw; its prompts have no media."""
 
     def __init__(self) -> None:
-        self.counts: dict[str, int] = {}
+        self.num_skipped = 0
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {"decoder/pyav": 2 * self.num_skipped, "skipped/unusable_media": self.num_skipped}
+
+    def next(self, num_prompts: int) -> list[RolloutGroup]:
+        self.num_skipped += 3
+        return [RolloutGroup(Prompt(f"p{self.num_skipped}.{i}", (1, 2)), ()) for i in range(num_prompts)]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"num_skipped": self.num_skipped}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.num_skipped = state["num_skipped"]
+
+
+class FailingEngine(RolloutEngine):
+    """Gives up after the first tensor."""
 
     def load_weights(self, named_tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
         next(named_tensors)
         raise UserError("the engine does not know this tensor")
 
-    def next(self, num_prompts: int, *, step: int) -> list[Any]:
-        self.num_skipped = step
-        self.counts = {"decoder/pyav": 2 * step, "skipped/unusable_media": step}
-        return []
+    def stream(self, prompts, *, step=0, sampling=None):
+        for index, prompt in enumerate(prompts):
+            yield index, RolloutGroup(prompt, (Rollout(token_ids=(step, 3), text="ab"),))
 
 
-def share_one_source(context) -> tuple[str, int, dict[str, int], dict[str, int]]:
+def length_reward(response: str, record: dict) -> float:
+    return float(len(response))
+
+
+def share_one_source(context) -> tuple[str, int, dict[str, int], dict[str, int], list]:
     groups = context.init(ParallelSizes(tensor=2))
-    source = ReplicaSource(FailingSource() if groups.is_source else None, groups=groups)
+    local = NumberedSource() if groups.is_source else None
+    sampler = Sampler(FailingEngine(), rewards=(f"{__name__}:length_reward",)) if groups.is_source else None
+    source = ReplicaSource(local, groups=groups, sampler=sampler)
     before = dict(source.counts)
 
     def gathered() -> Iterator[tuple[str, torch.Tensor]]:
@@ -124,12 +144,67 @@ def share_one_source(context) -> tuple[str, int, dict[str, int], dict[str, int]]
         said = "nothing"
     except UserError as error:
         said = f"{error.is_on_every_rank} {error}"
-    source.next(1, step=3)
-    return said, source.num_skipped, before, dict(source.counts)
+    source.begin(2, step=7)
+    found = [
+        (group.prompt.problem_id, group.rollouts[0].token_ids, group.rollouts[0].reward) for group in source.finish()
+    ]
+    return said, source.num_skipped, before, dict(source.counts), found
 
 
 def test_a_reader_that_fails_on_a_tensor_leaves_no_rank_waiting_and_its_counts_reach_all(ranks) -> None:
     """Were the tensors after it not gathered, the other rank would wait in the next one; and the two would then
     answer each other's collectives."""
-    expected = ("True the engine does not know this tensor", 3, {}, {"decoder/pyav": 6, "skipped/unusable_media": 3})
+    counts = {"decoder/pyav": 6, "skipped/unusable_media": 3}
+    groups = [("p3.0", (7, 3), 2.0), ("p3.1", (7, 3), 2.0)]
+    expected = ("True the engine does not know this tensor", 3, {}, counts, groups)
     assert ranks(share_one_source, world_size=2) == [expected, expected]
+
+
+class GatedEngine(FailingEngine):
+    """Answers only when told to; says which step it answered, and how often it was asked."""
+
+    can_overlap = True
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.calls = 0
+
+    def stream(self, prompts, *, step=0, sampling=None):
+        assert self.gate.wait(timeout=60)
+        self.calls += 1
+        yield from super().stream(prompts, step=step)
+
+
+def lagged(engine: RolloutEngine, groups: Any) -> ReplicaSource:
+    sampler = Sampler(engine, rewards=(f"{__name__}:length_reward",))
+    return ReplicaSource(NumberedSource(), groups=groups, sampler=sampler, lag=1)
+
+
+def overlap_and_resume(context) -> dict[str, Any]:
+    groups = context.init(ParallelSizes())
+    engine = GatedEngine()
+    source = lagged(engine, groups)
+    source.begin(2, step=4)  # returns although nothing can be generated yet
+    asked_before = engine.calls
+    engine.gate.set()
+    state = json.loads(json.dumps(source.state_dict()))
+    finished = source.finish()
+    source.close()
+
+    fresh = GatedEngine()  # its gate stays shut: asking it would hang
+    resumed = lagged(fresh, groups)
+    resumed.load_state_dict(state)
+    resumed.begin(2, step=4)
+    again = resumed.finish()
+    resumed.close()
+    return {
+        "asked_before": asked_before,
+        "same": again == finished,
+        "calls": fresh.calls,
+        "skipped": source.num_skipped,
+    }
+
+
+def test_with_lag_generation_runs_beside_and_its_responses_survive_a_resume(ranks) -> None:
+    (found,) = ranks(overlap_and_resume, world_size=1)
+    assert found == {"asked_before": 0, "same": True, "calls": 0, "skipped": 3}

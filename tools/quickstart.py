@@ -28,7 +28,8 @@ from megatron_ktr.distributed import platform
 from megatron_ktr.errors import UserError, run_cli
 from megatron_ktr.evaluation.accuracy import Accuracy, Control, evaluate
 from megatron_ktr.report.html import write_report
-from megatron_ktr.rollout.hf import HFEngine, SamplingSettings
+from megatron_ktr.rollout.hf import HFEngine
+from megatron_ktr.rollout.sampling import SamplingSettings
 from megatron_ktr.types import Prompt
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.media import media_spec

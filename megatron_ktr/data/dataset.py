@@ -333,7 +333,8 @@ def reshard_states(states: Iterable[Mapping[str, Any]], *, rank: int, size: int)
 
     Same size: that rank's own state, exact. Another size: all ranks continue after the furthest sample that any rank
     has drawn, so none is seen twice; where ranks had skipped different numbers of samples, a few are passed over.
-    Counts are kept once, on rank 0.
+    Counts are kept once, on rank 0. Responses that were pending (``pending``, by problem) go to every rank: it draws
+    some of their prompts again.
     """
     saved = sorted(states, key=lambda state: state["rank"])
     old_size = int(saved[0]["size"])
@@ -351,4 +352,7 @@ def reshard_states(states: Iterable[Mapping[str, Any]], *, rank: int, size: int)
     position = -(-(furthest - rank) // size) if furthest > rank else 0
     state = {**saved[0], "position": position, "rank": rank, "size": size}
     state["epoch"] = (rank + position * size) // int(state["num_records"])
+    pending = {name: found for other in saved for name, found in other.get("pending", {}).items()}
+    if pending:
+        state["pending"] = pending
     return {**state, "skips": skips.state_dict(), "counts": dict(counts)}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +18,15 @@ from torch import Tensor
 from megatron_ktr.distributed.platform import current
 from megatron_ktr.errors import UserError
 from megatron_ktr.packing import MediaSpec
-from megatron_ktr.rollout.sampling import GumbelSampler, sample_seed
+from megatron_ktr.rollout.base import RolloutEngine
+from megatron_ktr.rollout.sampling import GumbelSampler, SamplingSettings, sample_seed
 from megatron_ktr.types import Prompt, Rollout, RolloutGroup
 
 
-@dataclass(frozen=True)
-class SamplingSettings:
-    """How responses are sampled; temperature 0 is greedy."""
+class HFEngine(RolloutEngine):
+    """Generation by the HF model in ``model_dir`` (config and initial weights), of which it keeps a copy of its own."""
 
-    num_generations: int
-    max_response_length: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
-    max_batch_size: int = 256
-    """Responses decoded together; more are taken in turns, which changes no response."""
-
-
-class HFEngine:
-    """A ``RolloutEngine`` on the model in ``model_dir`` (config and initial weights)."""
+    can_overlap = True
 
     def __init__(self, model_dir: Path | str, *, tokenizer: Any, media: MediaSpec, sampling: SamplingSettings) -> None:
         from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration
@@ -78,16 +66,15 @@ class HFEngine:
         if missing:
             raise UserError(f"rollout engine hf: {len(missing)} weights were not sent, among them {sorted(missing)[0]}")
 
-    def generate(
-        self, prompts: Sequence[Prompt], *, step: int, sampling: SamplingSettings | None = None
-    ) -> list[RolloutGroup]:
-        """One group of G responses per prompt; a prompt's responses do not depend on the other prompts."""
+    def stream(
+        self, prompts: Sequence[Prompt], *, step: int = 0, sampling: SamplingSettings | None = None
+    ) -> Iterator[tuple[int, RolloutGroup]]:
+        """Batch by batch; a prompt's responses do not depend on the other prompts."""
         sampling = sampling or self.sampling
         per_batch = max(1, sampling.max_batch_size // sampling.num_generations)
-        groups = []
         for start in range(0, len(prompts), per_batch):
-            groups += self._generate_batch(prompts[start : start + per_batch], step=step, sampling=sampling)
-        return groups
+            groups = self._generate_batch(prompts[start : start + per_batch], step=step, sampling=sampling)
+            yield from enumerate(groups, start=start)
 
     def close(self) -> None:
         """Drops the model."""

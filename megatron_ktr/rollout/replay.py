@@ -27,9 +27,12 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_ktr.data.dataset import PromptDataset, PromptLoader, SkipCounter
+from megatron_ktr.data.dataset import PromptDataset
 from megatron_ktr.data.records import Record, read_records
 from megatron_ktr.errors import UserError
+from megatron_ktr.rollout.base import RolloutEngine
+from megatron_ktr.rollout.local import DatasetSource
+from megatron_ktr.rollout.sampling import SamplingSettings
 from megatron_ktr.types import Prompt, ResponseSelection, Rollout, RolloutGroup
 
 _log = logging.getLogger(__name__)
@@ -37,8 +40,8 @@ _LINE = "record_number"
 """Field of a record that says which line its responses are on (problem ids may repeat over lines)."""
 
 
-class ReplayEngine:
-    """A ``RolloutEngine`` that answers each prompt with its recorded responses; weights change nothing."""
+class ReplayEngine(RolloutEngine):
+    """Answers each prompt with its recorded responses; weights change nothing."""
 
     def __init__(
         self,
@@ -84,11 +87,12 @@ class ReplayEngine:
                 ) from error
             self._rollouts[line] = rollouts[:num_generations]
 
-    def generate(self, prompts: Sequence[Prompt], *, step: int = 0) -> list[RolloutGroup]:
+    def stream(
+        self, prompts: Sequence[Prompt], *, step: int = 0, sampling: SamplingSettings | None = None
+    ) -> Iterator[tuple[int, RolloutGroup]]:
         """The recorded group of each prompt (a prompt built from one of ``records``)."""
-        del step
-        groups = []
-        for prompt in prompts:
+        del step, sampling
+        for index, prompt in enumerate(prompts):
             line = prompt.record.get(_LINE)
             if line not in self._rollouts:
                 raise UserError(f"replay_path: {self.path} has no recorded responses for prompt {prompt.problem_id}")
@@ -100,17 +104,13 @@ class ReplayEngine:
                     len(prompt.token_ids),
                     recorded_length,
                 )
-            groups.append(RolloutGroup(prompt=prompt, rollouts=self._rollouts[line]))
-        return groups
+            yield index, RolloutGroup(prompt=prompt, rollouts=self._rollouts[line])
 
     def load_weights(self, named_tensors: Iterator[tuple[str, Tensor]]) -> None:
         """Recorded responses do not depend on weights; the stream is read to its end, as its producers (collective
         gathers on all ranks) must all finish."""
         for _ in named_tensors:
             pass
-
-    def close(self) -> None:
-        """Nothing is held."""
 
     def _read_responses(self, responses: Any) -> tuple[Rollout, ...]:
         if not isinstance(responses, list) or not responses:
@@ -150,48 +150,15 @@ class ReplayEngine:
         )
 
 
-class ReplaySource:
-    """The trainer's source of groups from recorded rollouts: seeded order, sharding, skips and state of
-    ``PromptDataset``, responses of ``ReplayEngine``."""
+class ReplaySource(DatasetSource):
+    """Recorded groups, in the order of a ``PromptDataset`` over ``engine.records``."""
 
-    def __init__(
-        self,
-        engine: ReplayEngine,
-        *,
-        loader: PromptLoader,
-        seed: int = 0,
-        shuffle: bool = True,
-        rank: int = 0,
-        size: int = 1,
-        skips: SkipCounter | None = None,
-    ) -> None:
+    def __init__(self, dataset: PromptDataset, *, engine: ReplayEngine) -> None:
+        super().__init__(dataset)
         self.engine = engine
-        self.dataset = PromptDataset(
-            engine.records, loader=loader, seed=seed, shuffle=shuffle, rank=rank, size=size, skips=skips
-        )
 
-    needs_weights = False
-
-    def load_weights(self, named_tensors: Iterator[tuple[str, Tensor]]) -> None:
-        self.engine.load_weights(named_tensors)
-
-    def next(self, num_prompts: int, *, step: int = 0) -> list[RolloutGroup]:
-        """The next ``num_prompts`` groups of this data-parallel rank."""
-        return self.engine.generate(self.dataset.next(num_prompts), step=step)
-
-    @property
-    def num_skipped(self) -> int:
-        return self.dataset.num_skipped
-
-    @property
-    def counts(self) -> Mapping[str, int]:
-        return self.dataset.counts
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.dataset.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.dataset.load_state_dict(state)
+    def next(self, num_prompts: int) -> list[RolloutGroup]:
+        return self.engine.generate(self.dataset.next(num_prompts))
 
 
 def write_rollouts(

@@ -5,9 +5,27 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How responses are sampled; temperature 0 is greedy."""
+
+    num_generations: int
+    max_response_length: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop: tuple[str, ...] = ()
+    """A response ends with the token that completes one of these strings; it counts as finished, and the string stays
+    in its text: trained tokens and text then say the same."""
+    seed: int = 0
+    max_batch_size: int = 256
+    """Responses decoded together; more are taken in turns, which changes no response."""
 
 
 def sample_seed(*, seed: int, step: int, problem_id: str, sample: int) -> int:

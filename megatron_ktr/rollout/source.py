@@ -1,19 +1,22 @@
-"""Where the trainer's groups come from.
+"""Where the trainer's groups come from: one ``ReplicaSource`` on every rank.
 
-    ReplaySource       recorded rollouts                                (``replay.py``)
-    SupervisedSource   a data set's own responses, groups of one        (supervised fine-tuning)
-    OnlineSource       a data set's prompts, an engine's responses, rewards
+One rank of each replica (``ParallelGroups.is_source``) reads files; what it draws (``local.py``, ``replay.py``) is
+handed to the others once, so that a video is decoded once per replica and a skipped sample is skipped everywhere. Where
+responses are to be sampled, an engine answers the prompts and rewards are computed while it still generates.
 
-One rank of each replica (``ParallelGroups.is_source``) reads files and runs engines; ``ReplicaSource`` hands its groups
-to the others. So a video is decoded once per replica, a skipped sample is skipped everywhere, and an error on one rank
-is the same error on every rank of the world.
+    begin(step)     prompts drawn; with ``lag`` 1 generation starts, in a thread of the reading rank
+    finish()        the groups, rewarded, on every rank of the replica
+
+An error on one rank is the same error on every rank of the world (``on_every_rank``).
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -29,141 +32,78 @@ from megatron_ktr.packing import MediaSpec
 from megatron_ktr.rewards import load_rewards, reward_groups
 from megatron_ktr.rewards.accuracy import ACCURACY_BY_TYPE
 from megatron_ktr.rollout.base import RolloutEngine
+from megatron_ktr.rollout.local import DatasetSource, SupervisedSource
 from megatron_ktr.rollout.replay import ReplayEngine, ReplaySource
-from megatron_ktr.types import Prompt, Rollout, RolloutGroup
+from megatron_ktr.rollout.sampling import SamplingSettings
+from megatron_ktr.types import Rollout, RolloutGroup
 
 T = TypeVar("T")
 DEFAULT_REWARDS = ("accuracy", "format")
 
 
-class GroupSource(Protocol):
-    """What the trainer draws from; ``state_dict`` is plain numbers and text."""
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """An engine and the rewards of its responses."""
 
-    @property
-    def needs_weights(self) -> bool:
-        """Whether responses are sampled from the policy: its weights are then loaded before every step."""
-        ...
+    engine: RolloutEngine
+    rewards: tuple[str, ...] = DEFAULT_REWARDS
 
-    def load_weights(self, named_tensors: Iterator[tuple[str, Tensor]]) -> None:
-        """Takes the policy's exported weights and exhausts the iterator, which is collective."""
-        ...
+    def answer(self, groups: Sequence[RolloutGroup], *, step: int) -> list[RolloutGroup]:
+        """``groups`` with rewarded responses in place of none; where a collective engine yields nothing, as they came.
 
-    def next(self, num_prompts: int, *, step: int) -> list[RolloutGroup]:
-        """``num_prompts`` rewarded groups for this data-parallel replica, the same on all its ranks."""
-        ...
-
-    @property
-    def num_skipped(self) -> int:
-        """Samples skipped so far, each logged with its path and reason."""
-        ...
-
-    @property
-    def counts(self) -> Mapping[str, int]:
-        """What the data loader met so far, by metric name: decoder/<name>, repeated_frames, skipped/<kind>, ..."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
-
-
-class OnlineSource:
-    """Prompts of a data set, responses of an engine, rewards by name (``rewards.load_reward``)."""
-
-    needs_weights = True
-
-    def __init__(self, dataset: PromptDataset, engine: RolloutEngine, *, rewards: Sequence[str]) -> None:
-        self.dataset, self.engine, self.rewards = dataset, engine, tuple(rewards)
-
-    def next(self, num_prompts: int, *, step: int) -> list[RolloutGroup]:
-        groups = self.engine.generate(self.dataset.next(num_prompts), step=step)
-        return reward_groups(groups, names=self.rewards)
-
-    def load_weights(self, named_tensors: Iterator[tuple[str, Tensor]]) -> None:
-        self.engine.load_weights(named_tensors)
-
-    @property
-    def num_skipped(self) -> int:
-        return self.dataset.num_skipped
-
-    @property
-    def counts(self) -> Mapping[str, int]:
-        return self.dataset.counts
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.dataset.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.dataset.load_state_dict(state)
-
-
-class SupervisedSource:
-    """A data set's own responses, each a group of one, with the end token.
-
-    The response is the record's ``response``, or ``process`` followed by ``solution`` (Video-R1's chain-of-thought
-    files).
-    """
-
-    needs_weights = False
-
-    def __init__(self, dataset: PromptDataset, *, tokenizer: Any) -> None:
-        self.dataset, self.tokenizer = dataset, tokenizer
-
-    def next(self, num_prompts: int, *, step: int) -> list[RolloutGroup]:
-        return [self._group(prompt) for prompt in self.dataset.next(num_prompts)]
-
-    def load_weights(self, named_tensors: Iterator[tuple[str, Tensor]]) -> None:
-        raise AssertionError("given responses need no weights")
-
-    @property
-    def num_skipped(self) -> int:
-        return self.dataset.num_skipped
-
-    @property
-    def counts(self) -> Mapping[str, int]:
-        return self.dataset.counts
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.dataset.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.dataset.load_state_dict(state)
-
-    def _group(self, prompt: Prompt) -> RolloutGroup:
-        text = response_text(prompt.record)
-        token_ids = (*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id)
-        return RolloutGroup(prompt, (Rollout(token_ids=token_ids, text=text),))
-
-
-def response_text(record: Mapping[str, Any]) -> str:
-    """The response to imitate; raises UserError naming the record if it has none."""
-    if record.get("response"):
-        return str(record["response"])
-    if record.get("process") and record.get("solution"):
-        return f"{record['process']}{record['solution']}"
-    raise UserError(
-        f"data_path: record {record['problem_id']} has no response to imitate: expected 'response', or 'process' and "
-        "'solution'"
-    )
+        A group is rewarded, in a thread beside, as soon as its last response is there.
+        """
+        answered = list(groups)
+        with ThreadPoolExecutor(1, thread_name_prefix="rewards") as pool:
+            rewarded: dict[int, Future[list[RolloutGroup]]] = {}
+            for index, group in self.engine.stream([group.prompt for group in groups], step=step):
+                rewarded[index] = pool.submit(reward_groups, [group], names=self.rewards)
+            for index, result in rewarded.items():
+                answered[index] = result.result()[0]
+        return answered
 
 
 class ReplicaSource:
-    """Wraps the source of the replica's reading rank; ``local`` is None on all its other ranks."""
+    """What the trainer draws from, on every rank; ``local`` is None on all but each replica's reading rank.
 
-    def __init__(self, local: GroupSource | None, *, groups: ParallelGroups) -> None:
+    ``sampler`` answers the drawn prompts: on reading ranks only, or on every rank where its engine is collective. The
+    reading rank's settings hold for all: the others need not know whether there is one.
+    """
+
+    def __init__(
+        self,
+        local: DatasetSource | None,
+        *,
+        groups: ParallelGroups,
+        sampler: Sampler | None = None,
+        lag: int = 0,
+    ) -> None:
         if (local is not None) != groups.is_source:
             raise ValueError("exactly the source rank of each replica must hold a source")
         self.local = local
+        self.sampler = sampler
+        self.lag = lag
         self._groups = groups
         self._num_skipped = 0
         self._counts: Mapping[str, int] = {}
-        self.needs_weights: bool = self._from_local(None if local is None else local.needs_weights)
+        self._drawn: _Draw | None = None
+        self._recorded: dict[str, tuple[Rollout, ...]] = {}
+        about = None if local is None else (sampler is not None, sampler and sampler.engine.gather_weights_to)
+        self.needs_weights, self.gather_weights_to = self._from_local(about)
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="rollout") if lag and sampler is not None else None
+
+    @property
+    def pending_step(self) -> int | None:
+        """The step whose groups have begun and are not taken yet."""
+        return None if self._drawn is None else self._drawn.step
 
     def load_weights(self, named_tensors: Iterator[tuple[str, Tensor]]) -> None:
+        """Takes the policy's exported weights and exhausts the iterator, which is collective."""
+
         def load() -> None:
             try:
-                if self.local is not None:
-                    self.local.load_weights(named_tensors)
+                if self.sampler is not None:
+                    self.sampler.engine.load_weights(named_tensors)
             finally:
                 # The other ranks take part in the gathering and are given nothing; also where the reading rank has
                 # failed, which they learn only after the last tensor.
@@ -172,14 +112,28 @@ class ReplicaSource:
 
         on_every_rank(load, groups=self._groups)
 
-    def next(self, num_prompts: int, *, step: int) -> list[RolloutGroup]:
-        def read() -> tuple[list[RolloutGroup], int, dict[str, int]] | None:
-            if self.local is None:
-                return None
-            return self.local.next(num_prompts, step=step), self.local.num_skipped, dict(self.local.counts)
+    def begin(self, num_prompts: int, *, step: int) -> None:
+        """Draws ``num_prompts`` prompts for this replica; with ``lag`` their responses are sampled meanwhile."""
 
-        groups, self._num_skipped, self._counts = self._from_local(on_every_rank(read, groups=self._groups))
-        return groups
+        def read() -> tuple[dict[str, Any], list[RolloutGroup]] | None:
+            return None if self.local is None else (self.local.state_dict(), self.local.next(num_prompts))
+
+        state, groups = self._from_local(on_every_rank(read, groups=self._groups))
+        self._drawn = _Draw(step, groups, state_before=state)
+        if self._background is not None:
+            self._drawn.answers = self._background.submit(self._answer, self._drawn)
+
+    def finish(self) -> list[RolloutGroup]:
+        """The groups begun before, with responses and rewards, the same on all ranks of the replica."""
+        assert self._drawn is not None, "finish() before begin()"
+        drawn, self._drawn = self._drawn, None
+        if not self.needs_weights:
+            self._share_counts()
+            return drawn.groups
+        answered = self._answers(drawn)
+        rollouts = self._from_local(None if self.local is None else [group.rollouts for group in answered])
+        self._share_counts()
+        return [dataclasses.replace(group, rollouts=found) for group, found in zip(drawn.groups, rollouts, strict=True)]
 
     @property
     def num_skipped(self) -> int:
@@ -187,19 +141,86 @@ class ReplicaSource:
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """The reading rank's, as of the last ``next``."""
+        """The reading rank's, as of the last ``finish``: of its data loader and its engine, by metric name."""
         return self._counts
 
     def state_dict(self) -> dict[str, Any]:
-        """The reading rank's state, on every rank of the replica."""
-        return self._from_local(None if self.local is None else self.local.state_dict())
+        """The reading rank's state, on every rank of the replica.
+
+        Of groups that have begun, the position before they were drawn and the responses: the weights these were
+        sampled from are gone when a run resumes.
+        """
+        if self._drawn is None:
+            return self._from_local(None if self.local is None else self.local.state_dict())
+        answered = self._answers(self._drawn) if self.needs_weights and self.lag else []
+        pending = {group.prompt.problem_id: [_plain(rollout) for rollout in group.rollouts] for group in answered}
+        return self._from_local({**self._drawn.state_before, "pending": pending})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        pending = state.get("pending", {})
+        self._recorded = {name: tuple(Rollout(**_tuples(value)) for value in found) for name, found in pending.items()}
         on_every_rank(lambda: self.local and self.local.load_state_dict(state), groups=self._groups)
+
+    def close(self) -> None:
+        """Ends the engine; groups that have begun are dropped."""
+        if self._background is not None:
+            self._background.shutdown(wait=True, cancel_futures=True)
+        if self.sampler is not None:
+            self.sampler.engine.close()
+
+    def _answers(self, drawn: _Draw) -> list[RolloutGroup]:
+        """Sampled once, here or in the background; any rank's error is every rank's."""
+
+        def wait() -> list[RolloutGroup]:
+            if drawn.answers is None:
+                drawn.answers = Future()
+                drawn.answers.set_result(self._answer(drawn))
+            return drawn.answers.result()
+
+        return on_every_rank(wait, groups=self._groups)
+
+    def _answer(self, drawn: _Draw) -> list[RolloutGroup]:
+        if self.sampler is None:
+            return drawn.groups
+        recorded, self._recorded = self._recorded, {}
+        known = [
+            dataclasses.replace(group, rollouts=recorded.get(group.prompt.problem_id, ())) for group in drawn.groups
+        ]
+        open_places = [index for index, group in enumerate(known) if not group.rollouts]
+        if open_places or self.sampler.engine.is_collective:
+            found = self.sampler.answer([known[index] for index in open_places], step=drawn.step)
+            for index, group in zip(open_places, found, strict=True):
+                known[index] = group
+        return known
+
+    def _share_counts(self) -> None:
+        found = None
+        if self.local is not None:
+            engine = self.sampler.engine.counts if self.sampler is not None else {}
+            found = self.local.num_skipped, {**self.local.counts, **engine}
+        self._num_skipped, self._counts = self._from_local(found)
 
     def _from_local(self, value: Any) -> Any:
         source = torch.distributed.get_global_rank(self._groups.model, 0)
         return broadcast_object(value, group=self._groups.model, source=source)
+
+
+@dataclasses.dataclass
+class _Draw:
+    step: int
+    groups: list[RolloutGroup]
+    state_before: dict[str, Any]
+    """Of the local source, before these groups were drawn."""
+    answers: Future[list[RolloutGroup]] | None = None
+
+
+def _plain(rollout: Rollout) -> dict[str, Any]:
+    """A rollout as JSON takes it."""
+    return {**dataclasses.asdict(rollout), "rewards": dict(rollout.rewards)}
+
+
+def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
 
 
 def on_every_rank(action: Callable[[], T], *, groups: ParallelGroups) -> T:
@@ -223,9 +244,9 @@ def on_every_rank(action: Callable[[], T], *, groups: ParallelGroups) -> T:
 
 
 def build_local_source(
-    config: Config, *, groups: ParallelGroups, tokenizer: Any, media: MediaSpec, vocab_size: int
-) -> GroupSource | None:
-    """The source ``config`` asks for on the reading rank of each replica; None on the others.
+    config: Config, *, groups: ParallelGroups, tokenizer: Any, vocab_size: int
+) -> DatasetSource | None:
+    """What ``config`` asks the reading rank of each replica to draw; None on the other ranks.
 
     ``vocab_size`` is the model's: it has more ids than its tokenizer knows, and a sampler may have drawn them.
     """
@@ -248,7 +269,8 @@ def build_local_source(
             required_rewards=("accuracy",) if config.reward.length_bonus > 0 else (),
             required_because="the length bonus goes to correct responses: record it, or set --length-bonus 0",
         )
-        return ReplaySource(engine, loader=prompt_loader(config, tokenizer=tokenizer), **order)
+        loader = prompt_loader(config, tokenizer=tokenizer)
+        return ReplaySource(PromptDataset(engine.records, loader=loader, **order), engine=engine)
     is_supervised = config.objective.objective == "sft"
     records = read_records(data.data_path, problem_types=data.problem_types, needs_solution=not is_supervised)
     rewards = config.reward.reward_functions or DEFAULT_REWARDS
@@ -257,8 +279,7 @@ def build_local_source(
     dataset = PromptDataset(records, loader=prompt_loader(config, tokenizer=tokenizer), **order)
     if is_supervised:
         return SupervisedSource(dataset, tokenizer=tokenizer)
-    engine = build_engine(config, tokenizer=tokenizer, media=media)
-    return OnlineSource(dataset, engine, rewards=rewards)
+    return DatasetSource(dataset)
 
 
 def _check_problem_types(records: Sequence[Record], *, data_path: str) -> None:
@@ -272,20 +293,27 @@ def _check_problem_types(records: Sequence[Record], *, data_path: str) -> None:
             )
 
 
-def build_engine(config: Config, *, tokenizer: Any, media: MediaSpec) -> RolloutEngine:
-    """The engine ``rollout.engine`` names, with the run's sampling settings."""
-    from megatron_ktr.rollout.hf import HFEngine, SamplingSettings
-
+def build_sampler(config: Config, *, groups: ParallelGroups, tokenizer: Any, media: MediaSpec) -> Sampler | None:
+    """The engine ``rollout.engine`` names, with the run's sampling settings and rewards; None on ranks without one."""
     rollout = config.rollout
+    if config.objective.objective == "sft" or rollout.engine == "replay":
+        return None
     sampling = SamplingSettings(
         num_generations=rollout.num_generations,
         max_response_length=rollout.max_response_length,
         temperature=rollout.temperature,
         top_p=rollout.top_p,
         top_k=rollout.top_k,
+        stop=rollout.stop,
         seed=config.trainer.seed,
     )
-    return HFEngine(config.model.model, tokenizer=tokenizer, media=media, sampling=sampling)
+    # Imported here: an engine's package is needed only by runs that use it.
+    if not groups.is_source:
+        return None
+    from megatron_ktr.rollout.hf import HFEngine
+
+    engine = HFEngine(config.model.model, tokenizer=tokenizer, media=media, sampling=sampling)
+    return Sampler(engine, rewards=config.reward.reward_functions or DEFAULT_REWARDS)
 
 
 def prompt_loader(config: Config, *, tokenizer: Any) -> PromptLoader:
