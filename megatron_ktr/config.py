@@ -246,7 +246,17 @@ class ParallelSection:
     recompute_num_layers: int | None = _option(None, "See recompute_method", low=1)
     vision_parallel: Literal["tensor", "frame"] = _option(
         "tensor",
-        "Vision encoder: weights split like the language model's, or frames split over ranks (not available yet)",
+        "Vision encoder: weights split like the language model's, or whole on every rank and the frames split over "
+        "tensor x context ranks, which then exchange features only",
+    )
+    vision_cache_gb: float = _option(
+        1.0,
+        "Vision features kept on each device of the first stage, in 10^9 bytes: what one step shows in several passes, "
+        "and, while the encoder is frozen, what later epochs show again",
+        low=0,
+    )
+    recompute_vision: bool = _option(
+        False, "Keep features only, and run the vision encoder again in backward, one micro-batch at a time"
     )
 
 

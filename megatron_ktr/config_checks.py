@@ -52,8 +52,6 @@ def _not_available(config: Config) -> Iterator[str]:
         yield f"--num-shuffles {objective.num_shuffles} is not available yet; available: 1"
     if config.parallel.context_parallel_size > 1:
         yield f"--context-parallel-size {config.parallel.context_parallel_size} is not available yet; available: 1"
-    if config.parallel.vision_parallel == "frame":
-        yield "--vision-parallel frame is not available yet; available: tensor"
     if config.trainer.eval_interval:
         yield "--eval-interval: evaluation during training is not available yet"
 

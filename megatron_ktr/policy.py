@@ -24,6 +24,7 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_ktr.config import Config
+from megatron_ktr.data.preprocess import PreprocessSettings
 from megatron_ktr.distributed.collectives import all_reduce_sum, broadcast_object, reduce_metrics
 from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.distributed.optimizer import build_optimizer, build_scheduler, wrap_in_ddp
@@ -33,8 +34,10 @@ from megatron_ktr.micro_batch import Denominators, MicroBatch, UpdateResult, add
 from megatron_ktr.objectives.base import Objective
 from megatron_ktr.ops.token_statistics import TokenStatistics
 from megatron_ktr.types import Metrics, PackedBatch, TokenScores
+from megatron_ktr.vision_pass import VisionPass, sum_gradients
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.conversion import GatherTo, export_hf_tensors, load_hf_weights, save_hf, unwrap_model
+from models.qwen2_5_vl.media import media_spec
 from models.qwen2_5_vl.model import Qwen2_5_VLModel, build_model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -73,6 +76,8 @@ class Policy:
         self._connect_schedule_hooks()
         self._is_gather_pending = config.parallel.overlap_param_gather
         self.reference_chunks: list[Qwen2_5_VLModel] | None = None
+        self.vision = self._vision_pass(self.bare_chunks)
+        self.reference_vision: VisionPass | None = None
 
     def _build_chunks(self) -> list[Qwen2_5_VLModel]:
         chunks = build_model(self.model_config, groups=self.groups, config=self.config, dtype=self.dtype)
@@ -81,14 +86,19 @@ class Policy:
 
     def _connect_schedule_hooks(self) -> None:
         config = self.transformer_config
-        # Our loss is already normalised by global counts, so the schedule's own token count is dropped.
-        config.finalize_model_grads_func = lambda model, num_tokens=None, **kwargs: finalize_model_grads(
-            model, None, **kwargs
-        )
+        config.finalize_model_grads_func = self._finalize_gradients
         config.grad_scale_func = self.optimizer.scale_loss
         if self.config.parallel.overlap_grad_reduce:
             no_sync = [chunk.no_sync for chunk in self.chunks]
             config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+
+    def _finalize_gradients(
+        self, model: list[torch.nn.Module], num_tokens: Tensor | None = None, **options: Any
+    ) -> None:
+        # Our loss is already normalised by global counts, so the schedule's own token count is dropped.
+        finalize_model_grads(model, None, **options)
+        if self.config.parallel.vision_parallel == "frame" and self.bare_chunks[0].vision is not None:
+            sum_gradients(self.bare_chunks[0].vision.parameters(), group=self.groups.tensor)
 
     def add_reference(self, hf_dir: str | Path | None = None) -> None:
         """Keeps a frozen copy of the weights in ``hf_dir`` (default: the initial weights) for the KL term."""
@@ -97,6 +107,41 @@ class Policy:
         for chunk in chunks:
             chunk.requires_grad_(False)
         self.reference_chunks = chunks
+        # While the encoder is frozen, the policy's features are the reference's.
+        is_shared = self.vision is not None and not self.vision.is_trainable and hf_dir is None
+        self.reference_vision = self.vision if is_shared else self._vision_pass(chunks)
+
+    def _vision_pass(self, chunks: Sequence[Qwen2_5_VLModel]) -> VisionPass | None:
+        """Features from the encoder of ``chunks``; None on ranks without it."""
+        encoder = chunks[0].vision
+        if encoder is None:
+            return None
+        is_split = self.config.parallel.vision_parallel == "frame"
+        return VisionPass(
+            encoder,
+            media=media_spec(self.model_config, patchify=PreprocessSettings.from_model(self.hf_dir).patchify),
+            device=self.platform.device,
+            cache_bytes=round(self.config.parallel.vision_cache_gb * 1e9),
+            is_trainable=any(parameter.requires_grad for parameter in encoder.parameters()),
+            recompute=self.config.parallel.recompute_vision,
+            split_over=self.groups.tensor_context if is_split else None,
+            sum_gradient_over=self.groups.context if is_split else None,
+        )
+
+    def prepare_vision(self, batches: Sequence[PackedBatch]) -> None:
+        """Encodes the media of ``batches`` now, for passes without gradient that come before ``update``: its gradient
+        goes through this same run."""
+        if self.vision is not None:
+            self.wait_for_parameters()
+            for batch in batches:
+                self.vision.prepare(batch.media)
+
+    def take_vision_counts(self) -> int:
+        """Units (temporal patches) that this replica's encoders ran over since the last call, on every rank of it."""
+        passes = {id(found): found for found in (self.vision, self.reference_vision) if found is not None}
+        counts = sum(found.take_counts() for found in passes.values())
+        source = torch.distributed.get_global_rank(self.groups.model, 0)
+        return broadcast_object(counts, group=self.groups.model, source=source)
 
     def score(self, batches: Sequence[PackedBatch], *, model: str = "policy") -> list[TokenStatistics | None]:
         """Log-prob and entropy of every response token, without gradient; None on every stage but the last."""
@@ -139,8 +184,9 @@ class Policy:
         def keep(item: Any, chunk: torch.nn.Module, hidden_RD: Tensor, non_loss_data: bool = True) -> Any:
             return finish(chunk, item, hidden_RD)
 
+        vision = self.vision if model == "policy" else self.reference_vision
         with torch.no_grad():
-            results = self._run(chunks, items, batch_of=batch_of, finish=keep, forward_only=True)
+            results = self._run(chunks, items, batch_of=batch_of, finish=keep, forward_only=True, vision=vision)
         return list(results) if results else [None] * len(items)
 
     def update(
@@ -155,6 +201,8 @@ class Policy:
         self._require_finite("gradient norm", float(grad_norm or 0.0))
         if succeeded:
             self.scheduler.step(increment=1)
+            if self.vision is not None and self.vision.is_trainable:
+                self.vision.forget()
         return dataclasses.replace(result, grad_norm=float(grad_norm or 0.0), has_stepped=bool(succeeded))
 
     def _require_finite(self, name: str, value: float) -> None:
@@ -195,7 +243,12 @@ class Policy:
             return loss, no_tokens, (float(loss.detach()), metrics, streams, scores)
 
         outputs = self._run(
-            self.chunks, micro_batches, batch_of=lambda item: item.batch, finish=loss_of, forward_only=False
+            self.chunks,
+            micro_batches,
+            batch_of=lambda item: item.batch,
+            finish=loss_of,
+            forward_only=False,
+            vision=self.vision,
         )
         self._is_gather_pending = self.config.parallel.overlap_param_gather
         metrics = Metrics()
@@ -303,6 +356,7 @@ class Policy:
         batch_of: Callable[[Any], PackedBatch],
         finish: Callable[..., Any],
         forward_only: bool,
+        vision: VisionPass | None,
     ) -> list[Any]:
         """Runs megatron-core's schedule over ``items``; returns ``finish``'s data per item (last stage), else []."""
         if not items:
@@ -310,7 +364,10 @@ class Policy:
 
         def forward_step(iterator: Iterator[Any], chunk: torch.nn.Module) -> tuple[Tensor, Callable]:
             item = next(iterator)
-            output = chunk(batch_of(item).to(self.platform.device))
+            batch = batch_of(item)
+            if vision is not None and batch.media and unwrap_model(chunk).pre_process:
+                batch = dataclasses.replace(batch, features_ED=vision.features(batch.media))
+            output = chunk(batch.to(self.platform.device))
             return output, partial(finish, item, chunk)
 
         iterators = [iter(items) for _ in chunks]

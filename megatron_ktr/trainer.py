@@ -69,6 +69,9 @@ class Trainer:
             return self._report(step, groups, result=None)
         with self.timer.phase("pack"):
             micro_batches = [MicroBatch(part, self._pack(part, "intact")) for part in self._plan(groups)]
+        if self._intact_is_seen_before_update:
+            with self.timer.phase("vision"):
+                self.policy.prepare_vision([item.batch for item in micro_batches])
         with self.timer.phase("score"):
             micro_batches = self._with_counterfactuals(micro_batches, step)
             micro_batches = self._with_reference(micro_batches)
@@ -130,7 +133,7 @@ class Trainer:
             pad_to_multiple=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
             permutations=permutations,
             seconds_per_grid=1.0 if for_scoring and objective.original_compat else None,
-            with_patches=self.policy.groups.is_first_stage,
+            vision="media" if self.policy.groups.is_first_stage else "none",
         )
 
     def _with_counterfactuals(self, micro_batches: list[MicroBatch], step: int) -> list[MicroBatch]:
@@ -164,9 +167,8 @@ class Trainer:
         selection and the old policy stay those of the first), and original_compat, whose scores come from passes
         without the videos' timing.
         """
-        settings = self.config.objective
-        is_reused = settings.updates_per_rollout > 1
-        if not (self.objective.needs_selection_first or is_reused or settings.original_compat):
+        is_reused = self.config.objective.updates_per_rollout > 1
+        if not self._selects_first:
             return micro_batches
         found = self.policy.score_intact(
             [dataclasses.replace(item, batch=self._for_scoring(item)) for item in micro_batches]
@@ -181,6 +183,18 @@ class Trainer:
                     item = dataclasses.replace(item, behaviour_logprob_R=scores.policy_logprob_R)
             selected.append(item)
         return selected
+
+    @property
+    def _intact_is_seen_before_update(self) -> bool:
+        """Whether a pass without gradient shows intact temporal patches: their encoder run then comes first."""
+        settings = self.config.objective
+        shows_pairs = settings.shuffle_unit == "temporal_patch" and "shuffled" in self.objective.views
+        return shows_pairs or self._selects_first
+
+    @property
+    def _selects_first(self) -> bool:
+        settings = self.config.objective
+        return self.objective.needs_selection_first or settings.updates_per_rollout > 1 or settings.original_compat
 
     def _for_scoring(self, item: MicroBatch) -> PackedBatch:
         """The intact batch as scoring passes see it: the update's own, but for original_compat."""
@@ -225,6 +239,7 @@ class Trainer:
         values = self.policy.mean_over_replicas(metrics)
         values["num_prompts"] = self.policy.global_count(len(groups))
         values |= self.policy.sum_over_replicas({"num_skipped": self.source.num_skipped, **self.source.counts})
+        values |= self._vision_counts(groups)
         values["tokens_per_second"] = num_tokens / max(sum(seconds.values()), 1e-9)
         values["has_stepped"] = float(result is not None and result.has_stepped)
         if result is not None:
@@ -233,6 +248,13 @@ class Trainer:
         return StepReport(
             step=step, values=values | seconds, groups=tuple(groups), selections=self._selections(groups, result)
         )
+
+    def _vision_counts(self, groups: Sequence[RolloutGroup]) -> dict[str, float]:
+        """Runs of a vision encoder per prompt, the temporal patches of its media being one run; {} without media."""
+        shown = [medium.grid_thw[0] for group in groups for medium in group.prompt.media]
+        num_units = self.policy.global_count(sum(shown))
+        num_encoded = self.policy.global_count(self.policy.take_vision_counts())
+        return {"vision_runs_per_prompt": num_encoded / num_units} if num_units else {}
 
     def _selections(
         self, groups: Sequence[RolloutGroup], result: UpdateResult | None
