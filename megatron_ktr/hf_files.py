@@ -10,6 +10,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -42,6 +43,11 @@ DTYPE_NAMES = {
     "BOOL": torch.bool,
 }
 SAFETENSORS_NAMES = {dtype: name for name, dtype in DTYPE_NAMES.items()}
+
+
+def published_name(name: str) -> str:
+    """HF's in-memory parameter name as it is written in published checkpoints, and exported by the trainer."""
+    return re.sub(r"^model\.language_model\.", "model.", re.sub(r"^model\.visual\.", "visual.", name))
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,11 @@ Four things, each of which stops or slows it otherwise:
 from __future__ import annotations
 
 import gc
-import importlib.util
 import os
 from pathlib import Path
 from typing import Any
 
-import torch
+from megatron_ktr.hf_model import make_torchvision_importable
 
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -27,34 +26,6 @@ _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 """Read by vLLM when it is imported. A value the user has set stays."""
-
-_TORCHVISION_SCHEMAS = {
-    "nms": "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-}
-_LIBRARIES: list[torch.library.Library] = []
-"""Kept alive: an operator disappears with the library object that declared it."""
-
-
-def make_torchvision_importable() -> None:
-    """Declares torchvision's operators where its own native library cannot; nothing happens where it can, or where
-    there is no torchvision. Call before the first import of torchvision, or of a transformers model, which imports it.
-
-    Declared operators have no implementation; what is plain torch inside torchvision, such as resizing, works.
-    """
-    spec = importlib.util.find_spec("torchvision")
-    if _LIBRARIES or spec is None or not spec.submodule_search_locations:
-        return
-    for native in Path(spec.submodule_search_locations[0]).glob("_C.*"):
-        try:
-            torch.ops.load_library(str(native))
-        except OSError:
-            continue
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for name, schema in _TORCHVISION_SCHEMAS.items():
-        if not hasattr(torch.ops.torchvision, name):
-            library.define(schema)
-    _LIBRARIES.append(library)
 
 
 def start_vllm_on_cpu(model_dir: Path | str, *, kv_cache_bytes: int = 1 << 28, **options: Any) -> Any:
