@@ -100,9 +100,15 @@ class Trainer:
     def _begin_rollouts(self, step: int) -> None:
         if self.source.needs_weights:
             with self.timer.phase("weights"):
-                self.source.load_weights(self.policy.export(gather_to=self.source.gather_weights_to))
+                self._send_weights()
         with self.timer.phase("rollout"):
             self.source.begin(self.prompts_per_rank, step=step)
+
+    def _send_weights(self) -> None:
+        source = self.source
+        source.load_weights(
+            self.policy.export(gather_to=source.gather_weights_to, with_vision=source.needs_vision_weights)
+        )
 
     def _plan(self, groups: Sequence[RolloutGroup]) -> list[tuple[RolloutGroup, ...]]:
         return plan_micro_batches(groups, groups_per_micro_batch=self.config.trainer.micro_batch_groups)
