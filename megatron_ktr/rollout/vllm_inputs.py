@@ -26,7 +26,6 @@ from PIL import Image
 from megatron_ktr.packing import MediaSpec
 from megatron_ktr.types import Prompt, VisualInput
 
-
 FEATURE_OPTIONS: dict[str, Any] = {"enable_mm_embeds": True, "limit_mm_per_prompt": {"image": 0, "video": 0}}
 """vLLM's options for media that come as features. No pixels are admitted, and the encoder is not even built."""
 
