@@ -165,6 +165,18 @@ class SafetensorsWriter:
             (self.directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
+def write_shard(path: Path, tensors: Sequence[tuple[str, Tensor]]) -> None:
+    """One safetensors file of tensors on any device, copied to the host one at a time.
+
+    For a stream whose length is not known: ``SafetensorsWriter`` wants every name announced.
+    """
+    infos = [TensorInfo(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors]
+    with open(path, "wb") as file:
+        file.write(_shard_header(infos))
+        for info, (name, tensor) in zip(infos, tensors, strict=True):
+            _append(file, info, name, tensor)
+
+
 def _append(file, info: TensorInfo, name: str, tensor: Tensor) -> None:
     if (name, tuple(tensor.shape), tensor.dtype) != (info.name, info.shape, info.dtype):
         raise RuntimeError(f"expected {info}, got {name} {tuple(tensor.shape)} {tensor.dtype}")
