@@ -2,8 +2,7 @@
 
 Four things, each of which stops or slows it otherwise:
 
-1. torchvision, which HF's video processors import, is a CUDA build on the public index: its native library does not
-   load beside a CPU torch, and its Python half then fails on operators that nobody declared.
+1. torchvision, which HF's video processors import, does not load by itself beside a CPU torch (``hf_model.py``).
 2. vLLM inspects a model class in a child process, which does not know of 1; registering the class itself avoids that.
 3. Four settings have environment variables only: the engine in this process, no thread pinning (it would pin the
    trainer too), a quiet log.
@@ -28,13 +27,18 @@ _ENVIRONMENT = {
 """Read by vLLM when it is imported. A value the user has set stays."""
 
 
+def set_environment() -> None:
+    """Call before the first import of vLLM; harmless where there is a GPU."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
 def start_vllm_on_cpu(model_dir: Path | str, *, kv_cache_bytes: int = 1 << 28, **options: Any) -> Any:
     """A ``vllm.LLM`` in this process, in fp32, without compilation; ``options`` are its own and win.
 
     ``kv_cache_bytes`` is allocated at once. vLLM's warm-up run is skipped, as its purpose is to find that number.
     """
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    set_environment()
     make_torchvision_importable()
     import torch._dynamo
 
@@ -52,6 +56,7 @@ def start_vllm_on_cpu(model_dir: Path | str, *, kv_cache_bytes: int = 1 << 28, *
                 "enforce_eager": True,
                 "kv_cache_memory_bytes": kv_cache_bytes,
                 "disable_log_stats": True,
+                "use_tqdm_on_load": False,
                 # Normalise in HF's processor. Inside the model, its default, vLLM feeds raw bytes without a word where
                 # preprocessor_config.json leaves mean and deviation to HF's defaults.
                 "mm_device_do_normalize": False,
