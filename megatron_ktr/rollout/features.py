@@ -12,14 +12,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_ktr.config import Config
 from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.packing import MediaSpec
 from megatron_ktr.types import Prompt
+
+if TYPE_CHECKING:
+    from megatron_ktr.policy import Policy
 
 Encode = Callable[[Sequence[Prompt]], list[tuple[Tensor, ...]] | None]
 """Features of each prompt's media on the ranks of the first stage, None on the others (``Policy.vision_features``)."""
@@ -63,6 +69,22 @@ class FeatureSender:
                 found.append(_from_first(feature_TD, self.groups.pipeline).cpu())
             received.append(tuple(found))
         return received
+
+
+def build_feature_sender(config: Config, *, policy: Policy, media: MediaSpec) -> FeatureSender | None:
+    """``share_vision_features`` of a run; None where the engine encodes for itself."""
+    if not config.rollout.share_vision_features:
+        return None
+    return FeatureSender(
+        encode=partial(policy.vision_features, media=media),
+        groups=policy.groups,
+        media=media,
+        feature_size=policy.model_config.vision.out_hidden_size,
+        dtype=policy.dtype,
+        device=policy.platform.device,
+        # Colocated engines live on every rank, a client of servers on the reading rank alone.
+        to_every_stage=config.rollout.engine == "vllm_colocated",
+    )
 
 
 def _from_first(tensor: Tensor, group: ProcessGroup) -> Tensor:
