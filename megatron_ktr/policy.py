@@ -24,7 +24,6 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_ktr.config import Config
-from megatron_ktr.data.preprocess import PreprocessSettings
 from megatron_ktr.distributed.collectives import all_reduce_sum, broadcast_object, reduce_metrics
 from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.distributed.optimizer import build_optimizer, build_scheduler, wrap_in_ddp
@@ -33,11 +32,10 @@ from megatron_ktr.errors import UserError, same_on_every_rank
 from megatron_ktr.micro_batch import Denominators, MicroBatch, UpdateResult, add_sampler_gap, any_gradient
 from megatron_ktr.objectives.base import Objective
 from megatron_ktr.ops.token_statistics import TokenStatistics
-from megatron_ktr.types import Metrics, PackedBatch, TokenScores
-from megatron_ktr.vision_pass import VisionPass, sum_gradients
+from megatron_ktr.policy_vision import PolicyVision
+from megatron_ktr.types import Metrics, PackedBatch, Prompt, TokenScores
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.conversion import GatherTo, export_hf_tensors, load_hf_weights, save_hf, unwrap_model
-from models.qwen2_5_vl.media import media_spec
 from models.qwen2_5_vl.model import Qwen2_5_VLModel, build_model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -76,8 +74,9 @@ class Policy:
         self._connect_schedule_hooks()
         self._is_gather_pending = config.parallel.overlap_param_gather
         self.reference_chunks: list[Qwen2_5_VLModel] | None = None
-        self.vision = self._vision_pass(self.bare_chunks)
-        self.reference_vision: VisionPass | None = None
+        self.vision = PolicyVision(
+            self.bare_chunks[0].vision, config=config, groups=groups, hf_dir=self.hf_dir, device=platform.device
+        )
 
     def _build_chunks(self) -> list[Qwen2_5_VLModel]:
         chunks = build_model(self.model_config, groups=self.groups, config=self.config, dtype=self.dtype)
@@ -97,8 +96,7 @@ class Policy:
     ) -> None:
         # Our loss is already normalised by global counts, so the schedule's own token count is dropped.
         finalize_model_grads(model, None, **options)
-        if self.config.parallel.vision_parallel == "frame" and self.bare_chunks[0].vision is not None:
-            sum_gradients(self.bare_chunks[0].vision.parameters(), group=self.groups.tensor)
+        self.vision.sum_gradients()
 
     def add_reference(self, hf_dir: str | Path | None = None) -> None:
         """Keeps a frozen copy of the weights in ``hf_dir`` (default: the initial weights) for the KL term."""
@@ -107,45 +105,22 @@ class Policy:
         for chunk in chunks:
             chunk.requires_grad_(False)
         self.reference_chunks = chunks
-        # While the encoder is frozen, the policy's features are the reference's.
-        is_shared = self.vision is not None and not self.vision.is_trainable and hf_dir is None
-        self.reference_vision = self.vision if is_shared else self._vision_pass(chunks)
+        self.vision.add_reference(chunks[0].vision, is_policy_copy=hf_dir is None)
 
-    def _vision_pass(self, chunks: Sequence[Qwen2_5_VLModel]) -> VisionPass | None:
-        """Features from the encoder of ``chunks``; None on ranks without it."""
-        encoder = chunks[0].vision
-        if encoder is None:
-            return None
-        is_split = self.config.parallel.vision_parallel == "frame"
-        return VisionPass(
-            encoder,
-            media=media_spec(self.model_config, patchify=PreprocessSettings.from_model(self.hf_dir).patchify),
-            device=self.platform.device,
-            cache_bytes=round(self.config.parallel.vision_cache_gb * 1e9),
-            is_trainable=any(parameter.requires_grad for parameter in encoder.parameters()),
-            recompute=self.config.parallel.recompute_vision,
-            split_over=self.groups.tensor_context if is_split else None,
-            sum_gradient_over=self.groups.context if is_split else None,
-        )
+    def score(
+        self, batches: Sequence[PackedBatch], *, model: str = "policy", temperature: float | None = None
+    ) -> list[TokenStatistics | None]:
+        """Log-prob and entropy of every response token, without gradient; None on every stage but the last.
 
-    def prepare_vision(self, batches: Sequence[PackedBatch]) -> None:
-        """Encodes the media of ``batches`` now, for passes without gradient that come before ``update``: its gradient
-        goes through this same run."""
-        if self.vision is not None:
-            self.wait_for_parameters()
-            for batch in batches:
-                self.vision.prepare(batch.media)
+        ``temperature`` replaces the run's own.
+        """
 
-    def take_vision_counts(self) -> int:
-        """Units (temporal patches) that this replica's encoders ran over since the last call, on every rank of it."""
-        passes = {id(found): found for found in (self.vision, self.reference_vision) if found is not None}
-        counts = sum(found.take_counts() for found in passes.values())
-        source = torch.distributed.get_global_rank(self.groups.model, 0)
-        return broadcast_object(counts, group=self.groups.model, source=source)
+        def statistics(chunk: torch.nn.Module, batch: PackedBatch, hidden_RD: Tensor) -> TokenStatistics:
+            return unwrap_model(chunk).token_statistics(
+                hidden_RD, batch.target_ids_R.to(hidden_RD.device), temperature=temperature or self.temperature
+            )
 
-    def score(self, batches: Sequence[PackedBatch], *, model: str = "policy") -> list[TokenStatistics | None]:
-        """Log-prob and entropy of every response token, without gradient; None on every stage but the last."""
-        return self._look(batches, batch_of=lambda batch: batch, finish=self._statistics, model=model)
+        return self._look(batches, batch_of=lambda batch: batch, finish=statistics, model=model)
 
     def hidden_rows(self, batches: Sequence[PackedBatch]) -> list[Tensor | None]:
         """Hidden states [R, D] that predict the response tokens, without a pass over the vocabulary and without
@@ -184,9 +159,8 @@ class Policy:
         def keep(item: Any, chunk: torch.nn.Module, hidden_RD: Tensor, non_loss_data: bool = True) -> Any:
             return finish(chunk, item, hidden_RD)
 
-        vision = self.vision if model == "policy" else self.reference_vision
         with torch.no_grad():
-            results = self._run(chunks, items, batch_of=batch_of, finish=keep, forward_only=True, vision=vision)
+            results = self._run(chunks, items, batch_of=batch_of, finish=keep, forward_only=True, model=model)
         return list(results) if results else [None] * len(items)
 
     def update(
@@ -201,8 +175,7 @@ class Policy:
         self._require_finite("gradient norm", float(grad_norm or 0.0))
         if succeeded:
             self.scheduler.step(increment=1)
-            if self.vision is not None and self.vision.is_trainable:
-                self.vision.forget()
+            self.vision.after_step()
         return dataclasses.replace(result, grad_norm=float(grad_norm or 0.0), has_stepped=bool(succeeded))
 
     def _require_finite(self, name: str, value: float) -> None:
@@ -248,7 +221,6 @@ class Policy:
             batch_of=lambda item: item.batch,
             finish=loss_of,
             forward_only=False,
-            vision=self.vision,
         )
         self._is_gather_pending = self.config.parallel.overlap_param_gather
         metrics = Metrics()
@@ -268,14 +240,37 @@ class Policy:
             scores=tuple(scores for _, _, _, scores in outputs),
         )
 
+    @torch.no_grad()
+    def prepare_vision(self, batches: Sequence[PackedBatch]) -> None:
+        """Runs the encoder over the media of ``batches`` before the passes without gradient that show them."""
+        self.wait_for_parameters()
+        self.vision.prepare(batches)
+
+    def vision_features(self, prompts: Sequence[Prompt]) -> list[tuple[Tensor, ...]] | None:
+        """Features [visual tokens, D] of each prompt's media in order, from the current weights.
+
+        Every rank calls it. The tensor ranks of the first pipeline stage encode together and each returns all features;
+        other stages return None.
+        """
+        self.wait_for_parameters()
+        return self.vision.features(prompts)
+
     def export(
-        self, *, tensor_of: Callable[[Tensor], Tensor] | None = None, gather_to: GatherTo = "all"
+        self,
+        *,
+        tensor_of: Callable[[Tensor], Tensor | None] | None = None,
+        gather_to: GatherTo = "all",
+        with_vision: bool = True,
     ) -> Iterator[tuple[str, Tensor]]:
         """Streams the policy's weights (or ``tensor_of(parameter)``) as full tensors under HF names.
 
         Collective: every rank exhausts it. ``gather_to`` "source" yields them on each replica's reading rank only.
         """
         self.wait_for_parameters()
+        if not with_vision:
+            encoders = [chunk.vision for chunk in self.bare_chunks if chunk.vision is not None]
+            left_out = {id(parameter) for encoder in encoders for parameter in encoder.parameters()}
+            tensor_of = partial(_unless, left_out, tensor_of)
         yield from export_hf_tensors(self.bare_chunks, groups=self.groups, tensor_of=tensor_of, gather_to=gather_to)
 
     def save_hf(self, directory: Path) -> None:
@@ -356,7 +351,7 @@ class Policy:
         batch_of: Callable[[Any], PackedBatch],
         finish: Callable[..., Any],
         forward_only: bool,
-        vision: VisionPass | None,
+        model: str = "policy",
     ) -> list[Any]:
         """Runs megatron-core's schedule over ``items``; returns ``finish``'s data per item (last stage), else []."""
         if not items:
@@ -365,8 +360,8 @@ class Policy:
         def forward_step(iterator: Iterator[Any], chunk: torch.nn.Module) -> tuple[Tensor, Callable]:
             item = next(iterator)
             batch = batch_of(item)
-            if vision is not None and batch.media and unwrap_model(chunk).pre_process:
-                batch = dataclasses.replace(batch, features_ED=vision.features(batch.media))
+            if unwrap_model(chunk).pre_process:
+                batch = self.vision.with_features(batch, model=model)
             output = chunk(batch.to(self.platform.device))
             return output, partial(finish, item, chunk)
 
@@ -382,6 +377,13 @@ class Policy:
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
         )
+
+
+def _unless(left_out: set[int], tensor_of: Callable | None, parameter: Tensor) -> Tensor | None:
+    """``tensor_of(parameter)``, None for the parameters whose ids are in ``left_out``."""
+    if id(parameter) in left_out:
+        return None
+    return parameter if tensor_of is None else tensor_of(parameter)
 
 
 def _freeze(chunks: Sequence[Qwen2_5_VLModel], parts: Sequence[str]) -> None:
