@@ -44,7 +44,7 @@ class PolicyVision:
         self._passes = {"policy": self._pass(encoder), "reference": None}
 
     def add_reference(self, encoder: VisionEncoder | None, *, is_policy_copy: bool) -> None:
-        """``is_policy_copy``: it starts with the policy's weights. While those are frozen, both have the same features."""
+        """``is_policy_copy``: it starts with the policy's weights; while those are frozen, one pass serves both."""
         policy = self._passes["policy"]
         is_shared = is_policy_copy and policy is not None and not policy.is_trainable
         self._passes["reference"] = policy if is_shared else self._pass(encoder)
