@@ -29,7 +29,7 @@ from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.distributed.optimizer import build_optimizer, build_scheduler, wrap_in_ddp
 from megatron_ktr.distributed.platform import Platform
 from megatron_ktr.errors import UserError, same_on_every_rank
-from megatron_ktr.micro_batch import Denominators, MicroBatch, UpdateResult, add_sampler_gap, any_gradient
+from megatron_ktr.micro_batch import Denominators, MicroBatch, UpdateResult, any_gradient
 from megatron_ktr.objectives.base import Objective
 from megatron_ktr.ops.token_statistics import TokenStatistics
 from megatron_ktr.packing import MediaSpec
@@ -202,7 +202,6 @@ class Policy:
                 is_selected_R=item.is_selected_R,
             )
             loss, metrics = objective.loss(statistics, streams, scores)
-            add_sampler_gap(metrics, item, scores)
             no_tokens = torch.zeros((), dtype=torch.int, device=loss.device)
             return loss, no_tokens, (float(loss.detach()), metrics, streams, scores)
 

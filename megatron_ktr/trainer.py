@@ -83,9 +83,7 @@ class Trainer:
                 self.policy.update(micro_batches, objective=self.objective, denominators=denominators)
                 for _ in range(self.config.objective.updates_per_rollout)
             ]
-        # Sampler and trainer had the same weights in the first update only: later ones would measure drift.
-        gap = results[0].metrics.select("sampler_trainer_logprob_gap")
-        return self._report(step, groups, result=results[-1], gap=gap)
+        return self._report(step, groups, result=results[-1])
 
     def _rollouts(self, step: int) -> list[RolloutGroup]:
         """This step's groups, sampled from the weights the last step left.
@@ -232,9 +230,7 @@ class Trainer:
         uneven = sum(1 for group in groups if len({rollout.reward for rollout in group.rollouts}) > 1)
         return self.policy.global_count(uneven) > 0
 
-    def _report(
-        self, step: int, groups: Sequence[RolloutGroup], *, result: UpdateResult | None, gap: Metrics | None = None
-    ) -> StepReport:
+    def _report(self, step: int, groups: Sequence[RolloutGroup], *, result: UpdateResult | None) -> StepReport:
         seconds = self.timer.pop()
         metrics = Metrics()
         for group in groups:
@@ -252,7 +248,7 @@ class Trainer:
         values["tokens_per_second"] = num_tokens / max(sum(seconds.values()), 1e-9)
         values["has_stepped"] = float(result is not None and result.has_stepped)
         if result is not None:
-            values |= result.metrics.means() | (gap.means() if gap else {})
+            values |= result.metrics.means()
             values |= {"loss": result.loss, "grad_norm": result.grad_norm, "learning_rate": self.policy.learning_rate}
         values |= self._check_values
         self._check_values = {}

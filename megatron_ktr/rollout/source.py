@@ -297,6 +297,7 @@ def build_local_source(
             vocab_size=vocab_size,
             required_rewards=("accuracy",) if config.reward.length_bonus > 0 else (),
             required_because="the length bonus goes to correct responses: record it, or set --length-bonus 0",
+            needs_logprobs=config.objective.importance_sampling != "none" or bool(config.objective.importance_mask),
         )
         loader = prompt_loader(config, tokenizer=tokenizer)
         return ReplaySource(PromptDataset(engine.records, loader=loader, **order), engine=engine)
