@@ -64,7 +64,9 @@ class ServerEngine(RolloutEngine):
         transfer: WeightTransfer,
         replicas: Replicas,
         settings: PoolSettings,
+        runs_vision_encoder: bool = True,
     ) -> None:
+        self.runs_vision_encoder = runs_vision_encoder
         self.tokenizer = tokenizer
         self.media = media
         self.sampling = sampling
@@ -227,4 +229,5 @@ def server_engine(
             timeout_seconds=rollout.server_timeout_seconds,
             in_flight_updates=rollout.in_flight_updates,
         ),
+        runs_vision_encoder=not rollout.share_vision_features,
     )
