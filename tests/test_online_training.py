@@ -123,10 +123,14 @@ def run_and_resume(context, *, inputs: Path, out: Path, lags: Sequence[int]) -> 
         changes = dict(LOGGED, lag=lag)
         train(settings(inputs, whole, **changes))
         if context.rank == 0:
-            shutil.copytree(whole, resumed)
-            shutil.rmtree(resumed / "checkpoints" / f"step_{RUN_STEPS:08d}")
+            _copy_until_middle(whole, resumed)
         torch.distributed.barrier()
         train(settings(inputs, resumed, resume=True, **changes))
+
+
+def _copy_until_middle(run_dir: Path, target: Path) -> None:
+    shutil.copytree(run_dir, target)
+    shutil.rmtree(target / "checkpoints" / f"step_{RUN_STEPS:08d}")
 
 
 LOGGED = dict(
@@ -195,6 +199,23 @@ def _reproducible(run_dir: Path) -> list[dict]:
         {name: value for name, value in step.items() if "second" not in name and "sampler_check" not in name}
         for step in metrics(run_dir)
     ]
+
+
+def test_responses_begun_before_a_checkpoint_are_found_again_in_another_layout(ranks, lagged, inputs, tmp_path) -> None:
+    """Two replicas had drawn two questions each; the one replica of two tensor-parallel ranks draws all four."""
+    whole = lagged[2] / "lag1"
+    _copy_until_middle(whole, tmp_path / "run")
+    changes = dict(LOGGED, lag=1, resume=True, tensor_model_parallel_size=2, train_steps=3)
+    ranks(train_layouts, world_size=2, inputs=inputs, out=tmp_path, layouts={"run": changes})
+    expected, found = (
+        {
+            line["problem_id"]: [(response["token_ids"], response["logprobs"]) for response in line["responses"]]
+            for line in rollout_lines(run_dir, steps=[3], world_size=world_size)
+        }
+        for run_dir, world_size in ((whole, 2), (tmp_path / "run", 1))
+    )
+    assert len(expected) == 4 and found == expected
+    assert metrics(tmp_path / "run")[-1]["sampler_trainer_logprob_gap"] > 1e-3, "they are from older weights"
 
 
 @pytest.mark.parametrize("lag", [0, 1])
