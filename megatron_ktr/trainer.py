@@ -191,7 +191,8 @@ class Trainer:
         if not (self.objective.needs_selection_first or is_reused or settings.original_compat):
             return micro_batches
         found = self.policy.score_intact(
-            [dataclasses.replace(item, batch=self._for_scoring(item)) for item in micro_batches]
+            [dataclasses.replace(item, batch=self._for_scoring(item)) for item in micro_batches],
+            objective=self.objective,
         )
         selected = []
         for item, scored in zip(micro_batches, found, strict=True):
