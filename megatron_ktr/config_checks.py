@@ -133,6 +133,8 @@ def _objective(config: Config) -> Iterator[str]:
     mask = section.importance_mask
     if mask and (len(mask) != 2 or not 0 <= mask[0] < 1 < mask[1]):
         yield f"--importance-mask needs two bounds below and above 1, got {','.join(f'{value:g}' for value in mask)}"
+    if section.objective == "tw_grpo" and section.loss_aggregation != "token":
+        yield "--objective tw_grpo averages over the tokens of the global batch: add --loss-aggregation token"
     if section.objective == "sft" and config.rollout.temperature != 1.0:
         yield "--temperature must be 1 for --objective sft: the likelihood of given responses has none"
     if {"vision", "merger", "language"} <= set(config.model.freeze):
