@@ -139,8 +139,8 @@ class RewardSection:
 
     reward_functions: tuple[str, ...] = _option(
         (),
-        "Reward parts by name (accuracy, format), or own ones as module:function; empty = accuracy and format; "
-        "recorded rollouts keep their recorded rewards",
+        "Reward parts by name (accuracy, format; soft_choice: accuracy that pays in part for some of several right "
+        "letters), or own ones as module:function; empty = accuracy and format; recorded rollouts keep theirs",
     )
     length_bonus: float = _option(
         0.2,
@@ -158,8 +158,8 @@ class ObjectiveSection:
 
     objective: Literal["video_ktr", "grpo", "t_grpo", "tw_grpo", "sft"] = _option(
         "video_ktr",
-        "Training objective; video_ktr puts the loss of grpo on key tokens only, sft imitates the responses of "
-        "data_path; the others are not available yet",
+        "Training objective; video_ktr puts the loss of grpo on key tokens only, tw_grpo weighs it by how much the "
+        "responses of a group differ, sft imitates the responses of data_path; t_grpo is not available yet",
     )
     signals: tuple[Signal, ...] = _option(
         ("entropy", "visual", "temporal"), "Signals whose selected tokens, together, are the key tokens"
@@ -190,6 +190,9 @@ class ObjectiveSection:
     )
     loss_aggregation: Literal["sequence", "token"] = _option(
         "sequence", "Mean over tokens then responses, or mean over all tokens of the global batch"
+    )
+    tw_alpha: float = _option(
+        1.7, "tw_grpo: weight of the position where a group's responses differ most; where least, it is 1", low=1
     )
     original_compat: bool = _option(
         False,
@@ -274,7 +277,7 @@ class TrainerSection:
     eval_interval: int = _option(0, "Steps between evaluations; 0 = none; others not available yet", low=0)
     rollout_log_interval: int = _option(
         10,
-        "Steps between files of one replica's rollouts and key tokens in run_dir/rollouts; 0 = none",
+        "Steps between files of rollouts and key tokens in run_dir/rollouts, one per replica; 1 = all; 0 = none",
         low=0,
     )
     log_interval: int = _option(1, "Steps between lines on the console", low=1)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.distributed.optimizer import build_optimizer, build_scheduler, wrap_in_ddp
 from megatron_ktr.distributed.platform import Platform
 from megatron_ktr.errors import UserError, same_on_every_rank
-from megatron_ktr.micro_batch import Denominators, MicroBatch, UpdateResult, add_sampler_gap, any_gradient
+from megatron_ktr.micro_batch import Denominators, MicroBatch, UpdateResult, any_gradient
 from megatron_ktr.objectives.base import Objective
 from megatron_ktr.ops.token_statistics import TokenStatistics
 from megatron_ktr.policy_vision import PolicyVision
@@ -129,12 +129,14 @@ class Policy:
             batches, batch_of=lambda batch: batch, finish=lambda chunk, batch, hidden_RD: hidden_RD.clone()
         )
 
-    def score_intact(self, items: Sequence[MicroBatch]) -> list[tuple[MicroBatch, TokenScores] | None]:
-        """An intact pass without gradient: all scores of every micro-batch, which no longer keeps hidden rows of
-        other views once they were compared; None on every stage but the last."""
+    def score_intact(
+        self, items: Sequence[MicroBatch], *, objective: Objective
+    ) -> list[tuple[MicroBatch, TokenScores] | None]:
+        """An intact pass without gradient: all scores of every micro-batch, and the micro-batch with what was found
+        (which later passes then use as it is); None on every stage but the last."""
 
         def scores_of(chunk: torch.nn.Module, item: MicroBatch, hidden_RD: Tensor) -> tuple[MicroBatch, TokenScores]:
-            statistics, item = self._compared(chunk, item, hidden_RD)
+            statistics, item = self._compared(chunk, item, hidden_RD, objective=objective)
             return item, item.scores(statistics)
 
         return self._look(items, batch_of=lambda item: item.batch, finish=scores_of)
@@ -200,7 +202,7 @@ class Policy:
         self.optimizer.zero_grad()
 
         def loss_of(item: MicroBatch, chunk: torch.nn.Module, hidden_RD: Tensor) -> tuple[Tensor, Tensor, Any]:
-            statistics, item = self._compared(chunk, item, hidden_RD)
+            statistics, item = self._compared(chunk, item, hidden_RD, objective=objective)
             scores = item.scores(statistics)
             streams = objective.token_streams(
                 item.batch,
@@ -211,7 +213,6 @@ class Policy:
                 is_selected_R=item.is_selected_R,
             )
             loss, metrics = objective.loss(statistics, streams, scores)
-            add_sampler_gap(metrics, item, scores)
             no_tokens = torch.zeros((), dtype=torch.int, device=loss.device)
             return loss, no_tokens, (float(loss.detach()), metrics, streams, scores)
 
@@ -313,35 +314,35 @@ class Policy:
         return broadcast_object(value, group=self.groups.pipeline, source=source)
 
     def _statistics(
-        self, chunk: torch.nn.Module, batch: PackedBatch, hidden_RD: Tensor, other_hidden_RD: Tensor | None = None
+        self, chunk: torch.nn.Module, batch: PackedBatch, hidden_RD: Tensor, others: Iterable[Tensor] = ()
     ) -> TokenStatistics:
         return unwrap_model(chunk).token_statistics(
             hidden_RD,
             batch.target_ids_R.to(hidden_RD.device),
             temperature=self.temperature,
-            counterfactual_hidden_RD=other_hidden_RD,
+            counterfactual_hidden_RD=tuple(others),
         )
 
     def _compared(
-        self, chunk: torch.nn.Module, item: MicroBatch, hidden_RD: Tensor
+        self, chunk: torch.nn.Module, item: MicroBatch, hidden_RD: Tensor, *, objective: Objective
     ) -> tuple[TokenStatistics, MicroBatch]:
-        """Statistics of the intact rows, and the item with what the other views' rows it kept have to be compared to.
-
-        The first view shares the intact rows' pass over the vocabulary; every further one costs a pass of its own.
-        """
-        statistics, found = None, {}
-        for view, other_hidden_RD in item.counterfactual_hidden_RD.items():
-            with torch.set_grad_enabled(torch.is_grad_enabled() and statistics is None):
-                found[view] = self._statistics(chunk, item.batch, hidden_RD, other_hidden_RD)
-            statistics = statistics or found[view]
-        if statistics is None:
-            return self._statistics(chunk, item.batch, hidden_RD), item
-        return statistics, dataclasses.replace(
-            item,
-            counterfactual_logprob_R={view: value.counterfactual_logprob_R for view, value in found.items()},
-            counterfactual_kl_R={view: value.kl_R for view, value in found.items()},
-            counterfactual_hidden_RD={},
-        )
+        """Statistics of the intact rows, and the item with everything that compares whole distributions: with the
+        hidden rows of other views it kept, in the same pass over the vocabulary, and within its groups."""
+        views = item.counterfactual_hidden_RD
+        statistics = self._statistics(chunk, item.batch, hidden_RD, views.values())
+        if views:
+            item = dataclasses.replace(
+                item,
+                counterfactual_logprob_R=dict(zip(views, statistics.counterfactual_logprob_KR, strict=True)),
+                counterfactual_kl_R=dict(zip(views, statistics.kl_KR, strict=True)),
+                counterfactual_hidden_RD={},
+            )
+        if objective.needs_divergence and item.divergence_R is None:
+            divergence_R = unwrap_model(chunk).group_divergence(
+                hidden_RD, statistics.log_normalizer_R, layout=item.batch.layout, temperature=self.temperature
+            )
+            item = dataclasses.replace(item, divergence_R=divergence_R)
+        return statistics, item
 
     def _run(
         self,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from megatron_ktr.checkpoint import Checkpoints
 from megatron_ktr.config import Config, load_config
@@ -26,7 +27,7 @@ from megatron_ktr.rollout.features import build_feature_sender
 from megatron_ktr.rollout.replay import write_rollouts
 from megatron_ktr.rollout.sampler_check import build_sampler_check, check_line
 from megatron_ktr.rollout.source import ReplicaSource, build_local_source, build_sampler, on_every_rank
-from megatron_ktr.run_directory import RunStart, open_run_directory
+from megatron_ktr.run_directory import RunStart, open_run_directory, rollout_file
 from megatron_ktr.trainer import StepReport, Trainer
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.media import media_spec
@@ -128,9 +129,8 @@ def train(config: Config) -> None:
             print(line, flush=True)
         if groups.rank == 0 and (step % config.trainer.log_interval == 0 or step == config.trainer.train_steps):
             _show(report, config=config, decode=tokenizer.decode)
-        if groups.rank == 0 and _is_due(step, config.trainer.rollout_log_interval):
-            path = run_dir / "rollouts" / f"step_{step:08d}.jsonl"
-            write_rollouts(path, report.groups, selections=report.selections, append=False)
+        if _is_due(step, config.trainer.rollout_log_interval):
+            _log_rollouts(report, run_dir=run_dir, groups=groups)
         checkpoints.after_step(step)
     checkpoints.close()
     writer.close()
@@ -142,6 +142,17 @@ def train(config: Config) -> None:
 
 def _is_due(step: int, interval: int) -> bool:
     return interval > 0 and (step == 1 or step % interval == 0)
+
+
+def _log_rollouts(report: StepReport, *, run_dir: Path, groups: ParallelGroups) -> None:
+    """Every replica's reading rank writes its groups to a file of its own."""
+
+    def write() -> None:
+        if groups.is_source:
+            path = rollout_file(run_dir, step=report.step, replica=groups.data_rank)
+            write_rollouts(path, report.groups, selections=report.selections, append=False)
+
+    on_every_rank(write, groups=groups)
 
 
 def _show(report: StepReport, *, config: Config, decode: Callable[[Sequence[int]], str]) -> None:

@@ -73,9 +73,8 @@ class Trainer:
             return self._report(step, groups, result=None)
         with self.timer.phase("pack"):
             micro_batches = [MicroBatch(part, self._pack(part, "intact")) for part in self._plan(groups)]
-        if self._intact_is_seen_before_update:
-            with self.timer.phase("vision"):
-                self.policy.prepare_vision([item.batch for item in micro_batches])
+        with self.timer.phase("vision"):
+            self.policy.prepare_vision([item.batch for item in micro_batches if self._is_seen_before_update(item)])
         with self.timer.phase("score"):
             micro_batches = self._with_counterfactuals(micro_batches, step)
             micro_batches = self._with_reference(micro_batches)
@@ -86,9 +85,7 @@ class Trainer:
                 self.policy.update(micro_batches, objective=self.objective, denominators=denominators)
                 for _ in range(self.config.objective.updates_per_rollout)
             ]
-        # Sampler and trainer had the same weights in the first update only: later ones would measure drift.
-        gap = results[0].metrics.select("sampler_trainer_logprob_gap")
-        return self._report(step, groups, result=results[-1], gap=gap)
+        return self._report(step, groups, result=results[-1])
 
     def _rollouts(self, step: int) -> list[RolloutGroup]:
         """This step's groups, sampled from the weights the last step left.
@@ -195,7 +192,8 @@ class Trainer:
         if not self._selects_first:
             return micro_batches
         found = self.policy.score_intact(
-            [dataclasses.replace(item, batch=self._for_scoring(item)) for item in micro_batches]
+            [dataclasses.replace(item, batch=self._for_scoring(item)) for item in micro_batches],
+            objective=self.objective,
         )
         selected = []
         for item, scored in zip(micro_batches, found, strict=True):
@@ -208,12 +206,13 @@ class Trainer:
             selected.append(item)
         return selected
 
-    @property
-    def _intact_is_seen_before_update(self) -> bool:
-        """Whether a pass without gradient shows intact temporal patches: their encoder run then comes first."""
-        settings = self.config.objective
-        shows_pairs = settings.shuffle_unit == "temporal_patch" and "shuffled" in self.objective.views
-        return shows_pairs or self._selects_first
+    def _is_seen_before_update(self, item: MicroBatch) -> bool:
+        """Whether a pass without gradient shows intact temporal patches: their one encoder run then comes first."""
+        if self._selects_first:
+            return True
+        moves_pairs = self.config.objective.shuffle_unit == "temporal_patch"
+        prompts = [group.prompt for group in item.groups] if "shuffled" in self.objective.views else []
+        return any(moves_pairs or any(medium.kind == "image" for medium in prompt.media) for prompt in prompts)
 
     @property
     def _selects_first(self) -> bool:
@@ -246,9 +245,7 @@ class Trainer:
         uneven = sum(1 for group in groups if len({rollout.reward for rollout in group.rollouts}) > 1)
         return self.policy.global_count(uneven) > 0
 
-    def _report(
-        self, step: int, groups: Sequence[RolloutGroup], *, result: UpdateResult | None, gap: Metrics | None = None
-    ) -> StepReport:
+    def _report(self, step: int, groups: Sequence[RolloutGroup], *, result: UpdateResult | None) -> StepReport:
         seconds = self.timer.pop()
         metrics = Metrics()
         for group in groups:
@@ -267,7 +264,7 @@ class Trainer:
         values["tokens_per_second"] = num_tokens / max(sum(seconds.values()), 1e-9)
         values["has_stepped"] = float(result is not None and result.has_stepped)
         if result is not None:
-            values |= result.metrics.means() | (gap.means() if gap else {})
+            values |= result.metrics.means()
             values |= {"loss": result.loss, "grad_norm": result.grad_norm, "learning_rate": self.policy.learning_rate}
         values |= self._check_values
         self._check_values = {}

@@ -10,7 +10,11 @@ entropy without ever making full logits (``ops/token_statistics``).
 
 from __future__ import annotations
 
+<<<<<<< HEAD
 import copy
+=======
+from collections.abc import Sequence
+>>>>>>> main
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,8 +32,9 @@ from torch import Tensor
 
 from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.distributed.platform import current
+from megatron_ktr.ops.group_divergence import group_divergence
 from megatron_ktr.ops.token_statistics import Impl, TokenStatistics
-from megatron_ktr.types import PackedBatch
+from megatron_ktr.types import PackedBatch, PackedLayout
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.language import LanguageModel
 from models.qwen2_5_vl.layer_specs import TransformerImpl
@@ -156,11 +161,11 @@ class Qwen2_5_VLModel(MegatronModule):
         target_ids_R: Tensor,
         *,
         temperature: float = 1.0,
-        counterfactual_hidden_RD: Tensor | None = None,
+        counterfactual_hidden_RD: Sequence[Tensor] = (),
     ) -> TokenStatistics:
         """Log-probability of each target and entropy of its distribution, from ``forward``'s rows; last stage only.
 
-        With another view's rows of the same tokens, also their log-probability there and the KL to that view.
+        With other views' rows of the same tokens, also their log-probabilities there and the KL to each view.
         """
         is_shared = self.share_embeddings_and_output_weights
         return self.language.output_layer(
@@ -174,6 +179,24 @@ class Qwen2_5_VLModel(MegatronModule):
             reduce_hidden_grad=self.head_reduces_hidden_grad,
             accumulate_into_main_grad=self.accumulate_into_main_grad,
             impl=self.statistics_impl,
+        )
+
+    def group_divergence(
+        self, hidden_RD: Tensor, log_normalizer_R: Tensor, *, layout: PackedLayout, temperature: float = 1.0
+    ) -> Tensor:
+        """TW-GRPO's divergence between the responses of each group, [R]; last stage only, without gradient.
+
+        To be called after ``token_statistics`` of the same pass, where ``log_normalizer_R`` comes from: that call
+        brings the last optimizer step's weights here if their gathering overlaps (``StatisticsHead``).
+        """
+        return group_divergence(
+            hidden_RD,
+            self.output_weight(),
+            log_normalizer_R,
+            layout=layout,
+            group=self.head_group,
+            vocab_size=self.vocab_size,
+            temperature=temperature,
         )
 
     def _embed(self, batch: PackedBatch) -> Tensor:
