@@ -10,11 +10,8 @@ entropy without ever making full logits (``ops/token_statistics``).
 
 from __future__ import annotations
 
-<<<<<<< HEAD
 import copy
-=======
 from collections.abc import Sequence
->>>>>>> main
 from typing import TYPE_CHECKING
 
 import torch
