@@ -174,7 +174,10 @@ class ObjectiveSection:
     shuffle_unit: Literal["frame", "temporal_patch"] = _option(
         "frame", "What the temporal counterfactual permutes: decoded frames, or pairs of frames already encoded"
     )
-    num_shuffles: int = _option(1, "Random orders whose scores are averaged; above 1 not available yet", low=1)
+    num_shuffles: int = _option(1, "Random orders whose scores are averaged", low=1)
+    scoring_precision: Literal["same", "bf16"] = _option(
+        "same", "Products of the counterfactual passes: in the precision of the model, or in bf16 under an fp32 model"
+    )
     kl_beta: float = _option(0.04, "Weight of the KL term to the reference model; 0 = no reference model", low=0)
     clip_low: float = _option(0.2, "Probability ratio is clipped below at 1 - clip_low", low=0, high=1)
     clip_high: float = _option(0.2, "Probability ratio is clipped above at 1 + clip_high", low=0)

@@ -26,10 +26,10 @@ from torch import Tensor
 from megatron_ktr.config import Config
 from megatron_ktr.distributed.collectives import all_reduce_sum, broadcast_object, reduce_metrics
 from megatron_ktr.distributed.groups import ParallelGroups
-from megatron_ktr.distributed.optimizer import build_optimizer, build_scheduler, wrap_in_ddp
+from megatron_ktr.distributed.optimizer import build_optimizer, build_scheduler, freeze_parts, wrap_in_ddp
 from megatron_ktr.distributed.platform import Platform
 from megatron_ktr.errors import UserError, same_on_every_rank
-from megatron_ktr.micro_batch import Denominators, MicroBatch, UpdateResult, any_gradient
+from megatron_ktr.micro_batch import Denominators, MicroBatch, UpdateResult, any_gradient, mean_by_view
 from megatron_ktr.objectives.base import Objective
 from megatron_ktr.ops.token_statistics import TokenStatistics
 from megatron_ktr.policy_vision import PolicyVision
@@ -59,7 +59,7 @@ class Policy:
         self.temperature = config.rollout.temperature
 
         chunks = self._build_chunks()
-        _freeze(chunks, config.model.freeze)
+        freeze_parts(chunks, config.model.freeze)
         self.transformer_config = get_model_config(chunks[0])
         self.chunks = wrap_in_ddp(
             chunks, config=self.transformer_config, optimizer=config.optimizer, parallel=config.parallel
@@ -108,11 +108,16 @@ class Policy:
         self.vision.add_reference(chunks[0].vision, is_policy_copy=hf_dir is None)
 
     def score(
-        self, batches: Sequence[PackedBatch], *, model: str = "policy", temperature: float | None = None
+        self,
+        batches: Sequence[PackedBatch],
+        *,
+        model: str = "policy",
+        temperature: float | None = None,
+        precision: str = "same",
     ) -> list[TokenStatistics | None]:
         """Log-prob and entropy of every response token, without gradient; None on every stage but the last.
 
-        ``temperature`` replaces the run's own.
+        ``temperature`` replaces the run's own. ``precision`` ``bf16`` runs the products of the language model in bf16.
         """
 
         def statistics(chunk: torch.nn.Module, batch: PackedBatch, hidden_RD: Tensor) -> TokenStatistics:
@@ -120,7 +125,7 @@ class Policy:
                 hidden_RD, batch.target_ids_R.to(hidden_RD.device), temperature=temperature or self.temperature
             )
 
-        return self._look(batches, batch_of=lambda batch: batch, finish=statistics, model=model)
+        return self._look(batches, batch_of=lambda batch: batch, finish=statistics, model=model, precision=precision)
 
     def hidden_rows(self, batches: Sequence[PackedBatch]) -> list[Tensor | None]:
         """Hidden states [R, D] that predict the response tokens, without a pass over the vocabulary and without
@@ -148,6 +153,7 @@ class Policy:
         batch_of: Callable[[Any], PackedBatch],
         finish: Callable[[torch.nn.Module, Any, Tensor], Any],
         model: str = "policy",
+        precision: str = "same",
     ) -> list[Any]:
         """A forward pass without gradient; ``finish(chunk, item, hidden_RD)`` by item, None before the last stage."""
         chunks = self.chunks if model == "policy" else self.reference_chunks
@@ -161,9 +167,15 @@ class Policy:
         def keep(item: Any, chunk: torch.nn.Module, hidden_RD: Tensor, non_loss_data: bool = True) -> Any:
             return finish(chunk, item, hidden_RD)
 
-        with torch.no_grad():
-            results = self._run(chunks, items, batch_of=batch_of, finish=keep, forward_only=True, model=model)
-        return list(results) if results else [None] * len(items)
+        if not items:
+            return []
+        # The interleaved schedule takes whole rounds of the stages only; what fills the last one is dropped.
+        num_missing = -len(items) % self.groups.sizes.pipeline if len(chunks) > 1 else 0
+        padded = [*items, *[items[-1]] * num_missing]
+        is_lower = precision == "bf16" and self.dtype is torch.float32
+        with torch.no_grad(), torch.autocast(self.platform.device.type, torch.bfloat16, enabled=is_lower):
+            results = self._run(chunks, padded, batch_of=batch_of, finish=keep, forward_only=True, model=model)
+        return list(results)[: len(items)] if results else [None] * len(items)
 
     def update(
         self, micro_batches: Sequence[MicroBatch], *, objective: Objective, denominators: Denominators
@@ -328,13 +340,14 @@ class Policy:
     ) -> tuple[TokenStatistics, MicroBatch]:
         """Statistics of the intact rows, and the item with everything that compares whole distributions: with the
         hidden rows of other views it kept, in the same pass over the vocabulary, and within its groups."""
-        views = item.counterfactual_hidden_RD
-        statistics = self._statistics(chunk, item.batch, hidden_RD, views.values())
+        views = [(view, rows) for view, draws in item.counterfactual_hidden_RD.items() for rows in draws]
+        statistics = self._statistics(chunk, item.batch, hidden_RD, [rows for _, rows in views])
         if views:
+            names = [view for view, _ in views]
             item = dataclasses.replace(
                 item,
-                counterfactual_logprob_R=dict(zip(views, statistics.counterfactual_logprob_KR, strict=True)),
-                counterfactual_kl_R=dict(zip(views, statistics.kl_KR, strict=True)),
+                counterfactual_logprob_R=mean_by_view(names, statistics.counterfactual_logprob_KR),
+                counterfactual_kl_R=mean_by_view(names, statistics.kl_KR),
                 counterfactual_hidden_RD={},
             )
         if objective.needs_divergence and item.divergence_R is None:
@@ -385,16 +398,3 @@ def _unless(left_out: set[int], tensor_of: Callable | None, parameter: Tensor) -
     if id(parameter) in left_out:
         return None
     return parameter if tensor_of is None else tensor_of(parameter)
-
-
-def _freeze(chunks: Sequence[Qwen2_5_VLModel], parts: Sequence[str]) -> None:
-    """Stops the gradient of ``vision`` (the encoder without its merger), ``merger`` or ``language``."""
-    prefixes = {"vision": "vision.", "merger": "vision.merger.", "language": "language."}
-    for chunk in chunks:
-        for name, parameter in chunk.named_parameters():
-            is_merger = name.startswith("vision.merger.")
-            for part in parts:
-                if part not in prefixes:
-                    raise UserError(f"freeze: unknown part {part!r}, expected some of {sorted(prefixes)}")
-                if name.startswith(prefixes[part]) and not (part == "vision" and is_merger):
-                    parameter.requires_grad_(False)
