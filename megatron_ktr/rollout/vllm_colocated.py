@@ -110,8 +110,9 @@ class ColocatedEngine(RolloutEngine):
         try:
             self._llm = start(model_dir, **self._options())
         except ValueError as error:
+            reason = str(error).partition(" [type=")[0]  # what follows is about pydantic
             raise UserError(
-                f"vLLM does not start with this model and these options: {error} (its max_model_len is "
+                f"vLLM does not start with this model and these options: {reason} (its max_model_len is "
                 "--max-prompt-length + --max-response-length; memory: --rollout-memory-share, on CPU "
                 "--rollout-kv-cache-gb)"
             ) from error
