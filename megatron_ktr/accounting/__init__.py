@@ -1,0 +1,5 @@
+"""FLOPs, memory and time of a training step on paper: plain arithmetic, no torch, for any model size and layout.
+
+``work`` says what a step has to compute, ``flops`` counts its arithmetic, ``layout`` places it on ranks, ``saved`` and
+``memory`` say what a rank holds, ``timing`` how long a step takes, ``planner`` which layouts fit and which are best.
+"""
