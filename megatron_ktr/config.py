@@ -264,7 +264,7 @@ class TrainerSection:
     eval_interval: int = _option(0, "Steps between evaluations; 0 = none; others not available yet", low=0)
     rollout_log_interval: int = _option(
         10,
-        "Steps between files of one replica's rollouts and key tokens in run_dir/rollouts; 0 = none",
+        "Steps between files of rollouts and key tokens in run_dir/rollouts, one per replica; 1 = all; 0 = none",
         low=0,
     )
     log_interval: int = _option(1, "Steps between lines on the console", low=1)

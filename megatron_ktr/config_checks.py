@@ -44,8 +44,8 @@ def _required(config: Config) -> Iterator[str]:
 def _not_available(config: Config) -> Iterator[str]:
     """What the interface already names but no code serves yet."""
     objective, engine = config.objective, config.rollout.engine
-    if engine not in ("replay", "hf"):
-        yield f"--engine {engine} is not available yet; available: replay, hf"
+    if engine not in ("replay", "hf", "vllm_server"):
+        yield f"--engine {engine} is not available yet; available: replay, hf, vllm_server"
     if objective.objective not in ("video_ktr", "grpo", "sft"):
         yield f"--objective {objective.objective} is not available yet; available: video_ktr, grpo, sft"
     if objective.num_shuffles > 1:

@@ -25,7 +25,9 @@ class MicroBatch:
     """KL(intact || view), where an intact pass has met ``counterfactual_hidden_RD``."""
     counterfactual_hidden_RD: dict[View, Tensor | None] = field(default_factory=dict)
     """From ``hidden_rows`` on the other views, for objectives that need the KL: the next intact pass compares whole
-    distributions, one pass over the vocabulary for each view, and no logits are kept."""
+    distributions of all views in its own pass over the vocabulary, and no logits are kept."""
+    divergence_R: Tensor | None = None
+    """Between the responses of a group, for objectives that need it, once an intact pass has found it."""
     reference_logprob_R: Tensor | None = None
     behaviour_logprob_R: Tensor | None = None
     is_selected_R: Mapping[str, Tensor] | None = None
@@ -41,9 +43,17 @@ class MicroBatch:
             shuffled_logprob_R=self.counterfactual_logprob_R.get("shuffled"),
             hidden_kl_R=self.counterfactual_kl_R.get("hidden"),
             shuffled_kl_R=self.counterfactual_kl_R.get("shuffled"),
+            divergence_R=self.divergence_R,
             reference_logprob_R=self.reference_logprob_R,
             behaviour_logprob_R=self.behaviour_logprob_R,
+            sampler_logprob_R=self._sampler_logprobs(statistics.logprob_R.device),
         )
+
+    def _sampler_logprobs(self, device: torch.device) -> Tensor | None:
+        recorded = [rollout.sampler_logprobs for group in self.groups for rollout in group.rollouts]
+        if any(logprobs is None for logprobs in recorded):
+            return None
+        return torch.tensor([value for logprobs in recorded for value in logprobs], dtype=torch.float32, device=device)
 
 
 @dataclass(frozen=True)
@@ -79,13 +89,3 @@ def any_gradient(streams: TokenStreams, scores: TokenScores | None) -> bool:
     if scores is not None and scores.reference_logprob_R is not None:
         is_pulled_R = is_pulled_R | (scores.reference_logprob_R != scores.policy_logprob_R)
     return bool(((streams.weight_R != 0) & is_pulled_R).any())
-
-
-def add_sampler_gap(metrics: Metrics, item: MicroBatch, scores: TokenScores) -> None:
-    """Mean |sampler - trainer| log-prob, over the responses whose sampler log-probs were recorded."""
-    recorded = [rollout.sampler_logprobs for group in item.groups for rollout in group.rollouts]
-    if any(logprobs is None for logprobs in recorded):
-        return
-    policy_R = scores.policy_logprob_R
-    sampler_R = torch.tensor([value for logprobs in recorded for value in logprobs], device=policy_R.device)
-    metrics.add("sampler_trainer_logprob_gap", float((sampler_R - policy_R).abs().sum()), len(sampler_R))

@@ -22,6 +22,7 @@ from torch import Tensor
 from megatron_ktr.data.preprocess import PreprocessSettings
 from megatron_ktr.data.template import PromptBuilder, VisualTokens, load_tokenizer
 from megatron_ktr.errors import UserError
+from megatron_ktr.objectives.base import Objective
 from megatron_ktr.packing import MediaSpec
 from megatron_ktr.types import (
     Metrics,
@@ -31,7 +32,6 @@ from megatron_ktr.types import (
     RolloutGroup,
     TokenScores,
     TokenStreams,
-    View,
     VisualInput,
 )
 
@@ -45,23 +45,10 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model",
 
 
 @dataclass(frozen=True)
-class LogprobSum:
+class LogprobSum(Objective):
     """Objective whose loss is the mean over responses of the sum of their log-probs: no reward, no selection."""
 
-    name: str = "logprob_sum"
-    views: frozenset[View] = frozenset()
-    needs_entropy: bool = False
-    needs_kl: bool = False
-    needs_reference: bool = False
-    needs_selection_first: bool = False
-
-    def select_tokens(
-        self, batch: PackedBatch, scores: TokenScores, group_data: Sequence[RolloutGroup]
-    ) -> dict[str, Tensor]:
-        return {}
-
-    def num_loss_tokens(self, batch: PackedBatch, is_selected_R: Mapping[str, Tensor]) -> int:
-        return len(batch.target_ids_R)
+    name = "logprob_sum"
 
     def token_streams(
         self,

@@ -10,6 +10,7 @@ from megatron_ktr.errors import UserError
 from megatron_ktr.objectives.advantages import LengthBonus
 from megatron_ktr.objectives.base import Objective
 from megatron_ktr.objectives.grpo import GRPO
+from megatron_ktr.objectives.importance import ImportanceCorrection
 from megatron_ktr.objectives.sft import SupervisedFineTuning
 from megatron_ktr.objectives.video_ktr import VideoKTR
 
@@ -47,6 +48,9 @@ def _grpo(section: Any, length_bonus: LengthBonus | None) -> GRPO:
         length_bonus=length_bonus,
         original_compat=section.original_compat,
     )
+        importance=ImportanceCorrection(
+            level=section.importance_sampling, cap=section.importance_cap, mask=section.importance_mask or None
+        ),
 
 
 def _video_ktr(section: Any, length_bonus: LengthBonus | None) -> VideoKTR:

@@ -7,8 +7,7 @@ Positions are ours, as in the trainer (``models/qwen2_5_vl/mrope.py``): HF's own
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,11 @@ from torch import Tensor
 
 from megatron_ktr.distributed.platform import current
 from megatron_ktr.errors import UserError
+from megatron_ktr.hf_files import published_name
+from megatron_ktr.hf_model import hf_model_class
 from megatron_ktr.packing import MediaSpec
 from megatron_ktr.rollout.base import RolloutEngine
-from megatron_ktr.rollout.sampling import GumbelSampler, SamplingSettings, sample_seed
+from megatron_ktr.rollout.sampling import GumbelSampler, SamplingSettings, StopStrings, end_token_ids, sample_seed
 from megatron_ktr.types import Prompt, Rollout, RolloutGroup
 
 
@@ -29,7 +30,7 @@ class HFEngine(RolloutEngine):
     can_overlap = True
 
     def __init__(self, model_dir: Path | str, *, tokenizer: Any, media: MediaSpec, sampling: SamplingSettings) -> None:
-        from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration
+        from transformers import GenerationConfig
         from transformers.utils import logging
 
         self.tokenizer = tokenizer
@@ -37,15 +38,15 @@ class HFEngine(RolloutEngine):
         self.sampling = sampling
         self.device = current().device
         logging.disable_progress_bar()
-        self.model = Qwen2_5_VLForConditionalGeneration.from_pretrained(model_dir, dtype=torch.float32)
+        self.model = hf_model_class().from_pretrained(model_dir, dtype=torch.float32)
         self.model.to(self.device).eval().requires_grad_(False)
-        self.end_token_ids = _end_token_ids(self.model.generation_config, tokenizer)
+        self.end_token_ids = end_token_ids(model_dir, tokenizer)
         # Published directories ask generate for a repetition penalty and more, applied before our sampler would see
         # the logits: responses would come from, and log-probs be of, another distribution than the trainer's.
         self.model.generation_config = GenerationConfig(
             eos_token_id=list(self.end_token_ids), pad_token_id=self.end_token_ids[0], do_sample=False
         )
-        self._parameters = {_published_name(name): tensor for name, tensor in self.model.named_parameters()}
+        self._parameters = {published_name(name): tensor for name, tensor in self.model.named_parameters()}
 
     def load_weights(self, named_tensors: Iterator[tuple[str, Tensor]]) -> None:
         """Copies HF-named tensors in place, one at a time.
@@ -99,18 +100,23 @@ class HFEngine(RolloutEngine):
             for sample in range(number)
         ]
         sampler = GumbelSampler(seeds, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k)
+        stopper = _Stopper(sampling.stop, decode=self._text, num_rows=len(seeds)) if sampling.stop else None
         token_ids_BR = self.model.generate(
             inputs_embeds=torch.stack(inputs).repeat_interleave(number, dim=0),
             attention_mask=torch.stack(mask).long().repeat_interleave(number, dim=0),
             position_ids=torch.stack(positions, dim=1).repeat_interleave(number, dim=1),
             max_new_tokens=sampling.max_response_length,
             logits_processor=[_Chooser(sampler)],
+            stopping_criteria=[stopper] if stopper else None,
             use_cache=True,
         ).cpu()
         logprobs_BR = torch.stack(sampler.logprobs, dim=1)
+        stop_lengths = stopper.lengths if stopper else [None] * len(seeds)
         responses = [
-            self._rollout(ids, logprobs)
-            for ids, logprobs in zip(token_ids_BR.tolist(), logprobs_BR.tolist(), strict=True)
+            self._rollout(ids, logprobs, stop_length)
+            for ids, logprobs, stop_length in zip(
+                token_ids_BR.tolist(), logprobs_BR.tolist(), stop_lengths, strict=True
+            )
         ]
         return [
             RolloutGroup(prompt=prompt, rollouts=tuple(responses[index * number : (index + 1) * number]))
@@ -138,15 +144,38 @@ class HFEngine(RolloutEngine):
             raise UserError(f"prompt {prompt.problem_id} must end in text: generation continues from its last position")
         return embeds_PD, positions_3P.to(self.device)
 
-    def _rollout(self, token_ids: list[int], logprobs: list[float]) -> Rollout:
+    def _rollout(self, token_ids: list[int], logprobs: list[float], stop_length: int | None) -> Rollout:
+        """One row of ``generate``, cut where it ended: by an end token, or by the token that completed a stop string,
+        which stays in the text."""
         ends = [index for index, token in enumerate(token_ids) if token in self.end_token_ids]
-        length = ends[0] + 1 if ends else len(token_ids)
+        has_end_token = bool(ends) and (stop_length is None or ends[0] < stop_length)
+        length = ends[0] + 1 if has_end_token else stop_length or len(token_ids)
         return Rollout(
             token_ids=tuple(token_ids[:length]),
             sampler_logprobs=tuple(logprobs[:length]),
-            text=self.tokenizer.decode(token_ids[: length - 1] if ends else token_ids, skip_special_tokens=True),
-            is_finished=bool(ends),
+            text=self._text(token_ids[: length - 1] if has_end_token else token_ids[:length]),
+            is_finished=has_end_token or stop_length is not None,
         )
+
+    def _text(self, token_ids: list[int]) -> str:
+        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+
+
+class _Stopper:
+    """A stopping criterion: rows end at stop strings; ``generate`` returns when all rows have ended."""
+
+    def __init__(self, stop: Sequence[str], *, decode: Callable[[list[int]], str], num_rows: int) -> None:
+        self._strings = StopStrings(stop, decode=decode, num_rows=num_rows)
+        self.lengths: list[int | None] = [None] * num_rows
+        """Tokens of each row up to the one that completed a stop string; None without one."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        # With embeddings as input, input_ids holds the generated tokens alone. Rows that an end token ended go on here
+        # with padding; what that spells does not matter, as their end token came first.
+        for row, token_id in enumerate(input_ids[:, -1].tolist()):
+            if self.lengths[row] is None and self._strings.completed_by(row, token_id):
+                self.lengths[row] = input_ids.shape[1]
+        return torch.tensor([length is not None for length in self.lengths], device=input_ids.device)
 
 
 class _Chooser:
@@ -158,19 +187,3 @@ class _Chooser:
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         choice = self._sampler.choose(scores)
         return torch.full_like(scores, float("-inf")).scatter(1, choice[:, None], 0.0)
-
-
-def _end_token_ids(generation_config: Any, tokenizer: Any) -> tuple[int, ...]:
-    """The model's end tokens; without any, the tokenizer's."""
-    ends = generation_config.eos_token_id
-    ends = [ends] if isinstance(ends, int) else list(ends or [])
-    if not ends and tokenizer.eos_token_id is not None:
-        ends = [tokenizer.eos_token_id]
-    if not ends:
-        raise UserError("model: neither generation_config.json nor the tokenizer names an end token")
-    return tuple(ends)
-
-
-def _published_name(name: str) -> str:
-    """HF's in-memory parameter name as it is written in published checkpoints, and exported by the trainer."""
-    return re.sub(r"^model\.language_model\.", "model.", re.sub(r"^model\.visual\.", "visual.", name))
