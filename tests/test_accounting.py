@@ -19,8 +19,9 @@ from megatron_ktr.accounting.flops import (
     language_pairs,
     window_pairs,
 )
-from megatron_ktr.accounting.layout import Layout, count_parameters, peak_in_flight, schedule
+from megatron_ktr.accounting.layout import Layout, count_parameters
 from megatron_ktr.accounting.memory import estimate_memory
+from megatron_ktr.accounting.pipeline import peak_in_flight, schedule
 from megatron_ktr.accounting.rates import settings_of, step_rates
 from megatron_ktr.accounting.saved import TORCH_CPU
 from megatron_ktr.accounting.work import EACH_ONCE, ORIGINAL, GroupWork, StepSettings, video_grid
@@ -36,9 +37,9 @@ from tests.support.tiny import save_tiny_hf
 FULL = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
 FLOP_TOLERANCE = 0.002
 """The only product the model leaves out is that of rotary angles, 8 x 1 numbers a row; 2% is asked."""
-MEMORY_TOLERANCE = 0.07
-"""Unmodelled: statistics of norms, indices, buffers of messages, gradients alive at the moment of the peak; 10% is
-asked. The largest seen is 5.5% (bf16, tensor x pipeline x sequence parallel)."""
+MEMORY_TOLERANCE = 0.05
+"""Unmodelled: statistics of norms, indices, buffers of messages; when exactly a message is freed differs from run to run
+by 1%. 10% is asked, the largest seen is 3.5%."""
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,7 @@
-"""How a model is laid out over ranks, and what of it lies on each: layers, parameters, micro-batches in flight."""
+"""How a model is laid out over ranks, and what of it lies on each rank."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -129,55 +128,3 @@ def _vision_parameters(config: Qwen2_5_VLConfig, layout: Layout) -> tuple[int, i
     encoder = width * vision.patch_dim + vision.depth * (attention + mlp + 2 * width)
     merger = width + (merged * merged + merged + merged * vision.out_hidden_size) // tp + vision.out_hidden_size
     return encoder, merger
-
-
-def schedule(layout: Layout, *, rank: int, num_micro_batches: int) -> Iterator[tuple[str, int]]:
-    """Forward ("F") and backward ("B") of chunks on one pipeline rank, in order: 1F1B, interleaved with chunks.
-
-    Warm-up forwards: p - rank - 1 without virtual stages, else 2 (p - rank - 1) + (v - 1) p; then one forward and one
-    backward in turn; then the remaining backwards.
-    """
-    order = list(_chunk_order(layout, num_micro_batches))
-    if layout.pipeline == 1:
-        warm_up = 0
-    elif layout.virtual == 1:
-        warm_up = layout.pipeline - rank - 1
-    else:
-        warm_up = 2 * (layout.pipeline - rank - 1) + (layout.virtual - 1) * layout.pipeline
-    warm_up = min(warm_up, len(order))
-    for step in range(len(order) + warm_up):
-        if step < len(order):
-            yield "F", order[step]
-        if step >= warm_up:
-            yield "B", layout.virtual - 1 - order[step - warm_up]
-
-
-def _chunk_order(layout: Layout, num_micro_batches: int) -> Iterator[int]:
-    """Chunk of every forward: groups of p micro-batches go through all of a rank's chunks before the next group."""
-    group = layout.pipeline if layout.virtual > 1 else num_micro_batches
-    for start in range(0, num_micro_batches, group):
-        for chunk in range(layout.virtual):
-            yield from [chunk] * min(group, num_micro_batches - start)
-
-
-def peak_in_flight(
-    layout: Layout,
-    *,
-    rank: int,
-    num_micro_batches: int,
-    saved_bytes: Sequence[float],
-    extra_bytes: Sequence[float],
-) -> float:
-    """Largest sum of what all micro-batches in flight keep on a rank, and what the running backward needs beside it.
-
-    ``saved_bytes`` and ``extra_bytes`` are by chunk of the rank, of one micro-batch.
-    """
-    kept = peak = 0.0
-    for direction, chunk in schedule(layout, rank=rank, num_micro_batches=num_micro_batches):
-        if direction == "F":
-            kept += saved_bytes[chunk]
-        else:
-            peak = max(peak, kept + extra_bytes[chunk])
-            kept -= saved_bytes[chunk]
-        peak = max(peak, kept)
-    return peak

@@ -6,7 +6,7 @@
                  divided by data x context ranks under the distributed optimizer
     reference    parameters x b, where there is a KL term
     activations  language layers: what the micro-batches in flight keep at the worst moment of the schedule
-                 (``saved.py`` has the layer, ``layout.py`` the schedule)
+                 (``saved.py`` has the layer, ``pipeline.py`` the schedule)
     vision       the encoder's share of that, first stage only
     head         hidden rows and final norm, last stage only
     working      what the running backward needs beside it: a recomputed layer, gradients of activations, the head's
@@ -23,13 +23,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from megatron_ktr.accounting.layout import Layout, Parameters, count_parameters, peak_in_flight
+from megatron_ktr.accounting.layout import Layout, Parameters, count_parameters
+from megatron_ktr.accounting.pipeline import peak_in_flight
 from megatron_ktr.accounting.saved import (
     FUSED,
     Kernels,
     count_rows,
     head,
     language_layer,
+    patch_inputs,
     vision_ends,
     vision_layer,
 )
@@ -93,6 +95,7 @@ def estimate_memory(
             num_micro_batches=min(num_micro_batches, 3 * layout.pipeline),
             saved_bytes=[sum(getattr(chunk, name) for name in names) for chunk in chunks],
             extra_bytes=[chunk.extra if extra else 0.0 for chunk in chunks],
+            forward_bytes=[chunk.forward if extra else 0.0 for chunk in chunks],
         )
 
     # One peak, whose parts are those of its moment as far as they can be told apart.
@@ -132,6 +135,8 @@ class _ChunkBytes:
     vision: float
     head: float
     extra: float
+    forward: float = 0.0
+    """When the encoder is done and its input still there; 0 where nothing exceeds what forward ends with."""
 
 
 def _chunk_bytes(
@@ -156,7 +161,7 @@ def _chunk_bytes(
     if not is_first and kernels.norm_bytes == 8:
         language += own_rows * hidden * b  # and to what it received, of which the norm made an fp32 copy
     extra = layer.again + layer.extra
-    vision = 0.0
+    vision = forward = 0.0
     if is_first and not settings.is_vision_frozen:
         block = vision_layer(config, groups, layout, kernels)
         vision = vision_ends(config, groups, layout, kernels)
@@ -164,9 +169,10 @@ def _chunk_bytes(
             vision += config.vision.depth * block.saved
             # Its backward starts when the language layers' is over.
             extra = max(extra, block.again + block.extra - language)
+        forward = vision + patch_inputs(config, groups, layout, kernels)
     head_saved = 0.0
     if is_last:
         found = head(config, groups, layout, kernels, settings)
         head_saved = found.saved
         extra = max(extra - found.saved, found.extra)
-    return _ChunkBytes(language=language, vision=vision, head=head_saved, extra=extra)
+    return _ChunkBytes(language=language, vision=vision, head=head_saved, extra=extra, forward=forward)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -88,14 +89,15 @@ def find_plans(request: Request) -> list[Plan]:
     Raises:
         UserError: nothing fits; the message says what is nearest.
     """
-    plans = [judge(request, layout) for layout in layouts(request)]
-    if not plans:
+    sizes = [(memory_of(request, layout), layout) for layout in layouts(request)]
+    if not sizes:
         raise UserError(_nothing_divides(request))
-    fitting = [plan for plan in plans if plan.memory_gb <= request.gpu_memory_gb]
+    fitting = [(memory, layout) for memory, layout in sizes if memory.total <= request.gpu_memory_gb * GB]
     if not fitting:
-        raise UserError(_nothing_fits(request, min(plans, key=lambda plan: plan.memory_gb)))
+        raise UserError(_nothing_fits(request, *min(sizes, key=lambda size: size[0].total)))
+    plans = [judge(request, layout, memory=memory) for memory, layout in fitting]
     best: dict[tuple[int, ...], Plan] = {}
-    for plan in sorted(fitting, key=lambda plan: (round(plan.time.total, 6), plan.memory.total)):
+    for plan in sorted(plans, key=lambda plan: (round(plan.time.total, 6), plan.memory.total)):
         layout = plan.layout
         best.setdefault((layout.tensor, layout.pipeline, layout.context, layout.data), plan)
     return list(best.values())
@@ -130,34 +132,34 @@ def layouts(request: Request) -> Iterator[Layout]:
                             yield layout
 
 
-def judge(request: Request, layout: Layout) -> Plan:
-    """Memory of the fullest rank (the first, with the encoder and most in flight, or the last, with the head) and
-    time of the whole step."""
+def memory_of(request: Request, layout: Layout) -> Memory:
+    """Of the fullest rank: the first, with the encoder and most in flight, or the last, with the head."""
+    found = [
+        estimate_memory(
+            request.config,
+            [request.group],
+            layout,
+            rank=rank,
+            num_micro_batches=request.prompts_per_step // layout.data,
+            settings=dataclasses.replace(request.settings, recompute=layout.recompute),
+            kernels=request.kernels,
+            engine_bytes=request.engine_gb * GB,
+            reserved_bytes=request.reserved_gb * GB,
+        )
+        for rank in {0, layout.pipeline - 1}
+    ]
+    return max(found, key=lambda memory: memory.total)
+
+
+def judge(request: Request, layout: Layout, *, memory: Memory | None = None) -> Plan:
+    """Memory, time of the whole step and flags of one layout."""
     settings = dataclasses.replace(request.settings, recompute=layout.recompute)
-    num_micro_batches = request.prompts_per_step // layout.data
-    memory = max(
-        (
-            estimate_memory(
-                request.config,
-                [request.group],
-                layout,
-                rank=rank,
-                num_micro_batches=num_micro_batches,
-                settings=settings,
-                kernels=request.kernels,
-                engine_bytes=request.engine_gb * GB,
-                reserved_bytes=request.reserved_gb * GB,
-            )
-            for rank in {0, layout.pipeline - 1}
-        ),
-        key=lambda found: found.total,
-    )
     time = estimate_time(
         request.config,
         [request.group],
         request.flops_by_recompute[layout.recompute],
         layout,
-        num_micro_batches=num_micro_batches,
+        num_micro_batches=request.prompts_per_step // layout.data,
         settings=settings,
         machine=request.machine,
         bytes_per_number=request.kernels.bytes_per_number,
@@ -166,7 +168,7 @@ def judge(request: Request, layout: Layout) -> Plan:
     tflops = useful / time.total / request.num_gpus / 1e12
     return Plan(
         layout=layout,
-        memory=memory,
+        memory=memory or memory_of(request, layout),
         time=time,
         flags=flags_of(request, layout),
         tflops_per_gpu=tflops,
@@ -219,9 +221,9 @@ def _nothing_divides(request: Request) -> str:
     )
 
 
-def _nothing_fits(request: Request, nearest: Plan) -> str:
-    layout = nearest.layout
-    hints = [f"--gpu-memory {nearest.memory_gb:.1f}"]
+def _nothing_fits(request: Request, memory: Memory, layout: Layout) -> str:
+    needed = memory.total / GB
+    hints = [f"--gpu-memory {math.ceil(10 * needed) / 10:g}"]
     more = next((n for n in _doubled(request.num_gpus) if _fits(dataclasses.replace(request, num_gpus=n))), None)
     if more:
         hints.append(f"--gpus {more}")
@@ -233,7 +235,7 @@ def _nothing_fits(request: Request, nearest: Plan) -> str:
     return (
         f"no layout fits {request.gpu_memory_gb:g} GB a GPU on {request.num_gpus} GPUs: the nearest (tensor "
         f"{layout.tensor} x pipeline {layout.pipeline} x context {layout.context} x data {layout.data}, recompute "
-        f"{layout.recompute}) needs {nearest.memory_gb:.1f} GB; it would fit with {' or '.join(hints)}"
+        f"{layout.recompute}) needs {needed:.1f} GB; it would fit with {' or '.join(hints)}"
     )
 
 
@@ -242,7 +244,7 @@ def _doubled(num_gpus: int) -> list[int]:
 
 
 def _fits(request: Request) -> bool:
-    return any(judge(request, layout).memory_gb <= request.gpu_memory_gb for layout in layouts(request))
+    return any(memory_of(request, layout).total <= request.gpu_memory_gb * GB for layout in layouts(request))
 
 
 def _divisors(number: int) -> list[int]:

@@ -39,6 +39,8 @@ class Kernels:
     has_fused_swiglu: bool = False
     gathers_keys: bool = False
     """Every response has its own copy of the prompt's keys and values."""
+    moves_inputs: bool = True
+    """Patches come from the host, in fp32."""
     has_masks: bool = False
     """Responses attend under an explicit mask, in the activations' precision."""
 
@@ -54,7 +56,7 @@ class Kernels:
         return 3 if self.has_fused_swiglu else 5
 
 
-TORCH_CPU = Kernels(bytes_per_number=4, gathers_keys=True, has_masks=True)
+TORCH_CPU = Kernels(bytes_per_number=4, gathers_keys=True, has_masks=True, moves_inputs=False)
 TORCH_GPU = Kernels(has_fused_swiglu=True)
 FUSED = Kernels(has_fused_norm=True, has_fused_swiglu=True, gathers_keys=True)
 
@@ -108,7 +110,8 @@ def language_layer(
         kept = own_rows * hidden * b
         return LayerBytes(saved=kept, again=everything, extra=extra)
     if layout.recompute == "selective":
-        return LayerBytes(saved=everything - inner, again=inner, extra=extra)
+        # Made again after the MLP's backward, in the room that what the MLP kept has left.
+        return LayerBytes(saved=everything - inner, again=max(0.0, inner - mlp), extra=extra)
     return LayerBytes(saved=everything, again=0.0, extra=extra)
 
 
@@ -121,12 +124,14 @@ def vision_layer(config: Qwen2_5_VLConfig, groups: Sequence[GroupWork], layout: 
     norms = 2 * kernels.norm_bytes * patches * width
     inner = patches * own_width * b + 4 * patches * vision.num_heads / shards
     qkv = 5 * patches * own_width * b
-    everything = norms + qkv + inner + kernels.mlp_copies * patches * ffn * b
+    mlp = kernels.mlp_copies * patches * ffn * b
+    everything = norms + qkv + inner + mlp
     extra = 2 * patches * ffn * b + 2 * patches * width * b
     if layout.recompute == "full":
         return LayerBytes(saved=patches * width * b, again=everything, extra=extra)
     if layout.recompute == "selective":
-        return LayerBytes(saved=everything - inner, again=inner, extra=extra)
+        # Made again after the MLP's backward, in the room that what the MLP kept has left.
+        return LayerBytes(saved=everything - inner, again=max(0.0, inner - mlp), extra=extra)
     return LayerBytes(saved=everything, again=0.0, extra=extra)
 
 
@@ -138,6 +143,12 @@ def vision_ends(config: Qwen2_5_VLConfig, groups: Sequence[GroupWork], layout: L
     norm = kernels.norm_bytes * patches * vision.hidden_size
     features = sum(group.num_visual_tokens(vision) for group in groups) * vision.out_hidden_size * b
     return patches * vision.patch_dim * b + norm + 2 * patches / vision.merge_unit * merged * b + features
+
+
+def patch_inputs(config: Qwen2_5_VLConfig, groups: Sequence[GroupWork], layout: Layout, kernels: Kernels) -> float:
+    """What the encoder's caller holds while it runs: patches as they came, and in the model's precision."""
+    copies = 4 * kernels.moves_inputs + (kernels.bytes_per_number if kernels.bytes_per_number != 4 else 0)
+    return count_patches(groups, layout) * config.vision.patch_dim * copies
 
 
 def count_patches(groups: Sequence[GroupWork], layout: Layout) -> float:

@@ -1,13 +1,12 @@
 """Seconds of a training step, without the rollout, from arithmetic and bytes; and where they go.
 
-A stage's time for one micro-batch of a pass is
+A chunk's time for one micro-batch of a pass is
 
-    t_s = operations of the stage / (ranks that share them x peak x efficiency) + bytes / bandwidth of what it sends
+    operations of the chunk / (ranks that share them x peak x efficiency) + bytes / bandwidth of what it sends
 
-Operations: language layers are split over p stages, the encoder is the first stage's, the head the last's. A pass over
-m micro-batches with v chunks a rank takes ``m max_s t_s + (sum_s t_s - max_s t_s) / v``: the slowest stage is busy all
-the time, the others fill and drain. Every pass (policy, hidden, each shuffled, reference, selection) fills anew. Bytes,
-per micro-batch, of T rows (of this context rank) of b bytes a number:
+Operations: language layers are split evenly, the encoder is the first chunk's, the head the last's. A pass takes what
+the pipeline's schedule takes with these times (``pipeline.py``); passes (policy, hidden, each shuffled, reference,
+selection) follow one another. Bytes, per micro-batch, of T rows (of this context rank) of b bytes a number:
 
     tensor    forward and backward each 2 all-reduces of T D a layer (or the equal gather and scatter), 2 (tp - 1) / tp
               times their size; sequence parallelism gathers once more in backward; the encoder likewise, W wide
@@ -27,6 +26,7 @@ from dataclasses import dataclass
 
 from megatron_ktr.accounting.flops import Flops
 from megatron_ktr.accounting.layout import Layout, count_parameters
+from megatron_ktr.accounting.pipeline import pipeline_seconds
 from megatron_ktr.accounting.saved import count_patches
 from megatron_ktr.accounting.work import GroupWork, StepSettings
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
@@ -41,7 +41,7 @@ class Machine:
     peak_tflops: float = 989.0
     """Of one GPU, dense bf16."""
     efficiency: float = 0.45
-    """Share of the peak that the kernels of a busy stage reach."""
+    """Share of the peak that the kernels of a busy rank reach."""
     gpus_per_node: int = 8
     link_gb_per_second: float = 350.0
     """Inside a node, 10^9 bytes a second."""
@@ -57,9 +57,9 @@ class StepTime:
     """Seconds; the parts add up to the total."""
 
     compute: float
-    """Of an average stage."""
+    """Of an average rank."""
     bubble: float
-    """An average stage waits for others: fill, drain and unequal stages."""
+    """An average rank waits for others: fill, drain and unequal chunks."""
     tensor: float
     context: float
     pipeline: float
@@ -75,7 +75,7 @@ class StepTime:
 
 
 @dataclass(frozen=True)
-class _StageTime:
+class _ChunkTime:
     compute: float
     tensor: float
     context: float
@@ -112,22 +112,28 @@ def estimate_time(
     bytes_per_number: int = 2,
 ) -> StepTime:
     """A step of ``num_micro_batches`` micro-batches like ``groups`` on each replica; ``flops`` are of one of them."""
-    m, b = num_micro_batches, bytes_per_number
+    m, b, p = num_micro_batches, bytes_per_number, layout.pipeline
     sums = dict.fromkeys(("compute", "bubble", "tensor", "context", "pipeline"), 0.0)
     first_forward = last_backward = 0.0
     for one in _passes(config, groups, flops, settings):
-        stages = [
-            _stage_time(config, one, layout, stage=stage, settings=settings, machine=machine, b=b)
-            for stage in range(layout.pipeline)
+        chunks = [
+            _chunk_time(config, one, layout, chunk=chunk, settings=settings, machine=machine, b=b)
+            for chunk in range(layout.num_chunks)
         ]
-        totals = [stage.total for stage in stages]
-        slowest = max(totals)
-        duration = m * slowest + (sum(totals) - slowest) / layout.virtual
+        # Forward's share of forward, recomputation and backward.
+        share = 1 / (3 + (settings.recompute == "full")) if one.has_backward else 1.0
+        duration = pipeline_seconds(
+            layout,
+            num_micro_batches=m,
+            forward=[share * chunk.total for chunk in chunks],
+            backward=[(1 - share) * chunk.total for chunk in chunks] if one.has_backward else None,
+        )
         for part in ("compute", "tensor", "context", "pipeline"):
-            sums[part] += one.times * m * sum(getattr(stage, part) for stage in stages) / layout.pipeline
-        sums["bubble"] += one.times * (duration - m * sum(totals) / layout.pipeline)
+            sums[part] += one.times * m * sum(getattr(chunk, part) for chunk in chunks) / p
+        sums["bubble"] += one.times * max(0.0, duration - m * sum(chunk.total for chunk in chunks) / p)
         if one.has_backward:
-            first_forward, last_backward = slowest / 3, slowest * 2 / 3
+            slowest = max(sum(chunk.total for chunk in chunks[rank::p]) for rank in range(p))
+            first_forward, last_backward = share * slowest, (1 - share) * slowest
     scatter, gather = _data_seconds(config, layout, settings, machine, b)
     exposed = max(0.0, scatter - last_backward) + max(0.0, gather - first_forward)
     return StepTime(**sums, data=settings.num_updates * exposed)
@@ -163,29 +169,29 @@ def _passes(
         )
 
 
-def _stage_time(
+def _chunk_time(
     config: Qwen2_5_VLConfig,
     one: _Pass,
     layout: Layout,
     *,
-    stage: int,
+    chunk: int,
     settings: StepSettings,
     machine: Machine,
     b: int,
-) -> _StageTime:
-    """One micro-batch on one pipeline stage, forward and (policy) backward."""
+) -> _ChunkTime:
+    """One micro-batch on one of all p v chunks, forward and (policy) backward."""
     text, vision, tp, cp = config.text, config.vision, layout.tensor, layout.context
     # Forward's messages; backward sends them again, recomputation and sequence parallelism once more.
     repeated = settings.recompute == "full"
     tensor_rounds = 2 + repeated + 0.5 * layout.sequence_parallel if one.has_backward else 1
     context_rounds = 3 + repeated if one.has_backward else 1
-    num_layers = text.num_hidden_layers / layout.pipeline
-    operations = one.operations["language"] / layout.pipeline / (tp * cp)
+    num_layers = text.num_hidden_layers / layout.num_chunks
+    operations = one.operations["language"] / layout.num_chunks / (tp * cp)
     reduced = num_layers * 2 * one.num_rows / cp * text.hidden_size
     gathered_features = 0.0
-    if stage == layout.pipeline - 1:
+    if chunk == layout.num_chunks - 1:
         operations += one.operations["head"] / (tp * cp)
-    if stage == 0:
+    if chunk == 0:
         operations += one.operations["vision"] / (layout.vision_shards * layout.vision_frames_split)
         if layout.vision_shards > 1:
             reduced += 2 * vision.depth * count_patches(one.encoded, layout) * vision.hidden_size
@@ -193,9 +199,9 @@ def _stage_time(
             gathered_features = sum(group.num_visual_tokens(vision) for group in one.encoded) * text.hidden_size * b
     kv = 2 * text.num_key_value_heads * text.head_size / tp
     gathered = num_layers * kv * one.num_rows * (cp - 1) / cp * b
-    sent = layout.virtual * one.num_rows / cp * text.hidden_size * b * (layout.pipeline > 1)
+    sent = one.num_rows / cp * text.hidden_size * b * (layout.pipeline > 1)
     sent *= (1 + one.has_backward) / (tp if layout.sequence_parallel else 1)
-    return _StageTime(
+    return _ChunkTime(
         compute=operations / (1e12 * machine.peak_tflops * machine.efficiency),
         tensor=tensor_rounds * reduced * b * 2 * (tp - 1) / tp / machine.bandwidth(tp),
         context=(context_rounds * gathered + gathered_features) / machine.bandwidth(tp * cp),
