@@ -136,16 +136,16 @@ def test_random_replicas_are_nearly_even_after_few_moves() -> None:
             flat = [cost for of_replica in costs for cost in of_replica]
             assert sorted(itertools.chain(*placement.groups_of)) == list(range(len(flat)))
             assert all(placement.groups_of) and placement.imbalance_after <= placement.imbalance_before
-            # No replica can have less than the most costly group.
+            # The busiest replica has the mean at least, and the most costly group. Seen: 1.02 and 1.25 above that.
             floor = max(1.0, max(flat) * replicas / sum(flat))
-            assert placement.imbalance_after <= max(1.05, 1.02 * floor)
+            assert placement.imbalance_after <= 1.03 * floor
             assert placement.imbalance_after == pytest.approx(imbalance(placement.groups_of, flat))
             kept = balance_replicas(costs, keep_counts=True)
             assert {len(part) for part in kept.groups_of} == {8}
-            assert kept.imbalance_after <= max(1.05, 1.35 * floor)
+            assert kept.imbalance_after <= 1.3 * floor
             moved += sum(map(len, placement.moves.values()))
             total += len(flat)
-    assert moved < 0.4 * total
+    assert moved < 0.2 * total
 
 
 # Options
@@ -260,13 +260,13 @@ LAYOUTS = {
         ),
     ],
 }
-UNEVEN = {
-    "dp2 packed",
-    "dp2 packed overlapped reduction",
-    "dp4 balanced packed overlapped",
-    "pp2 dp2 packed overlapped",
+EVEN = {
+    "dp2 balanced packed",
+    "dp2 balanced packed overlapped",
+    "tp2 dp2 sp balanced packed",
+    "pp2 dp2 balanced packed",
 }
-"""Layouts in which replicas have different numbers of micro-batches."""
+"""Layouts in which all replicas have three micro-batches; in the others some have twice as many as some."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,19 +274,19 @@ class Plain:
     """One process, one micro-batch per group."""
 
     hf_dir: Path
+    reference_dir: Path
     initial: dict[str, Tensor]
     expected: list[StepRecord]
 
 
-def ragged_steps(context: RankContext, *, hf_dir: Path, layouts: Sequence[Layout], masks: Any = None) -> list[Any]:
+def ragged_steps(context: RankContext, *, layouts: Sequence[Layout], **options: Any) -> list[Any]:
     return [
         run_steps(
             context.init(layout.sizes),
-            hf_dir=hf_dir,
+            **options,
             rollout_groups=ragged_groups(),
             values=layout.values,
             num_steps=NUM_STEPS,
-            masks=masks,
             bucket_size=layout.bucket_size,
         )
         for layout in layouts
@@ -295,13 +295,17 @@ def ragged_steps(context: RankContext, *, hf_dir: Path, layouts: Sequence[Layout
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory, ranks: RankPool) -> Plain:
-    hf_dir = tmp_path_factory.mktemp("policy")
+    hf_dir, reference_dir = tmp_path_factory.mktemp("policy"), tmp_path_factory.mktemp("reference")
     model = save_tiny_hf(hf_dir)
+    # Another reference: the KL term gives the loss a size that a wrong denominator would change.
+    save_tiny_hf(reference_dir, seed=9)
     initial = {
         name.replace("model.language_model.", "model.").replace("model.visual.", "visual."): p.detach().clone()
         for name, p in model.named_parameters()
     }
-    return Plain(hf_dir, initial, ranks(ragged_steps, 1, hf_dir=hf_dir, layouts=[Layout("plain")])[0][0])
+    found = ranks(ragged_steps, 1, hf_dir=hf_dir, reference_dir=reference_dir, layouts=[Layout("plain")])
+    assert abs(found[0][0][0].updates[0].loss) > 0.01
+    return Plain(hf_dir, reference_dir, initial, found[0][0])
 
 
 @pytest.mark.parametrize("world_size", LAYOUTS)
@@ -309,14 +313,15 @@ def test_a_step_does_not_depend_on_where_its_groups_are(ranks: RankPool, plain: 
     """Key tokens are injected: a score at the threshold may fall on either side when sums are reordered."""
     masks = [record.chosen for record in plain.expected]
     layouts = LAYOUTS[world_size]
-    found = ranks(ragged_steps, world_size, hf_dir=plain.hf_dir, layouts=layouts, masks=masks)
+    options = dict(hf_dir=plain.hf_dir, reference_dir=plain.reference_dir, masks=masks)
+    found = ranks(ragged_steps, world_size, layouts=layouts, **options)
     for index, layout in enumerate(layouts):
         records = [of_rank[index] for of_rank in found]
         for record in records:
             _assert_same(layout.name, compare_steps(record, plain.expected, initial=plain.initial), plain.expected)
         _assert_placed_once(records, model=layout.sizes.model)
         counts = {update.num_micro_batches for record in records for update in record[0].updates}
-        assert (len(counts) > 1) == (layout.name in UNEVEN), (layout.name, counts)
+        assert world_size == 1 or (len(counts) == 1) == (layout.name in EVEN), (layout.name, counts)
         batching = records[0][0].batching
         if layout.values.get("balance_replicas"):
             assert batching["flops_imbalance/before"] > 1.3 and batching["groups_moved"] >= 1

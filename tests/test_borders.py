@@ -31,6 +31,7 @@ MAY_IMPORT = {
         "megatron_ktr/checkpoint.py",
         "megatron_ktr/train.py",
         "megatron_ktr/accounting/*",  # sizes of models, no modules
+        "benchmarks/*",
         "megatron_ktr/rollout/weight_sync.py",
     ),
     "vllm": ("megatron_ktr/rollout/*",),
