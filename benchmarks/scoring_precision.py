@@ -7,9 +7,9 @@ a whole one), samples responses to ``--prompts`` training questions, scores them
 products in the hidden and the shuffled pass, and selects key tokens from each. The intact pass is in fp32 both times.
 
 Agreement = tokens that both select / tokens that either selects (Jaccard). Two random choices of a share p agree to
-p / (2 - p). ``noise`` is |log-prob in bf16 - log-prob in fp32| of the counterfactual passes in nats, ``threshold`` the
-median over groups of the smallest selected score in fp32: a token whose score is within the noise of its group's
-threshold may be chosen by one and not by the other.
+p / (2 - p). ``..._clear``: in groups with a score of at least 0.01 nats. ``noise`` is |log-prob in bf16 - log-prob in
+fp32| of the counterfactual passes in nats, ``threshold`` the median over groups of the smallest selected score in fp32:
+a token whose score is within the noise of its group's threshold may be chosen by one and not by the other.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,9 @@ STAGES = (("lookup", "sft_lookup", 80), ("sft", "sft", 120), ("guess", "sft_gues
 """The quickstart's stages of fine-tuning, cut short: configuration, data, steps."""
 RATIOS = (0.1, 0.2, 0.4)
 PRECISIONS = {"fp32": "same", "bf16": "bf16"}
+CLEAR_NATS = 0.01
+"""A signal whose largest score in a group is below this hardly sees the video: its ranking is rounding in any
+precision."""
 SHIFTS = ("signed", "absolute")
 
 
@@ -125,45 +128,75 @@ def sample_and_score(root: Path, model: Path, *, num_prompts: int, seed: int) ->
     ]
 
 
-def measure(scored: Sequence[Scored], objective: VideoKTR) -> dict[str, float]:
+@dataclass(frozen=True)
+class OfGroup:
+    """One signal in one group."""
+
+    score_R: Tensor
+    """In fp32, NaN where the signal does not apply."""
+    is_chosen_R: Mapping[str, Tensor]
+    """By precision."""
+
+    @property
+    def is_clear(self) -> bool:
+        largest = self.score_R[self.score_R.isfinite()].abs()
+        return bool(len(largest)) and float(largest.max()) >= CLEAR_NATS
+
+    @property
+    def threshold(self) -> float | None:
+        """The smallest chosen score in fp32; None where nothing is chosen."""
+        chosen = self.score_R[self.is_chosen_R["fp32"]]
+        return float(chosen.min()) if len(chosen) else None
+
+
+def measure(scored: Sequence[Scored], objective: VideoKTR) -> dict[str, float | None]:
     """Agreement by signal and of the union, and shares, thresholds and noise that explain it."""
-    chosen = {
-        name: _joined([objective.select_tokens(s.item.batch, s.scores[name], s.item.groups) for s in scored])
-        for name in PRECISIONS
-    }
-    chosen = {name: {**masks, "union": union_of(masks)} for name, masks in chosen.items()}
-    result: dict[str, float] = {}
-    for signal in ("visual", "temporal", "union"):
-        one, other = (chosen[name][signal] for name in PRECISIONS)
-        result[f"agreement_{signal}"] = float((one & other).sum() / (one | other).sum())
-        result[f"share_{signal}"] = float(one.float().mean())
+    result: dict[str, float | None] = {}
     for signal, view in VIEW_OF_SIGNAL.items():
+        groups = list(_groups(scored, objective, signal))
+        clear = [group for group in groups if group.is_clear]
         logprobs = [torch.cat([getattr(s.scores[name], f"{view}_logprob_R") for s in scored]) for name in PRECISIONS]
         noise_R = (logprobs[0] - logprobs[1]).abs()
         noise_R = noise_R[noise_R.isfinite()]
-        result[f"noise_{signal}_median"], result[f"noise_{signal}_mean"] = (
-            float(noise_R.median()),
-            float(noise_R.mean()),
-        )
-        result[f"threshold_{signal}"] = statistics.median(_thresholds(scored, objective, signal))
-    return result
+        result |= {
+            f"agreement_{signal}": _agreement([group.is_chosen_R for group in groups]),
+            f"agreement_{signal}_clear": _agreement([group.is_chosen_R for group in clear]),
+            f"groups_{signal}": sum(1 for group in groups if group.threshold is not None),
+            f"groups_{signal}_clear": len(clear),
+            f"threshold_{signal}": _median([t for group in groups if (t := group.threshold) is not None]),
+            f"noise_{signal}_median": float(noise_R.median()),
+            f"noise_{signal}_mean": float(noise_R.mean()),
+        }
+    unions = [{name: union_of(masks) for name, masks in _chosen(part, objective).items()} for part in scored]
+    share = torch.cat([union["fp32"] for union in unions]).float().mean()
+    return {**result, "agreement_union": _agreement(unions), "share_union": float(share)}
 
 
-def _joined(masks: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    return {signal: torch.cat([of_part[signal] for of_part in masks]) for signal in masks[0]}
+def _median(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None
 
 
-def _thresholds(scored: Sequence[Scored], objective: VideoKTR, signal: Signal) -> list[float]:
-    """The smallest selected score of every group that has one, in fp32."""
-    found = []
+def _agreement(chosen: Sequence[Mapping[str, Tensor]]) -> float | None:
+    """Jaccard over all tokens of the parts; None where neither precision chooses any."""
+    both = sum(int((part["fp32"] & part["bf16"]).sum()) for part in chosen)
+    either = sum(int((part["fp32"] | part["bf16"]).sum()) for part in chosen)
+    return both / either if either else None
+
+
+def _chosen(part: Scored, objective: VideoKTR) -> dict[str, dict[str, Tensor]]:
+    """bool [R] by precision and signal."""
+    item = part.item
+    return {name: objective.select_tokens(item.batch, part.scores[name], item.groups) for name in PRECISIONS}
+
+
+def _groups(scored: Sequence[Scored], objective: VideoKTR, signal: Signal) -> Iterator[OfGroup]:
     for part in scored:
-        batch, groups, scores = part.item.batch, part.item.groups, part.scores["fp32"]
+        batch, groups, chosen = part.item.batch, part.item.groups, _chosen(part, objective)
         applies_R = signal_applies(batch, groups, signals=[signal])
-        score_R = signal_scores(scores, applies_R=applies_R, shift=objective.shift)[signal]
-        is_chosen_R = objective.select_tokens(batch, scores, groups)[signal]
-        of_groups = [score_R[is_chosen_R & (batch.group_R == index)] for index in range(len(groups))]
-        found += [float(chosen.min()) for chosen in of_groups if len(chosen)]
-    return found
+        score_R = signal_scores(part.scores["fp32"], applies_R=applies_R, shift=objective.shift)[signal]
+        for index in range(len(groups)):
+            is_mine_R = batch.group_R == index
+            yield OfGroup(score_R[is_mine_R], {name: chosen[name][signal][is_mine_R] for name in PRECISIONS})
 
 
 def run(options: argparse.Namespace, root: Path) -> dict[str, Any]:
@@ -183,17 +216,18 @@ def run(options: argparse.Namespace, root: Path) -> dict[str, Any]:
 
 
 def _table(report: dict[str, Any]) -> str:
-    columns = ("visual", "temporal", "union")
-    lines = [f"{'shift, ratio':<16}" + "".join(f"{name:>10}" for name in columns) + "   agreement of key tokens"]
+    columns = ("visual", "visual_clear", "temporal", "temporal_clear", "union")
+    lines = [f"{'shift, ratio':<16}" + "".join(f"{name:>15}" for name in columns)]
     for name, values in report["results"].items():
-        lines.append(f"{name:<16}" + "".join(f"{values[f'agreement_{signal}']:>10.3f}" for signal in columns))
-    return "\n".join(lines)
+        cells = [values[f"agreement_{column}"] for column in columns]
+        lines.append(f"{name:<16}" + "".join(f"{'-' if cell is None else f'{cell:.3f}':>15}" for cell in cells))
+    return "\n".join(["agreement of key tokens, bf16 and fp32", *lines])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quickstart", type=Path, help="directory of a finished quickstart; none = fine-tune a model")
-    parser.add_argument("--prompts", type=int, default=16, help="questions, with 8 responses each (default 16)")
+    parser.add_argument("--prompts", type=int, default=32, help="questions, with 8 responses each (default 32)")
     parser.add_argument("--steps", type=int, help="steps of every stage of fine-tuning, to try the command")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
