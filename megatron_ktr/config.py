@@ -125,7 +125,9 @@ class RolloutSection:
     server_timeout_seconds: float = _option(
         600.0, "How long one request may take before its server is taken out and it is sent to another", above=0
     )
-    server_max_retries: int = _option(4, "Failures in a row that a server may have; one more and it is taken out", low=0)
+    server_max_retries: int = _option(
+        4, "Failures in a row that a server may have; one more and it is taken out", low=0
+    )
     weight_transfer: Literal["auto", "nccl", "directory"] = _option(
         "auto", "How servers receive weights: NCCL, or safetensors in weight_directory; auto = NCCL on GPUs"
     )
