@@ -33,6 +33,8 @@ CPU_FLAGS = {
     "--enforce-eager": None,
     "--kv-cache-memory-bytes": str(1 << 28),
     "--max-num-batched-tokens": "8192",
+    # ``WHOLE_PROMPTS`` in vllm_cpu.py. vLLM asks for --max-model-len where the model's own exceeds the line above.
+    "--no-enable-chunked-prefill": None,
 }
 
 
