@@ -38,8 +38,8 @@ FULL = dict(recompute_granularity="full", recompute_method="uniform", recompute_
 FLOP_TOLERANCE = 0.002
 """The only product the model leaves out is that of rotary angles, 8 x 1 numbers a row; 2% is asked."""
 MEMORY_TOLERANCE = 0.05
-"""Unmodelled: statistics of norms, indices, buffers of messages; when exactly a message is freed differs from run to run
-by 1%. 10% is asked, the largest seen is 3.5%."""
+"""Unmodelled: statistics of norms, indices, buffers of messages; when exactly those are freed differs from run to run
+by up to 2%. 10% is asked, the largest seen is 3.5%."""
 
 
 @pytest.fixture(scope="module")
@@ -257,6 +257,8 @@ def test_schedule_runs_every_micro_batch_once_and_keeps_what_megatron_keeps():
 
 def memory_of_rank(context: Any, *, hf_dir: Path, sizes: Any, values: dict[str, Any]) -> dict[str, Any]:
     """Bytes that a rank really held, and the estimate."""
+    from megatron.core.parallel_state import get_global_memory_buffer
+
     parallel = context.init(sizes)
     num_micro_batches = 4
     groups = [video_group(seed=i, grid=(4, 12, 16), lengths=(40, 52, 31)) for i in range(num_micro_batches)]
@@ -264,6 +266,7 @@ def memory_of_rank(context: Any, *, hf_dir: Path, sizes: Any, values: dict[str, 
     items = harness.items()
     harness.backward(items)
     harness.policy.optimizer.step()
+    get_global_memory_buffer().buffer.clear()  # or what sequence parallelism gathers into would not be seen
     gc.collect()
     parameters = [p for chunk in harness.policy.chunks for p in chunk.parameters()]
     main_grads = [p.main_grad for p in parameters if hasattr(p, "main_grad")]

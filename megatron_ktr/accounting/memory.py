@@ -158,7 +158,7 @@ def _chunk_bytes(
     language = num_layers * layer.saved
     if not is_last:
         language += own_rows * hidden * b  # the pipeline holds on to what it sent
-    if not is_first and kernels.norm_bytes == 8:
+    if not is_first and not kernels.norm_keeps_input:
         language += own_rows * hidden * b  # and to what it received, of which the norm made an fp32 copy
     extra = layer.again + layer.extra
     vision = forward = 0.0

@@ -52,6 +52,11 @@ class Kernels:
         return 12 if self.bytes_per_number == 4 else 8
 
     @property
+    def norm_keeps_input(self) -> bool:
+        """Rather than an fp32 copy of it."""
+        return self.has_fused_norm or self.bytes_per_number == 4
+
+    @property
     def mlp_copies(self) -> int:
         return 3 if self.has_fused_swiglu else 5
 
@@ -108,7 +113,7 @@ def language_layer(
     )
     if layout.recompute == "full":
         kept = own_rows * hidden * b
-        return LayerBytes(saved=kept, again=everything, extra=extra)
+        return LayerBytes(saved=kept, again=everything - kept * kernels.norm_keeps_input, extra=extra)
     if layout.recompute == "selective":
         # Made again after the MLP's backward, in the room that what the MLP kept has left.
         return LayerBytes(saved=everything - inner, again=max(0.0, inner - mlp), extra=extra)
@@ -128,7 +133,8 @@ def vision_layer(config: Qwen2_5_VLConfig, groups: Sequence[GroupWork], layout: 
     everything = norms + qkv + inner + mlp
     extra = 2 * patches * ffn * b + 2 * patches * width * b
     if layout.recompute == "full":
-        return LayerBytes(saved=patches * width * b, again=everything, extra=extra)
+        kept = patches * width * b
+        return LayerBytes(saved=kept, again=everything - kept * kernels.norm_keeps_input, extra=extra)
     if layout.recompute == "selective":
         # Made again after the MLP's backward, in the room that what the MLP kept has left.
         return LayerBytes(saved=everything - inner, again=max(0.0, inner - mlp), extra=extra)
