@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -23,9 +23,10 @@ class MicroBatch:
     """From ``score`` on the other views; None on every stage but the last."""
     counterfactual_kl_R: dict[View, Tensor] = field(default_factory=dict)
     """KL(intact || view), where an intact pass has met ``counterfactual_hidden_RD``."""
-    counterfactual_hidden_RD: dict[View, Tensor | None] = field(default_factory=dict)
-    """From ``hidden_rows`` on the other views, for objectives that need the KL: the next intact pass compares whole
-    distributions of all views in its own pass over the vocabulary, and no logits are kept."""
+    counterfactual_hidden_RD: dict[View, tuple[Tensor | None, ...]] = field(default_factory=dict)
+    """By random order, of which views other than ``shuffled`` have one. From ``hidden_rows`` on the other views, for
+    objectives that need the KL: the next intact pass compares whole distributions of all views in its own pass over the
+    vocabulary, and no logits are kept."""
     divergence_R: Tensor | None = None
     """Between the responses of a group, for objectives that need it, once an intact pass has found it."""
     reference_logprob_R: Tensor | None = None
@@ -80,6 +81,14 @@ class UpdateResult:
     """Before clipping."""
     streams: tuple[TokenStreams, ...] = ()
     scores: tuple[TokenScores, ...] = ()
+
+
+def mean_by_view(views: Sequence[View], values_KR: Tensor) -> dict[View, Tensor]:
+    """The rows of ``values_KR``, of which ``views`` names the view, averaged where a view has several."""
+    rows: dict[View, list[Tensor]] = {}
+    for view, value_R in zip(views, values_KR, strict=True):
+        rows.setdefault(view, []).append(value_R)
+    return {view: torch.stack(found).mean(dim=0) if len(found) > 1 else found[0] for view, found in rows.items()}
 
 
 def any_gradient(streams: TokenStreams, scores: TokenScores | None) -> bool:

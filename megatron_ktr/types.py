@@ -164,9 +164,13 @@ class PackedBatch:
     """int64 [number of visual tokens]: rows of T that receive vision features, in order of occurrence."""
     patches_SD: Tensor | None
     """float32 [S, C * temporal_patch * patch * patch], media concatenated in order of occurrence; None where
-    the view has no media. Only the first pipeline stage reads it."""
+    the view has no media, or comes with ``features_ED``. Only the first pipeline stage reads it."""
     grid_thw_M3: Tensor
     """int64 [M, 3]; empty where the view has no media."""
+    media: tuple[VisualInput, ...] = ()
+    """The media as this view shows them, in order of occurrence; only on the first pipeline stage."""
+    features_ED: Tensor | None = None
+    """[visual tokens, D]: what the vision encoder gives for ``media``, where it has run before (``vision_pass.py``)."""
 
     @property
     def num_responses(self) -> int:

@@ -169,13 +169,14 @@ def run_hugging_face(
     Raises:
         UserError: transformers cannot load the directory, or its log-probs are not finite.
     """
-    from transformers import Qwen2_5_VLForConditionalGeneration as HFModel
     from transformers.utils import logging
+
+    from megatron_ktr.hf_model import hf_model_class
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        model = HFModel.from_pretrained(
+        model = hf_model_class().from_pretrained(
             str(hf_dir), dtype=torch.float32, attn_implementation="eager", local_files_only=True
         )
     except (OSError, ValueError, RuntimeError) as error:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from megatron_ktr.config import Config, config_from_values
@@ -74,7 +75,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
 
     folder = tmp_path_factory.mktemp("check")
     for seed, name in enumerate(("model", "other")):
-        save_tiny_model(folder / name, corpus=corpus(), num_layers=2, hidden_size=64, ffn_size=96, seed=seed)
+        # Heads of 32: vLLM's attention on CPU takes no smaller ones.
+        save_tiny_model(folder / name, corpus=corpus(), num_layers=2, seed=seed)
     platform = start("cpu")
     groups = init_parallel(ParallelSizes(), platform=platform)
     config = config_from_values({"model": str(folder / "model"), "temperature": TEMPERATURE})
@@ -226,6 +228,67 @@ def test_a_limit_above_the_gap_lets_a_wrong_engine_pass(pair: Pair) -> None:
     """The limit is what decides."""
     found = pair.check(with_patches(pair, darker), limit=100.0).run()
     assert LIMIT < found["sampler_check/gap_mean"] < 100
+
+
+# --- the real vLLM --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def vllm_engine(pair: Pair) -> Iterator[Any]:
+    pytest.importorskip("vllm", reason="the vLLM environment only")
+    from megatron_ktr.rollout.vllm_colocated import ColocatedEngine, EngineSettings
+
+    engine = ColocatedEngine(
+        pair.model_dir,
+        groups=pair.policy.groups,
+        tokenizer=pair.tokenizer,
+        media=pair.media,
+        # The log-probs of an engine are exact for the settings it was built with.
+        sampling=SamplingSettings(num_generations=1, max_response_length=12, temperature=TEMPERATURE),
+        settings=EngineSettings(max_prompt_length=256, max_response_length=12, max_medium_tokens=128),
+    )
+    yield engine
+    engine.close()
+
+
+@pytest.mark.vllm
+def test_vllm_passes(pair: Pair, vllm_engine: Any) -> None:
+    found = pair.check(vllm_engine).run()
+    # As in the parity test: fp32 in other orders of summation, 1e-5 at most.
+    assert 0 < found["sampler_check/gap_mean"] <= found["sampler_check/gap_max"] < 1e-4
+
+
+VLLM_WRONG: dict[str, tuple[str, Callable[..., Any], str]] = {
+    # The rate of the frames goes over as metadata; two frames a second make 1 s per temporal patch.
+    "seconds": ("_frames_per_second", lambda seconds, patch: 2.0, "the sampler counts 1 s for every one"),
+    "images": (
+        "_image",
+        lambda medium: Image.fromarray(255 - medium.frames_FCHW[0].permute(1, 2, 0).contiguous().numpy()),
+        "pixels or grid of images, as videos agree",
+    ),
+}
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("name", VLLM_WRONG)
+def test_a_vllm_that_is_shown_something_else_is_stopped(
+    pair: Pair, vllm_engine: Any, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    from megatron_ktr.rollout import vllm_inputs
+
+    function, wrong, expected = VLLM_WRONG[name]
+    monkeypatch.setattr(vllm_inputs, function, wrong)
+    with pytest.raises(UserError, match=expected):
+        pair.check(vllm_engine).run()
+
+
+@pytest.mark.vllm
+def test_a_vllm_that_an_update_did_not_reach_is_stopped(pair: Pair, vllm_engine: Any) -> None:
+    from megatron_ktr.rollout.vllm_weights import load_weights
+
+    load_weights(vllm_engine._llm, pair.other_dir)
+    with pytest.raises(UserError, match="once they are sent a second time the sampler agrees"):
+        pair.check(vllm_engine).run()
 
 
 # --- numbers --------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,11 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     generation = json.loads((folder / "model" / "generation_config.json").read_text())
     generation |= {"repetition_penalty": 1.5, "temperature": 0.1, "top_k": 1, "top_p": 0.1}
     (folder / "model" / "generation_config.json").write_text(json.dumps(generation))
+    # Not as published: mean and deviation of pixels are left to transformers' defaults.
+    for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
+        processor = json.loads((folder / "model" / name).read_text())
+        del processor["image_mean"], processor["image_std"]
+        (folder / "model" / name).write_text(json.dumps(processor))
     make_dataset(folder / "data", num_train=8, num_eval=1)
     return folder
 
@@ -122,7 +128,8 @@ class Side:
 
         model = self.policy.groups.model
         groups = broadcast_object(groups, group=model, source=torch.distributed.get_global_rank(model, 0))
-        batch = pack_groups(groups, view="intact", media=self.media, with_patches=self.policy.groups.is_first_stage)
+        vision = "media" if self.policy.groups.is_first_stage else "none"
+        batch = pack_groups(groups, view="intact", media=self.media, vision=vision)
         (statistics,) = self.policy.score([batch])
         if statistics is None:
             return None
@@ -189,7 +196,8 @@ def lone(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tup
 
     groups = init_parallel(ParallelSizes(), platform=start("cpu"))
     side = make_side(settings(inputs, tmp_path_factory.mktemp("unused")), groups)
-    engine = side.engine()
+    # One group at a time: the others wait.
+    engine = side.engine(rollout_max_num_seqs=3)
     engine.load_weights(side.policy.export())
     yield side, engine
     engine.close()
@@ -266,24 +274,27 @@ def test_logprobs_are_left_out_where_the_engine_has_none_that_are_exact(lone) ->
 
 def test_groups_are_yielded_while_others_are_still_generated(lone) -> None:
     side, engine = lone
-    short = dataclasses.replace(engine.sampling, max_response_length=2)
-    unfinished = [
-        engine._llm.llm_engine.get_num_unfinished_requests() for _ in engine.stream(side.prompts, sampling=short)
-    ]
-    assert unfinished[-1] == 0
-    stream = engine.stream(
-        side.prompts, sampling=dataclasses.replace(engine.sampling, max_response_length=LENGTH, seed=2)
-    )
-    seen = [(index, engine._llm.llm_engine.get_num_unfinished_requests()) for index, _ in stream]
+    vllm_engine = engine._llm.llm_engine
+    seen = [(index, vllm_engine.get_num_unfinished_requests()) for index, _ in engine.stream(side.prompts)]
     assert sorted(index for index, _ in seen) == [0, 1, 2]
+    assert [waiting >= 3 for _, waiting in seen] == [True, True, False], "each the requests of another group"
+
+
+def test_a_stream_that_nobody_exhausts_leaves_no_requests_behind(lone) -> None:
+    side, engine = lone
+    stream = engine.stream(side.prompts)
+    next(stream)
+    stream.close()
+    assert engine._llm.llm_engine.get_num_unfinished_requests() == 0
 
 
 def test_a_prompt_that_leaves_no_room_for_its_response_is_refused(lone) -> None:
     side, engine = lone
     long = dataclasses.replace(side.prompts[2], problem_id="long", token_ids=side.prompts[2].token_ids * 100)
     with pytest.raises(UserError, match="prompt long has 200 tokens"):
-        engine.generate([long], sampling=dataclasses.replace(engine.sampling, max_response_length=100))
-    engine.generate(side.prompts[:1])  # and does no harm
+        engine.generate([side.prompts[0], long], sampling=dataclasses.replace(engine.sampling, max_response_length=100))
+    # The request before it is not left behind.
+    assert [group.prompt.problem_id for group in engine.generate(side.prompts[2:])] == ["text"]
 
 
 def test_weights_that_are_missing_are_an_error(lone) -> None:
@@ -424,6 +435,7 @@ def train_alone(context: Any, *, inputs: Path, out: Path) -> None:
     train(settings(inputs, out / "whole"))
     train(settings(inputs, out / "resumed", train_steps=2))
     train(settings(inputs, out / "resumed", resume=True))
+    train(settings(inputs, out / "features", share_vision_features=True, save_interval=0))
 
 
 def in_four_ranks(context: Any, *, inputs: Path, out: Path) -> dict[str, Any]:
@@ -433,6 +445,7 @@ def in_four_ranks(context: Any, *, inputs: Path, out: Path) -> dict[str, Any]:
 
     shards = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
     train(settings(inputs, out / "run", rollout_tensor_parallel_size=2, save_interval=0, **shards))
+    train(settings(inputs, out / "features", share_vision_features=True, train_steps=1, save_interval=0, **shards))
     found: dict[str, Any] = {}
     layouts = {
         "4 engines, 1 replica": (shards, ParallelSizes(tensor=2, pipeline=2), 1),
@@ -453,6 +466,12 @@ def in_four_ranks(context: Any, *, inputs: Path, out: Path) -> dict[str, Any]:
             "responses": sum(len(group.rollouts) for group in groups),
             "difference": side.difference(groups),
         }
+        if engine_size == 1:
+            # One engine refuses its part; the others learn it instead of waiting for answers.
+            long = dataclasses.replace(side.prompts[2], problem_id="long", token_ids=side.prompts[2].token_ids * 200)
+            with pytest.raises(UserError, match="prompt long has 400 tokens"):
+                engine.generate([*side.prompts, long])
+            assert [group.rollouts for group in engine.generate(side.prompts)] == [group.rollouts for group in groups]
         engine.close()
     return found
 
@@ -467,10 +486,10 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def check_run(run_dir: Path) -> None:
+def check_run(run_dir: Path, *, num_steps: int = STEPS) -> None:
     steps = metrics(run_dir)
-    assert [step["has_stepped"] for step in steps] == [1.0] * STEPS
-    assert [step["num_prompts"] for step in steps] == [2.0] * STEPS
+    assert [step["has_stepped"] for step in steps] == [1.0] * num_steps
+    assert [step["num_prompts"] for step in steps] == [2.0] * num_steps
     for step in steps:
         print(f"step {step['step']}: gap {step['sampler_trainer_logprob_gap']:.1e}, grad norm {step['grad_norm']:.2f}")
         assert step["sampler_trainer_logprob_gap"] < MEAN_TOLERANCE
@@ -481,6 +500,11 @@ def test_video_ktr_trains_from_two_by_two_shards_with_engines_of_two_ranks(four_
     out, _ = four_ranks
     check_run(out / "run")
     assert (out / "run" / "export" / "model.safetensors").exists()
+
+
+def test_engines_on_every_stage_answer_with_the_trainers_vision_features(four_ranks) -> None:
+    out, _ = four_ranks
+    check_run(out / "features", num_steps=1)
 
 
 @pytest.mark.parametrize("layout", ["4 engines, 1 replica", "1 engine, 2 replicas"])
@@ -498,17 +522,32 @@ def test_shares_of_the_work_come_back_to_the_ranks_that_read_the_prompts(four_ra
     assert len(set(problems)) == len(readers), "each replica has prompts of its own"
 
 
-def test_a_resumed_run_repeats_the_rollouts(ranks, inputs, tmp_path) -> None:
-    ranks(train_alone, world_size=1, inputs=inputs, out=tmp_path)
-    check_run(tmp_path / "whole")
+@pytest.fixture(scope="module")
+def one_rank_runs(ranks: Any, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("one")
+    ranks(train_alone, world_size=1, inputs=inputs, out=out)
+    return out
+
+
+@pytest.mark.parametrize("run", ["whole", "features"])
+def test_video_ktr_trains_in_one_process_on_pixels_and_on_features(one_rank_runs, run) -> None:
+    check_run(one_rank_runs / run)
+
+
+def test_a_resumed_run_repeats_the_rollouts(one_rank_runs) -> None:
     name = f"rollouts/step_{STEPS:08d}.jsonl"
-    whole, resumed = ((tmp_path / run / name).read_text() for run in ("whole", "resumed"))
+    whole, resumed = ((one_rank_runs / run / name).read_text() for run in ("whole", "resumed"))
     assert whole == resumed and len(whole.splitlines()) == 2
-    assert metrics(tmp_path / "whole")[-1]["loss"] == metrics(tmp_path / "resumed")[-1]["loss"]
+    assert metrics(one_rank_runs / "whole")[-1]["loss"] == metrics(one_rank_runs / "resumed")[-1]["loss"]
 
 
-def test_the_export_of_a_run_is_a_model_vllm_starts_from(four_ranks, lone) -> None:
+def test_the_export_of_a_run_is_a_model_vllm_starts_from(four_ranks, lone, monkeypatch) -> None:
+    """As ``vllm serve`` would by default: pixels are normalised in the model, by what the export's files say."""
+    from megatron_ktr.rollout import vllm_colocated
     from models.qwen2_5_vl.conversion import load_hf_weights
+
+    start = partial(vllm_colocated.start_vllm_on_cpu, mm_device_do_normalize=True)
+    monkeypatch.setattr(vllm_colocated, "start_vllm_on_cpu", start)
 
     out, _ = four_ranks
     side, _ = lone

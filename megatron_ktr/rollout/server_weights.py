@@ -67,8 +67,8 @@ class DirectoryTransfer:
             try:
                 write_weights(path, named_tensors)
                 self._written.append(path)
-            except UserError as error:
-                problem = str(error)
+            except (UserError, OSError) as error:
+                problem = f"--weight-directory: {error}"
         for _ in named_tensors:
             pass
         # Nobody tells a server to read before all of it is there.

@@ -14,7 +14,7 @@ On GPUs the engine's memory goes back to the trainer between rollouts. Levels an
     stream              wake_up(["kv_cache"])
 
 So on GPUs each ``stream`` needs a ``load_weights`` before it. The CPU build has no sleep; there the key-value cache is
-small and stays.
+small and stays. What is proven without a GPU is the order of these calls; the engine has not run on one yet.
 """
 
 from __future__ import annotations
@@ -100,7 +100,9 @@ class ColocatedEngine(RolloutEngine):
         self._share = next(group for group in every_group if groups.rank in group.ranks)
         self._engine = self._share.engine_of(groups.rank)
         self._mode = logprobs_mode(sampling)
-        self._weight_names = stored_names(model_dir)
+        self.runs_vision_encoder = not settings.takes_features
+        names = stored_names(model_dir)
+        self._weight_names = names if self.runs_vision_encoder else _without_encoder(names)
         self._can_sleep = current().name != "cpu"
         self._asleep: set[str] = set()
         self._process_group = _process_group([group.ranks for group in every_group], groups=groups)
@@ -108,8 +110,9 @@ class ColocatedEngine(RolloutEngine):
         try:
             self._llm = start(model_dir, **self._options())
         except ValueError as error:
+            reason = str(error).partition(" [type=")[0]  # what follows is about pydantic
             raise UserError(
-                f"vLLM does not start with this model and these options: {error} (its max_model_len is "
+                f"vLLM does not start with this model and these options: {reason} (its max_model_len is "
                 "--max-prompt-length + --max-response-length; memory: --rollout-memory-share, on CPU "
                 "--rollout-kv-cache-gb)"
             ) from error
@@ -196,32 +199,49 @@ class ColocatedEngine(RolloutEngine):
         and takes the same steps."""
         engine = self._llm.llm_engine
         running: dict[str, GrowingResponse] = {}
-        for share in shares:
-            prompt = prompts[share.prompt]
-            self._check_length(prompt, sampling)
-            try:
-                # Once for all samples: what it costs is hashing and preparing the media.
-                (request,) = self._llm.renderer.render_cmpl([engine_input(prompt, media=self.media)])
-                for sample in share.samples:
-                    seed = sample_seed(seed=sampling.seed, step=step, problem_id=prompt.problem_id, sample=sample)
-                    name = f"{share.prompt}/{sample}"
-                    engine.add_request(name, dict(request), self._params(sampling, seed=seed))
-                    running[name] = GrowingResponse(share.prompt, sample, stop=self._stop_strings(sampling))
-            except ValueError as error:
-                raise UserError(f"prompt {prompt.problem_id}: vLLM does not take it: {error}") from error
-        while engine.has_unfinished_requests():
-            for output in engine.step():
-                if output.request_id not in running:  # ended by a stop string
-                    continue
-                response = running[output.request_id]
-                response.add(output.outputs[0])
-                if response.finish_reason is not None:
-                    del running[output.request_id]
-                    if not output.finished:
-                        engine.abort_request([output.request_id])
-                    yield response.prompt, response.sample, response.rollout(self.end_token_ids, self.tokenizer)
-        if running:
-            raise RuntimeError(f"vLLM dropped {len(running)} requests")
+        try:
+            for share in shares:
+                running |= self._submit(prompts[share.prompt], share, step=step, sampling=sampling)
+            while engine.has_unfinished_requests():
+                for output in engine.step():
+                    if output.request_id not in running:  # ended by a stop string
+                        continue
+                    response = running[output.request_id]
+                    response.add(output.outputs[0])
+                    if response.finish_reason is not None:
+                        del running[output.request_id]
+                        if not output.finished:
+                            engine.abort_request([output.request_id])
+                        yield response.prompt, response.sample, response.rollout(self.end_token_ids, self.tokenizer)
+            if running:
+                raise RuntimeError(f"vLLM dropped {len(running)} requests")
+        finally:
+            if running:
+                engine.abort_request(list(running))
+
+    def _submit(
+        self, prompt: Prompt, share: Share, *, step: int, sampling: SamplingSettings
+    ) -> dict[str, GrowingResponse]:
+        """The requests of one share, by name."""
+        limit = self.settings.max_prompt_length + self.settings.max_response_length
+        if len(prompt.token_ids) + sampling.max_response_length > limit:  # vLLM would cut the response short instead
+            raise UserError(
+                f"prompt {prompt.problem_id} has {len(prompt.token_ids)} tokens, its response may have "
+                f"{sampling.max_response_length}: the engine's length is {limit} (--max-prompt-length + "
+                "--max-response-length)"
+            )
+        requests = {}
+        try:
+            # Once for all samples: what it costs is hashing and preparing the media.
+            (request,) = self._llm.renderer.render_cmpl([engine_input(prompt, media=self.media)])
+            for sample in share.samples:
+                seed = sample_seed(seed=sampling.seed, step=step, problem_id=prompt.problem_id, sample=sample)
+                name = f"{share.prompt}/{sample}"
+                self._llm.llm_engine.add_request(name, dict(request), self._params(sampling, seed=seed))
+                requests[name] = GrowingResponse(share.prompt, sample, stop=self._stop_strings(sampling))
+        except ValueError as error:
+            raise UserError(f"prompt {prompt.problem_id}: vLLM does not take it: {error}") from error
+        return requests
 
     def _params(self, sampling: SamplingSettings, *, seed: int) -> Any:
         from vllm import SamplingParams
@@ -238,16 +258,6 @@ class ColocatedEngine(RolloutEngine):
         decode = partial(self.tokenizer.decode, skip_special_tokens=True)
         return StopStrings(sampling.stop, decode=decode, num_rows=1)
 
-    def _check_length(self, prompt: Prompt, sampling: SamplingSettings) -> None:
-        """vLLM would cut the response short instead."""
-        limit = self.settings.max_prompt_length + self.settings.max_response_length
-        if len(prompt.token_ids) + sampling.max_response_length > limit:
-            raise UserError(
-                f"prompt {prompt.problem_id} has {len(prompt.token_ids)} tokens, its response may have "
-                f"{sampling.max_response_length}: the engine's length is {limit} (--max-prompt-length + "
-                "--max-response-length)"
-            )
-
     def _prompts_of_share(self, prompts: Sequence[Prompt]) -> dict[int, list[Prompt]]:
         """The share group's prompts by reading rank. Every rank of a replica was given the replica's."""
         readers = self._share.reading_ranks
@@ -259,12 +269,14 @@ class ColocatedEngine(RolloutEngine):
     def _answers_of_others(self, answers: list[Answer], failure: Exception | None) -> list[Answer]:
         """What the other engines of the share group answered; raises the failure of any rank on all of them."""
         speaks = self._share.is_first_of_engine(self._groups.rank)
-        parts = self._gathered((answers if speaks else [], failure and f"{type(failure).__name__}: {failure}"))
+        problem = None if failure is None else (isinstance(failure, UserError), f"{type(failure).__name__}: {failure}")
+        parts = self._gathered((answers if speaks else [], problem))
         if failure is not None:
             raise failure
-        for rank, (_, problem) in zip(self._share.ranks, parts, strict=True):
-            if problem is not None:
-                raise RuntimeError(f"the rollout engine failed on rank {rank}: {problem}")
+        for rank, (_, found) in zip(self._share.ranks, parts, strict=True):
+            if found is not None:
+                is_users, text = found
+                raise (UserError if is_users else RuntimeError)(f"the rollout engine failed on rank {rank}: {text}")
         size = self._share.engine_size
         return [answer for place, (found, _) in enumerate(parts) if place // size != self._engine for answer in found]
 
@@ -329,6 +341,10 @@ def colocated_engine(
     return ColocatedEngine(
         config.model.model, groups=groups, tokenizer=tokenizer, media=media, sampling=sampling, settings=settings
     )
+
+
+def _without_encoder(names: frozenset[str]) -> frozenset[str]:
+    return frozenset(name for name in names if not name.startswith("visual."))
 
 
 def _process_group(groups_of_ranks: Sequence[Sequence[int]], *, groups: ParallelGroups) -> Any:

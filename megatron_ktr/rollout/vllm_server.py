@@ -191,6 +191,8 @@ class ServerEngine(RolloutEngine):
             return f"it was started with --logprobs-mode {facts.logprobs_mode}; this run needs {self.mode}"
         if facts.normalises_pixels:
             return "it normalises pixels that are normalised already; start it with --no-mm-device-do-normalize"
+        if self.runs_vision_encoder and not facts.has_encoder:
+            return "it has no vision encoder: start it without --limit-mm-per-prompt, or use --share-vision-features"
         return None
 
     def _run(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:

@@ -10,6 +10,8 @@ entropy without ever making full logits (``ops/token_statistics``).
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,8 +29,9 @@ from torch import Tensor
 
 from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.distributed.platform import current
+from megatron_ktr.ops.group_divergence import group_divergence
 from megatron_ktr.ops.token_statistics import Impl, TokenStatistics
-from megatron_ktr.types import PackedBatch
+from megatron_ktr.types import PackedBatch, PackedLayout
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.language import LanguageModel
 from models.qwen2_5_vl.layer_specs import TransformerImpl
@@ -59,7 +62,10 @@ class Qwen2_5_VLModel(MegatronModule):
         vp_stage: int | None = None,
         statistics_impl: Impl = "auto",
         accumulate_into_main_grad: bool = False,
+        whole_vision_group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
+        """``whole_vision_group``, of this rank alone, makes the vision encoder whole on every tensor rank
+        (``vision_parallel: frame``) instead of splitting its weights."""
         super().__init__(config=transformer_config)
         self.model_config = model_config
         self.pre_process = pre_process
@@ -72,8 +78,15 @@ class Qwen2_5_VLModel(MegatronModule):
         self.vision = None
         if pre_process:
             self.vision = VisionEncoder(
-                model_config.vision, transformer_config=transformer_config, process_groups=process_groups
+                model_config.vision,
+                transformer_config=transformer_config,
+                process_groups=_with_tensor_group(process_groups, whole_vision_group or process_groups.tp),
             )
+            if whole_vision_group is not None:
+                for parameter in self.vision.parameters():
+                    # Layers split over one rank claim their weights as that rank's own shard. They are copies, to be
+                    # counted once in gradient norms, with gradients that are parts of a sum (``sum_vision_gradients``).
+                    parameter.tensor_model_parallel = False
         self.language = LanguageModel(
             model_config,
             config=transformer_config,
@@ -123,7 +136,7 @@ class Qwen2_5_VLModel(MegatronModule):
         ``batch`` must lie on this rank's device, equal on all tensor ranks.
 
         Raises:
-            ValueError: T that sequence parallelism cannot split, or visual rows without patches.
+            ValueError: T that sequence parallelism cannot split, or visual rows without patches and features.
         """
         self._check(batch)
         decoder_input = self._embed(batch) if self.pre_process else None
@@ -145,11 +158,11 @@ class Qwen2_5_VLModel(MegatronModule):
         target_ids_R: Tensor,
         *,
         temperature: float = 1.0,
-        counterfactual_hidden_RD: Tensor | None = None,
+        counterfactual_hidden_RD: Sequence[Tensor] = (),
     ) -> TokenStatistics:
         """Log-probability of each target and entropy of its distribution, from ``forward``'s rows; last stage only.
 
-        With another view's rows of the same tokens, also their log-probability there and the KL to that view.
+        With other views' rows of the same tokens, also their log-probabilities there and the KL to each view.
         """
         is_shared = self.share_embeddings_and_output_weights
         return self.language.output_layer(
@@ -165,10 +178,28 @@ class Qwen2_5_VLModel(MegatronModule):
             impl=self.statistics_impl,
         )
 
+    def group_divergence(
+        self, hidden_RD: Tensor, log_normalizer_R: Tensor, *, layout: PackedLayout, temperature: float = 1.0
+    ) -> Tensor:
+        """TW-GRPO's divergence between the responses of each group, [R]; last stage only, without gradient.
+
+        To be called after ``token_statistics`` of the same pass, where ``log_normalizer_R`` comes from: that call
+        brings the last optimizer step's weights here if their gathering overlaps (``StatisticsHead``).
+        """
+        return group_divergence(
+            hidden_RD,
+            self.output_weight(),
+            log_normalizer_R,
+            layout=layout,
+            group=self.head_group,
+            vocab_size=self.vocab_size,
+            temperature=temperature,
+        )
+
     def _embed(self, batch: PackedBatch) -> Tensor:
         # The encoder runs before the embedding, always: backward then reaches them in the opposite order, always.
-        features = None
-        if batch.patches_SD is not None or self._needs_vision_gradients():
+        features = batch.features_ED
+        if features is None and (batch.patches_SD is not None or self._needs_vision_gradients()):
             features = self.vision(batch.patches_SD, batch.grid_thw_M3)
         return self.language.embed(batch.token_ids_T, visual_rows=batch.visual_rows, features=features)
 
@@ -191,8 +222,18 @@ class Qwen2_5_VLModel(MegatronModule):
                 f"sequence parallelism splits T over {tensor_size} ranks, got T = {num_tokens}; "
                 "pack with pad_to_multiple set to a multiple of the tensor-parallel size"
             )
-        if self.pre_process and batch.patches_SD is None and len(batch.visual_rows):
-            raise ValueError(f"the batch has {len(batch.visual_rows)} visual rows but no patches")
+        has_vision = batch.patches_SD is not None or batch.features_ED is not None
+        if self.pre_process and not has_vision and len(batch.visual_rows):
+            raise ValueError(f"the batch has {len(batch.visual_rows)} visual rows but neither patches nor features")
+
+
+def _with_tensor_group(
+    process_groups: ProcessGroupCollection, group: torch.distributed.ProcessGroup
+) -> ProcessGroupCollection:
+    """The same groups, with ``group`` for tensor parallelism."""
+    changed = copy.copy(process_groups)
+    changed.tp = group
+    return changed
 
 
 def build_model(
@@ -228,6 +269,7 @@ def build_model(
             vp_stage=vp_stage,
             statistics_impl=config.model.token_statistics_impl if config else "auto",
             accumulate_into_main_grad=config is not None and config.model.gradient_accumulation_fusion,
+            whole_vision_group=groups.alone if config and config.parallel.vision_parallel == "frame" else None,
         )
         chunks.append(chunk.to(current().device))
     return chunks
