@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_ktr.accounting.rates import step_rates
 from megatron_ktr.config import Config
 from megatron_ktr.metrics import PhaseTimer
 from megatron_ktr.micro_batch import Denominators, MicroBatch, UpdateResult
@@ -169,6 +170,16 @@ class Trainer:
         if result is not None:
             values |= result.metrics.means()
             values |= {"loss": result.loss, "grad_norm": result.grad_norm, "learning_rate": self.policy.learning_rate}
+            values |= step_rates(
+                self.policy.model_config,
+                groups,
+                config=self.config,
+                objective=self.objective,
+                seconds=seconds,
+                num_ranks=self.policy.groups.world_size,
+                global_sum=self.policy.global_count,
+                key_share=values.get("key_token_ratio", 1.0),
+            )
         values |= self._check_values
         self._check_values = {}
         return StepReport(

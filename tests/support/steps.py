@@ -180,6 +180,9 @@ DEFAULTS: dict[str, Any] = dict(
 """SGD, because the same gradients up to rounding give the same weights up to rounding; Adam divides an element by its
 own magnitude, so that rounding noise moves it as far as a gradient."""
 
+RATES = ("tokens_per_second", "tflops_per_gpu", "mfu")
+"""What a report divides by time."""
+
 _EPSILON = 1e6
 DISTRIBUTED_SGD: dict[str, Any] = dict(
     use_distributed_optimizer=True,
@@ -256,7 +259,7 @@ def run_steps(
         selections.reset(step)
         policy.updates = []
         report = trainer.train_step(step)
-        values_ = {key: v for key, v in report.values.items() if "seconds" not in key and "per_second" not in key}
+        values_ = {key: v for key, v in report.values.items() if not key.startswith(("seconds/", *RATES))}
         key_tokens = {
             group.prompt.problem_id: [response.is_key_token for response in responses]
             for group, responses in zip(report.groups, report.selections, strict=bool(report.selections))

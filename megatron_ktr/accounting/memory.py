@@ -1,0 +1,178 @@
+"""Peak memory of one rank in a training step, by part.
+
+    weights      parameters of the rank's stage x b
+    gradients    trainable parameters x 4: the fp32 buffer that micro-batches and replicas add up in
+    optimizer    Adam's two moments, fp32: 8 a trainable parameter; 12 in 16 bits, with the fp32 main parameters;
+                 divided by data x context ranks under the distributed optimizer
+    reference    parameters x b, where there is a KL term
+    activations  language layers: what the micro-batches in flight keep at the worst moment of the schedule
+                 (``saved.py`` has the layer, ``pipeline.py`` the schedule)
+    vision       the encoder's share of that, first stage only
+    head         hidden rows and final norm, last stage only
+    working      what the running backward needs beside it: a recomputed layer, gradients of activations, the head's
+                 weight gradient; and the buffer that sequence parallelism gathers into
+    engine       a colocated rollout engine, asleep: as the caller says
+    reserved     what else the caller sets aside: device context, communication buffers, fragmentation
+
+Units: bytes. Inputs on the host, the optimizer's temporaries and passes without gradient need less than backward does
+and are no part of the peak.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from megatron_ktr.accounting.layout import Layout, Parameters, count_parameters
+from megatron_ktr.accounting.pipeline import peak_in_flight
+from megatron_ktr.accounting.saved import (
+    FUSED,
+    Kernels,
+    count_rows,
+    head,
+    language_layer,
+    patch_inputs,
+    vision_ends,
+    vision_layer,
+)
+from megatron_ktr.accounting.work import EACH_ONCE, GroupWork, StepSettings
+from models.qwen2_5_vl.config import Qwen2_5_VLConfig
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    reference: float
+    activations: float
+    vision: float
+    head: float
+    working: float
+    engine: float = 0.0
+    reserved: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return sum(asdict(self).values())
+
+    @property
+    def of_states(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.reference
+
+    @property
+    def of_step(self) -> float:
+        """What exists during forward and backward only."""
+        return self.activations + self.vision + self.head + self.working
+
+
+def estimate_memory(
+    config: Qwen2_5_VLConfig,
+    groups: Sequence[GroupWork],
+    layout: Layout,
+    *,
+    rank: int,
+    num_micro_batches: int,
+    settings: StepSettings = EACH_ONCE,
+    kernels: Kernels = FUSED,
+    engine_bytes: float = 0.0,
+    reserved_bytes: float = 0.0,
+) -> Memory:
+    """Peak of pipeline rank ``rank``. ``groups`` are one micro-batch, the largest."""
+    parameters = count_parameters(config, layout, rank=rank)
+    chunks = [
+        _chunk_bytes(config, groups, layout, rank=rank, chunk=chunk, settings=settings, kernels=kernels)
+        for chunk in range(layout.virtual)
+    ]
+
+    def peak(*names: str, extra: bool = False) -> float:
+        return peak_in_flight(
+            layout,
+            rank=rank,
+            # The schedule is periodic after at most 2 p micro-batches.
+            num_micro_batches=min(num_micro_batches, 3 * layout.pipeline),
+            saved_bytes=[sum(getattr(chunk, name) for name in names) for chunk in chunks],
+            extra_bytes=[chunk.extra if extra else 0.0 for chunk in chunks],
+            forward_bytes=[chunk.forward if extra else 0.0 for chunk in chunks],
+        )
+
+    # One peak, whose parts are those of its moment as far as they can be told apart.
+    whole = peak("language", "vision", "head", extra=True)
+    kept = peak("language", "vision", "head")
+    vision = min(peak("vision"), kept)
+    head_bytes = min(peak("head"), kept - vision)
+    gathers = 0.0
+    if layout.sequence_parallel:
+        gathers = count_rows(config, groups, layout)[0] * config.text.hidden_size * kernels.bytes_per_number
+    return Memory(
+        **_states(parameters, layout, settings=settings, kernels=kernels),
+        activations=kept - vision - head_bytes,
+        vision=vision,
+        head=head_bytes,
+        working=whole - kept + gathers,
+        engine=engine_bytes,
+        reserved=reserved_bytes,
+    )
+
+
+def _states(parameters: Parameters, layout: Layout, *, settings: StepSettings, kernels: Kernels) -> dict[str, float]:
+    b = kernels.bytes_per_number
+    trainable = parameters.trainable(settings.frozen)
+    shards = layout.data * layout.context if layout.uses_distributed_optimizer else 1
+    return {
+        "weights": b * parameters.total,
+        "gradients": 4.0 * trainable,
+        "optimizer": (8 if b == 4 else 12) * trainable / shards,
+        "reference": b * parameters.total * settings.has_reference,
+    }
+
+
+@dataclass(frozen=True)
+class _ChunkBytes:
+    language: float
+    vision: float
+    head: float
+    extra: float
+    forward: float = 0.0
+    """When the encoder is done and its input still there; 0 where nothing exceeds what forward ends with."""
+
+
+def _chunk_bytes(
+    config: Qwen2_5_VLConfig,
+    groups: Sequence[GroupWork],
+    layout: Layout,
+    *,
+    rank: int,
+    chunk: int,
+    settings: StepSettings,
+    kernels: Kernels,
+) -> _ChunkBytes:
+    """What one micro-batch keeps of one chunk, and needs in the chunk's backward."""
+    b, hidden = kernels.bytes_per_number, config.text.hidden_size
+    rows, own_rows = count_rows(config, groups, layout)
+    is_first, is_last = layout.is_first_chunk(rank, chunk), layout.is_last_chunk(rank, chunk)
+    num_layers = config.text.num_hidden_layers // layout.num_chunks
+    layer = language_layer(config, groups, layout, kernels)
+    language = num_layers * layer.saved
+    if not is_last:
+        language += own_rows * hidden * b  # the pipeline holds on to what it sent
+    if not is_first and not kernels.norm_keeps_input:
+        language += own_rows * hidden * b  # and to what it received, of which the norm made an fp32 copy
+    extra = layer.again + layer.extra
+    vision = forward = 0.0
+    if is_first and not settings.is_vision_frozen:
+        block = vision_layer(config, groups, layout, kernels)
+        vision = vision_ends(config, groups, layout, kernels)
+        if "vision" not in settings.frozen:
+            vision += config.vision.depth * block.saved
+            # Its backward starts when the language layers' is over.
+            extra = max(extra, block.again + block.extra - language)
+        forward = vision + patch_inputs(config, groups, layout, kernels)
+    head_saved = 0.0
+    if is_last:
+        found = head(config, groups, layout, kernels, settings)
+        head_saved = found.saved
+        extra = max(extra - found.saved, found.extra)
+    return _ChunkBytes(language=language, vision=vision, head=head_saved, extra=extra, forward=forward)

@@ -1,0 +1,117 @@
+"""The pipeline's schedule, megatron-core's 1F1B with or without interleaved chunks: what is in flight, how long it is.
+
+A *chunk* is a part of the stack of layers; chunk c of rank r is number c p + r of all p v of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from megatron_ktr.accounting.layout import Layout
+
+
+def schedule(layout: Layout, *, rank: int, num_micro_batches: int) -> Iterator[tuple[str, int]]:
+    """Forward ("F") and backward ("B") of chunks on one pipeline rank, in order: 1F1B, interleaved with chunks.
+
+    Warm-up forwards: p - rank - 1 without virtual stages, else 2 (p - rank - 1) + (v - 1) p; then one forward and one
+    backward in turn; then the remaining backwards.
+    """
+    order = list(_chunk_order(layout, num_micro_batches))
+    if layout.pipeline == 1:
+        warm_up = 0
+    elif layout.virtual == 1:
+        warm_up = layout.pipeline - rank - 1
+    else:
+        warm_up = 2 * (layout.pipeline - rank - 1) + (layout.virtual - 1) * layout.pipeline
+    warm_up = min(warm_up, len(order))
+    for step in range(len(order) + warm_up):
+        if step < len(order):
+            yield "F", order[step]
+        if step >= warm_up:
+            yield "B", layout.virtual - 1 - order[step - warm_up]
+
+
+def _chunk_order(layout: Layout, num_micro_batches: int) -> Iterator[int]:
+    """Chunk of every forward: groups of p micro-batches go through all of a rank's chunks before the next group."""
+    group = layout.pipeline if layout.virtual > 1 else num_micro_batches
+    for start in range(0, num_micro_batches, group):
+        for chunk in range(layout.virtual):
+            yield from [chunk] * min(group, num_micro_batches - start)
+
+
+def peak_in_flight(
+    layout: Layout,
+    *,
+    rank: int,
+    num_micro_batches: int,
+    saved_bytes: Sequence[float],
+    extra_bytes: Sequence[float],
+    forward_bytes: Sequence[float] = (),
+) -> float:
+    """Largest sum of what all micro-batches in flight keep on a rank, and what the running backward needs beside it.
+
+    All bytes are by chunk of the rank, of one micro-batch; ``forward_bytes`` is the most forward needs before its end.
+    """
+    kept = peak = 0.0
+    for direction, chunk in schedule(layout, rank=rank, num_micro_batches=num_micro_batches):
+        if direction == "F":
+            peak = max(peak, kept + forward_bytes[chunk] if forward_bytes else 0.0)
+            kept += saved_bytes[chunk]
+        else:
+            peak = max(peak, kept + extra_bytes[chunk])
+            kept -= saved_bytes[chunk]
+        peak = max(peak, kept)
+    return peak
+
+
+def pipeline_seconds(
+    layout: Layout, *, num_micro_batches: int, forward: Sequence[float], backward: Sequence[float] | None
+) -> float:
+    """From the first operation's start to the last one's end, by events: every rank works through its schedule in
+    order, an operation starts when its rank is free and the neighbour's result is there.
+
+    Args:
+        forward, backward: seconds of one micro-batch by chunk number; ``backward`` None: a pass without gradient.
+    """
+    p = layout.pipeline
+    # Beyond the first three rounds every further micro-batch costs the slowest rank's time.
+    simulated = min(num_micro_batches, 3 * p + num_micro_batches % p)
+    busy = [sum((forward[i] + (backward[i] if backward else 0.0)) for i in range(r, len(forward), p)) for r in range(p)]
+    queues = [
+        _operations(layout, rank=r, num_micro_batches=simulated, has_backward=backward is not None) for r in range(p)
+    ]
+    done: dict[tuple[str, int, int], float] = {}
+    clock = [0.0] * p
+    position = [0] * p
+    last = layout.num_chunks - 1
+    is_running = True
+    while is_running:
+        is_running = False
+        for rank, queue in enumerate(queues):
+            while position[rank] < len(queue):
+                direction, number, micro_batch = operation = queue[position[rank]]
+                is_forward = direction == "F"
+                start = clock[rank]
+                if number != (0 if is_forward else last):
+                    ready = done.get((direction, number - 1 if is_forward else number + 1, micro_batch))
+                    if ready is None:
+                        break
+                    start = max(start, ready)
+                clock[rank] = done[operation] = start + (forward if is_forward else backward or forward)[number]
+                position[rank] += 1
+                is_running = True
+    return max(clock) + (num_micro_batches - simulated) * max(busy)
+
+
+def _operations(layout: Layout, *, rank: int, num_micro_batches: int, has_backward: bool) -> list[tuple[str, int, int]]:
+    """(direction, chunk number, micro-batch) of one rank in order."""
+    steps = schedule(layout, rank=rank, num_micro_batches=num_micro_batches)
+    if not has_backward:
+        steps = (("F", chunk) for chunk in _chunk_order(layout, num_micro_batches))
+    counts: dict[tuple[str, int], int] = {}
+    operations = []
+    for step in steps:
+        counts[step] = counts.get(step, -1) + 1
+        direction, chunk = step
+        operations.append((direction, chunk * layout.pipeline + rank, counts[step]))
+    return operations

@@ -1,0 +1,251 @@
+"""Which layouts of a model fit a number of GPUs, and which are fastest on paper."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from megatron_ktr.accounting.flops import Flops, count_step
+from megatron_ktr.accounting.layout import Layout, why_not
+from megatron_ktr.accounting.memory import Memory, estimate_memory
+from megatron_ktr.accounting.saved import FUSED, Kernels
+from megatron_ktr.accounting.timing import Machine, StepTime, estimate_time
+from megatron_ktr.accounting.work import EACH_ONCE, GroupWork, Recompute, StepSettings, video_grid
+from megatron_ktr.errors import UserError
+from models.qwen2_5_vl.config import Qwen2_5_VLConfig
+
+RECOMPUTES: tuple[Recompute, ...] = ("none", "selective", "full")
+PIXELS_PER_TOKEN = 28 * 28
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Request:
+    """A training step to be placed. Every prompt has one video; every micro-batch one group."""
+
+    config: Qwen2_5_VLConfig
+    num_gpus: int
+    gpu_memory_gb: float
+    """10^9 bytes."""
+    num_frames: int
+    pixels_per_frame: int = 128 * PIXELS_PER_TOKEN
+    text_length: int = 200
+    response_length: int = 768
+    num_generations: int = 8
+    prompts_per_step: int = 32
+    settings: StepSettings = EACH_ONCE
+    machine: Machine = Machine()
+    kernels: Kernels = FUSED
+    vision_parallel: str = "tensor"
+    engine_gb: float = 2.0
+    """A colocated rollout engine keeps this while it sleeps."""
+    reserved_gb: float = 4.0
+    """Device context, communication buffers, fragmentation."""
+
+    @cached_property
+    def group(self) -> GroupWork:
+        tokens = max(1, self.pixels_per_frame // PIXELS_PER_TOKEN)
+        grid = video_grid(self.num_frames, tokens_per_frame=tokens, vision=self.config.vision)
+        return GroupWork(
+            text_length=self.text_length,
+            response_lengths=(self.response_length,) * self.num_generations,
+            video_grids=(grid,),
+        )
+
+    @cached_property
+    def flops_by_recompute(self) -> dict[str, Flops]:
+        """Of one prompt group."""
+        return {
+            mode: count_step(self.config, [self.group], settings=dataclasses.replace(self.settings, recompute=mode))
+            for mode in RECOMPUTES
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One layout, judged."""
+
+    layout: Layout
+    memory: Memory
+    """Of the fullest rank."""
+    time: StepTime
+    flags: str
+    """Options of ``megatron_ktr.train``."""
+    tflops_per_gpu: float
+    """Arithmetic without recomputation / step seconds / GPUs."""
+    mfu: float
+
+    @property
+    def memory_gb(self) -> float:
+        return self.memory.total / GB
+
+
+def find_plans(request: Request) -> list[Plan]:
+    """The fitting layouts, fastest first; of those with equal tensor, pipeline, context and data sizes the best one.
+
+    Raises:
+        UserError: nothing fits; the message says what is nearest.
+    """
+    sizes = [(memory_of(request, layout), layout) for layout in layouts(request)]
+    if not sizes:
+        raise UserError(_nothing_divides(request))
+    fitting = [(memory, layout) for memory, layout in sizes if memory.total <= request.gpu_memory_gb * GB]
+    if not fitting:
+        raise UserError(_nothing_fits(request, *min(sizes, key=lambda size: size[0].total)))
+    plans = [judge(request, layout, memory=memory) for memory, layout in fitting]
+    best: dict[tuple[int, ...], Plan] = {}
+    for plan in sorted(plans, key=lambda plan: (round(plan.time.total, 6), plan.memory.total)):
+        layout = plan.layout
+        best.setdefault((layout.tensor, layout.pipeline, layout.context, layout.data), plan)
+    return list(best.values())
+
+
+def layouts(request: Request) -> Iterator[Layout]:
+    """Every layout the trainer accepts for the request: tensor groups inside a node, whole micro-batches."""
+    config, num_gpus = request.config, request.num_gpus
+    num_layers = config.text.num_hidden_layers
+    for tensor in _divisors(request.machine.gpus_per_node):
+        for pipeline in _divisors(num_layers):
+            for context in (1, 2, 4, 8, 16):
+                model = tensor * pipeline * context
+                if num_gpus % model or request.prompts_per_step % (num_gpus // model):
+                    continue
+                num_micro_batches = request.prompts_per_step // (num_gpus // model)
+                for virtual in _divisors(num_layers // pipeline):
+                    if virtual > 1 and (pipeline == 1 or num_micro_batches % pipeline):
+                        continue
+                    for recompute in RECOMPUTES:
+                        layout = Layout(
+                            tensor=tensor,
+                            pipeline=pipeline,
+                            context=context,
+                            data=num_gpus // model,
+                            virtual=virtual,
+                            sequence_parallel=tensor > 1,
+                            recompute=recompute,
+                            vision_parallel=request.vision_parallel,
+                        )
+                        if why_not(config, layout) is None:
+                            yield layout
+
+
+def memory_of(request: Request, layout: Layout) -> Memory:
+    """Of the fullest rank: the first, with the encoder and most in flight, or the last, with the head."""
+    found = [
+        estimate_memory(
+            request.config,
+            [request.group],
+            layout,
+            rank=rank,
+            num_micro_batches=request.prompts_per_step // layout.data,
+            settings=dataclasses.replace(request.settings, recompute=layout.recompute),
+            kernels=request.kernels,
+            engine_bytes=request.engine_gb * GB,
+            reserved_bytes=request.reserved_gb * GB,
+        )
+        for rank in {0, layout.pipeline - 1}
+    ]
+    return max(found, key=lambda memory: memory.total)
+
+
+def judge(request: Request, layout: Layout, *, memory: Memory | None = None) -> Plan:
+    """Memory, time of the whole step and flags of one layout."""
+    settings = dataclasses.replace(request.settings, recompute=layout.recompute)
+    time = estimate_time(
+        request.config,
+        [request.group],
+        request.flops_by_recompute[layout.recompute],
+        layout,
+        num_micro_batches=request.prompts_per_step // layout.data,
+        settings=settings,
+        machine=request.machine,
+        bytes_per_number=request.kernels.bytes_per_number,
+    )
+    useful = request.flops_by_recompute["none"].total * request.prompts_per_step
+    tflops = useful / time.total / request.num_gpus / 1e12
+    return Plan(
+        layout=layout,
+        memory=memory or memory_of(request, layout),
+        time=time,
+        flags=flags_of(request, layout),
+        tflops_per_gpu=tflops,
+        mfu=tflops / request.machine.peak_tflops,
+    )
+
+
+def flags_of(request: Request, layout: Layout) -> str:
+    """Options of ``megatron_ktr.train`` for a layout and the request's sizes."""
+    per_chunk = request.config.text.num_hidden_layers // layout.num_chunks
+    prompt_length = request.group.prompt_length(request.config)
+    flags = [
+        f"--tensor-model-parallel-size {layout.tensor}",
+        f"--pipeline-model-parallel-size {layout.pipeline}",
+        f"--context-parallel-size {layout.context}" if layout.context > 1 else "",
+        f"--num-layers-per-virtual-pipeline-stage {per_chunk}" if layout.virtual > 1 else "",
+        "--sequence-parallel" if layout.sequence_parallel else "",
+        "--vision-parallel frame" if layout.vision_parallel == "frame" else "",
+        {
+            "none": "",
+            "selective": "--recompute-granularity selective",
+            "full": "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+        }[layout.recompute],
+        "--overlap-grad-reduce --overlap-param-gather" if layout.data * layout.context > 1 else "",
+        {2: "--bf16", 4: ""}[request.kernels.bytes_per_number],
+        f"--prompts-per-step {request.prompts_per_step} --micro-batch-groups 1",
+        f"--num-generations {request.num_generations} --max-response-length {request.response_length}",
+        f"--video-max-frames {request.num_frames} --video-max-pixels {request.pixels_per_frame}",
+        f"--max-prompt-length {prompt_length}" if prompt_length > 16384 else "",
+        f"--freeze {','.join(sorted(request.settings.frozen))}" if request.settings.frozen else "",
+        "" if request.settings.has_reference else "--kl-beta 0",
+    ]
+    return " ".join(flag for flag in flags if flag)
+
+
+def _nothing_divides(request: Request) -> str:
+    """What is nearest where no layout's sizes multiply to the number of GPUs."""
+
+    def works(num_gpus: int) -> bool:
+        return any(True for _ in layouts(dataclasses.replace(request, num_gpus=num_gpus)))
+
+    near = [n for n in range(1, 2 * request.num_gpus + 1) if works(n)]
+    below = [n for n in near if n < request.num_gpus][-1:]
+    above = [n for n in near if n > request.num_gpus][:1]
+    return (
+        f"no layout divides {request.num_gpus} GPUs: tensor (a divisor of {request.machine.gpus_per_node}) x pipeline "
+        f"(a divisor of {request.config.text.num_hidden_layers} layers) x context x data, data a divisor of "
+        f"--prompts-per-step {request.prompts_per_step}; nearest --gpus that work: "
+        f"{' and '.join(map(str, below + above)) or 'none'}"
+    )
+
+
+def _nothing_fits(request: Request, memory: Memory, layout: Layout) -> str:
+    needed = memory.total / GB
+    hints = [f"--gpu-memory {math.ceil(10 * needed) / 10:g}"]
+    more = next((n for n in _doubled(request.num_gpus) if _fits(dataclasses.replace(request, num_gpus=n))), None)
+    if more:
+        hints.append(f"--gpus {more}")
+    frames = request.num_frames // 2 // 2 * 2
+    while frames >= 2 and not _fits(dataclasses.replace(request, num_frames=frames)):
+        frames = frames // 2 // 2 * 2
+    if frames >= 2:
+        hints.append(f"--frames {frames}")
+    return (
+        f"no layout fits {request.gpu_memory_gb:g} GB a GPU on {request.num_gpus} GPUs: the nearest (tensor "
+        f"{layout.tensor} x pipeline {layout.pipeline} x context {layout.context} x data {layout.data}, recompute "
+        f"{layout.recompute}) needs {needed:.1f} GB; it would fit with {' or '.join(hints)}"
+    )
+
+
+def _doubled(num_gpus: int) -> list[int]:
+    return [num_gpus * 2**n for n in range(1, 7)]
+
+
+def _fits(request: Request) -> bool:
+    return any(memory_of(request, layout).total <= request.gpu_memory_gb * GB for layout in layouts(request))
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]

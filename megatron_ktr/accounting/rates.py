@@ -1,0 +1,57 @@
+"""Arithmetic of a real step over its time: the metrics ``tflops_per_gpu`` and ``mfu``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from megatron_ktr.accounting.flops import count_step
+from megatron_ktr.accounting.work import GroupWork, StepSettings
+from megatron_ktr.config import Config
+from megatron_ktr.objectives.base import Objective
+from megatron_ktr.types import RolloutGroup
+from models.qwen2_5_vl.config import Qwen2_5_VLConfig
+
+NOT_TRAINING = frozenset({"seconds/rollout", "seconds/weights"})
+
+
+def settings_of(config: Config, objective: Objective, *, key_share: float = 1.0) -> StepSettings:
+    """The passes a run's steps need, each piece of work done once and nothing recomputed but the streamed head."""
+    section = config.objective
+    has_selection = objective.needs_selection_first or section.updates_per_rollout > 1 or section.original_compat
+    return StepSettings(
+        has_hidden="hidden" in objective.views,
+        shuffle_unit=section.shuffle_unit if "shuffled" in objective.views else None,
+        num_shuffles=section.num_shuffles,
+        has_reference=objective.needs_reference,
+        has_selection=has_selection,
+        num_updates=section.updates_per_rollout,
+        frozen=frozenset(config.model.freeze),
+        key_share=key_share,
+        has_streamed_head=False,
+    )
+
+
+def step_rates(
+    model_config: Qwen2_5_VLConfig,
+    groups: Sequence[RolloutGroup],
+    *,
+    config: Config,
+    objective: Objective,
+    seconds: Mapping[str, float],
+    num_ranks: int,
+    global_sum: Callable[[float], float],
+    key_share: float = 1.0,
+) -> dict[str, float]:
+    """``tflops_per_gpu``: arithmetic of the step's passes / seconds of training / ranks; ``mfu``: its share of
+    ``--peak-tflops``, where that is given.
+
+    Arithmetic that the step needs: work a layout repeats or recomputes is not credited. Seconds are all phases but
+    sampling and handing weights to the sampler. ``groups`` are this replica's; ``global_sum`` adds over replicas
+    (collective: every rank calls this). ``key_share`` is the share of response tokens with a gradient.
+    """
+    works = [GroupWork.of(group, config=model_config) for group in groups]
+    flops = count_step(model_config, works, settings=settings_of(config, objective, key_share=key_share)).total
+    duration = sum(value for name, value in seconds.items() if name not in NOT_TRAINING)
+    rate = global_sum(flops) / max(duration, 1e-9) / num_ranks / 1e12
+    peak = config.trainer.peak_tflops
+    return {"tflops_per_gpu": rate} | ({"mfu": rate / peak} if peak else {})

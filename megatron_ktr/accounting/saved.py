@@ -1,0 +1,190 @@
+"""Bytes that forward keeps for backward, layer by layer, and what backward needs beside them.
+
+Sizes of one micro-batch on one rank: T rows of the packed sequence (its context-parallel share), t = T / tp under
+sequence parallelism, else T; A, K, F widths of queries, keys and MLP on this tensor rank; S patches, W the encoder's
+width; b bytes a number. What a language layer keeps:
+
+    norms        2 x n t D          n = 12 in fp32 (input, normalised, result); 8 in 16 bits in plain torch (fp32 copy
+                                    of the input, normalised, result); 2 b with fused norms (input, result)
+    q, k, v      T (2 A + 3 K) b    after the rotation, and the projection's output, which the values are a view of
+    rotation     4 T H b            cosine and sine, for queries and for keys
+    attention    2 T A b + 4 T N    its output twice (for its own backward, for the projection's); log-sum-exp; where
+                                    an implementation makes them: copies of keys and values per response, masks;
+                                    under context parallelism the keys and values of all ranks
+    MLP          s T F b            s = 5: gate and up, silu(gate), up + offset, product; 3 with fused SwiGLU
+
+Selective recomputation drops the attention's inner part, full recomputation keeps t D b a layer, and one layer's all
+in turn in backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_ktr.accounting.layout import Layout
+from megatron_ktr.accounting.work import GroupWork, StepSettings, num_patches
+from models.qwen2_5_vl.config import Qwen2_5_VLConfig
+
+TILE_BYTES = 64 * 2**20
+"""Working memory of the streamed head: its budget, which small heads do not reach."""
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What an implementation keeps. ``TORCH_CPU`` is what CPU runs; ``FUSED`` Transformer Engine's layers."""
+
+    bytes_per_number: int = 2
+    has_fused_norm: bool = False
+    has_fused_swiglu: bool = False
+    gathers_keys: bool = False
+    """Every response has its own copy of the prompt's keys and values."""
+    moves_inputs: bool = True
+    """Patches come from the host, in fp32."""
+    has_masks: bool = False
+    """Responses attend under an explicit mask, in the activations' precision."""
+
+    @property
+    def norm_bytes(self) -> int:
+        """Kept per number of a norm's input, input and result included."""
+        if self.has_fused_norm:
+            return 2 * self.bytes_per_number
+        return 12 if self.bytes_per_number == 4 else 8
+
+    @property
+    def norm_keeps_input(self) -> bool:
+        """Rather than an fp32 copy of it."""
+        return self.has_fused_norm or self.bytes_per_number == 4
+
+    @property
+    def mlp_copies(self) -> int:
+        return 3 if self.has_fused_swiglu else 5
+
+
+TORCH_CPU = Kernels(bytes_per_number=4, gathers_keys=True, has_masks=True, moves_inputs=False)
+TORCH_GPU = Kernels(has_fused_swiglu=True)
+FUSED = Kernels(has_fused_norm=True, has_fused_swiglu=True, gathers_keys=True)
+
+
+@dataclass(frozen=True)
+class LayerBytes:
+    """One layer, one micro-batch."""
+
+    saved: float
+    """Kept until its backward, under the layout's recomputation."""
+    again: float
+    """Made again in backward: what full recomputation did not keep."""
+    extra: float
+    """Largest amount that its backward needs beside what is kept: gradients of the MLP's inner rows."""
+
+
+def count_rows(config: Qwen2_5_VLConfig, groups: Sequence[GroupWork], layout: Layout) -> tuple[float, float]:
+    """(T, t): rows on a context rank, and of norms and residuals on a tensor rank."""
+    rows = sum(group.prompt_length(config) + group.num_response_tokens for group in groups) / layout.context
+    if layout.sequence_parallel:
+        rows = -(-rows // layout.tensor) * layout.tensor
+        return rows, rows / layout.tensor
+    return rows, rows
+
+
+def language_layer(
+    config: Qwen2_5_VLConfig, groups: Sequence[GroupWork], layout: Layout, kernels: Kernels
+) -> LayerBytes:
+    text, tp, b = config.text, layout.tensor, kernels.bytes_per_number
+    rows, own_rows = count_rows(config, groups, layout)
+    hidden = text.hidden_size
+    width, kv = text.num_attention_heads * text.head_size / tp, text.num_key_value_heads * text.head_size / tp
+    ffn = text.intermediate_size / tp
+    norms = 2 * kernels.norm_bytes * own_rows * hidden
+    qkv = rows * (2 * width + 3 * kv) * b + 4 * rows * text.head_size * b
+    inner = rows * width * b + 4 * rows * text.num_attention_heads / tp
+    if kernels.gathers_keys or kernels.has_masks:
+        pairs = sum(n * (group.prompt_length(config) + n) for group in groups for n in group.response_lengths)
+        copied = sum(group.prompt_length(config) + n for group in groups for n in group.response_lengths)
+        inner += (copied * 2 * kv * kernels.gathers_keys + pairs * kernels.has_masks) * b / layout.context
+    if layout.context > 1:
+        inner += rows * layout.context * 2 * kv * b  # keys and values of all context ranks
+    mlp = kernels.mlp_copies * rows * ffn * b
+    everything = norms + qkv + inner + rows * width * b + mlp
+    gathered = rows * hidden * b if layout.sequence_parallel else 0.0
+    extra = max(
+        2 * rows * ffn * b + 2 * own_rows * hidden * b + gathered,
+        2 * hidden * ffn * b,  # gradient of the first MLP weight, before it is added to the buffer
+    )
+    if layout.recompute == "full":
+        kept = own_rows * hidden * b
+        return LayerBytes(saved=kept, again=everything - kept * kernels.norm_keeps_input, extra=extra)
+    if layout.recompute == "selective":
+        # Made again after the MLP's backward, in the room that what the MLP kept has left.
+        return LayerBytes(saved=everything - inner, again=max(0.0, inner - mlp), extra=extra)
+    return LayerBytes(saved=everything, again=0.0, extra=extra)
+
+
+def vision_layer(config: Qwen2_5_VLConfig, groups: Sequence[GroupWork], layout: Layout, kernels: Kernels) -> LayerBytes:
+    """As a language layer's, without sequence parallelism and grouped queries: every patch has its own keys."""
+    vision, shards, b = config.vision, layout.vision_shards, kernels.bytes_per_number
+    patches = count_patches(groups, layout)
+    width = vision.hidden_size
+    own_width, ffn = width / shards, vision.padded_intermediate_size(shards) / shards
+    norms = 2 * kernels.norm_bytes * patches * width
+    inner = patches * own_width * b + 4 * patches * vision.num_heads / shards
+    qkv = 5 * patches * own_width * b
+    mlp = kernels.mlp_copies * patches * ffn * b
+    everything = norms + qkv + inner + mlp
+    extra = 2 * patches * ffn * b + 2 * patches * width * b
+    if layout.recompute == "full":
+        kept = patches * width * b
+        return LayerBytes(saved=kept, again=everything - kept * kernels.norm_keeps_input, extra=extra)
+    if layout.recompute == "selective":
+        # Made again after the MLP's backward, in the room that what the MLP kept has left.
+        return LayerBytes(saved=everything - inner, again=max(0.0, inner - mlp), extra=extra)
+    return LayerBytes(saved=everything, again=0.0, extra=extra)
+
+
+def vision_ends(config: Qwen2_5_VLConfig, groups: Sequence[GroupWork], layout: Layout, kernels: Kernels) -> float:
+    """Kept around the encoder's layers: patches for the embedding, the merger's norm and GELU, the features."""
+    vision, b = config.vision, kernels.bytes_per_number
+    patches = count_patches(groups, layout)
+    merged = vision.merged_hidden_size / layout.vision_shards
+    norm = kernels.norm_bytes * patches * vision.hidden_size
+    features = sum(group.num_visual_tokens(vision) for group in groups) * vision.out_hidden_size * b
+    return patches * vision.patch_dim * b + norm + 2 * patches / vision.merge_unit * merged * b + features
+
+
+def patch_inputs(config: Qwen2_5_VLConfig, groups: Sequence[GroupWork], layout: Layout, kernels: Kernels) -> float:
+    """What the encoder's caller holds while it runs: patches as they came, and in the model's precision."""
+    copies = 4 * kernels.moves_inputs + (kernels.bytes_per_number if kernels.bytes_per_number != 4 else 0)
+    return count_patches(groups, layout) * config.vision.patch_dim * copies
+
+
+def count_patches(groups: Sequence[GroupWork], layout: Layout) -> float:
+    """Patches on a rank; whole temporal patches where they are split."""
+    split = layout.vision_frames_split
+    if split == 1:
+        return sum(num_patches(group.grids) for group in groups)
+    frames = [h * w for group in groups for t, h, w in group.grids for _ in range(t)]
+    return -(-len(frames) // split) * max(frames, default=0)
+
+
+@dataclass(frozen=True)
+class HeadBytes:
+    saved: float
+    """Hidden rows that predict response tokens, three numbers a row, and the final norm."""
+    extra: float
+    """In backward: the weight gradient, gradients of the rows, and tiles of logits."""
+
+
+def head(
+    config: Qwen2_5_VLConfig, groups: Sequence[GroupWork], layout: Layout, kernels: Kernels, settings: StepSettings
+) -> HeadBytes:
+    text, b = config.text, kernels.bytes_per_number
+    rows, own_rows = count_rows(config, groups, layout)
+    response_rows = sum(group.num_response_tokens for group in groups)
+    shard = -(-text.vocab_size // layout.tensor)
+    norm = (kernels.norm_bytes - b) * own_rows * text.hidden_size
+    tiles = min(TILE_BYTES, 8 * response_rows * shard)
+    gradients = response_rows * text.hidden_size * (b + 4 * settings.key_share) + rows * text.hidden_size * b
+    return HeadBytes(
+        saved=norm + response_rows * (text.hidden_size * b + 12),
+        extra=shard * text.hidden_size * b + gradients + tiles,
+    )

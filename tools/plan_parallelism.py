@@ -1,0 +1,189 @@
+"""Which parallel layouts fit a model on given GPUs, what each costs in memory and time, and the best three as flags.
+
+    python tools/plan_parallelism.py --model 72b --gpus 256 --gpu-memory 80 --frames 128 --prompts-per-step 256
+    python tools/plan_parallelism.py --model DIR --gpus 8 --gpu-memory 80 --frames 32 --json
+
+On paper: ``megatron_ktr/accounting`` has the formulas. Memory is checked against measured peaks, time is an estimate
+that stands and falls with ``--efficiency`` and the bandwidths. The rollout is no part of the step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+# `python tools/X.py` puts tools/ on the path, not the repository.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_ktr.accounting.planner import GB, PIXELS_PER_TOKEN, Plan, Request, find_plans  # noqa: E402
+from megatron_ktr.accounting.saved import FUSED, TORCH_GPU  # noqa: E402
+from megatron_ktr.accounting.timing import Machine  # noqa: E402
+from megatron_ktr.accounting.work import StepSettings  # noqa: E402
+from megatron_ktr.errors import UserError, run_cli  # noqa: E402
+from models.qwen2_5_vl.config import Qwen2_5_VLConfig  # noqa: E402
+from models.qwen2_5_vl.published import PUBLISHED_CONFIGS  # noqa: E402
+
+MEMORY_PARTS = ("weights", "gradients", "optimizer", "reference", "activations", "vision", "head", "working")
+TIME_PARTS = ("compute", "bubble", "tensor", "context", "pipeline", "data")
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = _parser().parse_args(argv)
+    request = _request(options)
+    plans = find_plans(request)
+    if options.json:
+        print(json.dumps({"layouts": [_as_json(plan) for plan in plans[: options.best]]}), flush=True)
+    else:
+        print(_as_text(request, plans, num_shown=options.rows, num_best=options.best), flush=True)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    machine, request = Machine(), Request.__dataclass_fields__
+
+    def add(flag: str, kind: type, default: Any, text: str, **more: Any) -> None:
+        parser.add_argument(flag, type=kind, default=default, help=f"{text} (default {default})", **more)
+
+    parser.add_argument("--model", required=True, help="3b, 7b, 32b, 72b, or a Hugging Face directory or config.json")
+    parser.add_argument("--gpus", type=int, required=True, help="number of GPUs")
+    parser.add_argument("--gpu-memory", type=float, required=True, help="of one GPU, in 10^9 bytes")
+    parser.add_argument("--frames", type=int, required=True, help="frames of every video, even")
+    add("--pixels-per-frame", int, 128 * PIXELS_PER_TOKEN, "pixels of a frame; 28 x 28 make one visual token")
+    add("--text-length", int, request["text_length"].default, "prompt tokens that are not visual")
+    add("--response-length", int, request["response_length"].default, "tokens of every response")
+    add("--num-generations", int, request["num_generations"].default, "responses per prompt")
+    add("--prompts-per-step", int, request["prompts_per_step"].default, "prompts of a step over all GPUs")
+    add(
+        "--shuffle-unit", str, "frame", "what the temporal counterfactual permutes", choices=("frame", "temporal_patch")
+    )
+    add("--num-shuffles", int, 1, "random orders per step")
+    parser.add_argument("--grpo", action="store_true", help="plain GRPO: no counterfactual passes")
+    parser.add_argument("--no-reference", action="store_true", help="no KL term, no reference model")
+    add("--freeze", str, "", "parts that are not trained, by comma: vision, merger, language")
+    add("--vision-parallel", str, "tensor", "how the encoder is split", choices=("tensor", "frame"))
+    add("--transformer-impl", str, "te", "layers: Transformer Engine's or plain torch", choices=("te", "local"))
+    add("--peak-tflops", float, machine.peak_tflops, "of one GPU, dense, in the precision of training")
+    add("--efficiency", float, machine.efficiency, "share of the peak that a busy stage reaches")
+    add("--gpus-per-node", int, machine.gpus_per_node, "GPUs joined by fast links")
+    add("--link-bandwidth", float, machine.link_gb_per_second, "of a GPU inside its node, 10^9 bytes a second, one way")
+    add("--network-bandwidth", float, machine.network_gb_per_second, "of a GPU between nodes, likewise")
+    add("--engine-memory", float, request["engine_gb"].default, "of a colocated rollout engine asleep, 10^9 bytes")
+    add("--reserved-memory", float, request["reserved_gb"].default, "context, buffers, fragmentation, 10^9 bytes")
+    add("--best", int, 3, "layouts printed as flags, and put into the JSON")
+    add("--rows", int, 12, "rows of the table")
+    parser.add_argument("--json", action="store_true", help="one JSON object on the last line of output, no table")
+    return parser
+
+
+def _request(options: argparse.Namespace) -> Request:
+    positive = (
+        "gpus gpu_memory frames pixels_per_frame text_length response_length num_generations prompts_per_step "
+        "num_shuffles peak_tflops efficiency gpus_per_node link_bandwidth network_bandwidth best"
+    ).split()
+    for name in positive:
+        if getattr(options, name) <= 0:
+            raise UserError(f"--{name.replace('_', '-')} must be positive, got {getattr(options, name):g}")
+    if options.frames % 2:
+        raise UserError(f"--frames must be even (two frames make one temporal patch), got {options.frames}")
+    if options.efficiency > 1:
+        raise UserError(f"--efficiency is a share of the peak, at most 1, got {options.efficiency:g}")
+    frozen = frozenset(part for part in options.freeze.split(",") if part)
+    if not frozen < {"vision", "merger", "language"}:
+        raise UserError(f"--freeze takes some, not all, of vision, merger, language; got {options.freeze!r}")
+    return Request(
+        config=_model(options.model),
+        num_gpus=options.gpus,
+        gpu_memory_gb=options.gpu_memory,
+        num_frames=options.frames,
+        pixels_per_frame=options.pixels_per_frame,
+        text_length=options.text_length,
+        response_length=options.response_length,
+        num_generations=options.num_generations,
+        prompts_per_step=options.prompts_per_step,
+        settings=StepSettings(
+            has_hidden=not options.grpo,
+            shuffle_unit=None if options.grpo else options.shuffle_unit,
+            num_shuffles=options.num_shuffles,
+            has_reference=not options.no_reference,
+            frozen=frozen,
+        ),
+        machine=Machine(
+            peak_tflops=options.peak_tflops,
+            efficiency=options.efficiency,
+            gpus_per_node=options.gpus_per_node,
+            link_gb_per_second=options.link_bandwidth,
+            network_gb_per_second=options.network_bandwidth,
+        ),
+        kernels=FUSED if options.transformer_impl == "te" else TORCH_GPU,
+        vision_parallel=options.vision_parallel,
+        engine_gb=options.engine_memory,
+        reserved_gb=options.reserved_memory,
+    )
+
+
+def _model(name: str) -> Qwen2_5_VLConfig:
+    if name.upper() in PUBLISHED_CONFIGS:
+        return PUBLISHED_CONFIGS[name.upper()]
+    if not Path(name).exists():
+        sizes = ", ".join(PUBLISHED_CONFIGS).lower()
+        raise UserError(f"--model {name}: neither one of {sizes} nor a directory with a config.json")
+    return Qwen2_5_VLConfig.from_hf(name)
+
+
+def _as_json(plan: Plan) -> dict[str, Any]:
+    return {
+        "flags": plan.flags,
+        "memory_gb_per_gpu": round(plan.memory_gb, 3),
+        "step_seconds": round(plan.time.total, 4),
+        "bubble_fraction": round(plan.time.bubble_fraction, 5),
+        "mfu": round(plan.mfu, 4),
+        "tflops_per_gpu": round(plan.tflops_per_gpu, 2),
+        "memory_gb_by_part": {name: round(v / GB, 3) for name, v in dataclasses.asdict(plan.memory).items()},
+        "seconds_by_part": {name: round(v, 4) for name, v in dataclasses.asdict(plan.time).items()},
+    }
+
+
+def _as_text(request: Request, plans: list[Plan], *, num_shown: int, num_best: int) -> str:
+    group = request.group
+    prompt = group.prompt_length(request.config)
+    num_tokens = prompt + group.num_response_tokens
+    petaflops = request.flops_by_recompute["none"].total / 1e15
+    lines = [
+        f"a prompt group: {prompt - group.text_length} visual + {group.text_length} text + {request.num_generations} x "
+        f"{request.response_length} response tokens = {num_tokens} rows, {petaflops:.3g} PFLOP",
+        f"{request.prompts_per_step} prompts a step on {request.num_gpus} GPUs of {request.gpu_memory_gb:g} GB; "
+        f"{len(plans)} layouts fit, the fastest:",
+        "",
+        "memory in GB of the fullest rank, time in seconds; bub = bubble, tp/cp/pp/dp = communication that counts",
+        f"{'tp':>3}{'pp':>4}{'cp':>4}{'dp':>5}{'vpp':>4}  {'recompute':<9} |{'total':>7}"
+        + "".join(f"{_short(name):>6}" for name in MEMORY_PARTS)
+        + f" |{'step':>8}{'comp':>7}{'bub':>6}{'tp':>6}{'cp':>6}{'pp':>6}{'dp':>6}{'bubble':>8}{'MFU':>6}",
+    ]
+    for plan in plans[:num_shown]:
+        layout, memory, time = plan.layout, dataclasses.asdict(plan.memory), dataclasses.asdict(plan.time)
+        lines.append(
+            f"{layout.tensor:>3}{layout.pipeline:>4}{layout.context:>4}{layout.data:>5}{layout.virtual:>4}  "
+            f"{layout.recompute:<9} |{plan.memory_gb:>7.1f}"
+            + "".join(f"{memory[name] / GB:>6.1f}" for name in MEMORY_PARTS)
+            + f" |{plan.time.total:>8.2f}{time['compute']:>7.1f}"
+            + "".join(f"{time[name]:>6.1f}" for name in TIME_PARTS[1:])
+            + f"{plan.time.bubble_fraction:>8.1%}{plan.mfu:>6.0%}"
+        )
+    reserved = plans[0].memory.engine + plans[0].memory.reserved
+    lines += ["", f"every total includes {reserved / GB:g} GB for a sleeping rollout engine and what is reserved"]
+    for index, plan in enumerate(plans[:num_best], start=1):
+        lines += ["", f"{index}. {plan.memory_gb:.1f} GB a GPU, {plan.time.total:.1f} s a step", f"   {plan.flags}"]
+    return "\n".join(lines)
+
+
+def _short(name: str) -> str:
+    return {"gradients": "grads", "optimizer": "optim", "reference": "ref", "activations": "activ"}.get(name, name)[:5]
+
+
+if __name__ == "__main__":
+    run_cli(main)
