@@ -14,7 +14,7 @@ from megatron_ktr.ops.token_statistics import TokenStatistics, linear_token_stat
 from megatron_ktr.types import PackedBatch
 from models.qwen2_5_vl.attention import PrefixSeqParams
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
-from models.qwen2_5_vl.layer_specs import TransformerImpl, language_block_spec
+from models.qwen2_5_vl.layer_specs import AttentionImpl, TransformerImpl, language_block_spec
 from models.qwen2_5_vl.transformer_config import padded_vocab_size
 
 
@@ -32,6 +32,7 @@ class LanguageModel(GPTModel):
         config: TransformerConfig,
         process_groups: ProcessGroupCollection,
         transformer_impl: TransformerImpl,
+        attention_impl: AttentionImpl,
         pre_process: bool,
         post_process: bool,
         vp_stage: int | None,
@@ -40,7 +41,11 @@ class LanguageModel(GPTModel):
         super().__init__(
             config=config,
             transformer_layer_spec=language_block_spec(
-                config, impl=transformer_impl, vp_stage=vp_stage, pp_rank=process_groups.pp.rank()
+                config,
+                impl=transformer_impl,
+                attention_impl=attention_impl,
+                vp_stage=vp_stage,
+                pp_rank=process_groups.pp.rank(),
             ),
             vocab_size=padded_vocab_size(text.vocab_size, config.tensor_model_parallel_size),
             max_sequence_length=text.max_position_embeddings,

@@ -31,7 +31,7 @@ from megatron_ktr.ops.token_statistics import Impl, TokenStatistics
 from megatron_ktr.types import PackedBatch
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.language import LanguageModel
-from models.qwen2_5_vl.layer_specs import TransformerImpl
+from models.qwen2_5_vl.layer_specs import AttentionImpl, TransformerImpl
 from models.qwen2_5_vl.transformer_config import language_transformer_config
 from models.qwen2_5_vl.vision import VisionEncoder
 
@@ -54,6 +54,7 @@ class Qwen2_5_VLModel(MegatronModule):
         transformer_config: TransformerConfig,
         process_groups: ProcessGroupCollection,
         transformer_impl: TransformerImpl = "auto",
+        attention_impl: AttentionImpl = "auto",
         pre_process: bool = True,
         post_process: bool = True,
         vp_stage: int | None = None,
@@ -79,6 +80,7 @@ class Qwen2_5_VLModel(MegatronModule):
             config=transformer_config,
             process_groups=process_groups,
             transformer_impl=transformer_impl,
+            attention_impl=attention_impl,
             pre_process=pre_process,
             post_process=post_process,
             vp_stage=vp_stage,
@@ -223,6 +225,7 @@ def build_model(
             transformer_config=transformer_config,
             process_groups=groups.process_groups,
             transformer_impl=config.model.transformer_impl if config else "auto",
+            attention_impl=config.model.attention_impl if config else "auto",
             pre_process=is_pp_first_stage(pipeline_group) and is_vp_first_stage(vp_stage, num_chunks),
             post_process=is_pp_last_stage(pipeline_group) and is_vp_last_stage(vp_stage, num_chunks),
             vp_stage=vp_stage,
