@@ -239,7 +239,7 @@ class ParallelSection:
     num_layers_per_virtual_pipeline_stage: int | None = _option(
         None, "Layers of one interleaved pipeline chunk; none = one chunk per rank", low=1
     )
-    context_parallel_size: int = _option(1, "Ranks that share each sequence; above 1 not available yet", low=1)
+    context_parallel_size: int = _option(1, "Ranks that share each sequence: prompt chunks and whole responses", low=1)
     sequence_parallel: bool = _option(False, "Split norms and residuals by tokens over the tensor-parallel ranks")
     overlap_grad_reduce: bool = _option(False, "Reduce gradients during backward")
     overlap_param_gather: bool = _option(False, "Gather updated parameters during the next forward")

@@ -50,8 +50,6 @@ def _not_available(config: Config) -> Iterator[str]:
         yield f"--objective {objective.objective} is not available yet; available: video_ktr, grpo, sft"
     if objective.num_shuffles > 1:
         yield f"--num-shuffles {objective.num_shuffles} is not available yet; available: 1"
-    if config.parallel.context_parallel_size > 1:
-        yield f"--context-parallel-size {config.parallel.context_parallel_size} is not available yet; available: 1"
     if config.parallel.vision_parallel == "frame":
         yield "--vision-parallel frame is not available yet; available: tensor"
     if config.trainer.eval_interval:

@@ -199,8 +199,9 @@ class Policy:
         )
         self._is_gather_pending = self.config.parallel.overlap_param_gather
         metrics = Metrics()
-        # Tensor-parallel ranks hold the same numbers; one of them speaks for all.
-        for batch_loss, batch_metrics, streams, scores in outputs if self.groups.tensor_rank == 0 else ():
+        # Tensor- and context-parallel ranks hold the same numbers; one of them speaks for all.
+        speaks = self.groups.tensor_rank == self.groups.context_rank == 0
+        for batch_loss, batch_metrics, streams, scores in outputs if speaks else ():
             metrics.merge(batch_metrics)
             metrics.add("loss", batch_loss)
             metrics.add("has_gradient", any_gradient(streams, scores if objective.needs_reference else None))
@@ -267,11 +268,8 @@ class Policy:
     def _statistics(
         self, chunk: torch.nn.Module, batch: PackedBatch, hidden_RD: Tensor, other_hidden_RD: Tensor | None = None
     ) -> TokenStatistics:
-        return unwrap_model(chunk).token_statistics(
-            hidden_RD,
-            batch.target_ids_R.to(hidden_RD.device),
-            temperature=self.temperature,
-            counterfactual_hidden_RD=other_hidden_RD,
+        return unwrap_model(chunk).response_statistics(
+            hidden_RD, batch, temperature=self.temperature, counterfactual_hidden_RD=other_hidden_RD
         )
 
     def _compared(

@@ -172,7 +172,6 @@ def test_unsupported_requests_are_refused(hf_dir: Path, one_rank: ParallelGroups
         with pytest.raises(UserError, match=message):
             build_model(model_config, groups=one_rank, config=Config(model=ModelSection(attention_impl=name)))
     for sizes, message in [
-        (ParallelSizes(context=2), "--context-parallel-size 2"),
         (ParallelSizes(tensor=3), "must divide the 4 attention heads"),
         (ParallelSizes(pipeline=2), "must divide the 3 layers"),
     ]:

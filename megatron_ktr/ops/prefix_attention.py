@@ -18,7 +18,7 @@ ranks that hold all keys (``prefix_attention_plan.py`` describes both).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -69,10 +69,24 @@ def prefix_attention(
         )
     impl = choose_impl(q_TNH, impl)
     if not plan.segments:
-        return torch.zeros_like(q_TNH)
+        return _Nothing.apply(q_TNH, k_JKH, v_JKH)
     attend = {"torch": loop_attention, "merged": merged_attention, "varlen": varlen_attention}[impl]
     out_TNH = attend(q_TNH, k_JKH, v_JKH, plan=plan, scale=q_TNH.shape[-1] ** -0.5 if scale is None else scale)
     return pad(out_TNH, (0, 0, 0, 0, 0, plan.num_padding)) if plan.num_padding else out_TNH
+
+
+class _Nothing(torch.autograd.Function):
+    """Padding alone: zeros that stay connected to keys and values. Under context parallelism their gradient takes part
+    in a collective, which a rank without rows must join like the others."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        return torch.zeros_like(q)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.zeros_like(x) for x in ctx.saved_tensors)
 
 
 def choose_impl(q_TNH: Tensor, impl: PrefixImpl = "auto") -> PrefixImpl:

@@ -9,13 +9,18 @@ would otherwise be a device synchronisation per layer.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
+from megatron_ktr.context_shard import ContextShard
+from megatron_ktr.ops.key_exchange import gather_keys
 from megatron_ktr.ops.prefix_attention import PrefixImpl, prefix_attention
 from megatron_ktr.ops.prefix_attention_plan import AttentionPlan
 from megatron_ktr.types import PackedLayout
@@ -23,13 +28,38 @@ from megatron_ktr.types import PackedLayout
 
 @dataclass
 class PrefixSeqParams(PackedSeqParams):
-    """Attention of the language model: ``plan`` says who may attend whom."""
+    """Attention of the language model: ``plan`` says who may attend whom.
+
+    With context parallelism the queries are this rank's rows and the plan's keys are everybody's: ``gather_keys`` gets
+    them, before any of the implementations runs.
+    """
 
     plan: AttentionPlan | None = None
+    gather_keys: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
 
     @classmethod
     def from_layout(cls, layout: PackedLayout) -> PrefixSeqParams:
         return cls(plan=AttentionPlan.of_layout(layout), **_one_sequence(layout.num_tokens))
+
+    @classmethod
+    def from_shard(cls, shard: ContextShard, *, group: ProcessGroup) -> PrefixSeqParams:
+        gather = partial(gather_keys, shard=shard, group=group)
+        return cls(plan=shard.plan, gather_keys=gather, **_one_sequence(shard.num_rows))
+
+    def keys_and_values(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Those the plan speaks of, from this rank's."""
+        return (key, value) if self.gather_keys is None else self.gather_keys(key, value)
+
+
+class OneRank:
+    """Stands in for the context group wherever megatron-core would cut sequences or frequencies itself: rows are
+    shared out before the first layer, and core's layers work on what one rank has as if it were everything."""
+
+    def size(self) -> int:
+        return 1
+
+    def rank(self) -> int:
+        return 0
 
 
 class PrefixCoreAttention(torch.nn.Module):
@@ -63,6 +93,7 @@ class PrefixCoreAttention(torch.nn.Module):
         **_: Any,
     ) -> Tensor:
         """[T, N, H], [T, K, H], [T, K, H] -> [T, N * H]; mask arguments are unused, the plan says it all."""
+        key, value = packed_seq_params.keys_and_values(key, value)
         plan = packed_seq_params.plan
         return prefix_attention(query, key, value, plan=plan, scale=self.scale, impl=self.impl).flatten(1)
 
@@ -70,5 +101,10 @@ class PrefixCoreAttention(torch.nn.Module):
 def _one_sequence(num_rows: int) -> dict[str, Any]:
     bounds = torch.tensor([0, num_rows], dtype=torch.int32)
     return dict(
-        qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=num_rows, max_seqlen_kv=num_rows
+        qkv_format="thd",
+        cu_seqlens_q=bounds,
+        cu_seqlens_kv=bounds,
+        max_seqlen_q=num_rows,
+        max_seqlen_kv=num_rows,
+        cp_group=OneRank(),
     )

@@ -11,7 +11,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_ktr.ops.token_statistics import TokenStatistics, linear_token_statistics
-from megatron_ktr.types import PackedBatch
 from models.qwen2_5_vl.attention import PrefixSeqParams
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.layer_specs import AttentionImpl, TransformerImpl, language_block_spec
@@ -82,18 +81,21 @@ class LanguageModel(GPTModel):
             hidden_T1D = scatter_to_sequence_parallel_region(hidden_T1D, group=self.tp_group).clone()
         return hidden_T1D
 
-    def forward_packed(self, batch: PackedBatch, *, decoder_input: Tensor | None) -> Tensor:
+    def forward_packed(
+        self, position_ids_3T: Tensor, attention: PrefixSeqParams, *, decoder_input: Tensor | None
+    ) -> Tensor:
         """Hidden states after this stage's layers (and the final norm on the last stage).
 
-        ``decoder_input`` is ``embed``'s result on the first stage, None elsewhere (see ``set_input_tensor``).
+        T counts this context rank's rows. ``decoder_input`` is ``embed``'s result on the first stage, None elsewhere
+        (see ``set_input_tensor``).
         Returns [T, 1, D] or, under sequence parallelism, [T / tp, 1, D].
         """
         return self(
             input_ids=None,
-            position_ids=batch.position_ids_3T[:, None],
+            position_ids=position_ids_3T[:, None],
             attention_mask=None,
             decoder_input=decoder_input,
-            packed_seq_params=PrefixSeqParams.from_layout(batch.layout),
+            packed_seq_params=attention,
         )
 
     def output_weight(self) -> Tensor:

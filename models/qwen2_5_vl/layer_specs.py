@@ -185,6 +185,7 @@ def _te_modules() -> SimpleNamespace:
             packed_seq_params: PrefixSeqParams | None = None,
             **kwargs: Any,
         ) -> Tensor:
+            key, value = packed_seq_params.keys_and_values(key, value)
             plan = packed_seq_params.plan
             call = plan.varlen(query.device).whole
             segments = PackedSeqParams(

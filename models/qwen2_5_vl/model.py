@@ -10,6 +10,7 @@ entropy without ever making full logits (``ops/token_statistics``).
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,10 +26,13 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_ktr.context_shard import ContextShard, LocalRows, shard_layout
 from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.distributed.platform import current
+from megatron_ktr.ops.key_exchange import gather_statistics
 from megatron_ktr.ops.token_statistics import Impl, TokenStatistics
 from megatron_ktr.types import PackedBatch
+from models.qwen2_5_vl.attention import OneRank, PrefixSeqParams
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.language import LanguageModel
 from models.qwen2_5_vl.layer_specs import AttentionImpl, TransformerImpl
@@ -59,6 +63,7 @@ class Qwen2_5_VLModel(MegatronModule):
         post_process: bool = True,
         vp_stage: int | None = None,
         statistics_impl: Impl = "auto",
+        context_group: torch.distributed.ProcessGroup | None = None,
         accumulate_into_main_grad: bool = False,
     ) -> None:
         super().__init__(config=transformer_config)
@@ -67,6 +72,7 @@ class Qwen2_5_VLModel(MegatronModule):
         self.post_process = post_process
         self.vp_stage = vp_stage
         self.tensor_group = process_groups.tp
+        self.context_group = context_group if context_group is not None and context_group.size() > 1 else None
         self.statistics_impl: Impl = statistics_impl
         self.accumulate_into_main_grad = accumulate_into_main_grad
         self.share_embeddings_and_output_weights = model_config.tie_word_embeddings
@@ -122,14 +128,16 @@ class Qwen2_5_VLModel(MegatronModule):
         """Hidden rows ``[R, D]`` that predict the response tokens on the last stage; before it, the activation
         ``[T, 1, D]`` for the next stage (``[T / tp, 1, D]`` under sequence parallelism).
 
-        ``batch`` must lie on this rank's device, equal on all tensor ranks.
+        ``batch`` must lie on this rank's device, equal on all tensor and context ranks. Under context parallelism T
+        and R count the rows that this context rank keeps (``megatron_ktr/context_shard.py``).
 
         Raises:
             ValueError: T that sequence parallelism cannot split, or visual rows without patches.
         """
         self._check(batch)
-        decoder_input = self._embed(batch) if self.pre_process else None
-        hidden_T1D = self.language.forward_packed(batch, decoder_input=decoder_input)
+        local, attention = self._share(batch)
+        decoder_input = self._embed(batch, local) if self.pre_process else None
+        hidden_T1D = self.language.forward_packed(local.position_ids_3T, attention, decoder_input=decoder_input)
         if not self.post_process:
             return hidden_T1D
         if self.config.sequence_parallel:
@@ -139,7 +147,31 @@ class Qwen2_5_VLModel(MegatronModule):
                 hidden_T1D, tensor_parallel_output_grad=True, group=self.tensor_group
             )
         # The prompt's last row appears once per response: backward sums over the group.
-        return hidden_T1D[:, 0].index_select(0, batch.predicting_rows_R)
+        return hidden_T1D[:, 0].index_select(0, local.predicting_rows_R)
+
+    def response_statistics(
+        self,
+        hidden_RD: Tensor,
+        batch: PackedBatch,
+        *,
+        temperature: float = 1.0,
+        counterfactual_hidden_RD: Tensor | None = None,
+    ) -> TokenStatistics:
+        """``token_statistics`` of all response tokens of ``batch``, on every context rank, from ``forward``'s rows.
+
+        ``batch`` may lie on the host. Every context rank must compute the same loss from them and call backward.
+        """
+        targets_R = batch.target_ids_R.to(hidden_RD.device)
+        options = dict(temperature=temperature, counterfactual_hidden_RD=counterfactual_hidden_RD)
+        if self.context_group is None:
+            return self.token_statistics(hidden_RD, targets_R, **options)
+        owner_R = self._shard(batch).owners(batch).to(hidden_RD.device)
+        mine = self.token_statistics(hidden_RD, targets_R[owner_R == self.context_group.rank()], **options)
+        names = [name for name, values_R in vars(mine).items() if values_R is not None]
+        gathered = gather_statistics(
+            *(getattr(mine, name) for name in names), owner_R=owner_R, group=self.context_group
+        )
+        return TokenStatistics(**dict(zip(names, gathered, strict=True)))
 
     def token_statistics(
         self,
@@ -167,12 +199,28 @@ class Qwen2_5_VLModel(MegatronModule):
             impl=self.statistics_impl,
         )
 
-    def _embed(self, batch: PackedBatch) -> Tensor:
+    def _share(self, batch: PackedBatch) -> tuple[LocalRows, PrefixSeqParams]:
+        """This context rank's rows of the batch, and what they attend."""
+        if self.context_group is None:
+            return LocalRows.whole(batch), PrefixSeqParams.from_layout(batch.layout)
+        shard = self._shard(batch)
+        return shard.take(batch), PrefixSeqParams.from_shard(shard, group=self.context_group)
+
+    def _shard(self, batch: PackedBatch) -> ContextShard:
+        multiple = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+        size, rank = self.context_group.size(), self.context_group.rank()
+        return shard_layout(batch.layout, size=size, rank=rank, multiple=multiple)
+
+    def _embed(self, batch: PackedBatch, local: LocalRows) -> Tensor:
         # The encoder runs before the embedding, always: backward then reaches them in the opposite order, always.
         features = None
         if batch.patches_SD is not None or self._needs_vision_gradients():
             features = self.vision(batch.patches_SD, batch.grid_thw_M3)
-        return self.language.embed(batch.token_ids_T, visual_rows=batch.visual_rows, features=features)
+        if features is not None and local.visual_index is not None:
+            # Every context rank encodes all frames and keeps its rows' features: each sends back its rows' gradient
+            # alone, and the parameters' gradients add up over the ranks as the language model's do.
+            features = features.index_select(0, local.visual_index)
+        return self.language.embed(local.token_ids_T, visual_rows=local.visual_rows, features=features)
 
     def _needs_vision_gradients(self) -> bool:
         """Whether backward must reach the vision encoder even if this micro-batch has no media.
@@ -188,7 +236,7 @@ class Qwen2_5_VLModel(MegatronModule):
     def _check(self, batch: PackedBatch) -> None:
         num_tokens = batch.token_ids_T.shape[0]
         tensor_size = self.config.tensor_model_parallel_size
-        if self.config.sequence_parallel and num_tokens % tensor_size:
+        if self.config.sequence_parallel and self.context_group is None and num_tokens % tensor_size:
             raise ValueError(
                 f"sequence parallelism splits T over {tensor_size} ranks, got T = {num_tokens}; "
                 "pack with pad_to_multiple set to a multiple of the tensor-parallel size"
@@ -216,6 +264,8 @@ def build_model(
         UserError: a layout that does not fit the model's sizes.
     """
     transformer_config = language_transformer_config(model_config, groups=groups, dtype=dtype, config=config)
+    process_groups = copy.copy(groups.process_groups)
+    process_groups.cp = OneRank()
     num_chunks = transformer_config.virtual_pipeline_model_parallel_size
     pipeline_group = groups.process_groups.pp
     chunks = []
@@ -223,7 +273,8 @@ def build_model(
         chunk = Qwen2_5_VLModel(
             model_config,
             transformer_config=transformer_config,
-            process_groups=groups.process_groups,
+            process_groups=process_groups,
+            context_group=groups.context,
             transformer_impl=config.model.transformer_impl if config else "auto",
             attention_impl=config.model.attention_impl if config else "auto",
             pre_process=is_pp_first_stage(pipeline_group) and is_vp_first_stage(vp_stage, num_chunks),

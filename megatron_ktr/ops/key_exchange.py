@@ -1,0 +1,80 @@
+"""What context-parallel ranks tell each other: keys and values before attention, token statistics after the head.
+
+``gather_keys``        forward   all-gather of this rank's keys and values, put into the row order of the whole layout
+                       backward  reduce-scatter: a row's gradient is the sum over the ranks whose queries attended it
+``gather_statistics``  forward   all-gather of this rank's R_c numbers of each kind into R, the same on every rank
+                       backward  this rank's entries of the incoming gradient, nothing summed
+
+Every rank computes the same loss from the gathered statistics, so the incoming gradient is the whole one on every rank,
+and each sends its own rows' part down its own rows. Parameter gradients are then parts that sum over the context group,
+as they do over the data-parallel group; summing the statistics' gradient as well would count everything c times.
+
+Both run their collectives on every rank, also with no row or no token: the others would wait for it for ever.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_ktr.context_shard import ContextShard
+
+
+def gather_keys(k: Tensor, v: Tensor, *, shard: ContextShard, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """[local rows, K, H] each -> [rows of the whole layout without padding, K, H] each; differentiable."""
+    return _GatherKeys.apply(k, v, shard.place.to(k.device), group)
+
+
+def gather_statistics(*values_R: Tensor, owner_R: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, ...]:
+    """This rank's numbers [R_c] of each kind -> everybody's [R], the same on every rank; differentiable (see above).
+
+    ``owner_R`` is the rank of ``group`` that holds each number, equal everywhere; a rank's numbers keep their order.
+    One collective for all kinds. A kind that needs no gradient on one rank needs none on any.
+    """
+    return _GatherStatistics.apply(owner_R, group, *values_R)
+
+
+class _GatherKeys(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, k: Tensor, v: Tensor, place: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+        ctx.group, ctx.place = group, place
+        local = torch.stack([k, v], dim=1)  # rows first: the gathered tensor is one rank's rows after the other's
+        ctx.shape = local.shape
+        gathered = local.new_empty(group.size() * local.shape[0], *local.shape[1:])
+        dist.all_gather_into_tensor(gathered, local, group=group)
+        return gathered[:, 0].index_select(0, place), gathered[:, 1].index_select(0, place)
+
+    @staticmethod
+    def backward(ctx: Any, grad_k: Tensor, grad_v: Tensor) -> tuple[Tensor | None, ...]:
+        gathered = grad_k.new_zeros(ctx.group.size() * ctx.shape[0], *ctx.shape[1:])
+        gathered[ctx.place, 0], gathered[ctx.place, 1] = grad_k, grad_v
+        local = grad_k.new_empty(ctx.shape)
+        dist.reduce_scatter_tensor(local, gathered, group=ctx.group)
+        return local[:, 0], local[:, 1], None, None
+
+
+class _GatherStatistics(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, owner_R: Tensor, group: dist.ProcessGroup, *values_R: Tensor) -> tuple[Tensor, ...]:
+        counts = torch.bincount(owner_R, minlength=group.size()).tolist()
+        mine = torch.stack(values_R)
+        padded = torch.nn.functional.pad(mine, (0, max(counts) - mine.shape[1])).contiguous()
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded, group=group)
+        gathered = mine.new_empty(len(values_R), len(owner_R))
+        for rank, (part, count) in enumerate(zip(parts, counts, strict=True)):
+            gathered[:, owner_R == rank] = part[:, :count]
+        ctx.is_mine_R = owner_R == group.rank()
+        # None, not zeros, for what nobody uses: the head then skips the entropy's gradient.
+        ctx.set_materialize_grads(False)
+        outputs = tuple(row.clone() for row in gathered)
+        needs_grad = ctx.needs_input_grad[2:]
+        ctx.mark_non_differentiable(*(out for out, needs in zip(outputs, needs_grad, strict=True) if not needs))
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients_R: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, None, *(None if grad_R is None else grad_R[ctx.is_mine_R] for grad_R in gradients_R)
