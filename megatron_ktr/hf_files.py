@@ -10,6 +10,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -42,6 +43,11 @@ DTYPE_NAMES = {
     "BOOL": torch.bool,
 }
 SAFETENSORS_NAMES = {dtype: name for name, dtype in DTYPE_NAMES.items()}
+
+
+def published_name(name: str) -> str:
+    """HF's in-memory parameter name as it is written in published checkpoints, and exported by the trainer."""
+    return re.sub(r"^model\.language_model\.", "model.", re.sub(r"^model\.visual\.", "visual.", name))
 
 
 @dataclass(frozen=True)
@@ -157,6 +163,18 @@ class SafetensorsWriter:
             total = sum(info.num_bytes for shard in self._shards for info in shard)
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (self.directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def write_shard(path: Path, tensors: Sequence[tuple[str, Tensor]]) -> None:
+    """One safetensors file of tensors on any device, copied to the host one at a time.
+
+    For a stream whose length is not known: ``SafetensorsWriter`` wants every name announced.
+    """
+    infos = [TensorInfo(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors]
+    with open(path, "wb") as file:
+        file.write(_shard_header(infos))
+        for info, (name, tensor) in zip(infos, tensors, strict=True):
+            _append(file, info, name, tensor)
 
 
 def _append(file, info: TensorInfo, name: str, tensor: Tensor) -> None:

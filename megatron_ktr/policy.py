@@ -32,7 +32,8 @@ from megatron_ktr.errors import UserError, same_on_every_rank
 from megatron_ktr.micro_batch import Denominators, MicroBatch, UpdateResult, add_sampler_gap, any_gradient
 from megatron_ktr.objectives.base import Objective
 from megatron_ktr.ops.token_statistics import TokenStatistics
-from megatron_ktr.types import Metrics, PackedBatch, TokenScores
+from megatron_ktr.packing import MediaSpec
+from megatron_ktr.types import Metrics, PackedBatch, Prompt, TokenScores
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.conversion import GatherTo, export_hf_tensors, load_hf_weights, save_hf, unwrap_model
 from models.qwen2_5_vl.model import Qwen2_5_VLModel, build_model
@@ -98,9 +99,20 @@ class Policy:
             chunk.requires_grad_(False)
         self.reference_chunks = chunks
 
-    def score(self, batches: Sequence[PackedBatch], *, model: str = "policy") -> list[TokenStatistics | None]:
-        """Log-prob and entropy of every response token, without gradient; None on every stage but the last."""
-        return self._look(batches, batch_of=lambda batch: batch, finish=self._statistics, model=model)
+    def score(
+        self, batches: Sequence[PackedBatch], *, model: str = "policy", temperature: float | None = None
+    ) -> list[TokenStatistics | None]:
+        """Log-prob and entropy of every response token, without gradient; None on every stage but the last.
+
+        ``temperature`` replaces the run's own.
+        """
+
+        def statistics(chunk: torch.nn.Module, batch: PackedBatch, hidden_RD: Tensor) -> TokenStatistics:
+            return unwrap_model(chunk).token_statistics(
+                hidden_RD, batch.target_ids_R.to(hidden_RD.device), temperature=temperature or self.temperature
+            )
+
+        return self._look(batches, batch_of=lambda batch: batch, finish=statistics, model=model)
 
     def hidden_rows(self, batches: Sequence[PackedBatch]) -> list[Tensor | None]:
         """Hidden states [R, D] that predict the response tokens, without a pass over the vocabulary and without
@@ -216,14 +228,43 @@ class Policy:
             scores=tuple(scores for _, _, _, scores in outputs),
         )
 
+    @torch.no_grad()
+    def vision_features(self, prompts: Sequence[Prompt], *, media: MediaSpec) -> list[tuple[Tensor, ...]] | None:
+        """Features [visual tokens, D] of each prompt's media in order, from the current weights.
+
+        Every rank calls it. The tensor ranks of the first pipeline stage encode together and each returns all features;
+        other stages return None. One prompt at a time: the encoder's activations take far more memory than its result.
+        """
+        self.wait_for_parameters()
+        if not self.groups.is_first_stage:
+            return None
+        features: list[tuple[Tensor, ...]] = []
+        for prompt in prompts:
+            found: tuple[Tensor, ...] = ()
+            if prompt.media:
+                patches_SD = torch.cat([media.patchify(medium.frames_FCHW, medium) for medium in prompt.media])
+                grid_thw_M3 = torch.tensor([medium.grid_thw for medium in prompt.media])
+                encoded = self.bare_chunks[0].vision(patches_SD.to(self.platform.device), grid_thw_M3)
+                found = encoded.split([media.num_visual_tokens(medium) for medium in prompt.media])
+            features.append(found)
+        return features
+
     def export(
-        self, *, tensor_of: Callable[[Tensor], Tensor] | None = None, gather_to: GatherTo = "all"
+        self,
+        *,
+        tensor_of: Callable[[Tensor], Tensor | None] | None = None,
+        gather_to: GatherTo = "all",
+        with_vision: bool = True,
     ) -> Iterator[tuple[str, Tensor]]:
         """Streams the policy's weights (or ``tensor_of(parameter)``) as full tensors under HF names.
 
         Collective: every rank exhausts it. ``gather_to`` "source" yields them on each replica's reading rank only.
         """
         self.wait_for_parameters()
+        if not with_vision:
+            encoders = [chunk.vision for chunk in self.bare_chunks if chunk.vision is not None]
+            left_out = {id(parameter) for encoder in encoders for parameter in encoder.parameters()}
+            tensor_of = partial(_unless, left_out, tensor_of)
         yield from export_hf_tensors(self.bare_chunks, groups=self.groups, tensor_of=tensor_of, gather_to=gather_to)
 
     def save_hf(self, directory: Path) -> None:
@@ -323,6 +364,13 @@ class Policy:
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
         )
+
+
+def _unless(left_out: set[int], tensor_of: Callable | None, parameter: Tensor) -> Tensor | None:
+    """``tensor_of(parameter)``, None for the parameters whose ids are in ``left_out``."""
+    if id(parameter) in left_out:
+        return None
+    return parameter if tensor_of is None else tensor_of(parameter)
 
 
 def _freeze(chunks: Sequence[Qwen2_5_VLModel], parts: Sequence[str]) -> None:

@@ -22,7 +22,9 @@ from megatron_ktr.metrics import MetricsWriter, step_line
 from megatron_ktr.objectives import build_objective
 from megatron_ktr.policy import Policy
 from megatron_ktr.report.console import selected_tokens_text
+from megatron_ktr.rollout.features import build_feature_sender
 from megatron_ktr.rollout.replay import write_rollouts
+from megatron_ktr.rollout.sampler_check import build_sampler_check, check_line
 from megatron_ktr.rollout.source import ReplicaSource, build_local_source, build_sampler, on_every_rank
 from megatron_ktr.run_directory import RunStart, open_run_directory
 from megatron_ktr.trainer import StepReport, Trainer
@@ -96,10 +98,25 @@ def train(config: Config) -> None:
     trainer = Trainer(
         config=config,
         policy=policy,
-        source=ReplicaSource(local_source, groups=groups, sampler=sampler, lag=config.rollout.lag),
+        source=ReplicaSource(
+            local_source,
+            groups=groups,
+            sampler=sampler,
+            lag=config.rollout.lag,
+            prepare=build_feature_sender(config, policy=policy, media=media),
+        ),
         objective=objective,
         media=media,
     )
+    with same_on_every_rank():
+        trainer.sampler_check = build_sampler_check(
+            config,
+            policy=policy,
+            source=trainer.source,
+            media=media,
+            tokenizer=tokenizer,
+            send_weights=trainer.send_weights,
+        )
     checkpoints = Checkpoints(run_dir, policy=policy, source=trainer.source)
     if start.checkpoint is not None:
         checkpoints.load(start.checkpoint)
@@ -107,6 +124,8 @@ def train(config: Config) -> None:
     for step in range(start.step + 1, config.trainer.train_steps + 1):
         report = trainer.train_step(step)
         writer.write(step, report.values)
+        if groups.rank == 0 and (line := check_line(report.values)):
+            print(line, flush=True)
         if groups.rank == 0 and (step % config.trainer.log_interval == 0 or step == config.trainer.train_steps):
             _show(report, config=config, decode=tokenizer.decode)
         if groups.rank == 0 and _is_due(step, config.trainer.rollout_log_interval):

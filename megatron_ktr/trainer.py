@@ -25,6 +25,7 @@ from megatron_ktr.objectives.base import Objective
 from megatron_ktr.ops.token_statistics import TokenStatistics
 from megatron_ktr.packing import MediaSpec, pack_groups, plan_micro_batches
 from megatron_ktr.policy import Policy
+from megatron_ktr.rollout.sampler_check import SamplerCheck
 from megatron_ktr.rollout.source import ReplicaSource
 from megatron_ktr.types import (
     Metrics,
@@ -60,6 +61,9 @@ class Trainer:
         self.source = source
         self.objective = objective
         self.media = media
+        self.sampler_check: SamplerCheck | None = None
+        """Run once, with the weights of the first step."""
+        self._check_values: dict[str, float] = {}
         self.timer = PhaseTimer()
         self.prompts_per_rank = config.prompts_per_replica(policy.groups.data_size)
 
@@ -99,10 +103,30 @@ class Trainer:
 
     def _begin_rollouts(self, step: int) -> None:
         if self.source.needs_weights:
+            self._check_sampler()
             with self.timer.phase("weights"):
-                self.source.load_weights(self.policy.export(gather_to=self.source.gather_weights_to))
+                self.send_weights()
         with self.timer.phase("rollout"):
             self.source.begin(self.prompts_per_rank, step=step)
+
+    def send_weights(self) -> None:
+        """The policy's weights to the engine; collective."""
+        source = self.source
+        source.load_weights(
+            self.policy.export(gather_to=source.gather_weights_to, with_vision=source.needs_vision_weights)
+        )
+
+    def _check_sampler(self) -> None:
+        """Leaves every random state as it was: the run goes on as if there had been no check."""
+        check, self.sampler_check = self.sampler_check, None
+        if check is None:
+            return
+        with self.timer.phase("check"):
+            state = self.policy.platform.rng_state()
+            # Not the step's own update: an engine that sleeps while the ranks train drops its weights after sampling.
+            self.send_weights()
+            self._check_values = check.run()
+            self.policy.platform.set_rng_state(state)
 
     def _plan(self, groups: Sequence[RolloutGroup]) -> list[tuple[RolloutGroup, ...]]:
         return plan_micro_batches(groups, groups_per_micro_batch=self.config.trainer.micro_batch_groups)
@@ -230,6 +254,8 @@ class Trainer:
         if result is not None:
             values |= result.metrics.means() | (gap.means() if gap else {})
             values |= {"loss": result.loss, "grad_norm": result.grad_norm, "learning_rate": self.policy.learning_rate}
+        values |= self._check_values
+        self._check_values = {}
         return StepReport(
             step=step, values=values | seconds, groups=tuple(groups), selections=self._selections(groups, result)
         )

@@ -49,6 +49,9 @@ class VisualInput:
     """Seconds between two temporal patches (temporal_patch_size / sampled fps). 0 for images."""
     source: str = ""
     """Path it came from, for logs only."""
+    features: Tensor | None = None
+    """[visual tokens, D] on the host, from the trainer's vision encoder and its weights of the moment. Only in prompts
+    on their way to a rollout engine that runs no encoder of its own (``rollout/features.py``)."""
 
 
 @dataclass(frozen=True)

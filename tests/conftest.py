@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from megatron_ktr.rollout.vllm_cpu import make_torchvision_importable
+from megatron_ktr.hf_model import make_torchvision_importable
 from tests.support.ranks import RankPool
 
 # In the vllm environment transformers' models import torchvision, which does not load by itself beside a CPU torch.

@@ -146,8 +146,10 @@ def _save_tokenizer(directory: Path, corpus: Sequence[str]) -> dict[str, int]:
 
 def _save_model(directory: Path, token_ids: dict[str, int], *, seed: int, text: dict, vision: dict) -> None:
     import torch
-    from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    from transformers import GenerationConfig, Qwen2_5_VLConfig
     from transformers.utils import logging
+
+    from megatron_ktr.hf_model import hf_model_class
 
     head_size = text["hidden_size"] // text["num_attention_heads"]
     side = head_size // 2 * 3 // 8
@@ -191,6 +193,6 @@ def _save_model(directory: Path, token_ids: dict[str, int], *, seed: int, text: 
     logging.disable_progress_bar()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = Qwen2_5_VLForConditionalGeneration(config)
+        model = hf_model_class()(config)
     model.generation_config = GenerationConfig(do_sample=True, **ends)
     model.save_pretrained(directory)

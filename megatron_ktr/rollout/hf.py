@@ -7,7 +7,6 @@ Positions are ours, as in the trainer (``models/qwen2_5_vl/mrope.py``): HF's own
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,11 @@ from torch import Tensor
 
 from megatron_ktr.distributed.platform import current
 from megatron_ktr.errors import UserError
+from megatron_ktr.hf_files import published_name
+from megatron_ktr.hf_model import hf_model_class
 from megatron_ktr.packing import MediaSpec
 from megatron_ktr.rollout.base import RolloutEngine
-from megatron_ktr.rollout.sampling import GumbelSampler, SamplingSettings, sample_seed
+from megatron_ktr.rollout.sampling import GumbelSampler, SamplingSettings, end_token_ids, sample_seed
 from megatron_ktr.types import Prompt, Rollout, RolloutGroup
 
 
@@ -29,7 +30,7 @@ class HFEngine(RolloutEngine):
     can_overlap = True
 
     def __init__(self, model_dir: Path | str, *, tokenizer: Any, media: MediaSpec, sampling: SamplingSettings) -> None:
-        from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration
+        from transformers import GenerationConfig
         from transformers.utils import logging
 
         self.tokenizer = tokenizer
@@ -37,15 +38,15 @@ class HFEngine(RolloutEngine):
         self.sampling = sampling
         self.device = current().device
         logging.disable_progress_bar()
-        self.model = Qwen2_5_VLForConditionalGeneration.from_pretrained(model_dir, dtype=torch.float32)
+        self.model = hf_model_class().from_pretrained(model_dir, dtype=torch.float32)
         self.model.to(self.device).eval().requires_grad_(False)
-        self.end_token_ids = _end_token_ids(self.model.generation_config, tokenizer)
+        self.end_token_ids = end_token_ids(model_dir, tokenizer)
         # Published directories ask generate for a repetition penalty and more, applied before our sampler would see
         # the logits: responses would come from, and log-probs be of, another distribution than the trainer's.
         self.model.generation_config = GenerationConfig(
             eos_token_id=list(self.end_token_ids), pad_token_id=self.end_token_ids[0], do_sample=False
         )
-        self._parameters = {_published_name(name): tensor for name, tensor in self.model.named_parameters()}
+        self._parameters = {published_name(name): tensor for name, tensor in self.model.named_parameters()}
 
     def load_weights(self, named_tensors: Iterator[tuple[str, Tensor]]) -> None:
         """Copies HF-named tensors in place, one at a time.
@@ -158,19 +159,3 @@ class _Chooser:
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         choice = self._sampler.choose(scores)
         return torch.full_like(scores, float("-inf")).scatter(1, choice[:, None], 0.0)
-
-
-def _end_token_ids(generation_config: Any, tokenizer: Any) -> tuple[int, ...]:
-    """The model's end tokens; without any, the tokenizer's."""
-    ends = generation_config.eos_token_id
-    ends = [ends] if isinstance(ends, int) else list(ends or [])
-    if not ends and tokenizer.eos_token_id is not None:
-        ends = [tokenizer.eos_token_id]
-    if not ends:
-        raise UserError("model: neither generation_config.json nor the tokenizer names an end token")
-    return tuple(ends)
-
-
-def _published_name(name: str) -> str:
-    """HF's in-memory parameter name as it is written in published checkpoints, and exported by the trainer."""
-    return re.sub(r"^model\.language_model\.", "model.", re.sub(r"^model\.visual\.", "visual.", name))

@@ -6,9 +6,13 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from megatron_ktr.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,22 @@ def sample_seed(*, seed: int, step: int, problem_id: str, sample: int) -> int:
     """A 63-bit seed for one response; a cryptographic hash, as Python's own differs between processes."""
     key = "\x1f".join((str(seed), str(step), problem_id, str(sample)))
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def end_token_ids(model_dir: Path | str, tokenizer: Any) -> tuple[int, ...]:
+    """The end tokens of the model's generation config; without any, the tokenizer's."""
+    from transformers import AutoConfig, GenerationConfig
+
+    try:
+        ends = GenerationConfig.from_pretrained(model_dir).eos_token_id
+    except OSError:
+        ends = GenerationConfig.from_model_config(AutoConfig.from_pretrained(model_dir)).eos_token_id
+    ends = [ends] if isinstance(ends, int) else list(ends or [])
+    if not ends and tokenizer.eos_token_id is not None:
+        ends = [tokenizer.eos_token_id]
+    if not ends:
+        raise UserError("model: neither generation_config.json nor the tokenizer names an end token")
+    return tuple(ends)
 
 
 class GumbelSampler:

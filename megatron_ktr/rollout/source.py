@@ -35,7 +35,7 @@ from megatron_ktr.rollout.base import RolloutEngine
 from megatron_ktr.rollout.local import DatasetSource, SupervisedSource
 from megatron_ktr.rollout.replay import ReplayEngine, ReplaySource
 from megatron_ktr.rollout.sampling import SamplingSettings
-from megatron_ktr.types import Rollout, RolloutGroup
+from megatron_ktr.types import Prompt, Rollout, RolloutGroup
 
 T = TypeVar("T")
 DEFAULT_REWARDS = ("accuracy", "format")
@@ -77,19 +77,23 @@ class ReplicaSource:
         groups: ParallelGroups,
         sampler: Sampler | None = None,
         lag: int = 0,
+        prepare: Callable[[Sequence[Prompt]], list[Prompt]] | None = None,
     ) -> None:
+        """``prepare`` makes of drawn prompts what the engine is shown; collective, on every rank."""
         if (local is not None) != groups.is_source:
             raise ValueError("exactly the source rank of each replica must hold a source")
         self.local = local
         self.sampler = sampler
         self.lag = lag
         self._groups = groups
+        self._prepare = prepare
         self._num_skipped = 0
         self._counts: Mapping[str, int] = {}
         self._drawn: _Draw | None = None
         self._recorded: dict[str, tuple[Rollout, ...]] = {}
-        about = None if local is None else (sampler is not None, sampler and sampler.engine.gather_weights_to)
-        self.needs_weights, self.gather_weights_to = self._from_local(about)
+        engine = None if sampler is None else sampler.engine
+        about = engine is not None, engine and engine.gather_weights_to, engine and engine.runs_vision_encoder
+        self.needs_weights, self.gather_weights_to, self.needs_vision_weights = self._from_local(about)
         self._background = ThreadPoolExecutor(1, thread_name_prefix="rollout") if lag and sampler is not None else None
 
     @property
@@ -119,7 +123,7 @@ class ReplicaSource:
             return None if self.local is None else (self.local.state_dict(), self.local.next(num_prompts))
 
         state, groups = self._from_local(on_every_rank(read, groups=self._groups))
-        self._drawn = _Draw(step, groups, state_before=state)
+        self._drawn = _Draw(step, groups, asked=self._asked(groups), state_before=state)
         if self._background is not None:
             self._drawn.answers = self._background.submit(self._answer, self._drawn)
 
@@ -134,6 +138,22 @@ class ReplicaSource:
         rollouts = self._from_local(None if self.local is None else [group.rollouts for group in answered])
         self._share_counts()
         return [dataclasses.replace(group, rollouts=found) for group, found in zip(drawn.groups, rollouts, strict=True)]
+
+    def sample(self, prompts: Sequence[Prompt], *, sampling: SamplingSettings, step: int = 0) -> list[RolloutGroup]:
+        """Unrewarded responses to ``prompts``, which the ranks of a replica hold alike, on all of them.
+
+        Collective; neither draws from the data nor touches groups that have begun.
+        """
+        asked = self._asked([RolloutGroup(prompt, ()) for prompt in prompts])
+
+        def ask() -> list[tuple[Rollout, ...]]:
+            if self.sampler is None:
+                return []
+            shown = [group.prompt for group in asked]
+            return [group.rollouts for group in self.sampler.engine.generate(shown, step=step, sampling=sampling)]
+
+        rollouts = self._from_local(on_every_rank(ask, groups=self._groups))
+        return [RolloutGroup(prompt, found) for prompt, found in zip(prompts, rollouts, strict=True)]
 
     @property
     def num_skipped(self) -> int:
@@ -168,6 +188,13 @@ class ReplicaSource:
         if self.sampler is not None:
             self.sampler.engine.close()
 
+    def _asked(self, groups: list[RolloutGroup]) -> list[RolloutGroup]:
+        """``groups`` as the engine is shown them."""
+        if self._prepare is None or not self.needs_weights:
+            return groups
+        prompts = self._prepare([group.prompt for group in groups])
+        return [dataclasses.replace(group, prompt=prompt) for group, prompt in zip(groups, prompts, strict=True)]
+
     def _answers(self, drawn: _Draw) -> list[RolloutGroup]:
         """Sampled once, here or in the background; any rank's error is every rank's."""
 
@@ -184,7 +211,7 @@ class ReplicaSource:
             return drawn.groups
         recorded, self._recorded = self._recorded, {}
         known = [
-            dataclasses.replace(group, rollouts=recorded.get(group.prompt.problem_id, ())) for group in drawn.groups
+            dataclasses.replace(group, rollouts=recorded.get(group.prompt.problem_id, ())) for group in drawn.asked
         ]
         open_places = [index for index, group in enumerate(known) if not group.rollouts]
         if open_places or self.sampler.engine.is_collective:
@@ -209,6 +236,8 @@ class ReplicaSource:
 class _Draw:
     step: int
     groups: list[RolloutGroup]
+    asked: list[RolloutGroup]
+    """The same with the prompts as the engine is shown them."""
     state_before: dict[str, Any]
     """Of the local source, before these groups were drawn."""
     answers: Future[list[RolloutGroup]] | None = None

@@ -2,8 +2,7 @@
 
 Four things, each of which stops or slows it otherwise:
 
-1. torchvision, which HF's video processors import, is a CUDA build on the public index: its native library does not
-   load beside a CPU torch, and its Python half then fails on operators that nobody declared.
+1. torchvision, which HF's video processors import, does not load by itself beside a CPU torch (``hf_model.py``).
 2. vLLM inspects a model class in a child process, which does not know of 1; registering the class itself avoids that.
 3. Four settings have environment variables only: the engine in this process, no thread pinning (it would pin the
    trainer too), a quiet log.
@@ -13,12 +12,11 @@ Four things, each of which stops or slows it otherwise:
 from __future__ import annotations
 
 import gc
-import importlib.util
 import os
 from pathlib import Path
 from typing import Any
 
-import torch
+from megatron_ktr.hf_model import make_torchvision_importable
 
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -28,33 +26,11 @@ _ENVIRONMENT = {
 }
 """Read by vLLM when it is imported. A value the user has set stays."""
 
-_TORCHVISION_SCHEMAS = {
-    "nms": "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-}
-_LIBRARIES: list[torch.library.Library] = []
-"""Kept alive: an operator disappears with the library object that declared it."""
 
-
-def make_torchvision_importable() -> None:
-    """Declares torchvision's operators where its own native library cannot; nothing happens where it can, or where
-    there is no torchvision. Call before the first import of torchvision, or of a transformers model, which imports it.
-
-    Declared operators have no implementation; what is plain torch inside torchvision, such as resizing, works.
-    """
-    spec = importlib.util.find_spec("torchvision")
-    if _LIBRARIES or spec is None or not spec.submodule_search_locations:
-        return
-    for native in Path(spec.submodule_search_locations[0]).glob("_C.*"):
-        try:
-            torch.ops.load_library(str(native))
-        except OSError:
-            continue
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for name, schema in _TORCHVISION_SCHEMAS.items():
-        if not hasattr(torch.ops.torchvision, name):
-            library.define(schema)
-    _LIBRARIES.append(library)
+def set_environment() -> None:
+    """Call before the first import of vLLM; harmless where there is a GPU."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
 
 
 def start_vllm_on_cpu(model_dir: Path | str, *, kv_cache_bytes: int = 1 << 28, **options: Any) -> Any:
@@ -62,8 +38,7 @@ def start_vllm_on_cpu(model_dir: Path | str, *, kv_cache_bytes: int = 1 << 28, *
 
     ``kv_cache_bytes`` is allocated at once. vLLM's warm-up run is skipped, as its purpose is to find that number.
     """
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    set_environment()
     make_torchvision_importable()
     import torch._dynamo
 
@@ -81,6 +56,7 @@ def start_vllm_on_cpu(model_dir: Path | str, *, kv_cache_bytes: int = 1 << 28, *
                 "enforce_eager": True,
                 "kv_cache_memory_bytes": kv_cache_bytes,
                 "disable_log_stats": True,
+                "use_tqdm_on_load": False,
                 # Normalise in HF's processor. Inside the model, its default, vLLM feeds raw bytes without a word where
                 # preprocessor_config.json leaves mean and deviation to HF's defaults.
                 "mm_device_do_normalize": False,

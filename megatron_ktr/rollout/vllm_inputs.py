@@ -6,26 +6,36 @@
 - Seconds: vLLM derives the seconds of a temporal patch from metadata. A ``VisualInput`` is described as a video of
   just its own frames, at the rate that gives its ``seconds_per_grid`` to the last bit of the fp32 that vLLM keeps.
 
+Where the media carry the trainer's features, these go over in place of the pixels, with grid and seconds as they are:
+without seconds vLLM would silently count one per temporal patch. The engine then needs ``FEATURE_OPTIONS``.
+
 Nothing here imports vLLM.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from megatron_ktr.packing import MediaSpec
 from megatron_ktr.types import Prompt, VisualInput
 
+FEATURE_OPTIONS: dict[str, Any] = {"enable_mm_embeds": True, "limit_mm_per_prompt": {"image": 0, "video": 0}}
+"""vLLM's options for media that come as features. No pixels are admitted, and the encoder is not even built."""
+
 
 def engine_input(prompt: Prompt, *, media: MediaSpec, response: Sequence[int] = ()) -> dict[str, Any]:
     """One request for ``vllm.LLM.generate``: the prompt, then the tokens of a ``response`` to be scored, if any."""
     request: dict[str, Any] = {"prompt_token_ids": [*folded_token_ids(prompt, media=media), *response]}
-    if prompt.media:
+    if any(medium.features is not None for medium in prompt.media):
+        request |= feature_data(prompt.media)
+    elif prompt.media:
         # Per request: as an engine option, limits without bound would size the engine's encoder cache and profiling.
         side = media.patch_size * media.merge_size
         request["mm_processor_kwargs"] = {"size": {"shortest_edge": side**2, "longest_edge": 1 << 40}}
@@ -35,6 +45,35 @@ def engine_input(prompt: Prompt, *, media: MediaSpec, response: Sequence[int] = 
             data.setdefault(medium.kind, []).append(item)
         request["multi_modal_data"] = data
     return request
+
+
+def feature_data(media: Sequence[VisualInput]) -> dict[str, Any]:
+    """``multi_modal_data`` of media that carry features, and the identities vLLM's caches know them by.
+
+    Left to itself vLLM would identify a medium by features and grid: the same frames at another speed would be given
+    the keys and values computed at the first one's positions.
+    """
+    data: dict[str, dict[str, torch.Tensor]] = {}
+    identities: dict[str, list[str]] = {}
+    for kind in ("image", "video"):
+        found = [medium for medium in media if medium.kind == kind]
+        if not found:
+            continue
+        data[kind] = {
+            f"{kind}_embeds": torch.cat([medium.features for medium in found]),
+            f"{kind}_grid_thw": torch.tensor([medium.grid_thw for medium in found]),
+        }
+        if kind == "video":
+            data[kind]["second_per_grid_ts"] = torch.tensor([medium.seconds_per_grid for medium in found])
+        identities[kind] = [_identity(medium) for medium in found]
+    return {"multi_modal_data": data, "multi_modal_uuids": identities}
+
+
+def _identity(medium: VisualInput) -> str:
+    digest = hashlib.blake2b(repr((medium.kind, medium.grid_thw, medium.seconds_per_grid)).encode(), digest_size=16)
+    # As bytes: numpy has no bfloat16.
+    digest.update(medium.features.contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def folded_token_ids(prompt: Prompt, *, media: MediaSpec) -> list[int]:

@@ -86,12 +86,16 @@ class FixedSource:
     num_skipped = 0
     counts: Mapping[str, int] = {}
     needs_weights = False
+    lag = 0
+    pending_step: int | None = None
 
     def __init__(self, groups: Sequence[RolloutGroup], parallel: ParallelGroups) -> None:
         self._groups = list(groups)[parallel.data_rank :: parallel.data_size]
 
-    def next(self, num_prompts: int, *, step: int) -> list[RolloutGroup]:
+    def begin(self, num_prompts: int, *, step: int) -> None:
         assert num_prompts == len(self._groups)
+
+    def finish(self) -> list[RolloutGroup]:
         return self._groups
 
 
