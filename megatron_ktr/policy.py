@@ -108,8 +108,8 @@ class Policy:
         """
 
         def statistics(chunk: torch.nn.Module, batch: PackedBatch, hidden_RD: Tensor) -> TokenStatistics:
-            return unwrap_model(chunk).token_statistics(
-                hidden_RD, batch.target_ids_R.to(hidden_RD.device), temperature=temperature or self.temperature
+            return unwrap_model(chunk).response_statistics(
+                hidden_RD, batch, temperature=temperature or self.temperature
             )
 
         return self._look(batches, batch_of=lambda batch: batch, finish=statistics, model=model)
