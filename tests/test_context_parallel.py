@@ -6,27 +6,17 @@ parallelism: loss, scores, metrics, gradient norm, gradients and SGD weights, of
 
 from __future__ import annotations
 
-import dataclasses
-from pathlib import Path
-from typing import Any
-
 import pytest
-import torch
 
-from megatron_ktr.context_shard import LocalRows, shard_layout
-from megatron_ktr.distributed.groups import ParallelSizes
-from megatron_ktr.types import GroupSpan, PackedLayout
 from tests.support.layouts import DISTRIBUTED, FULL, OVERLAPPED, SMALL, Layout, sizes_of
 from tests.support.ranks import RankPool
 from tests.support.steps import example_groups
-from tests.support.tiny import save_tiny_hf
 from tests.test_training_step import (
     GROUPS,
     Case,
     _assert_small,
     differences_of,
     make_cases,
-    run_in_layout,
 )
 
 LAYOUTS: dict[int, list[Layout]] = {

@@ -1,6 +1,6 @@
 """What context-parallel ranks tell each other: keys and values before attention, token statistics after the head.
 
-``gather_keys``        forward   all-gather of this rank's keys and values, put into the row order of the whole layout
+``KeyExchange``        forward   all-gather of this rank's keys and values, put into the row order of the whole layout
                        backward  reduce-scatter: a row's gradient is the sum over the ranks whose queries attended it
 ``gather_statistics``  forward   all-gather of this rank's R_c numbers of each kind into R, the same on every rank
                        backward  this rank's entries of the incoming gradient, nothing summed
@@ -23,9 +23,36 @@ from torch import Tensor
 from megatron_ktr.context_shard import ContextShard
 
 
-def gather_keys(k: Tensor, v: Tensor, *, shard: ContextShard, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """[local rows, K, H] each -> [rows of the whole layout without padding, K, H] each; differentiable."""
-    return _GatherKeys.apply(k, v, shard.place.to(k.device), group)
+class KeyExchange:
+    """Keys and values of one packed sequence that lies on the ranks of ``group`` as ``shard`` says.
+
+    ``exchange(k, v)`` is differentiable and keeps what it gathered for as long as backward needs it; an attention that
+    calls ``gather`` and ``reduce`` itself may keep its own rows instead and gather the rest again.
+    """
+
+    def __init__(self, shard: ContextShard, *, group: dist.ProcessGroup) -> None:
+        self._place = shard.place
+        self._group = group
+
+    def __call__(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return _GatherKeys.apply(k, v, self)
+
+    def gather(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """[local rows, K, H] each -> [rows of the whole layout without padding, K, H] each."""
+        local = torch.stack([k, v], dim=1)  # rows first: the gathered tensor is one rank's rows after the other's
+        gathered = local.new_empty(self._group.size() * local.shape[0], *local.shape[1:])
+        dist.all_gather_into_tensor(gathered, local, group=self._group)
+        place = self._place.to(k.device)
+        return gathered[:, 0].index_select(0, place), gathered[:, 1].index_select(0, place)
+
+    def reduce(self, grad_k: Tensor, grad_v: Tensor, *, num_rows: int) -> tuple[Tensor, Tensor]:
+        """Gradients of all rows from this rank's queries -> of this rank's ``num_rows`` rows from everybody's."""
+        place = self._place.to(grad_k.device)
+        gathered = grad_k.new_zeros(self._group.size() * num_rows, 2, *grad_k.shape[1:])
+        gathered[place, 0], gathered[place, 1] = grad_k, grad_v
+        local = gathered.new_empty(num_rows, *gathered.shape[1:])
+        dist.reduce_scatter_tensor(local, gathered, group=self._group)
+        return local[:, 0], local[:, 1]
 
 
 def gather_statistics(*values_R: Tensor, owner_R: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, ...]:
@@ -39,21 +66,13 @@ def gather_statistics(*values_R: Tensor, owner_R: Tensor, group: dist.ProcessGro
 
 class _GatherKeys(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, k: Tensor, v: Tensor, place: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-        ctx.group, ctx.place = group, place
-        local = torch.stack([k, v], dim=1)  # rows first: the gathered tensor is one rank's rows after the other's
-        ctx.shape = local.shape
-        gathered = local.new_empty(group.size() * local.shape[0], *local.shape[1:])
-        dist.all_gather_into_tensor(gathered, local, group=group)
-        return gathered[:, 0].index_select(0, place), gathered[:, 1].index_select(0, place)
+    def forward(ctx: Any, k: Tensor, v: Tensor, exchange: KeyExchange) -> tuple[Tensor, Tensor]:
+        ctx.exchange, ctx.num_rows = exchange, k.shape[0]
+        return exchange.gather(k, v)
 
     @staticmethod
     def backward(ctx: Any, grad_k: Tensor, grad_v: Tensor) -> tuple[Tensor | None, ...]:
-        gathered = grad_k.new_zeros(ctx.group.size() * ctx.shape[0], *ctx.shape[1:])
-        gathered[ctx.place, 0], gathered[ctx.place, 1] = grad_k, grad_v
-        local = grad_k.new_empty(ctx.shape)
-        dist.reduce_scatter_tensor(local, gathered, group=ctx.group)
-        return local[:, 0], local[:, 1], None, None
+        return *ctx.exchange.reduce(grad_k, grad_v, num_rows=ctx.num_rows), None
 
 
 class _GatherStatistics(torch.autograd.Function):

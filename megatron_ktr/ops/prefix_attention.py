@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from megatron_ktr.ops.key_exchange import KeyExchange
 from megatron_ktr.ops.prefix_attention_kernels import can_flash_varlen
 from megatron_ktr.ops.prefix_attention_merged import can_merge, merged_attention
 from megatron_ktr.ops.prefix_attention_plan import AttentionPlan
@@ -40,6 +41,7 @@ def prefix_attention(
     plan: AttentionPlan,
     scale: float | None = None,
     impl: PrefixImpl = "auto",
+    exchange: KeyExchange | None = None,
 ) -> Tensor:
     """out[i] = sum_j softmax_j(scale * q[i] . k[j]) v[j] over the keys j that ``plan`` lets row i attend.
 
@@ -54,6 +56,8 @@ def prefix_attention(
         v_JKH: values [J, K, H].
         scale: factor on the scores; ``H ** -0.5`` when None.
         impl: see the module; "auto" is ``choose_impl``.
+        exchange: with context parallelism. Then k and v are this rank's [T, K, H], the plan's keys those of all ranks,
+            and every rank must call this and its backward.
 
     Returns:
         [T, N, H] in the dtype of ``q_TNH``.
@@ -62,16 +66,22 @@ def prefix_attention(
         ValueError: sizes that do not fit together, an unknown ``impl``, or one that cannot take these tensors.
     """
     _check_heads(q_TNH, k_JKH, v_JKH)
-    if (plan.num_queries, plan.num_keys) != (q_TNH.shape[0], k_JKH.shape[0]):
+    expected = (plan.num_queries, plan.num_keys if exchange is None else plan.num_queries)
+    if expected != (q_TNH.shape[0], k_JKH.shape[0]):
         raise ValueError(
-            f"prefix_attention: the plan describes {plan.num_queries} query and {plan.num_keys} key rows, but there "
-            f"are {q_TNH.shape[0]} queries and {k_JKH.shape[0]} keys"
+            f"prefix_attention: the plan describes {expected[0]} query and {expected[1]} key rows, but there are "
+            f"{q_TNH.shape[0]} queries and {k_JKH.shape[0]} keys"
         )
-    impl = choose_impl(q_TNH, impl)
+    impl = choose_impl(q_TNH, impl, shares_keys=exchange is not None)
+    options: dict[str, Any] = dict(plan=plan, scale=q_TNH.shape[-1] ** -0.5 if scale is None else scale)
+    if exchange is not None and (impl != "merged" or not plan.segments):
+        k_JKH, v_JKH = exchange(k_JKH, v_JKH)
+    elif impl == "merged":
+        options["exchange"] = exchange
     if not plan.segments:
         return _Nothing.apply(q_TNH, k_JKH, v_JKH)
     attend = {"torch": loop_attention, "merged": merged_attention, "varlen": varlen_attention}[impl]
-    out_TNH = attend(q_TNH, k_JKH, v_JKH, plan=plan, scale=q_TNH.shape[-1] ** -0.5 if scale is None else scale)
+    out_TNH = attend(q_TNH, k_JKH, v_JKH, **options)
     return pad(out_TNH, (0, 0, 0, 0, 0, plan.num_padding)) if plan.num_padding else out_TNH
 
 
@@ -89,14 +99,18 @@ class _Nothing(torch.autograd.Function):
         return tuple(torch.zeros_like(x) for x in ctx.saved_tensors)
 
 
-def choose_impl(q_TNH: Tensor, impl: PrefixImpl = "auto") -> PrefixImpl:
-    """``impl`` if it can take ``q_TNH``; "auto": merged on CPU, varlen where CUDA's flash kernel runs, else torch."""
+def choose_impl(q_TNH: Tensor, impl: PrefixImpl = "auto", *, shares_keys: bool = False) -> PrefixImpl:
+    """``impl`` if it can take ``q_TNH``; "auto": merged on CPU, varlen where CUDA's flash kernel runs, else torch.
+
+    With ``shares_keys`` (context parallelism) merged instead of varlen: it keeps no copy of other ranks' keys.
+    """
     if impl not in get_args(PrefixImpl):
         raise ValueError(f"prefix_attention: impl must be one of {get_args(PrefixImpl)}, got {impl!r}")
     if impl == "auto":
         if not q_TNH.is_cuda:
             return "merged"
-        return "varlen" if can_flash_varlen(q_TNH) else "torch"
+        fused = "merged" if shares_keys else "varlen"
+        return fused if can_flash_varlen(q_TNH) else "torch"
     can_run = {"torch": True, "merged": can_merge(q_TNH), "varlen": can_flash_varlen(q_TNH)}[impl]
     if not can_run:
         raise ValueError(

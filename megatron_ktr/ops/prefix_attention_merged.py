@@ -13,6 +13,9 @@ Backward runs each call again with the *merged* out and lse in place of its own:
 p = exp(score - lse) and grad_score = p (grad_out . v - grad_out . out), where those two are the whole attention's.
 So each call yields its share of the exact gradient, and the shares add up. Saved: q, k, v, out, and lse in fp32. No
 copy of the prompt's keys per response, no mask. The merge is in fp32; under bf16, out_A and out_B were rounded before.
+
+With context parallelism k and v are this rank's rows, and what is saved; forward and backward both gather the others'
+(one more all-gather a layer), so that what a rank keeps shrinks with the number of ranks.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_ktr.ops.key_exchange import KeyExchange
 from megatron_ktr.ops.prefix_attention_kernels import (
     can_flash_varlen,
     host_backward,
@@ -37,17 +41,34 @@ def can_merge(q: Tensor) -> bool:
     return can_flash_varlen(q) if q.is_cuda else True
 
 
-def merged_attention(q: Tensor, k: Tensor, v: Tensor, *, plan: AttentionPlan, scale: float) -> Tensor:
-    """``prefix_attention`` (see there) for at least one attending row; returns those rows only, without padding."""
+def merged_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, plan: AttentionPlan, scale: float, exchange: KeyExchange | None = None
+) -> Tensor:
+    """``prefix_attention`` (see there); returns the attending rows only, without padding."""
     function = _DeviceMerged if q.is_cuda else _HostMerged
-    return function.apply(q[: plan.num_attending], k, v, plan, scale)
+    return function.apply(q[: plan.num_attending], k, v, plan, scale, exchange)
+
+
+def _all_keys(ctx: Any, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    return (k, v) if ctx.exchange is None else ctx.exchange.gather(k, v)
+
+
+def _gradients(ctx: Any, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, *, num_rows: int) -> tuple[Tensor | None, ...]:
+    """What backward returns, the keys' gradients brought back to their ranks."""
+    if ctx.exchange is not None:
+        grad_k, grad_v = ctx.exchange.reduce(grad_k, grad_v, num_rows=num_rows)
+    return grad_q, grad_k, grad_v, None, None, None
 
 
 class _HostMerged(torch.autograd.Function):
     """One kernel call per run of equal segments and per prefix block: slices, no gather."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, exchange: KeyExchange | None
+    ) -> Tensor:
+        ctx.exchange, mine = exchange, (k, v)
+        k, v = _all_keys(ctx, k, v)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.promote_types(q.dtype, torch.float32))
         for rows, keys, count in _own_calls(plan):
@@ -55,13 +76,14 @@ class _HostMerged(torch.autograd.Function):
         for rows, keys in plan.prefix_blocks:
             part, part_lse = host_forward(q[rows], k[keys], v[keys], scale=scale, is_causal=False)
             out[rows], lse[:, rows] = _merge(out[rows], lse[:, rows], part, part_lse)
-        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.save_for_backward(q, *mine, out, lse)
         ctx.plan, ctx.scale = plan, scale
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
+        q, *mine, out, lse = ctx.saved_tensors
+        k, v = _all_keys(ctx, *mine)
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for rows, keys, count in _own_calls(ctx.plan):
             # Own keys belong to one segment: assigned, not added.
@@ -75,7 +97,7 @@ class _HostMerged(torch.autograd.Function):
             )
             for total, place, part in zip((grad_q, grad_k, grad_v), (rows, keys, keys), parts, strict=True):
                 total[place] += part
-        return grad_q, grad_k, grad_v, None, None
+        return _gradients(ctx, grad_q, grad_k, grad_v, num_rows=len(mine[0]))
 
 
 def _own_calls(plan: AttentionPlan) -> list[tuple[slice, slice, int]]:
@@ -92,7 +114,11 @@ class _DeviceMerged(torch.autograd.Function):
     """Two launches whatever the number of segments: all own parts, and all prefix blocks."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, exchange: KeyExchange | None
+    ) -> Tensor:
+        ctx.exchange, mine = exchange, (k, v)
+        k, v = _all_keys(ctx, k, v)
         calls = plan.varlen(q.device)
         own, prefix = calls.own, calls.prefix
         k_own, v_own = _taken(k, own.kv_rows), _taken(v, own.kv_rows)
@@ -105,13 +131,15 @@ class _DeviceMerged(torch.autograd.Function):
                 q[rows], k_prefix, v_prefix, call=prefix, scale=scale, is_causal=False
             )
             out[rows], lse[:, rows] = _merge(out[rows], lse[:, rows], part, part_lse)
-        ctx.save_for_backward(q, k, v, out, lse, *own_state, *prefix_state)
+        ctx.save_for_backward(q, *mine, out, lse, *own_state, *prefix_state)
         ctx.plan, ctx.scale = plan, scale
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, *states = ctx.saved_tensors
+        q, *mine = ctx.saved_tensors[:3]
+        out, lse, *states = ctx.saved_tensors[3:]
+        k, v = _all_keys(ctx, *mine)
         calls = ctx.plan.varlen(q.device)
         own, prefix = calls.own, calls.prefix
         grad_out = grad_out.contiguous()
@@ -129,7 +157,7 @@ class _DeviceMerged(torch.autograd.Function):
             grad_q.index_add_(0, rows, part_q)
             grad_k.index_add_(0, keys, part_k)
             grad_v.index_add_(0, keys, part_v)
-        return grad_q, grad_k, grad_v, None, None
+        return _gradients(ctx, grad_q, grad_k, grad_v, num_rows=len(mine[0]))
 
 
 def _taken(x: Tensor, rows: Tensor | None) -> Tensor:

@@ -9,9 +9,7 @@ would otherwise be a device synchronisation per layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +18,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_ktr.context_shard import ContextShard
-from megatron_ktr.ops.key_exchange import gather_keys
+from megatron_ktr.ops.key_exchange import KeyExchange
 from megatron_ktr.ops.prefix_attention import PrefixImpl, prefix_attention
 from megatron_ktr.ops.prefix_attention_plan import AttentionPlan
 from megatron_ktr.types import PackedLayout
@@ -30,12 +28,12 @@ from megatron_ktr.types import PackedLayout
 class PrefixSeqParams(PackedSeqParams):
     """Attention of the language model: ``plan`` says who may attend whom.
 
-    With context parallelism the queries are this rank's rows and the plan's keys are everybody's: ``gather_keys`` gets
-    them, before any of the implementations runs.
+    With context parallelism the queries are this rank's rows and the plan's keys are everybody's: ``exchange`` gets
+    them.
     """
 
     plan: AttentionPlan | None = None
-    gather_keys: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    exchange: KeyExchange | None = None
 
     @classmethod
     def from_layout(cls, layout: PackedLayout) -> PrefixSeqParams:
@@ -43,12 +41,8 @@ class PrefixSeqParams(PackedSeqParams):
 
     @classmethod
     def from_shard(cls, shard: ContextShard, *, group: ProcessGroup) -> PrefixSeqParams:
-        gather = partial(gather_keys, shard=shard, group=group)
-        return cls(plan=shard.plan, gather_keys=gather, **_one_sequence(shard.num_rows))
-
-    def keys_and_values(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Those the plan speaks of, from this rank's."""
-        return (key, value) if self.gather_keys is None else self.gather_keys(key, value)
+        exchange = KeyExchange(shard, group=group)
+        return cls(plan=shard.plan, exchange=exchange, **_one_sequence(shard.num_rows))
 
 
 class OneRank:
@@ -93,9 +87,16 @@ class PrefixCoreAttention(torch.nn.Module):
         **_: Any,
     ) -> Tensor:
         """[T, N, H], [T, K, H], [T, K, H] -> [T, N * H]; mask arguments are unused, the plan says it all."""
-        key, value = packed_seq_params.keys_and_values(key, value)
-        plan = packed_seq_params.plan
-        return prefix_attention(query, key, value, plan=plan, scale=self.scale, impl=self.impl).flatten(1)
+        out_TNH = prefix_attention(
+            query,
+            key,
+            value,
+            plan=packed_seq_params.plan,
+            scale=self.scale,
+            impl=self.impl,
+            exchange=packed_seq_params.exchange,
+        )
+        return out_TNH.flatten(1)
 
 
 def _one_sequence(num_rows: int) -> dict[str, Any]:

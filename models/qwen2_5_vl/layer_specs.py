@@ -185,7 +185,8 @@ def _te_modules() -> SimpleNamespace:
             packed_seq_params: PrefixSeqParams | None = None,
             **kwargs: Any,
         ) -> Tensor:
-            key, value = packed_seq_params.keys_and_values(key, value)
+            if packed_seq_params.exchange is not None:
+                key, value = packed_seq_params.exchange(key, value)
             plan = packed_seq_params.plan
             call = plan.varlen(query.device).whole
             segments = PackedSeqParams(
