@@ -34,8 +34,7 @@ from megatron_ktr.types import PackedBatch, PackedLayout
 @dataclass(frozen=True)
 class ContextShard:
     """One rank's share of a layout. Example: prompt 5, responses 1 and 2, two ranks: the prompt's chunks are rows
-    0 | 1 | 2 | 3 4; rank 0 keeps rows 0, 3, 4 and response 2 (rows 6, 7), rank 1 rows 1, 2 and response 1 (row 5) and
-    two rows of padding."""
+    0 | 1 | 2 | 3 4; rank 0 keeps rows 0, 3, 4 and response 1 (row 5), rank 1 rows 1, 2 and response 2 (rows 6, 7)."""
 
     size: int
     rank: int
