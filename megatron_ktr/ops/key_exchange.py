@@ -59,7 +59,8 @@ def gather_statistics(*values_R: Tensor, owner_R: Tensor, group: dist.ProcessGro
     """This rank's numbers [R_c] of each kind -> everybody's [R], the same on every rank; differentiable (see above).
 
     ``owner_R`` is the rank of ``group`` that holds each number, equal everywhere; a rank's numbers keep their order.
-    One collective for all kinds. A kind that needs no gradient on one rank needs none on any.
+    On the host it costs no synchronisation. One collective for all kinds. A kind that needs no gradient on one rank
+    needs none on any.
     """
     return _GatherStatistics.apply(owner_R, group, *values_R)
 
@@ -78,22 +79,26 @@ class _GatherKeys(torch.autograd.Function):
 class _GatherStatistics(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, owner_R: Tensor, group: dist.ProcessGroup, *values_R: Tensor) -> tuple[Tensor, ...]:
-        counts = torch.bincount(owner_R, minlength=group.size()).tolist()
+        mine_of = [(owner_R == rank).nonzero()[:, 0] for rank in range(group.size())]
+        longest = max(len(index_R) for index_R in mine_of)
         mine = torch.stack(values_R)
-        padded = torch.nn.functional.pad(mine, (0, max(counts) - mine.shape[1])).contiguous()
-        parts = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(parts, padded, group=group)
-        gathered = mine.new_empty(len(values_R), len(owner_R))
-        for rank, (part, count) in enumerate(zip(parts, counts, strict=True)):
-            gathered[:, owner_R == rank] = part[:, :count]
-        ctx.is_mine_R = owner_R == group.rank()
+        padded = torch.nn.functional.pad(mine, (0, longest - mine.shape[1])).contiguous()
+        gathered = padded.new_empty(group.size() * len(values_R), longest)
+        dist.all_gather_into_tensor(gathered, padded, group=group)
+        # Where each token's number lies in the ranks' rows put side by side.
+        place_R = torch.empty_like(owner_R)
+        for rank, index_R in enumerate(mine_of):
+            place_R[index_R] = rank * longest + torch.arange(len(index_R), device=owner_R.device)
+        by_kind = gathered.unflatten(0, (group.size(), -1)).transpose(0, 1).flatten(1)
+        ctx.mine_R = mine_of[group.rank()].to(mine.device)
         # None, not zeros, for what nobody uses: the head then skips the entropy's gradient.
         ctx.set_materialize_grads(False)
-        outputs = tuple(row.clone() for row in gathered)
+        outputs = by_kind.index_select(1, place_R.to(mine.device)).unbind()
+        outputs = tuple(row.clone() for row in outputs)
         needs_grad = ctx.needs_input_grad[2:]
         ctx.mark_non_differentiable(*(out for out, needs in zip(outputs, needs_grad, strict=True) if not needs))
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *gradients_R: Tensor | None) -> tuple[Tensor | None, ...]:
-        return None, None, *(None if grad_R is None else grad_R[ctx.is_mine_R] for grad_R in gradients_R)
+        return None, None, *(None if grad_R is None else grad_R.index_select(0, ctx.mine_R) for grad_R in gradients_R)

@@ -165,8 +165,9 @@ class Qwen2_5_VLModel(MegatronModule):
         options = dict(temperature=temperature, counterfactual_hidden_RD=counterfactual_hidden_RD)
         if self.context_group is None:
             return self.token_statistics(hidden_RD, targets_R, **options)
-        owner_R = self._shard(batch).owners(batch).to(hidden_RD.device)
-        mine = self.token_statistics(hidden_RD, targets_R[owner_R == self.context_group.rank()], **options)
+        owner_R = self._shard(batch).owners(batch)
+        mine_R = (owner_R == self.context_group.rank()).nonzero()[:, 0].to(hidden_RD.device)
+        mine = self.token_statistics(hidden_RD, targets_R[mine_R], **options)
         names = [name for name, values_R in vars(mine).items() if values_R is not None]
         gathered = gather_statistics(
             *(getattr(mine, name) for name in names), owner_R=owner_R, group=self.context_group
