@@ -163,7 +163,6 @@ def test_bad_flag_is_fatal_and_the_message_names_the_remedy(argv, parts):
     [
         (["--sequence-parallel"], "--tensor-model-parallel-size above 1"),
         (["--num-layers-per-virtual-pipeline-stage", "1"], "--pipeline-model-parallel-size above 1"),
-        (["--context-parallel-size", "2"], "not available yet"),
         (["--vision-parallel", "frame"], "not available yet"),
         (["--num-shuffles", "2"], "not available yet"),
         (["--objective", "tw_grpo"], "not available yet"),

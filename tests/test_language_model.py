@@ -189,25 +189,47 @@ def test_visual_rows_without_patches_are_refused(hf_dir: Path, run: Callable) ->
         model(dataclasses.replace(batch, patches_SD=None))
 
 
-def test_transformer_engine_attention_asks_for_shared_prefix_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Transformer Engine cannot run here; what our subclass asks of it can be computed and compared."""
+@pytest.fixture
+def te_attention(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.nn.Module]:
+    """Our subclass of Transformer Engine's attention, on top of that attention's definition."""
     import megatron.core.extensions.transformer_engine as extensions
 
     from models.qwen2_5_vl import layer_specs
-    from models.qwen2_5_vl.attention import PrefixSeqParams
 
     monkeypatch.setattr(extensions, "TEDotProductAttention", BottomRightCausal)
     layer_specs._te_modules.cache_clear()
-    try:
-        attention = layer_specs._te_modules().PrefixCoreAttention()
-    finally:
-        layer_specs._te_modules.cache_clear()
+    yield layer_specs._te_modules().PrefixCoreAttention()
+    layer_specs._te_modules.cache_clear()
+
+
+def test_transformer_engine_attention_asks_for_shared_prefix_attention(te_attention: torch.nn.Module) -> None:
+    """Transformer Engine cannot run here; what our subclass asks of it can be computed and compared."""
+    from models.qwen2_5_vl.attention import PrefixSeqParams
+
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(LAYOUT.num_tokens, n, 8, generator=generator) for n in (4, 2, 2))
-    out = attention(q, k, v, None, packed_seq_params=PrefixSeqParams.from_layout(LAYOUT))
+    out = te_attention(q, k, v, None, packed_seq_params=PrefixSeqParams.from_layout(LAYOUT))
     # Two implementations of softmax over at most a dozen fp32 terms.
     expected = prefix_attention(q, k, v, plan=AttentionPlan.of_layout(LAYOUT))
     torch.testing.assert_close(out, expected, rtol=0, atol=2e-6)
+
+
+def test_transformer_engine_attention_gets_everybodys_keys_on_a_context_rank(te_attention: torch.nn.Module) -> None:
+    from megatron_ktr.context_shard import shard_layout
+    from models.qwen2_5_vl.attention import PrefixSeqParams
+
+    generator = torch.Generator().manual_seed(0)
+    num_real = LAYOUT.num_tokens - LAYOUT.num_padding
+    q, k, v = (torch.randn(num_real, n, 8, generator=generator) for n in (4, 2, 2))
+    expected = prefix_attention(q, k, v, plan=AttentionPlan.of_layout(PackedLayout(LAYOUT.groups)))
+    for rank in range(2):
+        shard = shard_layout(LAYOUT, size=2, rank=rank, multiple=4)
+        mine = torch.zeros(shard.num_rows, 4, 8).index_copy(0, torch.arange(len(shard.rows)), q[shard.rows])
+        params = PrefixSeqParams.from_shard(shard, group=None)
+        params.exchange = lambda key, value: (k, v)
+        out = te_attention(mine, mine[:, :2], mine[:, :2], None, packed_seq_params=params)
+        torch.testing.assert_close(out[: len(shard.rows)], expected[shard.rows], rtol=0, atol=2e-6)
+        assert bool((out[len(shard.rows) :] == 0).all())
 
 
 class BottomRightCausal(torch.nn.Module):
