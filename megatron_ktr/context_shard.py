@@ -92,7 +92,7 @@ class LocalRows:
         return cls(*rows, visual_index=None, predicting_rows_R=batch.predicting_rows_R)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 def shard_layout(layout: PackedLayout, *, size: int, rank: int, multiple: int = 1) -> ContextShard:
     """The share of context rank ``rank`` of ``size``; ``num_rows`` becomes a multiple of ``multiple``."""
     if not 0 <= rank < size or multiple < 1:

@@ -246,14 +246,16 @@ def test_plan_tiles_the_query_rows_and_joins_responses_into_one_block(name: str)
     assert sum(first.length * count for first, count in plan.own_runs) == len(rows)
 
 
-def test_variable_length_calls_of_the_docstring() -> None:
-    calls = AttentionPlan.of_layout(PackedLayout((GroupSpan(0, 2, (1, 2)),))).varlen(torch.device("cpu"))
-    assert calls.whole.kv_rows.tolist() == [0, 1, 0, 1, 2, 0, 1, 3, 4]
-    assert calls.whole.cu_seqlens_q.tolist() == [0, 2, 3, 5]
-    assert calls.whole.cu_seqlens_kv.tolist() == [0, 2, 5, 9]
-    assert calls.own.kv_rows is None and calls.own.cu_seqlens_kv.tolist() == [0, 2, 3, 5]
-    assert calls.prefix.q_rows.tolist() == [2, 3, 4] and calls.prefix.kv_rows.tolist() == [0, 1]
-    assert calls.prefix.cu_seqlens_q.tolist() == [0, 3] and calls.prefix.cu_seqlens_kv.tolist() == [0, 2]
+def test_variable_length_calls_of_the_docstrings() -> None:
+    plan, device = AttentionPlan.of_layout(PackedLayout((GroupSpan(0, 2, (1, 2)),))), torch.device("cpu")
+    whole, own, prefix = plan.whole_call(device), plan.own_call(device), plan.prefix_call(device)
+    assert whole.kv_rows.tolist() == [0, 1, 0, 1, 2, 0, 1, 3, 4]
+    assert whole.cu_seqlens_q.tolist() == [0, 2, 3, 5]
+    assert whole.cu_seqlens_kv.tolist() == [0, 2, 5, 9]
+    assert own.kv_rows is None and own.cu_seqlens_kv.tolist() == [0, 2, 3, 5]
+    assert prefix.q_rows.tolist() == [2, 3, 4] and prefix.kv_rows.tolist() == [0, 1]
+    assert prefix.cu_seqlens_q.tolist() == [0, 3] and prefix.cu_seqlens_kv.tolist() == [0, 2]
+    assert plan.own_call(device) is own, "made once"
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)

@@ -119,8 +119,7 @@ class _DeviceMerged(torch.autograd.Function):
     ) -> Tensor:
         ctx.exchange, mine = exchange, (k, v)
         k, v = _all_keys(ctx, k, v)
-        calls = plan.varlen(q.device)
-        own, prefix = calls.own, calls.prefix
+        own, prefix = plan.own_call(q.device), plan.prefix_call(q.device)
         k_own, v_own = _taken(k, own.kv_rows), _taken(v, own.kv_rows)
         out, lse, own_state = varlen_forward(q, k_own, v_own, call=own, scale=scale, is_causal=True)
         prefix_state = ()
@@ -140,8 +139,7 @@ class _DeviceMerged(torch.autograd.Function):
         q, *mine = ctx.saved_tensors[:3]
         out, lse, *states = ctx.saved_tensors[3:]
         k, v = _all_keys(ctx, *mine)
-        calls = ctx.plan.varlen(q.device)
-        own, prefix = calls.own, calls.prefix
+        own, prefix = ctx.plan.own_call(q.device), ctx.plan.prefix_call(q.device)
         grad_out = grad_out.contiguous()
         grad_q, *grad_own = varlen_backward(
             grad_out, q, _taken(k, own.kv_rows), _taken(v, own.kv_rows), out, lse, tuple(states[:2]),

@@ -18,9 +18,10 @@ neighbouring segments with the same prefix: all responses of a group read the pr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -61,7 +62,7 @@ class AttentionPlan:
     segments: tuple[Segment, ...]
     num_keys: int
     num_padding: int = 0
-    _varlen: dict[torch.device, VarlenPlan] = field(default_factory=dict, compare=False, repr=False)
+    _calls: dict[tuple[str, torch.device], VarlenCall | None] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def of_layout(cls, layout: PackedLayout) -> AttentionPlan:
@@ -116,30 +117,43 @@ class AttentionPlan:
             runs.append((segment, 1))
         return tuple(runs)
 
-    def varlen(self, device: torch.device) -> VarlenPlan:
-        """Built and moved on first use: all layers of a forward share it."""
-        if device not in self._varlen:
-            self._varlen[device] = plan_varlen(self).to(device)
-        return self._varlen[device]
+    # The same attention as variable-length calls, whose keys must lie back to back, as indices on a device. Built and
+    # moved on first use: all layers of a forward share them. Example: prompt 2, responses 1 and 2.
 
+    def whole_call(self, device: torch.device) -> VarlenCall:
+        """One bottom-right causal call, every segment with its own copy of its prefix: ``kv_rows == [0, 1, 0, 1, 2,
+        0, 1, 3, 4]``, ``cu_seqlens_q == [0, 2, 3, 5]``, ``cu_seqlens_kv == [0, 2, 5, 9]``."""
+        return cast(VarlenCall, self._call("whole", device, self._plan_whole))
 
-@dataclass(frozen=True)
-class VarlenPlan:
-    """The same attention as variable-length calls, whose keys must lie back to back, as indices on a device.
+    def own_call(self, device: torch.device) -> VarlenCall:
+        """Every segment on its own keys, causal: ``cu_seqlens_q == cu_seqlens_kv == [0, 2, 3, 5]``."""
+        return cast(VarlenCall, self._call("own", device, self._plan_own))
 
-    ``whole``: one bottom-right causal call, every segment with its own copy of its prefix. Example: prompt 2,
-    responses 1 and 2: ``whole.kv_rows == [0, 1, 0, 1, 2, 0, 1, 3, 4]``, ``whole.cu_seqlens_q == [0, 2, 3, 5]``,
-    ``whole.cu_seqlens_kv == [0, 2, 5, 9]``. ``own`` (causal) and ``prefix`` (dense) are the two calls that read every
-    prefix once; ``prefix`` is None where no segment has one.
-    """
+    def prefix_call(self, device: torch.device) -> VarlenCall | None:
+        """The prefix blocks, dense, every prefix once: ``q_rows == [2, 3, 4]``, ``kv_rows == [0, 1]``. None: no
+        segment has a prefix."""
+        return self._call("prefix", device, self._plan_prefix)
 
-    whole: VarlenCall
-    own: VarlenCall
-    prefix: VarlenCall | None
+    def _call(self, name: str, device: torch.device, make: Callable[[], VarlenCall | None]) -> VarlenCall | None:
+        if (name, device) not in self._calls:
+            call = make()
+            self._calls[name, device] = None if call is None else call.to(device)
+        return self._calls[name, device]
 
-    def to(self, device: torch.device) -> VarlenPlan:
-        prefix = None if self.prefix is None else self.prefix.to(device)
-        return VarlenPlan(self.whole.to(device), self.own.to(device), prefix)
+    def _plan_whole(self) -> VarlenCall:
+        rows = [torch.cat([_rows(segment.prefix), _rows(segment.own)]) for segment in self.segments]
+        return _varlen_call(None, torch.cat(rows), [s.length for s in self.segments], [len(keys) for keys in rows])
+
+    def _plan_own(self) -> VarlenCall:
+        own, lengths = [segment.own for segment in self.segments], [segment.length for segment in self.segments]
+        is_identity = own == [segment.rows for segment in self.segments] and self.num_keys == self.num_attending
+        return _varlen_call(None, None if is_identity else torch.cat([_rows(s) for s in own]), lengths, lengths)
+
+    def _plan_prefix(self) -> VarlenCall | None:
+        if not self.prefix_blocks:
+            return None
+        queries, keys = ([_rows(block[i]) for block in self.prefix_blocks] for i in (0, 1))
+        return _varlen_call(torch.cat(queries), torch.cat(keys), [len(q) for q in queries], [len(k) for k in keys])
 
 
 @dataclass(frozen=True)
@@ -162,26 +176,7 @@ class VarlenCall:
         return replace(self, **{name: value.to(device, non_blocking=True) for name, value in found.items()})
 
 
-def plan_varlen(plan: AttentionPlan) -> VarlenPlan:
-    """The variable-length calls of a plan, on the host; queries are the attending rows, padding left out."""
-    segments, blocks = plan.segments, plan.prefix_blocks
-    own = [segment.own for segment in segments]
-    whole = [torch.cat([_rows(segment.prefix), _rows(segment.own)]) for segment in segments]
-    rows = [segment.rows for segment in segments]
-    prefix = None
-    if blocks:
-        queries, keys = ([_rows(block[i]) for block in blocks] for i in (0, 1))
-        prefix = _call(torch.cat(queries), torch.cat(keys), [len(q) for q in queries], [len(k) for k in keys])
-    lengths = [segment.length for segment in segments]
-    own_rows = None if own == rows and plan.num_keys == plan.num_attending else torch.cat([_rows(s) for s in own])
-    return VarlenPlan(
-        whole=_call(None, torch.cat(whole), lengths, [len(k) for k in whole]),
-        own=_call(None, own_rows, lengths, lengths),
-        prefix=prefix,
-    )
-
-
-def _call(
+def _varlen_call(
     q_rows: Tensor | None, kv_rows: Tensor | None, lengths_q: Sequence[int], lengths_kv: Sequence[int]
 ) -> VarlenCall:
     return VarlenCall(

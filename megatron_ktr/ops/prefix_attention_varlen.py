@@ -18,7 +18,7 @@ from megatron_ktr.ops.prefix_attention_plan import AttentionPlan, VarlenCall
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, *, plan: AttentionPlan, scale: float) -> Tensor:
     """``prefix_attention`` (see there) for at least one attending row; returns those rows only, without padding."""
-    call = plan.varlen(q.device).whole
+    call = plan.whole_call(q.device)
     key, value = (x.index_select(0, call.kv_rows) for x in (k, v))
     return _Varlen.apply(q[: plan.num_attending], key, value, call, scale)
 

@@ -188,7 +188,7 @@ def _te_modules() -> SimpleNamespace:
             if packed_seq_params.exchange is not None:
                 key, value = packed_seq_params.exchange(key, value)
             plan = packed_seq_params.plan
-            call = plan.varlen(query.device).whole
+            call = plan.whole_call(query.device)
             segments = PackedSeqParams(
                 qkv_format="thd",
                 cu_seqlens_q=call.cu_seqlens_q,
