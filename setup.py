@@ -34,6 +34,7 @@ INSTALL_REQUIRES = [
     "sentencepiece",
     "pyyaml",
     "pillow",
+    "httpx",
     "psutil",  # without it megatron-core's checkpoint writer hangs silently
     "av",
     f"decord>=0.6; {DECORD_HAS_WHEELS}",

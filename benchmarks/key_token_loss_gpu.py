@@ -83,9 +83,9 @@ def measure_shard(
     is_key_row[torch.randperm(num_rows, device=platform.device)[: max(round(num_rows * key_share), 1)]] = True
     grad_R = normal(num_rows) * is_key_row
 
-    def forward(counterfactual: Tensor | None = None) -> Any:
+    def forward(*counterfactuals: Tensor) -> Any:
         return linear_token_statistics(
-            hidden_RD, weight_VD, target_R, counterfactual_hidden_RD=counterfactual, impl=arguments.impl
+            hidden_RD, weight_VD, target_R, counterfactual_hidden_RD=counterfactuals, impl=arguments.impl
         )
 
     def backward(result: Any) -> tuple[Tensor, ...]:

@@ -145,8 +145,8 @@ class RewardSection:
 
     reward_functions: tuple[str, ...] = _option(
         (),
-        "Reward parts by name (accuracy, format), or own ones as module:function; empty = accuracy and format; "
-        "recorded rollouts keep their recorded rewards",
+        "Reward parts by name (accuracy, format; soft_choice: accuracy that pays in part for some of several right "
+        "letters), or own ones as module:function; empty = accuracy and format; recorded rollouts keep theirs",
     )
     length_bonus: float = _option(
         0.2,
@@ -164,8 +164,8 @@ class ObjectiveSection:
 
     objective: Literal["video_ktr", "grpo", "t_grpo", "tw_grpo", "sft"] = _option(
         "video_ktr",
-        "Training objective; video_ktr puts the loss of grpo on key tokens only, sft imitates the responses of "
-        "data_path; the others are not available yet",
+        "Training objective; video_ktr puts the loss of grpo on key tokens only, tw_grpo weighs it by how much the "
+        "responses of a group differ, sft imitates the responses of data_path; t_grpo is not available yet",
     )
     signals: tuple[Signal, ...] = _option(
         ("entropy", "visual", "temporal"), "Signals whose selected tokens, together, are the key tokens"
@@ -180,7 +180,10 @@ class ObjectiveSection:
     shuffle_unit: Literal["frame", "temporal_patch"] = _option(
         "frame", "What the temporal counterfactual permutes: decoded frames, or pairs of frames already encoded"
     )
-    num_shuffles: int = _option(1, "Random orders whose scores are averaged; above 1 not available yet", low=1)
+    num_shuffles: int = _option(1, "Random orders whose scores are averaged", low=1)
+    scoring_precision: Literal["same", "bf16"] = _option(
+        "same", "Products of the counterfactual passes: in the precision of the model, or in bf16 under an fp32 model"
+    )
     kl_beta: float = _option(0.04, "Weight of the KL term to the reference model; 0 = no reference model", low=0)
     clip_low: float = _option(0.2, "Probability ratio is clipped below at 1 - clip_low", low=0, high=1)
     clip_high: float = _option(0.2, "Probability ratio is clipped above at 1 + clip_high", low=0)
@@ -196,6 +199,9 @@ class ObjectiveSection:
     )
     loss_aggregation: Literal["sequence", "token"] = _option(
         "sequence", "Mean over tokens then responses, or mean over all tokens of the global batch"
+    )
+    tw_alpha: float = _option(
+        1.7, "tw_grpo: weight of the position where a group's responses differ most; where least, it is 1", low=1
     )
     original_compat: bool = _option(
         False,
@@ -252,7 +258,17 @@ class ParallelSection:
     recompute_num_layers: int | None = _option(None, "See recompute_method", low=1)
     vision_parallel: Literal["tensor", "frame"] = _option(
         "tensor",
-        "Vision encoder: weights split like the language model's, or frames split over ranks (not available yet)",
+        "Vision encoder: weights split like the language model's, or whole on every rank and the frames split over "
+        "tensor x context ranks, which then exchange features only",
+    )
+    vision_cache_gb: float = _option(
+        1.0,
+        "Vision features kept on each device of the first stage, in 10^9 bytes: what one step shows in several passes, "
+        "and, while the encoder is frozen, what later epochs show again",
+        low=0,
+    )
+    recompute_vision: bool = _option(
+        False, "Keep features only, and run the vision encoder again in backward, one micro-batch at a time"
     )
 
 
@@ -270,7 +286,7 @@ class TrainerSection:
     eval_interval: int = _option(0, "Steps between evaluations; 0 = none; others not available yet", low=0)
     rollout_log_interval: int = _option(
         10,
-        "Steps between files of one replica's rollouts and key tokens in run_dir/rollouts; 0 = none",
+        "Steps between files of rollouts and key tokens in run_dir/rollouts, one per replica; 1 = all; 0 = none",
         low=0,
     )
     log_interval: int = _option(1, "Steps between lines on the console", low=1)

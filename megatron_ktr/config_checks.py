@@ -43,15 +43,9 @@ def _required(config: Config) -> Iterator[str]:
 
 def _not_available(config: Config) -> Iterator[str]:
     """What the interface already names but no code serves yet."""
-    objective, engine = config.objective, config.rollout.engine
-    if engine not in ("replay", "hf"):
-        yield f"--engine {engine} is not available yet; available: replay, hf"
-    if objective.objective not in ("video_ktr", "grpo", "sft"):
-        yield f"--objective {objective.objective} is not available yet; available: video_ktr, grpo, sft"
-    if objective.num_shuffles > 1:
-        yield f"--num-shuffles {objective.num_shuffles} is not available yet; available: 1"
-    if config.parallel.vision_parallel == "frame":
-        yield "--vision-parallel frame is not available yet; available: tensor"
+    objective = config.objective
+    if objective.objective not in ("video_ktr", "grpo", "tw_grpo", "sft"):
+        yield f"--objective {objective.objective} is not available yet; available: video_ktr, grpo, tw_grpo, sft"
     if config.trainer.eval_interval:
         yield "--eval-interval: evaluation during training is not available yet"
 
@@ -133,6 +127,8 @@ def _objective(config: Config) -> Iterator[str]:
     mask = section.importance_mask
     if mask and (len(mask) != 2 or not 0 <= mask[0] < 1 < mask[1]):
         yield f"--importance-mask needs two bounds below and above 1, got {','.join(f'{value:g}' for value in mask)}"
+    if section.objective == "tw_grpo" and section.loss_aggregation != "token":
+        yield "--objective tw_grpo averages over the tokens of the global batch: add --loss-aggregation token"
     if section.objective == "sft" and config.rollout.temperature != 1.0:
         yield "--temperature must be 1 for --objective sft: the likelihood of given responses has none"
     if {"vision", "merger", "language"} <= set(config.model.freeze):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -23,9 +23,12 @@ class MicroBatch:
     """From ``score`` on the other views; None on every stage but the last."""
     counterfactual_kl_R: dict[View, Tensor] = field(default_factory=dict)
     """KL(intact || view), where an intact pass has met ``counterfactual_hidden_RD``."""
-    counterfactual_hidden_RD: dict[View, Tensor | None] = field(default_factory=dict)
-    """From ``hidden_rows`` on the other views, for objectives that need the KL: the next intact pass compares whole
-    distributions, one pass over the vocabulary for each view, and no logits are kept."""
+    counterfactual_hidden_RD: dict[View, tuple[Tensor | None, ...]] = field(default_factory=dict)
+    """By random order, of which views other than ``shuffled`` have one. From ``hidden_rows`` on the other views, for
+    objectives that need the KL: the next intact pass compares whole distributions of all views in its own pass over the
+    vocabulary, and no logits are kept."""
+    divergence_R: Tensor | None = None
+    """Between the responses of a group, for objectives that need it, once an intact pass has found it."""
     reference_logprob_R: Tensor | None = None
     behaviour_logprob_R: Tensor | None = None
     is_selected_R: Mapping[str, Tensor] | None = None
@@ -41,9 +44,17 @@ class MicroBatch:
             shuffled_logprob_R=self.counterfactual_logprob_R.get("shuffled"),
             hidden_kl_R=self.counterfactual_kl_R.get("hidden"),
             shuffled_kl_R=self.counterfactual_kl_R.get("shuffled"),
+            divergence_R=self.divergence_R,
             reference_logprob_R=self.reference_logprob_R,
             behaviour_logprob_R=self.behaviour_logprob_R,
+            sampler_logprob_R=self._sampler_logprobs(statistics.logprob_R.device),
         )
+
+    def _sampler_logprobs(self, device: torch.device) -> Tensor | None:
+        recorded = [rollout.sampler_logprobs for group in self.groups for rollout in group.rollouts]
+        if any(logprobs is None for logprobs in recorded):
+            return None
+        return torch.tensor([value for logprobs in recorded for value in logprobs], dtype=torch.float32, device=device)
 
 
 @dataclass(frozen=True)
@@ -72,6 +83,14 @@ class UpdateResult:
     scores: tuple[TokenScores, ...] = ()
 
 
+def mean_by_view(views: Sequence[View], values_KR: Tensor) -> dict[View, Tensor]:
+    """The rows of ``values_KR``, of which ``views`` names the view, averaged where a view has several."""
+    rows: dict[View, list[Tensor]] = {}
+    for view, value_R in zip(views, values_KR, strict=True):
+        rows.setdefault(view, []).append(value_R)
+    return {view: torch.stack(found).mean(dim=0) if len(found) > 1 else found[0] for view, found in rows.items()}
+
+
 def any_gradient(streams: TokenStreams, scores: TokenScores | None) -> bool:
     """Whether any token that carries the loss has an advantage, or (``scores`` given: there is a KL term) has left the
     reference model."""
@@ -79,13 +98,3 @@ def any_gradient(streams: TokenStreams, scores: TokenScores | None) -> bool:
     if scores is not None and scores.reference_logprob_R is not None:
         is_pulled_R = is_pulled_R | (scores.reference_logprob_R != scores.policy_logprob_R)
     return bool(((streams.weight_R != 0) & is_pulled_R).any())
-
-
-def add_sampler_gap(metrics: Metrics, item: MicroBatch, scores: TokenScores) -> None:
-    """Mean |sampler - trainer| log-prob, over the responses whose sampler log-probs were recorded."""
-    recorded = [rollout.sampler_logprobs for group in item.groups for rollout in group.rollouts]
-    if any(logprobs is None for logprobs in recorded):
-        return
-    policy_R = scores.policy_logprob_R
-    sampler_R = torch.tensor([value for logprobs in recorded for value in logprobs], device=policy_R.device)
-    metrics.add("sampler_trainer_logprob_gap", float((sampler_R - policy_R).abs().sum()), len(sampler_R))

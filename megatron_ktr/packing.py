@@ -16,7 +16,7 @@ Pure planning, no model. What holds for every ``PackedBatch`` made here, in ever
 5. ``visual_rows`` are the prompts' visual placeholder rows in order, as many as the media have visual tokens;
    placeholder ids inside a *response* (a sampler may emit them) are plain text;
 6. the hidden view has no visual rows and no media, and its positions are those of the remaining text;
-7. the shuffled view differs from the intact one in ``patches_SD`` only.
+7. the shuffled view differs from the intact one in ``patches_SD`` and ``media`` only.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -78,7 +79,7 @@ def pack_groups(
     pad_to_multiple: int = 1,
     permutations: Sequence[Sequence[Tensor | None]] | None = None,
     seconds_per_grid: float | None = None,
-    with_patches: bool = True,
+    vision: Literal["patches", "media", "none"] = "patches",
 ) -> PackedBatch:
     """One micro-batch of whole groups in one view.
 
@@ -90,7 +91,8 @@ def pack_groups(
             (``attribution.counterfactuals.draw_permutations``).
         seconds_per_grid: overrides every video's own. Only ``original_compat`` sets it, to 1.0: the authors'
             code drops the videos' timing when it computes log-probs.
-        with_patches: False on ranks without the vision encoder; ``patches_SD`` is then None.
+        vision: what the batch carries of its media: ``patches`` that the model encodes itself, the ``media`` alone
+            where features come from a ``VisionPass``, or nothing, for ranks without the vision encoder.
 
     Raises:
         ValueError: no group, an empty response, media that do not match the prompt's placeholders, a missing
@@ -116,10 +118,13 @@ def pack_groups(
         )
         builder.add_group(group, tokens, positions_3P, next_position, media)
         builder.grids += [medium.grid_thw for medium in shown]
-        if with_patches:
-            orders = permutations[index] if permutations and view == "shuffled" else (None,) * len(shown)
-            for medium, order in zip(shown, orders, strict=True):
-                seen = medium if order is None else shuffle_frames(medium, order)
+        if vision == "none":
+            continue
+        orders = permutations[index] if permutations and view == "shuffled" else (None,) * len(shown)
+        for medium, order in zip(shown, orders, strict=True):
+            seen = medium if order is None else shuffle_frames(medium, order)
+            builder.media.append(seen)
+            if vision == "patches":
                 builder.patches.append(media.patchify(seen.frames_FCHW, seen))
     return builder.finish(view, pad_to_multiple)
 
@@ -153,6 +158,7 @@ class _Builder:
         self.visual_rows: list[int] = []
         self.grids: list[tuple[int, int, int]] = []
         self.patches: list[Tensor] = []
+        self.media: list[VisualInput] = []
         self.num_responses = 0
 
     def add_group(
@@ -191,6 +197,7 @@ class _Builder:
             visual_rows=_int64(self.visual_rows),
             patches_SD=torch.cat(self.patches) if self.patches else None,
             grid_thw_M3=_int64(self.grids).reshape(-1, 3),
+            media=tuple(self.media),
         )
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,13 @@ from torch import Tensor
 from megatron_ktr.config import Config
 from megatron_ktr.distributed.collectives import all_reduce_sum, broadcast_object, reduce_metrics
 from megatron_ktr.distributed.groups import ParallelGroups
-from megatron_ktr.distributed.optimizer import build_optimizer, build_scheduler, wrap_in_ddp
+from megatron_ktr.distributed.optimizer import build_optimizer, build_scheduler, freeze_parts, wrap_in_ddp
 from megatron_ktr.distributed.platform import Platform
 from megatron_ktr.errors import UserError, same_on_every_rank
-from megatron_ktr.micro_batch import Denominators, MicroBatch, UpdateResult, add_sampler_gap, any_gradient
+from megatron_ktr.micro_batch import Denominators, MicroBatch, UpdateResult, any_gradient, mean_by_view
 from megatron_ktr.objectives.base import Objective
 from megatron_ktr.ops.token_statistics import TokenStatistics
-from megatron_ktr.packing import MediaSpec
+from megatron_ktr.policy_vision import PolicyVision
 from megatron_ktr.types import Metrics, PackedBatch, Prompt, TokenScores
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.conversion import GatherTo, export_hf_tensors, load_hf_weights, save_hf, unwrap_model
@@ -59,7 +59,7 @@ class Policy:
         self.temperature = config.rollout.temperature
 
         chunks = self._build_chunks()
-        _freeze(chunks, config.model.freeze)
+        freeze_parts(chunks, config.model.freeze)
         self.transformer_config = get_model_config(chunks[0])
         self.chunks = wrap_in_ddp(
             chunks, config=self.transformer_config, optimizer=config.optimizer, parallel=config.parallel
@@ -74,6 +74,9 @@ class Policy:
         self._connect_schedule_hooks()
         self._is_gather_pending = config.parallel.overlap_param_gather
         self.reference_chunks: list[Qwen2_5_VLModel] | None = None
+        self.vision = PolicyVision(
+            self.bare_chunks[0].vision, config=config, groups=groups, hf_dir=self.hf_dir, device=platform.device
+        )
 
     def _build_chunks(self) -> list[Qwen2_5_VLModel]:
         chunks = build_model(self.model_config, groups=self.groups, config=self.config, dtype=self.dtype)
@@ -82,14 +85,18 @@ class Policy:
 
     def _connect_schedule_hooks(self) -> None:
         config = self.transformer_config
-        # Our loss is already normalised by global counts, so the schedule's own token count is dropped.
-        config.finalize_model_grads_func = lambda model, num_tokens=None, **kwargs: finalize_model_grads(
-            model, None, **kwargs
-        )
+        config.finalize_model_grads_func = self._finalize_gradients
         config.grad_scale_func = self.optimizer.scale_loss
         if self.config.parallel.overlap_grad_reduce:
             no_sync = [chunk.no_sync for chunk in self.chunks]
             config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+
+    def _finalize_gradients(
+        self, model: list[torch.nn.Module], num_tokens: Tensor | None = None, **options: Any
+    ) -> None:
+        # Our loss is already normalised by global counts, so the schedule's own token count is dropped.
+        finalize_model_grads(model, None, **options)
+        self.vision.sum_gradients()
 
     def add_reference(self, hf_dir: str | Path | None = None) -> None:
         """Keeps a frozen copy of the weights in ``hf_dir`` (default: the initial weights) for the KL term."""
@@ -98,13 +105,19 @@ class Policy:
         for chunk in chunks:
             chunk.requires_grad_(False)
         self.reference_chunks = chunks
+        self.vision.add_reference(chunks[0].vision, is_policy_copy=hf_dir is None)
 
     def score(
-        self, batches: Sequence[PackedBatch], *, model: str = "policy", temperature: float | None = None
+        self,
+        batches: Sequence[PackedBatch],
+        *,
+        model: str = "policy",
+        temperature: float | None = None,
+        precision: str = "same",
     ) -> list[TokenStatistics | None]:
         """Log-prob and entropy of every response token, without gradient; None on every stage but the last.
 
-        ``temperature`` replaces the run's own.
+        ``temperature`` replaces the run's own. ``precision`` ``bf16`` runs the products of the language model in bf16.
         """
 
         def statistics(chunk: torch.nn.Module, batch: PackedBatch, hidden_RD: Tensor) -> TokenStatistics:
@@ -112,7 +125,7 @@ class Policy:
                 hidden_RD, batch, temperature=temperature or self.temperature
             )
 
-        return self._look(batches, batch_of=lambda batch: batch, finish=statistics, model=model)
+        return self._look(batches, batch_of=lambda batch: batch, finish=statistics, model=model, precision=precision)
 
     def hidden_rows(self, batches: Sequence[PackedBatch]) -> list[Tensor | None]:
         """Hidden states [R, D] that predict the response tokens, without a pass over the vocabulary and without
@@ -121,12 +134,14 @@ class Policy:
             batches, batch_of=lambda batch: batch, finish=lambda chunk, batch, hidden_RD: hidden_RD.clone()
         )
 
-    def score_intact(self, items: Sequence[MicroBatch]) -> list[tuple[MicroBatch, TokenScores] | None]:
-        """An intact pass without gradient: all scores of every micro-batch, which no longer keeps hidden rows of
-        other views once they were compared; None on every stage but the last."""
+    def score_intact(
+        self, items: Sequence[MicroBatch], *, objective: Objective
+    ) -> list[tuple[MicroBatch, TokenScores] | None]:
+        """An intact pass without gradient: all scores of every micro-batch, and the micro-batch with what was found
+        (which later passes then use as it is); None on every stage but the last."""
 
         def scores_of(chunk: torch.nn.Module, item: MicroBatch, hidden_RD: Tensor) -> tuple[MicroBatch, TokenScores]:
-            statistics, item = self._compared(chunk, item, hidden_RD)
+            statistics, item = self._compared(chunk, item, hidden_RD, objective=objective)
             return item, item.scores(statistics)
 
         return self._look(items, batch_of=lambda item: item.batch, finish=scores_of)
@@ -138,6 +153,7 @@ class Policy:
         batch_of: Callable[[Any], PackedBatch],
         finish: Callable[[torch.nn.Module, Any, Tensor], Any],
         model: str = "policy",
+        precision: str = "same",
     ) -> list[Any]:
         """A forward pass without gradient; ``finish(chunk, item, hidden_RD)`` by item, None before the last stage."""
         chunks = self.chunks if model == "policy" else self.reference_chunks
@@ -151,9 +167,15 @@ class Policy:
         def keep(item: Any, chunk: torch.nn.Module, hidden_RD: Tensor, non_loss_data: bool = True) -> Any:
             return finish(chunk, item, hidden_RD)
 
-        with torch.no_grad():
-            results = self._run(chunks, items, batch_of=batch_of, finish=keep, forward_only=True)
-        return list(results) if results else [None] * len(items)
+        if not items:
+            return []
+        # The interleaved schedule takes whole rounds of the stages only; what fills the last one is dropped.
+        num_missing = -len(items) % self.groups.sizes.pipeline if len(chunks) > 1 else 0
+        padded = [*items, *[items[-1]] * num_missing]
+        is_lower = precision == "bf16" and self.dtype is torch.float32
+        with torch.no_grad(), torch.autocast(self.platform.device.type, torch.bfloat16, enabled=is_lower):
+            results = self._run(chunks, padded, batch_of=batch_of, finish=keep, forward_only=True, model=model)
+        return list(results)[: len(items)] if results else [None] * len(items)
 
     def update(
         self, micro_batches: Sequence[MicroBatch], *, objective: Objective, denominators: Denominators
@@ -167,6 +189,7 @@ class Policy:
         self._require_finite("gradient norm", float(grad_norm or 0.0))
         if succeeded:
             self.scheduler.step(increment=1)
+            self.vision.after_step()
         return dataclasses.replace(result, grad_norm=float(grad_norm or 0.0), has_stepped=bool(succeeded))
 
     def _require_finite(self, name: str, value: float) -> None:
@@ -191,7 +214,7 @@ class Policy:
         self.optimizer.zero_grad()
 
         def loss_of(item: MicroBatch, chunk: torch.nn.Module, hidden_RD: Tensor) -> tuple[Tensor, Tensor, Any]:
-            statistics, item = self._compared(chunk, item, hidden_RD)
+            statistics, item = self._compared(chunk, item, hidden_RD, objective=objective)
             scores = item.scores(statistics)
             streams = objective.token_streams(
                 item.batch,
@@ -202,12 +225,15 @@ class Policy:
                 is_selected_R=item.is_selected_R,
             )
             loss, metrics = objective.loss(statistics, streams, scores)
-            add_sampler_gap(metrics, item, scores)
             no_tokens = torch.zeros((), dtype=torch.int, device=loss.device)
             return loss, no_tokens, (float(loss.detach()), metrics, streams, scores)
 
         outputs = self._run(
-            self.chunks, micro_batches, batch_of=lambda item: item.batch, finish=loss_of, forward_only=False
+            self.chunks,
+            micro_batches,
+            batch_of=lambda item: item.batch,
+            finish=loss_of,
+            forward_only=False,
         )
         self._is_gather_pending = self.config.parallel.overlap_param_gather
         metrics = Metrics()
@@ -229,25 +255,19 @@ class Policy:
         )
 
     @torch.no_grad()
-    def vision_features(self, prompts: Sequence[Prompt], *, media: MediaSpec) -> list[tuple[Tensor, ...]] | None:
+    def prepare_vision(self, batches: Sequence[PackedBatch]) -> None:
+        """Runs the encoder over the media of ``batches`` before the passes without gradient that show them."""
+        self.wait_for_parameters()
+        self.vision.prepare(batches)
+
+    def vision_features(self, prompts: Sequence[Prompt]) -> list[tuple[Tensor, ...]] | None:
         """Features [visual tokens, D] of each prompt's media in order, from the current weights.
 
         Every rank calls it. The tensor ranks of the first pipeline stage encode together and each returns all features;
-        other stages return None. One prompt at a time: the encoder's activations take far more memory than its result.
+        other stages return None.
         """
         self.wait_for_parameters()
-        if not self.groups.is_first_stage:
-            return None
-        features: list[tuple[Tensor, ...]] = []
-        for prompt in prompts:
-            found: tuple[Tensor, ...] = ()
-            if prompt.media:
-                patches_SD = torch.cat([media.patchify(medium.frames_FCHW, medium) for medium in prompt.media])
-                grid_thw_M3 = torch.tensor([medium.grid_thw for medium in prompt.media])
-                encoded = self.bare_chunks[0].vision(patches_SD.to(self.platform.device), grid_thw_M3)
-                found = encoded.split([media.num_visual_tokens(medium) for medium in prompt.media])
-            features.append(found)
-        return features
+        return self.vision.features(prompts)
 
     def export(
         self,
@@ -307,32 +327,33 @@ class Policy:
         return broadcast_object(value, group=self.groups.pipeline, source=source)
 
     def _statistics(
-        self, chunk: torch.nn.Module, batch: PackedBatch, hidden_RD: Tensor, other_hidden_RD: Tensor | None = None
+        self, chunk: torch.nn.Module, batch: PackedBatch, hidden_RD: Tensor, others: Iterable[Tensor] = ()
     ) -> TokenStatistics:
         return unwrap_model(chunk).response_statistics(
-            hidden_RD, batch, temperature=self.temperature, counterfactual_hidden_RD=other_hidden_RD
+            hidden_RD, batch, temperature=self.temperature, counterfactual_hidden_RD=tuple(others)
         )
 
     def _compared(
-        self, chunk: torch.nn.Module, item: MicroBatch, hidden_RD: Tensor
+        self, chunk: torch.nn.Module, item: MicroBatch, hidden_RD: Tensor, *, objective: Objective
     ) -> tuple[TokenStatistics, MicroBatch]:
-        """Statistics of the intact rows, and the item with what the other views' rows it kept have to be compared to.
-
-        The first view shares the intact rows' pass over the vocabulary; every further one costs a pass of its own.
-        """
-        statistics, found = None, {}
-        for view, other_hidden_RD in item.counterfactual_hidden_RD.items():
-            with torch.set_grad_enabled(torch.is_grad_enabled() and statistics is None):
-                found[view] = self._statistics(chunk, item.batch, hidden_RD, other_hidden_RD)
-            statistics = statistics or found[view]
-        if statistics is None:
-            return self._statistics(chunk, item.batch, hidden_RD), item
-        return statistics, dataclasses.replace(
-            item,
-            counterfactual_logprob_R={view: value.counterfactual_logprob_R for view, value in found.items()},
-            counterfactual_kl_R={view: value.kl_R for view, value in found.items()},
-            counterfactual_hidden_RD={},
-        )
+        """Statistics of the intact rows, and the item with everything that compares whole distributions: with the
+        hidden rows of other views it kept, in the same pass over the vocabulary, and within its groups."""
+        views = [(view, rows) for view, draws in item.counterfactual_hidden_RD.items() for rows in draws]
+        statistics = self._statistics(chunk, item.batch, hidden_RD, [rows for _, rows in views])
+        if views:
+            names = [view for view, _ in views]
+            item = dataclasses.replace(
+                item,
+                counterfactual_logprob_R=mean_by_view(names, statistics.counterfactual_logprob_KR),
+                counterfactual_kl_R=mean_by_view(names, statistics.kl_KR),
+                counterfactual_hidden_RD={},
+            )
+        if objective.needs_divergence and item.divergence_R is None:
+            divergence_R = unwrap_model(chunk).group_divergence(
+                hidden_RD, statistics.log_normalizer_R, batch=item.batch, temperature=self.temperature
+            )
+            item = dataclasses.replace(item, divergence_R=divergence_R)
+        return statistics, item
 
     def _run(
         self,
@@ -342,6 +363,7 @@ class Policy:
         batch_of: Callable[[Any], PackedBatch],
         finish: Callable[..., Any],
         forward_only: bool,
+        model: str = "policy",
     ) -> list[Any]:
         """Runs megatron-core's schedule over ``items``; returns ``finish``'s data per item (last stage), else []."""
         if not items:
@@ -349,7 +371,10 @@ class Policy:
 
         def forward_step(iterator: Iterator[Any], chunk: torch.nn.Module) -> tuple[Tensor, Callable]:
             item = next(iterator)
-            output = chunk(batch_of(item).to(self.platform.device))
+            batch = batch_of(item)
+            if unwrap_model(chunk).pre_process:
+                batch = self.vision.with_features(batch, model=model)
+            output = chunk(batch.to(self.platform.device))
             return output, partial(finish, item, chunk)
 
         iterators = [iter(items) for _ in chunks]
@@ -371,16 +396,3 @@ def _unless(left_out: set[int], tensor_of: Callable | None, parameter: Tensor) -
     if id(parameter) in left_out:
         return None
     return parameter if tensor_of is None else tensor_of(parameter)
-
-
-def _freeze(chunks: Sequence[Qwen2_5_VLModel], parts: Sequence[str]) -> None:
-    """Stops the gradient of ``vision`` (the encoder without its merger), ``merger`` or ``language``."""
-    prefixes = {"vision": "vision.", "merger": "vision.merger.", "language": "language."}
-    for chunk in chunks:
-        for name, parameter in chunk.named_parameters():
-            is_merger = name.startswith("vision.merger.")
-            for part in parts:
-                if part not in prefixes:
-                    raise UserError(f"freeze: unknown part {part!r}, expected some of {sorted(prefixes)}")
-                if name.startswith(prefixes[part]) and not (part == "vision" and is_merger):
-                    parameter.requires_grad_(False)

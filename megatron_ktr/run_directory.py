@@ -4,6 +4,7 @@ config.yaml                        the options the run started with
 config_from_step_00000011.yaml     those of a part that was resumed at that step (the next such part: ..._2.yaml)
 metrics.jsonl, tensorboard/        every step once
 rollouts/step_00000010.jsonl       rollouts of some steps, with their key tokens
+rollouts/step_00000010_replica_0001.jsonl  those of further data-parallel replicas
 rollouts/abandoned_after_step_00000010/    those of later steps that an earlier part had done and a resumed one repeats
 checkpoints/step_00000010/         a complete checkpoint: the name appears by a rename, after everything is written
 checkpoints/.step_00000020         one that was being written when the run stopped; ignored, later removed
@@ -31,12 +32,14 @@ CONFIG_FILE = "config.yaml"
 SIDE_FILES = "hf"
 ROLLOUTS = "rollouts"
 STEP_NAME = re.compile(r"step_(\d{8,})")
+ROLLOUT_NAME = re.compile(r"step_(\d{8,})(?:_replica_\d{4,})?")
 REQUIRED_FILES = ("metadata.json", ".metadata", "common.pt", "training.json", CONFIG_FILE)
 
 MAY_CHANGE = frozenset(
     "model transformer_impl data_path media_root prompt_template max_skip_share media_cache_gb replay_path "
     "run_dir resume train_steps micro_batch_groups save_interval keep_checkpoints eval_interval log_interval "
-    "rollout_log_interval platform distributed_timeout_minutes".split()
+    "rollout_log_interval platform distributed_timeout_minutes rollout_tensor_parallel_size rollout_memory_share "
+    "rollout_kv_cache_gb rollout_max_num_seqs rollout_eager".split()
 )
 """Options a resumed run may set anew, besides the parallel ones: where things are, how long and how fast it runs.
 Whatever else differs would make it another run; an option added later is refused until it is named here."""
@@ -55,6 +58,12 @@ class RunStart:
 
 def step_name(step: int) -> str:
     return f"step_{step:08d}"
+
+
+def rollout_file(run_dir: Path, *, step: int, replica: int) -> Path:
+    """Where data-parallel replica ``replica`` writes its rollouts of ``step``."""
+    suffix = f"_replica_{replica:04d}" if replica else ""
+    return run_dir / ROLLOUTS / f"{step_name(step)}{suffix}.jsonl"
 
 
 def list_checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
@@ -145,7 +154,7 @@ def _set_aside_rollouts(rollouts: Path, step: int) -> None:
     abandoned = [
         path
         for path in sorted(rollouts.glob("step_*.jsonl"))
-        if (match := STEP_NAME.fullmatch(path.stem)) and int(match[1]) > step
+        if (match := ROLLOUT_NAME.fullmatch(path.stem)) and int(match[1]) > step
     ]
     if not abandoned:
         return

@@ -10,31 +10,27 @@ and rewarded), objectives say which views they need and turn scores into per-tok
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from megatron_ktr.attribution.counterfactuals import draw_permutations
 from megatron_ktr.config import Config
 from megatron_ktr.metrics import PhaseTimer
 from megatron_ktr.micro_batch import Denominators, MicroBatch, UpdateResult
 from megatron_ktr.objectives.base import Objective
-from megatron_ktr.ops.token_statistics import TokenStatistics
-from megatron_ktr.packing import MediaSpec, pack_groups, plan_micro_batches
+from megatron_ktr.packing import MediaSpec, plan_micro_batches
 from megatron_ktr.policy import Policy
 from megatron_ktr.rollout.sampler_check import SamplerCheck
 from megatron_ktr.rollout.source import ReplicaSource
+from megatron_ktr.scoring import ScoringPasses
 from megatron_ktr.types import (
     Metrics,
-    PackedBatch,
     ResponseSelection,
     RolloutGroup,
     TokenScores,
     TokenStreams,
-    View,
 )
 
 
@@ -60,7 +56,7 @@ class Trainer:
         self.policy = policy
         self.source = source
         self.objective = objective
-        self.media = media
+        self.scoring = ScoringPasses(config=config, policy=policy, objective=objective, media=media)
         self.sampler_check: SamplerCheck | None = None
         """Run once, with the weights of the first step."""
         self._check_values: dict[str, float] = {}
@@ -72,20 +68,20 @@ class Trainer:
         if not self._anything_to_learn(groups):
             return self._report(step, groups, result=None)
         with self.timer.phase("pack"):
-            micro_batches = [MicroBatch(part, self._pack(part, "intact")) for part in self._plan(groups)]
+            micro_batches = [MicroBatch(part, self.scoring.pack(part, "intact")) for part in self._plan(groups)]
+        with self.timer.phase("vision"):
+            self.scoring.prepare_vision(micro_batches)
         with self.timer.phase("score"):
-            micro_batches = self._with_counterfactuals(micro_batches, step)
-            micro_batches = self._with_reference(micro_batches)
-            micro_batches = self._with_selection(micro_batches)
+            micro_batches = self.scoring.with_counterfactuals(micro_batches, step=step)
+            micro_batches = self.scoring.with_reference(micro_batches)
+            micro_batches = self.scoring.with_selection(micro_batches)
             denominators = self._denominators(micro_batches)
         with self.timer.phase("update"):
             results = [
                 self.policy.update(micro_batches, objective=self.objective, denominators=denominators)
                 for _ in range(self.config.objective.updates_per_rollout)
             ]
-        # Sampler and trainer had the same weights in the first update only: later ones would measure drift.
-        gap = results[0].metrics.select("sampler_trainer_logprob_gap")
-        return self._report(step, groups, result=results[-1], gap=gap)
+        return self._report(step, groups, result=results[-1])
 
     def _rollouts(self, step: int) -> list[RolloutGroup]:
         """This step's groups, sampled from the weights the last step left.
@@ -126,91 +122,11 @@ class Trainer:
             # Not the step's own update: an engine that sleeps while the ranks train drops its weights after sampling.
             self.send_weights()
             self._check_values = check.run()
+            self.policy.vision.take_counts()  # its prompts are not the step's
             self.policy.platform.set_rng_state(state)
 
     def _plan(self, groups: Sequence[RolloutGroup]) -> list[tuple[RolloutGroup, ...]]:
         return plan_micro_batches(groups, groups_per_micro_batch=self.config.trainer.micro_batch_groups)
-
-    def _pack(
-        self, groups: Sequence[RolloutGroup], view: View, *, step: int = 0, for_scoring: bool = False
-    ) -> PackedBatch:
-        parallel, objective = self.config.parallel, self.config.objective
-        permutations = None
-        if view == "shuffled":
-            permutations = [
-                draw_permutations(
-                    group.prompt,
-                    unit=objective.shuffle_unit,
-                    seed=self.config.trainer.seed,
-                    step=step,
-                    temporal_patch_size=self.media.temporal_patch_size,
-                )
-                for group in groups
-            ]
-        return pack_groups(
-            groups,
-            view=view,
-            media=self.media,
-            pad_to_multiple=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
-            permutations=permutations,
-            seconds_per_grid=1.0 if for_scoring and objective.original_compat else None,
-            with_patches=self.policy.groups.is_first_stage,
-        )
-
-    def _with_counterfactuals(self, micro_batches: list[MicroBatch], step: int) -> list[MicroBatch]:
-        """The same responses where the video is hidden, and where its frames are in random order: their log-probs, or
-        the hidden rows behind them where the objective compares whole distributions."""
-        for view in sorted(self.objective.views):
-            batches = [self._pack(item.groups, view, step=step, for_scoring=True) for item in micro_batches]
-            if self.objective.needs_kl:
-                field, values = "counterfactual_hidden_RD", self.policy.hidden_rows(batches)
-            else:
-                field, values = "counterfactual_logprob_R", [_logprob(found) for found in self.policy.score(batches)]
-            micro_batches = [
-                dataclasses.replace(item, **{field: {**getattr(item, field), view: value}})
-                for item, value in zip(micro_batches, values, strict=True)
-            ]
-        return micro_batches
-
-    def _with_reference(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
-        if not self.objective.needs_reference:
-            return micro_batches
-        found = self.policy.score([self._for_scoring(item) for item in micro_batches], model="reference")
-        return [
-            dataclasses.replace(item, reference_logprob_R=_logprob(statistics))
-            for item, statistics in zip(micro_batches, found, strict=True)
-        ]
-
-    def _with_selection(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
-        """Chooses key tokens before the update where inside it would be too late; costs one more scoring pass.
-
-        That is: denominators that count key tokens of the global batch, several updates on the same responses (the
-        selection and the old policy stay those of the first), and original_compat, whose scores come from passes
-        without the videos' timing.
-        """
-        settings = self.config.objective
-        is_reused = settings.updates_per_rollout > 1
-        if not (self.objective.needs_selection_first or is_reused or settings.original_compat):
-            return micro_batches
-        found = self.policy.score_intact(
-            [dataclasses.replace(item, batch=self._for_scoring(item)) for item in micro_batches]
-        )
-        selected = []
-        for item, scored in zip(micro_batches, found, strict=True):
-            if scored is not None:
-                scored_item, scores = scored
-                chosen = self.objective.select_tokens(item.batch, scores, item.groups)
-                item = dataclasses.replace(scored_item, batch=item.batch, is_selected_R=chosen)
-                if is_reused:
-                    item = dataclasses.replace(item, behaviour_logprob_R=scores.policy_logprob_R)
-            selected.append(item)
-        return selected
-
-    def _for_scoring(self, item: MicroBatch) -> PackedBatch:
-        """The intact batch as scoring passes see it: the update's own, but for original_compat."""
-        if not self.config.objective.original_compat:
-            return item.batch
-        return self._pack(item.groups, "intact", for_scoring=True)
 
     def _denominators(self, micro_batches: Sequence[MicroBatch]) -> Denominators:
         """Counted over all micro-batches and replicas before the first forward, so that losses simply add up."""
@@ -232,9 +148,7 @@ class Trainer:
         uneven = sum(1 for group in groups if len({rollout.reward for rollout in group.rollouts}) > 1)
         return self.policy.global_count(uneven) > 0
 
-    def _report(
-        self, step: int, groups: Sequence[RolloutGroup], *, result: UpdateResult | None, gap: Metrics | None = None
-    ) -> StepReport:
+    def _report(self, step: int, groups: Sequence[RolloutGroup], *, result: UpdateResult | None) -> StepReport:
         seconds = self.timer.pop()
         metrics = Metrics()
         for group in groups:
@@ -249,16 +163,24 @@ class Trainer:
         values = self.policy.mean_over_replicas(metrics)
         values["num_prompts"] = self.policy.global_count(len(groups))
         values |= self.policy.sum_over_replicas({"num_skipped": self.source.num_skipped, **self.source.counts})
+        values |= self._vision_counts(groups)
         values["tokens_per_second"] = num_tokens / max(sum(seconds.values()), 1e-9)
         values["has_stepped"] = float(result is not None and result.has_stepped)
         if result is not None:
-            values |= result.metrics.means() | (gap.means() if gap else {})
+            values |= result.metrics.means()
             values |= {"loss": result.loss, "grad_norm": result.grad_norm, "learning_rate": self.policy.learning_rate}
         values |= self._check_values
         self._check_values = {}
         return StepReport(
             step=step, values=values | seconds, groups=tuple(groups), selections=self._selections(groups, result)
         )
+
+    def _vision_counts(self, groups: Sequence[RolloutGroup]) -> dict[str, float]:
+        """Runs of a vision encoder per prompt, the temporal patches of its media being one run; {} without media."""
+        shown = [medium.grid_thw[0] for group in groups for medium in group.prompt.media]
+        num_units = self.policy.global_count(sum(shown))
+        num_encoded = self.policy.global_count(self.policy.vision.take_counts())
+        return {"vision_runs_per_prompt": num_encoded / num_units} if num_units else {}
 
     def _selections(
         self, groups: Sequence[RolloutGroup], result: UpdateResult | None
@@ -297,7 +219,3 @@ def _selection_tensors(streams: TokenStreams, scores: TokenScores) -> tuple[Tens
     is_key_R = streams.is_key_token_R
     marks_SR = torch.stack(marks) if marks else is_key_R.new_zeros((0, len(is_key_R)))
     return is_key_R.cpu(), scores.policy_logprob_R.cpu(), marks_SR.cpu()
-
-
-def _logprob(statistics: TokenStatistics | None) -> Tensor | None:
-    return None if statistics is None else statistics.logprob_R

@@ -164,9 +164,13 @@ class PackedBatch:
     """int64 [number of visual tokens]: rows of T that receive vision features, in order of occurrence."""
     patches_SD: Tensor | None
     """float32 [S, C * temporal_patch * patch * patch], media concatenated in order of occurrence; None where
-    the view has no media. Only the first pipeline stage reads it."""
+    the view has no media, or comes with ``features_ED``. Only the first pipeline stage reads it."""
     grid_thw_M3: Tensor
     """int64 [M, 3]; empty where the view has no media."""
+    media: tuple[VisualInput, ...] = ()
+    """The media as this view shows them, in order of occurrence; only on the first pipeline stage."""
+    features_ED: Tensor | None = None
+    """[visual tokens, D]: what the vision encoder gives for ``media``, where it has run before (``vision_pass.py``)."""
 
     @property
     def num_responses(self) -> int:
@@ -198,9 +202,13 @@ class TokenScores:
     """KL(p_intact || p_hidden) over the whole vocabulary; only for ``shift: kl``."""
     shuffled_kl_R: Tensor | None = None
     """KL(p_intact || p_shuffled), likewise."""
+    divergence_R: Tensor | None = None
+    """Between the G next-token distributions at the token's position in its group (``ops/group_divergence.py``)."""
     reference_logprob_R: Tensor | None = None
     behaviour_logprob_R: Tensor | None = None
     """Old policy of a clipped ratio: None means one update per rollout, ratio = exp(logp - stopgrad(logp))."""
+    sampler_logprob_R: Tensor | None = None
+    """As the rollout engine recorded them (``Rollout.sampler_logprobs``); None if any response has none."""
 
 
 @dataclass(frozen=True)
@@ -214,9 +222,11 @@ class TokenStreams:
     """
 
     advantage_R: Tensor
+    """Times the importance weight, where a mismatch of sampler and trainer is corrected."""
     weight_R: Tensor
+    """0 on every token that gets no gradient, key token or not."""
     is_key_token_R: Tensor
-    """bool [R]: True on tokens that carry the loss."""
+    """bool [R]: True on tokens that were chosen to carry the loss."""
     is_selected_R: Mapping[str, Tensor] = field(default_factory=dict)
     """bool [R] by signal name; their union is ``is_key_token_R`` where signals are used."""
     metrics: Metrics = field(default_factory=lambda: Metrics())
@@ -235,23 +245,25 @@ class ResponseSelection:
 
 @dataclass
 class Metrics:
-    """Sums and counts that reduce over ranks by addition; ``means()`` divides at the very end."""
+    """Sums and counts that reduce over ranks by addition, and maxima that reduce by maximum; ``means()`` divides at the
+    very end."""
 
     sums: dict[str, float] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)
+    maxima: dict[str, float] = field(default_factory=dict)
 
     def add(self, name: str, value: float, count: float = 1.0) -> None:
         self.sums[name] = self.sums.get(name, 0.0) + float(value)
         self.counts[name] = self.counts.get(name, 0.0) + float(count)
 
+    def add_max(self, name: str, value: float) -> None:
+        self.maxima[name] = max(self.maxima.get(name, float(value)), float(value))
+
     def merge(self, other: Metrics) -> None:
         for name, value in other.sums.items():
             self.add(name, value, other.counts[name])
-
-    def select(self, *names: str) -> Metrics:
-        """Only these names, as far as they are there."""
-        found = [name for name in names if name in self.sums]
-        return Metrics({name: self.sums[name] for name in found}, {name: self.counts[name] for name in found})
+        for name, value in other.maxima.items():
+            self.add_max(name, value)
 
     def pop_sum(self, name: str) -> float:
         """Removes a name and returns its sum, for what adds up over ranks rather than being averaged."""
@@ -259,4 +271,5 @@ class Metrics:
         return self.sums.pop(name, 0.0)
 
     def means(self) -> dict[str, float]:
-        return {name: value / max(self.counts[name], 1e-12) for name, value in self.sums.items()}
+        """Every mean and every maximum, by name."""
+        return {name: value / max(self.counts[name], 1e-12) for name, value in self.sums.items()} | self.maxima

@@ -22,6 +22,7 @@ from torch import Tensor
 from megatron_ktr.data.preprocess import PreprocessSettings
 from megatron_ktr.data.template import PromptBuilder, VisualTokens, load_tokenizer
 from megatron_ktr.errors import UserError
+from megatron_ktr.objectives.base import Objective
 from megatron_ktr.packing import MediaSpec
 from megatron_ktr.types import (
     Metrics,
@@ -31,7 +32,6 @@ from megatron_ktr.types import (
     RolloutGroup,
     TokenScores,
     TokenStreams,
-    View,
     VisualInput,
 )
 
@@ -45,23 +45,10 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model",
 
 
 @dataclass(frozen=True)
-class LogprobSum:
+class LogprobSum(Objective):
     """Objective whose loss is the mean over responses of the sum of their log-probs: no reward, no selection."""
 
-    name: str = "logprob_sum"
-    views: frozenset[View] = frozenset()
-    needs_entropy: bool = False
-    needs_kl: bool = False
-    needs_reference: bool = False
-    needs_selection_first: bool = False
-
-    def select_tokens(
-        self, batch: PackedBatch, scores: TokenScores, group_data: Sequence[RolloutGroup]
-    ) -> dict[str, Tensor]:
-        return {}
-
-    def num_loss_tokens(self, batch: PackedBatch, is_selected_R: Mapping[str, Tensor]) -> int:
-        return len(batch.target_ids_R)
+    name = "logprob_sum"
 
     def token_streams(
         self,
@@ -182,13 +169,14 @@ def run_hugging_face(
     Raises:
         UserError: transformers cannot load the directory, or its log-probs are not finite.
     """
-    from transformers import Qwen2_5_VLForConditionalGeneration as HFModel
     from transformers.utils import logging
+
+    from megatron_ktr.hf_model import hf_model_class
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        model = HFModel.from_pretrained(
+        model = hf_model_class().from_pretrained(
             str(hf_dir), dtype=torch.float32, attn_implementation="eager", local_files_only=True
         )
     except (OSError, ValueError, RuntimeError) as error:

@@ -27,6 +27,7 @@ MAY_IMPORT = {
         "models/*",
         "tools/*",
         "megatron_ktr/policy.py",
+        "megatron_ktr/policy_vision.py",
         "megatron_ktr/checkpoint.py",
         "megatron_ktr/train.py",
         "megatron_ktr/rollout/weight_sync.py",

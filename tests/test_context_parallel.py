@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_ktr.context_shard import shard_layout
 from megatron_ktr.ops.prefix_attention_plan import AttentionPlan
 from megatron_ktr.types import GroupSpan, PackedBatch, PackedLayout
-from tests.support.layouts import DISTRIBUTED, FULL, OVERLAPPED, SMALL, Layout, sizes_of
+from tests.support.layouts import AGAIN, DISTRIBUTED, FRAMES, FULL, OVERLAPPED, SMALL, Layout, sizes_of
 from tests.support.ranks import RankContext, RankPool
 from tests.support.steps import compare_steps, example_groups
 from tests.support.tiny import save_tiny_hf
@@ -32,12 +32,15 @@ LAYOUTS: dict[int, list[Layout]] = {
         Layout("cp2 reference attention", sizes_of(cp=2), dict(attention_impl="torch")),
         Layout("cp2 distributed optimizer, tied", sizes_of(cp=2), DISTRIBUTED, case="tied, clipped"),
         Layout("cp2 distributed overlapped", sizes_of(cp=2), OVERLAPPED, bucket_size=SMALL),
+        Layout("cp2 frames, tied", sizes_of(cp=2), FRAMES, case="tied, clipped"),
+        Layout("cp2 frames, vision recomputed", sizes_of(cp=2), {**FRAMES, **AGAIN}),
     ],
     4: [
         Layout("cp4", sizes_of(cp=4)),
         Layout("cp4 two groups per micro-batch, tied", sizes_of(cp=4), dict(micro_batch_groups=2), "tied, clipped"),
         Layout("tp2 cp2", sizes_of(2, cp=2)),
         Layout("tp2 cp2 sp, tied", sizes_of(2, cp=2, sp=True), case="tied, clipped"),
+        Layout("tp2 cp2 sp frames", sizes_of(2, cp=2, sp=True), FRAMES),
         Layout("cp2 pp2", sizes_of(1, 2, cp=2)),
         Layout("cp2 pp2 vpp2 full recomputation, tied", sizes_of(1, 2, cp=2, vpp=2), FULL, "tied, clipped"),
         Layout("cp2 dp2", sizes_of(cp=2)),
@@ -68,9 +71,10 @@ def test_two_steps_are_the_same_under_context_parallelism(
     [
         dict(shift="kl", shuffle_unit="temporal_patch"),
         dict(objective="grpo", loss_aggregation="token", updates_per_rollout=2),
+        dict(objective="tw_grpo", loss_aggregation="token"),
         dict(objective="sft", kl_beta=0.0),
     ],
-    ids=["kl between views", "grpo, two updates", "sft"],
+    ids=["kl between views", "grpo, two updates", "tw_grpo", "sft"],
 )
 def test_other_objectives_take_the_same_step(ranks: RankPool, cases: dict[str, Case], values: dict[str, Any]) -> None:
     """``shift: kl`` compares hidden rows of two views, whose prompts differ in length: each rank must hold the rows of

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from megatron_ktr.distributed.groups import ParallelSizes
+from megatron_ktr.distributed.groups import ParallelGroups, ParallelSizes
 from tests.support.layouts import OVERLAPPED, SMALL, sizes_of
 from tests.support.parity import max_relative_difference
 from tests.support.ranks import RankContext, RankPool
@@ -43,10 +42,11 @@ def _steps(
     implementation = token_statistics_chunked.ChunkedTokenStatistics
     original = implementation.backward
 
-    def backward(self, *args: Any, weight_grad_VD: Tensor | None, **kwargs: Any) -> Tensor | None:
+    def backward(self, *args: Any) -> None:
+        *_, sums = args
         # The gradient buffer is one flat tensor of which every main_grad is a view.
-        fused.append(weight_grad_VD is not None and weight_grad_VD._base is not None)
-        return original(self, *args, weight_grad_VD=weight_grad_VD, **kwargs)
+        fused.append(sums.weight_VD is not None and sums.weight_VD._base is not None)
+        original(self, *args)
 
     implementation.backward = backward
     try:
@@ -130,6 +130,25 @@ def test_kl_shift_selects_the_same_tokens_in_every_layout(
                     assert float((values_R - expected.scores[problem][key]).abs().max()) < 1e-5, (problem, key)
             for one, other in zip(record.updates, expected.updates, strict=True):
                 assert one.loss == pytest.approx(other.loss, abs=2e-6)
+
+
+def test_kl_shift_compares_both_views_in_the_updates_own_pass(
+    directories: dict[bool, Path], one_rank: ParallelGroups, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over the vocabulary each micro-batch passes once for the reference and once for the update; the views' hidden
+    rows wait for the latter."""
+    from megatron_ktr.ops import token_statistics_chunked
+
+    implementation, num_views = token_statistics_chunked.ChunkedTokenStatistics, []
+    original = implementation.forward
+
+    def forward(self, *args: Any) -> torch.Tensor:
+        num_views.append(len(args[-1]))
+        return original(self, *args)
+
+    monkeypatch.setattr(implementation, "forward", forward)
+    run_steps(one_rank, hf_dir=directories[False], rollout_groups=example_groups(*GROUPS), values=dict(shift="kl"))
+    assert num_views == [0] * len(GROUPS) + [2] * len(GROUPS)
 
 
 def _lone_step(hf_dir: Path, values: dict[str, Any]) -> StepRecord:

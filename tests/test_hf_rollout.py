@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -17,7 +18,7 @@ from megatron_ktr.errors import UserError
 from megatron_ktr.evaluation.accuracy import apply_control, evaluate
 from megatron_ktr.packing import MediaSpec
 from megatron_ktr.rollout.hf import HFEngine
-from megatron_ktr.rollout.sampling import GumbelSampler, SamplingSettings, sample_seed
+from megatron_ktr.rollout.sampling import GumbelSampler, SamplingSettings, StopStrings, sample_seed
 from megatron_ktr.types import Prompt, Rollout, RolloutGroup, VisualInput
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.media import media_spec
@@ -188,6 +189,106 @@ def test_new_weights_change_the_responses_and_incomplete_ones_are_refused(engine
         engine.load_weights(iter([("lm_head.weight", torch.zeros(2, 2))]))
     engine.load_weights(iter(original.items()))
     assert engine.generate(prompts, step=1) == before
+
+
+# Stop strings
+
+
+def first_completion(token_ids: list[int], stop: tuple[str, ...], tokenizer) -> int | None:
+    """Tokens up to the one that completes a stop string, by decoding every prefix; text that ends within a multi-byte
+    character is not there yet."""
+    for length in range(1, len(token_ids) + 1):
+        text = tokenizer.decode(token_ids[:length], skip_special_tokens=True)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}") and any(string in text for string in stop):
+            return length
+    return None
+
+
+def incremental_completion(token_ids: list[int], stop: tuple[str, ...], tokenizer) -> int | None:
+    strings = StopStrings(stop, decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True), num_rows=2)
+    for length, token_id in enumerate(token_ids, start=1):
+        strings.completed_by(0, token_ids[-length])  # another row's text must not matter
+        if strings.completed_by(1, token_id):
+            return length
+    return None
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "ends_with"),
+    [
+        ("red blue red", ("blue",), "red blue"),
+        ("red blue red", ("d b",), "red blue"),  # begins and ends within tokens
+        ("red", ("d",), "red"),
+        ("naïve 日本語 end", ("本",), "naïve 日本"),
+        ("naïve 日本語 end", ("never", "日本語 e"), "naïve 日本語 e"),
+        ("<think>red</think><answer>A</answer> red", ("</answer>",), "<think> red</think><answer> A</answer>"),
+        ("red blue", ("green", "red  blue"), None),
+    ],
+)
+def test_a_stop_string_is_completed_by_one_token_whatever_bytes_tokens_hold(
+    engine: HFEngine, text: str, stop: tuple[str, ...], ends_with: str | None
+) -> None:
+    token_ids = engine.tokenizer(text, add_special_tokens=False)["input_ids"]
+    length = incremental_completion(token_ids, stop, engine.tokenizer)
+    assert length == first_completion(token_ids, stop, engine.tokenizer)
+    if ends_with is None:
+        assert length is None
+    else:
+        assert engine.tokenizer.decode(token_ids[:length], skip_special_tokens=True).startswith(ends_with)
+        assert not any(s in engine.tokenizer.decode(token_ids[: length - 1], skip_special_tokens=True) for s in stop)
+
+
+def test_decoding_token_by_token_finds_what_decoding_everything_finds(engine: HFEngine) -> None:
+    """Random words, special tokens and multi-byte characters, each a row of byte tokens."""
+    generator = torch.Generator().manual_seed(0)
+    pieces = [" red", " blue", "<answer>", "<|im_start|>", "é", "日", "🙂", "a", " ", "\n"]
+    for _ in range(100):
+        chosen = torch.randint(len(pieces), (8,), generator=generator).tolist()
+        token_ids = [
+            token
+            for index in chosen
+            for token in engine.tokenizer(pieces[index], add_special_tokens=False)["input_ids"]
+        ]
+        for stop in (("日",), ("blue", "é"), ("d b",), ("🙂a", " r")):
+            assert incremental_completion(token_ids, stop, engine.tokenizer) == first_completion(
+                token_ids, stop, engine.tokenizer
+            ), (chosen, stop)
+
+
+def test_a_response_ends_with_the_token_that_completes_a_stop_string(engine: HFEngine) -> None:
+    """Nothing before that token changes, in the row itself or in others."""
+    prompts = prompts_of(engine.media, engine.tokenizer)
+    free = [rollout for group in engine.generate(prompts, step=1) for rollout in group.rollouts]
+    stop = (next(rollout.text for rollout in free if len(rollout.text) > 12)[5:8],)
+    sampling = dataclasses.replace(SETTINGS, stop=stop)
+    stopped = [rollout for group in engine.generate(prompts, step=1, sampling=sampling) for rollout in group.rollouts]
+    lengths = [first_completion(list(rollout.token_ids), stop, engine.tokenizer) for rollout in free]
+    assert any(lengths) and not all(lengths)
+    for before, after, length in zip(free, stopped, lengths, strict=True):
+        if length is None:
+            assert after == before
+        else:
+            assert after.token_ids == before.token_ids[:length]
+            # 1e-6: the same numbers; rows that have ended still go through the model beside the others.
+            assert after.sampler_logprobs == pytest.approx(before.sampler_logprobs[:length], abs=1e-6)
+            assert after.is_finished and stop[0] in after.text and before.text.startswith(after.text)
+
+
+def test_generation_ends_when_every_response_has_ended(engine: HFEngine, monkeypatch) -> None:
+    steps = []
+    choose = GumbelSampler.choose
+    monkeypatch.setattr(GumbelSampler, "choose", lambda self, logits: steps.append(1) or choose(self, logits))
+    prompts = prompts_of(engine.media, engine.tokenizer)
+    letters = tuple("abcdefghijklmnopqrstuvwxyz<>")
+    sampling = dataclasses.replace(SETTINGS, stop=letters, max_response_length=64)
+    groups = engine.generate(prompts, step=1, sampling=sampling)
+    assert all(rollout.is_finished for group in groups for rollout in group.rollouts)
+    assert len(steps) == max(len(rollout.token_ids) for group in groups for rollout in group.rollouts) < 64
+
+
+def test_an_empty_stop_string_is_refused() -> None:
+    with pytest.raises(UserError, match="--stop"):
+        dataclasses.replace(SETTINGS, stop=("x", ""))
 
 
 class _Fixed:

@@ -10,10 +10,8 @@ Scores are compared with tolerances, masks outside a band around the threshold, 
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,21 +19,11 @@ import torch
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration as HFModel
 
-from megatron_ktr.attribution.counterfactuals import draw_permutations
 from megatron_ktr.distributed.groups import ParallelGroups
-from megatron_ktr.types import RolloutGroup, VisualInput
-from models.qwen2_5_vl.config import Qwen2_5_VLConfig
-from models.qwen2_5_vl.mrope import mrope_positions
+from tests.support.hf_updates import Models, gradients_of, published_name, score_responses, with_gradient
 from tests.support.parity import max_relative_difference
-from tests.support.reference_ktr import (
-    ReferenceResponse,
-    ReferenceUpdate,
-    predicting_logits,
-    reference_update,
-    token_logprobs,
-)
+from tests.support.reference_ktr import ReferenceResponse, ReferenceUpdate, reference_update, token_logprobs
 from tests.support.steps import StepRecord, example_groups, run_steps
-from tests.support.tiny import IMAGE_TOKEN_ID, VIDEO_TOKEN_ID, save_tiny_hf
 
 SCORE_TOLERANCE = 2e-5
 """Log-probs agree to 1e-5 (``test_hf_parity.py``); a shift is a difference of two."""
@@ -104,138 +92,9 @@ VARIANTS = {
 }
 
 
-@dataclass(frozen=True)
-class Models:
-    policy: HFModel
-    reference: HFModel
-    policy_dir: Path
-    reference_dir: Path
-    config: Qwen2_5_VLConfig
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    policy_dir, reference_dir = tmp_path_factory.mktemp("policy"), tmp_path_factory.mktemp("reference")
-    policy, reference = save_tiny_hf(policy_dir), save_tiny_hf(reference_dir, seed=7)
-    return Models(policy, reference, policy_dir, reference_dir, Qwen2_5_VLConfig.from_hf(policy_dir))
-
-
-# Hugging Face's side: one sequence per response and view
-
-
-def _patches(frames_FCHW: Tensor) -> Tensor:
-    """Patches by loops, in the order transformers wants: blocks of 2 x 2 patches together, an odd frame repeated."""
-    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None, None]
-    std = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None, None]
-    pixels = frames_FCHW.float().transpose(0, 1) / 255
-    if pixels.shape[1] % 2:
-        pixels = torch.cat([pixels, pixels[:, -1:]], dim=1)
-    pixels = (pixels - mean) / std
-    _, num_frames, height, width = pixels.shape
-    return torch.stack(
-        [
-            pixels[:, f : f + 2, y + dy : y + dy + 14, x + dx : x + dx + 14].flatten()
-            for f in range(0, num_frames, 2)
-            for y in range(0, height, 28)
-            for x in range(0, width, 28)
-            for dy in (0, 14)
-            for dx in (0, 14)
-        ]
-    )
-
-
-def _logits(
-    model: HFModel, group: RolloutGroup, media: Sequence[VisualInput], *, config: Qwen2_5_VLConfig, timing: float | None
-) -> list[Tensor]:
-    """Logits that predict each response's tokens, given ``media`` (none: without visual tokens in the prompt)."""
-    prompt = [t for t in group.prompt.token_ids if media or t not in (IMAGE_TOKEN_ID, VIDEO_TOKEN_ID)]
-    positions_3P, next_position = mrope_positions(
-        prompt,
-        grid_thw=[medium.grid_thw for medium in media],
-        kinds=[medium.kind for medium in media],
-        seconds_per_grid=[timing or medium.seconds_per_grid for medium in media],
-        config=config,
-    )
-    inputs: dict[str, Tensor] = {}
-    for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
-        if chosen := [medium for medium in media if medium.kind == kind]:
-            inputs[name] = torch.cat([_patches(medium.frames_FCHW) for medium in chosen])
-            inputs[f"{kind}_grid_thw"] = torch.tensor([medium.grid_thw for medium in chosen])
-    found = []
-    for rollout in group.rollouts:
-        response_3N = (next_position + torch.arange(len(rollout.token_ids))).expand(3, -1)
-        logits = model(
-            input_ids=torch.tensor([[*prompt, *rollout.token_ids]]),
-            position_ids=torch.cat([positions_3P, response_3N], dim=1)[:, None],
-            use_cache=False,
-            **inputs,
-        ).logits[0]
-        found.append(predicting_logits(logits, prompt_length=len(prompt)))
-    return found
-
-
-def _responses(
-    models: Models, groups: Sequence[RolloutGroup], *, unit: str = "frame", timing: float | None = None
-) -> list[list[ReferenceResponse]]:
-    """Everything the formulas ask for, without gradient."""
-    found = []
-    with torch.no_grad():
-        for group in groups:
-            media = group.prompt.media
-            options = dict(config=models.config, timing=timing)
-            views = dict(
-                intact=_logits(models.policy, group, media, **options),
-                reference=_logits(models.reference, group, media, **options),
-            )
-            if media:
-                views["hidden"] = _logits(models.policy, group, (), **options)
-            orders = draw_permutations(group.prompt, unit=unit, seed=0, step=0)
-            if any(order is not None for order in orders):
-                shuffled = [
-                    medium if order is None else dataclasses.replace(medium, frames_FCHW=medium.frames_FCHW[order])
-                    for medium, order in zip(media, orders, strict=True)
-                ]
-                views["shuffled"] = _logits(models.policy, group, shuffled, **options)
-            found.append(
-                [
-                    ReferenceResponse(
-                        rollout.token_ids,
-                        reward=rollout.reward,
-                        accuracy=rollout.rewards["accuracy"],
-                        **{view: logits[index] for view, logits in views.items()},
-                    )
-                    for index, rollout in enumerate(group.rollouts)
-                ]
-            )
-    return found
-
-
-def _with_gradient(
-    model: HFModel, config: Qwen2_5_VLConfig, groups: Sequence[RolloutGroup], responses: list, *, old: bool = False
-) -> list[list[ReferenceResponse]]:
-    """The responses with differentiable intact logits; ``old``: their present ones become the old policy's."""
-    found = []
-    for group, known in zip(groups, responses, strict=True):
-        logits = _logits(model, group, group.prompt.media, config=config, timing=None)
-        found.append(
-            [
-                dataclasses.replace(response, intact=fresh, old_policy=response.intact if old else None)
-                for response, fresh in zip(known, logits, strict=True)
-            ]
-        )
-    return found
-
-
-def _gradients(model: HFModel, loss: Tensor) -> dict[str, Tensor]:
-    model.zero_grad(set_to_none=True)
-    loss.backward()
-    gradients = {_published(name): parameter.grad for name, parameter in model.named_parameters()}
-    model.zero_grad(set_to_none=True)
-    return gradients
-
-
-def _published(name: str) -> str:
-    return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+    return Models.save(tmp_path_factory.mktemp("policy"), tmp_path_factory.mktemp("reference"))
 
 
 # The comparison
@@ -261,7 +120,7 @@ def test_update_equals_the_independent_one(models: Models, one_rank: ParallelGro
     groups = example_groups(*NAMES)
     options = {"ratios": 0.3, **variant.reference}
     ours = _ours(models, one_rank, variant.values)
-    responses = _responses(models, groups, unit=variant.values.get("shuffle_unit", "frame"), timing=variant.timing)
+    responses = score_responses(models, groups, unit=variant.values.get("shuffle_unit", "frame"), timing=variant.timing)
     scored = reference_update(responses, **options)
     if options.get("signals", ALL):
         _assert_scores(
@@ -273,7 +132,7 @@ def test_update_equals_the_independent_one(models: Models, one_rank: ParallelGro
         )
         _assert_masks(ours, scored, ratios=options["ratios"])
     masks = _masks(ours)
-    expected = reference_update(_with_gradient(models.policy, models.config, groups, responses), masks=masks, **options)
+    expected = reference_update(with_gradient(models.policy, models.config, groups, responses), masks=masks, **options)
     (update,) = ours.updates
     if "without key tokens" in name:
         assert any(not mask.any() for group in masks for mask in group)
@@ -284,7 +143,7 @@ def test_update_equals_the_independent_one(models: Models, one_rank: ParallelGro
         assert ours.values["kl"] == pytest.approx(expected.kl_mean, abs=LOSS_TOLERANCE)
     tokens = torch.cat([mask for group in masks for mask in group])
     assert ours.values["key_token_ratio"] == pytest.approx(float(tokens.float().mean()), abs=1e-6)
-    gradients = _gradients(models.policy, expected.loss)
+    gradients = gradients_of(models.policy, expected.loss)
     assert max_relative_difference(update.gradients, gradients) <= GRADIENT_TOLERANCE
 
 
@@ -349,23 +208,23 @@ def test_second_update_on_the_same_rollouts_is_clipped_and_keeps_the_selection(
     values = dict(updates_per_rollout=2, lr=rate, clip_low=clip[0], clip_high=clip[1], loss_aggregation=aggregation)
     ours = _ours(models, one_rank, values)
     groups, masks = example_groups(*NAMES), _masks(ours)
-    responses = _responses(models, groups)
+    responses = score_responses(models, groups)
     options = dict(ratios=0.3, clip=clip, aggregation=aggregation, masks=masks)
 
-    first = reference_update(_with_gradient(models.policy, models.config, groups, responses, old=True), **options)
-    gradients = _gradients(models.policy, first.loss)
+    first = reference_update(with_gradient(models.policy, models.config, groups, responses, old=True), **options)
+    gradients = gradients_of(models.policy, first.loss)
     moved = HFModel(models.policy.config).eval()
     moved.load_state_dict(models.policy.state_dict())
     with torch.no_grad():
         for name, parameter in moved.named_parameters():
-            parameter -= rate * gradients[_published(name)]
-    again = _with_gradient(moved, models.config, groups, responses, old=True)
+            parameter -= rate * gradients[published_name(name)]
+    again = with_gradient(moved, models.config, groups, responses, old=True)
     second = reference_update(again, **options)
 
     assert len(ours.updates) == 2
     for update, expected, model in zip(ours.updates, (first, second), (models.policy, moved), strict=True):
         assert update.loss == pytest.approx(float(expected.loss), abs=LOSS_TOLERANCE)
-        found = gradients if model is models.policy else _gradients(moved, expected.loss)
+        found = gradients if model is models.policy else gradients_of(moved, expected.loss)
         assert max_relative_difference(update.gradients, found) <= GRADIENT_TOLERANCE
     ratios, clipped = _clipped(again, masks, first.advantages, clip)
     assert 0.1 < clipped < 0.9, "both clipped and free tokens are needed"

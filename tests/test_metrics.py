@@ -10,6 +10,7 @@ import pytest
 
 from megatron_ktr.metrics import MetricsWriter
 from megatron_ktr.report.run_data import read_run
+from megatron_ktr.types import Metrics
 
 
 def write_steps(run_dir: Path, steps: range, *, first_step: int = 0, **values: float) -> None:
@@ -21,6 +22,18 @@ def write_steps(run_dir: Path, steps: range, *, first_step: int = 0, **values: f
 
 def records(run_dir: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_means_weigh_by_count_and_maxima_are_the_largest_of_all_parts() -> None:
+    parts = [Metrics(), Metrics(), Metrics()]
+    for part, value, count in zip(parts, (6.0, 1.0), (3, 1), strict=False):
+        part.add("mean", value, count)
+    for part, value in zip(parts, (-3.0, -1.0), strict=False):
+        part.add_max("largest", value)
+    total = Metrics()
+    for part in parts:
+        total.merge(part)
+    assert total.means() == {"mean": 7 / 4, "largest": -1.0}
 
 
 @pytest.mark.parametrize("value", [2e-6 / 3, 1.2345678e-11, -3.3333333e-9, 0.1, 123456.78, 0.0])

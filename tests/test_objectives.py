@@ -257,8 +257,8 @@ def test_text_prompt_keeps_entropy_tokens_only():
 
 
 def test_objectives_say_what_they_need():
-    assert VideoKTR().views == {"hidden", "shuffled"} and VideoKTR().needs_entropy and VideoKTR().needs_reference
-    assert VideoKTR(signals=("visual",)).views == {"hidden"} and not VideoKTR(signals=("visual",)).needs_entropy
+    assert VideoKTR().views == {"hidden", "shuffled"} and VideoKTR().needs_reference
+    assert VideoKTR(signals=("visual",)).views == {"hidden"}
     assert VideoKTR(signals=("entropy",)).views == frozenset()
     assert GRPO().views == frozenset() and not GRPO(kl_beta=0.0).needs_reference
     by_token = GRPO(loss_aggregation="token")

@@ -116,7 +116,7 @@ def test_invariants_hold_in_every_view(seed, pad_to_multiple):
         assert (0 if batch.patches_SD is None else len(batch.patches_SD)) == int(batch.grid_thw_M3.prod(-1).sum())
     intact, shuffled = batches["intact"], batches["shuffled"]
     for field in dataclasses.fields(intact):
-        if field.name not in ("view", "patches_SD"):
+        if field.name not in ("view", "patches_SD", "media"):
             value = getattr(intact, field.name)
             other = getattr(shuffled, field.name)
             assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other, field.name
@@ -153,8 +153,10 @@ def test_seconds_override_moves_video_positions_only_and_keeps_images():
 def test_ranks_without_the_encoder_get_the_same_batch_without_patches():
     groups = [group_of(1, video(), responses=[[9]])]
     with_patches = pack_groups(groups, view="intact", media=MEDIA)
-    without = pack_groups(groups, view="intact", media=MEDIA, with_patches=False)
-    assert without.patches_SD is None and with_patches.patches_SD is not None
+    without = pack_groups(groups, view="intact", media=MEDIA, vision="none")
+    media = pack_groups(groups, view="intact", media=MEDIA, vision="media")
+    assert without.patches_SD is None and with_patches.patches_SD is not None and media.patches_SD is None
+    assert without.media == () and media.media == with_patches.media == groups[0].prompt.media
     assert torch.equal(without.grid_thw_M3, with_patches.grid_thw_M3)
     assert torch.equal(without.visual_rows, with_patches.visual_rows)
 

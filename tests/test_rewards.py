@@ -50,6 +50,38 @@ def test_accuracy_of_each_problem_type_is_the_hand_worked_value(kind, given, tru
     assert math.isclose(accuracy(answer(given), solution=truth, problem_type=kind), expected, abs_tol=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("given", "truth", "expected"),
+    [
+        ("A, C", "<answer>A, C</answer>", 1.0),
+        ("CA", "<answer>A, C</answer>", 1.0),
+        ("(A) and (C).", "<answer>AC</answer>", 1.0),
+        ("C", "<answer>A, C</answer>", 1 / 2),
+        ("A, A", "<answer>A, B, D</answer>", 1 / 3),  # a set
+        ("A, B", "<answer>A, C</answer>", 0.0),  # one wrong letter costs everything
+        ("A, B, C, D", "<answer>A, C</answer>", 0.0),
+        ("", "<answer>A</answer>", 0.0),
+        ("A man", "<answer>A</answer>", 0.0),  # a word is no choice
+        ("a", "<answer>A</answer>", 0.0),
+        ("B", "<answer>B</answer>", 1.0),
+    ],
+)
+def test_soft_choice_pays_the_share_of_right_letters_and_nothing_for_a_wrong_one(given, truth, expected) -> None:
+    function = load_reward("soft_choice")[1]
+    record = {"solution": truth, "problem_type": "multiple choice"}
+    assert function(answer(given), record) == pytest.approx(expected, abs=1e-9)  # one division
+    assert function(given, record) == 0.0, "outside an answer block it is no answer"
+
+
+def test_soft_choice_is_the_accuracy_of_every_other_problem_type() -> None:
+    for kind, given, truth in (("numerical", "3.141", "3.14"), ("regression", "8", "10"), ("OCR", "the red", "red")):
+        record = {"solution": truth, "problem_type": kind}
+        expected = accuracy(answer(given), solution=truth, problem_type=kind)
+        assert load_reward("soft_choice")[1](answer(given), record) == expected
+    with pytest.raises(UserError, match="problem_type 'multi choice' is unknown"):
+        load_reward("soft_choice")[1](answer("A"), {"solution": "A", "problem_type": "multi choice"})
+
+
 def test_first_answer_block_counts_and_missing_one_gives_zero() -> None:
     assert extract_answer("<answer> A </answer> then <answer>B</answer>") == "A"
     assert accuracy("the answer is B", solution="<answer>B</answer>", problem_type="multiple choice") == 0.0

@@ -73,6 +73,17 @@ def test_recorded_rollouts_without_accuracy_need_the_length_bonus_off(tmp_path: 
     assert [rollout.reward for rollout in group.rollouts] == [1.0, 0.0]
 
 
+@pytest.mark.parametrize("option", [dict(importance_sampling="token"), dict(importance_mask=(0.5, 2.0))])
+def test_recorded_rollouts_without_logprobs_cannot_be_corrected(tmp_path: Path, option: dict[str, Any]) -> None:
+    save_tiny_tokenizer(tmp_path)
+    responses = [{"text": "a", "reward": 1, "logprobs": [-1.0, -0.5]}, {"text": "b", "reward": 0}]
+    path = write_jsonl(tmp_path / "r.jsonl", {"problem": "Q?", "responses": responses})
+    values = dict(model=str(tmp_path), replay_path=path, num_generations=2, length_bonus=0.0)
+    assert build(config_from_values(values))
+    with pytest.raises(UserError, match="record 1 .*response 2: no 'logprobs'.*--importance-sampling"):
+        build(config_from_values(values | option))
+
+
 def test_original_compat_asks_without_unusable_media(tmp_path: Path) -> None:
     save_tiny_tokenizer(tmp_path)
     record = {"problem_id": "1", "problem": "Q?", "media": [("video", "missing.mp4")]}

@@ -18,12 +18,14 @@ from megatron_ktr.ops.vocab_tiles import tile_sizes
 from tests.support.token_statistics import (
     HIDDEN_SIZE,
     NAMES,
+    OF_COUNTERFACTUALS,
     Case,
     Recorder,
     assert_as_good_as_naive,
     error_of,
     truth_of,
     values_and_gradients,
+    values_of,
 )
 
 IMPLS = ("chunked", "naive")
@@ -49,7 +51,7 @@ def test_error_is_at_most_that_of_full_logits(shape: Case, dtype: torch.dtype, i
         # naive rounds its logits to the inputs' dtype and the gradient of its logits too, once more than autograd.
         assert_as_good_as_naive(ours, case, grain=dtype if impl == "naive" else None)
         assert not ours["weight_grad"][case.vocab_size :].any(), "padding rows are not parameters"
-        assert ours["kl"][0] == 0, "the same hidden row has the same distribution"
+        assert not ours["kl"][:, 0].any(), "the same hidden row has the same distribution"
 
 
 def test_bf16_inputs_are_summed_in_fp32() -> None:
@@ -98,12 +100,16 @@ def test_worked_example() -> None:
             weight_VD,
             torch.tensor([1]),
             temperature=temperature,
-            counterfactual_hidden_RD=torch.zeros(1, 1),  # q = (1/2, 1/2)
+            counterfactual_hidden_RD=[torch.zeros(1, 1), hidden_RD],  # q = (1/2, 1/2), and q = p
             impl=impl,
         )
-        assert result.counterfactual_logprob_R.item() == pytest.approx(math.log(0.5), rel=1e-6)
+        assert result.counterfactual_logprob_KR[:, 0].tolist() == pytest.approx(
+            [math.log(0.5), math.log(1 - p)], rel=1e-6
+        )
         kl = p * math.log(2 * p) + (1 - p) * math.log(2 * (1 - p))
-        assert result.kl_R.item() == pytest.approx(kl, rel=1e-5)  # a difference of two logarithms, ten times smaller
+        assert result.kl_KR[0].item() == pytest.approx(kl, rel=1e-5)  # a difference of two logarithms, ten times less
+        assert result.kl_KR[1].item() == 0
+        assert result.log_normalizer_R.item() == pytest.approx(-math.log(1 - p), rel=1e-6)  # the target's logit is 0
         assert result.logprob_R.item() == pytest.approx(math.log(1 - p), rel=1e-6)  # fp32 has 1.2e-7
         assert result.entropy_R.item() == pytest.approx(-p * math.log(p) - (1 - p) * math.log(1 - p), rel=1e-6)
 
@@ -118,7 +124,7 @@ def test_extreme_logits(vocab_chunk: int | None, impl: str) -> None:
     weight_VD[:, 1], weight_VD[:, 2], weight_VD[11, 3] = 1e4, -1e4, 1e4
     target_R = torch.tensor([0, 39, 7, 11, 12])
     other_RD = torch.eye(5)[[0, 2, 1, 4, 3]]  # against: itself, twice another uniform row, the one-hot row, itself
-    options = dict(counterfactual_hidden_RD=other_RD * hidden_RD.detach().sum(1, keepdim=True), impl=impl)
+    options = dict(counterfactual_hidden_RD=[other_RD * hidden_RD.detach().sum(1, keepdim=True)], impl=impl)
     result = linear_token_statistics(
         hidden_RD, weight_VD.requires_grad_(), target_R, vocab_chunk=vocab_chunk, **options
     )
@@ -126,7 +132,7 @@ def test_extreme_logits(vocab_chunk: int | None, impl: str) -> None:
     assert torch.equal(result.entropy_R, torch.stack([log_size] * 3 + [torch.tensor(0.0)] * 2))
     assert torch.equal(result.logprob_R, torch.stack([-log_size] * 3 + [torch.tensor(0.0), torch.tensor(-1e4)]))
     # One-hot against uniform: log V, with or without logits of 1e4.
-    assert torch.equal(result.kl_R, torch.stack([torch.tensor(0.0)] * 3 + [log_size, torch.tensor(0.0)]))
+    assert torch.equal(result.kl_KR[0], torch.stack([torch.tensor(0.0)] * 3 + [log_size, torch.tensor(0.0)]))
     (result.logprob_R.sum() + result.entropy_R.sum()).backward()
     assert hidden_RD.grad.isfinite().all() and weight_VD.grad.isfinite().all()
     assert not weight_VD.grad[:, 4].any() and not hidden_RD.grad[3].any()  # p(target) == 1: nothing left to learn
@@ -161,25 +167,30 @@ def test_kl_of_near_distributions_keeps_its_digits(scale: float) -> None:
     """KL falls with the square of the distance; its error must stay that of sums near log V, and never a sign."""
     case = Case(64, 512, 512)
     hidden_RD, weight_VD, target_R, *_ = case.tensors()
-    other_RD = hidden_RD + scale * (case.counterfactual() - hidden_RD)
-    found = linear_token_statistics(hidden_RD, weight_VD, target_R, counterfactual_hidden_RD=other_RD).kl_R
-    doubles = (tensor.double() for tensor in (hidden_RD, weight_VD))
-    truth = token_statistics_reference(*doubles, target_R, counterfactual_hidden_RD=other_RD.double()).kl_R
+    others = [hidden_RD + scale * (other_RD - hidden_RD) for other_RD in case.counterfactuals()]
+    found = linear_token_statistics(hidden_RD, weight_VD, target_R, counterfactual_hidden_RD=others).kl_KR
+    hidden_RD, weight_VD, *others = (tensor.double() for tensor in (hidden_RD, weight_VD, *others))
+    truth = token_statistics_reference(hidden_RD, weight_VD, target_R, counterfactual_hidden_RD=others).kl_KR
     assert (found >= 0).all()
     assert float((found - truth).abs().max()) < 4e-6  # a few units of log 512 in fp32
 
 
-def test_counterfactual_costs_one_product_and_leaves_the_rest_as_it_was() -> None:
-    case = Case(40, 101, 97)
+@pytest.mark.parametrize("num_counterfactuals", [0, 1, 2, 3])
+def test_each_counterfactual_costs_one_product_and_leaves_the_rest_as_it_was(num_counterfactuals: int) -> None:
+    case = Case(40, 101, 97, num_counterfactuals=3)
     hidden_RD, weight_VD, target_R, *_ = case.tensors()
-    alone = linear_token_statistics(hidden_RD, weight_VD, target_R, vocab_size=97)
+    others = case.counterfactuals()[:num_counterfactuals]
+    options = dict(vocab_size=97, row_chunk=7, vocab_chunk=31)
+    every = linear_token_statistics(
+        hidden_RD, weight_VD, target_R, counterfactual_hidden_RD=case.counterfactuals(), **options
+    )
     with Recorder() as recorder:
-        both = linear_token_statistics(
-            hidden_RD, weight_VD, target_R, vocab_size=97, counterfactual_hidden_RD=case.counterfactual()
-        )
-    assert recorder.multiply_adds == 2 * 40 * 97 * HIDDEN_SIZE
-    assert torch.equal(alone.logprob_R, both.logprob_R) and torch.equal(alone.entropy_R, both.entropy_R)
-    assert alone.kl_R is None and alone.counterfactual_logprob_R is None
+        some = linear_token_statistics(hidden_RD, weight_VD, target_R, counterfactual_hidden_RD=others, **options)
+    assert recorder.multiply_adds == (1 + num_counterfactuals) * 40 * 97 * HIDDEN_SIZE
+    for name, values in values_of(some).items():
+        expected = values_of(every)[name]
+        assert torch.equal(values, expected[:num_counterfactuals] if name in OF_COUNTERFACTUALS else expected), name
+    assert some.kl_KR.shape == some.counterfactual_logprob_KR.shape == (num_counterfactuals, 40)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -278,7 +289,11 @@ def test_default_tiles_fit_the_budget(hidden_size: int, num_columns: int) -> Non
         ({"temperature": 0.0}, "temperature, got 0.0"),
         ({"vocab_chunk": 0}, "vocab_chunk of at least 1, got 0"),
         ({"impl": "fast"}, "one of auto, triton, chunked, naive, got 'fast'"),
-        ({"counterfactual_hidden_RD": torch.zeros(3, 2)}, r"counterfactual_hidden_RD like .*\[4, 2\], got .*\[3, 2\]"),
+        ({"counterfactual_hidden_RD": [torch.zeros(4, 2), torch.zeros(3, 2)]}, r"like .*\[4, 2\], got .*\[3, 2\]"),
+        (
+            {"counterfactual_hidden_RD": torch.zeros(4, 2)},
+            r"each of counterfactual_hidden_RD .*got torch.float32 \[2\]",
+        ),
     ],
 )
 def test_bad_arguments_are_named(change: dict, message: str) -> None:

@@ -32,11 +32,12 @@ def broadcast_object(value: Any, *, group: ProcessGroup | None, source: int) -> 
 
 
 def reduce_metrics(metrics: Metrics, group: ProcessGroup | None) -> Metrics:
-    """Adds sums and counts over ``group``. Ranks may hold different names: a missing name counts as nothing."""
-    if group is None or group.size() == 1:
-        return Metrics(sums=dict(metrics.sums), counts=dict(metrics.counts))
-    parts: list[Metrics | None] = [None] * group.size()
-    torch.distributed.all_gather_object(parts, metrics, group=group)
+    """Adds sums and counts over ``group`` and takes the largest maxima, into new metrics. Ranks may hold different
+    names: a missing name counts as nothing."""
+    parts: list[Metrics] = [metrics]
+    if group is not None and group.size() > 1:
+        parts = parts * group.size()
+        torch.distributed.all_gather_object(parts, metrics, group=group)
     total = Metrics()
     # In rank order on every rank: floating-point sums come out the same everywhere.
     for part in parts:

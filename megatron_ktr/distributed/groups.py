@@ -50,6 +50,10 @@ class ParallelGroups:
     tensor: ProcessGroup
     pipeline: ProcessGroup
     context: ProcessGroup
+    tensor_context: ProcessGroup
+    """``tensor`` x ``context``: the ranks that hold parts of the same sequences on one stage."""
+    alone: ProcessGroup
+    """This rank by itself, for modules that are whole on every rank."""
     data: ProcessGroup
     """Same tensor, pipeline and context rank, other replicas."""
     data_context: ProcessGroup
@@ -140,6 +144,8 @@ def init_parallel(
         tensor=parallel_state.get_tensor_model_parallel_group(),
         pipeline=parallel_state.get_pipeline_model_parallel_group(),
         context=parallel_state.get_context_parallel_group(),
+        tensor_context=parallel_state.get_tensor_and_context_parallel_group(),
+        alone=_group_of_one(),
         data=parallel_state.get_data_parallel_group(),
         data_context=parallel_state.get_data_parallel_group(with_context_parallel=True),
         model=_model_group(sizes, world_size=world_size),
@@ -206,6 +212,13 @@ def _join_world(platform: Platform, *, world_size: int, timeout_minutes: float) 
         where["device_id"] = platform.device
     timeout = datetime.timedelta(minutes=timeout_minutes)
     torch.distributed.init_process_group(platform.backend, timeout=timeout, **where)
+
+
+def _group_of_one() -> ProcessGroup:
+    if torch.distributed.get_world_size() == 1:
+        return torch.distributed.group.WORLD
+    # Local: only its own member makes it, so that a thousand ranks do not make a thousand groups each.
+    return torch.distributed.new_group([torch.distributed.get_rank()], use_local_synchronization=True)
 
 
 def _model_group(sizes: ParallelSizes, *, world_size: int) -> ProcessGroup:

@@ -20,6 +20,20 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_ktr.config import OptimizerSection, ParallelSection
 from megatron_ktr.distributed.checks import check_optimizer_config, check_transformer_config
 from megatron_ktr.distributed.platform import current
+from megatron_ktr.errors import UserError
+
+
+def freeze_parts(chunks: Sequence[MegatronModule], parts: Sequence[str]) -> None:
+    """Stops the gradient of ``vision`` (the encoder without its merger), ``merger`` or ``language``."""
+    prefixes = {"vision": "vision.", "merger": "vision.merger.", "language": "language."}
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            is_merger = name.startswith("vision.merger.")
+            for part in parts:
+                if part not in prefixes:
+                    raise UserError(f"freeze: unknown part {part!r}, expected some of {sorted(prefixes)}")
+                if name.startswith(prefixes[part]) and not (part == "vision" and is_merger):
+                    parameter.requires_grad_(False)
 
 
 def wrap_in_ddp(

@@ -10,7 +10,9 @@ from megatron_ktr.errors import UserError
 from megatron_ktr.objectives.advantages import LengthBonus
 from megatron_ktr.objectives.base import Objective
 from megatron_ktr.objectives.grpo import GRPO
+from megatron_ktr.objectives.importance import ImportanceCorrection
 from megatron_ktr.objectives.sft import SupervisedFineTuning
+from megatron_ktr.objectives.tw_grpo import TWGRPO
 from megatron_ktr.objectives.video_ktr import VideoKTR
 
 __all__ = ["BUILDERS", "Objective", "build_objective"]
@@ -46,6 +48,9 @@ def _grpo(section: Any, length_bonus: LengthBonus | None) -> GRPO:
         loss_aggregation=section.loss_aggregation,
         length_bonus=length_bonus,
         original_compat=section.original_compat,
+        importance=ImportanceCorrection(
+            level=section.importance_sampling, cap=section.importance_cap, mask=section.importance_mask or None
+        ),
     )
 
 
@@ -65,6 +70,7 @@ def _sft(section: Any, length_bonus: LengthBonus | None) -> SupervisedFineTuning
 BUILDERS: dict[str, Callable[[Any, LengthBonus | None], Objective]] = {
     "grpo": _grpo,
     "sft": _sft,
+    "tw_grpo": lambda section, length_bonus: TWGRPO(base=_grpo(section, length_bonus), alpha=section.tw_alpha),
     "video_ktr": _video_ktr,
 }
 

@@ -1,13 +1,14 @@
 """What an objective is, and the two pieces all policy-gradient objectives share: rewards and token weights.
 
 An objective says which scores it needs and turns them into per-token streams; ``loss.py`` consumes the streams.
-The trainer and the policy know objectives by this protocol only.
+The trainer and the policy know objectives by this class only.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,52 +19,37 @@ LossAggregation = Literal["sequence", "token"]
 LOSS_AGGREGATIONS: tuple[LossAggregation, ...] = ("sequence", "token")
 
 
-class Objective(Protocol):
-    """An algorithm, from scores to loss. Implementations are frozen dataclasses without state."""
+class Objective(ABC):
+    """An algorithm, from scores to loss. Implementations are frozen dataclasses without state and say only where they
+    differ from what stands here: one pass, no reference model, every response token carries the loss."""
 
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def views(self) -> frozenset[View]:
-        """Counterfactual views whose log-probs must be in the scores; never contains ``intact``."""
-        ...
-
-    @property
-    def needs_entropy(self) -> bool: ...
-
-    @property
-    def needs_kl(self) -> bool:
-        """Whether the scores must hold KL(intact || view) over the whole vocabulary for each of ``views``."""
-        ...
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether the frozen reference model's log-probs must be in the scores (KL weight above 0)."""
-        ...
-
-    @property
-    def needs_selection_first(self) -> bool:
-        """Whether ``num_tokens_global`` counts *key* tokens: then every micro-batch of every replica must be
-        scored and selected (``select_tokens``) before the first forward of the update."""
-        ...
-
-    @property
-    def learns_from_rewards(self) -> bool:
-        """Whether a group of equal rewards has no gradient (but for the KL term); False for supervised objectives."""
-        ...
+    name = ""
+    views: frozenset[View] = frozenset()
+    """Counterfactual views whose log-probs must be in the scores; never contains ``intact``."""
+    needs_kl = False
+    """Whether the scores must hold KL(intact || view) over the whole vocabulary for each of ``views``."""
+    needs_divergence = False
+    """Whether the scores must hold the divergence between the responses of a group."""
+    needs_reference = False
+    """Whether the frozen reference model's log-probs must be in the scores (KL weight above 0)."""
+    needs_selection_first = False
+    """Whether ``num_tokens_global`` counts *key* tokens: then every micro-batch of every replica must be scored and
+    selected (``select_tokens``) before the first forward of the update."""
+    learns_from_rewards = True
+    """Whether a group of equal rewards has no gradient (but for the KL term); False for supervised objectives."""
 
     def select_tokens(
         self, batch: PackedBatch, scores: TokenScores, group_data: Sequence[RolloutGroup]
     ) -> dict[str, Tensor]:
         """bool [R] by signal; empty where every response token carries the loss."""
-        ...
+        return {}
 
     def num_loss_tokens(self, batch: PackedBatch, is_selected_R: Mapping[str, Tensor]) -> int:
         """Tokens of the batch that carry the loss, given ``select_tokens``'s answer; without one (pipeline stages
         that do not score) an objective that selects answers 0."""
-        ...
+        return batch.target_ids_R.numel()
 
+    @abstractmethod
     def token_streams(
         self,
         batch: PackedBatch,
@@ -83,11 +69,10 @@ class Objective(Protocol):
             num_tokens_global: tokens that carry the loss over all of them; needed for token aggregation.
             is_selected_R: a selection made earlier, used as it is (several updates per rollout; proofs).
         """
-        ...
 
+    @abstractmethod
     def loss(self, statistics: Any, streams: TokenStreams, scores: TokenScores) -> tuple[Tensor, Metrics]:
         """Loss of the micro-batch (differentiable through ``statistics.logprob_R``) and its metrics."""
-        ...
 
 
 def token_weights(
@@ -121,3 +106,8 @@ def count_by_response(is_counted_R: Tensor, response_R: Tensor, *, num_responses
     """Number of True tokens of each response, fp32 [responses of the batch]."""
     counts = torch.zeros(num_responses, dtype=torch.float32, device=response_R.device)
     return counts.index_add_(0, response_R, is_counted_R.to(torch.float32))
+
+
+def union_of(is_selected_R: Mapping[str, Tensor]) -> Tensor:
+    """bool [R]: True where any signal selected the token."""
+    return torch.stack(list(is_selected_R.values())).any(dim=0)

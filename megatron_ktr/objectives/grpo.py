@@ -6,6 +6,7 @@ Deviations:
 1. A is exactly 0 where a group's rewards are equal to 1e-6 (``advantages.py``).
 2. ``loss_aggregation: token`` averages over the tokens of the global batch instead (DAPO, arXiv 2503.14476).
 3. The log-ratio of the KL term is clamped to [-10, 10], so that one forgotten token cannot overflow.
+4. Where sampler and trainer differ, the policy-gradient term can be weighted (``importance.py``); off by default.
 """
 
 from __future__ import annotations
@@ -18,22 +19,32 @@ import torch
 from torch import Tensor
 
 from megatron_ktr.objectives.advantages import LengthBonus, group_advantages, response_rewards
-from megatron_ktr.objectives.base import LOSS_AGGREGATIONS, LossAggregation, count_by_response, token_weights
+from megatron_ktr.objectives.base import (
+    LOSS_AGGREGATIONS,
+    LossAggregation,
+    Objective,
+    count_by_response,
+    token_weights,
+    union_of,
+)
+from megatron_ktr.objectives.importance import ImportanceCorrection
 from megatron_ktr.objectives.loss import policy_gradient_loss
-from megatron_ktr.types import Metrics, PackedBatch, RolloutGroup, TokenScores, TokenStreams, View
+from megatron_ktr.types import Metrics, PackedBatch, RolloutGroup, TokenScores, TokenStreams
 
 
 @dataclass(frozen=True)
-class GRPO:
-    """The base of every algorithm here: advantages, token weights and the loss, given a mask of key tokens."""
+class GRPO(Objective):
+    """The base of every policy-gradient algorithm here: advantages, token weights and the loss, given key tokens."""
 
+    name = "grpo"
     kl_beta: float = 0.04
     clip_low: float = 0.2
     clip_high: float = 0.2
     loss_aggregation: LossAggregation = "sequence"
     length_bonus: LengthBonus | None = None
     original_compat: bool = False
-    """Only matters with a mask: length and length bonus count key tokens, no key tokens divides by zero."""
+    """Only matters with key tokens: length and length bonus count these alone, and having none divides by zero."""
+    importance: ImportanceCorrection = ImportanceCorrection()
 
     def __post_init__(self) -> None:
         if self.loss_aggregation not in LOSS_AGGREGATIONS:
@@ -42,40 +53,8 @@ class GRPO:
             raise ValueError(f"kl_beta, clip_low and clip_high must not be negative, got {self}")
 
     @property
-    def name(self) -> str:
-        return "grpo"
-
-    @property
-    def views(self) -> frozenset[View]:
-        return frozenset()
-
-    @property
-    def needs_entropy(self) -> bool:
-        return False
-
-    @property
-    def needs_kl(self) -> bool:
-        return False
-
-    @property
     def needs_reference(self) -> bool:
         return self.kl_beta > 0
-
-    @property
-    def needs_selection_first(self) -> bool:
-        return False
-
-    @property
-    def learns_from_rewards(self) -> bool:
-        return True
-
-    def select_tokens(
-        self, batch: PackedBatch, scores: TokenScores, group_data: Sequence[RolloutGroup]
-    ) -> dict[str, Tensor]:
-        return {}
-
-    def num_loss_tokens(self, batch: PackedBatch, is_selected_R: Mapping[str, Tensor]) -> int:
-        return int(batch.target_ids_R.numel())
 
     def token_streams(
         self,
@@ -87,27 +66,12 @@ class GRPO:
         num_tokens_global: int | None = None,
         is_selected_R: Mapping[str, Tensor] | None = None,
     ) -> TokenStreams:
-        return self.masked_streams(
-            batch,
-            group_data,
-            is_key_token_R=torch.ones_like(scores.policy_logprob_R, dtype=torch.bool),
-            num_responses_global=num_responses_global,
-            num_tokens_global=num_tokens_global,
-        )
-
-    def masked_streams(
-        self,
-        batch: PackedBatch,
-        group_data: Sequence[RolloutGroup],
-        *,
-        is_key_token_R: Tensor,
-        num_responses_global: int,
-        num_tokens_global: int | None,
-        is_selected_R: Mapping[str, Tensor] | None = None,
-    ) -> TokenStreams:
-        """Streams of GRPO in which only ``is_key_token_R`` carries the loss."""
+        """Only tokens selected by any signal carry the loss; without a selection every one does."""
         if num_responses_global < batch.num_responses:
             raise ValueError(f"num_responses_global {num_responses_global} < {batch.num_responses} of one micro-batch")
+        selected = dict(is_selected_R or {})
+        every_token_R = torch.ones_like(scores.policy_logprob_R, dtype=torch.bool)
+        is_key_token_R = union_of(selected) if selected else every_token_R
         # The batch may have stayed on the host; the scores decide where the streams live.
         response_R = batch.response_R.to(is_key_token_R.device)
         lengths = None
@@ -126,20 +90,20 @@ class GRPO:
             aggregation=self.loss_aggregation,
             zero_division=self.original_compat,
         )
-        selected = dict(is_selected_R or {})
         metrics = _selection_metrics(is_key_token_R, selected)
         if self.length_bonus is not None:
             bonuses = [bonus for group in rewards for _, bonus in group]
             metrics.add("reward/length_bonus", sum(bonuses), len(bonuses))
         lengths = lengths or [len(rollout.token_ids) for group in group_data for rollout in group.rollouts]
         metrics.add("response_length", sum(lengths), len(lengths))
-        return TokenStreams(
+        streams = TokenStreams(
             advantage_R=advantage_R,
             weight_R=weight_R,
             is_key_token_R=is_key_token_R,
             is_selected_R=selected,
             metrics=metrics,
         )
+        return self.importance.correct(streams, scores, response_R=response_R, num_responses=batch.num_responses)
 
     def loss(self, statistics: Any, streams: TokenStreams, scores: TokenScores) -> tuple[Tensor, Metrics]:
         return policy_gradient_loss(

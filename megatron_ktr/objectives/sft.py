@@ -16,51 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_ktr.objectives.base import LossAggregation, token_weights
-from megatron_ktr.types import Metrics, PackedBatch, RolloutGroup, TokenScores, TokenStreams, View
+from megatron_ktr.objectives.base import LossAggregation, Objective, token_weights
+from megatron_ktr.types import Metrics, PackedBatch, RolloutGroup, TokenScores, TokenStreams
 
 
 @dataclass(frozen=True)
-class SupervisedFineTuning:
+class SupervisedFineTuning(Objective):
     """``loss_aggregation`` token weighs every token alike, sequence every response."""
 
+    name = "sft"
+    learns_from_rewards = False
     loss_aggregation: LossAggregation = "token"
-
-    @property
-    def name(self) -> str:
-        return "sft"
-
-    @property
-    def views(self) -> frozenset[View]:
-        return frozenset()
-
-    @property
-    def needs_entropy(self) -> bool:
-        return False
-
-    @property
-    def needs_kl(self) -> bool:
-        return False
-
-    @property
-    def needs_reference(self) -> bool:
-        return False
-
-    @property
-    def needs_selection_first(self) -> bool:
-        return False
-
-    @property
-    def learns_from_rewards(self) -> bool:
-        return False
-
-    def select_tokens(
-        self, batch: PackedBatch, scores: TokenScores, group_data: Sequence[RolloutGroup]
-    ) -> dict[str, Tensor]:
-        return {}
-
-    def num_loss_tokens(self, batch: PackedBatch, is_selected_R: Mapping[str, Tensor]) -> int:
-        return int(batch.target_ids_R.numel())
 
     def token_streams(
         self,

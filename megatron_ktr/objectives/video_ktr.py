@@ -24,7 +24,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from megatron_ktr.attribution.selection import check_ratio, select_key_tokens
@@ -37,14 +36,16 @@ from megatron_ktr.attribution.signals import (
     signal_applies,
     signal_scores,
 )
+from megatron_ktr.objectives.base import Objective, union_of
 from megatron_ktr.objectives.grpo import GRPO
 from megatron_ktr.types import Metrics, PackedBatch, RolloutGroup, TokenScores, TokenStreams, View
 
 
 @dataclass(frozen=True)
-class VideoKTR:
+class VideoKTR(Objective):
     """``base`` holds everything that is GRPO's, including ``original_compat``."""
 
+    name = "video_ktr"
     base: GRPO = field(default_factory=GRPO)
     signals: tuple[Signal, ...] = SIGNALS
     selection_ratio: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(SIGNALS, 0.2))
@@ -62,16 +63,8 @@ class VideoKTR:
             check_ratio(self.selection_ratio[signal])
 
     @property
-    def name(self) -> str:
-        return "video_ktr"
-
-    @property
     def views(self) -> frozenset[View]:
         return frozenset(VIEW_OF_SIGNAL[signal] for signal in self.signals if signal in VIEW_OF_SIGNAL)
-
-    @property
-    def needs_entropy(self) -> bool:
-        return "entropy" in self.signals
 
     @property
     def needs_kl(self) -> bool:
@@ -84,10 +77,6 @@ class VideoKTR:
     @property
     def needs_selection_first(self) -> bool:
         return self.base.loss_aggregation == "token"
-
-    @property
-    def learns_from_rewards(self) -> bool:
-        return True
 
     def select_tokens(
         self, batch: PackedBatch, scores: TokenScores, group_data: Sequence[RolloutGroup]
@@ -102,7 +91,7 @@ class VideoKTR:
         return is_selected_R
 
     def num_loss_tokens(self, batch: PackedBatch, is_selected_R: Mapping[str, Tensor]) -> int:
-        return int(_union(is_selected_R).sum()) if is_selected_R else 0
+        return int(union_of(is_selected_R).sum()) if is_selected_R else 0
 
     def token_streams(
         self,
@@ -110,26 +99,12 @@ class VideoKTR:
         scores: TokenScores,
         group_data: Sequence[RolloutGroup],
         *,
-        num_responses_global: int,
-        num_tokens_global: int | None = None,
         is_selected_R: Mapping[str, Tensor] | None = None,
+        **counts: int | None,
     ) -> TokenStreams:
         if is_selected_R is None:
             is_selected_R = self.select_tokens(batch, scores, group_data)
-        return self.base.masked_streams(
-            batch,
-            group_data,
-            is_key_token_R=_union(is_selected_R),
-            num_responses_global=num_responses_global,
-            num_tokens_global=num_tokens_global,
-            is_selected_R=is_selected_R,
-        )
+        return self.base.token_streams(batch, scores, group_data, is_selected_R=is_selected_R, **counts)
 
     def loss(self, statistics: Any, streams: TokenStreams, scores: TokenScores) -> tuple[Tensor, Metrics]:
         return self.base.loss(statistics, streams, scores)
-
-
-def _union(is_selected_R: Mapping[str, Tensor]) -> Tensor:
-    if not is_selected_R:
-        raise ValueError("a selection needs the mask of at least one signal")
-    return torch.stack(list(is_selected_R.values())).any(dim=0)

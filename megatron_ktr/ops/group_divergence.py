@@ -5,12 +5,10 @@ At position t of a group of G responses, with l_i the log-softmax that predicts 
 
     m = mean_i l_i      d_i = clamp(m - l_i, -11, 11)      D_t = (1/G) sum_i sum_v (exp(d_i) - d_i - 1)
 
-``l_i`` needs log Z of every row before the first term, so there are two passes over the shard and two collectives, of
-O(rows) floats whatever the vocabulary:
-
-1. m and s of every row (``token_statistics_interface``), ONE all-gather of 2 R floats: log Z = M + log S.
-2. tiles of positions x G x columns: the logits again, the sum over responses and columns, ONE all-reduce of a float a
-   position. A tile holds all G responses of its positions, because the mean over responses sits inside the exponent.
+``l_i`` needs log Z of every row before the first term. The intact pass (``token_statistics``) has it and every rank of
+the vocabulary's group knows it, so one more pass over the shard is enough, and one more collective: tiles of positions
+x G x columns, the logits again, the sum over responses and columns, ONE all-reduce of a float a position. A tile holds
+all G responses of its positions, because the mean over responses sits inside the exponent.
 
 Neither logits nor hidden states move. No gradient: D_t becomes a token weight, never a loss.
 """
@@ -25,7 +23,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_ktr.ops.token_statistics import Impl, find_implementation, join_shards, shard_plan
+from megatron_ktr.ops.token_statistics import shard_plan
 from megatron_ktr.ops.token_statistics_interface import ShardPlan, accumulation_dtype
 from megatron_ktr.ops.vocab_tiles import TILE_BUDGET_BYTES, multiply_into, operand
 from megatron_ktr.types import PackedLayout
@@ -38,12 +36,12 @@ CLAMP = 11.0
 def group_divergence(
     hidden_RD: Tensor,
     weight_VD: Tensor,
+    log_normalizer_R: Tensor,
     *,
     layout: PackedLayout,
     group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
     temperature: float = 1.0,
-    impl: Impl = "auto",
 ) -> Tensor:
     """D_t of the module's header for every response token: fp32 [R] (fp64 for fp64 inputs), nats, no gradient.
 
@@ -53,22 +51,21 @@ def group_divergence(
     Args:
         hidden_RD: [R, D], the rows that predict the response tokens, group-major, then response, then position.
         weight_VD: this rank's shard of the output weight, as for ``linear_token_statistics``.
+        log_normalizer_R: ``TokenStatistics.log_normalizer_R`` of the same rows, weight and temperature.
         layout: whose response tokens the rows predict.
         group: tensor-parallel group (the vocabulary's), not the group of responses.
-        impl: of the first pass; the second is torch in tiles.
 
     Raises:
         ValueError: R that differs from the layout's number of response tokens, or options out of range.
     """
     table = PositionTable.of(layout, device=hidden_RD.device)
-    if hidden_RD.shape[0] != table.num_rows:
+    if not hidden_RD.shape[0] == log_normalizer_R.shape[0] == table.num_rows:
         raise ValueError(
-            f"group_divergence: expected {table.num_rows} hidden rows, one for each response token of the layout, "
-            f"got {hidden_RD.shape[0]}"
+            f"group_divergence: expected {table.num_rows} hidden rows and normalizers, one for each response token of "
+            f"the layout, got {hidden_RD.shape[0]} and {log_normalizer_R.shape[0]}"
         )
     plan = shard_plan(weight_VD, group=group, vocab_size=vocab_size, temperature=temperature)
-    log_sum_R = _log_sums(hidden_RD, weight_VD, plan, group=group, impl=impl)
-    divergence_Q = _shard_divergence(hidden_RD, weight_VD, log_sum_R, table, plan)
+    divergence_Q = _shard_divergence(hidden_RD, weight_VD, log_normalizer_R, table, plan)
     if group is not None:
         dist.all_reduce(divergence_Q, group=group)
     return divergence_Q[table.position_R]
@@ -110,27 +107,17 @@ class PositionTable:
         return cls(*(tensor.to(device) for tensor in (row_QG, is_member_QG, position_R)))
 
 
-def _log_sums(
-    hidden_RD: Tensor, weight_VD: Tensor, plan: ShardPlan, *, group: dist.ProcessGroup | None, impl: Impl
-) -> Tensor:
-    """log sum_v exp z over the whole vocabulary, [R]."""
-    no_target_R = torch.zeros(hidden_RD.shape[0], dtype=torch.int64, device=hidden_RD.device)
-    statistics_4R = find_implementation(impl, like=hidden_RD).forward(hidden_RD, weight_VD, no_target_R, plan)
-    max_R, sum_R = join_shards(statistics_4R[:2].contiguous(), group)
-    return max_R + sum_R.log()
-
-
 def _shard_divergence(
-    hidden_RD: Tensor, weight_VD: Tensor, log_sum_R: Tensor, table: PositionTable, plan: ShardPlan
+    hidden_RD: Tensor, weight_VD: Tensor, log_normalizer_R: Tensor, table: PositionTable, plan: ShardPlan
 ) -> Tensor:
     """This shard's part of D, [Q]."""
     num_positions, width = table.row_QG.shape
-    divergence_Q = torch.zeros(num_positions, dtype=log_sum_R.dtype, device=hidden_RD.device)
+    divergence_Q = torch.zeros(num_positions, dtype=log_normalizer_R.dtype, device=hidden_RD.device)
     if num_positions == 0:
         return divergence_Q
     # One row more, which every ended response points at; its logits are replaced before they are read.
     padded_RD = F.pad(hidden_RD, (0, 0, 0, 1))
-    padded_log_sum_R = F.pad(log_sum_R, (0, 1))
+    padded_log_normalizer_R = F.pad(log_normalizer_R, (0, 1))
     is_member_QG1 = table.is_member_QG[:, :, None]
     num_members_Q1 = is_member_QG1.sum(dim=1)
     has_ended_QG1 = (table.row_QG == table.num_rows)[:, :, None]
@@ -140,9 +127,9 @@ def _shard_divergence(
         for first in range(0, num_positions, position_chunk):
             here = slice(first, first + position_chunk)
             rows = table.row_QG[here].flatten()
-            logprobs = log_sum_R.new_empty(len(rows), len(weight_tile))
+            logprobs = log_normalizer_R.new_empty(len(rows), len(weight_tile))
             multiply_into(logprobs, operand(padded_RD[rows]), weight_tile.t(), scale=plan.scale)
-            logprobs_QGV = logprobs.sub_(padded_log_sum_R[rows, None]).unflatten(0, (-1, width))
+            logprobs_QGV = logprobs.sub_(padded_log_normalizer_R[rows, None]).unflatten(0, (-1, width))
             logprobs_QGV.masked_fill_(has_ended_QG1[here], -math.log(plan.vocab_size))
             logprobs_QGV.mul_(is_member_QG1[here])
             mean_QV = logprobs_QGV.sum(dim=1) / num_members_Q1[here]

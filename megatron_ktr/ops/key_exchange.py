@@ -65,6 +65,27 @@ def gather_statistics(*values_R: Tensor, owner_R: Tensor, group: dist.ProcessGro
     return _GatherStatistics.apply(owner_R, group, *values_R)
 
 
+@torch.no_grad()
+def gather_rows(rows_RD: Tensor, *, owner_R: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """This rank's rows [R_c, D] -> everybody's [R, D], the same on every rank; no gradient. ``owner_R`` as above."""
+    place_R, longest = _places(owner_R, group)
+    padded = torch.nn.functional.pad(rows_RD, (0, 0, 0, longest - rows_RD.shape[0])).contiguous()
+    gathered = padded.new_empty(group.size() * longest, *rows_RD.shape[1:])
+    dist.all_gather_into_tensor(gathered, padded, group=group)
+    return gathered.index_select(0, place_R.to(rows_RD.device))
+
+
+def _places(owner_R: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, int]:
+    """Where each token lies when the ranks' tokens, padded to the longest share, are put one behind the other; and the
+    longest share."""
+    mine_of = [(owner_R == rank).nonzero()[:, 0] for rank in range(group.size())]
+    longest = max(len(index_R) for index_R in mine_of)
+    place_R = torch.empty_like(owner_R)
+    for rank, index_R in enumerate(mine_of):
+        place_R[index_R] = rank * longest + torch.arange(len(index_R), device=owner_R.device)
+    return place_R, longest
+
+
 class _GatherKeys(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, k: Tensor, v: Tensor, exchange: KeyExchange) -> tuple[Tensor, Tensor]:
@@ -79,18 +100,13 @@ class _GatherKeys(torch.autograd.Function):
 class _GatherStatistics(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, owner_R: Tensor, group: dist.ProcessGroup, *values_R: Tensor) -> tuple[Tensor, ...]:
-        mine_of = [(owner_R == rank).nonzero()[:, 0] for rank in range(group.size())]
-        longest = max(len(index_R) for index_R in mine_of)
+        place_R, longest = _places(owner_R, group)
         mine = torch.stack(values_R)
         padded = torch.nn.functional.pad(mine, (0, longest - mine.shape[1])).contiguous()
         gathered = padded.new_empty(group.size() * len(values_R), longest)
         dist.all_gather_into_tensor(gathered, padded, group=group)
-        # Where each token's number lies in the ranks' rows put side by side.
-        place_R = torch.empty_like(owner_R)
-        for rank, index_R in enumerate(mine_of):
-            place_R[index_R] = rank * longest + torch.arange(len(index_R), device=owner_R.device)
         by_kind = gathered.unflatten(0, (group.size(), -1)).transpose(0, 1).flatten(1)
-        ctx.mine_R = mine_of[group.rank()].to(mine.device)
+        ctx.mine_R = (owner_R == group.rank()).nonzero()[:, 0].to(mine.device)
         # None, not zeros, for what nobody uses: the head then skips the entropy's gradient.
         ctx.set_materialize_grads(False)
         outputs = by_kind.index_select(1, place_R.to(mine.device)).unbind()

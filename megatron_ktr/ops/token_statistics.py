@@ -1,15 +1,15 @@
 """Statistics of next-token distributions straight from hidden states: the full logits never exist.
 
 One call replaces ``log_softmax(hidden @ weight^T)``: log-probability of the target and entropy of each row, and
-against a counterfactual hidden row its log-probability and KL(intact || counterfactual). The vocabulary lies in shards
-(tensor parallel, one a rank). Four parts, each in one place:
+against each of K counterfactual hidden rows its log-probability and KL(intact || counterfactual). The vocabulary lies
+in shards (tensor parallel, one a rank). Four parts, each in one place:
 
-1. Forward, one pass over the shard: an ``Implementation`` reduces it to four numbers a row, eight with a counterfactual
+1. Forward, one pass over the shard: an ``Implementation`` reduces it to N = 4 + 4 K numbers a row
    (``token_statistics_interface.py`` defines them).
 
-2. ONE all-gather of these 4 R or 8 R floats joins the shards. With capitals for the joined values,
+2. ONE all-gather of these N R floats joins the shards. With capitals for the joined values,
 
-       logprob = (t - M) - log S        entropy = log S - U / S        KL = W / S - log S + log S'
+       logprob = (t - M) - log S     entropy = log S - U / S     KL = W / S - log S + log S'     log Z = M + log S
 
    All are differences of shifted numbers, so logits of 1e4 cost no digits and equal logits give exactly log V. Every
    rank joins the same gathered numbers in the same order: the results are equal bit for bit over the group.
@@ -21,7 +21,7 @@ against a counterfactual hidden row its log-probability and KL(intact || counter
 
    Rows where g and e are both zero (no key token) are dropped before the first product. If nobody uses the entropy's
    gradient the pass without ``e`` runs. The hidden gradient is a sum over shards: one all-reduce over the group, of the
-   remaining rows only, in fp32; left out with ``reduce_hidden_grad=False``. The counterfactual has no gradient: its
+   remaining rows only, in fp32; left out with ``reduce_hidden_grad=False``. A counterfactual has no gradient: its
    statistics are scores, never a loss.
 
 4. The weight gradient is added to Megatron's fp32 ``main_grad`` where the caller says so, without a copy beside it.
@@ -32,9 +32,11 @@ and bf16 logits are off by up to 0.06 at 20.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -43,7 +45,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_ktr.ops.token_statistics_interface import Implementation, LogitGradient, ShardPlan
+from megatron_ktr.ops.token_statistics_interface import (
+    NUM_STATISTICS,
+    GradientSums,
+    Implementation,
+    LogitGradient,
+    ShardPlan,
+    accumulation_dtype,
+)
 
 Impl = Literal["auto", "triton", "chunked", "naive"]
 IMPLS: tuple[Impl, ...] = ("auto", "triton", "chunked", "naive")
@@ -53,17 +62,19 @@ IMPLS: tuple[Impl, ...] = ("auto", "triton", "chunked", "naive")
 class TokenStatistics:
     """Statistics of the next-token distribution of each row, equal on every rank of the group.
 
-    fp32 [R] each (fp64 for fp64 inputs), in nats.
+    fp32 (fp64 for fp64 inputs), [R] or [K, R], K counterfactuals in the order they were given; in nats.
     """
 
     logprob_R: Tensor
     """log p(target), never positive."""
     entropy_R: Tensor
     """-sum_v p log p over the whole vocabulary."""
-    counterfactual_logprob_R: Tensor | None = None
-    """log q(target), q from the counterfactual hidden row; no gradient. None: no counterfactual was given."""
-    kl_R: Tensor | None = None
-    """KL(p || q) = sum_v p (log p - log q), never negative; no gradient. None: no counterfactual was given."""
+    counterfactual_logprob_KR: Tensor
+    """log q(target), q from a counterfactual hidden row; no gradient."""
+    kl_KR: Tensor
+    """KL(p || q) = sum_v p (log p - log q), never negative; no gradient."""
+    log_normalizer_R: Tensor
+    """log sum_v exp(logit), logits already divided by the temperature; no gradient."""
 
 
 def linear_token_statistics(
@@ -74,15 +85,15 @@ def linear_token_statistics(
     group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
     temperature: float = 1.0,
-    counterfactual_hidden_RD: Tensor | None = None,
+    counterfactual_hidden_RD: Sequence[Tensor] = (),
     reduce_hidden_grad: bool = True,
     accumulate_into_main_grad: bool = False,
     impl: Impl = "auto",
     row_chunk: int | None = None,
     vocab_chunk: int | None = None,
 ) -> TokenStatistics:
-    """log p = log_softmax(hidden @ weight^T / temperature), log q likewise from the counterfactual hidden rows;
-    returns per row log p[target], -sum p log p, log q[target] and sum p (log p - log q).
+    """log p = log_softmax(hidden @ weight^T / temperature), log q likewise from each set of counterfactual hidden rows;
+    returns per row log p[target], -sum p log p, and for each q log q[target] and sum p (log p - log q).
 
     ``logprob_R`` and ``entropy_R`` are differentiable with respect to ``hidden_RD`` and ``weight_VD``.
     ``token_statistics_reference`` is the same formula with full logits and ordinary autograd.
@@ -95,7 +106,7 @@ def linear_token_statistics(
         vocab_size: true size; weight rows from there on are padding, count nowhere and get zero gradient. Default:
             every row of every shard is real.
         temperature: divides the logits.
-        counterfactual_hidden_RD: [R, D], the same tokens' hidden rows in another view; read without gradient.
+        counterfactual_hidden_RD: K times [R, D], the same tokens' hidden rows in other views; read without gradient.
         reduce_hidden_grad: True sums the hidden gradient over ``group``. False leaves this shard's part, for a
             caller that reduces it itself (the reduce-scatter of sequence parallelism).
         accumulate_into_main_grad: backward adds to ``weight_VD.main_grad``, where it is fp32, sets
@@ -105,9 +116,11 @@ def linear_token_statistics(
             is ``triton`` where it runs, else ``chunked``.
         row_chunk, vocab_chunk: tile size of ``chunked``; default from ``vocab_tiles.TILE_BUDGET_BYTES``.
 
-    Collectives: one all-gather of 4 R floats forward, 8 R with a counterfactual; at most one all-reduce of (remaining
-    rows) x D backward. They run for R = 0 too. The incoming gradients must be equal on every rank of ``group``, as they
-    are when each rank computes the same loss: the sum over shards and the choice of remaining rows both rest on it.
+    Products of R x D x V/tp: 1 + K forward (``triton``: 2 K where K > 0), 3 of the remaining rows backward.
+
+    Collectives: one all-gather of (4 + 4 K) R floats forward; at most one all-reduce of (remaining rows) x D backward.
+    They run for R = 0 too. The incoming gradients must be equal on every rank of ``group``, as they are when each rank
+    computes the same loss: the sum over shards and the choice of remaining rows both rest on it.
 
     Raises:
         ValueError: shapes, dtypes, temperature, chunk sizes or ``impl`` that do not fit; on CPU also a target outside
@@ -129,10 +142,9 @@ def linear_token_statistics(
         group=group,
         reduce_hidden_grad=reduce_hidden_grad,
         main_grad_of=weight_VD if accumulate_into_main_grad and _has_precise_main_grad(weight_VD) else None,
+        others=tuple(other_RD.detach() for other_RD in counterfactual_hidden_RD),
     )
-    if counterfactual_hidden_RD is not None:
-        counterfactual_hidden_RD = counterfactual_hidden_RD.detach()
-    return TokenStatistics(*_TokenStatistics.apply(hidden_RD, weight_VD, target_R, counterfactual_hidden_RD, call))
+    return TokenStatistics(*_TokenStatistics.apply(hidden_RD, weight_VD, target_R, call))
 
 
 def find_implementation(impl: Impl, *, like: Tensor) -> Implementation:
@@ -180,31 +192,33 @@ class _Call:
     reduce_hidden_grad: bool
     main_grad_of: Tensor | None
     """The parameter whose ``main_grad`` receives the weight gradient; None: autograd receives it."""
+    others: tuple[Tensor, ...]
+    """Counterfactual rows: read by forward, without gradient, and not kept for backward."""
 
 
 class _TokenStatistics(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor, counterfactual_RD: Tensor | None, call: _Call
-    ) -> tuple[Tensor, ...]:
-        statistics_KR = call.implementation.forward(hidden_RD, weight_VD, target_R, call.plan, counterfactual_RD)
-        max_R, sum_R, shifted_sum_R, target_logit_R, *counterfactual = join_shards(statistics_KR, call.group)
+    def forward(ctx, hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor, call: _Call) -> tuple[Tensor, ...]:
+        found_NR = call.implementation.forward(hidden_RD, weight_VD, target_R, call.plan, call.others)
+        joined_NR = join_shards(found_NR, call.group)
+        max_R, sum_R, shifted_sum_R, target_logit_R = joined_NR[:NUM_STATISTICS]
+        other_max_KR, other_sum_KR, difference_KR, other_target_logit_KR = (
+            joined_NR[index::NUM_STATISTICS] for index in range(NUM_STATISTICS, 2 * NUM_STATISTICS)
+        )
         mean_R = shifted_sum_R / sum_R
-        ctx.call = call
+        # The rows of the other views would otherwise live until backward.
+        ctx.call = dataclasses.replace(call, others=())
         ctx.save_for_backward(hidden_RD, weight_VD, target_R, max_R, sum_R, mean_R)
         # An unused output arrives in backward as None, not as zeros: that is how the entropy's work is skipped.
         ctx.set_materialize_grads(False)
-        log_sum_R = sum_R.log()
+        log_sum_R, other_log_sum_KR = sum_R.log(), other_sum_KR.log()
         logprob_R, entropy_R = (target_logit_R - max_R) - log_sum_R, log_sum_R - mean_R
-        if not counterfactual:
-            return logprob_R, entropy_R
-        other_max_R, other_sum_R, difference_R, other_target_logit_R = counterfactual
-        other_log_sum_R = other_sum_R.log()
-        other_logprob_R = (other_target_logit_R - other_max_R) - other_log_sum_R
+        other_logprob_KR = (other_target_logit_KR - other_max_KR) - other_log_sum_KR
         # Not below 0 but for rounding: a negative score would order tokens by noise.
-        kl_R = (difference_R / sum_R - log_sum_R + other_log_sum_R).clamp_min(0)
-        ctx.mark_non_differentiable(other_logprob_R, kl_R)
-        return logprob_R, entropy_R, other_logprob_R, kl_R
+        kl_KR = (difference_KR / sum_R - log_sum_R + other_log_sum_KR).clamp_min(0)
+        scores = (other_logprob_KR, kl_KR, max_R + log_sum_R)
+        ctx.mark_non_differentiable(*scores)
+        return logprob_R, entropy_R, *scores
 
     @staticmethod
     @once_differentiable
@@ -229,63 +243,50 @@ class _TokenStatistics(torch.autograd.Function):
             slope=None if slope_R is None else slope_R[rows],
         )
         is_compact = rows.numel() < hidden_RD.shape[0]
+        active_RD = (hidden_RD[rows] if is_compact else hidden_RD).contiguous()
         weight_grad = torch.zeros_like(weight_VD) if needs_weight_grad else None
-        destination = weight_grad
-        if needs_weight_grad and call.main_grad_of is not None:
-            destination = call.main_grad_of.main_grad
-            call.main_grad_of.grad_added_to_main_grad = True
-        active_hidden_grad = call.implementation.backward(
-            hidden_RD[rows] if is_compact else hidden_RD,
-            weight_VD,
-            gradient,
-            call.plan,
-            needs_hidden_grad=needs_hidden_grad,
-            weight_grad_VD=destination,
+        sums = GradientSums(
+            hidden_RD=torch.zeros_like(active_RD, dtype=accumulation_dtype(hidden_RD)) if needs_hidden_grad else None,
+            weight_VD=weight_grad,
         )
+        if needs_weight_grad and call.main_grad_of is not None:
+            sums = dataclasses.replace(sums, weight_VD=call.main_grad_of.main_grad)
+            call.main_grad_of.grad_added_to_main_grad = True
+        call.implementation.backward(active_RD, weight_VD, gradient, call.plan, sums)
         hidden_grad = None
-        if active_hidden_grad is not None:
+        if sums.hidden_RD is not None:
             if call.group is not None and call.reduce_hidden_grad:
-                dist.all_reduce(active_hidden_grad, group=call.group)  # also with no rows: the others wait
-            hidden_grad = active_hidden_grad.to(hidden_RD.dtype)
+                dist.all_reduce(sums.hidden_RD, group=call.group)  # also with no rows: the others wait
+            hidden_grad = sums.hidden_RD.to(hidden_RD.dtype)
             if is_compact:
                 hidden_grad = torch.zeros_like(hidden_RD).index_copy_(0, rows, hidden_grad)
-        return hidden_grad, weight_grad, None, None, None
+        return hidden_grad, weight_grad, None, None
 
 
-def join_shards(statistics_KR: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, ...]:
-    """The statistics of the whole vocabulary from those of the shards, [R] each, by one all-gather.
+def join_shards(statistics_NR: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The statistics of the whole vocabulary from those of the shards, [N, R], by one all-gather.
 
-    ``statistics_KR`` holds the 8 or 4 of ``token_statistics_interface``, or the first 2 alone.
+    ``statistics_NR`` holds the 4 + 4 K of ``token_statistics_interface``.
     """
     if group is None:
-        return statistics_KR.unbind()
-    num_shards, size = dist.get_world_size(group), statistics_KR.shape[0]
+        return statistics_NR
+    num_shards, size = dist.get_world_size(group), statistics_NR.shape[0]
     # Concatenated along the first dimension, the only layout every backend accepts.
-    gathered = statistics_KR.new_empty(num_shards * size, statistics_KR.shape[1])
-    dist.all_gather_into_tensor(gathered, statistics_KR, group=group)
-    max_SR, sum_SR, *others = gathered.view(num_shards, size, -1).unbind(1)
-    max_R = max_SR.amax(dim=0)
-    step_SR = max_SR - max_R
-    decay_SR = step_SR.exp()
-    joined = (max_R, (decay_SR * sum_SR).sum(dim=0))
-    if not others:
-        return joined
-    shifted_sum_SR, target_logit_SR, *counterfactual = others
-    joined += (
-        (decay_SR * (shifted_sum_SR + sum_SR * step_SR)).sum(dim=0),
-        target_logit_SR.sum(dim=0),  # one shard holds the target, the others hold 0
-    )
-    if not counterfactual:
-        return joined
-    other_max_SR, other_sum_SR, difference_SR, other_target_logit_SR = counterfactual
-    other_max_R = other_max_SR.amax(dim=0)
-    other_step_SR = other_max_SR - other_max_R
-    return joined + (
-        other_max_R,
-        (other_step_SR.exp() * other_sum_SR).sum(dim=0),
-        (decay_SR * (difference_SR + sum_SR * (step_SR - other_step_SR))).sum(dim=0),
-        other_target_logit_SR.sum(dim=0),
-    )
+    gathered = statistics_NR.new_empty(num_shards * size, statistics_NR.shape[1])
+    dist.all_gather_into_tensor(gathered, statistics_NR, group=group)
+    # By shard, then intact (0) or counterfactual, then statistic.
+    shards_SKNR = gathered.view(num_shards, size // NUM_STATISTICS, NUM_STATISTICS, -1)
+    max_SKR, sum_SKR, third_SKR, target_logit_SKR = shards_SKNR.unbind(2)
+    max_KR = max_SKR.amax(dim=0)
+    step_SKR = max_SKR - max_KR
+    decay_SKR = step_SKR.exp()
+    intact_step_SKR = step_SKR[:, :1]
+    # x of the shard's own maximum becomes x of the common one: u grows by s step, w by s (step - step').
+    shift_SKR = torch.cat([intact_step_SKR, intact_step_SKR - step_SKR[:, 1:]], dim=1)
+    third_KR = (decay_SKR[:, :1] * (third_SKR + sum_SKR[:, :1] * shift_SKR)).sum(dim=0)
+    # One shard holds the target, the others hold 0.
+    joined = (max_KR, (decay_SKR * sum_SKR).sum(dim=0), third_KR, target_logit_SKR.sum(dim=0))
+    return torch.stack(joined, dim=1).flatten(0, 1)
 
 
 def _has_precise_main_grad(weight_VD: Tensor) -> bool:
@@ -294,7 +295,7 @@ def _has_precise_main_grad(weight_VD: Tensor) -> bool:
     return main_grad is not None and main_grad.dtype in (torch.float32, torch.float64)
 
 
-def _check_inputs(hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor, counterfactual_RD: Tensor | None) -> None:
+def _check_inputs(hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor, others: Sequence[Tensor]) -> None:
     if hidden_RD.dim() != 2 or weight_VD.dim() != 2 or hidden_RD.shape[1] != weight_VD.shape[1]:
         raise ValueError(
             "linear_token_statistics: expected hidden_RD [R, D] and weight_VD [V/tp, D], "
@@ -310,13 +311,12 @@ def _check_inputs(hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor, counte
             "linear_token_statistics: expected one floating-point dtype for hidden_RD and weight_VD, "
             f"got {hidden_RD.dtype} and {weight_VD.dtype}"
         )
-    if counterfactual_RD is not None and (
-        counterfactual_RD.shape != hidden_RD.shape or counterfactual_RD.dtype != hidden_RD.dtype
-    ):
-        raise ValueError(
-            "linear_token_statistics: expected counterfactual_hidden_RD like hidden_RD, "
-            f"{hidden_RD.dtype} {list(hidden_RD.shape)}, got {counterfactual_RD.dtype} {list(counterfactual_RD.shape)}"
-        )
+    for other_RD in others:
+        if other_RD.shape != hidden_RD.shape or other_RD.dtype != hidden_RD.dtype:
+            raise ValueError(
+                "linear_token_statistics: expected each of counterfactual_hidden_RD like hidden_RD, "
+                f"{hidden_RD.dtype} {list(hidden_RD.shape)}, got {other_RD.dtype} {list(other_RD.shape)}"
+            )
 
 
 def _check_options(

@@ -10,7 +10,7 @@ The numbers of a row, over the real columns of a shard, with z = scale hidden . 
 
     m = max z      s = sum exp(x)      u = sum exp(x) x      t = z[target], 0 if the target lies in another shard
 
-With a counterfactual hidden row z' on the same weights, x' = z' - m', four more:
+With K counterfactual hidden rows, z' each on the same weights, x' = z' - m', four more for each:
 
     m' = max z'    s' = sum exp(x')    w = sum exp(x) (x - x')    t' = z'[target], 0 if elsewhere
 
@@ -19,6 +19,7 @@ All of them are sums of shifted numbers, so that neither logits of 1e4 nor equal
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,9 +27,7 @@ import torch
 from torch import Tensor
 
 NUM_STATISTICS = 4
-"""Rows of ``Implementation.forward``'s result: m, s, u, t."""
-NUM_STATISTICS_WITH_COUNTERFACTUAL = 8
-"""m, s, u, t, m', s', w, t'."""
+"""Of the intact rows: m, s, u, t; and of each counterfactual: m', s', w, t'. N = 4 + 4 K numbers a row."""
 
 
 @dataclass(frozen=True)
@@ -64,40 +63,36 @@ class LogitGradient:
     """None: nobody asked for the entropy's gradient."""
 
 
+@dataclass(frozen=True)
+class GradientSums:
+    """Where backward adds its results, in place; None: nobody needs it."""
+
+    hidden_RD: Tensor | None
+    """[R, D], accumulation dtype, dense: this shard's part of the hidden gradient."""
+    weight_VD: Tensor | None
+    """Like the weight shard, dense: fp32 whatever the weight's dtype when it is Megatron's ``main_grad``, else zeros in
+    the weight's dtype. A sum over rows is formed in the accumulation dtype and rounded once. Padding rows are left
+    alone."""
+
+
 class Implementation(Protocol):
     """``token_statistics_{naive,chunked,triton}.IMPLEMENTATION``."""
 
     def forward(
-        self,
-        hidden_RD: Tensor,
-        weight_VD: Tensor,
-        target_R: Tensor,
-        plan: ShardPlan,
-        counterfactual_hidden_RD: Tensor | None = None,
+        self, hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor, plan: ShardPlan, others: Sequence[Tensor] = ()
     ) -> Tensor:
-        """[4, R] (m, s, u, t), or [8, R] (then m', s', w, t') with a counterfactual; accumulation dtype, contiguous.
+        """[N, R]: m, s, u, t, then m', s', w, t' of each of the counterfactual rows ``others`` ([R, D] each);
+        accumulation dtype, contiguous.
 
         A shard without real columns answers m = m' = ``lowest(dtype)`` and zeros. A target outside the vocabulary
         makes t (and t') NaN. No autograd is recorded.
         """
 
     def backward(
-        self,
-        hidden_RD: Tensor,
-        weight_VD: Tensor,
-        gradient: LogitGradient,
-        plan: ShardPlan,
-        *,
-        needs_hidden_grad: bool,
-        weight_grad_VD: Tensor | None,
-    ) -> Tensor | None:
-        """This shard's part of the hidden gradient (accumulation dtype [R, D]; None if not needed).
-
-        ``hidden_RD`` and ``gradient`` hold the rows with a gradient only, possibly none. The weight gradient is ADDED
-        to ``weight_grad_VD`` in place (None: not wanted): fp32 whatever the weight's dtype when it is Megatron's
-        ``main_grad``, else zeros in the weight's dtype. The sum over rows is formed in the accumulation dtype and
-        rounded once. Padding rows are left alone.
-        """
+        self, hidden_RD: Tensor, weight_VD: Tensor, gradient: LogitGradient, plan: ShardPlan, sums: GradientSums
+    ) -> None:
+        """Adds the gradients to ``sums``. ``hidden_RD`` and ``gradient`` hold the rows with a gradient only, possibly
+        none."""
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:
@@ -110,15 +105,13 @@ def lowest(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).min / 4
 
 
-def empty_statistics(hidden_RD: Tensor, target_R: Tensor, plan: ShardPlan, *, has_counterfactual: bool) -> Tensor:
+def empty_statistics(hidden_RD: Tensor, target_R: Tensor, plan: ShardPlan, *, num_others: int = 0) -> Tensor:
     """What ``Implementation.forward`` answers before it has seen a column."""
-    dtype = accumulation_dtype(hidden_RD)
-    size = NUM_STATISTICS_WITH_COUNTERFACTUAL if has_counterfactual else NUM_STATISTICS
-    statistics_KR = torch.zeros(size, hidden_RD.shape[0], dtype=dtype, device=hidden_RD.device)
-    for m, t in ((0, 3), (4, 7)) if has_counterfactual else ((0, 3),):
-        statistics_KR[m].fill_(lowest(dtype))
-        statistics_KR[t].masked_fill_((target_R < 0) | (target_R >= plan.vocab_size), float("nan"))
-    return statistics_KR
+    dtype, size = accumulation_dtype(hidden_RD), NUM_STATISTICS * (1 + num_others)
+    statistics_NR = torch.zeros(size, hidden_RD.shape[0], dtype=dtype, device=hidden_RD.device)
+    statistics_NR[0::NUM_STATISTICS] = lowest(dtype)
+    statistics_NR[3::NUM_STATISTICS].masked_fill_((target_R < 0) | (target_R >= plan.vocab_size), float("nan"))
+    return statistics_NR
 
 
 def locate(target: Tensor, columns: slice, plan: ShardPlan) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,8 @@ For tests and for reading; it shares no line with the implementations. Memory: s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,28 +21,32 @@ def token_statistics_reference(
     *,
     vocab_size: int | None = None,
     temperature: float = 1.0,
-    counterfactual_hidden_RD: Tensor | None = None,
+    counterfactual_hidden_RD: Sequence[Tensor] = (),
 ) -> TokenStatistics:
-    """log p = log_softmax(hidden @ weight^T / temperature), log q likewise from the counterfactual hidden rows;
-    returns per row log p[target], -sum p log p, log q[target] and sum p (log p - log q).
+    """log p = log_softmax(hidden @ weight^T / temperature), log q likewise from each set of counterfactual hidden rows;
+    returns per row log p[target], -sum p log p, and for each q log q[target] and sum p (log p - log q).
 
     ``weight_VD`` is the whole vocabulary [V padded, D]; rows from ``vocab_size`` on are padding. The product is
     rounded to the inputs' dtype, as a linear layer does; what follows is at least fp32.
     """
 
-    def logprobs(hidden_RD: Tensor) -> Tensor:
+    def logits(hidden_RD: Tensor) -> Tensor:
         logits_RV = F.linear(hidden_RD, weight_VD[:vocab_size])
-        dtype = torch.promote_types(logits_RV.dtype, torch.float32)
-        return F.log_softmax(logits_RV.to(dtype) / temperature, dim=-1)
+        return logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32)) / temperature
 
-    logprobs_RV = logprobs(hidden_RD)
-    statistics = {
-        "logprob_R": logprobs_RV.gather(1, target_R[:, None]).squeeze(1),
-        "entropy_R": -(logprobs_RV.exp() * logprobs_RV).sum(dim=-1),
-    }
-    if counterfactual_hidden_RD is not None:
-        with torch.no_grad():
-            other_RV = logprobs(counterfactual_hidden_RD)
-            statistics["counterfactual_logprob_R"] = other_RV.gather(1, target_R[:, None]).squeeze(1)
-            statistics["kl_R"] = (logprobs_RV.exp() * (logprobs_RV - other_RV)).sum(dim=-1)
-    return TokenStatistics(**statistics)
+    logits_RV = logits(hidden_RD)
+    logprobs_RV = F.log_softmax(logits_RV, dim=-1)
+    with torch.no_grad():
+        others = [F.log_softmax(logits(other_RD), dim=-1) for other_RD in counterfactual_hidden_RD]
+        others_KRV = torch.stack(others) if others else logprobs_RV.new_empty(0, *logprobs_RV.shape)
+        target_KR1 = target_R[None, :, None].expand(len(others_KRV), -1, -1)
+        scores = {
+            "counterfactual_logprob_KR": others_KRV.gather(2, target_KR1).squeeze(2),
+            "kl_KR": (logprobs_RV.exp() * (logprobs_RV - others_KRV)).sum(dim=-1),
+            "log_normalizer_R": logits_RV.logsumexp(dim=-1),
+        }
+    return TokenStatistics(
+        logprob_R=logprobs_RV.gather(1, target_R[:, None]).squeeze(1),
+        entropy_R=-(logprobs_RV.exp() * logprobs_RV).sum(dim=-1),
+        **scores,
+    )

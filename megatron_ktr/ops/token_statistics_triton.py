@@ -6,6 +6,11 @@ for d hidden and for d weight. The four products are all the multiplications the
 results: partial statistics of 16 or 32 bytes for each row and split (at most 4,096 columns a split; fewer where few
 rows would leave a device idle), and a chunk of ``CHUNK_BUDGET_BYTES``.
 
+With a counterfactual, ``statistics_kernel`` forms both products on the same weight tile: 2 for one. Each further
+counterfactual runs it again, with the intact rows beside it, and only its own four numbers are kept: K counterfactuals
+cost 2 K products where 1 + K would do. Two are the most that anybody asks for (3 products against 4); a kernel with a
+third accumulator would have to halve its tiles to fit the registers.
+
 Every kernel is tuned once per process, input dtype, hidden size and power of two of the number of rows. Which tile size
 wins may differ between processes, and with it the order of fp32 sums; within a process the results are the same bits
 for the same inputs, for there are no atomics.
@@ -20,6 +25,8 @@ small tiles so that a small problem has many.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 from torch import Tensor
@@ -27,7 +34,7 @@ from torch import Tensor
 from megatron_ktr.ops import token_statistics_triton_kernels as kernels
 from megatron_ktr.ops.token_statistics_interface import (
     NUM_STATISTICS,
-    NUM_STATISTICS_WITH_COUNTERFACTUAL,
+    GradientSums,
     LogitGradient,
     ShardPlan,
     empty_statistics,
@@ -110,86 +117,38 @@ class TritonTokenStatistics:
 
     @torch.no_grad()
     def forward(
-        self,
-        hidden_RD: Tensor,
-        weight_VD: Tensor,
-        target_R: Tensor,
-        plan: ShardPlan,
-        counterfactual_hidden_RD: Tensor | None = None,
+        self, hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor, plan: ShardPlan, others: Sequence[Tensor] = ()
     ) -> Tensor:
         _check(hidden_RD)
-        has_counterfactual = counterfactual_hidden_RD is not None
-        num_rows, hidden_size = hidden_RD.shape
-        if num_rows == 0 or plan.num_columns == 0:
-            return empty_statistics(hidden_RD, target_R, plan, has_counterfactual=has_counterfactual)
+        if hidden_RD.shape[0] == 0 or plan.num_columns == 0:
+            return empty_statistics(hidden_RD, target_R, plan, num_others=len(others))
         hidden_RD, weight_VD, target_R = hidden_RD.contiguous(), weight_VD.contiguous(), target_R.contiguous()
-        size = NUM_STATISTICS_WITH_COUNTERFACTUAL if has_counterfactual else NUM_STATISTICS
-        split_columns = choose_split_columns(num_rows, plan.num_columns)
-        num_splits = triton.cdiv(plan.num_columns, split_columns)
-        partial_SKR = hidden_RD.new_empty(num_splits, size, num_rows, dtype=torch.float32)
-        statistics_KR = hidden_RD.new_empty(size, num_rows, dtype=torch.float32)
-        _STATISTICS[_is_half(hidden_RD), has_counterfactual][
-            lambda meta: (triton.cdiv(num_rows, meta["BLOCK_R"]) * num_splits,)
-        ](
-            hidden_RD,
-            counterfactual_hidden_RD.contiguous() if counterfactual_hidden_RD is not None else hidden_RD,
-            weight_VD,
-            target_R,
-            partial_SKR,
-            num_rows,
-            plan.num_columns,
-            plan.first_id,
-            plan.scale,
-            row_bucket(num_rows),
-            D=hidden_size,
-            SPLIT_COLUMNS=split_columns,
-            HAS_COUNTERFACTUAL=has_counterfactual,
-            **_arithmetic(hidden_RD),
+        first, *further = (
+            reduce_logits(hidden_RD, weight_VD, target_R, plan, other) for other in (others if others else (None,))
         )
-        block_rows = 16
-        kernels.join_kernel[(triton.cdiv(num_rows, block_rows),)](
-            partial_SKR,
-            target_R,
-            statistics_KR,
-            num_rows,
-            num_splits,
-            plan.vocab_size,
-            HAS_COUNTERFACTUAL=has_counterfactual,
-            BLOCK_S=triton.next_power_of_2(num_splits),
-            BLOCK_R=block_rows,
-        )
-        return statistics_KR
+        return torch.cat([first, *(found[NUM_STATISTICS:] for found in further)]) if further else first
 
     @torch.no_grad()
     def backward(
-        self,
-        hidden_RD: Tensor,
-        weight_VD: Tensor,
-        gradient: LogitGradient,
-        plan: ShardPlan,
-        *,
-        needs_hidden_grad: bool,
-        weight_grad_VD: Tensor | None,
-    ) -> Tensor | None:
+        self, hidden_RD: Tensor, weight_VD: Tensor, gradient: LogitGradient, plan: ShardPlan, sums: GradientSums
+    ) -> None:
         _check(hidden_RD)
         num_rows = hidden_RD.shape[0]
-        hidden_grad = torch.zeros_like(hidden_RD, dtype=torch.float32) if needs_hidden_grad else None
-        if num_rows == 0 or plan.num_columns == 0 or not (needs_hidden_grad or weight_grad_VD is not None):
-            return hidden_grad
+        if num_rows == 0 or plan.num_columns == 0 or (sums.hidden_RD is None and sums.weight_VD is None):
+            return
         hidden_RD, weight_VD = hidden_RD.contiguous(), weight_VD.contiguous()
         # dense: the kernels compute addresses from the hidden size alone
-        assert weight_grad_VD is None or weight_grad_VD.is_contiguous()
+        assert all(grad is None or grad.is_contiguous() for grad in (sums.hidden_RD, sums.weight_VD))
         chunk_columns = choose_chunk_columns(num_rows, plan.num_columns, itemsize=hidden_RD.itemsize)
         chunk_buffer = hidden_RD.new_empty(num_rows, chunk_columns)
         for start in range(0, plan.num_columns, chunk_columns):
             columns = slice(start, min(start + chunk_columns, plan.num_columns))
             chunk = chunk_buffer[:, : columns.stop - start]
             write_logit_gradient(chunk, hidden_RD, weight_VD[columns], gradient, plan, first_id=plan.first_id + start)
-            if hidden_grad is not None:
-                add_product(hidden_grad, chunk, weight_VD[columns], num_rows=num_rows)
-            if weight_grad_VD is not None:
-                add_product(weight_grad_VD[columns], chunk, hidden_RD, num_rows=num_rows, is_weight_grad=True)
-        return hidden_grad
+            if sums.hidden_RD is not None:
+                add_product(sums.hidden_RD, chunk, weight_VD[columns], num_rows=num_rows)
+            if sums.weight_VD is not None:
+                add_product(sums.weight_VD[columns], chunk, hidden_RD, num_rows=num_rows, is_weight_grad=True)
 
 
 IMPLEMENTATION = TritonTokenStatistics()
@@ -217,6 +176,50 @@ def choose_chunk_columns(num_rows: int, num_columns: int, *, itemsize: int) -> i
     budget = 2**14 if IS_INTERPRETED else CHUNK_BUDGET_BYTES
     columns = max(budget // (num_rows * itemsize) // block, 1) * block
     return min(columns, triton.cdiv(num_columns, block) * block)
+
+
+def reduce_logits(
+    hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor, plan: ShardPlan, other_RD: Tensor | None
+) -> Tensor:
+    """The statistics [4, R] of the shard, or [8, R] with one counterfactual."""
+    num_rows, hidden_size = hidden_RD.shape
+    has_counterfactual = other_RD is not None
+    size = NUM_STATISTICS * (1 + has_counterfactual)
+    split_columns = choose_split_columns(num_rows, plan.num_columns)
+    num_splits = triton.cdiv(plan.num_columns, split_columns)
+    partial_SNR = hidden_RD.new_empty(num_splits, size, num_rows, dtype=torch.float32)
+    statistics_NR = hidden_RD.new_empty(size, num_rows, dtype=torch.float32)
+    _STATISTICS[_is_half(hidden_RD), has_counterfactual][
+        lambda meta: (triton.cdiv(num_rows, meta["BLOCK_R"]) * num_splits,)
+    ](
+        hidden_RD,
+        other_RD.contiguous() if other_RD is not None else hidden_RD,
+        weight_VD,
+        target_R,
+        partial_SNR,
+        num_rows,
+        plan.num_columns,
+        plan.first_id,
+        plan.scale,
+        row_bucket(num_rows),
+        D=hidden_size,
+        SPLIT_COLUMNS=split_columns,
+        HAS_COUNTERFACTUAL=has_counterfactual,
+        **_arithmetic(hidden_RD),
+    )
+    block_rows = 16
+    kernels.join_kernel[(triton.cdiv(num_rows, block_rows),)](
+        partial_SNR,
+        target_R,
+        statistics_NR,
+        num_rows,
+        num_splits,
+        plan.vocab_size,
+        HAS_COUNTERFACTUAL=has_counterfactual,
+        BLOCK_S=triton.next_power_of_2(num_splits),
+        BLOCK_R=block_rows,
+    )
+    return statistics_NR
 
 
 def write_logit_gradient(

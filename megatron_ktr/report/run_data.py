@@ -2,7 +2,8 @@
 
     run_dir/config.yaml                          the resolved options
     run_dir/metrics.jsonl                        one object per step
-    run_dir/rollouts/step_XXXXXXXX.jsonl         groups of one step, as ``rollout/replay.py`` writes them
+    run_dir/rollouts/step_XXXXXXXX.jsonl         groups of one step, as ``rollout/replay.py`` writes them; those of
+                                                 further replicas in step_XXXXXXXX_replica_YYYY.jsonl
 
 A run that is still going may end in half a line; that line is left out, any other damage is an error.
 """
@@ -22,7 +23,7 @@ import yaml
 from megatron_ktr.data.records import Record, check_record
 from megatron_ktr.errors import UserError
 
-_STEP_FILE = re.compile(r"step_(\d+)\.jsonl")
+_STEP_FILE = re.compile(r"step_(\d+)(?:_replica_\d+)?\.jsonl")
 
 
 @dataclass(frozen=True)

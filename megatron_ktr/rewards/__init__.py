@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from megatron_ktr.errors import UserError
-from megatron_ktr.rewards.accuracy import accuracy
+from megatron_ktr.rewards.accuracy import SOFT_BY_TYPE, accuracy
 from megatron_ktr.rewards.text import has_reasoning_format
 from megatron_ktr.types import Prompt, Rollout, RolloutGroup
 
@@ -21,12 +21,22 @@ def accuracy_reward(response: str, record: Mapping[str, Any]) -> float:
     return accuracy(response, solution=str(record["solution"]), problem_type=str(record["problem_type"]))
 
 
+def soft_choice_reward(response: str, record: Mapping[str, Any]) -> float:
+    """``accuracy``, but for multiple choice the right share of several letters (``soft_choice``)."""
+    kind, solution = str(record["problem_type"]), str(record["solution"])
+    return accuracy(response, solution=solution, problem_type=kind, by_type=SOFT_BY_TYPE)
+
+
 def format_reward(response: str, record: Mapping[str, Any]) -> float:
     """1 if the whole response is a reasoning block and an answer block."""
     return float(has_reasoning_format(response))
 
 
-BUILT_IN: dict[str, RewardFunction] = {"accuracy": accuracy_reward, "format": format_reward}
+BUILT_IN: dict[str, RewardFunction] = {
+    "accuracy": accuracy_reward,
+    "format": format_reward,
+    "soft_choice": soft_choice_reward,
+}
 
 
 def load_reward(name: str) -> tuple[str, RewardFunction]:

@@ -8,12 +8,17 @@
 
 The answer is the first ``<answer>`` block of the response; without one, the accuracy is 0. A "decimal part" means
 that the text contains '.' or ','.
+
+Questions with several right letters can be rewarded in parts (TW-GRPO, arXiv 2505.24718): with S the answer's letters
+and T the right ones, |S| / |T| if S is a subset of T, else 0. A single wrong letter costs everything, or naming all
+letters would pay.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 
 from megatron_ktr.errors import UserError
 from megatron_ktr.rewards.text import extract_answer, parse_number
@@ -22,6 +27,13 @@ from megatron_ktr.rewards.text import extract_answer, parse_number
 def multiple_choice(answer: str, truth: str) -> float:
     """1 if the letters are equal; a trailing '.' or ')' and surrounding brackets do not matter."""
     return float(_choice(answer) == _choice(truth))
+
+
+def soft_choice(answer: str, truth: str) -> float:
+    """|S| / |T| if the answer's letters S are a subset of the right ones T, else 0; "B", "A, C", "AC" and "(A) and (C)"
+    are letters, any other word makes the answer none."""
+    letters, expected = _letters(answer), _letters(truth)
+    return len(letters) / len(expected) if letters and letters <= expected else 0.0
 
 
 def numerical(answer: str, truth: str) -> float:
@@ -71,14 +83,23 @@ ACCURACY_BY_TYPE: dict[str, Callable[[str, str], float]] = {
 }
 
 
-def accuracy(response: str, *, solution: str, problem_type: str) -> float:
+SOFT_BY_TYPE = ACCURACY_BY_TYPE | {"multiple choice": soft_choice}
+
+
+def accuracy(
+    response: str,
+    *,
+    solution: str,
+    problem_type: str,
+    by_type: Mapping[str, Callable[[str, str], float]] = ACCURACY_BY_TYPE,
+) -> float:
     """Accuracy of a response against ``solution`` (with or without its ``<answer>`` tags).
 
     Raises UserError for an unknown ``problem_type``, naming the known ones.
     """
-    score = ACCURACY_BY_TYPE.get(problem_type)
+    score = by_type.get(problem_type)
     if score is None:
-        raise UserError(f"problem_type {problem_type!r} is unknown, expected one of {sorted(ACCURACY_BY_TYPE)}")
+        raise UserError(f"problem_type {problem_type!r} is unknown, expected one of {sorted(by_type)}")
     answer = extract_answer(response)
     if answer is None:
         return 0.0
@@ -88,6 +109,12 @@ def accuracy(response: str, *, solution: str, problem_type: str) -> float:
 
 def _choice(text: str) -> str:
     return text.strip().strip("().").strip()
+
+
+def _letters(text: str) -> frozenset[str]:
+    """The choices a text names; none if it says anything else."""
+    words = [word for word in re.split(r"[\s,;/&().\[\]]+", text) if word and word != "and"]
+    return frozenset("".join(words)) if all(re.fullmatch("[A-Z]+", word) for word in words) else frozenset()
 
 
 @functools.cache

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -76,7 +75,7 @@ def build_feature_sender(config: Config, *, policy: Policy, media: MediaSpec) ->
     if not config.rollout.share_vision_features:
         return None
     return FeatureSender(
-        encode=partial(policy.vision_features, media=media),
+        encode=policy.vision_features,
         groups=policy.groups,
         media=media,
         feature_size=policy.model_config.vision.out_hidden_size,

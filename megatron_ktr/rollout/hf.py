@@ -7,7 +7,7 @@ Positions are ours, as in the trainer (``models/qwen2_5_vl/mrope.py``): HF's own
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from megatron_ktr.hf_files import published_name
 from megatron_ktr.hf_model import hf_model_class
 from megatron_ktr.packing import MediaSpec
 from megatron_ktr.rollout.base import RolloutEngine
-from megatron_ktr.rollout.sampling import GumbelSampler, SamplingSettings, end_token_ids, sample_seed
+from megatron_ktr.rollout.sampling import GumbelSampler, SamplingSettings, StopStrings, end_token_ids, sample_seed
 from megatron_ktr.types import Prompt, Rollout, RolloutGroup
 
 
@@ -100,18 +100,23 @@ class HFEngine(RolloutEngine):
             for sample in range(number)
         ]
         sampler = GumbelSampler(seeds, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k)
+        stopper = _Stopper(sampling.stop, decode=self._text, num_rows=len(seeds)) if sampling.stop else None
         token_ids_BR = self.model.generate(
             inputs_embeds=torch.stack(inputs).repeat_interleave(number, dim=0),
             attention_mask=torch.stack(mask).long().repeat_interleave(number, dim=0),
             position_ids=torch.stack(positions, dim=1).repeat_interleave(number, dim=1),
             max_new_tokens=sampling.max_response_length,
             logits_processor=[_Chooser(sampler)],
+            stopping_criteria=[stopper] if stopper else None,
             use_cache=True,
         ).cpu()
         logprobs_BR = torch.stack(sampler.logprobs, dim=1)
+        stop_lengths = stopper.lengths if stopper else [None] * len(seeds)
         responses = [
-            self._rollout(ids, logprobs)
-            for ids, logprobs in zip(token_ids_BR.tolist(), logprobs_BR.tolist(), strict=True)
+            self._rollout(ids, logprobs, stop_length)
+            for ids, logprobs, stop_length in zip(
+                token_ids_BR.tolist(), logprobs_BR.tolist(), stop_lengths, strict=True
+            )
         ]
         return [
             RolloutGroup(prompt=prompt, rollouts=tuple(responses[index * number : (index + 1) * number]))
@@ -139,15 +144,38 @@ class HFEngine(RolloutEngine):
             raise UserError(f"prompt {prompt.problem_id} must end in text: generation continues from its last position")
         return embeds_PD, positions_3P.to(self.device)
 
-    def _rollout(self, token_ids: list[int], logprobs: list[float]) -> Rollout:
+    def _rollout(self, token_ids: list[int], logprobs: list[float], stop_length: int | None) -> Rollout:
+        """One row of ``generate``, cut where it ended: by an end token, or by the token that completed a stop string,
+        which stays in the text."""
         ends = [index for index, token in enumerate(token_ids) if token in self.end_token_ids]
-        length = ends[0] + 1 if ends else len(token_ids)
+        has_end_token = bool(ends) and (stop_length is None or ends[0] < stop_length)
+        length = ends[0] + 1 if has_end_token else stop_length or len(token_ids)
         return Rollout(
             token_ids=tuple(token_ids[:length]),
             sampler_logprobs=tuple(logprobs[:length]),
-            text=self.tokenizer.decode(token_ids[: length - 1] if ends else token_ids, skip_special_tokens=True),
-            is_finished=bool(ends),
+            text=self._text(token_ids[: length - 1] if has_end_token else token_ids[:length]),
+            is_finished=has_end_token or stop_length is not None,
         )
+
+    def _text(self, token_ids: list[int]) -> str:
+        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+
+
+class _Stopper:
+    """A stopping criterion: rows end at stop strings; ``generate`` returns when all rows have ended."""
+
+    def __init__(self, stop: Sequence[str], *, decode: Callable[[list[int]], str], num_rows: int) -> None:
+        self._strings = StopStrings(stop, decode=decode, num_rows=num_rows)
+        self.lengths: list[int | None] = [None] * num_rows
+        """Tokens of each row up to the one that completed a stop string; None without one."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        # With embeddings as input, input_ids holds the generated tokens alone. Rows that an end token ended go on here
+        # with padding; what that spells does not matter, as their end token came first.
+        for row, token_id in enumerate(input_ids[:, -1].tolist()):
+            if self.lengths[row] is None and self._strings.completed_by(row, token_id):
+                self.lengths[row] = input_ids.shape[1]
+        return torch.tensor([length is not None for length in self.lengths], device=input_ids.device)
 
 
 class _Chooser:

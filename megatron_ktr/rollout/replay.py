@@ -53,6 +53,7 @@ class ReplayEngine(RolloutEngine):
         vocab_size: int | None = None,
         required_rewards: Sequence[str] = (),
         required_because: str = "",
+        needs_logprobs: bool = False,
     ) -> None:
         """Reads and checks the whole file.
 
@@ -62,6 +63,7 @@ class ReplayEngine(RolloutEngine):
             vocab_size: token ids must be below it; None = the tokenizer's length.
             required_rewards: reward parts that every response taken must have.
             required_because: ends the message where one lacks them: what needs them, and the way out.
+            needs_logprobs: every response taken must have the sampler's log-probs.
 
         Raises:
             UserError: naming the line, and the response counted from 1.
@@ -81,6 +83,8 @@ class ReplayEngine(RolloutEngine):
                 if num_generations is not None and len(rollouts) < num_generations:
                     raise ValueError(f"{len(rollouts)} responses, but num_generations is {num_generations}")
                 _check_rewards(rollouts[:num_generations], required_rewards, because=required_because)
+                if needs_logprobs:
+                    _check_logprobs(rollouts[:num_generations])
             except ValueError as error:
                 raise UserError(
                     f"replay_path: {self.path}, record {line} (problem_id {record['problem_id']}): {error}"
@@ -172,17 +176,21 @@ def write_rollouts(
 
     Frames are not stored: the record's path is, and replaying samples them again with the settings of that run.
     With ``selections`` each response also tells its key tokens (``is_key_token``, ``is_selected`` by signal) and the
-    trainer's log-probs (``policy_logprobs``), for reports; replaying ignores them.
+    trainer's log-probs (``policy_logprobs``), for reports; replaying ignores them. Raises UserError where the file
+    cannot be written.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     num_written = 0
-    with path.open("a" if append else "w", encoding="utf-8") as file:
-        for group, chosen in itertools.zip_longest(groups, selections):
-            file.write(json.dumps(_group_line(group, chosen), ensure_ascii=False, allow_nan=False) + "\n")
-            num_written += 1
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a" if append else "w", encoding="utf-8") as file:
+            for group, chosen in itertools.zip_longest(groups, selections):
+                file.write(json.dumps(_group_line(group, chosen), ensure_ascii=False, allow_nan=False) + "\n")
+                num_written += 1
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(f"rollouts cannot be written to {path}: {error.strerror}") from error
     return num_written
 
 
@@ -247,6 +255,15 @@ def _check_rewards(rollouts: Sequence[Rollout], required: Sequence[str], *, beca
             if name not in rollout.rewards:
                 found = ", ".join(map(repr, rollout.rewards))
                 raise ValueError(f"response {number}: no reward {name!r}, only {found}{because and f'; {because}'}")
+
+
+def _check_logprobs(rollouts: Sequence[Rollout]) -> None:
+    for number, rollout in enumerate(rollouts, start=1):
+        if rollout.sampler_logprobs is None:
+            raise ValueError(
+                f"response {number}: no 'logprobs' of the sampler, which --importance-sampling and --importance-mask "
+                "compare with: record them, or leave both options off"
+            )
 
 
 def _is_number(value: Any) -> bool:

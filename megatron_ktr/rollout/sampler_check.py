@@ -84,16 +84,18 @@ class SamplerCheck:
             UserError: on every rank, if a prompt's mean gap exceeds the limit; names the part that differs.
         """
         groups = self._sampled(self.prompts)
-        gaps = self._gaps(groups)
+        own = self._gaps(groups)
+        gaps = self.worst(own)
         if all(self._agrees(gap) for gap in gaps.values()):
             num_tokens = sum(gap.num_tokens for gap in gaps.values())
             mean = sum(gap.mean * gap.num_tokens for gap in gaps.values()) / num_tokens
             return {"sampler_check/gap_mean": mean, "sampler_check/gap_max": max(gap.max for gap in gaps.values())}
-        cause = self._cause(groups, gaps)
+        cause = self._cause(groups, own, gaps)
         with same_on_every_rank():
             raise UserError(
-                f"sampler and trainer give the same tokens different log-probs: {describe(gaps, limit=self.limit)}. "
-                f"What differs: {cause}. The run stops (--sampler-gap-limit {self.limit:g}, --no-check-sampler)"
+                f"sampler and trainer give the same tokens different log-probs; what differs: {cause}. By prompt: "
+                f"{describe(gaps, limit=self.limit)} (--sampler-gap-limit {self.limit:g}; --no-check-sampler goes on "
+                "all the same)"
             )
 
     def _agrees(self, gap: Gap) -> bool:
@@ -109,49 +111,55 @@ class SamplerCheck:
         temperature: float | None = None,
         seconds_per_grid: float | None = None,
     ) -> dict[str, Gap]:
+        """Of this replica."""
         scored = self.score(list(groups.values()), temperature=temperature, seconds_per_grid=seconds_per_grid)
-        found = {name: measure(group, logprobs) for (name, group), logprobs in zip(groups.items(), scored, strict=True)}
-        return self.worst(found)
+        return {name: measure(group, logprobs) for (name, group), logprobs in zip(groups.items(), scored, strict=True)}
 
     # --- which part ---------------------------------------------------------------------------------------------
 
-    def _cause(self, groups: Mapping[str, RolloutGroup], gaps: Mapping[str, Gap]) -> str:
-        first = next(name for name, gap in gaps.items() if not self._agrees(gap))
-        differ = {name for name, gap in gaps.items() if not self._agrees(gap)}
+    def _cause(self, groups: Mapping[str, RolloutGroup], own: Mapping[str, Gap], gaps: Mapping[str, Gap]) -> str:
+        """``own`` are this replica's gaps, ``gaps`` the worst of all replicas'."""
+        differ = [name for name, gap in gaps.items() if not self._agrees(gap)]
+        first = differ[0]
         if first == TEXT:
-            return self._other_temperature(groups[TEXT]) or self._weights(TEXT) or "the weights, or how text is scored"
+            return self._other_temperature(groups, own) or self._weights(TEXT) or "the weights, or how text is scored"
         if first == IMAGE and PATCH in differ:
             part = "pixels of images and videos (normalisation, channels), or the vision encoder's weights"
             return self._weights(IMAGE) or part
+        found = None
         if first in (VIDEO, TIMING, LONG):
-            found = self._other_seconds(groups, [name for name in (LONG, TIMING, VIDEO) if name in differ])
-            if found:
-                return found
-        return _PARTS[first]
+            found = self._other_seconds(groups, own, [name for name in (LONG, TIMING, VIDEO) if name in differ])
+        return found or _PARTS[first]
 
-    def _other_temperature(self, group: RolloutGroup) -> str | None:
+    def _would_agree(self, groups: Mapping[str, RolloutGroup], own: Mapping[str, Gap], **changes: float) -> bool:
+        """Whether the trainer would agree on ``groups``, scored with ``changes``, with the engines that differ."""
+        changed = self._gaps(groups, **changes)
+        # A replica whose engine is right has nothing to explain.
+        changed = {name: own[name] if self._agrees(own[name]) else gap for name, gap in changed.items()}
+        return all(self._agrees(gap) for gap in self.worst(changed).values())
+
+    def _other_temperature(self, groups: Mapping[str, RolloutGroup], own: Mapping[str, Gap]) -> str | None:
         """The temperature at which the trainer would agree."""
-        own = self.sampling.temperature or 1.0
-        for other in sorted({1.0, own**2, 0.5, 0.6, 0.7, 0.8, 0.9, 1.25, 1.5, 2.0} - {own}):
-            if self._agrees(self._gaps({TEXT: group}, temperature=other)[TEXT]):
-                return f"temperature: the sampler's log-probs are those of {other:g}, the run's is {own:g}"
+        ours = self.sampling.temperature or 1.0
+        for other in sorted({1.0, ours**2, 0.5, 0.6, 0.7, 0.8, 0.9, 1.25, 1.5, 2.0} - {ours}):
+            if self._would_agree({TEXT: groups[TEXT]}, own, temperature=other):
+                return f"temperature: the sampler's log-probs are those of {other:g}, the run's is {ours:g}"
         return None
 
-    def _other_seconds(self, groups: Mapping[str, RolloutGroup], differ: Sequence[str]) -> str | None:
+    def _other_seconds(
+        self, groups: Mapping[str, RolloutGroup], own: Mapping[str, Gap], differ: Sequence[str]
+    ) -> str | None:
         """The seconds per temporal patch at which the trainer would agree, for all videos that differ."""
         for rule, seconds_of in _OTHER_SECONDS.items():
-            gaps = {}
-            for name in differ:
-                own = groups[name].prompt.media[0].seconds_per_grid
-                gaps |= self._gaps({name: groups[name]}, seconds_per_grid=seconds_of(own))
-            if all(self._agrees(gap) for gap in gaps.values()):
+            others = {name: seconds_of(groups[name].prompt.media[0].seconds_per_grid) for name in differ}
+            if all(self._would_agree({name: groups[name]}, own, seconds_per_grid=others[name]) for name in differ):
                 return f"seconds per temporal patch: the sampler counts {rule}"
         return None
 
     def _weights(self, name: str) -> str | None:
         """Whether a second update mends it: then the first one did not arrive."""
         self.send_weights()
-        gap = self._gaps(self._sampled({name: self.prompts[name]}))[name]
+        gap = self.worst(self._gaps(self._sampled({name: self.prompts[name]})))[name]
         if not self._agrees(gap):
             return None
         return f"weights: once they are sent a second time the sampler agrees ({gap.mean:.1e} nats)"
@@ -171,7 +179,7 @@ _OTHER_SECONDS: dict[str, Callable[[float], float]] = {
     "1 s for every one": lambda own: 1.0,
     "half of them": lambda own: own / 2,
     "twice as many": lambda own: own * 2,
-    "none": lambda own: 0.0,
+    "none": lambda own: 1e-6,
 }
 
 
@@ -274,7 +282,7 @@ def trainer_logprobs(
             media=media,
             pad_to_multiple=pad_to_multiple,
             seconds_per_grid=seconds_per_grid,
-            with_patches=policy.groups.is_first_stage,
+            vision="media" if policy.groups.is_first_stage else "none",
         )
         for group in groups
     ]

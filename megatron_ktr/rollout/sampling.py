@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,10 @@ class SamplingSettings:
     max_batch_size: int = 256
     """Responses decoded together; more are taken in turns, which changes no response."""
 
+    def __post_init__(self) -> None:
+        if "" in self.stop:
+            raise UserError("--stop has an empty string, which would end every response at its first token")
+
 
 def sample_seed(*, seed: int, step: int, problem_id: str, sample: int) -> int:
     """A 63-bit seed for one response; a cryptographic hash, as Python's own differs between processes."""
@@ -52,6 +56,47 @@ def end_token_ids(model_dir: Path | str, tokenizer: Any) -> tuple[int, ...]:
     if not ends:
         raise UserError("model: neither generation_config.json nor the tokenizer names an end token")
     return tuple(ends)
+
+
+class StopStrings:
+    """Says which token of which row completes a stop string, token by token.
+
+    Text is taken up once its last character is complete, as vLLM does it: a token that ends within a multi-byte
+    character counts with the token that completes it.
+    """
+
+    def __init__(self, stop: Sequence[str], *, decode: Callable[[list[int]], str], num_rows: int) -> None:
+        """``decode`` gives the text of token ids without special tokens."""
+        self._stop = tuple(stop)
+        self._decode = decode
+        self._num_kept = max(map(len, stop)) - 1
+        self._rows = [_RowText() for _ in range(num_rows)]
+
+    def completed_by(self, row: int, token_id: int) -> bool:
+        """Whether ``token_id``, the next one of ``row``, completes a stop string."""
+        state = self._rows[row]
+        state.token_ids.append(token_id)
+        # A token's text may depend on the one before it (blanks), never on more: those two pieces are decoded again.
+        before = self._decode(state.token_ids[: state.num_settled])
+        text = self._decode(state.token_ids)
+        if len(text) <= len(before) or text.endswith("\N{REPLACEMENT CHARACTER}"):
+            return False
+        state.tail += text[len(before) :]
+        is_complete = any(stop in state.tail for stop in self._stop)
+        state.tail = state.tail[max(0, len(state.tail) - self._num_kept) :]
+        state.token_ids = state.token_ids[state.num_settled :]
+        state.num_settled = len(state.token_ids)
+        return is_complete
+
+
+@dataclass
+class _RowText:
+    """The end of one row's text: as much as a stop string could begin in."""
+
+    token_ids: list[int] = field(default_factory=list)
+    num_settled: int = 0
+    """Of ``token_ids``, those whose text is in ``tail`` already."""
+    tail: str = ""
 
 
 class GumbelSampler:

@@ -297,6 +297,7 @@ def build_local_source(
             vocab_size=vocab_size,
             required_rewards=("accuracy",) if config.reward.length_bonus > 0 else (),
             required_because="the length bonus goes to correct responses: record it, or set --length-bonus 0",
+            needs_logprobs=config.objective.importance_sampling != "none" or bool(config.objective.importance_mask),
         )
         loader = prompt_loader(config, tokenizer=tokenizer)
         return ReplaySource(PromptDataset(engine.records, loader=loader, **order), engine=engine)
@@ -336,13 +337,24 @@ def build_sampler(config: Config, *, groups: ParallelGroups, tokenizer: Any, med
         stop=rollout.stop,
         seed=config.trainer.seed,
     )
+    rewards = config.reward.reward_functions or DEFAULT_REWARDS
     # Imported here: an engine's package is needed only by runs that use it.
+    if rollout.engine == "vllm_colocated":
+        from megatron_ktr.rollout.vllm_colocated import colocated_engine
+
+        engine = colocated_engine(config, groups=groups, tokenizer=tokenizer, media=media, sampling=sampling)
+        return Sampler(engine, rewards=rewards)
     if not groups.is_source:
         return None
+    if rollout.engine == "vllm_server":
+        from megatron_ktr.rollout.vllm_server import server_engine
+
+        engine = server_engine(config, data_group=groups.data, tokenizer=tokenizer, media=media, sampling=sampling)
+        return Sampler(engine, rewards=rewards)
     from megatron_ktr.rollout.hf import HFEngine
 
     engine = HFEngine(config.model.model, tokenizer=tokenizer, media=media, sampling=sampling)
-    return Sampler(engine, rewards=config.reward.reward_functions or DEFAULT_REWARDS)
+    return Sampler(engine, rewards=rewards)
 
 
 def prompt_loader(config: Config, *, tokenizer: Any) -> PromptLoader:

@@ -27,6 +27,10 @@ _ENVIRONMENT = {
 """Read by vLLM when it is imported. A value the user has set stays."""
 
 
+EXECUTOR_IN_RANKS = "megatron_ktr.rollout.vllm_cpu_executor.CpuRanksExecutor"
+"""``distributed_executor_backend`` of an engine in several ranks; on GPUs it is "external_launcher"."""
+
+
 def set_environment() -> None:
     """Call before the first import of vLLM; harmless where there is a GPU."""
     for name, value in _ENVIRONMENT.items():
@@ -73,7 +77,10 @@ def stop_vllm_in_process(llm: Any) -> None:
     groups stay. vLLM's own shutdown ends ``torch.distributed``, whoever started it; so its steps are taken here."""
     from vllm.distributed import parallel_state
 
-    core = llm.llm_engine.engine_core.engine_core
+    client = llm.llm_engine.engine_core
+    # Else vLLM's own shutdown would still run, whenever the garbage collector comes to the engine.
+    client._finalizer.detach()
+    core = client.engine_core
     core.model_executor.shutdown()
     core.scheduler.shutdown()
     gc.unfreeze()

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_ktr.data.preprocess import PreprocessSettings
 from megatron_ktr.errors import UserError
 from megatron_ktr.hf_files import SafetensorsWriter, TensorInfo, copy_side_files, new_directory
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
@@ -275,6 +276,7 @@ def _write_hf_directory(
     with new_directory(out_dir, option="the export directory", need_bytes=num_bytes) as scratch:
         copy_side_files(source_dir, scratch)
         _set_config_dtype(scratch / "config.json", infos[-1].dtype)
+        _complete_processor_files(scratch)
         SafetensorsWriter(scratch, infos, max_shard_bytes=max_shard_bytes).write(tensors)
 
 
@@ -287,6 +289,21 @@ def _set_config_dtype(path: Path, dtype: torch.dtype) -> None:
             if section and key in section:
                 section[key] = name
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _complete_processor_files(directory: Path) -> None:
+    """Writes down mean and deviation of pixels where a processor file leaves them to transformers' defaults: by such a
+    file ``vllm serve`` would not normalise, without a word."""
+    values = PreprocessSettings.from_model(directory)
+    for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
+        path = directory / name
+        if not path.is_file():
+            continue
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        found = {"image_mean": list(values.image_mean), "image_std": list(values.image_std)}
+        missing = {key: value for key, value in found.items() if stored.get(key) is None}
+        if missing:
+            path.write_text(json.dumps(stored | missing, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _raise_everywhere(failure: Exception | None, groups: Any) -> None:

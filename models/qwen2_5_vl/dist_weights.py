@@ -35,13 +35,23 @@ def model_sharded_state_dict(model: nn.Module | Sequence[nn.Module]) -> dict[str
         state = inner.sharded_state_dict()
         if inner.vision is not None:
             _trim_vision_mlp(state, inner)
+            if inner.vision.tensor_group.size() != inner.tensor_group.size():
+                _mark_copies(state, tensor_rank=inner.tensor_group.rank())
         states["model" if len(chunks) == 1 else f"model{i}"] = state
     return states
 
 
+def _mark_copies(state: dict[str, Any], *, tensor_rank: int) -> None:
+    """An encoder that is whole on every tensor rank: the first rank's copy is the one to save."""
+    for value in state.values():
+        if isinstance(value, ShardedTensor | ShardedTensorFactory) and value.key.startswith("vision."):
+            pipeline_copy, _, data_copy = value.replica_id
+            value.replica_id = (pipeline_copy, tensor_rank, data_copy)
+
+
 def _trim_vision_mlp(state: dict[str, Any], model: nn.Module) -> None:
     true_size = model.model_config.vision.intermediate_size
-    group = model.tensor_group
+    group = model.vision.tensor_group
     if model.model_config.vision.padded_intermediate_size(group.size()) == true_size:
         return
     for name, value in state.items():

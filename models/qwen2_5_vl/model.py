@@ -11,6 +11,7 @@ entropy without ever making full logits (``ops/token_statistics``).
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,14 +27,15 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_ktr.context_shard import ContextShard, LocalRows, shard_layout
+from megatron_ktr.context_shard import LocalRows
 from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.distributed.platform import current
-from megatron_ktr.ops.key_exchange import gather_statistics
+from megatron_ktr.ops.group_divergence import group_divergence
 from megatron_ktr.ops.token_statistics import Impl, TokenStatistics
 from megatron_ktr.types import PackedBatch
 from models.qwen2_5_vl.attention import OneRank, PrefixSeqParams
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
+from models.qwen2_5_vl.context import ContextRanks
 from models.qwen2_5_vl.language import LanguageModel
 from models.qwen2_5_vl.layer_specs import AttentionImpl, TransformerImpl
 from models.qwen2_5_vl.transformer_config import language_transformer_config
@@ -65,22 +67,35 @@ class Qwen2_5_VLModel(MegatronModule):
         statistics_impl: Impl = "auto",
         context_group: torch.distributed.ProcessGroup | None = None,
         accumulate_into_main_grad: bool = False,
+        whole_vision_group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
+        """``whole_vision_group``, of this rank alone, makes the vision encoder whole on every tensor rank
+        (``vision_parallel: frame``) instead of splitting its weights."""
         super().__init__(config=transformer_config)
         self.model_config = model_config
         self.pre_process = pre_process
         self.post_process = post_process
         self.vp_stage = vp_stage
         self.tensor_group = process_groups.tp
-        self.context_group = context_group if context_group is not None and context_group.size() > 1 else None
+        self.context = None
+        if context_group is not None and context_group.size() > 1:
+            multiple = transformer_config.tensor_model_parallel_size if transformer_config.sequence_parallel else 1
+            self.context = ContextRanks(context_group, multiple=multiple)
         self.statistics_impl: Impl = statistics_impl
         self.accumulate_into_main_grad = accumulate_into_main_grad
         self.share_embeddings_and_output_weights = model_config.tie_word_embeddings
         self.vision = None
         if pre_process:
             self.vision = VisionEncoder(
-                model_config.vision, transformer_config=transformer_config, process_groups=process_groups
+                model_config.vision,
+                transformer_config=transformer_config,
+                process_groups=_with_tensor_group(process_groups, whole_vision_group or process_groups.tp),
             )
+            if whole_vision_group is not None:
+                for parameter in self.vision.parameters():
+                    # Layers split over one rank claim their weights as that rank's own shard. They are copies, to be
+                    # counted once in gradient norms, with gradients that are parts of a sum (``sum_vision_gradients``).
+                    parameter.tensor_model_parallel = False
         self.language = LanguageModel(
             model_config,
             config=transformer_config,
@@ -132,10 +147,13 @@ class Qwen2_5_VLModel(MegatronModule):
         and R count the rows that this context rank keeps (``megatron_ktr/context_shard.py``).
 
         Raises:
-            ValueError: T that sequence parallelism cannot split, or visual rows without patches.
+            ValueError: T that sequence parallelism cannot split, or visual rows without patches and features.
         """
         self._check(batch)
-        local, attention = self._share(batch)
+        if self.context is None:
+            local, attention = LocalRows.whole(batch), PrefixSeqParams.from_layout(batch.layout)
+        else:
+            local, attention = self.context.share(batch)
         decoder_input = self._embed(batch, local) if self.pre_process else None
         hidden_T1D = self.language.forward_packed(local.position_ids_3T, attention, decoder_input=decoder_input)
         if not self.post_process:
@@ -155,7 +173,7 @@ class Qwen2_5_VLModel(MegatronModule):
         batch: PackedBatch,
         *,
         temperature: float = 1.0,
-        counterfactual_hidden_RD: Tensor | None = None,
+        counterfactual_hidden_RD: Sequence[Tensor] = (),
     ) -> TokenStatistics:
         """``token_statistics`` of all response tokens of ``batch``, on every context rank, from ``forward``'s rows.
 
@@ -163,16 +181,10 @@ class Qwen2_5_VLModel(MegatronModule):
         """
         targets_R = batch.target_ids_R.to(hidden_RD.device)
         options = dict(temperature=temperature, counterfactual_hidden_RD=counterfactual_hidden_RD)
-        if self.context_group is None:
+        if self.context is None:
             return self.token_statistics(hidden_RD, targets_R, **options)
-        owner_R = self._shard(batch).owners(batch)
-        mine_R = (owner_R == self.context_group.rank()).nonzero()[:, 0].to(hidden_RD.device)
-        mine = self.token_statistics(hidden_RD, targets_R[mine_R], **options)
-        names = [name for name, values_R in vars(mine).items() if values_R is not None]
-        gathered = gather_statistics(
-            *(getattr(mine, name) for name in names), owner_R=owner_R, group=self.context_group
-        )
-        return TokenStatistics(**dict(zip(names, gathered, strict=True)))
+        targets_R = targets_R[self.context.mine(batch).to(hidden_RD.device)]
+        return self.context.gather_statistics(self.token_statistics(hidden_RD, targets_R, **options), batch)
 
     def token_statistics(
         self,
@@ -180,11 +192,11 @@ class Qwen2_5_VLModel(MegatronModule):
         target_ids_R: Tensor,
         *,
         temperature: float = 1.0,
-        counterfactual_hidden_RD: Tensor | None = None,
+        counterfactual_hidden_RD: Sequence[Tensor] = (),
     ) -> TokenStatistics:
         """Log-probability of each target and entropy of its distribution, from ``forward``'s rows; last stage only.
 
-        With another view's rows of the same tokens, also their log-probability there and the KL to that view.
+        With other views' rows of the same tokens, also their log-probabilities there and the KL to each view.
         """
         is_shared = self.share_embeddings_and_output_weights
         return self.language.output_layer(
@@ -200,22 +212,31 @@ class Qwen2_5_VLModel(MegatronModule):
             impl=self.statistics_impl,
         )
 
-    def _share(self, batch: PackedBatch) -> tuple[LocalRows, PrefixSeqParams]:
-        """This context rank's rows of the batch, and what they attend."""
-        if self.context_group is None:
-            return LocalRows.whole(batch), PrefixSeqParams.from_layout(batch.layout)
-        shard = self._shard(batch)
-        return shard.take(batch), PrefixSeqParams.from_shard(shard, group=self.context_group)
+    def group_divergence(
+        self, hidden_RD: Tensor, log_normalizer_R: Tensor, *, batch: PackedBatch, temperature: float = 1.0
+    ) -> Tensor:
+        """TW-GRPO's divergence between the responses of each group, [R]; last stage only, without gradient.
 
-    def _shard(self, batch: PackedBatch) -> ContextShard:
-        multiple = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
-        size, rank = self.context_group.size(), self.context_group.rank()
-        return shard_layout(batch.layout, size=size, rank=rank, multiple=multiple)
+        To be called after ``response_statistics`` of the same pass, where ``log_normalizer_R`` comes from: that call
+        brings the last optimizer step's weights here if their gathering overlaps (``StatisticsHead``).
+        """
+        if self.context is not None:
+            # Responses of a group lie on different ranks, and their distributions are compared whole.
+            hidden_RD = self.context.gather_hidden(hidden_RD, batch)
+        return group_divergence(
+            hidden_RD,
+            self.output_weight(),
+            log_normalizer_R,
+            layout=batch.layout,
+            group=self.head_group,
+            vocab_size=self.vocab_size,
+            temperature=temperature,
+        )
 
     def _embed(self, batch: PackedBatch, local: LocalRows) -> Tensor:
         # The encoder runs before the embedding, always: backward then reaches them in the opposite order, always.
-        features = None
-        if batch.patches_SD is not None or self._needs_vision_gradients():
+        features = batch.features_ED
+        if features is None and (batch.patches_SD is not None or self._needs_vision_gradients()):
             features = self.vision(batch.patches_SD, batch.grid_thw_M3)
         if features is not None and local.visual_index is not None:
             # Every context rank encodes all frames and keeps its rows' features: each sends back its rows' gradient
@@ -237,13 +258,23 @@ class Qwen2_5_VLModel(MegatronModule):
     def _check(self, batch: PackedBatch) -> None:
         num_tokens = batch.token_ids_T.shape[0]
         tensor_size = self.config.tensor_model_parallel_size
-        if self.config.sequence_parallel and self.context_group is None and num_tokens % tensor_size:
+        if self.config.sequence_parallel and self.context is None and num_tokens % tensor_size:
             raise ValueError(
                 f"sequence parallelism splits T over {tensor_size} ranks, got T = {num_tokens}; "
                 "pack with pad_to_multiple set to a multiple of the tensor-parallel size"
             )
-        if self.pre_process and batch.patches_SD is None and len(batch.visual_rows):
-            raise ValueError(f"the batch has {len(batch.visual_rows)} visual rows but no patches")
+        has_vision = batch.patches_SD is not None or batch.features_ED is not None
+        if self.pre_process and not has_vision and len(batch.visual_rows):
+            raise ValueError(f"the batch has {len(batch.visual_rows)} visual rows but neither patches nor features")
+
+
+def _with_tensor_group(
+    process_groups: ProcessGroupCollection, group: torch.distributed.ProcessGroup
+) -> ProcessGroupCollection:
+    """The same groups, with ``group`` for tensor parallelism."""
+    changed = copy.copy(process_groups)
+    changed.tp = group
+    return changed
 
 
 def build_model(
@@ -283,6 +314,7 @@ def build_model(
             vp_stage=vp_stage,
             statistics_impl=config.model.token_statistics_impl if config else "auto",
             accumulate_into_main_grad=config is not None and config.model.gradient_accumulation_fusion,
+            whole_vision_group=groups.alone if config and config.parallel.vision_parallel == "frame" else None,
         )
         chunks.append(chunk.to(current().device))
     return chunks

@@ -62,6 +62,8 @@ class VisionEncoder(MegatronModule):
         block_config = vision_transformer_config(config, base=transformer_config, tensor_parallel_size=tensor_size)
         super().__init__(config=block_config)
         self.vision_config = config
+        self.tensor_group = process_groups.tp
+        """Ranks that split the weights; this rank alone where the encoder is whole on each."""
         self.patch_embed = torch.nn.Linear(
             config.patch_dim,
             config.hidden_size,

@@ -29,6 +29,8 @@ def sizes_of(
 DISTRIBUTED = DISTRIBUTED_SGD
 OVERLAPPED = {**DISTRIBUTED_SGD, "overlap_grad_reduce": True, "overlap_param_gather": True}
 FULL = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+FRAMES = dict(vision_parallel="frame")
+AGAIN = dict(recompute_vision=True)
 SMALL = 10_000
 """Elements of a bucket: about ten buckets, so that their order matters."""
 
@@ -39,12 +41,15 @@ LAYOUTS: dict[int, list[Layout]] = {
         Layout("full recomputation", values=FULL),
         Layout("selective recomputation", values=dict(recompute_granularity="selective")),
         Layout("distributed optimizer", values=DISTRIBUTED, case="tied, clipped"),
+        Layout("vision recomputed, two groups per micro-batch", values={**AGAIN, "micro_batch_groups": 2}),
     ],
     2: [
         Layout("tp2", sizes_of(2)),
         Layout("tp2, tied", sizes_of(2), case="tied, clipped"),
         Layout("tp2 sp", sizes_of(2, sp=True)),
         Layout("tp2 sp full recomputation, tied", sizes_of(2, sp=True), FULL, case="tied, clipped"),
+        Layout("tp2 frames, tied", sizes_of(2), FRAMES, case="tied, clipped"),
+        Layout("tp2 sp frames, vision recomputed", sizes_of(2, sp=True), {**FRAMES, **AGAIN}),
         Layout("pp2", sizes_of(1, 2)),
         Layout("pp2, tied", sizes_of(1, 2), case="tied, clipped"),
         Layout("pp2 two groups per micro-batch", sizes_of(1, 2), dict(micro_batch_groups=2)),
@@ -67,6 +72,12 @@ LAYOUTS: dict[int, list[Layout]] = {
         Layout("pp2 dp2, tied", sizes_of(1, 2), dict(overlap_grad_reduce=True), "tied, clipped", SMALL),
         Layout("pp2 dp2 distributed overlapped", sizes_of(1, 2), OVERLAPPED, bucket_size=SMALL),
         Layout("pp2 vpp2 dp2 distributed overlapped", sizes_of(1, 2, vpp=2), OVERLAPPED, bucket_size=SMALL),
+        Layout("tp4 frames", sizes_of(4), FRAMES),
+        Layout("tp2 pp2 sp frames", sizes_of(2, 2, sp=True), FRAMES),
+        Layout(
+            "tp2 dp2 frames distributed overlapped, tied", sizes_of(2), {**OVERLAPPED, **FRAMES}, "tied, clipped", SMALL
+        ),
+        Layout("pp2 dp2 vision recomputed, overlapped", sizes_of(1, 2), {**OVERLAPPED, **AGAIN}, bucket_size=SMALL),
         Layout("dp4, tied", case="tied, clipped"),
         Layout("dp4 distributed overlapped", values=OVERLAPPED, bucket_size=SMALL),
     ],

@@ -1,0 +1,95 @@
+"""TW-GRPO (arXiv 2505.24718): GRPO whose tokens weigh more where the responses of a group disagree.
+
+    loss = -(1 / N) sum_i sum_t w_t [ratio_it * A_i - beta * k3_it]           N = response tokens of the global batch
+    w_t  = 1 + (alpha - 1) (D_t - min D) / (max D - min D + 1e-8)             min and max over the group's positions
+    D_t  = divergence of the G next-token distributions at position t         ``ops/group_divergence.py``
+
+All responses of a group share w_t at position t. w is between 1 and alpha, and 1 throughout a group whose responses
+all predict alike. N counts tokens, not weights. The paper's soft multi-choice reward is ``soft_choice`` (``rewards/``).
+
+Deviations:
+1. N counts the whole global batch, over micro-batches and replicas; theirs, one prompt's responses at a time.
+2. Several updates per rollout keep the weights of the first, as they keep its old policy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_ktr.objectives.base import Objective
+from megatron_ktr.objectives.grpo import GRPO
+from megatron_ktr.types import Metrics, PackedBatch, RolloutGroup, TokenScores, TokenStreams
+
+SPREAD_FLOOR = 1e-8
+"""Nats: of max D - min D."""
+
+
+@dataclass(frozen=True)
+class TWGRPO(Objective):
+    """``base`` holds everything that is GRPO's; its loss must average over tokens."""
+
+    name = "tw_grpo"
+    needs_divergence = True
+    base: GRPO = field(default_factory=lambda: GRPO(loss_aggregation="token"))
+    alpha: float = 1.7
+    """Weight of the position with the largest divergence, at least 1."""
+
+    def __post_init__(self) -> None:
+        if self.alpha < 1:
+            raise ValueError(f"tw_alpha must be at least 1, got {self.alpha}")
+        if self.base.loss_aggregation != "token":
+            raise ValueError(f"loss_aggregation must be 'token', got {self.base.loss_aggregation!r}")
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.base.needs_reference
+
+    def token_streams(
+        self,
+        batch: PackedBatch,
+        scores: TokenScores,
+        group_data: Sequence[RolloutGroup],
+        **options: Any,
+    ) -> TokenStreams:
+        """GRPO's streams with ``weight_R`` times w; the scores must hold the divergence."""
+        if scores.divergence_R is None:
+            raise ValueError("tw_grpo needs TokenScores.divergence_R, which was not computed")
+        streams = self.base.token_streams(batch, scores, group_data, **options)
+        divergence_R = scores.divergence_R
+        factor_R = position_weights(
+            divergence_R,
+            batch.group_R.to(divergence_R.device),
+            num_groups=len(batch.layout.groups),
+            alpha=self.alpha,
+        )
+        metrics = Metrics()
+        metrics.merge(streams.metrics)
+        totals = torch.stack([divergence_R.sum(), factor_R.sum()]).tolist()  # one transfer from the device
+        for name, total in zip(("group_divergence", "token_weight"), totals, strict=True):
+            metrics.add(name, total, len(factor_R))
+        weight_R = streams.weight_R * factor_R.to(streams.weight_R.dtype)
+        return dataclasses.replace(streams, weight_R=weight_R, metrics=metrics)
+
+    def loss(self, statistics: Any, streams: TokenStreams, scores: TokenScores) -> tuple[Tensor, Metrics]:
+        return self.base.loss(statistics, streams, scores)
+
+
+def position_weights(divergence_R: Tensor, group_R: Tensor, *, num_groups: int, alpha: float) -> Tensor:
+    """w of every token, [R]; ``group_R`` int64 in 0 .. num_groups - 1.
+
+    The longest response of a group stands at each of its positions, so that minimum and maximum over a group's tokens
+    are those over its positions.
+    """
+
+    def extreme(reduce: str) -> Tensor:
+        of_group_P = divergence_R.new_zeros(num_groups)
+        return of_group_P.scatter_reduce_(0, group_R, divergence_R, reduce, include_self=False)[group_R]
+
+    least_R = extreme("amin")
+    return 1 + (alpha - 1) * (divergence_R - least_R) / (extreme("amax") - least_R + SPREAD_FLOOR)

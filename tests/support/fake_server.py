@@ -1,0 +1,266 @@
+"""A stand-in for ``vllm serve``: the routes training uses, in threads, with misbehaviour on demand.
+
+Its responses are a function of prompt, seed and weights, so that tests see whether the right weights answered, and that
+it does not matter which server did. ``script`` holds what its next answers do; afterwards it behaves.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+from safetensors import safe_open
+
+from tests.support.tiny import EOS_ID, FIRST_SPECIAL_ID
+
+LOGPROB = -1.5
+
+
+class FakeServer:
+    """Listens on a port of its own from the start; ``kill`` breaks all connections, ``restart`` comes back empty."""
+
+    def __init__(self, *, seconds: float = 0.0) -> None:
+        self.seconds = seconds
+        """How long each response takes."""
+        self.script: deque[str] = deque()
+        self.reload_status = 200
+        self.facts: dict[str, Any] = {"max_model_len": 1000, "logprobs_mode": "raw_logprobs"}
+        self.multimodal: dict[str, Any] = {}
+        self.normalises_pixels = False
+        self.control: list[str] = []
+        """Control routes called, in order, with what they were told."""
+        self.bodies: list[dict[str, Any]] = []
+        self.running = self.most_running = self.num_answers = self.num_answers_before_reload = 0
+        self._lock = threading.Condition()
+        self._forget()
+        self._listen(0)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def kill(self) -> None:
+        self._http.shutdown()
+        self._http.server_close()
+        for connection in self._http.connections:
+            try:
+                connection.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+
+    def restart(self) -> None:
+        """The same address, initial weights."""
+        self._forget()
+        self._listen(self.port)
+
+    def _forget(self) -> None:
+        self.version = "default"
+        self.weights: float | None = None
+        """First element of the first tensor it was given."""
+        self.paused = self.frozen = False
+        """Whether new requests wait, and whether running ones do."""
+
+    def _listen(self, port: int) -> None:
+        self._http = _Listener(("127.0.0.1", port), _handler(self))
+        self.port = self._http.server_address[1]
+        threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+
+    # --- routes -----------------------------------------------------------------------------------------------
+
+    def answer(self, method: str, path: str, body: Any) -> tuple[int, bytes] | None:
+        """Status and body; None drops the connection."""
+        parts = urlsplit(path)
+        if parts.path == "/inference/v1/generate":
+            return self._generate(body)
+        if parts.path == "/health":
+            return 200, b""
+        if parts.path == "/weight_info":
+            return _json({"weight_version": self.version})
+        if parts.path == "/get_world_size":
+            return _json({"world_size": 2})
+        if parts.path == "/server_info":
+            multimodal = {"mm_device_do_normalize": self.normalises_pixels, **self.multimodal}
+            return _json({"vllm_config": {"model_config": {**self.facts, "multimodal_config": multimodal}}})
+        return self._control(parts.path, parse_qs(parts.query), body)
+
+    def _control(self, path: str, query: dict[str, list[str]], body: Any) -> tuple[int, bytes]:
+        name = path.removeprefix("/")
+        if name == "pause":
+            mode = query["mode"][0]
+            with self._lock:
+                self.paused = True
+                self.frozen = mode == "keep"
+                if mode == "wait":
+                    self._lock.wait_for(lambda: self.running == 0, timeout=30)
+            self.control.append(f"pause {mode}")
+        elif name == "resume":
+            with self._lock:
+                self.paused = self.frozen = False
+                self._lock.notify_all()
+            self.control.append(name)
+        elif name == "update_weight_version":
+            self.version = body["new_version"]
+            self.control.append(f"version {self.version}")
+        elif name == "collective_rpc":
+            assert self.paused and body["method"] == "reload_weights"
+            self.control.append("reload")
+            self.num_answers_before_reload = self.num_answers
+            if self.reload_status == 200:
+                self.weights = _first_number(Path(body["kwargs"]["weights_path"]))
+            return self.reload_status, b"{}"
+        elif name in ("init_weight_transfer_engine", "update_weights"):
+            self.control.append(f"{name} {json.dumps(body)}")
+            if name == "update_weights" and self.reload_status != 200:
+                return self.reload_status, b"{}"
+        elif name.startswith(("reset_", "start_weight", "finish_weight", "shutdown_weight")):
+            self.control.append(name)
+            return _json({"success": True})
+        else:
+            return 404, b"{}"
+        return _json({})
+
+    def _generate(self, body: Any) -> tuple[int, bytes] | None:
+        with self._lock:
+            self._lock.wait_for(lambda: not self.paused)
+            self.running += 1
+            self.most_running = max(self.most_running, self.running)
+            act = self.script.popleft() if self.script else "well"
+            version, weights = self.version, self.weights
+        try:
+            self.bodies.append(body)
+            time.sleep(30.0 if act == "hang" else self.seconds)
+            with self._lock:
+                self._lock.wait_for(lambda: not self.frozen)
+            if act == "drop":
+                return None
+            if act.isdigit():
+                return int(act), json.dumps({"error": {"message": "scripted"}}).encode()
+            answer = answer_to(body, weights=weights, versions=[version, self.version])
+            self.num_answers += 1
+            return MISBEHAVIOUR[act](answer) if act in MISBEHAVIOUR else _json(answer)
+        finally:
+            with self._lock:
+                self.running -= 1
+                self._lock.notify_all()
+
+
+def answer_to(body: dict[str, Any], *, weights: float | None, versions: list[str]) -> dict[str, Any]:
+    """The responses as a function of prompt, seeds and weights; mixed where the version changed meanwhile."""
+    params = body["sampling_params"]
+    choices = []
+    for index in range(params["n"]):
+        rng = random.Random(f"{body['token_ids']} {params['seed'] + index} {weights}")
+        length = rng.randint(2, params["max_tokens"])
+        tokens = [rng.randrange(1, FIRST_SPECIAL_ID) for _ in range(length)]
+        is_finished = length < params["max_tokens"]
+        if is_finished:
+            tokens[-1] = EOS_ID
+        bounds = [0, length] if versions[0] == versions[1] else [0, 1, length]
+        spans = [
+            {"version": version, "start": start, "end": end}
+            for version, start, end in zip(versions, bounds[:-1], bounds[1:], strict=False)
+        ]
+        choices.append(
+            {
+                "index": index,
+                "token_ids": tokens,
+                "logprobs": {"content": [{"token_id": token, "logprob": LOGPROB} for token in tokens]},
+                "finish_reason": "stop" if is_finished else "length",
+                "weight_versions": spans,
+            }
+        )
+    return {"choices": choices, "usage": {"prompt_tokens": len(body["token_ids"])}}
+
+
+def _edited(edit: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any]], tuple[int, bytes]]:
+    def act(answer: dict[str, Any]) -> tuple[int, bytes]:
+        edit(answer)
+        return _json(answer)
+
+    return act
+
+
+MISBEHAVIOUR: dict[str, Callable[[dict[str, Any]], tuple[int, bytes]]] = {
+    "not json": lambda answer: (200, b"<html>proxy</html>"),
+    "a list": lambda answer: (200, b"[1, 2]"),
+    "half of it": lambda answer: (200, _json(answer)[1][:-20]),
+    "no choices": _edited(lambda answer: answer.pop("choices")),
+    "one response missing": _edited(lambda answer: answer["choices"].pop()),
+    "no log-probs": _edited(lambda answer: answer["choices"][0].update(logprobs=None)),
+    "a log-prob missing": _edited(lambda answer: answer["choices"][1]["logprobs"]["content"].pop()),
+    "a log-prob of nan": _edited(lambda a: a["choices"][0]["logprobs"]["content"][0].update(logprob=float("nan"))),
+    "no log-prob found": _edited(lambda a: a["choices"][0]["logprobs"]["content"][0].update(logprob=-9999.0)),
+    "a token outside the vocabulary": _edited(
+        lambda a: (
+            a["choices"][0]["token_ids"].__setitem__(0, 5000),
+            a["choices"][0]["logprobs"]["content"][0].update(token_id=5000),
+        )
+    ),
+    "no tokens": _edited(lambda a: a["choices"][0].update(token_ids=[], logprobs={"content": []}, weight_versions=[])),
+    "aborted": _edited(lambda answer: answer["choices"][1].update(finish_reason="abort")),
+    "no versions": _edited(lambda answer: answer["choices"][1].update(weight_versions=None)),
+    "another prompt": _edited(lambda answer: answer["usage"].update(prompt_tokens=1)),
+}
+
+
+def _json(value: Any) -> tuple[int, bytes]:
+    return 200, json.dumps(value).encode()
+
+
+def _first_number(directory: Path) -> float:
+    with safe_open(sorted(directory.glob("*.safetensors"))[0], framework="pt") as file:
+        return float(file.get_tensor(sorted(file.keys())[0]).flatten()[0])
+
+
+class _Listener(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, *args: Any) -> None:
+        self.connections: list[socket.socket] = []
+        super().__init__(*args)
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        connection, address = super().get_request()
+        self.connections.append(connection)
+        return connection, address
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Broken connections are what this server is for."""
+
+
+def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:  # noqa: N802
+            self._respond(None)
+
+        def do_POST(self) -> None:  # noqa: N802
+            raw = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self._respond(json.loads(raw) if raw else None)
+
+        def _respond(self, body: Any) -> None:
+            found = server.answer(self.command, self.path, body)
+            if found is None:
+                self.close_connection = True
+                self.connection.shutdown(socket.SHUT_RDWR)
+                return
+            status, content = found
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    return Handler

@@ -1,0 +1,399 @@
+"""The server engine against scripted servers that are slow, broken, restarted or gone: nothing is lost."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_ktr.distributed.groups import ParallelSizes
+from megatron_ktr.errors import UserError
+from megatron_ktr.packing import MediaSpec
+from megatron_ktr.rollout.sampling import SamplingSettings
+from megatron_ktr.rollout.server_pool import PoolSettings
+from megatron_ktr.rollout.server_replicas import Replicas
+from megatron_ktr.rollout.server_weights import DirectoryTransfer
+from megatron_ktr.rollout.vllm_server import ServerEngine
+from megatron_ktr.types import Prompt, RolloutGroup
+from tests.support.fake_server import LOGPROB, MISBEHAVIOUR, FakeServer
+from tests.support.tiny import EOS_ID, IMAGE_TOKEN_ID, VIDEO_TOKEN_ID, tiny_hf_config
+from tests.support.tokenizer import tiny_tokenizer
+
+SAMPLING = SamplingSettings(num_generations=3, max_response_length=12, seed=7)
+MEDIA = MediaSpec(IMAGE_TOKEN_ID, VIDEO_TOKEN_ID, 14, 2, 2, positions=lambda *a, **k: None, patchify=lambda *a: None)
+FAST = dict(backoff_seconds=0.01, probe_seconds=0.05)
+"""A pool that looks often and hardly waits, for tests."""
+PATIENCE = 15.0
+"""Seconds until a test gives up; what it waits for takes tenths."""
+
+
+def prompts(number: int) -> list[Prompt]:
+    return [Prompt(f"p{index}", (10, 20, 30 + index)) for index in range(number)]
+
+
+def tensors(value: float) -> Iterator[tuple[str, torch.Tensor]]:
+    yield "a.weight", torch.full((3, 2), value)
+    yield "b.weight", torch.zeros(4)
+
+
+def make_engine(servers: list[FakeServer], folder: Path, *, replicas: Replicas | None = None, **settings: Any):
+    """An engine whose weights go through ``folder / "weights"``."""
+    model_dir = folder / "model"
+    if not model_dir.exists():
+        tiny_hf_config().save_pretrained(model_dir)
+    replicas = replicas or Replicas()
+    urls = [server.url for server in servers]
+    return ServerEngine(
+        model_dir,
+        urls=urls,
+        tokenizer=tiny_tokenizer(),
+        media=MEDIA,
+        sampling=SAMPLING,
+        transfer=DirectoryTransfer(folder / "weights", owned_urls=replicas.own(urls), replicas=replicas),
+        replicas=replicas,
+        settings=PoolSettings(**{"timeout_seconds": PATIENCE, **FAST, **settings}),
+    )
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., tuple[ServerEngine, list[FakeServer]]]]:
+    """Servers that take ``seconds`` each, and an engine that asks them."""
+    engines, servers = [], []
+
+    def begin(*seconds: float, **settings: Any) -> tuple[ServerEngine, list[FakeServer]]:
+        servers.extend(FakeServer(seconds=each) for each in seconds)
+        engines.append(make_engine(servers, tmp_path, **settings))
+        return engines[-1], servers
+
+    yield begin
+    for engine in engines:
+        engine.close()
+    for server in servers:
+        server.kill()
+
+
+def expected(folder: Path, number: int, *, weights: float | None = None, step: int = 0) -> list[RolloutGroup]:
+    """What a server that behaves answers."""
+    server = FakeServer()
+    engine = make_engine([server], folder / "expected")
+    if weights is not None:
+        engine.load_weights(tensors(weights))
+    groups = engine.generate(prompts(number), step=step)
+    engine.close()
+    server.kill()
+    return groups
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.005)
+
+
+def in_background(work: Callable[[], Any]) -> Callable[[], Any]:
+    """Starts it; the result waits for it."""
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(work()), daemon=True)
+    thread.start()
+
+    def result() -> Any:
+        thread.join(PATIENCE)
+        assert found, "it failed or did not end"
+        return found[0]
+
+    return result
+
+
+def counts(engine: ServerEngine) -> dict[str, int]:
+    return {name.removeprefix("server/"): number for name, number in engine.counts.items() if number}
+
+
+# --- requests -------------------------------------------------------------------------------------------------
+
+
+def test_every_prompt_gets_its_own_responses_and_seeds_repeat_them(start, tmp_path) -> None:
+    engine, servers = start(0.0, 0.0)
+    groups = engine.generate(prompts(9), step=1)
+    assert [group.prompt.problem_id for group in groups] == [f"p{index}" for index in range(9)]
+    assert all(len(group.rollouts) == SAMPLING.num_generations for group in groups)
+    assert all(set(rollout.sampler_logprobs) == {LOGPROB} for group in groups for rollout in group.rollouts)
+    for rollout in (rollout for group in groups for rollout in group.rollouts):
+        assert rollout.is_finished == (rollout.token_ids[-1] == EOS_ID)
+        assert len(rollout.sampler_logprobs) == len(rollout.token_ids)
+    assert groups == expected(tmp_path, 9, step=1), "the same seeds, other servers"
+    assert groups != expected(tmp_path, 9, step=2)
+    seeds = {(body["token_ids"][-1], body["sampling_params"]["seed"]) for server in servers for body in server.bodies}
+    assert len(seeds) == 9 and len({seed for _, seed in seeds}) == 9
+
+
+def test_requests_in_flight_are_bounded_and_spread(start) -> None:
+    engine, servers = start(0.05, 0.05, max_requests=2)
+    engine.generate(prompts(12))
+    assert [server.most_running for server in servers] == [2, 2]
+
+
+def test_a_slow_server_keeps_its_requests_and_the_others_take_the_rest(start, tmp_path) -> None:
+    engine, (slow, fast) = start(0.4, 0.01, max_requests=2)
+    assert engine.generate(prompts(16)) == expected(tmp_path, 16)
+    assert slow.num_answers <= 4 and fast.num_answers >= 12
+    assert counts(engine) == {}
+
+
+def test_a_server_killed_in_mid_batch_loses_no_prompt(start, tmp_path) -> None:
+    engine, (dying, other) = start(0.2, 0.02, max_requests=4)
+    result = in_background(lambda: engine.generate(prompts(16)))
+    wait_until(lambda: dying.running == 4)
+    dying.kill()
+    assert result() == expected(tmp_path, 16)
+    assert other.num_answers >= 12
+    found = counts(engine)
+    assert found["taken_out"] == 1 and found["resent"] >= 1 and found["retries"] >= 4
+
+
+def test_a_request_that_hangs_is_sent_to_another_server(start, tmp_path) -> None:
+    engine, (hanging, other) = start(0.0, 0.0, timeout_seconds=0.5)
+    hanging.script.extend(["hang"] * 3)
+    assert engine.generate(prompts(6)) == expected(tmp_path, 6)
+    assert counts(engine)["taken_out"] >= 1 and counts(engine)["resent"] >= 1
+    assert other.num_answers >= 3
+
+
+@pytest.mark.parametrize("act", [*MISBEHAVIOUR, "drop", "500", "503"])
+def test_an_answer_that_is_no_answer_is_asked_for_again(start, tmp_path, act: str) -> None:
+    engine, (server,) = start(0.0)
+    server.script.append(act)
+    assert engine.generate(prompts(3)) == expected(tmp_path, 3)
+    assert counts(engine) == {"retries": 1} | ({"malformed": 1} if act in MISBEHAVIOUR else {})
+
+
+def test_a_server_that_only_talks_nonsense_is_taken_out(start, tmp_path) -> None:
+    engine, (mad, sane) = start(0.0, 0.02, max_retries=2, probe_seconds=60.0)
+    mad.script.extend(["not json"] * 50)
+    assert engine.generate(prompts(12)) == expected(tmp_path, 12)
+    assert counts(engine)["taken_out"] == 1 and counts(engine)["malformed"] >= 3
+    assert sane.num_answers == 12
+
+
+def test_a_request_that_fails_everywhere_ends_with_its_name(start) -> None:
+    engine, (server,) = start(0.0, max_retries=2)
+    server.script.extend(["500"] * 50)
+    with pytest.raises(UserError, match=r"prompt p0 failed 4 times .*127\.0\.0\.1.*answered 500: scripted"):
+        engine.generate(prompts(1))
+
+
+def test_a_refused_prompt_is_named_and_not_tried_again(start) -> None:
+    engine, (server, other) = start(0.0, 0.0)
+    server.script.append("400")
+    other.script.append("400")
+    with pytest.raises(UserError, match=r"prompt p0: .*answered 400: scripted"):
+        engine.generate(prompts(1))
+    assert counts(engine) == {}
+
+
+def test_a_prompt_too_long_for_the_servers_is_named_before_anything_is_sent(start) -> None:
+    engine, (server,) = start(0.0)
+    long = Prompt("long", tuple(range(10, 180)) * 6)
+    with pytest.raises(UserError, match=r"prompt long: 1020 tokens.*--max-model-len 1000"):
+        engine.generate([*prompts(1), long])
+    assert not server.bodies
+
+
+def test_without_servers_the_run_ends_with_every_address_and_reason(start) -> None:
+    engine, servers = start(0.3, 0.3, max_retries=2)
+    result = in_background(lambda: pytest.raises(UserError, engine.generate, prompts(8)))
+    wait_until(lambda: all(server.running for server in servers))
+    for server in servers:
+        server.kill()
+    message = str(result().value)
+    assert message.startswith("no vLLM server is left: ")
+    assert all(f"{server.url}: ConnectError" in message for server in servers)
+
+
+def test_a_stream_that_is_abandoned_takes_its_requests_back(start) -> None:
+    engine, (server,) = start(0.1, max_requests=1)
+    stream = engine.stream(prompts(20))
+    next(stream)
+    stream.close()
+    time.sleep(0.3)
+    assert server.num_answers <= 3
+
+
+# --- servers that are set up wrongly --------------------------------------------------------------------------
+
+
+def test_a_server_with_other_logprobs_or_pixels_is_refused_at_the_start(tmp_path) -> None:
+    server = FakeServer()
+    server.facts["logprobs_mode"] = "processed_logprobs"
+    with pytest.raises(UserError, match="--logprobs-mode processed_logprobs; this run needs raw_logprobs"):
+        make_engine([server], tmp_path, timeout_seconds=0.5)
+    server.facts["logprobs_mode"] = "raw_logprobs"
+    server.normalises_pixels = True
+    with pytest.raises(UserError, match="--no-mm-device-do-normalize"):
+        make_engine([server], tmp_path, timeout_seconds=0.5)
+    server.kill()
+
+
+def test_a_server_that_never_answers_is_named(tmp_path) -> None:
+    server = FakeServer()
+    server.kill()
+    with pytest.raises(UserError, match=rf"no vLLM server answered: {server.url}: ConnectError"):
+        make_engine([server], tmp_path, timeout_seconds=0.3)
+
+
+def test_the_engine_waits_for_a_server_that_is_still_loading(tmp_path) -> None:
+    server = FakeServer()
+    server.kill()
+    threading.Timer(0.4, server.restart).start()
+    engine = make_engine([server], tmp_path)
+    assert len(engine.generate(prompts(2))) == 2
+    engine.close()
+    server.kill()
+
+
+# --- weights --------------------------------------------------------------------------------------------------
+
+
+def test_an_update_reaches_every_server_and_leaves_one_directory(start, tmp_path) -> None:
+    engine, servers = start(0.0, 0.0)
+    for value in (1.0, 2.0):
+        engine.load_weights(tensors(value))
+        assert [server.weights for server in servers] == [value, value]
+        assert engine.generate(prompts(6)) == expected(tmp_path, 6, weights=value)
+    assert expected(tmp_path, 6, weights=1.0) != expected(tmp_path, 6, weights=2.0), "they would show old weights"
+    label = f"{engine.replicas.run}-2"
+    assert [path.name for path in (tmp_path / "weights").iterdir()] == [label]
+    resets = ["reset_mm_cache", "reset_encoder_cache", "reset_prefix_cache"]
+    steps = ["pause wait", f"version {label}-loading", "reload", *resets, f"version {label}", "resume"]
+    for server in servers:
+        assert server.control[-len(steps) :] == steps
+    engine.close()
+    assert not list((tmp_path / "weights").iterdir())
+
+
+def test_an_update_waits_for_running_requests_and_nothing_is_mixed(start, tmp_path) -> None:
+    engine, (server,) = start(0.3)
+    engine.load_weights(tensors(1.0))
+    result = in_background(lambda: engine.generate(prompts(4)))
+    wait_until(lambda: server.running == 4)
+    engine.load_weights(tensors(2.0))
+    assert server.num_answers_before_reload == 4, "all of them were answered first"
+    assert result() == expected(tmp_path, 4, weights=1.0)
+    assert engine.generate(prompts(4)) == expected(tmp_path, 4, weights=2.0)
+    assert counts(engine) == {}
+
+
+def test_updates_in_flight_count_mixed_responses(start) -> None:
+    engine, (server,) = start(0.3, in_flight_updates=True)
+    engine.load_weights(tensors(1.0))
+    result = in_background(lambda: engine.generate(prompts(4)))
+    wait_until(lambda: server.running == 4)
+    engine.load_weights(tensors(2.0))
+    assert server.num_answers_before_reload == 0, "none of them was waited for"
+    assert len(result()) == 4
+    assert counts(engine) == {"mixed_versions": 4 * SAMPLING.num_generations}
+    assert server.control[-1] == "resume" and "pause keep" in server.control
+
+
+def test_a_mixed_response_is_refused_where_updates_wait(start, tmp_path) -> None:
+    """Somebody else changed the weights of a server that we believed to be ours."""
+    engine, (server,) = start(0.2)
+    engine.load_weights(tensors(1.0))
+    result = in_background(lambda: engine.generate(prompts(1)))
+    wait_until(lambda: server.running == 1)
+    server.version = "somebody-else"
+    assert result() == expected(tmp_path, 1, weights=1.0)
+    assert counts(engine) == {"retries": 1, "resent": 1, "taken_out": 1}
+
+
+def test_a_server_that_was_restarted_is_given_the_weights_before_it_is_believed(start, tmp_path) -> None:
+    """Healthy again before anybody noticed: only the label in its answers tells."""
+    engine, (server,) = start(0.0)
+    engine.load_weights(tensors(1.0))
+    server.kill()
+    server.restart()
+    assert engine.generate(prompts(6)) == expected(tmp_path, 6, weights=1.0)
+    assert server.weights == 1.0 and counts(engine)["taken_out"] == 1
+
+
+def test_a_server_comes_back_with_the_current_weights(start, tmp_path) -> None:
+    engine, (first, second) = start(0.01, 0.01)
+    engine.load_weights(tensors(1.0))
+    first.kill()
+    engine.generate(prompts(4))
+    engine.load_weights(tensors(2.0))
+    assert engine.generate(prompts(4)) == expected(tmp_path, 4, weights=2.0)
+    before = second.num_answers
+    first.restart()
+    wait_until(lambda: first.version == f"{engine.replicas.run}-2" and not first.paused)
+    time.sleep(0.1)
+    assert engine.generate(prompts(12)) == expected(tmp_path, 12, weights=2.0)
+    assert first.weights == 2.0 and second.num_answers < before + 12, "it is asked again"
+
+
+def test_a_server_that_does_not_load_is_left_out_and_none_is_an_error(start, tmp_path) -> None:
+    engine, (bad, good) = start(0.0, 0.0)
+    bad.reload_status = 500
+    engine.load_weights(tensors(1.0))
+    assert bad.version.endswith("-loading") and not bad.paused, "nobody takes it for current, nobody waits in it"
+    assert engine.generate(prompts(6)) == expected(tmp_path, 6, weights=1.0)
+    assert good.num_answers == 6 and counts(engine)["taken_out"] == 1
+    good.reload_status = 500
+    with pytest.raises(UserError, match="no vLLM server took the new weights: .*collective_rpc answered 500"):
+        engine.load_weights(tensors(2.0))
+
+
+def test_weights_that_cannot_be_written_end_the_run_with_the_option(start, tmp_path) -> None:
+    engine, _ = start(0.0)
+    (tmp_path / "weights").write_text("in the way")
+    stream = tensors(1.0)
+    with pytest.raises(UserError, match="--weight-directory: .*File exists"):
+        engine.load_weights(stream)
+    assert next(stream, None) is None, "the export is collective: it must be exhausted"
+
+
+# --- several replicas -----------------------------------------------------------------------------------------
+
+
+def sample_as_replica(context, *, urls: list[str], folder: Path) -> tuple[list, list[str], dict[str, int]]:
+    groups = context.init(ParallelSizes())
+    replicas = Replicas(groups.data)
+    engine = ServerEngine(
+        folder / "model",
+        urls=urls,
+        tokenizer=tiny_tokenizer(),
+        media=MEDIA,
+        sampling=SAMPLING,
+        transfer=DirectoryTransfer(folder / "weights", owned_urls=replicas.own(urls), replicas=replicas),
+        replicas=replicas,
+        settings=PoolSettings(timeout_seconds=PATIENCE, **FAST),
+    )
+    found = []
+    for value in (1.0, 2.0):
+        engine.load_weights(tensors(value))
+        found.append(engine.generate(prompts(6)[context.rank :: context.world_size]))
+    torch.distributed.barrier()
+    engine.close()
+    return found, replicas.own(urls), counts(engine)
+
+
+@pytest.mark.parametrize("num_servers", [1, 3])
+def test_replicas_share_servers_and_each_is_given_weights_once(ranks, tmp_path, num_servers: int) -> None:
+    tiny_hf_config().save_pretrained(tmp_path / "model")
+    servers = [FakeServer(seconds=0.02) for _ in range(num_servers)]
+    urls = [server.url for server in servers]
+    results = ranks(sample_as_replica, world_size=2, urls=urls, folder=tmp_path)
+    assert sorted(url for _, owned, _ in results for url in owned) == sorted(urls), "one owner each"
+    for server in servers:
+        assert server.control.count("reload") == 2 and server.weights == 2.0
+    for step, value in enumerate((1.0, 2.0)):
+        wanted = expected(tmp_path, 6, weights=value)
+        assert [group for found, _, _ in results for group in found[step]] == wanted[0::2] + wanted[1::2]
+    assert all(not found for _, _, found in results)
+    for server in servers:
+        server.kill()
