@@ -185,7 +185,7 @@ def test_visual_rows_without_patches_are_refused(hf_dir: Path, run: Callable) ->
     groups = groups_of(hf_dir, media=MEDIA)
     batch = pack(groups)
     model = run(batch, weights_R(groups)).model
-    with pytest.raises(ValueError, match="visual rows but no patches"):
+    with pytest.raises(ValueError, match="visual rows but neither patches nor features"):
         model(dataclasses.replace(batch, patches_SD=None))
 
 
