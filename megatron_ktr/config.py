@@ -33,6 +33,12 @@ class ModelSection:
     transformer_impl: Literal["auto", "te", "local"] = _option(
         "auto", "Transformer layers: Transformer Engine, plain torch, or the first where it is installed on CUDA"
     )
+    attention_impl: Literal["auto", "torch", "merged", "varlen", "te"] = _option(
+        "auto",
+        "Shared-prefix attention: a loop in torch to compare with, prompt keys read once by all responses (merged), "
+        "one variable-length flash call on CUDA, or Transformer Engine's; auto takes te with Transformer Engine, else "
+        "varlen on CUDA and merged on CPU",
+    )
     token_statistics_impl: Literal["auto", "triton", "chunked", "naive"] = _option(
         "auto",
         "Vocabulary head: fused Triton kernels on CUDA, torch in tiles, or full logits to compare with; auto takes the "
@@ -245,7 +251,7 @@ class ParallelSection:
     num_layers_per_virtual_pipeline_stage: int | None = _option(
         None, "Layers of one interleaved pipeline chunk; none = one chunk per rank", low=1
     )
-    context_parallel_size: int = _option(1, "Ranks that share each sequence; above 1 not available yet", low=1)
+    context_parallel_size: int = _option(1, "Ranks that share each sequence: prompt chunks and whole responses", low=1)
     sequence_parallel: bool = _option(False, "Split norms and residuals by tokens over the tensor-parallel ranks")
     overlap_grad_reduce: bool = _option(False, "Reduce gradients during backward")
     overlap_param_gather: bool = _option(False, "Gather updated parameters during the next forward")

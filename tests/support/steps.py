@@ -205,6 +205,7 @@ def make_config(hf_dir: Path, values: Mapping[str, Any], *, num_prompts: int, si
             "prompts_per_step": num_prompts,
             "tensor_model_parallel_size": sizes.tensor,
             "pipeline_model_parallel_size": sizes.pipeline,
+            "context_parallel_size": sizes.context,
             "sequence_parallel": sizes.sequence_parallel,
             **values,
         }
