@@ -159,7 +159,8 @@ def test_gathered_statistics_send_back_each_ranks_own_gradient_once(ranks: RankP
 
 def kept_bytes(context: RankContext, *, hf_dir: Path, context_size: int, recompute: bool) -> int:
     """What autograd keeps of one forward of the language model on this rank, parameters left out."""
-    from megatron_ktr.config import Config, ParallelSection
+    from megatron_ktr.config import Config
+    from megatron_ktr.config_sections import ParallelSection
     from models.qwen2_5_vl.config import Qwen2_5_VLConfig
     from models.qwen2_5_vl.model import build_model
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ktr.config import Config, ModelSection, ParallelSection
+from megatron_ktr.config import Config
+from megatron_ktr.config_sections import ModelSection, ParallelSection
 from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.errors import UserError
 from megatron_ktr.ops.prefix_attention import prefix_attention
