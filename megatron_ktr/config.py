@@ -1,7 +1,7 @@
 """Configuration of a training run: typed, frozen, documented; every option is in ``config_sections.py``.
 
-``load_config(argv)``: defaults < YAML file (``--config FILE``) < flags. ``check`` holds the rules that relate options to
-each other. ``python -m megatron_ktr.config --markdown`` prints docs/configuration.md.
+``load_config(argv)``: defaults < YAML file (``--config FILE``) < flags. ``check`` holds the rules that relate options
+to each other. ``python -m megatron_ktr.config --markdown`` prints docs/configuration.md.
 """
 
 from __future__ import annotations
