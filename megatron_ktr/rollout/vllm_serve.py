@@ -29,8 +29,8 @@ TRAINING_FLAGS = {
     "--logprobs-mode": "raw_logprobs",
 }
 GPU_FLAGS = {
-    # Without it the server has no place for weights from GPU to GPU (--weight-transfer nccl).
-    "--weight-transfer-config": '{"backend": "nccl"}',
+    # Without it the server has no place for weights from GPU to GPU; NCCL is vLLM's default in it.
+    "--weight-transfer-config": "{}",
 }
 CPU_FLAGS = {
     "--dtype": "float32",
@@ -73,7 +73,7 @@ def prepare(*, on_cpu: bool) -> None:
 
 
 def main() -> None:
-    argv = ["serve", *arguments(sys.argv[1:], on_cpu=not torch.cuda.is_available())]
+    argv = ["serve", *arguments(sys.argv[1:], on_cpu=not torch.accelerator.is_available())]
     # Not vLLM's own main: it asks for the version of a package "vllm", which the CPU build is not called.
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
@@ -89,6 +89,6 @@ def main() -> None:
 
 
 if __name__ in ("__main__", "__mp_main__"):
-    prepare(on_cpu=not torch.cuda.is_available())
+    prepare(on_cpu=not torch.accelerator.is_available())
 if __name__ == "__main__":
     run_cli(main)
