@@ -125,9 +125,15 @@ class RolloutSection:
     rollout_max_num_seqs: int = _option(256, "Most responses a colocated vLLM engine decodes together", low=1)
     rollout_eager: bool = _option(False, "Colocated vLLM without compilation and CUDA graphs; always so on CPU")
     server_urls: tuple[str, ...] = _option((), "Addresses of vllm serve processes, e.g. http://node7:8000")
-    server_max_requests: int = _option(64, "Requests in flight per server and replica", low=1)
-    server_timeout_seconds: float = _option(600.0, "How long one request may take before it is sent again", above=0)
-    server_max_retries: int = _option(4, "Tries of one request before its server is taken out", low=0)
+    server_max_requests: int = _option(
+        64, "Requests in flight per server and replica; one request is a prompt with all its responses", low=1
+    )
+    server_timeout_seconds: float = _option(
+        600.0, "How long one request may take before its server is taken out and it is sent to another", above=0
+    )
+    server_max_retries: int = _option(
+        4, "Failures in a row that a server may have; one more and it is taken out", low=0
+    )
     weight_transfer: Literal["auto", "nccl", "directory"] = _option(
         "auto", "How servers receive weights: NCCL, or safetensors in weight_directory; auto = NCCL on GPUs"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -86,5 +87,8 @@ def test_the_start_command_adds_what_is_not_given() -> None:
     assert "--no-mm-device-do-normalize" not in found and "--dtype" not in found, "what is given wins"
     assert "--kv-cache-memory-bytes" in found
     assert "--kv-cache-memory-bytes" not in arguments(["model"], on_cpu=False), "GPUs are sized by vLLM"
+    on_gpu = arguments(["model"], on_cpu=False)
+    assert json.loads(on_gpu[on_gpu.index("--weight-transfer-config") + 1]) == {"backend": "nccl"}
+    assert "--weight-transfer-config" not in found and "--no-enable-chunked-prefill" in found
     with pytest.raises(UserError, match="usage: .*MODEL"):
         arguments(["--port", "1"], on_cpu=True)

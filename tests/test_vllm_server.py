@@ -236,8 +236,8 @@ def test_a_stop_string_ends_responses_as_on_the_hf_engine(served: Served) -> Non
         stop = next(char for char in texts[1][2:-1] if char.isascii() and char.isprintable())
         stopping = replace(GREEDY, stop=(stop,))
         found = engine.generate(served.prompts[:3], sampling=stopping)
-        assert found[1].rollouts[0].is_finished and len(found[1].rollouts[0].text) < len(texts[1])
-        assert gap(found, hf.generate(served.prompts[:3], sampling=stopping)) < TOLERANCE
+    assert found[1].rollouts[0].is_finished and len(found[1].rollouts[0].text) < len(texts[1])
+    assert gap(found, hf.generate(served.prompts[:3], sampling=stopping)) < TOLERANCE
 
 
 def test_updates_in_flight_are_counted_and_end_with_the_new_weights(served: Served) -> None:
