@@ -34,10 +34,7 @@ class ModelSection:
         "auto", "Transformer layers: Transformer Engine, plain torch, or the first where it is installed on CUDA"
     )
     attention_impl: Literal["auto", "torch", "merged", "varlen", "te"] = _option(
-        "auto",
-        "Shared-prefix attention: a loop in torch to compare with, prompt keys read once by all responses (merged), "
-        "one variable-length flash call on CUDA, or Transformer Engine's; auto takes te with Transformer Engine, else "
-        "varlen on CUDA and merged on CPU",
+        "auto", "Shared-prefix attention: reference; prompt keys read once; CUDA flash; TE; auto = the best that runs"
     )
     token_statistics_impl: Literal["auto", "triton", "chunked", "naive"] = _option(
         "auto",
