@@ -290,11 +290,7 @@ class TrainerSection:
         low=0,
     )
     log_interval: int = _option(1, "Steps between lines on the console", low=1)
-    peak_tflops: float | None = _option(
-        None,
-        "Dense peak of one device in TFLOP/s (H100 in bf16: 989), for the metric mfu; none = no metric",
-        above=0,
-    )
+    peak_tflops: float | None = _option(None, "Peak of one device in TFLOP/s; none = no metric mfu", above=0)
     seed: int = _option(0, "Seed of data order, shuffled views and sampling", low=0)
     platform: Literal["auto", "cpu", "cuda"] = _option("auto", "Devices to run on; auto takes CUDA where it is found")
     distributed_timeout_minutes: int = _option(

@@ -75,7 +75,7 @@ class Harness:
                 media=self.media,
                 pad_to_multiple=sizes.tensor if sizes.sequence_parallel else 1,
                 permutations=[order] if view == "shuffled" else None,
-                with_patches=self.policy.groups.is_first_stage,
+                vision="media" if self.policy.groups.is_first_stage else "none",
             )
             for group, order in zip(self.groups, permutations, strict=True)
         ]
