@@ -9,6 +9,8 @@ PYTEST_ARGS ?=
 OUT ?= runs/quickstart
 # Options of tools/quickstart.py, e.g. make quickstart ARGS='--seed 1'
 ARGS ?=
+# What samples the quickstart's responses: hf, or vllm (in the second environment).
+ROLLOUT ?= hf
 RUN_DIR ?= runs/replay-$(shell date +%Y%m%d-%H%M%S)
 
 PY := $(VENV)/bin/python
@@ -21,8 +23,9 @@ PIP_FLAGS := --disable-pip-version-check --quiet
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-quickstart: $(VENV)/.ready ## data, tiny model, fine-tuning, Video-KTR, evaluation, report: runs/quickstart (minutes)
-	$(PY) tools/quickstart.py --out $(OUT) $(ARGS)
+VENV_QUICKSTART := $(if $(filter vllm,$(ROLLOUT)),$(VENV_VLLM),$(VENV))
+quickstart: $(VENV_QUICKSTART)/.ready ## data, tiny model, fine-tuning, Video-KTR, evaluation, report: runs/quickstart (minutes)
+	$(VENV_QUICKSTART)/bin/python tools/quickstart.py --rollout $(ROLLOUT) --out $(OUT) $(ARGS)
 
 replay: $(VENV)/.ready ## Video-KTR updates from recorded rollouts on video files, on 4 CPU ranks
 	$(PY) tools/make_replay_example.py --out runs/replay_example

@@ -20,7 +20,6 @@ import dataclasses
 import itertools
 import json
 import os
-import platform as host
 import statistics
 import subprocess
 import sys
@@ -36,6 +35,7 @@ import torch  # noqa: E402
 
 from benchmarks.key_token_figure import draw  # noqa: E402
 from benchmarks.key_token_methods import METHODS, why_not  # noqa: E402
+from benchmarks.machine import about_machine  # noqa: E402
 from megatron_ktr.distributed.groups import ParallelSizes, init_parallel  # noqa: E402
 from megatron_ktr.distributed.platform import Platform, start  # noqa: E402
 from megatron_ktr.errors import UserError, run_cli  # noqa: E402
@@ -145,7 +145,7 @@ def run_benchmark(arguments: argparse.Namespace, platform: Platform) -> dict[str
             )
             results.append({**about, **entry, **memory})
     return {
-        "machine": {**_machine(platform), "load_before": load_before, "load_after": os.getloadavg()[0]},
+        "machine": {**about_machine(platform), "load_before": load_before, "load_after": os.getloadavg()[0]},
         "repeats": arguments.repeats,
         "memory": "allocator peak" if is_gpu else "peak resident memory of a fresh process, minus inputs",
         "not_run": not_run,
@@ -174,21 +174,6 @@ def summarise(results: list[dict[str, Any]], *, ours: str) -> dict[str, float]:
         "time_ratio_40pct_rows": ratio(0.4, "seconds"),
         "memory_ratio": ratio(1.0, "extra_bytes"),
     }
-
-
-def _machine(platform: Platform) -> dict[str, Any]:
-    names = [line.split(":")[1].strip() for line in _cpu_lines() if line.startswith("model name")]
-    return {
-        "device": platform.name,
-        "processor": names[0] if names else host.processor() or host.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
-
-
-def _cpu_lines() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
 
 
 def _table(report: dict[str, Any]) -> str:

@@ -1,8 +1,7 @@
-"""Every option of a training run: typed, frozen, documented; the paper's settings are the defaults.
+"""Configuration of a training run: typed, frozen, documented; every option is in ``config_sections.py``.
 
-``load_config(argv)``: defaults < YAML file (``--config FILE``) < flags. The name of a field is its YAML key and,
-with dashes, its flag; Megatron's name wherever Megatron has the option. ``check`` holds the rules that relate
-options to each other. ``python -m megatron_ktr.config --markdown`` prints docs/configuration.md.
+``load_config(argv)``: defaults < YAML file (``--config FILE``) < flags. ``check`` holds the rules that relate options
+to each other. ``python -m megatron_ktr.config --markdown`` prints docs/configuration.md.
 """
 
 from __future__ import annotations
@@ -13,296 +12,23 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
 from megatron_ktr.config_checks import ABSENT_OPTIONS, check
 from megatron_ktr.config_cli import build_parser, options_of, read_flags, read_yaml, render_markdown
-from megatron_ktr.config_cli import option as _option
+from megatron_ktr.config_sections import (
+    DataSection,
+    ModelSection,
+    ObjectiveSection,
+    OptimizerSection,
+    ParallelSection,
+    RewardSection,
+    RolloutSection,
+    TrainerSection,
+)
 from megatron_ktr.errors import UserError, run_cli
-
-Signal = Literal["entropy", "visual", "temporal"]
-
-
-@dataclass(frozen=True)
-class ModelSection:
-    """Which model, in which precision, and which of its parts are trained."""
-
-    model: str = _option("", "Hugging Face directory with config, weights, tokenizer and chat template; required")
-    transformer_impl: Literal["auto", "te", "local"] = _option(
-        "auto", "Transformer layers: Transformer Engine, plain torch, or the first where it is installed on CUDA"
-    )
-    token_statistics_impl: Literal["auto", "triton", "chunked", "naive"] = _option(
-        "auto",
-        "Vocabulary head: fused Triton kernels on CUDA, torch in tiles, or full logits to compare with; auto takes the "
-        "first where it runs, else the second",
-    )
-    gradient_accumulation_fusion: bool = _option(
-        True, "Add the vocabulary head's weight gradient straight to the fp32 gradient buffer"
-    )
-    params_dtype: Literal["fp32", "bf16", "fp16"] = _option(
-        "fp32", "Precision of weights and activations; --bf16 and --fp16 are short forms"
-    )
-    freeze: tuple[Literal["vision", "merger", "language"], ...] = _option(
-        (), "Parts that are not trained: the vision encoder without its merger, the merger, the language model"
-    )
-
-
-@dataclass(frozen=True)
-class DataSection:
-    """Questions and their media. Media paths stay inside media_root."""
-
-    data_path: str | None = _option(None, "JSON or JSONL file of questions (Video-R1 records)")
-    media_root: str | None = _option(None, "Directory of the media; none = the directory of the questions' file")
-    prompt_template: str | None = _option(None, "File with the wording of the prompt; none = the built-in wording")
-    problem_types: tuple[str, ...] = _option((), "Keep only questions of these problem types; empty = all")
-    shuffle_data: bool = _option(True, "Visit the questions in a new seeded order in every epoch")
-    max_skip_share: float = _option(0.1, "Stop when more than this share of prompts is unusable", low=0, high=1)
-    max_prompt_length: int = _option(16384, "Longest prompt in tokens; longer ones are skipped and counted", low=1)
-    media_cache_gb: float = _option(
-        0.5, "Resized media kept in memory between epochs on each reading rank, in 10^9 bytes; 0 = none", low=0
-    )
-    video_fps: float = _option(2.0, "Frames sampled per second of video", above=0)
-    video_num_frames: int | None = _option(None, "Fixed number of frames in place of video_fps; even", low=2)
-    video_max_frames: int = _option(16, "Most frames of one video; even", low=2)
-    video_min_pixels: int = _option(4 * 28 * 28, "Fewest pixels of a video frame after resizing", low=1)
-    video_max_pixels: int = _option(128 * 28 * 28, "Most pixels of a video frame after resizing", low=1)
-    image_min_pixels: int = _option(4 * 28 * 28, "Fewest pixels of an image after resizing", low=1)
-    image_max_pixels: int = _option(1280 * 28 * 28, "Most pixels of an image after resizing", low=1)
-
-
-@dataclass(frozen=True)
-class RolloutSection:
-    """Where responses come from and how they are sampled."""
-
-    engine: Literal["replay", "hf", "vllm_colocated", "vllm_server"] = _option(
-        "replay",
-        "Source of responses: recorded ones from replay_path, or sampled for the questions of data_path by "
-        "transformers' generate (hf), by vLLM inside the training ranks, or by vLLM servers",
-    )
-    replay_path: str | None = _option(None, "JSONL of recorded rollouts: media, question, responses with rewards")
-    num_generations: int = _option(8, "Responses per prompt (G)", low=1)
-    max_response_length: int = _option(768, "Longest response in tokens, end token included", low=1)
-    temperature: float = _option(1.0, "Sampling temperature; log-probs everywhere are of logits / temperature", above=0)
-    top_p: float = _option(0.95, "Nucleus sampling: smallest set of tokens with this probability", above=0, high=1)
-    top_k: int = _option(0, "Sample from the k most probable tokens; 0 = no limit", low=0)
-    stop: tuple[str, ...] = _option((), "Strings that end a response; they stay in its text and its tokens")
-    lag: int = _option(
-        0,
-        "1 = the next step's responses are sampled while this step trains, from weights one step older; needs "
-        "importance_sampling, and an engine that does not share the ranks' devices (hf, vllm_server)",
-        low=0,
-        high=1,
-    )
-    share_vision_features: bool = _option(
-        False, "vLLM receives the trainer's own vision features and runs no vision encoder"
-    )
-    check_sampler: bool = _option(
-        True, "Before the first step, compare sampler and trainer log-probs on fixed prompts; stop if they differ"
-    )
-    sampler_gap_limit: float | None = _option(
-        None,
-        "Largest mean difference of sampler and trainer log-probs that check_sampler accepts, in nats; none = 1e-3 in "
-        "fp32, 0.05 in 16 bits",
-        above=0,
-    )
-    rollout_tensor_parallel_size: int = _option(
-        1, "Ranks that share one colocated vLLM engine; may differ from tensor_model_parallel_size", low=1
-    )
-    rollout_memory_share: float = _option(
-        0.5, "Share of a GPU's memory for a colocated vLLM engine while it is awake", above=0, high=1
-    )
-    rollout_kv_cache_gb: float = _option(
-        0.25, "Key-value cache of a colocated vLLM engine on CPU, in 2^30 bytes", above=0
-    )
-    rollout_max_num_seqs: int = _option(256, "Most responses a colocated vLLM engine decodes together", low=1)
-    rollout_eager: bool = _option(False, "Colocated vLLM without compilation and CUDA graphs; always so on CPU")
-    server_urls: tuple[str, ...] = _option((), "Addresses of vllm serve processes, e.g. http://node7:8000")
-    server_max_requests: int = _option(64, "Requests in flight per server and replica", low=1)
-    server_timeout_seconds: float = _option(600.0, "How long one request may take before it is sent again", above=0)
-    server_max_retries: int = _option(4, "Tries of one request before its server is taken out", low=0)
-    weight_transfer: Literal["auto", "nccl", "directory"] = _option(
-        "auto", "How servers receive weights: NCCL, or safetensors in weight_directory; auto = NCCL on GPUs"
-    )
-    weight_directory: str | None = _option(
-        None, "Directory that trainer and servers both see, for weight_transfer directory; none = inside run_dir"
-    )
-    in_flight_updates: bool = _option(
-        False, "Servers take new weights without finishing running responses; mixed responses are counted"
-    )
-
-
-@dataclass(frozen=True)
-class RewardSection:
-    """Reward of a response = sum of its named parts + length bonus."""
-
-    reward_functions: tuple[str, ...] = _option(
-        (),
-        "Reward parts by name (accuracy, format; soft_choice: accuracy that pays in part for some of several right "
-        "letters), or own ones as module:function; empty = accuracy and format; recorded rollouts keep theirs",
-    )
-    length_bonus: float = _option(
-        0.2,
-        "Added to a correct response of length_bonus_min..length_bonus_max tokens where more than one response of "
-        "the group is correct; 0 = off",
-        low=0,
-    )
-    length_bonus_min: int = _option(320, "Shortest response that gets the length bonus, in tokens", low=0)
-    length_bonus_max: int = _option(512, "Longest response that gets the length bonus, in tokens", low=0)
-
-
-@dataclass(frozen=True)
-class ObjectiveSection:
-    """What is optimised, and which tokens carry it."""
-
-    objective: Literal["video_ktr", "grpo", "t_grpo", "tw_grpo", "sft"] = _option(
-        "video_ktr",
-        "Training objective; video_ktr puts the loss of grpo on key tokens only, tw_grpo weighs it by how much the "
-        "responses of a group differ, sft imitates the responses of data_path; t_grpo is not available yet",
-    )
-    signals: tuple[Signal, ...] = _option(
-        ("entropy", "visual", "temporal"), "Signals whose selected tokens, together, are the key tokens"
-    )
-    selection_ratio: tuple[float, ...] = _option(
-        (0.2,), "Share of response tokens each signal selects: one for all, or one per signal", above=0, high=1
-    )
-    shift: Literal["signed", "absolute", "kl"] = _option(
-        "signed",
-        "Visual and temporal score: log-prob difference, its magnitude, or KL over the whole vocabulary",
-    )
-    shuffle_unit: Literal["frame", "temporal_patch"] = _option(
-        "frame", "What the temporal counterfactual permutes: decoded frames, or pairs of frames already encoded"
-    )
-    num_shuffles: int = _option(1, "Random orders whose scores are averaged", low=1)
-    scoring_precision: Literal["same", "bf16"] = _option(
-        "same", "Products of the counterfactual passes: in the precision of the model, or in bf16 under an fp32 model"
-    )
-    kl_beta: float = _option(0.04, "Weight of the KL term to the reference model; 0 = no reference model", low=0)
-    clip_low: float = _option(0.2, "Probability ratio is clipped below at 1 - clip_low", low=0, high=1)
-    clip_high: float = _option(0.2, "Probability ratio is clipped above at 1 + clip_high", low=0)
-    updates_per_rollout: int = _option(1, "Optimizer steps on the same responses; clipping acts from 2 on", low=1)
-    importance_sampling: Literal["none", "token", "sequence"] = _option(
-        "none",
-        "Weigh each token's policy gradient by trainer / sampler probability, of the token or of its whole response, "
-        "truncated at importance_cap",
-    )
-    importance_cap: float = _option(2.0, "Largest importance weight", above=0)
-    importance_mask: tuple[float, ...] = _option(
-        (), "Two bounds, e.g. 0.5,5: tokens whose trainer / sampler probability lies outside carry no loss; empty = off"
-    )
-    loss_aggregation: Literal["sequence", "token"] = _option(
-        "sequence", "Mean over tokens then responses, or mean over all tokens of the global batch"
-    )
-    tw_alpha: float = _option(
-        1.7, "tw_grpo: weight of the position where a group's responses differ most; where least, it is 1", low=1
-    )
-    original_compat: bool = _option(
-        False,
-        "Do as the authors' release where it slips: no seconds per grid when scoring, length bonus on key tokens, "
-        "division by the number of key tokens even where it is zero, questions with unusable media asked without them",
-    )
-
-    @property
-    def ratio_of_signal(self) -> dict[str, float]:
-        """Selected share by signal, with a single ``selection_ratio`` applied to every signal."""
-        ratios = self.selection_ratio * (len(self.signals) if len(self.selection_ratio) == 1 else 1)
-        return dict(zip(self.signals, ratios, strict=True))
-
-
-@dataclass(frozen=True)
-class OptimizerSection:
-    """Optimizer and learning-rate schedule."""
-
-    optimizer: Literal["adam", "sgd"] = _option("adam", "adam is AdamW; sgd has no momentum")
-    lr: float = _option(2e-6, "Highest learning rate", above=0)
-    vision_lr: float | None = _option(None, "Highest learning rate of the vision encoder; none = lr", low=0)
-    min_lr: float = _option(0.0, "Learning rate at the end of the decay", low=0)
-    lr_decay_style: Literal["cosine", "linear", "constant"] = _option("cosine", "Shape of the decay over train_steps")
-    lr_warmup_steps: int = _option(0, "Steps of linear warm-up from 0", low=0)
-    weight_decay: float = _option(0.01, "Decoupled weight decay; not on biases and norms", low=0)
-    adam_beta1: float = _option(0.9, "Decay of the first moment", low=0, high=1)
-    adam_beta2: float = _option(0.999, "Decay of the second moment", low=0, high=1)
-    adam_eps: float = _option(1e-8, "Added to the denominator of Adam", above=0)
-    clip_grad: float = _option(5.0, "Gradient norm is clipped to this; 0 = never", low=0)
-    use_distributed_optimizer: bool = _option(True, "Split optimizer states over data-parallel ranks")
-
-
-@dataclass(frozen=True)
-class ParallelSection:
-    """How the model is laid out over ranks; data-parallel size = ranks / (tensor x pipeline x context)."""
-
-    tensor_model_parallel_size: int = _option(1, "Ranks that share each layer", low=1)
-    pipeline_model_parallel_size: int = _option(
-        1, "Ranks that share the stack of layers; vision is on the first", low=1
-    )
-    num_layers_per_virtual_pipeline_stage: int | None = _option(
-        None, "Layers of one interleaved pipeline chunk; none = one chunk per rank", low=1
-    )
-    context_parallel_size: int = _option(1, "Ranks that share each sequence; above 1 not available yet", low=1)
-    sequence_parallel: bool = _option(False, "Split norms and residuals by tokens over the tensor-parallel ranks")
-    overlap_grad_reduce: bool = _option(False, "Reduce gradients during backward")
-    overlap_param_gather: bool = _option(False, "Gather updated parameters during the next forward")
-    recompute_granularity: Literal["full", "selective"] | None = _option(
-        None, "Recompute activations in backward: whole layers, or core attention only"
-    )
-    recompute_method: Literal["uniform", "block"] | None = _option(
-        None, "Full recomputation of every group of recompute_num_layers layers, or of that many layers per stage"
-    )
-    recompute_num_layers: int | None = _option(None, "See recompute_method", low=1)
-    vision_parallel: Literal["tensor", "frame"] = _option(
-        "tensor",
-        "Vision encoder: weights split like the language model's, or whole on every rank and the frames split over "
-        "tensor x context ranks, which then exchange features only",
-    )
-    vision_cache_gb: float = _option(
-        1.0,
-        "Vision features kept on each device of the first stage, in 10^9 bytes: what one step shows in several passes, "
-        "and, while the encoder is frozen, what later epochs show again",
-        low=0,
-    )
-    recompute_vision: bool = _option(
-        False, "Keep features only, and run the vision encoder again in backward, one micro-batch at a time"
-    )
-
-
-@dataclass(frozen=True)
-class TrainerSection:
-    """The run: where it is written, how long it is, how it starts."""
-
-    run_dir: str = _option("runs/train", "Directory of everything the run writes; must be empty unless --resume")
-    resume: bool = _option(False, "Continue from the newest complete checkpoint in run_dir, in any layout")
-    train_steps: int = _option(1000, "Rollout steps of the whole run", low=1)
-    prompts_per_step: int = _option(32, "Prompts per step over all ranks (P x data-parallel size)", low=1)
-    micro_batch_groups: int = _option(1, "Prompt groups per micro-batch; a group is never split", low=1)
-    max_tokens_per_microbatch: int | None = _option(
-        None,
-        "In place of micro_batch_groups: as many groups as have this many tokens together (each prompt once, and its "
-        "responses); a group of more is a micro-batch of its own, and counted",
-        low=1,
-    )
-    balance_replicas: bool = _option(
-        True, "Whole groups change data-parallel replicas after the rollout, until all have nearly the same FLOPs"
-    )
-    save_interval: int = _option(0, "Steps between checkpoints, and one after the last step; 0 = none", low=0)
-    keep_checkpoints: int = _option(2, "Newest checkpoints to keep; 0 = all", low=0)
-    eval_interval: int = _option(0, "Steps between evaluations; 0 = none; others not available yet", low=0)
-    rollout_log_interval: int = _option(
-        10,
-        "Steps between files of rollouts and key tokens in run_dir/rollouts, one per replica; 1 = all; 0 = none",
-        low=0,
-    )
-    log_interval: int = _option(1, "Steps between lines on the console", low=1)
-    peak_tflops: float | None = _option(
-        None,
-        "Dense peak of one device in TFLOP/s (H100 in bf16: 989), for the metric mfu; none = no metric",
-        above=0,
-    )
-    seed: int = _option(0, "Seed of data order, shuffled views and sampling", low=0)
-    platform: Literal["auto", "cpu", "cuda"] = _option("auto", "Devices to run on; auto takes CUDA where it is found")
-    distributed_timeout_minutes: int = _option(
-        60, "How long a rank waits for the others, also while one of them generates, before it gives up", low=1
-    )
 
 
 @dataclass(frozen=True)
@@ -380,7 +106,15 @@ def save_resolved(config: Config, path: str | Path) -> None:
 
 def configuration_page() -> str:
     """Content of docs/configuration.md."""
-    return render_markdown(OPTIONS, section_docs=SECTION_DOCS)
+    return (
+        "# Configuration\n\n"
+        "Generated by `python -m megatron_ktr.config --markdown`; do not edit.\n\n"
+        "Defaults < YAML file (`--config FILE`) < flags. The flag of a key is its name with dashes\n"
+        "(`video_max_frames` is `--video-max-frames`); booleans also have `--no-...`; lists are comma-separated or\n"
+        "given by repeating the flag; `none` unsets an optional value. In a file, a key stands under its section or,\n"
+        "since names are unique, at the top level. `--bf16` and `--fp16` are short forms of `--params-dtype`.\n"
+        "Relative paths start at the working directory.\n" + render_markdown(OPTIONS, section_docs=SECTION_DOCS)
+    )
 
 
 def _main() -> int:

@@ -46,8 +46,6 @@ def _not_available(config: Config) -> Iterator[str]:
     objective = config.objective
     if objective.objective not in ("video_ktr", "grpo", "tw_grpo", "sft"):
         yield f"--objective {objective.objective} is not available yet; available: video_ktr, grpo, tw_grpo, sft"
-    if config.parallel.context_parallel_size > 1:
-        yield f"--context-parallel-size {config.parallel.context_parallel_size} is not available yet; available: 1"
     if config.trainer.eval_interval:
         yield "--eval-interval: evaluation during training is not available yet"
 

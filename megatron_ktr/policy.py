@@ -121,8 +121,8 @@ class Policy:
         """
 
         def statistics(chunk: torch.nn.Module, batch: PackedBatch, hidden_RD: Tensor) -> TokenStatistics:
-            return unwrap_model(chunk).token_statistics(
-                hidden_RD, batch.target_ids_R.to(hidden_RD.device), temperature=temperature or self.temperature
+            return unwrap_model(chunk).response_statistics(
+                hidden_RD, batch, temperature=temperature or self.temperature
             )
 
         return self._look(batches, batch_of=lambda batch: batch, finish=statistics, model=model, precision=precision)
@@ -237,8 +237,9 @@ class Policy:
         )
         self._is_gather_pending = self.config.parallel.overlap_param_gather
         metrics = Metrics()
-        # Tensor-parallel ranks hold the same numbers; one of them speaks for all.
-        for batch_loss, batch_metrics, streams, scores in outputs if self.groups.tensor_rank == 0 else ():
+        # Tensor- and context-parallel ranks hold the same numbers; one of them speaks for all.
+        speaks = self.groups.tensor_rank == self.groups.context_rank == 0
+        for batch_loss, batch_metrics, streams, scores in outputs if speaks else ():
             metrics.merge(batch_metrics)
             metrics.add("loss", batch_loss)
             metrics.add("has_gradient", any_gradient(streams, scores if objective.needs_reference else None))
@@ -328,11 +329,8 @@ class Policy:
     def _statistics(
         self, chunk: torch.nn.Module, batch: PackedBatch, hidden_RD: Tensor, others: Iterable[Tensor] = ()
     ) -> TokenStatistics:
-        return unwrap_model(chunk).token_statistics(
-            hidden_RD,
-            batch.target_ids_R.to(hidden_RD.device),
-            temperature=self.temperature,
-            counterfactual_hidden_RD=tuple(others),
+        return unwrap_model(chunk).response_statistics(
+            hidden_RD, batch, temperature=self.temperature, counterfactual_hidden_RD=tuple(others)
         )
 
     def _compared(
@@ -352,7 +350,7 @@ class Policy:
             )
         if objective.needs_divergence and item.divergence_R is None:
             divergence_R = unwrap_model(chunk).group_divergence(
-                hidden_RD, statistics.log_normalizer_R, layout=item.batch.layout, temperature=self.temperature
+                hidden_RD, statistics.log_normalizer_R, batch=item.batch, temperature=self.temperature
             )
             item = dataclasses.replace(item, divergence_R=divergence_R)
         return statistics, item

@@ -6,10 +6,12 @@ steps, and ends with a Hugging Face export that vLLM and transformers load.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_ktr.checkpoint import Checkpoints
 from megatron_ktr.config import Config, load_config
@@ -18,9 +20,10 @@ from megatron_ktr.data.template import load_tokenizer
 from megatron_ktr.distributed import platform as platforms
 from megatron_ktr.distributed.collectives import broadcast_object
 from megatron_ktr.distributed.groups import ParallelGroups, ParallelSizes, destroy_parallel, init_parallel
+from megatron_ktr.distributed.platform import Platform
 from megatron_ktr.errors import UserError, run_cli, same_on_every_rank
 from megatron_ktr.metrics import MetricsWriter, step_line
-from megatron_ktr.objectives import build_objective
+from megatron_ktr.objectives import Objective, build_objective
 from megatron_ktr.policy import Policy
 from megatron_ktr.report.console import selected_tokens_text
 from megatron_ktr.rollout.features import build_feature_sender
@@ -82,8 +85,21 @@ def train(config: Config) -> None:
         objective = build_objective(config.objective, reward=config.reward)
     platform.seed(config.trainer.seed)
     start = _open_run_directory(config, groups)
-    run_dir = start.run_dir
     tokenizer = load_tokenizer(config.model.model)
+    trainer = build_trainer(config, groups=groups, platform=platform, objective=objective, tokenizer=tokenizer)
+    # Also when a step fails: an engine may hold processes and devices that outlive this one.
+    with contextlib.closing(trainer.source):
+        _run_steps(trainer, start=start, tokenizer=tokenizer)
+    trainer.policy.save_hf(start.run_dir / "export")
+    if groups.rank == 0:
+        print(f"exported the trained model to {start.run_dir / 'export'}", flush=True)
+
+
+def build_trainer(
+    config: Config, *, groups: ParallelGroups, platform: Platform, objective: Objective, tokenizer: Any
+) -> Trainer:
+    """Source, policy and the check of the sampler, put together; an error on one rank is raised on all."""
+    model_config = Qwen2_5_VLConfig.from_hf(config.model.model)
     media = media_spec(model_config, patchify=PreprocessSettings.from_model(config.model.model).patchify)
     local_source = on_every_rank(
         lambda: build_local_source(config, groups=groups, tokenizer=tokenizer, vocab_size=model_config.text.vocab_size),
@@ -96,29 +112,25 @@ def train(config: Config) -> None:
     policy = Policy(config.model.model, config=config, groups=groups, platform=platform, num_steps=num_updates)
     if objective.needs_reference:
         policy.add_reference()
-    trainer = Trainer(
-        config=config,
-        policy=policy,
-        source=ReplicaSource(
-            local_source,
-            groups=groups,
-            sampler=sampler,
-            lag=config.rollout.lag,
-            prepare=build_feature_sender(config, policy=policy, media=media),
-        ),
-        objective=objective,
-        media=media,
+    source = ReplicaSource(
+        local_source,
+        groups=groups,
+        sampler=sampler,
+        lag=config.rollout.lag,
+        prepare=build_feature_sender(config, policy=policy, media=media),
     )
+    trainer = Trainer(config=config, policy=policy, source=source, objective=objective, media=media)
     with same_on_every_rank():
         trainer.sampler_check = build_sampler_check(
-            config,
-            policy=policy,
-            source=trainer.source,
-            media=media,
-            tokenizer=tokenizer,
-            send_weights=trainer.send_weights,
+            config, policy=policy, source=source, media=media, tokenizer=tokenizer, send_weights=trainer.send_weights
         )
-    checkpoints = Checkpoints(run_dir, policy=policy, source=trainer.source)
+    return trainer
+
+
+def _run_steps(trainer: Trainer, *, start: RunStart, tokenizer: Any) -> None:
+    """From the checkpoint the run starts at, if any, to the last step, with everything that is written on the way."""
+    config, groups, run_dir = trainer.config, trainer.policy.groups, start.run_dir
+    checkpoints = Checkpoints(run_dir, policy=trainer.policy, source=trainer.source)
     if start.checkpoint is not None:
         checkpoints.load(start.checkpoint)
     writer = MetricsWriter(run_dir if groups.rank == 0 else None, first_step=start.step + 1)
@@ -134,10 +146,6 @@ def train(config: Config) -> None:
         checkpoints.after_step(step)
     checkpoints.close()
     writer.close()
-    trainer.source.close()
-    policy.save_hf(run_dir / "export")
-    if groups.rank == 0:
-        print(f"exported the trained model to {run_dir / 'export'}", flush=True)
 
 
 def _is_due(step: int, interval: int) -> bool:

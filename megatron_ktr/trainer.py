@@ -130,6 +130,7 @@ class Trainer:
             # Not the step's own update: an engine that sleeps while the ranks train drops its weights after sampling.
             self.send_weights()
             self._check_values = check.run()
+            self.policy.vision.take_counts()  # its prompts are not the step's
             self.policy.platform.set_rng_state(state)
 
     def _denominators(self, micro_batches: Sequence[MicroBatch]) -> Denominators:

@@ -37,9 +37,9 @@ from tests.support.tiny import save_tiny_hf
 FULL = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
 FLOP_TOLERANCE = 0.002
 """The only product the model leaves out is that of rotary angles, 8 x 1 numbers a row; 2% is asked."""
-MEMORY_TOLERANCE = 0.05
-"""Unmodelled: statistics of norms, indices, buffers of messages; when exactly a message is freed differs from run to run
-by 1%. 10% is asked, the largest seen is 3.5%."""
+MEMORY_TOLERANCE = 0.07
+"""Unmodelled: statistics of norms, indices, buffers of messages; when exactly those are freed differs from run to run
+by up to 2%. 10% is asked, the largest seen is 5.5% (interleaved stages), elsewhere 3.5%."""
 
 
 @pytest.fixture(scope="module")
@@ -139,9 +139,10 @@ def test_scoring_passes_and_encoder_run_the_counted_operations(one_rank, hf_dir)
         with counted_flops() as counter:
             harness.policy.score(batches)
         assert counter.get_total_flops() == pytest.approx(expected.of(name), rel=FLOP_TOLERANCE), view
-    batch = harness.pack()[1]
+    (medium,) = groups[1].prompt.media
+    patches_SD = harness.media.patchify(medium.frames_FCHW, medium)
     with counted_flops() as counter:
-        harness.policy.bare_chunks[0].vision(batch.patches_SD, batch.grid_thw_M3)
+        harness.policy.bare_chunks[0].vision(patches_SD, torch.tensor([medium.grid_thw]))
     assert counter.get_total_flops() == count_vision(config.vision, works[1].grids).total
 
 
@@ -151,18 +152,21 @@ def test_scoring_passes_and_encoder_run_the_counted_operations(one_rank, hf_dir)
         {},
         dict(recompute_granularity="selective"),
         FULL,
+        dict(recompute_vision=True),
         dict(freeze=("vision", "merger")),
         dict(freeze=("vision",)),
         dict(freeze=("language",)),
     ],
-    ids=["plain", "selective", "full", "vision frozen", "encoder frozen", "language frozen"],
+    ids=["plain", "selective", "full", "vision again", "vision frozen", "encoder frozen", "language frozen"],
 )
 def test_forward_and_backward_run_the_counted_operations(one_rank, hf_dir, values):
     groups = [video_group(), video_group(grid=(3, 6, 10), seed=1)]
     harness = Harness(one_rank, hf_dir=hf_dir, groups=groups, values=values)
     config = harness.policy.model_config
     settings = StepSettings(
-        recompute=values.get("recompute_granularity", "none"), frozen=frozenset(values.get("freeze", ()))
+        recompute=values.get("recompute_granularity", "none"),
+        recompute_vision=values.get("recompute_vision", False),
+        frozen=frozenset(values.get("freeze", ())),
     )
     expected = count_step(
         config, [GroupWork.of(group, config=config) for group in groups], settings=settings, attention=EXECUTED
@@ -257,6 +261,8 @@ def test_schedule_runs_every_micro_batch_once_and_keeps_what_megatron_keeps():
 
 def memory_of_rank(context: Any, *, hf_dir: Path, sizes: Any, values: dict[str, Any]) -> dict[str, Any]:
     """Bytes that a rank really held, and the estimate."""
+    from megatron.core.parallel_state import get_global_memory_buffer
+
     parallel = context.init(sizes)
     num_micro_batches = 4
     groups = [video_group(seed=i, grid=(4, 12, 16), lengths=(40, 52, 31)) for i in range(num_micro_batches)]
@@ -264,6 +270,8 @@ def memory_of_rank(context: Any, *, hf_dir: Path, sizes: Any, values: dict[str, 
     items = harness.items()
     harness.backward(items)
     harness.policy.optimizer.step()
+    harness.policy.vision.after_step()  # no features from before
+    get_global_memory_buffer().buffer.clear()  # or what sequence parallelism gathers into would not be seen
     gc.collect()
     parameters = [p for chunk in harness.policy.chunks for p in chunk.parameters()]
     main_grads = [p.main_grad for p in parameters if hasattr(p, "main_grad")]
@@ -288,7 +296,11 @@ def memory_of_rank(context: Any, *, hf_dir: Path, sizes: Any, values: dict[str, 
         ),
         rank=parallel.pipeline_rank,
         num_micro_batches=num_micro_batches,
-        settings=StepSettings(has_reference=False, frozen=frozenset(values.get("freeze", ()))),
+        settings=StepSettings(
+            has_reference=False,
+            recompute_vision=values.get("recompute_vision", False),
+            frozen=frozenset(values.get("freeze", ())),
+        ),
         kernels=kernels,
     )
     return {
@@ -315,6 +327,8 @@ MEMORY_CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "one rank": ({}, ADAM),
     "selective recomputation": ({}, dict(ADAM, recompute_granularity="selective")),
     "full recomputation": ({}, dict(ADAM, **FULL)),
+    "vision recomputed": ({}, dict(ADAM, recompute_vision=True)),
+    "pp2, vision recomputed": (dict(pipeline=2), dict(ADAM, recompute_vision=True)),
     "vision frozen": ({}, dict(ADAM, freeze=("vision", "merger"))),
     "bf16": ({}, BF16),
     "tp2": (dict(tensor=2), ADAM),

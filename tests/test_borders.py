@@ -32,7 +32,6 @@ MAY_IMPORT = {
         "megatron_ktr/train.py",
         "megatron_ktr/accounting/*",  # sizes of models, no modules
         "benchmarks/*",
-        "megatron_ktr/rollout/weight_sync.py",
     ),
     "vllm": ("megatron_ktr/rollout/*",),
     "transformer_engine": ("models/*/layer_specs.py",),
@@ -43,7 +42,7 @@ MAY_IMPORT = {
 
 MAY_NAME_DEVICES = (
     "megatron_ktr/distributed/platform*.py",
-    "megatron_ktr/config.py",  # the values of --platform
+    "megatron_ktr/config_sections.py",  # the values of --platform
 )
 MAX_FILE_LINES = 400  # the card says "about 300": this stops the ones that have grown past any reading
 MAX_FUNCTION_LINES = 80  # the card says "about 60"; docstring and signature count here

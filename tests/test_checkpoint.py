@@ -98,6 +98,7 @@ def split(config: Config) -> ParallelSizes:
     return ParallelSizes(
         tensor=parallel.tensor_model_parallel_size,
         pipeline=parallel.pipeline_model_parallel_size,
+        context=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
     )
 
@@ -162,6 +163,7 @@ def cut_off(run_dir: Path, step: int) -> None:
 LAYOUTS = {
     "dp2": (2, {}),
     "tp2 pp2": (4, dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)),
+    "cp2": (2, dict(context_parallel_size=2)),
 }
 
 
@@ -212,8 +214,10 @@ def resume_elsewhere(context, *, config: Config) -> dict[str, Any]:
         ("tp2 pp2", 2, dict()),
         ("tp2 pp2", 2, dict(tensor_model_parallel_size=2, sequence_parallel=True, micro_batch_groups=2)),
         ("dp2", 4, dict(tensor_model_parallel_size=2)),
+        ("dp2", 4, dict(context_parallel_size=2)),
+        ("cp2", 2, dict(pipeline_model_parallel_size=2)),
     ],
-    ids=["tp2 pp2 to dp2", "tp2 pp2 to tp2 sp", "dp2 to tp2 dp2"],
+    ids=["tp2 pp2 to dp2", "tp2 pp2 to tp2 sp", "dp2 to tp2 dp2", "dp2 to cp2 dp2", "cp2 to pp2"],
 )
 def test_another_layout_continues_with_the_same_losses(ranks, runs, data_dir, tmp_path, saved, world_size, layout):
     folder, results = runs[saved]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -27,11 +28,15 @@ def metrics(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
+def quickstart(out: Path, *flags: str) -> subprocess.CompletedProcess:
+    small = ["--steps", "3", "--num-train", "24", "--num-eval", "8", "--nproc-per-node", "1"]
+    return run("tools/quickstart.py", "--out", str(out), *small, *flags)
+
+
 @pytest.mark.slow
 def test_three_step_quickstart_writes_summary_and_report(tmp_path) -> None:
     out = tmp_path / "quickstart"
-    small = ["--steps", "3", "--num-train", "24", "--num-eval", "8", "--nproc-per-node", "1"]
-    done = run("tools/quickstart.py", "--out", str(out), *small)
+    done = quickstart(out)
     assert done.returncode == 0, done.stderr[-2000:]
     summary = json.loads((out / "summary.json").read_text())
     wanted = {
@@ -51,12 +56,34 @@ def test_three_step_quickstart_writes_summary_and_report(tmp_path) -> None:
         "standard_error",
     }
     assert wanted <= set(summary) and summary["steps"] == 3 and summary["num_eval"] == 8
+    assert summary["rollout"] == "hf"
     assert "<svg" in (out / "report.html").read_text()
     assert (out / "4_video_ktr" / "export" / "model.safetensors").is_file()
     assert [step["step"] for step in metrics(out / "4_video_ktr")] == [1, 2, 3]
     assert "accuracy on 8 held-out questions" in done.stdout
     again = run("tools/quickstart.py", "--out", str(out))
     assert again.returncode == 2 and again.stderr.splitlines()[-1].startswith("error: --out")
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_three_step_quickstart_on_vllm(tmp_path) -> None:
+    pytest.importorskip("vllm", reason="the vLLM environment only")
+    out = tmp_path / "quickstart"
+    done = quickstart(out, "--rollout", "vllm")
+    assert done.returncode == 0, done.stderr[-2000:]
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["rollout"] == "vllm" and summary["steps"] == 3 and summary["num_eval"] == 8
+    assert "engine: vllm_colocated" in (out / "4_video_ktr" / "config.yaml").read_text()
+    assert summary["sampler_trainer_logprob_gap"] < 1e-4  # fp32 sums in another order
+    assert (out / "4_video_ktr" / "export" / "model.safetensors").is_file()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="the core environment only")
+def test_quickstart_on_vllm_says_at_once_that_it_is_missing(tmp_path) -> None:
+    done = run("tools/quickstart.py", "--out", str(tmp_path / "none"), "--rollout", "vllm")
+    assert done.returncode == 2 and "make quickstart ROLLOUT=vllm" in done.stderr.splitlines()[-1]
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -82,10 +82,13 @@ LAYOUTS = {
         Layout(ParallelSizes(tensor=2), 2),
         Layout(ParallelSizes(tensor=2, sequence_parallel=True), 2),
         Layout(ParallelSizes(pipeline=2), 2),
+        Layout(ParallelSizes(context=2), 2),
     ],
     4: [
         Layout(ParallelSizes(tensor=2, pipeline=2), 4),
         Layout(ParallelSizes(tensor=2, pipeline=2, sequence_parallel=True), 4),
+        Layout(ParallelSizes(context=4), 4),
+        Layout(ParallelSizes(tensor=2, context=2, sequence_parallel=True), 4),
     ],
 }
 
@@ -178,7 +181,7 @@ def _forward_backward(wrapped: list[Any], batches: list[tuple[PackedBatch, Tenso
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     def finish(batch: PackedBatch, weight_R: Tensor, chunk: Any, hidden_RD: Tensor) -> tuple[Tensor, Tensor, Any]:
-        logprob_R = chunk.module.token_statistics(hidden_RD, batch.target_ids_R).logprob_R
+        logprob_R = chunk.module.response_statistics(hidden_RD, batch).logprob_R
         return -(weight_R * logprob_R).sum(), torch.zeros((), dtype=torch.int), logprob_R.detach()
 
     def forward_step(iterator: Any, chunk: Any) -> tuple[Tensor, Any]:

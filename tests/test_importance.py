@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ktr.config import ObjectiveSection
+from megatron_ktr.config_sections import ObjectiveSection
 from megatron_ktr.distributed.groups import ParallelSizes
 from megatron_ktr.errors import UserError
 from megatron_ktr.micro_batch import MicroBatch, any_gradient

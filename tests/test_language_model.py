@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ktr.config import Config, ModelSection, ParallelSection
+from megatron_ktr.config import Config
+from megatron_ktr.config_sections import ModelSection, ParallelSection
 from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.errors import UserError
 from megatron_ktr.ops.prefix_attention import prefix_attention
+from megatron_ktr.ops.prefix_attention_plan import AttentionPlan
 from megatron_ktr.types import GroupSpan, PackedBatch, PackedLayout
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from tests.support.parity import (
@@ -104,6 +106,23 @@ def test_recomputation_changes_nothing(hf_dir: Path, run: Callable, parallel: Pa
     assert max_relative_difference(recomputed.gradients, stored.gradients) <= 1e-6
 
 
+@pytest.mark.parametrize("granularity", [None, "selective"])
+def test_attention_implementations_give_the_same_model(hf_dir: Path, run: Callable, granularity: str | None) -> None:
+    """The option reaches every layer, and stays in place when backward recomputes the attention."""
+    groups = groups_of(hf_dir, media=MEDIA) + groups_of(hf_dir, media=())
+    batch, found = pack(groups, pad_to_multiple=8), {}
+    for impl in ("torch", "merged"):
+        config = Config(
+            model=ModelSection(attention_impl=impl), parallel=ParallelSection(recompute_granularity=granularity)
+        )
+        found[impl] = run(batch, weights_R(groups), config=config)
+        layers = found[impl].model.language.decoder.layers
+        assert {layer.self_attention.core_attention.impl for layer in layers} == {impl}
+    # fp32 rounding through three layers, sums in another order.
+    torch.testing.assert_close(found["merged"].logprob_R, found["torch"].logprob_R, rtol=0, atol=5e-6)
+    assert max_relative_difference(found["merged"].gradients, found["torch"].gradients) <= 2e-5
+
+
 def test_bf16_stays_close_to_fp32(hf_dir: Path, run: Callable) -> None:
     groups = groups_of(hf_dir, media=MEDIA)
     exact = run(pack(groups), weights_R(groups))
@@ -150,8 +169,10 @@ def test_unsupported_requests_are_refused(hf_dir: Path, one_rank: ParallelGroups
     model_config = Qwen2_5_VLConfig.from_hf(hf_dir)
     with pytest.raises(UserError, match="Transformer Engine"):
         build_model(model_config, groups=one_rank, config=Config(model=ModelSection(transformer_impl="te")))
+    for name, message in [("te", "--transformer-impl te"), ("varlen", "CUDA only")]:
+        with pytest.raises(UserError, match=message):
+            build_model(model_config, groups=one_rank, config=Config(model=ModelSection(attention_impl=name)))
     for sizes, message in [
-        (ParallelSizes(context=2), "--context-parallel-size 2"),
         (ParallelSizes(tensor=3), "must divide the 4 attention heads"),
         (ParallelSizes(pipeline=2), "must divide the 3 layers"),
     ]:
@@ -165,37 +186,51 @@ def test_visual_rows_without_patches_are_refused(hf_dir: Path, run: Callable) ->
     groups = groups_of(hf_dir, media=MEDIA)
     batch = pack(groups)
     model = run(batch, weights_R(groups)).model
-    with pytest.raises(ValueError, match="visual rows but no patches"):
+    with pytest.raises(ValueError, match="visual rows but neither patches nor features"):
         model(dataclasses.replace(batch, patches_SD=None))
 
 
-def test_varlen_plan_of_the_docstring() -> None:
-    from models.qwen2_5_vl.attention import plan_varlen
-
-    plan = plan_varlen(PackedLayout((GroupSpan(0, 2, (1, 2)),)))
-    assert plan.kv_rows.tolist() == [0, 1, 0, 1, 2, 0, 1, 3, 4]
-    assert plan.cu_seqlens_q.tolist() == [0, 2, 3, 5]
-    assert plan.cu_seqlens_kv.tolist() == [0, 2, 5, 9]
-
-
-def test_transformer_engine_attention_asks_for_shared_prefix_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Transformer Engine cannot run here; what our subclass asks of it can be computed and compared."""
+@pytest.fixture
+def te_attention(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.nn.Module]:
+    """Our subclass of Transformer Engine's attention, on top of that attention's definition."""
     import megatron.core.extensions.transformer_engine as extensions
 
     from models.qwen2_5_vl import layer_specs
-    from models.qwen2_5_vl.attention import PrefixSeqParams
 
     monkeypatch.setattr(extensions, "TEDotProductAttention", BottomRightCausal)
     layer_specs._te_modules.cache_clear()
-    try:
-        attention = layer_specs._te_modules().PrefixCoreAttention()
-    finally:
-        layer_specs._te_modules.cache_clear()
+    yield layer_specs._te_modules().PrefixCoreAttention()
+    layer_specs._te_modules.cache_clear()
+
+
+def test_transformer_engine_attention_asks_for_shared_prefix_attention(te_attention: torch.nn.Module) -> None:
+    """Transformer Engine cannot run here; what our subclass asks of it can be computed and compared."""
+    from models.qwen2_5_vl.attention import PrefixSeqParams
+
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(LAYOUT.num_tokens, n, 8, generator=generator) for n in (4, 2, 2))
-    out = attention(q, k, v, None, packed_seq_params=PrefixSeqParams.from_layout(LAYOUT))
+    out = te_attention(q, k, v, None, packed_seq_params=PrefixSeqParams.from_layout(LAYOUT))
     # Two implementations of softmax over at most a dozen fp32 terms.
-    torch.testing.assert_close(out, prefix_attention(q, k, v, layout=LAYOUT), rtol=0, atol=2e-6)
+    expected = prefix_attention(q, k, v, plan=AttentionPlan.of_layout(LAYOUT))
+    torch.testing.assert_close(out, expected, rtol=0, atol=2e-6)
+
+
+def test_transformer_engine_attention_gets_everybodys_keys_on_a_context_rank(te_attention: torch.nn.Module) -> None:
+    from megatron_ktr.context_shard import shard_layout
+    from models.qwen2_5_vl.attention import PrefixSeqParams
+
+    generator = torch.Generator().manual_seed(0)
+    num_real = LAYOUT.num_tokens - LAYOUT.num_padding
+    q, k, v = (torch.randn(num_real, n, 8, generator=generator) for n in (4, 2, 2))
+    expected = prefix_attention(q, k, v, plan=AttentionPlan.of_layout(PackedLayout(LAYOUT.groups)))
+    for rank in range(2):
+        shard = shard_layout(LAYOUT, size=2, rank=rank, multiple=4)
+        mine = torch.zeros(shard.num_rows, 4, 8).index_copy(0, torch.arange(len(shard.rows)), q[shard.rows])
+        params = PrefixSeqParams.from_shard(shard, group=None)
+        params.exchange = lambda key, value: (k, v)
+        out = te_attention(mine, mine[:, :2], mine[:, :2], None, packed_seq_params=params)
+        torch.testing.assert_close(out[: len(shard.rows)], expected[shard.rows], rtol=0, atol=2e-6)
+        assert bool((out[len(shard.rows) :] == 0).all())
 
 
 class BottomRightCausal(torch.nn.Module):

@@ -9,7 +9,7 @@ import types
 import pytest
 import torch
 
-from megatron_ktr.config import ObjectiveSection, RewardSection
+from megatron_ktr.config_sections import ObjectiveSection, RewardSection
 from megatron_ktr.errors import UserError
 from megatron_ktr.objectives import build_objective
 from megatron_ktr.objectives.advantages import LengthBonus

@@ -88,8 +88,12 @@ def test_the_whole_loop_gives_the_same_steps_in_every_layout(ranks, inputs, tmp_
     two = dict(tensor_model_parallel_size=2)
     worlds = {
         1: {"one": {}},
-        2: {"tp2 sp": {**two, "sequence_parallel": True}, "dp2": {}},
-        4: {"tp2 pp2": {**two, "pipeline_model_parallel_size": 2}, "tp2 dp2": two},
+        2: {"tp2 sp": {**two, "sequence_parallel": True}, "dp2": {}, "cp2": {"context_parallel_size": 2}},
+        4: {
+            "tp2 pp2": {**two, "pipeline_model_parallel_size": 2},
+            "tp2 dp2": two,
+            "cp2 pp2": {"context_parallel_size": 2, "pipeline_model_parallel_size": 2},
+        },
     }
     for world_size, layouts in worlds.items():
         ranks(train_layouts, world_size=world_size, inputs=inputs, out=tmp_path, layouts=layouts)
@@ -195,7 +199,6 @@ def test_a_resumed_run_repeats_the_rollouts_of_the_uninterrupted_one(lagged, lag
 
 def _reproducible(run_dir: Path) -> list[dict]:
     """Metrics without what measures time, and without the check of the sampler that each start makes."""
-    left_out = ("second", "tflops", "sampler_check")
     return [
         {
             name: value

@@ -142,7 +142,7 @@ def test_plans_fit_are_sorted_and_lose_nothing_faster():
     assert min(plan.time.total for plan in fitting) == pytest.approx(totals[0])
     assert len(everything) > len(fitting) > len(plans) > 3
     plan = plans[0]
-    useful = asked.flops_by_recompute["none"].total * asked.prompts_per_step / 1e12
+    useful = asked.useful_flops * asked.prompts_per_step / 1e12
     assert plan.mfu == pytest.approx(useful / plan.time.total / 8 / 989) and 0.1 < plan.mfu < 0.45
     assert plan.memory.engine + plan.memory.reserved == 6 * GB
 

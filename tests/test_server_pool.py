@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -213,6 +214,20 @@ def test_without_servers_the_run_ends_with_every_address_and_reason(start) -> No
     message = str(result().value)
     assert message.startswith("no vLLM server is left: ")
     assert all(f"{server.url}: ConnectError" in message for server in servers)
+
+
+def test_a_stop_string_cuts_responses_after_the_token_that_completes_it(start) -> None:
+    engine, _ = start(0.0)
+    (whole,) = engine.generate(prompts(1))
+    text = max((rollout.text for rollout in whole.rollouts), key=len)
+    stop = text[len(text) // 2 : len(text) // 2 + 2]
+    (cut,) = engine.generate(prompts(1), sampling=dataclasses.replace(SAMPLING, stop=(stop,)))
+    assert any(len(new.text) < len(old.text) for old, new in zip(whole.rollouts, cut.rollouts, strict=True))
+    for old, new in zip(whole.rollouts, cut.rollouts, strict=True):
+        before = engine.tokenizer.decode(list(new.token_ids[:-1]), skip_special_tokens=True)
+        assert (stop in new.text) == (stop in old.text) and stop not in before
+        assert new == old or new.is_finished
+        assert new.token_ids == old.token_ids[: len(new.token_ids)] and len(new.sampler_logprobs) == len(new.token_ids)
 
 
 def test_a_stream_that_is_abandoned_takes_its_requests_back(start) -> None:

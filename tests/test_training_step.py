@@ -60,6 +60,10 @@ class Case:
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory, ranks: RankPool) -> dict[str, Case]:
+    return make_cases(tmp_path_factory, ranks)
+
+
+def make_cases(tmp_path_factory: pytest.TempPathFactory, ranks: RankPool) -> dict[str, Case]:
     """Untied without clipping; tied with clipping to a fifth of the gradient's norm."""
     settings: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         "untied": ({}, {}),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ktr.config import ObjectiveSection
+from megatron_ktr.config_sections import ObjectiveSection
 from megatron_ktr.distributed.groups import ParallelGroups, ParallelSizes
 from megatron_ktr.errors import UserError
 from megatron_ktr.objectives import build_objective

@@ -128,7 +128,8 @@ class Side:
 
         model = self.policy.groups.model
         groups = broadcast_object(groups, group=model, source=torch.distributed.get_global_rank(model, 0))
-        batch = pack_groups(groups, view="intact", media=self.media, with_patches=self.policy.groups.is_first_stage)
+        vision = "media" if self.policy.groups.is_first_stage else "none"
+        batch = pack_groups(groups, view="intact", media=self.media, vision=vision)
         (statistics,) = self.policy.score([batch])
         if statistics is None:
             return None

@@ -152,15 +152,16 @@ def _as_text(request: Request, plans: list[Plan], *, num_shown: int, num_best: i
     group = request.group
     prompt = group.prompt_length(request.config)
     num_tokens = prompt + group.num_response_tokens
-    petaflops = request.flops_by_recompute["none"].total / 1e15
+    petaflops = request.useful_flops / 1e15
     lines = [
         f"a prompt group: {prompt - group.text_length} visual + {group.text_length} text + {request.num_generations} x "
         f"{request.response_length} response tokens = {num_tokens} rows, {petaflops:.3g} PFLOP",
         f"{request.prompts_per_step} prompts a step on {request.num_gpus} GPUs of {request.gpu_memory_gb:g} GB; "
         f"{len(plans)} layouts fit, the fastest:",
         "",
-        "memory in GB of the fullest rank, time in seconds; bub = bubble, tp/cp/pp/dp = communication that counts",
-        f"{'tp':>3}{'pp':>4}{'cp':>4}{'dp':>5}{'vpp':>4}  {'recompute':<9} |{'total':>7}"
+        "memory in GB of the fullest rank, time in seconds; bub = bubble, tp/cp/pp/dp = communication that counts; "
+        "+v = --recompute-vision",
+        f"{'tp':>3}{'pp':>4}{'cp':>4}{'dp':>5}{'vpp':>4}  {'recompute':<11} |{'total':>7}"
         + "".join(f"{_short(name):>6}" for name in MEMORY_PARTS)
         + f" |{'step':>8}{'comp':>7}{'bub':>6}{'tp':>6}{'cp':>6}{'pp':>6}{'dp':>6}{'bubble':>8}{'MFU':>6}",
     ]
@@ -168,7 +169,7 @@ def _as_text(request: Request, plans: list[Plan], *, num_shown: int, num_best: i
         layout, memory, time = plan.layout, dataclasses.asdict(plan.memory), dataclasses.asdict(plan.time)
         lines.append(
             f"{layout.tensor:>3}{layout.pipeline:>4}{layout.context:>4}{layout.data:>5}{layout.virtual:>4}  "
-            f"{layout.recompute:<9} |{plan.memory_gb:>7.1f}"
+            f"{layout.recompute + '+v' * layout.recompute_vision:<11} |{plan.memory_gb:>7.1f}"
             + "".join(f"{memory[name] / GB:>6.1f}" for name in MEMORY_PARTS)
             + f" |{plan.time.total:>8.2f}{time['compute']:>7.1f}"
             + "".join(f"{time[name]:>6.1f}" for name in TIME_PARTS[1:])

@@ -3,13 +3,15 @@
     python tools/quickstart.py --out runs/quickstart [--nproc-per-node 4 --tensor-model-parallel-size 2 ...]
 
 Every stage is the ordinary training command on a file of examples/quickstart/. Flags this tool does not know go to
-every stage. Writes summary.json and report.html below --out.
+every stage. --rollout says what samples the responses of Video-KTR and of the evaluations: transformers' generate, or
+vLLM inside the ranks. Writes summary.json and report.html below --out.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import os
 import subprocess
@@ -18,18 +20,20 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megatron_ktr.data.dataset import PromptLoader, read_records
-from megatron_ktr.data.preprocess import PreprocessSettings
+from megatron_ktr.config import config_from_values
+from megatron_ktr.data.dataset import read_records
 from megatron_ktr.data.synthetic import corpus, make_dataset
 from megatron_ktr.data.template import load_tokenizer
 from megatron_ktr.data.tiny_model import save_tiny_model
-from megatron_ktr.data.video import FrameSampling
 from megatron_ktr.distributed import platform
+from megatron_ktr.distributed.groups import ParallelSizes, destroy_parallel, init_parallel
 from megatron_ktr.errors import UserError, run_cli
 from megatron_ktr.evaluation.accuracy import Accuracy, Control, evaluate
+from megatron_ktr.hf_files import SafetensorsReader, published_name
 from megatron_ktr.report.html import write_report
-from megatron_ktr.rollout.hf import HFEngine
+from megatron_ktr.rollout.base import RolloutEngine
 from megatron_ktr.rollout.sampling import SamplingSettings
+from megatron_ktr.rollout.source import build_sampler, prompt_loader
 from megatron_ktr.types import Prompt
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.media import media_spec
@@ -37,6 +41,8 @@ from models.qwen2_5_vl.media import media_spec
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "quickstart"
 SAMPLED = SamplingSettings(num_generations=1, max_response_length=24)
 GREEDY = dataclasses.replace(SAMPLED, temperature=0.0)
+ENGINES = {"hf": "hf", "vllm": "vllm_colocated"}
+"""Of --rollout: the training option --engine."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +65,8 @@ class Quickstart:
         self.extra_flags = extra_flags
         self.model = self.out / "model"
         self.data = self.out / "data"
+        self._engine: RolloutEngine | None = None
+        self._held_out: list[Prompt] = []
 
     def make_inputs(self) -> None:
         save_tiny_model(self.model, corpus=corpus(), seed=self.options.seed)
@@ -76,6 +84,8 @@ class Quickstart:
         command += ["megatron_ktr.train", "--config", str(EXAMPLES / f"{stage.config}.yaml")]
         command += ["--model", str(model), "--data-path", str(self.data / f"{stage.data}.json")]
         command += ["--prompt-template", str(self.model / "prompt_template.txt"), "--run-dir", str(run_dir)]
+        if stage.config == "video_ktr":
+            command += ["--engine", ENGINES[self.options.rollout]]
         command += ["--seed", str(self.options.seed), *self.extra_flags]
         steps = self.options.steps if self.options.steps is not None else stage.steps
         if steps is not None:
@@ -88,23 +98,44 @@ class Quickstart:
 
     def evaluate(self, model: Path, *, sampling: SamplingSettings = SAMPLED, control: Control = "intact") -> Accuracy:
         """Accuracy on the held-out questions."""
-        tokenizer = load_tokenizer(model)
-        settings = PreprocessSettings.from_model(model)
-        media = media_spec(Qwen2_5_VLConfig.from_hf(model), patchify=settings.patchify)
-        engine = HFEngine(model, tokenizer=tokenizer, media=media, sampling=sampling)
-        return evaluate(engine, self._held_out(model, tokenizer), control=control)
+        if self._engine is None:
+            self._start_engine()
+        assert self._engine is not None
+        weights = SafetensorsReader(model)
+        self._engine.load_weights((published_name(name), weights.read(name)) for name in weights.infos)
+        return evaluate(self._engine, self._held_out, control=control, sampling=sampling)
 
-    def _held_out(self, model: Path, tokenizer: Any) -> list[Prompt]:
-        if not hasattr(self, "_prompts"):
-            loader = PromptLoader.from_model(
-                model,
-                media_root=self.data,
-                sampling=FrameSampling(num_frames=8, max_frames=8),
-                prompt_template=self.model / "prompt_template.txt",
-                tokenizer=tokenizer,
-            )
-            self._prompts = [loader.load(record) for record in read_records(self.data / "eval.json")]
-        return self._prompts
+    def _start_engine(self) -> None:
+        """One engine for all evaluations, given each model's weights in turn, and the questions it is asked."""
+        config = config_from_values(
+            {
+                "model": str(self.model),
+                "engine": ENGINES[self.options.rollout],
+                "data_path": str(self.data / "eval.json"),
+                "prompt_template": str(self.model / "prompt_template.txt"),
+                "video_num_frames": 8,
+                "video_max_pixels": 3136,
+                "image_max_pixels": 3136,
+                "max_prompt_length": 512,
+                "max_response_length": SAMPLED.max_response_length,
+                "top_p": SAMPLED.top_p,
+                "platform": "cpu",
+            }
+        )
+        tokenizer = load_tokenizer(self.model)
+        loader = prompt_loader(config, tokenizer=tokenizer)
+        self._held_out = [loader.load(record) for record in read_records(self.data / "eval.json")]
+        media = media_spec(Qwen2_5_VLConfig.from_hf(self.model), patchify=loader.settings.patchify)
+        groups = init_parallel(ParallelSizes(), platform=platform.current())
+        sampler = build_sampler(config, groups=groups, tokenizer=tokenizer, media=media)
+        assert sampler is not None, "this process is the only rank"
+        self._engine = sampler.engine
+
+    def close(self) -> None:
+        """Ends the engine."""
+        if self._engine is not None:
+            self._engine.close()
+            destroy_parallel()
 
     def _threads(self) -> str:
         return str(max(1, (os.cpu_count() or 1) // self.options.nproc_per_node))
@@ -159,6 +190,7 @@ def run(quickstart: Quickstart) -> dict[str, Any]:
         "seconds_total": time.perf_counter() - started,
         "seed": quickstart.options.seed,
         "num_processes": quickstart.options.nproc_per_node,
+        "rollout": quickstart.options.rollout,
     }
 
 
@@ -199,15 +231,21 @@ def main() -> None:
         default=min(2, os.cpu_count() or 1),
         help="processes of each training stage, data-parallel unless flags say otherwise (default 2, or 1 on one core)",
     )
+    parser.add_argument("--rollout", choices=ENGINES, default="hf", help="what samples responses (default hf)")
     parser.add_argument("--num-train", type=int, default=3000, help="training videos (default 3000)")
     parser.add_argument("--num-eval", type=int, default=400, help="held-out questions (default 400)")
     parser.add_argument("--steps", type=int, help="steps of every stage, to try the commands quickly; learns nothing")
     options, extra_flags = parser.parse_known_args()
     if options.out.exists() and any(options.out.iterdir()):
         raise UserError(f"--out {options.out} is not empty: choose another directory or remove it")
+    if options.rollout == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise UserError("--rollout vllm needs vLLM: make quickstart ROLLOUT=vllm installs it in .venv-vllm")
     platform.start("cpu")
     quickstart = Quickstart(options, extra_flags)
-    summary = run(quickstart)
+    try:
+        summary = run(quickstart)
+    finally:
+        quickstart.close()
     path = options.out / "summary.json"
     path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     report = options.out / "report.html"

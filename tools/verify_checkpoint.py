@@ -44,7 +44,8 @@ logging.getLogger("megatron").setLevel(logging.ERROR)
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from megatron_ktr.config import Config, DataSection, config_from_values  # noqa: E402
+from megatron_ktr.config import Config, config_from_values  # noqa: E402
+from megatron_ktr.config_sections import DataSection  # noqa: E402
 from megatron_ktr.data.preprocess import PreprocessSettings, load_media  # noqa: E402
 from megatron_ktr.data.unusable import UnusableMedia  # noqa: E402
 from megatron_ktr.data.video import FrameSampling  # noqa: E402

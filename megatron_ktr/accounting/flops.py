@@ -185,11 +185,11 @@ def _vision_backward(
     run = count_vision(config.vision, group.grids)
     merger = run.merger * (2 if "merger" not in settings.frozen else 1)
     if "vision" in settings.frozen:
-        return merger, 0.0
+        return merger, run.total * settings.recompute_vision
     # Pixels need no gradient: one product for the patch embedding.
     layers = 2 * run.linear + attention.backward_products / 2 * run.attention
     again = {"none": 0.0, "selective": run.attention, "full": run.linear + run.attention}[settings.recompute]
-    return run.patch_embed + layers + merger, again
+    return run.patch_embed + layers + merger, again + run.total * settings.recompute_vision
 
 
 def count_language(

@@ -22,6 +22,7 @@ class Layout:
     sequence_parallel: bool = False
     recompute: Recompute = "none"
     """``full`` means uniformly, layer by layer."""
+    recompute_vision: bool = False
     vision_parallel: Literal["tensor", "frame"] = "tensor"
     uses_distributed_optimizer: bool = True
 

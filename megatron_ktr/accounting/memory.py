@@ -7,7 +7,8 @@
     reference    parameters x b, where there is a KL term
     activations  language layers: what the micro-batches in flight keep at the worst moment of the schedule
                  (``saved.py`` has the layer, ``pipeline.py`` the schedule)
-    vision       the encoder's share of that, first stage only
+    vision       the encoder's share of that, first stage only, and the cache of features; of all micro-batches at once
+                 where a pass before the update shares the run that carries the gradient
     head         hidden rows and final norm, last stage only
     working      what the running backward needs beside it: a recomputed layer, gradients of activations, the head's
                  weight gradient; and the buffer that sequence parallelism gathers into
@@ -31,9 +32,7 @@ from megatron_ktr.accounting.saved import (
     count_rows,
     head,
     language_layer,
-    patch_inputs,
-    vision_ends,
-    vision_layer,
+    vision_pass,
 )
 from megatron_ktr.accounting.work import EACH_ONCE, GroupWork, StepSettings
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
@@ -77,10 +76,12 @@ def estimate_memory(
     num_micro_batches: int,
     settings: StepSettings = EACH_ONCE,
     kernels: Kernels = FUSED,
+    vision_cache_bytes: float = 1e9,
     engine_bytes: float = 0.0,
     reserved_bytes: float = 0.0,
 ) -> Memory:
-    """Peak of pipeline rank ``rank``. ``groups`` are one micro-batch, the largest."""
+    """Peak of pipeline rank ``rank``. ``groups`` are one micro-batch, the largest; ``vision_cache_bytes`` bounds the
+    features kept for the step's other passes (``--vision-cache-gb``)."""
     parameters = count_parameters(config, layout, rank=rank)
     chunks = [
         _chunk_bytes(config, groups, layout, rank=rank, chunk=chunk, settings=settings, kernels=kernels)
@@ -103,13 +104,19 @@ def estimate_memory(
     kept = peak("language", "vision", "head")
     vision = min(peak("vision"), kept)
     head_bytes = min(peak("head"), kept - vision)
+    always = 0.0
+    if rank == 0:
+        run = vision_pass(config, groups, layout, kernels, settings)
+        always = min(vision_cache_bytes, num_micro_batches * run.features)
+        if settings.is_vision_kept_for_update:
+            always += num_micro_batches * run.saved
     gathers = 0.0
     if layout.sequence_parallel:
         gathers = count_rows(config, groups, layout)[0] * config.text.hidden_size * kernels.bytes_per_number
     return Memory(
         **_states(parameters, layout, settings=settings, kernels=kernels),
         activations=kept - vision - head_bytes,
-        vision=vision,
+        vision=vision + always,
         head=head_bytes,
         working=whole - kept + gathers,
         engine=engine_bytes,
@@ -136,7 +143,7 @@ class _ChunkBytes:
     head: float
     extra: float
     forward: float = 0.0
-    """When the encoder is done and its input still there; 0 where nothing exceeds what forward ends with."""
+    """Most of what forward needs before its end."""
 
 
 def _chunk_bytes(
@@ -158,18 +165,17 @@ def _chunk_bytes(
     language = num_layers * layer.saved
     if not is_last:
         language += own_rows * hidden * b  # the pipeline holds on to what it sent
-    if not is_first and kernels.norm_bytes == 8:
+    if not is_first and not kernels.norm_keeps_input:
         language += own_rows * hidden * b  # and to what it received, of which the norm made an fp32 copy
     extra = layer.again + layer.extra
     vision = forward = 0.0
-    if is_first and not settings.is_vision_frozen:
-        block = vision_layer(config, groups, layout, kernels)
-        vision = vision_ends(config, groups, layout, kernels)
-        if "vision" not in settings.frozen:
-            vision += config.vision.depth * block.saved
-            # Its backward starts when the language layers' is over.
-            extra = max(extra, block.again + block.extra - language)
-        forward = vision + patch_inputs(config, groups, layout, kernels)
+    if is_first:
+        run = vision_pass(config, groups, layout, kernels, settings)
+        # Its backward starts when the language layers' is over.
+        extra = max(extra, run.extra - language)
+        vision, forward = run.saved, run.forward
+        if settings.is_vision_kept_for_update:
+            vision, forward = 0.0, 0.0  # counted for all micro-batches at once
     head_saved = 0.0
     if is_last:
         found = head(config, groups, layout, kernels, settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -56,12 +57,22 @@ class Request:
         )
 
     @cached_property
-    def flops_by_recompute(self) -> dict[str, Flops]:
+    def useful_flops(self) -> float:
+        """Of one prompt group, nothing recomputed."""
+        return count_step(self.config, [self.group], settings=self.settings).total
+
+    def settings_for(self, layout: Layout) -> StepSettings:
+        return dataclasses.replace(self.settings, recompute=layout.recompute, recompute_vision=layout.recompute_vision)
+
+    @cached_property
+    def _counted(self) -> dict[StepSettings, Flops]:
+        return {}
+
+    def flops(self, settings: StepSettings) -> Flops:
         """Of one prompt group."""
-        return {
-            mode: count_step(self.config, [self.group], settings=dataclasses.replace(self.settings, recompute=mode))
-            for mode in RECOMPUTES
-        }
+        if settings not in self._counted:
+            self._counted[settings] = count_step(self.config, [self.group], settings=settings)
+        return self._counted[settings]
 
 
 @dataclass(frozen=True)
@@ -107,6 +118,7 @@ def layouts(request: Request) -> Iterator[Layout]:
     """Every layout the trainer accepts for the request: tensor groups inside a node, whole micro-batches."""
     config, num_gpus = request.config, request.num_gpus
     num_layers = config.text.num_hidden_layers
+    vision_choices = (False,) if request.settings.is_vision_frozen else (False, True)
     for tensor in _divisors(request.machine.gpus_per_node):
         for pipeline in _divisors(num_layers):
             for context in (1, 2, 4, 8, 16):
@@ -117,7 +129,7 @@ def layouts(request: Request) -> Iterator[Layout]:
                 for virtual in _divisors(num_layers // pipeline):
                     if virtual > 1 and (pipeline == 1 or num_micro_batches % pipeline):
                         continue
-                    for recompute in RECOMPUTES:
+                    for recompute, recompute_vision in itertools.product(RECOMPUTES, vision_choices):
                         layout = Layout(
                             tensor=tensor,
                             pipeline=pipeline,
@@ -126,6 +138,7 @@ def layouts(request: Request) -> Iterator[Layout]:
                             virtual=virtual,
                             sequence_parallel=tensor > 1,
                             recompute=recompute,
+                            recompute_vision=recompute_vision,
                             vision_parallel=request.vision_parallel,
                         )
                         if why_not(config, layout) is None:
@@ -141,7 +154,7 @@ def memory_of(request: Request, layout: Layout) -> Memory:
             layout,
             rank=rank,
             num_micro_batches=request.prompts_per_step // layout.data,
-            settings=dataclasses.replace(request.settings, recompute=layout.recompute),
+            settings=request.settings_for(layout),
             kernels=request.kernels,
             engine_bytes=request.engine_gb * GB,
             reserved_bytes=request.reserved_gb * GB,
@@ -153,18 +166,18 @@ def memory_of(request: Request, layout: Layout) -> Memory:
 
 def judge(request: Request, layout: Layout, *, memory: Memory | None = None) -> Plan:
     """Memory, time of the whole step and flags of one layout."""
-    settings = dataclasses.replace(request.settings, recompute=layout.recompute)
+    settings = request.settings_for(layout)
     time = estimate_time(
         request.config,
         [request.group],
-        request.flops_by_recompute[layout.recompute],
+        request.flops(settings),
         layout,
         num_micro_batches=request.prompts_per_step // layout.data,
         settings=settings,
         machine=request.machine,
         bytes_per_number=request.kernels.bytes_per_number,
     )
-    useful = request.flops_by_recompute["none"].total * request.prompts_per_step
+    useful = request.useful_flops * request.prompts_per_step
     tflops = useful / time.total / request.num_gpus / 1e12
     return Plan(
         layout=layout,
@@ -192,6 +205,7 @@ def flags_of(request: Request, layout: Layout) -> str:
             "selective": "--recompute-granularity selective",
             "full": "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
         }[layout.recompute],
+        "--recompute-vision" if layout.recompute_vision else "",
         "--overlap-grad-reduce --overlap-param-gather" if layout.data * layout.context > 1 else "",
         {2: "--bf16", 4: ""}[request.kernels.bytes_per_number],
         f"--prompts-per-step {request.prompts_per_step} --micro-batch-groups 1",

@@ -39,8 +39,6 @@ class Kernels:
     has_fused_swiglu: bool = False
     gathers_keys: bool = False
     """Every response has its own copy of the prompt's keys and values."""
-    moves_inputs: bool = True
-    """Patches come from the host, in fp32."""
     has_masks: bool = False
     """Responses attend under an explicit mask, in the activations' precision."""
 
@@ -52,11 +50,16 @@ class Kernels:
         return 12 if self.bytes_per_number == 4 else 8
 
     @property
+    def norm_keeps_input(self) -> bool:
+        """Rather than an fp32 copy of it."""
+        return self.has_fused_norm or self.bytes_per_number == 4
+
+    @property
     def mlp_copies(self) -> int:
         return 3 if self.has_fused_swiglu else 5
 
 
-TORCH_CPU = Kernels(bytes_per_number=4, gathers_keys=True, has_masks=True, moves_inputs=False)
+TORCH_CPU = Kernels(bytes_per_number=4, gathers_keys=True, has_masks=True)
 TORCH_GPU = Kernels(has_fused_swiglu=True)
 FUSED = Kernels(has_fused_norm=True, has_fused_swiglu=True, gathers_keys=True)
 
@@ -108,7 +111,7 @@ def language_layer(
     )
     if layout.recompute == "full":
         kept = own_rows * hidden * b
-        return LayerBytes(saved=kept, again=everything, extra=extra)
+        return LayerBytes(saved=kept, again=everything - kept * kernels.norm_keeps_input, extra=extra)
     if layout.recompute == "selective":
         # Made again after the MLP's backward, in the room that what the MLP kept has left.
         return LayerBytes(saved=everything - inner, again=max(0.0, inner - mlp), extra=extra)
@@ -128,7 +131,8 @@ def vision_layer(config: Qwen2_5_VLConfig, groups: Sequence[GroupWork], layout: 
     everything = norms + qkv + inner + mlp
     extra = 2 * patches * ffn * b + 2 * patches * width * b
     if layout.recompute == "full":
-        return LayerBytes(saved=patches * width * b, again=everything, extra=extra)
+        kept = patches * width * b
+        return LayerBytes(saved=kept, again=everything - kept * kernels.norm_keeps_input, extra=extra)
     if layout.recompute == "selective":
         # Made again after the MLP's backward, in the room that what the MLP kept has left.
         return LayerBytes(saved=everything - inner, again=max(0.0, inner - mlp), extra=extra)
@@ -145,10 +149,46 @@ def vision_ends(config: Qwen2_5_VLConfig, groups: Sequence[GroupWork], layout: L
     return patches * vision.patch_dim * b + norm + 2 * patches / vision.merge_unit * merged * b + features
 
 
-def patch_inputs(config: Qwen2_5_VLConfig, groups: Sequence[GroupWork], layout: Layout, kernels: Kernels) -> float:
-    """What the encoder's caller holds while it runs: patches as they came, and in the model's precision."""
-    copies = 4 * kernels.moves_inputs + (kernels.bytes_per_number if kernels.bytes_per_number != 4 else 0)
-    return count_patches(groups, layout) * config.vision.patch_dim * copies
+@dataclass(frozen=True)
+class VisionBytes:
+    """The encoder's run over one micro-batch's media."""
+
+    saved: float
+    """Kept until its backward; with ``recompute_vision`` the features alone."""
+    features: float
+    """Of all media, which the cache keeps for the step's other passes."""
+    extra: float
+    """Needed in its backward beside what is kept."""
+    forward: float
+    """Most of what forward needs, ``saved`` included: patches, made on the device in fp32 and joined (two copies), one
+    more in 16 bits, and the inner rows of a layer."""
+
+
+def vision_pass(
+    config: Qwen2_5_VLConfig, groups: Sequence[GroupWork], layout: Layout, kernels: Kernels, settings: StepSettings
+) -> VisionBytes:
+    vision, b = config.vision, kernels.bytes_per_number
+    layer = vision_layer(config, groups, layout, kernels)
+    features = sum(group.num_visual_tokens(vision) for group in groups) * vision.out_hidden_size * b
+    pixels = count_patches(groups, layout) * vision.patch_dim
+    inputs = (8 if b == 4 else 8 + b) * pixels
+    kept = features
+    if not settings.is_vision_frozen:
+        kept = vision_ends(config, groups, layout, kernels)
+    if "vision" not in settings.frozen:
+        kept += vision.depth * layer.saved
+    once = layer.again + layer.extra
+    passing = layer.extra
+    if layout.recompute == "full" or settings.recompute_vision or "vision" in settings.frozen:
+        # Forward without a graph: two rows of the encoder's width, its norm, all of the MLP and a bias.
+        ffn = vision.padded_intermediate_size(layout.vision_shards) / layout.vision_shards
+        passing = count_patches(groups, layout) * b * (3 * vision.hidden_size + (kernels.mlp_copies + 2) * ffn)
+    if settings.recompute_vision and not settings.is_vision_frozen:
+        return VisionBytes(
+            saved=features, features=features, extra=kept + inputs + once, forward=features + inputs + passing
+        )
+    extra = 0.0 if "vision" in settings.frozen else once
+    return VisionBytes(saved=kept, features=features, extra=extra, forward=kept + inputs + passing)
 
 
 def count_patches(groups: Sequence[GroupWork], layout: Layout) -> float:

@@ -74,6 +74,8 @@ class StepSettings:
     num_updates: int = 1
     recompute: Recompute = "none"
     """``full``: every layer's forward again in backward. ``selective``: the core attention's."""
+    recompute_vision: bool = False
+    """Keep features only, and run a trained encoder again in backward."""
     frozen: frozenset[str] = frozenset()
     """Some of vision (the encoder without its merger), merger, language."""
     has_vision_once: bool = True
@@ -89,6 +91,13 @@ class StepSettings:
     """Share of the response rows that have a gradient, which is all that the head's backward touches."""
     has_streamed_head: bool = True
     """The head keeps no logits and makes them again in backward."""
+
+    @property
+    def is_vision_kept_for_update(self) -> bool:
+        """Passes without gradient read features of the intact view before the update does, from the run that carries
+        the encoder's gradient: its activations stay until then."""
+        reads_before = self.has_selection or self.shuffle_unit == "temporal_patch"
+        return self.has_vision_once and reads_before and not self.recompute_vision and not self.is_vision_frozen
 
     @property
     def is_vision_frozen(self) -> bool:

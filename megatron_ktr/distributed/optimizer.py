@@ -17,7 +17,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_ktr.config import OptimizerSection, ParallelSection
+from megatron_ktr.config_sections import OptimizerSection, ParallelSection
 from megatron_ktr.distributed.checks import check_optimizer_config, check_transformer_config
 from megatron_ktr.distributed.platform import current
 from megatron_ktr.errors import UserError

@@ -1,78 +1,137 @@
 """Attention over packed sequences: a prompt stored once with its G responses, and independent segments.
 
-``prefix_attention`` serves the language model, ``segment_attention`` the vision encoder. Both are plain torch: the
-reference for every faster implementation, and the path on CPU. Neither builds a ``[T, T]`` mask; the largest mask
-is ``[response, prompt + response]`` for one response at a time.
+``prefix_attention`` serves the language model, ``segment_attention`` the vision encoder. None of the implementations
+builds a ``[T, T]`` mask.
 
-Story of ``prefix_attention``, for one group ``[prompt | response 1 | ... | response G]``:
+    impl      runs on           how a response sees the prompt
+    torch     everything        the reference: a loop over segments, each with its own copy of ``[prompt | response]``
+    merged    CPU, CUDA flash   prompt keys read once by all responses, parts merged by log-sum-exp
+                                (``prefix_attention_merged.py``)
+    varlen    CUDA flash        one variable-length call, bottom-right causal, keys and values gathered per response
+    te        CUDA with TE      as varlen, in Transformer Engine's kernels; a module of its own in the model's layers
 
-1. the prompt's rows attend causally to the prompt (once, not G times);
-2. the rows of response i attend to ``[prompt | response i]`` with bottom-right causal alignment, which is exactly the
-   lower part of ordinary causal attention over the separate sequence ``prompt + response i``;
-3. padding rows, at the end of the packed sequence, attend causally among themselves: their values are finite and
-   nobody reads them.
-
-Gradients of the prompt's keys and values sum over the G responses through autograd, as they do for G separate
-sequences. Nothing is shared between ranks: heads may be split over tensor-parallel ranks beforehand.
+Gradients of the prompt's keys and values sum over the G responses, as they do for G separate sequences. Nothing is
+shared between ranks here: heads may be split over tensor-parallel ranks beforehand, query rows over context-parallel
+ranks that hold all keys (``prefix_attention_plan.py`` describes both).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
-from megatron_ktr.types import GroupSpan, PackedLayout
+from megatron_ktr.ops.key_exchange import KeyExchange
+from megatron_ktr.ops.prefix_attention_kernels import can_flash_varlen
+from megatron_ktr.ops.prefix_attention_merged import can_merge, merged_attention
+from megatron_ktr.ops.prefix_attention_plan import AttentionPlan
+from megatron_ktr.ops.prefix_attention_varlen import varlen_attention
 
-PrefixImpl = Literal["auto", "torch"]
+PrefixImpl = Literal["auto", "torch", "merged", "varlen"]
 
 
 def prefix_attention(
     q_TNH: Tensor,
-    k_TKH: Tensor,
-    v_TKH: Tensor,
+    k_JKH: Tensor,
+    v_JKH: Tensor,
     *,
-    layout: PackedLayout,
+    plan: AttentionPlan,
     scale: float | None = None,
     impl: PrefixImpl = "auto",
+    exchange: KeyExchange | None = None,
 ) -> Tensor:
-    """out[i] = sum_j softmax_j(scale * q[i] . k[j]) v[j] over the rows j that row i may attend.
+    """out[i] = sum_j softmax_j(scale * q[i] . k[j]) v[j] over the keys j that ``plan`` lets row i attend.
 
-    Row i may attend row j <= i iff both lie in the same group and j is in the group's prompt or in i's own response
-    (``PackedLayout``). Equal, forward and backward, to G separate causal sequences ``prompt + response``.
+    With ``AttentionPlan.of_layout``: row i may attend row j <= i iff both lie in the same group and j is in the
+    group's prompt or in i's own response. Equal, forward and backward, to G separate causal sequences
+    ``prompt + response``. Padding rows give zeros.
 
     Args:
-        q_TNH: queries [T, N, H].
-        k_TKH: keys [T, K, H]; N must be a multiple of K (grouped queries: head n reads key head n // (N / K)).
-        v_TKH: values [T, K, H].
-        layout: where groups and padding lie; ``layout.num_tokens`` must be T.
+        q_TNH: queries [T, N, H]; T must be ``plan.num_queries``.
+        k_JKH: keys [J, K, H]; J must be ``plan.num_keys``, and N a multiple of K (grouped queries: head n reads key
+            head n // (N / K)).
+        v_JKH: values [J, K, H].
         scale: factor on the scores; ``H ** -0.5`` when None.
-        impl: "torch" (this file); "auto" picks the best one available, today "torch".
+        impl: see the module; "auto" is ``choose_impl``.
+        exchange: with context parallelism. Then k and v are this rank's [T, K, H], the plan's keys those of all ranks,
+            and every rank must call this and its backward.
 
     Returns:
         [T, N, H] in the dtype of ``q_TNH``.
 
     Raises:
-        ValueError: sizes that do not fit together, or an unknown ``impl``.
+        ValueError: sizes that do not fit together, an unknown ``impl``, or one that cannot take these tensors.
     """
-    if impl not in ("auto", "torch"):
-        raise ValueError(f"prefix_attention: impl must be 'auto' or 'torch', got {impl!r}")
-    _check_heads(q_TNH, k_TKH, v_TKH)
-    if layout.num_tokens != q_TNH.shape[0]:
+    _check_heads(q_TNH, k_JKH, v_JKH)
+    expected = (plan.num_queries, plan.num_keys if exchange is None else plan.num_queries)
+    if expected != (q_TNH.shape[0], k_JKH.shape[0]):
         raise ValueError(
-            f"prefix_attention: layout describes {layout.num_tokens} rows, but the queries have {q_TNH.shape[0]}"
+            f"prefix_attention: the plan describes {expected[0]} query and {expected[1]} key rows, but there are "
+            f"{q_TNH.shape[0]} queries and {k_JKH.shape[0]} keys"
         )
-    parts = []
-    for group in layout.groups:
-        parts.extend(_attend_group(q_TNH, k_TKH, v_TKH, group=group, scale=scale))
-    if layout.num_padding:
-        rows = slice(layout.num_tokens - layout.num_padding, layout.num_tokens)
-        parts.append(_attend(q_TNH[rows], k_TKH[rows], v_TKH[rows], scale=scale, is_causal=True))
-    # An empty layout has no rows; the slice keeps dtype, device and the autograd connection.
-    return torch.cat(parts) if parts else q_TNH[:0]
+    impl = choose_impl(q_TNH, impl, shares_keys=exchange is not None)
+    options: dict[str, Any] = dict(plan=plan, scale=q_TNH.shape[-1] ** -0.5 if scale is None else scale)
+    if exchange is not None and (impl != "merged" or not plan.segments):
+        k_JKH, v_JKH = exchange(k_JKH, v_JKH)
+    elif impl == "merged":
+        options["exchange"] = exchange
+    if not plan.segments:
+        return _Nothing.apply(q_TNH, k_JKH, v_JKH)
+    attend = {"torch": loop_attention, "merged": merged_attention, "varlen": varlen_attention}[impl]
+    out_TNH = attend(q_TNH, k_JKH, v_JKH, **options)
+    return pad(out_TNH, (0, 0, 0, 0, 0, plan.num_padding)) if plan.num_padding else out_TNH
+
+
+class _Nothing(torch.autograd.Function):
+    """Padding alone: zeros that stay connected to keys and values. Under context parallelism their gradient takes part
+    in a collective, which a rank without rows must join like the others."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        return torch.zeros_like(q)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.zeros_like(x) for x in ctx.saved_tensors)
+
+
+def choose_impl(q_TNH: Tensor, impl: PrefixImpl = "auto", *, shares_keys: bool = False) -> PrefixImpl:
+    """``impl`` if it can take ``q_TNH``; "auto": merged on CPU, varlen where CUDA's flash kernel runs, else torch.
+
+    With ``shares_keys`` (context parallelism) merged instead of varlen: it keeps no copy of other ranks' keys.
+    """
+    if impl not in get_args(PrefixImpl):
+        raise ValueError(f"prefix_attention: impl must be one of {get_args(PrefixImpl)}, got {impl!r}")
+    if impl == "auto":
+        if not q_TNH.is_cuda:
+            return "merged"
+        fused = "merged" if shares_keys else "varlen"
+        return fused if can_flash_varlen(q_TNH) else "torch"
+    can_run = {"torch": True, "merged": can_merge(q_TNH), "varlen": can_flash_varlen(q_TNH)}[impl]
+    if not can_run:
+        raise ValueError(
+            f"prefix_attention: impl {impl!r} needs a CUDA device, half precision and a head size that is a multiple "
+            f"of 8 up to 256; got {q_TNH.device.type}, {q_TNH.dtype}, {q_TNH.shape[-1]}; use 'auto' or 'torch'"
+        )
+    return impl
+
+
+def loop_attention(q: Tensor, k: Tensor, v: Tensor, *, plan: AttentionPlan, scale: float) -> Tensor:
+    """The reference: one softmax attention per segment, over its own copy of its prefix; padding left out."""
+    outputs = []
+    for segment in plan.segments:
+        if not segment.prefix_length:
+            own = segment.own
+            outputs.append(_attend(q[segment.rows], k[own], v[own], scale=scale, is_causal=True))
+            continue
+        mask = _bottom_right_causal(segment.length, segment.prefix_length, device=q.device)
+        key, value = (torch.cat([x[segment.prefix], x[segment.own]]) for x in (k, v))
+        outputs.append(_attend(q[segment.rows], key, value, scale=scale, mask=mask))
+    return torch.cat(outputs)
 
 
 def segment_attention(
@@ -95,6 +154,8 @@ def segment_attention(
         ValueError: ``cu_seqlens`` that does not run from 0 to S without decreasing, or head counts that do not fit.
     """
     _check_heads(q_SNH, k_SNH, v_SNH)
+    if q_SNH.shape[0] != k_SNH.shape[0]:
+        raise ValueError(f"segment_attention: {q_SNH.shape[0]} queries but {k_SNH.shape[0]} keys")
     bounds = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else [int(bound) for bound in cu_seqlens]
     num_rows = q_SNH.shape[0]
     lengths = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
@@ -117,27 +178,6 @@ def segment_attention(
         rows.append(index)
     order = torch.argsort(torch.cat(rows))
     return torch.cat(outputs).index_select(0, order)
-
-
-def _attend_group(
-    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, *, group: GroupSpan, scale: float | None
-) -> list[Tensor]:
-    """Outputs of one group's prompt rows and of each of its responses, in row order."""
-    prompt = slice(group.start, group.start + group.prompt_length)
-    outputs = []
-    if group.prompt_length:
-        outputs.append(_attend(q_TNH[prompt], k_TKH[prompt], v_TKH[prompt], scale=scale, is_causal=True))
-    start = prompt.stop
-    for length in group.response_lengths:
-        rows = slice(start, start + length)
-        start = rows.stop
-        if not length:
-            continue
-        mask = _bottom_right_causal(length, group.prompt_length, device=q_TNH.device)
-        key = torch.cat([k_TKH[prompt], k_TKH[rows]])
-        value = torch.cat([v_TKH[prompt], v_TKH[rows]])
-        outputs.append(_attend(q_TNH[rows], key, value, scale=scale, mask=mask))
-    return outputs
 
 
 def _attend(
@@ -178,8 +218,8 @@ def _bottom_right_causal(num_rows: int, num_prefix: int, *, device: torch.device
 
 
 def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
-    if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1]:
+    if k.shape != v.shape or q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1]:
         raise ValueError(
-            "attention expects q [T, N, H], k and v [T, K, H] with N a multiple of K, got "
+            "attention expects q [T, N, H], k and v [J, K, H] with N a multiple of K, got "
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
         )

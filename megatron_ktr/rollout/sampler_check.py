@@ -282,7 +282,7 @@ def trainer_logprobs(
             media=media,
             pad_to_multiple=pad_to_multiple,
             seconds_per_grid=seconds_per_grid,
-            with_patches=policy.groups.is_first_stage,
+            vision="media" if policy.groups.is_first_stage else "none",
         )
         for group in groups
     ]

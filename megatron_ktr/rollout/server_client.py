@@ -42,6 +42,8 @@ class ServerFacts:
     logprobs_mode: str
     normalises_pixels: bool
     """Whether the model normalises patches itself: ours are normalised already."""
+    has_encoder: bool
+    """False: it was started for features in place of pixels, which end its engine."""
 
     @classmethod
     def read(cls, info: Mapping[str, Any]) -> ServerFacts:
@@ -51,6 +53,7 @@ class ServerFacts:
             max_model_len=int(model["max_model_len"]),
             logprobs_mode=str(model["logprobs_mode"]),
             normalises_pixels=bool(multimodal.get("mm_device_do_normalize", False)),
+            has_encoder=not _admits_no_pixels(multimodal),
         )
 
 
@@ -162,6 +165,12 @@ class ServerClient:
         if answer.status_code in (400, 413, 422):
             raise Refused(problem)
         raise ServerProblem(f"{problem}{_advice(path, answer.status_code)}")
+
+
+def _admits_no_pixels(multimodal: Mapping[str, Any]) -> bool:
+    limits = multimodal.get("limit_per_prompt") or {}
+    counts = [limit.get("count") if isinstance(limit, dict) else limit for limit in limits.values()]
+    return bool(multimodal.get("enable_mm_embeds")) and bool(counts) and not any(counts)
 
 
 def _message(body: bytes) -> str:

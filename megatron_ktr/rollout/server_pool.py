@@ -104,16 +104,24 @@ class ServerPool:
 
     async def start(self) -> None:
         """Waits for a first server; raises UserError if none comes, or if one is not set up for training."""
+        looks = 0
         try:
             async with asyncio.timeout(self.settings.timeout_seconds):
                 while not await self._probe_all():
-                    logger.warning("waiting for a vLLM server: %s", self._errors())
+                    self._refuse_wrong()
+                    if looks % 30 == 0:
+                        logger.warning("waiting for a vLLM server: %s", self._errors())
+                    looks += 1
                     await asyncio.sleep(self.settings.probe_seconds)
         except TimeoutError:
             raise UserError(f"--server-urls: no vLLM server answered: {self._errors()}") from None
-        if wrong := [server for server in self._servers if server.facts and (self._check_facts(server.facts))]:
-            raise UserError(f"--server-urls: {wrong[0].url}: {self._check_facts(wrong[0].facts)}")
+        self._refuse_wrong()
         self._watcher = asyncio.create_task(self._watch())
+
+    def _refuse_wrong(self) -> None:
+        for server in self._servers:
+            if server.facts is not None and (problem := self._check_facts(server.facts)):
+                raise UserError(f"--server-urls: {server.url}: {problem}")
 
     async def close(self) -> None:
         """Cancels everything that still runs in this loop."""

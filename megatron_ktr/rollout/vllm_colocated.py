@@ -35,7 +35,13 @@ from megatron_ktr.errors import UserError
 from megatron_ktr.packing import MediaSpec
 from megatron_ktr.rollout.base import RolloutEngine
 from megatron_ktr.rollout.sampling import SamplingSettings, StopStrings, end_token_ids, sample_seed
-from megatron_ktr.rollout.vllm_cpu import EXECUTOR_IN_RANKS, set_environment, start_vllm_on_cpu, stop_vllm_in_process
+from megatron_ktr.rollout.vllm_cpu import (
+    EXECUTOR_IN_RANKS,
+    WHOLE_PROMPTS,
+    set_environment,
+    start_vllm_on_cpu,
+    stop_vllm_in_process,
+)
 from megatron_ktr.rollout.vllm_inputs import FEATURE_OPTIONS, engine_input
 from megatron_ktr.rollout.vllm_layout import Share, share_groups, split_work
 from megatron_ktr.rollout.vllm_responses import Answer, GroupCollector, GrowingResponse
@@ -141,7 +147,8 @@ class ColocatedEngine(RolloutEngine):
         if self._can_sleep:
             options |= {"gpu_memory_utilization": settings.memory_share, "enforce_eager": settings.is_eager}
         else:
-            options["kv_cache_bytes"] = settings.kv_cache_bytes
+            options |= {"kv_cache_bytes": settings.kv_cache_bytes, **WHOLE_PROMPTS}
+            options["max_num_batched_tokens"] = max(options["max_num_batched_tokens"], options["max_model_len"])
         return options
 
     def load_weights(self, named_tensors: Iterator[tuple[str, Tensor]]) -> None:

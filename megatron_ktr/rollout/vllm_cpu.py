@@ -31,6 +31,12 @@ EXECUTOR_IN_RANKS = "megatron_ktr.rollout.vllm_cpu_executor.CpuRanksExecutor"
 """``distributed_executor_backend`` of an engine in several ranks; on GPUs it is "external_launcher"."""
 
 
+WHOLE_PROMPTS = {"enable_chunked_prefill": False}
+"""An option for engines whose requests have seeds. vLLM computes a prompt in parts where a step's tokens are used up,
+and then turns back the request's random generator, which CPU generators cannot: the engine would be lost. Without parts
+a step must have room for the longest prompt and response."""
+
+
 def set_environment() -> None:
     """Call before the first import of vLLM; harmless where there is a GPU."""
     for name, value in _ENVIRONMENT.items():

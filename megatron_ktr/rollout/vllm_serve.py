@@ -28,11 +28,17 @@ TRAINING_FLAGS = {
     # Log-probs before top-p; runs at another temperature need processed_logprobs.
     "--logprobs-mode": "raw_logprobs",
 }
+GPU_FLAGS = {
+    # Without it the server has no place for weights from GPU to GPU; NCCL is vLLM's default in it.
+    "--weight-transfer-config": "{}",
+}
 CPU_FLAGS = {
     "--dtype": "float32",
     "--enforce-eager": None,
     "--kv-cache-memory-bytes": str(1 << 28),
     "--max-num-batched-tokens": "8192",
+    # ``WHOLE_PROMPTS`` in vllm_cpu.py. vLLM asks for --max-model-len where the model's own exceeds the line above.
+    "--no-enable-chunked-prefill": None,
 }
 
 
@@ -42,7 +48,7 @@ def arguments(argv: Sequence[str], *, on_cpu: bool) -> list[str]:
         raise UserError("usage: python -m megatron_ktr.rollout.vllm_serve MODEL [--port N] [options of vllm serve]")
     given = {argument.split("=")[0].replace("_", "-") for argument in argv if argument.startswith("--")}
     found = list(argv)
-    for flag, value in (TRAINING_FLAGS | (CPU_FLAGS if on_cpu else {})).items():
+    for flag, value in (TRAINING_FLAGS | (CPU_FLAGS if on_cpu else GPU_FLAGS)).items():
         opposite = flag.replace("--no-", "--", 1) if flag.startswith("--no-") else flag.replace("--", "--no-", 1)
         if flag not in given and opposite not in given:
             found += [flag] if value is None else [flag, value]
@@ -67,7 +73,7 @@ def prepare(*, on_cpu: bool) -> None:
 
 
 def main() -> None:
-    argv = ["serve", *arguments(sys.argv[1:], on_cpu=not torch.cuda.is_available())]
+    argv = ["serve", *arguments(sys.argv[1:], on_cpu=not torch.accelerator.is_available())]
     # Not vLLM's own main: it asks for the version of a package "vllm", which the CPU build is not called.
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
@@ -83,6 +89,6 @@ def main() -> None:
 
 
 if __name__ in ("__main__", "__mp_main__"):
-    prepare(on_cpu=not torch.cuda.is_available())
+    prepare(on_cpu=not torch.accelerator.is_available())
 if __name__ == "__main__":
     run_cli(main)

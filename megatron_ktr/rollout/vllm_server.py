@@ -21,6 +21,7 @@ import shutil
 import threading
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,12 @@ from megatron_ktr.distributed.platform import current
 from megatron_ktr.errors import UserError
 from megatron_ktr.packing import MediaSpec
 from megatron_ktr.rollout.base import RolloutEngine
-from megatron_ktr.rollout.sampling import SamplingSettings, end_token_ids
+from megatron_ktr.rollout.sampling import SamplingSettings, StopStrings, end_token_ids
 from megatron_ktr.rollout.server_client import ServerClient, ServerFacts
 from megatron_ktr.rollout.server_pool import COUNTS, Give, PoolSettings, ServerPool
 from megatron_ktr.rollout.server_replicas import Replicas
 from megatron_ktr.rollout.server_weights import DirectoryTransfer, Failed, Outcome, WeightTransfer
-from megatron_ktr.rollout.server_wire import check_length, encode_request, read_answer
+from megatron_ktr.rollout.server_wire import Sample, check_length, encode_request, read_answer
 from megatron_ktr.rollout.vllm_sampling import LogprobsMode, logprobs_mode, records_logprobs, rollout_of
 from megatron_ktr.types import Prompt, RolloutGroup
 
@@ -174,9 +175,22 @@ class ServerEngine(RolloutEngine):
                 end_token_ids=self.end_token_ids,
                 tokenizer=self.tokenizer,
             )
-            for sample in samples
+            for sample in (self._until_stop(sample, sampling.stop) for sample in samples)
         )
         return index, RolloutGroup(prompt=prompt, rollouts=rollouts)
+
+    def _until_stop(self, sample: Sample, stop: Sequence[str]) -> Sample:
+        """Up to the token that completes a stop string. Servers sample on to the end: their own stop strings need their
+        detokenizer, which fails on ids that the model has and its tokenizer does not know, and ends the server."""
+        if not stop:
+            return sample
+        decode = partial(self.tokenizer.decode, skip_special_tokens=True)
+        strings = StopStrings(stop, decode=decode, num_rows=1)
+        for length, token_id in enumerate(sample.token_ids, start=1):
+            if strings.completed_by(0, token_id):
+                logprobs = None if sample.logprobs is None else sample.logprobs[:length]
+                return replace(sample, token_ids=sample.token_ids[:length], logprobs=logprobs, finish_reason="stop")
+        return sample
 
     async def _make_pool(self, urls: Sequence[str], settings: PoolSettings) -> ServerPool:
         clients = [
@@ -191,6 +205,8 @@ class ServerEngine(RolloutEngine):
             return f"it was started with --logprobs-mode {facts.logprobs_mode}; this run needs {self.mode}"
         if facts.normalises_pixels:
             return "it normalises pixels that are normalised already; start it with --no-mm-device-do-normalize"
+        if self.runs_vision_encoder and not facts.has_encoder:
+            return "it has no vision encoder: start it without --limit-mm-per-prompt, or use --share-vision-features"
         return None
 
     def _run(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:

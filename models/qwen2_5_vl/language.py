@@ -11,10 +11,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_ktr.ops.token_statistics import TokenStatistics, linear_token_statistics
-from megatron_ktr.types import PackedBatch
 from models.qwen2_5_vl.attention import PrefixSeqParams
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
-from models.qwen2_5_vl.layer_specs import TransformerImpl, language_block_spec
+from models.qwen2_5_vl.layer_specs import AttentionImpl, TransformerImpl, language_block_spec
 from models.qwen2_5_vl.transformer_config import padded_vocab_size
 
 
@@ -32,6 +31,7 @@ class LanguageModel(GPTModel):
         config: TransformerConfig,
         process_groups: ProcessGroupCollection,
         transformer_impl: TransformerImpl,
+        attention_impl: AttentionImpl,
         pre_process: bool,
         post_process: bool,
         vp_stage: int | None,
@@ -40,7 +40,11 @@ class LanguageModel(GPTModel):
         super().__init__(
             config=config,
             transformer_layer_spec=language_block_spec(
-                config, impl=transformer_impl, vp_stage=vp_stage, pp_rank=process_groups.pp.rank()
+                config,
+                impl=transformer_impl,
+                attention_impl=attention_impl,
+                vp_stage=vp_stage,
+                pp_rank=process_groups.pp.rank(),
             ),
             vocab_size=padded_vocab_size(text.vocab_size, config.tensor_model_parallel_size),
             max_sequence_length=text.max_position_embeddings,
@@ -77,18 +81,21 @@ class LanguageModel(GPTModel):
             hidden_T1D = scatter_to_sequence_parallel_region(hidden_T1D, group=self.tp_group).clone()
         return hidden_T1D
 
-    def forward_packed(self, batch: PackedBatch, *, decoder_input: Tensor | None) -> Tensor:
+    def forward_packed(
+        self, position_ids_3T: Tensor, attention: PrefixSeqParams, *, decoder_input: Tensor | None
+    ) -> Tensor:
         """Hidden states after this stage's layers (and the final norm on the last stage).
 
-        ``decoder_input`` is ``embed``'s result on the first stage, None elsewhere (see ``set_input_tensor``).
+        T counts this context rank's rows. ``decoder_input`` is ``embed``'s result on the first stage, None elsewhere
+        (see ``set_input_tensor``).
         Returns [T, 1, D] or, under sequence parallelism, [T / tp, 1, D].
         """
         return self(
             input_ids=None,
-            position_ids=batch.position_ids_3T[:, None],
+            position_ids=position_ids_3T[:, None],
             attention_mask=None,
             decoder_input=decoder_input,
-            packed_seq_params=PrefixSeqParams.from_layout(batch.layout),
+            packed_seq_params=attention,
         )
 
     def output_weight(self) -> Tensor:

@@ -5,13 +5,16 @@ part                   local (CPU, CUDA without TE)            Transformer Engin
 =====================  ======================================  ==========================================
 norm before attention  ``RMSNorm``                             fused into linear_qkv (``layer_norm_weight``)
 linear_qkv             ColumnParallelLinear                    TELayerNormColumnParallelLinear
-core attention         ``PrefixCoreAttention``                 TE attention, bottom-right causal, packed
+core attention         ``PrefixCoreAttention``                 TE attention, bottom-right causal, packed (*)
 linear_proj            RowParallelLinear                       TERowParallelLinear
 norm before the MLP    ``RMSNorm``                             fused into linear_fc1 (``layer_norm_weight``)
 linear_fc1             ColumnParallelLinear                    TELayerNormColumnParallelLinear
 linear_fc2             RowParallelLinear                       TERowParallelLinear
 final norm             ``RMSNorm``                             TENorm
 =====================  ======================================  ==========================================
+
+(*) ``attention_impl`` chooses: "te" is Transformer Engine's, and the default there; torch, merged and varlen are
+``PrefixCoreAttention`` with that implementation, in either column.
 
 Both keep the same keys in a distributed checkpoint. Only this file may import Transformer Engine, and only once it
 is known to be there: it is importable, and a CPU run never asks for it.
@@ -36,6 +39,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
+from torch.nn.functional import pad
 
 from megatron_ktr.distributed.platform import current
 from megatron_ktr.errors import UserError
@@ -43,6 +47,7 @@ from models.qwen2_5_vl.attention import PrefixCoreAttention, PrefixSeqParams
 from models.qwen2_5_vl.norm import RMSNorm
 
 TransformerImpl = Literal["auto", "te", "local"]
+AttentionImpl = Literal["auto", "torch", "merged", "varlen", "te"]
 
 
 def resolve_transformer_impl(impl: TransformerImpl) -> Literal["local", "te"]:
@@ -61,19 +66,35 @@ def resolve_transformer_impl(impl: TransformerImpl) -> Literal["local", "te"]:
     return "te" if impl != "local" and can_run_te else "local"
 
 
-def language_layer_spec(impl: TransformerImpl) -> ModuleSpec:
-    """One layer of the language model: grouped-query attention over a shared prefix, gated MLP."""
-    if resolve_transformer_impl(impl) == "te":
-        return _te_layer()
-    return _local_layer()
+def language_layer_spec(impl: TransformerImpl, attention_impl: AttentionImpl = "auto") -> ModuleSpec:
+    """One layer of the language model: grouped-query attention over a shared prefix, gated MLP.
+
+    Raises:
+        UserError: attention by Transformer Engine in layers without it, or varlen on CPU.
+    """
+    uses_te = resolve_transformer_impl(impl) == "te"
+    if attention_impl == "varlen" and current().name == "cpu":
+        raise UserError("--attention-impl varlen runs on CUDA only; use auto, merged or torch")
+    if attention_impl == "te" and not uses_te:
+        raise UserError("--attention-impl te needs --transformer-impl te; use auto, torch, merged or varlen")
+    if uses_te and attention_impl in ("auto", "te"):
+        return _te_layer(_te_modules().PrefixCoreAttention)
+    attention = ModuleSpec(module=PrefixCoreAttention, params={"impl": attention_impl})
+    return _te_layer(attention) if uses_te else _local_layer(attention)
 
 
 def language_block_spec(
-    config: TransformerConfig, *, impl: TransformerImpl, vp_stage: int | None = None, pp_rank: int | None = None
+    config: TransformerConfig,
+    *,
+    impl: TransformerImpl,
+    attention_impl: AttentionImpl = "auto",
+    vp_stage: int | None = None,
+    pp_rank: int | None = None,
 ) -> TransformerBlockSubmodules:
     """The layers of this (virtual) pipeline stage and the final norm; core would choose its own norm otherwise."""
     num_layers = get_num_layers_to_build(config, vp_stage, pp_rank)
-    return TransformerBlockSubmodules(layer_specs=[language_layer_spec(impl)] * num_layers, layer_norm=norm_class(impl))
+    layer = language_layer_spec(impl, attention_impl)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm_class(impl))
 
 
 def norm_class(impl: TransformerImpl) -> Any:
@@ -81,10 +102,10 @@ def norm_class(impl: TransformerImpl) -> Any:
     return _te_modules().norm if resolve_transformer_impl(impl) == "te" else RMSNorm
 
 
-def _local_layer() -> ModuleSpec:
+def _local_layer(core_attention: Any) -> ModuleSpec:
     attention = SelfAttentionSubmodules(
         linear_qkv=ColumnParallelLinear,
-        core_attention=PrefixCoreAttention,
+        core_attention=core_attention,
         linear_proj=RowParallelLinear,
         q_layernorm=None,
         k_layernorm=None,
@@ -110,11 +131,11 @@ def _local_layer() -> ModuleSpec:
     )
 
 
-def _te_layer() -> ModuleSpec:
+def _te_layer(core_attention: Any) -> ModuleSpec:
     te = _te_modules()
     attention = SelfAttentionSubmodules(
         linear_qkv=te.norm_column_linear,
-        core_attention=te.PrefixCoreAttention,
+        core_attention=core_attention,
         linear_proj=te.row_linear,
         q_layernorm=None,
         k_layernorm=None,
@@ -164,24 +185,30 @@ def _te_modules() -> SimpleNamespace:
             packed_seq_params: PrefixSeqParams | None = None,
             **kwargs: Any,
         ) -> Tensor:
-            plan = packed_seq_params.varlen_plan(query.device)
+            if packed_seq_params.exchange is not None:
+                key, value = packed_seq_params.exchange(key, value)
+            plan = packed_seq_params.plan
+            call = plan.whole_call(query.device)
             segments = PackedSeqParams(
                 qkv_format="thd",
-                cu_seqlens_q=plan.cu_seqlens_q,
-                cu_seqlens_kv=plan.cu_seqlens_kv,
-                max_seqlen_q=plan.max_seqlen_q,
-                max_seqlen_kv=plan.max_seqlen_kv,
+                cu_seqlens_q=call.cu_seqlens_q,
+                cu_seqlens_kv=call.cu_seqlens_kv,
+                max_seqlen_q=call.max_seqlen_q,
+                max_seqlen_kv=call.max_seqlen_kv,
             )
             mask = SimpleNamespace(name="padding_causal_bottom_right")
-            return super().forward(
-                query,
-                key.index_select(0, plan.kv_rows),
-                value.index_select(0, plan.kv_rows),
+            out = super().forward(
+                query[: plan.num_attending],
+                key.index_select(0, call.kv_rows),
+                value.index_select(0, call.kv_rows),
                 None,
                 attn_mask_type=mask,
                 packed_seq_params=segments,
                 **kwargs,
             )
+            # Padding rows attend nothing; their output is zero, whatever the shape TE answers in.
+            padding = (0, 0) * (out.dim() - 1) + (0, plan.num_padding)
+            return pad(out, padding) if plan.num_padding else out
 
     return SimpleNamespace(
         PrefixCoreAttention=TEPrefixCoreAttention,

@@ -27,14 +27,17 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_ktr.context_shard import LocalRows
 from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.distributed.platform import current
 from megatron_ktr.ops.group_divergence import group_divergence
 from megatron_ktr.ops.token_statistics import Impl, TokenStatistics
-from megatron_ktr.types import PackedBatch, PackedLayout
+from megatron_ktr.types import PackedBatch
+from models.qwen2_5_vl.attention import OneRank, PrefixSeqParams
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
+from models.qwen2_5_vl.context import ContextRanks
 from models.qwen2_5_vl.language import LanguageModel
-from models.qwen2_5_vl.layer_specs import TransformerImpl
+from models.qwen2_5_vl.layer_specs import AttentionImpl, TransformerImpl
 from models.qwen2_5_vl.transformer_config import language_transformer_config
 from models.qwen2_5_vl.vision import VisionEncoder
 
@@ -57,10 +60,12 @@ class Qwen2_5_VLModel(MegatronModule):
         transformer_config: TransformerConfig,
         process_groups: ProcessGroupCollection,
         transformer_impl: TransformerImpl = "auto",
+        attention_impl: AttentionImpl = "auto",
         pre_process: bool = True,
         post_process: bool = True,
         vp_stage: int | None = None,
         statistics_impl: Impl = "auto",
+        context_group: torch.distributed.ProcessGroup | None = None,
         accumulate_into_main_grad: bool = False,
         whole_vision_group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
@@ -72,6 +77,10 @@ class Qwen2_5_VLModel(MegatronModule):
         self.post_process = post_process
         self.vp_stage = vp_stage
         self.tensor_group = process_groups.tp
+        self.context = None
+        if context_group is not None and context_group.size() > 1:
+            multiple = transformer_config.tensor_model_parallel_size if transformer_config.sequence_parallel else 1
+            self.context = ContextRanks(context_group, multiple=multiple)
         self.statistics_impl: Impl = statistics_impl
         self.accumulate_into_main_grad = accumulate_into_main_grad
         self.share_embeddings_and_output_weights = model_config.tie_word_embeddings
@@ -92,6 +101,7 @@ class Qwen2_5_VLModel(MegatronModule):
             config=transformer_config,
             process_groups=process_groups,
             transformer_impl=transformer_impl,
+            attention_impl=attention_impl,
             pre_process=pre_process,
             post_process=post_process,
             vp_stage=vp_stage,
@@ -133,14 +143,19 @@ class Qwen2_5_VLModel(MegatronModule):
         """Hidden rows ``[R, D]`` that predict the response tokens on the last stage; before it, the activation
         ``[T, 1, D]`` for the next stage (``[T / tp, 1, D]`` under sequence parallelism).
 
-        ``batch`` must lie on this rank's device, equal on all tensor ranks.
+        ``batch`` must lie on this rank's device, equal on all tensor and context ranks. Under context parallelism T
+        and R count the rows that this context rank keeps (``megatron_ktr/context_shard.py``).
 
         Raises:
             ValueError: T that sequence parallelism cannot split, or visual rows without patches and features.
         """
         self._check(batch)
-        decoder_input = self._embed(batch) if self.pre_process else None
-        hidden_T1D = self.language.forward_packed(batch, decoder_input=decoder_input)
+        if self.context is None:
+            local, attention = LocalRows.whole(batch), PrefixSeqParams.from_layout(batch.layout)
+        else:
+            local, attention = self.context.share(batch)
+        decoder_input = self._embed(batch, local) if self.pre_process else None
+        hidden_T1D = self.language.forward_packed(local.position_ids_3T, attention, decoder_input=decoder_input)
         if not self.post_process:
             return hidden_T1D
         if self.config.sequence_parallel:
@@ -150,7 +165,26 @@ class Qwen2_5_VLModel(MegatronModule):
                 hidden_T1D, tensor_parallel_output_grad=True, group=self.tensor_group
             )
         # The prompt's last row appears once per response: backward sums over the group.
-        return hidden_T1D[:, 0].index_select(0, batch.predicting_rows_R)
+        return hidden_T1D[:, 0].index_select(0, local.predicting_rows_R)
+
+    def response_statistics(
+        self,
+        hidden_RD: Tensor,
+        batch: PackedBatch,
+        *,
+        temperature: float = 1.0,
+        counterfactual_hidden_RD: Sequence[Tensor] = (),
+    ) -> TokenStatistics:
+        """``token_statistics`` of all response tokens of ``batch``, on every context rank, from ``forward``'s rows.
+
+        ``batch`` may lie on the host. Every context rank must compute the same loss from them and call backward.
+        """
+        targets_R = batch.target_ids_R.to(hidden_RD.device)
+        options = dict(temperature=temperature, counterfactual_hidden_RD=counterfactual_hidden_RD)
+        if self.context is None:
+            return self.token_statistics(hidden_RD, targets_R, **options)
+        targets_R = targets_R[self.context.mine(batch).to(hidden_RD.device)]
+        return self.context.gather_statistics(self.token_statistics(hidden_RD, targets_R, **options), batch)
 
     def token_statistics(
         self,
@@ -179,29 +213,36 @@ class Qwen2_5_VLModel(MegatronModule):
         )
 
     def group_divergence(
-        self, hidden_RD: Tensor, log_normalizer_R: Tensor, *, layout: PackedLayout, temperature: float = 1.0
+        self, hidden_RD: Tensor, log_normalizer_R: Tensor, *, batch: PackedBatch, temperature: float = 1.0
     ) -> Tensor:
         """TW-GRPO's divergence between the responses of each group, [R]; last stage only, without gradient.
 
-        To be called after ``token_statistics`` of the same pass, where ``log_normalizer_R`` comes from: that call
+        To be called after ``response_statistics`` of the same pass, where ``log_normalizer_R`` comes from: that call
         brings the last optimizer step's weights here if their gathering overlaps (``StatisticsHead``).
         """
+        if self.context is not None:
+            # Responses of a group lie on different ranks, and their distributions are compared whole.
+            hidden_RD = self.context.gather_hidden(hidden_RD, batch)
         return group_divergence(
             hidden_RD,
             self.output_weight(),
             log_normalizer_R,
-            layout=layout,
+            layout=batch.layout,
             group=self.head_group,
             vocab_size=self.vocab_size,
             temperature=temperature,
         )
 
-    def _embed(self, batch: PackedBatch) -> Tensor:
+    def _embed(self, batch: PackedBatch, local: LocalRows) -> Tensor:
         # The encoder runs before the embedding, always: backward then reaches them in the opposite order, always.
         features = batch.features_ED
         if features is None and (batch.patches_SD is not None or self._needs_vision_gradients()):
             features = self.vision(batch.patches_SD, batch.grid_thw_M3)
-        return self.language.embed(batch.token_ids_T, visual_rows=batch.visual_rows, features=features)
+        if features is not None and local.visual_index is not None:
+            # Every context rank encodes all frames and keeps its rows' features: each sends back its rows' gradient
+            # alone, and the parameters' gradients add up over the ranks as the language model's do.
+            features = features.index_select(0, local.visual_index)
+        return self.language.embed(local.token_ids_T, visual_rows=local.visual_rows, features=features)
 
     def _needs_vision_gradients(self) -> bool:
         """Whether backward must reach the vision encoder even if this micro-batch has no media.
@@ -217,7 +258,7 @@ class Qwen2_5_VLModel(MegatronModule):
     def _check(self, batch: PackedBatch) -> None:
         num_tokens = batch.token_ids_T.shape[0]
         tensor_size = self.config.tensor_model_parallel_size
-        if self.config.sequence_parallel and num_tokens % tensor_size:
+        if self.config.sequence_parallel and self.context is None and num_tokens % tensor_size:
             raise ValueError(
                 f"sequence parallelism splits T over {tensor_size} ranks, got T = {num_tokens}; "
                 "pack with pad_to_multiple set to a multiple of the tensor-parallel size"
@@ -255,6 +296,8 @@ def build_model(
         UserError: a layout that does not fit the model's sizes.
     """
     transformer_config = language_transformer_config(model_config, groups=groups, dtype=dtype, config=config)
+    process_groups = copy.copy(groups.process_groups)
+    process_groups.cp = OneRank()
     num_chunks = transformer_config.virtual_pipeline_model_parallel_size
     pipeline_group = groups.process_groups.pp
     chunks = []
@@ -262,8 +305,10 @@ def build_model(
         chunk = Qwen2_5_VLModel(
             model_config,
             transformer_config=transformer_config,
-            process_groups=groups.process_groups,
+            process_groups=process_groups,
+            context_group=groups.context,
             transformer_impl=config.model.transformer_impl if config else "auto",
+            attention_impl=config.model.attention_impl if config else "auto",
             pre_process=is_pp_first_stage(pipeline_group) and is_vp_first_stage(vp_stage, num_chunks),
             post_process=is_pp_last_stage(pipeline_group) and is_vp_last_stage(vp_stage, num_chunks),
             vp_stage=vp_stage,

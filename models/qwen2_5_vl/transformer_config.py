@@ -72,7 +72,8 @@ def _placement(sizes: ParallelSizes, *, dtype: torch.dtype) -> dict[str, Any]:
         tensor_model_parallel_size=sizes.tensor,
         pipeline_model_parallel_size=sizes.pipeline,
         virtual_pipeline_model_parallel_size=_num_chunks(sizes) if _num_chunks(sizes) > 1 else None,
-        context_parallel_size=sizes.context,
+        # Rows are shared out before the first layer and keys gathered in the attention: core's own stays off.
+        context_parallel_size=1,
         sequence_parallel=sizes.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -115,10 +116,6 @@ def _recompute(config: Config | None) -> dict[str, Any]:
 
 def _check_layout(model_config: Qwen2_5_VLConfig, sizes: ParallelSizes) -> None:
     text = model_config.text
-    if sizes.context > 1:
-        raise UserError(
-            f"context parallelism is not supported by this model yet, got --context-parallel-size {sizes.context}"
-        )
     if text.num_attention_heads % sizes.tensor or text.intermediate_size % sizes.tensor:
         raise UserError(
             f"--tensor-model-parallel-size {sizes.tensor} must divide the {text.num_attention_heads} attention heads "

@@ -56,7 +56,8 @@ class Harness:
 
         self.config = make_config(
             hf_dir,
-            {"objective": "grpo", "kl_beta": 0.0, **(values or {})},
+            # The estimates are of this implementation; others read keys in other ways.
+            {"objective": "grpo", "kl_beta": 0.0, "attention_impl": "torch", **(values or {})},
             num_prompts=len(groups) * parallel.data_size,
             sizes=parallel.sizes,
         )
@@ -75,7 +76,7 @@ class Harness:
                 media=self.media,
                 pad_to_multiple=sizes.tensor if sizes.sequence_parallel else 1,
                 permutations=[order] if view == "shuffled" else None,
-                with_patches=self.policy.groups.is_first_stage,
+                vision="media" if self.policy.groups.is_first_stage else "none",
             )
             for group, order in zip(self.groups, permutations, strict=True)
         ]

@@ -34,6 +34,7 @@ class FakeServer:
         self.script: deque[str] = deque()
         self.reload_status = 200
         self.facts: dict[str, Any] = {"max_model_len": 1000, "logprobs_mode": "raw_logprobs"}
+        self.multimodal: dict[str, Any] = {}
         self.normalises_pixels = False
         self.control: list[str] = []
         """Control routes called, in order, with what they were told."""
@@ -87,7 +88,7 @@ class FakeServer:
         if parts.path == "/get_world_size":
             return _json({"world_size": 2})
         if parts.path == "/server_info":
-            multimodal = {"mm_device_do_normalize": self.normalises_pixels}
+            multimodal = {"mm_device_do_normalize": self.normalises_pixels, **self.multimodal}
             return _json({"vllm_config": {"model_config": {**self.facts, "multimodal_config": multimodal}}})
         return self._control(parts.path, parse_qs(parts.query), body)
 

@@ -20,8 +20,10 @@ class Layout:
     bucket_size: int | None = None
 
 
-def sizes_of(tensor: int = 1, pipeline: int = 1, *, sp: bool = False, vpp: int | None = None) -> ParallelSizes:
-    return ParallelSizes(tensor=tensor, pipeline=pipeline, sequence_parallel=sp, virtual_pipeline=vpp)
+def sizes_of(
+    tensor: int = 1, pipeline: int = 1, *, cp: int = 1, sp: bool = False, vpp: int | None = None
+) -> ParallelSizes:
+    return ParallelSizes(tensor=tensor, pipeline=pipeline, context=cp, sequence_parallel=sp, virtual_pipeline=vpp)
 
 
 DISTRIBUTED = DISTRIBUTED_SGD

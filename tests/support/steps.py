@@ -8,6 +8,7 @@ it selects by (and can be told to use other masks), the policy records what each
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -213,6 +214,7 @@ def make_config(hf_dir: Path, values: Mapping[str, Any], *, num_prompts: int, si
             "prompts_per_step": num_prompts,
             "tensor_model_parallel_size": sizes.tensor,
             "pipeline_model_parallel_size": sizes.pipeline,
+            "context_parallel_size": sizes.context,
             "sequence_parallel": sizes.sequence_parallel,
             **values,
         }
@@ -347,6 +349,14 @@ class StepDifference:
     """Of what the steps changed in the weights, relative per tensor."""
 
 
+def score_difference(ours_R: Tensor, theirs_R: Tensor) -> float:
+    """Largest difference; infinite where only one of the two is NaN (a view that does not apply to the prompt)."""
+    one_sided_R = ours_R.isnan() != theirs_R.isnan()
+    if one_sided_R.any():
+        return math.inf
+    return float((ours_R - theirs_R).abs().nan_to_num(0.0).max())
+
+
 def compare_steps(
     ours: Sequence[StepRecord], expected: Sequence[StepRecord], *, initial: Mapping[str, Tensor]
 ) -> StepDifference:
@@ -362,7 +372,7 @@ def compare_steps(
             worst = max(worst, (relative, name))
         for name, columns in mine.scores.items():
             for key, values_R in columns.items():
-                score = max(score, float((values_R - theirs.scores[name][key]).abs().max()))
+                score = max(score, score_difference(values_R, theirs.scores[name][key]))
         for name, key_tokens in mine.key_tokens.items():
             assert key_tokens == theirs.key_tokens[name], name
         assert len(mine.updates) == len(theirs.updates)

@@ -1,0 +1,120 @@
+"""What context-parallel ranks tell each other: keys and values before attention, token statistics after the head.
+
+``KeyExchange``        forward   all-gather of this rank's keys and values, put into the row order of the whole layout
+                       backward  reduce-scatter: a row's gradient is the sum over the ranks whose queries attended it
+``gather_statistics``  forward   all-gather of this rank's R_c numbers of each kind into R, the same on every rank
+                       backward  this rank's entries of the incoming gradient, nothing summed
+
+Every rank computes the same loss from the gathered statistics, so the incoming gradient is the whole one on every rank,
+and each sends its own rows' part down its own rows. Parameter gradients are then parts that sum over the context group,
+as they do over the data-parallel group; summing the statistics' gradient as well would count everything c times.
+
+Both run their collectives on every rank, also with no row or no token: the others would wait for it for ever.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_ktr.context_shard import ContextShard
+
+
+class KeyExchange:
+    """Keys and values of one packed sequence that lies on the ranks of ``group`` as ``shard`` says.
+
+    ``exchange(k, v)`` is differentiable and keeps what it gathered for as long as backward needs it; an attention that
+    calls ``gather`` and ``reduce`` itself may keep its own rows instead and gather the rest again.
+    """
+
+    def __init__(self, shard: ContextShard, *, group: dist.ProcessGroup) -> None:
+        self._place = shard.place
+        self._group = group
+
+    def __call__(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return _GatherKeys.apply(k, v, self)
+
+    def gather(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """[local rows, K, H] each -> [rows of the whole layout without padding, K, H] each."""
+        local = torch.stack([k, v], dim=1)  # rows first: the gathered tensor is one rank's rows after the other's
+        gathered = local.new_empty(self._group.size() * local.shape[0], *local.shape[1:])
+        dist.all_gather_into_tensor(gathered, local, group=self._group)
+        place = self._place.to(k.device)
+        return gathered[:, 0].index_select(0, place), gathered[:, 1].index_select(0, place)
+
+    def reduce(self, grad_k: Tensor, grad_v: Tensor, *, num_rows: int) -> tuple[Tensor, Tensor]:
+        """Gradients of all rows from this rank's queries -> of this rank's ``num_rows`` rows from everybody's."""
+        place = self._place.to(grad_k.device)
+        gathered = grad_k.new_zeros(self._group.size() * num_rows, 2, *grad_k.shape[1:])
+        gathered[place, 0], gathered[place, 1] = grad_k, grad_v
+        local = gathered.new_empty(num_rows, *gathered.shape[1:])
+        dist.reduce_scatter_tensor(local, gathered, group=self._group)
+        return local[:, 0], local[:, 1]
+
+
+def gather_statistics(*values_R: Tensor, owner_R: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, ...]:
+    """This rank's numbers [R_c] of each kind -> everybody's [R], the same on every rank; differentiable (see above).
+
+    ``owner_R`` is the rank of ``group`` that holds each number, equal everywhere; a rank's numbers keep their order.
+    On the host it costs no synchronisation. One collective for all kinds. A kind that needs no gradient on one rank
+    needs none on any.
+    """
+    return _GatherStatistics.apply(owner_R, group, *values_R)
+
+
+@torch.no_grad()
+def gather_rows(rows_RD: Tensor, *, owner_R: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """This rank's rows [R_c, D] -> everybody's [R, D], the same on every rank; no gradient. ``owner_R`` as above."""
+    place_R, longest = _places(owner_R, group)
+    padded = torch.nn.functional.pad(rows_RD, (0, 0, 0, longest - rows_RD.shape[0])).contiguous()
+    gathered = padded.new_empty(group.size() * longest, *rows_RD.shape[1:])
+    dist.all_gather_into_tensor(gathered, padded, group=group)
+    return gathered.index_select(0, place_R.to(rows_RD.device))
+
+
+def _places(owner_R: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, int]:
+    """Where each token lies when the ranks' tokens, padded to the longest share, are put one behind the other; and the
+    longest share."""
+    mine_of = [(owner_R == rank).nonzero()[:, 0] for rank in range(group.size())]
+    longest = max(len(index_R) for index_R in mine_of)
+    place_R = torch.empty_like(owner_R)
+    for rank, index_R in enumerate(mine_of):
+        place_R[index_R] = rank * longest + torch.arange(len(index_R), device=owner_R.device)
+    return place_R, longest
+
+
+class _GatherKeys(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, k: Tensor, v: Tensor, exchange: KeyExchange) -> tuple[Tensor, Tensor]:
+        ctx.exchange, ctx.num_rows = exchange, k.shape[0]
+        return exchange.gather(k, v)
+
+    @staticmethod
+    def backward(ctx: Any, grad_k: Tensor, grad_v: Tensor) -> tuple[Tensor | None, ...]:
+        return *ctx.exchange.reduce(grad_k, grad_v, num_rows=ctx.num_rows), None
+
+
+class _GatherStatistics(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, owner_R: Tensor, group: dist.ProcessGroup, *values_R: Tensor) -> tuple[Tensor, ...]:
+        place_R, longest = _places(owner_R, group)
+        mine = torch.stack(values_R)
+        padded = torch.nn.functional.pad(mine, (0, longest - mine.shape[1])).contiguous()
+        gathered = padded.new_empty(group.size() * len(values_R), longest)
+        dist.all_gather_into_tensor(gathered, padded, group=group)
+        by_kind = gathered.unflatten(0, (group.size(), -1)).transpose(0, 1).flatten(1)
+        ctx.mine_R = (owner_R == group.rank()).nonzero()[:, 0].to(mine.device)
+        # None, not zeros, for what nobody uses: the head then skips the entropy's gradient.
+        ctx.set_materialize_grads(False)
+        outputs = by_kind.index_select(1, place_R.to(mine.device)).unbind()
+        outputs = tuple(row.clone() for row in outputs)
+        needs_grad = ctx.needs_input_grad[2:]
+        ctx.mark_non_differentiable(*(out for out, needs in zip(outputs, needs_grad, strict=True) if not needs))
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients_R: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, None, *(None if grad_R is None else grad_R.index_select(0, ctx.mine_R) for grad_R in gradients_R)

@@ -1,0 +1,201 @@
+"""Which rows attend which: packed attention as a list of segments, on one rank or on one of several context ranks.
+
+A segment is a run of query rows that sees a prefix of keys as a whole and its own keys causally:
+
+    row i of a segment attends  keys[prefix_start : prefix_start + prefix_length]  and  keys[own_start : own_start + i]
+
+                                            prefix                 own
+    a whole prompt                          nothing                the prompt
+    rows a .. b of a prompt                 prompt rows 0 .. a     prompt rows a .. b
+    a response                              the whole prompt       the response
+
+So one process and a context-parallel rank that holds some of the query rows and all keys differ in the list alone.
+
+Invariants (the tests assert them): segments tile the query rows from 0 on, in order, without gaps; none is empty;
+padding rows follow them and attend nothing: their output is zero, and nobody attends them. ``prefix_blocks`` joins
+neighbouring segments with the same prefix: all responses of a group read the prompt's keys as one dense block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from megatron_ktr.types import PackedLayout
+
+SEQLEN_BUCKET = 128
+"""Maximum lengths are rounded up to this: fused kernels cache a plan per maximum length."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """``length`` query rows from ``start`` on, and what they attend (see the module)."""
+
+    start: int
+    length: int
+    own_start: int
+    prefix_start: int = 0
+    prefix_length: int = 0
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.start + self.length)
+
+    @property
+    def own(self) -> slice:
+        return slice(self.own_start, self.own_start + self.length)
+
+    @property
+    def prefix(self) -> slice:
+        return slice(self.prefix_start, self.prefix_start + self.prefix_length)
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """Segments over ``num_queries`` query rows (padding included) and ``num_keys`` key rows."""
+
+    segments: tuple[Segment, ...]
+    num_keys: int
+    num_padding: int = 0
+    _calls: dict[tuple[str, torch.device], VarlenCall | None] = field(default_factory=dict, compare=False, repr=False)
+
+    @classmethod
+    def of_layout(cls, layout: PackedLayout) -> AttentionPlan:
+        """All rows on one rank: the plain meaning of ``PackedLayout``. Key rows are the layout's rows."""
+        segments = []
+        for group in layout.groups:
+            prompt_end = group.start + group.prompt_length
+            segments.append(Segment(group.start, group.prompt_length, group.start))
+            start = prompt_end
+            for length in group.response_lengths:
+                segments.append(Segment(start, length, start, group.start, group.prompt_length))
+                start += length
+        return cls(tuple(s for s in segments if s.length), layout.num_tokens, layout.num_padding)
+
+    @property
+    def num_attending(self) -> int:
+        """Query rows that are not padding."""
+        return self.segments[-1].rows.stop if self.segments else 0
+
+    @property
+    def num_queries(self) -> int:
+        return self.num_attending + self.num_padding
+
+    @cached_property
+    def prefix_blocks(self) -> tuple[tuple[slice, slice], ...]:
+        """(query rows, key rows) of every prefix that is not empty, each dense: no mask inside."""
+        blocks: list[tuple[slice, slice]] = []
+        for segment in self.segments:
+            if not segment.prefix_length:
+                continue
+            if blocks and blocks[-1][1] == segment.prefix and blocks[-1][0].stop == segment.start:
+                blocks[-1] = (slice(blocks[-1][0].start, segment.rows.stop), segment.prefix)
+            else:
+                blocks.append((segment.rows, segment.prefix))
+        return tuple(blocks)
+
+    @cached_property
+    def own_runs(self) -> tuple[tuple[Segment, int], ...]:
+        """Neighbouring segments of one length whose own keys are neighbours too: (the first, how many)."""
+        runs: list[tuple[Segment, int]] = []
+        for segment in self.segments:
+            if runs:
+                first, count = runs[-1]
+                offset = first.length * count
+                if (segment.length, segment.start - first.start, segment.own_start - first.own_start) == (
+                    first.length,
+                    offset,
+                    offset,
+                ):
+                    runs[-1] = (first, count + 1)
+                    continue
+            runs.append((segment, 1))
+        return tuple(runs)
+
+    # The same attention as variable-length calls, whose keys must lie back to back, as indices on a device. Built and
+    # moved on first use: all layers of a forward share them. Example: prompt 2, responses 1 and 2.
+
+    def whole_call(self, device: torch.device) -> VarlenCall:
+        """One bottom-right causal call, every segment with its own copy of its prefix: ``kv_rows == [0, 1, 0, 1, 2,
+        0, 1, 3, 4]``, ``cu_seqlens_q == [0, 2, 3, 5]``, ``cu_seqlens_kv == [0, 2, 5, 9]``."""
+        return cast(VarlenCall, self._call("whole", device, self._plan_whole))
+
+    def own_call(self, device: torch.device) -> VarlenCall:
+        """Every segment on its own keys, causal: ``cu_seqlens_q == cu_seqlens_kv == [0, 2, 3, 5]``."""
+        return cast(VarlenCall, self._call("own", device, self._plan_own))
+
+    def prefix_call(self, device: torch.device) -> VarlenCall | None:
+        """The prefix blocks, dense, every prefix once: ``q_rows == [2, 3, 4]``, ``kv_rows == [0, 1]``. None: no
+        segment has a prefix."""
+        return self._call("prefix", device, self._plan_prefix)
+
+    def _call(self, name: str, device: torch.device, make: Callable[[], VarlenCall | None]) -> VarlenCall | None:
+        if (name, device) not in self._calls:
+            call = make()
+            self._calls[name, device] = None if call is None else call.to(device)
+        return self._calls[name, device]
+
+    def _plan_whole(self) -> VarlenCall:
+        rows = [torch.cat([_rows(segment.prefix), _rows(segment.own)]) for segment in self.segments]
+        return _varlen_call(None, torch.cat(rows), [s.length for s in self.segments], [len(keys) for keys in rows])
+
+    def _plan_own(self) -> VarlenCall:
+        own, lengths = [segment.own for segment in self.segments], [segment.length for segment in self.segments]
+        is_identity = own == [segment.rows for segment in self.segments] and self.num_keys == self.num_attending
+        return _varlen_call(None, None if is_identity else torch.cat([_rows(s) for s in own]), lengths, lengths)
+
+    def _plan_prefix(self) -> VarlenCall | None:
+        if not self.prefix_blocks:
+            return None
+        queries, keys = ([_rows(block[i]) for block in self.prefix_blocks] for i in (0, 1))
+        return _varlen_call(torch.cat(queries), torch.cat(keys), [len(q) for q in queries], [len(k) for k in keys])
+
+
+@dataclass(frozen=True)
+class VarlenCall:
+    """Query and key rows of one variable-length call; all of them where the index is None."""
+
+    q_rows: Tensor | None
+    kv_rows: Tensor | None
+    """int64 [sum of key lengths]"""
+    cu_seqlens_q: Tensor
+    """int32 [calls + 1]"""
+    cu_seqlens_kv: Tensor
+    max_seqlen_q: int
+    """Rounded up, like the next; as host numbers, so that nobody has to ask the device."""
+    max_seqlen_kv: int
+
+    def to(self, device: torch.device) -> VarlenCall:
+        names = ("q_rows", "kv_rows", "cu_seqlens_q", "cu_seqlens_kv")
+        found = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in found.items()})
+
+
+def _varlen_call(
+    q_rows: Tensor | None, kv_rows: Tensor | None, lengths_q: Sequence[int], lengths_kv: Sequence[int]
+) -> VarlenCall:
+    return VarlenCall(
+        q_rows=q_rows,
+        kv_rows=kv_rows,
+        cu_seqlens_q=_cumulative(lengths_q),
+        cu_seqlens_kv=_cumulative(lengths_kv),
+        max_seqlen_q=_bucket(max(lengths_q)),
+        max_seqlen_kv=_bucket(max(lengths_kv)),
+    )
+
+
+def _rows(rows: slice) -> Tensor:
+    return torch.arange(rows.start, rows.stop)
+
+
+def _cumulative(lengths: Sequence[int]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+def _bucket(length: int) -> int:
+    return -(-length // SEQLEN_BUCKET) * SEQLEN_BUCKET

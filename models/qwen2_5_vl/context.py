@@ -1,0 +1,59 @@
+"""The context group of one model chunk: rows shared out before its first layer, results brought back after the head.
+
+Plans come from ``megatron_ktr/context_shard.py``, collectives from ``megatron_ktr/ops/key_exchange.py``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_ktr.context_shard import ContextShard, LocalRows, shard_layout
+from megatron_ktr.ops.key_exchange import gather_rows, gather_statistics
+from megatron_ktr.ops.token_statistics import TokenStatistics
+from megatron_ktr.types import PackedBatch
+from models.qwen2_5_vl.attention import PrefixSeqParams
+
+
+class ContextRanks:
+    """This rank among those that share each sequence. ``multiple``: every rank's rows become a multiple of it."""
+
+    def __init__(self, group: ProcessGroup, *, multiple: int) -> None:
+        self.group = group
+        self.multiple = multiple
+
+    def share(self, batch: PackedBatch) -> tuple[LocalRows, PrefixSeqParams]:
+        """This rank's rows of the batch, and what they attend."""
+        shard = self._shard(batch)
+        return shard.take(batch), PrefixSeqParams.from_shard(shard, group=self.group)
+
+    def mine(self, batch: PackedBatch) -> Tensor:
+        """int64: the response tokens, as indices in R, whose predicting rows lie on this rank, in order."""
+        return (self._owners(batch) == self.group.rank()).nonzero()[:, 0]
+
+    def gather_statistics(self, mine: TokenStatistics, batch: PackedBatch) -> TokenStatistics:
+        """Of all response tokens from those of this rank, on every rank, in one collective; differentiable."""
+        owner_R = self._owners(batch)
+        found = vars(mine)
+        flat = [row for value in found.values() for row in (value if value.dim() == 2 else (value,))]
+        gathered = iter(gather_statistics(*flat, owner_R=owner_R, group=self.group))
+        whole = {}
+        for name, value in found.items():
+            if value.dim() == 1:
+                whole[name] = next(gathered)
+            else:  # [K, R], one row a counterfactual; K may be 0
+                rows = [next(gathered) for _ in value]
+                whole[name] = torch.stack(rows) if rows else value.new_zeros(0, len(owner_R))
+        return TokenStatistics(**whole)
+
+    def gather_hidden(self, hidden_RD: Tensor, batch: PackedBatch) -> Tensor:
+        """Rows of all response tokens from those of this rank, on every rank; without gradient."""
+        return gather_rows(hidden_RD.detach(), owner_R=self._owners(batch), group=self.group)
+
+    def _owners(self, batch: PackedBatch) -> Tensor:
+        return self._shard(batch).owners(batch)
+
+    def _shard(self, batch: PackedBatch) -> ContextShard:
+        size, rank = self.group.size(), self.group.rank()
+        return shard_layout(batch.layout, size=size, rank=rank, multiple=self.multiple)
