@@ -154,6 +154,8 @@ def _optimizer(config: Config) -> Iterator[str]:
 
 def _parallel(config: Config) -> Iterator[str]:
     section = config.parallel
+    if config.trainer.max_tokens_per_microbatch is not None and config.trainer.micro_batch_groups > 1:
+        yield "--max-tokens-per-microbatch takes the place of --micro-batch-groups: give one of them"
     if section.sequence_parallel and section.tensor_model_parallel_size == 1:
         yield "--sequence-parallel needs --tensor-model-parallel-size above 1"
     if section.num_layers_per_virtual_pipeline_stage is not None and section.pipeline_model_parallel_size == 1:

@@ -276,6 +276,15 @@ class TrainerSection:
     train_steps: int = _option(1000, "Rollout steps of the whole run", low=1)
     prompts_per_step: int = _option(32, "Prompts per step over all ranks (P x data-parallel size)", low=1)
     micro_batch_groups: int = _option(1, "Prompt groups per micro-batch; a group is never split", low=1)
+    max_tokens_per_microbatch: int | None = _option(
+        None,
+        "In place of micro_batch_groups: as many groups as have this many tokens together (each prompt once, and its "
+        "responses); a group of more is a micro-batch of its own, and counted",
+        low=1,
+    )
+    balance_replicas: bool = _option(
+        True, "Whole groups change data-parallel replicas after the rollout, until all have nearly the same FLOPs"
+    )
     save_interval: int = _option(0, "Steps between checkpoints, and one after the last step; 0 = none", low=0)
     keep_checkpoints: int = _option(2, "Newest checkpoints to keep; 0 = all", low=0)
     eval_interval: int = _option(0, "Steps between evaluations; 0 = none; others not available yet", low=0)

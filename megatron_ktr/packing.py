@@ -132,11 +132,8 @@ def pack_groups(
 def plan_micro_batches(
     groups: Sequence[RolloutGroup], *, groups_per_micro_batch: int
 ) -> list[tuple[RolloutGroup, ...]]:
-    """Consecutive runs of at most ``groups_per_micro_batch`` whole groups, in order.
-
-    Every replica has the same number of groups, so every replica gets the same number of micro-batches, which
-    the pipeline schedule and the gradient reduction need.
-    """
+    """Consecutive runs of at most ``groups_per_micro_batch`` whole groups, in order. (Under a bound on tokens instead:
+    ``batching.py``.)"""
     if groups_per_micro_batch < 1:
         raise ValueError(f"micro_batch_groups must be at least 1, got {groups_per_micro_batch}")
     return [

@@ -21,11 +21,12 @@ from megatron_ktr.config import Config
 from megatron_ktr.metrics import PhaseTimer
 from megatron_ktr.micro_batch import Denominators, MicroBatch, UpdateResult
 from megatron_ktr.objectives.base import Objective
-from megatron_ktr.packing import MediaSpec, plan_micro_batches
+from megatron_ktr.packing import MediaSpec
 from megatron_ktr.policy import Policy
 from megatron_ktr.rollout.sampler_check import SamplerCheck
 from megatron_ktr.rollout.source import ReplicaSource
 from megatron_ktr.scoring import ScoringPasses
+from megatron_ktr.step_batching import StepBatching
 from megatron_ktr.types import (
     Metrics,
     ResponseSelection,
@@ -42,6 +43,7 @@ class StepReport:
     step: int
     values: dict[str, float]
     groups: tuple[RolloutGroup, ...]
+    """What this replica trained on, in the order of its micro-batches: each group of the step is on one replica."""
     selections: tuple[tuple[ResponseSelection, ...], ...]
     """Per group, per response. Empty where no group had unequal rewards and there is no KL term: nothing to learn,
     no optimizer step was taken."""
@@ -57,6 +59,7 @@ class Trainer:
         self.policy = policy
         self.source = source
         self.objective = objective
+        self.batching = StepBatching(config=config, policy=policy, objective=objective)
         self.scoring = ScoringPasses(config=config, policy=policy, objective=objective, media=media)
         self.sampler_check: SamplerCheck | None = None
         """Run once, with the weights of the first step."""
@@ -68,8 +71,12 @@ class Trainer:
         groups = self._rollouts(step)
         if not self._anything_to_learn(groups):
             return self._report(step, groups, result=None)
+        with self.timer.phase("balance"):
+            groups = self.batching.balanced(groups)
         with self.timer.phase("pack"):
-            micro_batches = [MicroBatch(part, self.scoring.pack(part, "intact")) for part in self._plan(groups)]
+            parts = self.batching.plan(groups)
+            micro_batches = [MicroBatch(part, self.scoring.pack(part, "intact")) for part in parts]
+            groups = [group for part in parts for group in part]
         with self.timer.phase("vision"):
             self.scoring.prepare_vision(micro_batches)
         with self.timer.phase("score"):
@@ -126,9 +133,6 @@ class Trainer:
             self.policy.vision.take_counts()  # its prompts are not the step's
             self.policy.platform.set_rng_state(state)
 
-    def _plan(self, groups: Sequence[RolloutGroup]) -> list[tuple[RolloutGroup, ...]]:
-        return plan_micro_batches(groups, groups_per_micro_batch=self.config.trainer.micro_batch_groups)
-
     def _denominators(self, micro_batches: Sequence[MicroBatch]) -> Denominators:
         """Counted over all micro-batches and replicas before the first forward, so that losses simply add up."""
         num_responses = self.policy.global_count(sum(item.batch.num_responses for item in micro_batches))
@@ -180,7 +184,7 @@ class Trainer:
                 global_sum=self.policy.global_count,
                 key_share=values.get("key_token_ratio", 1.0),
             )
-        values |= self._check_values
+        values |= self.batching.take_values() | self._check_values
         self._check_values = {}
         return StepReport(
             step=step, values=values | seconds, groups=tuple(groups), selections=self._selections(groups, result)

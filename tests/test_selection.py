@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 
@@ -149,6 +150,22 @@ def test_missing_scores_are_refused_rather_than_taken_as_nothing_to_select():
                 TokenScores(policy_logprob_R=torch.zeros(7)),
                 applies_R=signal_applies(batch, groups, signals=(signal,)),
             )
+
+
+def test_a_video_of_one_repeated_frame_has_no_order_to_lose():
+    """Its temporal score would be the rounding between two passes, a fifth of which would be selected."""
+    moving = video(6)
+    still = dataclasses.replace(moving, frames_FCHW=moving.frames_FCHW[:1].expand(6, -1, -1, -1))
+    late = dataclasses.replace(moving, frames_FCHW=torch.cat([still.frames_FCHW[:5], moving.frames_FCHW[5:]]))
+    found = {}
+    for name, medium in (("moving", moving), ("still", still), ("late", late)):
+        group = group_of(1, medium, 2, responses=[[7, 8]])
+        batch = pack_groups([group], view="intact", media=MEDIA)
+        applies = signal_applies(batch, [group], signals=("visual", "temporal"))
+        found[name] = applies["temporal"].tolist()
+        assert applies["visual"].all()
+        assert (draw_permutations(group.prompt, seed=0, step=0) == (None,)) == (name == "still")
+    assert found == {"moving": [True, True], "still": [False, False], "late": [True, True]}
 
 
 def test_what_can_be_hidden_and_shuffled():

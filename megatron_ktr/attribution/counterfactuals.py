@@ -6,7 +6,7 @@ with media has one.
 Shuffled: each video's units change places. A unit is a decoded ``frame``, moved before frames are paired into
 temporal patches (the authors' choice and the default), or a ``temporal_patch``, a pair that moves as a whole, so
 that the vision features are only re-ordered. Images have no order; a video of a single temporal patch has none
-either.
+either, nor has one whose frames are all alike.
 
 One order per prompt and step, shared by its G responses: scores of a group are compared with one another, so
 they must ask about the same counterfactual. It depends on (seed, step, problem id) alone, not on the rank or
@@ -34,7 +34,8 @@ def can_hide(prompt: Prompt) -> bool:
 
 
 def can_shuffle(prompt: Prompt) -> bool:
-    """Whether the shuffled view differs from the intact one: some video has at least two temporal patches."""
+    """Whether the shuffled view differs from the intact one: some video has at least two temporal patches, and frames
+    that differ."""
     return any(_has_order(medium) for medium in prompt.media)
 
 
@@ -90,4 +91,9 @@ def shuffle_frames(medium: VisualInput, order: Tensor) -> VisualInput:
 
 
 def _has_order(medium: VisualInput) -> bool:
-    return medium.kind == "video" and medium.grid_thw[0] >= 2
+    """Not where all frames are alike: a difference of log-probs would be that of two computations of the same, which is
+    not even 0 where they differ in precision or packing. Of most videos only the first two frames are compared."""
+    if medium.kind != "video" or medium.grid_thw[0] < 2:
+        return False
+    first, *others = medium.frames_FCHW
+    return not all(torch.equal(first, frame) for frame in others)

@@ -31,6 +31,9 @@ OVERLAPPED = {**DISTRIBUTED_SGD, "overlap_grad_reduce": True, "overlap_param_gat
 FULL = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
 FRAMES = dict(vision_parallel="frame")
 AGAIN = dict(recompute_vision=True)
+PACKED = dict(max_tokens_per_microbatch=60)
+"""Four groups of 13 to 34 tokens in two micro-batches."""
+BALANCED = dict(balance_replicas=True)
 SMALL = 10_000
 """Elements of a bucket: about ten buckets, so that their order matters."""
 
@@ -38,6 +41,7 @@ LAYOUTS: dict[int, list[Layout]] = {
     1: [
         Layout("two groups per micro-batch", values=dict(micro_batch_groups=2)),
         Layout("all groups in one micro-batch, tied", values=dict(micro_batch_groups=4), case="tied, clipped"),
+        Layout("packed by tokens, tied", values=PACKED, case="tied, clipped"),
         Layout("full recomputation", values=FULL),
         Layout("selective recomputation", values=dict(recompute_granularity="selective")),
         Layout("distributed optimizer", values=DISTRIBUTED, case="tied, clipped"),
@@ -59,6 +63,7 @@ LAYOUTS: dict[int, list[Layout]] = {
         Layout("dp2 overlapped reduction, tied", values=dict(overlap_grad_reduce=True), case="tied, clipped"),
         Layout("dp2 distributed", values=DISTRIBUTED, case="tied, clipped"),
         Layout("dp2 distributed overlapped", values=OVERLAPPED, bucket_size=SMALL),
+        Layout("dp2 balanced, packed, overlapped", values={**OVERLAPPED, **BALANCED, **PACKED}, bucket_size=SMALL),
         Layout("dp2 distributed overlapped, tied", values=OVERLAPPED, case="tied, clipped", bucket_size=SMALL),
     ],
     4: [
@@ -78,6 +83,7 @@ LAYOUTS: dict[int, list[Layout]] = {
             "tp2 dp2 frames distributed overlapped, tied", sizes_of(2), {**OVERLAPPED, **FRAMES}, "tied, clipped", SMALL
         ),
         Layout("pp2 dp2 vision recomputed, overlapped", sizes_of(1, 2), {**OVERLAPPED, **AGAIN}, bucket_size=SMALL),
+        Layout("tp2 dp2 sp balanced, packed", sizes_of(2, sp=True), {**BALANCED, **PACKED}),
         Layout("dp4, tied", case="tied, clipped"),
         Layout("dp4 distributed overlapped", values=OVERLAPPED, bucket_size=SMALL),
     ],

@@ -147,6 +147,8 @@ class UpdateRecord:
     grad_norm: float
     gradients: dict[str, Tensor] | None
     gradient_dtypes: set[torch.dtype]
+    num_micro_batches: int = 0
+    """Of this replica."""
 
 
 @dataclass
@@ -162,6 +164,8 @@ class StepRecord:
     """By problem id and response; empty where the step had nothing to learn."""
     weights: dict[str, Tensor]
     """After the step, by published name, complete on every rank; empty between steps whose gathering overlaps."""
+    batching: dict[str, float] = field(default_factory=dict)
+    """The report's numbers named in ``BATCHING``."""
 
 
 DEFAULTS: dict[str, Any] = dict(
@@ -177,12 +181,16 @@ DEFAULTS: dict[str, Any] = dict(
     num_generations=3,
     platform="cpu",
     train_steps=10,
+    # Tests say which groups a replica has; moving them is a layout of its own.
+    balance_replicas=False,
 )
 """SGD, because the same gradients up to rounding give the same weights up to rounding; Adam divides an element by its
 own magnitude, so that rounding noise moves it as far as a gradient."""
 
 RATES = ("tokens_per_second", "tflops_per_gpu", "mfu")
 """What a report divides by time."""
+BATCHING = ("flops_imbalance/before", "flops_imbalance/after", "groups_moved", "num_micro_batches", "oversized_groups")
+"""What a report says about where groups were put, which nothing else may depend on."""
 
 _EPSILON = 1e6
 DISTRIBUTED_SGD: dict[str, Any] = dict(
@@ -262,6 +270,7 @@ def run_steps(
         policy.updates = []
         report = trainer.train_step(step)
         values_ = {key: v for key, v in report.values.items() if not key.startswith(("seconds/", *RATES))}
+        batching = {key: values_.pop(key) for key in BATCHING if key in values_}
         key_tokens = {
             group.prompt.problem_id: [response.is_key_token for response in responses]
             for group, responses in zip(report.groups, report.selections, strict=bool(report.selections))
@@ -269,7 +278,9 @@ def run_steps(
         # Reading weights gathers them first; the next step must find them as the optimizer left them.
         is_read = step == num_steps - 1 or not config.parallel.overlap_param_gather
         weights = _cloned(policy.export()) if is_read else {}
-        records.append(StepRecord(values_, policy.updates, selections.scores, selections.chosen, key_tokens, weights))
+        records.append(
+            StepRecord(values_, policy.updates, selections.scores, selections.chosen, key_tokens, weights, batching)
+        )
     return records
 
 
@@ -279,8 +290,8 @@ def _watched_policy(*args: Any, **kwargs: Any) -> Any:
     class WatchedPolicy(Policy):
         updates: list[UpdateRecord]
 
-        def update(self, *args: Any, **kwargs: Any) -> Any:
-            result = super().update(*args, **kwargs)
+        def update(self, micro_batches: Sequence[Any], **kwargs: Any) -> Any:
+            result = super().update(micro_batches, **kwargs)
             gradients = None
             if not self.config.optimizer.use_distributed_optimizer:
                 gradients = _cloned(self.export(tensor_of=lambda p: getattr(p, "main_grad", None)))
@@ -291,6 +302,7 @@ def _watched_policy(*args: Any, **kwargs: Any) -> Any:
                 grad_norm=result.grad_norm,
                 gradients=gradients,
                 gradient_dtypes={parameter.main_grad.dtype for parameter in parameters},
+                num_micro_batches=len(micro_batches),
             )
             self.updates.append(record)
             return result
