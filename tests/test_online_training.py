@@ -201,11 +201,7 @@ def _reproducible(run_dir: Path) -> list[dict]:
     """Metrics without what measures time, and without the check of the sampler that each start makes."""
     left_out = ("second", "tflops", "sampler_check")
     return [
-        {
-            name: value
-            for name, value in step.items()
-            if not any(part in name for part in ("second", "tflops", "sampler_check"))
-        }
+        {name: value for name, value in step.items() if not any(part in name for part in left_out)}
         for step in metrics(run_dir)
     ]
 
