@@ -67,6 +67,8 @@ class Turn:
     update_seconds: float
     update_bytes: int
     seconds: float
+    cpu_seconds: float
+    """Of all threads: on a busy machine steadier than the time that passes."""
     num_tokens: int
 
     @property
@@ -140,11 +142,11 @@ class Workload:
         sampling = self.sampling
         if not engine.is_collective:
             sampling = dataclasses.replace(sampling, max_response_length=max(map(max, lengths)))
-        begin = time.perf_counter()
+        begin, cpu_begin = time.perf_counter(), time.process_time()
         groups = engine.generate(self.prompts, step=step, sampling=sampling)
-        seconds = time.perf_counter() - begin
+        seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - cpu_begin
         groups = [_cut(group, own) for group, own in zip(groups, lengths, strict=True)]
-        return Turn(update_seconds, num_bytes[0], seconds, sum(map(sum, lengths))), groups
+        return Turn(update_seconds, num_bytes[0], seconds, cpu_seconds, num_tokens=sum(map(sum, lengths))), groups
 
     def gaps(self, groups: Sequence[RolloutGroup]) -> Tensor:
         """|sampler - trainer| log-prob of every response token, in nats."""

@@ -59,5 +59,5 @@ def test_rollout_benchmark_writes_its_summary(tmp_path: Path) -> None:
     assert report == json.loads((tmp_path / "a.json").read_text())
     assert report["summary"].keys() == {"vllm_over_hf", "weight_update_seconds", "logprob_gap_mean"}
     speed = {entry["engine"]: entry["tokens_per_second"] for entry in report["results"]}
-    assert report["summary"]["vllm_over_hf"] == speed["vllm"] / speed["hf"]
+    assert report["summary"]["vllm_over_hf"] == pytest.approx(speed["vllm"] / speed["hf"])
     assert {"load_before", "load_after", "threads"} <= report["machine"].keys()
