@@ -1,12 +1,12 @@
 """Where numbers of a run go: one line per step on the console, ``metrics.jsonl`` and TensorBoard events.
 
 Keys are stable: reward_mean, reward/<name>, key_token_ratio, key_token_ratio/<signal>, loss, kl, grad_norm,
-learning_rate, num_skipped, num_prompts, tokens_per_second, seconds/<phase>, tflops_per_gpu and mfu
-(``accounting/rates.py``); where the sampler's log-probs are known sampler_trainer_logprob_gap, importance_ratio_mean,
-importance_ratio_max and clipped_fraction (``objectives/importance.py``); in a run's first record
-sampler_check/gap_mean and sampler_check/gap_max, in nats (``rollout/sampler_check.py``); with several replicas
-flops_imbalance/before, flops_imbalance/after and groups_moved, under a bound on tokens num_micro_batches and
-oversized_groups (``step_batching.py``); counted since the run began: skipped/<kind>, decoder/<name>,
+learning_rate, num_skipped, num_prompts, tokens_per_second, tflops_per_gpu, mfu (``accounting/rates.py``),
+seconds/<phase>; where the sampler's log-probs are known sampler_trainer_logprob_gap, importance_ratio_mean,
+importance_ratio_max and clipped_fraction (``objectives/importance.py``); in a run's first record sampler_check/gap_mean
+and sampler_check/gap_max, in nats (``rollout/sampler_check.py``); with several replicas flops_imbalance/before,
+flops_imbalance/after and groups_moved, under a bound on tokens num_micro_batches and oversized_groups
+(``step_batching.py``); counted since the run began: skipped/<kind>, decoder/<name>,
 "decoder/pyav: <why not decord>", repeated_frames, text_only_fallback.
 
 Numbers in the file have 8 significant digits. One that is not a number is written as Python's json does, ``NaN``, which

@@ -70,7 +70,7 @@ def test_thresholds_equal_torch_quantile_bit_for_bit(dtype, levels):
         if levels:
             score_R = (score_R * levels).round() / levels
         score_R[torch.rand(len(score_R), generator=generator) < 0.1] = NAN
-        threshold_P, _ = _thresholds(score_R, group_R, quantile=1 - ratio, num_groups=num_groups)
+        threshold_P, _ = _thresholds(score_R, group_R, score_R.isfinite(), quantile=1 - ratio, num_groups=num_groups)
         is_selected_R = select_top_share(score_R, group_R, ratio=ratio, num_groups=num_groups)
         for group in range(num_groups):
             own = score_R[group_R == group]
