@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig, TextConfig, VisionConfig
+
+TOKEN_NAMES = ("image", "video", "vision_start", "vision_end")
 
 
 def _published(
@@ -74,3 +79,19 @@ PUBLISHED_CONFIGS: dict[str, Qwen2_5_VLConfig] = {
         vision_intermediate_size=3456,
     ),
 }
+
+
+def to_hf_config(config: Qwen2_5_VLConfig) -> dict[str, Any]:
+    """The contents of a ``config.json`` that ``Qwen2_5_VLConfig.from_hf`` reads as ``config``."""
+    text, vision = dataclasses.asdict(config.text), dataclasses.asdict(config.vision)
+    sections = text.pop("mrope_section")
+    del vision["rope_theta"], vision["rms_norm_eps"]  # fixed by the architecture
+    return {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "model_type": "qwen2_5_vl",
+        **text,
+        "rope_scaling": {"type": "mrope", "mrope_section": list(sections)},
+        "vision_config": {**vision, "fullatt_block_indexes": list(vision["fullatt_block_indexes"])},
+        "tie_word_embeddings": config.tie_word_embeddings,
+        **{f"{name}_token_id": getattr(config, f"{name}_token_id") for name in TOKEN_NAMES},
+    }

@@ -1,0 +1,126 @@
+"""Groups made of random tokens and frames, and a source that hands the same ones out in every step: for measurements.
+
+Nothing is read, sampled or rewarded; a step on them costs what a step on recorded responses of these sizes costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_ktr.distributed.groups import ParallelGroups
+from megatron_ktr.errors import UserError
+from megatron_ktr.types import Prompt, Rollout, RolloutGroup, VisualInput
+
+
+@dataclass(frozen=True)
+class SyntheticSizes:
+    """One prompt with one video, and its responses. The patch sizes are Qwen2.5-VL's.
+
+    Example: 32 frames of 224 x 448 are 16 x 8 x 16 = 2,048 visual tokens.
+    """
+
+    num_frames: int
+    height: int
+    width: int
+    """Of a frame in pixels, multiples of 28."""
+    text_length: int
+    """Prompt tokens that are not visual, the two that enclose the video included."""
+    response_lengths: tuple[int, ...]
+    seconds_per_grid: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.num_frames < 2 or self.num_frames % 2:
+            raise UserError(f"frames must be a positive even number, got {self.num_frames}")
+        if min(self.height, self.width) < 28 or self.height % 28 or self.width % 28:
+            raise UserError(f"height and width must be positive multiples of 28, got {self.height} x {self.width}")
+        if self.text_length < 4 or not self.response_lengths or min(self.response_lengths) < 1:
+            raise UserError(
+                f"expected at least 4 text tokens and responses of at least one token, got {self.text_length} and "
+                f"{self.response_lengths}"
+            )
+
+    @property
+    def num_visual_tokens(self) -> int:
+        return self.num_frames // 2 * (self.height // 28) * (self.width // 28)
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """What of a vocabulary has a meaning."""
+
+    vocab_size: int
+    vision_start: int
+    vision_end: int
+    image: int
+    video: int
+
+
+def synthetic_group(sizes: SyntheticSizes, *, tokens: TokenIds, seed: int) -> RolloutGroup:
+    """A group by number; the same in every process. Rewards differ within it, so that it has a gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    grid = (sizes.num_frames // 2, sizes.height // 14, sizes.width // 14)
+    frames_FCHW = _frames(sizes.num_frames, sizes.height, sizes.width, generator)
+    video = VisualInput("video", frames_FCHW, grid, seconds_per_grid=sizes.seconds_per_grid)
+    num_before = sizes.text_length // 4
+    prompt = (
+        *_words(num_before, tokens, generator),
+        tokens.vision_start,
+        *[tokens.video] * sizes.num_visual_tokens,
+        tokens.vision_end,
+        *_words(sizes.text_length - num_before - 2, tokens, generator),
+    )
+    rollouts = tuple(
+        Rollout(
+            tuple(_words(length, tokens, generator)), rewards={"accuracy": float(i % 2), "format": float(i % 3 == 0)}
+        )
+        for i, length in enumerate(sizes.response_lengths)
+    )
+    return RolloutGroup(Prompt(f"synthetic {seed}", prompt, (video,)), rollouts)
+
+
+class FixedSource:
+    """Hands out ``groups``, this replica's, in every step; in place of a ``ReplicaSource``."""
+
+    num_skipped = 0
+    counts: Mapping[str, int] = {}
+    needs_weights = False
+    lag = 0
+    pending_step: int | None = None
+
+    def __init__(self, groups: Sequence[RolloutGroup]) -> None:
+        self.groups = list(groups)
+
+    @classmethod
+    def share_of(cls, groups: Sequence[RolloutGroup], parallel: ParallelGroups) -> FixedSource:
+        """Replica r of n takes every n-th group of the global batch, starting at r."""
+        return cls(list(groups)[parallel.data_rank :: parallel.data_size])
+
+    def begin(self, num_prompts: int, *, step: int) -> None:
+        if num_prompts != len(self.groups):
+            raise ValueError(f"step {step} wants {num_prompts} prompts, this source has {len(self.groups)}")
+
+    def finish(self) -> list[RolloutGroup]:
+        return self.groups
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+def _words(number: int, tokens: TokenIds, generator: torch.Generator) -> list[int]:
+    """Random tokens other than placeholders, whose number media decide."""
+    drawn = torch.randint(0, tokens.vocab_size - 2, (number,), generator=generator)
+    for placeholder in sorted((tokens.image, tokens.video)):
+        drawn = drawn + (drawn >= placeholder)
+    return drawn.tolist()
+
+
+def _frames(num_frames: int, height: int, width: int, generator: torch.Generator) -> Tensor:
+    """Coarse random pictures that change from frame to frame, so that their order matters."""
+    cells = torch.randint(0, 256, (num_frames, 3, height // 14, width // 14), generator=generator)
+    pictures = cells.to(torch.uint8).repeat_interleave(14, 2).repeat_interleave(14, 3)
+    noise = torch.randint(0, 40, pictures.shape, generator=generator, dtype=torch.uint8)
+    return pictures // 2 + noise

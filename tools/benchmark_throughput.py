@@ -1,0 +1,348 @@
+"""Throughput of training steps on random inputs: any model size, any layout, without a checkpoint or data.
+
+    python tools/benchmark_throughput.py --model DIR --frames 8 --response-length 64
+    torchrun --nproc-per-node 8 tools/benchmark_throughput.py --model 7b --num-layers 8 --bf16 --frames 32 \\
+        --tensor-model-parallel-size 4 --sequence-parallel --peak-tflops 989 --json --plot throughput.svg
+
+Runs the real Trainer on fixed groups, so that every pass, the optimizer and the communication are in the numbers and
+the rollout is not. Takes every option of ``megatron_ktr.train`` beside its own: what ``tools/plan_parallelism.py``
+prints as flags can be pasted. A published size (3b, 7b, 32b, 72b), a directory without weights, or ``--num-layers``
+mean random weights.
+
+Every step sees new videos: a frozen encoder would remember old ones. Reported are medians over the steps after the
+warm-up; seconds of the slowest rank, peak memory of the fullest (allocator on a GPU, resident memory on CPU); tokens
+count each prompt once; TFLOP/s are arithmetic that the step needs (``megatron_ktr/accounting``), nothing recomputed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import logging
+import statistics
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.sax.saxutils import escape
+
+# `python tools/X.py` puts tools/ on the path, not the repository.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+# Advice about speed that core and torch.distributed give on import and on every rank.
+warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed\.")
+warnings.filterwarnings("ignore", message="Please use DTensor instead")
+logging.getLogger("megatron").setLevel(logging.ERROR)
+
+from megatron_ktr.config import Config, load_config  # noqa: E402
+from megatron_ktr.data.preprocess import PreprocessSettings  # noqa: E402
+from megatron_ktr.distributed import platform as platforms  # noqa: E402
+from megatron_ktr.distributed.collectives import reduce_metrics  # noqa: E402
+from megatron_ktr.distributed.groups import ParallelGroups, destroy_parallel, init_parallel  # noqa: E402
+from megatron_ktr.distributed.platform import Platform  # noqa: E402
+from megatron_ktr.errors import UserError, run_cli, same_on_every_rank  # noqa: E402
+from megatron_ktr.objectives import build_objective  # noqa: E402
+from megatron_ktr.policy import Policy  # noqa: E402
+from megatron_ktr.rollout.synthetic import FixedSource, SyntheticSizes, TokenIds, synthetic_group  # noqa: E402
+from megatron_ktr.train import check_micro_batches, parallel_sizes  # noqa: E402
+from megatron_ktr.trainer import Trainer  # noqa: E402
+from megatron_ktr.types import Metrics  # noqa: E402
+from models.qwen2_5_vl.config import Qwen2_5_VLConfig  # noqa: E402
+from models.qwen2_5_vl.media import media_spec  # noqa: E402
+from models.qwen2_5_vl.model import Qwen2_5_VLModel, build_model  # noqa: E402
+from models.qwen2_5_vl.published import PUBLISHED_CONFIGS, to_hf_config  # noqa: E402
+
+PHASES = ("pack", "vision", "score", "update")
+COLOURS = {"pack": "#8c8c8c", "vision": "#5b7f3a", "score": "#c28e2c", "update": "#1f6f8b"}
+
+
+@dataclass(frozen=True)
+class StepTiming:
+    """One step, the same on every rank."""
+
+    seconds: dict[str, float]
+    """By phase, of the rank that was slowest in it."""
+    total: float
+    """Seconds of the slowest rank."""
+    operations: float
+    """Of all ranks."""
+
+
+class RandomPolicy(Policy):
+    """A policy whose weights, and the reference model's, are those the layers start with."""
+
+    def _build_chunks(self) -> list[Qwen2_5_VLModel]:
+        return build_model(self.model_config, groups=self.groups, config=self.config, dtype=self.dtype)
+
+    def add_reference(self, hf_dir: str | Path | None = None) -> None:
+        chunks = self._build_chunks()
+        for chunk in chunks:
+            chunk.requires_grad_(False)
+        self.reference_chunks = chunks
+        self.vision.add_reference(chunks[0].vision, is_policy_copy=True)
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    """Our own options, and the rest, which are the trainer's."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--model", required=True, help="3b, 7b, 32b, 72b, or a Hugging Face directory")
+    parser.add_argument("--num-layers", type=int, help="layers of the language model in place of the model's own")
+    parser.add_argument("--frames", type=int, default=16, help="frames of every video, even (16)")
+    parser.add_argument("--frame-size", type=_frame_size, default=(224, 448), help="pixels, multiples of 28 (224x448)")
+    parser.add_argument("--text-length", type=int, default=200, help="prompt tokens that are not visual (200)")
+    parser.add_argument(
+        "--response-length", type=_lengths, default=(768,), help="tokens; several, by comma, take turns"
+    )
+    parser.add_argument("--prompts-per-step", type=int, help="over all ranks (every replica's pipeline filled once)")
+    parser.add_argument("--steps", type=int, default=3, help="steps that are measured (3)")
+    parser.add_argument("--warm-up", type=int, default=1, help="steps before them (1)")
+    parser.add_argument("--json", action="store_true", help="one JSON object on the last line, no table")
+    parser.add_argument("--plot", type=Path, help="SVG of the seconds by phase of every step")
+    options, trainer_flags = parser.parse_known_args(argv)
+    if options.steps < 1 or options.warm_up < 0:
+        raise UserError(f"--steps must be positive and --warm-up not negative, got {options.steps}, {options.warm_up}")
+    for name in ("num_layers", "prompts_per_step"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be positive, got {value}")
+    return options, trainer_flags
+
+
+def _frame_size(text: str) -> tuple[int, int]:
+    height, _, width = text.partition("x")
+    if not (height.isdecimal() and width.isdecimal()):
+        raise argparse.ArgumentTypeError(f"expected HEIGHTxWIDTH in pixels, got {text!r}")
+    return int(height), int(width)
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    if not all(part.isdecimal() for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"expected whole numbers by comma, got {text!r}")
+    return tuple(int(part) for part in text.split(","))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    with same_on_every_rank():
+        options, trainer_flags = parse_arguments(argv)
+    with _model_directory(options) as (hf_dir, has_weights):
+        with same_on_every_rank():
+            config = _load_config(options, trainer_flags, hf_dir=hf_dir)
+        platform = platforms.start(config.trainer.platform)
+        groups, config = _join(config, options, platform)
+        platform.seed(config.trainer.seed)
+        trainer = _build_trainer(config, groups=groups, platform=platform, has_weights=has_weights)
+        timings, memory = _measure(trainer, options, platform)
+    if groups.rank == 0:
+        report = summarise(timings, memory, trainer=trainer, options=options)
+        if options.plot:
+            options.plot.write_text(draw(report), encoding="utf-8")
+        print(json.dumps(report) if options.json else table(report), flush=True)
+    destroy_parallel()
+
+
+@contextlib.contextmanager
+def _model_directory(options: argparse.Namespace) -> Iterator[tuple[Path, bool]]:
+    """A directory with the model's config.json, and whether it has the weights to go with it."""
+    with same_on_every_rank():
+        if options.model.upper() in PUBLISHED_CONFIGS:
+            model_config, has_weights = PUBLISHED_CONFIGS[options.model.upper()], False
+        elif Path(options.model).is_dir():
+            model_config = Qwen2_5_VLConfig.from_hf(options.model)
+            has_weights = options.num_layers is None and any(Path(options.model).glob("*.safetensors"))
+        else:
+            sizes = ", ".join(PUBLISHED_CONFIGS).lower()
+            raise UserError(f"--model {options.model}: neither one of {sizes} nor a directory with a config.json")
+    if has_weights:
+        yield Path(options.model), True
+        return
+    if options.num_layers is not None:
+        text = dataclasses.replace(model_config.text, num_hidden_layers=options.num_layers)
+        model_config = dataclasses.replace(model_config, text=text)
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / "config.json").write_text(json.dumps(to_hf_config(model_config)), encoding="utf-8")
+        yield Path(directory), False
+
+
+def _load_config(options: argparse.Namespace, flags: list[str], *, hf_dir: Path) -> Config:
+    # No recording is read: the source of groups is ours.
+    own = ["--model", str(hf_dir), "--replay-path", "synthetic", "--train-steps", str(options.warm_up + options.steps)]
+    return load_config([*flags, *own], prog="benchmark_throughput.py")
+
+
+def _join(config: Config, options: argparse.Namespace, platform: Platform) -> tuple[ParallelGroups, Config]:
+    """The process groups; without ``--prompts-per-step`` every replica has one micro-batch for each pipeline stage."""
+    with same_on_every_rank():
+        num_layers = Qwen2_5_VLConfig.from_hf(config.model.model).text.num_hidden_layers
+        groups = init_parallel(
+            parallel_sizes(config, num_layers=num_layers), platform=platform, seed=config.trainer.seed
+        )
+        number = options.prompts_per_step
+        if number is None:
+            number = groups.data_size * groups.sizes.pipeline * config.trainer.micro_batch_groups
+        config = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, prompts_per_step=number))
+        check_micro_batches(config, groups)
+    return groups, config
+
+
+def _build_trainer(config: Config, *, groups: ParallelGroups, platform: Platform, has_weights: bool) -> Trainer:
+    hf_dir = Path(config.model.model)
+    objective = build_objective(config.objective, reward=config.reward)
+    policy = (Policy if has_weights else RandomPolicy)(
+        hf_dir, config=config, groups=groups, platform=platform, num_steps=config.trainer.train_steps
+    )
+    if objective.needs_reference:
+        policy.add_reference()
+    return Trainer(
+        config=config,
+        policy=policy,
+        source=FixedSource([]),
+        objective=objective,
+        media=media_spec(policy.model_config, patchify=PreprocessSettings.from_model(hf_dir).patchify),
+    )
+
+
+def _measure(trainer: Trainer, options: argparse.Namespace, platform: Platform) -> tuple[list[StepTiming], float]:
+    """Every measured step, and the largest peak of memory over ranks in bytes."""
+    groups = trainer.policy.groups
+    timings: list[StepTiming] = []
+    for step in range(1, options.warm_up + options.steps + 1):
+        if step == options.warm_up + 1:
+            platform.reset_peak_memory()
+        trainer.source.groups = _groups_of(step, trainer, options)
+        values = trainer.train_step(step).values
+        if step <= options.warm_up:
+            continue
+        own = {phase: values[f"seconds/{phase}"] for phase in PHASES}
+        # The metric is a rate over this rank's own seconds.
+        operations = values["tflops_per_gpu"] * 1e12 * groups.world_size * sum(own.values())
+        slowest = reduce_metrics(Metrics(maxima={**own, "total": sum(own.values())}), groups.world).maxima
+        timings.append(StepTiming(slowest, slowest.pop("total"), operations))
+    memory = Metrics(maxima={"peak": float(platform.peak_memory_bytes())})
+    return timings, reduce_metrics(memory, groups.world).maxima["peak"]
+
+
+def _groups_of(step: int, trainer: Trainer, options: argparse.Namespace) -> list[Any]:
+    """This replica's groups of a step."""
+    config, groups = trainer.config, trainer.policy.groups
+    model_config = trainer.policy.model_config
+    lengths = options.response_length
+    sizes = SyntheticSizes(
+        num_frames=options.frames,
+        height=options.frame_size[0],
+        width=options.frame_size[1],
+        text_length=options.text_length,
+        response_lengths=tuple(lengths[i % len(lengths)] for i in range(config.rollout.num_generations)),
+    )
+    tokens = TokenIds(
+        vocab_size=model_config.text.vocab_size,
+        vision_start=model_config.vision_start_token_id,
+        vision_end=model_config.vision_end_token_id,
+        image=model_config.image_token_id,
+        video=model_config.video_token_id,
+    )
+    first = step * config.trainer.prompts_per_step + groups.data_rank
+    number = config.prompts_per_replica(groups.data_size)
+    return [synthetic_group(sizes, tokens=tokens, seed=first + i * groups.data_size) for i in range(number)]
+
+
+def summarise(
+    timings: Sequence[StepTiming], memory: float, *, trainer: Trainer, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Everything that is reported, ready for JSON."""
+    config, groups = trainer.config, trainer.policy.groups
+    sizes, (group, *_) = groups.sizes, trainer.source.groups
+    prompts = config.trainer.prompts_per_step
+    seconds = statistics.median(timing.total for timing in timings)
+    rate = statistics.median(timing.operations / timing.total for timing in timings) / groups.world_size / 1e12
+    return {
+        "model": options.model,
+        "num_parameters": trainer.policy.model_config.num_parameters,
+        "num_layers": trainer.policy.model_config.text.num_hidden_layers,
+        "params_dtype": config.model.params_dtype,
+        "objective": config.objective.objective,
+        "device": trainer.policy.platform.name,
+        "num_gpus": groups.world_size,
+        "layout": {
+            "tensor": sizes.tensor,
+            "pipeline": sizes.pipeline,
+            "context": sizes.context,
+            "data": groups.data_size,
+            "virtual_pipeline": sizes.virtual_pipeline or 1,
+            "sequence_parallel": sizes.sequence_parallel,
+            "vision_parallel": config.parallel.vision_parallel,
+            "recompute_granularity": config.parallel.recompute_granularity,
+        },
+        "prompts_per_step": prompts,
+        "num_generations": len(group.rollouts),
+        "prompt_tokens": len(group.prompt.token_ids),
+        "response_tokens": group.num_response_tokens,
+        "step_seconds": seconds,
+        "tokens_per_second": prompts * group.num_tokens / seconds,
+        "samples_per_second": prompts * len(group.rollouts) / seconds,
+        "tflops_per_gpu": rate,
+        "mfu": rate / config.trainer.peak_tflops if config.trainer.peak_tflops else None,
+        "peak_memory_gb": memory / 1e9,
+        "seconds": {phase: statistics.median(timing.seconds[phase] for timing in timings) for phase in PHASES},
+        "steps": [timing.seconds for timing in timings],
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report for people."""
+    layout = ", ".join(f"{name} {value}" for name, value in report["layout"].items())
+    mfu = "" if report["mfu"] is None else f", MFU {report['mfu']:.1%}"
+    lines = [
+        f"{report['model']}: {report['num_parameters'] / 1e9:.3g}e9 parameters in {report['params_dtype']}, "
+        f"{report['objective']}, on {report['num_gpus']} x {report['device']}",
+        f"layout: {layout}",
+        f"a step: {report['prompts_per_step']} prompts of {report['prompt_tokens']} tokens, "
+        f"{report['num_generations']} responses each ({report['response_tokens']} tokens)",
+        "",
+        f"{'step':<22} {report['step_seconds']:>10.3f} s",
+        f"{'tokens':<22} {report['tokens_per_second']:>10.1f} /s",
+        f"{'samples (responses)':<22} {report['samples_per_second']:>10.3f} /s",
+        f"{'arithmetic':<22} {report['tflops_per_gpu']:>10.4g} TFLOP/s per GPU{mfu}",
+        f"{'peak memory':<22} {report['peak_memory_gb']:>10.2f} GB on the fullest rank",
+        "",
+    ]
+    total = sum(report["seconds"].values())
+    lines += [f"{phase:<22} {value:>10.3f} s {value / total:>6.1%}" for phase, value in report["seconds"].items()]
+    return "\n".join(lines)
+
+
+def draw(report: dict[str, Any]) -> str:
+    """SVG: one stacked bar of phases a step."""
+    label, bar, line = 80, 480, 24
+    longest = max(sum(step.values()) for step in report["steps"])
+    parts, y = [], 16
+    for index, phase in enumerate(PHASES):
+        parts.append(
+            f'<rect x="{label + 110 * index}" y="6" width="12" height="12" fill="{COLOURS[phase]}"/>'
+            f'<text x="{label + 110 * index + 16}" y="{y}">{phase}</text>'
+        )
+    for number, step in enumerate(report["steps"], start=1):
+        y += line
+        parts.append(f'<text x="{label - 8}" y="{y}" text-anchor="end">step {number}</text>')
+        x = float(label)
+        for phase in PHASES:
+            width = bar * step[phase] / longest
+            parts.append(f'<rect x="{x:.1f}" y="{y - 12}" width="{width:.1f}" height="16" fill="{COLOURS[phase]}"/>')
+            x += width
+        parts.append(f'<text x="{x + 6:.1f}" y="{y}">{sum(step.values()):.3g} s</text>')
+    title = f"{report['model']}, {report['tokens_per_second']:.4g} tokens/s on {report['num_gpus']} ranks"
+    parts.append(f'<text x="{label}" y="{y + line}">{escape(title)}</text>')
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {label + bar + 80} {y + 2 * line}" role="img" '
+        f'aria-label="Seconds by phase of training steps"><style>text{{font:12px sans-serif;fill:#222}}</style>'
+        f'<rect width="100%" height="100%" fill="#fff"/>{"".join(parts)}</svg>\n'
+    )
+
+
+if __name__ == "__main__":
+    run_cli(main)
