@@ -21,7 +21,6 @@ import itertools
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -33,12 +32,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
 
+from benchmarks.harness import extra_peak_bytes, in_fresh_process, say, write_report  # noqa: E402
 from benchmarks.key_token_figure import draw  # noqa: E402
 from benchmarks.key_token_methods import METHODS, why_not  # noqa: E402
 from benchmarks.machine import about_machine  # noqa: E402
 from megatron_ktr.distributed.groups import ParallelSizes, init_parallel  # noqa: E402
 from megatron_ktr.distributed.platform import Platform, start  # noqa: E402
-from megatron_ktr.errors import UserError, run_cli  # noqa: E402
+from megatron_ktr.errors import run_cli  # noqa: E402
 
 SUMMARY_POINT = (4096, 512, 152_064, 1)
 """Rows, hidden size, vocabulary and tensor-parallel size of the summary on CPU."""
@@ -82,12 +82,7 @@ def measure_memory(point: Point, method: str, share: float, *, platform: Platfor
     small = dataclasses.replace(point, rows=8, vocabulary=256, tensor_parallel=1)
     _forward_and_backward(method, share, *_inputs(small, platform))  # libraries allocate their own on first use
     inputs = _inputs(point, platform)
-    platform.empty_cache()
-    platform.reset_peak_memory()
-    before = platform.peak_memory_bytes()
-    _forward_and_backward(method, share, *inputs)
-    platform.synchronize()
-    extra = platform.peak_memory_bytes() - before
+    extra = extra_peak_bytes(lambda: _forward_and_backward(method, share, *inputs), platform=platform)
     gradients = sum(tensor.nbytes for tensor in inputs[:2])
     return {"extra_bytes": extra, "working_bytes": extra - gradients}
 
@@ -111,14 +106,6 @@ def _forward_and_backward(name: str, share: float, hidden_RD, weight_VD, target_
     del entropy_R
 
 
-def _in_fresh_process(job: dict[str, Any]) -> Any:
-    command = [sys.executable, __file__, "--job", json.dumps(job)]
-    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ)
-    if result.returncode:
-        raise UserError(f"measurement failed (exit status {result.returncode}): {job}")
-    return json.loads(result.stdout.splitlines()[-1])
-
-
 def _run_job(job: dict[str, Any], platform: Platform) -> Any:
     init_parallel(ParallelSizes(), platform=platform)  # Megatron's cross entropy asks for its group
     point = Point(**job["point"])
@@ -136,12 +123,12 @@ def run_benchmark(arguments: argparse.Namespace, platform: Platform) -> dict[str
     results, load_before = [], os.getloadavg()[0]
     for point in points:
         about = dataclasses.asdict(point)
-        _say(f"{point} ...")
+        say(f"{point} ...")
         job = {"point": about, "methods": methods, "shares": arguments.share, "repeats": arguments.repeats}
-        timed = _in_fresh_process({"kind": "time", **job})
+        timed = in_fresh_process(__file__, {"kind": "time", **job})
         for entry in timed:
-            memory = _in_fresh_process(
-                {"kind": "memory", "point": about, "method": entry["method"], "share": entry["share"]}
+            memory = in_fresh_process(
+                __file__, {"kind": "memory", "point": about, "method": entry["method"], "share": entry["share"]}
             )
             results.append({**about, **entry, **memory})
     return {
@@ -192,10 +179,6 @@ def _table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def _main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[1024, 4096])
@@ -216,13 +199,7 @@ def _main() -> None:
         print(json.dumps(_run_job(json.loads(arguments.job), platform)))
         return
     report = run_benchmark(arguments, platform)
-    text = json.dumps(report, indent=1)
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(text + "\n", encoding="utf-8")
-    if arguments.figure:
-        arguments.figure.parent.mkdir(parents=True, exist_ok=True)
-        arguments.figure.write_text(draw(report), encoding="utf-8")
+    text = write_report(report, out=arguments.out, figure=arguments.figure, draw=draw)
     print(text if arguments.json else _table(report))
 
 
