@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -85,8 +86,12 @@ class Policy:
 
     def _connect_schedule_hooks(self) -> None:
         config = self.transformer_config
-        config.finalize_model_grads_func = self._finalize_gradients
-        config.grad_scale_func = self.optimizer.scale_loss
+        # Weak: the model's layers hold this config. The distributed optimizer keeps views of fp32 parameters, whose
+        # autograd nodes hold the hooks of the wrapped model. From there back to the optimizer would be a cycle through
+        # C++, which the collector cannot see: model, groups and the groups' threads would outlive the policy.
+        policy = weakref.proxy(self)
+        config.finalize_model_grads_func = lambda *args, **options: policy._finalize_gradients(*args, **options)
+        config.grad_scale_func = lambda loss: policy.optimizer.scale_loss(loss)
         if self.config.parallel.overlap_grad_reduce:
             no_sync = [chunk.no_sync for chunk in self.chunks]
             config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]

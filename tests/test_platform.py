@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import threading
 import time
+import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from megatron_ktr.distributed.platform import current, start
 from megatron_ktr.errors import UserError
 from megatron_ktr.types import Metrics
 from tests.support.ranks import RankContext, RankError, RankPool
+from tests.support.tiny import save_tiny_hf
 
 
 @pytest.fixture(autouse=True)
@@ -243,3 +247,23 @@ def test_splitting_again_closes_the_groups_of_the_split_before(ranks) -> None:
     """Forgotten groups keep their threads, which wake up for ever: hundreds of them stall a small machine."""
     few, many = (ranks(count_threads, world_size=2, num_splits=number)[0] for number in (2, 8))
     assert many <= few + 2
+
+
+def train_and_leave(context: RankContext, *, hf_dir: Path) -> bool:
+    from tests.support.accounting import Harness, video_group
+    from tests.support.steps import DISTRIBUTED_SGD
+
+    groups = [video_group(seed=0, grid=(2, 4, 4), lengths=(5, 7))]
+    harness = Harness(context.init(), hf_dir=hf_dir, groups=groups, values=DISTRIBUTED_SGD)
+    harness.backward(harness.items())
+    policy, chunk = harness.policy, weakref.ref(harness.policy.chunks[0])
+    assert policy.config.optimizer.use_distributed_optimizer and policy.dtype is torch.float32
+    del harness, policy
+    gc.collect()
+    return chunk() is None
+
+
+def test_a_dropped_policy_is_freed_and_its_groups_with_it(ranks: RankPool, tmp_path: Path) -> None:
+    """The distributed optimizer's views of fp32 parameters would keep everything: a cycle that no collector sees."""
+    save_tiny_hf(tmp_path)
+    assert ranks(train_and_leave, world_size=2, hf_dir=tmp_path) == [True, True]

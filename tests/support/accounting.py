@@ -121,7 +121,11 @@ class LiveBytes(TorchDispatchMode):
     def ignore(self, *tensors: torch.Tensor) -> None:
         """Does not count these, also where an operation returns them."""
         for tensor in tensors:
-            self._known.setdefault(tensor.untyped_storage()._cdata, 0)
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._known:
+                self._known[storage._cdata] = 0
+                # Once it is gone, its address may be another's.
+                weakref.finalize(storage, self._drop, storage._cdata)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
