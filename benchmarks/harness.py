@@ -65,5 +65,8 @@ def say(text: str) -> None:
 
 
 def _write(path: Path, content: str) -> None:
+    """Replaces the file whole: a benchmark that is stopped leaves the last complete one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(content, encoding="utf-8")
+    scratch = path.with_name(path.name + ".partial")
+    scratch.write_text(content, encoding="utf-8")
+    scratch.replace(path)

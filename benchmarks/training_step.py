@@ -21,6 +21,7 @@ once by resident memory. ``objectives``: our trainer with plain GRPO, and with V
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -114,6 +115,8 @@ OBJECTIVES = {
     "ktr_frame": {"shuffle_unit": "frame"},
     "ktr_temporal_patch": {"shuffle_unit": "temporal_patch"},
 }
+OBJECTIVE_TURNS = 3
+"""For each of a point's: their steps are short, and the ratios near 1."""
 Step = Callable[[RolloutGroup, int, Selected | None], StepNumbers]
 """(group, count of steps, what another side selected) -> numbers."""
 
@@ -226,42 +229,57 @@ def _ours(models: Path, options: dict[str, Any], parallel: ParallelGroups, platf
     return OurStep(models / "policy", models / "reference", groups=parallel, platform=platform, options=options)
 
 
-def run_benchmark(arguments: argparse.Namespace, platform: Platform) -> dict[str, Any]:
-    results: list[dict[str, Any]] = []
-    differences: dict[str, dict[str, float]] = {}
-    objectives: list[dict[str, Any]] = []
-    num_ties, load_before = 0, os.getloadavg()[0]
-    for name in arguments.points:
+def run_benchmark(
+    arguments: argparse.Namespace, platform: Platform, *, done: dict[str, Any], write: Callable[[dict[str, Any]], Any]
+) -> dict[str, Any]:
+    """
+    Args:
+        done: an earlier report; its points stay and are not measured again. Empty: none.
+        write: called with the report so far after every point.
+    """
+    results, objectives = list(done.get("results", ())), done.get("objectives", [])
+    differences, num_ties = dict(done.get("differences", {})), dict(done.get("num_ties", {}))
+    load = dict(done.get("load", {}))
+    measured = differences.keys() | ({"objectives"} if objectives else set())
+    names = [name for name in arguments.points if name not in measured]
+    report = done
+    for name in names:
         say(f"{name} ...")
         point = POINTS["1024x128" if name == "objectives" else name]
+        load[name] = [os.getloadavg()[0]]
         with tempfile.TemporaryDirectory() as directory:
             models = Path(directory)
             for seed, model in enumerate(("policy", "reference")):
                 save_random_model(models / model, vocab_size=point.vocabulary, num_layers=point.layers, seed=seed)
             job = {"models": directory, "seed": arguments.seed, "repeats": arguments.repeats}
             if name == "objectives":
+                job["repeats"] *= OBJECTIVE_TURNS
                 objectives = in_fresh_process(__file__, {"kind": "objectives", "point": "1024x128", **job})
-                continue
-            timed = in_fresh_process(__file__, {"kind": "time", "point": name, **job})
-            differences[name] = timed["differences"]
-            num_ties += timed["num_ties"]
-            for entry in timed["entries"]:
-                if point.has_memory and not arguments.no_memory:
-                    memory = {"kind": "memory", "point": name, "side": entry["side"], **job}
-                    for by in ("allocator", "resident"):
-                        entry[f"{by}_bytes"] = in_fresh_process(__file__, {**memory, "by": by})
-                results.append({"point": name, **_about(point), **entry})
-    return {
-        "machine": {**about_machine(platform), "load_before": load_before, "load_after": os.getloadavg()[0]},
-        "repeats": arguments.repeats,
-        "time": "CPU seconds of one thread, median",
-        "memory": "peak during a step minus before it: torch's allocator, and resident memory of the process",
-        "differences": differences,
-        "num_ties": num_ties,
-        "results": results,
-        "objectives": objectives,
-        "summary": summarise(results, objectives),
-    }
+            else:
+                timed = in_fresh_process(__file__, {"kind": "time", "point": name, **job})
+                differences[name], num_ties[name] = timed["differences"], timed["num_ties"]
+                for entry in timed["entries"]:
+                    if point.has_memory and not arguments.no_memory:
+                        memory = {"kind": "memory", "point": name, "side": entry["side"], **job}
+                        for by in ("allocator", "resident"):
+                            entry[f"{by}_bytes"] = in_fresh_process(__file__, {**memory, "by": by})
+                    results.append({"point": name, **_about(point), **entry})
+        load[name].append(os.getloadavg()[0])
+        results.sort(key=lambda entry: list(POINTS).index(entry["point"]))
+        report = {
+            "machine": about_machine(platform),
+            "load": load,
+            "repeats": arguments.repeats,
+            "time": "CPU seconds of one thread, median",
+            "memory": "peak during a step minus before it: torch's allocator, and resident memory of the process",
+            "differences": differences,
+            "num_ties": num_ties,
+            "results": results,
+            "objectives": objectives,
+            "summary": summarise(results, objectives),
+        }
+        write(report)
+    return report
 
 
 def _about(point: Point) -> dict[str, int]:
@@ -330,7 +348,8 @@ def _main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of tokens and frames")
     parser.add_argument("--no-memory", action="store_true", help="measure time only")
     parser.add_argument("--json", action="store_true", help="JSON on stdout in place of the table")
-    parser.add_argument("--out", type=Path, help="also write the JSON to this file")
+    parser.add_argument("--out", type=Path, help="also write the JSON to this file, after every point")
+    parser.add_argument("--resume", action="store_true", help="keep the points that the file of --out has")
     parser.add_argument("--figure", type=Path, help="also draw the results as SVG into this file")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -342,8 +361,12 @@ def _main() -> None:
         return
     if arguments.repeats < 1:
         raise UserError(f"--repeats must be at least 1, got {arguments.repeats}")
-    report = run_benchmark(arguments, platform)
-    text = write_report(report, out=arguments.out, figure=arguments.figure, draw=draw)
+    done: dict[str, Any] = {}
+    if arguments.resume and arguments.out is not None and arguments.out.exists():
+        done = json.loads(arguments.out.read_text(encoding="utf-8"))
+    write = functools.partial(write_report, out=arguments.out, figure=arguments.figure, draw=draw)
+    report = run_benchmark(arguments, platform, done=done, write=write)
+    text = write(report)
     print(text if arguments.json else _table(report))
 
 

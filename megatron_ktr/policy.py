@@ -86,22 +86,20 @@ class Policy:
 
     def _connect_schedule_hooks(self) -> None:
         config = self.transformer_config
-        # Weak: the model's layers hold this config. The distributed optimizer keeps views of fp32 parameters, whose
-        # autograd nodes hold the hooks of the wrapped model. From there back to the optimizer would be a cycle through
-        # C++, which the collector cannot see: model, groups and the groups' threads would outlive the policy.
+        # Weak: layers hold this config, autograd nodes of the distributed optimizer's views of fp32 parameters hold the
+        # layers; back to the optimizer it would be a cycle through C++: nothing, threads of groups too, is ever freed.
         policy = weakref.proxy(self)
-        config.finalize_model_grads_func = lambda *args, **options: policy._finalize_gradients(*args, **options)
+
+        def finalize(model: list[torch.nn.Module], num_tokens: Tensor | None = None, **options: Any) -> None:
+            # Our loss is already normalised by global counts, so the schedule's own token count is dropped.
+            finalize_model_grads(model, None, **options)
+            policy.vision.sum_gradients()
+
+        config.finalize_model_grads_func = finalize
         config.grad_scale_func = lambda loss: policy.optimizer.scale_loss(loss)
         if self.config.parallel.overlap_grad_reduce:
             no_sync = [chunk.no_sync for chunk in self.chunks]
             config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
-
-    def _finalize_gradients(
-        self, model: list[torch.nn.Module], num_tokens: Tensor | None = None, **options: Any
-    ) -> None:
-        # Our loss is already normalised by global counts, so the schedule's own token count is dropped.
-        finalize_model_grads(model, None, **options)
-        self.vision.sum_gradients()
 
     def add_reference(self, hf_dir: str | Path | None = None) -> None:
         """Keeps a frozen copy of the weights in ``hf_dir`` (default: the initial weights) for the KL term."""
