@@ -59,7 +59,7 @@ class Policy:
         self.dtype = DTYPES[config.model.params_dtype]
         self.temperature = config.rollout.temperature
 
-        chunks = self._build_chunks()
+        chunks = self._load_model(self.hf_dir)
         freeze_parts(chunks, config.model.freeze)
         self.transformer_config = get_model_config(chunks[0])
         self.chunks = wrap_in_ddp(
@@ -79,9 +79,9 @@ class Policy:
             self.bare_chunks[0].vision, config=config, groups=groups, hf_dir=self.hf_dir, device=platform.device
         )
 
-    def _build_chunks(self) -> list[Qwen2_5_VLModel]:
+    def _load_model(self, hf_dir: Path) -> list[Qwen2_5_VLModel]:
         chunks = build_model(self.model_config, groups=self.groups, config=self.config, dtype=self.dtype)
-        load_hf_weights(chunks, self.hf_dir, groups=self.groups)
+        load_hf_weights(chunks, hf_dir, groups=self.groups)
         return chunks
 
     def _connect_schedule_hooks(self) -> None:
@@ -103,8 +103,7 @@ class Policy:
 
     def add_reference(self, hf_dir: str | Path | None = None) -> None:
         """Keeps a frozen copy of the weights in ``hf_dir`` (default: the initial weights) for the KL term."""
-        chunks = build_model(self.model_config, groups=self.groups, config=self.config, dtype=self.dtype)
-        load_hf_weights(chunks, Path(hf_dir or self.hf_dir), groups=self.groups)
+        chunks = self._load_model(Path(hf_dir or self.hf_dir))
         for chunk in chunks:
             chunk.requires_grad_(False)
         self.reference_chunks = chunks
