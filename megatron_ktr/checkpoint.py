@@ -252,6 +252,7 @@ def load_sharded_state(policy: Policy, checkpoint: Path) -> None:
         lost = [key for key in result.missing_keys if not key.endswith("_extra_state")] + result.unexpected_keys
         if lost:
             raise RuntimeError(f"parameters that the sharded state does not cover: {', '.join(lost)}")
+    policy.vision.forget()
     if "optimizer" in state:
         load_optimizer_state(policy.optimizer, loaded["optimizer"])
 

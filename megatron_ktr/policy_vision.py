@@ -79,10 +79,16 @@ class PolicyVision:
             sum_gradients(self._encoder.parameters(), group=self._groups.tensor)
 
     def after_step(self) -> None:
-        """The policy's weights have changed."""
+        """The optimizer has changed the policy's weights."""
         vision = self._passes["policy"]
         if vision is not None and vision.is_trainable:
             vision.forget()
+
+    def forget(self) -> None:
+        """Weights were put in from outside, frozen ones too: no kept feature is theirs."""
+        for vision in self._passes.values():
+            if vision is not None:
+                vision.forget()
 
     def take_counts(self) -> int:
         """Units (temporal patches) that this replica's encoders ran over since the last call, on every rank of it."""

@@ -142,6 +142,7 @@ class Side:
             for chunk in self.policy.bare_chunks:
                 for parameter in chunk.parameters():
                     parameter.mul_(factor)
+        self.policy.vision.forget()
 
 
 def flat(config: Config) -> dict[str, Any]:
@@ -553,6 +554,7 @@ def test_the_export_of_a_run_is_a_model_vllm_starts_from(four_ranks, lone, monke
     side, _ = lone
     export = out / "run" / "export"
     load_hf_weights(side.policy.bare_chunks, export, groups=side.policy.groups)
+    side.policy.vision.forget()
     engine = side.engine(model=str(export))  # no weights are sent: it has them from the directory
     check(side.difference(engine.generate(side.prompts)))
     engine.close()

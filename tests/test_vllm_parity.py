@@ -116,6 +116,7 @@ class Pair:
         from models.qwen2_5_vl.conversion import load_hf_weights
 
         load_hf_weights(self.policy.bare_chunks, directory, groups=self.policy.groups)
+        self.policy.vision.forget()
         load_weights(self.llm, directory)
 
     def stream_new_weights(self, *, seed: int) -> None:
@@ -146,6 +147,7 @@ def disturb(policy: Any, *, seed: int) -> None:
         for chunk in policy.bare_chunks:
             for parameter in chunk.parameters():
                 parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.08)
+    policy.vision.forget()
 
 
 def given_responses(pair: Pair, *, seed: int, num: int = 2) -> list[list[int]]:

@@ -29,7 +29,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-COLLECTIVE_TIMEOUT_SECONDS = 60.0
+COLLECTIVE_TIMEOUT_SECONDS = 180.0
 
 
 class RankError(AssertionError):
@@ -63,7 +63,7 @@ class RankPool:
         self._workers: list[tuple[Any, Connection]] = []
 
     def __call__(
-        self, fn: Callable[..., Any], world_size: int = 4, *, timeout: float = 150.0, **kwargs: Any
+        self, fn: Callable[..., Any], world_size: int = 4, *, timeout: float = 400.0, **kwargs: Any
     ) -> list[Any]:
         if world_size > self._max_world_size:
             raise ValueError(f"the pool has {self._max_world_size} ranks, asked for {world_size}")
