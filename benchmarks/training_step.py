@@ -238,34 +238,22 @@ def run_benchmark(
         write: called with the report so far after every point.
     """
     results, objectives = list(done.get("results", ())), done.get("objectives", [])
-    differences, num_ties = dict(done.get("differences", {})), dict(done.get("num_ties", {}))
-    load = dict(done.get("load", {}))
+    differences, num_ties, load = (dict(done.get(name, {})) for name in ("differences", "num_ties", "load"))
     measured = differences.keys() | ({"objectives"} if objectives else set())
-    names = [name for name in arguments.points if name not in measured]
     report = done
-    for name in names:
+    for name in arguments.points:
+        if name in measured:
+            continue
         say(f"{name} ...")
-        point = POINTS["1024x128" if name == "objectives" else name]
-        load[name] = [os.getloadavg()[0]]
-        with tempfile.TemporaryDirectory() as directory:
-            models = Path(directory)
-            for seed, model in enumerate(("policy", "reference")):
-                save_random_model(models / model, vocab_size=point.vocabulary, num_layers=point.layers, seed=seed)
-            job = {"models": directory, "seed": arguments.seed, "repeats": arguments.repeats}
-            if name == "objectives":
-                job["repeats"] *= OBJECTIVE_TURNS
-                objectives = in_fresh_process(__file__, {"kind": "objectives", "point": "1024x128", **job})
-            else:
-                timed = in_fresh_process(__file__, {"kind": "time", "point": name, **job})
-                differences[name], num_ties[name] = timed["differences"], timed["num_ties"]
-                for entry in timed["entries"]:
-                    if point.has_memory and not arguments.no_memory:
-                        memory = {"kind": "memory", "point": name, "side": entry["side"], **job}
-                        for by in ("allocator", "resident"):
-                            entry[f"{by}_bytes"] = in_fresh_process(__file__, {**memory, "by": by})
-                    results.append({"point": name, **_about(point), **entry})
-        load[name].append(os.getloadavg()[0])
-        results.sort(key=lambda entry: list(POINTS).index(entry["point"]))
+        load_before = os.getloadavg()[0]
+        if name == "objectives":
+            objectives = _measure_in_fresh_processes(name, arguments)
+        else:
+            found = _measure_in_fresh_processes(name, arguments)
+            differences[name], num_ties[name] = found["differences"], found["num_ties"]
+            results += [{"point": name, **_about(POINTS[name]), **entry} for entry in found["entries"]]
+            results.sort(key=lambda entry: list(POINTS).index(entry["point"]))
+        load[name] = [load_before, os.getloadavg()[0]]
         report = {
             "machine": about_machine(platform),
             "load": load,
@@ -280,6 +268,29 @@ def run_benchmark(
         }
         write(report)
     return report
+
+
+def _measure_in_fresh_processes(name: str, arguments: argparse.Namespace) -> Any:
+    """What ``measure_time`` found, with memory where the point has it; of "objectives" what ``measure_objectives``
+    found."""
+    is_objectives = name == "objectives"
+    point_name = "1024x128" if is_objectives else name
+    point = POINTS[point_name]
+    with tempfile.TemporaryDirectory() as directory:
+        for seed, model in enumerate(("policy", "reference")):
+            path = Path(directory) / model
+            save_random_model(path, vocab_size=point.vocabulary, num_layers=point.layers, seed=seed)
+        job = {"point": point_name, "models": directory, "seed": arguments.seed, "repeats": arguments.repeats}
+        if is_objectives:
+            job["repeats"] *= OBJECTIVE_TURNS
+            return in_fresh_process(__file__, {"kind": "objectives", **job})
+        found = in_fresh_process(__file__, {"kind": "time", **job})
+        if point.has_memory and not arguments.no_memory:
+            for entry in found["entries"]:
+                for by in ("allocator", "resident"):
+                    memory = {"kind": "memory", "side": entry["side"], "by": by, **job}
+                    entry[f"{by}_bytes"] = in_fresh_process(__file__, memory)
+    return found
 
 
 def _about(point: Point) -> dict[str, int]:

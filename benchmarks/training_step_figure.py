@@ -1,7 +1,8 @@
-"""The result of ``training_step.py`` as an SVG of horizontal bars: CPU time by point and side, memory beside it."""
+"""The result of ``training_step.py`` as an SVG of horizontal bars: CPU time by point and side, then memory."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 from xml.sax.saxutils import escape
 
@@ -9,61 +10,80 @@ SIDES = {
     "weak": ("Hugging Face, as usually written", "#8c8c8c"),
     "strong": ("Hugging Face, vision once, few logits", "#c28e2c"),
     "ours": ("this project", "#1f6f8b"),
-    "ours_recomputed": ("this project, recomputed", "#6aa9bd"),
+    "ours_recomputed": ("this project, activations recomputed", "#6aa9bd"),
 }
 OBJECTIVES = {
     "grpo": "GRPO",
     "ktr_frame": "Video-KTR, frames shuffled",
     "ktr_temporal_patch": "Video-KTR, temporal patches shuffled",
 }
-LABEL, BAR, GAP, LINE, TOP = 290, 220, 130, 18, 40
-WIDTH = LABEL + 2 * (BAR + GAP)
+LABEL, BAR, VALUE, LINE = 290, 420, 130, 18
+WIDTH = LABEL + BAR + VALUE
+
+
+@dataclass(frozen=True)
+class Row:
+    label: str
+    colour: str
+    value: float
+    text: str
 
 
 def draw(report: dict[str, Any]) -> str:
     """A complete SVG document."""
-    parts, y = [], TOP
+    parts, y = [], LINE
     for title, rows in _blocks(report):
         parts.append(f'<text x="8" y="{y}" class="title">{escape(title)}</text>')
-        scales = [max(row[column] or 0.0 for row in rows) for column in (2, 3)]
-        for label, colour, *values in rows:
+        longest = max(row.value for row in rows)
+        for row in rows:
             y += LINE
-            parts.append(f'<text x="{LABEL - 8}" y="{y}" text-anchor="end">{escape(label)}</text>')
-            for column, (value, scale) in enumerate(zip(values, scales, strict=True)):
-                if value is None:
-                    continue
-                x, width = LABEL + column * (BAR + GAP), max(1.0, BAR * value / scale)
-                text = f"{value / 1e6:,.0f} MB" if column else f"{value:.2f} s"
-                parts.append(
-                    f'<rect x="{x}" y="{y - 11}" width="{width:.1f}" height="13" fill="{colour}"/>'
-                    f'<text x="{x + width + 4:.1f}" y="{y}">{text}</text>'
-                )
+            width = max(1.0, BAR * row.value / longest)
+            parts.append(
+                f'<text x="{LABEL - 8}" y="{y}" text-anchor="end">{escape(row.label)}</text>'
+                f'<rect x="{LABEL}" y="{y - 11}" width="{width:.1f}" height="13" fill="{row.colour}"/>'
+                f'<text x="{LABEL + width + 4:.1f}" y="{y}">{escape(row.text)}</text>'
+            )
         y += 2 * LINE
-    header = (
-        f'<text x="{LABEL}" y="16" class="title">CPU time of a step, one thread</text>'
-        f'<text x="{LABEL + BAR + GAP}" y="16" class="title">peak memory of a step</text>'
-    )
+    height = y - LINE
     style = "text{font:12px sans-serif;fill:#222}.title{font-weight:bold}"
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y}" width="{WIDTH}" height="{y}" role="img" '
-        f'aria-label="Time and memory of a training step by implementation"><style>{style}</style>'
-        f'<rect width="100%" height="100%" fill="#fff"/>{header}{"".join(parts)}</svg>\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
+        f'role="img" aria-label="Time and memory of a training step by implementation"><style>{style}</style>'
+        f'<rect width="100%" height="100%" fill="#fff"/>{"".join(parts)}</svg>\n'
     )
 
 
-def _blocks(report: dict[str, Any]) -> list[tuple[str, list[tuple[str, str, float, float | None]]]]:
-    """(title, rows of label, colour, seconds, bytes) by point, in order."""
-    blocks: dict[str, list[tuple[str, str, float, float | None]]] = {}
+def _blocks(report: dict[str, Any]) -> list[tuple[str, list[Row]]]:
+    """(title, rows): time by point, in order; memory where it was measured; objectives."""
+    points: dict[str, list[dict[str, Any]]] = {}
     for entry in report["results"]:
-        title = (
-            f"{entry['visual']:,} visual tokens, 8 responses of {entry['response']}, {entry['layers']} layers, "
-            f"vocabulary {entry['vocabulary']:,}"
-        )
-        label, colour = SIDES[entry["side"]]
-        blocks.setdefault(title, []).append((label, colour, entry["seconds"], entry.get("allocator_bytes")))
-    rows = [
-        (OBJECTIVES[entry["objective"]], SIDES["ours"][1], entry["seconds"], None) for entry in report["objectives"]
+        points.setdefault(entry["point"], []).append(entry)
+    times = [(f"CPU time of a step: {_size(entries[0])}", _rows(entries, "seconds")) for entries in points.values()]
+    memories = [
+        (f"Peak memory of a step: {_size(entries[0])}", _rows(entries, "allocator_bytes"))
+        for entries in points.values()
+        if all("allocator_bytes" in entry for entry in entries)
     ]
-    if rows:
-        blocks["1,024 visual tokens, 8 responses of 128: objectives"] = rows
-    return list(blocks.items())
+    objectives = [
+        Row(OBJECTIVES[entry["objective"]], SIDES["ours"][1], entry["seconds"], f"{entry['seconds']:.2f} s")
+        for entry in report["objectives"]
+    ]
+    title = "CPU time in this project by objective: 1,024 visual tokens, 8 responses of 128"
+    return [*times, *memories, *([(title, objectives)] if objectives else [])]
+
+
+def _size(entry: dict[str, Any]) -> str:
+    return (
+        f"{entry['visual']:,} visual tokens, 8 responses of {entry['response']}; {entry['layers']} layers, "
+        f"vocabulary {entry['vocabulary']:,}"
+    )
+
+
+def _rows(entries: list[dict[str, Any]], quantity: str) -> list[Row]:
+    (ours,) = [entry[quantity] for entry in entries if entry["side"] == "ours"]
+    rows = []
+    for entry in entries:
+        (label, colour), value = SIDES[entry["side"]], entry[quantity]
+        text = f"{value:.2f} s" if quantity == "seconds" else f"{value / 1e6:,.0f} MB"
+        rows.append(Row(label, colour, value, text if entry["side"] == "ours" else f"{text}, {value / ours:.1f} x"))
+    return rows

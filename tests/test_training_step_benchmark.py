@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import subprocess
@@ -12,6 +13,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
+from benchmarks import training_step
 from benchmarks.harness import allocated_peak_bytes
 from benchmarks.step_baseline import PAPER, StepNumbers, WeakBaseline, finish_step
 from benchmarks.step_ours import OurStep, frame_order, numbers_of, save_random_model, token_ids_of
@@ -134,6 +136,35 @@ def test_summary_is_baseline_over_ours_and_leaves_out_what_was_not_measured() ->
     assert {name: summary[name] for name in SUMMARY} == pytest.approx(expected)
     assert summary["ktr_over_grpo_1024_temporal_patch"] == pytest.approx(1.125)
     assert summarise(results[:2], []) == {}
+
+
+def test_stopped_benchmark_keeps_its_points_and_goes_on_from_them(
+    one_rank: ParallelGroups, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron_ktr.distributed.platform import current
+
+    measured: list[str] = []
+
+    def measure(name: str, arguments: argparse.Namespace) -> object:
+        measured.append(name)
+        if name == "152k":
+            raise KeyboardInterrupt
+        if name == "objectives":
+            return [{"objective": key, "seconds": 1.0} for key in training_step.OBJECTIVES]
+        entries = [{"side": side, "seconds": value} for side, value in (("ours", 1.0), ("weak", 7.0))]
+        return {"entries": entries, "differences": {"loss": 0.0}, "num_ties": 0}
+
+    monkeypatch.setattr(training_step, "_measure_in_fresh_processes", measure)
+    arguments = argparse.Namespace(points=["1024x128", "objectives", "152k", "256x128"], repeats=1)
+    written: list[dict] = []
+    with pytest.raises(KeyboardInterrupt):
+        training_step.run_benchmark(arguments, current(), done={}, write=written.append)
+    assert written[-1]["summary"]["time_ratio_1024"] == 7.0 and written[-1]["summary"]["ktr_over_grpo_1024"] == 1.0
+    arguments.points.remove("152k")
+    report = training_step.run_benchmark(arguments, current(), done=written[-1], write=written.append)
+    assert measured == ["1024x128", "objectives", "152k", "256x128"]
+    assert [entry["point"] for entry in report["results"]] == ["256x128"] * 2 + ["1024x128"] * 2
+    assert report["summary"] == written[1]["summary"] and len(report["objectives"]) == 3
 
 
 def test_points_have_the_visual_tokens_they_are_named_for() -> None:
