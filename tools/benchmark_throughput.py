@@ -1,17 +1,19 @@
 """Throughput of training steps on random inputs: any model size, any layout, without a checkpoint or data.
 
-    python tools/benchmark_throughput.py --model DIR --frames 8 --response-length 64
+    python tools/benchmark_throughput.py --model tiny --frames 8 --response-length 64
     torchrun --nproc-per-node 8 tools/benchmark_throughput.py --model 7b --num-layers 8 --bf16 --frames 32 \\
         --tensor-model-parallel-size 4 --sequence-parallel --peak-tflops 989 --json --plot throughput.svg
 
 Runs the real Trainer on fixed groups, so that every pass, the optimizer and the communication are in the numbers and
 the rollout is not. Takes every option of ``megatron_ktr.train`` beside its own: what ``tools/plan_parallelism.py``
-prints as flags can be pasted. A published size (3b, 7b, 32b, 72b), a directory without weights, or ``--num-layers``
-mean random weights.
+prints as flags can be pasted. A published size (3b, 7b, 32b, 72b), ``tiny`` (for a CPU), a directory without weights,
+or ``--num-layers`` mean random weights.
 
 Every step sees new videos: a frozen encoder would remember old ones. Reported are medians over the steps after the
 warm-up; seconds of the slowest rank, peak memory of the fullest (allocator on a GPU, resident memory on CPU); tokens
 count each prompt once; TFLOP/s are arithmetic that the step needs (``megatron_ktr/accounting``), nothing recomputed.
+Phase ``vision`` is the encoder's run where a scoring pass shows its features before the update; otherwise each pass
+runs what it needs of it, in ``score`` and ``update``.
 """
 
 from __future__ import annotations
@@ -60,6 +62,34 @@ from models.qwen2_5_vl.published import PUBLISHED_CONFIGS, to_hf_config  # noqa:
 PHASES = ("pack", "vision", "score", "update")
 COLOURS = {"pack": "#8c8c8c", "vision": "#5b7f3a", "score": "#c28e2c", "update": "#1f6f8b"}
 
+TINY_CONFIG = Qwen2_5_VLConfig(
+    text=dataclasses.replace(
+        PUBLISHED_CONFIGS["7B"].text,
+        vocab_size=4096,
+        hidden_size=256,
+        intermediate_size=1344,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        mrope_section=(8, 12, 12),
+    ),
+    vision=dataclasses.replace(
+        PUBLISHED_CONFIGS["7B"].vision,
+        depth=4,
+        hidden_size=160,
+        intermediate_size=428,
+        num_heads=4,
+        out_hidden_size=256,
+        fullatt_block_indexes=(3,),
+    ),
+    image_token_id=4095,
+    video_token_id=4094,
+    vision_start_token_id=4093,
+    vision_end_token_id=4092,
+    tie_word_embeddings=False,
+)
+SIZES = {**{name.lower(): config for name, config in PUBLISHED_CONFIGS.items()}, "tiny": TINY_CONFIG}
+
 
 @dataclass(frozen=True)
 class StepTiming:
@@ -85,7 +115,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespa
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--model", required=True, help="3b, 7b, 32b, 72b, or a Hugging Face directory")
+    parser.add_argument("--model", required=True, help=f"{', '.join(SIZES)}, or a Hugging Face directory")
     parser.add_argument("--num-layers", type=int, help="layers of the language model in place of the model's own")
     parser.add_argument("--frames", type=int, default=16, help="frames of every video, even (16)")
     parser.add_argument("--frame-size", type=_frame_size, default=(224, 448), help="pixels, multiples of 28 (224x448)")
@@ -143,13 +173,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _model_directory(options: argparse.Namespace) -> Iterator[tuple[Path, bool]]:
     """A directory with the model's config.json, and whether it has the weights to go with it."""
     with same_on_every_rank():
-        if options.model.upper() in PUBLISHED_CONFIGS:
-            model_config, has_weights = PUBLISHED_CONFIGS[options.model.upper()], False
+        if options.model.lower() in SIZES:
+            model_config, has_weights = SIZES[options.model.lower()], False
         elif Path(options.model).is_dir():
             model_config = Qwen2_5_VLConfig.from_hf(options.model)
             has_weights = options.num_layers is None and any(Path(options.model).glob("*.safetensors"))
         else:
-            sizes = ", ".join(PUBLISHED_CONFIGS).lower()
+            sizes = ", ".join(SIZES)
             raise UserError(f"--model {options.model}: neither one of {sizes} nor a directory with a config.json")
     if has_weights:
         yield Path(options.model), True
@@ -254,7 +284,7 @@ def summarise(
     seconds = statistics.median(timing.total for timing in timings)
     rate = statistics.median(timing.operations / timing.total for timing in timings) / groups.world_size / 1e12
     return {
-        "model": options.model,
+        "model": Path(options.model).name,
         "num_parameters": trainer.policy.model_config.num_parameters,
         "num_layers": trainer.policy.model_config.text.num_hidden_layers,
         "params_dtype": config.model.params_dtype,
@@ -291,8 +321,7 @@ def table(report: dict[str, Any]) -> str:
     layout = ", ".join(f"{name} {value}" for name, value in report["layout"].items())
     mfu = "" if report["mfu"] is None else f", MFU {report['mfu']:.1%}"
     lines = [
-        f"{report['model']}: {report['num_parameters'] / 1e9:.3g}e9 parameters in {report['params_dtype']}, "
-        f"{report['objective']}, on {report['num_gpus']} x {report['device']}",
+        f"{_heading(report)} in {report['params_dtype']}, {report['objective']}",
         f"layout: {layout}",
         f"a step: {report['prompts_per_step']} prompts of {report['prompt_tokens']} tokens, "
         f"{report['num_generations']} responses each ({report['response_tokens']} tokens)",
@@ -309,14 +338,21 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _heading(report: dict[str, Any]) -> str:
+    number = report["num_parameters"]
+    size = f"{number / 1e9:.3g} billion" if number >= 1e9 else f"{number / 1e6:.3g} million"
+    return f"{report['model']}: {size} parameters on {report['num_gpus']} x {report['device']}"
+
+
 def draw(report: dict[str, Any]) -> str:
     """SVG: one stacked bar of phases a step."""
     label, bar, line = 80, 480, 24
     longest = max(sum(step.values()) for step in report["steps"])
-    parts, y = [], 16
+    title = f"{_heading(report)}, {report['tokens_per_second']:,.0f} tokens/s; seconds by phase"
+    parts, y = [f'<text x="8" y="16" class="title">{escape(title)}</text>'], 40
     for index, phase in enumerate(PHASES):
         parts.append(
-            f'<rect x="{label + 110 * index}" y="6" width="12" height="12" fill="{COLOURS[phase]}"/>'
+            f'<rect x="{label + 110 * index}" y="{y - 10}" width="12" height="12" fill="{COLOURS[phase]}"/>'
             f'<text x="{label + 110 * index + 16}" y="{y}">{phase}</text>'
         )
     for number, step in enumerate(report["steps"], start=1):
@@ -328,12 +364,11 @@ def draw(report: dict[str, Any]) -> str:
             parts.append(f'<rect x="{x:.1f}" y="{y - 12}" width="{width:.1f}" height="16" fill="{COLOURS[phase]}"/>')
             x += width
         parts.append(f'<text x="{x + 6:.1f}" y="{y}">{sum(step.values()):.3g} s</text>')
-    title = f"{report['model']}, {report['tokens_per_second']:.4g} tokens/s on {report['num_gpus']} ranks"
-    parts.append(f'<text x="{label}" y="{y + line}">{escape(title)}</text>')
+    width, height = label + bar + 80, y + line
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {label + bar + 80} {y + 2 * line}" role="img" '
-        f'aria-label="Seconds by phase of training steps"><style>text{{font:12px sans-serif;fill:#222}}</style>'
-        f'<rect width="100%" height="100%" fill="#fff"/>{"".join(parts)}</svg>\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+        f'role="img" aria-label="Seconds by phase of training steps"><style>text{{font:12px sans-serif;fill:#222}}'
+        f'.title{{font-weight:bold}}</style><rect width="100%" height="100%" fill="#fff"/>{"".join(parts)}</svg>\n'
     )
 
 
