@@ -115,6 +115,8 @@ OBJECTIVES = {
     "grpo": {"objective": "grpo"},
     "ktr_frame": {"shuffle_unit": "frame"},
     "ktr_temporal_patch": {"shuffle_unit": "temporal_patch"},
+    "grpo_no_reference": {"objective": "grpo", "kl_beta": 0.0},
+    "ktr_frame_no_reference": {"shuffle_unit": "frame", "kl_beta": 0.0},
 }
 OBJECTIVE_TURNS = 3
 """For each of a point's: their steps are short, and the ratios near 1."""
@@ -318,9 +320,13 @@ def summarise(results: list[dict[str, Any]], objectives: list[dict[str, Any]]) -
             found = [values.get((point, side), {}).get(quantity) for side in (side, ours)]
             if all(found):
                 summary[name + ending] = found[0] / found[1]
-    if "grpo" in seconds:
-        summary["ktr_over_grpo_1024"] = seconds["ktr_frame"] / seconds["grpo"]
-        summary["ktr_over_grpo_1024_temporal_patch"] = seconds["ktr_temporal_patch"] / seconds["grpo"]
+    for ending, ktr, grpo in (
+        ("", "ktr_frame", "grpo"),
+        ("_temporal_patch", "ktr_temporal_patch", "grpo"),
+        ("_no_reference", "ktr_frame_no_reference", "grpo_no_reference"),
+    ):
+        if ktr in seconds and grpo in seconds:
+            summary["ktr_over_grpo_1024" + ending] = seconds[ktr] / seconds[grpo]
     return summary
 
 

@@ -18,6 +18,8 @@ OBJECTIVES = {
     "grpo": "GRPO",
     "ktr_frame": "Video-KTR, frames shuffled",
     "ktr_temporal_patch": "Video-KTR, temporal patches shuffled",
+    "grpo_no_reference": "GRPO without reference model",
+    "ktr_frame_no_reference": "Video-KTR, frames, without reference",
 }
 LABEL, BAR, VALUE, LINE = 290, 420, 130, 18
 WIDTH = LABEL + BAR + VALUE
