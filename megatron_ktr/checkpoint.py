@@ -100,6 +100,12 @@ class Checkpoints:
         self._on_each_rank(f"save step {step} to", lambda: _require_shared(scratch))
         self._pending = (step, BackgroundSave(sharded, scratch, data_group=self.groups.data_context))
 
+    def save_and_wait(self, step: int) -> None:
+        """A complete checkpoint of the state after ``step``, also where none is due."""
+        if self._pending is None or self._pending[0] != step:
+            self.save(step)
+        self._complete()
+
     def close(self) -> None:
         """Waits for the checkpoint under way and completes it."""
         self._complete()

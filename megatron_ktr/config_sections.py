@@ -304,3 +304,8 @@ class TrainerSection:
     distributed_timeout_minutes: int = _option(
         60, "How long a rank waits for the others, also while one of them generates, before it gives up", low=1
     )
+    auto_resume: bool = _option(
+        False,
+        "Continue from the newest complete checkpoint in run_dir, or start anew where there is none: for schedulers, "
+        "which start the same command again",
+    )

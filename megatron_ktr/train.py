@@ -1,7 +1,8 @@
 """Entry point of training: ``torchrun ... -m megatron_ktr.train --config FILE [flags]``.
 
 Parses the config, starts platform and process groups, builds policy, objective and source of groups, runs the
-steps, and ends with a Hugging Face export that vLLM and transformers load.
+steps, and ends with a Hugging Face export that vLLM and transformers load. Asked to leave by SIGUSR1 or SIGTERM it
+saves a checkpoint after the step instead and exits with code 75 (``interruption.py``).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from megatron_ktr.distributed.collectives import broadcast_object
 from megatron_ktr.distributed.groups import ParallelGroups, ParallelSizes, destroy_parallel, init_parallel
 from megatron_ktr.distributed.platform import Platform
 from megatron_ktr.errors import UserError, run_cli, same_on_every_rank
+from megatron_ktr.interruption import EXIT_SAVED, LEAVE_SIGNALS, LeaveRequest
 from megatron_ktr.metrics import MetricsWriter, step_line
 from megatron_ktr.objectives import Objective, build_objective
 from megatron_ktr.policy import Policy
@@ -64,13 +66,21 @@ def check_micro_batches(config: Config, groups: ParallelGroups) -> None:
     number = -(-prompts // config.trainer.micro_batch_groups)
     if (groups.sizes.virtual_pipeline or 1) > 1 and number % stages:
         raise UserError(
+    # Plain SGD below fp32 has state that no checkpoint holds (config_checks.py): such a run ends as any process does.
+    can_save = config.optimizer.optimizer != "sgd" or config.model.params_dtype == "fp32"
+    with LeaveRequest(LEAVE_SIGNALS if can_save else (), device=platform.device) as leave:
+        is_finished = _train(config, platform=platform, leave=leave)
+    return 0 if is_finished else EXIT_SAVED
+
+
+def _train(config: Config, *, platform: Platform, leave: LeaveRequest) -> bool:
             f"--num-layers-per-virtual-pipeline-stage needs a multiple of {stages} (pipeline stages) micro-batches per "
             f"replica, got {number} = {prompts} prompts / --micro-batch-groups {config.trainer.micro_batch_groups}"
         )
 
 
-def train(config: Config) -> None:
-    """One run, on every rank."""
+def train(config: Config) -> int:
+    """One run, on every rank; returns its exit code: 0, or ``EXIT_SAVED`` where it was asked to leave."""
     platform = platforms.start(config.trainer.platform)
     with same_on_every_rank():
         model_config = Qwen2_5_VLConfig.from_hf(config.model.model)
@@ -89,7 +99,9 @@ def train(config: Config) -> None:
     trainer = build_trainer(config, groups=groups, platform=platform, objective=objective, tokenizer=tokenizer)
     # Also when a step fails: an engine may hold processes and devices that outlive this one.
     with contextlib.closing(trainer.source):
-        _run_steps(trainer, start=start, tokenizer=tokenizer)
+        is_finished = _run_steps(trainer, start=start, tokenizer=tokenizer, leave=leave)
+    if not is_finished:
+        return False
     trainer.policy.save_hf(start.run_dir / "export")
     if groups.rank == 0:
         print(f"exported the trained model to {start.run_dir / 'export'}", flush=True)
@@ -127,8 +139,15 @@ def build_trainer(
     return trainer
 
 
-def _run_steps(trainer: Trainer, *, start: RunStart, tokenizer: Any) -> None:
-    """From the checkpoint the run starts at, if any, to the last step, with everything that is written on the way."""
+def _run_steps(trainer: Trainer, *, start: RunStart, tokenizer: Any, leave: LeaveRequest) -> bool:
+    """From the checkpoint the run starts at, if any, to the last step, with everything that is written on the way.
+
+    asked_by = None
+    False: asked to leave before the last step; what was done is saved.
+        if asked_by := leave.agreed(groups.world):
+            _leave(checkpoints, step=step - 1, is_new=step - 1 > start.step, asked_by=asked_by)
+            break
+    """
     config, groups, run_dir = trainer.config, trainer.policy.groups, start.run_dir
     checkpoints = Checkpoints(run_dir, policy=trainer.policy, source=trainer.source)
     if start.checkpoint is not None:
@@ -139,6 +158,16 @@ def _run_steps(trainer: Trainer, *, start: RunStart, tokenizer: Any) -> None:
         writer.write(step, report.values)
         if groups.rank == 0 and (line := check_line(report.values)):
             print(line, flush=True)
+    return asked_by is None
+
+
+def _leave(checkpoints: Checkpoints, *, step: int, is_new: bool, asked_by: str) -> None:
+    """Saves the state after ``step`` where this run has moved it."""
+    if is_new:
+        checkpoints.save_and_wait(step)
+    if checkpoints.groups.rank == 0:
+        done = f"saved after step {step}" if is_new else "nothing to save yet"
+        print(f"{asked_by}: {done}; continue with --resume (exit code {EXIT_SAVED})", flush=True)
         if groups.rank == 0 and (step % config.trainer.log_interval == 0 or step == config.trainer.train_steps):
             _show(report, config=config, decode=tokenizer.decode)
         if _is_due(step, config.trainer.rollout_log_interval):
@@ -180,11 +209,11 @@ def _open_run_directory(config: Config, groups: ParallelGroups) -> RunStart:
     return broadcast_object(start, group=groups.world, source=0)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     with same_on_every_rank():
         config = load_config(sys.argv[1:] if argv is None else argv)
-    train(config)
+    code = train(config)
     destroy_parallel()
 
 
