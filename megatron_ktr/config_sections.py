@@ -273,6 +273,11 @@ class TrainerSection:
 
     run_dir: str = _option("runs/train", "Directory of everything the run writes; must be empty unless --resume")
     resume: bool = _option(False, "Continue from the newest complete checkpoint in run_dir, in any layout")
+    auto_resume: bool = _option(
+        False,
+        "Continue from the newest complete checkpoint in run_dir, or start anew where there is none: for schedulers, "
+        "which start the same command again",
+    )
     train_steps: int = _option(1000, "Rollout steps of the whole run", low=1)
     prompts_per_step: int = _option(32, "Prompts per step over all ranks (P x data-parallel size)", low=1)
     micro_batch_groups: int = _option(1, "Prompt groups per micro-batch; a group is never split", low=1)
@@ -303,9 +308,4 @@ class TrainerSection:
     platform: Literal["auto", "cpu", "cuda"] = _option("auto", "Devices to run on; auto takes CUDA where it is found")
     distributed_timeout_minutes: int = _option(
         60, "How long a rank waits for the others, also while one of them generates, before it gives up", low=1
-    )
-    auto_resume: bool = _option(
-        False,
-        "Continue from the newest complete checkpoint in run_dir, or start anew where there is none: for schedulers, "
-        "which start the same command again",
     )

@@ -66,14 +66,6 @@ def check_micro_batches(config: Config, groups: ParallelGroups) -> None:
     number = -(-prompts // config.trainer.micro_batch_groups)
     if (groups.sizes.virtual_pipeline or 1) > 1 and number % stages:
         raise UserError(
-    # Plain SGD below fp32 has state that no checkpoint holds (config_checks.py): such a run ends as any process does.
-    can_save = config.optimizer.optimizer != "sgd" or config.model.params_dtype == "fp32"
-    with LeaveRequest(LEAVE_SIGNALS if can_save else (), device=platform.device) as leave:
-        is_finished = _train(config, platform=platform, leave=leave)
-    return 0 if is_finished else EXIT_SAVED
-
-
-def _train(config: Config, *, platform: Platform, leave: LeaveRequest) -> bool:
             f"--num-layers-per-virtual-pipeline-stage needs a multiple of {stages} (pipeline stages) micro-batches per "
             f"replica, got {number} = {prompts} prompts / --micro-batch-groups {config.trainer.micro_batch_groups}"
         )
@@ -82,6 +74,14 @@ def _train(config: Config, *, platform: Platform, leave: LeaveRequest) -> bool:
 def train(config: Config) -> int:
     """One run, on every rank; returns its exit code: 0, or ``EXIT_SAVED`` where it was asked to leave."""
     platform = platforms.start(config.trainer.platform)
+    # Plain SGD below fp32 has state that no checkpoint holds (config_checks.py): such a run ends as any process does.
+    can_save = config.optimizer.optimizer != "sgd" or config.model.params_dtype == "fp32"
+    with LeaveRequest(LEAVE_SIGNALS if can_save else (), device=platform.device) as leave:
+        is_finished = _train(config, platform=platform, leave=leave)
+    return 0 if is_finished else EXIT_SAVED
+
+
+def _train(config: Config, *, platform: Platform, leave: LeaveRequest) -> bool:
     with same_on_every_rank():
         model_config = Qwen2_5_VLConfig.from_hf(config.model.model)
         groups = init_parallel(
@@ -105,6 +105,7 @@ def train(config: Config) -> int:
     trainer.policy.save_hf(start.run_dir / "export")
     if groups.rank == 0:
         print(f"exported the trained model to {start.run_dir / 'export'}", flush=True)
+    return True
 
 
 def build_trainer(
@@ -142,22 +143,29 @@ def build_trainer(
 def _run_steps(trainer: Trainer, *, start: RunStart, tokenizer: Any, leave: LeaveRequest) -> bool:
     """From the checkpoint the run starts at, if any, to the last step, with everything that is written on the way.
 
-    asked_by = None
     False: asked to leave before the last step; what was done is saved.
-        if asked_by := leave.agreed(groups.world):
-            _leave(checkpoints, step=step - 1, is_new=step - 1 > start.step, asked_by=asked_by)
-            break
     """
     config, groups, run_dir = trainer.config, trainer.policy.groups, start.run_dir
     checkpoints = Checkpoints(run_dir, policy=trainer.policy, source=trainer.source)
     if start.checkpoint is not None:
         checkpoints.load(start.checkpoint)
     writer = MetricsWriter(run_dir if groups.rank == 0 else None, first_step=start.step + 1)
+    asked_by = None
     for step in range(start.step + 1, config.trainer.train_steps + 1):
+        if asked_by := leave.agreed(groups.world):
+            _leave(checkpoints, step=step - 1, is_new=step - 1 > start.step, asked_by=asked_by)
+            break
         report = trainer.train_step(step)
         writer.write(step, report.values)
         if groups.rank == 0 and (line := check_line(report.values)):
             print(line, flush=True)
+        if groups.rank == 0 and (step % config.trainer.log_interval == 0 or step == config.trainer.train_steps):
+            _show(report, config=config, decode=tokenizer.decode)
+        if _is_due(step, config.trainer.rollout_log_interval):
+            _log_rollouts(report, run_dir=run_dir, groups=groups)
+        checkpoints.after_step(step)
+    checkpoints.close()
+    writer.close()
     return asked_by is None
 
 
@@ -168,13 +176,6 @@ def _leave(checkpoints: Checkpoints, *, step: int, is_new: bool, asked_by: str) 
     if checkpoints.groups.rank == 0:
         done = f"saved after step {step}" if is_new else "nothing to save yet"
         print(f"{asked_by}: {done}; continue with --resume (exit code {EXIT_SAVED})", flush=True)
-        if groups.rank == 0 and (step % config.trainer.log_interval == 0 or step == config.trainer.train_steps):
-            _show(report, config=config, decode=tokenizer.decode)
-        if _is_due(step, config.trainer.rollout_log_interval):
-            _log_rollouts(report, run_dir=run_dir, groups=groups)
-        checkpoints.after_step(step)
-    checkpoints.close()
-    writer.close()
 
 
 def _is_due(step: int, interval: int) -> bool:
@@ -215,6 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_config(sys.argv[1:] if argv is None else argv)
     code = train(config)
     destroy_parallel()
+    return code
 
 
 def cli() -> None:
