@@ -76,15 +76,8 @@ class StepTiming:
 class RandomPolicy(Policy):
     """A policy whose weights, and the reference model's, are those the layers start with."""
 
-    def _build_chunks(self) -> list[Qwen2_5_VLModel]:
+    def _load_model(self, hf_dir: Path) -> list[Qwen2_5_VLModel]:
         return build_model(self.model_config, groups=self.groups, config=self.config, dtype=self.dtype)
-
-    def add_reference(self, hf_dir: str | Path | None = None) -> None:
-        chunks = self._build_chunks()
-        for chunk in chunks:
-            chunk.requires_grad_(False)
-        self.reference_chunks = chunks
-        self.vision.add_reference(chunks[0].vision, is_policy_copy=True)
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
