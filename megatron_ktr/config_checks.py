@@ -8,16 +8,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from megatron_ktr import pipeline_split
 from megatron_ktr.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_ktr.config import Config
 
 ABSENT_OPTIONS = {
-    "fp8": "FP8 is not available yet",
-    "fp8_format": "FP8 is not available yet",
-    "fp8_recipe": "FP8 is not available yet",
-    "virtual_pipeline_model_parallel_size": "use --num-layers-per-virtual-pipeline-stage, as in Megatron",
+    "fp8": "use --fp8-format hybrid or e4m3, and --fp8-recipe",
+    "fp8_param": "use --fp8-param-gather",
+    "virtual_pipeline_model_parallel_size": "use --num-virtual-stages-per-pipeline-rank or "
+    "--num-layers-per-virtual-pipeline-stage, as in Megatron",
     "micro_batch_size": "use --micro-batch-groups",
     "global_batch_size": "use --prompts-per-step",
     "train_iters": "use --train-steps",
@@ -160,6 +161,7 @@ def _parallel(config: Config) -> Iterator[str]:
         yield "--sequence-parallel needs --tensor-model-parallel-size above 1"
     if section.num_layers_per_virtual_pipeline_stage is not None and section.pipeline_model_parallel_size == 1:
         yield "--num-layers-per-virtual-pipeline-stage needs --pipeline-model-parallel-size above 1"
+    yield from pipeline_split.problems(section)
     if section.overlap_param_gather and not config.optimizer.use_distributed_optimizer:
         yield "--overlap-param-gather needs --use-distributed-optimizer"
     if section.overlap_param_gather and not section.overlap_grad_reduce:

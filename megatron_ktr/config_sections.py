@@ -240,6 +240,24 @@ class ParallelSection:
     num_layers_per_virtual_pipeline_stage: int | None = _option(
         None, "Layers of one interleaved pipeline chunk; none = one chunk per rank", low=1
     )
+    num_virtual_stages_per_pipeline_rank: int | None = _option(
+        None, "Interleaved pipeline chunks per rank, in place of num_layers_per_virtual_pipeline_stage", low=1
+    )
+    decoder_first_pipeline_num_layers: int | None = _option(
+        None, "Language layers of the first pipeline stage; none = as many as the others", low=1
+    )
+    decoder_last_pipeline_num_layers: int | None = _option(
+        None, "Language layers of the last pipeline stage; none = as many as the others", low=1
+    )
+    account_for_embedding_in_pipeline_split: bool = _option(
+        False, "Count the embedding as a layer of the first pipeline stage when layers are split"
+    )
+    account_for_loss_in_pipeline_split: bool = _option(
+        False, "Count the vocabulary head as a layer of the last pipeline stage when layers are split"
+    )
+    account_for_vision_in_pipeline_split: int = _option(
+        0, "Count the vision encoder as this many layers of the first pipeline stage when layers are split", low=0
+    )
     context_parallel_size: int = _option(1, "Ranks that share each sequence: prompt chunks and whole responses", low=1)
     sequence_parallel: bool = _option(False, "Split norms and residuals by tokens over the tensor-parallel ranks")
     overlap_grad_reduce: bool = _option(False, "Reduce gradients during backward")

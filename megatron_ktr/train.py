@@ -26,6 +26,7 @@ from megatron_ktr.errors import UserError, run_cli, same_on_every_rank
 from megatron_ktr.interruption import EXIT_SAVED, LEAVE_SIGNALS, LeaveRequest
 from megatron_ktr.metrics import MetricsWriter, step_line
 from megatron_ktr.objectives import Objective, build_objective
+from megatron_ktr.pipeline_split import virtual_stages
 from megatron_ktr.policy import Policy
 from megatron_ktr.report.console import selected_tokens_text
 from megatron_ktr.rollout.features import build_feature_sender
@@ -41,20 +42,11 @@ from models.qwen2_5_vl.media import media_spec
 def parallel_sizes(config: Config, *, num_layers: int) -> ParallelSizes:
     """Sizes for the process groups; virtual pipeline chunks are counted from the layers of one chunk."""
     parallel = config.parallel
-    virtual = None
-    if parallel.num_layers_per_virtual_pipeline_stage:
-        per_stage = num_layers // parallel.pipeline_model_parallel_size
-        if per_stage % parallel.num_layers_per_virtual_pipeline_stage:
-            raise UserError(
-                f"--num-layers-per-virtual-pipeline-stage {parallel.num_layers_per_virtual_pipeline_stage} must divide "
-                f"the {per_stage} layers of a pipeline stage"
-            )
-        virtual = per_stage // parallel.num_layers_per_virtual_pipeline_stage
     return ParallelSizes(
         tensor=parallel.tensor_model_parallel_size,
         pipeline=parallel.pipeline_model_parallel_size,
         context=parallel.context_parallel_size,
-        virtual_pipeline=virtual,
+        virtual_pipeline=virtual_stages(num_layers, options=parallel),
         sequence_parallel=parallel.sequence_parallel,
     )
 

@@ -10,6 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_ktr.distributed.groups import ParallelGroups, ParallelSizes, pipeline_comm_settings
 from megatron_ktr.distributed.platform import current
 from megatron_ktr.errors import UserError
+from megatron_ktr.pipeline_split import Split, chunk_layout, is_even, split_layers
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 
 if TYPE_CHECKING:
@@ -26,10 +27,16 @@ def language_transformer_config(
     """
     sizes = groups.sizes
     _check_layout(model_config, sizes)
+    split = split_layers(
+        model_config.text.num_hidden_layers,
+        pipeline=sizes.pipeline,
+        virtual=_num_chunks(sizes),
+        options=config.parallel if config else None,
+    )
     try:
         return TransformerConfig(
             **_architecture(model_config),
-            **_placement(sizes, dtype=dtype),
+            **_placement(sizes, split=split, dtype=dtype),
             **pipeline_comm_settings(sizes),
             **_kernels(),
             **_recompute(config),
@@ -67,11 +74,13 @@ def _architecture(model_config: Qwen2_5_VLConfig) -> dict[str, Any]:
     )
 
 
-def _placement(sizes: ParallelSizes, *, dtype: torch.dtype) -> dict[str, Any]:
+def _placement(sizes: ParallelSizes, *, split: Split, dtype: torch.dtype) -> dict[str, Any]:
     return dict(
         tensor_model_parallel_size=sizes.tensor,
         pipeline_model_parallel_size=sizes.pipeline,
         virtual_pipeline_model_parallel_size=_num_chunks(sizes) if _num_chunks(sizes) > 1 else None,
+        # Core has options for single kinds of uneven stages; this one says all of them, and layer offsets follow it.
+        pipeline_model_parallel_layout=None if is_even(split) else chunk_layout(split),
         # Rows are shared out before the first layer and keys gathered in the attention: core's own stays off.
         context_parallel_size=1,
         sequence_parallel=sizes.sequence_parallel,
@@ -125,10 +134,4 @@ def _check_layout(model_config: Qwen2_5_VLConfig, sizes: ParallelSizes) -> None:
         raise UserError(
             f"--tensor-model-parallel-size {sizes.tensor} and the {text.num_key_value_heads} key/value heads: one must "
             "divide the other"
-        )
-    num_stages = sizes.pipeline * _num_chunks(sizes)
-    if text.num_hidden_layers % num_stages:
-        raise UserError(
-            f"--pipeline-model-parallel-size {sizes.pipeline} (with virtual stages: {num_stages}) must divide the "
-            f"{text.num_hidden_layers} layers"
         )
