@@ -30,7 +30,7 @@ ABSENT_OPTIONS = {
 
 def check(config: Config) -> None:
     """Raises ``UserError`` with the first rule that ``config`` breaks."""
-    for rules in (_required, _not_available, _data, _rollout, _reward, _objective, _optimizer, _parallel):
+    for rules in (_required, _not_available, _data, _rollout, _reward, _objective, _optimizer, _parallel, _fp8):
         for problem in rules(config):
             raise UserError(problem)
 
@@ -174,3 +174,34 @@ def _parallel(config: Config) -> Iterator[str]:
         yield "--recompute-method and --recompute-num-layers need --recompute-granularity full"
     if config.trainer.platform == "cpu" and config.model.transformer_impl == "te":
         yield "--transformer-impl te needs CUDA; with --platform cpu use auto or local"
+
+
+def _fp8(config: Config) -> Iterator[str]:
+    model = config.model
+    trains, scores = model.fp8_format is not None, config.objective.scoring_precision == "fp8"
+    option = "--fp8-format" if trains else "--scoring-precision fp8"
+    if not trains:
+        for name in ("fp8_param_gather", "first_last_layers_bf16", "fp8_vision"):
+            if getattr(model, name) and not (scores and name == "first_last_layers_bf16"):
+                yield f"--{name.replace('_', '-')} needs --fp8-format"
+    if not (trains or scores):
+        return
+    if config.trainer.platform == "cpu":
+        yield f"{option} runs on a GPU only: FP8 products are Transformer Engine's, and --platform is cpu"
+    if model.transformer_impl == "local":
+        yield f"{option} needs Transformer Engine: use --transformer-impl te or auto"
+    if model.params_dtype != "bf16":
+        yield f"{option} needs --bf16: what is not in FP8 runs in BF16"
+    if model.fp8_recipe == "delayed" and model.first_last_layers_bf16:
+        yield "--first-last-layers-bf16 does not go with --fp8-recipe delayed: its scales are kept over all layers"
+    if model.fp8_recipe == "delayed" and scores and not trains:
+        yield (
+            "--scoring-precision fp8 with --fp8-recipe delayed needs --fp8-format: its scales come from training "
+            "passes in FP8"
+        )
+    if model.fp8_param_gather and not config.optimizer.use_distributed_optimizer:
+        yield "--fp8-param-gather needs --use-distributed-optimizer, which keeps the exact weights"
+    if model.fp8_param_gather and model.fp8_recipe == "mxfp8":
+        yield "--fp8-param-gather is not available with --fp8-recipe mxfp8"
+    if model.fp8_vision and config.parallel.vision_parallel != "tensor":
+        yield "--fp8-vision needs --vision-parallel tensor"

@@ -39,6 +39,25 @@ class ModelSection:
     params_dtype: Literal["fp32", "bf16", "fp16"] = _option(
         "fp32", "Precision of weights and activations; --bf16 and --fp16 are short forms"
     )
+    fp8_format: Literal["hybrid", "e4m3"] | None = _option(
+        None,
+        "Linear layers of the language model in FP8 (Transformer Engine): hybrid has e5m2 gradients, which reach small "
+        "advantages; e4m3 throughout suits block scales only; none = no FP8",
+    )
+    fp8_recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = _option(
+        "tensorwise",
+        "Scales of FP8: one per tensor, from its values or from earlier passes (delayed), or one per block: blockwise "
+        "needs Hopper and CUDA 12.9, mxfp8 Blackwell",
+    )
+    fp8_param_gather: bool = _option(
+        False, "Keep the weights of FP8 layers in FP8 and gather them so; the optimizer's fp32 copy stays exact"
+    )
+    first_last_layers_bf16: bool = _option(False, "Under FP8, keep the first and last language layers in BF16")
+    num_layers_at_start_in_bf16: int = _option(1, "See first_last_layers_bf16", low=0)
+    num_layers_at_end_in_bf16: int = _option(1, "See first_last_layers_bf16", low=0)
+    fp8_vision: bool = _option(
+        False, "The vision encoder's layers in FP8 too; its MLP (3420 in 3B and 7B) does not fit every layout"
+    )
     freeze: tuple[Literal["vision", "merger", "language"], ...] = _option(
         (), "Parts that are not trained: the vision encoder without its merger, the merger, the language model"
     )
@@ -176,8 +195,10 @@ class ObjectiveSection:
         "frame", "What the temporal counterfactual permutes: decoded frames, or pairs of frames already encoded"
     )
     num_shuffles: int = _option(1, "Random orders whose scores are averaged", low=1)
-    scoring_precision: Literal["same", "bf16"] = _option(
-        "same", "Products of the counterfactual passes: in the precision of the model, or in bf16 under an fp32 model"
+    scoring_precision: Literal["same", "bf16", "fp8"] = _option(
+        "same",
+        "Products of the counterfactual passes: as in training, in bf16 (under an fp32 model, or one that trains in "
+        "FP8), or in FP8 by fp8_recipe",
     )
     kl_beta: float = _option(0.04, "Weight of the KL term to the reference model; 0 = no reference model", low=0)
     clip_low: float = _option(0.2, "Probability ratio is clipped below at 1 - clip_low", low=0, high=1)

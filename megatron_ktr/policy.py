@@ -37,6 +37,7 @@ from megatron_ktr.policy_vision import PolicyVision
 from megatron_ktr.types import Metrics, PackedBatch, Prompt, TokenScores
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.conversion import GatherTo, export_hf_tensors, load_hf_weights, save_hf, unwrap_model
+from models.qwen2_5_vl.fp8 import drop_initial_values, pass_precision
 from models.qwen2_5_vl.model import Qwen2_5_VLModel, build_model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -61,6 +62,7 @@ class Policy:
 
         chunks = self._load_model(self.hf_dir)
         freeze_parts(chunks, config.model.freeze)
+        drop_initial_values(p for chunk in chunks for p in chunk.parameters() if not p.requires_grad)
         self.transformer_config = get_model_config(chunks[0])
         self.chunks = wrap_in_ddp(
             chunks, config=self.transformer_config, optimizer=config.optimizer, parallel=config.parallel
@@ -103,10 +105,9 @@ class Policy:
 
     def add_reference(self, hf_dir: str | Path | None = None) -> None:
         """Keeps a frozen copy of the weights in ``hf_dir`` (default: the initial weights) for the KL term."""
-        chunks = self._load_model(Path(hf_dir or self.hf_dir))
+        chunks = self.reference_chunks = self._load_model(Path(hf_dir or self.hf_dir))
         for chunk in chunks:
-            chunk.requires_grad_(False)
-        self.reference_chunks = chunks
+            drop_initial_values(chunk.requires_grad_(False).parameters())
         self.vision.add_reference(chunks[0].vision, is_policy_copy=hf_dir is None)
 
     def score(
@@ -119,7 +120,7 @@ class Policy:
     ) -> list[TokenStatistics | None]:
         """Log-prob and entropy of every response token, without gradient; None on every stage but the last.
 
-        ``temperature`` replaces the run's own. ``precision`` ``bf16`` runs the products of the language model in bf16.
+        ``temperature`` replaces the run's own. ``precision`` is the language model's: same, bf16 or fp8.
         """
 
         def statistics(chunk: torch.nn.Module, batch: PackedBatch, hidden_RD: Tensor) -> TokenStatistics:
@@ -129,11 +130,11 @@ class Policy:
 
         return self._look(batches, batch_of=lambda batch: batch, finish=statistics, model=model, precision=precision)
 
-    def hidden_rows(self, batches: Sequence[PackedBatch]) -> list[Tensor | None]:
+    def hidden_rows(self, batches: Sequence[PackedBatch], *, precision: str = "same") -> list[Tensor | None]:
         """Hidden states [R, D] that predict the response tokens, without a pass over the vocabulary and without
         gradient; None on every stage but the last."""
         return self._look(
-            batches, batch_of=lambda batch: batch, finish=lambda chunk, batch, hidden_RD: hidden_RD.clone()
+            batches, batch_of=lambda batch: batch, finish=lambda _, __, rows_RD: rows_RD.clone(), precision=precision
         )
 
     def score_intact(
@@ -174,8 +175,7 @@ class Policy:
         # The interleaved schedule takes whole rounds of the stages only; what fills the last one is dropped.
         num_missing = -len(items) % self.groups.sizes.pipeline if len(chunks) > 1 else 0
         padded = [*items, *[items[-1]] * num_missing]
-        is_lower = precision == "bf16" and self.dtype is torch.float32
-        with torch.no_grad(), torch.autocast(self.platform.device.type, torch.bfloat16, enabled=is_lower):
+        with torch.no_grad(), pass_precision(self.transformer_config, precision, section=self.config.model):
             results = self._run(chunks, padded, batch_of=batch_of, finish=keep, forward_only=True, model=model)
         return list(results)[: len(items)] if results else [None] * len(items)
 

@@ -21,6 +21,7 @@ from megatron_ktr.data.preprocess import PreprocessSettings
 from megatron_ktr.errors import UserError
 from megatron_ktr.hf_files import SafetensorsWriter, TensorInfo, copy_side_files, new_directory
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
+from models.qwen2_5_vl.fp8 import plain_tensor, set_parameter
 from models.qwen2_5_vl.hf_weights import open_hf_weights
 from models.qwen2_5_vl.weight_map import TE_NAMES, WeightSpec, weight_specs
 
@@ -82,7 +83,7 @@ def load_hf_weights(model: nn.Module | Sequence[nn.Module], hf_dir: Path | str, 
     for name, parameter in named_model_parameters(chunks):
         spec, shape = specs[name], tuple(parameter.shape)
         index, count = layout.shard(spec, shape)
-        parameter.copy_(spec.read_shard(reader.read, shape, index=index, count=count))
+        set_parameter(parameter, spec.read_shard(reader.read, shape, index=index, count=count))
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,8 @@ def export_hf_tensors(
     """Yields (published Hugging Face name, whole tensor) one by one: vision, embedding, layers, norm, head.
 
     Collective over the tensor and pipeline groups: every rank of a replica must exhaust the iterator. One tensor
-    and its shards are in memory beside the model, never more. A tied head is not exported.
+    and its shards are in memory beside the model, never more. A tied head is not exported. Parameters kept in FP8
+    come out in their nominal dtype, as the numbers the model multiplies with.
 
     Args:
         model: the model or its virtual-pipeline chunks, wrapped or not.
@@ -156,7 +158,7 @@ def export_hf_tensors(
         wants = gather_to == "all" or layout.is_source
         hf_tensors = None
         if stage == layout.pipeline_rank:
-            shard = tensor_of(local[spec.name]).detach()
+            shard = plain_tensor(tensor_of(local[spec.name]).detach())
             hf_tensors = _gather_shards(spec, shard, layout, gather_to=gather_to)
         elif wants:
             hf_tensors = tuple(torch.empty(shape, dtype=dtype, device=device) for shape in spec.hf_shapes)

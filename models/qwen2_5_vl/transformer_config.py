@@ -12,6 +12,7 @@ from megatron_ktr.distributed.platform import current
 from megatron_ktr.errors import UserError
 from megatron_ktr.pipeline_split import Split, chunk_layout, is_even, split_layers
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
+from models.qwen2_5_vl.fp8 import fp8_settings
 
 if TYPE_CHECKING:
     from megatron_ktr.config import Config
@@ -40,6 +41,7 @@ def language_transformer_config(
             **pipeline_comm_settings(sizes),
             **_kernels(),
             **_recompute(config),
+            **fp8_settings(model_config, sizes=sizes, config=config),
         )
     except (ValueError, AssertionError) as error:
         raise UserError(f"megatron-core refuses this model and layout: {error}") from error
