@@ -64,6 +64,14 @@ class Part:
         return found
 
 
+def leave_kernels_untuned(platform: Platform) -> None:
+    """Tuning the vocabulary head takes a minute for each hidden size; only the part that measures it can spend that."""
+    if platform.name != "cpu":
+        from megatron_ktr.ops.token_statistics_triton import leave_untuned
+
+        leave_untuned()
+
+
 def error_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:400]}"

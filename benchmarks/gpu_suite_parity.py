@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_suite_common import Part, Skipped, group_of, release, step_config
+from benchmarks.gpu_suite_common import Part, Skipped, group_of, leave_kernels_untuned, release, step_config
 from benchmarks.gpu_suite_smoke import checked
 from benchmarks.step_ours import save_random_model
 from megatron_ktr.data.preprocess import PreprocessSettings
@@ -67,6 +67,7 @@ MIN_COSINE = {"fp32": 0.999999, "bf16": 0.995, "fp8": 0.9}
 
 
 def run_parity(part: Part) -> None:
+    leave_kernels_untuned(part.platform)
     with tempfile.TemporaryDirectory() as directory:
         models = Path(directory)
         save_models(models, is_tiny=part.is_tiny)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_suite_common import Part, Skipped, device_bytes, timed
+from benchmarks.gpu_suite_common import Part, Skipped, device_bytes, leave_kernels_untuned, timed
 from benchmarks.gpu_suite_te import linear_against_bf16, packed_attention, recipes, relative
 from benchmarks.key_token_loss_gpu import device_name, measure_shard, milliseconds, parse_arguments
 from megatron_ktr.distributed.collectives import all_reduce_sum
@@ -32,6 +32,7 @@ ATTENTION_IMPLS = ("torch", "merged", "varlen", "te")
 
 
 def run_smoke(part: Part) -> None:
+    leave_kernels_untuned(part.platform)
     part.entry("machine", lambda: _machine(part))
     part.entry("matmul", lambda: _matmul(part))
     part.entry("process group", lambda: _process_group(part))

@@ -25,6 +25,7 @@ from benchmarks.gpu_suite_common import (
     Skipped,
     device_bytes,
     group_of,
+    leave_kernels_untuned,
     model_directory,
     published_shape,
     release,
@@ -59,6 +60,7 @@ NUM_TRAINING_STEPS = 10
 
 
 def measure_steps(part: Part) -> None:
+    leave_kernels_untuned(part.platform)
     groups = init_parallel(ParallelSizes(), platform=part.platform)
     has_te = resolve_transformer_impl("auto") == "te"
     for size in ("3B", "7B"):
@@ -75,6 +77,7 @@ def measure_steps(part: Part) -> None:
 
 
 def run_training(part: Part) -> None:
+    leave_kernels_untuned(part.platform)
     groups = init_parallel(ParallelSizes(), platform=part.platform)
     part.entry("3B 10 steps", lambda: _train(part, groups))
 
