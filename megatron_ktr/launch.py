@@ -55,7 +55,7 @@ class _Forwarding:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = torchrun.parse_args(list(sys.argv[1:] if argv is None else argv))
     arguments.signals_to_handle = LEFT_TO_TORCHRUN
-    # torch before 2.12 has the variable, not the argument.
+    # Older torch reads the variable and knows no such argument.
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = LEFT_TO_TORCHRUN
     # What it logs of ranks that end is in our own line, and is no error where they were asked to.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)

@@ -17,11 +17,13 @@ from typing import Any
 import pytest
 import yaml
 
+import megatron_ktr
 from megatron_ktr.accounting.layout import Layout, why_not
 from megatron_ktr.accounting.planner import GB, Request, judge
 from megatron_ktr.config import Config, config_from_values, load_config
 from megatron_ktr.data.synthetic import corpus
 from megatron_ktr.data.tiny_model import save_tiny_model
+from megatron_ktr.doctor.requirements import declared_requirements
 from megatron_ktr.errors import UserError
 from megatron_ktr.interruption import EXIT_SAVED
 from megatron_ktr.run_directory import list_checkpoints, open_run_directory
@@ -394,3 +396,35 @@ def test_kubernetes_job_has_the_pods_of_its_run_file_and_starts_a_training():
         * config.parallel.context_parallel_size
     )
     assert num_gpus % ranks_of_replica == 0
+
+
+# The Dockerfile, which nobody can build here
+
+
+def test_dockerfile_copies_what_exists_and_what_dockerignore_lets_through():
+    text = (ROOT / "Dockerfile").read_text()
+    sources = [word for line in re.findall(r"^COPY (.*)$", text, re.MULTILINE) for word in line.split()[:-1]]
+    let_through = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert sources and set(sources) == let_through
+    for source in sources:
+        assert (ROOT / source).exists(), source
+    # What installation and the commands inside need.
+    assert {"setup.py", "LICENSE", "README.md", "megatron_ktr", "models", "tools", "examples"} <= set(sources)
+    (script,) = re.findall(r'^CMD \["python", "(.*)"\]$', text, re.MULTILINE)
+    assert (ROOT / script).is_file()
+
+
+def test_dockerfile_has_the_versions_of_setup_py_and_nvidias_apex():
+    text = (ROOT / "Dockerfile").read_text()
+    code = "\n".join(line for line in text.splitlines() if not line.startswith("#"))
+    pinned = {name: version for name, version in re.findall(r"'([a-z-]+)(?:\[[a-z0-9,-]+\])?==([0-9.]+)'", code)}
+    declared = declared_requirements(ROOT / "setup.py")
+    for extra, name in (("vllm", "vllm"), ("te", "transformer-engine"), ("cpu", "torch")):
+        (requirement,) = declared[extra]
+        assert pinned[name] == requirement.partition("==")[2], name
+    assert set(pinned) == {"vllm", "transformer-engine", "torch"}
+    assert "github.com/NVIDIA/apex.git" in code and "APEX_CPP_EXT=1 APEX_CUDA_EXT=1" in code
+    assert not re.search(r"pip install [^&|\n]*\bapex\b", code), "the public index holds another apex"
+    # Files of the repository that name the image call it what the Dockerfile calls it.
+    (tag,) = set(re.findall(r"megatron-ktr:(\S+)", text))
+    assert tag == megatron_ktr.__version__ and f"megatron-ktr:{tag}" in (LAUNCH / "kubernetes.yaml").read_text()
