@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -33,6 +34,7 @@ WORLD = WorldFacts(
     offsets=(0.0,) * 16,
     hosts=("node0",) * 8 + ("node1",) * 8,
     sees_directory=(True,) * 16,
+    on_gpu=True,
 )
 GB = 10**9
 
@@ -246,12 +248,32 @@ def test_one_connection_is_wanted_of_ranks_up_to_hopper():
 def test_bandwidth_is_that_of_a_rank_on_the_wire():
     # 2 (n - 1) / n of half a GiB in 10 ms.
     assert WORLD.bus_gb_per_second == pytest.approx(2 * 15 / 16 * 2**29 / 0.01 / 1e9)
-    is_fine(ranks.check_all_reduce(WORLD, has_gpu=True))
-    is_fine(ranks.check_all_reduce(None, has_gpu=True))
+    is_fine(ranks.check_all_reduce(WORLD))
+    is_fine(ranks.check_all_reduce(None))
     slow = replace(WORLD, seconds=1.0)
-    fails(ranks.check_all_reduce(slow, has_gpu=True), "expected 5 or more", "NCCL_DEBUG=INFO")
-    is_fine(ranks.check_all_reduce(slow, has_gpu=False))
-    fails(ranks.check_all_reduce(replace(WORLD, is_sum_right=False), has_gpu=True), "GB/s", "the sum is wrong")
+    fails(ranks.check_all_reduce(slow), "expected 5 or more", "NCCL_DEBUG=INFO")
+    is_fine(ranks.check_all_reduce(replace(slow, on_gpu=False)))
+    fails(ranks.check_all_reduce(replace(WORLD, is_sum_right=False)), "GB/s", "the sum is wrong")
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_ranks_that_cannot_talk_are_a_finding_of_rank_0(monkeypatch, tmp_path, rank):
+    def refuse(**options: Any) -> None:
+        raise RuntimeError("connection refused\n  by node0")
+
+    spec = importlib.util.spec_from_file_location("doctor_tool", ROOT / "tools" / "doctor.py")
+    doctor_tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(doctor_tool)
+    for name, value in dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="node0").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(doctor_tool, "check_node", lambda run_dir: [Check("disk", True, "fast")])
+    monkeypatch.setattr(ranks, "join_world", refuse)
+    found = doctor_tool.examine(run_dir=tmp_path)
+    if rank == "1":
+        assert found is None
+    else:
+        assert found[0].name == "disk" and len(found) == 2
+        fails(found[1], "the ranks cannot talk: connection refused by node0", "NCCL_DEBUG=INFO")
 
 
 def test_clocks_and_directories_name_the_node_that_is_off():

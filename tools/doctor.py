@@ -73,21 +73,24 @@ def examine(*, run_dir: Path) -> list[Check] | None:
         remedy = "make setup, then: .venv/bin/python tools/doctor.py"
         found = [check_python(), Check("packages", False, f"{sys.executable} lacks {', '.join(missing)}", remedy)]
         return [*found, ranks.commands_that_work(found, has_gpu=shutil.which("nvidia-smi") is not None)]
-    from megatron_ktr.distributed.platform_probe import read_gpus
+    from megatron_ktr.distributed.platform_probe import machine_has_gpu
 
-    has_gpu = read_gpus().has_gpu
+    has_gpu = machine_has_gpu()
     if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
         # One process of each node looks at it, before the ranks talk: what it finds may be why they cannot.
         own = check_node(run_dir=run_dir) if os.environ.get("LOCAL_RANK", "0") == "0" else []
-        world = ranks.read_world(has_gpu=has_gpu, directory=run_dir)
-        found = merge_nodes(ranks.by_node(own))
+        try:
+            world = ranks.read_world(directory=run_dir)
+            found = merge_nodes(ranks.by_node(own))
+        except (RuntimeError, ValueError) as error:
+            return [*own, ranks.no_connection(error)] if os.environ["RANK"] == "0" else None
         if os.environ["RANK"] != "0":
             return None
     else:
         world, found = None, check_node(run_dir=run_dir)
     return [
         *found,
-        ranks.check_all_reduce(world, has_gpu=has_gpu),
+        ranks.check_all_reduce(world),
         ranks.check_clocks(world),
         ranks.check_shared_directory(world, directory=str(run_dir)),
         ranks.commands_that_work(found, has_gpu=has_gpu),

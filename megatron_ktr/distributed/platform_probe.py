@@ -64,6 +64,17 @@ def read_gpus() -> GpuFacts:
     return GpuFacts(listed, driver, torch.__version__, major_minor, tuple(seen), is_restricted=restricted)  # type: ignore[arg-type]
 
 
+def machine_has_gpu() -> bool:
+    """``GpuFacts.has_gpu`` without opening a context: eight ranks that each read eight GPUs would fill them."""
+    return bool(_nvidia_smi()[0]) or torch_sees_gpu()
+
+
+def torch_sees_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def _nvidia_smi() -> tuple[tuple[str, ...], str | None]:
     if shutil.which("nvidia-smi") is None:
         return (), None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_ktr.distributed.platform_probe import join_world, measure_all_reduce
+from megatron_ktr.distributed.platform_probe import join_world, measure_all_reduce, torch_sees_gpu
 from megatron_ktr.doctor.check import Check
 
 MOST_SKEW_SECONDS = 1.0
@@ -29,6 +29,7 @@ class WorldFacts:
     num_bytes: int = 0
     seconds: float = 0.0
     is_sum_right: bool = True
+    on_gpu: bool = False
     offsets: tuple[float, ...] = ()
     """Seconds by which each rank's clock is ahead of rank 0's."""
     hosts: tuple[str, ...] = ()
@@ -40,10 +41,14 @@ class WorldFacts:
         return 2 * (self.size - 1) / self.size * self.num_bytes / max(self.seconds, 1e-9) / 1e9
 
 
-def read_world(*, has_gpu: bool, directory: Path, timeout_minutes: float = 5.0) -> WorldFacts:
-    """Collective over a torchrun; the process group stays open for ``gather``."""
+def read_world(*, directory: Path, timeout_minutes: float = 5.0) -> WorldFacts:
+    """Collective over a torchrun; the process group stays open for ``gather``.
+
+    Raises RuntimeError or ValueError where the ranks do not find each other.
+    """
     import torch
 
+    has_gpu = torch_sees_gpu()
     join_world(has_gpu=has_gpu, timeout_minutes=timeout_minutes)
     size = torch.distributed.get_world_size()
     hosts = gather(socket.gethostname())
@@ -57,6 +62,7 @@ def read_world(*, has_gpu: bool, directory: Path, timeout_minutes: float = 5.0) 
         num_bytes=num_bytes,
         seconds=max(gather(seconds)),
         is_sum_right=all(gather(is_right)),
+        on_gpu=has_gpu,
         offsets=_clock_offsets(),
         hosts=tuple(hosts),
         sees_directory=_sees_directory(directory),
@@ -113,7 +119,13 @@ def _sees_directory(directory: Path) -> tuple[bool, ...]:
     return tuple(seen)
 
 
-def check_all_reduce(facts: WorldFacts | None, *, has_gpu: bool) -> Check:
+def no_connection(error: Exception) -> Check:
+    """In place of all checks between ranks."""
+    remedy = "look at the addresses and interfaces first: docs/launching.md, When it hangs; NCCL_DEBUG=INFO shows them"
+    return Check("all-reduce", False, f"the ranks cannot talk: {' '.join(str(error).split())[:300]}", remedy)
+
+
+def check_all_reduce(facts: WorldFacts | None) -> Check:
     """Least speed on GPUs: PCIe inside a node, an RDMA network between nodes. On CPU only that it works."""
     if facts is None:
         return Check("all-reduce", True, "one process; start the doctor with torchrun to measure it")
@@ -124,7 +136,7 @@ def check_all_reduce(facts: WorldFacts | None, *, has_gpu: bool) -> Check:
     if not facts.is_sum_right:
         remedy = "the sum is wrong: run NVIDIA's nccl-tests, take nodes out one by one until it is right"
         return Check("all-reduce", False, detail, remedy)
-    least = (10.0 if facts.num_nodes == 1 else 5.0) if has_gpu else 0.0
+    least = (10.0 if facts.num_nodes == 1 else 5.0) if facts.on_gpu else 0.0
     if facts.bus_gb_per_second < least:
         remedy = "see which transport NCCL took: NCCL_DEBUG=INFO, look for NET/IB or NET/Socket, P2P or SHM"
         remedy += "; then NCCL_SOCKET_IFNAME and NCCL_IB_HCA (docs/launching.md)"
