@@ -37,6 +37,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
+from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 
 from megatron_ktr.config import save_resolved
 from megatron_ktr.data.dataset import reshard_states
@@ -95,6 +96,8 @@ class Checkpoints:
         training = self._training_state(step)
         random_states = self._gather_random_states()
         state = sharded_state(self.policy)
+        # After the optimizer's state was found by its parameters: weights kept in FP8 are written as plain numbers.
+        force_all_tensors_to_non_fp8(state)
         sharded, common = save_preprocess(state, validate_access_integrity=False)
         self._on_rank_zero(f"save step {step} to", lambda: self._prepare(scratch, training, random_states, common))
         self._on_each_rank(f"save step {step} to", lambda: _require_shared(scratch))

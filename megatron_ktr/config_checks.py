@@ -203,5 +203,7 @@ def _fp8(config: Config) -> Iterator[str]:
         yield "--fp8-param-gather needs --use-distributed-optimizer, which keeps the exact weights"
     if model.fp8_param_gather and model.fp8_recipe == "mxfp8":
         yield "--fp8-param-gather is not available with --fp8-recipe mxfp8"
+    if model.fp8_param_gather and config.objective.scoring_precision == "bf16":
+        yield "--scoring-precision bf16 does not go with --fp8-param-gather, which leaves no weights in BF16"
     if model.fp8_vision and config.parallel.vision_parallel != "tensor":
         yield "--fp8-vision needs --vision-parallel tensor"

@@ -64,12 +64,16 @@ def training_fields(section: ModelSection) -> dict[str, Any]:
         first_last_layers_bf16=section.first_last_layers_bf16,
         num_layers_at_start_in_bf16=section.num_layers_at_start_in_bf16,
         num_layers_at_end_in_bf16=section.num_layers_at_end_in_bf16,
+        # Delayed scales are agreed on after every forward, among ranks that must all run as many. Replicas may not
+        # (micro-batches packed by tokens): agreeing with them would hang.
+        tp_only_amax_red=True,
     )
 
 
 def vision_fields(base: TransformerConfig, *, is_on: bool) -> dict[str, Any]:
     """The vision encoder's: as the language model's, without its rule for first and last layers; empty where off."""
-    return dict(fp8=base.fp8, fp8_recipe=base.fp8_recipe, fp8_param=base.fp8_param) if is_on else {}
+    names = ("fp8", "fp8_recipe", "fp8_param", "tp_only_amax_red")
+    return {name: getattr(base, name) for name in names} if is_on else {}
 
 
 @contextlib.contextmanager
