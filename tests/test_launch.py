@@ -23,11 +23,14 @@ from megatron_ktr.accounting.planner import GB, Request, judge
 from megatron_ktr.config import Config, config_from_values, load_config
 from megatron_ktr.data.synthetic import corpus
 from megatron_ktr.data.tiny_model import save_tiny_model
+from megatron_ktr.data.video_decord import DecordProcess
+from megatron_ktr.data.video_pyav import index_video
 from megatron_ktr.doctor.requirements import declared_requirements
 from megatron_ktr.errors import UserError
-from megatron_ktr.interruption import EXIT_SAVED
+from megatron_ktr.interruption import EXIT_SAVED, LEAVE_SIGNALS
 from megatron_ktr.run_directory import list_checkpoints, open_run_directory
 from models.qwen2_5_vl.published import PUBLISHED_CONFIGS
+from tests.support.videos import numbered_frames, write_video
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCH = ROOT / "examples" / "launch"
@@ -120,6 +123,23 @@ def test_one_asked_rank_makes_all_leave_saved_and_the_resumed_run_equals_the_uni
     assert losses(tmp_path / "asked") == whole, "bit for bit"
     assert len({norm for _, _, norm in whole}) == STEPS, "a run that moves"
     assert (tmp_path / "asked/export/config.json").is_file()
+
+
+@pytest.mark.skipif(not DecordProcess.is_installed(), reason="decord has no wheel for this machine")
+def test_the_decoding_child_outlives_a_signal_to_all_processes(tmp_path):
+    """A scheduler signals it too, while its rank finishes the step and may need it."""
+    process, path = DecordProcess(), write_video(tmp_path / "clip.mp4", numbered_frames(4))
+    index = index_video(path)
+
+    def first_frame() -> Any:
+        asked = dict(num_frames=4, size=index.upright_size, is_last=True, timeout_seconds=60.0)
+        return process.read_frames(path, [0], **asked)
+
+    before, child = first_frame(), process._child
+    for number in LEAVE_SIGNALS:
+        child.send_signal(number)
+    assert (first_frame() == before).all() and process._child is child and child.poll() is None
+    process.close()
 
 
 def test_auto_resume_begins_anew_where_no_checkpoint_was_completed(inputs, tmp_path):

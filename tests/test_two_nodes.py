@@ -86,8 +86,8 @@ def flags(example: Path, run_dir: Path, layout: dict[str, int]) -> list[str]:
 def run_on_nodes(
     nodes: tuple[str, str], arguments: list[str], *, ranks_per_node: int, folder: Path, may_fail: bool = False
 ) -> list[str]:
-    """``examples/launch/torchrun.sh`` on both nodes; what each printed. ``may_fail``: a disk of this machine may be slow,
-    and the doctor says so with its exit code."""
+    """``examples/launch/torchrun.sh`` on both nodes; what each printed. ``may_fail``: this machine's disk may be
+    slow, and the doctor says so with its exit code."""
     started = []
     for rank, name in enumerate(nodes):
         environment = {
@@ -170,7 +170,8 @@ def test_the_doctor_looks_at_both_nodes_and_between_them(nodes, tmp_path) -> Non
     script = [str(ROOT / "tools" / "doctor.py"), "--json", "--run-dir", str(tmp_path)]
     first, second = run_on_nodes(nodes, script, ranks_per_node=1, folder=tmp_path, may_fail=True)
     assert second == "", "rank 0 alone reports"
-    found = {check["name"]: check for check in json.loads(first.splitlines()[-1])["checks"]}
+    (report,) = [line for line in first.splitlines() if line.startswith("{")]
+    found = {check["name"]: check for check in json.loads(report)["checks"]}
     # Seven all-reduces of 4 MiB, half of each over the cable.
     assert bytes_sent(nodes[0]) - before > 7 * 2 * 2**20
     assert found["all-reduce"]["ok"] and "2 ranks, 2 nodes" in found["all-reduce"]["detail"]
