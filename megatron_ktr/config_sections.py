@@ -56,7 +56,7 @@ class ModelSection:
     num_layers_at_start_in_bf16: int = _option(1, "See first_last_layers_bf16", low=0)
     num_layers_at_end_in_bf16: int = _option(1, "See first_last_layers_bf16", low=0)
     fp8_vision: bool = _option(
-        False, "The vision encoder's layers in FP8 too; its MLP (3420 in 3B and 7B) does not fit every layout"
+        False, "The vision encoder's layers in FP8 too, its MLP (3420 in 3B and 7B) padded with zeros to what fits"
     )
     freeze: tuple[Literal["vision", "merger", "language"], ...] = _option(
         (), "Parts that are not trained: the vision encoder without its merger, the merger, the language model"

@@ -24,9 +24,11 @@ from megatron_ktr.errors import UserError
 from megatron_ktr.precision import rows_per_rank, token_multiple, why_not_of_sizes, why_not_on_device
 from models.qwen2_5_vl.published import PUBLISHED_CONFIGS
 from tests.support.layouts import sizes_of
+from tests.support.parity import max_relative_difference
 from tests.support.ranks import RankContext, RankPool
 from tests.support.steps import StepRecord, compare_steps, example_groups, make_config, run_steps
 from tests.support.tiny import save_tiny_hf
+from tests.support.vision import vision_config
 
 RECIPES = ("tensorwise", "delayed", "blockwise", "mxfp8")
 HOPPER = SimpleNamespace(
@@ -161,17 +163,21 @@ def test_the_options_reach_the_transformer_configuration(one_rank, recipe: str) 
     options = dict(groups=one_rank, dtype=torch.bfloat16, config=Config(model=section))
     with patch.object(fp8, "current", lambda: HOPPER):
         found = language_transformer_config(PUBLISHED_CONFIGS["3B"], **options)
-        with pytest.raises(UserError, match="vision encoder cannot take it: the MLP size is 3420"):
-            vision = dataclasses.replace(section, fp8_vision=True)
-            language_transformer_config(PUBLISHED_CONFIGS["3B"], **{**options, "config": Config(model=vision)})
-        language_transformer_config(PUBLISHED_CONFIGS["32B"], **{**options, "config": Config(model=vision)})
+        vision = dataclasses.replace(section, fp8_vision=True)
+        language_transformer_config(PUBLISHED_CONFIGS["3B"], **{**options, "config": Config(model=vision)})
+        odd = dataclasses.replace(
+            PUBLISHED_CONFIGS["3B"], vision=vision_config(vision_hidden_size=40, vision_num_heads=2)
+        )
+        with pytest.raises(UserError, match="vision encoder cannot take it: the hidden size is 40 .* --fp8-vision"):
+            language_transformer_config(odd, **{**options, "config": Config(model=vision)})
     assert (found.fp8, found.fp8_recipe, found.fp8_param) == ("hybrid", recipe, True)
     assert found.tp_only_amax_red, "replicas may run different numbers of micro-batches"
     assert (found.first_last_layers_bf16, found.num_layers_at_end_in_bf16) == (keeps_ends, 2)
     encoder = [
-        vision_transformer_config(PUBLISHED_CONFIGS["32B"].vision, base=found, tensor_parallel_size=1, fp8=is_on)
+        vision_transformer_config(PUBLISHED_CONFIGS["3B"].vision, base=found, tensor_parallel_size=4, fp8=is_on)
         for is_on in (False, True)
     ]
+    assert [config.ffn_hidden_size for config in encoder] == [3420, 3456], "864 = 54 * 16 on each of 4 ranks"
     assert [config.fp8 for config in encoder] == [None, "hybrid"] and encoder[1].fp8_recipe == recipe
     assert not encoder[1].first_last_layers_bf16
 
@@ -179,8 +185,12 @@ def test_the_options_reach_the_transformer_configuration(one_rank, recipe: str) 
 # Where FP8 is switched on
 
 
-def precision_of_passes(context: RankContext, *, hf_dir: Path) -> dict[str, list[tuple[Any, int]]]:
-    """(format, layer) of every FP8 context that core opens, by kind of pass."""
+def cloned(tensors: Any) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in tensors}
+
+
+def precision_of_passes(context: RankContext, *, hf_dir: Path) -> dict[str, Any]:
+    """(format, layer) of every FP8 context that core opens, by kind of pass, and what an update computes."""
     from megatron.core.fp8_utils import is_first_last_bf16_layer
     from megatron.core.transformer import transformer_block
 
@@ -193,6 +203,7 @@ def precision_of_passes(context: RankContext, *, hf_dir: Path) -> dict[str, list
     from models.qwen2_5_vl import fp8
     from models.qwen2_5_vl.config import Qwen2_5_VLConfig
     from models.qwen2_5_vl.media import media_spec
+    from tests.test_te_spec import stored_tensors
 
     seen: list[tuple[Any, int]] = []
     original = transformer_block.get_fp8_context
@@ -206,7 +217,7 @@ def precision_of_passes(context: RankContext, *, hf_dir: Path) -> dict[str, list
     groups = tuple(example_groups("mixed", "text"))
     media = media_spec(Qwen2_5_VLConfig.from_hf(hf_dir), patchify=PreprocessSettings().patchify)
     base = make_config(hf_dir, {"kl_beta": 0.0}, num_prompts=2, sizes=parallel.sizes)
-    found: dict[str, list[tuple[Any, int]]] = {}
+    found: dict[str, Any] = {}
 
     def run(name: str, model: dict[str, Any], **objective_: Any) -> None:
         config = dataclasses.replace(
@@ -223,8 +234,12 @@ def precision_of_passes(context: RankContext, *, hf_dir: Path) -> dict[str, list
         (item,) = scoring.with_counterfactuals([item], step=0)
         found[f"{name}, scoring"] = list(seen)
         seen.clear()
-        policy.backward([item], objective=objective, denominators=Denominators(num_responses=6))
+        result = policy.backward([item], objective=objective, denominators=Denominators(num_responses=6))
         found[f"{name}, update"] = list(seen)
+        found[f"{name}, loss"] = result.loss
+        found[f"{name}, gradients"] = cloned(policy.export(tensor_of=lambda p: p.main_grad))
+        found[f"{name}, weights"] = cloned(policy.export())
+        found[f"{name}, stored"] = {(key, shape) for key, shape, *_ in stored_tensors(policy.bare_chunks)}
         found[f"{name}, reference"] = [(policy.transformer_config.fp8, -1)]
 
     platform = SimpleNamespace(**{**vars(HOPPER), "device": current().device})
@@ -232,12 +247,13 @@ def precision_of_passes(context: RankContext, *, hf_dir: Path) -> dict[str, list
         run("bf16", dict(first_last_layers_bf16=True), scoring_precision="fp8")
         run("bf16 kl", dict(), scoring_precision="fp8", shift="kl")
         run("fp8", dict(fp8_format="e4m3"))
+        run("fp8 vision", dict(fp8_format="e4m3", fp8_vision=True))
         run("fp8, bf16 scores", dict(fp8_format="e4m3"), scoring_precision="bf16")
     return found
 
 
 def test_fp8_is_on_in_the_passes_and_layers_that_ask_for_it(ranks: RankPool, tmp_path: Path) -> None:
-    save_tiny_hf(tmp_path, num_layers=3, vision_depth=1, vision_ffn_size=48, fullatt_block_indexes=(0,))
+    save_tiny_hf(tmp_path, num_layers=3, vision_depth=1, vision_ffn_size=42, fullatt_block_indexes=(0,))
     (found,) = ranks(precision_of_passes, 1, hf_dir=tmp_path)
     # Two views. The first and last of three layers stay in bf16.
     assert found["bf16, scoring"] == [("hybrid", 1)] * 2
@@ -248,6 +264,13 @@ def test_fp8_is_on_in_the_passes_and_layers_that_ask_for_it(ranks: RankPool, tmp
     assert found["fp8, update"] == [("e4m3", layer) for layer in range(3)]
     assert found["fp8, bf16 scores, scoring"] == []
     assert found["fp8, bf16 scores, update"] == found["fp8, update"]
+    # The encoder's one layer, then the language model's. Its MLP of 42 became 48, its patches a multiple of 16.
+    assert found["fp8 vision, update"] == [("e4m3", 0), *found["fp8, update"]]
+    assert found["fp8 vision, loss"] == pytest.approx(found["fp8, loss"], abs=2e-6)
+    assert max_relative_difference(found["fp8 vision, gradients"], found["fp8, gradients"]) <= 1e-4
+    assert found["fp8 vision, stored"] == found["fp8, stored"], "a checkpoint knows nothing of the padding"
+    for name, weight in found["fp8 vision, weights"].items():
+        assert torch.equal(weight, found["fp8, weights"][name]), name
 
 
 # Padding is exact
@@ -321,7 +344,7 @@ def test_a_step_padded_to_128_rows_a_rank_is_the_same_step(ranks: RankPool, plai
 
 
 def test_padded_patches_change_nothing_in_the_encoder(one_rank) -> None:
-    from tests.support.vision import build_encoder, vision_config
+    from tests.support.vision import build_encoder
 
     encoder = build_encoder(vision_config(), groups=one_rank, dtype=torch.float32)
     grids = torch.tensor([(1, 6, 10), (3, 4, 6), (1, 2, 2)])

@@ -53,7 +53,7 @@ def _mark_copies(state: dict[str, Any], *, tensor_rank: int) -> None:
 def _trim_vision_mlp(state: dict[str, Any], model: nn.Module) -> None:
     true_size = model.model_config.vision.intermediate_size
     group = model.vision.tensor_group
-    if model.model_config.vision.padded_intermediate_size(group.size()) == true_size:
+    if model.vision.config.ffn_hidden_size == true_size:
         return
     for name, value in state.items():
         if isinstance(value, ShardedTensor | ShardedTensorFactory) and value.key.startswith(VISION_MLP):

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, pad, silu
 
 from megatron_ktr.errors import UserError
-from megatron_ktr.precision import rows_per_rank
+from megatron_ktr.precision import NUMBERS_PER_ROW, rows_per_rank
 from models.qwen2_5_vl.config import VisionConfig
 from models.qwen2_5_vl.fp8 import vision_fields
 from models.qwen2_5_vl.layer_specs import TransformerImpl
@@ -166,10 +166,11 @@ def vision_transformer_config(
     Engine.
     """
     block_layers = base.recompute_num_layers
+    ffn_multiple = NUMBERS_PER_ROW[base.fp8_recipe] if fp8 and base.fp8 else 1
     return TransformerConfig(
         num_layers=config.depth,
         hidden_size=config.hidden_size,
-        ffn_hidden_size=config.padded_intermediate_size(tensor_parallel_size),
+        ffn_hidden_size=config.padded_intermediate_size(tensor_parallel_size * ffn_multiple),
         num_attention_heads=config.num_heads,
         num_query_groups=config.num_heads,
         kv_channels=config.head_size,
