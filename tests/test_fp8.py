@@ -162,6 +162,9 @@ def test_the_options_reach_the_transformer_configuration(one_rank, recipe: str) 
     )
     options = dict(groups=one_rank, dtype=torch.bfloat16, config=Config(model=section))
     with patch.object(fp8, "current", lambda: HOPPER):
+        with pytest.raises(UserError, match="Transformer Engine's, which is not installed"):
+            language_transformer_config(PUBLISHED_CONFIGS["3B"], **options)
+    with patch.object(fp8, "current", lambda: HOPPER), patch.object(fp8, "resolve_transformer_impl", lambda impl: "te"):
         found = language_transformer_config(PUBLISHED_CONFIGS["3B"], **options)
         vision = dataclasses.replace(section, fp8_vision=True)
         language_transformer_config(PUBLISHED_CONFIGS["3B"], **{**options, "config": Config(model=vision)})
@@ -243,7 +246,11 @@ def precision_of_passes(context: RankContext, *, hf_dir: Path) -> dict[str, Any]
         found[f"{name}, reference"] = [(policy.transformer_config.fp8, -1)]
 
     platform = SimpleNamespace(**{**vars(HOPPER), "device": current().device})
-    with patch.object(transformer_block, "get_fp8_context", watched), patch.object(fp8, "current", lambda: platform):
+    with (
+        patch.object(transformer_block, "get_fp8_context", watched),
+        patch.object(fp8, "current", lambda: platform),
+        patch.object(fp8, "resolve_transformer_impl", lambda impl: "te"),
+    ):
         run("bf16", dict(first_last_layers_bf16=True), scoring_precision="fp8")
         run("bf16 kl", dict(), scoring_precision="fp8", shift="kl")
         run("fp8", dict(fp8_format="e4m3"))

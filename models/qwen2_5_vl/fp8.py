@@ -21,6 +21,7 @@ from megatron_ktr.distributed.platform import current
 from megatron_ktr.errors import UserError
 from megatron_ktr.precision import uses_fp8, why_not_of_sizes, why_not_on_device
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig, TextConfig, VisionConfig
+from models.qwen2_5_vl.layer_specs import resolve_transformer_impl
 
 if TYPE_CHECKING:
     from megatron_ktr.config import Config
@@ -31,7 +32,7 @@ def fp8_settings(model_config: Qwen2_5_VLConfig, *, sizes: ParallelSizes, config
     """Fields of the language model's ``TransformerConfig``; empty where training is not in FP8.
 
     Raises:
-        UserError: FP8 in any pass where the device or a size of the model does not allow it.
+        UserError: FP8 in any pass where the device, a missing package or a size of the model does not allow it.
     """
     if config is None or not uses_fp8(config):
         return {}
@@ -41,6 +42,8 @@ def fp8_settings(model_config: Qwen2_5_VLConfig, *, sizes: ParallelSizes, config
     problem = why_not_on_device(
         section.fp8_recipe, capability=platform.compute_capability, toolkit=platform.toolkit_version
     )
+    if problem is None and resolve_transformer_impl(section.transformer_impl) != "te":
+        problem = "FP8 products are Transformer Engine's, which is not installed"
     if problem is None:
         problem = why_not_of_sizes(
             section.fp8_recipe,
