@@ -123,10 +123,13 @@ def _find(name: str) -> Callable[[Any], None]:
 
 
 def _write_reference(options: argparse.Namespace) -> int:
-    from benchmarks.gpu_suite_parity import write_reference
     from megatron_ktr.distributed.platform import start
 
-    write_reference(options.reference, options.models, platform=start("cpu"), is_tiny=options.tiny)
+    # Before anything imports megatron-core, which would find Transformer Engine, and that no GPU.
+    platform = start("cpu")
+    from benchmarks.gpu_suite_parity import write_reference
+
+    write_reference(options.reference, options.models, platform=platform, is_tiny=options.tiny)
     return 0
 
 
