@@ -12,11 +12,13 @@ Asked while no rank runs, or before the ranks can catch signals, it also exits w
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
+import socket
 import sys
-import types
+import threading
 from collections.abc import Sequence
 
 import psutil
@@ -33,23 +35,30 @@ LEFT_TO_TORCHRUN = "SIGINT,SIGHUP,SIGQUIT"
 
 
 class _Forwarding:
-    """Hands ``LEAVE_SIGNALS`` on to the ranks."""
+    """Hands ``LEAVE_SIGNALS`` on to the ranks, from a thread: while the main thread waits inside C++ for other nodes,
+    Python runs no handler, but the wake-up descriptor is written to at once."""
 
     def __init__(self) -> None:
         self.was_asked = False
+        self._wakes, writes = socket.socketpair()
+        writes.setblocking(False)
+        signal.set_wakeup_fd(writes.detach())
         for number in LEAVE_SIGNALS:
-            signal.signal(number, self._forward)
+            signal.signal(number, lambda number, frame: None)
+        threading.Thread(target=self._forward, name="signals", daemon=True).start()
 
-    def _forward(self, number: int, frame: types.FrameType | None) -> None:
-        self.was_asked = True
-        ranks = psutil.Process().children()
-        if not ranks:
-            sys.exit(EXIT_SAVED)
-        for process in ranks:
-            try:
-                process.send_signal(number)
-            except psutil.NoSuchProcess:
+    def _forward(self) -> None:
+        while True:
+            (number,) = self._wakes.recv(1)
+            if number not in LEAVE_SIGNALS:
                 continue
+            self.was_asked = True
+            ranks = psutil.Process().children()
+            if not ranks:
+                os._exit(EXIT_SAVED)
+            for process in ranks:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.send_signal(number)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

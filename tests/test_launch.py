@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -280,6 +281,27 @@ def test_the_launcher_hands_signals_to_every_rank_and_passes_their_code_on(tmp_p
     finally:
         started.kill()
     assert started.returncode == EXIT_SAVED and errors == ""
+
+
+def test_a_launcher_that_waits_for_other_nodes_leaves_when_asked(tmp_path, free_port):
+    started = subprocess.Popen(
+        ["bash", str(LAUNCH / "torchrun.sh"), "script.py"],
+        env=launch_environment(
+            NNODES="2", NODE_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port), NPROC_PER_NODE="1"
+        ),
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while True:  # until its store listens: then it waits for node 1
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", free_port), timeout=1):
+                break
+            assert started.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        started.terminate()
+        assert started.wait(timeout=60) == EXIT_SAVED
+    finally:
+        started.kill()
 
 
 def test_the_code_of_a_failing_rank_is_the_launchers_and_takes_one_line(tmp_path, free_port):
