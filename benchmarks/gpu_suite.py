@@ -98,11 +98,13 @@ def run_in_own_process(name: str, options: argparse.Namespace, *, seconds: float
 
 def _run_part(options: argparse.Namespace) -> int:
     deadline = time.monotonic() + options.seconds
-    from benchmarks.gpu_suite_common import Part
     from megatron_ktr.distributed.platform import start
 
+    # Before anything imports megatron-core: on CPU it must not find Transformer Engine.
     platform = start(options.device)
     platform.seed(0)
+    from benchmarks.gpu_suite_common import Part
+
     _find(options.part)(Part(platform, options.tiny, options.results, deadline))
     return 0
 
@@ -125,8 +127,7 @@ def _find(name: str) -> Callable[[Any], None]:
 def _write_reference(options: argparse.Namespace) -> int:
     from megatron_ktr.distributed.platform import start
 
-    # Before anything imports megatron-core, which would find Transformer Engine, and that no GPU.
-    platform = start("cpu")
+    platform = start("cpu")  # first, as above
     from benchmarks.gpu_suite_parity import write_reference
 
     write_reference(options.reference, options.models, platform=platform, is_tiny=options.tiny)
