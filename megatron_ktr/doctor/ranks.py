@@ -134,7 +134,7 @@ def check_all_reduce(facts: WorldFacts | None) -> Check:
         f"{facts.bus_gb_per_second:.2f} GB/s a rank ({megabytes:.0f} MiB, {facts.size} ranks, {facts.num_nodes} nodes)"
     )
     if not facts.is_sum_right:
-        remedy = "the sum is wrong: run NVIDIA's nccl-tests, take nodes out one by one until it is right"
+        remedy = "the sum is wrong: run NVIDIA's tests of NCCL, take nodes out one by one until it is right"
         return Check("all-reduce", False, detail, remedy)
     least = (10.0 if facts.num_nodes == 1 else 5.0) if facts.on_gpu else 0.0
     if facts.bus_gb_per_second < least:
