@@ -1,10 +1,11 @@
 """Parts ``step`` and ``training`` of ``gpu_suite.py``: passes of one update at the published sizes, and a short run.
 
 ``step``: random weights, as many layers as fit beside one prompt group (32 or 64 frames, 8 responses of 768 tokens)
-with nothing recomputed. Each pass by itself: policy forward and backward, the two counterfactual views, the reference
-model's forward; arithmetic from ``megatron_ktr/accounting`` over the seconds. ``baseline``: a whole step, optimizer
-included, against the same step on Hugging Face's model (``step_baseline.py``), with few layers, since it needs much
-more memory. ``training``: ten steps on recorded (synthetic) responses, everything on.
+without recomputing them; the encoder does run again in backward, which is not credited. Each pass by itself: policy
+forward and backward, the two counterfactual views, the reference model's forward; arithmetic from
+``megatron_ktr/accounting`` over the seconds. ``baseline``: a whole step, optimizer included, against the same step on
+Hugging Face's model (``step_baseline.py``), with few layers, since it needs much more memory. ``training``: ten steps on
+recorded (synthetic) responses, everything on.
 """
 
 from __future__ import annotations
@@ -114,10 +115,10 @@ def layers_that_fit(part: Part, size: str, *, frames: int, has_optimizer: bool, 
         memory = estimate_memory(
             config,
             [work],
-            Layout(recompute=recompute, recompute_vision=recompute == "full"),
+            Layout(recompute=recompute, recompute_vision=True),
             rank=0,
             num_micro_batches=1,
-            settings=StepSettings(recompute=recompute, recompute_vision=recompute == "full"),
+            settings=StepSettings(recompute=recompute, recompute_vision=True, has_reference=has_optimizer),
             kernels=TORCH_GPU,
             reserved_bytes=RESERVED_BYTES if not part.is_tiny else 0.0,
         )
@@ -158,7 +159,7 @@ def _build_passes(
     values: Mapping[str, Any],
 ) -> Passes:
     # SGD without the distributed optimizer: no moments, so that more layers fit; the optimizer does not run here.
-    options = {"optimizer": "sgd", "use_distributed_optimizer": False, **values}
+    options = {"optimizer": "sgd", "use_distributed_optimizer": False, "recompute_vision": True, **values}
     hf_dir = model_directory(model_config, directory)
     config = step_config(hf_dir, part.platform, **options)
     policy = RandomPolicy(hf_dir, config=config, groups=groups, platform=part.platform, num_steps=1)
