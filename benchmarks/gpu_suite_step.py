@@ -4,8 +4,8 @@
 without recomputing them; the encoder does run again in backward, which is not credited. Each pass by itself: policy
 forward and backward, the two counterfactual views, the reference model's forward; arithmetic from
 ``megatron_ktr/accounting`` over the seconds. ``baseline``: a whole step, optimizer included, against the same step on
-Hugging Face's model (``step_baseline.py``), with few layers, since it needs much more memory. ``training``: ten steps on
-recorded (synthetic) responses, everything on.
+Hugging Face's model (``step_baseline.py``), with few layers, since it needs much more memory. ``training``: ten steps
+on recorded (synthetic) responses, everything on.
 """
 
 from __future__ import annotations
