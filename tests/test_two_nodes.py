@@ -148,7 +148,8 @@ def test_two_nodes_train_as_one_node_does(nodes, example, ranks, tmp_path) -> No
     arguments = flags(example, tmp_path / "two", LAYOUT)
     first, second = run_on_nodes(nodes, arguments, ranks_per_node=2, folder=tmp_path)
     assert bytes_sent(nodes[0]) - before > 100_000, "tensors went over the cable"
-    assert "step 2/2" in first and "step" not in second, "rank 0 alone reports"
+    assert "node 1 of 2, 2 processes; meeting at 10.213.77.1:29611" in second
+    assert "step 2/2" in first and "step 1/2" not in second, "rank 0 alone reports"
     assert "Traceback" not in first + second
     ranks(train_here, world_size=4, arguments=flags(example, tmp_path / "one", LAYOUT))
     # The same sums in the same order: to the bit.

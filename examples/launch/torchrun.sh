@@ -42,6 +42,9 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 # Until the launcher listens; a scheduler's signal must not end it.
 trap '' USR1
+# Nothing else is printed until all nodes are there.
+((NNODES == 1)) ||
+    echo "node $NODE_RANK of $NNODES, $NPROC_PER_NODE processes; meeting at $MASTER_ADDR:${MASTER_PORT:-29500}" >&2
 if [[ "$1" == *.py ]]; then target=("$@"); else target=(-m megatron_ktr.train "$@"); fi
 exec "${PYTHON:-python}" -m megatron_ktr.launch \
     --nnodes "$NNODES" --node-rank "$NODE_RANK" --nproc-per-node "$NPROC_PER_NODE" \
