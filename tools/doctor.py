@@ -59,7 +59,7 @@ def check_node(*, run_dir: Path) -> list[Check]:
         machine.check_disk(machine.read_disk(run_dir, num_bytes=(1024 if has_gpu else 64) * 10**6), has_gpu=has_gpu),
         machine.check_shared_memory(machine.read_shared_memory(), num_gpus=len(gpus.seen)),
         machine.check_limits(machine.read_limits()),
-        machine.check_threads(os.environ, num_cores=len(os.sched_getaffinity(0))),
+        machine.check_threads(os.environ, num_cores=machine.count_cores()),
         machine.check_connections(os.environ, facts=gpus),
     ]
 

@@ -156,6 +156,11 @@ def check_limits(facts: LimitFacts) -> Check:
     return Check("ulimit", True, detail)
 
 
+def count_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def check_threads(environment: Mapping[str, str], *, num_cores: int) -> Check:
     """Every rank of a machine makes this many threads."""
     ranks = int(environment.get("LOCAL_WORLD_SIZE", "1"))
