@@ -39,8 +39,8 @@ def _header() -> str:
     titles = (
         ("log-probs off by", "mean, video hidden, in nats"),
         ("key tokens differ", "of those either run chooses"),
-        ("gradient turned", "with its own key tokens"),
-        ("gradient turned", "with the key tokens of fp32"),
+        ("gradient turned by", "of the whole model"),
+        ("key tokens lost", "gradient rounded away"),
     )
     headline = "One training step of the tiny model against the same step in fp32. Shorter bars are better."
     return f'<text x="8" y="18">{headline}</text>' + "".join(
@@ -53,12 +53,12 @@ def _header() -> str:
 def _column(entries: list[dict[str, Any]], index: int) -> list[tuple[float | None, float, str]]:
     """Value, share of the column's largest, and text of every entry."""
     read, form = (
-        (lambda values: values["logprob_error_hidden_mean"], "{:.3f}"),
-        (lambda values: _rest(values["agreement_union"]), "{:.1%}"),
-        (lambda values: _degrees(values["gradient_cosine"]), "{:.1f}°"),
-        (lambda values: _degrees(values.get("gradient_cosine_same_tokens")), "{:.1f}°"),
+        (lambda entry: entry["against_fp32"]["logprob_error_hidden_mean"], "{:.3f}"),
+        (lambda entry: _rest(entry["against_fp32"]["agreement_union"]), "{:.1%}"),
+        (lambda entry: _degrees(entry["against_fp32"]["gradient_cosine"]), "{:.1f}°"),
+        (lambda entry: 0.0 if entry["name"] == "bf16" else entry.get("quantised_rows_lost_last_fc2"), "{:.1%}"),
     )[index]
-    found = [read(entry["against_fp32"]) for entry in entries]
+    found = [read(entry) for entry in entries]
     largest = max((value for value in found if value is not None), default=0.0) or 1.0
     return [(value, (value or 0.0) / largest, "" if value is None else form.format(value)) for value in found]
 
