@@ -24,13 +24,15 @@ ABSENT_OPTIONS = {
     "train_iters": "use --train-steps",
     "max_steps": "use --train-steps",
     "group_size": "use --num-generations",
+    "lora_dropout": "adapters have no dropout: scores and updates must see one and the same policy",
 }
 """Options of related projects, and of later versions, that deserve a better answer than the nearest spelling."""
 
 
 def check(config: Config) -> None:
     """Raises ``UserError`` with the first rule that ``config`` breaks."""
-    for rules in (_required, _not_available, _data, _rollout, _reward, _objective, _optimizer, _parallel, _fp8):
+    training = (_objective, _optimizer, _parallel, _fp8, _lora)
+    for rules in (_required, _not_available, _data, _rollout, _reward, *training):
         for problem in rules(config):
             raise UserError(problem)
 
@@ -172,6 +174,10 @@ def _parallel(config: Config) -> Iterator[str]:
             yield "--recompute-granularity full needs --recompute-method and --recompute-num-layers"
     elif details:
         yield "--recompute-method and --recompute-num-layers need --recompute-granularity full"
+    if section.recompute_granularity == "selective" and not section.recompute_modules:
+        yield "--recompute-granularity selective needs --recompute-modules: some of core_attn, mlp, layernorm"
+    if section.recompute_granularity != "selective" and section.recompute_modules != ("core_attn",):
+        yield "--recompute-modules needs --recompute-granularity selective"
     if config.trainer.platform == "cpu" and config.model.transformer_impl == "te":
         yield "--transformer-impl te needs CUDA; with --platform cpu use auto or local"
 
@@ -207,3 +213,19 @@ def _fp8(config: Config) -> Iterator[str]:
         yield "--scoring-precision bf16 does not go with --fp8-param-gather, which leaves no weights in BF16"
     if model.fp8_vision and config.parallel.vision_parallel != "tensor":
         yield "--fp8-vision needs --vision-parallel tensor"
+
+
+def _lora(config: Config) -> Iterator[str]:
+    model = config.model
+    if not model.lora_rank:
+        if model.lora_export == "adapter":
+            yield "--lora-export adapter needs --lora-rank"
+        return
+    if not model.lora_targets:
+        yield "--lora-targets must name at least one of linear_qkv, linear_proj, linear_fc1, linear_fc2"
+    if model.freeze:
+        yield "--freeze is not read with --lora-rank: everything but the adapters is frozen"
+    if config.optimizer.vision_lr is not None:
+        yield "--vision-lr is not read with --lora-rank: the vision encoder is frozen"
+    if model.fp8_param_gather:
+        yield "--fp8-param-gather does not go with --lora-rank: frozen weights would have no exact copy to merge into"

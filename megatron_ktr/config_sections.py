@@ -61,6 +61,16 @@ class ModelSection:
     freeze: tuple[Literal["vision", "merger", "language"], ...] = _option(
         (), "Parts that are not trained: the vision encoder without its merger, the merger, the language model"
     )
+    lora_rank: int = _option(
+        0, "Train adapters of this rank on the language model's layers, and nothing else; 0 = train the weights", low=0
+    )
+    lora_alpha: float = _option(32.0, "Adapters are scaled by lora_alpha / lora_rank", above=0)
+    lora_targets: tuple[Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"], ...] = _option(
+        ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"), "Layers with adapters, by Megatron's names"
+    )
+    lora_export: Literal["merged", "adapter"] = _option(
+        "merged", "What a run ends with: the whole model with adapters merged into it, or adapters alone, as PEFT's"
+    )
 
 
 @dataclass(frozen=True)
@@ -284,7 +294,11 @@ class ParallelSection:
     overlap_grad_reduce: bool = _option(False, "Reduce gradients during backward")
     overlap_param_gather: bool = _option(False, "Gather updated parameters during the next forward")
     recompute_granularity: Literal["full", "selective"] | None = _option(
-        None, "Recompute activations in backward: whole layers, or core attention only"
+        None, "Recompute activations in backward: whole layers, or recompute_modules of every layer"
+    )
+    recompute_modules: tuple[Literal["core_attn", "mlp", "layernorm"], ...] = _option(
+        ("core_attn",),
+        "Selective recomputation: core attention, the language model's MLPs, norms before attention and MLP",
     )
     recompute_method: Literal["uniform", "block"] | None = _option(
         None, "Full recomputation of every group of recompute_num_layers layers, or of that many layers per stage"

@@ -27,7 +27,8 @@ MAY_IMPORT = {
         "models/*",
         "tools/*",
         "megatron_ktr/policy.py",
-        "megatron_ktr/policy_vision.py",
+        "megatron_ktr/policy_*.py",
+        "megatron_ktr/reference_model.py",
         "megatron_ktr/checkpoint.py",
         "megatron_ktr/train.py",
         "megatron_ktr/accounting/*",  # sizes of models, no modules

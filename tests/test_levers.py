@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_ktr.config import load_config
 from megatron_ktr.config_sections import ParallelSection
 from megatron_ktr.distributed.groups import ParallelSizes
 from megatron_ktr.errors import UserError
@@ -28,8 +29,19 @@ VISION = dict(account_for_vision_in_pipeline_split=4)
 INTERLEAVED = dict(account_for_vision_in_pipeline_split=3, account_for_loss_in_pipeline_split=True)
 ENDS = dict(account_for_embedding_in_pipeline_split=True, account_for_loss_in_pipeline_split=True)
 
+
+def selective(*modules: str) -> dict[str, Any]:
+    return dict(recompute_granularity="selective", recompute_modules=modules)
+
+
 LAYOUTS: dict[int, list[Layout]] = {
+    1: [
+        Layout("norms recomputed", values=selective("layernorm")),
+        Layout("MLPs recomputed, tied", values=selective("mlp"), case="tied, clipped"),
+    ],
     2: [
+        Layout("tp2 sp, all modules recomputed", sizes_of(2, sp=True), selective("core_attn", "mlp", "layernorm")),
+        Layout("cp2, attention and MLPs recomputed", sizes_of(cp=2), selective("core_attn", "mlp")),
         Layout("pp2, 1 + 3 layers", sizes_of(1, 2), FIRST),
         Layout("pp2, 3 + 1 layers, tied", sizes_of(1, 2), dict(decoder_last_pipeline_num_layers=1), "tied, clipped"),
         Layout("pp2, 0 + 4 layers", sizes_of(1, 2), VISION),
@@ -199,3 +211,23 @@ def test_checkpoint_of_uneven_stages_is_the_checkpoint_of_even_ones(ranks: RankP
     back = open_hf_weights(tmp_path / "back", config=Qwen2_5_VLConfig.from_hf(hf_dir))
     found = {name: back.read(name, 0, 0, info.shape[0]) for name, info in back.infos.items()}
     assert differing_tensors(found, expected) == []
+
+
+# Selective recomputation
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--recompute-modules", "mlp"], "needs --recompute-granularity selective"),
+        (
+            ["--recompute-granularity", "selective", "--recompute-modules", "moe_act"],
+            "one of core_attn, mlp, layernorm",
+        ),
+        (["--recompute-granularity", "selective", "--recompute-modules", ""], "needs --recompute-modules"),
+        (["--decoder-first-pipeline-num-layers", "2"], "needs --pipeline-model-parallel-size above 1"),
+    ],
+)
+def test_levers_without_effect_are_refused(flags: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_config(["--model", "m", "--replay-path", "r", *flags])

@@ -78,6 +78,8 @@ class StepSettings:
     """Keep features only, and run a trained encoder again in backward."""
     frozen: frozenset[str] = frozenset()
     """Some of vision (the encoder without its merger), merger, language."""
+    has_adapters: bool = False
+    """A frozen language model whose activations have gradients nevertheless, for adapters on it."""
     has_vision_once: bool = True
     """Features of the intact view are shared by all passes with the same encoder weights and content; False: every
     pass that shows media runs the encoder."""

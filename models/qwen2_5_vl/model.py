@@ -89,6 +89,8 @@ class Qwen2_5_VLModel(MegatronModule):
         self.statistics_impl: Impl = statistics_impl
         self.accumulate_into_main_grad = accumulate_into_main_grad
         self.share_embeddings_and_output_weights = model_config.tie_word_embeddings
+        self.keeps_graph = False
+        """Whether the first layer's input belongs to the graph of backward even where nothing before it is trained."""
         self.vision = None
         if pre_process:
             self.vision = VisionEncoder(
@@ -249,7 +251,10 @@ class Qwen2_5_VLModel(MegatronModule):
             # Every context rank encodes all frames and keeps its rows' features: each sends back its rows' gradient
             # alone, and the parameters' gradients add up over the ranks as the language model's do.
             features = features.index_select(0, local.visual_index)
-        return self.language.embed(local.token_ids_T, visual_rows=local.visual_rows, features=features)
+        hidden_T1D = self.language.embed(local.token_ids_T, visual_rows=local.visual_rows, features=features)
+        if self.keeps_graph and torch.is_grad_enabled() and not hidden_T1D.requires_grad:
+            hidden_T1D.requires_grad_()
+        return hidden_T1D
 
     def _needs_vision_gradients(self) -> bool:
         """Whether backward must reach the vision encoder even if this micro-batch has no media.

@@ -118,7 +118,15 @@ def _recompute(config: Config | None) -> dict[str, Any]:
     if config is None:
         return {}
     parallel = config.parallel
+    is_selective = parallel.recompute_granularity == "selective"
+    if is_selective and "layernorm" in parallel.recompute_modules and current().name != "cpu":
+        # Core recomputes norms with Transformer Engine's help, whose layers have them inside the linear ones.
+        raise UserError(
+            "--recompute-modules layernorm: on CUDA there is no norm to recompute, Transformer Engine fuses it into "
+            "the linear layer behind it; use core_attn or mlp"
+        )
     return dict(
+        recompute_modules=list(parallel.recompute_modules),
         recompute_granularity=parallel.recompute_granularity,
         recompute_method=parallel.recompute_method,
         recompute_num_layers=parallel.recompute_num_layers,

@@ -167,6 +167,10 @@ def vision_transformer_config(
     """
     block_layers = base.recompute_num_layers
     ffn_multiple = NUMBERS_PER_ROW[base.fp8_recipe] if fp8 and base.fp8 else 1
+    modules = base.recompute_modules
+    if base.recompute_granularity == "selective":
+        # Not its MLP: with biases, core's selective recomputation of it never ends (``check_transformer_config``).
+        modules = [name for name in modules if name != "mlp"]
     return TransformerConfig(
         num_layers=config.depth,
         hidden_size=config.hidden_size,
@@ -193,9 +197,9 @@ def vision_transformer_config(
         use_cpu_initialization=base.use_cpu_initialization,
         perform_initialization=base.perform_initialization,
         deterministic_mode=base.deterministic_mode,
-        recompute_granularity=base.recompute_granularity,
+        recompute_granularity=base.recompute_granularity if modules else None,
         recompute_method=base.recompute_method,
         recompute_num_layers=None if block_layers is None else min(block_layers, config.depth),
-        recompute_modules=base.recompute_modules,
+        recompute_modules=modules,
         **vision_fields(base, is_on=fp8),
     )
