@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -83,6 +84,27 @@ def test_a_step_stays_on_its_side_and_computes_the_same(name: str, model: Path, 
         for has_border in (False, True)
     )
     assert found == expected
+
+
+def test_transformers_generates_on_the_device(tmp_path: Path, one_rank: object) -> None:
+    from megatron_ktr.data.synthetic import corpus
+    from megatron_ktr.data.template import load_tokenizer
+    from megatron_ktr.data.tiny_model import save_tiny_model
+    from megatron_ktr.rollout.hf import HFEngine
+    from models.qwen2_5_vl.config import Qwen2_5_VLConfig
+    from models.qwen2_5_vl.media import media_spec
+    from tests.test_hf_rollout import SETTINGS, _patchify, prompts_of
+
+    save_tiny_model(tmp_path / "model", corpus=corpus(), num_layers=2, hidden_size=64, ffn_size=96)
+    tokenizer = load_tokenizer(tmp_path / "model")
+    media = media_spec(Qwen2_5_VLConfig.from_hf(tmp_path / "model"), patchify=_patchify)
+    found = []
+    for border in (contextlib.nullcontext(), device_border()):
+        with border:
+            engine = HFEngine(tmp_path / "model", tokenizer=tokenizer, media=media, sampling=SETTINGS)
+            found.append(engine.generate(prompts_of(media, tokenizer), step=1))
+    plain, behind = ([[rollout.token_ids for rollout in group.rollouts] for group in groups] for groups in found)
+    assert plain == behind
 
 
 @pytest.mark.parametrize("mistake", ["operation", "stack", "index into host", "numpy", "generator", "backward"])
