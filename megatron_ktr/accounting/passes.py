@@ -28,8 +28,7 @@ class StepPass:
 
 
 def step_passes(groups: Sequence[GroupWork], settings: StepSettings) -> list[StepPass]:
-    """Of a micro-batch of ``groups``, prompts stored once; Kullback-Leibler scores compared in the update's own pass
-    over the vocabulary. Runs of the encoder are counted as ``flops.py`` counts them."""
+    """Of a micro-batch of ``groups``, prompts stored once; runs of the encoder as ``flops.py`` counts them."""
     intact = tuple(groups)
     is_once, is_frozen = settings.has_vision_once, settings.is_vision_frozen
     num_shuffles = settings.num_shuffles if settings.shuffle_unit else 0
@@ -37,7 +36,9 @@ def step_passes(groups: Sequence[GroupWork], settings: StepSettings) -> list[Ste
     seen = intact if settings.is_hidden_masked else text
     videos = tuple(GroupWork(g.text_length, g.response_lengths, video_grids=g.video_grids) for g in groups)
     is_encoded_anew = settings.shuffle_unit == "frame" or not is_once
-    num_views = 1 + settings.has_hidden + num_shuffles
+    # Distributions are compared where the intact view's are made first; log-probs are made in each view's own pass.
+    compared = settings.has_hidden + num_shuffles if settings.compares_distributions else 0
+    of_view = 0 if settings.compares_distributions else 1
     passes = [
         StepPass(
             ("policy_forward", "policy_recompute", "policy_backward"),
@@ -45,14 +46,16 @@ def step_passes(groups: Sequence[GroupWork], settings: StepSettings) -> list[Ste
             groups=intact,
             encoded=intact,
             encodings=1 / settings.num_updates if is_once and is_frozen else 1.0,
-            num_views=1 if settings.has_selection else num_views,
+            num_views=1 + (0 if settings.has_selection else compared),
             has_backward=settings.is_policy_trained,
         ),
-        StepPass(("hidden",), int(settings.has_hidden), seen, seen, float(settings.is_hidden_masked)),
-        StepPass(("shuffled",), num_shuffles, intact, videos, float(is_encoded_anew)),
+        StepPass(("hidden",), int(settings.has_hidden), seen, seen, float(settings.is_hidden_masked), of_view),
+        StepPass(("shuffled",), num_shuffles, intact, videos, float(is_encoded_anew), of_view),
         StepPass(
             ("reference",), int(settings.has_reference), intact, intact, float(not (is_once and is_frozen)), num_views=1
         ),
-        StepPass(("selection",), int(settings.has_selection), intact, intact, float(not is_once), num_views=num_views),
+        StepPass(
+            ("selection",), int(settings.has_selection), intact, intact, float(not is_once), num_views=1 + compared
+        ),
     ]
     return [one for one in passes if one.times]

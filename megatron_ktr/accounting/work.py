@@ -72,6 +72,8 @@ class StepSettings:
     has_selection: bool = False
     """One more intact pass without gradient, before the update."""
     num_updates: int = 1
+    compares_distributions: bool = False
+    """``shift: kl``: hidden rows of all views meet in one pass over the vocabulary; False: each view's log-probs."""
     recompute: Recompute = "none"
     """``full``: every layer's forward again in backward. ``selective``: the core attention's."""
     recompute_vision: bool = False
