@@ -24,6 +24,10 @@ ABSENT_OPTIONS = {
     "train_iters": "use --train-steps",
     "max_steps": "use --train-steps",
     "group_size": "use --num-generations",
+    "optimizer_cpu_offload": "optimizer state stays on the devices; --use-distributed-optimizer splits it over ranks",
+    "optimizer_offload_fraction": "optimizer state stays on the devices; --use-distributed-optimizer splits it",
+    "enable_cuda_graph": "a CUDA graph replays one shape, and packed sequences differ in theirs",
+    "cuda_graph_impl": "a CUDA graph replays one shape, and packed sequences differ in theirs",
     "lora_dropout": "adapters have no dropout: scores and updates must see one and the same policy",
 }
 """Options of related projects, and of later versions, that deserve a better answer than the nearest spelling."""
@@ -31,7 +35,7 @@ ABSENT_OPTIONS = {
 
 def check(config: Config) -> None:
     """Raises ``UserError`` with the first rule that ``config`` breaks."""
-    training = (_objective, _optimizer, _parallel, _fp8, _lora)
+    training = (_objective, _optimizer, _parallel, _fp8, _frozen_models)
     for rules in (_required, _not_available, _data, _rollout, _reward, *training):
         for problem in rules(config):
             raise UserError(problem)
@@ -215,8 +219,12 @@ def _fp8(config: Config) -> Iterator[str]:
         yield "--fp8-vision needs --vision-parallel tensor"
 
 
-def _lora(config: Config) -> Iterator[str]:
+def _frozen_models(config: Config) -> Iterator[str]:
     model = config.model
+    if model.offload_reference and model.lora_rank:
+        yield "--offload-reference: with --lora-rank the reference model is the policy itself, there is nothing to move"
+    if model.offload_reference and model.fp8_param_gather:
+        yield "--offload-reference does not go with --fp8-param-gather: weights kept in FP8 do not move"
     if not model.lora_rank:
         if model.lora_export == "adapter":
             yield "--lora-export adapter needs --lora-rank"

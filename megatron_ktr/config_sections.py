@@ -33,8 +33,10 @@ class ModelSection:
         "Vocabulary head: fused Triton kernels on CUDA, torch in tiles, or full logits to compare with; auto takes the "
         "first where it runs, else the second",
     )
-    gradient_accumulation_fusion: bool = _option(
-        True, "Add the vocabulary head's weight gradient straight to the fp32 gradient buffer"
+    gradient_accumulation_fusion: bool | None = _option(
+        None,
+        "Add weight gradients straight to the fp32 gradient buffer: the vocabulary head's (none), the linear layers' "
+        "too, which takes Transformer Engine or APEX's kernel (true), or none of them (false)",
     )
     params_dtype: Literal["fp32", "bf16", "fp16"] = _option(
         "fp32", "Precision of weights and activations; --bf16 and --fp16 are short forms"
@@ -60,6 +62,9 @@ class ModelSection:
     )
     freeze: tuple[Literal["vision", "merger", "language"], ...] = _option(
         (), "Parts that are not trained: the vision encoder without its merger, the merger, the language model"
+    )
+    offload_reference: bool = _option(
+        False, "Keep the reference model in host memory, and on the device only for its pass"
     )
     lora_rank: int = _option(
         0, "Train adapters of this rank on the language model's layers, and nothing else; 0 = train the weights", low=0

@@ -116,7 +116,9 @@ class Policy(ReplicaNumbers):
         if self.lora is not None and hf_dir is None:
             self.reference = ReferenceModel.without_adapters(self.bare_chunks)
         else:
-            self.reference = ReferenceModel.copy(self._load_model(Path(hf_dir or self.hf_dir)))
+            chunks = self._load_model(Path(hf_dir or self.hf_dir))
+            offload_on = self.platform if self.config.model.offload_reference else None
+            self.reference = ReferenceModel.copy(chunks, offload_on=offload_on)
         self.vision.add_reference(self.reference.chunks[0].vision, is_policy_copy=hf_dir is None)
 
     def score(

@@ -18,6 +18,8 @@ from contextlib import AbstractContextManager
 
 import torch
 
+from megatron_ktr.distributed.platform import Platform
+from megatron_ktr.offload import HostWeights
 from models.qwen2_5_vl.fp8 import drop_initial_values
 from models.qwen2_5_vl.lora import adapters_off
 
@@ -38,11 +40,13 @@ class ReferenceModel:
         """Whether its parameters are the policy's."""
 
     @classmethod
-    def copy(cls, chunks: Sequence[torch.nn.Module]) -> ReferenceModel:
-        """Another model's chunks, of which no weight is trained."""
+    def copy(cls, chunks: Sequence[torch.nn.Module], *, offload_on: Platform | None = None) -> ReferenceModel:
+        """Another model's chunks, of which no weight is trained; kept on the host of ``offload_on`` between passes."""
         for chunk in chunks:
             drop_initial_values(chunk.requires_grad_(False).parameters())
-        return cls(chunks)
+        if offload_on is None:
+            return cls(chunks)
+        return cls(chunks, at_work=HostWeights.on(chunks, platform=offload_on).on_device)
 
     @classmethod
     def without_adapters(cls, policy_chunks: Sequence[torch.nn.Module]) -> ReferenceModel:

@@ -6,20 +6,24 @@ Whole training steps run through Trainer and Policy as in ``test_training_step.p
 from __future__ import annotations
 
 import itertools
+import weakref
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+from torch import Tensor
 
 from megatron_ktr.config import load_config
 from megatron_ktr.config_sections import ParallelSection
-from megatron_ktr.distributed.groups import ParallelSizes
+from megatron_ktr.distributed.groups import ParallelGroups, ParallelSizes
 from megatron_ktr.errors import UserError
 from megatron_ktr.pipeline_split import chunk_layout, is_even, split_layers, virtual_stages
+from megatron_ktr.types import RolloutGroup
 from tests.support.layouts import FULL, OVERLAPPED, SMALL, Layout, sizes_of
 from tests.support.ranks import RankContext, RankPool
-from tests.support.steps import example_groups
+from tests.support.steps import StepDifference, compare_steps, example_groups, run_steps
 from tests.support.tiny import save_tiny_hf
 from tests.test_training_step import GROUPS, Case, _assert_small, differences_of, make_cases
 
@@ -231,3 +235,124 @@ def test_checkpoint_of_uneven_stages_is_the_checkpoint_of_even_ones(ranks: RankP
 def test_levers_without_effect_are_refused(flags: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_config(["--model", "m", "--replay-path", "r", *flags])
+
+
+# The reference model on the host
+
+
+def test_weights_are_on_the_device_only_while_they_are_used() -> None:
+    """The meta device plays the device: it keeps no numbers, so that what comes back must be the host's."""
+    from megatron_ktr.offload import HostWeights
+
+    module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 5, bias=False)).requires_grad_(False)
+    module[0].weight.sequence_parallel = True
+    before = {name: parameter.clone() for name, parameter in module.named_parameters()}
+    num_moved: list[int] = []
+
+    def to_device(tensor: Tensor) -> Tensor:
+        num_moved.append(tensor.numel())
+        return tensor.to("meta")
+
+    weights = HostWeights([module], to_host=torch.clone, to_device=to_device)
+    assert not num_moved
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError), weights.on_device():
+            assert all(parameter.is_meta for parameter in module.parameters())
+            assert module[0].weight.sequence_parallel and not module[0].weight.requires_grad
+            _ = 1 / 0
+        assert {name: p.device.type for name, p in module.named_parameters()} == dict.fromkeys(before, "cpu")
+        assert all(torch.equal(parameter, before[name]) for name, parameter in module.named_parameters())
+    assert sum(num_moved) == 2 * (3 * 4 + 4 + 4 * 5)
+    with pytest.raises(ValueError, match="weight is trained"):
+        HostWeights([torch.nn.Linear(2, 2)], to_host=torch.clone, to_device=torch.clone)
+
+
+def steps_with_reference_on_the_host(
+    context: RankContext, *, layout: Layout, case: Case, groups: list[RolloutGroup]
+) -> tuple[StepDifference, dict[str, set[int]]]:
+    """Copies play the device's weights: how many are alive is noted in every pass of either model, and at the end."""
+    from megatron_ktr.offload import HostWeights
+    from megatron_ktr.policy import Policy
+
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    noted: dict[str, set[int]] = {"policy": set(), "reference": set()}
+
+    def to_device(tensor: Tensor) -> Tensor:
+        copied = tensor.clone()
+        alive.add(copied.untyped_storage())
+        return copied
+
+    def on(chunks: Any, *, platform: Any) -> HostWeights:
+        return HostWeights(chunks, to_host=torch.clone, to_device=to_device)
+
+    run = Policy._run
+
+    def noting_run(policy: Any, *args: Any, model: str = "policy", **options: Any) -> Any:
+        noted[model].add(len(alive))
+        return run(policy, *args, model=model, **options)
+
+    with patch.object(HostWeights, "on", on), patch.object(Policy, "_run", noting_run):
+        records = run_steps(
+            context.init(layout.sizes),
+            hf_dir=case.hf_dir,
+            reference_dir=case.reference_dir,
+            rollout_groups=groups,
+            values={**case.values, **layout.values},
+            num_steps=2,
+            masks=case.masks,
+        )
+    return compare_steps(records, case.expected, initial=case.initial), noted
+
+
+def test_reference_model_on_the_host_gives_the_same_steps(ranks: RankPool, cases: dict[str, Case]) -> None:
+    """Its weights are there in its own pass, all of them, and in no other."""
+    layout = Layout("pp2", sizes_of(1, 2), dict(offload_reference=True))
+    options = dict(layout=layout, case=cases["untied"], groups=example_groups(*GROUPS))
+    for difference, noted in ranks(steps_with_reference_on_the_host, 2, **options):
+        _assert_small(layout.name, difference)
+        assert noted["policy"] == {0}
+        assert len(noted["reference"]) == 1 and min(noted["reference"]) > 10
+
+
+# Weight gradients that go straight into the buffer
+
+
+class _WeightGradientKernel:
+    """What APEX's kernel does, by its definition."""
+
+    def __init__(self) -> None:
+        self.num_calls = 0
+
+    def wgrad_gemm_accum_fp32(self, input_: Tensor, output_gradient: Tensor, buffer: Tensor) -> None:
+        self.num_calls += 1
+        buffer += output_gradient.t().float() @ input_.float()
+
+
+def steps_with_fused_gradients(
+    context: RankContext, *, layout: Layout, case: Case, groups: list[RolloutGroup]
+) -> tuple[StepDifference, int]:
+    from megatron.core.tensor_parallel import layers
+
+    kernel = _WeightGradientKernel()
+    with (
+        patch.object(layers, "fused_weight_gradient_mlp_cuda", kernel, create=True),
+        patch.object(layers, "_grad_accum_fusion_available", True),
+    ):
+        found = differences_of(context, layouts=[layout], cases={layout.case: case}, groups=groups)
+    return found[layout.name], kernel.num_calls
+
+
+def test_fused_weight_gradients_are_those_of_autograd(ranks: RankPool, cases: dict[str, Case]) -> None:
+    """With APEX's kernel played by its definition: four layers of four products, four micro-batches, two steps."""
+    fused = dict(gradient_accumulation_fusion=True)
+    layout = Layout("tp2 sp fused", sizes_of(2, sp=True), fused, "tied, clipped")
+    options = dict(layout=layout, case=cases[layout.case], groups=example_groups(*GROUPS))
+    for difference, num_calls in ranks(steps_with_fused_gradients, 2, **options):
+        _assert_small(layout.name, difference)
+        assert num_calls == 4 * 4 * 4 * 2
+
+
+def test_fusion_without_a_kernel_is_refused(one_rank: ParallelGroups, tmp_path: Path) -> None:
+    save_tiny_hf(tmp_path)
+    with pytest.raises(UserError, match="fused_weight_gradient_mlp_cuda"):
+        _build(tmp_path, groups=one_rank, values=dict(gradient_accumulation_fusion=True))

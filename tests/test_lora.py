@@ -372,6 +372,40 @@ def test_unusable_settings_are_refused(flags: list[str], message: str) -> None:
         load_config(["--model", "m", "--replay-path", "r", *flags])
 
 
+def test_adapter_behind_a_fused_norm_sees_the_normed_input(one_rank: ParallelGroups) -> None:
+    """As Transformer Engine has it: one layer with the norm's weight in it, whose normed input does not come out."""
+    from megatron.core.tensor_parallel import ColumnParallelLinear
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from models.qwen2_5_vl.lora import LoraSettings, _with_adapter
+    from models.qwen2_5_vl.norm import RMSNorm
+
+    class Fused(ColumnParallelLinear):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(nn.functional.rms_norm(x, x.shape[-1:], self.layer_norm_weight, 1e-6))
+
+    torch.manual_seed(0)
+    config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=2, layernorm_epsilon=1e-6)
+    options = dict(config=config, init_method=nn.init.normal_, bias=False, gather_output=False, skip_bias_add=True)
+    norm = RMSNorm(config, 8, 1e-6)
+    nn.init.normal_(norm.weight)
+    state: dict[str, Tensor] = {}
+    outputs, x = [], torch.randn(5, 1, 8)
+    for layer_class in (ColumnParallelLinear, Fused):
+        layer = layer_class(8, 12, **options)
+        layer.__class__ = _with_adapter(layer_class)
+        layer.init_adapter(LoraSettings(2, 4.0, ("linear_qkv",)), group=one_rank.tensor, target="linear_qkv", place="x")
+        if outputs:
+            layer.load_state_dict(state, strict=False)
+            layer.layer_norm_weight = norm.weight
+        else:
+            nn.init.normal_(layer.lora_b)
+            state = layer.state_dict()
+        outputs.append(layer(x if outputs else norm(x))[0])
+    assert torch.allclose(*outputs, rtol=0, atol=1e-5)
+    assert not torch.allclose(outputs[0], nn.functional.linear(norm(x), layer.weight), atol=0.1)
+
+
 def test_frozen_products_are_credited_for_one_gradient() -> None:
     """Of forward and both gradients (3 parts) the weights' is left out; adapters themselves are not counted."""
     from megatron_ktr.accounting.flops import count_step

@@ -324,7 +324,7 @@ def build_model(
             post_process=is_pp_last_stage(pipeline_group) and is_vp_last_stage(vp_stage, num_chunks),
             vp_stage=vp_stage,
             statistics_impl=config.model.token_statistics_impl if config else "auto",
-            accumulate_into_main_grad=config is not None and config.model.gradient_accumulation_fusion,
+            accumulate_into_main_grad=config is not None and config.model.gradient_accumulation_fusion is not False,
             whole_vision_group=groups.alone if config and config.parallel.vision_parallel == "frame" else None,
             row_multiple=token_multiple(config) if config else None,
             fp8_vision=config is not None and config.model.fp8_vision,

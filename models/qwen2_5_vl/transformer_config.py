@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ktr.distributed.groups import ParallelGroups, ParallelSizes, pipeline_comm_settings
@@ -13,6 +14,7 @@ from megatron_ktr.errors import UserError
 from megatron_ktr.pipeline_split import Split, chunk_layout, is_even, split_layers
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.fp8 import fp8_settings
+from models.qwen2_5_vl.layer_specs import resolve_transformer_impl
 
 if TYPE_CHECKING:
     from megatron_ktr.config import Config
@@ -39,7 +41,7 @@ def language_transformer_config(
             **_architecture(model_config),
             **_placement(sizes, split=split, dtype=dtype),
             **pipeline_comm_settings(sizes),
-            **_kernels(),
+            **_kernels(config),
             **_recompute(config),
             **fp8_settings(model_config, sizes=sizes, config=config),
         )
@@ -99,7 +101,7 @@ def _num_chunks(sizes: ParallelSizes) -> int:
     return sizes.virtual_pipeline or 1
 
 
-def _kernels() -> dict[str, Any]:
+def _kernels(config: Config | None) -> dict[str, Any]:
     # core's fusions are compiled, which on CPU costs minutes and gains nothing.
     can_fuse = current().name != "cpu"
     return dict(
@@ -108,10 +110,22 @@ def _kernels() -> dict[str, Any]:
         masked_softmax_fusion=False,
         # The fused kernel restarts at every segment; M-RoPE needs one frequency per row.
         apply_rope_fusion=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=_fuses_weight_gradients(config),
         # Not in use; core's own default is a deprecated spelling that it warns about.
         cuda_graph_scope=[],
     )
+
+
+def _fuses_weight_gradients(config: Config | None) -> bool:
+    """Whether linear layers add their weight gradients to the fp32 buffer themselves."""
+    if config is None or not config.model.gradient_accumulation_fusion:
+        return False
+    if resolve_transformer_impl(config.model.transformer_impl) != "te" and not layers._grad_accum_fusion_available:
+        raise UserError(
+            "--gradient-accumulation-fusion: the linear layers need Transformer Engine, or APEX's kernel "
+            "fused_weight_gradient_mlp_cuda, and neither is here; without the flag the vocabulary head fuses alone"
+        )
+    return True
 
 
 def _recompute(config: Config | None) -> dict[str, Any]:
