@@ -17,18 +17,22 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+# `python benchmarks/X.py` puts benchmarks/ on the path, not the repository.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_ktr.distributed.platform import Platform, start
-from megatron_ktr.errors import run_cli
-from megatron_ktr.ops.token_statistics import linear_token_statistics
-from megatron_ktr.ops.token_statistics_interface import LogitGradient, ShardPlan
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from megatron_ktr.distributed.platform import Platform, start  # noqa: E402
+from megatron_ktr.errors import run_cli  # noqa: E402
+from megatron_ktr.ops.token_statistics import linear_token_statistics  # noqa: E402
+from megatron_ktr.ops.token_statistics_interface import LogitGradient, ShardPlan  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -2,6 +2,10 @@
 
 import warnings
 
+from megatron_ktr.nvidia_apex import hide_unusable_apex
+
+# Before anything below this package, or transformers, imports megatron-core.
+hide_unusable_apex()
 # On import and on every rank megatron-core advises on optional packages and torch on renamed collectives it calls; a
 # run's console is for the run.
 warnings.filterwarnings("ignore", module=r"megatron\.")

@@ -1,7 +1,8 @@
 """Checkpoints of a running training: everything a run needs to go on, loadable in any layout.
 
     step_00000010/
-        __<rank>_0.distcp, .metadata, metadata.json   weights and optimizer state, megatron-core's distributed format
+        __<rank>_0.distcp, .metadata, metadata.json   weights (or adapters) and optimizer state, megatron-core's
+                                                      distributed format
         common.pt                                     optimizer settings, count of optimizer steps, loss scale
         training.json                                 step, layout, learning-rate schedule, data positions
         rng.pt                                        random states of each rank
@@ -37,6 +38,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
+from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 
 from megatron_ktr.config import save_resolved
 from megatron_ktr.data.dataset import reshard_states
@@ -50,6 +52,7 @@ from megatron_ktr.run_directory import CHECKPOINTS, CONFIG_FILE, SIDE_FILES, lis
 from megatron_ktr.torch_dist_files import TorchDistReader
 from models.qwen2_5_vl.dist_checkpoint import locate_tensors
 from models.qwen2_5_vl.dist_weights import model_sharded_state_dict
+from models.qwen2_5_vl.lora import is_adapter
 
 _log = logging.getLogger(__name__)
 
@@ -95,10 +98,18 @@ class Checkpoints:
         training = self._training_state(step)
         random_states = self._gather_random_states()
         state = sharded_state(self.policy)
+        # After the optimizer's state was found by its parameters: weights kept in FP8 are written as plain numbers.
+        force_all_tensors_to_non_fp8(state)
         sharded, common = save_preprocess(state, validate_access_integrity=False)
         self._on_rank_zero(f"save step {step} to", lambda: self._prepare(scratch, training, random_states, common))
         self._on_each_rank(f"save step {step} to", lambda: _require_shared(scratch))
         self._pending = (step, BackgroundSave(sharded, scratch, data_group=self.groups.data_context))
+
+    def save_and_wait(self, step: int) -> None:
+        """A complete checkpoint of the state after ``step``, also where none is due."""
+        if self._pending is None or self._pending[0] != step:
+            self.save(step)
+        self._complete()
 
     def close(self) -> None:
         """Waits for the checkpoint under way and completes it."""
@@ -112,7 +123,8 @@ class Checkpoints:
         """
         training = self._on_each_rank("read", lambda: _read_training_state(checkpoint))
         config = self.policy.model_config
-        self._on_each_rank("read", lambda: locate_tensors(TorchDistReader(checkpoint), config=config))
+        if self.policy.lora is None:
+            self._on_each_rank("read", lambda: locate_tensors(TorchDistReader(checkpoint), config=config))
         load_sharded_state(self.policy, checkpoint)
         scheduler = self.policy.scheduler
         scheduler.num_steps = 0
@@ -222,7 +234,8 @@ class Checkpoints:
 def sharded_state(policy: Policy, *, is_loading: bool = False) -> dict[str, Any]:
     """Weights and optimizer state as megatron-core's sharded state, the same tensors whatever the layout.
 
-    Collective over data-parallel ranks: their parts of the optimizer state are put together.
+    Collective over data-parallel ranks: their parts of the optimizer state are put together. Of a model with adapters
+    only these are in it: the rest is what the run started from.
     """
     policy.wait_for_parameters()
     state = model_sharded_state_dict(policy.chunks)
@@ -231,7 +244,11 @@ def sharded_state(policy: Policy, *, is_loading: bool = False) -> dict[str, Any]
         state["optimizer"] = optimizer_sharded_state(policy.optimizer, dict(state), is_loading=is_loading)
     for part in [name for name in state if name.startswith("model")]:
         # Objects are empty on plain torch layers, histories of FP8 on Transformer Engine's: not needed.
-        state[part] = {name: value for name, value in state[part].items() if not isinstance(value, ShardedObject)}
+        state[part] = {
+            name: value
+            for name, value in state[part].items()
+            if not isinstance(value, ShardedObject) and (policy.lora is None or is_adapter(name))
+        }
     return state
 
 
@@ -249,7 +266,8 @@ def load_sharded_state(policy: Policy, checkpoint: Path) -> None:
         raise UserError(f"--resume: {checkpoint} cannot be loaded: {error}") from error
     for chunk, name in zip(policy.bare_chunks, parts, strict=True):
         result = chunk.load_state_dict(loaded[name], strict=False)
-        lost = [key for key in result.missing_keys if not key.endswith("_extra_state")] + result.unexpected_keys
+        missing = [key for key in result.missing_keys if policy.lora is None or is_adapter(key)]
+        lost = [key for key in missing if not key.endswith("_extra_state")] + result.unexpected_keys
         if lost:
             raise RuntimeError(f"parameters that the sharded state does not cover: {', '.join(lost)}")
     policy.vision.forget()

@@ -8,28 +8,35 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from megatron_ktr import pipeline_split
 from megatron_ktr.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_ktr.config import Config
 
 ABSENT_OPTIONS = {
-    "fp8": "FP8 is not available yet",
-    "fp8_format": "FP8 is not available yet",
-    "fp8_recipe": "FP8 is not available yet",
-    "virtual_pipeline_model_parallel_size": "use --num-layers-per-virtual-pipeline-stage, as in Megatron",
+    "fp8": "use --fp8-format hybrid or e4m3, and --fp8-recipe",
+    "fp8_param": "use --fp8-param-gather",
+    "virtual_pipeline_model_parallel_size": "use --num-virtual-stages-per-pipeline-rank or "
+    "--num-layers-per-virtual-pipeline-stage, as in Megatron",
     "micro_batch_size": "use --micro-batch-groups",
     "global_batch_size": "use --prompts-per-step",
     "train_iters": "use --train-steps",
     "max_steps": "use --train-steps",
     "group_size": "use --num-generations",
+    "optimizer_cpu_offload": "optimizer state stays on the devices; --use-distributed-optimizer splits it over ranks",
+    "optimizer_offload_fraction": "optimizer state stays on the devices; --use-distributed-optimizer splits it",
+    "enable_cuda_graph": "a CUDA graph replays one shape, and packed sequences differ in theirs",
+    "cuda_graph_impl": "a CUDA graph replays one shape, and packed sequences differ in theirs",
+    "lora_dropout": "adapters have no dropout: scores and updates must see one and the same policy",
 }
 """Options of related projects, and of later versions, that deserve a better answer than the nearest spelling."""
 
 
 def check(config: Config) -> None:
     """Raises ``UserError`` with the first rule that ``config`` breaks."""
-    for rules in (_required, _not_available, _data, _rollout, _reward, _objective, _optimizer, _parallel):
+    training = (_objective, _optimizer, _parallel, _fp8, _frozen_models)
+    for rules in (_required, _not_available, _data, _rollout, _reward, *training):
         for problem in rules(config):
             raise UserError(problem)
 
@@ -160,6 +167,7 @@ def _parallel(config: Config) -> Iterator[str]:
         yield "--sequence-parallel needs --tensor-model-parallel-size above 1"
     if section.num_layers_per_virtual_pipeline_stage is not None and section.pipeline_model_parallel_size == 1:
         yield "--num-layers-per-virtual-pipeline-stage needs --pipeline-model-parallel-size above 1"
+    yield from pipeline_split.problems(section)
     if section.overlap_param_gather and not config.optimizer.use_distributed_optimizer:
         yield "--overlap-param-gather needs --use-distributed-optimizer"
     if section.overlap_param_gather and not section.overlap_grad_reduce:
@@ -170,5 +178,62 @@ def _parallel(config: Config) -> Iterator[str]:
             yield "--recompute-granularity full needs --recompute-method and --recompute-num-layers"
     elif details:
         yield "--recompute-method and --recompute-num-layers need --recompute-granularity full"
+    if section.recompute_granularity == "selective" and not section.recompute_modules:
+        yield "--recompute-granularity selective needs --recompute-modules: some of core_attn, mlp, layernorm"
+    if section.recompute_granularity != "selective" and section.recompute_modules != ("core_attn",):
+        yield "--recompute-modules needs --recompute-granularity selective"
     if config.trainer.platform == "cpu" and config.model.transformer_impl == "te":
         yield "--transformer-impl te needs CUDA; with --platform cpu use auto or local"
+
+
+def _fp8(config: Config) -> Iterator[str]:
+    model = config.model
+    trains, scores = model.fp8_format is not None, config.objective.scoring_precision == "fp8"
+    option = "--fp8-format" if trains else "--scoring-precision fp8"
+    if not trains:
+        for name in ("fp8_param_gather", "first_last_layers_bf16", "fp8_vision"):
+            if getattr(model, name) and not (scores and name == "first_last_layers_bf16"):
+                yield f"--{name.replace('_', '-')} needs --fp8-format"
+    if not (trains or scores):
+        return
+    if config.trainer.platform == "cpu":
+        yield f"{option} runs on a GPU only: FP8 products are Transformer Engine's, and --platform is cpu"
+    if model.transformer_impl == "local":
+        yield f"{option} needs Transformer Engine: use --transformer-impl te or auto"
+    if model.params_dtype != "bf16":
+        yield f"{option} needs --bf16: what is not in FP8 runs in BF16"
+    if model.fp8_recipe == "delayed" and model.first_last_layers_bf16:
+        yield "--first-last-layers-bf16 does not go with --fp8-recipe delayed: its scales are kept over all layers"
+    if model.fp8_recipe == "delayed" and scores and not trains:
+        yield (
+            "--scoring-precision fp8 with --fp8-recipe delayed needs --fp8-format: its scales come from training "
+            "passes in FP8"
+        )
+    if model.fp8_param_gather and not config.optimizer.use_distributed_optimizer:
+        yield "--fp8-param-gather needs --use-distributed-optimizer, which keeps the exact weights"
+    if model.fp8_param_gather and model.fp8_recipe == "mxfp8":
+        yield "--fp8-param-gather is not available with --fp8-recipe mxfp8"
+    if model.fp8_param_gather and config.objective.scoring_precision == "bf16":
+        yield "--scoring-precision bf16 does not go with --fp8-param-gather, which leaves no weights in BF16"
+    if model.fp8_vision and config.parallel.vision_parallel != "tensor":
+        yield "--fp8-vision needs --vision-parallel tensor"
+
+
+def _frozen_models(config: Config) -> Iterator[str]:
+    model = config.model
+    if model.offload_reference and model.lora_rank:
+        yield "--offload-reference: with --lora-rank the reference model is the policy itself, there is nothing to move"
+    if model.offload_reference and model.fp8_param_gather:
+        yield "--offload-reference does not go with --fp8-param-gather: weights kept in FP8 do not move"
+    if not model.lora_rank:
+        if model.lora_export == "adapter":
+            yield "--lora-export adapter needs --lora-rank"
+        return
+    if not model.lora_targets:
+        yield "--lora-targets must name at least one of linear_qkv, linear_proj, linear_fc1, linear_fc2"
+    if model.freeze:
+        yield "--freeze is not read with --lora-rank: everything but the adapters is frozen"
+    if config.optimizer.vision_lr is not None:
+        yield "--vision-lr is not read with --lora-rank: the vision encoder is frozen"
+    if model.fp8_param_gather:
+        yield "--fp8-param-gather does not go with --lora-rank: frozen weights would have no exact copy to merge into"

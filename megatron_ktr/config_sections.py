@@ -33,14 +33,48 @@ class ModelSection:
         "Vocabulary head: fused Triton kernels on CUDA, torch in tiles, or full logits to compare with; auto takes the "
         "first where it runs, else the second",
     )
-    gradient_accumulation_fusion: bool = _option(
-        True, "Add the vocabulary head's weight gradient straight to the fp32 gradient buffer"
+    gradient_accumulation_fusion: bool | None = _option(
+        None,
+        "Add weight gradients straight to the fp32 gradient buffer: the vocabulary head's (none), the linear layers' "
+        "too, which takes Transformer Engine or APEX's kernel (true), or none of them (false)",
     )
     params_dtype: Literal["fp32", "bf16", "fp16"] = _option(
         "fp32", "Precision of weights and activations; --bf16 and --fp16 are short forms"
     )
+    fp8_format: Literal["hybrid", "e4m3"] | None = _option(
+        None,
+        "Linear layers of the language model in FP8 (Transformer Engine): hybrid has e5m2 gradients, which reach small "
+        "advantages; e4m3 throughout suits block scales only; none = no FP8",
+    )
+    fp8_recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = _option(
+        "tensorwise",
+        "Scales of FP8: one per tensor, from its values or from earlier passes (delayed), or one per block: blockwise "
+        "needs Hopper and CUDA 12.9, mxfp8 Blackwell",
+    )
+    fp8_param_gather: bool = _option(
+        False, "Keep the weights of FP8 layers in FP8 and gather them so; the optimizer's fp32 copy stays exact"
+    )
+    first_last_layers_bf16: bool = _option(False, "Under FP8, keep the first and last language layers in BF16")
+    num_layers_at_start_in_bf16: int = _option(1, "See first_last_layers_bf16", low=0)
+    num_layers_at_end_in_bf16: int = _option(1, "See first_last_layers_bf16", low=0)
+    fp8_vision: bool = _option(
+        False, "The vision encoder's layers in FP8 too, its MLP (3420 in 3B and 7B) padded with zeros to what fits"
+    )
     freeze: tuple[Literal["vision", "merger", "language"], ...] = _option(
         (), "Parts that are not trained: the vision encoder without its merger, the merger, the language model"
+    )
+    offload_reference: bool = _option(
+        False, "Keep the reference model in host memory, and on the device only for its pass"
+    )
+    lora_rank: int = _option(
+        0, "Train adapters of this rank on the language model's layers, and nothing else; 0 = train the weights", low=0
+    )
+    lora_alpha: float = _option(32.0, "Adapters are scaled by lora_alpha / lora_rank", above=0)
+    lora_targets: tuple[Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"], ...] = _option(
+        ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"), "Layers with adapters, by Megatron's names"
+    )
+    lora_export: Literal["merged", "adapter"] = _option(
+        "merged", "What a run ends with: the whole model with adapters merged into it, or adapters alone, as PEFT's"
     )
 
 
@@ -176,8 +210,10 @@ class ObjectiveSection:
         "frame", "What the temporal counterfactual permutes: decoded frames, or pairs of frames already encoded"
     )
     num_shuffles: int = _option(1, "Random orders whose scores are averaged", low=1)
-    scoring_precision: Literal["same", "bf16"] = _option(
-        "same", "Products of the counterfactual passes: in the precision of the model, or in bf16 under an fp32 model"
+    scoring_precision: Literal["same", "bf16", "fp8"] = _option(
+        "same",
+        "Products of the counterfactual passes: as in training, in bf16 (under an fp32 model, or one that trains in "
+        "FP8), or in FP8 by fp8_recipe",
     )
     kl_beta: float = _option(0.04, "Weight of the KL term to the reference model; 0 = no reference model", low=0)
     clip_low: float = _option(0.2, "Probability ratio is clipped below at 1 - clip_low", low=0, high=1)
@@ -240,12 +276,34 @@ class ParallelSection:
     num_layers_per_virtual_pipeline_stage: int | None = _option(
         None, "Layers of one interleaved pipeline chunk; none = one chunk per rank", low=1
     )
+    num_virtual_stages_per_pipeline_rank: int | None = _option(
+        None, "Interleaved pipeline chunks per rank, in place of num_layers_per_virtual_pipeline_stage", low=1
+    )
+    decoder_first_pipeline_num_layers: int | None = _option(
+        None, "Language layers of the first pipeline stage; none = as many as the others", low=1
+    )
+    decoder_last_pipeline_num_layers: int | None = _option(
+        None, "Language layers of the last pipeline stage; none = as many as the others", low=1
+    )
+    account_for_embedding_in_pipeline_split: bool = _option(
+        False, "Count the embedding as a layer of the first pipeline stage when layers are split"
+    )
+    account_for_loss_in_pipeline_split: bool = _option(
+        False, "Count the vocabulary head as a layer of the last pipeline stage when layers are split"
+    )
+    account_for_vision_in_pipeline_split: int = _option(
+        0, "Count the vision encoder as this many layers of the first pipeline stage when layers are split", low=0
+    )
     context_parallel_size: int = _option(1, "Ranks that share each sequence: prompt chunks and whole responses", low=1)
     sequence_parallel: bool = _option(False, "Split norms and residuals by tokens over the tensor-parallel ranks")
     overlap_grad_reduce: bool = _option(False, "Reduce gradients during backward")
     overlap_param_gather: bool = _option(False, "Gather updated parameters during the next forward")
     recompute_granularity: Literal["full", "selective"] | None = _option(
-        None, "Recompute activations in backward: whole layers, or core attention only"
+        None, "Recompute activations in backward: whole layers, or recompute_modules of every layer"
+    )
+    recompute_modules: tuple[Literal["core_attn", "mlp", "layernorm"], ...] = _option(
+        ("core_attn",),
+        "Selective recomputation: core attention, the language model's MLPs, norms before attention and MLP",
     )
     recompute_method: Literal["uniform", "block"] | None = _option(
         None, "Full recomputation of every group of recompute_num_layers layers, or of that many layers per stage"
@@ -273,6 +331,11 @@ class TrainerSection:
 
     run_dir: str = _option("runs/train", "Directory of everything the run writes; must be empty unless --resume")
     resume: bool = _option(False, "Continue from the newest complete checkpoint in run_dir, in any layout")
+    auto_resume: bool = _option(
+        False,
+        "Continue from the newest complete checkpoint in run_dir, or start anew where there is none: for schedulers, "
+        "which start the same command again",
+    )
     train_steps: int = _option(1000, "Rollout steps of the whole run", low=1)
     prompts_per_step: int = _option(32, "Prompts per step over all ranks (P x data-parallel size)", low=1)
     micro_batch_groups: int = _option(1, "Prompt groups per micro-batch; a group is never split", low=1)

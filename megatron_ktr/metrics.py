@@ -18,23 +18,28 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 
 class PhaseTimer:
-    """Wall seconds by phase of the current step; phases do not nest."""
+    """Wall seconds by phase of the current step; phases do not nest.
 
-    def __init__(self) -> None:
+    ``synchronize`` waits for the device: what a phase has launched counts as its own, not as that of the next.
+    """
+
+    def __init__(self, synchronize: Callable[[], None] = lambda: None) -> None:
         self.seconds: dict[str, float] = {}
+        self._synchronize = synchronize
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
         try:
             yield
+            self._synchronize()
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 

@@ -10,10 +10,11 @@ advantages of its micro-batch are zero: the collectives inside would otherwise w
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,24 +26,29 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_ktr.config import Config
-from megatron_ktr.distributed.collectives import all_reduce_sum, broadcast_object, reduce_metrics
+from megatron_ktr.distributed.collectives import reduce_metrics
 from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.distributed.optimizer import build_optimizer, build_scheduler, freeze_parts, wrap_in_ddp
 from megatron_ktr.distributed.platform import Platform
+from megatron_ktr.distributed.replicas import ReplicaNumbers
 from megatron_ktr.errors import UserError, same_on_every_rank
 from megatron_ktr.micro_batch import Denominators, MicroBatch, UpdateResult, any_gradient, mean_by_view
 from megatron_ktr.objectives.base import Objective
 from megatron_ktr.ops.token_statistics import TokenStatistics
+from megatron_ktr.policy_export import export_weights, save_export
 from megatron_ktr.policy_vision import PolicyVision
+from megatron_ktr.reference_model import ReferenceModel
 from megatron_ktr.types import Metrics, PackedBatch, Prompt, TokenScores
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
-from models.qwen2_5_vl.conversion import GatherTo, export_hf_tensors, load_hf_weights, save_hf, unwrap_model
+from models.qwen2_5_vl.conversion import GatherTo, load_hf_weights, unwrap_model
+from models.qwen2_5_vl.fp8 import drop_initial_values, pass_precision
+from models.qwen2_5_vl.lora import LoraSettings, add_adapters
 from models.qwen2_5_vl.model import Qwen2_5_VLModel, build_model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class Policy:
+class Policy(ReplicaNumbers):
     """Policy model, optional frozen reference model, optimizer and schedule of one rank.
 
     ``hf_dir`` gives sizes and initial weights. ``num_steps`` is the length of the learning-rate schedule.
@@ -61,6 +67,10 @@ class Policy:
 
         chunks = self._load_model(self.hf_dir)
         freeze_parts(chunks, config.model.freeze)
+        self.lora = LoraSettings.of(config)
+        if self.lora is not None:
+            add_adapters(chunks, self.lora, groups=groups)
+        drop_initial_values(p for chunk in chunks for p in chunk.parameters() if not p.requires_grad)
         self.transformer_config = get_model_config(chunks[0])
         self.chunks = wrap_in_ddp(
             chunks, config=self.transformer_config, optimizer=config.optimizer, parallel=config.parallel
@@ -74,7 +84,7 @@ class Policy:
         self.scheduler = build_scheduler(self.optimizer, section=config.optimizer, num_steps=num_steps)
         self._connect_schedule_hooks()
         self._is_gather_pending = config.parallel.overlap_param_gather
-        self.reference_chunks: list[Qwen2_5_VLModel] | None = None
+        self.reference: ReferenceModel | None = None
         self.vision = PolicyVision(
             self.bare_chunks[0].vision, config=config, groups=groups, hf_dir=self.hf_dir, device=platform.device
         )
@@ -102,12 +112,14 @@ class Policy:
             config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
 
     def add_reference(self, hf_dir: str | Path | None = None) -> None:
-        """Keeps a frozen copy of the weights in ``hf_dir`` (default: the initial weights) for the KL term."""
-        chunks = self._load_model(Path(hf_dir or self.hf_dir))
-        for chunk in chunks:
-            chunk.requires_grad_(False)
-        self.reference_chunks = chunks
-        self.vision.add_reference(chunks[0].vision, is_policy_copy=hf_dir is None)
+        """Gives the KL term its frozen model: the weights in ``hf_dir``, by default the initial ones."""
+        if self.lora is not None and hf_dir is None:
+            self.reference = ReferenceModel.without_adapters(self.bare_chunks)
+        else:
+            chunks = self._load_model(Path(hf_dir or self.hf_dir))
+            offload_on = self.platform if self.config.model.offload_reference else None
+            self.reference = ReferenceModel.copy(chunks, offload_on=offload_on)
+        self.vision.add_reference(self.reference.chunks[0].vision, is_policy_copy=hf_dir is None)
 
     def score(
         self,
@@ -119,7 +131,7 @@ class Policy:
     ) -> list[TokenStatistics | None]:
         """Log-prob and entropy of every response token, without gradient; None on every stage but the last.
 
-        ``temperature`` replaces the run's own. ``precision`` ``bf16`` runs the products of the language model in bf16.
+        ``temperature`` replaces the run's own. ``precision`` is the language model's: same, bf16 or fp8.
         """
 
         def statistics(chunk: torch.nn.Module, batch: PackedBatch, hidden_RD: Tensor) -> TokenStatistics:
@@ -129,11 +141,11 @@ class Policy:
 
         return self._look(batches, batch_of=lambda batch: batch, finish=statistics, model=model, precision=precision)
 
-    def hidden_rows(self, batches: Sequence[PackedBatch]) -> list[Tensor | None]:
+    def hidden_rows(self, batches: Sequence[PackedBatch], *, precision: str = "same") -> list[Tensor | None]:
         """Hidden states [R, D] that predict the response tokens, without a pass over the vocabulary and without
         gradient; None on every stage but the last."""
         return self._look(
-            batches, batch_of=lambda batch: batch, finish=lambda chunk, batch, hidden_RD: hidden_RD.clone()
+            batches, batch_of=lambda batch: batch, finish=lambda _, __, rows_RD: rows_RD.clone(), precision=precision
         )
 
     def score_intact(
@@ -158,10 +170,11 @@ class Policy:
         precision: str = "same",
     ) -> list[Any]:
         """A forward pass without gradient; ``finish(chunk, item, hidden_RD)`` by item, None before the last stage."""
-        chunks = self.chunks if model == "policy" else self.reference_chunks
-        if chunks is None:
+        reference = None if model == "policy" else self.reference
+        if model != "policy" and reference is None:
             raise ValueError("no reference model: call add_reference() first")
-        if model == "policy":
+        chunks = self.chunks if reference is None else reference.chunks
+        if reference is None or reference.is_policy:
             # Left to the forward, a replica whose batch has no media would not gather the vision encoder, and the
             # others would wait for it for ever. (With gradient, the encoder always runs.)
             self.wait_for_parameters()
@@ -174,8 +187,9 @@ class Policy:
         # The interleaved schedule takes whole rounds of the stages only; what fills the last one is dropped.
         num_missing = -len(items) % self.groups.sizes.pipeline if len(chunks) > 1 else 0
         padded = [*items, *[items[-1]] * num_missing]
-        is_lower = precision == "bf16" and self.dtype is torch.float32
-        with torch.no_grad(), torch.autocast(self.platform.device.type, torch.bfloat16, enabled=is_lower):
+        is_at_work = reference.at_work() if reference else contextlib.nullcontext()
+        precision_of = pass_precision(self.transformer_config, precision, section=self.config.model)
+        with torch.no_grad(), precision_of, is_at_work:
             results = self._run(chunks, padded, batch_of=batch_of, finish=keep, forward_only=True, model=model)
         return list(results)[: len(items)] if results else [None] * len(items)
 
@@ -278,21 +292,22 @@ class Policy:
         gather_to: GatherTo = "all",
         with_vision: bool = True,
     ) -> Iterator[tuple[str, Tensor]]:
-        """Streams the policy's weights (or ``tensor_of(parameter)``) as full tensors under HF names.
+        """Streams the policy's weights (or ``tensor_of(parameter)``) as full tensors under HF names; adapters are
+        merged.
 
         Collective: every rank exhausts it. ``gather_to`` "source" yields them on each replica's reading rank only.
         """
         self.wait_for_parameters()
-        if not with_vision:
-            encoders = [chunk.vision for chunk in self.bare_chunks if chunk.vision is not None]
-            left_out = {id(parameter) for encoder in encoders for parameter in encoder.parameters()}
-            tensor_of = partial(_unless, left_out, tensor_of)
-        yield from export_hf_tensors(self.bare_chunks, groups=self.groups, tensor_of=tensor_of, gather_to=gather_to)
+        options = dict(groups=self.groups, tensor_of=tensor_of, gather_to=gather_to, with_vision=with_vision)
+        yield from export_weights(self.bare_chunks, **options)
 
     def save_hf(self, directory: Path) -> None:
-        """Writes a directory that transformers and vLLM load: weights, and all other files of the initial model."""
+        """Writes a directory that transformers and vLLM load: the model and all other files of the initial one, or
+        adapters alone (``--lora-export adapter``)."""
         self.wait_for_parameters()
-        save_hf(self.bare_chunks, directory, groups=self.groups, hf_source_dir=self.hf_dir)
+        only_adapters = self.config.model.lora_export == "adapter"
+        options = dict(groups=self.groups, hf_source_dir=self.hf_dir, lora=self.lora, only_adapters=only_adapters)
+        save_export(self.bare_chunks, directory, **options)
 
     def wait_for_parameters(self) -> None:
         """With overlapped gathering, every rank holds but its own shard of what the last optimizer step changed, until
@@ -309,24 +324,6 @@ class Policy:
     @property
     def learning_rate(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
-
-    def global_count(self, value: float) -> float:
-        """Sum of a per-replica count over data-parallel replicas, equal on every rank."""
-        total = torch.tensor(float(value), dtype=torch.float64, device=self.platform.device)
-        return float(all_reduce_sum(total, self.groups.data))
-
-    def mean_over_replicas(self, metrics: Metrics) -> dict[str, float]:
-        """Means of metrics that every rank of a replica holds alike, over replicas; equal on every rank."""
-        return reduce_metrics(metrics, self.groups.data).means()
-
-    def sum_over_replicas(self, counts: Mapping[str, float]) -> dict[str, float]:
-        """Sums by name of counts that every rank of a replica holds alike; replicas may know different names."""
-        return reduce_metrics(Metrics(dict(counts), dict.fromkeys(counts, 1.0)), self.groups.data).sums
-
-    def from_last_stage(self, value: Any) -> Any:
-        """The last pipeline stage's ``value`` on every rank of the replica; small host objects only."""
-        source = torch.distributed.get_global_rank(self.groups.pipeline, self.groups.sizes.pipeline - 1)
-        return broadcast_object(value, group=self.groups.pipeline, source=source)
 
     def _statistics(
         self, chunk: torch.nn.Module, batch: PackedBatch, hidden_RD: Tensor, others: Iterable[Tensor] = ()
@@ -391,10 +388,3 @@ class Policy:
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
         )
-
-
-def _unless(left_out: set[int], tensor_of: Callable | None, parameter: Tensor) -> Tensor | None:
-    """``tensor_of(parameter)``, None for the parameters whose ids are in ``left_out``."""
-    if id(parameter) in left_out:
-        return None
-    return parameter if tensor_of is None else tensor_of(parameter)

@@ -10,6 +10,7 @@ checkpoints/step_00000010/         a complete checkpoint: the name appears by a 
 checkpoints/.step_00000020         one that was being written when the run stopped; ignored, later removed
 export/                            the trained model in Hugging Face format
 export_until_step_00000020/        the export of an earlier part, which had ended at that step
+abandoned_start/                   what a start without a complete checkpoint had left when --auto-resume began anew
 
 A resumed run overwrites no file of an earlier part: what stands in its way gets another name. Only the metrics of steps
 that are done again are dropped, so that every step appears once; that file is replaced as a whole.
@@ -31,15 +32,16 @@ CHECKPOINTS = "checkpoints"
 CONFIG_FILE = "config.yaml"
 SIDE_FILES = "hf"
 ROLLOUTS = "rollouts"
+ABANDONED_START = "abandoned_start"
 STEP_NAME = re.compile(r"step_(\d{8,})")
 ROLLOUT_NAME = re.compile(r"step_(\d{8,})(?:_replica_\d{4,})?")
 REQUIRED_FILES = ("metadata.json", ".metadata", "common.pt", "training.json", CONFIG_FILE)
 
 MAY_CHANGE = frozenset(
     "model transformer_impl data_path media_root prompt_template max_skip_share media_cache_gb replay_path "
-    "run_dir resume train_steps micro_batch_groups save_interval keep_checkpoints eval_interval log_interval "
-    "rollout_log_interval platform distributed_timeout_minutes rollout_tensor_parallel_size rollout_memory_share "
-    "rollout_kv_cache_gb rollout_max_num_seqs rollout_eager".split()
+    "run_dir resume auto_resume train_steps micro_batch_groups save_interval keep_checkpoints eval_interval "
+    "log_interval rollout_log_interval platform distributed_timeout_minutes rollout_tensor_parallel_size "
+    "rollout_memory_share rollout_kv_cache_gb rollout_max_num_seqs rollout_eager".split()
 )
 """Options a resumed run may set anew, besides the parallel ones: where things are, how long and how fast it runs.
 Whatever else differs would make it another run; an option added later is refused until it is named here."""
@@ -79,14 +81,22 @@ def list_checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
 def open_run_directory(config: Config) -> RunStart:
     """Creates ``trainer.run_dir`` and saves the resolved config in it; with ``resume``, finds where to go on.
 
+    ``auto_resume`` does the second where there is a complete checkpoint and else the first: what a start that came to
+    no checkpoint left behind is moved aside.
+
     Raises UserError if it holds anything and the run is not a resumed one, if there is nothing to resume, if an option
     that makes the run what it is has changed, or if it cannot be written.
     """
     run_dir = Path(config.trainer.run_dir)
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"--run-dir {run_dir} is a file, expected a directory")
-    if config.trainer.resume:
+    has_checkpoint = config.trainer.auto_resume and bool(list_checkpoints(run_dir))
+    if config.trainer.resume or has_checkpoint:
         return _resume(config, run_dir)
+    if config.trainer.auto_resume and (run_dir / CONFIG_FILE).is_file():
+        _set_aside_start(run_dir)
+        save_resolved(config, run_dir / CONFIG_FILE)
+        return RunStart(run_dir)
     if run_dir.exists() and any(run_dir.iterdir()):
         raise UserError(f"--run-dir {run_dir} is not empty: choose another, or continue that run with --resume")
     try:
@@ -146,6 +156,18 @@ def _set_aside_export(export: Path, step: int) -> None:
     """The run will export again; what the part before it exported stays, under another name."""
     if export.exists():
         _rename(export, _unused(export.with_name(f"{export.name}_until_{step_name(step)}")))
+
+
+def _set_aside_start(run_dir: Path) -> None:
+    """``config.yaml`` says that the files are a run's: any other directory that is not empty is refused."""
+    left = [path for path in sorted(run_dir.iterdir()) if not path.name.startswith(ABANDONED_START)]
+    folder = _unused(run_dir / ABANDONED_START)
+    try:
+        folder.mkdir()
+    except OSError as error:
+        raise UserError(f"--run-dir: cannot create {folder}: {error.strerror}") from error
+    for path in left:
+        _rename(path, folder / path.name)
 
 
 def _set_aside_rollouts(rollouts: Path, step: int) -> None:

@@ -25,6 +25,7 @@ from megatron_ktr.objectives.base import Objective
 from megatron_ktr.ops.token_statistics import TokenStatistics
 from megatron_ktr.packing import MediaSpec, pack_groups
 from megatron_ktr.policy import Policy
+from megatron_ktr.precision import token_multiple
 from megatron_ktr.types import PackedBatch, RolloutGroup, View
 
 _APPLIES = {"hidden": can_hide, "shuffled": can_shuffle}
@@ -49,7 +50,7 @@ class ScoringPasses:
         for_scoring: bool = False,
     ) -> PackedBatch:
         """One micro-batch in one view; ``draw`` counts the random orders of a step."""
-        parallel, objective = self.config.parallel, self.config.objective
+        objective = self.config.objective
         permutations = None
         if view == "shuffled":
             permutations = [
@@ -67,7 +68,7 @@ class ScoringPasses:
             groups,
             view=view,
             media=self.media,
-            pad_to_multiple=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
+            pad_to_multiple=token_multiple(self.config),
             permutations=permutations,
             seconds_per_grid=1.0 if for_scoring and objective.original_compat else None,
             vision="media" if self.policy.groups.is_first_stage else "none",
@@ -156,7 +157,7 @@ class ScoringPasses:
         self, micro_batches: Sequence[MicroBatch], view: View, *, step: int, draw: int
     ) -> list[Tensor | None]:
         batches = [self.pack(item.groups, view, step=step, draw=draw, for_scoring=True) for item in micro_batches]
-        return self.policy.hidden_rows(batches)
+        return self.policy.hidden_rows(batches, precision=self.config.objective.scoring_precision)
 
     def _logprobs(
         self, micro_batches: Sequence[MicroBatch], view: View, *, step: int, draw: int

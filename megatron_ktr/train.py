@@ -1,7 +1,8 @@
 """Entry point of training: ``torchrun ... -m megatron_ktr.train --config FILE [flags]``.
 
 Parses the config, starts platform and process groups, builds policy, objective and source of groups, runs the
-steps, and ends with a Hugging Face export that vLLM and transformers load.
+steps, and ends with a Hugging Face export that vLLM and transformers load. Asked to leave by SIGUSR1 or SIGTERM it
+saves a checkpoint after the step instead and exits with code 75 (``interruption.py``).
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from megatron_ktr.distributed.collectives import broadcast_object
 from megatron_ktr.distributed.groups import ParallelGroups, ParallelSizes, destroy_parallel, init_parallel
 from megatron_ktr.distributed.platform import Platform
 from megatron_ktr.errors import UserError, run_cli, same_on_every_rank
+from megatron_ktr.interruption import EXIT_SAVED, LEAVE_SIGNALS, LeaveRequest
 from megatron_ktr.metrics import MetricsWriter, step_line
 from megatron_ktr.objectives import Objective, build_objective
+from megatron_ktr.pipeline_split import virtual_stages
 from megatron_ktr.policy import Policy
 from megatron_ktr.report.console import selected_tokens_text
 from megatron_ktr.rollout.features import build_feature_sender
@@ -39,20 +42,11 @@ from models.qwen2_5_vl.media import media_spec
 def parallel_sizes(config: Config, *, num_layers: int) -> ParallelSizes:
     """Sizes for the process groups; virtual pipeline chunks are counted from the layers of one chunk."""
     parallel = config.parallel
-    virtual = None
-    if parallel.num_layers_per_virtual_pipeline_stage:
-        per_stage = num_layers // parallel.pipeline_model_parallel_size
-        if per_stage % parallel.num_layers_per_virtual_pipeline_stage:
-            raise UserError(
-                f"--num-layers-per-virtual-pipeline-stage {parallel.num_layers_per_virtual_pipeline_stage} must divide "
-                f"the {per_stage} layers of a pipeline stage"
-            )
-        virtual = per_stage // parallel.num_layers_per_virtual_pipeline_stage
     return ParallelSizes(
         tensor=parallel.tensor_model_parallel_size,
         pipeline=parallel.pipeline_model_parallel_size,
         context=parallel.context_parallel_size,
-        virtual_pipeline=virtual,
+        virtual_pipeline=virtual_stages(num_layers, options=parallel),
         sequence_parallel=parallel.sequence_parallel,
     )
 
@@ -69,9 +63,17 @@ def check_micro_batches(config: Config, groups: ParallelGroups) -> None:
         )
 
 
-def train(config: Config) -> None:
-    """One run, on every rank."""
+def train(config: Config) -> int:
+    """One run, on every rank; returns its exit code: 0, or ``EXIT_SAVED`` where it was asked to leave."""
     platform = platforms.start(config.trainer.platform)
+    # Plain SGD below fp32 has state that no checkpoint holds (config_checks.py): such a run ends as any process does.
+    can_save = config.optimizer.optimizer != "sgd" or config.model.params_dtype == "fp32"
+    with LeaveRequest(LEAVE_SIGNALS if can_save else (), device=platform.device) as leave:
+        is_finished = _train(config, platform=platform, leave=leave)
+    return 0 if is_finished else EXIT_SAVED
+
+
+def _train(config: Config, *, platform: Platform, leave: LeaveRequest) -> bool:
     with same_on_every_rank():
         model_config = Qwen2_5_VLConfig.from_hf(config.model.model)
         groups = init_parallel(
@@ -89,10 +91,13 @@ def train(config: Config) -> None:
     trainer = build_trainer(config, groups=groups, platform=platform, objective=objective, tokenizer=tokenizer)
     # Also when a step fails: an engine may hold processes and devices that outlive this one.
     with contextlib.closing(trainer.source):
-        _run_steps(trainer, start=start, tokenizer=tokenizer)
+        is_finished = _run_steps(trainer, start=start, tokenizer=tokenizer, leave=leave)
+    if not is_finished:
+        return False
     trainer.policy.save_hf(start.run_dir / "export")
     if groups.rank == 0:
         print(f"exported the trained model to {start.run_dir / 'export'}", flush=True)
+    return True
 
 
 def build_trainer(
@@ -127,14 +132,21 @@ def build_trainer(
     return trainer
 
 
-def _run_steps(trainer: Trainer, *, start: RunStart, tokenizer: Any) -> None:
-    """From the checkpoint the run starts at, if any, to the last step, with everything that is written on the way."""
+def _run_steps(trainer: Trainer, *, start: RunStart, tokenizer: Any, leave: LeaveRequest) -> bool:
+    """From the checkpoint the run starts at, if any, to the last step, with everything that is written on the way.
+
+    False: asked to leave before the last step; what was done is saved.
+    """
     config, groups, run_dir = trainer.config, trainer.policy.groups, start.run_dir
     checkpoints = Checkpoints(run_dir, policy=trainer.policy, source=trainer.source)
     if start.checkpoint is not None:
         checkpoints.load(start.checkpoint)
     writer = MetricsWriter(run_dir if groups.rank == 0 else None, first_step=start.step + 1)
+    asked_by = None
     for step in range(start.step + 1, config.trainer.train_steps + 1):
+        if asked_by := leave.agreed(groups.world):
+            _leave(checkpoints, step=step - 1, is_new=step - 1 > start.step, asked_by=asked_by)
+            break
         report = trainer.train_step(step)
         writer.write(step, report.values)
         if groups.rank == 0 and (line := check_line(report.values)):
@@ -146,6 +158,16 @@ def _run_steps(trainer: Trainer, *, start: RunStart, tokenizer: Any) -> None:
         checkpoints.after_step(step)
     checkpoints.close()
     writer.close()
+    return asked_by is None
+
+
+def _leave(checkpoints: Checkpoints, *, step: int, is_new: bool, asked_by: str) -> None:
+    """Saves the state after ``step`` where this run has moved it."""
+    if is_new:
+        checkpoints.save_and_wait(step)
+    if checkpoints.groups.rank == 0:
+        done = f"saved after step {step}" if is_new else "nothing to save yet"
+        print(f"{asked_by}: {done}; continue with --resume (exit code {EXIT_SAVED})", flush=True)
 
 
 def _is_due(step: int, interval: int) -> bool:
@@ -180,12 +202,13 @@ def _open_run_directory(config: Config, groups: ParallelGroups) -> RunStart:
     return broadcast_object(start, group=groups.world, source=0)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     with same_on_every_rank():
         config = load_config(sys.argv[1:] if argv is None else argv)
-    train(config)
+    code = train(config)
     destroy_parallel()
+    return code
 
 
 def cli() -> None:

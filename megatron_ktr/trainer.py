@@ -64,7 +64,7 @@ class Trainer:
         self.sampler_check: SamplerCheck | None = None
         """Run once, with the weights of the first step."""
         self._check_values: dict[str, float] = {}
-        self.timer = PhaseTimer()
+        self.timer = PhaseTimer(policy.platform.synchronize)
         self.prompts_per_rank = config.prompts_per_replica(policy.groups.data_size)
 
     def train_step(self, step: int) -> StepReport:

@@ -88,7 +88,7 @@ def test_adding_to_main_grad_gives_the_gradients_of_the_plain_path(
         options = dict(sizes=sizes, hf_dir=directories[is_tied], bucket_size=SMALL if world_size > 1 else None)
         found = {}
         for fuses in (False, True):
-            values = {"gradient_accumulation_fusion": fuses, **layout_values}
+            values = {"gradient_accumulation_fusion": None if fuses else False, **layout_values}
             found[fuses] = ranks(_steps, world_size, **options, values=values)
         name = f"{sizes} {layout_values}"
         for (plain, plain_calls), (ours, calls) in zip(found[False], found[True], strict=True):
@@ -104,7 +104,7 @@ def test_step_is_the_same_with_each_implementation(
     ranks: RankPool, directories: dict[bool, Path], is_tied: bool, fuses: bool
 ) -> None:
     for shift in ("signed", "kl"):
-        values = dict(shift=shift, gradient_accumulation_fusion=fuses)
+        values = dict(shift=shift, gradient_accumulation_fusion=None if fuses else False)
         options = dict(sizes=sizes_of(2), hf_dir=directories[is_tied])
         expected = ranks(_steps, 2, **options, values={**values, "token_statistics_impl": "naive"})
         for impl in ("chunked", "auto"):

@@ -198,9 +198,9 @@ def te_attention(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.nn.Module]:
     from models.qwen2_5_vl import layer_specs
 
     monkeypatch.setattr(extensions, "TEDotProductAttention", BottomRightCausal)
-    layer_specs._te_modules.cache_clear()
-    yield layer_specs._te_modules().PrefixCoreAttention()
-    layer_specs._te_modules.cache_clear()
+    layer_specs.te_modules.cache_clear()
+    yield layer_specs.te_modules().PrefixCoreAttention()
+    layer_specs.te_modules.cache_clear()
 
 
 def test_transformer_engine_attention_asks_for_shared_prefix_attention(te_attention: torch.nn.Module) -> None:

@@ -19,9 +19,9 @@ from typing import Any
 # `python tools/X.py` puts tools/ on the path, not the repository.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_ktr.accounting.links import Machine  # noqa: E402
 from megatron_ktr.accounting.planner import GB, PIXELS_PER_TOKEN, Plan, Request, find_plans  # noqa: E402
 from megatron_ktr.accounting.saved import FUSED, TORCH_GPU  # noqa: E402
-from megatron_ktr.accounting.timing import Machine  # noqa: E402
 from megatron_ktr.accounting.work import StepSettings  # noqa: E402
 from megatron_ktr.errors import UserError, run_cli  # noqa: E402
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig  # noqa: E402

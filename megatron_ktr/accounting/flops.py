@@ -158,7 +158,7 @@ def _backward(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """(gradients, forward work done again) of the policy pass, by part."""
     frozen = settings.frozen
-    has_input_grad = "language" not in frozen or not settings.is_vision_frozen
+    has_input_grad = "language" not in frozen or not settings.is_vision_frozen or settings.has_adapters
     linear = has_input_grad + ("language" not in frozen)
     through_attention = attention.backward_products / 2 * has_input_grad
     backward = {part: linear * intact[part] for part in ("prompt", "response")}

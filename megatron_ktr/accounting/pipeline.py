@@ -6,6 +6,7 @@ A *chunk* is a part of the stack of layers; chunk c of rank r is number c p + r 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 from megatron_ktr.accounting.layout import Layout
 
@@ -31,6 +32,13 @@ def schedule(layout: Layout, *, rank: int, num_micro_batches: int) -> Iterator[t
             yield "B", layout.virtual - 1 - order[step - warm_up]
 
 
+@lru_cache(maxsize=4096)
+def _schedule(pipeline: int, virtual: int, rank: int, num_micro_batches: int) -> tuple[tuple[str, int], ...]:
+    """``schedule``, remembered: planning asks for the same few again and again."""
+    layout = Layout(pipeline=pipeline, virtual=virtual)
+    return tuple(schedule(layout, rank=rank, num_micro_batches=num_micro_batches))
+
+
 def _chunk_order(layout: Layout, num_micro_batches: int) -> Iterator[int]:
     """Chunk of every forward: groups of p micro-batches go through all of a rank's chunks before the next group."""
     group = layout.pipeline if layout.virtual > 1 else num_micro_batches
@@ -53,7 +61,7 @@ def peak_in_flight(
     All bytes are by chunk of the rank, of one micro-batch; ``forward_bytes`` is the most forward needs before its end.
     """
     kept = peak = 0.0
-    for direction, chunk in schedule(layout, rank=rank, num_micro_batches=num_micro_batches):
+    for direction, chunk in _schedule(layout.pipeline, layout.virtual, rank, num_micro_batches):
         if direction == "F":
             peak = max(peak, kept + forward_bytes[chunk] if forward_bytes else 0.0)
             kept += saved_bytes[chunk]
@@ -77,9 +85,8 @@ def pipeline_seconds(
     # Beyond the first three rounds every further micro-batch costs the slowest rank's time.
     simulated = min(num_micro_batches, 3 * p + num_micro_batches % p)
     busy = [sum((forward[i] + (backward[i] if backward else 0.0)) for i in range(r, len(forward), p)) for r in range(p)]
-    queues = [
-        _operations(layout, rank=r, num_micro_batches=simulated, has_backward=backward is not None) for r in range(p)
-    ]
+    has_backward = backward is not None
+    queues = [_operations(p, layout.virtual, r, simulated, has_backward) for r in range(p)]
     done: dict[tuple[str, int, int], float] = {}
     clock = [0.0] * p
     position = [0] * p
@@ -103,8 +110,12 @@ def pipeline_seconds(
     return max(clock) + (num_micro_batches - simulated) * max(busy)
 
 
-def _operations(layout: Layout, *, rank: int, num_micro_batches: int, has_backward: bool) -> list[tuple[str, int, int]]:
+@lru_cache(maxsize=4096)
+def _operations(
+    pipeline: int, virtual: int, rank: int, num_micro_batches: int, has_backward: bool
+) -> list[tuple[str, int, int]]:
     """(direction, chunk number, micro-batch) of one rank in order."""
+    layout = Layout(pipeline=pipeline, virtual=virtual)
     steps = schedule(layout, rank=rank, num_micro_batches=num_micro_batches)
     if not has_backward:
         steps = (("F", chunk) for chunk in _chunk_order(layout, num_micro_batches))
@@ -113,5 +124,5 @@ def _operations(layout: Layout, *, rank: int, num_micro_batches: int, has_backwa
     for step in steps:
         counts[step] = counts.get(step, -1) + 1
         direction, chunk = step
-        operations.append((direction, chunk * layout.pipeline + rank, counts[step]))
+        operations.append((direction, chunk * pipeline + rank, counts[step]))
     return operations

@@ -11,9 +11,10 @@ from functools import cached_property
 
 from megatron_ktr.accounting.flops import Flops, count_step
 from megatron_ktr.accounting.layout import Layout, why_not
+from megatron_ktr.accounting.links import Machine
 from megatron_ktr.accounting.memory import Memory, estimate_memory
 from megatron_ktr.accounting.saved import FUSED, Kernels
-from megatron_ktr.accounting.timing import Machine, StepTime, estimate_time
+from megatron_ktr.accounting.timing import StepTime, estimate_time
 from megatron_ktr.accounting.work import EACH_ONCE, GroupWork, Recompute, StepSettings, video_grid
 from megatron_ktr.errors import UserError
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig

@@ -16,7 +16,7 @@ NOT_TRAINING = frozenset({"seconds/rollout", "seconds/weights"})
 
 def settings_of(config: Config, objective: Objective, *, key_share: float = 1.0) -> StepSettings:
     """The passes a run's steps need, each piece of work done once and nothing recomputed but the streamed head."""
-    section = config.objective
+    section, has_adapters = config.objective, config.model.lora_rank > 0
     has_selection = objective.needs_selection_first or section.updates_per_rollout > 1 or section.original_compat
     return StepSettings(
         has_hidden="hidden" in objective.views,
@@ -25,7 +25,8 @@ def settings_of(config: Config, objective: Objective, *, key_share: float = 1.0)
         has_reference=objective.needs_reference,
         has_selection=has_selection,
         num_updates=section.updates_per_rollout,
-        frozen=frozenset(config.model.freeze),
+        frozen=frozenset(("vision", "merger", "language") if has_adapters else config.model.freeze),
+        has_adapters=has_adapters,
         key_share=key_share,
         has_streamed_head=False,
     )

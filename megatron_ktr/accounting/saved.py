@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_ktr.accounting.layout import Layout
+from megatron_ktr.accounting.rows import share_rows
 from megatron_ktr.accounting.work import GroupWork, StepSettings, num_patches
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 
@@ -76,13 +77,10 @@ class LayerBytes:
     """Largest amount that its backward needs beside what is kept: gradients of the MLP's inner rows."""
 
 
-def count_rows(config: Qwen2_5_VLConfig, groups: Sequence[GroupWork], layout: Layout) -> tuple[float, float]:
+def count_rows(config: Qwen2_5_VLConfig, groups: Sequence[GroupWork], layout: Layout) -> tuple[int, int]:
     """(T, t): rows on a context rank, and of norms and residuals on a tensor rank."""
-    rows = sum(group.prompt_length(config) + group.num_response_tokens for group in groups) / layout.context
-    if layout.sequence_parallel:
-        rows = -(-rows // layout.tensor) * layout.tensor
-        return rows, rows / layout.tensor
-    return rows, rows
+    rows = share_rows(config, groups, layout)
+    return rows.on_context_rank, rows.on_tensor_rank
 
 
 def language_layer(

@@ -2,54 +2,48 @@
 
 A chunk's time for one micro-batch of a pass is
 
-    operations of the chunk / (ranks that share them x peak x efficiency) + bytes / bandwidth of what it sends
+    operations of the chunk / (ranks that share them x peak x efficiency) + its messages / bandwidth of their links
 
-Operations: language layers are split evenly, the encoder is the first chunk's, the head the last's. A pass takes what
-the pipeline's schedule takes with these times (``pipeline.py``); passes (policy, hidden, each shuffled, reference,
-selection) follow one another. Bytes, per micro-batch, of T rows (of this context rank) of b bytes a number:
+forward and backward apart. Operations: language layers are split evenly over chunks and tensor ranks, over context
+ranks as rows are (responses stay whole: some ranks may have more); the encoder is the first chunk's, the head the
+last's. A pass takes what the pipeline's schedule takes with these times (``pipeline.py``); passes (policy, hidden,
+each shuffled, reference, selection) follow one another. Messages are those of ``communication.py``, one after another,
+each at the speed of the slowest link on its way (``links.py``); by their ranks they are
 
-    tensor    forward and backward each 2 all-reduces of T D a layer (or the equal gather and scatter), 2 (tp - 1) / tp
-              times their size; sequence parallelism gathers once more in backward; the encoder likewise, W wide
-    context   keys and values of all ranks, gathered a layer: (cp - 1) / cp 2 K T_all; in backward again, and the
-              gradients scattered
-    pipeline  T / tp D to the next stage, in backward to the previous, for every chunk
-    data      once a step: fp32 gradients scattered and weights gathered over data x context ranks; hidden behind the
-              backward of the last and the forward of the first micro-batch as far as those last
+    tensor    of the tensor ranks: layers, encoder, statistics of the head; once an update the norms' gradients
+    context   of the context ranks (and tensor x context: features): keys and values
+    pipeline  activations and their gradients
+    data      gradients and weights once an update; hidden behind the backward of the last and the forward of the first
+              micro-batch as far as those last
 
-Only the data part counts on overlap. Tensor groups lie inside a node; a wider group than a node uses the network.
+Only the data part counts on overlap.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_ktr.accounting.communication import Message, chunk_messages, seconds_of, update_messages
 from megatron_ktr.accounting.flops import Flops
-from megatron_ktr.accounting.layout import Layout, count_parameters
+from megatron_ktr.accounting.layout import Layout
+from megatron_ktr.accounting.links import Group, Machine
+from megatron_ktr.accounting.passes import StepPass, step_passes
 from megatron_ktr.accounting.pipeline import pipeline_seconds
-from megatron_ktr.accounting.saved import count_patches
+from megatron_ktr.accounting.rows import share_rows
 from megatron_ktr.accounting.work import GroupWork, StepSettings
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 
 LANGUAGE_PARTS = ("prompt", "response", "attention_prompt", "attention_response")
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What layouts are timed on. Bandwidths are of one GPU in one direction, as measured rather than as sold."""
-
-    peak_tflops: float = 989.0
-    """Of one GPU, dense bf16."""
-    efficiency: float = 0.45
-    """Share of the peak that the kernels of a busy rank reach."""
-    gpus_per_node: int = 8
-    link_gb_per_second: float = 350.0
-    """Inside a node, 10^9 bytes a second."""
-    network_gb_per_second: float = 40.0
-
-    def bandwidth(self, num_ranks: int) -> float:
-        """Bytes a second for a group that spans this many consecutive ranks."""
-        return 1e9 * (self.link_gb_per_second if num_ranks <= self.gpus_per_node else self.network_gb_per_second)
+COUNTED_UNDER: dict[Group, str] = {
+    "tensor": "tensor",
+    "context": "context",
+    "tensor_context": "context",
+    "next": "pipeline",
+    "previous": "pipeline",
+    "embedding": "data",
+    "data_context": "data",
+}
 
 
 @dataclass(frozen=True)
@@ -76,6 +70,8 @@ class StepTime:
 
 @dataclass(frozen=True)
 class _ChunkTime:
+    """Seconds of one direction of one micro-batch."""
+
     compute: float
     tensor: float
     context: float
@@ -84,20 +80,6 @@ class _ChunkTime:
     @property
     def total(self) -> float:
         return self.compute + self.tensor + self.context + self.pipeline
-
-
-@dataclass(frozen=True)
-class _Pass:
-    """One run of one micro-batch through the pipeline."""
-
-    times: int
-    """How often the step runs it."""
-    operations: Mapping[str, float]
-    """By ``vision``, ``language``, ``head``."""
-    num_rows: int
-    encoded: Sequence[GroupWork]
-    """Groups whose media the encoder runs on."""
-    has_backward: bool = False
 
 
 def estimate_time(
@@ -115,108 +97,115 @@ def estimate_time(
     m, b, p = num_micro_batches, bytes_per_number, layout.pipeline
     sums = dict.fromkeys(("compute", "bubble", "tensor", "context", "pipeline"), 0.0)
     first_forward = last_backward = 0.0
-    for one in _passes(config, groups, flops, settings):
-        chunks = [
-            _chunk_time(config, one, layout, chunk=chunk, settings=settings, machine=machine, b=b)
-            for chunk in range(layout.num_chunks)
-        ]
-        # Forward's share of forward, recomputation and backward.
-        share = 1 / (3 + (settings.recompute == "full")) if one.has_backward else 1.0
+    for one in step_passes(groups, settings):
+        both = _all_chunk_times(config, one, flops, layout, settings=settings, machine=machine, b=b)
+        forward, backward = ([side.total for side in sides] for sides in zip(*both, strict=True))
         duration = pipeline_seconds(
-            layout,
-            num_micro_batches=m,
-            forward=[share * chunk.total for chunk in chunks],
-            backward=[(1 - share) * chunk.total for chunk in chunks] if one.has_backward else None,
+            layout, num_micro_batches=m, forward=forward, backward=backward if one.has_backward else None
         )
         for part in ("compute", "tensor", "context", "pipeline"):
-            sums[part] += one.times * m * sum(getattr(chunk, part) for chunk in chunks) / p
-        sums["bubble"] += one.times * max(0.0, duration - m * sum(chunk.total for chunk in chunks) / p)
+            sums[part] += one.times * m * sum(getattr(side, part) for sides in both for side in sides) / p
+        sums["bubble"] += one.times * max(0.0, duration - m * (sum(forward) + sum(backward)) / p)
         if one.has_backward:
-            slowest = max(sum(chunk.total for chunk in chunks[rank::p]) for rank in range(p))
-            first_forward, last_backward = share * slowest, (1 - share) * slowest
-    scatter, gather = _data_seconds(config, layout, settings, machine, b)
+            slowest = max(range(p), key=lambda rank: sum(forward[rank::p]) + sum(backward[rank::p]))
+            first_forward, last_backward = sum(forward[slowest::p]), sum(backward[slowest::p])
+    scatter, gather, inside = _update_seconds(config, layout, settings=settings, machine=machine, b=b)
+    sums["tensor"] += settings.num_updates * inside
     exposed = max(0.0, scatter - last_backward) + max(0.0, gather - first_forward)
     return StepTime(**sums, data=settings.num_updates * exposed)
 
 
-def _passes(
-    config: Qwen2_5_VLConfig, groups: Sequence[GroupWork], flops: Flops, settings: StepSettings
-) -> Iterator[_Pass]:
-    counts = {
-        ("policy_forward", "policy_recompute", "policy_backward"): settings.num_updates,
-        ("hidden",): int(settings.has_hidden),
-        ("shuffled",): settings.num_shuffles if settings.shuffle_unit else 0,
-        ("reference",): int(settings.has_reference),
-        ("selection",): int(settings.has_selection),
-    }
-    for names, times in counts.items():
-        if not times:
-            continue
-        is_text = names == ("hidden",) and not settings.is_hidden_masked
-        operations = {
-            "vision": flops.of(*names, parts=("vision",)) / times,
-            "language": flops.of(*names, parts=LANGUAGE_PARTS) / times,
-            "head": flops.of(*names, parts=("head",)) / times,
-        }
-        yield _Pass(
-            times=times,
-            operations=operations,
-            num_rows=sum(
-                (g.text_length if is_text else g.prompt_length(config)) + g.num_response_tokens for g in groups
-            ),
-            encoded=groups if operations["vision"] else (),
-            has_backward="policy_backward" in names,
-        )
-
-
-def _chunk_time(
+def _all_chunk_times(
     config: Qwen2_5_VLConfig,
-    one: _Pass,
+    one: StepPass,
+    flops: Flops,
     layout: Layout,
     *,
-    chunk: int,
     settings: StepSettings,
     machine: Machine,
     b: int,
+) -> list[tuple[_ChunkTime, _ChunkTime]]:
+    """By number. Where stages fill whole nodes, those between the first and the last chunk are alike."""
+    fills_nodes = layout.num_ranks // layout.pipeline % machine.gpus_per_node == 0
+    known: dict[tuple[bool, bool, int], tuple[_ChunkTime, _ChunkTime]] = {}
+    found = []
+    for number in range(layout.num_chunks):
+        kind = (number == 0, number == layout.num_chunks - 1, 0 if fills_nodes else number % layout.pipeline)
+        if kind not in known:
+            known[kind] = _chunk_times(
+                config, one, flops, layout, number=number, settings=settings, machine=machine, b=b
+            )
+        found.append(known[kind])
+    return found
+
+
+def _chunk_times(
+    config: Qwen2_5_VLConfig,
+    one: StepPass,
+    flops: Flops,
+    layout: Layout,
+    *,
+    number: int,
+    settings: StepSettings,
+    machine: Machine,
+    b: int,
+) -> tuple[_ChunkTime, _ChunkTime]:
+    """(forward, backward) of one micro-batch on one of all p v chunks."""
+    traffic = chunk_messages(config, one, layout, number=number, settings=settings, bytes_per_number=b)
+    rows = share_rows(config, one.groups, layout).on_context_rank
+    ranks: float = layout.tensor * layout.context
+    if layout.context > 1:
+        ranks = layout.tensor * _num_rows(config, one) / rows
+    # Stages are alike but for their place; ranks of a stage but for the context ranks' shares of the head.
+    rank = number % layout.pipeline * (layout.num_ranks // layout.pipeline)
+    forward, backward = (
+        _direction(
+            messages,
+            sum(_operations(flops, name, one.times, layout, number, ranks) for name in names),
+            layout,
+            rank,
+            machine,
+        )
+        for messages, names in ((traffic.forward, one.flops[:1]), (traffic.backward, one.flops[1:]))
+    )
+    return forward, backward
+
+
+def _num_rows(config: Qwen2_5_VLConfig, one: StepPass) -> int:
+    return sum(group.prompt_length(config) + group.num_response_tokens for group in one.groups)
+
+
+def _operations(flops: Flops, name: str, times: int, layout: Layout, number: int, ranks: float) -> float:
+    """Of the rank with the most rows in one run of the pass; ``ranks`` share those of a language layer."""
+    operations = flops.of(name, parts=LANGUAGE_PARTS) / layout.num_chunks / ranks
+    if number == layout.num_chunks - 1:
+        operations += flops.of(name, parts=("head",)) / ranks
+    if number == 0:
+        operations += flops.of(name, parts=("vision",)) / (layout.vision_shards * layout.vision_frames_split)
+    return operations / times
+
+
+def _direction(
+    messages: Sequence[Message], operations: float, layout: Layout, rank: int, machine: Machine
 ) -> _ChunkTime:
-    """One micro-batch on one of all p v chunks, forward and (policy) backward."""
-    text, vision, tp, cp = config.text, config.vision, layout.tensor, layout.context
-    # Forward's messages; backward sends them again, recomputation and sequence parallelism once more.
-    repeated = settings.recompute == "full"
-    tensor_rounds = 2 + repeated + 0.5 * layout.sequence_parallel if one.has_backward else 1
-    context_rounds = 3 + repeated if one.has_backward else 1
-    num_layers = text.num_hidden_layers / layout.num_chunks
-    operations = one.operations["language"] / layout.num_chunks / (tp * cp)
-    reduced = num_layers * 2 * one.num_rows / cp * text.hidden_size
-    gathered_features = 0.0
-    if chunk == layout.num_chunks - 1:
-        operations += one.operations["head"] / (tp * cp)
-    if chunk == 0:
-        operations += one.operations["vision"] / (layout.vision_shards * layout.vision_frames_split)
-        if layout.vision_shards > 1:
-            reduced += 2 * vision.depth * count_patches(one.encoded, layout) * vision.hidden_size
-        if layout.vision_frames_split > 1:
-            gathered_features = sum(group.num_visual_tokens(vision) for group in one.encoded) * text.hidden_size * b
-    kv = 2 * text.num_key_value_heads * text.head_size / tp
-    gathered = num_layers * kv * one.num_rows * (cp - 1) / cp * b
-    sent = one.num_rows / cp * text.hidden_size * b * (layout.pipeline > 1)
-    sent *= (1 + one.has_backward) / (tp if layout.sequence_parallel else 1)
-    return _ChunkTime(
-        compute=operations / (1e12 * machine.peak_tflops * machine.efficiency),
-        tensor=tensor_rounds * reduced * b * 2 * (tp - 1) / tp / machine.bandwidth(tp),
-        context=(context_rounds * gathered + gathered_features) / machine.bandwidth(tp * cp),
-        pipeline=sent / machine.bandwidth(layout.num_ranks),
-    )
+    parts = dict.fromkeys(("tensor", "context", "pipeline"), 0.0)
+    for message in messages:
+        parts[COUNTED_UNDER[message.group]] += seconds_of([message], layout, rank=rank, machine=machine)
+    return _ChunkTime(compute=operations / (1e12 * machine.peak_tflops * machine.efficiency), **parts)
 
 
-def _data_seconds(
-    config: Qwen2_5_VLConfig, layout: Layout, settings: StepSettings, machine: Machine, b: int
-) -> tuple[float, float]:
-    """(scattering gradients, gathering weights) on the stage with the most parameters, as if nothing were hidden."""
-    num_replicas = layout.data * layout.context
-    most = max(
-        count_parameters(config, layout, rank=rank).trainable(settings.frozen) for rank in (0, layout.pipeline - 1)
-    )
-    volume = most * (num_replicas - 1) / num_replicas
-    bandwidth = machine.bandwidth(layout.tensor * num_replicas)
-    return 4 * volume / bandwidth, b * volume / bandwidth
+def _update_seconds(
+    config: Qwen2_5_VLConfig, layout: Layout, *, settings: StepSettings, machine: Machine, b: int
+) -> tuple[float, float, float]:
+    """(summing gradients, gathering weights, sums over tensor ranks) of the slowest stage, nothing hidden."""
+    found = []
+    for stage in {0, layout.pipeline - 1}:
+        messages = update_messages(config, layout, stage=stage, settings=settings, bytes_per_number=b)
+        gathers = [m for m in messages if m.part == "data" and m.operation == "all_gather"]
+        inside = [m for m in messages if m.group == "tensor"]
+        scatters = [m for m in messages if m not in gathers and m not in inside]
+        rank = stage * (layout.num_ranks // layout.pipeline)
+        found.append(
+            tuple(seconds_of(part, layout, rank=rank, machine=machine) for part in (scatters, gathers, inside))
+        )
+    return max(found, key=sum)

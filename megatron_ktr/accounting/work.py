@@ -72,12 +72,16 @@ class StepSettings:
     has_selection: bool = False
     """One more intact pass without gradient, before the update."""
     num_updates: int = 1
+    compares_distributions: bool = False
+    """``shift: kl``: hidden rows of all views meet in one pass over the vocabulary; False: each view's log-probs."""
     recompute: Recompute = "none"
     """``full``: every layer's forward again in backward. ``selective``: the core attention's."""
     recompute_vision: bool = False
     """Keep features only, and run a trained encoder again in backward."""
     frozen: frozenset[str] = frozenset()
     """Some of vision (the encoder without its merger), merger, language."""
+    has_adapters: bool = False
+    """A frozen language model whose activations have gradients nevertheless, for adapters on it."""
     has_vision_once: bool = True
     """Features of the intact view are shared by all passes with the same encoder weights and content; False: every
     pass that shows media runs the encoder."""

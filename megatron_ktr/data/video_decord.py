@@ -21,6 +21,7 @@ import importlib.util
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -164,6 +165,9 @@ def _open_reader(request: dict[str, Any]) -> Any:
 
 def _serve() -> None:
     """The child: answers requests until the parent closes the pipe."""
+    # A scheduler's request to leave goes to every process of a job; the rank finishes its step first, and needs us.
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # native code that prints must not write into the answers
     complaints = tempfile.TemporaryFile()

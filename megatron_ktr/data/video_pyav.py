@@ -20,17 +20,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 
 from megatron_ktr.data.unusable import UnusableMedia
+from megatron_ktr.errors import UserError
+
+try:
+    import av
+
+    _ERRORS: tuple[type[Exception], ...] = (av.FFmpegError, OSError, ValueError, EOFError, RuntimeError)
+except ModuleNotFoundError:
+    # Training on recorded tensors and measuring need no video files: only opening one does.
+    av, _ERRORS = None, ()
 
 _PLAYLIST_FORMATS = ("hls", "dash", "concat", "concatf", "imf", "sdp", "rtsp", "webm_dash_manifest")
 """Formats that name other files or hosts: following them would lead outside the media root."""
 _CONTAINER_OPTIONS = {"protocol_whitelist": "file"}
 _OPEN_TIMEOUT_SECONDS = (30.0, 30.0)
 _DECODER_THREADS = 2
-_ERRORS = (av.FFmpegError, OSError, ValueError, EOFError, RuntimeError)
 
 
 class _FrameNotFound(Exception):
@@ -113,6 +120,8 @@ def decode_frames(index: VideoIndex, wanted: Sequence[int]) -> Iterator[np.ndarr
 
 
 def _open(path: Path) -> Any:
+    if av is None:
+        raise UserError("reading videos needs the package av, which is not installed (pip install av)")
     container = av.open(
         str(path), metadata_errors="ignore", container_options=_CONTAINER_OPTIONS, timeout=_OPEN_TIMEOUT_SECONDS
     )

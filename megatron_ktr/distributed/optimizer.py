@@ -16,6 +16,7 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import get_model_config
 
 from megatron_ktr.config_sections import OptimizerSection, ParallelSection
 from megatron_ktr.distributed.checks import check_optimizer_config, check_transformer_config
@@ -51,6 +52,7 @@ def wrap_in_ddp(
         overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=optimizer.use_distributed_optimizer,
         average_in_collective=False,
+        fp8_param_gather=config.fp8_param,
     )
     return [
         DistributedDataParallel(
@@ -79,6 +81,7 @@ def build_optimizer(
     Raises:
         UserError: SGD with the distributed optimizer, which megatron-core does not know how to checkpoint.
     """
+    model_config = get_model_config(ddp_chunks[0])
     config = OptimizerConfig(
         optimizer=section.optimizer,
         lr=section.lr,
@@ -94,6 +97,7 @@ def build_optimizer(
         params_dtype=dtype,
         use_distributed_optimizer=section.use_distributed_optimizer,
         overlap_param_gather=overlap_param_gather,
+        fp8_recipe=model_config.fp8_recipe if model_config.fp8 else None,
     )
     check_optimizer_config(config, platform=current())
     no_decay = ParamKey(name="*.bias", predicate=ParamPredicate(name="vector", fn=lambda p: p.ndim == 1))

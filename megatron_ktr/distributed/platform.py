@@ -28,6 +28,10 @@ class Platform:
     device: torch.device
     backend: str
     """torch.distributed backend of every process group."""
+    compute_capability: tuple[int, int] | None = None
+    """Of the GPU; None on CPU."""
+    toolkit_version: tuple[int, int] | None = None
+    """CUDA that torch was built with; None on CPU."""
 
     def seed(self, seed: int) -> None:
         """Seeds Python, numpy and torch (host and device). Megatron's tracked states: ``init_parallel``."""
@@ -78,6 +82,10 @@ class _CudaPlatform(Platform):
     def __init__(self) -> None:
         self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(self.device)
+        self.compute_capability = torch.cuda.get_device_capability(self.device)
+        if torch.version.cuda:
+            major, minor, *_ = torch.version.cuda.split(".")
+            self.toolkit_version = (int(major), int(minor))
 
     def synchronize(self) -> None:
         torch.cuda.synchronize()

@@ -210,6 +210,9 @@ def _repair_megatron() -> None:
     is_imported = "megatron.core" in sys.modules
     compile_function = torch.compile
     if not is_imported:
+        # Where it is installed, on a GPU machine that runs on CPU this once: core would take its optimizers, which are
+        # kernels for GPUs, and its import may want a driver. With None in its place it is not there.
+        sys.modules.setdefault("transformer_engine", None)  # type: ignore[arg-type]
         # megatron-core decorates its fused activations with torch.compile: seconds per rank, and a C++ compiler.
         torch.compile = lambda model=None, **kwargs: model if model is not None else (lambda function: function)
     try:

@@ -28,6 +28,7 @@ from megatron_ktr.data.template import PromptBuilder, VisualTokens
 from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.errors import UserError, same_on_every_rank
 from megatron_ktr.packing import MediaSpec, pack_groups
+from megatron_ktr.precision import token_multiple
 from megatron_ktr.rollout.sampler_probes import IMAGE, LONG, PATCH, SIZED, TEXT, TIMING, VIDEO, probe_prompts
 from megatron_ktr.rollout.sampling import SamplingSettings
 from megatron_ktr.types import Prompt, RolloutGroup
@@ -229,7 +230,7 @@ def build_sampler_check(
     send_weights: Callable[[], None],
 ) -> SamplerCheck | None:
     """The check of this run's engine against its policy; None where nothing is sampled, or where it is off."""
-    rollout, parallel = config.rollout, config.parallel
+    rollout = config.rollout
     if not (rollout.check_sampler and source.needs_weights):
         return None
     builder = PromptBuilder(
@@ -258,7 +259,7 @@ def build_sampler_check(
             trainer_logprobs,
             policy=policy,
             media=media,
-            pad_to_multiple=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
+            pad_to_multiple=token_multiple(config),
         ),
         send_weights=send_weights,
         worst=partial(worst_of_replicas, groups=policy.groups),

@@ -21,22 +21,28 @@ from megatron_ktr.data.preprocess import PreprocessSettings
 from megatron_ktr.errors import UserError
 from megatron_ktr.hf_files import SafetensorsWriter, TensorInfo, copy_side_files, new_directory
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
+from models.qwen2_5_vl.fp8 import plain_tensor, set_parameter
 from models.qwen2_5_vl.hf_weights import open_hf_weights
 from models.qwen2_5_vl.weight_map import TE_NAMES, WeightSpec, weight_specs
 
 TensorOf = Callable[[nn.Parameter], Tensor | None]
 GatherTo = Literal["all", "source"]
+ADAPTERS = ("lora_a", "lora_b")
+"""Parameters that ``lora.py`` adds to layers: no part of the published model, hence of no other table."""
 
 
-def named_model_parameters(model: nn.Module | Sequence[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
-    """Parameters of a model (or of its virtual-pipeline chunks) under the table's names.
+def named_model_parameters(
+    model: nn.Module | Sequence[nn.Module], *, adapters: bool = False
+) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters of a model (or of its virtual-pipeline chunks) under the table's names; or those of its adapters.
 
     Unwraps DDP, counts layers over the whole model, and gives Transformer Engine's fused norms their plain name.
     """
     for chunk in model if isinstance(model, Sequence) else (model,):
         inner = unwrap_model(chunk)
         for name, parameter in inner.named_parameters():
-            yield _table_name(inner, name), parameter
+            if (name.rpartition(".")[2] in ADAPTERS) is adapters:
+                yield _table_name(inner, name), parameter
 
 
 def model_config(model: nn.Module | Sequence[nn.Module]) -> Qwen2_5_VLConfig:
@@ -82,7 +88,7 @@ def load_hf_weights(model: nn.Module | Sequence[nn.Module], hf_dir: Path | str, 
     for name, parameter in named_model_parameters(chunks):
         spec, shape = specs[name], tuple(parameter.shape)
         index, count = layout.shard(spec, shape)
-        parameter.copy_(spec.read_shard(reader.read, shape, index=index, count=count))
+        set_parameter(parameter, spec.read_shard(reader.read, shape, index=index, count=count))
 
 
 @dataclass(frozen=True)
@@ -126,11 +132,13 @@ def export_hf_tensors(
     groups: Any = None,
     tensor_of: TensorOf | None = None,
     gather_to: GatherTo = "all",
+    adapters: Sequence[WeightSpec] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yields (published Hugging Face name, whole tensor) one by one: vision, embedding, layers, norm, head.
 
     Collective over the tensor and pipeline groups: every rank of a replica must exhaust the iterator. One tensor
-    and its shards are in memory beside the model, never more. A tied head is not exported.
+    and its shards are in memory beside the model, never more. A tied head is not exported. Parameters kept in FP8
+    come out in their nominal dtype, as the numbers the model multiplies with.
 
     Args:
         model: the model or its virtual-pipeline chunks, wrapped or not.
@@ -140,15 +148,16 @@ def export_hf_tensors(
             ``finalize_model_grads``). Where it returns None the parameter is left out.
         gather_to: "all": every rank gets every tensor. "source": only the replica's source rank does (tensor and
             pipeline rank 0); the others take part and yield nothing.
+        adapters: a table of adapters, to be exported in place of the model (``lora.py``).
     """
     layout = _Layout.of(groups)
     tensor_of = tensor_of or (lambda parameter: parameter)
-    local = dict(named_model_parameters(model))
-    specs = weight_specs(model_config(model))
+    local = dict(named_model_parameters(model, adapters=adapters is not None))
+    specs = weight_specs(model_config(model)) if adapters is None else adapters
     if unknown := sorted(set(local) - {spec.name for spec in specs}):
         raise RuntimeError(f"parameters that the table of names does not know: {', '.join(unknown)}")
     owners = _stage_and_dtype(local, tensor_of, layout)
-    device = next(iter(local.values())).device
+    device = next(unwrap_model(model[0] if isinstance(model, Sequence) else model).parameters()).device
     for spec in specs:
         if spec.is_tied_copy or spec.name not in owners:
             continue
@@ -156,7 +165,7 @@ def export_hf_tensors(
         wants = gather_to == "all" or layout.is_source
         hf_tensors = None
         if stage == layout.pipeline_rank:
-            shard = tensor_of(local[spec.name]).detach()
+            shard = plain_tensor(tensor_of(local[spec.name]).detach())
             hf_tensors = _gather_shards(spec, shard, layout, gather_to=gather_to)
         elif wants:
             hf_tensors = tuple(torch.empty(shape, dtype=dtype, device=device) for shape in spec.hf_shapes)
@@ -226,12 +235,14 @@ def save_hf(
     *,
     groups: Any = None,
     hf_source_dir: Path | str,
+    tensor_of: TensorOf | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
     """Writes a directory that transformers and ``vllm serve`` load: weights, and every side file of the source.
 
     Collective over the world. The first replica's source rank writes, tensor by tensor, into a scratch directory
-    that is renamed at the end. ``dtype`` in config.json becomes that of the written weights.
+    that is renamed at the end. ``dtype`` in config.json becomes that of the written weights. ``tensor_of`` as for
+    ``export_hf_tensors``, in the parameters' dtype.
 
     Raises:
         UserError: on every rank: ``out_dir`` exists, or the disk is full.
@@ -241,7 +252,7 @@ def save_hf(
     failure: Exception | None = None
     if takes_part:
         infos = _export_infos(model, layout)
-        tensors = export_hf_tensors(model, groups=groups, gather_to="source")
+        tensors = export_hf_tensors(model, groups=groups, tensor_of=tensor_of, gather_to="source")
         if layout.is_source:
             try:
                 _write_hf_directory(Path(out_dir), tensors, infos, Path(hf_source_dir), max_shard_bytes=max_shard_bytes)
@@ -250,7 +261,7 @@ def save_hf(
         # After a failure the other ranks still wait in the collectives of the tensors that were not written.
         for _ in tensors:
             pass
-    _raise_everywhere(failure, groups)
+    raise_everywhere(failure, groups)
 
 
 def _export_infos(model: nn.Module | Sequence[nn.Module], layout: _Layout) -> list[TensorInfo]:
@@ -306,7 +317,7 @@ def _complete_processor_files(directory: Path) -> None:
             path.write_text(json.dumps(stored | missing, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _raise_everywhere(failure: Exception | None, groups: Any) -> None:
+def raise_everywhere(failure: Exception | None, groups: Any) -> None:
     """Lets every rank fail with the writer's error instead of waiting for it in the next collective."""
     message = [None if failure is None else str(failure)]
     if groups is not None and groups.world_size > 1:

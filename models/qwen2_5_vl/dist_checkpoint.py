@@ -179,6 +179,11 @@ def locate_tensors(reader: TorchDistReader, *, config: Qwen2_5_VLConfig) -> dict
             missing.append(stacked.key)
         else:
             places[spec.name] = place
+    if missing and any(key.endswith((".lora_a", ".lora_b")) for key in reader.tensors):
+        raise UserError(
+            f"{reader.directory} holds adapters alone (--lora-rank), beside the model that the run started from; a "
+            "run's export directory holds them merged or as PEFT's"
+        )
     if missing:
         missing = list(dict.fromkeys(missing))
         raise UserError(f"{reader.directory}: {len(missing)} tensors missing: {list_some(missing)}")

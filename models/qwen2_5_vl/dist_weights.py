@@ -10,6 +10,7 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from torch import Tensor, nn
 
 from megatron_ktr.distributed.checks import check_checkpoint_packages
@@ -52,7 +53,7 @@ def _mark_copies(state: dict[str, Any], *, tensor_rank: int) -> None:
 def _trim_vision_mlp(state: dict[str, Any], model: nn.Module) -> None:
     true_size = model.model_config.vision.intermediate_size
     group = model.vision.tensor_group
-    if model.model_config.vision.padded_intermediate_size(group.size()) == true_size:
+    if model.vision.config.ffn_hidden_size == true_size:
         return
     for name, value in state.items():
         if isinstance(value, ShardedTensor | ShardedTensorFactory) and value.key.startswith(VISION_MLP):
@@ -150,4 +151,6 @@ def load_megatron_weights(model: nn.Module | Sequence[nn.Module], directory: Pat
 def save_megatron_weights(model: nn.Module | Sequence[nn.Module], directory: Path | str) -> None:
     """Writes the model alone as a distributed checkpoint to an existing empty directory; collective over the world."""
     check_checkpoint_packages()
-    dist_checkpointing.save(model_sharded_state_dict(model), str(directory))
+    states = model_sharded_state_dict(model)
+    force_all_tensors_to_non_fp8(states)
+    dist_checkpointing.save(states, str(directory))

@@ -17,7 +17,8 @@ final norm             ``RMSNorm``                             TENorm
 ``PrefixCoreAttention`` with that implementation, in either column.
 
 Both keep the same keys in a distributed checkpoint. Only this file may import Transformer Engine, and only once it
-is known to be there: it is importable, and a CPU run never asks for it.
+is known to be there: it is importable, and a CPU run never asks for it. The vision encoder's layers, on the same
+modules, are in ``vision_layer_spec.py``.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def language_layer_spec(impl: TransformerImpl, attention_impl: AttentionImpl = "
     if attention_impl == "te" and not uses_te:
         raise UserError("--attention-impl te needs --transformer-impl te; use auto, torch, merged or varlen")
     if uses_te and attention_impl in ("auto", "te"):
-        return _te_layer(_te_modules().PrefixCoreAttention)
+        return _te_layer(te_modules().PrefixCoreAttention)
     attention = ModuleSpec(module=PrefixCoreAttention, params={"impl": attention_impl})
     return _te_layer(attention) if uses_te else _local_layer(attention)
 
@@ -99,7 +100,7 @@ def language_block_spec(
 
 def norm_class(impl: TransformerImpl) -> Any:
     """Norm outside fused layers: of the block's end."""
-    return _te_modules().norm if resolve_transformer_impl(impl) == "te" else RMSNorm
+    return te_modules().norm if resolve_transformer_impl(impl) == "te" else RMSNorm
 
 
 def _local_layer(core_attention: Any) -> ModuleSpec:
@@ -132,7 +133,7 @@ def _local_layer(core_attention: Any) -> ModuleSpec:
 
 
 def _te_layer(core_attention: Any) -> ModuleSpec:
-    te = _te_modules()
+    te = te_modules()
     attention = SelfAttentionSubmodules(
         linear_qkv=te.norm_column_linear,
         core_attention=core_attention,
@@ -157,7 +158,7 @@ def _te_layer(core_attention: Any) -> ModuleSpec:
 
 
 @cache
-def _te_modules() -> SimpleNamespace:
+def te_modules() -> SimpleNamespace:
     """Transformer Engine's modules as megatron-core wraps them; defined on demand because they need TE to exist."""
     from megatron.core.extensions.transformer_engine import (
         TEDotProductAttention,

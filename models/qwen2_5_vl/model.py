@@ -32,6 +32,7 @@ from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.distributed.platform import current
 from megatron_ktr.ops.group_divergence import group_divergence
 from megatron_ktr.ops.token_statistics import Impl, TokenStatistics
+from megatron_ktr.precision import token_multiple
 from megatron_ktr.types import PackedBatch
 from models.qwen2_5_vl.attention import OneRank, PrefixSeqParams
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
@@ -68,28 +69,36 @@ class Qwen2_5_VLModel(MegatronModule):
         context_group: torch.distributed.ProcessGroup | None = None,
         accumulate_into_main_grad: bool = False,
         whole_vision_group: torch.distributed.ProcessGroup | None = None,
+        row_multiple: int | None = None,
+        fp8_vision: bool = False,
     ) -> None:
         """``whole_vision_group``, of this rank alone, makes the vision encoder whole on every tensor rank
-        (``vision_parallel: frame``) instead of splitting its weights."""
+        (``vision_parallel: frame``) instead of splitting its weights. ``row_multiple``: what the rows T of a context
+        rank are a multiple of; None asks for what sequence parallelism needs."""
         super().__init__(config=transformer_config)
         self.model_config = model_config
         self.pre_process = pre_process
         self.post_process = post_process
         self.vp_stage = vp_stage
         self.tensor_group = process_groups.tp
+        sequence_shares = transformer_config.tensor_model_parallel_size if transformer_config.sequence_parallel else 1
+        self.row_multiple = row_multiple or sequence_shares
         self.context = None
         if context_group is not None and context_group.size() > 1:
-            multiple = transformer_config.tensor_model_parallel_size if transformer_config.sequence_parallel else 1
-            self.context = ContextRanks(context_group, multiple=multiple)
+            self.context = ContextRanks(context_group, multiple=self.row_multiple)
         self.statistics_impl: Impl = statistics_impl
         self.accumulate_into_main_grad = accumulate_into_main_grad
         self.share_embeddings_and_output_weights = model_config.tie_word_embeddings
+        self.keeps_graph = False
+        """Whether the first layer's input belongs to the graph of backward even where nothing before it is trained."""
         self.vision = None
         if pre_process:
             self.vision = VisionEncoder(
                 model_config.vision,
                 transformer_config=transformer_config,
                 process_groups=_with_tensor_group(process_groups, whole_vision_group or process_groups.tp),
+                transformer_impl=transformer_impl,
+                fp8=fp8_vision,
             )
             if whole_vision_group is not None:
                 for parameter in self.vision.parameters():
@@ -242,7 +251,10 @@ class Qwen2_5_VLModel(MegatronModule):
             # Every context rank encodes all frames and keeps its rows' features: each sends back its rows' gradient
             # alone, and the parameters' gradients add up over the ranks as the language model's do.
             features = features.index_select(0, local.visual_index)
-        return self.language.embed(local.token_ids_T, visual_rows=local.visual_rows, features=features)
+        hidden_T1D = self.language.embed(local.token_ids_T, visual_rows=local.visual_rows, features=features)
+        if self.keeps_graph and torch.is_grad_enabled() and not hidden_T1D.requires_grad:
+            hidden_T1D.requires_grad_()
+        return hidden_T1D
 
     def _needs_vision_gradients(self) -> bool:
         """Whether backward must reach the vision encoder even if this micro-batch has no media.
@@ -257,11 +269,10 @@ class Qwen2_5_VLModel(MegatronModule):
 
     def _check(self, batch: PackedBatch) -> None:
         num_tokens = batch.token_ids_T.shape[0]
-        tensor_size = self.config.tensor_model_parallel_size
-        if self.config.sequence_parallel and self.context is None and num_tokens % tensor_size:
+        if self.context is None and num_tokens % self.row_multiple:
             raise ValueError(
-                f"sequence parallelism splits T over {tensor_size} ranks, got T = {num_tokens}; "
-                "pack with pad_to_multiple set to a multiple of the tensor-parallel size"
+                f"sequence parallelism and FP8 need T in multiples of {self.row_multiple}, got T = {num_tokens}; "
+                "pack with pad_to_multiple set to such a multiple"
             )
         has_vision = batch.patches_SD is not None or batch.features_ED is not None
         if self.pre_process and not has_vision and len(batch.visual_rows):
@@ -313,8 +324,10 @@ def build_model(
             post_process=is_pp_last_stage(pipeline_group) and is_vp_last_stage(vp_stage, num_chunks),
             vp_stage=vp_stage,
             statistics_impl=config.model.token_statistics_impl if config else "auto",
-            accumulate_into_main_grad=config is not None and config.model.gradient_accumulation_fusion,
+            accumulate_into_main_grad=config is not None and config.model.gradient_accumulation_fusion is not False,
             whole_vision_group=groups.alone if config and config.parallel.vision_parallel == "frame" else None,
+            row_multiple=token_multiple(config) if config else None,
+            fp8_vision=config is not None and config.model.fp8_vision,
         )
         chunks.append(chunk.to(current().device))
     return chunks

@@ -7,6 +7,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_ktr.distributed.platform import current
+from megatron_ktr.nvidia_apex import fused_rms_norm
 
 
 class RMSNorm(torch.nn.Module):
@@ -16,6 +17,9 @@ class RMSNorm(torch.nn.Module):
     megatron-core's wrapper around ``torch.nn.RMSNorm`` refuses sequence parallelism, hence this one: under it
     every tensor rank norms its own tokens, so the weight is marked and ``finalize_model_grads`` sums its
     gradient over the tensor group.
+
+    On a GPU with NVIDIA's apex and without Transformer Engine one fused kernel does it; it multiplies by the weight
+    before it rounds, which is a difference of one rounding in 16 bits.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_unused) -> None:
@@ -26,8 +30,11 @@ class RMSNorm(torch.nn.Module):
             torch.ones(hidden_size, dtype=config.params_dtype, device=parameter_device(config))
         )
         self.weight.sequence_parallel = config.sequence_parallel
+        self.fused = None if current().name == "cpu" else fused_rms_norm()
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fused is not None and x.dtype != torch.float64:
+            return self.fused(x, self.weight, self.weight.shape, self.eps)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * normed.to(x.dtype)

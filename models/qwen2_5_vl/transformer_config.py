@@ -5,12 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ktr.distributed.groups import ParallelGroups, ParallelSizes, pipeline_comm_settings
 from megatron_ktr.distributed.platform import current
 from megatron_ktr.errors import UserError
+from megatron_ktr.pipeline_split import Split, chunk_layout, is_even, split_layers
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
+from models.qwen2_5_vl.fp8 import fp8_settings
+from models.qwen2_5_vl.layer_specs import resolve_transformer_impl
 
 if TYPE_CHECKING:
     from megatron_ktr.config import Config
@@ -26,13 +30,20 @@ def language_transformer_config(
     """
     sizes = groups.sizes
     _check_layout(model_config, sizes)
+    split = split_layers(
+        model_config.text.num_hidden_layers,
+        pipeline=sizes.pipeline,
+        virtual=_num_chunks(sizes),
+        options=config.parallel if config else None,
+    )
     try:
         return TransformerConfig(
             **_architecture(model_config),
-            **_placement(sizes, dtype=dtype),
+            **_placement(sizes, split=split, dtype=dtype),
             **pipeline_comm_settings(sizes),
-            **_kernels(),
+            **_kernels(config),
             **_recompute(config),
+            **fp8_settings(model_config, sizes=sizes, config=config),
         )
     except (ValueError, AssertionError) as error:
         raise UserError(f"megatron-core refuses this model and layout: {error}") from error
@@ -67,11 +78,13 @@ def _architecture(model_config: Qwen2_5_VLConfig) -> dict[str, Any]:
     )
 
 
-def _placement(sizes: ParallelSizes, *, dtype: torch.dtype) -> dict[str, Any]:
+def _placement(sizes: ParallelSizes, *, split: Split, dtype: torch.dtype) -> dict[str, Any]:
     return dict(
         tensor_model_parallel_size=sizes.tensor,
         pipeline_model_parallel_size=sizes.pipeline,
         virtual_pipeline_model_parallel_size=_num_chunks(sizes) if _num_chunks(sizes) > 1 else None,
+        # Core has options for single kinds of uneven stages; this one says all of them, and layer offsets follow it.
+        pipeline_model_parallel_layout=None if is_even(split) else chunk_layout(split),
         # Rows are shared out before the first layer and keys gathered in the attention: core's own stays off.
         context_parallel_size=1,
         sequence_parallel=sizes.sequence_parallel,
@@ -88,7 +101,7 @@ def _num_chunks(sizes: ParallelSizes) -> int:
     return sizes.virtual_pipeline or 1
 
 
-def _kernels() -> dict[str, Any]:
+def _kernels(config: Config | None) -> dict[str, Any]:
     # core's fusions are compiled, which on CPU costs minutes and gains nothing.
     can_fuse = current().name != "cpu"
     return dict(
@@ -97,17 +110,37 @@ def _kernels() -> dict[str, Any]:
         masked_softmax_fusion=False,
         # The fused kernel restarts at every segment; M-RoPE needs one frequency per row.
         apply_rope_fusion=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=_fuses_weight_gradients(config),
         # Not in use; core's own default is a deprecated spelling that it warns about.
         cuda_graph_scope=[],
     )
+
+
+def _fuses_weight_gradients(config: Config | None) -> bool:
+    """Whether linear layers add their weight gradients to the fp32 buffer themselves."""
+    if config is None or not config.model.gradient_accumulation_fusion:
+        return False
+    if resolve_transformer_impl(config.model.transformer_impl) != "te" and not layers._grad_accum_fusion_available:
+        raise UserError(
+            "--gradient-accumulation-fusion: the linear layers need Transformer Engine, or APEX's kernel "
+            "fused_weight_gradient_mlp_cuda, and neither is here; without the flag the vocabulary head fuses alone"
+        )
+    return True
 
 
 def _recompute(config: Config | None) -> dict[str, Any]:
     if config is None:
         return {}
     parallel = config.parallel
+    is_selective = parallel.recompute_granularity == "selective"
+    if is_selective and "layernorm" in parallel.recompute_modules and current().name != "cpu":
+        # Core recomputes norms with Transformer Engine's help, whose layers have them inside the linear ones.
+        raise UserError(
+            "--recompute-modules layernorm: on CUDA there is no norm to recompute, Transformer Engine fuses it into "
+            "the linear layer behind it; use core_attn or mlp"
+        )
     return dict(
+        recompute_modules=list(parallel.recompute_modules),
         recompute_granularity=parallel.recompute_granularity,
         recompute_method=parallel.recompute_method,
         recompute_num_layers=parallel.recompute_num_layers,
@@ -125,10 +158,4 @@ def _check_layout(model_config: Qwen2_5_VLConfig, sizes: ParallelSizes) -> None:
         raise UserError(
             f"--tensor-model-parallel-size {sizes.tensor} and the {text.num_key_value_heads} key/value heads: one must "
             "divide the other"
-        )
-    num_stages = sizes.pipeline * _num_chunks(sizes)
-    if text.num_hidden_layers % num_stages:
-        raise UserError(
-            f"--pipeline-model-parallel-size {sizes.pipeline} (with virtual stages: {num_stages}) must divide the "
-            f"{text.num_hidden_layers} layers"
         )

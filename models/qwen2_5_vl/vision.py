@@ -16,10 +16,13 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from torch.nn.functional import gelu, silu
+from torch.nn.functional import gelu, pad, silu
 
 from megatron_ktr.errors import UserError
+from megatron_ktr.precision import NUMBERS_PER_ROW, rows_per_rank
 from models.qwen2_5_vl.config import VisionConfig
+from models.qwen2_5_vl.fp8 import vision_fields
+from models.qwen2_5_vl.layer_specs import TransformerImpl
 from models.qwen2_5_vl.norm import RMSNorm, parameter_device
 from models.qwen2_5_vl.vision_layer_spec import VisionSeqParams, vision_layer_spec
 from models.qwen2_5_vl.vision_layout import plan_vision
@@ -43,12 +46,16 @@ class VisionEncoder(MegatronModule):
         *,
         transformer_config: TransformerConfig,
         process_groups: ProcessGroupCollection,
+        transformer_impl: TransformerImpl = "auto",
+        fp8: bool = False,
     ) -> None:
         """
         Args:
             config: architecture.
             transformer_config: the language model's; gives precision, initialisation and recomputation.
             process_groups: needs ``tp``, ``pp`` and ``cp``.
+            transformer_impl: whose linear layers and norms; attention and merger are the same in both.
+            fp8: layers in FP8 where the language model's are.
 
         Raises:
             UserError: the tensor-parallel size does not divide the number of heads.
@@ -59,7 +66,9 @@ class VisionEncoder(MegatronModule):
                 f"the vision encoder has {config.num_heads} attention heads, which {tensor_size} tensor-parallel ranks "
                 "cannot share; expected a divisor for --tensor-model-parallel-size"
             )
-        block_config = vision_transformer_config(config, base=transformer_config, tensor_parallel_size=tensor_size)
+        block_config = vision_transformer_config(
+            config, base=transformer_config, tensor_parallel_size=tensor_size, fp8=fp8
+        )
         super().__init__(config=block_config)
         self.vision_config = config
         self.tensor_group = process_groups.tp
@@ -72,8 +81,9 @@ class VisionEncoder(MegatronModule):
             device=parameter_device(block_config),
         )
         self.decoder = TransformerBlock(
-            block_config, vision_layer_spec(), post_layer_norm=False, pg_collection=process_groups
+            block_config, vision_layer_spec(transformer_impl), post_layer_norm=False, pg_collection=process_groups
         )
+        self.row_multiple = rows_per_rank(block_config.fp8_recipe, sequence_parallel=False) if block_config.fp8 else 1
         self.merger = PatchMerger(config, transformer_config=block_config, process_groups=process_groups)
 
     def forward(self, patches_SD: Tensor | None, grid_thw_M3: Tensor) -> Tensor:
@@ -108,8 +118,13 @@ class VisionEncoder(MegatronModule):
         # The embedding acts on each patch alone, so patches can be put in window order before it, while narrow.
         ordered_SD = patches_SD.unflatten(0, (-1, unit))[layout.unit_order].flatten(0, 1)
         hidden_S1D = self.patch_embed(ordered_SD)[:, None].contiguous()
+        num_patches = len(hidden_S1D)
+        num_padding = -num_patches % self.row_multiple
+        if num_padding:
+            # FP8 takes rows by the block. Rows of zeros attend nothing and are dropped before the merger.
+            hidden_S1D = pad(hidden_S1D, (0, 0, 0, 0, 0, num_padding))
         hidden_S1D = self.decoder(hidden_S1D, None, packed_seq_params=VisionSeqParams.from_layout(layout))
-        return self.merger(hidden_S1D.squeeze(1))[layout.unit_position]
+        return self.merger(hidden_S1D[:num_patches].squeeze(1))[layout.unit_position]
 
 
 class PatchMerger(MegatronModule):
@@ -142,18 +157,24 @@ class PatchMerger(MegatronModule):
 
 
 def vision_transformer_config(
-    config: VisionConfig, *, base: TransformerConfig, tensor_parallel_size: int
+    config: VisionConfig, *, base: TransformerConfig, tensor_parallel_size: int, fp8: bool = False
 ) -> TransformerConfig:
     """megatron-core's configuration of the encoder: the language model's training options, the encoder's sizes.
 
     Neither pipeline, context nor sequence parallel: the encoder is whole on the first stage and its features are
-    replicated. Never FP8, and gradients are accumulated by autograd: fused accumulation needs Transformer Engine.
+    replicated. FP8 only on request, and gradients are accumulated by autograd: fused accumulation needs Transformer
+    Engine.
     """
     block_layers = base.recompute_num_layers
+    ffn_multiple = NUMBERS_PER_ROW[base.fp8_recipe] if fp8 and base.fp8 else 1
+    modules = base.recompute_modules
+    if base.recompute_granularity == "selective":
+        # Not its MLP: with biases, core's selective recomputation of it never ends (``check_transformer_config``).
+        modules = [name for name in modules if name != "mlp"]
     return TransformerConfig(
         num_layers=config.depth,
         hidden_size=config.hidden_size,
-        ffn_hidden_size=config.padded_intermediate_size(tensor_parallel_size),
+        ffn_hidden_size=config.padded_intermediate_size(tensor_parallel_size * ffn_multiple),
         num_attention_heads=config.num_heads,
         num_query_groups=config.num_heads,
         kv_channels=config.head_size,
@@ -176,8 +197,9 @@ def vision_transformer_config(
         use_cpu_initialization=base.use_cpu_initialization,
         perform_initialization=base.perform_initialization,
         deterministic_mode=base.deterministic_mode,
-        recompute_granularity=base.recompute_granularity,
+        recompute_granularity=base.recompute_granularity if modules else None,
         recompute_method=base.recompute_method,
         recompute_num_layers=None if block_layers is None else min(block_layers, config.depth),
-        recompute_modules=base.recompute_modules,
+        recompute_modules=modules,
+        **vision_fields(base, is_on=fp8),
     )

@@ -1,8 +1,8 @@
 """The vision encoder's transformer layer in megatron-core's terms, and its core attention.
 
-All linear layers are megatron-core's own, also where the language model runs on Transformer Engine: the encoder
-stays in bf16 under FP8 (its MLP of 3420 is no multiple of 16), and its attention batches windows of equal size,
-which needs no variable-length kernel. So parameter names do not depend on ``transformer_impl``.
+Linear layers and norms are megatron-core's own or, as in the language model, Transformer Engine's; a distributed
+checkpoint has the same keys with both (the plain ones, as long as they have been written). The attention is ours with
+both: windows of equal size are batched, which needs no variable-length kernel, and it rotates in fp32.
 """
 
 from __future__ import annotations
@@ -16,14 +16,17 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
+from torch.nn.functional import pad
 
 from megatron_ktr.ops.prefix_attention import segment_attention
+from models.qwen2_5_vl.layer_specs import TransformerImpl, resolve_transformer_impl, te_modules
 from models.qwen2_5_vl.norm import RMSNorm
 from models.qwen2_5_vl.vision_layout import VisionLayout
 
@@ -64,16 +67,21 @@ class VisionCoreAttention(MegatronModule):
         packed_seq_params: VisionSeqParams,
         **_unused: Any,
     ) -> Tensor:
-        """Returns [S, N * H]; N counts this tensor rank's heads. The mask arguments of core are not used."""
+        """Returns [S, N * H]; N counts this tensor rank's heads. The mask arguments of core are not used.
+
+        Rows beyond the layout's are padding (FP8): they attend nothing, nobody attends them, their output is zero.
+        """
         layout = packed_seq_params.layout
+        num_patches = len(layout.cos_SH)
         out_SNH = segment_attention(
-            rotate(q_SNH, cos_SH=layout.cos_SH, sin_SH=layout.sin_SH),
-            rotate(k_SNH, cos_SH=layout.cos_SH, sin_SH=layout.sin_SH),
-            v_SNH,
+            rotate(q_SNH[:num_patches], cos_SH=layout.cos_SH, sin_SH=layout.sin_SH),
+            rotate(k_SNH[:num_patches], cos_SH=layout.cos_SH, sin_SH=layout.sin_SH),
+            v_SNH[:num_patches],
             cu_seqlens=layout.segment_bounds(self.layer),
             scale=self.softmax_scale,
         )
-        return out_SNH.flatten(1)
+        num_padding = len(q_SNH) - num_patches
+        return pad(out_SNH.flatten(1), (0, 0, 0, num_padding)) if num_padding else out_SNH.flatten(1)
 
 
 def rotate(x_SNH: Tensor, *, cos_SH: Tensor, sin_SH: Tensor) -> Tensor:
@@ -84,26 +92,35 @@ def rotate(x_SNH: Tensor, *, cos_SH: Tensor, sin_SH: Tensor) -> Tensor:
     return rotated.to(x_SNH.dtype)
 
 
-def vision_layer_spec() -> ModuleSpec:
+def vision_layer_spec(impl: TransformerImpl = "auto") -> ModuleSpec:
     """Pre-norm attention and gated MLP; the biases come from ``add_bias_linear`` of the configuration."""
+    if resolve_transformer_impl(impl) == "te":
+        te = te_modules()
+        # Transformer Engine keeps these norms inside the linear layer that follows; one checkpoint serves both.
+        stored_as = {
+            "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+            "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+        }
+        return _layer(IdentityOp, te.norm_column_linear, te.row_linear, stored_as=stored_as)
+    return _layer(RMSNorm, ColumnParallelLinear, RowParallelLinear, stored_as={})
+
+
+def _layer(norm: Any, column_linear: Any, row_linear: Any, *, stored_as: dict[str, str]) -> ModuleSpec:
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
+            input_layernorm=norm,
             self_attention=ModuleSpec(
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.no_mask},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
-                    core_attention=VisionCoreAttention,
-                    linear_proj=RowParallelLinear,
+                    linear_qkv=column_linear, core_attention=VisionCoreAttention, linear_proj=row_linear
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(
-                module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-            ),
+            pre_mlp_layernorm=norm,
+            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column_linear, linear_fc2=row_linear)),
             mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=stored_as,
         ),
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -231,6 +231,8 @@ def run_steps(
     num_steps: int = 1,
     masks: list[Masks] | None = None,
     bucket_size: int | None = None,
+    before: Callable[[Any], None] | None = None,
+    after: Callable[[Any], None] | None = None,
 ) -> list[StepRecord]:
     """``num_steps`` training steps on fixed groups, through Trainer and Policy.
 
@@ -238,6 +240,7 @@ def run_steps(
         reference_dir: weights of the reference model; by default the policy's own first ones.
         masks: key tokens to use in place of the selected ones, one entry per step.
         bucket_size: elements of a gradient bucket; small, so that overlapped communication has several to order.
+        before, after: called with the policy before the first step and after the last.
     """
     # Imported here: these build on megatron-core, which must not be touched before the platform is started.
     from megatron_ktr.distributed.platform import current
@@ -264,6 +267,8 @@ def run_steps(
         objective=objective,
         media=media_spec(Qwen2_5_VLConfig.from_hf(hf_dir), patchify=PreprocessSettings().patchify),
     )
+    if before is not None:
+        before(policy)
     records = []
     for step in range(num_steps):
         selections.reset(step)
@@ -281,6 +286,8 @@ def run_steps(
         records.append(
             StepRecord(values_, policy.updates, selections.scores, selections.chosen, key_tokens, weights, batching)
         )
+    if after is not None:
+        after(policy)
     return records
 
 
@@ -294,7 +301,7 @@ def _watched_policy(*args: Any, **kwargs: Any) -> Any:
             result = super().update(micro_batches, **kwargs)
             gradients = None
             if not self.config.optimizer.use_distributed_optimizer:
-                gradients = _cloned(self.export(tensor_of=lambda p: getattr(p, "main_grad", None)))
+                gradients = _gradients(self)
             parameters = [p for chunk in self.chunks for p in chunk.parameters() if p.requires_grad]
             record = UpdateRecord(
                 loss=result.loss,
@@ -308,6 +315,18 @@ def _watched_policy(*args: Any, **kwargs: Any) -> Any:
             return result
 
     return WatchedPolicy(*args, **kwargs)
+
+
+def _gradients(policy: Any) -> dict[str, Tensor]:
+    def tensor_of(parameter: Tensor) -> Tensor | None:
+        return getattr(parameter, "main_grad", None)
+
+    found = _cloned(policy.export(tensor_of=tensor_of))
+    if policy.lora is not None:
+        from models.qwen2_5_vl.lora import export_adapters
+
+        found |= _cloned(export_adapters(policy.bare_chunks, policy.lora, groups=policy.groups, tensor_of=tensor_of))
+    return found
 
 
 def _cloned(tensors: Any) -> dict[str, Tensor]:

@@ -1,0 +1,99 @@
+"""Which ranks talk to each other, over which links, and what of a message crosses each of them.
+
+Ranks are numbered tensor, context, data, pipeline, fastest first, and fill nodes of ``gpus_per_node`` in that order:
+
+    tensor            tp ranks in a row                      inside a node (tp divides its GPUs)
+    context           cp ranks, tp apart                     inside a node while tp cp fits one
+    data_context      all replicas and context ranks of a    over nodes as soon as tp cp dp exceeds one
+                      stage, tp apart
+    next, previous    the neighbouring stage, tp cp dp away  over the network as soon as that exceeds a node
+
+What a rank sends for a collective over n ranks, by the ring algorithm, of S bytes (all-reduce: the tensor; all-gather:
+the whole that is made; reduce-scatter: the whole that is taken):
+
+    all-reduce 2 (n - 1) / n S      all-gather, reduce-scatter (n - 1) / n S      send S
+
+Of a ring with g ranks in each node one edge in g leaves the node, and the node's g network cards share it: each GPU
+sends 1 / g of those bytes over the network, the rest inside the node.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_ktr.accounting.layout import Layout
+
+Operation = Literal["all_reduce", "all_gather", "reduce_scatter", "send"]
+Group = Literal["tensor", "context", "tensor_context", "data_context", "next", "previous", "embedding"]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What layouts are timed on. Bandwidths are of one GPU in one direction, as measured rather than as sold."""
+
+    peak_tflops: float = 989.0
+    """Of one GPU, dense bf16."""
+    efficiency: float = 0.45
+    """Share of the peak that the kernels of a busy rank reach."""
+    gpus_per_node: int = 8
+    link_gb_per_second: float = 350.0
+    """Inside a node, 10^9 bytes a second."""
+    network_gb_per_second: float = 40.0
+
+
+@dataclass(frozen=True)
+class Crossed:
+    """Bytes that one rank sends, by link."""
+
+    node: float
+    """Inside the node."""
+    network: float
+
+    def seconds(self, machine: Machine) -> float:
+        """Both at the same time: a ring moves all of its pieces at once."""
+        return max(self.node / (1e9 * machine.link_gb_per_second), self.network / (1e9 * machine.network_gb_per_second))
+
+
+def group_ranks(layout: Layout, rank: int, group: Group) -> tuple[int, ...]:
+    """World ranks of ``rank``'s group, in order; of ``next`` and ``previous`` this rank and that one."""
+    tp, cp, dp, pp = layout.tensor, layout.context, layout.data, layout.pipeline
+    t, c, d, p = rank % tp, rank // tp % cp, rank // (tp * cp) % dp, rank // (tp * cp * dp)
+
+    def number(t: int = t, c: int = c, d: int = d, p: int = p) -> int:
+        return ((p * dp + d) * cp + c) * tp + t
+
+    match group:
+        case "tensor":
+            return tuple(number(t=i) for i in range(tp))
+        case "context":
+            return tuple(number(c=i) for i in range(cp))
+        case "tensor_context":
+            return tuple(number(t=i, c=j) for j in range(cp) for i in range(tp))
+        case "data_context":
+            return tuple(number(c=i, d=j) for j in range(dp) for i in range(cp))
+        case "next":
+            return rank, number(p=(p + 1) % pp)
+        case "previous":
+            return rank, number(p=(p - 1) % pp)
+        case "embedding":
+            return tuple(sorted({number(p=0), number(p=pp - 1)}))
+
+
+def sent_bytes(operation: Operation, num_bytes: float, *, num_ranks: int) -> float:
+    """What each rank of the group sends, by the ring algorithm."""
+    if num_ranks == 1:
+        return 0.0
+    if operation == "send":
+        return num_bytes
+    return num_bytes * (num_ranks - 1) / num_ranks * (2 if operation == "all_reduce" else 1)
+
+
+def crossed(operation: Operation, num_bytes: float, *, ranks: tuple[int, ...], gpus_per_node: int) -> Crossed:
+    """One rank's sent bytes by link, of a group of these world ranks."""
+    sent = sent_bytes(operation, num_bytes, num_ranks=len(ranks))
+    nodes = {rank // gpus_per_node for rank in ranks}
+    if len(nodes) == 1:
+        return Crossed(node=sent, network=0.0)
+    share = len(nodes) / len(ranks)
+    return Crossed(node=sent * (1 - share), network=sent * share)

@@ -1,0 +1,61 @@
+"""The passes of a step, in the order of their run: what each shows, how often, and on what the encoder runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_ktr.accounting.work import GroupWork, StepSettings
+
+
+@dataclass(frozen=True)
+class StepPass:
+    """One run of one micro-batch through the pipeline."""
+
+    flops: tuple[str, ...]
+    """Its names in ``Flops``: of forward, then of backward."""
+    times: int
+    """How often a step runs it."""
+    groups: tuple[GroupWork, ...]
+    """As this view shows them."""
+    encoded: tuple[GroupWork, ...] = ()
+    """Groups whose media the encoder runs on."""
+    encodings: float = 0.0
+    """Runs of the encoder per run of the pass: below 1 where features outlive an update."""
+    num_views: int = 0
+    """Views whose rows the head compares in this pass; 0: hidden rows only."""
+    has_backward: bool = False
+
+
+def step_passes(groups: Sequence[GroupWork], settings: StepSettings) -> list[StepPass]:
+    """Of a micro-batch of ``groups``, prompts stored once; runs of the encoder as ``flops.py`` counts them."""
+    intact = tuple(groups)
+    is_once, is_frozen = settings.has_vision_once, settings.is_vision_frozen
+    num_shuffles = settings.num_shuffles if settings.shuffle_unit else 0
+    text = tuple(GroupWork(group.text_length, group.response_lengths) for group in groups)
+    seen = intact if settings.is_hidden_masked else text
+    videos = tuple(GroupWork(g.text_length, g.response_lengths, video_grids=g.video_grids) for g in groups)
+    is_encoded_anew = settings.shuffle_unit == "frame" or not is_once
+    # Distributions are compared where the intact view's are made first; log-probs are made in each view's own pass.
+    compared = settings.has_hidden + num_shuffles if settings.compares_distributions else 0
+    of_view = 0 if settings.compares_distributions else 1
+    passes = [
+        StepPass(
+            ("policy_forward", "policy_recompute", "policy_backward"),
+            times=settings.num_updates,
+            groups=intact,
+            encoded=intact,
+            encodings=1 / settings.num_updates if is_once and is_frozen else 1.0,
+            num_views=1 + (0 if settings.has_selection else compared),
+            has_backward=settings.is_policy_trained,
+        ),
+        StepPass(("hidden",), int(settings.has_hidden), seen, seen, float(settings.is_hidden_masked), of_view),
+        StepPass(("shuffled",), num_shuffles, intact, videos, float(is_encoded_anew), of_view),
+        StepPass(
+            ("reference",), int(settings.has_reference), intact, intact, float(not (is_once and is_frozen)), num_views=1
+        ),
+        StepPass(
+            ("selection",), int(settings.has_selection), intact, intact, float(not is_once), num_views=1 + compared
+        ),
+    ]
+    return [one for one in passes if one.times]

@@ -1,0 +1,38 @@
+"""Numbers that ranks of a replica, or replicas, have to agree on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from megatron_ktr.distributed.collectives import all_reduce_sum, broadcast_object, reduce_metrics
+from megatron_ktr.distributed.groups import ParallelGroups
+from megatron_ktr.distributed.platform import Platform
+from megatron_ktr.types import Metrics
+
+
+class ReplicaNumbers:
+    """Collective counts and means of a class that has ``groups`` and ``platform``."""
+
+    groups: ParallelGroups
+    platform: Platform
+
+    def global_count(self, value: float) -> float:
+        """Sum of a per-replica count over data-parallel replicas, equal on every rank."""
+        total = torch.tensor(float(value), dtype=torch.float64, device=self.platform.device)
+        return float(all_reduce_sum(total, self.groups.data))
+
+    def mean_over_replicas(self, metrics: Metrics) -> dict[str, float]:
+        """Means of metrics that every rank of a replica holds alike, over replicas; equal on every rank."""
+        return reduce_metrics(metrics, self.groups.data).means()
+
+    def sum_over_replicas(self, counts: Mapping[str, float]) -> dict[str, float]:
+        """Sums by name of counts that every rank of a replica holds alike; replicas may know different names."""
+        return reduce_metrics(Metrics(dict(counts), dict.fromkeys(counts, 1.0)), self.groups.data).sums
+
+    def from_last_stage(self, value: Any) -> Any:
+        """The last pipeline stage's ``value`` on every rank of the replica; small host objects only."""
+        source = torch.distributed.get_global_rank(self.groups.pipeline, self.groups.sizes.pipeline - 1)
+        return broadcast_object(value, group=self.groups.pipeline, source=source)

@@ -1,0 +1,170 @@
+"""Checks of optional software: Transformer Engine, FP8, apex, Triton, video decoders, vLLM."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_ktr.data.video_decord import DecordProcess
+from megatron_ktr.distributed.platform_probe import GpuFacts
+from megatron_ktr.doctor.check import Check, error_of_import
+from megatron_ktr.doctor.requirements import installed_version
+from megatron_ktr.nvidia_apex import hide_unusable_apex
+from megatron_ktr.precision import DEVICE_NEEDED, why_not_on_device
+
+TE_RANGE = ">=2.9,<2.12"
+"""What megatron-core 0.16.1 accepts."""
+TRITON_RANGE = ">=3.5"
+
+
+@dataclass(frozen=True)
+class Library:
+    """An optional library: there, in which version, and why it cannot be imported."""
+
+    version: str | None = None
+    """None: not installed. Empty: installed by other means than pip, version unknown."""
+    error: str = ""
+
+
+def read_library(module: str, *distributions: str, imports: str | None = None) -> Library:
+    """``imports``: what to import in place of ``module``, or the empty string for no import."""
+    if importlib.util.find_spec(module) is None:
+        return Library()
+    versions = (installed_version(name) for name in (module, *distributions))
+    version = next((version for version in versions if version), "")
+    target = module if imports is None else imports
+    return Library(version, error_of_import(target) if target else "")
+
+
+def _is_in(version: str, wanted: str) -> bool:
+    from packaging.specifiers import SpecifierSet
+
+    return not version or SpecifierSet(wanted).contains(version, prereleases=True)
+
+
+def check_transformer_engine(library: Library, *, has_gpu: bool) -> Check:
+    name = "transformer engine"
+    if library.version is None:
+        if not has_gpu:
+            return Check(name, True, "not installed, as it should be on a CPU machine")
+        advice = "pip install '.[te]' brings fused kernels and FP8; docs/launching.md has a Dockerfile with it"
+        return Check(name, True, "not installed: layers of plain torch, no FP8", advice)
+    if not has_gpu:
+        remedy = "pip uninstall transformer-engine: without a GPU it breaks the import of megatron-core"
+        return Check(name, False, f"{library.version} on a CPU machine", remedy)
+    if not _is_in(library.version, TE_RANGE):
+        detail = f"{library.version}; megatron-core 0.16.1 takes {TE_RANGE}"
+        return Check(name, False, detail, "pip install 'transformer-engine[pytorch]==2.11.0'")
+    if library.error:
+        remedy = (
+            "build it against the torch that is installed: pip install --no-build-isolation --force-reinstall '.[te]'"
+        )
+        return Check(name, False, f"{library.version}: {library.error}", remedy)
+    return Check(name, True, library.version or "version unknown")
+
+
+def check_fp8(facts: GpuFacts, *, has_te: bool) -> Check:
+    """Which recipes run; never wrong in itself, unless the GPUs of a machine would differ."""
+    capabilities = {gpu.capability for gpu in facts.seen}
+    if not capabilities:
+        return Check("fp8", True, "needs a GPU")
+    if len(capabilities) > 1:
+        texts = ", ".join(f"{major}.{minor}" for major, minor in sorted(capabilities))
+        remedy = "choose GPUs of one generation with CUDA_VISIBLE_DEVICES"
+        return Check("fp8", False, f"GPUs of different generations: {texts}", remedy)
+    (capability,) = capabilities
+    reasons = {
+        recipe: why_not_on_device(recipe, capability=capability, toolkit=facts.toolkit) for recipe in DEVICE_NEEDED
+    }
+    good = [recipe for recipe, reason in reasons.items() if reason is None]
+    bad = [f"{recipe} ({reason})" for recipe, reason in reasons.items() if reason]
+    detail = f"recipes: {', '.join(good) or 'none'}" + (f"; not {'; '.join(bad)}" if bad else "")
+    return Check("fp8", True, detail, "" if has_te or not good else "they need Transformer Engine")
+
+
+def check_apex(is_usable: bool | None) -> Check:
+    """``is_usable``: whether it is NVIDIA's with its CUDA extensions; None: nothing of that name is installed."""
+    if is_usable is None:
+        return Check("apex", True, "not installed; optional")
+    if not is_usable:
+        remedy = (
+            "pip uninstall apex; the one on the public index is unrelated: build NVIDIA's from its source (Dockerfile)"
+        )
+        return Check("apex", False, "not NVIDIA's, or built without its CUDA extensions; it is not used", remedy)
+    return Check("apex", True, "NVIDIA's, with CUDA extensions")
+
+
+def read_apex() -> bool | None:
+    # Where it cannot serve, our package has hidden it on import: then its entry among the modules is None.
+    is_hidden = hide_unusable_apex() or sys.modules.get("apex", sys) is None
+    return False if is_hidden else None if importlib.util.find_spec("apex") is None else True
+
+
+def check_triton(library: Library, *, has_gpu: bool) -> Check:
+    if library.version is None:
+        if not has_gpu:
+            return Check("triton", True, "not installed; only tests use it on a CPU machine")
+        remedy = f"pip install 'triton{TRITON_RANGE}': without it the vocabulary head runs in torch, in tiles"
+        return Check("triton", False, "not installed", remedy)
+    if library.error or not _is_in(library.version, TRITON_RANGE):
+        detail = f"{library.version}" + (f": {library.error}" if library.error else f"; needed is {TRITON_RANGE}")
+        return Check("triton", False, detail, f"pip install 'triton{TRITON_RANGE}', as torch names it")
+    return Check("triton", True, library.version or "version unknown")
+
+
+def read_decoder(backend: str, folder: Path) -> str:
+    """Why ``backend`` cannot decode a clip that was just encoded, or nothing. decord counts as fine where it has no
+    wheels."""
+    if backend == "decord" and not DecordProcess.is_installed():
+        return "not installed"
+    try:
+        from megatron_ktr.data.synthetic import write_video
+        from megatron_ktr.data.video import FrameSampling, read_video
+
+        # Every frame another grey: a wrong frame is off by 20, the encoder by 2.
+        frames = np.stack([np.full((64, 64, 3), 20 + 20 * number, dtype=np.uint8) for number in range(8)])
+        path = folder / f"{backend}.mp4"
+        write_video(path, frames)
+        video = read_video(path, sampling=FrameSampling(num_frames=8, max_frames=8), backend=backend)  # type: ignore[arg-type]
+        found = video.frames_FCHW.float().mean(dim=(1, 2, 3)).tolist()
+    except Exception as error:  # a broken decoder may raise anything
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    off = max(abs(value - 20 - 20 * number) for number, value in enumerate(found))
+    return "" if len(found) == 8 and off < 8 else f"decoded other pictures than were encoded (off by {off:.0f} of 255)"
+
+
+def read_decoders() -> dict[str, str]:
+    with tempfile.TemporaryDirectory(prefix="doctor-") as folder:
+        return {backend: read_decoder(backend, Path(folder)) for backend in ("pyav", "decord")}
+
+
+def check_decoders(errors: dict[str, str]) -> list[Check]:
+    """PyAV is needed, decord is quicker where it exists."""
+    pyav, decord = errors["pyav"], errors["decord"]
+    remedy = "pip install --force-reinstall av"
+    checks = [Check("pyav", not pyav, pyav or "decodes", remedy if pyav else "")]
+    if decord == "not installed":
+        advice = "pip install decord (Linux and Windows on x86-64)"
+        return [*checks, Check("decord", True, "not installed: PyAV decodes, somewhat slower", advice)]
+    remedy = "pip install --force-reinstall decord, or pip uninstall decord: PyAV decodes as well"
+    return [*checks, Check("decord", not decord, decord or "decodes", remedy if decord else "")]
+
+
+def check_vllm(library: Library, *, wanted: Sequence[str]) -> Check:
+    """``wanted``: setup.py's extra for it, e.g. ``["vllm==0.32.0"]``."""
+    specifier = wanted[0].removeprefix("vllm")
+    if library.version is None:
+        advice = f"pip install '{wanted[0]}' (CPU: make setup-vllm) for --engine vllm_colocated; servers have their own"
+        return Check("vllm", True, "not installed: --engine hf and vllm_server work", advice)
+    if not _is_in(library.version, specifier):
+        remedy = f"pip install '{wanted[0]}': weights are handed over by functions of exactly this version"
+        return Check("vllm", False, f"{library.version}, expected {specifier}", remedy)
+    if library.error:
+        return Check("vllm", False, f"{library.version}: {library.error}", "reinstall it beside this torch")
+    return Check("vllm", True, library.version or "version unknown")

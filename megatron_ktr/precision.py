@@ -1,0 +1,97 @@
+"""What FP8 asks of a run, as plain rules: rows per rank, device, sizes of matrices. No model, no megatron.
+
+Transformer Engine 2.11 quantises the inputs of a linear layer by one of four recipes:
+
+    recipe      scales                               rows of T          the same under           device
+                                                     without SP         sequence parallelism
+    tensorwise  one per tensor, from its values      16                 16 per rank              8.9
+    delayed     one per tensor, from earlier passes  16                 16 per rank              8.9
+    blockwise   one per 1 x 128 (weights 128 x 128)  16                 128 per rank             9.0, CUDA 12.9
+    mxfp8       one per 1 x 32, powers of two        32                 32 per rank              10.0 and 10.x
+
+Where the rows come from: forward asks for a multiple of 8, but the weights' gradient sums over the rows, and a row of
+the transposed operand must have a multiple of 16 numbers; whole blocks of 32 for mxfp8. Under sequence parallelism
+each rank quantises its own rows before they are gathered: whole blocks again, now of 128 for blockwise. (Per-tensor
+recipes would take 8 per rank there; megatron-core aligns to 16 everywhere, and so do we.) 128 per rank serves all.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from megatron_ktr.config import Config
+
+Fp8Format = Literal["hybrid", "e4m3"]
+Fp8Recipe = Literal["tensorwise", "delayed", "blockwise", "mxfp8"]
+
+NUMBERS_PER_ROW = {"tensorwise": 16, "delayed": 16, "blockwise": 16, "mxfp8": 32}
+"""Every size of a matrix on one rank is a multiple of this: each is the inner size of some product."""
+GATHERED_BLOCK = {"tensorwise": 1, "delayed": 1, "blockwise": 128, "mxfp8": 32}
+"""Rows of a rank, and their numbers, are whole blocks of this side when quantised before they are gathered."""
+DEVICE_NEEDED = {"tensorwise": (8, 9), "delayed": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
+"""Least compute capability."""
+
+
+def rows_per_rank(recipe: Fp8Recipe, *, sequence_parallel: bool) -> int:
+    """The least multiple that rows of one rank must be, padding included."""
+    return math.lcm(NUMBERS_PER_ROW[recipe], GATHERED_BLOCK[recipe] if sequence_parallel else 1)
+
+
+def uses_fp8(config: Config) -> bool:
+    """Whether any pass of the run is in FP8."""
+    return config.model.fp8_format is not None or config.objective.scoring_precision == "fp8"
+
+
+def token_multiple(config: Config) -> int:
+    """What the number of packed rows T (of one context rank) must be a multiple of: sequence parallelism shares rows
+    out over the tensor ranks, and FP8 wants whole blocks on each."""
+    parallel = config.parallel
+    num_shares = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    if not uses_fp8(config):
+        return num_shares
+    return num_shares * rows_per_rank(config.model.fp8_recipe, sequence_parallel=parallel.sequence_parallel)
+
+
+def why_not_on_device(
+    recipe: Fp8Recipe, *, capability: tuple[int, int] | None, toolkit: tuple[int, int] | None
+) -> str | None:
+    """Why the recipe cannot run, in words; None where it can.
+
+    Args:
+        capability: compute capability of the device; None on CPU.
+        toolkit: version of CUDA that torch was built with; None on CPU.
+    """
+    if capability is None:
+        return "FP8 products need Transformer Engine on a GPU, and this platform is cpu"
+    needed = DEVICE_NEEDED[recipe]
+    if capability < needed:
+        return f"it needs compute capability {_dotted(needed)}, and this GPU has {_dotted(capability)}"
+    if recipe == "blockwise" and (toolkit is None or toolkit < (12, 9)):
+        return f"it needs CUDA 12.9, and torch was built with {'none' if toolkit is None else _dotted(toolkit)}"
+    if recipe == "mxfp8" and capability >= (12, 0):
+        return f"Transformer Engine does not offer it on compute capability {_dotted(capability)} yet"
+    return None
+
+
+def why_not_of_sizes(recipe: Fp8Recipe, *, sizes: dict[str, int], hidden_size: int, gathers: bool) -> str | None:
+    """The first size that the recipe cannot quantise, in words; None where all fit.
+
+    Args:
+        sizes: name -> size on one tensor rank, of every matrix that would be in FP8.
+        hidden_size: numbers of a row that is gathered.
+        gathers: whether rows are quantised before they are gathered (sequence parallelism).
+    """
+    multiple = NUMBERS_PER_ROW[recipe]
+    for name, size in sizes.items():
+        if size % multiple:
+            return f"{name} is {size} on each tensor rank, which is not a multiple of {multiple}"
+    block = GATHERED_BLOCK[recipe]
+    if gathers and hidden_size % block:
+        return f"the hidden size {hidden_size} is not a multiple of {block}, as sequence parallelism needs it"
+    return None
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return ".".join(str(part) for part in version)

