@@ -47,8 +47,9 @@ EXTRAS_REQUIRE = {
     # vLLM 0.32 pins this torch exactly, so core and engine can share an environment.
     "cpu": ["torch==2.13.0"],
     "vllm": ["vllm==0.32.0"],
-    # The newest that megatron-core 0.16.1 accepts. CUDA only: on a CPU machine its wheel breaks megatron-core.
-    "te": ["transformer-engine[pytorch]==2.11.0"],
+    # The newest that megatron-core 0.16.1 accepts, for CUDA 13, as torch's wheels are. CUDA only: on a CPU machine its
+    # wheel breaks megatron-core.
+    "te": ["transformer-engine[core-cu13,pytorch]==2.11.0"],
     # Triton's interpreter runs the kernels' tests without a GPU, its compiler the checks that they compile. CUDA builds
     # of torch name their own version of it; CPU builds name none.
     "dev": ["pytest>=8", "ruff==0.17.5", f"triton>=3.5; {TRITON_HAS_WHEELS}"],

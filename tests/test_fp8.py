@@ -175,6 +175,7 @@ def test_the_options_reach_the_transformer_configuration(one_rank, recipe: str) 
             language_transformer_config(odd, **{**options, "config": Config(model=vision)})
     assert (found.fp8, found.fp8_recipe, found.fp8_param) == ("hybrid", recipe, True)
     assert found.tp_only_amax_red, "replicas may run different numbers of micro-batches"
+    assert (found.fp8_amax_history_len, found.fp8_amax_compute_algo) == (1024, "max")
     assert (found.first_last_layers_bf16, found.num_layers_at_end_in_bf16) == (keeps_ends, 2)
     encoder = [
         vision_transformer_config(PUBLISHED_CONFIGS["3B"].vision, base=found, tensor_parallel_size=4, fp8=is_on)

@@ -70,12 +70,16 @@ def training_fields(section: ModelSection) -> dict[str, Any]:
         # Delayed scales are agreed on after every forward, among ranks that must all run as many. Replicas may not
         # (micro-batches packed by tokens): agreeing with them would hang.
         tp_only_amax_red=True,
+        # Delayed scales: Transformer Engine's own window. Core's default is the last step's maximum alone, with which
+        # the gradient's cosine with fp32 was 0.907 on the tiny model, 0.975 with the window (docs/numerics.md).
+        fp8_amax_history_len=1024,
+        fp8_amax_compute_algo="max",
     )
 
 
 def vision_fields(base: TransformerConfig, *, is_on: bool) -> dict[str, Any]:
     """The vision encoder's: as the language model's, without its rule for first and last layers; empty where off."""
-    names = ("fp8", "fp8_recipe", "fp8_param", "tp_only_amax_red")
+    names = ("fp8", "fp8_recipe", "fp8_param", "tp_only_amax_red", "fp8_amax_history_len", "fp8_amax_compute_algo")
     return {name: getattr(base, name) for name in names} if is_on else {}
 
 
