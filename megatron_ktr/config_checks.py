@@ -24,8 +24,8 @@ ABSENT_OPTIONS = {
     "train_iters": "use --train-steps",
     "max_steps": "use --train-steps",
     "group_size": "use --num-generations",
-    "optimizer_cpu_offload": "optimizer state stays on the devices; --use-distributed-optimizer splits it over ranks",
-    "optimizer_offload_fraction": "optimizer state stays on the devices; --use-distributed-optimizer splits it",
+    "optimizer_cpu_offload": "use --offload-optimizer-states: moments wait on the host, the step is the device's",
+    "optimizer_offload_fraction": "use --offload-optimizer-states, which moves all moments",
     "enable_cuda_graph": "a CUDA graph replays one shape, and packed sequences differ in theirs",
     "cuda_graph_impl": "a CUDA graph replays one shape, and packed sequences differ in theirs",
     "lora_dropout": "adapters have no dropout: scores and updates must see one and the same policy",
@@ -152,6 +152,8 @@ def _optimizer(config: Config) -> Iterator[str]:
         yield "--optimizer sgd has no state to split over ranks: add --no-use-distributed-optimizer"
     if section.optimizer == "sgd" and config.trainer.save_interval and config.model.params_dtype != "fp32":
         yield "--save-interval with --optimizer sgd needs --params-dtype fp32: its fp32 copies are not saved"
+    if section.optimizer == "sgd" and section.offload_optimizer_states:
+        yield "--offload-optimizer-states: --optimizer sgd has none"
     if max(section.adam_beta1, section.adam_beta2) >= 1:
         yield "--adam-beta1 and --adam-beta2 must be below 1"
     num_updates = config.trainer.train_steps * config.objective.updates_per_rollout

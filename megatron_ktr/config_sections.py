@@ -263,6 +263,9 @@ class OptimizerSection:
     adam_eps: float = _option(1e-8, "Added to the denominator of Adam", above=0)
     clip_grad: float = _option(5.0, "Gradient norm is clipped to this; 0 = never", low=0)
     use_distributed_optimizer: bool = _option(True, "Split optimizer states over data-parallel ranks")
+    offload_optimizer_states: bool = _option(
+        False, "Keep Adam's moments in host memory, and on the device only for the optimizer's step"
+    )
 
 
 @dataclass(frozen=True)

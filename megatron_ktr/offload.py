@@ -1,9 +1,11 @@
-"""Weights that live in host memory and visit the device while they are used."""
+"""What lives in host memory and visits the device while it is used: frozen weights, an optimizer's moments."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from megatron_ktr.distributed.platform import Platform
 
 Move = Callable[[Tensor], Tensor]
+MOMENTS = frozenset({"exp_avg", "exp_avg_sq"})
 
 
 class HostWeights:
@@ -39,12 +42,7 @@ class HostWeights:
     @classmethod
     def on(cls, modules: Sequence[nn.Module], *, platform: Platform) -> HostWeights:
         """Between the host and ``platform``'s device; on CPU nothing moves."""
-        is_host = platform.name == "cpu"
-        return cls(
-            modules,
-            to_host=lambda tensor: tensor if is_host else tensor.cpu().pin_memory(),
-            to_device=lambda tensor: tensor.to(platform.device, non_blocking=True),
-        )
+        return cls(modules, **moves(platform))
 
     @contextlib.contextmanager
     def on_device(self) -> Iterator[None]:
@@ -59,6 +57,45 @@ class HostWeights:
         # New Parameter objects, not ``.data``: torch lets that change device between some kinds of devices only.
         for (owner, name), parameter in zip(self._places, parameters, strict=True):
             owner._parameters[name] = parameter
+
+
+def moves(platform: Platform) -> dict[str, Move]:
+    """``to_host`` and ``to_device`` of a platform; on CPU both return what they are given."""
+    return {
+        "to_host": partial(_pinned, is_host=platform.name == "cpu"),
+        "to_device": lambda tensor: tensor.to(platform.device, non_blocking=True),
+    }
+
+
+@contextlib.contextmanager
+def moments_on_device(optimizer: Any, *, to_host: Move, to_device: Move) -> Iterator[None]:
+    """The moments of an Adam behind megatron-core's optimizer are on the device within it, on the host afterwards.
+
+    Only an optimizer step needs them, when no activations are there; they are 8 of the 12 bytes a parameter that main
+    weights and moments take. Host copies are new ones each time: a checkpoint in the background may still be reading
+    the last. What an optimizer has not made yet, before its first step, is made on the device.
+    """
+    inner = [part.optimizer for part in getattr(optimizer, "chained_optimizers", [optimizer])]
+    states = [one.state for one in inner if one is not None]
+    _move_moments(states, to_device)
+    try:
+        yield
+    finally:
+        _move_moments(states, to_host)
+
+
+def _move_moments(states: Sequence[Mapping[Any, dict[str, Any]]], move: Move) -> None:
+    for state in states:
+        for entry in state.values():
+            for name in MOMENTS & entry.keys():
+                entry[name] = move(entry[name])
+
+
+def _pinned(tensor: Tensor, *, is_host: bool) -> Tensor:
+    if is_host:
+        return tensor
+    # In order with the kernels before it, and complete when it returns: the device's copy may go at once.
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
 
 
 def _moved(parameter: nn.Parameter | None, move: Move) -> nn.Parameter | None:

@@ -34,6 +34,7 @@ from megatron_ktr.distributed.replicas import ReplicaNumbers
 from megatron_ktr.errors import UserError, same_on_every_rank
 from megatron_ktr.micro_batch import Denominators, MicroBatch, UpdateResult, any_gradient, mean_by_view
 from megatron_ktr.objectives.base import Objective
+from megatron_ktr.offload import moments_on_device, moves
 from megatron_ktr.ops.token_statistics import TokenStatistics
 from megatron_ktr.policy_export import export_weights, save_export
 from megatron_ktr.policy_vision import PolicyVision
@@ -201,7 +202,11 @@ class Policy(ReplicaNumbers):
         if not result.has_gradient:
             return result
         self._require_finite("loss", result.loss)
-        succeeded, grad_norm, _ = self.optimizer.step()
+        at_work = contextlib.nullcontext()
+        if self.config.optimizer.offload_optimizer_states:
+            at_work = moments_on_device(self.optimizer, **moves(self.platform))
+        with at_work:
+            succeeded, grad_norm, _ = self.optimizer.step()
         self._require_finite("gradient norm", float(grad_norm or 0.0))
         if succeeded:
             self.scheduler.step(increment=1)

@@ -5,6 +5,7 @@ Whole training steps run through Trainer and Policy as in ``test_training_step.p
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import weakref
 from pathlib import Path
@@ -23,7 +24,7 @@ from megatron_ktr.pipeline_split import chunk_layout, is_even, split_layers, vir
 from megatron_ktr.types import RolloutGroup
 from tests.support.layouts import FULL, OVERLAPPED, SMALL, Layout, sizes_of
 from tests.support.ranks import RankContext, RankPool
-from tests.support.steps import StepDifference, compare_steps, example_groups, run_steps
+from tests.support.steps import StepDifference, StepRecord, compare_steps, example_groups, run_steps
 from tests.support.tiny import save_tiny_hf
 from tests.test_training_step import GROUPS, Case, _assert_small, differences_of, make_cases
 
@@ -312,6 +313,69 @@ def test_reference_model_on_the_host_gives_the_same_steps(ranks: RankPool, cases
         _assert_small(layout.name, difference)
         assert noted["policy"] == {0}
         assert len(noted["reference"]) == 1 and min(noted["reference"]) > 10
+
+
+# Adam's moments on the host
+
+
+def steps_with_moments_on_the_host(
+    context: RankContext, *, sizes: ParallelSizes, values: dict[str, Any], case: Case, groups: list[RolloutGroup]
+) -> tuple[list[StepRecord], list[StepRecord], set[int], set[int]]:
+    """Records with and without; how many copies of moments the device held in passes, and in optimizer steps."""
+    from megatron_ktr import policy as policy_module
+    from megatron_ktr.offload import moments_on_device
+    from megatron_ktr.policy import Policy
+
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    in_passes, in_steps = set(), set()
+
+    def to_device(tensor: Tensor) -> Tensor:
+        copied = tensor.clone()
+        alive.add(copied.untyped_storage())
+        return copied
+
+    run, step = Policy._run, moments_on_device
+
+    def noting_run(policy: Any, *args: Any, **options: Any) -> Any:
+        in_passes.add(len(alive))
+        return run(policy, *args, **options)
+
+    @contextlib.contextmanager
+    def noting_step(*args: Any, **options: Any) -> Any:
+        with step(*args, **options):
+            in_steps.add(len(alive))
+            yield
+
+    parallel = context.init(sizes)
+    values = {**values, "optimizer": "adam", "lr": 1e-3}
+    records = []
+    with (
+        patch.object(policy_module, "moves", lambda platform: {"to_host": torch.clone, "to_device": to_device}),
+        patch.object(policy_module, "moments_on_device", noting_step),
+        patch.object(Policy, "_run", noting_run),
+    ):
+        for is_offloaded in (True, False):
+            options = {**values, "offload_optimizer_states": is_offloaded}
+            records.append(run_steps(parallel, hf_dir=case.hf_dir, rollout_groups=groups, values=options, num_steps=3))
+    return (*records, in_passes, in_steps)
+
+
+@pytest.mark.parametrize("is_distributed", [True, False])
+def test_moments_on_the_host_give_the_same_steps(ranks: RankPool, cases: dict[str, Case], is_distributed: bool) -> None:
+    """To the bit; the device holds moments while the optimizer steps and in no pass."""
+    values = dict(use_distributed_optimizer=is_distributed, params_dtype="bf16" if is_distributed else "fp32")
+    options = dict(sizes=sizes_of(1, 1), values=values, case=cases["untied"], groups=example_groups(*GROUPS))
+    for offloaded, plain, in_passes, in_steps in ranks(steps_with_moments_on_the_host, 2, **options):
+        for ours, expected in zip(offloaded, plain, strict=True):
+            assert ours.values == expected.values
+            assert all(torch.equal(weight, expected.weights[name]) for name, weight in ours.weights.items())
+        assert in_passes == {0} and max(in_steps) > 10
+
+
+def test_sgd_has_no_moments_to_move() -> None:
+    flags = ["--optimizer", "sgd", "--no-use-distributed-optimizer", "--offload-optimizer-states"]
+    with pytest.raises(UserError, match="--optimizer sgd has none"):
+        load_config(["--model", "m", "--replay-path", "r", *flags])
 
 
 # Weight gradients that go straight into the buffer
