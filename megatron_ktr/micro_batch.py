@@ -14,7 +14,23 @@ from megatron_ktr.types import Metrics, PackedBatch, RolloutGroup, TokenScores, 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One micro-batch of the update: its groups, packed intact, and what earlier passes found out about it."""
+    """One micro-batch of the update: its groups, packed intact, and what earlier passes found out about it.
+
+    ===========================  ============================  ===========================================
+    field                        set by                        read by
+    ===========================  ============================  ===========================================
+    counterfactual_logprob_R     scoring, one pass a view;     ``scores``
+                                 with KL the intact pass
+    counterfactual_hidden_RD     scoring, for KL               the next intact pass, which empties it
+    counterfactual_kl_R          that intact pass              ``scores``
+    divergence_R                 the first intact pass         ``scores`` (TW-GRPO)
+    reference_logprob_R          scoring, reference model      ``scores``
+    behaviour_logprob_R,         scoring's own intact pass,    ``scores``; the objective, which otherwise
+    is_selected_R                where there is one            selects inside the update
+    ===========================  ============================  ===========================================
+
+    What passes find is on the last pipeline stage only.
+    """
 
     groups: tuple[RolloutGroup, ...]
     batch: PackedBatch

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from megatron_ktr.config import Config
 
-Fp8Format = Literal["hybrid", "e4m3"]
 Fp8Recipe = Literal["tensorwise", "delayed", "blockwise", "mxfp8"]
 
 NUMBERS_PER_ROW = {"tensorwise": 16, "delayed": 16, "blockwise": 16, "mxfp8": 32}

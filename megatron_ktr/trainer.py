@@ -4,6 +4,10 @@
     scores  <- policy without gradient on the hidden and the shuffled view, reference model on the intact view
     update  <- one intact forward; key tokens chosen from the scores; backward through key tokens; optimizer step
 
+Key tokens are chosen inside the update, between its forward and its backward (``Policy.backward``). Where they must
+be known before, an intact pass without gradient chooses them first (``ScoringPasses.with_selection``): denominators
+that count key tokens, and several updates on one selection.
+
 This file knows neither Megatron nor any algorithm by name. Sources give groups (recorded, or freshly generated
 and rewarded), objectives say which views they need and turn scores into per-token streams.
 """

@@ -81,9 +81,6 @@ class Flops:
     def by_pass(self) -> dict[str, float]:
         return self._sums(0)
 
-    def by_part(self) -> dict[str, float]:
-        return {part: value for part, value in self._sums(1).items() if value or part != "embedding"}
-
     def of(self, *passes: str, parts: Iterable[str] = PARTS) -> float:
         """Sum over these passes (all if none is named) and parts."""
         wanted = set(parts)

@@ -58,10 +58,6 @@ class Memory:
         return sum(asdict(self).values())
 
     @property
-    def of_states(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.reference
-
-    @property
     def of_step(self) -> float:
         """What exists during forward and backward only."""
         return self.activations + self.vision + self.head + self.working

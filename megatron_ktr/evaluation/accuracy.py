@@ -21,7 +21,6 @@ from megatron_ktr.rollout.base import RolloutEngine
 from megatron_ktr.types import Prompt
 
 Control = Literal["intact", "shuffled", "blank"]
-CONTROLS: tuple[Control, ...] = ("intact", "shuffled", "blank")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.errors import UserError
 from megatron_ktr.types import Prompt, Rollout, RolloutGroup, VisualInput
 
@@ -93,11 +92,6 @@ class FixedSource:
 
     def __init__(self, groups: Sequence[RolloutGroup]) -> None:
         self.groups = list(groups)
-
-    @classmethod
-    def share_of(cls, groups: Sequence[RolloutGroup], parallel: ParallelGroups) -> FixedSource:
-        """Replica r of n takes every n-th group of the global batch, starting at r."""
-        return cls(list(groups)[parallel.data_rank :: parallel.data_size])
 
     def begin(self, num_prompts: int, *, step: int) -> None:
         if num_prompts != len(self.groups):
