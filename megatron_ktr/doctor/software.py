@@ -60,7 +60,7 @@ def check_transformer_engine(library: Library, *, has_gpu: bool) -> Check:
         return Check(name, False, f"{library.version} on a CPU machine", remedy)
     if not _is_in(library.version, TE_RANGE):
         detail = f"{library.version}; megatron-core 0.16.1 takes {TE_RANGE}"
-        return Check(name, False, detail, "pip install 'transformer-engine[pytorch]==2.11.0'")
+        return Check(name, False, detail, "pip install 'transformer-engine[core-cu13,pytorch]==2.11.0'")
     if library.error:
         remedy = (
             "build it against the torch that is installed: pip install --no-build-isolation --force-reinstall '.[te]'"
