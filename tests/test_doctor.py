@@ -170,7 +170,8 @@ def test_versions_are_compared_with_setup_py():
     for check in requirements.check_versions(declared[""]):
         is_fine(check)
     # What CI runs and what the check would accept are the same: the extras' ranges, too.
-    assert declared["te"] == ["transformer-engine[core-cu13,pytorch]==2.11.0"] and software._is_in("2.11.0", software.TE_RANGE)
+    assert declared["te"] == ["transformer-engine[core-cu13,pytorch]==2.11.0"]
+    assert software._is_in("2.11.0", software.TE_RANGE)
 
     installed = {"torch": "2.10.0", "megatron-core": None, "transformers": "5.16.0", "av": None, "httpx": "0.28"}
     found = requirements.check_versions(declared[""], installed=lambda name: installed.get(name, "99"))
