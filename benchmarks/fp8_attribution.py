@@ -46,17 +46,14 @@ from benchmarks.fp8_measures import (  # noqa: E402
 from benchmarks.fp8_step import Case, Parts, Step, Variant  # noqa: E402
 from benchmarks.harness import say, write_report  # noqa: E402
 from benchmarks.machine import about_machine  # noqa: E402
-from benchmarks.scoring_precision import EXAMPLES, fine_tune  # noqa: E402
+from benchmarks.scoring_precision import EXAMPLES, fine_tune, sample  # noqa: E402
 from megatron_ktr.config import Config, load_config  # noqa: E402
 from megatron_ktr.data.preprocess import PreprocessSettings  # noqa: E402
-from megatron_ktr.data.template import load_tokenizer  # noqa: E402
 from megatron_ktr.distributed.groups import ParallelGroups, ParallelSizes, destroy_parallel, init_parallel  # noqa: E402
 from megatron_ktr.distributed.platform import current, start  # noqa: E402
 from megatron_ktr.errors import UserError, run_cli  # noqa: E402
 from megatron_ktr.packing import plan_micro_batches  # noqa: E402
 from megatron_ktr.policy import Policy  # noqa: E402
-from megatron_ktr.rollout.source import ReplicaSource, build_local_source, build_sampler  # noqa: E402
-from megatron_ktr.types import RolloutGroup  # noqa: E402
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig  # noqa: E402
 from models.qwen2_5_vl.media import media_spec  # noqa: E402
 
@@ -78,23 +75,6 @@ VARIANTS = (
     Variant("mxfp8", Recipe("mxfp8", "e4m3"), "scoring"),
     Variant("delayed, scales of 1", Recipe("delayed"), "scoring"),
 )
-
-
-def sample(config: Config, policy: Policy, *, media: Any, num_prompts: int) -> list[RolloutGroup]:
-    """Rewarded responses of ``policy`` to the first questions."""
-    groups = policy.groups
-    vocab_size = policy.model_config.text.vocab_size
-    tokenizer = load_tokenizer(policy.hf_dir)
-    source = ReplicaSource(
-        build_local_source(config, groups=groups, tokenizer=tokenizer, vocab_size=vocab_size),
-        groups=groups,
-        sampler=build_sampler(config, groups=groups, tokenizer=tokenizer, media=media),
-    )
-    source.load_weights(policy.export(gather_to=source.gather_weights_to))
-    source.begin(num_prompts, step=1)
-    found = source.finish()
-    source.close()
-    return found
 
 
 def measure(fp32: Step, bf16: Step, *, warm_up: Parts, variants: Sequence[Variant]) -> list[dict[str, Any]]:

@@ -35,7 +35,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from megatron_ktr.attribution.signals import SIGNALS, VIEW_OF_SIGNAL, Signal, signal_applies, signal_scores  # noqa: E402
-from megatron_ktr.config import load_config  # noqa: E402
+from megatron_ktr.config import Config, load_config  # noqa: E402
 from megatron_ktr.data.preprocess import PreprocessSettings  # noqa: E402
 from megatron_ktr.data.synthetic import corpus, make_dataset  # noqa: E402
 from megatron_ktr.data.template import load_tokenizer  # noqa: E402
@@ -51,7 +51,7 @@ from megatron_ktr.packing import plan_micro_batches  # noqa: E402
 from megatron_ktr.policy import Policy  # noqa: E402
 from megatron_ktr.rollout.source import ReplicaSource, build_local_source, build_sampler  # noqa: E402
 from megatron_ktr.scoring import ScoringPasses  # noqa: E402
-from megatron_ktr.types import TokenScores  # noqa: E402
+from megatron_ktr.types import RolloutGroup, TokenScores  # noqa: E402
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig  # noqa: E402
 from models.qwen2_5_vl.media import media_spec  # noqa: E402
 
@@ -84,6 +84,23 @@ def fine_tune(out: Path, *, seed: int, steps: int | None) -> Path:
     return model
 
 
+def sample(config: Config, policy: Policy, *, media: Any, num_prompts: int) -> list[RolloutGroup]:
+    """Rewarded responses of ``policy`` to the first questions."""
+    groups = policy.groups
+    vocab_size = policy.model_config.text.vocab_size
+    tokenizer = load_tokenizer(policy.hf_dir)
+    source = ReplicaSource(
+        build_local_source(config, groups=groups, tokenizer=tokenizer, vocab_size=vocab_size),
+        groups=groups,
+        sampler=build_sampler(config, groups=groups, tokenizer=tokenizer, media=media),
+    )
+    source.load_weights(policy.export(gather_to=source.gather_weights_to))
+    source.begin(num_prompts, step=1)
+    found = source.finish()
+    source.close()
+    return found
+
+
 @dataclass(frozen=True)
 class Scored:
     """One micro-batch with its scores: the counterfactual ones in fp32, and in bf16."""
@@ -102,18 +119,9 @@ def sample_and_score(root: Path, model: Path, *, num_prompts: int, seed: int) ->
     config = load_config([str(flag) for flag in [*flags, "--prompts-per-step", num_prompts, "--seed", seed]])
     model_config = Qwen2_5_VLConfig.from_hf(model)
     media = media_spec(model_config, patchify=PreprocessSettings.from_model(model).patchify)
-    tokenizer = load_tokenizer(model)
     policy = Policy(model, config=config, groups=groups, platform=platform, num_steps=1)
-    vocab_size = model_config.text.vocab_size
-    source = ReplicaSource(
-        build_local_source(config, groups=groups, tokenizer=tokenizer, vocab_size=vocab_size),
-        groups=groups,
-        sampler=build_sampler(config, groups=groups, tokenizer=tokenizer, media=media),
-    )
-    source.load_weights(policy.export(gather_to=source.gather_weights_to))
-    source.begin(num_prompts, step=1)
-    parts = plan_micro_batches(source.finish(), groups_per_micro_batch=config.trainer.micro_batch_groups)
-    source.close()
+    sampled = sample(config, policy, media=media, num_prompts=num_prompts)
+    parts = plan_micro_batches(sampled, groups_per_micro_batch=config.trainer.micro_batch_groups)
     objective = build_objective(config.objective, reward=config.reward)
     found = {}
     for name, precision in PRECISIONS.items():

@@ -32,15 +32,14 @@ def select_top_share(score_R: Tensor, group_R: Tensor, *, ratio: float, num_grou
 
 def select_key_tokens(
     score_R_by_signal: Mapping[str, Tensor], ratios: Mapping[str, float], *, group_R: Tensor, num_groups: int
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The union over signals, bool [R], and each signal's own selection."""
+) -> dict[str, Tensor]:
+    """Each signal's own selection, bool [R]; the key tokens are their union (``objectives.base.union_of``)."""
     if not score_R_by_signal:
         raise ValueError("select_key_tokens needs at least one signal")
-    selected = {
+    return {
         signal: select_top_share(score_R, group_R, ratio=ratios[signal], num_groups=num_groups)
         for signal, score_R in score_R_by_signal.items()
     }
-    return torch.stack(list(selected.values())).any(dim=0), selected
 
 
 def check_ratio(ratio: float) -> None:

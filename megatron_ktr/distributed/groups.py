@@ -185,6 +185,8 @@ def pipeline_comm_settings(sizes: ParallelSizes, *, variable_lengths: bool = Tru
 def _leave_groups() -> None:
     """Closes every group of an earlier split but the world; megatron-core only forgets them, and each keeps threads
     that wake up for ever. Models of that split cannot communicate afterwards."""
+    # A rank whose groups are made may come here while another is still connecting to it.
+    torch.distributed.barrier()
     parallel_state.destroy_model_parallel()
     for group in list(torch.distributed.distributed_c10d._world.pg_map):
         if group is not torch.distributed.group.WORLD:

@@ -11,6 +11,7 @@ import os
 import random
 import resource
 import sys
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from megatron_ktr.distributed.platform_cpu import CudaToCpu, redirect_cuda_to_cp
 from megatron_ktr.errors import UserError
 
 
-class Platform:
+class Platform(ABC):
     """One kind of machine. Made by ``start``; the base class holds what both kinds share."""
 
     name: str
@@ -39,18 +40,21 @@ class Platform:
         numpy.random.seed(seed % 2**32)
         torch.manual_seed(seed)
 
+    @abstractmethod
     def synchronize(self) -> None:
         """Waits for the device."""
 
+    @abstractmethod
     def empty_cache(self) -> None:
         """Gives cached device memory back."""
 
+    @abstractmethod
     def peak_memory_bytes(self) -> int:
         """CUDA: peak of allocated tensors since the last reset. CPU: peak resident set of the whole process."""
-        raise NotImplementedError
 
+    @abstractmethod
     def reset_peak_memory(self) -> None:
-        raise NotImplementedError
+        """The peak is counted from here; where a system does not allow that on CPU, it stays the process's."""
 
     def rng_state(self) -> dict[str, Any]:
         """Every random state of this rank, to be pickled: Python, numpy, torch, device, Megatron's tracker."""
@@ -107,6 +111,12 @@ class _CpuPlatform(Platform):
     def __init__(self) -> None:
         self.device = torch.device("cpu")
         redirect_cuda_to_cpu()
+
+    def synchronize(self) -> None:
+        """Nothing runs behind the host's back."""
+
+    def empty_cache(self) -> None:
+        """The host's allocator keeps its own."""
 
     def peak_memory_bytes(self) -> int:
         status = Path("/proc/self/status")

@@ -82,13 +82,12 @@ class VideoKTR(Objective):
         self, batch: PackedBatch, scores: TokenScores, group_data: Sequence[RolloutGroup]
     ) -> dict[str, Tensor]:
         applies_R = signal_applies(batch, group_data, signals=self.signals)
-        _, is_selected_R = select_key_tokens(
+        return select_key_tokens(
             signal_scores(scores, applies_R=applies_R, shift=self.shift),
             self.selection_ratio,
             group_R=batch.group_R.to(scores.policy_logprob_R.device),
             num_groups=len(batch.layout.groups),
         )
-        return is_selected_R
 
     def num_loss_tokens(self, batch: PackedBatch, is_selected_R: Mapping[str, Tensor]) -> int:
         return int(union_of(is_selected_R).sum()) if is_selected_R else 0
