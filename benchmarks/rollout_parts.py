@@ -159,7 +159,7 @@ class Workload:
 
     def _seeds(self, prompt: Prompt, step: int) -> list[int]:
         numbers = range(self.sampling.num_generations)
-        return [sample_seed(seed=0, step=step, problem_id=prompt.problem_id, sample=number) for number in numbers]
+        return [sample_seed(seed=0, step=step, identity=prompt.identity, sample=number) for number in numbers]
 
 
 def _write_inputs(folder: Path, *, num_prompts: int) -> None:

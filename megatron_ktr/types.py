@@ -67,6 +67,18 @@ class Prompt:
     media: tuple[VisualInput, ...] = ()
     record: Mapping[str, Any] = field(default_factory=dict)
     """The dataset record (problem_type, solution, options, path ...), read by rewards and reports."""
+    draw_number: int = 0
+    """Which draw of the run's data this is: the element's place in the endless sequence of records that all replicas
+    walk through (``data/dataset.py``). 0 for prompts that no data set drew; then ``problem_id`` tells them apart."""
+
+    @property
+    def identity(self) -> str:
+        """This draw of this record, told from every other: what seeds and kept responses go by.
+
+        Problem ids repeat in published files, and a small data set gives one record several times in a step; a draw's
+        number never repeats in a run. It is the same for every number of replicas, in every engine, and after a resume.
+        """
+        return f"{self.draw_number} {self.problem_id}"
 
 
 @dataclass(frozen=True)

@@ -341,6 +341,23 @@ def test_ranks_share_the_step_of_one_rank_whatever_their_number(model_dir: Path,
         assert sorted(draw(alone, 12)) == sorted(name for rank in ranks for name in draw(rank, 12 // size))
 
 
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_every_draw_has_a_number_of_its_own_the_same_for_any_number_of_ranks(
+    model_dir: Path, media_root: Path, size: int
+) -> None:
+    """One record, drawn four times in every step, under one problem id; and after a skip no number comes again."""
+    loader = make_loader(model_dir, media_root)
+    ranks = [PromptDataset(text_records(1), loader=loader, rank=rank, size=size) for rank in range(size)]
+    for step in range(3):
+        drawn = [prompt for rank in ranks for prompt in rank.next(4 // size)]
+        assert sorted(prompt.draw_number for prompt in drawn) == [4 * step + place for place in range(4)]
+        assert len({prompt.identity for prompt in drawn}) == 4 and {prompt.problem_id for prompt in drawn} == {"0"}
+    records = [*text_records(3), check_record(question(path="clips/broken.mp4"), number=4)]
+    skips = SkipCounter(max_skip_share=0.5)
+    dataset = PromptDataset(records, loader=loader, shuffle=False, skips=skips)
+    assert [prompt.draw_number for prompt in dataset.next(6)] == [0, 1, 2, 4, 5, 6]
+
+
 def test_skipped_samples_are_replaced_counted_and_logged(
     model_dir: Path, media_root: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

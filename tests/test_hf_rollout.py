@@ -58,12 +58,10 @@ def test_top_p_and_top_k_keep_the_smallest_sufficient_set(top_p: float, top_k: i
 
 
 def test_seeds_differ_in_every_part() -> None:
-    base = dict(seed=1, step=2, problem_id="3", sample=4)
+    base = dict(seed=1, step=2, identity="3", sample=4)
     seeds = {sample_seed(**{**base, **change}) for change in ({}, {"seed": 9}, {"step": 9}, {"sample": 9})}
-    assert len(seeds | {sample_seed(**{**base, "problem_id": "9"})}) == 5
-    assert sample_seed(seed=1, step=23, problem_id="4", sample=5) != sample_seed(
-        seed=1, step=2, problem_id="34", sample=5
-    )
+    assert len(seeds | {sample_seed(**{**base, "identity": "9"})}) == 5
+    assert sample_seed(seed=1, step=23, identity="4", sample=5) != sample_seed(seed=1, step=2, identity="34", sample=5)
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +172,15 @@ def test_greedy_responses_are_the_argmax_of_a_full_forward(engine: HFEngine) -> 
             )
             # Greedy: none of the others is more probable; 1e-4 leaves room for reordered fp32 sums.
             assert rollout.sampler_logprobs[index] >= options.max().item() - 1e-4
+
+
+def test_a_record_drawn_again_gets_other_responses_and_each_draw_keeps_its_own(engine: HFEngine) -> None:
+    text = prompts_of(engine.media, engine.tokenizer)[2]
+    draws = [dataclasses.replace(text, draw_number=number) for number in range(4)]
+    groups = engine.generate(draws, step=1)
+    assert len({tuple(rollout.token_ids for rollout in group.rollouts) for group in groups}) == 4
+    (alone,) = engine.generate(draws[2:3], step=1)
+    assert [rollout.token_ids for rollout in alone.rollouts] == [rollout.token_ids for rollout in groups[2].rollouts]
 
 
 def test_new_weights_change_the_responses_and_incomplete_ones_are_refused(engine: HFEngine) -> None:

@@ -44,6 +44,10 @@ def inputs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("online")
     save_tiny_model(folder / "model", corpus=corpus(), num_layers=2, hidden_size=64, ffn_size=96)
     make_dataset(folder / "data", num_train=8, num_eval=1)
+    # Published files repeat problem ids: here every id stands on two records.
+    path = folder / "data" / "train.json"
+    records = json.loads(path.read_text())
+    path.write_text(json.dumps([{**record, "problem_id": number // 2} for number, record in enumerate(records)]))
     return folder
 
 
@@ -215,7 +219,7 @@ def test_responses_begun_before_a_checkpoint_are_found_again_in_another_layout(r
     ranks(train_layouts, world_size=2, inputs=inputs, out=tmp_path, layouts={"run": changes})
     expected, found = (
         {
-            line["problem_id"]: [(response["token_ids"], response["logprobs"]) for response in line["responses"]]
+            line["path"]: [(response["token_ids"], response["logprobs"]) for response in line["responses"]]
             for line in rollout_lines(run_dir, steps=[3], world_size=world_size)
         }
         for run_dir, world_size in ((whole, 2), (tmp_path / "run", 1))
@@ -231,7 +235,7 @@ def test_every_rollout_of_two_replicas_is_written_and_reported(lagged, lag: int)
     assert any(values["groups_moved"] for values in metrics(run_dir)), "some are not where they were drawn"
     for step, values in enumerate(metrics(run_dir), start=1):
         lines = rollout_lines(run_dir, steps=[step], world_size=2)
-        assert len({line["problem_id"] for line in lines}) == 4, "different questions on the two replicas"
+        assert len({line["path"] for line in lines}) == 4, "different questions on the two replicas"
         rewards = [sum(response["rewards"].values()) for line in lines for response in line["responses"]]
         assert len(rewards) == 4 * 3
         assert values["reward_mean"] == pytest.approx(sum(rewards) / len(rewards), abs=1e-6)
@@ -248,6 +252,7 @@ def test_replaying_the_rollouts_of_a_run_repeats_its_numbers(
     online = lagged[world_size] / f"lag{lag}"
     recorded = tmp_path / "rollouts.jsonl"
     lines = rollout_lines(online, steps=range(1, RUN_STEPS + 1), world_size=world_size)
+    lines.sort(key=lambda line: line["draw_number"])  # frame orders go by the draw
     recorded.write_text("".join(json.dumps(line) + "\n" for line in lines))
     replay = {
         **LOGGED,

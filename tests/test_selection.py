@@ -180,33 +180,35 @@ def test_what_can_be_hidden_and_shuffled():
 
 
 def test_orders_are_permutations_other_than_the_identity():
-    assert draw_permutation(1, seed=0, step=0, problem_id="a") is None
+    assert draw_permutation(1, seed=0, step=0, identity="a") is None
     # Half of all orders of two units are the identity; 40 draws would show one.
     for step in range(40):
-        assert draw_permutation(2, seed=0, step=step, problem_id="a").tolist() == [1, 0]
-    seen = {tuple(draw_permutation(3, seed=0, step=step, problem_id="a").tolist()) for step in range(200)}
+        assert draw_permutation(2, seed=0, step=step, identity="a").tolist() == [1, 0]
+    seen = {tuple(draw_permutation(3, seed=0, step=step, identity="a").tolist()) for step in range(200)}
     assert len(seen) == 5 and (0, 1, 2) not in seen
 
 
-def test_order_depends_on_seed_step_problem_medium_and_draw():
-    base = dict(seed=0, step=0, problem_id="a", medium=0, draw=0)
+def test_order_depends_on_seed_step_identity_medium_and_draw():
+    base = dict(seed=0, step=0, identity="a", medium=0, draw=0)
     orders = [draw_permutation(30, **base)]
-    for change in (dict(seed=1), dict(step=1), dict(problem_id="b"), dict(medium=1), dict(draw=1)):
+    for change in (dict(seed=1), dict(step=1), dict(identity="b"), dict(medium=1), dict(draw=1)):
         orders.append(draw_permutation(30, **{**base, **change}))
     # Thirty units have 2.7e32 orders: equal ones would mean an ignored argument.
     assert len({tuple(order.tolist()) for order in orders}) == len(orders)
     prompt = group_of(1, video(30), video(30), responses=[[9]]).prompt
     first, second = draw_permutations(prompt, seed=0, step=0)
     assert not torch.equal(first, second)
+    again = draw_permutations(dataclasses.replace(prompt, draw_number=1), seed=0, step=0)
+    assert not torch.equal(first, again[0]), "the same record, drawn again in the same step"
 
 
 def test_order_is_the_same_in_another_process():
     code = (
         "from megatron_ktr.attribution.counterfactuals import draw_permutation;"
-        "print(draw_permutation(9, seed=3, step=4, problem_id='é/1').tolist())"
+        "print(draw_permutation(9, seed=3, step=4, identity='é/1').tolist())"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert found.strip() == str(draw_permutation(9, seed=3, step=4, problem_id="é/1").tolist())
+    assert found.strip() == str(draw_permutation(9, seed=3, step=4, identity="é/1").tolist())
 
 
 def test_unknown_unit_and_signal_are_refused():

@@ -22,6 +22,7 @@ from megatron_ktr.rollout.server_pool import PoolSettings
 from megatron_ktr.rollout.server_replicas import Replicas
 from megatron_ktr.rollout.vllm_server import ServerEngine
 from tests.support.fake_server import FakeServer
+from tests.support.patience import PATIENCE_SECONDS
 from tests.support.tiny import tiny_hf_config
 from tests.support.tokenizer import tiny_tokenizer
 from tests.test_server_pool import MEDIA, SAMPLING, counts, prompts
@@ -71,9 +72,9 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Serv
         tokenizer=tiny_tokenizer(),
         media=MEDIA,
         sampling=SAMPLING,
-        transfer=BroadcastTransfer(owned_urls=urls, timeout_seconds=5.0, connect=connect),
+        transfer=BroadcastTransfer(owned_urls=urls, timeout_seconds=PATIENCE_SECONDS, connect=connect),
         replicas=Replicas(),
-        settings=PoolSettings(timeout_seconds=5.0, backoff_seconds=0.01, probe_seconds=0.05),
+        settings=PoolSettings(timeout_seconds=PATIENCE_SECONDS, backoff_seconds=0.01, probe_seconds=0.05),
     )
     yield engine, servers, recorders
     engine.close()
@@ -131,6 +132,13 @@ def test_a_server_that_fails_an_update_is_left_out_until_the_next_one(made) -> N
     assert len(recorders) == 3 and len(told(bad, "init_weight_transfer_engine")) == 2
     engine.generate(prompts(6))
     assert bad.num_answers > before, "it is asked again"
+    # A sender that went away in the middle of an update leaves it open.
+    bad.version, bad.paused = "another-run-loading", True
+    bad.is_half_loaded = bad.is_update_open = True
+    before = bad.num_answers
+    engine.load_weights(iter(weights(4.0).items()))
+    engine.generate(prompts(6))
+    assert bad.num_answers > before and counts(engine) == {"taken_out": 1}
 
 
 def test_no_server_that_takes_weights_is_an_error(made) -> None:

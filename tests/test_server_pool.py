@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from megatron_ktr.rollout.server_weights import DirectoryTransfer
 from megatron_ktr.rollout.vllm_server import ServerEngine
 from megatron_ktr.types import Prompt, RolloutGroup
 from tests.support.fake_server import LOGPROB, MISBEHAVIOUR, FakeServer
+from tests.support.patience import PATIENCE_SECONDS, wait_until
 from tests.support.tiny import EOS_ID, IMAGE_TOKEN_ID, VIDEO_TOKEN_ID, tiny_hf_config
 from tests.support.tokenizer import tiny_tokenizer
 
@@ -29,8 +30,6 @@ SAMPLING = SamplingSettings(num_generations=3, max_response_length=12, seed=7)
 MEDIA = MediaSpec(IMAGE_TOKEN_ID, VIDEO_TOKEN_ID, 14, 2, 2, positions=lambda *a, **k: None, patchify=lambda *a: None)
 FAST = dict(backoff_seconds=0.01, probe_seconds=0.05)
 """A pool that looks often and hardly waits, for tests."""
-PATIENCE = 15.0
-"""Seconds until a test gives up; what it waits for takes tenths."""
 
 
 def prompts(number: int) -> list[Prompt]:
@@ -57,21 +56,23 @@ def make_engine(servers: list[FakeServer], folder: Path, *, replicas: Replicas |
         sampling=SAMPLING,
         transfer=DirectoryTransfer(folder / "weights", owned_urls=replicas.own(urls), replicas=replicas),
         replicas=replicas,
-        settings=PoolSettings(**{"timeout_seconds": PATIENCE, **FAST, **settings}),
+        settings=PoolSettings(**{"timeout_seconds": PATIENCE_SECONDS, **FAST, **settings}),
     )
 
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., tuple[ServerEngine, list[FakeServer]]]]:
-    """Servers that take ``seconds`` each, and an engine that asks them."""
+    """Servers, and an engine that asks them."""
     engines, servers = [], []
 
-    def begin(*seconds: float, **settings: Any) -> tuple[ServerEngine, list[FakeServer]]:
-        servers.extend(FakeServer(seconds=each) for each in seconds)
+    def begin(number: int = 1, **settings: Any) -> tuple[ServerEngine, list[FakeServer]]:
+        servers.extend(FakeServer() for _ in range(number))
         engines.append(make_engine(servers, tmp_path, **settings))
         return engines[-1], servers
 
     yield begin
+    for server in servers:
+        server.release()
     for engine in engines:
         engine.close()
     for server in servers:
@@ -90,13 +91,6 @@ def expected(folder: Path, number: int, *, weights: float | None = None, step: i
     return groups
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.005)
-
-
 def in_background(work: Callable[[], Any]) -> Callable[[], Any]:
     """Starts it; the result waits for it."""
     found: list[Any] = []
@@ -104,7 +98,7 @@ def in_background(work: Callable[[], Any]) -> Callable[[], Any]:
     thread.start()
 
     def result() -> Any:
-        thread.join(PATIENCE)
+        thread.join(PATIENCE_SECONDS)
         assert found, "it failed or did not end"
         return found[0]
 
@@ -119,7 +113,7 @@ def counts(engine: ServerEngine) -> dict[str, int]:
 
 
 def test_every_prompt_gets_its_own_responses_and_seeds_repeat_them(start, tmp_path) -> None:
-    engine, servers = start(0.0, 0.0)
+    engine, servers = start(2)
     groups = engine.generate(prompts(9), step=1)
     assert [group.prompt.problem_id for group in groups] == [f"p{index}" for index in range(9)]
     assert all(len(group.rollouts) == SAMPLING.num_generations for group in groups)
@@ -131,34 +125,48 @@ def test_every_prompt_gets_its_own_responses_and_seeds_repeat_them(start, tmp_pa
     assert groups != expected(tmp_path, 9, step=2)
     seeds = {(body["token_ids"][-1], body["sampling_params"]["seed"]) for server in servers for body in server.bodies}
     assert len(seeds) == 9 and len({seed for _, seed in seeds}) == 9
+    draws = [dataclasses.replace(prompts(1)[0], draw_number=number) for number in range(4)]
+    groups = engine.generate(draws, step=1)
+    assert len({group.rollouts[0].token_ids for group in groups}) == 4, "the same record, drawn four times in a step"
+    assert engine.generate(draws[::-1], step=1) == groups[::-1]
 
 
 def test_requests_in_flight_are_bounded_and_spread(start) -> None:
-    engine, servers = start(0.05, 0.05, max_requests=2)
-    engine.generate(prompts(12))
-    assert [server.most_running for server in servers] == [2, 2]
+    engine, servers = start(2, max_requests=2)
+    for server in servers:
+        server.hold()
+    result = in_background(lambda: engine.generate(prompts(12)))
+    wait_until(lambda: [server.running for server in servers] == [2, 2])
+    for server in servers:
+        server.release()
+    assert len(result()) == 12 and [server.most_running for server in servers] == [2, 2]
 
 
 def test_a_slow_server_keeps_its_requests_and_the_others_take_the_rest(start, tmp_path) -> None:
-    engine, (slow, fast) = start(0.4, 0.01, max_requests=2)
-    assert engine.generate(prompts(16)) == expected(tmp_path, 16)
-    assert slow.num_answers <= 4 and fast.num_answers >= 12
-    assert counts(engine) == {}
+    engine, (slow, fast) = start(2, max_requests=2)
+    slow.hold()
+    result = in_background(lambda: engine.generate(prompts(16)))
+    wait_until(lambda: fast.num_answers == 14)
+    slow.release()
+    assert result() == expected(tmp_path, 16)
+    assert slow.num_answers == 2 and counts(engine) == {}
 
 
 def test_a_server_killed_in_mid_batch_loses_no_prompt(start, tmp_path) -> None:
-    engine, (dying, other) = start(0.2, 0.02, max_requests=4)
+    engine, (dying, other) = start(2, max_requests=4)
+    dying.hold()
     result = in_background(lambda: engine.generate(prompts(16)))
     wait_until(lambda: dying.running == 4)
     dying.kill()
     assert result() == expected(tmp_path, 16)
-    assert other.num_answers >= 12
+    assert other.num_answers == 16
     found = counts(engine)
     assert found["taken_out"] == 1 and found["resent"] >= 1 and found["retries"] >= 4
 
 
 def test_a_request_that_hangs_is_sent_to_another_server(start, tmp_path) -> None:
-    engine, (hanging, other) = start(0.0, 0.0, timeout_seconds=0.5)
+    engine, (hanging, other) = start(2)
+    engine.pool._servers[0].client.timeout_seconds = 0.3  # of this one alone: the other may take its time
     hanging.script.extend(["hang"] * 3)
     assert engine.generate(prompts(6)) == expected(tmp_path, 6)
     assert counts(engine)["taken_out"] >= 1 and counts(engine)["resent"] >= 1
@@ -167,14 +175,14 @@ def test_a_request_that_hangs_is_sent_to_another_server(start, tmp_path) -> None
 
 @pytest.mark.parametrize("act", [*MISBEHAVIOUR, "drop", "500", "503"])
 def test_an_answer_that_is_no_answer_is_asked_for_again(start, tmp_path, act: str) -> None:
-    engine, (server,) = start(0.0)
+    engine, (server,) = start(1)
     server.script.append(act)
     assert engine.generate(prompts(3)) == expected(tmp_path, 3)
     assert counts(engine) == {"retries": 1} | ({"malformed": 1} if act in MISBEHAVIOUR else {})
 
 
 def test_a_server_that_only_talks_nonsense_is_taken_out(start, tmp_path) -> None:
-    engine, (mad, sane) = start(0.0, 0.02, max_retries=2, probe_seconds=60.0)
+    engine, (mad, sane) = start(2, max_retries=2, probe_seconds=60.0)
     mad.script.extend(["not json"] * 50)
     assert engine.generate(prompts(12)) == expected(tmp_path, 12)
     assert counts(engine)["taken_out"] == 1 and counts(engine)["malformed"] >= 3
@@ -182,14 +190,14 @@ def test_a_server_that_only_talks_nonsense_is_taken_out(start, tmp_path) -> None
 
 
 def test_a_request_that_fails_everywhere_ends_with_its_name(start) -> None:
-    engine, (server,) = start(0.0, max_retries=2)
+    engine, (server,) = start(1, max_retries=2)
     server.script.extend(["500"] * 50)
     with pytest.raises(UserError, match=r"prompt p0 failed 4 times .*127\.0\.0\.1.*answered 500: scripted"):
         engine.generate(prompts(1))
 
 
 def test_a_refused_prompt_is_named_and_not_tried_again(start) -> None:
-    engine, (server, other) = start(0.0, 0.0)
+    engine, (server, other) = start(2)
     server.script.append("400")
     other.script.append("400")
     with pytest.raises(UserError, match=r"prompt p0: .*answered 400: scripted"):
@@ -198,7 +206,7 @@ def test_a_refused_prompt_is_named_and_not_tried_again(start) -> None:
 
 
 def test_a_prompt_too_long_for_the_servers_is_named_before_anything_is_sent(start) -> None:
-    engine, (server,) = start(0.0)
+    engine, (server,) = start(1)
     long = Prompt("long", tuple(range(10, 180)) * 6)
     with pytest.raises(UserError, match=r"prompt long: 1020 tokens.*--max-model-len 1000"):
         engine.generate([*prompts(1), long])
@@ -206,7 +214,9 @@ def test_a_prompt_too_long_for_the_servers_is_named_before_anything_is_sent(star
 
 
 def test_without_servers_the_run_ends_with_every_address_and_reason(start) -> None:
-    engine, servers = start(0.3, 0.3, max_retries=2)
+    engine, servers = start(2, max_retries=2)
+    for server in servers:
+        server.hold()
     result = in_background(lambda: pytest.raises(UserError, engine.generate, prompts(8)))
     wait_until(lambda: all(server.running for server in servers))
     for server in servers:
@@ -217,7 +227,7 @@ def test_without_servers_the_run_ends_with_every_address_and_reason(start) -> No
 
 
 def test_a_stop_string_cuts_responses_after_the_token_that_completes_it(start) -> None:
-    engine, _ = start(0.0)
+    engine, _ = start(1)
     (whole,) = engine.generate(prompts(1))
     text = max((rollout.text for rollout in whole.rollouts), key=len)
     stop = text[len(text) // 2 : len(text) // 2 + 2]
@@ -231,12 +241,14 @@ def test_a_stop_string_cuts_responses_after_the_token_that_completes_it(start) -
 
 
 def test_a_stream_that_is_abandoned_takes_its_requests_back(start) -> None:
-    engine, (server,) = start(0.1, max_requests=1)
+    engine, (server,) = start(1, max_requests=1)
+    server.hold(after=1)
     stream = engine.stream(prompts(20))
     next(stream)
     stream.close()
-    time.sleep(0.3)
-    assert server.num_answers <= 3
+    wait_until(lambda: len(asyncio.all_tasks(engine._loop)) == 1)  # the one that looks after the servers
+    server.release()
+    assert len(server.bodies) <= 2 and len(engine.generate(prompts(1))) == 1
 
 
 # --- servers that are set up wrongly --------------------------------------------------------------------------
@@ -246,11 +258,11 @@ def test_a_server_with_other_logprobs_or_pixels_is_refused_at_the_start(tmp_path
     server = FakeServer()
     server.facts["logprobs_mode"] = "processed_logprobs"
     with pytest.raises(UserError, match="--logprobs-mode processed_logprobs; this run needs raw_logprobs"):
-        make_engine([server], tmp_path, timeout_seconds=0.5)
+        make_engine([server], tmp_path)
     server.facts["logprobs_mode"] = "raw_logprobs"
     server.normalises_pixels = True
     with pytest.raises(UserError, match="--no-mm-device-do-normalize"):
-        make_engine([server], tmp_path, timeout_seconds=0.5)
+        make_engine([server], tmp_path)
     server.kill()
 
 
@@ -258,7 +270,7 @@ def test_a_server_that_never_answers_is_named(tmp_path) -> None:
     server = FakeServer()
     server.kill()
     with pytest.raises(UserError, match=rf"no vLLM server answered: {server.url}: ConnectError"):
-        make_engine([server], tmp_path, timeout_seconds=0.3)
+        make_engine([server], tmp_path, timeout_seconds=0.0)
 
 
 def test_the_engine_waits_for_a_server_that_is_still_loading(tmp_path) -> None:
@@ -275,7 +287,7 @@ def test_the_engine_waits_for_a_server_that_is_still_loading(tmp_path) -> None:
 
 
 def test_an_update_reaches_every_server_and_leaves_one_directory(start, tmp_path) -> None:
-    engine, servers = start(0.0, 0.0)
+    engine, servers = start(2)
     for value in (1.0, 2.0):
         engine.load_weights(tensors(value))
         assert [server.weights for server in servers] == [value, value]
@@ -292,24 +304,29 @@ def test_an_update_reaches_every_server_and_leaves_one_directory(start, tmp_path
 
 
 def test_an_update_waits_for_running_requests_and_nothing_is_mixed(start, tmp_path) -> None:
-    engine, (server,) = start(0.3)
+    engine, (server,) = start(1)
     engine.load_weights(tensors(1.0))
+    server.hold()
     result = in_background(lambda: engine.generate(prompts(4)))
     wait_until(lambda: server.running == 4)
-    engine.load_weights(tensors(2.0))
-    assert server.num_answers_before_reload == 4, "all of them were answered first"
+    update = in_background(lambda: engine.load_weights(tensors(2.0)) or "done")
+    wait_until(lambda: server.paused)
+    server.release()
+    assert update() == "done" and server.num_answers_before_reload == 4, "all of them were answered first"
     assert result() == expected(tmp_path, 4, weights=1.0)
     assert engine.generate(prompts(4)) == expected(tmp_path, 4, weights=2.0)
     assert counts(engine) == {}
 
 
 def test_updates_in_flight_count_mixed_responses(start) -> None:
-    engine, (server,) = start(0.3, in_flight_updates=True)
+    engine, (server,) = start(1, in_flight_updates=True)
     engine.load_weights(tensors(1.0))
+    server.hold()
     result = in_background(lambda: engine.generate(prompts(4)))
     wait_until(lambda: server.running == 4)
     engine.load_weights(tensors(2.0))
     assert server.num_answers_before_reload == 0, "none of them was waited for"
+    server.release()
     assert len(result()) == 4
     assert counts(engine) == {"mixed_versions": 4 * SAMPLING.num_generations}
     assert server.control[-1] == "resume" and "pause keep" in server.control
@@ -317,18 +334,20 @@ def test_updates_in_flight_count_mixed_responses(start) -> None:
 
 def test_a_mixed_response_is_refused_where_updates_wait(start, tmp_path) -> None:
     """Somebody else changed the weights of a server that we believed to be ours."""
-    engine, (server,) = start(0.2)
+    engine, (server,) = start(1)
     engine.load_weights(tensors(1.0))
+    server.hold()
     result = in_background(lambda: engine.generate(prompts(1)))
     wait_until(lambda: server.running == 1)
     server.version = "somebody-else"
+    server.release()
     assert result() == expected(tmp_path, 1, weights=1.0)
     assert counts(engine) == {"retries": 1, "resent": 1, "taken_out": 1}
 
 
 def test_a_server_that_was_restarted_is_given_the_weights_before_it_is_believed(start, tmp_path) -> None:
     """Healthy again before anybody noticed: only the label in its answers tells."""
-    engine, (server,) = start(0.0)
+    engine, (server,) = start(1)
     engine.load_weights(tensors(1.0))
     server.kill()
     server.restart()
@@ -337,7 +356,7 @@ def test_a_server_that_was_restarted_is_given_the_weights_before_it_is_believed(
 
 
 def test_a_server_comes_back_with_the_current_weights(start, tmp_path) -> None:
-    engine, (first, second) = start(0.01, 0.01)
+    engine, (first, second) = start(2)
     engine.load_weights(tensors(1.0))
     first.kill()
     engine.generate(prompts(4))
@@ -345,17 +364,17 @@ def test_a_server_comes_back_with_the_current_weights(start, tmp_path) -> None:
     assert engine.generate(prompts(4)) == expected(tmp_path, 4, weights=2.0)
     before = second.num_answers
     first.restart()
-    wait_until(lambda: first.version == f"{engine.replicas.run}-2" and not first.paused)
-    time.sleep(0.1)
+    wait_until(lambda: engine.pool._servers[0].is_in)
+    assert first.version == f"{engine.replicas.run}-2" and not first.paused
     assert engine.generate(prompts(12)) == expected(tmp_path, 12, weights=2.0)
     assert first.weights == 2.0 and second.num_answers < before + 12, "it is asked again"
 
 
 def test_a_server_that_does_not_load_is_left_out_and_none_is_an_error(start, tmp_path) -> None:
-    engine, (bad, good) = start(0.0, 0.0)
+    engine, (bad, good) = start(2)
     bad.reload_status = 500
     engine.load_weights(tensors(1.0))
-    assert bad.version.endswith("-loading") and not bad.paused, "nobody takes it for current, nobody waits in it"
+    assert bad.version.endswith("-loading") and bad.paused, "nobody takes it for current, and it answers nobody"
     assert engine.generate(prompts(6)) == expected(tmp_path, 6, weights=1.0)
     assert good.num_answers == 6 and counts(engine)["taken_out"] == 1
     good.reload_status = 500
@@ -363,8 +382,37 @@ def test_a_server_that_does_not_load_is_left_out_and_none_is_an_error(start, tmp
         engine.load_weights(tensors(2.0))
 
 
+def test_a_server_in_which_loading_broke_off_comes_back_with_whole_weights(start, tmp_path) -> None:
+    """Half-filled layers take no weights, and would end the server if anybody asked it: they are made whole first."""
+    engine, (bad, _) = start(2)
+    bad.reload_status = 500
+    engine.load_weights(tensors(1.0))
+    wait_until(lambda: bad.control.count("reload") > 2)  # it is tried again, while the trouble lasts
+    assert bad.paused and not bad.num_answers
+    bad.reload_status = 200
+    wait_until(lambda: engine.pool._servers[0].is_in)
+    assert not bad.paused and not bad.is_half_loaded and bad.weights == 1.0
+    assert engine.generate(prompts(12)) == expected(tmp_path, 12, weights=1.0)
+    assert bad.num_answers > 0, "it is asked again"
+    engine.load_weights(tensors(2.0))
+    assert bad.control.count("reload nothing") == bad.control[: bad.control.index("resume")].count("reload nothing")
+
+
+def test_a_run_puts_right_what_an_update_of_an_earlier_run_left(start, tmp_path) -> None:
+    engine, servers = start(1)
+    servers[0].reload_status = 500
+    with pytest.raises(UserError, match="no vLLM server took the new weights"):
+        engine.load_weights(tensors(1.0))
+    engine.close()
+    servers[0].reload_status = 200
+    later = make_engine(servers, tmp_path)
+    later.load_weights(tensors(2.0))
+    assert later.generate(prompts(4)) == expected(tmp_path, 4, weights=2.0)
+    later.close()
+
+
 def test_weights_that_cannot_be_written_end_the_run_with_the_option(start, tmp_path) -> None:
-    engine, _ = start(0.0)
+    engine, _ = start(1)
     (tmp_path / "weights").write_text("in the way")
     stream = tensors(1.0)
     with pytest.raises(UserError, match="--weight-directory: .*File exists"):
@@ -386,7 +434,7 @@ def sample_as_replica(context, *, urls: list[str], folder: Path) -> tuple[list, 
         sampling=SAMPLING,
         transfer=DirectoryTransfer(folder / "weights", owned_urls=replicas.own(urls), replicas=replicas),
         replicas=replicas,
-        settings=PoolSettings(timeout_seconds=PATIENCE, **FAST),
+        settings=PoolSettings(timeout_seconds=PATIENCE_SECONDS, **FAST),
     )
     found = []
     for value in (1.0, 2.0):
@@ -400,7 +448,7 @@ def sample_as_replica(context, *, urls: list[str], folder: Path) -> tuple[list, 
 @pytest.mark.parametrize("num_servers", [1, 3])
 def test_replicas_share_servers_and_each_is_given_weights_once(ranks, tmp_path, num_servers: int) -> None:
     tiny_hf_config().save_pretrained(tmp_path / "model")
-    servers = [FakeServer(seconds=0.02) for _ in range(num_servers)]
+    servers = [FakeServer() for _ in range(num_servers)]
     urls = [server.url for server in servers]
     results = ranks(sample_as_replica, world_size=2, urls=urls, folder=tmp_path)
     assert sorted(url for _, owned, _ in results for url in owned) == sorted(urls), "one owner each"

@@ -13,10 +13,12 @@ import pytest
 import torch
 
 from megatron_ktr.config import Config, config_from_values
+from megatron_ktr.data.dataset import reshard_states
 from megatron_ktr.data.unusable import UnusableMedia
 from megatron_ktr.distributed.groups import ParallelSizes
 from megatron_ktr.errors import UserError
 from megatron_ktr.rollout.base import RolloutEngine
+from megatron_ktr.rollout.sampling import sample_seed
 from megatron_ktr.rollout.source import ReplicaSource, Sampler, build_local_source, prompt_loader
 from megatron_ktr.types import Prompt, Rollout, RolloutGroup
 from tests.support.tiny import VOCAB_SIZE
@@ -186,9 +188,9 @@ class GatedEngine(FailingEngine):
         yield from super().stream(prompts, step=step)
 
 
-def lagged(engine: RolloutEngine, groups: Any) -> ReplicaSource:
+def lagged(engine: RolloutEngine, groups: Any, local: Any = None) -> ReplicaSource:
     sampler = Sampler(engine, rewards=(f"{__name__}:length_reward",))
-    return ReplicaSource(NumberedSource(), groups=groups, sampler=sampler, lag=1)
+    return ReplicaSource(local or NumberedSource(), groups=groups, sampler=sampler, lag=1)
 
 
 def overlap_and_resume(context) -> dict[str, Any]:
@@ -219,3 +221,93 @@ def overlap_and_resume(context) -> dict[str, Any]:
 def test_with_lag_generation_runs_beside_and_its_responses_survive_a_resume(ranks) -> None:
     (found,) = ranks(overlap_and_resume, world_size=1)
     assert found == {"asked_before": 0, "same": True, "calls": 0, "skipped": 3}
+
+
+# --- problem ids that repeat ----------------------------------------------------------------------------------
+
+REPEATED_IDS = (0, 1, 2, 2, 4, 5, 7, 7)
+
+
+def question_file(folder: Path) -> str:
+    records = [
+        {"problem_id": problem_id, "problem": f"question {number}", "problem_type": "OCR", "solution": "x"}
+        for number, problem_id in enumerate(REPEATED_IDS)
+    ]
+    return write_jsonl(folder / "repeated.jsonl", *records)
+
+
+class EchoEngine(FailingEngine):
+    """Repeats the question's last tokens, and the seeds its sampling would have."""
+
+    can_overlap = True
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def stream(self, prompts, *, step=0, sampling=None):
+        self.calls += len(prompts)
+        for index, prompt in enumerate(prompts):
+            seed = sample_seed(seed=0, step=step, identity=prompt.identity, sample=0)
+            text = f"{prompt.record['problem']}, drawn as {seed}"
+            yield index, RolloutGroup(prompt, (Rollout(token_ids=prompt.token_ids, text=text),))
+
+
+def begun_and_resumed(context, *, folder: Path, size: int, new_size: int) -> list[list[tuple[str, str]]]:
+    """(question, response) of the groups begun by ``size`` replicas before a save, and by ``new_size`` after it."""
+    groups = context.init(ParallelSizes())
+    config = config_from_values(
+        dict(model=str(folder), engine="hf", data_path=str(folder / "repeated.jsonl"), media_root=str(folder))
+    )
+
+    def sources(number: int) -> list[ReplicaSource]:
+        replicas = [SimpleNamespace(is_source=True, data_rank=rank, data_size=number) for rank in range(number)]
+        locals_ = [
+            build_local_source(config, groups=replica, tokenizer=tiny_tokenizer(), vocab_size=VOCAB_SIZE)
+            for replica in replicas
+        ]
+        return [lagged(EchoEngine(), groups, local) for local in locals_]
+
+    def finish(begun: list[ReplicaSource], number: int) -> list[tuple[str, str]]:
+        found = []
+        for source in begun:
+            source.begin(8 // number, step=2)
+            for group in source.finish():
+                found.append((group.prompt.record["problem"], group.rollouts[0].text))
+            source.close()
+        return sorted(found)
+
+    before = sources(size)
+    states = []
+    for source in before:
+        source.begin(8 // size, step=2)
+        states.append(json.loads(json.dumps(source.state_dict())))
+        source.close()
+    resumed = sources(new_size)
+    for rank, source in enumerate(resumed):
+        source.load_state_dict(reshard_states(states, rank=rank, size=new_size))
+    found = finish(resumed, new_size)
+    assert not any(source.sampler.engine.calls for source in resumed), "every response was found again"
+    return [finish(sources(size), size), found]
+
+
+@pytest.mark.parametrize(("size", "new_size"), [(1, 1), (2, 2), (1, 2), (4, 2)])
+def test_questions_that_share_an_id_keep_their_own_responses_when_a_run_resumes(
+    ranks, tmp_path: Path, size: int, new_size: int
+) -> None:
+    save_tiny_tokenizer(tmp_path)
+    question_file(tmp_path)
+    ((uninterrupted, resumed),) = ranks(begun_and_resumed, world_size=1, folder=tmp_path, size=size, new_size=new_size)
+    assert resumed == uninterrupted
+    assert all(response.startswith(f"{question}, drawn as ") for question, response in resumed)
+    assert len({response for _, response in resumed}) == len(REPEATED_IDS)
+
+
+def test_ids_that_repeat_are_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_tiny_tokenizer(tmp_path)
+    config = config_from_values(dict(model=str(tmp_path), engine="hf", data_path=question_file(tmp_path)))
+    for rank in range(2):
+        reader = SimpleNamespace(is_source=True, data_rank=rank, data_size=2)
+        assert build_local_source(config, groups=reader, tokenizer=tiny_tokenizer(), vocab_size=VOCAB_SIZE)
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert "repeated.jsonl: 4 of 8 records share their problem_id" in message
+    assert "records 3 and 4 are both '2'" in message

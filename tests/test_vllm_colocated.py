@@ -228,6 +228,9 @@ def test_seeds_make_the_responses(lone) -> None:
     assert engine.generate(side.prompts, step=4) == first
     assert len({rollout.token_ids for rollout in first[0].rollouts}) == 3
     assert engine.generate(side.prompts, step=5) != first
+    draws = [dataclasses.replace(side.prompts[0], draw_number=number) for number in range(3)]
+    texts = {rollout.token_ids for group in engine.generate(draws, step=4) for rollout in group.rollouts}
+    assert len(texts) == 9, "the same record, drawn three times in a step"
 
 
 def test_greedy_tokens_and_logprobs_are_the_hf_engines(lone) -> None:

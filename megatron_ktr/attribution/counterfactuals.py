@@ -9,8 +9,8 @@ that the vision features are only re-ordered. Images have no order; a video of a
 either, nor has one whose frames are all alike.
 
 One order per prompt and step, shared by its G responses: scores of a group are compared with one another, so
-they must ask about the same counterfactual. It depends on (seed, step, problem id) alone, not on the rank or
-the micro-batch the prompt landed in, so every parallel layout sees the same one.
+they must ask about the same counterfactual. It depends on seed, step and the prompt's identity (``types.Prompt``)
+alone, not on the rank or the micro-batch the prompt landed in, so every parallel layout sees the same one.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def can_shuffle(prompt: Prompt) -> bool:
 
 
 def draw_permutation(
-    num_units: int, *, seed: int, step: int, problem_id: str, medium: int = 0, draw: int = 0
+    num_units: int, *, seed: int, step: int, identity: str, medium: int = 0, draw: int = 0
 ) -> Tensor | None:
     """A uniformly random order of ``num_units`` other than the identity; None where there is no other order.
 
@@ -50,7 +50,7 @@ def draw_permutation(
     if num_units < 2:
         return None
     # A cryptographic hash, because Python's own differs between processes.
-    key = "\x1f".join((str(seed), str(step), problem_id, str(medium), str(draw)))
+    key = "\x1f".join((str(seed), str(step), identity, str(medium), str(draw)))
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
     identity = torch.arange(num_units)
@@ -77,7 +77,7 @@ def draw_permutations(
             continue
         num_frames = medium.frames_FCHW.shape[0]
         num_units = num_frames if unit == "frame" else medium.grid_thw[0]
-        order = draw_permutation(num_units, seed=seed, step=step, problem_id=prompt.problem_id, medium=index, draw=draw)
+        order = draw_permutation(num_units, seed=seed, step=step, identity=prompt.identity, medium=index, draw=draw)
         if order is not None and unit == "temporal_patch":
             frames = order[:, None] * temporal_patch_size + torch.arange(temporal_patch_size)
             order = frames.flatten().clamp(max=num_frames - 1)

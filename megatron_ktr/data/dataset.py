@@ -3,10 +3,14 @@
 All ranks walk through one endless sequence, the epochs' orders back to back; data-parallel rank r of n takes
 elements r, r + n, r + 2n, ... So the prompts of a step are the same set whatever n is (as long as nothing is
 skipped), no epoch loses its tail, and the whole state is one number: how many elements this rank has drawn.
+
+An element's place in the sequence is the ``draw_number`` of its prompt. Seeds and kept responses go by it, not by the
+problem id, which may stand on several records, nor by the record, which may be drawn several times in a step.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
@@ -267,9 +271,9 @@ class PromptDataset:
         prompts: list[Prompt] = []
         fruitless = 0
         while len(prompts) < num_prompts:
-            record = self._draw()
+            draw_number, record = self._draw()
             try:
-                prompts.append(self.loader.load(record))
+                prompts.append(dataclasses.replace(self.loader.load(record), draw_number=draw_number))
                 fruitless = 0
             except UnusableSample as error:
                 self.skips.count_skip(error)
@@ -315,17 +319,19 @@ class PromptDataset:
     def _element(self, position: int) -> int:
         return self.rank + position * self.size
 
-    def _draw(self) -> Record:
-        epoch, offset = divmod(self._element(self.position), len(self.records))
+    def _draw(self) -> tuple[int, Record]:
+        """The next element's place in the sequence, and its record."""
+        element = self._element(self.position)
+        epoch, offset = divmod(element, len(self.records))
         self.position += 1
         self.skips.count_drawn()
         if not self.shuffle:
-            return self.records[offset]
+            return element, self.records[offset]
         if self._order is None or self._order[0] != epoch:
             # Seeded by the sum of two far-apart streams: a generator takes one number, epochs and seeds are small.
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self._order = (epoch, torch.randperm(len(self.records), generator=generator).tolist())
-        return self.records[self._order[1][offset]]
+        return element, self.records[self._order[1][offset]]
 
 
 def reshard_states(states: Iterable[Mapping[str, Any]], *, rank: int, size: int) -> dict[str, Any]:
@@ -333,8 +339,8 @@ def reshard_states(states: Iterable[Mapping[str, Any]], *, rank: int, size: int)
 
     Same size: that rank's own state, exact. Another size: all ranks continue after the furthest sample that any rank
     has drawn, so none is seen twice; where ranks had skipped different numbers of samples, a few are passed over.
-    Counts are kept once, on rank 0. Responses that were pending (``pending``, by problem) go to every rank: it draws
-    some of their prompts again.
+    Counts are kept once, on rank 0. Responses that were pending (``pending``, by ``Prompt.identity``) go to every rank:
+    it draws some of their prompts again.
     """
     saved = sorted(states, key=lambda state: state["rank"])
     old_size = int(saved[0]["size"])

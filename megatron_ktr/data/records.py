@@ -14,7 +14,7 @@ A record after reading has all its own fields and, normalised,
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -81,6 +81,22 @@ def check_record(raw: Any, *, number: int, needs_solution: bool = True) -> Recor
     ):
         raise ValueError(f"expected the right answer as text in 'solution', got {raw.get('solution')!r}")
     return record
+
+
+def describe_repeated_ids(records: Sequence[Record]) -> str | None:
+    """Which problem ids stand on several records, in words; None where each stands on one."""
+    numbers: dict[str, list[int]] = {}
+    for record in records:
+        numbers.setdefault(record["problem_id"], []).append(record["record_number"])
+    repeated = {problem_id: found for problem_id, found in numbers.items() if len(found) > 1}
+    if not repeated:
+        return None
+    problem_id, (first, second, *_) = next(iter(repeated.items()))
+    number = sum(map(len, repeated.values()))
+    return (
+        f"{number} of {len(records)} records share their problem_id with another (records {first} and {second} are "
+        f"both {problem_id!r}): each is a question of its own, nothing goes by the id"
+    )
 
 
 def resolve_media_path(media_root: Path | str, written: str) -> Path:

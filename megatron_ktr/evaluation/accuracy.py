@@ -1,7 +1,7 @@
 """Accuracy of sampled or greedy responses on held-out questions, with controls that change only the video.
 
 intact     the video as it is
-shuffled   its frames in random order (seeded by the problem, never the identity): what needs order is lost
+shuffled   its frames in random order (seeded by the question's place, never the identity): what needs order is lost
 blank      every frame black: what needs the video is lost
 """
 
@@ -61,7 +61,8 @@ def evaluate(
     engine: RolloutEngine, prompts: Sequence[Prompt], *, control: Control = "intact", step: int = 0, **options: Any
 ) -> Accuracy:
     """Accuracy of the engine's first response to each prompt; ``options`` go to ``engine.generate``."""
-    shown = [apply_control(prompt, control) for prompt in prompts]
+    numbered = [dataclasses.replace(prompt, draw_number=number) for number, prompt in enumerate(prompts)]
+    shown = [apply_control(prompt, control) for prompt in numbered]
     groups = engine.generate(shown, step=step, **options)
     scores: dict[str, list[float]] = {}
     for group in groups:

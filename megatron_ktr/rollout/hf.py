@@ -95,7 +95,7 @@ class HFEngine(RolloutEngine):
             positions.append(torch.nn.functional.pad(positions_3P, (padding, 0)))
             mask.append(torch.arange(length, device=self.device) >= padding)
         seeds = [
-            sample_seed(seed=sampling.seed, step=step, problem_id=prompt.problem_id, sample=sample)
+            sample_seed(seed=sampling.seed, step=step, identity=prompt.identity, sample=sample)
             for prompt in prompts
             for sample in range(number)
         ]

@@ -174,7 +174,8 @@ def write_rollouts(
 ) -> int:
     """Writes groups as replay lines and returns how many. Lines are written whole, then flushed to disk.
 
-    Frames are not stored: the record's path is, and replaying samples them again with the settings of that run.
+    Frames are not stored: the record's path is, and replaying samples them again with the settings of that run. Sorted
+    by ``draw_number`` the lines of a run's replicas are its data in the order drawn; frame orders then repeat, too.
     With ``selections`` each response also tells its key tokens (``is_key_token``, ``is_selected`` by signal) and the
     trainer's log-probs (``policy_logprobs``), for reports; replaying ignores them. Raises UserError where the file
     cannot be written.
@@ -197,6 +198,7 @@ def write_rollouts(
 def _group_line(group: RolloutGroup, selections: Sequence[ResponseSelection] | None) -> dict[str, Any]:
     line = {name: value for name, value in group.prompt.record.items() if name not in (_LINE, "responses", "media")}
     line["problem_id"] = group.prompt.problem_id
+    line["draw_number"] = group.prompt.draw_number
     line["prompt_length"] = len(group.prompt.token_ids)
     line["responses"] = []
     for rollout, selection in itertools.zip_longest(group.rollouts, selections or ()):

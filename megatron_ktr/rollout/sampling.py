@@ -1,4 +1,4 @@
-"""Seeded sampling: the same (seed, step, prompt, sample) gives the same response, whatever the batch around it."""
+"""Seeded sampling: the same (seed, step, draw, sample) gives the same response, whatever the batch around it."""
 
 from __future__ import annotations
 
@@ -36,9 +36,10 @@ class SamplingSettings:
             raise UserError("--stop has an empty string, which would end every response at its first token")
 
 
-def sample_seed(*, seed: int, step: int, problem_id: str, sample: int) -> int:
-    """A 63-bit seed for one response; a cryptographic hash, as Python's own differs between processes."""
-    key = "\x1f".join((str(seed), str(step), problem_id, str(sample)))
+def sample_seed(*, seed: int, step: int, identity: str, sample: int) -> int:
+    """A 63-bit seed for one response to the prompt of this ``Prompt.identity``; a cryptographic hash, as Python's own
+    differs between processes."""
+    key = "\x1f".join((str(seed), str(step), identity, str(sample)))
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") >> 1
 
 

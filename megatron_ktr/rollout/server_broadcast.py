@@ -106,7 +106,9 @@ class BroadcastTransfer:
         feeds = {url: _Feed() for url in self.owned_urls}
 
         def give_to(url: str) -> Give:
-            async def give(client: ServerClient) -> None:
+            async def give(client: ServerClient, broke_off: bool) -> None:
+                if broke_off:
+                    await client.end_broken_update()
                 await self._join(url, client)
                 await feeds[url].run(client)
 

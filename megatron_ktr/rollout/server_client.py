@@ -7,6 +7,7 @@ Control routes exist where the server was started with ``VLLM_SERVER_DEV_MODE=1`
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -108,6 +109,22 @@ class ServerClient:
         """Its workers read safetensors from a directory that they see under the same path as we do."""
         call = {"method": "reload_weights", "kwargs": {"weights_path": directory}}
         await self._send("POST", "/collective_rpc", call, seconds=self.timeout_seconds)
+
+    async def end_broken_reload(self) -> None:
+        """Makes the layers whole that a reload which broke off has left half-filled, so that the next one can begin.
+
+        Until then vLLM loads nothing into them, and whatever is computed with them ends its engine; afterwards they
+        hold whatever was in memory. A reload of nothing does it: it ends what is open, and fails where that cannot be.
+        """
+        call = {"method": "reload_weights", "kwargs": {"weights_iterator": []}}
+        await self._send("POST", "/collective_rpc", call, seconds=self.timeout_seconds)
+
+    async def end_broken_update(self) -> None:
+        """``end_broken_reload`` for weights that came tensor by tensor."""
+        with contextlib.suppress(ServerProblem):  # open only if the sender left; refused otherwise
+            await self.finish_weight_update()
+        await self.start_weight_update()
+        await self.finish_weight_update()
 
     async def reset_caches(self) -> None:
         """Forgets everything computed with earlier weights; running requests are computed again from their tokens."""

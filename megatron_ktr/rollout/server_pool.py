@@ -9,8 +9,10 @@ A server is *in* while it answers and has the current weights; only such servers
     no server left           ``UserError`` naming each with its last error; so does a request that failed everywhere
 
 Weights carry labels. vLLM reports under which label each token was sampled, so a server that was restarted, or missed
-an update, shows in its first answer, whatever it says of its health. While a server loads, its label is one that
-nobody accepts: an update that fails half-way leaves no server that passes for a current one.
+an update, shows in its first answer, whatever it says of its health. While a server loads, it is paused and its label
+is one that nobody accepts. An update that fails half-way leaves it so: weights that are neither old nor new answer
+nobody. The label outlives this run, and tells the next update, whoever makes it, that the last one broke off; what that
+left is put right first.
 
 Everything here runs in one asyncio loop.
 """
@@ -18,8 +20,8 @@ Everything here runs in one asyncio loop.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,8 +33,10 @@ from megatron_ktr.rollout.server_wire import MalformedAnswer, Sample
 logger = logging.getLogger(__name__)
 
 COUNTS = ("retries", "resent", "taken_out", "malformed", "mixed_versions")
-Give = Callable[[ServerClient], Awaitable[None]]
-"""Makes one paused server load the weights of an update."""
+LOADING = "-loading"
+"""Ends the label of a server that loads, or in which loading broke off."""
+Give = Callable[[ServerClient, bool], Awaitable[None]]
+"""Makes one paused server load the weights of an update; True: an earlier one broke off in it."""
 
 
 class OldWeights(ServerProblem):
@@ -105,16 +109,15 @@ class ServerPool:
     async def start(self) -> None:
         """Waits for a first server; raises UserError if none comes, or if one is not set up for training."""
         looks = 0
-        try:
-            async with asyncio.timeout(self.settings.timeout_seconds):
-                while not await self._probe_all():
-                    self._refuse_wrong()
-                    if looks % 30 == 0:
-                        logger.warning("waiting for a vLLM server: %s", self._errors())
-                    looks += 1
-                    await asyncio.sleep(self.settings.probe_seconds)
-        except TimeoutError:
-            raise UserError(f"--server-urls: no vLLM server answered: {self._errors()}") from None
+        deadline = time.monotonic() + self.settings.timeout_seconds
+        while not await self._probe_all():  # at least one look, so that there is something to say
+            self._refuse_wrong()
+            if time.monotonic() > deadline:
+                raise UserError(f"--server-urls: no vLLM server answered: {self._errors()}")
+            if looks % 30 == 0:
+                logger.warning("waiting for a vLLM server: %s", self._errors())
+            looks += 1
+            await asyncio.sleep(self.settings.probe_seconds)
         self._refuse_wrong()
         self._watcher = asyncio.create_task(self._watch())
 
@@ -346,14 +349,12 @@ class ServerPool:
         await self._notify()
 
     async def _give(self, server: _Server, label: str, give: Give) -> None:
+        """Raises ServerProblem; the server then stays paused until it is given whole weights."""
         client = server.client
+        broke_off = (await client.weight_version()).endswith(LOADING)
         await client.pause(keep_requests=self.settings.in_flight_updates)
-        try:
-            await client.set_weight_version(f"{label}-loading")
-            await give(client)
-            await client.reset_caches()
-            await client.set_weight_version(label)
-        finally:
-            # Also after a failure: requests of others would wait there for ever.
-            with contextlib.suppress(ServerProblem):
-                await client.resume()
+        await client.set_weight_version(f"{label}{LOADING}")
+        await give(client, broke_off)
+        await client.reset_caches()
+        await client.set_weight_version(label)
+        await client.resume()

@@ -74,7 +74,9 @@ class DirectoryTransfer:
         # Nobody tells a server to read before all of it is there.
         self.replicas.raise_any(problem)
 
-        async def give(client: ServerClient) -> None:
+        async def give(client: ServerClient, broke_off: bool) -> None:
+            if broke_off:
+                await client.end_broken_reload()
             await client.reload_weights(str(path))
 
         return start(dict.fromkeys(self.owned_urls, give)).result()

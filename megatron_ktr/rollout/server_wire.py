@@ -64,7 +64,7 @@ def encode_request(
     end_token_ids: Sequence[int],
 ) -> bytes:
     """The body of one request: all responses to one prompt. The same arguments give the same bytes."""
-    seed = sample_seed(seed=sampling.seed, step=step, problem_id=prompt.problem_id, sample=0)
+    seed = sample_seed(seed=sampling.seed, step=step, identity=prompt.identity, sample=0)
     # vLLM adds the response's index; the sum must stay a signed 64-bit number.
     seed %= 2**63 - sampling.num_generations
     params = sampling_values(sampling, seed=seed, end_token_ids=end_token_ids, mode=mode)

@@ -13,6 +13,7 @@ An error on one rank is the same error on every rank of the world (``on_every_ra
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from megatron_ktr.config import Config
 from megatron_ktr.data.dataset import PromptDataset, PromptLoader, SkipCounter
-from megatron_ktr.data.records import Record, read_records
+from megatron_ktr.data.records import Record, describe_repeated_ids, read_records
 from megatron_ktr.data.video import FrameSampling
 from megatron_ktr.distributed.collectives import broadcast_object
 from megatron_ktr.distributed.groups import ParallelGroups
@@ -37,6 +38,7 @@ from megatron_ktr.rollout.replay import ReplayEngine, ReplaySource
 from megatron_ktr.rollout.sampling import SamplingSettings
 from megatron_ktr.types import Prompt, Rollout, RolloutGroup
 
+_log = logging.getLogger(__name__)
 T = TypeVar("T")
 DEFAULT_REWARDS = ("accuracy", "format")
 
@@ -173,7 +175,7 @@ class ReplicaSource:
         if self._drawn is None:
             return self._from_local(None if self.local is None else self.local.state_dict())
         answered = self._answers(self._drawn) if self.needs_weights and self.lag else []
-        pending = {group.prompt.problem_id: [_plain(rollout) for rollout in group.rollouts] for group in answered}
+        pending = {group.prompt.identity: [_plain(rollout) for rollout in group.rollouts] for group in answered}
         return self._from_local({**self._drawn.state_before, "pending": pending})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -210,9 +212,7 @@ class ReplicaSource:
         if self.sampler is None:
             return drawn.groups
         recorded, self._recorded = self._recorded, {}
-        known = [
-            dataclasses.replace(group, rollouts=recorded.get(group.prompt.problem_id, ())) for group in drawn.asked
-        ]
+        known = [dataclasses.replace(group, rollouts=recorded.get(group.prompt.identity, ())) for group in drawn.asked]
         open_places = [index for index, group in enumerate(known) if not group.rollouts]
         if open_places or self.sampler.engine.is_collective:
             found = self.sampler.answer([known[index] for index in open_places], step=drawn.step)
@@ -299,10 +299,12 @@ def build_local_source(
             required_because="the length bonus goes to correct responses: record it, or set --length-bonus 0",
             needs_logprobs=config.objective.importance_sampling != "none" or bool(config.objective.importance_mask),
         )
+        _say_repeated_ids(engine.records, of=f"replay_path: {engine.path}", groups=groups)
         loader = prompt_loader(config, tokenizer=tokenizer)
         return ReplaySource(PromptDataset(engine.records, loader=loader, **order), engine=engine)
     is_supervised = config.objective.objective == "sft"
     records = read_records(data.data_path, problem_types=data.problem_types, needs_solution=not is_supervised)
+    _say_repeated_ids(records, of=f"data_path: {data.data_path}", groups=groups)
     rewards = config.reward.reward_functions or DEFAULT_REWARDS
     if not is_supervised and "accuracy" in load_rewards(rewards):
         _check_problem_types(records, data_path=data.data_path)
@@ -310,6 +312,12 @@ def build_local_source(
     if is_supervised:
         return SupervisedSource(dataset, tokenizer=tokenizer)
     return DatasetSource(dataset)
+
+
+def _say_repeated_ids(records: Sequence[Record], *, of: str, groups: ParallelGroups) -> None:
+    """Once a run: published files do repeat ids, and a user who joined two files may want to know."""
+    if groups.data_rank == 0 and (found := describe_repeated_ids(records)):
+        _log.warning("%s: %s", of, found)
 
 
 def _check_problem_types(records: Sequence[Record], *, data_path: str) -> None:

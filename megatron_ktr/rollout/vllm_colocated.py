@@ -242,7 +242,7 @@ class ColocatedEngine(RolloutEngine):
             # Once for all samples: what it costs is hashing and preparing the media.
             (request,) = self._llm.renderer.render_cmpl([engine_input(prompt, media=self.media)])
             for sample in share.samples:
-                seed = sample_seed(seed=sampling.seed, step=step, problem_id=prompt.problem_id, sample=sample)
+                seed = sample_seed(seed=sampling.seed, step=step, identity=prompt.identity, sample=sample)
                 name = f"{share.prompt}/{sample}"
                 self._llm.llm_engine.add_request(name, dict(request), self._params(sampling, seed=seed))
                 requests[name] = GrowingResponse(share.prompt, sample, stop=self._stop_strings(sampling))

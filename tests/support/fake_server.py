@@ -1,16 +1,20 @@
 """A stand-in for ``vllm serve``: the routes training uses, in threads, with misbehaviour on demand.
 
 Its responses are a function of prompt, seed and weights, so that tests see whether the right weights answered, and that
-it does not matter which server did. ``script`` holds what its next answers do; afterwards it behaves.
+it does not matter which server did. ``hold`` keeps its answers back until the test has seen what it waits for; nothing
+here takes a time that a test relies on. ``script`` holds what its next answers do; afterwards it behaves.
+
+Where loading breaks off it is left as vLLM 0.32 is: layers half-filled, into which nothing can be loaded and with which
+an answer ends the engine, until the layers are made whole, with whatever was in memory.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import random
 import socket
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -23,14 +27,16 @@ from safetensors import safe_open
 from tests.support.tiny import EOS_ID, FIRST_SPECIAL_ID
 
 LOGPROB = -1.5
+RUBBISH = -999.0
+"""Weights of layers that were made whole without being loaded."""
 
 
 class FakeServer:
     """Listens on a port of its own from the start; ``kill`` breaks all connections, ``restart`` comes back empty."""
 
-    def __init__(self, *, seconds: float = 0.0) -> None:
-        self.seconds = seconds
-        """How long each response takes."""
+    def __init__(self) -> None:
+        self._num_allowed: float = math.inf
+        """Answers it may still give."""
         self.script: deque[str] = deque()
         self.reload_status = 200
         self.facts: dict[str, Any] = {"max_model_len": 1000, "logprobs_mode": "raw_logprobs"}
@@ -41,12 +47,23 @@ class FakeServer:
         self.bodies: list[dict[str, Any]] = []
         self.running = self.most_running = self.num_answers = self.num_answers_before_reload = 0
         self._lock = threading.Condition()
+        self._is_dead = threading.Event()
         self._forget()
         self._listen(0)
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
+
+    def hold(self, *, after: int = 0) -> None:
+        """Gives ``after`` more answers; further requests run until ``release``."""
+        with self._lock:
+            self._num_allowed = after
+
+    def release(self) -> None:
+        with self._lock:
+            self._num_allowed = math.inf
+            self._lock.notify_all()
 
     def kill(self) -> None:
         self._http.shutdown()
@@ -56,9 +73,12 @@ class FakeServer:
                 connection.shutdown(socket.SHUT_RDWR)
             except OSError:
                 pass
+        self._is_dead.set()
+        self.release()
 
     def restart(self) -> None:
         """The same address, initial weights."""
+        self._is_dead.clear()
         self._forget()
         self._listen(self.port)
 
@@ -66,6 +86,7 @@ class FakeServer:
         self.version = "default"
         self.weights: float | None = None
         """First element of the first tensor it was given."""
+        self.is_half_loaded = self.is_update_open = False
         self.paused = self.frozen = False
         """Whether new requests wait, and whether running ones do."""
 
@@ -100,7 +121,7 @@ class FakeServer:
                 self.paused = True
                 self.frozen = mode == "keep"
                 if mode == "wait":
-                    self._lock.wait_for(lambda: self.running == 0, timeout=30)
+                    self._lock.wait_for(lambda: self.running == 0)
             self.control.append(f"pause {mode}")
         elif name == "resume":
             with self._lock:
@@ -112,21 +133,39 @@ class FakeServer:
             self.control.append(f"version {self.version}")
         elif name == "collective_rpc":
             assert self.paused and body["method"] == "reload_weights"
-            self.control.append("reload")
-            self.num_answers_before_reload = self.num_answers
-            if self.reload_status == 200:
-                self.weights = _first_number(Path(body["kwargs"]["weights_path"]))
-            return self.reload_status, b"{}"
+            return self._reload(body["kwargs"]), b"{}"
         elif name in ("init_weight_transfer_engine", "update_weights"):
             self.control.append(f"{name} {json.dumps(body)}")
-            if name == "update_weights" and self.reload_status != 200:
-                return self.reload_status, b"{}"
-        elif name.startswith(("reset_", "start_weight", "finish_weight", "shutdown_weight")):
+            if name == "update_weights" and (self.reload_status != 200 or self.is_half_loaded):
+                self.is_half_loaded, self.is_update_open = True, False
+                return max(self.reload_status, 500), b"{}"
+        elif name in ("start_weight_update", "finish_weight_update", "shutdown_weight_transfer_engine"):
+            self.control.append(name)
+            if self.is_update_open != (name == "finish_weight_update"):
+                return 500, b"{}"
+            self.is_update_open = name == "start_weight_update"
+            if name == "finish_weight_update" and self.is_half_loaded:
+                self.weights, self.is_half_loaded = RUBBISH, False
+        elif name.startswith("reset_"):
             self.control.append(name)
             return _json({"success": True})
         else:
             return 404, b"{}"
         return _json({})
+
+    def _reload(self, options: dict[str, Any]) -> int:
+        if options.get("weights_iterator") == []:
+            self.control.append("reload nothing")
+            if self.is_half_loaded:
+                self.weights, self.is_half_loaded = RUBBISH, False
+            return 200
+        self.control.append("reload")
+        self.num_answers_before_reload = self.num_answers
+        if self.reload_status != 200 or self.is_half_loaded:
+            self.is_half_loaded = True
+            return max(self.reload_status, 500)
+        self.weights = _first_number(Path(options["weights_path"]))
+        return 200
 
     def _generate(self, body: Any) -> tuple[int, bytes] | None:
         with self._lock:
@@ -137,9 +176,11 @@ class FakeServer:
             version, weights = self.version, self.weights
         try:
             self.bodies.append(body)
-            time.sleep(30.0 if act == "hang" else self.seconds)
+            if act == "hang":
+                self._is_dead.wait()
             with self._lock:
-                self._lock.wait_for(lambda: not self.frozen)
+                self._lock.wait_for(lambda: self._num_allowed > 0 and not self.frozen)
+                self._num_allowed -= 1
             if act == "drop":
                 return None
             if act.isdigit():
