@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from megatron_ktr.nvidia_apex import fused_rms_norm, hide_unusable_apex
+from tests.support.patience import PATIENCE_SECONDS
 
 USABLE = {
     "apex/__init__.py": "",
@@ -86,7 +87,7 @@ def test_the_unrelated_package_breaks_no_import_and_no_optimizer(install) -> Non
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE_SECONDS,
     )
     assert result.returncode == 0 and result.stdout.strip().endswith("sound"), result.stderr
 

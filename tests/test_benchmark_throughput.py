@@ -14,6 +14,7 @@ import pytest
 
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.published import PUBLISHED_CONFIGS, to_hf_config
+from tests.support.patience import PATIENCE_SECONDS
 from tests.support.tiny import tiny_hf_config
 
 REPOSITORY = Path(__file__).parent.parent
@@ -33,7 +34,9 @@ def _run(*flags: str, num_ranks: int = 1) -> subprocess.CompletedProcess[str]:
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
     command = [sys.executable, *(launch if num_ranks > 1 else []), "tools/benchmark_throughput.py", *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, env=environment)
+    return subprocess.run(
+        command, cwd=REPOSITORY, capture_output=True, text=True, timeout=PATIENCE_SECONDS, env=environment
+    )
 
 
 def _report(result: subprocess.CompletedProcess[str]) -> dict[str, Any]:
@@ -48,8 +51,9 @@ def _check(report: dict[str, Any], *, prompts: int, num_ranks: int) -> None:
     assert report["tokens_per_second"] == pytest.approx(prompts * (32 + 18) / seconds)
     assert report["samples_per_second"] == pytest.approx(prompts * 4 / seconds)
     assert report["seconds"].keys() == {"pack", "vision", "score", "update"}
-    # Medians of phases do not add up to the median of steps, but nearly.
-    assert sum(report["seconds"].values()) == pytest.approx(seconds, rel=0.7)
+    # Of one or two steps the median is the mean, and means add up: phases are parts of a step. 1e-6: rounding.
+    assert len(report["steps"]) <= 2 and all(value > 0 for value in report["seconds"].values())
+    assert sum(report["seconds"].values()) <= seconds * (1 + 1e-6)
     assert report["peak_memory_gb"] > 0.1 and report["tflops_per_gpu"] > 0
 
 

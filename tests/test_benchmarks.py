@@ -13,6 +13,7 @@ import torch
 
 from benchmarks.key_token_loss import summarise
 from benchmarks.key_token_methods import METHODS
+from tests.support.patience import PATIENCE_SECONDS
 from tests.support.token_statistics import Recorder
 
 REPOSITORY = Path(__file__).parent.parent
@@ -23,7 +24,7 @@ def test_key_token_benchmark_writes_results_and_figure(tmp_path: Path) -> None:
     sizes = ["--rows", "32", "--hidden", "16", "--vocabulary", "501", "--tensor-parallel", "2", "--share", "0.5"]
     files = ["--out", str(tmp_path / "a.json"), "--figure", str(tmp_path / "a.svg")]
     command = [sys.executable, "benchmarks/key_token_loss.py", "--json", "--repeats", "1", *sizes, *files]
-    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
     assert report == json.loads((tmp_path / "a.json").read_text())
@@ -39,7 +40,11 @@ def test_key_token_benchmark_writes_results_and_figure(tmp_path: Path) -> None:
 def test_scoring_precision_benchmark_runs_from_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/scoring_precision.py", "--json", "--prompts", "2", "--steps", "1"]
     result = subprocess.run(
-        [*command, "--out", str(tmp_path / "a.json")], cwd=REPOSITORY, capture_output=True, text=True, timeout=600
+        [*command, "--out", str(tmp_path / "a.json")],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_SECONDS,
     )
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)

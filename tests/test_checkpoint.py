@@ -39,6 +39,7 @@ from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.dist_checkpoint import convert_to_hf
 from models.qwen2_5_vl.media import media_spec
 from tests.support.parity import hf_logprobs, make_group, pack
+from tests.support.patience import PATIENCE_SECONDS
 from tests.support.tiny import VOCAB_SIZE, save_tiny_hf
 
 LOSS_TOLERANCE = 1e-6
@@ -402,7 +403,9 @@ def test_training_goes_on_while_the_snapshot_is_written(one_rank, data_dir, tmp_
     from megatron_ktr.distributed import checkpoint_writer
 
     may_write, save_tensor = threading.Event(), checkpoint_writer.save_tensor
-    monkeypatch.setattr(checkpoint_writer, "save_tensor", lambda *args: (may_write.wait(30), save_tensor(*args))[1])
+    monkeypatch.setattr(
+        checkpoint_writer, "save_tensor", lambda *args: (may_write.wait(PATIENCE_SECONDS), save_tensor(*args))[1]
+    )
     policy = lone_policy(data_dir, tmp_path / "run", one_rank, lr_warmup_steps=0, keep_checkpoints=1)
     checkpoints = Checkpoints(tmp_path / "run", policy=policy, source=NoData())
     saved = {name: tensor.clone() for name, tensor in policy.export()}

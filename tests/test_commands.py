@@ -14,6 +14,7 @@ import pytest
 
 from megatron_ktr.data.synthetic import corpus
 from megatron_ktr.data.tiny_model import save_tiny_model
+from tests.support.patience import PATIENCE_SECONDS
 from tests.support.videos import CODECS, numbered_frames, shared_videos, write_codec, write_video
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,7 +22,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
     env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=PATIENCE_SECONDS
+    )
 
 
 def metrics(run_dir: Path) -> list[dict]:

@@ -16,6 +16,7 @@ import torch
 
 from benchmarks.gpu_suite_common import Part, Skipped
 from megatron_ktr.distributed.platform import start
+from tests.support.patience import PATIENCE_SECONDS
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -26,7 +27,7 @@ def part(tmp_path: Path) -> Iterator[Part]:
 
     platform = start("cpu")
     platform.seed(0)
-    yield Part(platform, True, tmp_path / "results.jsonl", time.monotonic() + 600)
+    yield Part(platform, True, tmp_path / "results.jsonl", time.monotonic() + PATIENCE_SECONDS)
     destroy_parallel()
 
 
@@ -146,10 +147,15 @@ def test_the_command_writes_every_part_and_says_what_failed(tmp_path: Path) -> N
 
     def run(*flags: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [*command, *flags], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=500
+            [*command, *flags],
+            cwd=REPOSITORY,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_SECONDS,
         )
 
-    result = run("--only", "parity", "--seconds", "400")
+    result = run("--only", "parity", "--seconds", str(PATIENCE_SECONDS))
     report = json.loads(out.read_text())
     assert result.returncode == 0 and report["failures"] == [], (result.stderr, report)
     found = {entry["name"]: entry for entry in report["parts"]["parity"]["entries"]}

@@ -113,7 +113,7 @@ def test_replica_with_text_only_does_not_stall_overlapped_reduction(ranks: RankP
     """Each replica sees one micro-batch without media. Were vision gradients missing there, or did they come in
     another order than with media, the replicas would reduce different buckets against each other."""
     layout = Layout(ParallelSizes(), 2)
-    _assert_equal(ranks(run_cases, world_size=2, cases=cases[:1], layouts=[layout], timeout=90.0)[0])
+    _assert_equal(ranks(run_cases, world_size=2, cases=cases[:1], layouts=[layout])[0])
 
 
 def run_cases(context: RankContext, *, cases: list[Case], layouts: list[Layout]) -> list[Difference]:

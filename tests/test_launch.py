@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from megatron_ktr.errors import UserError
 from megatron_ktr.interruption import EXIT_SAVED, LEAVE_SIGNALS
 from megatron_ktr.run_directory import list_checkpoints, open_run_directory
 from models.qwen2_5_vl.published import PUBLISHED_CONFIGS
+from tests.support.patience import PATIENCE_SECONDS, wait_until
 from tests.support.videos import numbered_frames, write_video
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -133,7 +133,7 @@ def test_the_decoding_child_outlives_a_signal_to_all_processes(tmp_path):
     index = index_video(path)
 
     def first_frame() -> Any:
-        asked = dict(num_frames=4, size=index.upright_size, is_last=True, timeout_seconds=60.0)
+        asked = dict(num_frames=4, size=index.upright_size, is_last=True, timeout_seconds=PATIENCE_SECONDS)
         return process.read_frames(path, [0], **asked)
 
     before, child = first_frame(), process._child
@@ -176,7 +176,7 @@ def shell(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
         env=launch_environment(**environment),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE_SECONDS,
     )
 
 
@@ -226,12 +226,14 @@ def test_sigterm_to_the_launcher_saves_the_run_and_the_same_command_continues_it
     )
     try:
         metrics = tmp_path / "run" / "metrics.jsonl"
-        deadline = time.monotonic() + 120
-        while not (metrics.is_file() and metrics.read_text().count("\n") >= 2):
-            assert started.poll() is None and time.monotonic() < deadline, started.communicate()[1][-2000:]
-            time.sleep(0.1)
+
+        def has_done_two_steps() -> bool:
+            assert started.poll() is None, started.communicate()[1][-2000:]
+            return metrics.is_file() and metrics.read_text().count("\n") >= 2
+
+        wait_until(has_done_two_steps)
         started.terminate()
-        output, errors = started.communicate(timeout=120)
+        output, errors = started.communicate(timeout=PATIENCE_SECONDS)
     finally:
         started.kill()
     assert started.returncode == EXIT_SAVED, errors[-2000:]
@@ -256,7 +258,7 @@ def leave(number, frame):
 if "late" not in sys.argv:
     signal.signal(signal.SIGTERM, leave)
 (Path(sys.argv[1]) / os.environ["RANK"]).touch()
-time.sleep(120)
+time.sleep(3600)
 """
 """Ranks without torch: what the launcher does with them does not depend on what they compute."""
 
@@ -272,12 +274,14 @@ def test_the_launcher_hands_signals_to_every_rank_and_passes_their_code_on(tmp_p
         text=True,
     )
     try:
-        deadline = time.monotonic() + 120
-        while not ((tmp_path / "0").exists() and (tmp_path / "1").exists()):
-            assert started.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
+
+        def have_begun() -> bool:
+            assert started.poll() is None
+            return (tmp_path / "0").exists() and (tmp_path / "1").exists()
+
+        wait_until(have_begun)
         started.terminate()
-        errors = started.communicate(timeout=60)[1]
+        errors = started.communicate(timeout=PATIENCE_SECONDS)[1]
     finally:
         started.kill()
     assert started.returncode == EXIT_SAVED and errors == ""
@@ -292,21 +296,23 @@ def test_a_launcher_that_waits_for_other_nodes_leaves_when_asked(tmp_path, free_
         stderr=subprocess.DEVNULL,
     )
     try:
-        deadline = time.monotonic() + 120
-        while True:  # until its store listens: then it waits for node 1
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", free_port), timeout=1):
-                break
-            assert started.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
+
+        def listens() -> bool:
+            assert started.poll() is None
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", free_port)):
+                return True
+            return False
+
+        wait_until(listens)  # then it waits for node 1
         started.terminate()
-        assert started.wait(timeout=60) == EXIT_SAVED
+        assert started.wait(timeout=PATIENCE_SECONDS) == EXIT_SAVED
     finally:
         started.kill()
 
 
 def test_the_code_of_a_failing_rank_is_the_launchers_and_takes_one_line(tmp_path, free_port):
     script = tmp_path / "ranks.py"
-    script.write_text("import os, sys, time\nsys.exit(3) if os.environ['RANK'] == '1' else time.sleep(120)\n")
+    script.write_text("import os, sys, time\nsys.exit(3) if os.environ['RANK'] == '1' else time.sleep(3600)\n")
     done = shell(str(script), **ONE_NODE, MASTER_PORT=str(free_port), NPROC_PER_NODE="2")
     (line,) = done.stderr.splitlines()
     assert done.returncode == 3 and line.startswith("error: rank 1 ") and "ended with code 3" in line
@@ -342,7 +348,7 @@ def commands_that_report(folder: Path, *, code: int) -> dict[str, str]:
 def test_slurm_queues_a_job_again_only_if_it_left_saved(tmp_path, code, is_queued_again):
     environment = launch_environment(**commands_that_report(tmp_path / "bin", code=code))
     command = ["bash", str(LAUNCH / "slurm.sbatch"), "--run-dir", "runs/with space"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     assert done.returncode == code, done.stderr
     launched, *queued = (tmp_path / "bin/report").read_text().splitlines()
     assert queued == ["scontrol requeue 4711"] * is_queued_again
@@ -354,7 +360,9 @@ def test_slurm_queues_a_job_again_only_if_it_left_saved(tmp_path, code, is_queue
 def test_slurm_script_says_where_it_must_be_submitted(tmp_path):
     environment = launch_environment(**commands_that_report(tmp_path / "bin", code=0))
     command = ["bash", str(LAUNCH / "slurm.sbatch")]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE_SECONDS
+    )
     assert done.returncode == 2 and "submit from the repository's root" in done.stderr
 
 

@@ -22,6 +22,7 @@ from megatron_ktr.accounting.work import EACH_ONCE, GroupWork, StepSettings
 from megatron_ktr.config import load_config
 from megatron_ktr.errors import UserError
 from models.qwen2_5_vl.published import PUBLISHED_CONFIGS
+from tests.support.patience import PATIENCE_SECONDS
 from tests.support.tiny import save_tiny_hf
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -160,7 +161,7 @@ def test_plans_fit_are_sorted_and_lose_nothing_faster():
 
 def plan(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "tools/plan_parallelism.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
 
 
 def parse_as_training_flags(flags: str) -> None:

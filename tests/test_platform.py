@@ -48,7 +48,7 @@ def _fail_on_rank_one(context: RankContext) -> None:
 
 def _hang_on_rank_zero(context: RankContext) -> None:
     if context.rank == 0:
-        time.sleep(60)
+        time.sleep(3600)
 
 
 def test_collectives_agree_on_every_rank_and_pool_survives_failures(ranks: RankPool) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.patience import PATIENCE_SECONDS
+
 REPOSITORY = Path(__file__).parent.parent
 pytestmark = pytest.mark.vllm
 
@@ -52,7 +54,11 @@ def test_rollout_benchmark_writes_its_summary(tmp_path: Path) -> None:
     sizes = ["--prompts", "2", "--samples", "2", "--least", "2", "--most", "6", "--mean", "4", "--threads", "1"]
     command = [sys.executable, "benchmarks/rollout.py", "--json", "--warm-up", "0", "--repeats", "1", *sizes]
     done = subprocess.run(
-        [*command, "--out", str(tmp_path / "a.json")], cwd=REPOSITORY, capture_output=True, text=True, timeout=600
+        [*command, "--out", str(tmp_path / "a.json")],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_SECONDS,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads(done.stdout)

@@ -20,6 +20,7 @@ from megatron_ktr.accounting.rows import share_rows
 from megatron_ktr.accounting.work import GroupWork, StepSettings
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.published import PUBLISHED_CONFIGS
+from tests.support.patience import PATIENCE_SECONDS
 from tests.support.simulated import Key, Simulation, simulate
 from tests.support.tiny import save_tiny_hf
 
@@ -165,7 +166,7 @@ def test_formulas_equal_what_a_rank_of_256_sends_to_the_byte(name, model_dir, ap
     config = Qwen2_5_VLConfig.from_hf(model_dir)
     futures = {rank: apart.submit(simulate, simulation, rank=rank) for rank in case.ranks}
     for rank, future in futures.items():
-        sent = {key: found for key, found in future.result(timeout=300).items() if found != GRAD_NORM}
+        sent = {key: found for key, found in future.result(timeout=PATIENCE_SECONDS).items() if found != GRAD_NORM}
         assert sent == on_paper(case, config, rank=rank), f"rank {rank}"
         assert len(sent) > 2
 

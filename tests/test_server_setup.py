@@ -15,6 +15,7 @@ from megatron_ktr.rollout.server_broadcast import _chunks
 from megatron_ktr.rollout.vllm_serve import arguments
 from megatron_ktr.rollout.vllm_server import server_engine
 from tests.support.fake_server import FakeServer
+from tests.support.patience import PATIENCE_SECONDS
 from tests.support.tiny import tiny_hf_config
 from tests.support.tokenizer import tiny_tokenizer
 from tests.test_server_pool import MEDIA, SAMPLING, prompts, tensors
@@ -24,7 +25,7 @@ def engine_of(folder: Path, servers: list[FakeServer], *, sampling: SamplingSett
     tiny_hf_config().save_pretrained(folder / "model")
     urls = tuple(f"{server.url}/" for server in servers) + (servers[0].url,)
     values = {"model": str(folder / "model"), "engine": "vllm_server", "run_dir": str(folder / "run")}
-    config = config_from_values(values | {"server_urls": urls, "server_timeout_seconds": 5.0} | options)
+    config = config_from_values(values | {"server_urls": urls, "server_timeout_seconds": PATIENCE_SECONDS} | options)
     return server_engine(config, data_group=None, tokenizer=tiny_tokenizer(), media=MEDIA, sampling=sampling)
 
 

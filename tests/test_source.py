@@ -21,6 +21,7 @@ from megatron_ktr.rollout.base import RolloutEngine
 from megatron_ktr.rollout.sampling import sample_seed
 from megatron_ktr.rollout.source import ReplicaSource, Sampler, build_local_source, prompt_loader
 from megatron_ktr.types import Prompt, Rollout, RolloutGroup
+from tests.support.patience import PATIENCE_SECONDS
 from tests.support.tiny import VOCAB_SIZE
 from tests.support.tokenizer import save_tiny_tokenizer, tiny_tokenizer
 
@@ -183,7 +184,7 @@ class GatedEngine(FailingEngine):
         self.calls = 0
 
     def stream(self, prompts, *, step=0, sampling=None):
-        assert self.gate.wait(timeout=60)
+        assert self.gate.wait(timeout=PATIENCE_SECONDS)
         self.calls += 1
         yield from super().stream(prompts, step=step)
 

@@ -22,6 +22,7 @@ from benchmarks.training_step import POINTS, RECOMPUTED, TOLERANCE, compare, sum
 from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.errors import UserError
 from megatron_ktr.rollout.synthetic import SyntheticSizes, synthetic_group
+from tests.support.patience import PATIENCE_SECONDS
 
 REPOSITORY = Path(__file__).parent.parent
 SUMMARY = {
@@ -198,7 +199,7 @@ def test_committed_result_has_every_number_of_the_summary() -> None:
 def test_benchmark_writes_results_and_figure(tmp_path: Path) -> None:
     files = ["--out", str(tmp_path / "a.json"), "--figure", str(tmp_path / "a.svg")]
     command = [sys.executable, "benchmarks/training_step.py", "--points", "tiny", "--repeats", "1", "--json", *files]
-    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
     assert report == json.loads((tmp_path / "a.json").read_text())

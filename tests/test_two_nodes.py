@@ -19,14 +19,14 @@ from typing import Any
 import pytest
 
 from megatron_ktr.config import load_config
+from tests.support.patience import PATIENCE_SECONDS
 
 ROOT = Path(__file__).resolve().parent.parent
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
-TIMEOUT_SECONDS = 240
 
 
 def ip(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(["ip", *arguments], capture_output=True, text=True, timeout=30)
+    return subprocess.run(["ip", *arguments], capture_output=True, text=True, timeout=PATIENCE_SECONDS)
 
 
 def must(done: subprocess.CompletedProcess) -> str:
@@ -63,7 +63,7 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("two_nodes") / "example"
     size = ["--num-prompts", "4", "--num-generations", "3"]
     command = [sys.executable, "tools/make_replay_example.py", "--out", str(out), *size]
-    must(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120))
+    must(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_SECONDS))
     return out
 
 
@@ -76,7 +76,7 @@ def flags(example: Path, run_dir: Path, layout: dict[str, int]) -> list[str]:
         "num-generations": 3,
         "train-steps": 2,
         "prompts-per-step": 2,
-        "distributed-timeout-minutes": 3,
+        "distributed-timeout-minutes": 25,
         "run-dir": run_dir,
         **layout,
     }
@@ -107,7 +107,7 @@ def run_on_nodes(
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT)
         started.append((process, output))
     try:
-        codes = [process.wait(timeout=TIMEOUT_SECONDS) for process, _ in started]
+        codes = [process.wait(timeout=PATIENCE_SECONDS) for process, _ in started]
     finally:
         for process, _ in started:
             process.kill()

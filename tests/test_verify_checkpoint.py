@@ -21,6 +21,7 @@ from megatron_ktr.distributed.groups import destroy_parallel
 from megatron_ktr.errors import UserError
 from megatron_ktr.verification import HFAnswer, max_abs_difference, max_relative_difference
 from models.qwen2_5_vl.dist_checkpoint import convert_to_megatron
+from tests.support.patience import PATIENCE_SECONDS
 from tests.support.ranks import RankContext, RankPool
 from tests.support.tiny import IMAGE_TOKEN_ID, PAD_ID, VIDEO_TOKEN_ID, VOCAB_SIZE, save_tiny_hf
 from tests.support.tokenizer import save_tiny_tokenizer
@@ -249,7 +250,7 @@ def run_process(*command: object, ranks: int | None = None) -> subprocess.Comple
         [sys.executable, *launcher, str(TOOL), *map(str, command)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE_SECONDS,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     )
 

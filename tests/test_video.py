@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import av
@@ -21,6 +21,7 @@ from megatron_ktr.data.video import DecodedVideo, FrameSampling, read_image, rea
 from megatron_ktr.data.video_decord import DecordFailed, DecordProcess
 from megatron_ktr.data.video_pyav import decode_frames, index_video
 from megatron_ktr.errors import UserError
+from tests.support.patience import PATIENCE_SECONDS, wait_until
 from tests.support.videos import (
     CODECS,
     SHARED_VIDEOS_VARIABLE,
@@ -336,7 +337,7 @@ def test_damaged_bytes_give_frames_or_unusable_media_and_nothing_else(videos: di
 @pytest.mark.parametrize(
     ("program", "stage", "reason"),
     [
-        ("import time; time.sleep(600)", "timeout", "decord hangs"),
+        ("import time; time.sleep(3600)", "timeout", "decord hangs"),
         ("import os; os._exit(7)", "crash", "decord crashed"),
         ("import os; os.kill(os.getpid(), 11)", "crash", "decord crashed"),
         ("print('not json', flush=True)", "crash", "decord crashed"),
@@ -348,13 +349,14 @@ def test_a_decoder_that_hangs_or_crashes_is_replaced_and_pyav_decodes(
     process = DecordProcess([sys.executable, "-c", program])
     monkeypatch.setattr(video_module, "_decord_process", lambda process_id: process)
     monkeypatch.setattr(video_module, "_has_decord", lambda: True)
-    monkeypatch.setattr(video_module, "DECORD_TIMEOUT_SECONDS", 1.0)
+    patience = 1.0 if stage == "timeout" else PATIENCE_SECONDS
+    monkeypatch.setattr(video_module, "DECORD_TIMEOUT_SECONDS", patience)
     for _ in range(2):  # a fresh child each time
         decoded = read_video(videos["h264"], sampling=FrameSampling())
         assert (decoded.backend, decoded.fallback_reason) == ("pyav", reason)
     with pytest.raises(DecordFailed) as caught:
         process.read_frames(
-            videos["h264"], [0], num_frames=NUM_FRAMES, size=(64, 96), is_last=True, timeout_seconds=1.0
+            videos["h264"], [0], num_frames=NUM_FRAMES, size=(64, 96), is_last=True, timeout_seconds=patience
         )
     assert caught.value.stage == stage
     assert process.close() is None, "nothing is left running"
@@ -368,14 +370,20 @@ def test_the_decoder_process_ends_with_its_parent(videos: dict[str, Path]) -> No
         "import os; print(video._decord_process(os.getpid())._child.pid, flush=True)\nos._exit(0)"
     )
     parent = subprocess.run(
-        [sys.executable, "-c", program, str(videos["h264"])], capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-c", program, str(videos["h264"])],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_SECONDS,
+        check=True,
     )
     child = int(parent.stdout)
-    deadline = 100  # tenths of a second: the child only has to notice the closed pipe
-    while deadline and Path(f"/proc/{child}").exists() and b"Z" not in Path(f"/proc/{child}/stat").read_bytes()[:30]:
-        deadline -= 1
-        time.sleep(0.1)
-    assert deadline, "the child outlived a parent that was ended without cleaning up"
+
+    def has_ended() -> bool:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            return b"Z" in Path(f"/proc/{child}/stat").read_bytes()[:30]
+        return True
+
+    wait_until(has_ended)  # it only has to notice the closed pipe
 
 
 # --- real files -----------------------------------------------------------------------------------------------

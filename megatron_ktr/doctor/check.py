@@ -60,7 +60,7 @@ def as_text(checks: Sequence[Check]) -> str:
     return "\n".join(lines)
 
 
-def error_of_import(module: str, *, timeout_seconds: float = 120.0) -> str:
+def error_of_import(module: str, *, timeout_seconds: float = 600.0) -> str:
     """Why ``module`` cannot be imported, or nothing; in a process of its own, which a broken library may end."""
     try:
         done = subprocess.run(

@@ -29,7 +29,10 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-COLLECTIVE_TIMEOUT_SECONDS = 180.0
+from tests.support.patience import PATIENCE_SECONDS
+
+COLLECTIVE_TIMEOUT_SECONDS = 0.8 * PATIENCE_SECONDS
+"""Less than the pool waits: the ranks then say what they were waiting in."""
 
 
 class RankError(AssertionError):
@@ -63,7 +66,7 @@ class RankPool:
         self._workers: list[tuple[Any, Connection]] = []
 
     def __call__(
-        self, fn: Callable[..., Any], world_size: int = 4, *, timeout: float = 400.0, **kwargs: Any
+        self, fn: Callable[..., Any], world_size: int = 4, *, timeout: float = PATIENCE_SECONDS, **kwargs: Any
     ) -> list[Any]:
         if world_size > self._max_world_size:
             raise ValueError(f"the pool has {self._max_world_size} ranks, asked for {world_size}")
