@@ -66,7 +66,12 @@ class ServerClient:
         self.timeout_seconds = timeout_seconds
         # Room for control requests while all places for generation are taken. Proxies of the environment are for the
         # world outside, not for the nodes of a cluster.
-        limits = httpx.Limits(max_connections=max_requests + 8, max_keepalive_connections=max_requests + 8)
+        limits = httpx.Limits(
+            max_connections=max_requests + 8,
+            max_keepalive_connections=max_requests + 8,
+            # Servers close idle connections after 5 s; a request that goes into one at that moment would be lost.
+            keepalive_expiry=2.0,
+        )
         self._http = httpx.AsyncClient(base_url=self.url, timeout=None, limits=limits, trust_env=False)
 
     async def close(self) -> None:
