@@ -82,22 +82,24 @@ from tests.test_reward_cost import adversarial_texts
 TRUTHS = {"multiple choice": "B", "numerical": "1", "OCR": "小球 red", "free-form": "小球 a red", "regression": "1"}
 for name, text in adversarial_texts().items():
     print(name, flush=True)
+    whole, read = f"<think>{text}</think><answer>{text}</answer>", []
     for protocol in PROTOCOLS:
         accuracy, soft, form = (
             load_reward(part, protocol=protocol)[1] for part in ("accuracy", "soft_choice", "format")
         )
-        whole = f"<think>{text}</think><answer>{text}</answer>"
-        for kind, truth in TRUTHS.items():
-            record = {"problem_type": kind, "solution": truth, "options": ["A. red", "B. blue"]}
-            assert 0.0 <= accuracy(whole, record) <= 1.0
-        record = {"problem_type": "multiple choice", "solution": "B"}
+        choice = {"problem_type": "multiple choice", "solution": "B"}
         for response in (text, "<answer>" + text, whole):
-            assert 0.0 <= form(response, record) + soft(response, record) <= 2.0
+            assert 0.0 <= form(response, choice) + accuracy(response, choice) <= 2.0
+        assert 0.0 <= soft(whole, choice | {"options": ["A. red", "B. blue"]}) <= 1.0
+        for kind, truth in TRUTHS.items():
+            if (judge := PROTOCOLS[protocol].judges[kind]) not in read:  # protocols share some
+                read.append(judge)
+                assert 0.0 <= accuracy(whole, {"problem_type": kind, "solution": truth}) <= 1.0
 """
 
 
 def test_every_reward_reads_every_adversarial_text_of_200_000_characters() -> None:
-    """Expressions that backtrack needed hours for one of these texts; all of them together take under a minute now. The
+    """Expressions that backtrack needed hours for one of these texts; all of them together take about a minute now. The
     limit is far from both, so that a busy machine passes."""
     done = subprocess.run([sys.executable, "-c", READ_EVERYTHING], capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout[-200:] + done.stderr[-2000:]
@@ -134,17 +136,17 @@ def test_pieces_of_a_response_are_decoded_a_bounded_number_of_times(name: str) -
         "characters of four bytes": "⚽😀".encode(),
         "lone bytes": b"\x80",
     }
-    token_ids = list((pieces.get(name, b"\xf0\x9f") * 2000)[:2000])
+    token_ids = list((pieces.get(name, b"\xf0\x9f") * 2002)[:2002])
     decoder = CountingDecoder()
     texts = token_texts(token_ids, decode=decoder)
-    assert len(texts) == 2000
+    assert len(texts) == 2002
     if name in ("letters", "characters of four bytes"):
         assert "".join(texts) == bytes(token_ids).decode()
     # A piece is decoded with the one before it, at most eight tokens each, for each of its tokens.
-    assert decoder.num_decoded <= 2000 * 3 * 8
+    assert decoder.num_decoded <= 2002 * 3 * 8
 
     decoder = CountingDecoder()
     strings = StopStrings(("never",), decode=decoder, num_rows=1)
     assert not any(strings.completed_by(0, token) for token in token_ids)
-    assert decoder.num_decoded <= 2000 * 3 * 8
+    assert decoder.num_decoded <= 2002 * 3 * 8
     assert any(strings.completed_by(0, token) for token in b"  never"), "what follows is read again"

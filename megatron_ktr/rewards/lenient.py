@@ -39,19 +39,22 @@ def multiple_choice(answer: str, truth: Truth) -> float:
 
 def numerical(answer: str, truth: Truth) -> float:
     """1 if the numbers agree to 2 decimals."""
-    expected = read_number(truth.text)
-    values = [read_number(part) for part in _readings(answer)]
-    if standard.is_written_alike(answer, truth):
+    if standard.are_alike(standard.written_number(answer), standard.written_number(truth.text)):
         return 1.0
-    is_right = expected is not None and any(v is not None and round(v, 2) == round(expected, 2) for v in values)
-    return float(is_right)
+    value, expected = _number(answer), read_number(truth.text)
+    return float(value is not None and expected is not None and round(value, 2) == round(expected, 2))
 
 
 def regression(answer: str, truth: Truth) -> float:
     """1 - min(1, relative difference); a truth of 0 is matched only by 0."""
-    expected = read_number(truth.text)
-    value = next((v for part in _readings(answer) if (v := read_number(part)) is not None), None)
-    return standard.relative_score(value, expected, answer=answer, truth=truth)
+    if standard.are_alike(standard.written_number(answer), standard.written_number(truth.text)):
+        return 1.0
+    return standard.relative_score(_number(answer), read_number(truth.text))
+
+
+def _number(answer: str) -> float | None:
+    """The number of the answer, or of its last line."""
+    return next((value for part in _readings(answer) if (value := read_number(part)) is not None), None)
 
 
 def _readings(answer: str) -> list[str]:

@@ -35,14 +35,15 @@ def soft_choice(answer: str, truth: Truth) -> float:
 
 def numerical(answer: str, truth: Truth) -> float:
     """1 if both are numbers, both or neither have a decimal part, and they agree to 2 decimals; 1 if written alike."""
-    if is_written_alike(answer, truth):
+    found, expected = written_number(answer), written_number(truth.text)
+    if are_alike(found, expected):
         return 1.0
-    if truth.is_written and _has_decimal_part(answer) != _has_decimal_part(truth.text):
+    if truth.is_written and _has_decimal_part(found) != _has_decimal_part(expected):
         return 0.0
-    value, expected = parse_number(answer), parse_number(truth.text)
-    if value is None or expected is None:
+    value, right_value = parse_number(found), parse_number(expected)
+    if value is None or right_value is None:
         return 0.0
-    return float(round(value, 2) == round(expected, 2))
+    return float(round(value, 2) == round(right_value, 2))
 
 
 def ocr(answer: str, truth: Truth) -> float:
@@ -64,14 +65,13 @@ def free_form(answer: str, truth: Truth) -> float:
 
 
 def regression(answer: str, truth: Truth) -> float:
-    """1 - min(1, relative difference); a truth of 0 is matched only by 0."""
-    return relative_score(parse_number(answer), parse_number(truth.text), answer=answer, truth=truth)
+    """1 - min(1, relative difference); a truth of 0 is matched only by 0; 1 if written alike."""
+    found, expected = written_number(answer), written_number(truth.text)
+    return 1.0 if are_alike(found, expected) else relative_score(parse_number(found), parse_number(expected))
 
 
-def relative_score(value: float | None, expected: float | None, *, answer: str, truth: Truth) -> float:
-    """``regression`` of numbers that were read already."""
-    if is_written_alike(answer, truth):
-        return 1.0
+def relative_score(value: float | None, expected: float | None) -> float:
+    """``regression`` of two numbers, 0 where one of them is none."""
     if value is None or expected is None:
         return 0.0
     if expected == 0.0:
@@ -79,15 +79,18 @@ def relative_score(value: float | None, expected: float | None, *, answer: str, 
     return 1.0 - min(1.0, abs(value - expected) / abs(expected))
 
 
-def is_written_alike(answer: str, truth: Truth) -> bool:
-    """Whether both are the same text with a digit in it, number or not ("1/2", "3,14")."""
-    written = bare(fold_number(answer))
-    return written == bare(fold_number(truth.text)) and any("0" <= character <= "9" for character in written)
+def written_number(text: str) -> str:
+    """How a number is written, without what decorates it."""
+    return bare(fold_number(text))
 
 
-def _has_decimal_part(text: str) -> bool:
-    folded = fold_number(text)
-    return "." in folded or "," in folded
+def are_alike(found: str, expected: str) -> bool:
+    """Whether two texts from ``written_number`` are the same with a digit in it, number or not ("1/2", "3,14")."""
+    return found == expected and any("0" <= character <= "9" for character in found)
+
+
+def _has_decimal_part(written: str) -> bool:
+    return "." in written or "," in written
 
 
 JUDGES = {
