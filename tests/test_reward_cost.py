@@ -89,7 +89,8 @@ for name, text in adversarial_texts().items():
         )
         choice = {"problem_type": "multiple choice", "solution": "B"}
         for response in (text, "<answer>" + text, whole):
-            assert 0.0 <= form(response, choice) + accuracy(response, choice) <= 2.0
+            PROTOCOLS[protocol].find_answer(response)
+            assert form(response, choice) in (0.0, 1.0)
         assert 0.0 <= soft(whole, choice | {"options": ["A. red", "B. blue"]}) <= 1.0
         for kind, truth in TRUTHS.items():
             if (judge := PROTOCOLS[protocol].judges[kind]) not in read:  # protocols share some
