@@ -39,8 +39,8 @@ INSTALL_REQUIRES = [
     "av",
     f"decord>=0.6; {DECORD_HAS_WHEELS}",
     "tensorboard",
-    "rouge-score",
-    "jiwer",
+    "nltk",  # Porter's stemmer, as in rouge-score
+    "rapidfuzz",  # edit distance and longest common subsequence of the rewards
 ]
 
 EXTRAS_REQUIRE = {
@@ -52,7 +52,8 @@ EXTRAS_REQUIRE = {
     "te": ["transformer-engine[core-cu13,pytorch]==2.11.0"],
     # Triton's interpreter runs the kernels' tests without a GPU, its compiler the checks that they compile. CUDA builds
     # of torch name their own version of it; CPU builds name none.
-    "dev": ["pytest>=8", "ruff==0.17.5", f"triton>=3.5; {TRITON_HAS_WHEELS}"],
+    # rouge-score and jiwer are what the rewards' numbers are compared with.
+    "dev": ["pytest>=8", "ruff==0.17.5", "rouge-score", "jiwer", f"triton>=3.5; {TRITON_HAS_WHEELS}"],
 }
 # NVIDIA's apex is not listed on purpose: the public index holds an unrelated project under that name. See README.
 

@@ -109,6 +109,8 @@ def _rollout(config: Config) -> Iterator[str]:
 def _reward(config: Config) -> Iterator[str]:
     if config.reward.reward_functions and config.rollout.engine == "replay":
         yield "--reward-functions is not read by --engine replay: rewards come with the recorded rollouts"
+    if config.reward.answer_protocol != "standard" and config.rollout.engine == "replay":
+        yield "--answer-protocol is not read by --engine replay: rewards come with the recorded rollouts"
     parts = [name.rpartition(":")[2] for name in config.reward.reward_functions]
     if config.reward.length_bonus > 0 and parts and "accuracy" not in parts and config.objective.objective != "sft":
         yield "--length-bonus goes to correct responses: add accuracy to --reward-functions, or set --length-bonus 0"

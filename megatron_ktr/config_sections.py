@@ -177,6 +177,12 @@ class RewardSection:
         "Reward parts by name (accuracy, format; soft_choice: accuracy that pays in part for some of several right "
         "letters), or own ones as module:function; empty = accuracy and format; recorded rollouts keep theirs",
     )
+    answer_protocol: Literal["official", "strict", "standard", "lenient"] = _option(
+        "standard",
+        "How the built-in rewards read and judge an answer: official = the verdicts of the Video-KTR release, slips "
+        "included; strict = one answer block only; standard = the first block; lenient = the right answer however it "
+        "is worded (docs/rewards.md)",
+    )
     length_bonus: float = _option(
         0.2,
         "Added to a correct response of length_bonus_min..length_bonus_max tokens where more than one response of "

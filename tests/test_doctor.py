@@ -227,6 +227,7 @@ def test_limits_of_files_and_of_locked_memory():
         ({"OMP_NUM_THREADS": "4", "LOCAL_WORLD_SIZE": "8"}, "OMP_NUM_THREADS=2"),
         ({"LOCAL_WORLD_SIZE": "8"}, "OMP_NUM_THREADS=2"),
         ({"OMP_NUM_THREADS": "many"}, "OMP_NUM_THREADS=1"),
+        ({"OMP_NUM_THREADS": "\u00b2"}, "OMP_NUM_THREADS=1"),  # a digit to str.isdigit, no number to int
     ],
 )
 def test_threads_of_all_ranks_fit_the_cores(environment, expected):

@@ -168,7 +168,7 @@ def check_threads(environment: Mapping[str, str], *, num_cores: int) -> Check:
     if text is None:
         remedy = "" if ranks == 1 else f"export OMP_NUM_THREADS={max(1, num_cores // ranks)}"
         return Check("OMP_NUM_THREADS", ranks == 1, f"not set: {num_cores} threads a rank", remedy)
-    if not text.isdigit() or int(text) < 1:
+    if not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text) >= 1):
         return Check("OMP_NUM_THREADS", False, f"{text!r} is no number of threads", "export OMP_NUM_THREADS=1")
     detail = f"{text} x {ranks} ranks on {num_cores} cores"
     # Ranks may outnumber cores (a test of a layout), but then with one thread each.

@@ -6,6 +6,9 @@ from collections.abc import Callable, Sequence
 
 from megatron_ktr.types import ResponseSelection, Rollout
 
+MAX_OPEN_TOKENS = 8
+"""After so many tokens that complete no character, their bytes are no text. A character has at most four bytes."""
+
 
 def selected_tokens_text(
     rollout: Rollout, selection: ResponseSelection, *, decode: Callable[[Sequence[int]], str]
@@ -33,12 +36,14 @@ def selected_tokens_text(
 def token_texts(token_ids: Sequence[int], *, decode: Callable[[Sequence[int]], str]) -> list[str]:
     """What each token adds to the decoded text. Decoding tokens one by one would lose the blanks between words; a
     token that completes no character yet adds nothing, and the one that completes it adds all of it."""
-    texts, before = [], ""
+    texts: list[str] = []
+    first = settled = 0  # the tokens before ``first`` are never looked at again: long responses take linear time
     for end in range(1, len(token_ids) + 1):
-        after = decode(token_ids[:end])
-        if after.endswith("\ufffd") or not after.startswith(before):
+        before, after = decode(token_ids[first:settled]), decode(token_ids[first:end])
+        is_open = after.endswith("\ufffd") or not after.startswith(before)
+        if is_open and end - settled < MAX_OPEN_TOKENS:
             texts.append("")
             continue
         texts.append(after[len(before) :])
-        before = after
+        first, settled = settled, end
     return texts

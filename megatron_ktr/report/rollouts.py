@@ -15,7 +15,8 @@ from megatron_ktr.report.console import token_texts
 from megatron_ktr.report.frames import Strip
 from megatron_ktr.report.markup import Html, element, escape, format_number
 from megatron_ktr.report.run_data import RecordedGroup, RecordedResponse
-from megatron_ktr.rewards.text import extract_answer
+from megatron_ktr.rewards.choices import labelled_options, named_labels
+from megatron_ktr.rewards.truth import Truth
 
 KNOWN_SIGNALS = ("entropy", "visual", "temporal")
 SIGNAL_MEANINGS = {
@@ -106,15 +107,12 @@ def group_section(
 
 
 def _question(record: Mapping[str, Any]) -> Html:
-    solution = str(record["solution"]) if record.get("solution") is not None else ""
-    inside = extract_answer(solution)
-    answer = inside if inside is not None else solution
+    answer = Truth.of(record["solution"]).text if record.get("solution") is not None else ""
+    labelled = labelled_options(record["options"])
+    right = named_labels(answer, labelled)
     options = []
-    for number, option in enumerate(record["options"]):
-        letter = chr(ord("A") + number)
-        is_right = bool(answer) and (
-            answer == letter or answer == option or option.startswith((answer + ".", answer + ":"))
-        )
+    for label, option in zip(labelled, record["options"], strict=True):
+        is_right = label in right
         mark = element("span", " \u2713 right answer", class_="right") if is_right else None
         options.append(
             element("li", element("span", option, dir="auto"), mark, class_="right-option" if is_right else None)

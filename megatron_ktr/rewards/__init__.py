@@ -3,33 +3,39 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from megatron_ktr.errors import UserError
-from megatron_ktr.rewards.accuracy import SOFT_BY_TYPE, accuracy
-from megatron_ktr.rewards.text import has_reasoning_format
+from megatron_ktr.rewards.accuracy import accuracy, with_soft_choice
+from megatron_ktr.rewards.protocols import PROTOCOLS, STANDARD, Protocol
 from megatron_ktr.types import Prompt, Rollout, RolloutGroup
 
 RewardFunction = Callable[[str, Mapping[str, Any]], float]
 
 
-def accuracy_reward(response: str, record: Mapping[str, Any]) -> float:
-    """``accuracy`` on the record's ``solution`` and ``problem_type``."""
-    return accuracy(response, solution=str(record["solution"]), problem_type=str(record["problem_type"]))
+def accuracy_reward(response: str, record: Mapping[str, Any], *, protocol: Protocol = STANDARD) -> float:
+    """``accuracy`` on the record's ``solution``, ``problem_type`` and ``options``."""
+    return accuracy(
+        response,
+        solution=record["solution"],
+        problem_type=str(record["problem_type"]),
+        options=record.get("options") or (),
+        protocol=protocol,
+    )
 
 
-def soft_choice_reward(response: str, record: Mapping[str, Any]) -> float:
-    """``accuracy``, but for multiple choice the right share of several letters (``soft_choice``)."""
-    kind, solution = str(record["problem_type"]), str(record["solution"])
-    return accuracy(response, solution=solution, problem_type=kind, by_type=SOFT_BY_TYPE)
+def soft_choice_reward(response: str, record: Mapping[str, Any], *, protocol: Protocol = STANDARD) -> float:
+    """``accuracy``, but for multiple choice the right share of several letters (``standard.soft_choice``)."""
+    return accuracy_reward(response, record, protocol=with_soft_choice(protocol))
 
 
-def format_reward(response: str, record: Mapping[str, Any]) -> float:
+def format_reward(response: str, record: Mapping[str, Any], *, protocol: Protocol = STANDARD) -> float:
     """1 if the whole response is a reasoning block and an answer block."""
-    return float(has_reasoning_format(response))
+    return float(protocol.has_format(response))
 
 
 BUILT_IN: dict[str, RewardFunction] = {
@@ -37,12 +43,15 @@ BUILT_IN: dict[str, RewardFunction] = {
     "format": format_reward,
     "soft_choice": soft_choice_reward,
 }
+READS_PROBLEM_TYPE = ("accuracy", "soft_choice")
+"""Built-in rewards that know five problem types and refuse others."""
 
 
-def load_reward(name: str) -> tuple[str, RewardFunction]:
-    """A built-in reward by name, or your own as ``module:function``; returns (short name, function)."""
+def load_reward(name: str, *, protocol: str = "standard") -> tuple[str, RewardFunction]:
+    """A built-in reward by name, reading answers by ``protocol`` (``PROTOCOLS``), or your own as ``module:function``,
+    which reads them itself; returns (short name, function)."""
     if name in BUILT_IN:
-        return name, BUILT_IN[name]
+        return name, functools.partial(BUILT_IN[name], protocol=PROTOCOLS[protocol])
     module_name, separator, function_name = name.partition(":")
     if not separator:
         raise UserError(f"reward {name!r} is unknown, expected one of {sorted(BUILT_IN)} or 'module:function'")
@@ -53,9 +62,11 @@ def load_reward(name: str) -> tuple[str, RewardFunction]:
     return function_name, function
 
 
-def reward_groups(groups: Sequence[RolloutGroup], *, names: Sequence[str]) -> list[RolloutGroup]:
+def reward_groups(
+    groups: Sequence[RolloutGroup], *, names: Sequence[str], protocol: str = "standard"
+) -> list[RolloutGroup]:
     """The same groups with ``rewards`` of every rollout filled in from its text and its prompt's record."""
-    functions = load_rewards(names)
+    functions = load_rewards(names, protocol=protocol)
     return [
         dataclasses.replace(
             group,
@@ -68,11 +79,11 @@ def reward_groups(groups: Sequence[RolloutGroup], *, names: Sequence[str]) -> li
     ]
 
 
-def load_rewards(names: Sequence[str]) -> dict[str, RewardFunction]:
+def load_rewards(names: Sequence[str], *, protocol: str = "standard") -> dict[str, RewardFunction]:
     """The functions by short name; UserError if two have the same one, as one would hide the other."""
     functions: dict[str, RewardFunction] = {}
     for name in names:
-        short_name, function = load_reward(name)
+        short_name, function = load_reward(name, protocol=protocol)
         if short_name in functions:
             raise UserError(f"reward_functions: two parts are called {short_name!r}; rename one of the functions")
         functions[short_name] = function

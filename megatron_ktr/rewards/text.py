@@ -1,31 +1,117 @@
-"""Reading a response: its answer block, its format, numbers inside it."""
+"""Reading a response: its answer block, its format, the number it consists of. Scanners, each one pass over the text.
+
+Nothing here is a regular expression with a choice of how far to match: a model that degenerates writes a hundred
+thousand blanks, digits or tags, and every rank waits for its reward.
+"""
 
 from __future__ import annotations
 
-import re
+import math
+import unicodedata
 
-_ANSWER = re.compile(r"<answer>\s*(.*?)\s*</answer>", re.DOTALL)
-_NO_TAG = r"(?:(?!</?think>|</?answer>).)*"
-_FORMAT = re.compile(rf"\s*<think>{_NO_TAG}</think>\s*<answer>{_NO_TAG}</answer>\s*", re.DOTALL)
-_NUMBER = re.compile(r"[+-]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
+from megatron_ktr.rewards.fold import bare, fold_number
+
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+_GROUP_SEPARATORS = ",'"
 
 
 def extract_answer(text: str) -> str | None:
     """The content of the first ``<answer>`` block without surrounding white space; None if there is none."""
-    match = _ANSWER.search(text)
-    return match.group(1) if match else None
+    start = text.find("<answer>")
+    end = text.find("</answer>", start + len("<answer>")) if start >= 0 else -1
+    return text[start + len("<answer>") : end].strip() if end >= 0 else None
+
+
+def extract_only_answer(text: str) -> str | None:
+    """``extract_answer`` of a response with exactly one ``<answer>`` and one ``</answer>``, else None."""
+    is_single = text.count("<answer>") == 1 and text.count("</answer>") == 1
+    return extract_answer(text) if is_single else None
 
 
 def has_reasoning_format(text: str) -> bool:
     """Whether the response is ``<think>...</think>`` then ``<answer>...</answer>``, each tag once, and nothing else."""
-    return _FORMAT.fullmatch(text) is not None
+    text = text.strip()
+    if not (text.startswith("<think>") and text.endswith("</answer>") and all(text.count(tag) == 1 for tag in TAGS)):
+        return False
+    between = text[text.index("</think>") + len("</think>") : text.index("<answer>")]
+    return text.index("</think>") < text.index("<answer>") and not between.strip()
 
 
 def parse_number(text: str | None) -> float | None:
-    """The number ``text`` consists of (thousands commas allowed, currency and percent signs dropped), or None."""
+    """The finite number ``text`` consists of, or None.
+
+    Digits, signs and separators of every script are read, currency and percent signs dropped, decoration
+    (``\\boxed{5}``, ``**5**``) too. Thousands may be parted by commas or apostrophes, in groups as they are written:
+    "1,200" and "1,00,000" are numbers, "3,14" is none.
+    """
     if text is None:
         return None
-    cleaned = text.strip().strip("$€£% ").strip()
-    if not _NUMBER.fullmatch(cleaned):
-        return None
-    return float(cleaned.replace(",", ""))
+    text = without_unit_signs(bare(fold_number(text), trailing="。"))
+    value, end = scan_number(text)
+    return value if end == len(text) else None
+
+
+def without_unit_signs(text: str) -> str:
+    """The text without blanks, currency and percent signs at both ends."""
+    start, end = 0, len(text)
+    while start < end and _is_unit_sign(text[start]):
+        start += 1
+    while start < end and _is_unit_sign(text[end - 1]):
+        end -= 1
+    return text[start:end]
+
+
+def scan_number(text: str, start: int = 0, *, separators: str = _GROUP_SEPARATORS) -> tuple[float | None, int]:
+    """(value, place behind it) of the decimal number that begins at ``start`` in text from ``fold_number``; (None,
+    ``start``) where none begins or it is too large for a float."""
+    place = start
+    sign = ""
+    if place < len(text) and text[place] in "+-":
+        sign = text[place]
+        place += 1
+    while place < len(text) and _is_unit_sign(text[place]):
+        place += 1
+    whole, place = _scan_whole(text, place, separators)
+    fraction = ""
+    if place < len(text) and text[place] == "." and (whole or _digits_end(text, place + 1) > place + 1):
+        end = _digits_end(text, place + 1)
+        fraction, place = text[place + 1 : end], end
+    if not whole and not fraction:
+        return None, start
+    exponent = ""
+    if place < len(text) and text[place] in "eE":
+        digits = place + 2 if text[place + 1 : place + 2] in ("+", "-") else place + 1
+        end = _digits_end(text, digits)
+        if end > digits:
+            exponent, place = text[place:end], end
+    value = float(f"{sign}{whole or '0'}.{fraction or '0'}{exponent}")
+    return (value, place) if math.isfinite(value) else (None, start)
+
+
+def _scan_whole(text: str, start: int, separators: str) -> tuple[str, int]:
+    """Digits before the decimal point, separators dropped: groups of two or three, the last of three, the first no
+    longer than three."""
+    end = _digits_end(text, start)
+    groups, place = [text[start:end]], end
+    if not 1 <= end - start <= 3:
+        return groups[0], end
+    separator = text[place : place + 1]
+    while separator and separator in separators and text[place : place + 1] == separator:
+        end = _digits_end(text, place + 1)
+        if not 2 <= end - place - 1 <= 3:
+            break
+        groups.append(text[place + 1 : end])
+        place = end
+    is_grouped = len(groups) > 1 and len(groups[-1]) == 3
+    return ("".join(groups), place) if is_grouped else (groups[0], start + len(groups[0]))
+
+
+def _digits_end(text: str, start: int) -> int:
+    end = start
+    while end < len(text) and "0" <= text[end] <= "9":
+        end += 1
+    return end
+
+
+def _is_unit_sign(character: str) -> bool:
+    return character == "%" or character.isspace() or unicodedata.category(character) == "Sc"

@@ -59,6 +59,11 @@ def end_token_ids(model_dir: Path | str, tokenizer: Any) -> tuple[int, ...]:
     return tuple(ends)
 
 
+MAX_OPEN_TOKENS = 8
+"""After so many tokens that complete no character, their bytes are no text (a character has at most four) and are taken
+up as they are: a model that writes lone bytes would otherwise have all of them decoded again at every token."""
+
+
 class StopStrings:
     """Says which token of which row completes a stop string, token by token.
 
@@ -80,7 +85,8 @@ class StopStrings:
         # A token's text may depend on the one before it (blanks), never on more: those two pieces are decoded again.
         before = self._decode(state.token_ids[: state.num_settled])
         text = self._decode(state.token_ids)
-        if len(text) <= len(before) or text.endswith("\N{REPLACEMENT CHARACTER}"):
+        is_open = len(text) <= len(before) or text.endswith("\N{REPLACEMENT CHARACTER}")
+        if is_open and len(state.token_ids) - state.num_settled < MAX_OPEN_TOKENS:
             return False
         state.tail += text[len(before) :]
         is_complete = any(stop in state.tail for stop in self._stop)

@@ -30,7 +30,7 @@ from megatron_ktr.distributed.collectives import broadcast_object
 from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.errors import UserError
 from megatron_ktr.packing import MediaSpec
-from megatron_ktr.rewards import load_rewards, reward_groups
+from megatron_ktr.rewards import READS_PROBLEM_TYPE, load_rewards, reward_groups
 from megatron_ktr.rewards.accuracy import ACCURACY_BY_TYPE
 from megatron_ktr.rollout.base import RolloutEngine
 from megatron_ktr.rollout.local import DatasetSource, SupervisedSource
@@ -49,6 +49,7 @@ class Sampler:
 
     engine: RolloutEngine
     rewards: tuple[str, ...] = DEFAULT_REWARDS
+    answer_protocol: str = "standard"
 
     def answer(self, groups: Sequence[RolloutGroup], *, step: int) -> list[RolloutGroup]:
         """``groups`` with rewarded responses in place of none; where a collective engine yields nothing, as they came.
@@ -59,7 +60,7 @@ class Sampler:
         with ThreadPoolExecutor(1, thread_name_prefix="rewards") as pool:
             rewarded: dict[int, Future[list[RolloutGroup]]] = {}
             for index, group in self.engine.stream([group.prompt for group in groups], step=step):
-                rewarded[index] = pool.submit(reward_groups, [group], names=self.rewards)
+                rewarded[index] = pool.submit(reward_groups, [group], names=self.rewards, protocol=self.answer_protocol)
             for index, result in rewarded.items():
                 answered[index] = result.result()[0]
         return answered
@@ -306,7 +307,7 @@ def build_local_source(
     records = read_records(data.data_path, problem_types=data.problem_types, needs_solution=not is_supervised)
     _say_repeated_ids(records, of=f"data_path: {data.data_path}", groups=groups)
     rewards = config.reward.reward_functions or DEFAULT_REWARDS
-    if not is_supervised and "accuracy" in load_rewards(rewards):
+    if not is_supervised and any(name in READS_PROBLEM_TYPE for name in load_rewards(rewards)):
         _check_problem_types(records, data_path=data.data_path)
     dataset = PromptDataset(records, loader=prompt_loader(config, tokenizer=tokenizer), **order)
     if is_supervised:
@@ -351,18 +352,18 @@ def build_sampler(config: Config, *, groups: ParallelGroups, tokenizer: Any, med
         from megatron_ktr.rollout.vllm_colocated import colocated_engine
 
         engine = colocated_engine(config, groups=groups, tokenizer=tokenizer, media=media, sampling=sampling)
-        return Sampler(engine, rewards=rewards)
+        return Sampler(engine, rewards=rewards, answer_protocol=config.reward.answer_protocol)
     if not groups.is_source:
         return None
     if rollout.engine == "vllm_server":
         from megatron_ktr.rollout.vllm_server import server_engine
 
         engine = server_engine(config, data_group=groups.data, tokenizer=tokenizer, media=media, sampling=sampling)
-        return Sampler(engine, rewards=rewards)
+        return Sampler(engine, rewards=rewards, answer_protocol=config.reward.answer_protocol)
     from megatron_ktr.rollout.hf import HFEngine
 
     engine = HFEngine(config.model.model, tokenizer=tokenizer, media=media, sampling=sampling)
-    return Sampler(engine, rewards=rewards)
+    return Sampler(engine, rewards=rewards, answer_protocol=config.reward.answer_protocol)
 
 
 def prompt_loader(config: Config, *, tokenizer: Any) -> PromptLoader:

@@ -26,12 +26,16 @@ CODECS: dict[str, tuple[str, str, dict[str, str]]] = {
 """Name -> container, encoder, options: short groups of pictures so that seeking matters in a second of video."""
 
 
-def shared_videos() -> list[Path]:
-    """The real videos, if this machine has them: $KTR_SHARED_DATA/videos, else ../shared/data/videos beside the
+def shared_data() -> Path:
+    """Where real videos and benchmark records are, if they are here: $KTR_SHARED_DATA, else ../shared/data beside the
     repository."""
     repository = Path(__file__).resolve().parents[2]
-    root = Path(os.environ.get(SHARED_VIDEOS_VARIABLE) or repository.parent / "shared" / "data")
-    folder = root / "videos"
+    return Path(os.environ.get(SHARED_VIDEOS_VARIABLE) or repository.parent / "shared" / "data")
+
+
+def shared_videos() -> list[Path]:
+    """The real videos, if this machine has them."""
+    folder = shared_data() / "videos"
     return sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
 
 

@@ -1,0 +1,141 @@
+"""Options of a multiple-choice question: their labels, and which of them an answer names.
+
+options ["A. red", "B. blue"]     labels A, B
+options ["red", "blue", ...]      labels A .. Z, then AA, AB, ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from megatron_ktr.rewards.fold import bare, fold_case
+from megatron_ktr.rewards.words import rouge_words
+
+_TRAILING = ".。,:;!)]"
+_BEFORE_LABEL = "([{<*_`\"'「【"
+_BEHIND_LABEL = ".:)]}>、」】"
+_LIST_SIGNS = str.maketrans(dict.fromkeys(",;/&()[]{}<>.、。*_`$\"'+", " "))
+_LATEX = ("\\boxed", "\\text", "\\textbf", "\\mathbf", "\\mathrm")
+_LEAD_INS = tuple(
+    f"{article}{adjective}{noun}{verb}"
+    for article in ("the ", "")
+    for adjective in ("", "correct ", "right ", "best ", "final ")
+    for noun in ("answer", "option", "choice")
+    for verb in (" is option", " is", "")
+)
+
+
+def label_of(number: int) -> str:
+    """The label of the option at ``number`` from 0: A .. Z, AA, AB, ... as spreadsheets name columns."""
+    label = ""
+    number += 1
+    while number:
+        number, rest = divmod(number - 1, 26)
+        label = chr(ord("A") + rest) + label
+    return label
+
+
+def read_label(answer: str) -> str:
+    """The answer without what may surround a letter: brackets, emphasis, LaTeX, a full stop behind it."""
+    return bare(answer, trailing=_TRAILING).strip("(). ")
+
+
+def read_letters(answer: str) -> frozenset[str]:
+    """The capital letters an answer lists ("B", "A, C", "AC", "(A) and (C)"); none if it says anything else."""
+    words = bare(answer).replace("\\text{and}", " ").translate(_LIST_SIGNS).split()
+    for command in _LATEX:
+        words = [word for word in words if word != command]
+    if len(words) > 1:
+        words = [word for word in words if word.lower() != "and"]
+    is_list = all(word.isascii() and word.isalpha() and word.isupper() for word in words)
+    return frozenset("".join(words)) if is_list else frozenset()
+
+
+def labelled_options(options: Sequence[str]) -> dict[str, str]:
+    """Label -> text without its label, where the options carry their labels in order; else they are labelled here."""
+    for labels in ([label_of(number) for number in range(len(options))], [str(n + 1) for n in range(len(options))]):
+        split = [_without_label(option, label) for option, label in zip(options, labels, strict=True)]
+        if options and all(text is not None for text in split):
+            return {label: str(text) for label, text in zip(labels, split, strict=True)}
+        if len(options) > 1 and all(map(str.startswith, options, (f"{label} " for label in labels))):  # "A red"
+            return {label: option[len(label) :].strip() for label, option in zip(labels, options, strict=True)}
+    return {label_of(number): option for number, option in enumerate(options)}
+
+
+def named_labels(answer: str, options: Mapping[str, str]) -> frozenset[str]:
+    """``named_label``, or the letters of several options ("A, C"); empty where it names none."""
+    label = named_label(answer, options)
+    if label is not None:
+        return frozenset({label})
+    letters = read_letters(answer)
+    return letters if not options or letters <= options.keys() else frozenset()
+
+
+def named_label(answer: str, options: Mapping[str, str]) -> str | None:
+    """The one option a loosely worded answer names, by label ("b", "B. the text", "the answer is (B)") or by text.
+
+    None where it names none, or a label beside another option's text. ``options`` come from ``labelled_options``;
+    without any, one letter is a label.
+    """
+    if len(answer) > _longest(options):
+        return None
+    answer = _without_lead_in(bare(answer, trailing=_TRAILING))
+    label = _known_label(read_label(answer), options)
+    if label is not None:
+        return label
+    words = rouge_words(answer)
+    restated = [
+        label
+        for label, text in options.items()
+        if (option := rouge_words(text)) and words in (option, [label.lower(), *option])
+    ]
+    if restated or len(read_letters(answer)) > 1:
+        return restated[0] if len(restated) == 1 else None
+    start = answer.lstrip(_BEFORE_LABEL)
+    for place in range(1, min(len(start), 5)):
+        label = _known_label(start[:place], options)
+        text = _without_label(start, start[:place]) if label is not None else None
+        if text is not None:
+            words = rouge_words(text)
+            is_another = any(words == rouge_words(other) for other in options.values())
+            is_list = words[:1] in (["or"], ["and"]) and len(words) > 1 and _known_label(words[1], options) is not None
+            return None if is_another or is_list else label
+    return None
+
+
+def _longest(options: Mapping[str, str]) -> int:
+    """Characters beyond which an answer restates no option; room for marks, emphasis and a lead-in."""
+    return 1000 + 10 * max(map(len, options.values()), default=0)
+
+
+def _known_label(text: str, options: Mapping[str, str]) -> str | None:
+    if not options:
+        return text.upper() if len(text) == 1 and text.isascii() and text.isalpha() else None
+    if text in options:
+        return text
+    near = [label for label in options if label.lower() == text.lower()]
+    return near[0] if len(near) == 1 else None
+
+
+def _without_label(option: str, label: str) -> str | None:
+    """What follows ``label`` and the sign behind it ("(B) red", "B. red", "**B** red", "B - red"); None if the option
+    does not begin so."""
+    text = bare(option).lstrip(_BEFORE_LABEL)
+    if not text.startswith(label):
+        return None
+    rest = text[len(label) :]
+    behind = rest.lstrip("*_`\"'")
+    is_emphasised = len(behind) < len(rest)
+    if behind[:1] and behind[0] in _BEHIND_LABEL:
+        return behind.lstrip(_BEHIND_LABEL + "*_`\"' ")
+    if behind.lstrip()[:2] in ("- ", "– ", "— "):
+        return behind.lstrip()[2:].strip()
+    return behind.strip() if is_emphasised or not behind else None
+
+
+def _without_lead_in(text: str) -> str:
+    folded = fold_case(text)
+    for lead_in in _LEAD_INS:
+        if folded.startswith(lead_in) and len(folded) == len(text) and not text[len(lead_in) :][:1].isalnum():
+            return bare(text[len(lead_in) :].lstrip(" :"), trailing=_TRAILING)
+    return text

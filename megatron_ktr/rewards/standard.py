@@ -1,0 +1,102 @@
+"""How the training reward judges an answer, by problem type: pure functions of (answer, truth), each in [0, 1].
+
+    multiple choice   1 if the letters are equal
+    numerical         1 if equal after rounding to 2 decimals, and both or neither have a decimal part
+    OCR               1 - word error rate, clipped to [0, 1]
+    free-form         mean F-measure of ROUGE-1, ROUGE-2 and ROUGE-L, with stemming; 1 for the same words
+    regression        1 - min(1, |answer - truth| / |truth|)
+
+A "decimal part" means that the text contains '.' or ','. Texts that look the same are the same (``fold.py``), and an
+empty truth or answer is never right.
+"""
+
+from __future__ import annotations
+
+from megatron_ktr.rewards.choices import read_label, read_letters
+from megatron_ktr.rewards.fold import bare, fold_case, fold_number
+from megatron_ktr.rewards.overlap import rouge_mean, word_error_rate
+from megatron_ktr.rewards.text import parse_number
+from megatron_ktr.rewards.truth import Truth
+from megatron_ktr.rewards.words import rouge_words, stem, written_words
+
+
+def multiple_choice(answer: str, truth: Truth) -> float:
+    """1 if the letters are equal; a trailing '.' or ')', brackets, emphasis, ``\\boxed`` and width do not matter."""
+    label = read_label(answer)
+    return float(bool(label) and label == read_label(truth.text))
+
+
+def soft_choice(answer: str, truth: Truth) -> float:
+    """|S| / |T| if the answer's letters S are a subset of the right ones T, else 0; "B", "A, C", "AC" and "(A) and (C)"
+    are letters, any other word makes the answer none."""
+    letters, expected = read_letters(answer), read_letters(truth.text)
+    return len(letters) / len(expected) if letters and letters <= expected else 0.0
+
+
+def numerical(answer: str, truth: Truth) -> float:
+    """1 if both are numbers, both or neither have a decimal part, and they agree to 2 decimals; 1 if written alike."""
+    found, expected = written_number(answer), written_number(truth.text)
+    if are_alike(found, expected):
+        return 1.0
+    if truth.is_written and _has_decimal_part(found) != _has_decimal_part(expected):
+        return 0.0
+    value, right_value = parse_number(found), parse_number(expected)
+    if value is None or right_value is None:
+        return 0.0
+    return float(round(value, 2) == round(right_value, 2))
+
+
+def ocr(answer: str, truth: Truth) -> float:
+    """1 - WER on words without case, clipped; scripts without blanks by characters."""
+    found, expected = written_words(answer), written_words(truth.text)
+    if not found or not expected:
+        return 0.0
+    return min(1.0, max(0.0, 1.0 - word_error_rate(found, expected)))
+
+
+def free_form(answer: str, truth: Truth) -> float:
+    """Mean F-measure of ROUGE-1, ROUGE-2 and ROUGE-L with stemming; 1 for the same words, however few."""
+    found, expected = rouge_words(answer), rouge_words(truth.text)
+    if not found and not expected:  # signs only
+        return float(fold_case(answer).split() == fold_case(truth.text).split() != [])
+    if found == expected:
+        return 1.0
+    return rouge_mean([stem(word) for word in found], [stem(word) for word in expected])
+
+
+def regression(answer: str, truth: Truth) -> float:
+    """1 - min(1, relative difference); a truth of 0 is matched only by 0; 1 if written alike."""
+    found, expected = written_number(answer), written_number(truth.text)
+    return 1.0 if are_alike(found, expected) else relative_score(parse_number(found), parse_number(expected))
+
+
+def relative_score(value: float | None, expected: float | None) -> float:
+    """``regression`` of two numbers, 0 where one of them is none."""
+    if value is None or expected is None:
+        return 0.0
+    if expected == 0.0:
+        return float(value == 0.0)
+    return 1.0 - min(1.0, abs(value - expected) / abs(expected))
+
+
+def written_number(text: str) -> str:
+    """How a number is written, without what decorates it."""
+    return bare(fold_number(text))
+
+
+def are_alike(found: str, expected: str) -> bool:
+    """Whether two texts from ``written_number`` are the same with a digit in it, number or not ("1/2", "3,14")."""
+    return found == expected and any("0" <= character <= "9" for character in found)
+
+
+def _has_decimal_part(written: str) -> bool:
+    return "." in written or "," in written
+
+
+JUDGES = {
+    "multiple choice": multiple_choice,
+    "numerical": numerical,
+    "OCR": ocr,
+    "free-form": free_form,
+    "regression": regression,
+}
