@@ -87,7 +87,16 @@ class DataSection:
     prompt_template: str | None = _option(None, "File with the wording of the prompt; none = the built-in wording")
     problem_types: tuple[str, ...] = _option((), "Keep only questions of these problem types; empty = all")
     shuffle_data: bool = _option(True, "Visit the questions in a new seeded order in every epoch")
-    max_skip_share: float = _option(0.1, "Stop when more than this share of prompts is unusable", low=0, high=1)
+    ignore_fields: tuple[str, ...] = _option(
+        (), "Fields of records that are only data here, although their names look like instructions (docs/data.md)"
+    )
+    max_skip_share: float = _option(
+        0.1,
+        "Stop when more than this share is unusable: of the records, before the model is built, for what is known "
+        "without decoding; then of the prompts drawn",
+        low=0,
+        high=1,
+    )
     max_prompt_length: int = _option(16384, "Longest prompt in tokens; longer ones are skipped and counted", low=1)
     media_cache_gb: float = _option(
         0.5, "Resized media kept in memory between epochs on each reading rank, in 10^9 bytes; 0 = none", low=0

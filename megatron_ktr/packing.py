@@ -152,6 +152,7 @@ class _Builder:
         self.targets: list[int] = []
         self.response_index: list[int] = []
         self.group_index: list[int] = []
+        self.is_trained: list[bool] = []
         self.visual_rows: list[int] = []
         self.grids: list[tuple[int, int, int]] = []
         self.patches: list[Tensor] = []
@@ -176,6 +177,7 @@ class _Builder:
             self.positions.append(next_position + _counting_3n(length))
             self.response_index += [self.num_responses] * length
             self.group_index += [len(self.spans)] * length
+            self.is_trained += [True] * length if rollout.is_trained is None else rollout.is_trained
             self.num_responses += 1
         self.spans.append(span)
 
@@ -191,6 +193,7 @@ class _Builder:
             target_ids_R=_int64(self.targets),
             response_R=_int64(self.response_index),
             group_R=_int64(self.group_index),
+            is_trained_R=torch.tensor(self.is_trained, dtype=torch.bool),
             visual_rows=_int64(self.visual_rows),
             patches_SD=torch.cat(self.patches) if self.patches else None,
             grid_thw_M3=_int64(self.grids).reshape(-1, 3),

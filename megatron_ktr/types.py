@@ -92,6 +92,8 @@ class Rollout:
     is_finished: bool = True
     rewards: Mapping[str, float] = field(default_factory=dict)
     """Named parts of the reward, e.g. {"accuracy": 1.0, "format": 1.0}; their sum is the reward."""
+    is_trained: tuple[bool, ...] | None = None
+    """By token: False where a given conversation has a user's turn, which may carry no loss; None = all may."""
 
     @property
     def reward(self) -> float:
@@ -183,6 +185,8 @@ class PackedBatch:
     """The media as this view shows them, in order of occurrence; only on the first pipeline stage."""
     features_ED: Tensor | None = None
     """[visual tokens, D]: what the vision encoder gives for ``media``, where it has run before (``vision_pass.py``)."""
+    is_trained_R: Tensor | None = None
+    """bool [R]: False on tokens that are context inside a response (``Rollout.is_trained``); None = nowhere."""
 
     @property
     def num_responses(self) -> int:

@@ -41,8 +41,8 @@ def write_jsonl(path: Path, *records: dict[str, Any]) -> str:
 
 
 QUESTIONS = (
-    {"problem": "Which?", "problem_type": "multiple choice", "solution": "A"},
-    {"problem_id": "odd", "problem": "Which?", "problem_type": "multiple-choice", "solution": "A"},
+    {"problem": "Which?", "problem_type": "multiple choice", "solution": "A", "response": "A"},
+    {"problem_id": "odd", "problem": "Which?", "problem_type": "multiple-choice", "solution": "A", "response": "A"},
 )
 
 

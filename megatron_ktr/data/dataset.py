@@ -13,15 +13,18 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_ktr.data.conversation import text_of
+from megatron_ktr.data.media_files import resolve_media_path
+from megatron_ktr.data.media_source import HONOURED, SYNONYMS, MediaRequest, MediaSource, media_sources
 from megatron_ktr.data.preprocess import LoadedMedia, PreprocessSettings, load_media
-from megatron_ktr.data.records import Record, read_records, resolve_media_path
-from megatron_ktr.data.template import PromptBuilder, VisualTokens, WordingTemplate, load_tokenizer
+from megatron_ktr.data.records import Record, read_records
+from megatron_ktr.data.template import PromptBuilder, VisualTokens, WordingTemplate, load_tokenizer, without_markers
 from megatron_ktr.data.unusable import PromptTooLong, UnusableMedia, UnusableSample
 from megatron_ktr.data.video import FrameSampling
 from megatron_ktr.errors import UserError
@@ -34,8 +37,12 @@ _MAX_FRUITLESS_DRAWS = 1000
 """So many samples in a row without a usable one stop the run, even if each was rejected for its length."""
 
 
+MediaKey = tuple[tuple[Path, ...], str, bool, MediaRequest]
+"""Files, kind, whether they are the pictures of one video, and what the record asks for."""
+
+
 class MediaCache:
-    """Resized media by path and kind, least recently used ones dropped beyond ``max_bytes``.
+    """Resized media by files, kind and how they are read; least recently used ones are dropped beyond ``max_bytes``.
 
     Files are taken not to change during a run.
     """
@@ -43,17 +50,17 @@ class MediaCache:
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.num_bytes = 0
-        self._items: OrderedDict[tuple[Path, str], LoadedMedia] = OrderedDict()
+        self._items: OrderedDict[MediaKey, LoadedMedia] = OrderedDict()
 
-    def get(self, path: Path, kind: str) -> LoadedMedia | None:
-        if (path, kind) in self._items:
-            self._items.move_to_end((path, kind))
-        return self._items.get((path, kind))
+    def get(self, key: MediaKey) -> LoadedMedia | None:
+        if key in self._items:
+            self._items.move_to_end(key)
+        return self._items.get(key)
 
-    def put(self, path: Path, kind: str, media: LoadedMedia) -> None:
+    def put(self, key: MediaKey, media: LoadedMedia) -> None:
         if media.visual.frames_FCHW.nbytes > self.max_bytes:
             return
-        self._items[path, kind] = media
+        self._items[key] = media
         self.num_bytes += media.visual.frames_FCHW.nbytes
         while self.num_bytes > self.max_bytes:
             _, oldest = self._items.popitem(last=False)
@@ -130,9 +137,8 @@ class PromptLoader:
         """
         media = []
         try:
-            for kind, written in record.get("media", ()):
-                path = resolve_media_path(self.media_root, written)
-                media.append(self._load_media(path, kind).visual)
+            for source in media_sources(record):
+                media.append(self._load_media(source).visual)
         except UnusableMedia as error:
             if not self.text_only_fallback:
                 raise
@@ -147,11 +153,19 @@ class PromptLoader:
             )
         return prompt
 
-    def _load_media(self, path: Path, kind: str) -> LoadedMedia:
-        loaded = self.cache.get(path, kind)
+    def _load_media(self, source: MediaSource) -> LoadedMedia:
+        paths = tuple(resolve_media_path(self.media_root, written) for written in source.paths)
+        key = paths, source.kind, source.is_pictures, source.request
+        loaded = self.cache.get(key)
         if loaded is None:
-            loaded = load_media(path, kind=kind, settings=self.settings, sampling=self.sampling)
-            self.cache.put(path, kind, loaded)
+            loaded = load_media(
+                paths if source.is_pictures else paths[0],
+                kind=source.kind,
+                settings=self.settings,
+                sampling=self.sampling,
+                request=source.request,
+            )
+            self.cache.put(key, loaded)
             self.counts[f"decoder/{loaded.backend}"] += 1
             if loaded.fallback_reason:
                 self.counts[f"decoder/pyav: {loaded.fallback_reason}"] += 1
@@ -161,17 +175,17 @@ class PromptLoader:
 
 def _without_media(record: Mapping[str, Any]) -> Record:
     """A copy that names no media, so that what is recorded of it is read again as the text question it was."""
-    names_media = ("path", "image", "images", "video", "videos")
+    names_media = ("path", "image", "images", "video", "videos", *HONOURED, *SYNONYMS)
     copy = {name: value for name, value in record.items() if name not in names_media}
     if copy.get("messages"):
-        copy["messages"] = [_text_message(message) for message in copy["messages"]]
-    return {**copy, "media": [], "data_type": "text"}
-
-
-def _text_message(message: Mapping[str, Any]) -> dict[str, Any]:
-    parts = message["content"]
-    text = parts if isinstance(parts, str) else "".join(part["text"] for part in parts if part["type"] == "text")
-    return {**message, "content": text}
+        copy["messages"] = [
+            {**message, "content": without_markers(text_of(message))} if message["role"] == "user" else message
+            for message in copy["messages"]
+        ]
+    if isinstance(copy.get("problem"), str):
+        copy["problem"] = without_markers(copy["problem"])
+    copy["options"] = [without_markers(option) for option in copy.get("options") or ()]
+    return {**copy, "media": [], "media_requests": [], "data_type": "text"}
 
 
 class SkipCounter:
@@ -195,15 +209,15 @@ class SkipCounter:
     def count_drawn(self) -> None:
         self.num_drawn += 1
 
-    def count_skip(self, error: UnusableSample) -> None:
-        """Logs path and reason.
+    def count_skip(self, error: UnusableSample, *, number: object = None) -> None:
+        """Logs path and reason, and ``number``, the record's in its file.
 
         Raises:
             UserError: more than ``max_skip_share`` of at least ``min_drawn`` samples are unusable.
         """
         self.by_kind[error.kind] += 1
         self.last = error
-        _log.warning("skipped (%s): %s", error.kind, error)
+        _log.warning("skipped%s (%s): %s", "" if number is None else f" record {number}", error.kind, error)
         num_unusable = self.num_skipped - self.by_kind[PromptTooLong.kind]
         if self.num_drawn >= self.min_drawn and num_unusable > self.max_skip_share * self.num_drawn:
             raise UserError(
@@ -232,8 +246,11 @@ class PromptDataset:
         rank: int = 0,
         size: int = 1,
         skips: SkipCounter | None = None,
+        left_out: Collection[int] = (),
     ) -> None:
-        if not records:
+        """``left_out``: places in ``records`` that are passed over. They keep their place, so that the order of the
+        others, and where a resumed run goes on, do not depend on what can be used today."""
+        if len(left_out) >= len(records):
             raise UserError("data_path: no records to draw prompts from")
         if not 0 <= rank < size:
             raise ValueError(f"expected a data-parallel rank in [0, {size}), got {rank}")
@@ -244,6 +261,7 @@ class PromptDataset:
         self.rank = rank
         self.size = size
         self.skips = skips or SkipCounter()
+        self.left_out = frozenset(left_out)
         self.position = 0
         """Samples drawn by this rank so far, skipped ones included."""
         self._order: tuple[int, list[int]] | None = None
@@ -276,7 +294,7 @@ class PromptDataset:
                 prompts.append(dataclasses.replace(self.loader.load(record), draw_number=draw_number))
                 fruitless = 0
             except UnusableSample as error:
-                self.skips.count_skip(error)
+                self.skips.count_skip(error, number=record.get("record_number"))
                 fruitless += 1
                 if fruitless >= min(len(self.records) + self.skips.min_drawn, _MAX_FRUITLESS_DRAWS):
                     raise UserError(
@@ -320,18 +338,26 @@ class PromptDataset:
         return self.rank + position * self.size
 
     def _draw(self) -> tuple[int, Record]:
-        """The next element's place in the sequence, and its record."""
-        element = self._element(self.position)
+        """The next usable element's place in the sequence, and its record."""
+        for _ in range(len(self.records) + _MAX_FRUITLESS_DRAWS):
+            element = self._element(self.position)
+            place = self._place_of(element)
+            self.position += 1
+            if place not in self.left_out:
+                self.skips.count_drawn()
+                return element, self.records[place]
+        # Without shuffling a replica may see the same few places in every epoch.
+        raise UserError(f"data-parallel replica {self.rank} of {self.size} draws only records that cannot be used")
+
+    def _place_of(self, element: int) -> int:
         epoch, offset = divmod(element, len(self.records))
-        self.position += 1
-        self.skips.count_drawn()
         if not self.shuffle:
-            return element, self.records[offset]
+            return offset
         if self._order is None or self._order[0] != epoch:
             # Seeded by the sum of two far-apart streams: a generator takes one number, epochs and seeds are small.
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self._order = (epoch, torch.randperm(len(self.records), generator=generator).tolist())
-        return element, self.records[self._order[1][offset]]
+        return self._order[1][offset]
 
 
 def reshard_states(states: Iterable[Mapping[str, Any]], *, rank: int, size: int) -> dict[str, Any]:

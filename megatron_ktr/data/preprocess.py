@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +25,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from megatron_ktr.data.media_source import NOTHING_ASKED, MediaRequest, media_name
+from megatron_ktr.data.pictures import read_pictures
 from megatron_ktr.data.unusable import UnusableMedia
 from megatron_ktr.data.video import FrameSampling, read_image, read_video
 from megatron_ktr.errors import UserError
@@ -241,34 +243,49 @@ class LoadedMedia:
 
 
 def load_media(
-    path: Path | str, *, kind: MediaKind, settings: PreprocessSettings, sampling: FrameSampling
+    path: Path | str | Sequence[Path],
+    *,
+    kind: MediaKind,
+    settings: PreprocessSettings,
+    sampling: FrameSampling,
+    request: MediaRequest = NOTHING_ASKED,
 ) -> LoadedMedia:
-    """Reads, samples and resizes one file.
+    """Reads, samples and resizes one file, or one video given as a list of pictures; ``request`` is the record's wish.
+
+    Pictures without a rate of their own are shown at the run's frames per second.
 
     Raises:
-        UnusableMedia: it cannot be read, or its aspect ratio exceeds 200.
+        UnusableMedia: it cannot be read, its aspect ratio exceeds 200, or the request contradicts the run's limits.
     """
+    pictures = None if isinstance(path, Path | str) else tuple(path)
+    source = media_name(str(path) if pictures is None else tuple(map(str, pictures)), request)
     sampling = replace(sampling, multiple=settings.temporal_patch_size)
+    pictures_fps = request.pictures_fps or sampling.fps
     try:
+        sampling = request.sampling(sampling, is_pictures=pictures is not None)
+        settings = request.settings(settings, kind=kind)
         if kind == "image":
             frames_FCHW = read_image(path)
             frames_FCHW = resize_frames(frames_FCHW, settings.frame_size(*frames_FCHW.shape[-2:], kind="image"))
-            visual = VisualInput("image", frames_FCHW, settings.grid_thw(frames_FCHW), 0.0, str(path))
+            visual = VisualInput("image", frames_FCHW, settings.grid_thw(frames_FCHW), 0.0, source)
             return LoadedMedia(visual, backend="pillow")
 
         def resize(chunk_FCHW: Tensor, num_frames: int) -> Tensor:
             size = settings.frame_size(*chunk_FCHW.shape[-2:], kind="video", num_frames=num_frames)
             return resize_frames(chunk_FCHW, size)
 
-        video = read_video(path, sampling=sampling, transform=resize)
+        if pictures is not None:
+            video = read_pictures(pictures, pictures_fps=pictures_fps, sampling=sampling, transform=resize)
+        else:
+            video = read_video(path, sampling=sampling, transform=resize)
     except ValueError as error:
-        raise UnusableMedia(path, error) from error
+        raise UnusableMedia(source, error) from error
     visual = VisualInput(
         kind="video",
         frames_FCHW=video.frames_FCHW,
         grid_thw=settings.grid_thw(video.frames_FCHW),
         seconds_per_grid=settings.seconds_per_grid(video.sampled_fps),
-        source=str(path),
+        source=source,
     )
     return LoadedMedia(visual, video.backend, video.num_repeated, video.fallback_reason)
 

@@ -1,85 +1,145 @@
-"""Question files: Video-R1 style JSON or JSONL, checked once, and the paths in them.
+"""Question files: Video-R1 style JSON or JSONL, checked once. ``docs/data.md`` is the reference.
 
 A record after reading has all its own fields and, normalised,
 
     problem_id    text; the record's number where the file gives none
     problem       text of the question (absent where ``messages`` are given)
+    messages      what is asked, where a conversation is given, without the answer (``conversation.py``)
+    reply_turns   the turns to imitate, where given responses are imitated; the first and the last are the assistant's
+    system_text   text of the system's turn, or None
     data_type     "video", "image" or "text"
     problem_type  text, e.g. "multiple choice"; ""
     options       list of text; []
-    media         list of (kind, path as written); several images or videos are allowed
+    media         list of (kind, path as written, or a list of paths: the pictures of one video)
+    media_requests  for each of them the fields that say how to read it (``media_source.py``)
     record_number where it stands in the file, from 1 (in JSONL the line); set by ``read_records``
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from megatron_ktr.data import conversation
+from megatron_ktr.data.media_files import resolve_media_path
+from megatron_ktr.data.media_source import (
+    MEDIA_LOOKALIKES,
+    MediaRequest,
+    MediaSource,
+    check_request_fits,
+    fields_for,
+    group_files,
+    is_picture,
+    read_request,
+)
+from megatron_ktr.data.record_problems import RecordProblems
 from megatron_ktr.errors import UserError
 
+__all__ = ["Record", "check_record", "read_records", "resolve_media_path"]
+
 Record = dict[str, Any]
-_IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+NORMALISED = ("media", "media_requests", "reply_turns", "system_text", "record_number")
+"""Fields that ``check_record`` and ``read_records`` add; a record that is written is read again without them."""
 _DATA_TYPE_SYNONYMS = {"frame": "video"}
 """MVBench in Video-R1's release marks videos that were joined from single frames; the path is a video all the same."""
-_ROLES = ("system", "user", "assistant")
 
 
 def read_records(
-    path: Path | str, *, problem_types: Iterable[str] = (), option: str = "data_path", needs_solution: bool = True
+    path: Path | str,
+    *,
+    problem_types: Iterable[str] = (),
+    option: str = "data_path",
+    needs_solution: bool = True,
+    needs_reply: bool = False,
+    ignored: Collection[str] = (),
+    problems: RecordProblems | None = None,
 ) -> list[Record]:
     """All records of a JSON array or a JSONL file, checked; only those of ``problem_types``, if any are given.
 
+    Args:
+        needs_solution, needs_reply, ignored: as in ``check_record``.
+        problems: receives the records that are not usable as a question, which keep their place in the list with
+            their number and nothing else; None = they are an error.
+
     Raises:
-        UserError: file missing, not JSON, empty, or a record that is not usable as a question; the message names
-            the record's number (from 1; in JSONL the line) and what is wrong.
+        UserError: file missing, not JSON, empty, or a record that is not usable as a question; the message has
+            the records' numbers (from 1; in JSONL the line) and what is wrong.
     """
     path = Path(path)
-    records = []
+    found = RecordProblems(option, path) if problems is None else problems
+    kept_types, found_types = set(problem_types), set()
+    kept: list[Record] = []
     for number, raw in _read_raw(path, option=option):
+        problem_type = raw.get("problem_type") if isinstance(raw, dict) else None
+        if isinstance(problem_type, str) or problem_type is None:
+            found_types.add(problem_type or "")
+        # One that cannot be used and does not say its type may be of a type that is wanted.
+        if kept_types and isinstance(problem_type, str) and problem_type not in kept_types:
+            continue
         try:
-            record = check_record(raw, number=number, needs_solution=needs_solution)
-            records.append({**record, "record_number": number})
+            record = check_record(
+                raw, number=number, needs_solution=needs_solution, needs_reply=needs_reply, ignored=ignored
+            )
+            if kept_types and record["problem_type"] not in kept_types:
+                continue
         except ValueError as error:
-            raise UserError(f"{option}: {path}, record {number}: {error}") from error
-    kept_types = set(problem_types)
-    kept = [record for record in records if not kept_types or record["problem_type"] in kept_types]
+            found.add(len(kept), number=number, problem_id=None, reason=error)
+            record = {"problem_id": str(number), "problem_type": "", "media": []}
+        kept.append({**record, "record_number": number})
     if not kept:
-        found = sorted({record["problem_type"] for record in records})
-        reason = f"none of problem_types {sorted(kept_types)}; found {found}" if records else "no records at all"
-        raise UserError(f"{option}: {path} has {reason}")
+        reason = f"none of problem_types {sorted(kept_types)}; found {sorted(found_types)}" if found_types else ""
+        raise UserError(f"{option}: {path} has {reason or 'no records at all'}")
+    if problems is None:
+        found.settle(len(kept), max_share=0.0)
     return kept
 
 
-def check_record(raw: Any, *, number: int, needs_solution: bool = True) -> Record:
+def check_record(
+    raw: Any,
+    *,
+    number: int,
+    needs_solution: bool = True,
+    needs_reply: bool = False,
+    ignored: Collection[str] = (),
+) -> Record:
     """One normalised record.
+
+    Args:
+        needs_solution: the right answer must be there, in ``solution`` or as the final assistant turn.
+        needs_reply: responses are imitated: one must be there, and the question ends where the first one begins.
+        ignored: fields that are data here although they look like instructions.
 
     Raises:
         ValueError: with what was expected and got, without file and number.
     """
     if not isinstance(raw, dict):
         raise ValueError(f"expected an object, got {type(raw).__name__}")
-    record: Record = dict(raw)
+    record: Record = {name: value for name, value in raw.items() if name not in NORMALISED}
     problem_id = raw.get("problem_id", str(number))
     if isinstance(problem_id, bool) or not isinstance(problem_id, str | int):
         raise ValueError(f"expected problem_id to be text or a whole number, got {problem_id!r}")
     record["problem_id"] = str(problem_id)
-    if raw.get("messages") is not None:
-        placed = _check_messages(raw["messages"])
-    elif not isinstance(raw.get("problem"), str) or not raw["problem"].strip():
+    messages = conversation.messages_of(raw)
+    if messages is None and (not isinstance(raw.get("problem"), str) or not raw["problem"].strip()):
         raise ValueError(f"expected a question as text in 'problem', got {raw.get('problem')!r}")
-    else:
-        placed = []
-    record["media"] = placed or _media_of(raw)
+    media = _media_of(raw, messages, ignored=ignored)
+    for source in media:
+        check_request_fits(source)
+    record["media"] = [(source.kind, source.written) for source in media]
+    record["media_requests"] = [source.request.given() for source in media]
     record["data_type"] = _data_type(raw, record["media"])
     record["problem_type"] = _text(raw, "problem_type")
     record["options"] = _options(raw.get("options"))
-    if needs_solution and (
-        isinstance(raw.get("solution"), bool) or not isinstance(raw.get("solution"), str | int | float)
-    ):
-        raise ValueError(f"expected the right answer as text in 'solution', got {raw.get('solution')!r}")
+    record["system_text"] = None if "system" in ignored else _system_text(raw, messages)
+    if messages is not None:
+        _take_conversation(record, messages, needs_reply=needs_reply)
+    elif needs_reply:
+        record["reply_turns"] = [{"role": "assistant", "content": _response_text(record)}]
+    solution = record.get("solution")
+    if needs_solution and (isinstance(solution, bool) or not isinstance(solution, str | int | float)):
+        raise ValueError(f"expected the right answer as text in 'solution', got {solution!r}")
     return record
 
 
@@ -99,31 +159,36 @@ def describe_repeated_ids(records: Sequence[Record]) -> str | None:
     )
 
 
-def resolve_media_path(media_root: Path | str, written: str) -> Path:
-    """The file that ``written`` names below ``media_root``; a leading "/" means the media root, as in Video-R1.
+def _take_conversation(record: Record, messages: list[conversation.Message], *, needs_reply: bool) -> None:
+    """Sets ``messages`` to what is asked; the rest is the reply, or the solution where the record has none."""
+    record.pop("conversations", None)
+    asked, rest = conversation.split_conversation(messages, at_first_answer=needs_reply)
+    record["messages"] = asked
+    if needs_reply:
+        if conversation.has_media(rest):
+            raise ValueError(
+                "images and videos after the first assistant turn cannot be shown: expected them before it"
+            )
+        if messages[-1]["role"] != "assistant":
+            rest.append({"role": "assistant", "content": _response_text(record)})
+        elif record.get("response") not in (None, "", conversation.text_of(messages[-1])):
+            raise ValueError("'response' differs from the conversation's last turn: which is to be imitated?")
+        record["reply_turns"] = rest
+    elif rest and record.get("solution") is None:
+        record["solution"] = conversation.text_of(rest[-1])
 
-    Raises:
-        UserError: the path leads out of the media root, by "..", by a drive or by a link.
-    """
-    root = Path(media_root).resolve()
-    parts = PurePosixPath(written.replace("\\", "/")).parts
-    if not written.strip() or "\0" in written or ".." in parts or any(":" in part for part in parts[:1]):
-        raise UserError(
-            f"media path {written!r}: expected a path below media_root {media_root}, without '..' or scheme"
-        )
-    inside = Path(written)
-    if not (inside.is_absolute() and inside.is_relative_to(root)):
-        inside = root.joinpath(*(part for part in parts if part != "/"))
-    try:
-        resolved = inside.resolve()
-    except (OSError, RuntimeError) as error:  # a loop of links
-        raise UserError(f"media path {written!r} below media_root {media_root}: {error}") from error
-    if not resolved.is_relative_to(root):
-        raise UserError(
-            f"media path {written!r} leads by a link out of media_root {media_root} (to {resolved}); "
-            "set media_root to a directory that contains the linked files"
-        )
-    return resolved
+
+def _response_text(record: Mapping[str, Any]) -> str:
+    """The response to imitate: ``response``, or ``process`` and ``solution`` (Video-R1's chain-of-thought files)."""
+    response = record.get("response")
+    if isinstance(response, str) and response.strip():
+        return response
+    if response in (None, "") and record.get("process") and record.get("solution"):
+        return f"{record['process']}{record['solution']}"
+    raise ValueError(
+        "no response to imitate: expected 'response', or 'process' and 'solution', or messages that end with an "
+        f"assistant's turn, got {response!r}"
+    )
 
 
 def _read_raw(path: Path, *, option: str) -> list[tuple[int, Any]]:
@@ -150,39 +215,84 @@ def _read_raw(path: Path, *, option: str) -> list[tuple[int, Any]]:
     return numbered
 
 
-def _media_of(raw: Mapping[str, Any]) -> list[tuple[str, str]]:
-    media: list[tuple[str, str]] = []
-    for kind in ("image", "video"):
-        for key in (kind, f"{kind}s"):
-            media.extend((kind, written) for written in _paths(raw, key))
-    if not media:
-        for written in _paths(raw, "path"):
-            guess = "image" if Path(written).suffix.lower() in _IMAGE_SUFFIXES else "video"
-            kind = _declared_type(raw) or guess
-            if kind == "text":
-                raise ValueError(f"data_type is 'text', but it has the path {written!r}")
-            media.append((str(kind), written))
+def _media_of(
+    raw: Mapping[str, Any], messages: list[conversation.Message] | None, *, ignored: Collection[str]
+) -> list[MediaSource]:
+    """The media that the record names, in parts of its messages or in fields of its own, and how to read them."""
+    of_record = read_request(raw, ignored=ignored)
+    media = [
+        (kind, found) for kind in ("image", "video") for key in (kind, f"{kind}s") for found in _named(raw, kind, key)
+    ]
+    placed = conversation.media_in_parts(messages) if messages is not None else []
+    if placed:
+        if media and sorted(map(repr, media)) != sorted(repr((item.kind, item.written)) for item in placed):
+            raise ValueError("parts of its messages name other media than its fields do: name them in one place")
+    else:
+        placed = [conversation.PlacedMedia(kind, written, {}) for kind, written in media or _media_in_path(raw)]
+    sources = [
+        MediaSource(item.kind, item.written, MediaRequest(**{**fields_for(item.kind, of_record), **item.request}))
+        for item in placed
+    ]
+    _check_clip(of_record, sources)
+    if not sources and _declared_type(raw) != "text":
+        for name in MEDIA_LOOKALIKES & raw.keys() - set(ignored):
+            if raw[name]:
+                raise ValueError(
+                    f"it names no image or video but has a field '{name}': expected image, images, video, videos, path "
+                    f'(where \'{name}\' is only data: --ignore-fields {name}, or "data_type": "text")'
+                )
+    return sources
+
+
+def _named(raw: Mapping[str, Any], kind: str, key: str) -> list[str | tuple[str, ...]]:
+    return [written for _, written in group_files(kind, raw.get(key), key=key)]
+
+
+def _media_in_path(raw: Mapping[str, Any]) -> list[tuple[str, str | tuple[str, ...]]]:
+    """``path`` names media of the declared type; without one, pictures are images."""
+    value, declared = raw.get("path"), _declared_type(raw)
+    if declared in ("image", "video"):
+        return group_files(declared, value, key="path")
+    if declared is not None and value:
+        raise ValueError(f"data_type is {declared!r}, but it has the path {value!r}")
+    media = []
+    for written in value if isinstance(value, list) else [value]:
+        is_image = isinstance(written, str) and (is_picture(written) or written.lower().endswith(".gif"))
+        media += group_files("image" if is_image else "video", written, key="path")
     return media
 
 
-def _paths(raw: Mapping[str, Any], key: str) -> list[str]:
-    value = raw.get(key)
-    if value is None or value == "":
-        return []
-    values = value if isinstance(value, list) else [value]
-    for written in values:
-        if not isinstance(written, str) or not written.strip():
-            raise ValueError(f"expected a path (or a list of paths) in '{key}', got {written!r}")
-    return values
+def _check_clip(of_record: Mapping[str, Any], sources: list[MediaSource]) -> None:
+    """A clip of the record itself is of its one video."""
+    if not {"video_start", "video_end"} & of_record.keys():
+        return
+    num_videos = sum(source.kind == "video" for source in sources)
+    if num_videos != 1:
+        raise ValueError(f"'video_start' and 'video_end' of a record with {num_videos} videos: which of them is meant?")
 
 
-def _data_type(raw: Mapping[str, Any], media: list[tuple[str, str]]) -> str:
+def _system_text(raw: Mapping[str, Any], messages: list[conversation.Message] | None) -> str | None:
+    """Text of ``system``, or of the conversation's first message where that is the system's."""
+    given = raw.get("system")
+    if given is not None and not isinstance(given, str):
+        raise ValueError(f"expected system to be text, got {given!r}")
+    if messages is None or messages[0]["role"] != "system":
+        return given or None
+    told = conversation.text_of(messages[0])
+    if given and given != told:
+        raise ValueError("'system' differs from the system's text in 'messages': which is meant?")
+    return told
+
+
+def _data_type(raw: Mapping[str, Any], media: list[tuple[str, Any]]) -> str:
     kinds = {kind for kind, _ in media}
     declared = _declared_type(raw)
     if declared is None:
         return "video" if "video" in kinds else "image" if kinds else "text"
     if declared not in ("video", "image", "text"):
         raise ValueError(f"expected data_type to be video, image or text, got {declared!r}")
+    if declared == "text" and kinds:
+        raise ValueError(f"data_type is 'text', but it has {', '.join(kind for kind, _ in media)}")
     if declared != "text" and declared not in kinds:
         raise ValueError(f"data_type is '{declared}', but it names no {declared} (keys: path, {declared})")
     return str(declared)
@@ -206,23 +316,3 @@ def _text(raw: Mapping[str, Any], key: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"expected {key} to be text, got {value!r}")
     return value
-
-
-def _check_messages(messages: Any) -> list[tuple[str, str]]:
-    """Checks a conversation and returns the media its parts name, in order."""
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(f"expected messages to be a list of messages, got {messages!r}")
-    media = []
-    for message in messages:
-        if not isinstance(message, dict) or message.get("role") not in _ROLES:
-            raise ValueError(f"expected messages with a role of {', '.join(_ROLES)}, got {message!r}")
-        content = message.get("content")
-        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content or [None]:
-            kind = part.get("type") if isinstance(part, dict) else None
-            if kind not in ("text", "image", "video"):
-                raise ValueError(f"expected message parts of type text, image or video, got {part!r}")
-            if kind == "text" and not isinstance(part.get("text"), str):
-                raise ValueError(f"expected text in a text part, got {part!r}")
-            if kind != "text" and part.get(kind) is not None:
-                media.extend((kind, written) for written in _paths(part, kind))
-    return media

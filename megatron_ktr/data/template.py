@@ -4,12 +4,15 @@
 
 The wording is a Jinja file that the user can replace (``data/templates/think_answer.jinja`` is the built-in one and
 documents its variables). The chat format is the tokenizer's own ``chat_template``, or Qwen2.5-VL's where the tokenizer
-has none. Each image or video is one placeholder in the string and becomes as many token ids as it has visual tokens.
+has none. Each image or video is one placeholder in the string, where a marker ``<image>`` or ``<video>`` stands in the
+text, or before the text; it becomes as many token ids as it has visual tokens.
 """
 
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +21,14 @@ from typing import Any
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from megatron_ktr.data.conversation import parts_of, text_of
 from megatron_ktr.data.unusable import UnusableSample
 from megatron_ktr.errors import UserError
 from megatron_ktr.types import Prompt, VisualInput
 
 BUILT_IN_WORDING = Path(__file__).parent / "templates" / "think_answer.jinja"
+_MARKER = re.compile(r"<(image|video)>")
+"""Where a medium stands in a question, as LLaVA's and ShareGPT's records say it."""
 DEFAULT_SYSTEM = "You are a helpful assistant."
 _VISUAL_NAMES = {
     "vision_start": "<|vision_start|>",
@@ -132,78 +138,78 @@ class PromptBuilder:
         self.visual_tokens = visual_tokens
         self.merge_size = merge_size
         self.wording = wording or WordingTemplate()
-        tokens = visual_tokens
-        self._control = {
-            tokens.vision_start,
-            tokens.vision_end,
-            tokens.image,
-            tokens.video,
-            "<|im_start|>",
-            "<|im_end|>",
-        }
-        self._control |= {str(token) for token in tokenizer.all_special_tokens}
+        self._control = control_tokens(tokenizer, visual_tokens)
 
     def build(self, record: Mapping[str, Any], media: Sequence[VisualInput] = ()) -> Prompt:
-        """The prompt of one record. Media come in the order of ``messages``, or before the question.
+        """The prompt of one record. Media stand where parts of ``messages`` or markers in the text say, else before the
+        question.
 
         Raises:
-            UnusableSample: the record's text contains control tokens, or its messages name other media.
+            UnusableSample: the record's text contains control tokens, or places other media than it has.
         """
-        text = self.chat_text(record, [medium.kind for medium in media])
-        token_ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        messages, order = self.messages(record, [medium.kind for medium in media])
+        placed = [media[index] for index in order]
+        token_ids = self.tokenizer(self.render(messages), add_special_tokens=False)["input_ids"]
         return Prompt(
             problem_id=str(record["problem_id"]),
-            token_ids=tuple(self._expand(token_ids, media, source=str(record["problem_id"]))),
-            media=tuple(media),
+            token_ids=tuple(self._expand(token_ids, placed, source=str(record["problem_id"]))),
+            media=tuple(placed),
             record=record,
         )
 
     def chat_text(self, record: Mapping[str, Any], kinds: Sequence[str]) -> str:
         """The whole conversation as one string, one placeholder per medium, ending where the response begins."""
+        return self.render(self.messages(record, kinds)[0])
+
+    def render(self, messages: Sequence[Mapping[str, str]], *, is_asking: bool = True) -> str:
+        """``messages`` in the model's chat format; ``is_asking``: the assistant's turn is opened at the end."""
+        if getattr(self.tokenizer, "chat_template", None):
+            return str(
+                self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=is_asking)
+            )
+        return _qwen_chat(messages, is_asking=is_asking)
+
+    def messages(self, record: Mapping[str, Any], kinds: Sequence[str]) -> tuple[list[dict[str, str]], list[int]]:
+        """What is asked as messages of plain text with placeholders, and the places in ``kinds`` of the media in the
+        order in which they stand there.
+
+        Raises:
+            UnusableSample: as ``build``.
+        """
+        system = record.get("system_text")
         if record.get("messages"):
-            messages = self._given_messages(record, kinds)
+            given = list(record["messages"])
+            if given[0]["role"] == "system":
+                system = text_of(given.pop(0))
+            turns = [(message["role"], parts_of(message)) for message in given]
         else:
             wording = self.wording.render(record)
-            self._refuse_control_tokens(wording.user, record)
-            placeholders = "".join(self.visual_tokens.placeholder(kind) for kind in kinds)
-            messages = [{"role": "user", "content": placeholders + wording.user}]
-            if wording.system is not None:
-                messages.insert(0, {"role": "system", "content": wording.system})
-        if getattr(self.tokenizer, "chat_template", None):
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        return _qwen_chat(messages)
-
-    def _given_messages(self, record: Mapping[str, Any], kinds: Sequence[str]) -> list[dict[str, str]]:
-        """``messages`` with every content as one string. Media that no content part names go before the first
-        user's text."""
-        unplaced = list(kinds)
+            system = wording.system if system is None else system
+            turns = [("user", [{"type": "text", "text": wording.user}])]
+        placer = _MediaPlacer(kinds, tokens=self.visual_tokens, source=f"record {record['problem_id']}")
         messages = []
-        for message in record["messages"]:
-            content = ""
-            parts = message["content"]
-            for part in [{"type": "text", "text": parts}] if isinstance(parts, str) else parts:
-                if part["type"] == "text":
-                    self._refuse_control_tokens(part["text"], record)
-                    content += part["text"]
-                elif unplaced and unplaced[0] == part["type"]:
-                    content += self.visual_tokens.placeholder(unplaced.pop(0))
-                else:
-                    raise UnusableSample(
-                        record["problem_id"], f"messages name more {part['type']}s than the record has"
-                    )
-            messages.append({"role": message["role"], "content": content})
-        if unplaced:
-            first = next((message for message in messages if message["role"] == "user"), None)
-            if first is None or len(unplaced) != len(kinds):
-                raise UnusableSample(record["problem_id"], "messages do not say where its media belong")
-            first["content"] = "".join(map(self.visual_tokens.placeholder, unplaced)) + first["content"]
-        return messages
+        for role, parts in turns:
+            self.refuse_control_tokens("".join(part["text"] for part in parts if part["type"] == "text"), record)
+            content = "".join(placer.place(part) if role == "user" else part["text"] for part in parts)
+            messages.append({"role": role, "content": content})
+        first = next(message for message in messages if message["role"] == "user")
+        first["content"] = placer.finish() + first["content"]
+        if system is not None:
+            self.refuse_control_tokens(system, record)
+            if has_marker(system):
+                raise UnusableSample(placer.source, "the system's text has a marker <image> or <video>")
+            messages.insert(0, {"role": "system", "content": system})
+        return messages, placer.order
 
-    def _refuse_control_tokens(self, text: str, record: Mapping[str, Any]) -> None:
+    def refuse_control_tokens(self, text: str, record: Mapping[str, Any]) -> None:
         """Text of a data set must not open another role's turn or stand for media that are not there."""
-        for token in self._control:
-            if token and token in text:
-                raise UnusableSample(f"record {record['problem_id']}", f"its text contains the control token {token}")
+        if (token := self.control_token_in(text)) is not None:
+            raise UnusableSample(f"record {record['problem_id']}", f"its text contains the control token {token}")
+
+    def control_token_in(self, text: str) -> str | None:
+        """The first control token that the tokenizer would read in ``text``."""
+        found = self._control.search(text)
+        return None if found is None else found.group()
 
     def _expand(self, token_ids: Sequence[int], media: Sequence[VisualInput], *, source: str) -> list[int]:
         remaining = list(media)
@@ -220,6 +226,74 @@ class PromptBuilder:
         if remaining:
             raise UserError(f"model: the chat template drops {len(remaining)} of the media of record {source}")
         return expanded
+
+
+class _MediaPlacer:
+    """Gives every part and every marker of a conversation the record's next medium of its kind."""
+
+    def __init__(self, kinds: Sequence[str], *, tokens: VisualTokens, source: str) -> None:
+        self.source = source
+        self.order: list[int] = []
+        self._kinds = kinds
+        self._tokens = tokens
+        self._waiting = {kind: [i for i, other in enumerate(kinds) if other == kind] for kind in ("image", "video")}
+        self._num_places: Counter[str] = Counter()
+
+    def place(self, part: Mapping[str, Any]) -> str:
+        """Text of one part of a user's turn."""
+        if part["type"] != "text":
+            return self._next(part["type"])
+        return _MARKER.sub(lambda marker: self._next(marker.group(1)), part["text"])
+
+    def finish(self) -> str:
+        """What goes before the first user's text: all media, where nothing places any.
+
+        Raises:
+            UnusableSample: of some kind there are more places than media, or fewer.
+        """
+        if not self._num_places:
+            self.order = list(range(len(self._kinds)))
+            return "".join(map(self._tokens.placeholder, self._kinds))
+        for kind in ("image", "video"):
+            num_media = sum(other == kind for other in self._kinds)
+            if self._num_places[kind] != num_media:
+                raise UnusableSample(
+                    self.source,
+                    f"its text has {self._num_places[kind]} places for {kind}s (markers <{kind}>, parts of messages), "
+                    f"and it names {num_media}",
+                )
+        return ""
+
+    def _next(self, kind: str) -> str:
+        self._num_places[kind] += 1
+        if self._waiting[kind]:
+            self.order.append(self._waiting[kind].pop(0))
+        return self._tokens.placeholder(kind)
+
+
+def has_marker(text: str) -> bool:
+    return _MARKER.search(text) is not None
+
+
+def without_markers(text: str) -> str:
+    """>>> without_markers("<video>\\nWhat is <image> this?")
+    'What is  this?'
+    """
+    return _MARKER.sub("", text).lstrip("\n") if has_marker(text) else text
+
+
+def control_tokens(tokenizer: Any, visual_tokens: VisualTokens | None = None) -> re.Pattern[str]:
+    """Matches every text that the tokenizer reads as one token with a meaning of its own, and ``visual_tokens``, which
+    a model may have among its ordinary ones."""
+    tokens = {"<|im_start|>", "<|im_end|>", *_VISUAL_NAMES.values()}
+    tokens |= {str(token) for token in tokenizer.all_special_tokens}
+    if visual_tokens is not None:
+        tokens |= {visual_tokens.vision_start, visual_tokens.vision_end, visual_tokens.image, visual_tokens.video}
+    for token in tokenizer.added_tokens_decoder.values():
+        # Others are ordinary text that has one id, such as <tool_call>.
+        if token.special or str(token).startswith("<|"):
+            tokens.add(str(token))
+    return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True) if token))
 
 
 def load_tokenizer(model_dir: Path | str) -> Any:
@@ -240,11 +314,11 @@ def load_tokenizer(model_dir: Path | str) -> Any:
     return tokenizer
 
 
-def _qwen_chat(messages: Sequence[Mapping[str, str]]) -> str:
-    """Qwen2.5-VL's chat format, generation prompt included."""
+def _qwen_chat(messages: Sequence[Mapping[str, str]], *, is_asking: bool) -> str:
+    """Qwen2.5-VL's chat format, with the generation prompt where ``is_asking``."""
     text = ""
     if messages[0]["role"] != "system":
         text += f"<|im_start|>system\n{DEFAULT_SYSTEM}<|im_end|>\n"
     for message in messages:
         text += f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n"
-    return text + "<|im_start|>assistant\n"
+    return text + "<|im_start|>assistant\n" if is_asking else text

@@ -66,6 +66,9 @@ class FrameSampling:
     max_frames: int = 768
     multiple: int = 2
     """The temporal patch size: the number of frames is a multiple of it."""
+    start_seconds: float | None = None
+    end_seconds: float | None = None
+    """Only frames of this span of the video; None = from its beginning, to its end."""
 
     def __post_init__(self) -> None:
         if not self.fps > 0 or self.multiple < 1 or self.max_frames < self.multiple:
@@ -100,7 +103,7 @@ class DecodedVideo:
     duration_seconds: float
     frame_indices: tuple[int, ...]
     num_repeated: int
-    backend: Literal["decord", "pyav"]
+    backend: Literal["decord", "pyav", "pillow"]
     fallback_reason: str = ""
     """Why decord did not decode this video; empty if it did, or was not asked."""
 
@@ -114,9 +117,13 @@ def select_frames(total_frames: int, *, native_fps: float, sampling: FrameSampli
 
     where x_m rounds to a multiple of ``sampling.multiple``. A video with fewer frames than one temporal patch, or
     than the fixed count, gives all its frames, the last one repeated up to a multiple; no ValueError as in
-    qwen-vl-utils.
+    qwen-vl-utils. With a span of time, total counts its frames and indices begin at its first one.
+
+    Raises:
+        ValueError: no frame lies in the span.
     """
     multiple = sampling.multiple
+    first, total_frames = _frames_of_span(total_frames, native_fps=native_fps, sampling=sampling)
     most = sampling.max_frames // multiple * multiple
     if sampling.num_frames is not None:
         num_frames = min(max(round(sampling.num_frames / multiple) * multiple, multiple), most)
@@ -126,11 +133,24 @@ def select_frames(total_frames: int, *, native_fps: float, sampling: FrameSampli
         num_frames = max(int(min(wanted, total_frames) // multiple) * multiple, multiple)
     if num_frames > total_frames:
         num_repeated = -total_frames % multiple
-        indices = [*range(total_frames), *[total_frames - 1] * num_repeated]
+        indices = [*range(first, first + total_frames), *[first + total_frames - 1] * num_repeated]
         return FrameSelection(indices=tuple(indices), sampled_fps=native_fps, num_repeated=num_repeated)
     # torch's float32 linspace and half-to-even rounding on purpose: the frames that qwen-vl-utils would take.
-    spaced = torch.linspace(0, total_frames - 1, num_frames).round().long()
+    spaced = torch.linspace(first, first + total_frames - 1, num_frames).round().long()
     return FrameSelection(indices=tuple(spaced.tolist()), sampled_fps=num_frames / total_frames * native_fps)
+
+
+def _frames_of_span(total_frames: int, *, native_fps: float, sampling: FrameSampling) -> tuple[int, int]:
+    """(number of the first frame, how many): frame i is shown at i / native_fps; qwen-vl-utils' rounding, inwards."""
+    start, end = sampling.start_seconds, sampling.end_seconds
+    first = 0 if start is None else math.ceil(start * native_fps)
+    last = total_frames - 1 if end is None else min(math.floor(end * native_fps), total_frames - 1)
+    if first > last:
+        raise ValueError(
+            f"no frame between {start or 0:g} s and {'the end' if end is None else f'{end:g} s'}: "
+            f"it has {total_frames} frames, {total_frames / native_fps:.2f} s"
+        )
+    return first, last - first + 1
 
 
 def read_video(
@@ -148,11 +168,15 @@ def read_video(
         backend: "decord" and "pyav" insist on one decoder (tests); "auto" is decord with PyAV behind it.
 
     Raises:
-        UnusableMedia: missing, not a video, damaged, cut off, or in a codec no decoder has.
+        UnusableMedia: missing, not a video, damaged, cut off, in a codec no decoder has, or without a frame in the
+            span of time that is asked for.
     """
-    path = _regular_file(path)
+    path = regular_file(path)
     index = index_video(path)
-    selection = select_frames(index.num_frames, native_fps=index.native_fps, sampling=sampling)
+    try:
+        selection = select_frames(index.num_frames, native_fps=index.native_fps, sampling=sampling)
+    except ValueError as error:
+        raise UnusableMedia(path, error) from error
     wanted = sorted(set(selection.indices))
 
     def collect(chunks: Iterator[np.ndarray]) -> Tensor:
@@ -200,12 +224,14 @@ def read_image(path: Path | str) -> Tensor:
     Raises:
         UnusableMedia: missing, damaged, cut off, or so large that decoding it looks like an attack (Pillow's limit).
     """
-    path = _regular_file(path)
+    path = regular_file(path)
     try:
         with Image.open(path) as opened:
             image = ImageOps.exif_transpose(opened)
             if image.mode.startswith("I;16"):  # Pillow's own conversion clips 16 bits to 8 instead of scaling
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            elif image.mode in ("I", "F"):
+                raise UnusableMedia(path, "has 32 bits a pixel, whose white is not known")
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -215,12 +241,14 @@ def read_image(path: Path | str) -> Tensor:
     return torch.from_numpy(pixels_HWC).permute(2, 0, 1)[None].contiguous()
 
 
-def _regular_file(path: Path | str) -> Path:
+def regular_file(path: Path | str) -> Path:
     path = Path(path)
     try:
         status = path.stat()
     except (OSError, ValueError) as error:
         raise UnusableMedia(path, getattr(error, "strerror", None) or error) from error
+    if stat.S_ISDIR(status.st_mode):
+        raise UnusableMedia(path, "is a folder; the frames of a video are named as a list of pictures")
     if not stat.S_ISREG(status.st_mode):  # a pipe or a device would block or never end
         raise UnusableMedia(path, "is not a regular file")
     if status.st_size == 0:

@@ -125,6 +125,10 @@ def _open(path: Path) -> Any:
     container = av.open(
         str(path), metadata_errors="ignore", container_options=_CONTAINER_OPTIONS, timeout=_OPEN_TIMEOUT_SECONDS
     )
+    # FFmpeg reads a picture as a video of one frame at 25 a second, whatever the file is called.
+    if container.format.name == "image2" or container.format.name.endswith("_pipe"):
+        container.close()
+        raise UnusableMedia(path, "is a picture, not a video; a list of pictures is one video")
     if set(container.format.name.split(",")) & set(_PLAYLIST_FORMATS):
         container.close()
         raise UnusableMedia(path, f"is a playlist ({container.format.name}), not a video")

@@ -1,10 +1,10 @@
 """Supervised fine-tuning: maximum likelihood of given responses, with the same packing and the same loss op.
 
-    loss = -(1 / N) sum_t logp_t          N = response tokens of the global batch (loss_aggregation token)
-    loss = -mean_i (1 / |o_i|) sum_t logp_t                                       (loss_aggregation sequence)
+    loss = -(1 / N) sum_t logp_t          N = tokens t of the global batch (loss_aggregation token)
+    loss = -mean_i (1 / |o_i|) sum_t logp_t                                (loss_aggregation sequence)
 
-A response is a group of one. In the streams' terms every token is a key token of advantage 1; the ratio of the policy
-gradient is not used.
+A response is a group of one: an answer, or a conversation from its first answer on, of which t are the assistant's
+tokens alone. In the streams' terms these are key tokens of advantage 1; the ratio of the policy gradient is not used.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ class SupervisedFineTuning(Objective):
     learns_from_rewards = False
     loss_aggregation: LossAggregation = "token"
 
+    def num_loss_tokens(self, batch: PackedBatch, is_selected_R: Mapping[str, Tensor]) -> int:
+        return batch.target_ids_R.numel() if batch.is_trained_R is None else int(batch.is_trained_R.sum())
+
     def token_streams(
         self,
         batch: PackedBatch,
@@ -39,6 +42,8 @@ class SupervisedFineTuning(Objective):
         is_selected_R: Mapping[str, Tensor] | None = None,
     ) -> TokenStreams:
         is_key_token_R = torch.ones_like(scores.policy_logprob_R, dtype=torch.bool)
+        if batch.is_trained_R is not None:
+            is_key_token_R = batch.is_trained_R.to(is_key_token_R.device)
         weight_R = token_weights(
             is_key_token_R,
             batch.response_R.to(is_key_token_R.device),

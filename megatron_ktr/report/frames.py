@@ -13,8 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from megatron_ktr.data.media_files import resolve_media_path
+from megatron_ktr.data.media_source import MediaSource, media_sources
+from megatron_ktr.data.pictures import read_pictures
 from megatron_ktr.data.preprocess import resize_frames
-from megatron_ktr.data.records import resolve_media_path
 from megatron_ktr.data.unusable import UnusableMedia
 from megatron_ktr.data.video import FrameSampling, read_image, read_video
 from megatron_ktr.errors import UserError
@@ -54,7 +56,7 @@ class FrameReader:
     media_root: Path | None
     sampling: FrameSampling
     max_frames: int = 16
-    _strips: dict[tuple[str, str], Strip] = field(default_factory=dict)
+    _strips: dict[MediaSource, Strip] = field(default_factory=dict)
 
     @classmethod
     def of_run(cls, run: RunData, *, media_root: Path | None, max_frames: int = 16) -> FrameReader:
@@ -75,33 +77,38 @@ class FrameReader:
 
     def strips_of(self, record: Mapping[str, Any]) -> list[Strip]:
         """One strip per image or video of a record."""
-        return [self._strip(kind, written) for kind, written in record["media"]]
+        return [self._strip(source) for source in media_sources(record)]
 
-    def _strip(self, kind: str, written: str) -> Strip:
-        key = kind, written
-        if key not in self._strips:
-            self._strips[key] = self._read(kind, written)
-        return self._strips[key]
+    def _strip(self, source: MediaSource) -> Strip:
+        if source not in self._strips:
+            self._strips[source] = self._read(source)
+        return self._strips[source]
 
-    def _read(self, kind: str, written: str) -> Strip:
+    def _read(self, source: MediaSource) -> Strip:
+        kind, name, request = source.kind, source.name, source.request
         if self.media_root is None:
-            return Strip(kind, written, problem="not shown: no media root is known (--media-root)")
+            return Strip(kind, name, problem="not shown: no media root is known (--media-root)")
         try:
-            path = resolve_media_path(self.media_root, written)
+            paths = [resolve_media_path(self.media_root, written) for written in source.paths]
             if kind == "image":
-                picture = _picture(_small(read_image(path), 1)[0], caption="image")
-                return Strip(kind, written, (picture,), num_sampled=1)
-            # PyAV alone: no second process, and the same frames as decord gives.
-            video = read_video(path, sampling=self.sampling, transform=_small, backend="pyav")
+                picture = _picture(_small(read_image(paths[0]), 1)[0], caption="image")
+                return Strip(kind, name, (picture,), num_sampled=1)
+            sampling = request.sampling(self.sampling, is_pictures=source.is_pictures)
+            if source.is_pictures:
+                fps = request.pictures_fps or self.sampling.fps
+                video = read_pictures(paths, pictures_fps=fps, sampling=sampling, transform=_small)
+            else:
+                # PyAV alone: no second process, and the same frames as decord gives.
+                video = read_video(paths[0], sampling=sampling, transform=_small, backend="pyav")
         except (UnusableMedia, UserError, ValueError) as error:
-            return Strip(kind, written, problem=f"not shown: {error}")
+            return Strip(kind, name, problem=f"not shown: {error}")
         total = len(video.frame_indices)
         shown = sorted({round(index) for index in torch.linspace(0, total - 1, min(total, self.max_frames)).tolist()})
         pictures = tuple(
             _picture(video.frames_FCHW[index], caption=f"{video.frame_indices[index] / video.native_fps:.1f} s")
             for index in shown
         )
-        return Strip(kind, written, pictures, num_sampled=total)
+        return Strip(kind, name, pictures, num_sampled=total)
 
 
 def _small(frames_FCHW: Tensor, num_frames: int) -> Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,10 @@ class RunData:
 
     def groups_of(self, step: int) -> list[RecordedGroup]:
         """The groups recorded at ``step``."""
-        return [group for at, path in self.rollout_files if at == step for group in _read_groups(path, step=at)]
+        return [group for at, path in self.rollout_files if at == step for group in self._read(path, step=at)]
+
+    def _read(self, path: Path, *, step: int) -> list[RecordedGroup]:
+        return _read_groups(path, step=step, ignored=self.option("data", "ignore_fields") or ())
 
 
 def read_run(run_dir: Path | str) -> RunData:
@@ -144,11 +147,11 @@ def _varied(groups: Sequence[RecordedGroup]) -> list[RecordedGroup]:
     return [group for _, group in sorted(keyed, key=lambda item: item[0])]
 
 
-def _read_groups(path: Path, *, step: int) -> list[RecordedGroup]:
+def _read_groups(path: Path, *, step: int, ignored: Collection[str]) -> list[RecordedGroup]:
     groups = []
     for line, values in _read_lines(path):
         try:
-            record = check_record(values, number=line, needs_solution=False)
+            record = check_record(values, number=line, needs_solution=False, ignored=ignored)
             responses = record.pop("responses", None)
             if not isinstance(responses, list) or not all(isinstance(item, dict) for item in responses):
                 raise ValueError("expected a list of objects in 'responses'")

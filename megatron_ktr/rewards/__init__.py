@@ -47,6 +47,9 @@ READS_PROBLEM_TYPE = ("accuracy", "soft_choice")
 """Built-in rewards that know five problem types and refuse others."""
 
 
+DEFAULT_REWARDS = ("accuracy", "format")
+
+
 def load_reward(name: str, *, protocol: str = "standard") -> tuple[str, RewardFunction]:
     """A built-in reward by name, reading answers by ``protocol`` (``PROTOCOLS``), or your own as ``module:function``,
     which reads them itself; returns (short name, function)."""

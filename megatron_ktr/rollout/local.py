@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_ktr.data.dataset import PromptDataset
-from megatron_ktr.errors import UserError
-from megatron_ktr.types import Prompt, Rollout, RolloutGroup
+from megatron_ktr.data.media_source import media_sources
+from megatron_ktr.data.reply import build_reply
+from megatron_ktr.types import Prompt, RolloutGroup
 
 
 class DatasetSource:
@@ -39,32 +40,11 @@ class DatasetSource:
 
 
 class SupervisedSource(DatasetSource):
-    """A data set's own responses, each a group of one, with the end token.
-
-    The response is the record's ``response``, or ``process`` followed by ``solution`` (Video-R1's chain-of-thought
-    files).
-    """
-
-    def __init__(self, dataset: PromptDataset, *, tokenizer: Any) -> None:
-        super().__init__(dataset)
-        self.tokenizer = tokenizer
+    """A data set's own responses, each a group of one, with the end token (``data/reply.py``)."""
 
     def next(self, num_prompts: int) -> list[RolloutGroup]:
         return [self._group(prompt) for prompt in self.dataset.next(num_prompts)]
 
     def _group(self, prompt: Prompt) -> RolloutGroup:
-        text = response_text(prompt.record)
-        token_ids = (*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id)
-        return RolloutGroup(prompt, (Rollout(token_ids=token_ids, text=text),))
-
-
-def response_text(record: Mapping[str, Any]) -> str:
-    """The response to imitate; raises UserError naming the record if it has none."""
-    if record.get("response"):
-        return str(record["response"])
-    if record.get("process") and record.get("solution"):
-        return f"{record['process']}{record['solution']}"
-    raise UserError(
-        f"data_path: record {record['problem_id']} has no response to imitate: expected 'response', or 'process' and "
-        "'solution'"
-    )
+        kinds = [source.kind for source in media_sources(prompt.record)]
+        return RolloutGroup(prompt, (build_reply(prompt.record, kinds=kinds, builder=self.dataset.loader.builder),))

@@ -21,14 +21,16 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from megatron_ktr.data.dataset import PromptDataset
-from megatron_ktr.data.records import Record, read_records
+from megatron_ktr.data.record_problems import RecordProblems
+from megatron_ktr.data.records import NORMALISED, Record, read_records
+from megatron_ktr.data.template import control_tokens
 from megatron_ktr.errors import UserError
 from megatron_ktr.rollout.base import RolloutEngine
 from megatron_ktr.rollout.local import DatasetSource
@@ -54,6 +56,8 @@ class ReplayEngine(RolloutEngine):
         required_rewards: Sequence[str] = (),
         required_because: str = "",
         needs_logprobs: bool = False,
+        ignored: Collection[str] = (),
+        problems: RecordProblems | None = None,
     ) -> None:
         """Reads and checks the whole file.
 
@@ -64,9 +68,11 @@ class ReplayEngine(RolloutEngine):
             required_rewards: reward parts that every response taken must have.
             required_because: ends the message where one lacks them: what needs them, and the way out.
             needs_logprobs: every response taken must have the sampler's log-probs.
+            ignored: fields that are data although they look like instructions (``data/records.py``).
+            problems: receives the lines that cannot be used; None = they are an error.
 
         Raises:
-            UserError: naming the line, and the response counted from 1.
+            UserError: naming the lines, and the response counted from 1.
         """
         self.path = Path(path)
         self.tokenizer = tokenizer
@@ -74,9 +80,15 @@ class ReplayEngine(RolloutEngine):
         if self.end_token_id is None:
             raise UserError("model: the tokenizer has no end token, which recorded responses need (eos_token)")
         self.vocab_size = len(tokenizer) if vocab_size is None else vocab_size
-        self.records: list[Record] = read_records(path, option="replay_path", needs_solution=False)
+        self._control = control_tokens(tokenizer)
+        found = RecordProblems("replay_path", self.path) if problems is None else problems
+        self.records: list[Record] = read_records(
+            path, option="replay_path", needs_solution=False, ignored=ignored, problems=found
+        )
         self._rollouts: dict[int, tuple[Rollout, ...]] = {}
-        for record in self.records:
+        for place, record in enumerate(self.records):
+            if place in found.places:
+                continue
             line = record[_LINE]
             try:
                 rollouts = self._read_responses(record.pop("responses", None))
@@ -86,10 +98,11 @@ class ReplayEngine(RolloutEngine):
                 if needs_logprobs:
                     _check_logprobs(rollouts[:num_generations])
             except ValueError as error:
-                raise UserError(
-                    f"replay_path: {self.path}, record {line} (problem_id {record['problem_id']}): {error}"
-                ) from error
+                found.add(place, number=line, problem_id=record["problem_id"], reason=error)
+                continue
             self._rollouts[line] = rollouts[:num_generations]
+        if problems is None:
+            found.settle(len(self.records), max_share=0.0)
 
     def stream(
         self, prompts: Sequence[Prompt], *, step: int = 0, sampling: SamplingSettings | None = None
@@ -135,8 +148,14 @@ class ReplayEngine(RolloutEngine):
             if not isinstance(text, str):
                 raise ValueError(f"expected 'text' or 'token_ids', got keys {sorted(response)}")
             is_finished = bool(response.get("is_finished", True))
+            if is_finished:
+                text = text.removesuffix(self.tokenizer.convert_ids_to_tokens(self.end_token_id))
+            if (control := self._control.search(text)) is not None:
+                raise ValueError(
+                    f"its text contains the control token {control.group()}: give token_ids if it was sampled"
+                )
             token_ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            if is_finished and (not token_ids or token_ids[-1] != self.end_token_id):
+            if is_finished:
                 token_ids = [*token_ids, self.end_token_id]
         else:
             _check_token_ids(token_ids, self.vocab_size)
@@ -196,7 +215,7 @@ def write_rollouts(
 
 
 def _group_line(group: RolloutGroup, selections: Sequence[ResponseSelection] | None) -> dict[str, Any]:
-    line = {name: value for name, value in group.prompt.record.items() if name not in (_LINE, "responses", "media")}
+    line = {name: value for name, value in group.prompt.record.items() if name not in (*NORMALISED, "responses")}
     line["problem_id"] = group.prompt.problem_id
     line["draw_number"] = group.prompt.draw_number
     line["prompt_length"] = len(group.prompt.token_ids)

@@ -13,34 +13,38 @@ An error on one rank is the same error on every rank of the world (``on_every_ra
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from megatron_ktr.config import Config
-from megatron_ktr.data.dataset import PromptDataset, PromptLoader, SkipCounter
-from megatron_ktr.data.records import Record, describe_repeated_ids, read_records
-from megatron_ktr.data.video import FrameSampling
+from megatron_ktr.data.dataset import PromptDataset, SkipCounter
 from megatron_ktr.distributed.collectives import broadcast_object
 from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.errors import UserError
 from megatron_ktr.packing import MediaSpec
-from megatron_ktr.rewards import READS_PROBLEM_TYPE, load_rewards, reward_groups
-from megatron_ktr.rewards.accuracy import ACCURACY_BY_TYPE
+from megatron_ktr.rewards import DEFAULT_REWARDS, reward_groups
 from megatron_ktr.rollout.base import RolloutEngine
 from megatron_ktr.rollout.local import DatasetSource, SupervisedSource
-from megatron_ktr.rollout.replay import ReplayEngine, ReplaySource
+from megatron_ktr.rollout.questions import prompt_loader, read_questions
+from megatron_ktr.rollout.replay import ReplaySource
 from megatron_ktr.rollout.sampling import SamplingSettings
 from megatron_ktr.types import Prompt, Rollout, RolloutGroup
 
-_log = logging.getLogger(__name__)
+__all__ = [
+    "DEFAULT_REWARDS",
+    "ReplicaSource",
+    "Sampler",
+    "build_local_source",
+    "build_sampler",
+    "on_every_rank",
+    "prompt_loader",
+]
+
 T = TypeVar("T")
-DEFAULT_REWARDS = ("accuracy", "format")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,53 +287,20 @@ def build_local_source(
     if not groups.is_source:
         return None
     data, trainer = config.data, config.trainer
-    order = dict(
+    questions = read_questions(config, tokenizer=tokenizer, vocab_size=vocab_size, is_spokesman=groups.data_rank == 0)
+    dataset = PromptDataset(
+        questions.records,
+        loader=questions.loader,
         seed=trainer.seed,
         shuffle=data.shuffle_data,
         rank=groups.data_rank,
         size=groups.data_size,
         skips=SkipCounter(max_skip_share=data.max_skip_share),
+        left_out=questions.left_out,
     )
-    if config.objective.objective != "sft" and config.rollout.engine == "replay":
-        engine = ReplayEngine(
-            config.rollout.replay_path,
-            tokenizer=tokenizer,
-            num_generations=config.rollout.num_generations,
-            vocab_size=vocab_size,
-            required_rewards=("accuracy",) if config.reward.length_bonus > 0 else (),
-            required_because="the length bonus goes to correct responses: record it, or set --length-bonus 0",
-            needs_logprobs=config.objective.importance_sampling != "none" or bool(config.objective.importance_mask),
-        )
-        _say_repeated_ids(engine.records, of=f"replay_path: {engine.path}", groups=groups)
-        loader = prompt_loader(config, tokenizer=tokenizer)
-        return ReplaySource(PromptDataset(engine.records, loader=loader, **order), engine=engine)
-    is_supervised = config.objective.objective == "sft"
-    records = read_records(data.data_path, problem_types=data.problem_types, needs_solution=not is_supervised)
-    _say_repeated_ids(records, of=f"data_path: {data.data_path}", groups=groups)
-    rewards = config.reward.reward_functions or DEFAULT_REWARDS
-    if not is_supervised and any(name in READS_PROBLEM_TYPE for name in load_rewards(rewards)):
-        _check_problem_types(records, data_path=data.data_path)
-    dataset = PromptDataset(records, loader=prompt_loader(config, tokenizer=tokenizer), **order)
-    if is_supervised:
-        return SupervisedSource(dataset, tokenizer=tokenizer)
-    return DatasetSource(dataset)
-
-
-def _say_repeated_ids(records: Sequence[Record], *, of: str, groups: ParallelGroups) -> None:
-    """Once a run: published files do repeat ids, and a user who joined two files may want to know."""
-    if groups.data_rank == 0 and (found := describe_repeated_ids(records)):
-        _log.warning("%s: %s", of, found)
-
-
-def _check_problem_types(records: Sequence[Record], *, data_path: str) -> None:
-    """Before the first step rather than in the middle of the run, where the record is drawn."""
-    for record in records:
-        if record["problem_type"] not in ACCURACY_BY_TYPE:
-            raise UserError(
-                f"data_path: {data_path}, record {record['record_number']} (problem_id {record['problem_id']}): the "
-                f"reward accuracy does not know problem_type {record['problem_type']!r}, only "
-                f"{sorted(ACCURACY_BY_TYPE)}; choose with --problem-types, or name other --reward-functions"
-            )
+    if questions.engine is not None:
+        return ReplaySource(dataset, engine=questions.engine)
+    return SupervisedSource(dataset) if config.objective.objective == "sft" else DatasetSource(dataset)
 
 
 def build_sampler(config: Config, *, groups: ParallelGroups, tokenizer: Any, media: MediaSpec) -> Sampler | None:
@@ -364,27 +335,3 @@ def build_sampler(config: Config, *, groups: ParallelGroups, tokenizer: Any, med
 
     engine = HFEngine(config.model.model, tokenizer=tokenizer, media=media, sampling=sampling)
     return Sampler(engine, rewards=rewards, answer_protocol=config.reward.answer_protocol)
-
-
-def prompt_loader(config: Config, *, tokenizer: Any) -> PromptLoader:
-    """Loads records as the data options say; media below ``media_root``, or beside the file that names them.
-
-    With ``original_compat`` a question whose media are unusable is asked without them, as the authors' code does.
-    """
-    data = config.data
-    is_replay = config.objective.objective != "sft" and config.rollout.engine == "replay"
-    file = config.rollout.replay_path if is_replay else data.data_path
-    return PromptLoader.from_model(
-        config.model.model,
-        media_root=data.media_root or Path(file).parent,
-        sampling=FrameSampling(fps=data.video_fps, num_frames=data.video_num_frames, max_frames=data.video_max_frames),
-        prompt_template=data.prompt_template,
-        max_prompt_length=data.max_prompt_length,
-        tokenizer=tokenizer,
-        cache_bytes=round(data.media_cache_gb * 1e9),
-        text_only_fallback=config.objective.original_compat,
-        video_min_pixels=data.video_min_pixels,
-        video_max_pixels=data.video_max_pixels,
-        image_min_pixels=data.image_min_pixels,
-        image_max_pixels=data.image_max_pixels,
-    )

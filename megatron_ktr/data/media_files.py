@@ -1,0 +1,112 @@
+"""The files that records name: below the media root, and there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path, PurePosixPath
+
+from megatron_ktr.data.unusable import UnusableMedia
+from megatron_ktr.errors import UserError
+
+_LOOKUPS_BEFORE_LISTING = 32
+"""So many files of a folder are asked for one by one before the folder is listed: a listing answers for all the others,
+but a folder may hold millions of files that no record names."""
+
+
+def resolve_media_path(media_root: Path | str, written: str) -> Path:
+    """The file that ``written`` names below ``media_root``; a leading "/" means the media root, as in Video-R1.
+
+    Raises:
+        UserError: the path leads out of the media root, by "..", by a drive, a scheme or a link.
+    """
+    root = Path(media_root).resolve()
+    inside = _written_below(root, written, media_root=media_root)
+    try:
+        resolved = inside.resolve()
+    except (OSError, RuntimeError) as error:  # a loop of links
+        raise UserError(f"media path {_short(written)} below media_root {media_root}: {error}") from error
+    if not resolved.is_relative_to(root):
+        raise UserError(
+            f"media path {_short(written)} leads by a link out of media_root {media_root} (to {resolved}); "
+            "set media_root to a directory that contains the linked files"
+        )
+    return resolved
+
+
+class MediaFiles:
+    """Tells for very many paths whether they are files, with few questions to the file system."""
+
+    def __init__(self, media_root: Path | str) -> None:
+        self._media_root = media_root
+        self._root = Path(media_root).resolve()
+        self._folders: dict[str, _Folder] = {}
+
+    def check(self, written: str) -> None:
+        """Raises ``UserError`` as ``resolve_media_path``, ``UnusableMedia`` where there is no such file."""
+        parent, name = os.path.split(str(_written_below(self._root, written, media_root=self._media_root)))
+        folder = self._folders.get(parent)
+        if folder is None:
+            folder = self._folders[parent] = _Folder(parent, root=self._root)
+        kind = folder.kind_of(name)
+        if kind == "link":
+            path = resolve_media_path(self._media_root, written)
+            kind = "folder" if path.is_dir() else "file" if path.exists() else "nothing"
+        if kind == "folder":
+            raise UnusableMedia(_short(written), "is a folder; the frames of a video are named as a list of pictures")
+        if kind == "nothing":
+            raise UnusableMedia(_short(written), "no such file below media_root")
+
+
+class _Folder:
+    def __init__(self, path: str, *, root: Path) -> None:
+        self._path = path
+        self._num_lookups = 0
+        self._listing: dict[str, str] | None = None
+        # Where a link leads out of the root, every file is looked at by itself.
+        self._is_plain = Path(os.path.realpath(path)).is_relative_to(root)
+
+    def kind_of(self, name: str) -> str:
+        """file, folder, link or nothing."""
+        if not self._is_plain:
+            return "link"
+        self._num_lookups += 1
+        if self._num_lookups > _LOOKUPS_BEFORE_LISTING and self._listing is None:
+            self._listing = self._list()
+        if self._listing is not None:
+            return self._listing.get(name, "nothing")
+        path = os.path.join(self._path, name)
+        if os.path.islink(path):
+            return "link"
+        return "folder" if os.path.isdir(path) else "file" if os.path.lexists(path) else "nothing"
+
+    def _list(self) -> dict[str, str]:
+        try:
+            with os.scandir(self._path) as entries:
+                return {
+                    entry.name: "link" if entry.is_symlink() else "folder" if entry.is_dir() else "file"
+                    for entry in entries
+                }
+        except FileNotFoundError:
+            return {}
+        except OSError:  # a folder that may be entered and not listed
+            self._num_lookups = -(1 << 60)
+            return None  # type: ignore[return-value]
+
+
+def _written_below(root: Path, written: str, *, media_root: Path | str) -> Path:
+    """The path below the resolved ``root`` that ``written`` says, links not followed."""
+    plain = written.removeprefix("file://")
+    parts = PurePosixPath(plain.replace("\\", "/")).parts
+    if not plain.strip() or "\0" in plain or ".." in parts or any(":" in part for part in parts[:1]):
+        raise UserError(
+            f"media path {_short(written)}: expected a path below media_root {media_root}, without '..' or scheme"
+        )
+    inside = Path(plain)
+    if inside.is_absolute() and inside.is_relative_to(root):
+        return inside
+    return root.joinpath(*(part for part in parts if part != "/"))
+
+
+def _short(written: str) -> str:
+    text = repr(written)
+    return text if len(text) <= 200 else text[:197] + "..."

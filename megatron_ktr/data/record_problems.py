@@ -1,0 +1,71 @@
+"""What is wrong with the records of a file: collected over all of them, told at once."""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_ktr.errors import UserError
+
+_log = logging.getLogger(__name__)
+_NUM_EXAMPLES = 3
+_NUM_KINDS = 6
+
+
+@dataclass
+class RecordProblems:
+    """Records that cannot be used; ``settle`` ends the run or names them.
+
+    Reasons that differ only in what is quoted or counted in them are one kind.
+    """
+
+    option: str
+    path: Path
+    places: set[int] = field(default_factory=set)
+    """Where they stand in the list of records, from 0."""
+    _by_kind: dict[str, list[str]] = field(default_factory=dict)
+    _counts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, place: int, *, number: int, problem_id: str | None, reason: object) -> None:
+        """One reason for the record at ``place``, which is number ``number`` of the file; the first one counts."""
+        if place in self.places:
+            return
+        self.places.add(place)
+        text = " ".join(str(reason).split())
+        kind = re.sub(r"'[^']*'|\"[^\"]*\"|[\d.]+|, got .*", "", text)
+        self._counts[kind] = self._counts.get(kind, 0) + 1
+        examples = self._by_kind.setdefault(kind, [])
+        if len(examples) < _NUM_EXAMPLES:
+            named = f"record {number}" if problem_id is None else f"record {number} (problem_id {problem_id})"
+            # The first of a kind in full, of the others the number.
+            examples.append(f"{named}: {text}" if not examples else named)
+
+    def settle(self, num_records: int, *, max_share: float, is_spokesman: bool = True) -> frozenset[int]:
+        """The places to leave out; with ``is_spokesman`` a warning names them.
+
+        Raises:
+            UserError: they are more than ``max_share`` of the records, or all of them.
+        """
+        num_bad = len(self.places)
+        if not num_bad:
+            return frozenset()
+        told = f"{self.option}: {self.path}, {num_bad} of {num_records} records cannot be used: {self._summary()}"
+        if num_bad > max_share * num_records or num_bad == num_records:
+            raise UserError(f"{told}; --max-skip-share {max_share:g} is the share that may be left out")
+        if is_spokesman:
+            _log.warning("%s; they are left out (at most --max-skip-share %g)", told, max_share)
+        return frozenset(self.places)
+
+    def _summary(self) -> str:
+        kinds = sorted(self._by_kind, key=lambda kind: -self._counts[kind])
+        parts = []
+        for kind in kinds[:_NUM_KINDS]:
+            first, *others = self._by_kind[kind]
+            count = self._counts[kind]
+            also = f" (also {', '.join(others)}{', ...' if count > _NUM_EXAMPLES else ''})" if others else ""
+            parts.append((f"{count} x " if count > 1 or len(kinds) > 1 else "") + first + also)
+        if len(kinds) > _NUM_KINDS:
+            parts.append(f"{sum(self._counts[kind] for kind in kinds[_NUM_KINDS:])} for other reasons")
+        return "; ".join(parts)

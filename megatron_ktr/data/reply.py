@@ -1,0 +1,83 @@
+"""The response that a record asks to imitate, as tokens: one answer, or a conversation from its first answer on.
+
+    prompt: .. user <assistant>   reply: answer 1 <end>   <user> .. <end> <assistant>   answer 2 <end>
+                                  loss:     1       1              0                       1       1
+
+A conversation is one response: its users' turns are context for the later answers and carry no loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from megatron_ktr.data.conversation import Message, text_of
+from megatron_ktr.data.template import PromptBuilder, has_marker
+from megatron_ktr.data.unusable import UnusableSample
+from megatron_ktr.errors import UserError
+from megatron_ktr.types import Rollout
+
+
+def check_reply(record: Mapping[str, Any], *, builder: PromptBuilder) -> None:
+    """Raises ``UnusableSample`` where a turn of ``reply_turns`` has a control token, or a user's places a medium.
+
+    An end token at the very end of an answer is the one that it gets anyway.
+    """
+    for turn in record["reply_turns"]:
+        is_answer = turn["role"] == "assistant"
+        builder.refuse_control_tokens(_answer(turn, builder) if is_answer else text_of(turn), record)
+        if not is_answer and has_marker(text_of(turn)):
+            raise UnusableSample(
+                f"record {record['problem_id']}", "a turn after the first answer has a marker <image> or <video>"
+            )
+
+
+def build_reply(record: Mapping[str, Any], *, kinds: Sequence[str], builder: PromptBuilder) -> Rollout:
+    """The record's ``reply_turns`` as one response, end tokens included; ``kinds`` are those of its media.
+
+    Raises:
+        UnusableSample: as ``check_reply``.
+        UserError: the chat template does not let a conversation be split into its turns.
+    """
+    check_reply(record, builder=builder)
+    turns = record["reply_turns"]
+    if len(turns) > 1:
+        return _conversation(builder.messages(record, kinds)[0], turns, builder)
+    answer = _answer(turns[0], builder)
+    return Rollout(token_ids=(*_ids(answer, builder), builder.tokenizer.eos_token_id), text=answer)
+
+
+def _conversation(asked: Sequence[Message], turns: Sequence[Message], builder: PromptBuilder) -> Rollout:
+    """``turns`` from the first answer to the last, in the chat format that the prompt of ``asked`` has."""
+    end = builder.tokenizer.eos_token
+    history = list(asked)
+    known = builder.render(history)
+    start = len(known)
+    token_ids: list[int] = []
+    is_trained: list[bool] = []
+    for turn in turns:
+        if turn["role"] != "assistant":
+            history.append({"role": turn["role"], "content": text_of(turn)})
+            continue
+        opened = builder.render(history)
+        if not opened.startswith(known):
+            raise UserError(
+                "model: its chat template changes earlier turns of a conversation as it goes on, or ends them without "
+                f"the tokenizer's end token {end}: conversations with several answers cannot be learnt with it"
+            )
+        answer = _answer(turn, builder)
+        # Tokenised apart, as they are when the model is asked: its answer starts after the tokens of the turn's head.
+        between, spoken = _ids(opened[len(known) :], builder), [*_ids(answer, builder), builder.tokenizer.eos_token_id]
+        token_ids += between + spoken
+        is_trained += [False] * len(between) + [True] * len(spoken)
+        known = opened + answer + end
+        history.append({"role": "assistant", "content": answer})
+    return Rollout(token_ids=tuple(token_ids), text=known[start:].removesuffix(end), is_trained=tuple(is_trained))
+
+
+def _answer(turn: Message, builder: PromptBuilder) -> str:
+    return text_of(turn).removesuffix(builder.tokenizer.eos_token)
+
+
+def _ids(text: str, builder: PromptBuilder) -> list[int]:
+    return builder.tokenizer(text, add_special_tokens=False)["input_ids"]

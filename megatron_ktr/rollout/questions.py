@@ -1,0 +1,144 @@
+"""The questions of a run, read and checked as a whole before its model is built."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_ktr.config import Config
+from megatron_ktr.data.dataset import PromptLoader
+from megatron_ktr.data.media_source import SYNONYMS
+from megatron_ktr.data.record_check import check_questions
+from megatron_ktr.data.record_problems import RecordProblems
+from megatron_ktr.data.records import Record, describe_repeated_ids, read_records
+from megatron_ktr.data.video import FrameSampling
+from megatron_ktr.errors import UserError
+from megatron_ktr.rewards import DEFAULT_REWARDS, READS_PROBLEM_TYPE, load_rewards
+from megatron_ktr.rewards.accuracy import ACCURACY_BY_TYPE
+from megatron_ktr.rollout.replay import ReplayEngine
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Records, what loads them, and their recorded responses, if any."""
+
+    records: Sequence[Record]
+    loader: PromptLoader
+    left_out: frozenset[int]
+    """Places of records that cannot be used."""
+    engine: ReplayEngine | None = None
+
+
+def read_questions(config: Config, *, tokenizer: Any, vocab_size: int, is_spokesman: bool) -> Questions:
+    """The records of ``data_path`` or ``replay_path``, with those told and left out that cannot be used.
+
+    Raises:
+        UserError: more than ``max_skip_share`` of them cannot, or the file as a whole.
+    """
+    data = config.data
+    is_supervised = config.objective.objective == "sft"
+    if is_supervised and tokenizer.eos_token is None:
+        raise UserError("model: the tokenizer has no end token, which given responses need (eos_token)")
+    engine = None
+    if not is_supervised and config.rollout.engine == "replay":
+        problems = RecordProblems("replay_path", Path(str(config.rollout.replay_path)))
+        engine = _replay_engine(config, tokenizer=tokenizer, vocab_size=vocab_size, problems=problems)
+        records, checks = engine.records, []
+    else:
+        problems = RecordProblems("data_path", Path(str(data.data_path)))
+        records = read_records(
+            problems.path,
+            problem_types=data.problem_types,
+            needs_solution=not is_supervised,
+            needs_reply=is_supervised,
+            ignored=data.ignore_fields,
+            problems=problems,
+        )
+        checks = [] if is_supervised else _reward_checks(config.reward.reward_functions or DEFAULT_REWARDS)
+    loader = prompt_loader(config, tokenizer=tokenizer)
+    check_questions(records, problems=problems, loader=loader, checks=checks)
+    left_out = problems.settle(len(records), max_share=data.max_skip_share, is_spokesman=is_spokesman)
+    if is_spokesman:
+        _note_clips(records, problems=problems)
+        if found := describe_repeated_ids(records):
+            _log.warning("%s: %s: %s", problems.option, problems.path, found)
+    return Questions(records, loader, left_out, engine)
+
+
+def prompt_loader(config: Config, *, tokenizer: Any) -> PromptLoader:
+    """Loads records as the data options say; media below ``media_root``, or beside the file that names them.
+
+    With ``original_compat`` a question whose media are unusable is asked without them, as the authors' code does.
+    """
+    data = config.data
+    is_replay = config.objective.objective != "sft" and config.rollout.engine == "replay"
+    file = config.rollout.replay_path if is_replay else data.data_path
+    return PromptLoader.from_model(
+        config.model.model,
+        media_root=data.media_root or Path(file).parent,
+        sampling=FrameSampling(fps=data.video_fps, num_frames=data.video_num_frames, max_frames=data.video_max_frames),
+        prompt_template=data.prompt_template,
+        max_prompt_length=data.max_prompt_length,
+        tokenizer=tokenizer,
+        cache_bytes=round(data.media_cache_gb * 1e9),
+        text_only_fallback=config.objective.original_compat,
+        video_min_pixels=data.video_min_pixels,
+        video_max_pixels=data.video_max_pixels,
+        image_min_pixels=data.image_min_pixels,
+        image_max_pixels=data.image_max_pixels,
+    )
+
+
+def _replay_engine(config: Config, *, tokenizer: Any, vocab_size: int, problems: RecordProblems) -> ReplayEngine:
+    return ReplayEngine(
+        problems.path,
+        tokenizer=tokenizer,
+        num_generations=config.rollout.num_generations,
+        vocab_size=vocab_size,
+        required_rewards=("accuracy",) if config.reward.length_bonus > 0 else (),
+        required_because="the length bonus goes to correct responses: record it, or set --length-bonus 0",
+        needs_logprobs=config.objective.importance_sampling != "none" or bool(config.objective.importance_mask),
+        ignored=config.data.ignore_fields,
+        problems=problems,
+    )
+
+
+def _note_clips(records: Sequence[Record], *, problems: RecordProblems) -> None:
+    """Said once: data sets differ in what they call start and end."""
+    numbers = [
+        record["record_number"]
+        for record in records
+        if SYNONYMS.keys() & record.keys()
+        and any(SYNONYMS[name] in request for request in record.get("media_requests", ()) for name in SYNONYMS)
+    ]
+    if numbers:
+        _log.warning(
+            "%s: %s, %d records show only the clip from their 'start' to their 'end' (first: record %d); where these "
+            "are the answer: --ignore-fields start,end",
+            problems.option,
+            problems.path,
+            len(numbers),
+            numbers[0],
+        )
+
+
+def _reward_checks(names: Sequence[str]) -> list[Callable[[Record], None]]:
+    """For each built-in reward that judges by problem type: whether it knows the record's."""
+    load_rewards(names)  # a name that is unknown is an error of its own
+    return [_type_check(name, known=sorted(ACCURACY_BY_TYPE)) for name in names if name in READS_PROBLEM_TYPE]
+
+
+def _type_check(name: str, *, known: Sequence[str]) -> Callable[[Record], None]:
+    def check(record: Record) -> None:
+        if record["problem_type"] not in known:
+            raise ValueError(
+                f"the reward {name} does not know problem_type {record['problem_type']!r}, only {known}; "
+                "choose with --problem-types, or name other --reward-functions"
+            )
+
+    return check
