@@ -62,8 +62,11 @@ class _Folder:
         self._path = path
         self._num_lookups = 0
         self._listing: dict[str, str] | None = None
-        # Where a link leads out of the root, every file is looked at by itself.
-        self._is_plain = Path(os.path.realpath(path)).is_relative_to(root)
+        # Where a link leads out of the root, or in a circle, every file is looked at by itself.
+        try:
+            self._is_plain = Path(path).resolve().is_relative_to(root)
+        except (OSError, RuntimeError):
+            self._is_plain = False
 
     def kind_of(self, name: str) -> str:
         """file, folder, link or nothing."""
