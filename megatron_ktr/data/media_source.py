@@ -9,7 +9,6 @@ record may ask for less than they allow, or for what lies between them, and what
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
@@ -124,6 +123,8 @@ class MediaRequest:
 NOTHING_ASKED = MediaRequest()
 HONOURED: tuple[str, ...] = tuple(field.name for field in dataclasses.fields(MediaRequest))
 _OF_IMAGES = frozenset(("min_pixels", "max_pixels", "total_pixels"))
+_SMALLEST, _LARGEST = 1e-6, 1e9
+"""Beyond these a rate, a time or a size is a mistake, and seconds per frame would overflow."""
 _WHOLE = ("nframes", "min_frames", "max_frames", "min_pixels", "max_pixels", "total_pixels")
 
 
@@ -191,7 +192,7 @@ def read_request(raw: Mapping[str, Any], *, ignored: Collection[str] = ()) -> di
         if (
             isinstance(value, bool)
             or not isinstance(value, kinds)
-            or not (0 < value < math.inf or lowest_is_allowed and value == 0)
+            or not (_SMALLEST <= value <= _LARGEST or lowest_is_allowed and value == 0)
         ):
             what = "a whole number" if name in _WHOLE else "a number"
             raise ValueError(
