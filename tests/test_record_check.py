@@ -124,7 +124,14 @@ def test_repeated_ids_and_clips_are_said_once_and_harmless(folder: Path, caplog:
     assert len(build(folder, records).next(6)) == 6
     said = [record.getMessage() for record in caplog.records]
     assert (
-        len([text for text in said if "3 of 6 records have the problem_id of an earlier one (first: '0')" in text]) == 1
+        len(
+            [
+                text
+                for text in said
+                if "6 of 6 records share their problem_id with another (records 1 and 4 are both '0')" in text
+            ]
+        )
+        == 1
     )
     assert len([text for text in said if "6 records show only the clip from their 'start'" in text]) == 1
     caplog.clear()
