@@ -25,7 +25,7 @@ from megatron_ktr.data.template import PromptBuilder, VisualTokens, WordingTempl
 from megatron_ktr.data.unusable import PromptTooLong, UnusableMedia, UnusableSample
 from megatron_ktr.data.video import FrameSampling
 from megatron_ktr.errors import UserError
-from megatron_ktr.types import Prompt
+from megatron_ktr.types import Prompt, VisualInput
 
 __all__ = ["PromptDataset", "PromptLoader", "SkipCounter", "read_records", "resolve_media_path"]
 
@@ -72,19 +72,27 @@ class PromptLoader:
         sampling: FrameSampling,
         max_prompt_length: int | None = None,
         cache_bytes: int = 0,
-        text_only_fallback: bool = False,
+        substitutes: Mapping[str, str | None] | None = None,
     ) -> None:
-        """``text_only_fallback``: where a record's media are unusable, ask the question without them; the model then
-        learns to answer about what it cannot see, so it is off unless the authors' release is to be reproduced."""
+        """``substitutes``: by kind, the file (as records write it) that is shown in place of media that cannot be used.
+        The model then learns to answer about what it does not see: only to reproduce the authors' release.
+
+        Raises:
+            UserError: a substitute cannot be used itself.
+        """
         self.builder = builder
         self.cache = MediaCache(cache_bytes)
         self.media_root = Path(media_root)
         self.settings = settings
         self.sampling = sampling
         self.max_prompt_length = max_prompt_length
-        self.text_only_fallback = text_only_fallback
         self.counts: Counter[str] = Counter()
-        """decoder/<name>, decoder/pyav: <why not decord>, repeated_frames, text_only_fallback."""
+        """decoder/<name>, decoder/pyav: <why not decord>, repeated_frames, substituted_media."""
+        self._substitutes = {
+            kind: (written, self._load_substitute(kind, written))
+            for kind, written in (substitutes or {}).items()
+            if written
+        }
 
     @classmethod
     def from_model(
@@ -97,13 +105,13 @@ class PromptLoader:
         max_prompt_length: int | None = None,
         tokenizer: Any = None,
         cache_bytes: int = 0,
-        text_only_fallback: bool = False,
-        **pixel_limits: int | None,
+        substitutes: Mapping[str, str | None] | None = None,
+        **preprocessing: float | None,
     ) -> PromptLoader:
-        """Everything read from a Hugging Face directory; ``pixel_limits`` are ``PreprocessSettings`` fields."""
+        """Everything read from a Hugging Face directory; ``preprocessing`` are ``PreprocessSettings`` fields."""
         if not Path(media_root).is_dir():
             raise UserError(f"media_root: {media_root} is not a directory")
-        settings = PreprocessSettings.from_model(model_dir, **pixel_limits)
+        settings = PreprocessSettings.from_model(model_dir, **preprocessing)
         tokenizer = tokenizer if tokenizer is not None else load_tokenizer(model_dir)
         builder = PromptBuilder(
             tokenizer,
@@ -118,27 +126,30 @@ class PromptLoader:
             sampling=sampling or FrameSampling(),
             max_prompt_length=max_prompt_length,
             cache_bytes=cache_bytes,
-            text_only_fallback=text_only_fallback,
+            substitutes=substitutes,
         )
 
     def load(self, record: Mapping[str, Any]) -> Prompt:
-        """The prompt of one record; its ``record`` has no media where the fallback left them out.
+        """The prompt of one record; its ``record`` names under ``substituted_media`` what was shown in place of what.
 
         Raises:
             UnusableSample: the record must be skipped (``UnusableMedia``, ``PromptTooLong`` or its text).
             UserError: a path leads out of the media root, or template and model do not fit.
         """
-        media = []
-        try:
-            for kind, written in record.get("media", ()):
-                path = resolve_media_path(self.media_root, written)
+        media, substituted = [], {}
+        for kind, written in record.get("media", ()):
+            path = resolve_media_path(self.media_root, written)
+            try:
                 media.append(self._load_media(path, kind).visual)
-        except UnusableMedia as error:
-            if not self.text_only_fallback:
-                raise
-            self.counts["text_only_fallback"] += 1
-            _log.warning("record %s is asked without its media: %s", record["problem_id"], error)
-            record, media = _without_media(record), []
+            except UnusableMedia as error:
+                if kind not in self._substitutes:
+                    raise
+                substituted[written], substitute = self._substitutes[kind]
+                media.append(substitute)
+                self.counts["substituted_media"] += 1
+                _log.warning("record %s is shown %s instead: %s", record["problem_id"], substituted[written], error)
+        if substituted:
+            record = {**record, "substituted_media": substituted}
         prompt = self.builder.build(record, media)
         if self.max_prompt_length is not None and len(prompt.token_ids) > self.max_prompt_length:
             raise PromptTooLong(
@@ -146,6 +157,13 @@ class PromptLoader:
                 f"{len(prompt.token_ids)} tokens, at most {self.max_prompt_length} (max_prompt_length)",
             )
         return prompt
+
+    def _load_substitute(self, kind: str, written: str) -> VisualInput:
+        try:
+            path = resolve_media_path(self.media_root, written)
+            return load_media(path, kind=kind, settings=self.settings, sampling=self.sampling).visual
+        except (UnusableMedia, UserError) as error:
+            raise UserError(f"substitute_{kind}: {error}") from error
 
     def _load_media(self, path: Path, kind: str) -> LoadedMedia:
         loaded = self.cache.get(path, kind)
@@ -157,21 +175,6 @@ class PromptLoader:
                 self.counts[f"decoder/pyav: {loaded.fallback_reason}"] += 1
             self.counts["repeated_frames"] += loaded.num_repeated_frames
         return loaded
-
-
-def _without_media(record: Mapping[str, Any]) -> Record:
-    """A copy that names no media, so that what is recorded of it is read again as the text question it was."""
-    names_media = ("path", "image", "images", "video", "videos")
-    copy = {name: value for name, value in record.items() if name not in names_media}
-    if copy.get("messages"):
-        copy["messages"] = [_text_message(message) for message in copy["messages"]]
-    return {**copy, "media": [], "data_type": "text"}
-
-
-def _text_message(message: Mapping[str, Any]) -> dict[str, Any]:
-    parts = message["content"]
-    text = parts if isinstance(parts, str) else "".join(part["text"] for part in parts if part["type"] == "text")
-    return {**message, "content": text}
 
 
 class SkipCounter:

@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from megatron_ktr.errors import UserError
 from megatron_ktr.objectives.advantages import LengthBonus
 from megatron_ktr.objectives.base import Objective
@@ -60,6 +62,7 @@ def _video_ktr(section: Any, length_bonus: LengthBonus | None) -> VideoKTR:
         signals=tuple(section.signals),
         selection_ratio=section.ratio_of_signal,
         shift=section.shift,
+        scores_dtype=torch.bfloat16 if section.scores_dtype == "bf16" else torch.float32,
     )
 
 

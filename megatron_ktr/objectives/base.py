@@ -70,6 +70,11 @@ class Objective(ABC):
             is_selected_R: a selection made earlier, used as it is (several updates per rollout; proofs).
         """
 
+    def reason_to_skip(self, metrics: Metrics) -> str | None:
+        """Why the update with these metrics, reduced over all ranks, has no gradient to step along though its loss is
+        not finite; None where nothing explains that, and the run must stop."""
+        return None
+
     @abstractmethod
     def loss(self, statistics: Any, streams: TokenStreams, scores: TokenScores) -> tuple[Tensor, Metrics]:
         """Loss of the micro-batch (differentiable through ``statistics.logprob_R``) and its metrics."""

@@ -76,6 +76,9 @@ class TWGRPO(Objective):
         weight_R = streams.weight_R * factor_R.to(streams.weight_R.dtype)
         return dataclasses.replace(streams, weight_R=weight_R, metrics=metrics)
 
+    def reason_to_skip(self, metrics: Metrics) -> str | None:
+        return self.base.reason_to_skip(metrics)
+
     def loss(self, statistics: Any, streams: TokenStreams, scores: TokenScores) -> tuple[Tensor, Metrics]:
         return self.base.loss(statistics, streams, scores)
 
