@@ -147,6 +147,8 @@ def _objective(config: Config) -> Iterator[str]:
         )
     if section.scores_dtype != "fp32" and not section.original_compat:
         yield f"--scores-dtype {section.scores_dtype} needs --original-compat: it is there to reproduce the release"
+    if section.scores_dtype != "fp32" and section.objective != "video_ktr":
+        yield f"--scores-dtype is not read by --objective {section.objective}"
     for name in ("substitute_video", "substitute_image"):
         if getattr(config.data, name) is not None and not section.original_compat:
             yield (

@@ -285,7 +285,10 @@ class OptimizerSection:
     min_lr: float = _option(0.0, "Learning rate at the end of the decay", low=0)
     lr_decay_style: Literal["cosine", "linear", "constant"] = _option("cosine", "Shape of the decay over train_steps")
     lr_warmup_steps: int = _option(0, "Steps of linear warm-up from 0", low=0)
-    weight_decay: float = _option(0.01, "Decoupled weight decay; not on biases and norms", low=0)
+    weight_decay: float = _option(
+        0.01, "Decoupled weight decay; not on biases, on norms with weight_decay_norms", low=0
+    )
+    weight_decay_norms: bool = _option(False, "Decay the weights of norms too, as the releases do")
     adam_beta1: float = _option(0.9, "Decay of the first moment", low=0, high=1)
     adam_beta2: float = _option(0.999, "Decay of the second moment", low=0, high=1)
     adam_eps: float = _option(1e-8, "Added to the denominator of Adam", above=0)

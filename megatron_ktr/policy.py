@@ -251,7 +251,7 @@ class Policy(ReplicaNumbers):
             )
             loss, metrics = objective.loss(statistics, streams, scores)
             no_tokens = torch.zeros((), dtype=torch.int, device=loss.device)
-            return loss, no_tokens, (float(loss.detach()), metrics, streams, scores)
+            return loss, no_tokens, (float(loss.detach()), metrics, streams.detach(), scores.detach())
 
         outputs = self._run(
             self.chunks,
@@ -358,7 +358,11 @@ class Policy(ReplicaNumbers):
             )
         if objective.needs_divergence and item.divergence_R is None:
             divergence_R = unwrap_model(chunk).group_divergence(
-                hidden_RD, statistics.log_normalizer_R, batch=item.batch, temperature=self.temperature
+                hidden_RD,
+                statistics.log_normalizer_R,
+                batch=item.batch,
+                temperature=self.temperature,
+                with_gradient=objective.needs_divergence_gradient,
             )
             item = dataclasses.replace(item, divergence_R=divergence_R)
         return statistics, item

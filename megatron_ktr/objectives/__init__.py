@@ -66,6 +66,12 @@ def _video_ktr(section: Any, length_bonus: LengthBonus | None) -> VideoKTR:
     )
 
 
+def _tw_grpo(section: Any, length_bonus: LengthBonus | None) -> TWGRPO:
+    return TWGRPO(
+        base=_grpo(section, length_bonus), alpha=section.tw_alpha, has_weight_gradient=section.tw_weight_gradient
+    )
+
+
 def _sft(section: Any, length_bonus: LengthBonus | None) -> SupervisedFineTuning:
     return SupervisedFineTuning(loss_aggregation=section.loss_aggregation)
 
@@ -73,7 +79,7 @@ def _sft(section: Any, length_bonus: LengthBonus | None) -> SupervisedFineTuning
 BUILDERS: dict[str, Callable[[Any, LengthBonus | None], Objective]] = {
     "grpo": _grpo,
     "sft": _sft,
-    "tw_grpo": lambda section, length_bonus: TWGRPO(base=_grpo(section, length_bonus), alpha=section.tw_alpha),
+    "tw_grpo": _tw_grpo,
     "video_ktr": _video_ktr,
 }
 

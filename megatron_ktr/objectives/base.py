@@ -30,6 +30,8 @@ class Objective(ABC):
     """Whether the scores must hold KL(intact || view) over the whole vocabulary for each of ``views``."""
     needs_divergence = False
     """Whether the scores must hold the divergence between the responses of a group."""
+    needs_divergence_gradient = False
+    """Whether the loss is differentiated through that divergence."""
     needs_reference = False
     """Whether the frozen reference model's log-probs must be in the scores (KL weight above 0)."""
     needs_selection_first = False
