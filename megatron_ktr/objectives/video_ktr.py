@@ -7,8 +7,8 @@
 Any subset of the signals is the paper's ablation table; ``signals: [entropy]`` alone is the "80/20" recipe with the
 prompt as its scope.
 
-Deviations from the authors' code (``original_compat`` restores 1 to 3 here, and 4 to 6 where prompts are loaded; all of
-them, with the others': docs/deviations.md):
+Deviations from the authors' code (``original_compat`` restores 1 to 3 here, and 4 and 5 where prompts are loaded; the
+whole list: docs/deviations.md):
 1. A response without key tokens adds zero to the loss and still counts in the mean; theirs divides 0 by 0.
 2. The length bonus and the logged length count all tokens of a response; theirs count its key tokens.
 3. A degenerate signal (nothing to hide or shuffle, all scores equal) selects nothing, and neither does an infinite
