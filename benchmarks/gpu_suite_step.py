@@ -167,7 +167,7 @@ def _build_passes(
     media = media_spec(model_config, patchify=PreprocessSettings().patchify)
     scoring = ScoringPasses(config=config, policy=policy, objective=objective, media=media)
     item = MicroBatch((group,), scoring.pack((group,), "intact"))
-    views = {view: scoring.pack((group,), view, for_scoring=True) for view in ("hidden", "shuffled")}
+    views = {view: scoring.pack((group,), view) for view in ("hidden", "shuffled")}
 
     def score(batch: Any) -> None:
         # Every view runs its encoder, as in a real step, where only the intact one's features are shared.

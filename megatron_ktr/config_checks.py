@@ -138,6 +138,23 @@ def _objective(config: Config) -> Iterator[str]:
         yield f"--importance-mask needs two bounds below and above 1, got {','.join(f'{value:g}' for value in mask)}"
     if section.objective == "tw_grpo" and section.loss_aggregation != "token":
         yield "--objective tw_grpo averages over the tokens of the global batch: add --loss-aggregation token"
+    if section.tw_weight_gradient and section.objective != "tw_grpo":
+        yield f"--tw-weight-gradient is not read by --objective {section.objective}"
+    if section.tw_weight_gradient and section.updates_per_rollout > 1:
+        yield (
+            "--tw-weight-gradient needs --updates-per-rollout 1: later updates keep the weights of the first, which "
+            "have no gradient there"
+        )
+    if section.scores_dtype != "fp32" and not section.original_compat:
+        yield f"--scores-dtype {section.scores_dtype} needs --original-compat: it is there to reproduce the release"
+    if section.scores_dtype != "fp32" and section.objective != "video_ktr":
+        yield f"--scores-dtype is not read by --objective {section.objective}"
+    for name in ("substitute_video", "substitute_image"):
+        if getattr(config.data, name) is not None and not section.original_compat:
+            yield (
+                f"--{name.replace('_', '-')} needs --original-compat: it trains on questions beside media that are not "
+                "theirs"
+            )
     if section.objective == "sft" and config.rollout.temperature != 1.0:
         yield "--temperature must be 1 for --objective sft: the likelihood of given responses has none"
     if {"vision", "merger", "language"} <= set(config.model.freeze):

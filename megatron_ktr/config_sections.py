@@ -108,6 +108,12 @@ class DataSection:
     video_max_pixels: int = _option(128 * 28 * 28, "Most pixels of a video frame after resizing", low=1)
     image_min_pixels: int = _option(4 * 28 * 28, "Fewest pixels of an image after resizing", low=1)
     image_max_pixels: int = _option(1280 * 28 * 28, "Most pixels of an image after resizing", low=1)
+    substitute_video: str | None = _option(
+        None,
+        "With original_compat: a video below media_root that takes the place of every video that cannot be used, as in "
+        "the release; counted (substituted_media) and named; none = the question is skipped",
+    )
+    substitute_image: str | None = _option(None, "The same for images")
 
 
 @dataclass(frozen=True)
@@ -249,11 +255,27 @@ class ObjectiveSection:
     tw_alpha: float = _option(
         1.7, "tw_grpo: weight of the position where a group's responses differ most; where least, it is 1", low=1
     )
+    tw_weight_gradient: bool = _option(
+        False,
+        "tw_grpo: let the gradient flow through the weights of positions too, as its release does; they are constants "
+        "otherwise",
+    )
     original_compat: bool = _option(
         False,
-        "Do as the authors' release where it slips: no seconds per grid when scoring, length bonus on key tokens, "
-        "division by the number of key tokens even where it is zero, questions with unusable media asked without them",
+        "Do as the release of Video-KTR where we deviate: 1.0 s per temporal patch of every video in every pass, a "
+        "signal whose scores are all equal selects all tokens, +inf is selected, length and length bonus count key "
+        "tokens, a response without any makes the loss NaN (the step is skipped); see deviations.md",
     )
+    scores_dtype: Literal["fp32", "bf16"] = _option(
+        "fp32",
+        "With original_compat: bf16 rounds log-probs, entropies, scores and thresholds as the release's precision "
+        "does, so that scores tie and more tokens are selected",
+    )
+
+    @property
+    def fixed_seconds_per_grid(self) -> float | None:
+        """Of every video in every pass, sampling included; None = each video's own."""
+        return 1.0 if self.original_compat else None
 
     @property
     def ratio_of_signal(self) -> dict[str, float]:
@@ -272,7 +294,10 @@ class OptimizerSection:
     min_lr: float = _option(0.0, "Learning rate at the end of the decay", low=0)
     lr_decay_style: Literal["cosine", "linear", "constant"] = _option("cosine", "Shape of the decay over train_steps")
     lr_warmup_steps: int = _option(0, "Steps of linear warm-up from 0", low=0)
-    weight_decay: float = _option(0.01, "Decoupled weight decay; not on biases and norms", low=0)
+    weight_decay: float = _option(
+        0.01, "Decoupled weight decay; not on biases, on norms with weight_decay_norms", low=0
+    )
+    weight_decay_norms: bool = _option(False, "Decay the weights of norms too, as the releases do")
     adam_beta1: float = _option(0.9, "Decay of the first moment", low=0, high=1)
     adam_beta2: float = _option(0.999, "Decay of the second moment", low=0, high=1)
     adam_eps: float = _option(1e-8, "Added to the denominator of Adam", above=0)

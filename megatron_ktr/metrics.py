@@ -7,7 +7,8 @@ importance_ratio_max and clipped_fraction (``objectives/importance.py``); in a r
 and sampler_check/gap_max, in nats (``rollout/sampler_check.py``); with several replicas flops_imbalance/before,
 flops_imbalance/after and groups_moved, under a bound on tokens num_micro_batches and oversized_groups
 (``step_batching.py``); counted since the run began: skipped/<kind>, decoder/<name>,
-"decoder/pyav: <why not decord>", repeated_frames, text_only_fallback.
+"decoder/pyav: <why not decord>", repeated_frames, substituted_media. With original_compat also
+responses_without_key_tokens, a share of the step's responses.
 
 Numbers in the file have 8 significant digits. One that is not a number is written as Python's json does, ``NaN``, which
 our readers take and strict JSON does not.

@@ -89,8 +89,7 @@ def pack_groups(
         pad_to_multiple: T becomes a multiple of it (sequence parallelism, FP8).
         permutations: for ``shuffled``: per group, per medium, the new frame order or None for "as it is"
             (``attribution.counterfactuals.draw_permutations``).
-        seconds_per_grid: overrides every video's own. Only ``original_compat`` sets it, to 1.0: the authors'
-            code drops the videos' timing when it computes log-probs.
+        seconds_per_grid: overrides every video's own; only the sampler check's experiments set it.
         vision: what the batch carries of its media: ``patches`` that the model encodes itself, the ``media`` alone
             where features come from a ``VisionPass``, or nothing, for ranks without the vision encoder.
 

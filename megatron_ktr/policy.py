@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -45,6 +46,8 @@ from models.qwen2_5_vl.conversion import GatherTo, load_hf_weights, unwrap_model
 from models.qwen2_5_vl.fp8 import drop_initial_values, pass_precision
 from models.qwen2_5_vl.lora import LoraSettings, add_adapters
 from models.qwen2_5_vl.model import Qwen2_5_VLModel, build_model
+
+_log = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -201,6 +204,10 @@ class Policy(ReplicaNumbers):
         result = self.backward(micro_batches, objective=objective, denominators=denominators)
         if not result.has_gradient:
             return result
+        if not math.isfinite(result.loss) and (reason := objective.reason_to_skip(result.metrics)):
+            if self.groups.rank == 0:
+                _log.warning("no optimizer step: the loss is %s, because %s", result.loss, reason)
+            return result
         self._require_finite("loss", result.loss)
         at_work = contextlib.nullcontext()
         if self.config.optimizer.offload_optimizer_states:
@@ -214,11 +221,8 @@ class Policy(ReplicaNumbers):
         return dataclasses.replace(result, grad_norm=float(grad_norm or 0.0), has_stepped=bool(succeeded))
 
     def _require_finite(self, name: str, value: float) -> None:
-        """Stops the run, on every rank alike, before a checkpoint or an export could hold NaN weights.
-
-        original_compat goes on: dividing by zero is what it is there to reproduce.
-        """
-        if not math.isfinite(value) and not self.config.objective.original_compat:
+        """Stops the run, on every rank alike, before a checkpoint or an export could hold NaN weights."""
+        if not math.isfinite(value):
             with same_on_every_rank():
                 raise UserError(
                     f"the {name} is {value}: the run stops, earlier checkpoints are intact; lower --lr or --clip-grad, "
@@ -247,7 +251,7 @@ class Policy(ReplicaNumbers):
             )
             loss, metrics = objective.loss(statistics, streams, scores)
             no_tokens = torch.zeros((), dtype=torch.int, device=loss.device)
-            return loss, no_tokens, (float(loss.detach()), metrics, streams, scores)
+            return loss, no_tokens, (float(loss.detach()), metrics, streams.detach(), scores.detach())
 
         outputs = self._run(
             self.chunks,
@@ -354,7 +358,11 @@ class Policy(ReplicaNumbers):
             )
         if objective.needs_divergence and item.divergence_R is None:
             divergence_R = unwrap_model(chunk).group_divergence(
-                hidden_RD, statistics.log_normalizer_R, batch=item.batch, temperature=self.temperature
+                hidden_RD,
+                statistics.log_normalizer_R,
+                batch=item.batch,
+                temperature=self.temperature,
+                with_gradient=objective.needs_divergence_gradient,
             )
             item = dataclasses.replace(item, divergence_R=divergence_R)
         return statistics, item

@@ -47,7 +47,6 @@ class ScoringPasses:
         *,
         step: int = 0,
         draw: int = 0,
-        for_scoring: bool = False,
     ) -> PackedBatch:
         """One micro-batch in one view; ``draw`` counts the random orders of a step."""
         objective = self.config.objective
@@ -70,7 +69,6 @@ class ScoringPasses:
             media=self.media,
             pad_to_multiple=token_multiple(self.config),
             permutations=permutations,
-            seconds_per_grid=1.0 if for_scoring and objective.original_compat else None,
             vision="media" if self.policy.groups.is_first_stage else "none",
         )
 
@@ -101,7 +99,7 @@ class ScoringPasses:
     def with_reference(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
         if not self.objective.needs_reference:
             return micro_batches
-        found = self.policy.score([self._for_scoring(item) for item in micro_batches], model="reference")
+        found = self.policy.score([item.batch for item in micro_batches], model="reference")
         return [
             dataclasses.replace(item, reference_logprob_R=_logprob(statistics))
             for item, statistics in zip(micro_batches, found, strict=True)
@@ -110,23 +108,19 @@ class ScoringPasses:
     def with_selection(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
         """Chooses key tokens before the update where inside it would be too late; costs one more scoring pass.
 
-        That is: denominators that count key tokens of the global batch, several updates on the same responses (the
-        selection and the old policy stay those of the first), and original_compat, whose scores come from passes
-        without the videos' timing.
+        That is: denominators that count key tokens of the global batch, and several updates on the same responses (the
+        selection and the old policy stay those of the first).
         """
         is_reused = self.config.objective.updates_per_rollout > 1
         if not self._selects_first:
             return micro_batches
-        found = self.policy.score_intact(
-            [dataclasses.replace(item, batch=self._for_scoring(item)) for item in micro_batches],
-            objective=self.objective,
-        )
+        found = self.policy.score_intact(micro_batches, objective=self.objective)
         selected = []
         for item, scored in zip(micro_batches, found, strict=True):
             if scored is not None:
                 scored_item, scores = scored
                 chosen = self.objective.select_tokens(item.batch, scores, item.groups)
-                item = dataclasses.replace(scored_item, batch=item.batch, is_selected_R=chosen)
+                item = dataclasses.replace(scored_item, is_selected_R=chosen)
                 if is_reused:
                     item = dataclasses.replace(item, behaviour_logprob_R=scores.policy_logprob_R)
             selected.append(item)
@@ -134,8 +128,7 @@ class ScoringPasses:
 
     @property
     def _selects_first(self) -> bool:
-        settings = self.config.objective
-        return self.objective.needs_selection_first or settings.updates_per_rollout > 1 or settings.original_compat
+        return self.objective.needs_selection_first or self.config.objective.updates_per_rollout > 1
 
     def _is_seen_before_update(self, item: MicroBatch) -> bool:
         """Whether a pass without gradient shows intact temporal patches; all of an image beside a shuffled video is."""
@@ -147,16 +140,10 @@ class ScoringPasses:
         moves_pairs = self.config.objective.shuffle_unit == "temporal_patch"
         return any(moves_pairs or any(medium.kind == "image" for medium in prompt.media) for prompt in prompts)
 
-    def _for_scoring(self, item: MicroBatch) -> PackedBatch:
-        """The intact batch as scoring passes see it: the update's own, but for original_compat."""
-        if not self.config.objective.original_compat:
-            return item.batch
-        return self.pack(item.groups, "intact", for_scoring=True)
-
     def _hidden_rows(
         self, micro_batches: Sequence[MicroBatch], view: View, *, step: int, draw: int
     ) -> list[Tensor | None]:
-        batches = [self.pack(item.groups, view, step=step, draw=draw, for_scoring=True) for item in micro_batches]
+        batches = [self.pack(item.groups, view, step=step, draw=draw) for item in micro_batches]
         return self.policy.hidden_rows(batches, precision=self.config.objective.scoring_precision)
 
     def _logprobs(
@@ -168,7 +155,7 @@ class ScoringPasses:
             [group for group, is_kept in zip(item.groups, marks, strict=True) if is_kept]
             for item, marks in zip(micro_batches, kept, strict=True)
         ]
-        batches = [self.pack(part, view, step=step, draw=draw, for_scoring=True) for part in parts if part]
+        batches = [self.pack(part, view, step=step, draw=draw) for part in parts if part]
         scored = iter(self.policy.score(batches, precision=self.config.objective.scoring_precision))
         found: list[Tensor | None] = []
         for item, marks in zip(micro_batches, kept, strict=True):

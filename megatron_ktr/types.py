@@ -204,7 +204,7 @@ class PackedBatch:
 
 @dataclass(frozen=True)
 class TokenScores:
-    """What is known about the response tokens of one PackedBatch, without gradient; fp32 [R] each.
+    """What is known about the response tokens of one PackedBatch, without gradient unless said; fp32 [R] each.
 
     A field is None when no enabled part of the objective asked for it. Counterfactual values on tokens of a
     prompt with nothing to hide or to shuffle mean nothing; ``attribution/signals.py`` discards them.
@@ -219,12 +219,17 @@ class TokenScores:
     shuffled_kl_R: Tensor | None = None
     """KL(p_intact || p_shuffled), likewise."""
     divergence_R: Tensor | None = None
-    """Between the G next-token distributions at the token's position in its group (``ops/group_divergence.py``)."""
+    """Between the G next-token distributions at the token's position in its group (``ops/group_divergence.py``); with
+    gradient where the objective asks for it (``needs_divergence_gradient``)."""
     reference_logprob_R: Tensor | None = None
     behaviour_logprob_R: Tensor | None = None
     """Old policy of a clipped ratio: None means one update per rollout, ratio = exp(logp - stopgrad(logp))."""
     sampler_logprob_R: Tensor | None = None
     """As the rollout engine recorded them (``Rollout.sampler_logprobs``); None if any response has none."""
+
+    def detach(self) -> TokenScores:
+        """Without the graph that ``divergence_R`` may hold."""
+        return self if self.divergence_R is None else dataclasses.replace(self, divergence_R=self.divergence_R.detach())
 
 
 @dataclass(frozen=True)
@@ -247,6 +252,10 @@ class TokenStreams:
     """bool [R] by signal name; their union is ``is_key_token_R`` where signals are used."""
     metrics: Metrics = field(default_factory=lambda: Metrics())
     """What the objective counted on the way; the loss passes it on."""
+
+    def detach(self) -> TokenStreams:
+        """Without the graph that ``weight_R`` may hold, where weights are differentiated too."""
+        return dataclasses.replace(self, weight_R=self.weight_R.detach())
 
 
 @dataclass(frozen=True)

@@ -286,7 +286,7 @@ def test_control_tokens_are_refused_wherever_text_comes_from(builder: PromptBuil
             builder.chat_text(record, [])
     prompt = Prompt("p", (1, 2), record={"problem": "Q"})
     path = tmp_path / "r.jsonl"
-    path.write_text('{"problem": "Q", "responses": [{"text": %s, "reward": 1}]}\n' % json.dumps(text))
+    path.write_text(json.dumps({"problem": "Q", "responses": [{"text": text, "reward": 1}]}) + "\n")
     with pytest.raises(UserError, match="control token .*give token_ids"):
         ReplayEngine(path, tokenizer=TOKENIZER)
     # A model may have said it: what is recorded with its tokens is replayed as it was.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from megatron_ktr.data.dataset import PromptDataset, PromptLoader, SkipCounter, reshard_states
@@ -399,43 +400,40 @@ def test_what_the_loader_met_and_what_was_skipped_are_counts_that_survive_resumi
     assert resumed.counts == dataset.counts
 
 
-def test_text_only_fallback_asks_the_question_without_its_media(
+def test_a_substitute_takes_the_place_of_media_that_cannot_be_used_by_name(
     model_dir: Path, media_root: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """The release's habit, for ``original_compat``: the question stays, the video is another."""
     broken = check_record(question(path=..., image="picture.png", video="clips/broken.mp4"), number=1)
-    loader = make_loader(model_dir, media_root, text_only_fallback=True)
-    prompt = loader.load(broken)
-    alone = loader.load(check_record(question(path=..., data_type="text"), number=1))
-    assert prompt.token_ids == alone.token_ids and prompt.media == ()
-    assert loader.counts["text_only_fallback"] == 1
-    (message,) = (record.getMessage() for record in caplog.records if "without its media" in record.getMessage())
-    assert "record 7" in message and "broken.mp4: cannot be opened" in message
-    assert broken["media"] and broken["data_type"] == "video", "the data set's own record is untouched"
-    # What a run writes of it is a record like any other, and the question it was asked.
+    whole = check_record(question(path=..., image="picture.png", video="clips/one.mp4"), number=1)
+    loader = make_loader(model_dir, media_root, substitutes={"video": "./clips/one.mp4", "image": None})
+    prompt, expected = loader.load(broken), loader.load(whole)
+    assert prompt.token_ids == expected.token_ids and len(prompt.media) == 2
+    assert torch.equal(prompt.media[1].frames_FCHW, expected.media[1].frames_FCHW)
+    assert prompt.record["substituted_media"] == {"clips/broken.mp4": "./clips/one.mp4"}
+    assert "substituted_media" not in expected.record and "substituted_media" not in broken
+    assert loader.counts["substituted_media"] == 1, "only what was replaced is counted"
+    (message,) = (record.getMessage() for record in caplog.records if "instead" in record.getMessage())
+    assert "record 7 is shown ./clips/one.mp4 instead" in message and "broken.mp4: cannot be opened" in message
+    # What a run writes of it is a record like any other: with the same substitute it is the same prompt again.
     again = loader.load(check_record(json.loads(json.dumps(dict(prompt.record))), number=1))
-    assert again.token_ids == prompt.token_ids
+    assert again.token_ids == prompt.token_ids and loader.counts["substituted_media"] == 2
 
 
-def test_text_only_fallback_drops_media_parts_of_messages(model_dir: Path, media_root: Path) -> None:
-    parts = [{"type": "video", "video": "clips/broken.mp4"}, {"type": "text", "text": "What is it?"}]
-    record = check_record({"messages": [{"role": "user", "content": parts}], "solution": "1"}, number=1)
-    loader = make_loader(model_dir, media_root, text_only_fallback=True)
-    alone = check_record({"messages": [{"role": "user", "content": "What is it?"}], "solution": "1"}, number=1)
-    prompt = loader.load(record)
-    assert prompt.token_ids == loader.load(alone).token_ids
-    assert check_record(dict(prompt.record), number=1)["media"] == [] and record["messages"][0]["content"] == parts
-
-
-def test_text_only_fallback_uses_media_that_can_be_used_and_is_off_by_default(
+def test_only_the_kind_that_has_a_substitute_is_replaced_and_a_bad_substitute_is_refused(
     model_dir: Path, media_root: Path
 ) -> None:
-    loader = make_loader(model_dir, media_root, text_only_fallback=True)
-    assert loader.load(check_record(question(), number=1)).media and not loader.counts["text_only_fallback"]
+    pictures = make_loader(model_dir, media_root, substitutes={"image": "picture.png"})
+    with pytest.raises(UnusableMedia, match="broken.mp4"):
+        pictures.load(check_record(question(path="clips/broken.mp4"), number=1))
+    lost = check_record(question(path="lost.png", data_type="image"), number=1)
+    assert pictures.load(lost).media[0].source.endswith("picture.png")
     with pytest.raises(PromptTooLong):
-        long = make_loader(model_dir, media_root, text_only_fallback=True, max_prompt_length=100)
-        long.load(check_record(question(), number=1))
-    with pytest.raises(UnusableMedia):
-        make_loader(model_dir, media_root).load(check_record(question(path="clips/broken.mp4"), number=1))
+        short = make_loader(model_dir, media_root, substitutes={"video": "clips/one.mp4"}, max_prompt_length=10)
+        short.load(check_record(question(path="clips/broken.mp4"), number=1))
+    for written in ("clips/broken.mp4", "absent.mp4", "../one.mp4"):
+        with pytest.raises(UserError, match=f"substitute_video: .*{written.split('/')[-1]}"):
+            make_loader(model_dir, media_root, substitutes={"video": written})
 
 
 def test_too_large_a_share_of_unusable_samples_stops_the_run(model_dir: Path, media_root: Path) -> None:

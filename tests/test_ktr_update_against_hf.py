@@ -47,8 +47,6 @@ class Variant:
 
     values: dict[str, Any] = field(default_factory=dict)
     reference: dict[str, Any] = field(default_factory=dict)
-    timing: float | None = None
-    """Seconds per grid of all scoring passes; None: the videos' own."""
 
 
 _BONUS = dict(length_bonus=0.4, length_bonus_min=2, length_bonus_max=4)
@@ -68,7 +66,6 @@ VARIANTS = {
     "KL shift, original": Variant(
         dict(shift="kl", original_compat=True, selection_ratio=(0.7,)),
         dict(shift="kl", original_compat=True, ratios=0.7),
-        timing=1.0,
     ),
     "shuffled temporal patches": Variant(dict(shuffle_unit="temporal_patch")),
     "length bonus": Variant(_BONUS, dict(length_bonus=(0.4, 2, 4))),
@@ -81,13 +78,13 @@ VARIANTS = {
     "grpo, token mean": Variant(
         dict(objective="grpo", loss_aggregation="token"), dict(signals=(), aggregation="token")
     ),
-    "original: scores without timing, bonus on key tokens": Variant(
-        dict(original_compat=True, selection_ratio=(0.7,), **_BONUS),
-        dict(original_compat=True, ratios=0.7, length_bonus=(0.4, 2, 4)),
-        timing=1.0,
+    "original: equal scores select all, bonus on key tokens": Variant(
+        dict(original_compat=True, selection_ratio=(0.4,), **_BONUS),
+        dict(original_compat=True, ratios=0.4, length_bonus=(0.4, 2, 4)),
     ),
     "original: a response without key tokens": Variant(
-        dict(original_compat=True, selection_ratio=(0.1,)), dict(original_compat=True, ratios=0.1), timing=1.0
+        dict(original_compat=True, signals=("entropy",), selection_ratio=(0.1,)),
+        dict(original_compat=True, signals=("entropy",), ratios=0.1),
     ),
 }
 
@@ -120,7 +117,7 @@ def test_update_equals_the_independent_one(models: Models, one_rank: ParallelGro
     groups = example_groups(*NAMES)
     options = {"ratios": 0.3, **variant.reference}
     ours = _ours(models, one_rank, variant.values)
-    responses = score_responses(models, groups, unit=variant.values.get("shuffle_unit", "frame"), timing=variant.timing)
+    responses = score_responses(models, groups, unit=variant.values.get("shuffle_unit", "frame"))
     scored = reference_update(responses, **options)
     if options.get("signals", ALL):
         _assert_scores(
@@ -130,13 +127,14 @@ def test_update_equals_the_independent_one(models: Models, one_rank: ParallelGro
             responses=responses,
             is_kl=options.get("shift") == "kl",
         )
-        _assert_masks(ours, scored, ratios=options["ratios"])
+        _assert_masks(ours, scored, ratios=options["ratios"], is_original=options.get("original_compat", False))
     masks = _masks(ours)
     expected = reference_update(with_gradient(models.policy, models.config, groups, responses), masks=masks, **options)
     (update,) = ours.updates
     if "without key tokens" in name:
         assert any(not mask.any() for group in masks for mask in group)
         assert torch.isnan(expected.loss) and update.loss != update.loss
+        assert not update.has_stepped, "every weight would be NaN"
         return
     assert update.loss == pytest.approx(float(expected.loss), abs=LOSS_TOLERANCE)
     if options.get("kl_beta", 0.04):
@@ -171,12 +169,14 @@ def _assert_scores(
             assert torch.allclose(score_R, torch.cat(values), rtol=0, atol=SCORE_TOLERANCE), (group_name, signal)
 
 
-def _assert_masks(ours: StepRecord, scored: ReferenceUpdate, *, ratios: float | Mapping[str, float]) -> None:
+def _assert_masks(
+    ours: StepRecord, scored: ReferenceUpdate, *, ratios: float | Mapping[str, float], is_original: bool
+) -> None:
     for group_name, by_signal, selected in zip(NAMES, scored.scores, scored.selected, strict=True):
         for signal, values in by_signal.items():
             mine_R, theirs_R = ours.chosen[group_name][signal], torch.cat(selected[signal])
             if values[0] is None:
-                assert not mine_R.any()
+                assert mine_R.all() if is_original and signal == "visual" else not mine_R.any()
                 continue
             pooled = torch.cat(values)
             ratio = ratios if isinstance(ratios, float) else ratios[signal]
@@ -186,15 +186,11 @@ def _assert_masks(ours: StepRecord, scored: ReferenceUpdate, *, ratios: float | 
             assert is_clear.float().mean() > 0.6, "too many scores are in the band"
 
 
-def test_timing_and_key_token_lengths_of_the_original_change_the_numbers(
-    models: Models, one_rank: ParallelGroups
-) -> None:
+def test_key_token_lengths_of_the_original_change_the_numbers(models: Models, one_rank: ParallelGroups) -> None:
     """Otherwise the variants above would agree whether they are served or ignored."""
-    original = VARIANTS["original: scores without timing, bonus on key tokens"].values
+    original = VARIANTS["original: equal scores select all, bonus on key tokens"].values
     ours = _ours(models, one_rank, {**original, "original_compat": False})
     theirs = _ours(models, one_rank, original)
-    difference = ours.scores["long video"]["policy_logprob_R"] - theirs.scores["long video"]["policy_logprob_R"]
-    assert float(difference.abs().max()) > 1e-2
     assert ours.values["reward/length_bonus"] != theirs.values["reward/length_bonus"]
     assert ours.values["response_length"] != theirs.values["response_length"]
 

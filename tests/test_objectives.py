@@ -214,10 +214,13 @@ def test_response_without_key_token_adds_zero_but_counts_in_the_mean():
 
 
 def test_original_compat_divides_by_zero_where_a_response_has_no_key_token():
-    _, loss, _ = two_responses(compat=True, selected=[True, False, False, False])
-    assert math.isnan(loss.item())
-    _, loss, _ = two_responses(compat=True, selected=[True, False, True, False])
+    streams, loss, metrics = two_responses(compat=True, selected=[True, False, False, False])
+    assert math.isnan(loss.item()) and metrics["responses_without_key_tokens"] == 0.5
+    objective = VideoKTR(base=GRPO(original_compat=True))
+    assert "1 responses have no key token" in objective.reason_to_skip(streams.metrics)
+    streams, loss, _ = two_responses(compat=True, selected=[True, False, True, False])
     assert loss.item() == pytest.approx(0.0, abs=1e-7)
+    assert objective.reason_to_skip(streams.metrics) is None, "another NaN must stop the run"
 
 
 def test_original_compat_counts_key_tokens_in_length_and_length_bonus():

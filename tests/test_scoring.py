@@ -51,9 +51,9 @@ def scored(context: RankContext, *, hf_dir: Path) -> dict[str, Any]:
     (together,) = scoring.with_counterfactuals([item], step=4)
     draws = []
     for draw in range(3):
-        batch = scoring.pack(groups, "shuffled", step=4, draw=draw, for_scoring=True)
+        batch = scoring.pack(groups, "shuffled", step=4, draw=draw)
         draws.append(scoring.policy.score([batch])[0].logprob_R)
-    hidden = scoring.policy.score([scoring.pack(groups, "hidden", for_scoring=True)])[0].logprob_R
+    hidden = scoring.policy.score([scoring.pack(groups, "hidden")])[0].logprob_R
 
     rows, item_for_kl = make(shift="kl")
     denominators = Denominators(num_responses=9)
@@ -62,7 +62,7 @@ def scored(context: RankContext, *, hf_dir: Path) -> dict[str, Any]:
     )
     alone = []
     for draw in range(3):
-        batch = rows.pack(groups, "shuffled", step=4, draw=draw, for_scoring=True)
+        batch = rows.pack(groups, "shuffled", step=4, draw=draw)
         single = dataclasses.replace(
             item_for_kl,
             counterfactual_hidden_RD={

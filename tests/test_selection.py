@@ -13,9 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_ktr.attribution.counterfactuals import can_hide, can_shuffle, draw_permutation, draw_permutations
 from megatron_ktr.attribution.selection import _thresholds, select_key_tokens, select_top_share
-from megatron_ktr.attribution.signals import signal_applies, signal_scores
+from megatron_ktr.attribution.signals import scored_as_zero, signal_applies, signal_scores
 from megatron_ktr.errors import UserError
 from megatron_ktr.objectives.base import union_of
+from megatron_ktr.objectives.grpo import GRPO
+from megatron_ktr.objectives.video_ktr import VideoKTR
 from megatron_ktr.packing import pack_groups
 from megatron_ktr.types import TokenScores
 from tests.support.groups import MEDIA, group_of, image, video
@@ -23,10 +25,10 @@ from tests.support.groups import MEDIA, group_of, image, video
 NAN = float("nan")
 
 
-def select(scores, groups=None, ratio=0.2):
-    score_R = torch.tensor(scores, dtype=torch.float32)
+def select(scores, groups=None, ratio=0.2, dtype=torch.float32, **options):
+    score_R = torch.tensor(scores, dtype=dtype)
     group_R = torch.tensor(groups if groups is not None else [0] * len(scores))
-    return select_top_share(score_R, group_R, ratio=ratio, num_groups=int(group_R.max()) + 1).tolist()
+    return select_top_share(score_R, group_R, ratio=ratio, num_groups=int(group_R.max()) + 1, **options).tolist()
 
 
 def test_top_share_worked_by_hand():
@@ -49,6 +51,35 @@ def test_degenerate_scores_select_nothing(scores):
 def test_non_finite_scores_are_left_out_of_the_quantile():
     scores = [0.0, NAN, 1.0, float("inf"), 2.0, float("-inf"), 3.0, 4.0]
     assert select(scores, ratio=0.25) == [False, False, False, False, False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [
+        ([3.0, 3.0, 3.0], [True] * 3),
+        ([1.0], [True]),
+        ([NAN, 2.0, NAN], [False, True, False]),
+        ([float("inf"), 1.0], [True, True]),
+        ([float("-inf"), 1.0], [False, True]),
+        ([NAN, NAN], [False, False]),
+        # The finite ones are 0 .. 4, their quantile at 0.8 is 3.2.
+        ([0.0, NAN, 1.0, float("inf"), 2.0, float("-inf"), 3.0, 4.0], [False, False, False, True, *[False] * 3, True]),
+    ],
+)
+def test_like_the_release_equal_scores_and_infinity_are_selected(scores, expected):
+    assert select(scores, like_release=True) == expected
+    assert select([*scores, 5.0, 6.0], [0] * len(scores) + [1, 1], like_release=True) == [*expected, False, True]
+
+
+def test_like_the_release_the_threshold_is_rounded_to_the_scores_dtype():
+    # 1.0078125 is the bf16 after 1. The quantile at 0.8 is 1 + 0.2 * 0.0078125 = 1.0015625, as a bf16 again 1.
+    scores = [0.0, 1.0, 0.0, 1.0078125, 0.0]
+    assert select(scores, like_release=True) == [False, False, False, True, False]
+    assert select(scores, like_release=True, dtype=torch.bfloat16) == [False, True, False, True, False]
+    # At 0.5 between 1 and 1.0078125 of four: 1.00390625, a tie of rounding, which goes to the even one, 1.
+    assert (
+        select([0.0, 1.0, 1.0078125, 2.0], ratio=0.5, like_release=True, dtype=torch.bfloat16) == [False] + [True] * 3
+    )
 
 
 def test_groups_in_any_token_order_do_not_see_each_other():
@@ -131,6 +162,48 @@ def test_signals_are_nan_where_they_do_not_apply():
     absolute = signal_scores(scores, applies_R=applies, shift="absolute")
     assert absolute["visual"][:2].tolist() == [2.0, 0.5]
     assert absolute["entropy"].tolist() == list(range(7))
+
+
+def test_bf16_scores_are_differences_of_rounded_logprobs():
+    """Hand-worked: between 1 and 2 bf16 has steps of 1/128, between 2 and 4 of 1/64, between 1/4 and 1/2 of 1/512."""
+    group = group_of(1, video(4), responses=[[10, 11, 12]])
+    batch = pack_groups([group], view="intact", media=MEDIA)
+    scores = TokenScores(
+        policy_logprob_R=torch.tensor([-1.003, -1.006, -0.3]),  # -1, -1.0078125, -0.30078125
+        entropy_R=torch.tensor([2.007, 2.009, 0.3]),  # 2, 2.015625, 0.30078125
+        hidden_logprob_R=torch.tensor([-3.001, -3.007, -3.0]),  # -3, -3, -3
+    )
+    applies = signal_applies(batch, [group], signals=("entropy", "visual"))
+    found = signal_scores(scores, applies_R=applies, dtype=torch.bfloat16)
+    assert {score_R.dtype for score_R in found.values()} == {torch.bfloat16}
+    assert found["entropy"].tolist() == [2.0, 2.015625, 0.30078125]
+    # 3 - 1.0078125 = 1.9921875; 3 - 0.30078125 = 2.69921875, of which 2.703125 is the nearest.
+    assert found["visual"].tolist() == [2.0, 1.9921875, 2.703125]
+
+
+def test_the_release_scores_unchanged_inputs_with_zero_and_selects_them_all():
+    groups, batch = batch_of_all_kinds()
+    zero = scored_as_zero(batch, groups, signals=("entropy", "visual", "temporal"))
+    # By token: two responses to a video, then an image, one temporal patch, and two tokens of text.
+    assert zero["entropy"].tolist() == [False] * 7
+    assert zero["visual"].tolist() == [False] * 5 + [True] * 2
+    assert zero["temporal"].tolist() == [False] * 4 + [True] + [False] * 2
+    noise = 1e-6 * torch.randn(7)
+    scores = TokenScores(
+        policy_logprob_R=torch.tensor([-1.0, -2, -3, -4, -5, -6, -7]),
+        entropy_R=torch.arange(7.0),
+        hidden_logprob_R=torch.tensor([-9.0, -8, -7, -9, -9, -6, -7]) + noise,
+        shuffled_logprob_R=torch.tensor([-1.5, -9, -3, -4, -5, -6, -7]) + noise,
+    )
+    found = {
+        compat: VideoKTR(base=GRPO(original_compat=compat)).select_tokens(batch, scores, groups)
+        for compat in (False, True)
+    }
+    for compat in (False, True):  # one token of three, or the larger of two; a group of one token is degenerate
+        entropy = [False, False, True, compat, compat, False, True]
+        assert found[compat]["entropy"].tolist() == entropy
+        assert found[compat]["visual"].tolist() == [True, False, False, compat, compat, compat, compat]
+        assert found[compat]["temporal"].tolist() == [False, True, False, False, compat, False, False]
 
 
 def test_kl_shift_reads_the_kl_and_is_refused_without_it():

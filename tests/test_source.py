@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 from collections.abc import Iterator
@@ -14,16 +15,27 @@ import torch
 
 from megatron_ktr.config import Config, config_from_values
 from megatron_ktr.data.dataset import reshard_states
+from megatron_ktr.data.preprocess import PreprocessSettings
+from megatron_ktr.data.template import PromptBuilder, VisualTokens
 from megatron_ktr.data.unusable import UnusableMedia
 from megatron_ktr.distributed.groups import ParallelSizes
 from megatron_ktr.errors import UserError
+from megatron_ktr.packing import pack_groups
 from megatron_ktr.rollout.base import RolloutEngine
-from megatron_ktr.rollout.sampling import sample_seed
+from megatron_ktr.rollout.hf import HFEngine
+from megatron_ktr.rollout.sampler_probes import probe_prompts
+from megatron_ktr.rollout.sampling import SamplingSettings, sample_seed
+from megatron_ktr.rollout.server_wire import medium_item
 from megatron_ktr.rollout.source import ReplicaSource, Sampler, build_local_source, prompt_loader
+from megatron_ktr.rollout.vllm_inputs import engine_input, feature_data
 from megatron_ktr.types import Prompt, Rollout, RolloutGroup
+from models.qwen2_5_vl.config import Qwen2_5_VLConfig
+from models.qwen2_5_vl.media import media_spec
+from tests.support.groups import MEDIA
 from tests.support.patience import PATIENCE_SECONDS
-from tests.support.tiny import VOCAB_SIZE
+from tests.support.tiny import IMAGE_TOKEN_ID, VIDEO_TOKEN_ID, VOCAB_SIZE, save_tiny_hf
 from tests.support.tokenizer import save_tiny_tokenizer, tiny_tokenizer
+from tests.support.videos import numbered_frames, write_video
 
 READER = SimpleNamespace(is_source=True, data_rank=0, data_size=1)
 
@@ -87,17 +99,60 @@ def test_recorded_rollouts_without_logprobs_cannot_be_corrected(tmp_path: Path, 
         build(config_from_values(values | option))
 
 
-def test_original_compat_asks_without_unusable_media(tmp_path: Path) -> None:
+def test_original_compat_counts_one_second_per_temporal_patch_for_trainer_and_every_engine(tmp_path: Path) -> None:
+    """8 frames of a second each: 2 s per temporal patch, and positions 0, 4, 8, 12 in time at 2 tokens a second."""
+    save_tiny_hf(tmp_path)
     save_tiny_tokenizer(tmp_path)
-    record = {"problem_id": "1", "problem": "Q?", "media": [("video", "missing.mp4")]}
+    write_video(tmp_path / "slow.mp4", numbered_frames(8, height=28, width=56), fps=1)
+    record = {"problem_id": "1", "problem": "Q?", "media": [("video", "slow.mp4")]}
+    spec = media_spec(Qwen2_5_VLConfig.from_hf(tmp_path), patchify=PreprocessSettings().patchify)
+    sampling = SamplingSettings(num_generations=1, max_response_length=1)
+    engine = HFEngine(str(tmp_path), tokenizer=tiny_tokenizer(), media=spec, sampling=sampling)
+    found = {}
     for compat in (False, True):
         values = dict(model=str(tmp_path), replay_path=str(tmp_path / "r.jsonl"), original_compat=compat)
-        loader = prompt_loader(config_from_values(values), tokenizer=tiny_tokenizer())
-        if compat:
-            assert loader.load(record).media == () and loader.counts["text_only_fallback"] == 1
-        else:
-            with pytest.raises(UnusableMedia):
-                loader.load(record)
+        values |= dict(video_fps=1.0, video_min_pixels=784)
+        config = config_from_values(values)
+        prompt = prompt_loader(config, tokenizer=tiny_tokenizer()).load(record)
+        # Trainer: hidden, shuffled, reference and policy passes pack the prompt as it is.
+        packed = pack_groups([RolloutGroup(prompt, (Rollout((1,)),))], view="intact", media=spec)
+        times = packed.position_ids_3T[0, packed.visual_rows]
+        # vLLM in the ranks, with frames and with features; vLLM's servers; transformers.
+        ((_, metadata),) = engine_input(prompt, media=spec)["multi_modal_data"]["video"]
+        featured = dataclasses.replace(prompt.media[0], features=torch.zeros(len(times), 4))
+        features = feature_data([featured])["multi_modal_data"]["video"]["second_per_grid_ts"]
+        wire = medium_item(prompt.media[0], media=spec)["second_per_grid_ts"]["data"]
+        _, positions_3P = engine._embed(prompt)
+        assert torch.equal(positions_3P[0, packed.visual_rows], times)
+        found[compat] = ((times - times[0]).unique().tolist(), 2 / metadata["fps"], features.item(), wire.item())
+    assert found == {False: ([0, 4, 8, 12], 2.0, 2.0, 2.0), True: ([0, 2, 4, 6], 1.0, 1.0, 1.0)}
+
+
+def test_the_sampler_is_checked_at_the_timing_of_the_run(tmp_path: Path) -> None:
+    save_tiny_tokenizer(tmp_path)
+    builder = PromptBuilder(tiny_tokenizer(), visual_tokens=VisualTokens.from_model(tmp_path, tiny_tokenizer()))
+    spec = dataclasses.replace(MEDIA, image_token_id=IMAGE_TOKEN_ID, video_token_id=VIDEO_TOKEN_ID)
+    seconds = {}
+    for fixed in (None, 1.0):
+        prompts = probe_prompts(builder, media=spec, video_max_pixels=3136, seconds_per_grid=fixed)
+        media = [medium for prompt in prompts.values() for medium in prompt.media]
+        seconds[fixed] = [medium.seconds_per_grid for medium in media if medium.kind == "video"]
+    assert seconds == {None: [1.0, 1.0, 1.5, 2.5, 0.5], 1.0: [1.0] * 4}
+
+
+def test_the_named_substitute_is_shown_with_original_compat_and_without_one_the_question_is_skipped(
+    tmp_path: Path,
+) -> None:
+    save_tiny_tokenizer(tmp_path)
+    write_video(tmp_path / "other.mp4", numbered_frames(8, height=28, width=56))
+    record = {"problem_id": "1", "problem": "Q?", "media": [("video", "missing.mp4")]}
+    values = dict(
+        model=str(tmp_path), replay_path=str(tmp_path / "r.jsonl"), original_compat=True, video_min_pixels=784
+    )
+    with pytest.raises(UnusableMedia):
+        prompt_loader(config_from_values(values), tokenizer=tiny_tokenizer()).load(record)
+    loader = prompt_loader(config_from_values({**values, "substitute_video": "other.mp4"}), tokenizer=tiny_tokenizer())
+    assert loader.load(record).media[0].source.endswith("other.mp4") and loader.counts["substituted_media"] == 1
 
 
 # --- one reader, several ranks --------------------------------------------------------------------------------

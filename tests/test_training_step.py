@@ -238,7 +238,29 @@ def test_replica_without_any_advantage_takes_the_same_step_as_the_others(
             _assert_small(f"overlap {overlap}", compare_steps(records, expected, initial=case.initial))
 
 
-# Frozen parts and learning rates
+# Weight decay, frozen parts and learning rates
+
+
+def test_weight_decay_leaves_biases_and_reaches_norms_where_asked(ranks: RankPool, cases: dict[str, Case]) -> None:
+    """SGD's decay is a pull of lr * decay * weight beside the gradient, which is the same in all three runs."""
+    case, decay = cases["untied"], 0.5
+    found = {}
+    for name, values in {
+        "none": dict(weight_decay=0.0),
+        "default": dict(weight_decay=decay),
+        "norms too": dict(weight_decay=decay, weight_decay_norms=True),
+    }.items():
+        (record,) = ranks(run_in_layout, 1, **{**_run_options(case, values), "num_steps": 1})[0]
+        found[name] = record.weights
+    kinds = set()
+    for name, initial in case.initial.items():
+        kind = "bias" if name.endswith("bias") else "norm" if initial.ndim == 1 else "matrix"
+        kinds.add(kind)
+        for run, decayed in {"default": {"matrix"}, "norms too": {"matrix", "norm"}}.items():
+            pull = 0.1 * decay * initial if kind in decayed else torch.zeros_like(initial)
+            # fp32 of weights of order one.
+            torch.testing.assert_close(found[run][name], found["none"][name] - pull, rtol=0, atol=1e-6, msg=name)
+    assert kinds == {"bias", "norm", "matrix"}
 
 
 def _part(name: str) -> str:

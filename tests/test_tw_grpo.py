@@ -91,7 +91,7 @@ class Problem:
             self.groups.append(dataclasses.replace(group, rollouts=rollouts))
 
 
-def _ours(context: RankContext, *, dtype: torch.dtype, temperature: float) -> dict[str, Tensor]:
+def _ours(context: RankContext, *, dtype: torch.dtype, temperature: float, weight_gradient: bool) -> dict[str, Tensor]:
     """Loss, weights and gradients of one rank that holds its shard of the vocabulary; all groups in one batch."""
     groups = context.init(ParallelSizes(tensor=context.world_size))
     problem = Problem(dtype)
@@ -101,23 +101,25 @@ def _ours(context: RankContext, *, dtype: torch.dtype, temperature: float) -> di
     options: dict[str, Any] = dict(group=groups.tensor, vocab_size=VOCAB_SIZE, temperature=temperature)
     reference = linear_token_statistics(problem.reference_RD, weight_VD.detach(), batch.target_ids_R, **options)
     statistics = linear_token_statistics(hidden_RD, weight_VD, batch.target_ids_R, **options)
-    divergence_R = group_divergence(hidden_RD, weight_VD, statistics.log_normalizer_R, layout=batch.layout, **options)
+    options |= dict(layout=batch.layout, with_gradient=weight_gradient)
+    divergence_R = group_divergence(hidden_RD, weight_VD, statistics.log_normalizer_R, **options)
     scores = TokenScores(
         policy_logprob_R=statistics.logprob_R.detach(),
         reference_logprob_R=reference.logprob_R,
         divergence_R=divergence_R,
     )
-    objective = TWGRPO(base=GRPO(kl_beta=KL_BETA, loss_aggregation="token"), alpha=2.5)
+    base = GRPO(kl_beta=KL_BETA, loss_aggregation="token")
+    objective = TWGRPO(base=base, alpha=2.5, has_weight_gradient=weight_gradient)
     streams = objective.token_streams(
         batch, scores, problem.groups, num_responses_global=9, num_tokens_global=problem.num_rows
     )
     loss, _ = objective.loss(statistics, streams, scores)
     loss.backward()
-    weights_R = streams.weight_R * problem.num_rows
+    weights_R = streams.weight_R.detach() * problem.num_rows
     return dict(loss=loss.detach(), weights=weights_R, hidden_grad=hidden_RD.grad, weight_grad=weight_VD.grad)
 
 
-def _truth(*, dtype: torch.dtype, temperature: float) -> dict[str, Tensor]:
+def _truth(*, dtype: torch.dtype, temperature: float, weight_gradient: bool) -> dict[str, Tensor]:
     """The same in fp64 from full logits; the inputs are those of ``dtype``."""
     problem = Problem(dtype)
     hidden_RD, weight_VD = (t.double().requires_grad_() for t in (problem.hidden_RD, problem.weight_VD))
@@ -136,7 +138,8 @@ def _truth(*, dtype: torch.dtype, temperature: float) -> dict[str, Tensor]:
                 )
             )
         groups.append(responses)
-    expected = reference_tw_update(groups, alpha=2.5, kl_beta=KL_BETA, temperature=temperature)
+    options = dict(alpha=2.5, kl_beta=KL_BETA, temperature=temperature, weight_gradient=weight_gradient)
+    expected = reference_tw_update(groups, **options)
     expected.loss.backward()
     return dict(
         loss=expected.loss.detach(),
@@ -158,16 +161,20 @@ def _by_token(update: ReferenceTWUpdate, groups: list[list[ReferenceResponse]]) 
 @pytest.mark.parametrize("tensor", [1, 2, 4])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("weight_gradient", [False, True], ids=["constant weights", "through weights"])
 def test_loss_and_gradients_on_shards_are_those_of_full_logits(
-    ranks: RankPool, dtype: torch.dtype, temperature: float, tensor: int
+    ranks: RankPool, weight_gradient: bool, dtype: torch.dtype, temperature: float, tensor: int
 ) -> None:
-    by_rank = ranks(_ours, world_size=tensor, dtype=dtype, temperature=temperature)
-    truth = _truth(dtype=dtype, temperature=temperature)
+    options = dict(dtype=dtype, temperature=temperature, weight_gradient=weight_gradient)
+    by_rank = ranks(_ours, world_size=tensor, **options)
+    truth = _truth(**options)
     # Streams are fp32 whatever the hidden states are: advantages and weights are known to 6e-8, a sum of 28 signed
     # terms to some units more.
     tolerance = 1e-5 if dtype == torch.float32 else 5e-7
     whole_weight_grad = torch.cat([found["weight_grad"] for found in by_rank])
     assert error_of(whole_weight_grad, truth["weight_grad"]) < tolerance
+    other = _truth(**{**options, "weight_gradient": not weight_gradient})
+    assert error_of(other["hidden_grad"], truth["hidden_grad"]) > 0.01, "the weights' gradient must matter"
     assert truth["weights"].max() > 2.4 and truth["weights"].min() == 1, "the weights must matter"
     for found in by_rank:
         for name in ("loss", "weights", "hidden_grad"):
@@ -208,8 +215,19 @@ def _run(models: Models, parallel: ParallelGroups, **values: Any) -> StepRecord:
         ({}, {}),
         (dict(tw_alpha=3.0, temperature=0.7), dict(alpha=3.0, temperature=0.7)),
         (dict(kl_beta=0.0, micro_batch_groups=5), dict(kl_beta=0.0)),
+        (dict(tw_weight_gradient=True), dict(weight_gradient=True)),
+        (
+            dict(tw_weight_gradient=True, kl_beta=0.0, temperature=0.7, micro_batch_groups=5),
+            dict(weight_gradient=True, kl_beta=0.0, temperature=0.7),
+        ),
     ],
-    ids=["published", "own alpha, temperature", "no KL, all groups in one micro-batch"],
+    ids=[
+        "published",
+        "own alpha, temperature",
+        "no KL, all groups in one micro-batch",
+        "through weights",
+        "through weights, no KL, temperature, one micro-batch",
+    ],
 )
 def test_update_equals_the_independent_one(
     models: Models, one_rank: ParallelGroups, values: dict[str, Any], options: dict[str, Any]
@@ -260,6 +278,9 @@ def test_several_updates_keep_the_weights_of_the_first(models: Models, one_rank:
         assert twice.values[name] == pytest.approx(once.values[name], rel=1e-6), name
 
 
+NO_FUSION = dict(gradient_accumulation_fusion=False)
+
+
 def _in_layout(context: RankContext, *, sizes: ParallelSizes, models: Models, **options: Any) -> list[StepRecord]:
     return run_steps(
         context.init(sizes),
@@ -290,6 +311,31 @@ def test_steps_are_the_same_in_every_layout(ranks: RankPool, models: Models) -> 
         for ours in ranks(_in_layout, world_size, sizes=sizes, **layout):
             found = compare_steps(ours, expected, initial=_published(initial))
             # As for Video-KTR (``test_training_step.py``): fp32 sums in another order, after a step too.
+            assert found.loss < 2e-6, name
+            assert found.value < 1e-4, (name, found.worst_value)
+            assert found.gradient < 1e-4 and found.update < 1e-4, name
+
+
+def test_the_gradient_through_the_weights_is_the_same_in_every_layout(ranks: RankPool, models: Models) -> None:
+    paths = dataclasses.replace(models, policy=None, reference=None)
+    options = dict(models=paths, values={**VALUES, "tw_weight_gradient": True})
+    (expected,) = ranks(_in_layout, 1, sizes=ParallelSizes(), **options)
+    (constant,) = ranks(_in_layout, 1, sizes=ParallelSizes(), models=paths, values=VALUES)
+    assert max_relative_difference(expected[0].updates[0].gradients, constant[0].updates[0].gradients) > 1e-2
+    initial = dict(models.policy.state_dict())
+    layouts: list[tuple[int, str, ParallelSizes, dict[str, Any]]] = [
+        (2, "cp2", sizes_of(cp=2), {}),
+        (4, "tp2 pp2 sp", sizes_of(2, 2, sp=True), {}),
+        (4, "tp2 cp2 sp, autograd's weight gradients", sizes_of(2, cp=2, sp=True), {**NO_FUSION}),
+        (4, "pp2 cp2, two groups per micro-batch", sizes_of(1, 2, cp=2), dict(micro_batch_groups=2)),
+        (4, "tp2 dp2 sp overlapped", sizes_of(2, sp=True), OVERLAPPED),
+    ]
+    for world_size, name, sizes, values in layouts:
+        layout = {**options, "values": {**options["values"], **values}}
+        layout["bucket_size"] = SMALL if values is OVERLAPPED else None
+        for ours in ranks(_in_layout, world_size, sizes=sizes, **layout):
+            found = compare_steps(ours, expected, initial=_published(initial))
+            # As above: fp32 sums in another order, after a step too.
             assert found.loss < 2e-6, name
             assert found.value < 1e-4, (name, found.worst_value)
             assert found.gradient < 1e-4 and found.update < 1e-4, name

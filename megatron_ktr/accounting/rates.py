@@ -17,7 +17,7 @@ NOT_TRAINING = frozenset({"seconds/rollout", "seconds/weights"})
 def settings_of(config: Config, objective: Objective, *, key_share: float = 1.0) -> StepSettings:
     """The passes a run's steps need, each piece of work done once and nothing recomputed but the streamed head."""
     section, has_adapters = config.objective, config.model.lora_rank > 0
-    has_selection = objective.needs_selection_first or section.updates_per_rollout > 1 or section.original_compat
+    has_selection = objective.needs_selection_first or section.updates_per_rollout > 1
     return StepSettings(
         has_hidden="hidden" in objective.views,
         shuffle_unit=section.shuffle_unit if "shuffled" in objective.views else None,

@@ -6,6 +6,11 @@
 The quantile runs over all response tokens of the G responses together, so a response may have many key tokens
 or none. Ties at the threshold are all kept. A degenerate group, without finite scores or with all of them
 equal, says nothing about which tokens matter and selects none (quantile and >= would select all).
+
+``like_release`` (the objective's ``original_compat``) applies quantile and >= to whatever there is, as the release of
+Video-KTR does: equal scores select all, +inf is selected, and the threshold, the fp32 quantile of the finite scores, is
+rounded to the scores' dtype before the comparison, as torch does with a scalar. In bf16 that may round it down to a
+value below, and all ties there are selected.
 """
 
 from __future__ import annotations
@@ -16,28 +21,46 @@ import torch
 from torch import Tensor
 
 
-def select_top_share(score_R: Tensor, group_R: Tensor, *, ratio: float, num_groups: int) -> Tensor:
+def select_top_share(
+    score_R: Tensor, group_R: Tensor, *, ratio: float, num_groups: int, like_release: bool = False
+) -> Tensor:
     """bool [R]: True on tokens at or above their group's quantile at ``1 - ratio``.
 
     Args:
-        score_R: floating point; non-finite scores are left out of the quantile and never selected.
+        score_R: fp32 or fp64, with ``like_release`` also bf16; non-finite scores are left out of the quantile, and
+            never selected, but for +inf with ``like_release``.
         group_R: int64 in 0 .. num_groups - 1, in any order.
         ratio: in (0, 1].
     """
     check_ratio(ratio)
     is_finite_R = score_R.isfinite()
-    threshold_P, is_degenerate_P = _thresholds(score_R, group_R, is_finite_R, quantile=1 - ratio, num_groups=num_groups)
-    return is_finite_R & (score_R >= threshold_P[group_R]) & ~is_degenerate_P[group_R]
+    # A rank in bf16 would be off by whole tokens.
+    precise_R = score_R.float() if score_R.dtype == torch.bfloat16 else score_R
+    threshold_P, is_degenerate_P = _thresholds(
+        precise_R, group_R, is_finite_R, quantile=1 - ratio, num_groups=num_groups
+    )
+    is_above_R = score_R >= threshold_P.to(score_R.dtype)[group_R]
+    if not like_release:
+        return is_finite_R & is_above_R & ~is_degenerate_P[group_R]
+    # Without any finite score there is no quantile; the release stops there with an exception.
+    return is_above_R & (_count(is_finite_R.to(torch.int64), group_R, num_groups) > 0)[group_R]
 
 
 def select_key_tokens(
-    score_R_by_signal: Mapping[str, Tensor], ratios: Mapping[str, float], *, group_R: Tensor, num_groups: int
+    score_R_by_signal: Mapping[str, Tensor],
+    ratios: Mapping[str, float],
+    *,
+    group_R: Tensor,
+    num_groups: int,
+    like_release: bool = False,
 ) -> dict[str, Tensor]:
     """Each signal's own selection, bool [R]; the key tokens are their union (``objectives.base.union_of``)."""
     if not score_R_by_signal:
         raise ValueError("select_key_tokens needs at least one signal")
     return {
-        signal: select_top_share(score_R, group_R, ratio=ratios[signal], num_groups=num_groups)
+        signal: select_top_share(
+            score_R, group_R, ratio=ratios[signal], num_groups=num_groups, like_release=like_release
+        )
         for signal, score_R in score_R_by_signal.items()
     }
 

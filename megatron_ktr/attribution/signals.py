@@ -10,11 +10,14 @@ KL(p_intact || p_counterfactual) over the whole vocabulary.
 A signal does not apply to tokens whose prompt has nothing to hide (text only: no visual score) or nothing to
 shuffle (images, one temporal patch: no temporal score). Their score is NaN, which selection ignores. It is not
 0: the two forwards of an unchanged input may differ in the last bit, and noise must not pick tokens.
+
+The release of Video-KTR scores such tokens all the same (``scored_as_zero``): 0, as both passes see one input. In its
+precision, bf16, log-probs are rounded before they are subtracted, and the difference once more (``dtype``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -22,7 +25,7 @@ from torch import Tensor
 
 from megatron_ktr.attribution.counterfactuals import can_hide, can_shuffle
 from megatron_ktr.errors import UserError
-from megatron_ktr.types import PackedBatch, RolloutGroup, TokenScores, View
+from megatron_ktr.types import PackedBatch, Prompt, RolloutGroup, TokenScores, View
 
 Signal = Literal["entropy", "visual", "temporal"]
 SIGNALS: tuple[Signal, ...] = ("entropy", "visual", "temporal")
@@ -32,12 +35,19 @@ VIEW_OF_SIGNAL: dict[Signal, View] = {"visual": "hidden", "temporal": "shuffled"
 
 
 def signal_scores(
-    scores: TokenScores, *, applies_R: dict[Signal, Tensor], shift: Shift = "signed"
+    scores: TokenScores,
+    *,
+    applies_R: dict[Signal, Tensor],
+    shift: Shift = "signed",
+    zero_R: Mapping[Signal, Tensor] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[Signal, Tensor]:
-    """The score of every response token, fp32 [R] by signal; NaN where the signal does not apply.
+    """The score of every response token, [R] by signal; NaN where the signal does not apply.
 
     Args:
         applies_R: bool [R] for each signal wanted (``signal_applies``).
+        zero_R: bool [R] by signal: 0 in place of NaN (``scored_as_zero``).
+        dtype: of the scores, and of the log-probs they are differences of.
 
     Raises:
         ValueError: the scores lack the entropy or the log-probs a wanted signal needs.
@@ -54,9 +64,14 @@ def signal_scores(
         else:
             view = VIEW_OF_SIGNAL[signal]
             counterfactual_R = scores.hidden_logprob_R if view == "hidden" else scores.shuffled_logprob_R
-            score_R = scores.policy_logprob_R - _present(counterfactual_R, f"{view}_logprob_R", signal)
+            counterfactual_R = _present(counterfactual_R, f"{view}_logprob_R", signal)
+            score_R = _rounded(scores.policy_logprob_R, dtype) - _rounded(counterfactual_R, dtype)
             score_R = score_R.abs() if shift == "absolute" else score_R
-        found[signal] = score_R.detach().float().masked_fill(~is_applicable_R.to(score_R.device), float("nan"))
+        score_R = score_R.detach().to(dtype)
+        score_R = score_R.masked_fill(~is_applicable_R.to(score_R.device), float("nan"))
+        if zero_R is not None:
+            score_R = score_R.masked_fill(zero_R[signal].to(score_R.device), 0.0)
+        found[signal] = score_R
     return found
 
 
@@ -68,14 +83,38 @@ def signal_applies(
     unknown = [signal for signal in signals if signal not in tests]
     if unknown:
         raise ValueError(f"unknown signals {unknown}, expected some of {SIGNALS}")
+    return {signal: _by_token(batch, groups, tests[signal]) for signal in signals}
+
+
+def scored_as_zero(
+    batch: PackedBatch, groups: Sequence[RolloutGroup], *, signals: Sequence[Signal]
+) -> dict[Signal, Tensor]:
+    """bool [R] for each of ``signals``: the release scores the token, though both of its passes see the same input.
+
+    visual: prompts without media. temporal: prompts with a video whose order cannot be lost. The release gives images
+    no temporal score.
+    """
+
+    def has_fixed_video(prompt: Prompt) -> bool:
+        return any(medium.kind == "video" for medium in prompt.media) and not can_shuffle(prompt)
+
+    tests = {
+        "entropy": lambda prompt: False,
+        "visual": lambda prompt: not can_hide(prompt),
+        "temporal": has_fixed_video,
+    }
+    return {signal: _by_token(batch, groups, tests[signal]) for signal in signals}
+
+
+def _by_token(batch: PackedBatch, groups: Sequence[RolloutGroup], test: Callable[[Prompt], bool]) -> Tensor:
     if len(groups) != len(batch.layout.groups):
         raise ValueError(f"the batch packs {len(batch.layout.groups)} groups, got {len(groups)}")
-    return {
-        signal: torch.tensor([tests[signal](group.prompt) for group in groups], device=batch.group_R.device)[
-            batch.group_R
-        ]
-        for signal in signals
-    }
+    marks = [test(group.prompt) for group in groups]
+    return torch.tensor(marks, device=batch.group_R.device)[batch.group_R]
+
+
+def _rounded(logprob_R: Tensor, dtype: torch.dtype) -> Tensor:
+    return logprob_R.to(dtype) if dtype == torch.bfloat16 else logprob_R
 
 
 def _kl(scores: TokenScores, signal: Signal) -> Tensor:

@@ -19,16 +19,15 @@ from typing import Any
 
 import torch
 
-from megatron_ktr.data.conversation import text_of
 from megatron_ktr.data.media_files import resolve_media_path
-from megatron_ktr.data.media_source import HONOURED, SYNONYMS, MediaRequest, MediaSource, media_sources
+from megatron_ktr.data.media_source import MediaRequest, MediaSource, media_sources
 from megatron_ktr.data.preprocess import LoadedMedia, PreprocessSettings, load_media
 from megatron_ktr.data.records import Record, read_records
-from megatron_ktr.data.template import PromptBuilder, VisualTokens, WordingTemplate, load_tokenizer, without_markers
+from megatron_ktr.data.template import PromptBuilder, VisualTokens, WordingTemplate, load_tokenizer
 from megatron_ktr.data.unusable import PromptTooLong, UnusableMedia, UnusableSample
 from megatron_ktr.data.video import FrameSampling
 from megatron_ktr.errors import UserError
-from megatron_ktr.types import Prompt
+from megatron_ktr.types import Prompt, VisualInput
 
 __all__ = ["PromptDataset", "PromptLoader", "SkipCounter", "read_records", "resolve_media_path"]
 
@@ -79,19 +78,27 @@ class PromptLoader:
         sampling: FrameSampling,
         max_prompt_length: int | None = None,
         cache_bytes: int = 0,
-        text_only_fallback: bool = False,
+        substitutes: Mapping[str, str | None] | None = None,
     ) -> None:
-        """``text_only_fallback``: where a record's media are unusable, ask the question without them; the model then
-        learns to answer about what it cannot see, so it is off unless the authors' release is to be reproduced."""
+        """``substitutes``: by kind, the file (as records write it) that is shown in place of media that cannot be used.
+        The model then learns to answer about what it does not see: only to reproduce the authors' release.
+
+        Raises:
+            UserError: a substitute cannot be used itself.
+        """
         self.builder = builder
         self.cache = MediaCache(cache_bytes)
         self.media_root = Path(media_root)
         self.settings = settings
         self.sampling = sampling
         self.max_prompt_length = max_prompt_length
-        self.text_only_fallback = text_only_fallback
         self.counts: Counter[str] = Counter()
-        """decoder/<name>, decoder/pyav: <why not decord>, repeated_frames, text_only_fallback."""
+        """decoder/<name>, decoder/pyav: <why not decord>, repeated_frames, substituted_media."""
+        self.substitutes = {
+            kind: (written, self._load_substitute(kind, written))
+            for kind, written in (substitutes or {}).items()
+            if written
+        }
 
     @classmethod
     def from_model(
@@ -104,13 +111,13 @@ class PromptLoader:
         max_prompt_length: int | None = None,
         tokenizer: Any = None,
         cache_bytes: int = 0,
-        text_only_fallback: bool = False,
-        **pixel_limits: int | None,
+        substitutes: Mapping[str, str | None] | None = None,
+        **preprocessing: float | None,
     ) -> PromptLoader:
-        """Everything read from a Hugging Face directory; ``pixel_limits`` are ``PreprocessSettings`` fields."""
+        """Everything read from a Hugging Face directory; ``preprocessing`` are ``PreprocessSettings`` fields."""
         if not Path(media_root).is_dir():
             raise UserError(f"media_root: {media_root} is not a directory")
-        settings = PreprocessSettings.from_model(model_dir, **pixel_limits)
+        settings = PreprocessSettings.from_model(model_dir, **preprocessing)
         tokenizer = tokenizer if tokenizer is not None else load_tokenizer(model_dir)
         builder = PromptBuilder(
             tokenizer,
@@ -125,26 +132,30 @@ class PromptLoader:
             sampling=sampling or FrameSampling(),
             max_prompt_length=max_prompt_length,
             cache_bytes=cache_bytes,
-            text_only_fallback=text_only_fallback,
+            substitutes=substitutes,
         )
 
     def load(self, record: Mapping[str, Any]) -> Prompt:
-        """The prompt of one record; its ``record`` has no media where the fallback left them out.
+        """The prompt of one record; its ``record`` names under ``substituted_media`` what was shown in place of what.
 
         Raises:
             UnusableSample: the record must be skipped (``UnusableMedia``, ``PromptTooLong`` or its text).
             UserError: a path leads out of the media root, or template and model do not fit.
         """
-        media = []
-        try:
-            for source in media_sources(record):
+        media, substituted = [], {}
+        for source in media_sources(record):
+            try:
                 media.append(self._load_media(source).visual)
-        except UnusableMedia as error:
-            if not self.text_only_fallback:
-                raise
-            self.counts["text_only_fallback"] += 1
-            _log.warning("record %s is asked without its media: %s", record["problem_id"], error)
-            record, media = _without_media(record), []
+            except UnusableMedia as error:
+                if source.kind not in self.substitutes:
+                    raise
+                name = source.name
+                substituted[name], substitute = self.substitutes[source.kind]
+                media.append(substitute)
+                self.counts["substituted_media"] += 1
+                _log.warning("record %s is shown %s instead: %s", record["problem_id"], substituted[name], error)
+        if substituted:
+            record = {**record, "substituted_media": substituted}
         prompt = self.builder.build(record, media)
         if self.max_prompt_length is not None and len(prompt.token_ids) > self.max_prompt_length:
             raise PromptTooLong(
@@ -152,6 +163,13 @@ class PromptLoader:
                 f"{len(prompt.token_ids)} tokens, at most {self.max_prompt_length} (max_prompt_length)",
             )
         return prompt
+
+    def _load_substitute(self, kind: str, written: str) -> VisualInput:
+        try:
+            path = resolve_media_path(self.media_root, written)
+            return load_media(path, kind=kind, settings=self.settings, sampling=self.sampling).visual
+        except (UnusableMedia, UserError) as error:
+            raise UserError(f"substitute_{kind}: {error}") from error
 
     def _load_media(self, source: MediaSource) -> LoadedMedia:
         paths = tuple(resolve_media_path(self.media_root, written) for written in source.paths)
@@ -171,21 +189,6 @@ class PromptLoader:
                 self.counts[f"decoder/pyav: {loaded.fallback_reason}"] += 1
             self.counts["repeated_frames"] += loaded.num_repeated_frames
         return loaded
-
-
-def _without_media(record: Mapping[str, Any]) -> Record:
-    """A copy that names no media, so that what is recorded of it is read again as the text question it was."""
-    names_media = ("path", "image", "images", "video", "videos", *HONOURED, *SYNONYMS)
-    copy = {name: value for name, value in record.items() if name not in names_media}
-    if copy.get("messages"):
-        copy["messages"] = [
-            {**message, "content": without_markers(text_of(message))} if message["role"] == "user" else message
-            for message in copy["messages"]
-        ]
-    if isinstance(copy.get("problem"), str):
-        copy["problem"] = without_markers(copy["problem"])
-    copy["options"] = [without_markers(option) for option in copy.get("options") or ()]
-    return {**copy, "media": [], "media_requests": [], "data_type": "text"}
 
 
 class SkipCounter:

@@ -61,6 +61,9 @@ class PreprocessSettings:
     """Cap of one frame."""
     video_total_pixels: int = int(128000 * 28 * 28 * 0.9)
     """Budget of a whole video, in pixels of temporal patches: F / temporal_patch_size frames share it."""
+    fixed_seconds_per_grid: float | None = None
+    """In place of every video's own seconds between two temporal patches; None = its own. ``original_compat`` sets 1.0:
+    whatever reads the prompt, sampler or trainer, then sees the release's timing."""
 
     def __post_init__(self) -> None:
         for kind in ("image", "video"):
@@ -77,7 +80,7 @@ class PreprocessSettings:
         return self.patch_size * self.merge_size
 
     @classmethod
-    def from_model(cls, model_dir: Path | str, **overrides: int | None) -> PreprocessSettings:
+    def from_model(cls, model_dir: Path | str, **overrides: float | None) -> PreprocessSettings:
         """Settings of a Hugging Face directory; ``overrides`` (the data options; None = not set) win.
 
         Read, later ones winning: patch sizes of ``config.json``, ``processor_config.json`` (its ``image_processor``
@@ -133,6 +136,8 @@ class PreprocessSettings:
 
     def seconds_per_grid(self, sampled_fps: float) -> float:
         """Seconds between two temporal patches."""
+        if self.fixed_seconds_per_grid is not None:
+            return self.fixed_seconds_per_grid
         return self.temporal_patch_size / sampled_fps
 
     def patchify(self, frames_FCHW: Tensor, visual: VisualInput | None = None) -> Tensor:

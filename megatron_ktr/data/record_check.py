@@ -66,5 +66,5 @@ def _check_source(source: MediaSource, *, files: MediaFiles, loader: PromptLoade
         try:
             files.check(written)
         except UnusableMedia:
-            if not loader.text_only_fallback:  # which asks the question without them
+            if source.kind not in loader.substitutes:  # which is shown instead
                 raise

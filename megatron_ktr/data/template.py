@@ -275,13 +275,6 @@ def has_marker(text: str) -> bool:
     return _MARKER.search(text) is not None
 
 
-def without_markers(text: str) -> str:
-    """>>> without_markers("<video>\\nWhat is <image> this?")
-    'What is  this?'
-    """
-    return _MARKER.sub("", text).lstrip("\n") if has_marker(text) else text
-
-
 def control_tokens(tokenizer: Any, visual_tokens: VisualTokens | None = None) -> re.Pattern[str]:
     """Matches every text that the tokenizer reads as one token with a meaning of its own, and ``visual_tokens``, which
     a model may have among its ordinary ones."""

@@ -76,7 +76,8 @@ def build_optimizer(
 ) -> MegatronOptimizer:
     """Adam or SGD behind megatron-core's (distributed) mixed-precision optimizer; fp32 main parameters under bf16.
 
-    Vision parameters get their own learning rate where ``vision_lr`` is set; biases and norms carry no weight decay.
+    Vision parameters get their own learning rate where ``vision_lr`` is set; biases carry no weight decay, and norms
+    only with ``weight_decay_norms``.
 
     Raises:
         UserError: SGD with the distributed optimizer, which megatron-core does not know how to checkpoint.
@@ -100,7 +101,9 @@ def build_optimizer(
         fp8_recipe=model_config.fp8_recipe if model_config.fp8 else None,
     )
     check_optimizer_config(config, platform=current())
-    no_decay = ParamKey(name="*.bias", predicate=ParamPredicate(name="vector", fn=lambda p: p.ndim == 1))
+    no_decay = ParamKey(name="*.bias")
+    if not section.weight_decay_norms:
+        no_decay = ParamKey(name="*.bias", predicate=ParamPredicate(name="vector", fn=lambda p: p.ndim == 1))
     overrides = {no_decay: {"wd_mult": 0.0}}
     if section.vision_lr is not None:
         overrides[ParamKey(name="*vision.*")] = {

@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from megatron_ktr.errors import UserError
 from megatron_ktr.objectives.advantages import LengthBonus
 from megatron_ktr.objectives.base import Objective
@@ -60,6 +62,13 @@ def _video_ktr(section: Any, length_bonus: LengthBonus | None) -> VideoKTR:
         signals=tuple(section.signals),
         selection_ratio=section.ratio_of_signal,
         shift=section.shift,
+        scores_dtype=torch.bfloat16 if section.scores_dtype == "bf16" else torch.float32,
+    )
+
+
+def _tw_grpo(section: Any, length_bonus: LengthBonus | None) -> TWGRPO:
+    return TWGRPO(
+        base=_grpo(section, length_bonus), alpha=section.tw_alpha, has_weight_gradient=section.tw_weight_gradient
     )
 
 
@@ -70,7 +79,7 @@ def _sft(section: Any, length_bonus: LengthBonus | None) -> SupervisedFineTuning
 BUILDERS: dict[str, Callable[[Any, LengthBonus | None], Objective]] = {
     "grpo": _grpo,
     "sft": _sft,
-    "tw_grpo": lambda section, length_bonus: TWGRPO(base=_grpo(section, length_bonus), alpha=section.tw_alpha),
+    "tw_grpo": _tw_grpo,
     "video_ktr": _video_ktr,
 }
 

@@ -30,6 +30,8 @@ class Objective(ABC):
     """Whether the scores must hold KL(intact || view) over the whole vocabulary for each of ``views``."""
     needs_divergence = False
     """Whether the scores must hold the divergence between the responses of a group."""
+    needs_divergence_gradient = False
+    """Whether the loss is differentiated through that divergence."""
     needs_reference = False
     """Whether the frozen reference model's log-probs must be in the scores (KL weight above 0)."""
     needs_selection_first = False
@@ -69,6 +71,11 @@ class Objective(ABC):
             num_tokens_global: tokens that carry the loss over all of them; needed for token aggregation.
             is_selected_R: a selection made earlier, used as it is (several updates per rollout; proofs).
         """
+
+    def reason_to_skip(self, metrics: Metrics) -> str | None:
+        """Why the update with these metrics, reduced over all ranks, has no gradient to step along though its loss is
+        not finite; None where nothing explains that, and the run must stop."""
+        return None
 
     @abstractmethod
     def loss(self, statistics: Any, streams: TokenStreams, scores: TokenScores) -> tuple[Tensor, Metrics]:

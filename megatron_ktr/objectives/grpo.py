@@ -31,6 +31,9 @@ from megatron_ktr.objectives.importance import ImportanceCorrection
 from megatron_ktr.objectives.loss import policy_gradient_loss
 from megatron_ktr.types import Metrics, PackedBatch, RolloutGroup, TokenScores, TokenStreams
 
+NO_KEY_TOKENS = "responses_without_key_tokens"
+"""Share of responses, counted with ``original_compat``."""
+
 
 @dataclass(frozen=True)
 class GRPO(Objective):
@@ -43,7 +46,8 @@ class GRPO(Objective):
     loss_aggregation: LossAggregation = "sequence"
     length_bonus: LengthBonus | None = None
     original_compat: bool = False
-    """Only matters with key tokens: length and length bonus count these alone, and having none divides by zero."""
+    """Only matters with key tokens: length and length bonus count these alone, and having none divides by zero. The
+    loss is then NaN, and no step is taken (``reason_to_skip``): it would leave no weight but NaN."""
     importance: ImportanceCorrection = ImportanceCorrection()
 
     def __post_init__(self) -> None:
@@ -75,9 +79,11 @@ class GRPO(Objective):
         # The batch may have stayed on the host; the scores decide where the streams live.
         response_R = batch.response_R.to(is_key_token_R.device)
         lengths = None
+        metrics = _selection_metrics(is_key_token_R, selected)
         if self.original_compat:
             counts = count_by_response(is_key_token_R, response_R, num_responses=batch.num_responses)
             lengths = [int(count) for count in counts.tolist()]
+            metrics.add(NO_KEY_TOKENS, lengths.count(0), len(lengths))
         rewards = response_rewards(group_data, lengths=lengths, setting=self.length_bonus)
         advantages = torch.cat([group_advantages([sum(parts) for parts in group]) for group in rewards])
         advantage_R = advantages.to(device=response_R.device, dtype=torch.float32)[response_R]
@@ -90,7 +96,6 @@ class GRPO(Objective):
             aggregation=self.loss_aggregation,
             zero_division=self.original_compat,
         )
-        metrics = _selection_metrics(is_key_token_R, selected)
         if self.length_bonus is not None:
             bonuses = [bonus for group in rewards for _, bonus in group]
             metrics.add("reward/length_bonus", sum(bonuses), len(bonuses))
@@ -104,6 +109,12 @@ class GRPO(Objective):
             metrics=metrics,
         )
         return self.importance.correct(streams, scores, response_R=response_R, num_responses=batch.num_responses)
+
+    def reason_to_skip(self, metrics: Metrics) -> str | None:
+        number = round(metrics.sums.get(NO_KEY_TOKENS, 0))
+        if not number:
+            return None
+        return f"{number} responses have no key token, for which original_compat divides 0 by 0"
 
     def loss(self, statistics: Any, streams: TokenStreams, scores: TokenScores) -> tuple[Tensor, Metrics]:
         return policy_gradient_loss(

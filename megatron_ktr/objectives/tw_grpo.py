@@ -10,6 +10,9 @@ all predict alike. N counts tokens, not weights. The paper's soft multi-choice r
 Deviations:
 1. N counts the whole global batch, over micro-batches and replicas; theirs, one prompt's responses at a time.
 2. Several updates per rollout keep the weights of the first, as they keep its old policy.
+3. w_t is a constant; theirs is not detached, and the gradient flows through D_t, its minimum and its maximum too
+   (``has_weight_gradient`` restores that: 2% of the gradient's norm, cosine 0.9997).
+4. The log-ratio of the KL term is clamped to 10 as everywhere here; theirs to 11.
 """
 
 from __future__ import annotations
@@ -39,6 +42,8 @@ class TWGRPO(Objective):
     base: GRPO = field(default_factory=lambda: GRPO(loss_aggregation="token"))
     alpha: float = 1.7
     """Weight of the position with the largest divergence, at least 1."""
+    has_weight_gradient: bool = False
+    """Whether the loss is differentiated through w as well."""
 
     def __post_init__(self) -> None:
         if self.alpha < 1:
@@ -49,6 +54,10 @@ class TWGRPO(Objective):
     @property
     def needs_reference(self) -> bool:
         return self.base.needs_reference
+
+    @property
+    def needs_divergence_gradient(self) -> bool:
+        return self.has_weight_gradient
 
     def token_streams(
         self,
@@ -61,7 +70,7 @@ class TWGRPO(Objective):
         if scores.divergence_R is None:
             raise ValueError("tw_grpo needs TokenScores.divergence_R, which was not computed")
         streams = self.base.token_streams(batch, scores, group_data, **options)
-        divergence_R = scores.divergence_R
+        divergence_R = scores.divergence_R if self.has_weight_gradient else scores.divergence_R.detach()
         factor_R = position_weights(
             divergence_R,
             batch.group_R.to(divergence_R.device),
@@ -70,11 +79,14 @@ class TWGRPO(Objective):
         )
         metrics = Metrics()
         metrics.merge(streams.metrics)
-        totals = torch.stack([divergence_R.sum(), factor_R.sum()]).tolist()  # one transfer from the device
+        totals = torch.stack([divergence_R.sum(), factor_R.sum()]).detach().tolist()  # one transfer from the device
         for name, total in zip(("group_divergence", "token_weight"), totals, strict=True):
             metrics.add(name, total, len(factor_R))
         weight_R = streams.weight_R * factor_R.to(streams.weight_R.dtype)
         return dataclasses.replace(streams, weight_R=weight_R, metrics=metrics)
+
+    def reason_to_skip(self, metrics: Metrics) -> str | None:
+        return self.base.reason_to_skip(metrics)
 
     def loss(self, statistics: Any, streams: TokenStreams, scores: TokenScores) -> tuple[Tensor, Metrics]:
         return self.base.loss(statistics, streams, scores)

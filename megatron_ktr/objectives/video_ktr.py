@@ -7,15 +7,17 @@
 Any subset of the signals is the paper's ablation table; ``signals: [entropy]`` alone is the "80/20" recipe with the
 prompt as its scope.
 
-Deviations from the authors' code (``original_compat`` restores 1 and 2 here; 3 and 4 are restored by the caller):
+Deviations from the authors' code (``original_compat`` restores 1 to 3 here, and 4 and 5 where prompts are loaded; the
+whole list: docs/deviations.md):
 1. A response without key tokens adds zero to the loss and still counts in the mean; theirs divides 0 by 0.
 2. The length bonus and the logged length count all tokens of a response; theirs count its key tokens.
-3. Videos keep their timing in every pass; theirs falls back to 1.0 s per temporal patch when it computes
-   log-probs (``pack_groups(seconds_per_grid=1.0)``).
-4. A prompt whose video cannot be used is skipped and counted; theirs trains on the text alone
-   (``PromptLoader(text_only_fallback=True)``).
-5. A degenerate signal (nothing to hide or shuffle, all scores equal) selects nothing.
-6. The shuffled order is never the identity, and is one per prompt and step.
+3. A degenerate signal (nothing to hide or shuffle, all scores equal) selects nothing, and neither does an infinite
+   score; theirs selects all tokens, and +inf. Scores are fp32; theirs are bf16 and tie (``scores_dtype``).
+4. Videos keep their timing; theirs counts 1.0 s per temporal patch in every pass, sampling included
+   (``PreprocessSettings.fixed_seconds_per_grid``).
+5. A prompt whose video cannot be used is skipped and counted; theirs is asked about one fixed other file
+   (``PromptLoader(substitutes=...)``).
+6. The shuffled order is never the identity, and is one per prompt and step. Nothing restores theirs.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megatron_ktr.attribution.selection import check_ratio, select_key_tokens
@@ -33,6 +36,7 @@ from megatron_ktr.attribution.signals import (
     VIEW_OF_SIGNAL,
     Shift,
     Signal,
+    scored_as_zero,
     signal_applies,
     signal_scores,
 )
@@ -51,6 +55,7 @@ class VideoKTR(Objective):
     selection_ratio: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(SIGNALS, 0.2))
     """Share of tokens by signal."""
     shift: Shift = "signed"
+    scores_dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
         if not self.signals or len(set(self.signals)) != len(self.signals) or set(self.signals) - set(SIGNALS):
@@ -81,12 +86,20 @@ class VideoKTR(Objective):
     def select_tokens(
         self, batch: PackedBatch, scores: TokenScores, group_data: Sequence[RolloutGroup]
     ) -> dict[str, Tensor]:
-        applies_R = signal_applies(batch, group_data, signals=self.signals)
+        is_compat = self.base.original_compat
+        score_R_by_signal = signal_scores(
+            scores,
+            applies_R=signal_applies(batch, group_data, signals=self.signals),
+            shift=self.shift,
+            zero_R=scored_as_zero(batch, group_data, signals=self.signals) if is_compat else None,
+            dtype=self.scores_dtype,
+        )
         return select_key_tokens(
-            signal_scores(scores, applies_R=applies_R, shift=self.shift),
+            score_R_by_signal,
             self.selection_ratio,
             group_R=batch.group_R.to(scores.policy_logprob_R.device),
             num_groups=len(batch.layout.groups),
+            like_release=is_compat,
         )
 
     def num_loss_tokens(self, batch: PackedBatch, is_selected_R: Mapping[str, Tensor]) -> int:
@@ -104,6 +117,9 @@ class VideoKTR(Objective):
         if is_selected_R is None:
             is_selected_R = self.select_tokens(batch, scores, group_data)
         return self.base.token_streams(batch, scores, group_data, is_selected_R=is_selected_R, **counts)
+
+    def reason_to_skip(self, metrics: Metrics) -> str | None:
+        return self.base.reason_to_skip(metrics)
 
     def loss(self, statistics: Any, streams: TokenStreams, scores: TokenScores) -> tuple[Tensor, Metrics]:
         return self.base.loss(statistics, streams, scores)

@@ -8,9 +8,17 @@ At position t of a group of G responses, with l_i the log-softmax that predicts 
 ``l_i`` needs log Z of every row before the first term. The intact pass (``token_statistics``) has it and every rank of
 the vocabulary's group knows it, so one more pass over the shard is enough, and one more collective: tiles of positions
 x G x columns, the logits again, the sum over responses and columns, ONE all-reduce of a float a position. A tile holds
-all G responses of its positions, because the mean over responses sits inside the exponent.
+all G responses of its positions, because the mean over responses sits inside the exponent. Neither logits nor hidden
+states move.
 
-Neither logits nor hidden states move. No gradient: D_t becomes a token weight, never a loss.
+D_t becomes a token weight. By default it is a constant. ``with_gradient`` differentiates it, as TW-GRPO's release does:
+with g the incoming gradient of D_t, h_i = exp(d_i) - 1 where the clamp does not act, else 0, and z the logits,
+
+    d l_j = (g/G) (mean_i h_i - h_j)      d z_j = d l_j - p_j sum_v d l_j      sum_v d l_j = (g/G) (mean_i H_i - H_j)
+
+Forward then adds H_i = sum_v h_i up beside D_t, G floats more a position in the same all-reduce, so that backward is
+one more pass over the shard (logits again, two products) and sends nothing but the hidden gradient. Positions without
+an incoming gradient are dropped before the first product.
 """
 
 from __future__ import annotations
@@ -22,17 +30,15 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from megatron_ktr.ops.token_statistics import shard_plan
+from megatron_ktr.ops.group_divergence_tiles import CLAMP, PositionTable, divergence_tiles, slopes_of
+from megatron_ktr.ops.token_statistics import has_precise_main_grad, shard_plan
 from megatron_ktr.ops.token_statistics_interface import ShardPlan, accumulation_dtype
-from megatron_ktr.ops.vocab_tiles import TILE_BUDGET_BYTES, multiply_into, operand
+from megatron_ktr.ops.vocab_tiles import multiply_into
 from megatron_ktr.types import PackedLayout
 
-CLAMP = 11.0
-"""Bound of d, in nats: where one response is sure and another is not, exp would drown every other token."""
 
-
-@torch.no_grad()
 def group_divergence(
     hidden_RD: Tensor,
     weight_VD: Tensor,
@@ -42,18 +48,30 @@ def group_divergence(
     group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
     temperature: float = 1.0,
+    with_gradient: bool = False,
+    has_gradient_R: Tensor | None = None,
+    reduce_hidden_grad: bool = True,
+    accumulate_into_main_grad: bool = False,
 ) -> Tensor:
-    """D_t of the module's header for every response token: fp32 [R] (fp64 for fp64 inputs), nats, no gradient.
+    """D_t of the module's header for every response token: fp32 [R] (fp64 for fp64 inputs), nats.
 
     Tokens at the same position of one group share the same number. ``group_divergence_reference`` is the same formula
-    with full logits.
+    with full logits and ordinary autograd.
 
     Args:
         hidden_RD: [R, D], the rows that predict the response tokens, group-major, then response, then position.
         weight_VD: this rank's shard of the output weight, as for ``linear_token_statistics``.
-        log_normalizer_R: ``TokenStatistics.log_normalizer_R`` of the same rows, weight and temperature.
+        log_normalizer_R: ``TokenStatistics.log_normalizer_R`` of the same rows, weight and temperature; the gradient
+            through it is part of ``hidden_RD``'s and ``weight_VD``'s.
         layout: whose response tokens the rows predict.
         group: tensor-parallel group (the vocabulary's), not the group of responses.
+        with_gradient: differentiable with respect to ``hidden_RD`` and ``weight_VD``.
+        has_gradient_R: bool [R], the rows that pass gradients on, to ``hidden_RD`` and to ``weight_VD``; None = all.
+            Under context parallelism each rank names its own, so that the ranks' gradients are parts of one sum.
+        reduce_hidden_grad, accumulate_into_main_grad: as for ``linear_token_statistics``.
+
+    Collectives: one all-reduce of a float a position forward, 1 + G with gradient; backward at most one of (positions
+    with a gradient) x G x D, also where there are none.
 
     Raises:
         ValueError: R that differs from the layout's number of response tokens, or options out of range.
@@ -64,86 +82,135 @@ def group_divergence(
             f"group_divergence: expected {table.num_rows} hidden rows and normalizers, one for each response token of "
             f"the layout, got {hidden_RD.shape[0]} and {log_normalizer_R.shape[0]}"
         )
-    plan = shard_plan(weight_VD, group=group, vocab_size=vocab_size, temperature=temperature)
-    divergence_Q = _shard_divergence(hidden_RD, weight_VD, log_normalizer_R, table, plan)
-    if group is not None:
-        dist.all_reduce(divergence_Q, group=group)
+    call = _Call(
+        table=table,
+        plan=shard_plan(weight_VD, group=group, vocab_size=vocab_size, temperature=temperature),
+        group=group,
+        has_gradient_R=has_gradient_R,
+        reduce_hidden_grad=reduce_hidden_grad,
+        main_grad_of=weight_VD if accumulate_into_main_grad and has_precise_main_grad(weight_VD) else None,
+    )
+    if with_gradient:
+        divergence_Q = _GroupDivergence.apply(hidden_RD, weight_VD, log_normalizer_R, call)
+    else:
+        with torch.no_grad():
+            divergence_Q = _divergence(hidden_RD, weight_VD, log_normalizer_R, call, with_slopes=False)[:, 0]
     return divergence_Q[table.position_R]
 
 
 @dataclass(frozen=True)
-class PositionTable:
-    """Which rows stand at the same position of the same group. Q positions over all groups, G the largest group."""
-
-    row_QG: Tensor
-    """int64: row of R; ``num_rows`` where the response has ended, or where the group has no such response."""
-    is_member_QG: Tensor
-    """bool: the group has such a response (ended or not)."""
-    position_R: Tensor
-    """int64 [R]: index in Q of each row."""
-
-    @property
-    def num_rows(self) -> int:
-        return self.position_R.shape[0]
-
-    @classmethod
-    def of(cls, layout: PackedLayout, *, device: torch.device) -> PositionTable:
-        """Built on the host, from what the host knows, and moved in one copy each."""
-        lengths = [group.response_lengths for group in layout.groups]
-        num_rows, width = sum(map(sum, lengths)), max(map(len, lengths), default=0)
-        num_positions = sum(max(group, default=0) for group in lengths)
-        row_QG = torch.full((num_positions, width), num_rows)
-        is_member_QG = torch.zeros(num_positions, width, dtype=torch.bool)
-        position_R = torch.empty(num_rows, dtype=torch.int64)
-        start = row = 0
-        for group in lengths:
-            longest = max(group, default=0)
-            is_member_QG[start : start + longest, : len(group)] = True
-            for index, length in enumerate(group):
-                row_QG[start : start + length, index] = torch.arange(row, row + length)
-                position_R[row : row + length] = torch.arange(start, start + length)
-                row += length
-            start += longest
-        return cls(*(tensor.to(device) for tensor in (row_QG, is_member_QG, position_R)))
+class _Call:
+    table: PositionTable
+    plan: ShardPlan
+    group: dist.ProcessGroup | None
+    has_gradient_R: Tensor | None
+    reduce_hidden_grad: bool
+    main_grad_of: Tensor | None
+    """The parameter whose ``main_grad`` receives the weight gradient; None: autograd receives it."""
 
 
-def _shard_divergence(
-    hidden_RD: Tensor, weight_VD: Tensor, log_normalizer_R: Tensor, table: PositionTable, plan: ShardPlan
+class _GroupDivergence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_RD: Tensor, weight_VD: Tensor, log_normalizer_R: Tensor, call: _Call) -> Tensor:
+        found = _divergence(hidden_RD, weight_VD, log_normalizer_R, call, with_slopes=True)
+        ctx.call = call
+        ctx.save_for_backward(hidden_RD, weight_VD, log_normalizer_R, found[:, 1:])
+        return found[:, 0].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_Q: Tensor):
+        hidden_RD, weight_VD, log_normalizer_R, slope_QG = ctx.saved_tensors
+        needs_hidden_grad, needs_weight_grad = ctx.needs_input_grad[:2]
+        call: _Call = ctx.call
+        active = grad_Q.nonzero().squeeze(1)  # the one host count of a call
+        table = call.table.at(active)
+        rows = table.row_QG.flatten()
+        dtype = accumulation_dtype(hidden_RD)
+        hidden_grad = hidden_RD.new_zeros(len(rows), hidden_RD.shape[1], dtype=dtype) if needs_hidden_grad else None
+        weight_grad = torch.zeros_like(weight_VD) if needs_weight_grad else None
+        destination = weight_grad
+        if needs_weight_grad and call.main_grad_of is not None:
+            destination = call.main_grad_of.main_grad
+            call.main_grad_of.grad_added_to_main_grad = True
+        gradient = _PositionGradient(grad_Q[active], slope_QG[active], call.has_gradient_R)
+        _add_gradients(hidden_RD, weight_VD, log_normalizer_R, table, call.plan, gradient, hidden_grad, destination)
+        if hidden_grad is not None:
+            if call.group is not None and call.reduce_hidden_grad:
+                dist.all_reduce(hidden_grad, group=call.group)  # also with no position: the others wait
+            # A row stands at one position; ended responses all point at the row that is cut off, with zeros.
+            padded_RD = hidden_RD.new_zeros(hidden_RD.shape[0] + 1, hidden_RD.shape[1])
+            hidden_grad = padded_RD.index_add_(0, rows, hidden_grad.to(hidden_RD.dtype))[:-1]
+        return hidden_grad, weight_grad, None, None
+
+
+def _divergence(
+    hidden_RD: Tensor, weight_VD: Tensor, log_normalizer_R: Tensor, call: _Call, *, with_slopes: bool
 ) -> Tensor:
-    """This shard's part of D, [Q]."""
-    num_positions, width = table.row_QG.shape
-    divergence_Q = torch.zeros(num_positions, dtype=log_normalizer_R.dtype, device=hidden_RD.device)
-    if num_positions == 0:
-        return divergence_Q
-    # One row more, which every ended response points at; its logits are replaced before they are read.
-    padded_RD = F.pad(hidden_RD, (0, 0, 0, 1))
-    padded_log_normalizer_R = F.pad(log_normalizer_R, (0, 1))
-    is_member_QG1 = table.is_member_QG[:, :, None]
-    num_members_Q1 = is_member_QG1.sum(dim=1)
-    has_ended_QG1 = (table.row_QG == table.num_rows)[:, :, None]
-    vocab_chunk, position_chunk = _tile_sizes(width, plan, itemsize=accumulation_dtype(hidden_RD).itemsize)
-    for start in range(0, plan.num_columns, vocab_chunk):
-        weight_tile = operand(weight_VD[start : min(start + vocab_chunk, plan.num_columns)])
-        for first in range(0, num_positions, position_chunk):
-            here = slice(first, first + position_chunk)
-            rows = table.row_QG[here].flatten()
-            logprobs = log_normalizer_R.new_empty(len(rows), len(weight_tile))
-            multiply_into(logprobs, operand(padded_RD[rows]), weight_tile.t(), scale=plan.scale)
-            logprobs_QGV = logprobs.sub_(padded_log_normalizer_R[rows, None]).unflatten(0, (-1, width))
-            logprobs_QGV.masked_fill_(has_ended_QG1[here], -math.log(plan.vocab_size))
-            logprobs_QGV.mul_(is_member_QG1[here])
-            mean_QV = logprobs_QGV.sum(dim=1) / num_members_Q1[here]
-            difference_QGV = (mean_QV[:, None] - logprobs_QGV).clamp_(-CLAMP, CLAMP)
-            # expm1, because d is mostly small and exp(d) - 1 would leave it no digits.
-            terms_QGV = torch.expm1(difference_QGV).sub_(difference_QGV).mul_(is_member_QG1[here])
-            divergence_Q[here] += terms_QGV.sum(dim=(1, 2)) / num_members_Q1[here, 0]
-    return divergence_Q
+    """[Q, 1] or, with slopes, [Q, 1 + G]: D, then H of every response, over all shards."""
+    num_positions, width = call.table.row_QG.shape
+    found = log_normalizer_R.new_zeros(num_positions, 1 + width * with_slopes)
+    for tile in divergence_tiles(hidden_RD, weight_VD, log_normalizer_R, call.table, call.plan):
+        difference_QGV = tile.difference_QGV
+        if with_slopes:
+            slopes_QGV = slopes_of(difference_QGV, tile.is_member_QG1)
+            found[tile.here, 1:] += slopes_QGV.sum(dim=2)
+            del slopes_QGV
+        difference_QGV.clamp_(-CLAMP, CLAMP)
+        # expm1, because d is mostly small and exp(d) - 1 would leave it no digits.
+        terms_QGV = torch.expm1(difference_QGV).sub_(difference_QGV).mul_(tile.is_member_QG1)
+        found[tile.here, 0] += terms_QGV.sum(dim=(1, 2)) / tile.num_members_Q1[:, 0]
+    if call.group is not None:
+        dist.all_reduce(found, group=call.group)
+    return found
 
 
-def _tile_sizes(width: int, plan: ShardPlan, *, itemsize: int) -> tuple[int, int]:
-    """(columns, positions) of a tile: three tensors positions x G x columns fit the budget; at least one position."""
-    columns = max(min(plan.num_columns, 1024), 1)
-    return columns, max(1, TILE_BUDGET_BYTES // (3 * width * columns * itemsize))
+@dataclass(frozen=True)
+class _PositionGradient:
+    grad_Q: Tensor
+    slope_QG: Tensor
+    """H of every response over the whole vocabulary."""
+    has_gradient_R: Tensor | None
+
+
+def _add_gradients(
+    hidden_RD: Tensor,
+    weight_VD: Tensor,
+    log_normalizer_R: Tensor,
+    table: PositionTable,
+    plan: ShardPlan,
+    gradient: _PositionGradient,
+    hidden_grad: Tensor | None,
+    weight_grad: Tensor | None,
+) -> None:
+    """Adds this shard's part to ``hidden_grad`` [Q * G, D] and ``weight_grad`` (like the shard)."""
+    passes_QG = table.row_QG < table.num_rows
+    if gradient.has_gradient_R is not None:
+        passes_QG = passes_QG & F.pad(gradient.has_gradient_R, (0, 1))[table.row_QG]
+    num_members_Q1 = table.is_member_QG.sum(dim=1, keepdim=True)
+    share_Q1 = gradient.grad_Q[:, None] / num_members_Q1
+    mean_slope_Q1 = (gradient.slope_QG * table.is_member_QG).sum(dim=1, keepdim=True) / num_members_Q1
+    sum_QG = share_Q1 * (mean_slope_Q1 - gradient.slope_QG)
+    dtype = accumulation_dtype(hidden_RD)
+    for tile in divergence_tiles(hidden_RD, weight_VD, log_normalizer_R, table, plan):
+        slopes_QGV = slopes_of(tile.difference_QGV, tile.is_member_QG1)
+        mean_QV = slopes_QGV.sum(dim=1) / tile.num_members_Q1
+        z_grad = slopes_QGV.neg_().add_(mean_QV[:, None]).mul_(share_Q1[tile.here, :, None])
+        z_grad.addcmul_(tile.logprobs_QGV.exp_(), sum_QG[tile.here, :, None], value=-1.0)
+        z_grad = z_grad.mul_(passes_QG[tile.here, :, None]).flatten(0, 1).to(tile.weight.dtype)
+        if hidden_grad is not None:
+            width = table.row_QG.shape[1]
+            part = hidden_grad[tile.here.start * width : tile.here.start * width + len(z_grad)]
+            multiply_into(part, z_grad, tile.weight, scale=plan.scale, accumulate=True)
+        if weight_grad is not None:
+            destination = weight_grad[tile.columns]
+            # Where the destination is as precise as the sum, the sum is formed there; otherwise beside it, rounded once
+            # when the last positions have been added.
+            if tile.here.start == 0:
+                sum_VD = destination if destination.dtype == dtype else destination.to(dtype)
+            multiply_into(sum_VD, z_grad.t(), tile.hidden, scale=plan.scale, accumulate=True)
+            if tile.here.stop >= len(table.row_QG) and sum_VD.dtype != destination.dtype:
+                destination.copy_(sum_VD)
 
 
 def group_divergence_reference(

@@ -141,7 +141,7 @@ def linear_token_statistics(
         plan=plan,
         group=group,
         reduce_hidden_grad=reduce_hidden_grad,
-        main_grad_of=weight_VD if accumulate_into_main_grad and _has_precise_main_grad(weight_VD) else None,
+        main_grad_of=weight_VD if accumulate_into_main_grad and has_precise_main_grad(weight_VD) else None,
         others=tuple(other_RD.detach() for other_RD in counterfactual_hidden_RD),
     )
     return TokenStatistics(*_TokenStatistics.apply(hidden_RD, weight_VD, target_R, call))
@@ -289,7 +289,8 @@ def join_shards(statistics_NR: Tensor, group: dist.ProcessGroup | None) -> Tenso
     return torch.stack(joined, dim=1).flatten(0, 1)
 
 
-def _has_precise_main_grad(weight_VD: Tensor) -> bool:
+def has_precise_main_grad(weight_VD: Tensor) -> bool:
+    """Whether the parameter has a ``main_grad`` that a sum may be formed in."""
     main_grad = getattr(weight_VD, "main_grad", None)
     # In 16 bits the sum over micro-batches would lose digits that the sum beside it keeps until it is rounded once.
     return main_grad is not None and main_grad.dtype in (torch.float32, torch.float64)

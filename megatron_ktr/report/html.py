@@ -190,10 +190,14 @@ def _facts(run: RunData) -> Html:
         facts.append(element("span", "time in steps ", element("b", f"{format_number(total, digits=3)} s")))
     idle = sum(value == 0 for value in run.metrics.get("has_stepped", ()))
     if idle:
-        facts.append(element("span", "steps without update (nothing to learn) ", element("b", f"{idle:,}")))
-    skipped = [value for value in run.metrics.get("num_skipped", ()) if math.isfinite(value)]
-    if skipped and skipped[-1]:
-        facts.append(element("span", "samples skipped ", element("b", format_number(skipped[-1]))))
+        facts.append(element("span", "steps without update ", element("b", f"{idle:,}")))
+    for name, label in (
+        ("num_skipped", "samples skipped "),
+        ("substituted_media", "media replaced "),
+    ):
+        counted = [value for value in run.metrics.get(name, ()) if math.isfinite(value)]
+        if counted and counted[-1]:
+            facts.append(element("span", label, element("b", format_number(counted[-1]))))
     return element("p", facts, class_="stage-facts")
 
 

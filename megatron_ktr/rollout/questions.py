@@ -73,7 +73,8 @@ def read_questions(config: Config, *, tokenizer: Any, vocab_size: int, is_spokes
 def prompt_loader(config: Config, *, tokenizer: Any) -> PromptLoader:
     """Loads records as the data options say; media below ``media_root``, or beside the file that names them.
 
-    With ``original_compat`` a question whose media are unusable is asked without them, as the authors' code does.
+    With ``original_compat`` every video lasts 1.0 s per temporal patch, for whatever reads the prompt, and media that
+    cannot be used are replaced by ``substitute_video`` and ``substitute_image``, where these are given.
     """
     data = config.data
     is_replay = config.objective.objective != "sft" and config.rollout.engine == "replay"
@@ -86,7 +87,8 @@ def prompt_loader(config: Config, *, tokenizer: Any) -> PromptLoader:
         max_prompt_length=data.max_prompt_length,
         tokenizer=tokenizer,
         cache_bytes=round(data.media_cache_gb * 1e9),
-        text_only_fallback=config.objective.original_compat,
+        substitutes={"video": data.substitute_video, "image": data.substitute_image},
+        fixed_seconds_per_grid=config.objective.fixed_seconds_per_grid,
         video_min_pixels=data.video_min_pixels,
         video_max_pixels=data.video_max_pixels,
         image_min_pixels=data.image_min_pixels,

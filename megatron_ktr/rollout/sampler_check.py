@@ -244,6 +244,7 @@ def build_sampler_check(
             media=media,
             video_max_pixels=config.data.video_max_pixels,
             max_prompt_length=config.data.max_prompt_length,
+            seconds_per_grid=config.objective.fixed_seconds_per_grid,
         ),
         sampling=SamplingSettings(
             num_generations=min(2, rollout.num_generations),

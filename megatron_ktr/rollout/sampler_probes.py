@@ -14,6 +14,7 @@ leaves them as they are.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -38,9 +39,17 @@ QUESTION = "What comes first, and what comes last? Answer with a few words."
 
 
 def probe_prompts(
-    builder: PromptBuilder, *, media: MediaSpec, video_max_pixels: int, max_prompt_length: int | None = None
+    builder: PromptBuilder,
+    *,
+    media: MediaSpec,
+    video_max_pixels: int,
+    max_prompt_length: int | None = None,
+    seconds_per_grid: float | None = None,
 ) -> dict[str, Prompt]:
     """The prompts by name, in order; without those longer than ``max_prompt_length``, which the run would reject too.
+
+    ``seconds_per_grid`` replaces every video's own, as ``original_compat`` does for the run's videos; TIMING, which
+    then has nothing to tell, is left out.
 
     The question goes through the model's chat format, not through the run's wording template, which may ask for fields
     that no made-up record has.
@@ -58,6 +67,9 @@ def probe_prompts(
         LONG: (_medium("video", media, num_frames=7 * patch, height=unit, width=2 * unit, seconds=2.5),),
         SIZED: (_medium("video", media, num_frames=2 * patch, height=height, width=width, seconds=0.5),),
     }
+    if seconds_per_grid is not None:
+        del found[TIMING]
+        found = {name: tuple(_timed(medium, seconds_per_grid) for medium in visuals) for name, visuals in found.items()}
     prompts = {name: _prompt(builder, name, visuals) for name, visuals in found.items()}
     return {
         name: prompt
@@ -86,6 +98,10 @@ def _medium(
     num_t = -(-num_frames // media.temporal_patch_size)
     grid_thw = (num_t, height // media.patch_size, width // media.patch_size)
     return VisualInput(kind, frames_FCHW, grid_thw, seconds_per_grid=seconds, source="sampler check")
+
+
+def _timed(medium: VisualInput, seconds: float) -> VisualInput:
+    return dataclasses.replace(medium, seconds_per_grid=seconds) if medium.kind == "video" else medium
 
 
 def _run_size(max_pixels: int, *, unit: int) -> tuple[int, int]:

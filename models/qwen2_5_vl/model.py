@@ -222,16 +222,31 @@ class Qwen2_5_VLModel(MegatronModule):
         )
 
     def group_divergence(
-        self, hidden_RD: Tensor, log_normalizer_R: Tensor, *, batch: PackedBatch, temperature: float = 1.0
+        self,
+        hidden_RD: Tensor,
+        log_normalizer_R: Tensor,
+        *,
+        batch: PackedBatch,
+        temperature: float = 1.0,
+        with_gradient: bool = False,
     ) -> Tensor:
-        """TW-GRPO's divergence between the responses of each group, [R]; last stage only, without gradient.
+        """TW-GRPO's divergence between the responses of each group, [R], on every context rank; last stage only.
+
+        With gradient, every context rank must compute the same loss from it and call backward.
 
         To be called after ``response_statistics`` of the same pass, where ``log_normalizer_R`` comes from: that call
         brings the last optimizer step's weights here if their gathering overlaps (``StatisticsHead``).
         """
+        has_gradient_R = None
         if self.context is not None:
-            # Responses of a group lie on different ranks, and their distributions are compared whole.
-            hidden_RD = self.context.gather_hidden(hidden_RD, batch)
+            # Responses of a group lie on different ranks, and their distributions are compared whole. Each rank's own
+            # rows pass its part of the gradient on, as in ``gather_statistics``.
+            own_RD, mine = hidden_RD, self.context.mine(batch).to(hidden_RD.device)
+            hidden_RD = self.context.gather_hidden(own_RD, batch)
+            if with_gradient:
+                hidden_RD = hidden_RD.index_copy(0, mine, own_RD)
+                has_gradient_R = torch.zeros(len(hidden_RD), dtype=torch.bool, device=mine.device)
+                has_gradient_R[mine] = True
         return group_divergence(
             hidden_RD,
             self.output_weight(),
@@ -240,6 +255,10 @@ class Qwen2_5_VLModel(MegatronModule):
             group=self.head_group,
             vocab_size=self.vocab_size,
             temperature=temperature,
+            with_gradient=with_gradient,
+            has_gradient_R=has_gradient_R,
+            reduce_hidden_grad=self.head_reduces_hidden_grad,
+            accumulate_into_main_grad=self.accumulate_into_main_grad,
         )
 
     def _embed(self, batch: PackedBatch, local: LocalRows) -> Tensor:

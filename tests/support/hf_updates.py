@@ -59,7 +59,7 @@ def _patches(frames_FCHW: Tensor) -> Tensor:
 
 
 def _logits(
-    model: HFModel, group: RolloutGroup, media: Sequence[VisualInput], *, config: Qwen2_5_VLConfig, timing: float | None
+    model: HFModel, group: RolloutGroup, media: Sequence[VisualInput], *, config: Qwen2_5_VLConfig
 ) -> list[Tensor]:
     """Logits that predict each response's tokens, given ``media`` (none: without visual tokens in the prompt)."""
     prompt = [t for t in group.prompt.token_ids if media or t not in (IMAGE_TOKEN_ID, VIDEO_TOKEN_ID)]
@@ -67,7 +67,7 @@ def _logits(
         prompt,
         grid_thw=[medium.grid_thw for medium in media],
         kinds=[medium.kind for medium in media],
-        seconds_per_grid=[timing or medium.seconds_per_grid for medium in media],
+        seconds_per_grid=[medium.seconds_per_grid for medium in media],
         config=config,
     )
     inputs: dict[str, Tensor] = {}
@@ -89,14 +89,14 @@ def _logits(
 
 
 def score_responses(
-    models: Models, groups: Sequence[RolloutGroup], *, unit: str = "frame", timing: float | None = None
+    models: Models, groups: Sequence[RolloutGroup], *, unit: str = "frame"
 ) -> list[list[ReferenceResponse]]:
     """Everything the formulas ask for, without gradient."""
     found = []
     with torch.no_grad():
         for group in groups:
             media = group.prompt.media
-            options = dict(config=models.config, timing=timing)
+            options = dict(config=models.config)
             views = dict(
                 intact=_logits(models.policy, group, media, **options),
                 reference=_logits(models.reference, group, media, **options),
@@ -130,7 +130,7 @@ def with_gradient(
     """The responses with differentiable intact logits; ``old``: their present ones become the old policy's."""
     found = []
     for group, known in zip(groups, responses, strict=True):
-        logits = _logits(model, group, group.prompt.media, config=config, timing=None)
+        logits = _logits(model, group, group.prompt.media, config=config)
         found.append(
             [
                 dataclasses.replace(response, intact=fresh, old_policy=response.intact if old else None)

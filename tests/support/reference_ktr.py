@@ -77,12 +77,14 @@ def token_scores(
         return torch.stack(scores)
 
 
-def select_in_group(scores: Sequence[Tensor | None], ratio: float) -> list[Tensor] | None:
+def select_in_group(
+    scores: Sequence[Tensor | None], ratio: float, *, original_compat: bool = False
+) -> list[Tensor] | None:
     """Masks of the G responses of one prompt; None where the signal does not apply."""
     if any(values is None for values in scores):
         return None
     pooled = torch.cat(list(scores))
-    if (pooled == pooled[0]).all():
+    if (pooled == pooled[0]).all() and not original_compat:
         return [torch.zeros_like(values, dtype=torch.bool) for values in scores]
     threshold = torch.quantile(pooled, 1 - ratio)
     return [values >= threshold for values in scores]
@@ -117,8 +119,10 @@ def reference_update(
         for signal in signals:
             scores[signal] = [token_scores(r, signal, shift=shift, temperature=temperature) for r in group]
             ratio = ratios if isinstance(ratios, float) else ratios[signal]
-            found = select_in_group(scores[signal], ratio)
-            selected[signal] = found or [torch.zeros(len(r.token_ids), dtype=torch.bool) for r in group]
+            found = select_in_group(scores[signal], ratio, original_compat=original_compat)
+            # The original scores prompts without media with 0, all of them equal: it selects all.
+            mark = original_compat and signal == "visual"
+            selected[signal] = found or [torch.full((len(r.token_ids),), mark) for r in group]
         keys = []
         for i, response in enumerate(group):
             if masks is not None:

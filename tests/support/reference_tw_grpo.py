@@ -24,9 +24,11 @@ class ReferenceTWUpdate:
     weights: list[list[float]]
 
 
-def position_divergences(group: Sequence[ReferenceResponse], *, temperature: float = 1.0) -> list[float]:
+def position_divergences(
+    group: Sequence[ReferenceResponse], *, temperature: float = 1.0, with_gradient: bool = False
+) -> list[Tensor]:
     found = []
-    with torch.no_grad():
+    with torch.set_grad_enabled(with_gradient):
         for t in range(max(len(response.token_ids) for response in group)):
             rows = []
             for response in group:
@@ -39,7 +41,7 @@ def position_divergences(group: Sequence[ReferenceResponse], *, temperature: flo
             total = 0.0
             for row in rows:
                 d = (mean - row).clamp(-11, 11)
-                total += float((d.exp() - d - 1).sum())
+                total = total + (d.exp() - d - 1).sum()
             found.append(total / len(rows))
     return found
 
@@ -50,13 +52,17 @@ def reference_tw_update(
     alpha: float = 1.7,
     kl_beta: float = 0.04,
     temperature: float = 1.0,
+    weight_gradient: bool = False,
 ) -> ReferenceTWUpdate:
-    """One update on all groups of the global batch, one update per rollout."""
-    divergences = [position_divergences(group, temperature=temperature) for group in groups]
+    """One update on all groups of the global batch, one update per rollout. ``weight_gradient``: ordinary autograd
+    through the weights, with their minimum and maximum; they are constants otherwise."""
+    divergences = [
+        position_divergences(group, temperature=temperature, with_gradient=weight_gradient) for group in groups
+    ]
     weights, terms = [], []
     for group, values in zip(groups, divergences, strict=True):
-        spread = max(values) - min(values) + 1e-8
-        weights.append([1 + (alpha - 1) * (value - min(values)) / spread for value in values])
+        least, most = torch.stack(values).min(), torch.stack(values).max()
+        weights.append([1 + (alpha - 1) * (value - least) / (most - least + 1e-8) for value in values])
         advantages = group_advantage([response.reward for response in group])
         for response, advantage in zip(group, advantages, strict=True):
             logprobs = token_logprobs(response.intact, response.token_ids, temperature=temperature)
@@ -67,4 +73,5 @@ def reference_tw_update(
                     x = (reference[t].detach() - logprobs[t]).clamp(-10, 10)
                     gain = gain - kl_beta * (torch.exp(x) - x - 1)
                 terms.append(-weights[-1][t] * gain)
-    return ReferenceTWUpdate(sum(terms) / len(terms), divergences, weights)
+    as_numbers = [[[float(value.detach()) for value in of_group] for of_group in x] for x in (divergences, weights)]
+    return ReferenceTWUpdate(sum(terms) / len(terms), *as_numbers)
