@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
@@ -266,9 +267,15 @@ def test_replaying_the_rollouts_of_a_run_repeats_its_numbers(
     }
     ranks(train_layouts, world_size=1, inputs=inputs, out=tmp_path, layouts={"replay": replay})
     names = ("reward_mean", "loss", "grad_norm", "kl", "importance_ratio_mean", "sampler_trainer_logprob_gap")
-    for wanted, got in zip(metrics(online), metrics(tmp_path / "replay"), strict=True):
+    steps = list(zip(metrics(online), metrics(tmp_path / "replay"), strict=True))
+    if world_size > 1:
+        # Two replicas add in another order: in the end a score may fall on the other side of its threshold.
+        same = itertools.takewhile(lambda step: step[0]["key_token_ratio"] == step[1]["key_token_ratio"], steps)
+        steps = list(same)
+        assert len(steps) >= RUN_STEPS - 1
+    for wanted, got in steps:
         for name in names:
-            # One replica: the same sums, 1e-6 is their fp32 rounding; two add in another order, four steps long.
+            # One replica: the same sums, 1e-6 is their fp32 rounding; two: see above, several steps long.
             assert got[name] == pytest.approx(wanted[name], abs=1e-6 if world_size == 1 else 1e-4), name
 
 
