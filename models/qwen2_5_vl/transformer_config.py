@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.tensor_parallel import layers
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ktr.distributed.groups import ParallelGroups, ParallelSizes, pipeline_comm_settings
 from megatron_ktr.distributed.platform import current
@@ -15,6 +14,7 @@ from megatron_ktr.pipeline_split import Split, chunk_layout, is_even, split_laye
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.fp8 import fp8_settings
 from models.qwen2_5_vl.layer_specs import resolve_transformer_impl
+from models.qwen2_5_vl.products import LanguageConfig
 
 if TYPE_CHECKING:
     from megatron_ktr.config import Config
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def language_transformer_config(
     model_config: Qwen2_5_VLConfig, *, groups: ParallelGroups, dtype: torch.dtype, config: Config | None = None
-) -> TransformerConfig:
+) -> LanguageConfig:
     """The language model's ``TransformerConfig``; ``config`` adds recomputation, everything else follows the sizes.
 
     Raises:
@@ -37,7 +37,7 @@ def language_transformer_config(
         options=config.parallel if config else None,
     )
     try:
-        return TransformerConfig(
+        return LanguageConfig(
             **_architecture(model_config),
             **_placement(sizes, split=split, dtype=dtype),
             **pipeline_comm_settings(sizes),
