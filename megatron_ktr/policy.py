@@ -32,6 +32,7 @@ from megatron_ktr.distributed.optimizer import build_optimizer, build_scheduler,
 from megatron_ktr.distributed.platform import Platform
 from megatron_ktr.distributed.replicas import ReplicaNumbers
 from megatron_ktr.errors import UserError, same_on_every_rank
+from megatron_ktr.finite import require_finite_weights
 from megatron_ktr.micro_batch import Denominators, MicroBatch, UpdateResult, any_gradient, mean_by_view
 from megatron_ktr.objectives.base import Objective
 from megatron_ktr.offload import moments_on_device, moves
@@ -93,6 +94,7 @@ class Policy(ReplicaNumbers):
     def _load_model(self, hf_dir: Path) -> list[Qwen2_5_VLModel]:
         chunks = build_model(self.model_config, groups=self.groups, config=self.config, dtype=self.dtype)
         load_hf_weights(chunks, hf_dir, groups=self.groups)
+        require_finite_weights(chunks, hf_dir=hf_dir, groups=self.groups)
         return chunks
 
     def _connect_schedule_hooks(self) -> None:
@@ -199,6 +201,8 @@ class Policy(ReplicaNumbers):
     ) -> UpdateResult:
         """One optimizer step: ``backward``, then clipping, optimizer and learning-rate schedule."""
         result = self.backward(micro_batches, objective=objective, denominators=denominators)
+        # A token whose scores are NaN is no key token, and without key tokens the loss is 0.
+        self._require_finite("policy's log-prob of response tokens", math.nan if result.num_not_finite else 0.0)
         if not result.has_gradient:
             return result
         self._require_finite("loss", result.loss)
@@ -263,14 +267,17 @@ class Policy(ReplicaNumbers):
         for batch_loss, batch_metrics, streams, scores in outputs if speaks else ():
             metrics.merge(batch_metrics)
             metrics.add("loss", batch_loss)
+            metrics.add("num_not_finite", float((~scores.policy_logprob_R.isfinite()).sum()))
             metrics.add("has_gradient", any_gradient(streams, scores if objective.needs_reference else None))
         metrics = reduce_metrics(metrics, self.groups.world)
         # Already divided by global counts: the parts of the loss add up, they are not averaged.
-        loss, has_gradient = (metrics.pop_sum(name) for name in ("loss", "has_gradient"))
+        names = ("loss", "has_gradient", "num_not_finite")
+        loss, has_gradient, num_not_finite = (metrics.pop_sum(name) for name in names)
         return UpdateResult(
             loss=loss,
             has_gradient=has_gradient > 0,
             metrics=metrics,
+            num_not_finite=round(num_not_finite),
             streams=tuple(streams for _, _, streams, _ in outputs),
             scores=tuple(scores for _, _, _, scores in outputs),
         )

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megatron_ktr.accounting.rates import step_rates
 from megatron_ktr.config import Config
+from megatron_ktr.finite import require_finite_samples
 from megatron_ktr.metrics import PhaseTimer
 from megatron_ktr.micro_batch import Denominators, MicroBatch, UpdateResult
 from megatron_ktr.objectives.base import Objective
@@ -105,6 +106,7 @@ class Trainer:
             self._begin_rollouts(step)
         with self.timer.phase("rollout"):
             groups = self.source.finish()
+        require_finite_samples(groups, step=step, global_count=self.policy.global_count)
         if self.source.lag and step < self.config.trainer.train_steps:
             self._begin_rollouts(step + 1)
         return groups
