@@ -31,13 +31,12 @@ from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.distributed.optimizer import build_optimizer, build_scheduler, freeze_parts, wrap_in_ddp
 from megatron_ktr.distributed.platform import Platform
 from megatron_ktr.distributed.replicas import ReplicaNumbers
-from megatron_ktr.errors import UserError, same_on_every_rank
-from megatron_ktr.finite import require_finite_weights
 from megatron_ktr.micro_batch import Denominators, MicroBatch, UpdateResult, any_gradient, mean_by_view
 from megatron_ktr.objectives.base import Objective
 from megatron_ktr.offload import moments_on_device, moves
 from megatron_ktr.ops.token_statistics import TokenStatistics
 from megatron_ktr.policy_export import export_weights, save_export
+from megatron_ktr.policy_finite import require_finite, require_finite_weights
 from megatron_ktr.policy_vision import PolicyVision
 from megatron_ktr.reference_model import ReferenceModel
 from megatron_ktr.types import Metrics, PackedBatch, Prompt, TokenScores
@@ -218,16 +217,8 @@ class Policy(ReplicaNumbers):
         return dataclasses.replace(result, grad_norm=float(grad_norm or 0.0), has_stepped=bool(succeeded))
 
     def _require_finite(self, name: str, value: float) -> None:
-        """Stops the run, on every rank alike, before a checkpoint or an export could hold NaN weights.
-
-        original_compat goes on: dividing by zero is what it is there to reproduce.
-        """
-        if not math.isfinite(value) and not self.config.objective.original_compat:
-            with same_on_every_rank():
-                raise UserError(
-                    f"the {name} is {value}: the run stops, earlier checkpoints are intact; lower --lr or --clip-grad, "
-                    "or look at the last rollouts"
-                )
+        if not self.config.objective.original_compat:  # dividing by zero is what it is there to reproduce
+            require_finite(name, value)
 
     def backward(
         self, micro_batches: Sequence[MicroBatch], *, objective: Objective, denominators: Denominators

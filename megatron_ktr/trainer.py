@@ -22,12 +22,12 @@ from torch import Tensor
 
 from megatron_ktr.accounting.rates import step_rates
 from megatron_ktr.config import Config
-from megatron_ktr.finite import require_finite_samples
 from megatron_ktr.metrics import PhaseTimer
 from megatron_ktr.micro_batch import Denominators, MicroBatch, UpdateResult
 from megatron_ktr.objectives.base import Objective
 from megatron_ktr.packing import MediaSpec
 from megatron_ktr.policy import Policy
+from megatron_ktr.policy_finite import require_finite_samples
 from megatron_ktr.rollout.sampler_check import SamplerCheck
 from megatron_ktr.rollout.source import ReplicaSource
 from megatron_ktr.scoring import ScoringPasses

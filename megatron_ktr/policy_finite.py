@@ -57,6 +57,17 @@ def require_finite_samples(
             )
 
 
+def require_finite(name: str, value: float) -> None:
+    """Raises ``UserError`` unless ``value``, the same on every rank, is finite: before a checkpoint or an export could
+    hold what follows from it."""
+    if not math.isfinite(value):
+        with same_on_every_rank():
+            raise UserError(
+                f"the {name} is {value}: the run stops, earlier checkpoints are intact; lower --lr or --clip-grad, or "
+                "look at the last rollouts"
+            )
+
+
 def _is_finite(tensor: torch.Tensor) -> bool:
     """Without a mask as large as the tensor; NaN goes through the minimum."""
     return not tensor.numel() or all(bool(bound.isfinite()) for bound in torch.aminmax(tensor))
