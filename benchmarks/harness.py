@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from megatron_ktr import strict_json
 from megatron_ktr.distributed.platform import Platform
 from megatron_ktr.errors import UserError
 
@@ -52,7 +53,7 @@ def allocated_peak_bytes(run: Callable[[], Any]) -> int:
 
 def write_report(report: dict[str, Any], *, out: Path | None, figure: Path | None, draw: Callable) -> str:
     """The report as JSON text, also in the files that were asked for."""
-    text = json.dumps(report, indent=1)
+    text = strict_json.dumps(report, indent=1)
     if out is not None:
         _write(out, text + "\n")
     if figure is not None:

@@ -15,7 +15,6 @@ The trainer scores the last turn's responses: the mean |difference| of its log-p
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -30,6 +29,7 @@ import torch  # noqa: E402
 
 from benchmarks.machine import about_machine  # noqa: E402
 from benchmarks.rollout_parts import Lengths, Turn, Workload  # noqa: E402
+from megatron_ktr import strict_json  # noqa: E402
 from megatron_ktr.distributed.groups import ParallelSizes, destroy_parallel, init_parallel  # noqa: E402
 from megatron_ktr.distributed.platform import Platform, start  # noqa: E402
 from megatron_ktr.errors import run_cli  # noqa: E402
@@ -132,7 +132,7 @@ def _main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         report = run_benchmark(arguments, start("cpu"), Path(folder))
     destroy_parallel()
-    text = json.dumps(report, indent=1)
+    text = strict_json.dumps(report, indent=1)
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(text + "\n", encoding="utf-8")

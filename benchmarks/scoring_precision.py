@@ -1,10 +1,13 @@
 """How far key tokens agree when the counterfactual passes run in bf16 (``scoring_precision: bf16``), not in fp32.
 
-    python benchmarks/scoring_precision.py [--json] [--out F.json]
+    python benchmarks/scoring_precision.py [--preamble-tokens 0,4000] [--json] [--out F.json]
 
 Fine-tunes the quickstart's tiny model for a minute (or takes the fine-tuned model of ``--quickstart``, the directory of
 a whole one), samples responses to ``--prompts`` training questions, scores them once with fp32 and once with bf16
 products in the hidden and the shuffled pass, and selects key tokens from each. The intact pass is in fp32 both times.
+
+The questions are about 30 tokens long. Each of ``--preamble-tokens`` puts a system message of so many tokens before
+the video and measures everything again: what an error of positions costs shows in long prompts only.
 
 Agreement = tokens that both select / tokens that either selects (Jaccard). Two random choices of a share p agree to
 p / (2 - p). ``..._clear``: in groups with a score of at least 0.01 nats. ``noise`` is |log-prob in bf16 - log-prob in
@@ -34,13 +37,14 @@ sys.path.insert(0, str(REPOSITORY))
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from megatron_ktr import strict_json  # noqa: E402
 from megatron_ktr.attribution.signals import SIGNALS, VIEW_OF_SIGNAL, Signal, signal_applies, signal_scores  # noqa: E402
 from megatron_ktr.config import Config, load_config  # noqa: E402
 from megatron_ktr.data.preprocess import PreprocessSettings  # noqa: E402
 from megatron_ktr.data.synthetic import corpus, make_dataset  # noqa: E402
 from megatron_ktr.data.template import load_tokenizer  # noqa: E402
 from megatron_ktr.data.tiny_model import save_tiny_model  # noqa: E402
-from megatron_ktr.distributed.groups import ParallelSizes, init_parallel  # noqa: E402
+from megatron_ktr.distributed.groups import ParallelSizes, destroy_parallel, init_parallel  # noqa: E402
 from megatron_ktr.distributed.platform import start  # noqa: E402
 from megatron_ktr.errors import UserError, run_cli  # noqa: E402
 from megatron_ktr.micro_batch import MicroBatch  # noqa: E402
@@ -84,8 +88,10 @@ def fine_tune(out: Path, *, seed: int, steps: int | None) -> Path:
     return model
 
 
-def sample(config: Config, policy: Policy, *, media: Any, num_prompts: int) -> list[RolloutGroup]:
-    """Rewarded responses of ``policy`` to the first questions."""
+def sample(
+    config: Config, policy: Policy, *, media: Any, num_prompts: int, at_once: int | None = None
+) -> list[RolloutGroup]:
+    """Rewarded responses of ``policy`` to the first questions, ``at_once`` in a batch: the same ones however many."""
     groups = policy.groups
     vocab_size = policy.model_config.text.vocab_size
     tokenizer = load_tokenizer(policy.hf_dir)
@@ -95,8 +101,10 @@ def sample(config: Config, policy: Policy, *, media: Any, num_prompts: int) -> l
         sampler=build_sampler(config, groups=groups, tokenizer=tokenizer, media=media),
     )
     source.load_weights(policy.export(gather_to=source.gather_weights_to))
-    source.begin(num_prompts, step=1)
-    found = source.finish()
+    found = []
+    while len(found) < num_prompts:
+        source.begin(min(at_once or num_prompts, num_prompts - len(found)), step=1)
+        found += source.finish()
     source.close()
     return found
 
@@ -110,17 +118,33 @@ class Scored:
     """By precision."""
 
 
-def sample_and_score(root: Path, model: Path, *, num_prompts: int, seed: int) -> list[Scored]:
+def write_wording(path: Path, *, base: Path, tokenizer: Any, num_tokens: int) -> None:
+    """The wording of ``base`` with a system message of about ``num_tokens`` tokens: questions as they are trained on,
+    again and again."""
+    text = ""
+    if num_tokens:
+        sentences = " ".join(corpus())
+        token_ids = tokenizer(sentences, add_special_tokens=False)["input_ids"]
+        repeated = (token_ids * (num_tokens // len(token_ids) + 1))[:num_tokens]
+        text = "{%- set system = " + json.dumps(tokenizer.decode(repeated)) + " -%}"
+    path.write_text(text + base.read_text(encoding="utf-8"), encoding="utf-8")
+
+
+def sample_and_score(root: Path, model: Path, *, num_prompts: int, num_preamble: int, seed: int) -> list[Scored]:
     """Responses of ``model`` to training questions of the quickstart in ``root``, scored in both precisions."""
     platform = start("cpu")
     groups = init_parallel(ParallelSizes(), platform=platform, seed=seed)
+    wording = root / f"wording_{num_preamble}.txt"
+    base = root / "model" / "prompt_template.txt"
+    write_wording(wording, base=base, tokenizer=load_tokenizer(model), num_tokens=num_preamble)
     flags = ["--config", EXAMPLES / "video_ktr.yaml", "--model", model, "--data-path", root / "data" / "train.json"]
-    flags += ["--prompt-template", root / "model" / "prompt_template.txt", "--run-dir", root / "unused"]
+    flags += ["--prompt-template", wording, "--max-prompt-length", num_preamble + 512, "--run-dir", root / "unused"]
     config = load_config([str(flag) for flag in [*flags, "--prompts-per-step", num_prompts, "--seed", seed]])
     model_config = Qwen2_5_VLConfig.from_hf(model)
     media = media_spec(model_config, patchify=PreprocessSettings.from_model(model).patchify)
     policy = Policy(model, config=config, groups=groups, platform=platform, num_steps=1)
-    sampled = sample(config, policy, media=media, num_prompts=num_prompts)
+    # Together, generate would hold a mask of prompt x prompt for every response to every prompt.
+    sampled = sample(config, policy, media=media, num_prompts=num_prompts, at_once=1 if num_preamble else None)
     parts = plan_micro_batches(sampled, groups_per_micro_batch=config.trainer.micro_batch_groups)
     objective = build_objective(config.objective, reward=config.reward)
     found = {}
@@ -212,30 +236,55 @@ def run(options: argparse.Namespace, root: Path) -> dict[str, Any]:
         model = fine_tune(root, seed=options.seed, steps=options.steps)
     else:
         model = root / "3_guess" / "export"
-    scored = sample_and_score(root, model, num_prompts=options.prompts, seed=options.seed)
-    num_tokens = sum(len(part.item.batch.target_ids_R) for part in scored)
+    settings = {"prompts": options.prompts, "responses": 8, "seed": options.seed, "torch": torch.__version__}
+    lengths = [measure_at(num_preamble, root, model, options=options) for num_preamble in options.preamble_tokens]
+    return {"settings": settings, "lengths": lengths}
+
+
+def measure_at(num_preamble: int, root: Path, model: Path, *, options: argparse.Namespace) -> dict[str, Any]:
+    """All shifts and ratios with prompts of one length."""
+    scored = sample_and_score(root, model, num_prompts=options.prompts, num_preamble=num_preamble, seed=options.seed)
+    destroy_parallel()
+    prompts = [len(group.prompt.token_ids) for part in scored for group in part.item.groups]
     results = {
         f"{shift}, {ratio:g}": measure(scored, VideoKTR(shift=shift, selection_ratio=dict.fromkeys(SIGNALS, ratio)))
         for shift in SHIFTS
         for ratio in RATIOS
     }
-    settings = {"prompts": options.prompts, "responses": 8, "response_tokens": num_tokens, "seed": options.seed}
-    return {"settings": settings, "torch": torch.__version__, "results": results}
+    return {
+        "preamble_tokens": num_preamble,
+        "prompt_tokens": {"shortest": min(prompts), "median": statistics.median(prompts), "longest": max(prompts)},
+        "response_tokens": sum(len(part.item.batch.target_ids_R) for part in scored),
+        "results": results,
+    }
 
 
 def _table(report: dict[str, Any]) -> str:
     columns = ("visual", "visual_clear", "temporal", "temporal_clear", "union")
-    lines = [f"{'shift, ratio':<16}" + "".join(f"{name:>15}" for name in columns)]
-    for name, values in report["results"].items():
-        cells = [values[f"agreement_{column}"] for column in columns]
-        lines.append(f"{name:<16}" + "".join(f"{'-' if cell is None else f'{cell:.3f}':>15}" for cell in cells))
-    return "\n".join(["agreement of key tokens, bf16 and fp32", *lines])
+    lines = ["agreement of key tokens, bf16 and fp32"]
+    for length in report["lengths"]:
+        prompt = f"{length['prompt_tokens']['median']:g} tokens"
+        lines.append(f"{prompt:<16}" + "".join(f"{name:>15}" for name in columns))
+        for name, values in length["results"].items():
+            cells = [values[f"agreement_{column}"] for column in columns]
+            lines.append(f"{name:<16}" + "".join(f"{'-' if cell is None else f'{cell:.3f}':>15}" for cell in cells))
+    return "\n".join(lines)
+
+
+def _lengths(text: str) -> list[int]:
+    lengths = [int(part) for part in text.split(",")]
+    if min(lengths) < 0:
+        raise ValueError
+    return lengths
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quickstart", type=Path, help="directory of a finished quickstart; none = fine-tune a model")
     parser.add_argument("--prompts", type=int, default=32, help="questions, with 8 responses each (default 32)")
+    parser.add_argument(
+        "--preamble-tokens", type=_lengths, default=[0], help="tokens before the question, several with commas"
+    )
     parser.add_argument("--steps", type=int, help="steps of every stage of fine-tuning, to try the command")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
@@ -243,7 +292,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         report = run(options, options.quickstart or Path(scratch))
-    text = json.dumps(report, indent=2) + "\n"
+    text = strict_json.dumps(report, indent=2) + "\n"
     if options.out is not None:
         options.out.write_text(text, encoding="utf-8")
     print(text if options.json else _table(report), end="\n" if not options.json else "")

@@ -157,6 +157,8 @@ def _objective(config: Config) -> Iterator[str]:
             )
     if section.objective == "sft" and config.rollout.temperature != 1.0:
         yield "--temperature must be 1 for --objective sft: the likelihood of given responses has none"
+    if section.scoring_precision == "bf16" and config.model.params_dtype == "fp16":
+        yield "--scoring-precision bf16 does not go with --fp16: its counterfactual passes are in FP16; leave it out"
     if {"vision", "merger", "language"} <= set(config.model.freeze):
         yield "--freeze vision,merger,language leaves nothing to train"
     if config.rollout.num_generations < 2 and section.objective != "sft":

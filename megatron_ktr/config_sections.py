@@ -349,7 +349,9 @@ class ParallelSection:
         "Selective recomputation: core attention, the language model's MLPs, norms before attention and MLP",
     )
     recompute_method: Literal["uniform", "block"] | None = _option(
-        None, "Full recomputation of every group of recompute_num_layers layers, or of that many layers per stage"
+        None,
+        "Full recomputation in groups of recompute_num_layers layers (uniform; it divides the layers of every pipeline "
+        "chunk), or of that many layers per stage (block)",
     )
     recompute_num_layers: int | None = _option(None, "See recompute_method", low=1)
     vision_parallel: Literal["tensor", "frame"] = _option(

@@ -10,8 +10,7 @@ flops_imbalance/after and groups_moved, under a bound on tokens num_micro_batche
 "decoder/pyav: <why not decord>", repeated_frames, substituted_media. With original_compat also
 responses_without_key_tokens, a share of the step's responses.
 
-Numbers in the file have 8 significant digits. One that is not a number is written as Python's json does, ``NaN``, which
-our readers take and strict JSON does not.
+Numbers in the file have 8 significant digits. One that is not finite is null there.
 """
 
 from __future__ import annotations
@@ -23,6 +22,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+from megatron_ktr import strict_json
 
 
 class PhaseTimer:
@@ -76,7 +77,7 @@ class MetricsWriter:
         if self._file is None or self._events is None:
             return
         rounded = {name: float(f"{value:.8g}") for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, **rounded}) + "\n")
+        self._file.write(strict_json.dumps({"step": step, **rounded}) + "\n")
         self._file.flush()
         for name, value in values.items():
             self._events.add_scalar(name, value, step)

@@ -92,6 +92,8 @@ class UpdateResult:
     """Whether any token of the global batch has a gradient. Without one ``update`` takes no optimizer step: Adam's
     momentum and weight decay would move the weights on no evidence."""
     metrics: Metrics
+    num_not_finite: int = 0
+    """Response tokens of the global batch whose log-prob is NaN or infinite."""
     has_stepped: bool = False
     grad_norm: float = 0.0
     """Before clipping."""

@@ -89,6 +89,30 @@ def virtual_stages(num_layers: int, *, options: ParallelSection) -> int | None:
     return per_stage // per_chunk
 
 
+def check_recomputation(split: Split, *, options: ParallelSection) -> None:
+    """Raises ``UserError`` where layers are recomputed in groups of N and some chunk is not made of whole groups:
+    megatron-core 0.16 then looks for layers behind the chunk's last one.
+
+    The reference model is split alike. The vision encoder has groups of its own (``vision.py``).
+    """
+    if options.recompute_method != "uniform" or not options.recompute_num_layers:
+        return
+    size = options.recompute_num_layers
+    odd = [count for stage in split for count in stage if count % size]
+    if odd:
+        one = len(split) == len(split[0]) == 1
+        where = "the model has" if one else "a pipeline chunk has"
+        raise UserError(
+            f"--recompute-num-layers {size} must divide the layers of every pipeline chunk with --recompute-method "
+            f"uniform, and {where} {odd[0]}; use {_largest_divisor(split, size)}, or --recompute-method block"
+        )
+
+
+def _largest_divisor(split: Split, limit: int) -> int:
+    counts = [count for stage in split for count in stage]
+    return next(size for size in range(limit, 0, -1) if not any(count % size for count in counts))
+
+
 def problems(options: ParallelSection) -> Iterator[str]:
     """What is wrong with the options on their own, whatever the model."""
     ends = [

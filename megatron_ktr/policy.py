@@ -32,12 +32,12 @@ from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.distributed.optimizer import build_optimizer, build_scheduler, freeze_parts, wrap_in_ddp
 from megatron_ktr.distributed.platform import Platform
 from megatron_ktr.distributed.replicas import ReplicaNumbers
-from megatron_ktr.errors import UserError, same_on_every_rank
 from megatron_ktr.micro_batch import Denominators, MicroBatch, UpdateResult, any_gradient, mean_by_view
 from megatron_ktr.objectives.base import Objective
 from megatron_ktr.offload import moments_on_device, moves
 from megatron_ktr.ops.token_statistics import TokenStatistics
 from megatron_ktr.policy_export import export_weights, save_export
+from megatron_ktr.policy_finite import require_finite, require_finite_weights
 from megatron_ktr.policy_vision import PolicyVision
 from megatron_ktr.reference_model import ReferenceModel
 from megatron_ktr.types import Metrics, PackedBatch, Prompt, TokenScores
@@ -96,6 +96,7 @@ class Policy(ReplicaNumbers):
     def _load_model(self, hf_dir: Path) -> list[Qwen2_5_VLModel]:
         chunks = build_model(self.model_config, groups=self.groups, config=self.config, dtype=self.dtype)
         load_hf_weights(chunks, hf_dir, groups=self.groups)
+        require_finite_weights(chunks, hf_dir=hf_dir, groups=self.groups)
         return chunks
 
     def _connect_schedule_hooks(self) -> None:
@@ -202,6 +203,8 @@ class Policy(ReplicaNumbers):
     ) -> UpdateResult:
         """One optimizer step: ``backward``, then clipping, optimizer and learning-rate schedule."""
         result = self.backward(micro_batches, objective=objective, denominators=denominators)
+        # A token whose scores are NaN is no key token, and without key tokens the loss is 0.
+        self._require_finite("policy's log-prob of response tokens", math.nan if result.num_not_finite else 0.0)
         if not result.has_gradient:
             return result
         if not math.isfinite(result.loss) and (reason := objective.reason_to_skip(result.metrics)):
@@ -222,12 +225,7 @@ class Policy(ReplicaNumbers):
 
     def _require_finite(self, name: str, value: float) -> None:
         """Stops the run, on every rank alike, before a checkpoint or an export could hold NaN weights."""
-        if not math.isfinite(value):
-            with same_on_every_rank():
-                raise UserError(
-                    f"the {name} is {value}: the run stops, earlier checkpoints are intact; lower --lr or --clip-grad, "
-                    "or look at the last rollouts"
-                )
+        require_finite(name, value)
 
     def backward(
         self, micro_batches: Sequence[MicroBatch], *, objective: Objective, denominators: Denominators
@@ -267,14 +265,17 @@ class Policy(ReplicaNumbers):
         for batch_loss, batch_metrics, streams, scores in outputs if speaks else ():
             metrics.merge(batch_metrics)
             metrics.add("loss", batch_loss)
+            metrics.add("num_not_finite", float((~scores.policy_logprob_R.isfinite()).sum()))
             metrics.add("has_gradient", any_gradient(streams, scores if objective.needs_reference else None))
         metrics = reduce_metrics(metrics, self.groups.world)
         # Already divided by global counts: the parts of the loss add up, they are not averaged.
-        loss, has_gradient = (metrics.pop_sum(name) for name in ("loss", "has_gradient"))
+        names = ("loss", "has_gradient", "num_not_finite")
+        loss, has_gradient, num_not_finite = (metrics.pop_sum(name) for name in names)
         return UpdateResult(
             loss=loss,
             has_gradient=has_gradient > 0,
             metrics=metrics,
+            num_not_finite=round(num_not_finite),
             streams=tuple(streams for _, _, streams, _ in outputs),
             scores=tuple(scores for _, _, _, scores in outputs),
         )

@@ -54,9 +54,7 @@ class PolicyVision:
         vision = self._passes[model]
         if vision is None or not batch.media:
             return batch
-        # Passes may run in lower precision; features are shared with those that do not.
-        with torch.autocast(self._device.type, enabled=False):
-            return dataclasses.replace(batch, features_ED=vision.features(batch.media))
+        return dataclasses.replace(batch, features_ED=vision.features(batch.media))
 
     def prepare(self, batches: Sequence[PackedBatch]) -> None:
         """Encodes media now that passes without gradient show before the update, whose gradient takes the same run."""

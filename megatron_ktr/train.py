@@ -27,7 +27,7 @@ from megatron_ktr.interruption import EXIT_SAVED, LEAVE_SIGNALS, LeaveRequest
 from megatron_ktr.metrics import MetricsWriter, step_line
 from megatron_ktr.objectives import Objective, build_objective
 from megatron_ktr.pipeline_split import virtual_stages
-from megatron_ktr.policy import Policy
+from megatron_ktr.policy import DTYPES, Policy
 from megatron_ktr.report.console import selected_tokens_text
 from megatron_ktr.rollout.features import build_feature_sender
 from megatron_ktr.rollout.replay import write_rollouts
@@ -37,6 +37,7 @@ from megatron_ktr.run_directory import RunStart, open_run_directory, rollout_fil
 from megatron_ktr.trainer import StepReport, Trainer
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.media import media_spec
+from models.qwen2_5_vl.transformer_config import language_transformer_config
 
 
 def parallel_sizes(config: Config, *, num_layers: int) -> ParallelSizes:
@@ -84,6 +85,8 @@ def _train(config: Config, *, platform: Platform, leave: LeaveRequest) -> bool:
         )
         config.prompts_per_replica(groups.data_size)
         check_micro_batches(config, groups)
+        # Sizes that do not fit are refused before an engine or a model is loaded.
+        language_transformer_config(model_config, groups=groups, dtype=DTYPES[config.model.params_dtype], config=config)
         objective = build_objective(config.objective, reward=config.reward)
     platform.seed(config.trainer.seed)
     start = _open_run_directory(config, groups)

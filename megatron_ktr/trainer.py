@@ -27,6 +27,7 @@ from megatron_ktr.micro_batch import Denominators, MicroBatch, UpdateResult
 from megatron_ktr.objectives.base import Objective
 from megatron_ktr.packing import MediaSpec
 from megatron_ktr.policy import Policy
+from megatron_ktr.policy_finite import require_finite_samples
 from megatron_ktr.rollout.sampler_check import SamplerCheck
 from megatron_ktr.rollout.source import ReplicaSource
 from megatron_ktr.scoring import ScoringPasses
@@ -105,6 +106,7 @@ class Trainer:
             self._begin_rollouts(step)
         with self.timer.phase("rollout"):
             groups = self.source.finish()
+        require_finite_samples(groups, step=step, global_count=self.policy.global_count)
         if self.source.lag and step < self.config.trainer.train_steps:
             self._begin_rollouts(step + 1)
         return groups

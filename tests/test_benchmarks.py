@@ -39,6 +39,7 @@ def test_key_token_benchmark_writes_results_and_figure(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_scoring_precision_benchmark_runs_from_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/scoring_precision.py", "--json", "--prompts", "2", "--steps", "1"]
+    command += ["--preamble-tokens", "0,600"]
     result = subprocess.run(
         [*command, "--out", str(tmp_path / "a.json")],
         cwd=REPOSITORY,
@@ -49,8 +50,10 @@ def test_scoring_precision_benchmark_runs_from_nothing(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
     assert report == json.loads((tmp_path / "a.json").read_text())
-    assert report["settings"]["prompts"] == 2 and report["settings"]["response_tokens"] > 16
-    for values in report["results"].values():
+    short, long = report["lengths"]
+    assert report["settings"]["prompts"] == 2 and short["response_tokens"] > 16
+    assert short["prompt_tokens"]["longest"] < 100 and long["prompt_tokens"]["shortest"] > 600
+    for values in [*short["results"].values(), *long["results"].values()]:
         assert 0 < values["agreement_union"] <= 1 and 0 < values["share_union"] < 1
         # bf16 keeps 8 bits: a pass in fp32 would have no noise, one that was not the same would have nats of it.
         assert 0 < values["noise_visual_mean"] < 0.5

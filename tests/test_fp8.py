@@ -128,6 +128,7 @@ def test_published_models_fit_but_for_one_layout() -> None:
         (dict(fp8_format="hybrid", fp8_param_gather=True, fp8_recipe="mxfp8"), "not available with"),
         (dict(fp8_format="hybrid", fp8_param_gather=True, scoring_precision="bf16"), "no weights in BF16"),
         (dict(fp8_format="hybrid", fp8_vision=True, vision_parallel="frame"), "--vision-parallel tensor"),
+        (dict(scoring_precision="bf16", params_dtype="fp16"), "does not go with --fp16"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(values: dict[str, Any], part: str) -> None:

@@ -233,11 +233,53 @@ def test_transformer_engine_attention_gets_everybodys_keys_on_a_context_rank(te_
         assert bool((out[len(shard.rows) :] == 0).all())
 
 
+def test_transformer_engine_attention_of_a_context_rank_without_rows_is_zero(te_attention: torch.nn.Module) -> None:
+    """One prompt token and one response: of four ranks the first and the last have something to do."""
+    from megatron_ktr.context_shard import shard_layout
+    from megatron_ktr.types import GroupSpan
+    from models.qwen2_5_vl.attention import PrefixSeqParams
+
+    shard = shard_layout(PackedLayout((GroupSpan(0, 1, (3,)),)), size=4, rank=1)
+    assert not shard.plan.segments
+    params = PrefixSeqParams.from_shard(shard, group=None)
+    k, v = (torch.randn(4, 2, 8, requires_grad=True) for _ in range(2))
+    params.exchange = lambda key, value: (k, v)
+    mine = torch.randn(shard.num_rows, 4, 8)
+    out = te_attention(mine, mine[:, :2], mine[:, :2], None, packed_seq_params=params)
+    assert out.shape == (shard.num_rows, 32) and not out.any()
+    # Connected: the exchange's backward is a collective, for which the other ranks wait.
+    out.sum().backward()
+    assert not k.grad.any() and not v.grad.any()
+
+
+def test_transformer_engine_attention_multiplies_in_the_products_dtype(te_attention: torch.nn.Module) -> None:
+    from models.qwen2_5_vl.attention import PrefixSeqParams
+    from models.qwen2_5_vl.products import LanguageConfig
+
+    q, k, v = (torch.randn(LAYOUT.num_tokens, n, 8) for n in (4, 2, 2))
+    params = PrefixSeqParams.from_layout(LAYOUT)
+    exact = te_attention(q, k, v, None, packed_seq_params=params)
+    te_attention.config = LanguageConfig(
+        num_layers=1, hidden_size=32, num_attention_heads=4, product_dtype=torch.bfloat16
+    )
+    lowered = te_attention(q, k, v, None, packed_seq_params=params)
+    assert te_attention.seen == {torch.float32, torch.bfloat16} and lowered.dtype == torch.float32
+    # 8 bits of operands near 1, and of the result.
+    assert 1e-5 < (lowered - exact).abs().max() < 0.05
+
+
 class BottomRightCausal(torch.nn.Module):
     """What Transformer Engine does with packed segments and this mask, by its definition: query i of m may attend
     key j of n iff j <= i + n - m."""
 
+    config = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[torch.dtype] = set()
+
     def forward(self, query, key, value, attention_mask, *, attn_mask_type, packed_seq_params) -> Tensor:
+        self.seen |= {query.dtype, key.dtype, value.dtype}
         assert attn_mask_type.name == "padding_causal_bottom_right"
         bounds_q, bounds_kv = packed_seq_params.cu_seqlens_q.tolist(), packed_seq_params.cu_seqlens_kv.tolist()
         assert packed_seq_params.max_seqlen_q <= packed_seq_params.max_seqlen_kv

@@ -20,7 +20,7 @@ from megatron_ktr.config import load_config
 from megatron_ktr.config_sections import ParallelSection
 from megatron_ktr.distributed.groups import ParallelGroups, ParallelSizes
 from megatron_ktr.errors import UserError
-from megatron_ktr.pipeline_split import chunk_layout, is_even, split_layers, virtual_stages
+from megatron_ktr.pipeline_split import check_recomputation, chunk_layout, is_even, split_layers, virtual_stages
 from megatron_ktr.types import RolloutGroup
 from tests.support.layouts import FULL, OVERLAPPED, SMALL, Layout, sizes_of
 from tests.support.ranks import RankContext, RankPool
@@ -151,6 +151,25 @@ def test_vision_counts_as_layers_of_the_first_stage() -> None:
     for num_layers, vision, message in ((28, 7, "must divide the 28 layers"), (8, 24, "lower --account-for-vision")):
         with pytest.raises(UserError, match=message):
             split(num_layers, 4, 1, vision)
+
+
+def test_recomputed_groups_must_fill_every_chunk() -> None:
+    def check(split: tuple[tuple[int, ...], ...], size: int, method: str = "uniform") -> None:
+        options = dict(recompute_granularity="full", recompute_method=method, recompute_num_layers=size)
+        check_recomputation(split, options=ParallelSection(**options))
+
+    check(((28,),), 7)
+    check(((0, 3), (3, 6)), 3)
+    check(((28,),), 40, method="block")
+    check_recomputation(((28,),), options=ParallelSection())
+    for split, size, message in (
+        (((28,),), 5, "the model has 28; use 4, or --recompute-method block"),
+        (((28,),), 40, "the model has 28; use 28, or"),
+        (((1,), (9,), (9,), (9,)), 3, "a pipeline chunk has 1; use 1, or"),
+        (((2, 2), (2, 2)), 4, "a pipeline chunk has 2; use 2, or"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check(split, size)
 
 
 def test_virtual_stages_are_counted_with_what_counts_beside_layers() -> None:

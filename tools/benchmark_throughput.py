@@ -41,6 +41,7 @@ warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed\.")
 warnings.filterwarnings("ignore", message="Please use DTensor instead")
 logging.getLogger("megatron").setLevel(logging.ERROR)
 
+from megatron_ktr import strict_json  # noqa: E402
 from megatron_ktr.config import Config, load_config  # noqa: E402
 from megatron_ktr.data.preprocess import PreprocessSettings  # noqa: E402
 from megatron_ktr.distributed import platform as platforms  # noqa: E402
@@ -165,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         report = summarise(timings, memory, trainer=trainer, options=options)
         if options.plot:
             options.plot.write_text(draw(report), encoding="utf-8")
-        print(json.dumps(report) if options.json else table(report), flush=True)
+        print(strict_json.dumps(report) if options.json else table(report), flush=True)
     destroy_parallel()
 
 

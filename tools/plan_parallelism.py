@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 # `python tools/X.py` puts tools/ on the path, not the repository.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_ktr import strict_json  # noqa: E402
 from megatron_ktr.accounting.links import Machine  # noqa: E402
 from megatron_ktr.accounting.planner import GB, PIXELS_PER_TOKEN, Plan, Request, find_plans  # noqa: E402
 from megatron_ktr.accounting.saved import FUSED, TORCH_GPU  # noqa: E402
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     request = _request(options)
     plans = find_plans(request)
     if options.json:
-        print(json.dumps({"layouts": [_as_json(plan) for plan in plans[: options.best]]}), flush=True)
+        print(strict_json.dumps({"layouts": [_as_json(plan) for plan in plans[: options.best]]}), flush=True)
     else:
         print(_as_text(request, plans, num_shown=options.rows, num_best=options.best), flush=True)
     return 0

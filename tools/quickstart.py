@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from megatron_ktr import strict_json
 from megatron_ktr.config import config_from_values
 from megatron_ktr.data.dataset import read_records
 from megatron_ktr.data.synthetic import corpus, make_dataset
@@ -247,7 +248,7 @@ def main() -> None:
     finally:
         quickstart.close()
     path = options.out / "summary.json"
-    path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    path.write_text(strict_json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     report = options.out / "report.html"
     write_report(
         [

@@ -79,16 +79,19 @@ def prefix_attention(
     elif impl == "merged":
         options["exchange"] = exchange
     if not plan.segments:
-        return _Nothing.apply(q_TNH, k_JKH, v_JKH)
+        return attend_nothing(q_TNH, k_JKH, v_JKH)
     attend = {"torch": loop_attention, "merged": merged_attention, "varlen": varlen_attention}[impl]
     out_TNH = attend(q_TNH, k_JKH, v_JKH, **options)
     return pad(out_TNH, (0, 0, 0, 0, 0, plan.num_padding)) if plan.num_padding else out_TNH
 
 
-class _Nothing(torch.autograd.Function):
-    """Padding alone: zeros that stay connected to keys and values. Under context parallelism their gradient takes part
-    in a collective, which a rank without rows must join like the others."""
+def attend_nothing(q_TNH: Tensor, k_JKH: Tensor, v_JKH: Tensor) -> Tensor:
+    """Attention where all T rows are padding: zeros like q that stay connected to keys and values. Under context
+    parallelism their gradient takes part in a collective, which a rank without rows must join like the others."""
+    return _Nothing.apply(q_TNH, k_JKH, v_JKH)
 
+
+class _Nothing(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         ctx.save_for_backward(q, k, v)

@@ -101,7 +101,7 @@ def read_run(run_dir: Path | str) -> RunData:
     by_step: dict[int, Mapping[str, float]] = {}
     for line, values in _read_lines(run_dir / "metrics.jsonl"):
         step = values.get("step")
-        numbers = {name: value for name, value in values.items() if name != "step"}
+        numbers = {name: _or_nan(value) for name, value in values.items() if name != "step"}
         if not _is_whole(step) or not all(_is_number(value) for value in numbers.values()):
             raise UserError(f"{run_dir / 'metrics.jsonl'}, line {line}: expected a whole 'step' and numbers")
         by_step[step] = numbers
@@ -187,6 +187,8 @@ def _numbers(item: Mapping[str, Any], name: str, num_tokens: int) -> list[float]
     values = item.get(name)
     if values is None or values == []:
         return []
+    if isinstance(values, list):
+        values = [_or_nan(value) for value in values]
     if not isinstance(values, list) or len(values) != num_tokens or not all(_is_number(value) for value in values):
         raise ValueError(f"expected {name} to be a list of {num_tokens} numbers, one per token")
     return values
@@ -222,6 +224,11 @@ def _read_config(path: Path) -> dict[str, dict[str, Any]]:
     if not isinstance(content, dict) or not all(isinstance(section, dict) for section in content.values()):
         raise UserError(f"{path}: expected sections of options")
     return content
+
+
+def _or_nan(value: Any) -> Any:
+    """A number that is not finite is null in our files."""
+    return math.nan if value is None else value
 
 
 def _is_whole(value: Any) -> bool:

@@ -17,7 +17,6 @@ therefore needs the part ``accuracy`` of every response; files without it train 
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import math
 import os
@@ -27,6 +26,7 @@ from typing import Any
 
 from torch import Tensor
 
+from megatron_ktr import strict_json
 from megatron_ktr.data.dataset import PromptDataset
 from megatron_ktr.data.record_problems import RecordProblems
 from megatron_ktr.data.records import NORMALISED, Record, read_records
@@ -196,8 +196,8 @@ def write_rollouts(
     Frames are not stored: the record's path is, and replaying samples them again with the settings of that run. Sorted
     by ``draw_number`` the lines of a run's replicas are its data in the order drawn; frame orders then repeat, too.
     With ``selections`` each response also tells its key tokens (``is_key_token``, ``is_selected`` by signal) and the
-    trainer's log-probs (``policy_logprobs``), for reports; replaying ignores them. Raises UserError where the file
-    cannot be written.
+    trainer's log-probs (``policy_logprobs``), for reports; replaying ignores them. Numbers that are not finite become
+    null. Raises UserError where the file cannot be written.
     """
     path = Path(path)
     num_written = 0
@@ -205,7 +205,7 @@ def write_rollouts(
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a" if append else "w", encoding="utf-8") as file:
             for group, chosen in itertools.zip_longest(groups, selections):
-                file.write(json.dumps(_group_line(group, chosen), ensure_ascii=False, allow_nan=False) + "\n")
+                file.write(strict_json.dumps(_group_line(group, chosen), ensure_ascii=False) + "\n")
                 num_written += 1
             file.flush()
             os.fsync(file.fileno())

@@ -22,6 +22,7 @@ from megatron_ktr.ops.key_exchange import KeyExchange
 from megatron_ktr.ops.prefix_attention import PrefixImpl, prefix_attention
 from megatron_ktr.ops.prefix_attention_plan import AttentionPlan
 from megatron_ktr.types import PackedLayout
+from models.qwen2_5_vl.products import product_dtype
 
 
 @dataclass
@@ -72,6 +73,7 @@ class PrefixCoreAttention(torch.nn.Module):
         **_: Any,
     ) -> None:
         super().__init__()
+        self.config = config
         self.layer_number = layer_number
         self.scale = softmax_scale
         self.impl: PrefixImpl = impl
@@ -87,16 +89,17 @@ class PrefixCoreAttention(torch.nn.Module):
         **_: Any,
     ) -> Tensor:
         """[T, N, H], [T, K, H], [T, K, H] -> [T, N * H]; mask arguments are unused, the plan says it all."""
+        lower = product_dtype(self.config) or query.dtype
         out_TNH = prefix_attention(
-            query,
-            key,
-            value,
+            query.to(lower),
+            key.to(lower),
+            value.to(lower),
             plan=packed_seq_params.plan,
             scale=self.scale,
             impl=self.impl,
             exchange=packed_seq_params.exchange,
         )
-        return out_TNH.flatten(1)
+        return out_TNH.flatten(1).to(query.dtype)
 
 
 def _one_sequence(num_rows: int) -> dict[str, Any]:

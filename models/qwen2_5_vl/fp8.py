@@ -22,6 +22,7 @@ from megatron_ktr.errors import UserError
 from megatron_ktr.precision import uses_fp8, why_not_of_sizes, why_not_on_device
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig, TextConfig, VisionConfig
 from models.qwen2_5_vl.layer_specs import resolve_transformer_impl
+from models.qwen2_5_vl.products import LanguageConfig
 
 if TYPE_CHECKING:
     from megatron_ktr.config import Config
@@ -84,25 +85,25 @@ def vision_fields(base: TransformerConfig, *, is_on: bool) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def pass_precision(transformer_config: TransformerConfig, precision: str, *, section: ModelSection) -> Iterator[None]:
+def pass_precision(transformer_config: LanguageConfig, precision: str, *, section: ModelSection) -> Iterator[None]:
     """Within it, forward passes of the language model run in ``precision``: ``same``, ``bf16`` or ``fp8``.
 
-    The fields of the layers' shared configuration are switched, rather than Transformer Engine's autocast wrapped
-    around the pass: core then does the rest as in training (which layers stay in bf16, and quantising the weights
-    anew in a schedule's first micro-batch, without which a second scoring pass would see the weights of the first).
+    The fields of the layers' shared configuration are switched, rather than an autocast wrapped around the pass:
+    torch's would lower more than products (``products.py``), and Transformer Engine's would leave out what core does as
+    in training (which layers stay in bf16, and quantising the weights anew in a schedule's first micro-batch, without
+    which a second scoring pass would see the weights of the first).
     """
     wanted: dict[str, Any] = {}
-    is_lower = precision == "bf16" and transformer_config.params_dtype is torch.float32
     if precision == "fp8" and transformer_config.fp8 is None:
         wanted = training_fields(section) | {"fp8": section.fp8_format or "hybrid", "fp8_param": False}
     elif precision == "bf16":
-        wanted = {"fp8": None}
+        is_wider = transformer_config.params_dtype is torch.float32
+        wanted = {"fp8": None, "product_dtype": torch.bfloat16 if is_wider else None}
     before = {name: getattr(transformer_config, name) for name in wanted}
     try:
         for name, value in wanted.items():
             setattr(transformer_config, name, value)
-        with torch.autocast(current().device.type, torch.bfloat16, enabled=is_lower):
-            yield
+        yield
     finally:
         for name, value in before.items():
             setattr(transformer_config, name, value)

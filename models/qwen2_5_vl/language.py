@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import MultimodalRotaryEmbedding
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, scatter_to_sequence_parallel_region
@@ -58,6 +60,7 @@ class LanguageModel(GPTModel):
             pg_collection=process_groups,
             vp_stage=vp_stage,
         )
+        self.rotary_pos_emb.__class__ = RotaryAngles
         if post_process:
             self.output_layer.__class__ = StatisticsHead
 
@@ -106,6 +109,26 @@ class LanguageModel(GPTModel):
 
     def _postprocess(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         return hidden_states
+
+
+class RotaryAngles(MultimodalRotaryEmbedding):
+    """The rotary embedding GPTModel built: angle = position * frequency, multiplied element by element in fp32.
+
+    megatron-core's own is a matrix product, and matrix products are what autocast and TF32 lower: the angle 3,000 would
+    be off by 8 in bf16 and by 1 in TF32, and the rotation by anything.
+    """
+
+    def forward(self, position_ids_31T: Tensor, mrope_section: list[int], cp_group: Any = None) -> Tensor:
+        """[3, 1, T] positions along time, height and width -> angles [T, 1, 1, H] in fp32.
+
+        Channels of the first half of a head take their axis by section; the second half are their partners. Rows of
+        context ranks are shared out before (``attention.OneRank``), so that ``cp_group`` has nothing to cut.
+        """
+        frequencies = self.inv_freq.to(position_ids_31T.device)
+        axis = torch.repeat_interleave(torch.arange(3), torch.tensor(mrope_section)).to(frequencies.device)
+        positions_T1H = position_ids_31T.float().index_select(0, axis).permute(2, 1, 0)
+        angles_T1H = positions_T1H * frequencies
+        return torch.cat([angles_T1H, angles_T1H], dim=-1)[:, :, None]
 
 
 class StatisticsHead(ColumnParallelLinear):

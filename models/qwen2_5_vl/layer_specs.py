@@ -4,15 +4,16 @@
 part                   local (CPU, CUDA without TE)            Transformer Engine
 =====================  ======================================  ==========================================
 norm before attention  ``RMSNorm``                             fused into linear_qkv (``layer_norm_weight``)
-linear_qkv             ColumnParallelLinear                    TELayerNormColumnParallelLinear
+linear_qkv             ``ColumnLinear``                        TELayerNormColumnParallelLinear
 core attention         ``PrefixCoreAttention``                 TE attention, bottom-right causal, packed (*)
-linear_proj            RowParallelLinear                       TERowParallelLinear
+linear_proj            ``RowLinear``                           TERowParallelLinear
 norm before the MLP    ``RMSNorm``                             fused into linear_fc1 (``layer_norm_weight``)
-linear_fc1             ColumnParallelLinear                    TELayerNormColumnParallelLinear
-linear_fc2             RowParallelLinear                       TERowParallelLinear
+linear_fc1             ``ColumnLinear``                        TELayerNormColumnParallelLinear
+linear_fc2             ``RowLinear``                           TERowParallelLinear
 final norm             ``RMSNorm``                             TENorm
 =====================  ======================================  ==========================================
 
+``products.py`` has the linear layers on the left, and what lowers those on the right.
 (*) ``attention_impl`` chooses: "te" is Transformer Engine's, and the default there; torch, merged and varlen are
 ``PrefixCoreAttention`` with that implementation, in either column.
 
@@ -30,7 +31,6 @@ from typing import Any, Literal
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -44,8 +44,10 @@ from torch.nn.functional import pad
 
 from megatron_ktr.distributed.platform import current
 from megatron_ktr.errors import UserError
+from megatron_ktr.ops.prefix_attention import attend_nothing
 from models.qwen2_5_vl.attention import PrefixCoreAttention, PrefixSeqParams
 from models.qwen2_5_vl.norm import RMSNorm
+from models.qwen2_5_vl.products import ColumnLinear, RowLinear, lowerable, product_dtype
 
 TransformerImpl = Literal["auto", "te", "local"]
 AttentionImpl = Literal["auto", "torch", "merged", "varlen", "te"]
@@ -105,13 +107,13 @@ def norm_class(impl: TransformerImpl) -> Any:
 
 def _local_layer(core_attention: Any) -> ModuleSpec:
     attention = SelfAttentionSubmodules(
-        linear_qkv=ColumnParallelLinear,
+        linear_qkv=ColumnLinear,
         core_attention=core_attention,
-        linear_proj=RowParallelLinear,
+        linear_proj=RowLinear,
         q_layernorm=None,
         k_layernorm=None,
     )
-    mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    mlp = MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -134,14 +136,15 @@ def _local_layer(core_attention: Any) -> ModuleSpec:
 
 def _te_layer(core_attention: Any) -> ModuleSpec:
     te = te_modules()
+    column_linear, row_linear = lowerable(te.norm_column_linear), lowerable(te.row_linear)
     attention = SelfAttentionSubmodules(
-        linear_qkv=te.norm_column_linear,
+        linear_qkv=column_linear,
         core_attention=core_attention,
-        linear_proj=te.row_linear,
+        linear_proj=row_linear,
         q_layernorm=None,
         k_layernorm=None,
     )
-    mlp = MLPSubmodules(linear_fc1=te.norm_column_linear, linear_fc2=te.row_linear)
+    mlp = MLPSubmodules(linear_fc1=column_linear, linear_fc2=row_linear)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -186,9 +189,15 @@ def te_modules() -> SimpleNamespace:
             packed_seq_params: PrefixSeqParams | None = None,
             **kwargs: Any,
         ) -> Tensor:
+            own_dtype = query.dtype
+            lower = product_dtype(self.config) or own_dtype
+            query, key, value = query.to(lower), key.to(lower), value.to(lower)
             if packed_seq_params.exchange is not None:
                 key, value = packed_seq_params.exchange(key, value)
             plan = packed_seq_params.plan
+            if not plan.segments:
+                # A context rank may own none of a short sequence; its kernels need at least one.
+                return attend_nothing(query, key, value).flatten(1).to(own_dtype)
             call = plan.whole_call(query.device)
             segments = PackedSeqParams(
                 qkv_format="thd",
@@ -207,6 +216,7 @@ def te_modules() -> SimpleNamespace:
                 packed_seq_params=segments,
                 **kwargs,
             )
+            out = out.to(own_dtype)
             # Padding rows attend nothing; their output is zero, whatever the shape TE answers in.
             padding = (0, 0) * (out.dim() - 1) + (0, plan.num_padding)
             return pad(out, padding) if plan.num_padding else out

@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.tensor_parallel import layers
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ktr.distributed.groups import ParallelGroups, ParallelSizes, pipeline_comm_settings
 from megatron_ktr.distributed.platform import current
-from megatron_ktr.errors import UserError
-from megatron_ktr.pipeline_split import Split, chunk_layout, is_even, split_layers
+from megatron_ktr.errors import UserError, same_on_every_rank
+from megatron_ktr.pipeline_split import Split, check_recomputation, chunk_layout, is_even, split_layers
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.fp8 import fp8_settings
 from models.qwen2_5_vl.layer_specs import resolve_transformer_impl
+from models.qwen2_5_vl.products import LanguageConfig
 
 if TYPE_CHECKING:
     from megatron_ktr.config import Config
@@ -22,13 +22,19 @@ if TYPE_CHECKING:
 
 def language_transformer_config(
     model_config: Qwen2_5_VLConfig, *, groups: ParallelGroups, dtype: torch.dtype, config: Config | None = None
-) -> TransformerConfig:
+) -> LanguageConfig:
     """The language model's ``TransformerConfig``; ``config`` adds recomputation, everything else follows the sizes.
 
     Raises:
-        UserError: sizes that the layout cannot split, or a layout the model does not support.
+        UserError: on every rank alike: sizes that the layout cannot split, or a layout the model does not support.
     """
-    sizes = groups.sizes
+    with same_on_every_rank():
+        return _language_transformer_config(model_config, sizes=groups.sizes, dtype=dtype, config=config)
+
+
+def _language_transformer_config(
+    model_config: Qwen2_5_VLConfig, *, sizes: ParallelSizes, dtype: torch.dtype, config: Config | None
+) -> LanguageConfig:
     _check_layout(model_config, sizes)
     split = split_layers(
         model_config.text.num_hidden_layers,
@@ -36,8 +42,10 @@ def language_transformer_config(
         virtual=_num_chunks(sizes),
         options=config.parallel if config else None,
     )
+    if config is not None:
+        check_recomputation(split, options=config.parallel)
     try:
-        return TransformerConfig(
+        return LanguageConfig(
             **_architecture(model_config),
             **_placement(sizes, split=split, dtype=dtype),
             **pipeline_comm_settings(sizes),

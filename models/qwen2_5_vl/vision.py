@@ -165,7 +165,12 @@ def vision_transformer_config(
     replicated. FP8 only on request, and gradients are accumulated by autograd: fused accumulation needs Transformer
     Engine.
     """
-    block_layers = base.recompute_num_layers
+    recomputed_layers = None
+    if base.recompute_num_layers is not None:
+        recomputed_layers = min(base.recompute_num_layers, config.depth)
+        # Groups of at most as many layers, all of one size: the option is chosen to fit the language model.
+        while base.recompute_method == "uniform" and config.depth % recomputed_layers:
+            recomputed_layers -= 1
     ffn_multiple = NUMBERS_PER_ROW[base.fp8_recipe] if fp8 and base.fp8 else 1
     modules = base.recompute_modules
     if base.recompute_granularity == "selective":
@@ -199,7 +204,7 @@ def vision_transformer_config(
         deterministic_mode=base.deterministic_mode,
         recompute_granularity=base.recompute_granularity if modules else None,
         recompute_method=base.recompute_method,
-        recompute_num_layers=None if block_layers is None else min(block_layers, config.depth),
+        recompute_num_layers=recomputed_layers,
         recompute_modules=modules,
         **vision_fields(base, is_on=fp8),
     )
