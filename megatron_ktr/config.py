@@ -33,7 +33,7 @@ from megatron_ktr.errors import UserError, run_cli
 
 @dataclass(frozen=True)
 class Config:
-    """All options of a run. ``Config()`` is the paper's setting without model and data; ``check`` validates."""
+    """All options of a run. ``Config()`` has the paper's algorithm, no model and no data; ``check`` validates."""
 
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)

@@ -5,6 +5,7 @@ An option joins a run only when it works; until then its value stands in ``_not_
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ ABSENT_OPTIONS = {
     "global_batch_size": "use --prompts-per-step",
     "train_iters": "use --train-steps",
     "max_steps": "use --train-steps",
+    "num_train_epochs": "use --train-epochs",
     "group_size": "use --num-generations",
     "optimizer_cpu_offload": "use --offload-optimizer-states: moments wait on the host, the step is the device's",
     "optimizer_offload_fraction": "use --offload-optimizer-states, which moves all moments",
@@ -46,6 +48,11 @@ def _required(config: Config) -> Iterator[str]:
         yield "--model is required: a Hugging Face directory with config, weights, tokenizer and chat template"
     if not config.trainer.run_dir:
         yield "--run-dir must not be empty"
+    if config.trainer.train_steps is not None and config.trainer.train_epochs is not None:
+        yield (
+            "--train-steps and --train-epochs both say how long the run is: give one of them (none takes away what a "
+            "file gives: --train-epochs none)"
+        )
 
 
 def _not_available(config: Config) -> Iterator[str]:
@@ -177,7 +184,8 @@ def _optimizer(config: Config) -> Iterator[str]:
         yield "--offload-optimizer-states: --optimizer sgd has none"
     if max(section.adam_beta1, section.adam_beta2) >= 1:
         yield "--adam-beta1 and --adam-beta2 must be below 1"
-    num_updates = config.trainer.train_steps * config.objective.updates_per_rollout
+    # With train_epochs the steps are not known yet; the rules are checked again when they are (``run_length.py``).
+    num_updates = (config.trainer.train_steps or math.inf) * config.objective.updates_per_rollout
     if section.lr_warmup_steps > num_updates:
         yield f"--lr-warmup-steps {section.lr_warmup_steps} exceeds the {num_updates} optimizer steps of the run"
 

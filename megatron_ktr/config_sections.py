@@ -1,4 +1,4 @@
-"""The options of a training run, section by section: names, types, defaults (the paper's settings) and meanings.
+"""The options of a training run, section by section: names, types, defaults (the paper's algorithm) and meanings.
 
 A field's name is its YAML key and, with dashes, its flag; Megatron's name wherever Megatron has the option. How values
 are read is in ``config.py``, the rules between options in ``config_checks.py``.
@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_ktr.config_cli import option as _option
+from megatron_ktr.config_parallel import ParallelSection as ParallelSection  # a section in a file of its own
 
 Signal = Literal["entropy", "visual", "temporal"]
+DEFAULT_STEPS = 1000
 
 
 @dataclass(frozen=True)
@@ -104,10 +106,13 @@ class DataSection:
     video_fps: float = _option(2.0, "Frames sampled per second of video", above=0)
     video_num_frames: int | None = _option(None, "Fixed number of frames in place of video_fps; even", low=2)
     video_max_frames: int = _option(16, "Most frames of one video; even", low=2)
-    video_min_pixels: int = _option(4 * 28 * 28, "Fewest pixels of a video frame after resizing", low=1)
-    video_max_pixels: int = _option(128 * 28 * 28, "Most pixels of a video frame after resizing", low=1)
-    image_min_pixels: int = _option(4 * 28 * 28, "Fewest pixels of an image after resizing", low=1)
-    image_max_pixels: int = _option(1280 * 28 * 28, "Most pixels of an image after resizing", low=1)
+    video_min_pixels: int = _option(4 * 28 * 28, "Frames with fewer pixels are enlarged to it or just above it", low=1)
+    video_max_pixels: int = _option(128 * 28 * 28, "Frames with more pixels are reduced to it or just below it", low=1)
+    video_total_pixels: int = _option(
+        int(128000 * 28 * 28 * 0.9), "Pixels that all pairs of frames of a video share (docs/preprocessing.md)", low=1
+    )
+    image_min_pixels: int = _option(4 * 28 * 28, "Images with fewer pixels are enlarged to it or just above it", low=1)
+    image_max_pixels: int = _option(1280 * 28 * 28, "Images with more pixels are reduced to it or just below it", low=1)
     substitute_video: str | None = _option(
         None,
         "With original_compat: a video below media_root that takes the place of every video that cannot be used, as in "
@@ -292,7 +297,9 @@ class OptimizerSection:
     lr: float = _option(2e-6, "Highest learning rate", above=0)
     vision_lr: float | None = _option(None, "Highest learning rate of the vision encoder; none = lr", low=0)
     min_lr: float = _option(0.0, "Learning rate at the end of the decay", low=0)
-    lr_decay_style: Literal["cosine", "linear", "constant"] = _option("cosine", "Shape of the decay over train_steps")
+    lr_decay_style: Literal["cosine", "linear", "constant"] = _option(
+        "cosine", "Shape of the decay, which ends with the run"
+    )
     lr_warmup_steps: int = _option(0, "Steps of linear warm-up from 0", low=0)
     weight_decay: float = _option(
         0.01, "Decoupled weight decay; not on biases, on norms with weight_decay_norms", low=0
@@ -309,68 +316,6 @@ class OptimizerSection:
 
 
 @dataclass(frozen=True)
-class ParallelSection:
-    """How the model is laid out over ranks; data-parallel size = ranks / (tensor x pipeline x context)."""
-
-    tensor_model_parallel_size: int = _option(1, "Ranks that share each layer", low=1)
-    pipeline_model_parallel_size: int = _option(
-        1, "Ranks that share the stack of layers; vision is on the first", low=1
-    )
-    num_layers_per_virtual_pipeline_stage: int | None = _option(
-        None, "Layers of one interleaved pipeline chunk; none = one chunk per rank", low=1
-    )
-    num_virtual_stages_per_pipeline_rank: int | None = _option(
-        None, "Interleaved pipeline chunks per rank, in place of num_layers_per_virtual_pipeline_stage", low=1
-    )
-    decoder_first_pipeline_num_layers: int | None = _option(
-        None, "Language layers of the first pipeline stage; none = as many as the others", low=1
-    )
-    decoder_last_pipeline_num_layers: int | None = _option(
-        None, "Language layers of the last pipeline stage; none = as many as the others", low=1
-    )
-    account_for_embedding_in_pipeline_split: bool = _option(
-        False, "Count the embedding as a layer of the first pipeline stage when layers are split"
-    )
-    account_for_loss_in_pipeline_split: bool = _option(
-        False, "Count the vocabulary head as a layer of the last pipeline stage when layers are split"
-    )
-    account_for_vision_in_pipeline_split: int = _option(
-        0, "Count the vision encoder as this many layers of the first pipeline stage when layers are split", low=0
-    )
-    context_parallel_size: int = _option(1, "Ranks that share each sequence: prompt chunks and whole responses", low=1)
-    sequence_parallel: bool = _option(False, "Split norms and residuals by tokens over the tensor-parallel ranks")
-    overlap_grad_reduce: bool = _option(False, "Reduce gradients during backward")
-    overlap_param_gather: bool = _option(False, "Gather updated parameters during the next forward")
-    recompute_granularity: Literal["full", "selective"] | None = _option(
-        None, "Recompute activations in backward: whole layers, or recompute_modules of every layer"
-    )
-    recompute_modules: tuple[Literal["core_attn", "mlp", "layernorm"], ...] = _option(
-        ("core_attn",),
-        "Selective recomputation: core attention, the language model's MLPs, norms before attention and MLP",
-    )
-    recompute_method: Literal["uniform", "block"] | None = _option(
-        None,
-        "Full recomputation in groups of recompute_num_layers layers (uniform; it divides the layers of every pipeline "
-        "chunk), or of that many layers per stage (block)",
-    )
-    recompute_num_layers: int | None = _option(None, "See recompute_method", low=1)
-    vision_parallel: Literal["tensor", "frame"] = _option(
-        "tensor",
-        "Vision encoder: weights split like the language model's, or whole on every rank and the frames split over "
-        "tensor x context ranks, which then exchange features only",
-    )
-    vision_cache_gb: float = _option(
-        1.0,
-        "Vision features kept on each device of the first stage, in 10^9 bytes: what one step shows in several passes, "
-        "and, while the encoder is frozen, what later epochs show again",
-        low=0,
-    )
-    recompute_vision: bool = _option(
-        False, "Keep features only, and run the vision encoder again in backward, one micro-batch at a time"
-    )
-
-
-@dataclass(frozen=True)
 class TrainerSection:
     """The run: where it is written, how long it is, how it starts."""
 
@@ -381,7 +326,16 @@ class TrainerSection:
         "Continue from the newest complete checkpoint in run_dir, or start anew where there is none: for schedulers, "
         "which start the same command again",
     )
-    train_steps: int = _option(1000, "Rollout steps of the whole run", low=1)
+    train_steps: int | None = _option(
+        None, "Rollout steps of the whole run; none = what train_epochs comes to, without it 1000", low=1
+    )
+    train_epochs: float | None = _option(
+        None,
+        "In place of train_steps, how often every record is drawn: train_epochs x records / prompts_per_step steps, "
+        "rounded up; skipped prompts are replaced and do not change that",
+        above=0,
+        high=1e6,
+    )
     prompts_per_step: int = _option(32, "Prompts per step over all ranks (P x data-parallel size)", low=1)
     micro_batch_groups: int = _option(1, "Prompt groups per micro-batch; a group is never split", low=1)
     max_tokens_per_microbatch: int | None = _option(
@@ -412,3 +366,8 @@ class TrainerSection:
     distributed_timeout_minutes: int = _option(
         60, "How long a rank waits for the others, also while one of them generates, before it gives up", low=1
     )
+
+    def __post_init__(self) -> None:
+        """A length is always given: in steps, or in epochs, which ``run_length.py`` counts once records are known."""
+        if self.train_steps is None and self.train_epochs is None:
+            object.__setattr__(self, "train_steps", DEFAULT_STEPS)

@@ -204,28 +204,24 @@ class Policy(ReplicaNumbers):
         """One optimizer step: ``backward``, then clipping, optimizer and learning-rate schedule."""
         result = self.backward(micro_batches, objective=objective, denominators=denominators)
         # A token whose scores are NaN is no key token, and without key tokens the loss is 0.
-        self._require_finite("policy's log-prob of response tokens", math.nan if result.num_not_finite else 0.0)
+        require_finite("policy's log-prob of response tokens", math.nan if result.num_not_finite else 0.0)
         if not result.has_gradient:
             return result
         if not math.isfinite(result.loss) and (reason := objective.reason_to_skip(result.metrics)):
             if self.groups.rank == 0:
                 _log.warning("no optimizer step: the loss is %s, because %s", result.loss, reason)
             return result
-        self._require_finite("loss", result.loss)
+        require_finite("loss", result.loss)
         at_work = contextlib.nullcontext()
         if self.config.optimizer.offload_optimizer_states:
             at_work = moments_on_device(self.optimizer, **moves(self.platform))
         with at_work:
             succeeded, grad_norm, _ = self.optimizer.step()
-        self._require_finite("gradient norm", float(grad_norm or 0.0))
+        require_finite("gradient norm", float(grad_norm or 0.0))
         if succeeded:
             self.scheduler.step(increment=1)
             self.vision.after_step()
         return dataclasses.replace(result, grad_norm=float(grad_norm or 0.0), has_stepped=bool(succeeded))
-
-    def _require_finite(self, name: str, value: float) -> None:
-        """Stops the run, on every rank alike, before a checkpoint or an export could hold NaN weights."""
-        require_finite(name, value)
 
     def backward(
         self, micro_batches: Sequence[MicroBatch], *, objective: Objective, denominators: Denominators

@@ -39,8 +39,8 @@ REQUIRED_FILES = ("metadata.json", ".metadata", "common.pt", "training.json", CO
 
 MAY_CHANGE = frozenset(
     "model transformer_impl data_path media_root prompt_template max_skip_share media_cache_gb replay_path "
-    "run_dir resume auto_resume train_steps micro_batch_groups save_interval keep_checkpoints eval_interval "
-    "log_interval rollout_log_interval platform distributed_timeout_minutes rollout_tensor_parallel_size "
+    "run_dir resume auto_resume train_steps train_epochs micro_batch_groups save_interval keep_checkpoints "
+    "eval_interval log_interval rollout_log_interval platform distributed_timeout_minutes rollout_tensor_parallel_size "
     "rollout_memory_share rollout_kv_cache_gb rollout_max_num_seqs rollout_eager".split()
 )
 """Options a resumed run may set anew, besides the parallel ones: where things are, how long and how fast it runs.
@@ -78,8 +78,10 @@ def list_checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
-def open_run_directory(config: Config) -> RunStart:
+def open_run_directory(config: Config, *, num_steps: int | None = None) -> RunStart:
     """Creates ``trainer.run_dir`` and saves the resolved config in it; with ``resume``, finds where to go on.
+
+    ``num_steps`` is what ``train_epochs`` comes to, None where the config has ``train_steps``.
 
     ``auto_resume`` does the second where there is a complete checkpoint and else the first: what a start that came to
     no checkpoint left behind is moved aside.
@@ -92,7 +94,7 @@ def open_run_directory(config: Config) -> RunStart:
         raise UserError(f"--run-dir {run_dir} is a file, expected a directory")
     has_checkpoint = config.trainer.auto_resume and bool(list_checkpoints(run_dir))
     if config.trainer.resume or has_checkpoint:
-        return _resume(config, run_dir)
+        return _resume(config, run_dir, num_steps=num_steps)
     if config.trainer.auto_resume and (run_dir / CONFIG_FILE).is_file():
         _set_aside_start(run_dir)
         save_resolved(config, run_dir / CONFIG_FILE)
@@ -107,16 +109,18 @@ def open_run_directory(config: Config) -> RunStart:
     return RunStart(run_dir)
 
 
-def _resume(config: Config, run_dir: Path) -> RunStart:
+def _resume(config: Config, run_dir: Path, *, num_steps: int | None) -> RunStart:
     checkpoints = list_checkpoints(run_dir)
     if not checkpoints:
         raise UserError(f"--resume: no complete checkpoint in {run_dir / CHECKPOINTS} (is --run-dir right?)")
     step, checkpoint = checkpoints[-1]
     check_same_run(config, checkpoint)
-    if step > config.trainer.train_steps:
-        raise UserError(
-            f"--train-steps {config.trainer.train_steps}: the run is at step {step} already ({checkpoint}); raise it"
-        )
+    trainer = config.trainer
+    length = f"--train-steps {trainer.train_steps}"
+    if trainer.train_epochs is not None:
+        length = f"--train-epochs {trainer.train_epochs:g}, {num_steps} steps"
+    if step > (trainer.train_steps or num_steps):
+        raise UserError(f"{length}: the run is at step {step} already ({checkpoint}); raise it")
     _set_aside_export(run_dir / "export", step)
     _set_aside_rollouts(run_dir / ROLLOUTS, step)
     save_resolved(config, _unused(run_dir / f"config_from_{step_name(step + 1)}.yaml"))

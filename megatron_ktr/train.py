@@ -30,10 +30,12 @@ from megatron_ktr.pipeline_split import virtual_stages
 from megatron_ktr.policy import DTYPES, Policy
 from megatron_ktr.report.console import selected_tokens_text
 from megatron_ktr.rollout.features import build_feature_sender
+from megatron_ktr.rollout.local import DatasetSource
 from megatron_ktr.rollout.replay import write_rollouts
 from megatron_ktr.rollout.sampler_check import build_sampler_check, check_line
 from megatron_ktr.rollout.source import ReplicaSource, build_local_source, build_sampler, on_every_rank
 from megatron_ktr.run_directory import RunStart, open_run_directory, rollout_file
+from megatron_ktr.run_length import length_line, with_steps
 from megatron_ktr.trainer import StepReport, Trainer
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.media import media_spec
@@ -89,9 +91,16 @@ def _train(config: Config, *, platform: Platform, leave: LeaveRequest) -> bool:
         language_transformer_config(model_config, groups=groups, dtype=DTYPES[config.model.params_dtype], config=config)
         objective = build_objective(config.objective, reward=config.reward)
     platform.seed(config.trainer.seed)
-    start = _open_run_directory(config, groups)
     tokenizer = load_tokenizer(config.model.model)
-    trainer = build_trainer(config, groups=groups, platform=platform, objective=objective, tokenizer=tokenizer)
+    vocab_size = model_config.text.vocab_size
+    local_source = on_every_rank(
+        lambda: build_local_source(config, groups=groups, tokenizer=tokenizer, vocab_size=vocab_size), groups=groups
+    )
+    given, config = config, _with_steps(config, local_source, groups)
+    start = _open_run_directory(given, groups, num_steps=config.trainer.train_steps)
+    trainer = build_trainer(
+        config, groups=groups, platform=platform, objective=objective, tokenizer=tokenizer, local_source=local_source
+    )
     # Also when a step fails: an engine may hold processes and devices that outlive this one.
     with contextlib.closing(trainer.source):
         is_finished = _run_steps(trainer, start=start, tokenizer=tokenizer, leave=leave)
@@ -103,16 +112,28 @@ def _train(config: Config, *, platform: Platform, leave: LeaveRequest) -> bool:
     return True
 
 
+def _with_steps(config: Config, local_source: DatasetSource | None, groups: ParallelGroups) -> Config:
+    """``config`` with its length in steps, the same on every rank; what epochs come to is said."""
+    num_records = None if local_source is None else local_source.dataset.num_kept
+    num_records = broadcast_object(num_records, group=groups.world, source=0)
+    if groups.rank == 0 and (line := length_line(config, num_records=num_records)):
+        print(line, flush=True)
+    with same_on_every_rank():
+        return with_steps(config, num_records=num_records)
+
+
 def build_trainer(
-    config: Config, *, groups: ParallelGroups, platform: Platform, objective: Objective, tokenizer: Any
+    config: Config,
+    *,
+    groups: ParallelGroups,
+    platform: Platform,
+    objective: Objective,
+    tokenizer: Any,
+    local_source: DatasetSource | None,
 ) -> Trainer:
-    """Source, policy and the check of the sampler, put together; an error on one rank is raised on all."""
+    """Policy, sampler and its check, put together around the source; an error on one rank is raised on all."""
     model_config = Qwen2_5_VLConfig.from_hf(config.model.model)
     media = media_spec(model_config, patchify=PreprocessSettings.from_model(config.model.model).patchify)
-    local_source = on_every_rank(
-        lambda: build_local_source(config, groups=groups, tokenizer=tokenizer, vocab_size=model_config.text.vocab_size),
-        groups=groups,
-    )
     sampler = on_every_rank(
         lambda: build_sampler(config, groups=groups, tokenizer=tokenizer, media=media), groups=groups
     )
@@ -200,8 +221,11 @@ def _show(report: StepReport, *, config: Config, decode: Callable[[Sequence[int]
     print(text, flush=True)
 
 
-def _open_run_directory(config: Config, groups: ParallelGroups) -> RunStart:
-    start = on_every_rank(lambda: open_run_directory(config) if groups.rank == 0 else None, groups=groups)
+def _open_run_directory(config: Config, groups: ParallelGroups, *, num_steps: int) -> RunStart:
+    def open_it() -> RunStart | None:
+        return open_run_directory(config, num_steps=num_steps) if groups.rank == 0 else None
+
+    start = on_every_rank(open_it, groups=groups)
     return broadcast_object(start, group=groups.world, source=0)
 
 

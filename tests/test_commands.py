@@ -171,14 +171,18 @@ def test_own_video_files_train_and_damaged_ones_are_skipped_with_a_reason(tmp_pa
     assert len(records) >= 4 and damaged
     questions = tmp_path / "questions.json"
     questions.write_text(json.dumps(records))
+    per_step = -(-len(records) // 3)
     done = run(
         *["-m", "megatron_ktr.train", "--config", "examples/real_video.yaml", "--model", str(model)],
         *["--data-path", str(questions), "--media-root", str(videos[0].parent), "--no-shuffle-data"],
         *["--prompt-template", str(model / "prompt_template.txt"), "--run-dir", str(tmp_path / "run")],
         *["--reward-functions", f"accuracy,format,{__name__}:own_reward", "--video-max-frames", "8"],
-        *["--prompts-per-step", str(-(-len(records) // 3))],
+        *["--train-steps", "none", "--train-epochs", "1", "--prompts-per-step", str(per_step)],
     )
     assert done.returncode == 0, done.stderr[-2000:]
+    # An epoch of three steps: prompts that are skipped on drawing make it no shorter.
+    said = done.stdout.splitlines()[0]
+    assert said.startswith(f"1 epochs x {len(records)} records / {per_step} prompts a step = 3 steps")
     steps = metrics(tmp_path / "run")
     assert [step["has_stepped"] for step in steps] == [1.0, 1.0, 1.0]
     assert steps[-1]["num_skipped"] >= len(damaged)

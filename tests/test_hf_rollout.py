@@ -9,6 +9,7 @@ import shutil
 
 import pytest
 import torch
+from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from megatron_ktr.data.synthetic import corpus
 from megatron_ktr.data.template import load_tokenizer
@@ -18,7 +19,7 @@ from megatron_ktr.errors import UserError
 from megatron_ktr.evaluation.accuracy import apply_control, evaluate
 from megatron_ktr.packing import MediaSpec
 from megatron_ktr.rollout.hf import HFEngine
-from megatron_ktr.rollout.sampling import GumbelSampler, SamplingSettings, StopStrings, sample_seed
+from megatron_ktr.rollout.sampling import GumbelSampler, SamplingSettings, StopStrings, cut, sample_seed
 from megatron_ktr.types import Prompt, Rollout, RolloutGroup, VisualInput
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.media import media_spec
@@ -55,6 +56,18 @@ def test_top_p_and_top_k_keep_the_smallest_sufficient_set(top_p: float, top_k: i
     logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]])  # probabilities 0.03, 0.09, 0.24, 0.64
     sampler = GumbelSampler([7], temperature=1.0, top_p=top_p, top_k=top_k)
     assert {int(sampler.choose(logits)) for _ in range(300)} == allowed
+
+
+@pytest.mark.parametrize(("top_p", "top_k"), [(0.95, 50), (0.5, 5), (0.9, 0), (1.0, 7), (0.95, 5000)])
+def test_the_cut_is_that_of_transformers_top_k_first_then_top_p_of_the_rest(top_p: float, top_k: int) -> None:
+    """The paper's run has 50 and 0.95. Top-p counts the probability that top-k has left, as in vLLM."""
+    logits = 2 * torch.randn(8, 1000, generator=torch.Generator().manual_seed(0))
+    expected = logits
+    if top_k:
+        expected = TopKLogitsWarper(top_k=top_k)(None, expected)
+    expected = TopPLogitsWarper(top_p=top_p)(None, expected)
+    kept = cut(torch.log_softmax(logits, dim=-1), top_p=top_p, top_k=top_k)
+    assert torch.equal(kept.isfinite(), expected.isfinite())
 
 
 def test_seeds_differ_in_every_part() -> None:

@@ -129,7 +129,9 @@ def run_and_resume(context, *, inputs: Path, out: Path, lags: Sequence[int]) -> 
     """Per lag the whole run; then, in a copy cut back to its middle checkpoint, the resumed one."""
     for lag in lags:
         whole, resumed = out / f"lag{lag}", out / f"lag{lag} resumed"
-        changes = dict(LOGGED, lag=lag)
+        # 8 records, 4 a step: with a lag, which draws the prompts of a step ahead, the length is given in epochs.
+        length = {"train_steps": None, "train_epochs": RUN_STEPS / 2} if lag else {}
+        changes = {**LOGGED, "lag": lag, **length}
         train(settings(inputs, whole, **changes))
         if context.rank == 0:
             _copy_until_middle(whole, resumed)

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as hf_processing
 
-from megatron_ktr.data.preprocess import PreprocessSettings, load_media, patchify, resize_frames, smart_resize
+from megatron_ktr.data.preprocess import PreprocessSettings, load_media, patchify, resize_frames
+from megatron_ktr.data.smart_resize import most_tokens, smart_resize
 from megatron_ktr.data.unusable import UnusableMedia
 from megatron_ktr.data.video import FrameSampling
 from megatron_ktr.errors import UserError
@@ -25,16 +26,64 @@ def random_frames(num_frames: int, height: int, width: int, *, seed: int = 0) ->
 
 
 def test_smart_resize_equals_hf_over_many_sizes() -> None:
+    """Where no side is shorter than half a token before or after: HF has a rule of its own there, see the next test."""
     rng = random.Random(0)
+    num_compared = 0
     for _ in range(5000):
-        height, width = rng.randint(1, 4000), rng.randint(1, 4000)
+        height, width = rng.randint(17, 4000), rng.randint(17, 4000)
         low = rng.choice([4, 16, 128]) * 784
         limits = {"factor": rng.choice([28, 32]), "min_pixels": low, "max_pixels": low * rng.choice([1, 2, 6, 96])}
         if max(height, width) > 200 * min(height, width):
             with pytest.raises(ValueError, match="200"):
                 smart_resize(height, width, **limits)
             continue
-        assert smart_resize(height, width, **limits) == hf_processing.smart_resize(height, width, **limits)
+        expected = hf_processing.smart_resize(height, width, **limits)
+        if min(expected) > limits["factor"]:
+            num_compared += 1
+            assert smart_resize(height, width, **limits) == expected
+    assert num_compared > 3500
+
+
+@pytest.mark.parametrize(
+    ("size", "limits", "expected"),
+    [
+        # The release's run, 100,352 to 105,369 pixels. Reduced: 360, 640 times sqrt(105369 / 230400) = 243, 433.
+        ((360, 640), (100352, 105369), (224, 420)),
+        ((1080, 1920), (100352, 105369), (224, 420)),
+        # Between the limits: 308 x 336 = 103,488, rounded only.
+        ((310, 340), (100352, 105369), (308, 336)),
+        # Enlarged by sqrt(100352 / 10000) = 3.17 to 317 and rounded up: 12 tokens, 7% above the maximum.
+        ((100, 100), (100352, 105369), (336, 336)),
+        # A side of less than half a token is one token before areas are compared: 28 x 1008 is large enough.
+        ((10, 1000), (3136, 105369), (28, 1008)),
+        ((10, 1000), (100352, 105369), (56, 3192)),
+        # Reduced by sqrt(80000 / 12544) = 2.5 the short side would be 8, no token: it keeps one, the other gets
+        # what is left of 12,544 pixels, 16 tokens.
+        ((20, 4000), (3136, 12544), (28, 448)),
+        ((4000, 20), (3136, 12544), (448, 28)),
+        # Less than one token allowed (a share of a small budget): one token.
+        ((360, 640), (1, 500.5), (28, 28)),
+    ],
+)
+def test_sizes_worked_by_hand(size: tuple[int, int], limits: tuple[int, float], expected: tuple[int, int]) -> None:
+    assert smart_resize(*size, factor=28, min_pixels=limits[0], max_pixels=limits[1]) == expected
+
+
+@pytest.mark.parametrize("limits", [(784, 784), (3136, 100352), (100352, 105369), (200704, 200704), (9000, 9001)])
+def test_no_size_exceeds_the_most_tokens_and_none_vanishes(limits: tuple[int, int]) -> None:
+    """What an engine is built for. Sizes up to 60 x 2000 and some larger ones; long ones, enlarged, are worst."""
+    low, high = limits
+    bound = most_tokens(factor=28, min_pixels=low, max_pixels=high)
+    rng = random.Random(0)
+    sizes = [(short, long) for short in range(1, 60, 3) for long in range(short, min(2000, 200 * short) + 1, 7)]
+    sizes += [(rng.randint(60, 4000), rng.randint(60, 4000)) for _ in range(2000)]
+    largest = 0
+    for size in sizes:
+        height, width = smart_resize(*size, factor=28, min_pixels=low, max_pixels=high)
+        assert height >= 28 and width >= 28
+        largest = max(largest, height * width // 784)
+    # The bound is no more than what some size reaches, but for the last token of a side.
+    assert 0.8 * bound <= largest <= bound
 
 
 @pytest.mark.parametrize("size", [(56, 84), (28, 28), (140, 56)])
@@ -131,6 +180,14 @@ def test_video_sizes_share_the_total_budget(
     assert settings.frame_size(360, 640, kind="video", num_frames=num_frames) == expected
 
 
+def test_the_share_rule_never_raises_the_cap_above_the_option() -> None:
+    """1.05 times a minimum of 100,352 is 105,369, which 308 x 336 fit; the option says 100,352."""
+    narrow = PreprocessSettings(video_min_pixels=100352, video_max_pixels=100352)
+    release = PreprocessSettings(video_min_pixels=100352, video_max_pixels=105369)
+    assert narrow.frame_size(310, 340, kind="video", num_frames=16) == (280, 308)
+    assert release.frame_size(310, 340, kind="video", num_frames=16) == (308, 336)
+
+
 def test_settings_come_from_the_model_directory(tmp_path: Path) -> None:
     assert PreprocessSettings.from_model(tmp_path) == PreprocessSettings()
     (tmp_path / "config.json").write_text(
@@ -157,6 +214,8 @@ def test_options_win_over_the_model_directory_and_drag_the_other_limit_along(tmp
     assert low.image_max_pixels == PreprocessSettings.image_max_pixels
     with pytest.raises(UserError, match="video_min_pixels 9 and|expected 0 < video_min_pixels"):
         PreprocessSettings.from_model(tmp_path, video_min_pixels=9 * 784, video_max_pixels=4 * 784)
+    with pytest.raises(UserError, match="video_max_pixels of at least one visual token, 28 x 28 = 784 pixels, got 783"):
+        PreprocessSettings.from_model(tmp_path, video_max_pixels=783)
     (tmp_path / "preprocessor_config.json").write_text("{")
     with pytest.raises(UserError, match="preprocessor_config.json"):
         PreprocessSettings.from_model(tmp_path)

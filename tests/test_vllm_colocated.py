@@ -269,6 +269,20 @@ def test_a_response_ends_with_the_token_that_completes_a_stop_string(lone) -> No
     check(side.difference(stopped))
 
 
+def test_top_k_cuts_the_sampling_and_not_the_logprobs(lone) -> None:
+    """One token left to sample from: that of greedy decoding; log-probs after the cut would all be 0."""
+    side, engine = lone
+    one, greedy = (
+        engine.generate(side.prompts, sampling=dataclasses.replace(engine.sampling, **changes))
+        for changes in ({"top_k": 1}, {"temperature": 0.0})
+    )
+    for cut, wanted in zip(one, greedy, strict=True):
+        assert {rollout.token_ids for rollout in cut.rollouts} == {wanted.rollouts[0].token_ids}
+    check(side.difference(one))
+    assert max(max(rollout.sampler_logprobs) for group in one for rollout in group.rollouts) < -0.01
+    assert engine.generate(side.prompts, sampling=dataclasses.replace(engine.sampling, top_k=10**6, top_p=0.95))
+
+
 def test_logprobs_are_left_out_where_the_engine_has_none_that_are_exact(lone) -> None:
     side, engine = lone
     warm = dataclasses.replace(engine.sampling, temperature=0.7, num_generations=1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -238,6 +239,15 @@ def test_seeds_repeat_responses_and_each_sample_has_its_own(served: Served) -> N
     )
     answer = json.loads(urllib.request.urlopen(request, timeout=PATIENCE_SECONDS).read())
     assert tuple(answer["choices"][0]["token_ids"]) == first[3].rollouts[2].token_ids
+
+
+def test_top_k_cuts_the_sampling_and_not_the_logprobs(served: Served) -> None:
+    """One token left to sample from: that of the hf engine, with its log-prob under the whole vocabulary."""
+    one = dataclasses.replace(SAMPLING, top_k=1)
+    with served.engine() as engine:
+        found = engine.generate(served.prompts, step=1, sampling=one)
+    assert gap(found, served.hf().generate(served.prompts, step=1, sampling=one)) < TOLERANCE
+    assert max(max(rollout.sampler_logprobs) for group in found for rollout in group.rollouts) < -0.01
 
 
 def test_a_stop_string_ends_responses_as_on_the_hf_engine(served: Served) -> None:

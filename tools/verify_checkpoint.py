@@ -46,7 +46,7 @@ from torch import Tensor  # noqa: E402
 
 from megatron_ktr.config import Config, config_from_values  # noqa: E402
 from megatron_ktr.config_sections import DataSection  # noqa: E402
-from megatron_ktr.data.preprocess import PreprocessSettings, load_media  # noqa: E402
+from megatron_ktr.data.preprocess import PreprocessSettings, load_media, pixel_limits  # noqa: E402
 from megatron_ktr.data.unusable import UnusableMedia  # noqa: E402
 from megatron_ktr.data.video import FrameSampling  # noqa: E402
 from megatron_ktr.distributed import platform as platforms  # noqa: E402
@@ -218,13 +218,7 @@ def _config(options: argparse.Namespace) -> Config:
 def _read_input(options: argparse.Namespace, model_config: Qwen2_5_VLConfig) -> VerificationInput:
     """Media sampled and resized by the training's defaults."""
     data = DataSection()
-    settings = PreprocessSettings.from_model(
-        options.hf,
-        video_min_pixels=data.video_min_pixels,
-        video_max_pixels=data.video_max_pixels,
-        image_min_pixels=data.image_min_pixels,
-        image_max_pixels=data.image_max_pixels,
-    )
+    settings = PreprocessSettings.from_model(options.hf, **pixel_limits(data))
     sampling = FrameSampling(fps=data.video_fps, max_frames=data.video_max_frames)
     media: list[VisualInput] = []
     for kind, path in options.media or ():

@@ -270,6 +270,11 @@ class PromptDataset:
         self._order: tuple[int, list[int]] | None = None
 
     @property
+    def num_kept(self) -> int:
+        """Records of an epoch, without those that are passed over."""
+        return len(self.records) - len(self.left_out)
+
+    @property
     def num_skipped(self) -> int:
         return self.skips.num_skipped
 

@@ -116,6 +116,8 @@ class MediaRequest:
                 f"min_pixels {self.min_pixels} and max_pixels {self.max_pixels} leave no size within the run's "
                 f"{getattr(run, low_name)} to {getattr(run, high_name)} pixels of one {kind} frame"
             )
+        if high < run.factor**2:
+            raise ValueError(f"max_pixels {self.max_pixels} is less than one visual token, {run.factor**2} pixels")
         total = min(run.video_total_pixels, self.total_pixels or run.video_total_pixels)
         return replace(run, **{low_name: low, high_name: high}, video_total_pixels=total)
 

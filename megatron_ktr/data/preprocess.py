@@ -2,8 +2,9 @@
 
 Frames are resized once, to their final uint8 size, and that is what every consumer gets: our encoder, the HF
 oracle and vLLM (whose processors then find nothing left to resize, see ``PreprocessSettings.passthrough_size``).
-Sizes follow qwen-vl-utils, including the share of a total pixel budget per frame that HF's processor leaves out
-by default; patches come in exactly the order of HF's processors:
+Sizes are those of qwen-vl-utils, which Qwen2.5-VL was trained with (where they are not, ``docs/preprocessing.md`` says
+why), including the share of a total pixel budget per frame that HF's processor leaves out by default; patches come in
+exactly the order of HF's processors:
 
     frames [F, C, H, W] -> pad F to a multiple of tp by repeating the last frame
     -> [F/tp, tp, C, H/(m p), m, p, W/(m p), m, p] -> permute to (F/tp, H/(m p), W/(m p), m, m, C, tp, p, p)
@@ -25,8 +26,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from megatron_ktr.config_sections import DataSection
 from megatron_ktr.data.media_source import NOTHING_ASKED, MediaRequest, media_name
 from megatron_ktr.data.pictures import read_pictures
+from megatron_ktr.data.smart_resize import most_tokens, smart_resize
 from megatron_ktr.data.unusable import UnusableMedia
 from megatron_ktr.data.video import FrameSampling, read_image, read_video
 from megatron_ktr.errors import UserError
@@ -34,7 +37,6 @@ from megatron_ktr.types import VisualInput
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-MAX_ASPECT_RATIO = 200
 _RESIZE_PIXELS = 1 << 24
 """Input pixels per interpolation call: bounds the float32 copy at 200 MB."""
 
@@ -72,6 +74,11 @@ class PreprocessSettings:
                 raise UserError(
                     f"expected 0 < {kind}_min_pixels <= {kind}_max_pixels, got {low} and {high}; "
                     f"change {kind}_min_pixels or {kind}_max_pixels"
+                )
+            if high < self.factor**2:
+                raise UserError(
+                    f"expected {kind}_max_pixels of at least one visual token, {self.factor} x {self.factor} = "
+                    f"{self.factor**2} pixels, got {high}"
                 )
 
     @property
@@ -113,18 +120,36 @@ class PreprocessSettings:
 
     def frame_size(self, height: int, width: int, *, kind: MediaKind, num_frames: int = 1) -> tuple[int, int]:
         """Final (height, width). A video's cap per frame is
-        max(min(video_max_pixels, video_total_pixels * tp / F), 1.05 * video_min_pixels), at most video_max_pixels.
+        min(max(min(video_max_pixels, video_total_pixels / F * tp), int(1.05 * video_min_pixels)), video_max_pixels).
+
+        So a long video's share of the budget never presses its frames below 1.05 times the minimum, and no rule raises
+        the cap above what the user gave. qwen-vl-utils has 768 tokens in place of the first video_max_pixels, and thus
+        lowers a larger one to that.
 
         Raises:
             ValueError: aspect ratio above 200.
         """
         if kind == "image":
-            low, high = self.image_min_pixels, self.image_max_pixels
-        else:
-            low = self.video_min_pixels
-            share = self.video_total_pixels * self.temporal_patch_size // num_frames
-            high = min(max(min(self.video_max_pixels, share), int(low * 1.05)), self.video_max_pixels)
+            return smart_resize(
+                height,
+                width,
+                factor=self.factor,
+                min_pixels=self.image_min_pixels,
+                max_pixels=self.image_max_pixels,
+            )
+        low, cap = self.video_min_pixels, self.video_max_pixels
+        # Not rounded: where a side falls just short of a multiple of the factor, a fraction of a pixel decides.
+        share = self.video_total_pixels / num_frames * self.temporal_patch_size
+        high = min(max(min(cap, share), int(low * 1.05)), cap)
         return smart_resize(height, width, factor=self.factor, min_pixels=low, max_pixels=high)
+
+    def max_frame_tokens(self, kind: MediaKind) -> int:
+        """No image, or frame of a video, has more visual tokens than this, whatever its size.
+
+        A record may ask for any minimum up to the run's maximum.
+        """
+        high = getattr(self, f"{kind}_max_pixels")
+        return most_tokens(factor=self.factor, min_pixels=high, max_pixels=high)
 
     def grid_thw(self, frames_FCHW: Tensor) -> tuple[int, int, int]:
         """Patches along time, height and width of frames of a final size."""
@@ -153,29 +178,10 @@ class PreprocessSettings:
         )
 
 
-def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """Nearest (height, width) in multiples of ``factor`` with an area in [min_pixels, max_pixels]; HF's rule.
-
-    Round each side; if the area is then too large (small), scale both true sides by the square root of the excess
-    and round down (up). A side rounded to 0 makes the area too small, so no side ends below ``factor`` as long as
-    min_pixels > 0 (qwen-vl-utils raises such a side to ``factor`` first, and then may stop there).
-
-    Raises:
-        ValueError: one side more than 200 times the other, or empty.
-    """
-    if min(height, width) < 1 or max(height, width) > MAX_ASPECT_RATIO * min(height, width):
-        raise ValueError(f"{width} x {height} pixels: sides may differ at most {MAX_ASPECT_RATIO}-fold")
-    new_height = round(height / factor) * factor
-    new_width = round(width / factor) * factor
-    if new_height * new_width > max_pixels:
-        shrink = math.sqrt(height * width / max_pixels)
-        new_height = max(factor, math.floor(height / shrink / factor) * factor)
-        new_width = max(factor, math.floor(width / shrink / factor) * factor)
-    elif new_height * new_width < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
-        new_height = math.ceil(height * grow / factor) * factor
-        new_width = math.ceil(width * grow / factor) * factor
-    return new_height, new_width
+def pixel_limits(data: DataSection) -> dict[str, int]:
+    """The pixel options of a run, as ``PreprocessSettings.from_model`` takes them."""
+    names = (field.name for field in fields(PreprocessSettings) if field.name.endswith("_pixels"))
+    return {name: getattr(data, name) for name in names}
 
 
 def resize_frames(frames_FCHW: Tensor, size: tuple[int, int]) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 from megatron_ktr.config import Config
 from megatron_ktr.data.dataset import PromptLoader
 from megatron_ktr.data.media_source import SYNONYMS
+from megatron_ktr.data.preprocess import pixel_limits
 from megatron_ktr.data.record_check import check_questions
 from megatron_ktr.data.record_problems import RecordProblems
 from megatron_ktr.data.records import Record, describe_repeated_ids, read_records
@@ -89,10 +90,7 @@ def prompt_loader(config: Config, *, tokenizer: Any) -> PromptLoader:
         cache_bytes=round(data.media_cache_gb * 1e9),
         substitutes={"video": data.substitute_video, "image": data.substitute_image},
         fixed_seconds_per_grid=config.objective.fixed_seconds_per_grid,
-        video_min_pixels=data.video_min_pixels,
-        video_max_pixels=data.video_max_pixels,
-        image_min_pixels=data.image_min_pixels,
-        image_max_pixels=data.image_max_pixels,
+        **pixel_limits(data),
     )
 
 

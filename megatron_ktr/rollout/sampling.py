@@ -142,10 +142,10 @@ class GumbelSampler:
         # A uniform of exactly 0 would give -log(-log 0) = -inf, one of 1 gives +inf; both are kept finite.
         uniform = uniform.clamp(torch.finfo(uniform.dtype).tiny, 1 - 2**-24)
         gumbel = -torch.log(-torch.log(uniform))
-        return _cut(logprob_BV, top_p=self.top_p, top_k=self.top_k) + gumbel.to(logprob_BV.device)
+        return cut(logprob_BV, top_p=self.top_p, top_k=self.top_k) + gumbel.to(logprob_BV.device)
 
 
-def _cut(logprob_BV: Tensor, *, top_p: float, top_k: int) -> Tensor:
+def cut(logprob_BV: Tensor, *, top_p: float, top_k: int) -> Tensor:
     """Log-probs with -inf outside the top-k tokens and outside the smallest set whose probability reaches top_p."""
     vocab_size = logprob_BV.shape[1]
     if 0 < top_k < vocab_size:

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from megatron_ktr.data.preprocess import PreprocessSettings, pixel_limits
 from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.distributed.platform import current
 from megatron_ktr.errors import UserError
@@ -330,9 +331,9 @@ def colocated_engine(
             "--engine vllm_colocated needs vLLM: pip install 'megatron-ktr[vllm]', or make setup-vllm on CPU"
         )
     data, rollout = config.data, config.rollout
-    pixels_per_token = (media.patch_size * media.merge_size) ** 2
-    video_pixels = -(-data.video_max_frames // media.temporal_patch_size) * data.video_max_pixels
-    largest = max(video_pixels, data.image_max_pixels) // pixels_per_token
+    sizes = PreprocessSettings.from_model(config.model.model, **pixel_limits(data))
+    num_grids = -(-data.video_max_frames // media.temporal_patch_size)
+    largest = max(num_grids * sizes.max_frame_tokens("video"), sizes.max_frame_tokens("image"))
     settings = EngineSettings(
         max_prompt_length=data.max_prompt_length,
         max_response_length=rollout.max_response_length,
