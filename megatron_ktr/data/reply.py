@@ -19,8 +19,8 @@ from megatron_ktr.types import Rollout
 
 
 def check_reply(record: Mapping[str, Any], *, builder: PromptBuilder) -> None:
-    """Raises ``UnusableSample`` where a turn of ``reply_turns`` has a control token, an answer is empty, or a user's turn
-    places a medium.
+    """Raises ``UnusableSample`` where a turn of ``reply_turns`` has a control token, an answer is empty, or a user's
+    turn places a medium.
 
     An end token at the very end of an answer is the one that it gets anyway.
     """
