@@ -239,6 +239,16 @@ def test_a_conversation_reads_as_the_chat_template_writes_it() -> None:
     whole = builder.render(TALK, is_asking=False)
     ids = (*prompt.token_ids, *build_reply(record, kinds=[], builder=builder).token_ids)
     assert tokenizer.decode(ids) + "\n" == whole
+    # The demo's template writes a blank before an answer that the opened turn lacks.
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+    )
+    rollout = build_reply(record, kinds=[], builder=builder)
+    assert tokenizer.decode(rollout.token_ids) == (
+        "A1<|im_end|><|im_start|>user Q2<|im_end|><|im_start|>assistant<answer>B</answer><|im_end|>"
+    )
+    assert rollout.is_trained == (*[True] * 3, *[False] * 19, *[True] * 19)
     # A template that shows earlier answers differently later on (as those that drop reasoning) cannot be learnt from.
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.role }}:{{ m.content if loop.last or m.role == 'user' else '..' }}<|im_end|>"
@@ -281,6 +291,8 @@ def test_control_tokens_are_refused_wherever_text_comes_from(builder: PromptBuil
     ):
         with pytest.raises(UnusableSample, match="control token"):
             build_reply(record, kinds=[], builder=builder)
+    with pytest.raises(UnusableSample, match="an answer is empty"):
+        build_reply(imitated(messages=[TALK[0], turn("assistant", " "), *TALK[2:]]), kinds=[], builder=builder)
     for record in (checked(problem="Q", options=[text]), checked(problem="Q", system=text)):
         with pytest.raises(UnusableSample, match="control token"):
             builder.chat_text(record, [])

@@ -19,13 +19,16 @@ from megatron_ktr.types import Rollout
 
 
 def check_reply(record: Mapping[str, Any], *, builder: PromptBuilder) -> None:
-    """Raises ``UnusableSample`` where a turn of ``reply_turns`` has a control token, or a user's places a medium.
+    """Raises ``UnusableSample`` where a turn of ``reply_turns`` has a control token, an answer is empty, or a user's
+    turn places a medium.
 
     An end token at the very end of an answer is the one that it gets anyway.
     """
     for turn in record["reply_turns"]:
         is_answer = turn["role"] == "assistant"
         builder.refuse_control_tokens(_answer(turn, builder) if is_answer else text_of(turn), record)
+        if is_answer and not _answer(turn, builder).strip():
+            raise UnusableSample(f"record {record['problem_id']}", "an answer is empty")
         if not is_answer and has_marker(text_of(turn)):
             raise UnusableSample(
                 f"record {record['problem_id']}", "a turn after the first answer has a marker <image> or <video>"
@@ -48,31 +51,45 @@ def build_reply(record: Mapping[str, Any], *, kinds: Sequence[str], builder: Pro
 
 
 def _conversation(asked: Sequence[Message], turns: Sequence[Message], builder: PromptBuilder) -> Rollout:
-    """``turns`` from the first answer to the last, in the chat format that the prompt of ``asked`` has."""
+    """``turns`` from the first answer to the last, in the chat format that the prompt of ``asked`` has.
+
+    Every answer follows the opened turn directly, as it does when the model is asked.
+    """
     end = builder.tokenizer.eos_token
-    history = list(asked)
-    known = builder.render(history)
-    start = len(known)
+    history, opened, answer, text = list(asked), "", "", ""
     token_ids: list[int] = []
     is_trained: list[bool] = []
     for turn in turns:
         if turn["role"] != "assistant":
             history.append({"role": turn["role"], "content": text_of(turn)})
             continue
-        opened = builder.render(history)
-        if not opened.startswith(known):
-            raise UserError(
-                "model: its chat template changes earlier turns of a conversation as it goes on, or ends them without "
-                f"the tokenizer's end token {end}: conversations with several answers cannot be learnt with it"
-            )
+        before, opened = opened, builder.render(history)
+        between = _between(before, opened, answer=answer, end=end) if token_ids else ""
         answer = _answer(turn, builder)
         # Tokenised apart, as they are when the model is asked: its answer starts after the tokens of the turn's head.
-        between, spoken = _ids(opened[len(known) :], builder), [*_ids(answer, builder), builder.tokenizer.eos_token_id]
-        token_ids += between + spoken
-        is_trained += [False] * len(between) + [True] * len(spoken)
-        known = opened + answer + end
+        context, spoken = _ids(between, builder), [*_ids(answer, builder), builder.tokenizer.eos_token_id]
+        token_ids += context + spoken
+        is_trained += [False] * len(context) + [True] * len(spoken)
+        text += (end + between if text else "") + answer
         history.append({"role": "assistant", "content": answer})
-    return Rollout(token_ids=tuple(token_ids), text=known[start:].removesuffix(end), is_trained=tuple(is_trained))
+    return Rollout(token_ids=tuple(token_ids), text=text, is_trained=tuple(is_trained))
+
+
+def _between(before: str, opened: str, *, answer: str, end: str) -> str:
+    """What the chat format writes after ``answer``, the end token of its turn left out, until the next answer begins.
+
+    ``before`` is the conversation until ``answer`` begins, ``opened`` until the next one does. Blanks around the answer
+    are the template's affair: some write one before it that the opened turn lacks, or strip its own.
+    """
+    shown = opened[len(before) :].lstrip()
+    if opened.startswith(before) and shown.startswith(answer.strip()):
+        after = shown[len(answer.strip()) :].lstrip()
+        if after.startswith(end):
+            return after[len(end) :]
+    raise UserError(
+        "model: its chat template changes earlier turns of a conversation as it goes on, or ends them without the "
+        f"tokenizer's end token {end}: conversations with several answers cannot be learnt with it"
+    )
 
 
 def _answer(turn: Message, builder: PromptBuilder) -> str:
