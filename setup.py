@@ -53,7 +53,14 @@ EXTRAS_REQUIRE = {
     # Triton's interpreter runs the kernels' tests without a GPU, its compiler the checks that they compile. CUDA builds
     # of torch name their own version of it; CPU builds name none.
     # rouge-score and jiwer are what the rewards' numbers are compared with.
-    "dev": ["pytest>=8", "ruff==0.17.5", "rouge-score", "jiwer", f"triton>=3.5; {TRITON_HAS_WHEELS}"],
+    "dev": [
+        "pytest>=8",
+        "hypothesis>=6",
+        "ruff==0.17.5",
+        "rouge-score",
+        "jiwer",
+        f"triton>=3.5; {TRITON_HAS_WHEELS}",
+    ],
 }
 # NVIDIA's apex is not listed on purpose: the public index holds an unrelated project under that name. See README.
 

@@ -1,6 +1,8 @@
 """Megatron-KTR: token-level selective reinforcement learning for video-reasoning models on Megatron-core."""
 
+import sys
 import warnings
+from types import TracebackType
 
 from megatron_ktr.nvidia_apex import hide_unusable_apex
 
@@ -12,5 +14,17 @@ warnings.filterwarnings("ignore", module=r"megatron\.")
 warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
 # megatron-core's pipeline looks at .grad of activations it kept alive itself.
 warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+
+
+def _say_interrupted(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Of ctrl-C one word, also while modules are imported, before ``errors.run_cli`` is there."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr, flush=True)
+    else:
+        _hook_before(kind, error, trace)
+
+
+_hook_before = sys.excepthook
+sys.excepthook = _say_interrupted
 
 __version__ = "0.1.0"

@@ -44,6 +44,11 @@ class Config:
     parallel: ParallelSection = field(default_factory=ParallelSection)
     trainer: TrainerSection = field(default_factory=TrainerSection)
 
+    @property
+    def samples(self) -> bool:
+        """Whether responses are sampled, rather than recorded or given."""
+        return self.objective.objective != "sft" and self.rollout.engine != "replay"
+
     def prompts_per_replica(self, data_parallel_size: int) -> int:
         """P: prompts of one data-parallel rank per step, a whole number of micro-batches."""
         unit = data_parallel_size * self.trainer.micro_batch_groups

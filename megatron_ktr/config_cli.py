@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-import math
+import reprlib
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +22,10 @@ from typing import Any, Literal, NoReturn
 import yaml
 
 from megatron_ktr.errors import UserError
+
+LARGEST_INTEGER = 2**31 - 1
+SMALLEST_NUMBER, LARGEST_NUMBER = 2.0**-126, 2.0**127
+"""What every option keeps to, beside its own limits: numbers end up in 32 bits, in torch and in libraries behind it."""
 
 
 def option(default: Any, doc: str, *, low: float | None = None, above: float | None = None, high: float | None = None):
@@ -137,6 +141,8 @@ def _convert_one(option: Option, value: Any, *, source: str) -> Any:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     result: Any = None
     if option.kind is str and isinstance(value, str):
+        if "\0" in value:
+            _refuse(option, value, source=source, reason="; no file and no string holds a NUL character")
         result = value
     elif option.kind is bool and isinstance(value, bool):
         result = value
@@ -144,15 +150,24 @@ def _convert_one(option: Option, value: Any, *, source: str) -> Any:
         # YAML 1.1 reads 2e-6 (no dot) as text, so numbers are accepted as text from files too.
         try:
             result = option.kind(value) if isinstance(value, str) or option.kind is float else value
-        except ValueError:
+        except (ValueError, OverflowError):  # also a number of too many digits
             _refuse(option, value, source=source)
         if option.kind is int and not isinstance(result, int):
             _refuse(option, value, source=source)
-        if not math.isfinite(result) or not _in_range(option, result):
+        if not _is_representable(option, result):
+            sizes = f"1 to {LARGEST_INTEGER}" if option.kind is int else "1.2e-38 to 1.7e+38"
+            _refuse(option, value, source=source, reason=f"; numbers are 0, or of a size from {sizes}")
+        if not _in_range(option, result):
             _refuse(option, value, source=source)
     if result is None or (option.choices and result not in option.choices):
         _refuse(option, value, source=source)
     return result
+
+
+def _is_representable(option: Option, number: float) -> bool:
+    if option.kind is int:
+        return abs(number) <= LARGEST_INTEGER
+    return number == 0 or SMALLEST_NUMBER <= abs(number) <= LARGEST_NUMBER  # no NaN, no infinity
 
 
 def _in_range(option: Option, number: float) -> bool:
@@ -163,17 +178,44 @@ def _in_range(option: Option, number: float) -> bool:
     )
 
 
-def _refuse(option: Option, value: Any, *, source: str) -> NoReturn:
-    hint = did_you_mean(value, option.choices, cutoff=0.5) if isinstance(value, str) else ""
-    raise UserError(f"{source}: {option.key} ({option.flag}) expects {option.expected}, got {value!r}{hint}")
+def _refuse(option: Option, value: Any, *, source: str, reason: str = "") -> NoReturn:
+    if not reason and isinstance(value, str):
+        reason = did_you_mean(value, option.choices, cutoff=0.5)
+    raise UserError(f"{source}: {option.key} ({option.flag}) expects {option.expected}, got {shorten(value)}{reason}")
+
+
+def shorten(value: Any) -> str:
+    """``value`` as Python writes it, cut to what fits a line."""
+    try:
+        text = _SHORT.repr(value)
+    except ValueError:  # an integer of more digits than Python prints
+        return f"{type(value).__name__} of endless length"
+    return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+_SHORT = reprlib.Repr()
+"""Looks at the beginning alone: a few lines of YAML can stand for a list of any size."""
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 120
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """Safe loader that refuses a key given twice (plain YAML silently keeps the last)."""
+    """Safe loader that refuses a key given twice (plain YAML silently keeps the last), and whose errors are all YAML's:
+    values that look like a date or a number, and are none, raise whatever Python raises."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, ArithmeticError, LookupError, AttributeError) as error:
+            kind = node.tag.rpartition(":")[2]
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{shorten(node.value)} is no {kind} ({error})", node.start_mark
+            ) from error
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":  # << takes in what another mapping has
+                continue
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, (str, int, float)) and key in seen:
                 raise UserError(f"line {key_node.start_mark.line + 1}: {key} is given twice")
@@ -187,7 +229,9 @@ def read_yaml(path: Path, *, options: Mapping[str, Option], notes: Mapping[str, 
         content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
     except OSError as error:
         raise UserError(f"--config: cannot read {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, UserError) as error:
+    except RecursionError:
+        raise UserError(f"{path}: not a valid YAML file: nested too deeply") from None
+    except (yaml.YAMLError, UserError, ValueError) as error:  # ValueError: no text, or no possible name of a file
         raise UserError(f"{path}: not a valid YAML file: {error}") from error
     if content is None:
         return {}
@@ -217,7 +261,7 @@ def _flatten(content: dict, *, path: Path, options: Mapping[str, Option]) -> lis
             rows += [(str(name), item, key) for name, item in value.items()]
         elif key in sections and key not in options:
             if value is not None:
-                raise UserError(f"{path}: section {key} expects options below it, got {value!r}")
+                raise UserError(f"{path}: section {key} expects options below it, got {shorten(value)}")
         else:
             rows.append((key, value, None))
     return rows

@@ -1,12 +1,30 @@
-"""Errors a user can mend, and how every command reports them: one line, exit code 2, no traceback."""
+"""Errors a user can mend, and how every command ends: with one line, not with a traceback, for whatever a user did.
+
+exit code   what ended the command
+0           nothing
+2           ``UserError``, ``OSError`` (a full disk, a directory that cannot be read), memory that ran out
+3           another rank: the connection to it is lost, and its own message says why
+70          a mistake of the program: traceback, and a last line that says so
+130         ctrl-C
+141         the reader of standard output went away (``| head -1``)
+"""
 
 from __future__ import annotations
 
 import os
+import select
 import sys
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NoReturn
+
+EXIT_USER = 2
+EXIT_OTHER_RANK = 3
+EXIT_INTERNAL = 70
+EXIT_INTERRUPTED = 130
+EXIT_OUTPUT_CLOSED = 141
+MOST_CHARACTERS = 2000
 
 
 class UserError(Exception):
@@ -30,18 +48,101 @@ def same_on_every_rank() -> Iterator[None]:
 
 
 def run_cli(main: Callable[[], int | None]) -> NoReturn:
-    """Runs a command's ``main`` and exits with its code; a ``UserError`` becomes one ``error: ...`` line and code 2.
-
-    So does an ``OSError``, such as a full disk or a directory that cannot be read.
-    """
+    """Runs a command's ``main`` and exits with its code, or as the table above says."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that does not know a character shows its number; a path may hold bytes that are no text.
+        with suppress(AttributeError, ValueError):
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = main()
-    except BrokenPipeError:
-        code = 1
-    except (UserError, OSError) as error:
-        rank = int(os.environ.get("RANK", "0"))
-        where = "" if rank == 0 else f" [rank {rank}]"
-        if rank == 0 or not getattr(error, "is_on_every_rank", False):
-            print(f"error{where}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        code = 2
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        if _rank() == "0":
+            _say("interrupted")
+        code = EXIT_INTERRUPTED
+    except Exception as error:
+        code = EXIT_OUTPUT_CLOSED if _is_output_closed(error) else _explain(error)
+    with suppress(OSError, ValueError):
+        sys.stderr.flush()
     sys.exit(code or 0)
+
+
+def _explain(error: Exception) -> int:
+    """Prints what happened and returns the exit code."""
+    if isinstance(error, UserError | OSError):
+        _say_error(error)
+        return EXIT_USER
+    if is_out_of_memory(error):
+        _say_error(
+            f"out of memory ({_first_line(error)}): fewer or smaller frames, shorter responses, more ranks "
+            "(tools/plan_parallelism.py), recomputation or offloading (docs/memory.md)"
+        )
+        return EXIT_USER
+    if _is_connection_lost(error):
+        _say_error(f"lost another rank, whose own message says why it ended: {_first_line(error)}")
+        return EXIT_OTHER_RANK
+    traceback.print_exception(error)
+    _say_error(
+        f"internal error: {type(error).__name__}: {_first_line(error)}. This is a mistake of the program, not of its "
+        "input: please report it to the project's issue tracker with the command and the lines above"
+    )
+    return EXIT_INTERNAL
+
+
+def _say_error(error: object) -> None:
+    rank = _rank()
+    if rank == "0" or not getattr(error, "is_on_every_rank", False):
+        _say(f"error{'' if rank == '0' else f' [rank {rank}]'}: {one_line(error)}")
+
+
+def one_line(error: object) -> str:
+    """What a user reads of it; of endless text, such as a file given as a flag, the beginning and the end."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= MOST_CHARACTERS else f"{text[: MOST_CHARACTERS - 500]} ... {text[-500:]}"
+
+
+def _say(line: str) -> None:
+    with suppress(OSError, ValueError):
+        print(line, file=sys.stderr, flush=True)
+
+
+def _rank() -> str:
+    return os.environ.get("RANK", "").strip() or "0"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def _is_output_closed(error: Exception) -> bool:
+    """Whether nobody reads standard output any more; it then leads nowhere, so that nothing else fails for it.
+
+    Other pipes break too, to a child process or a server: those are errors.
+    """
+    if not isinstance(error, BrokenPipeError) or sys.stdout is None:
+        return False
+    with suppress(OSError, ValueError):
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), select.POLLOUT)
+        if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return True
+    return False
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """On the host or on a GPU; torch's CPU allocator has no error of its own."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    )
+
+
+def _is_connection_lost(error: Exception) -> bool:
+    """Whether a collective failed because another rank is gone: NCCL's error has a type, gloo's only a text."""
+    if "DistError" in {base.__name__ for base in type(error).__mro__}:
+        return True
+    signs = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)

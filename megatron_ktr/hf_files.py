@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_ktr.errors import UserError
+from megatron_ktr.json_files import read_json_object
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -110,10 +111,10 @@ def _weight_files(directory: Path) -> list[Path]:
         raise UserError(f"{directory}: no such directory; expected a Hugging Face model directory")
     index = directory / INDEX_FILE
     if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, AttributeError, UnicodeDecodeError) as error:
-            raise UserError(f"{index}: expected a JSON object with weight_map, got {error!r}") from None
+        weight_map = read_json_object(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise UserError(f"{index}: expected an object weight_map with a file's name for each tensor")
+        names = sorted(set(weight_map.values()))
         missing = [name for name in names if not (directory / name).is_file()]
         if missing:
             raise UserError(f"{index} names files that do not exist: {', '.join(missing)}")

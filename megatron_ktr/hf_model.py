@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from megatron_ktr.errors import UserError, is_out_of_memory
 
 _TORCHVISION_SCHEMAS = {
     "nms": "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -22,6 +26,24 @@ def hf_model_class() -> Any:
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     return Qwen2_5_VLForConditionalGeneration
+
+
+@contextlib.contextmanager
+def reading_model(model_dir: Path | str) -> Iterator[None]:
+    """For what transformers does with a user's files: it raises whatever it stumbles over.
+
+    Raises:
+        UserError: names the directory, and what transformers said.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        text = (str(error).strip().splitlines() or [""])[0][:300]
+        raise UserError(f"model: transformers cannot read {model_dir}: {type(error).__name__}: {text}") from error
 
 
 def make_torchvision_importable() -> None:

@@ -1,17 +1,20 @@
 """torchrun for runs that are asked to leave: ``python -m megatron_ktr.launch`` takes torchrun's arguments.
 
-Three things differ from torchrun:
+Four things differ from torchrun:
 
 - SIGUSR1 and SIGTERM go to the ranks of this node, which save after their step (``interruption.py``), and the launcher
   waits for them. torchrun dies of the first, and 30 seconds after the second kills the ranks.
 - The exit code is the ranks': torchrun turns every one of them into 1, also the 75 of "saved, start me again".
 - A rank that fails is one line. Its own messages stand above; torchrun adds its traceback to them.
+- A node that cannot reach node 0 says so in one line, after ten minutes (``--rdzv-conf timeout=SECONDS`` for another
+  time); torchrun takes up to 1.7 times as long and writes C++ stack traces.
 
 Asked while no rank runs, or before the ranks can catch signals, it also exits with 75: there was nothing to save.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import logging
 import os
@@ -26,7 +29,10 @@ import torch
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousError
+from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
+from megatron_ktr.distributed.rendezvous import RENDEZVOUS_MINUTES, Deadline, check_own_address, connect
 from megatron_ktr.errors import UserError, run_cli
 from megatron_ktr.interruption import EXIT_SAVED, LEAVE_SIGNALS
 
@@ -68,7 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = LEFT_TO_TORCHRUN
     # What it logs of ranks that end is in our own line, and is no error where they were asked to.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    _check_arguments(arguments)
     forwarding = _Forwarding()
+    _find_node_0(arguments)
     try:
         torchrun.run(arguments)
     except ChildFailedError as error:
@@ -76,10 +84,59 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SignalException as error:
         print(f"stopped by {error.sigval.name}: the ranks were ended, nothing was saved", file=sys.stderr, flush=True)
         return 128 + error.sigval
-    except torch.distributed.DistError as error:
+    except (torch.distributed.DistError, RendezvousError) as error:
         where = arguments.rdzv_endpoint or f"{arguments.master_addr}:{arguments.master_port}"
-        raise UserError(f"the nodes did not find each other at {where}: {error}") from error
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"the nodes did not find each other at {where}: {reason} Are NNODES and the processes per node the same "
+            "everywhere, and NODE_RANK another one on every node?"
+        ) from error
     return 0
+
+
+def _check_arguments(arguments: argparse.Namespace) -> None:
+    """Refuses what torchrun would answer with a traceback, and sets how long nodes wait for each other."""
+    try:
+        config, _, _ = torchrun.config_from_args(arguments)
+    except (ValueError, IndexError, AssertionError) as error:
+        raise UserError(f"arguments of the launcher: {error} (see --help)") from error
+    if config.min_nodes < 1 or config.nproc_per_node < 1:
+        raise UserError(
+            f"--nnodes and --nproc-per-node must be at least 1, got {arguments.nnodes} and {arguments.nproc_per_node}"
+        )
+    if arguments.rdzv_backend == "static" and not 0 <= arguments.node_rank < config.max_nodes:
+        raise UserError(
+            f"--node-rank must be 0 .. {config.max_nodes - 1} (--nnodes {arguments.nnodes}), got {arguments.node_rank}"
+        )
+    port = arguments.master_port
+    if port is not None and not 0 < port < 2**16:
+        raise UserError(f"--master-port must be 1 .. 65535, got {port}")
+    given = dict(part.strip().partition("=")[::2] for part in arguments.rdzv_conf.split(","))
+    timeout = given.get("timeout", str(round(RENDEZVOUS_MINUTES * 60)))
+    if not timeout.isdecimal() or int(timeout) < 1:
+        raise UserError(f"--rdzv-conf timeout={timeout}: expected whole seconds of at least 1")
+    if "timeout" not in given and arguments.rdzv_backend == "static":
+        # torchrun's own default is 15 minutes.
+        arguments.rdzv_conf = f"{arguments.rdzv_conf},timeout={timeout}".lstrip(",")
+
+
+def _find_node_0(arguments: argparse.Namespace) -> None:
+    """Waits until node 0's launcher can be reached, and on node 0 makes sure that it can.
+
+    torchrun would wait inside C++, longer than it says and with stack traces on the error stream.
+    """
+    if arguments.standalone or arguments.rdzv_backend != "static":
+        return
+    if not arguments.rdzv_endpoint and arguments.master_port is None and arguments.nnodes in ("1", "1:1"):
+        return  # it takes a free port of this machine
+    endpoint = arguments.rdzv_endpoint or f"{arguments.master_addr}:{arguments.master_port or 29500}"
+    address, port = parse_rendezvous_endpoint(endpoint, default_port=29500)
+    seconds = torchrun.config_from_args(arguments)[0].rdzv_configs["timeout"]
+    deadline = Deadline(int(seconds) / 60)
+    if arguments.node_rank == 0:
+        check_own_address(address, port, deadline=deadline)
+    else:
+        connect(address, port, deadline=deadline)
 
 
 def _report(error: ChildFailedError, *, was_asked: bool) -> int:

@@ -19,7 +19,6 @@ that are done again are dropped, so that every step appears once; that file is r
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from typing import Any
 
 from megatron_ktr.config import OPTIONS, Config, load_config, save_resolved
 from megatron_ktr.errors import UserError
+from megatron_ktr.json_files import read_json
 
 CHECKPOINTS = "checkpoints"
 CONFIG_FILE = "config.yaml"
@@ -137,7 +137,7 @@ def check_same_run(config: Config, checkpoint: Path) -> None:
                 f"{_show(current[name])}; a resumed run cannot change it"
             )
     ours = Path(config.model.model) / "config.json"
-    if _read_json(ours) != _read_json(checkpoint / SIDE_FILES / "config.json"):
+    if read_json(ours) != read_json(checkpoint / SIDE_FILES / "config.json"):
         raise UserError(f"--resume: {ours} differs from the one of the model in {checkpoint}")
 
 
@@ -147,13 +147,6 @@ def _flat(config: Config) -> dict[str, Any]:
 
 def _show(value: Any) -> str:
     return ",".join(map(str, value)) or "empty" if isinstance(value, tuple) else str(value)
-
-
-def _read_json(path: str | Path) -> Any:
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
 
 
 def _set_aside_export(export: Path, step: int) -> None:

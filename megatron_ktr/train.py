@@ -17,17 +17,22 @@ from typing import Any
 from megatron_ktr.checkpoint import Checkpoints
 from megatron_ktr.config import Config, load_config
 from megatron_ktr.data.preprocess import PreprocessSettings
-from megatron_ktr.data.template import load_tokenizer
+from megatron_ktr.data.template import check_vocabulary, load_tokenizer
 from megatron_ktr.distributed import platform as platforms
 from megatron_ktr.distributed.collectives import broadcast_object
-from megatron_ktr.distributed.groups import ParallelGroups, ParallelSizes, destroy_parallel, init_parallel
+from megatron_ktr.distributed.groups import (
+    ParallelGroups,
+    destroy_parallel,
+    init_parallel,
+    world_size_from_environment,
+)
 from megatron_ktr.distributed.platform import Platform
-from megatron_ktr.errors import UserError, run_cli, same_on_every_rank
+from megatron_ktr.errors import run_cli, same_on_every_rank
 from megatron_ktr.interruption import EXIT_SAVED, LEAVE_SIGNALS, LeaveRequest
 from megatron_ktr.metrics import MetricsWriter, step_line
-from megatron_ktr.objectives import Objective, build_objective
-from megatron_ktr.pipeline_split import virtual_stages
-from megatron_ktr.policy import DTYPES, Policy
+from megatron_ktr.objectives import Objective
+from megatron_ktr.policy import Policy
+from megatron_ktr.preflight import check_run
 from megatron_ktr.report.console import selected_tokens_text
 from megatron_ktr.rollout.features import build_feature_sender
 from megatron_ktr.rollout.local import DatasetSource
@@ -39,31 +44,6 @@ from megatron_ktr.run_length import length_line, with_steps
 from megatron_ktr.trainer import StepReport, Trainer
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.media import media_spec
-from models.qwen2_5_vl.transformer_config import language_transformer_config
-
-
-def parallel_sizes(config: Config, *, num_layers: int) -> ParallelSizes:
-    """Sizes for the process groups; virtual pipeline chunks are counted from the layers of one chunk."""
-    parallel = config.parallel
-    return ParallelSizes(
-        tensor=parallel.tensor_model_parallel_size,
-        pipeline=parallel.pipeline_model_parallel_size,
-        context=parallel.context_parallel_size,
-        virtual_pipeline=virtual_stages(num_layers, options=parallel),
-        sequence_parallel=parallel.sequence_parallel,
-    )
-
-
-def check_micro_batches(config: Config, groups: ParallelGroups) -> None:
-    """Refuses what megatron-core's interleaved schedule would refuse inside the first step."""
-    stages = groups.sizes.pipeline
-    prompts = config.prompts_per_replica(groups.data_size)
-    number = -(-prompts // config.trainer.micro_batch_groups)
-    if (groups.sizes.virtual_pipeline or 1) > 1 and number % stages:
-        raise UserError(
-            f"--num-layers-per-virtual-pipeline-stage needs a multiple of {stages} (pipeline stages) micro-batches per "
-            f"replica, got {number} = {prompts} prompts / --micro-batch-groups {config.trainer.micro_batch_groups}"
-        )
 
 
 def train(config: Config) -> int:
@@ -78,21 +58,19 @@ def train(config: Config) -> int:
 
 def _train(config: Config, *, platform: Platform, leave: LeaveRequest) -> bool:
     with same_on_every_rank():
+        sizes, objective = check_run(config, world_size=world_size_from_environment())
         model_config = Qwen2_5_VLConfig.from_hf(config.model.model)
-        groups = init_parallel(
-            parallel_sizes(config, num_layers=model_config.text.num_hidden_layers),
-            platform=platform,
-            seed=config.trainer.seed,
-            timeout_minutes=config.trainer.distributed_timeout_minutes,
-        )
-        config.prompts_per_replica(groups.data_size)
-        check_micro_batches(config, groups)
-        # Sizes that do not fit are refused before an engine or a model is loaded.
-        language_transformer_config(model_config, groups=groups, dtype=DTYPES[config.model.params_dtype], config=config)
-        objective = build_objective(config.objective, reward=config.reward)
+    groups = init_parallel(
+        sizes,
+        platform=platform,
+        seed=config.trainer.seed,
+        timeout_minutes=config.trainer.distributed_timeout_minutes,
+    )
     platform.seed(config.trainer.seed)
-    tokenizer = load_tokenizer(config.model.model)
     vocab_size = model_config.text.vocab_size
+    with same_on_every_rank():
+        tokenizer = load_tokenizer(config.model.model)
+        check_vocabulary(tokenizer, vocab_size=vocab_size)
     local_source = on_every_rank(
         lambda: build_local_source(config, groups=groups, tokenizer=tokenizer, vocab_size=vocab_size), groups=groups
     )

@@ -171,16 +171,14 @@ def run_hugging_face(
     """
     from transformers.utils import logging
 
-    from megatron_ktr.hf_model import hf_model_class
+    from megatron_ktr.hf_model import hf_model_class, reading_model
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    try:
+    with reading_model(hf_dir):
         model = hf_model_class().from_pretrained(
             str(hf_dir), dtype=torch.float32, attn_implementation="eager", local_files_only=True
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"--hf {hf_dir}: transformers cannot load it: {error}") from error
     model = model.to(device).eval()
     # Set, it would drop the gradient of the padding token's embedding wherever the prompt contains that token.
     model.get_input_embeddings().padding_idx = None

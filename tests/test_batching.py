@@ -15,7 +15,6 @@ from torch import Tensor
 
 from megatron_ktr.batching import TOLERANCE, balance_replicas, count_oversized, imbalance, pack_by_tokens
 from megatron_ktr.config import load_config
-from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.errors import UserError
 from megatron_ktr.types import RolloutGroup
 from tests.support.layouts import BALANCED, OVERLAPPED, SMALL, Layout, sizes_of
@@ -159,16 +158,15 @@ def test_bound_on_tokens_takes_the_place_of_a_number_of_groups() -> None:
         load_config([*flags, "--micro-batch-groups", "2"])
 
 
-def test_interleaved_pipeline_needs_whole_rounds_of_groups(one_rank: ParallelGroups) -> None:
+def test_interleaved_pipeline_needs_whole_rounds_of_groups() -> None:
     """Then there is a plan under any bound: four groups, each above it, are two rounds of two stages."""
-    from megatron_ktr.train import check_micro_batches
+    from megatron_ktr.preflight import check_micro_batches
 
     sizes = sizes_of(1, 2, vpp=2)
-    groups = dataclasses.replace(one_rank, sizes=sizes, data_size=2)
     values = dict(max_tokens_per_microbatch=10)
-    check_micro_batches(make_config(Path("m"), values, num_prompts=8, sizes=sizes), groups)
+    check_micro_batches(make_config(Path("m"), values, num_prompts=8, sizes=sizes), sizes=sizes, data_size=2)
     with pytest.raises(UserError, match="multiple of 2"):
-        check_micro_batches(make_config(Path("m"), values, num_prompts=6, sizes=sizes), groups)
+        check_micro_batches(make_config(Path("m"), values, num_prompts=6, sizes=sizes), sizes=sizes, data_size=2)
     assert len(pack_by_tokens([20] * 4, costs=[1] * 4, max_tokens=10, multiple_of=2)) == 4
 
 

@@ -79,7 +79,7 @@ def test_two_ranks_of_any_layout_report_once(model: Path, split: str) -> None:
 def test_bad_input_is_one_line() -> None:
     for flags, message in (
         (["--model", "8b"], "--model 8b: neither one of 3b, 7b, 32b, 72b, tiny nor a directory"),
-        (["--model", "7b", "--steps", "0"], "--steps must be positive"),
+        (["--model", "7b", "--steps", "0"], "--steps: expected a whole number from 1"),
     ):
         result = _run(*flags)
         assert result.returncode == 2 and not result.stdout

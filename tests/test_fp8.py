@@ -161,7 +161,7 @@ def test_the_options_reach_the_transformer_configuration(one_rank, recipe: str) 
     section = dataclasses.replace(
         FP8, fp8_recipe=recipe, first_last_layers_bf16=keeps_ends, num_layers_at_end_in_bf16=2, fp8_param_gather=True
     )
-    options = dict(groups=one_rank, dtype=torch.bfloat16, config=Config(model=section))
+    options = dict(sizes=one_rank.sizes, dtype=torch.bfloat16, config=Config(model=section))
     with patch.object(fp8, "current", lambda: HOPPER):
         with pytest.raises(UserError, match="Transformer Engine's, which is not installed"):
             language_transformer_config(PUBLISHED_CONFIGS["3B"], **options)

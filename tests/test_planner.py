@@ -218,8 +218,8 @@ def test_table_shows_parts_and_flags(tmp_path):
     ("arguments", "expected"),
     [
         ("--model 9b --gpus 8 --gpu-memory 80 --frames 32", "neither one of 3b, 7b, 32b, 72b"),
-        ("--model 7b --gpus 8 --gpu-memory 80 --frames 31", "--frames must be even"),
-        ("--model 7b --gpus 0 --gpu-memory 80 --frames 32", "--gpus must be positive"),
+        ("--model 7b --gpus 8 --gpu-memory 80 --frames 31", "--frames: expected an even number"),
+        ("--model 7b --gpus 0 --gpu-memory 80 --frames 32", "--gpus: expected a whole number from 1"),
         ("--model 7b --gpus 8 --gpu-memory 80 --frames 32 --freeze eyes", "--freeze takes"),
         ("--model 7b --gpus 11 --gpu-memory 80 --frames 32", "nearest --gpus that work: 8 and 14"),
         ("--model 7b --gpus 1 --gpu-memory 80 --frames 32", "--gpus 4"),

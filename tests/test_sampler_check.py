@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,11 +26,20 @@ from megatron_ktr.data.tiny_model import save_tiny_model
 from megatron_ktr.errors import UserError
 from megatron_ktr.packing import MediaSpec
 from megatron_ktr.rollout.hf import HFEngine
-from megatron_ktr.rollout.sampler_check import Gap, SamplerCheck, check_line, describe, measure, trainer_logprobs
-from megatron_ktr.rollout.sampler_probes import IMAGE, LONG, PATCH, SIZED, TEXT, VIDEO, probe_prompts
+from megatron_ktr.rollout.sampler_check import (
+    Gap,
+    SamplerCheck,
+    build_sampler_check,
+    check_line,
+    describe,
+    measure,
+    trainer_logprobs,
+)
+from megatron_ktr.rollout.sampler_probes import IMAGE, LONG, PATCH, SIZED, TEXT, TIMING, VIDEO, probe_prompts
 from megatron_ktr.rollout.sampling import SamplingSettings
 from megatron_ktr.types import Prompt, Rollout, RolloutGroup, VisualInput
 
+NAMES = [TEXT, IMAGE, PATCH, VIDEO, TIMING, LONG, SIZED]
 LIMIT = 1e-3
 """Nats: a right engine is seen to differ by 1e-6, the mistakes below by 1e-2 and more."""
 TEMPERATURE = 0.8
@@ -334,9 +344,50 @@ def test_prompts_longer_than_the_runs_are_left_out(pair: Pair) -> None:
     height, width = found[SIZED].media[0].frames_FCHW.shape[-2:]
     assert height != width and 0.7 * 24 * 28 * 28 <= height * width <= 24 * 28 * 28
     limit = len(found[PATCH].token_ids)
-    assert list(make(max_prompt_length=limit)) == [
-        name for name, prompt in found.items() if len(prompt.token_ids) <= limit
-    ]
+    shorter = make(max_prompt_length=limit)
+    assert all(len(prompt.token_ids) <= limit for prompt in shorter.values())
+    assert all(shorter[name].token_ids == p.token_ids for name, p in found.items() if len(p.token_ids) <= limit)
+
+
+@pytest.mark.parametrize(("max_length", "left_out"), [(40, [VIDEO, TIMING]), (16, NAMES[1:]), (3, NAMES)])
+def test_short_prompts_are_compared_with_a_shorter_question_and_what_is_left_out_is_said(
+    pair: Pair, capsys: Any, max_length: int, left_out: list[str]
+) -> None:
+    """Prompts of 27 tokens are a run's that accepts 40, though no prompt with the usual question is so short."""
+    section = dataclasses.replace(pair.policy.config.data, max_prompt_length=max_length, video_max_pixels=4 * 28 * 28)
+    config = dataclasses.replace(
+        pair.policy.config,
+        data=section,
+        model=dataclasses.replace(pair.policy.config.model, model=str(pair.model_dir)),
+        rollout=dataclasses.replace(pair.policy.config.rollout, engine="hf", max_response_length=1),
+    )
+    engine = pair.engine()
+    source = SimpleNamespace(
+        needs_weights=True, sample=lambda prompts, sampling: engine.generate(prompts, sampling=sampling)
+    )
+    check = build_sampler_check(
+        config,
+        policy=pair.policy,
+        source=source,
+        media=pair.media,
+        tokenizer=pair.tokenizer,
+        send_weights=lambda: engine.load_weights(pair.policy.export()),
+    )
+    what = f"not compared for {', '.join(left_out)}" if len(left_out) < len(NAMES) else "not compared at all"
+    assert capsys.readouterr().out == (
+        f"sampler and trainer are {what}: such prompts exceed --max-prompt-length {max_length}\n"
+    )
+    if max_length == 3:
+        assert check is None
+    else:
+        assert list(check.prompts) == [name for name in NAMES if name not in left_out]
+        assert check.run()["sampler_check/gap_max"] < LIMIT
+
+
+def test_the_prompt_of_the_runs_size_is_at_least_one_token_wide(pair: Pair) -> None:
+    builder = PromptBuilder(
+        pair.tokenizer, visual_tokens=VisualTokens.from_model(pair.model_dir, pair.tokenizer), merge_size=2
+    )
     assert probe_prompts(builder, media=pair.media, video_max_pixels=1)[SIZED].media[0].grid_thw == (2, 2, 2)
 
 

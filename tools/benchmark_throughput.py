@@ -42,20 +42,27 @@ warnings.filterwarnings("ignore", message="Please use DTensor instead")
 logging.getLogger("megatron").setLevel(logging.ERROR)
 
 from megatron_ktr import strict_json  # noqa: E402
+from megatron_ktr.command_line import Parser, whole  # noqa: E402
 from megatron_ktr.config import Config, load_config  # noqa: E402
 from megatron_ktr.data.preprocess import PreprocessSettings  # noqa: E402
 from megatron_ktr.distributed import platform as platforms  # noqa: E402
 from megatron_ktr.distributed.collectives import reduce_metrics  # noqa: E402
-from megatron_ktr.distributed.groups import ParallelGroups, destroy_parallel, init_parallel  # noqa: E402
+from megatron_ktr.distributed.groups import (  # noqa: E402
+    ParallelGroups,
+    destroy_parallel,
+    init_parallel,
+    world_size_from_environment,
+)
 from megatron_ktr.distributed.platform import Platform  # noqa: E402
 from megatron_ktr.errors import UserError, run_cli, same_on_every_rank  # noqa: E402
 from megatron_ktr.objectives import build_objective  # noqa: E402
 from megatron_ktr.policy import Policy  # noqa: E402
+from megatron_ktr.preflight import check_layout, check_micro_batches  # noqa: E402
 from megatron_ktr.rollout.synthetic import FixedSource, SyntheticSizes, TokenIds, synthetic_group  # noqa: E402
-from megatron_ktr.train import check_micro_batches, parallel_sizes  # noqa: E402
 from megatron_ktr.trainer import Trainer  # noqa: E402
 from megatron_ktr.types import Metrics  # noqa: E402
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig  # noqa: E402
+from models.qwen2_5_vl.hf_config import MOST_LAYERS  # noqa: E402
 from models.qwen2_5_vl.media import media_spec  # noqa: E402
 from models.qwen2_5_vl.model import Qwen2_5_VLModel, build_model  # noqa: E402
 from models.qwen2_5_vl.published import PUBLISHED_CONFIGS, to_hf_config  # noqa: E402
@@ -113,42 +120,39 @@ class RandomPolicy(Policy):
 
 def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     """Our own options, and the rest, which are the trainer's."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--model", required=True, help=f"{', '.join(SIZES)}, or a Hugging Face directory")
-    parser.add_argument("--num-layers", type=int, help="layers of the language model in place of the model's own")
-    parser.add_argument("--frames", type=int, default=16, help="frames of every video, even (16)")
+    parser.add_argument(
+        "--num-layers", type=whole(high=MOST_LAYERS), help="layers of the language model in place of the model's own"
+    )
+    parser.add_argument("--frames", type=whole(low=2, even=True), default=16, help="frames of every video, even (16)")
     parser.add_argument("--frame-size", type=_frame_size, default=(224, 448), help="pixels, multiples of 28 (224x448)")
-    parser.add_argument("--text-length", type=int, default=200, help="prompt tokens that are not visual (200)")
+    parser.add_argument("--text-length", type=whole(), default=200, help="prompt tokens that are not visual (200)")
     parser.add_argument(
         "--response-length", type=_lengths, default=(768,), help="tokens; several, by comma, take turns"
     )
-    parser.add_argument("--prompts-per-step", type=int, help="over all ranks (every replica's pipeline filled once)")
-    parser.add_argument("--steps", type=int, default=3, help="steps that are measured (3)")
-    parser.add_argument("--warm-up", type=int, default=1, help="steps before them (1)")
+    parser.add_argument(
+        "--prompts-per-step", type=whole(), help="over all ranks (every replica's pipeline filled once)"
+    )
+    parser.add_argument("--steps", type=whole(), default=3, help="steps that are measured (3)")
+    parser.add_argument("--warm-up", type=whole(low=0), default=1, help="steps before them (1)")
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line, no table")
     parser.add_argument("--plot", type=Path, help="SVG of the seconds by phase of every step")
     options, trainer_flags = parser.parse_known_args(argv)
-    if options.steps < 1 or options.warm_up < 0:
-        raise UserError(f"--steps must be positive and --warm-up not negative, got {options.steps}, {options.warm_up}")
-    for name in ("num_layers", "prompts_per_step"):
-        if (value := getattr(options, name)) is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be positive, got {value}")
     return options, trainer_flags
 
 
 def _frame_size(text: str) -> tuple[int, int]:
+    side = whole(low=28, high=28 * 1024)
     height, _, width = text.partition("x")
-    if not (height.isdecimal() and width.isdecimal()):
-        raise argparse.ArgumentTypeError(f"expected HEIGHTxWIDTH in pixels, got {text!r}")
-    return int(height), int(width)
+    size = side(height), side(width)
+    if size[0] % 28 or size[1] % 28:
+        raise argparse.ArgumentTypeError(f"expected HEIGHTxWIDTH in multiples of 28 pixels, got {text!r}")
+    return size
 
 
 def _lengths(text: str) -> tuple[int, ...]:
-    if not all(part.isdecimal() for part in text.split(",")):
-        raise argparse.ArgumentTypeError(f"expected whole numbers by comma, got {text!r}")
-    return tuple(int(part) for part in text.split(","))
+    return tuple(map(whole(), text.split(",")))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -202,15 +206,19 @@ def _load_config(options: argparse.Namespace, flags: list[str], *, hf_dir: Path)
 def _join(config: Config, options: argparse.Namespace, platform: Platform) -> tuple[ParallelGroups, Config]:
     """The process groups; without ``--prompts-per-step`` every replica has one micro-batch for each pipeline stage."""
     with same_on_every_rank():
-        num_layers = Qwen2_5_VLConfig.from_hf(config.model.model).text.num_hidden_layers
-        groups = init_parallel(
-            parallel_sizes(config, num_layers=num_layers), platform=platform, seed=config.trainer.seed
-        )
-        number = options.prompts_per_step
+        world_size = world_size_from_environment()
+        sizes = check_layout(config, Qwen2_5_VLConfig.from_hf(config.model.model), world_size=world_size)
+        number, data_size = options.prompts_per_step, world_size // sizes.model
         if number is None:
-            number = groups.data_size * groups.sizes.pipeline * config.trainer.micro_batch_groups
+            number = data_size * sizes.pipeline * config.trainer.micro_batch_groups
         config = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, prompts_per_step=number))
-        check_micro_batches(config, groups)
+        check_micro_batches(config, sizes=sizes, data_size=data_size)
+    groups = init_parallel(
+        sizes,
+        platform=platform,
+        seed=config.trainer.seed,
+        timeout_minutes=config.trainer.distributed_timeout_minutes,
+    )
     return groups, config
 
 

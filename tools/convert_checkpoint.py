@@ -20,13 +20,14 @@ from pathlib import Path
 # `python tools/X.py` puts tools/ on the path, not the repository.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_ktr.errors import UserError, run_cli  # noqa: E402
+from megatron_ktr.command_line import Parser, number  # noqa: E402
+from megatron_ktr.errors import run_cli  # noqa: E402
 from models.qwen2_5_vl.dist_checkpoint import ConversionReport, convert_to_hf, convert_to_megatron  # noqa: E402
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     to_megatron = commands.add_parser("to-megatron", help="Hugging Face directory -> Megatron checkpoint")
     to_megatron.add_argument("--hf", required=True, metavar="DIR", help="directory with config.json and *.safetensors")
     to_hf = commands.add_parser("to-hf", help="Megatron checkpoint -> Hugging Face directory")
@@ -35,19 +36,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--hf-config", metavar="DIR", help="config, tokenizer, ... come from here (default: hf/ in the checkpoint)"
     )
     to_hf.add_argument(
-        "--max-shard-gb", type=float, default=5.0, metavar="N", help="size of a safetensors file in 10^9 bytes (5)"
+        "--max-shard-gb",
+        type=number(above=0.0, high=1e6),
+        default=5.0,
+        metavar="N",
+        help="size of a safetensors file in 10^9 bytes (5)",
     )
     for command in (to_megatron, to_hf):
         command.add_argument("--out", required=True, metavar="DIR", help="new directory to write")
         command.add_argument("--json", action="store_true", help="report as one JSON object")
     return parser.parse_args(argv)
-
-
-class _Parser(argparse.ArgumentParser):
-    """Reports bad flags like every other user error: one line."""
-
-    def error(self, message: str) -> None:
-        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def main() -> int:
@@ -56,8 +54,6 @@ def main() -> int:
     if options.command == "to-megatron":
         report = convert_to_megatron(options.hf, options.out)
     else:
-        if options.max_shard_gb <= 0:
-            raise UserError(f"--max-shard-gb must be positive, got {options.max_shard_gb}")
         report = convert_to_hf(
             options.megatron,
             options.out,

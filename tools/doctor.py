@@ -24,6 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from megatron_ktr.command_line import Parser  # noqa: E402
 from megatron_ktr.doctor.check import Check, as_text, error_of_import, merge_nodes  # noqa: E402
 from megatron_ktr.doctor.requirements import (  # noqa: E402
     check_core_import,
@@ -31,7 +32,7 @@ from megatron_ktr.doctor.requirements import (  # noqa: E402
     check_versions,
     declared_requirements,
 )
-from megatron_ktr.errors import run_cli  # noqa: E402
+from megatron_ktr.errors import UserError, run_cli  # noqa: E402
 
 
 def check_node(*, run_dir: Path) -> list[Check]:
@@ -73,16 +74,18 @@ def examine(*, run_dir: Path) -> list[Check] | None:
         remedy = "make setup, then: .venv/bin/python tools/doctor.py"
         found = [check_python(), Check("packages", False, f"{sys.executable} lacks {', '.join(missing)}", remedy)]
         return [*found, ranks.commands_that_work(found, has_gpu=shutil.which("nvidia-smi") is not None)]
+    from megatron_ktr.distributed import rendezvous
     from megatron_ktr.distributed.platform_probe import machine_has_gpu
 
     has_gpu = machine_has_gpu()
+    rendezvous.read_place()  # refuses variables that hold what cannot be
     if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
         # One process of each node looks at it, before the ranks talk: what it finds may be why they cannot.
         own = check_node(run_dir=run_dir) if os.environ.get("LOCAL_RANK", "0") == "0" else []
         try:
             world = ranks.read_world(directory=run_dir)
             found = merge_nodes(ranks.by_node(own))
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, UserError) as error:
             return [*own, ranks.no_connection(error)] if os.environ["RANK"] == "0" else None
         if os.environ["RANK"] != "0":
             return None
@@ -98,7 +101,7 @@ def examine(*, run_dir: Path) -> list[Check] | None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line of output, no table")
     parser.add_argument("--run-dir", type=Path, default=Path("runs"), help="where runs are written (default runs)")
     options = parser.parse_args(argv)

@@ -14,6 +14,8 @@ import random
 import shutil
 from pathlib import Path
 
+from megatron_ktr.command_line import Parser, whole
+from megatron_ktr.config_cli import LARGEST_INTEGER
 from megatron_ktr.data.synthetic import DEFAULT_TASKS, corpus, draw_scene, guess, record_of, render, write_video
 from megatron_ktr.data.tiny_model import save_tiny_model
 from megatron_ktr.errors import UserError, run_cli
@@ -65,12 +67,12 @@ def make_example(out_dir: Path, *, videos: list[Path], num_prompts: int, num_gen
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="directory to create")
     parser.add_argument("--videos", type=Path, nargs="*", default=[], help="your own video files; none = drawn ones")
-    parser.add_argument("--num-prompts", type=int, default=12, help="recorded questions (default 12)")
-    parser.add_argument("--num-generations", type=int, default=8, help="responses per question (default 8)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num-prompts", type=whole(), default=12, help="recorded questions (default 12)")
+    parser.add_argument("--num-generations", type=whole(), default=8, help="responses per question (default 8)")
+    parser.add_argument("--seed", type=whole(low=0, high=LARGEST_INTEGER), default=0)
     arguments = parser.parse_args()
     make_example(
         arguments.out,

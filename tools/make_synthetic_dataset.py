@@ -13,25 +13,35 @@ import argparse
 import json
 from pathlib import Path
 
+from megatron_ktr.command_line import Parser, number, whole
+from megatron_ktr.config_cli import LARGEST_INTEGER
 from megatron_ktr.data.synthetic import DEFAULT_TASKS, TASKS, corpus, make_dataset
 from megatron_ktr.data.tiny_model import save_tiny_model
-from megatron_ktr.errors import UserError, run_cli
+from megatron_ktr.errors import run_cli
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="directory to create")
-    parser.add_argument("--num-train", type=int, default=3000, help="training questions (default 3000)")
-    parser.add_argument("--num-eval", type=int, default=400, help="held-out questions (default 400)")
+    parser.add_argument("--num-train", type=whole(), default=3000, help="training questions (default 3000)")
+    parser.add_argument("--num-eval", type=whole(low=0), default=400, help="held-out questions (default 400)")
     parser.add_argument("--tasks", default=",".join(DEFAULT_TASKS), help=f"some of {','.join(TASKS)}")
-    parser.add_argument("--order-share", type=float, default=0.5, help="share of order questions (default 0.5)")
-    parser.add_argument("--num-frames", type=int, default=8, help="frames of a video, even (default 8)")
-    parser.add_argument("--size", type=int, default=56, help="side of a frame in pixels, even (default 56)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--order-share", type=number(high=1.0), default=0.5, help="share of order questions (default 0.5)"
+    )
+    parser.add_argument(
+        "--num-frames", type=whole(low=4, high=4096, even=True), default=8, help="frames of a video, even (default 8)"
+    )
+    parser.add_argument(
+        "--size",
+        type=whole(low=28, high=4096, even=True),
+        default=56,
+        help="side of a frame in pixels, even (default 56)",
+    )
+    parser.add_argument("--seed", type=whole(low=0, high=LARGEST_INTEGER), default=0)
     parser.add_argument("--model", type=Path, help="also write the tiny random model of the demo to this directory")
     parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
     options = parser.parse_args()
-    _check(options)
     files = make_dataset(
         options.out,
         num_train=options.num_train,
@@ -51,17 +61,6 @@ def main() -> None:
     print(f"wrote {options.out}")
     for stem, count in counts.items():
         print(f"  {stem + '.json':<18} {count:>6} questions")
-
-
-def _check(options: argparse.Namespace) -> None:
-    for name, low in (("num_train", 1), ("num_eval", 0), ("num_frames", 4), ("size", 28)):
-        if getattr(options, name) < low:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(options, name)}")
-    for name in ("num_frames", "size"):
-        if getattr(options, name) % 2:
-            raise UserError(f"--{name.replace('_', '-')} must be even, got {getattr(options, name)}")
-    if not 0 <= options.order_share <= 1:
-        raise UserError(f"--order-share must lie between 0 and 1, got {options.order_share}")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from megatron_ktr.accounting.links import Machine  # noqa: E402
 from megatron_ktr.accounting.planner import GB, PIXELS_PER_TOKEN, Plan, Request, find_plans  # noqa: E402
 from megatron_ktr.accounting.saved import FUSED, TORCH_GPU  # noqa: E402
 from megatron_ktr.accounting.work import StepSettings  # noqa: E402
+from megatron_ktr.command_line import Parser, number, whole  # noqa: E402
 from megatron_ktr.errors import UserError, run_cli  # noqa: E402
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig  # noqa: E402
 from models.qwen2_5_vl.published import PUBLISHED_CONFIGS  # noqa: E402
@@ -42,56 +44,55 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _parser() -> Parser:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     machine, request = Machine(), Request.__dataclass_fields__
 
-    def add(flag: str, kind: type, default: Any, text: str, **more: Any) -> None:
+    def add(flag: str, kind: Callable[[str], Any], default: Any, text: str, **more: Any) -> None:
         parser.add_argument(flag, type=kind, default=default, help=f"{text} (default {default})", **more)
 
     parser.add_argument("--model", required=True, help="3b, 7b, 32b, 72b, or a Hugging Face directory or config.json")
-    parser.add_argument("--gpus", type=int, required=True, help="number of GPUs")
-    parser.add_argument("--gpu-memory", type=float, required=True, help="of one GPU, in 10^9 bytes")
-    parser.add_argument("--frames", type=int, required=True, help="frames of every video, even")
-    add("--pixels-per-frame", int, 128 * PIXELS_PER_TOKEN, "pixels of a frame; 28 x 28 make one visual token")
-    add("--text-length", int, request["text_length"].default, "prompt tokens that are not visual")
-    add("--response-length", int, request["response_length"].default, "tokens of every response")
-    add("--num-generations", int, request["num_generations"].default, "responses per prompt")
-    add("--prompts-per-step", int, request["prompts_per_step"].default, "prompts of a step over all GPUs")
+    parser.add_argument("--gpus", type=whole(), required=True, help="number of GPUs")
+    parser.add_argument("--gpu-memory", type=number(above=0.0), required=True, help="of one GPU, in 10^9 bytes")
+    parser.add_argument("--frames", type=whole(low=2, even=True), required=True, help="frames of every video, even")
+    add(
+        "--pixels-per-frame",
+        whole(high=2**26),
+        128 * PIXELS_PER_TOKEN,
+        "pixels of a frame; 28 x 28 make one visual token",
+    )
+    add("--text-length", whole(), request["text_length"].default, "prompt tokens that are not visual")
+    add("--response-length", whole(), request["response_length"].default, "tokens of every response")
+    add("--num-generations", whole(high=2**14), request["num_generations"].default, "responses per prompt")
+    add("--prompts-per-step", whole(), request["prompts_per_step"].default, "prompts of a step over all GPUs")
     add(
         "--shuffle-unit", str, "frame", "what the temporal counterfactual permutes", choices=("frame", "temporal_patch")
     )
-    add("--num-shuffles", int, 1, "random orders per step")
+    add("--num-shuffles", whole(), 1, "random orders per step")
     parser.add_argument("--grpo", action="store_true", help="plain GRPO: no counterfactual passes")
     parser.add_argument("--no-reference", action="store_true", help="no KL term, no reference model")
     add("--freeze", str, "", "parts that are not trained, by comma: vision, merger, language")
     add("--vision-parallel", str, "tensor", "how the encoder is split", choices=("tensor", "frame"))
     add("--transformer-impl", str, "te", "layers: Transformer Engine's or plain torch", choices=("te", "local"))
-    add("--peak-tflops", float, machine.peak_tflops, "of one GPU, dense, in the precision of training")
-    add("--efficiency", float, machine.efficiency, "share of the peak that a busy stage reaches")
-    add("--gpus-per-node", int, machine.gpus_per_node, "GPUs joined by fast links")
-    add("--link-bandwidth", float, machine.link_gb_per_second, "of a GPU inside its node, 10^9 bytes a second, one way")
-    add("--network-bandwidth", float, machine.network_gb_per_second, "of a GPU between nodes, likewise")
-    add("--engine-memory", float, request["engine_gb"].default, "of a colocated rollout engine asleep, 10^9 bytes")
-    add("--reserved-memory", float, request["reserved_gb"].default, "context, buffers, fragmentation, 10^9 bytes")
-    add("--best", int, 3, "layouts printed as flags, and put into the JSON")
-    add("--rows", int, 12, "rows of the table")
+    add("--peak-tflops", number(above=0.0), machine.peak_tflops, "of one GPU, dense, in the precision of training")
+    add("--efficiency", number(above=0.0, high=1.0), machine.efficiency, "share of the peak that a busy stage reaches")
+    add("--gpus-per-node", whole(high=2**14), machine.gpus_per_node, "GPUs joined by fast links")
+    add(
+        "--link-bandwidth",
+        number(above=0.0),
+        machine.link_gb_per_second,
+        "of a GPU inside its node, 10^9 bytes a second, one way",
+    )
+    add("--network-bandwidth", number(above=0.0), machine.network_gb_per_second, "of a GPU between nodes, likewise")
+    add("--engine-memory", number(), request["engine_gb"].default, "of a colocated rollout engine asleep, 10^9 bytes")
+    add("--reserved-memory", number(), request["reserved_gb"].default, "context, buffers, fragmentation, 10^9 bytes")
+    add("--best", whole(), 3, "layouts printed as flags, and put into the JSON")
+    add("--rows", whole(low=0), 12, "rows of the table")
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line of output, no table")
     return parser
 
 
 def _request(options: argparse.Namespace) -> Request:
-    positive = (
-        "gpus gpu_memory frames pixels_per_frame text_length response_length num_generations prompts_per_step "
-        "num_shuffles peak_tflops efficiency gpus_per_node link_bandwidth network_bandwidth best"
-    ).split()
-    for name in positive:
-        if getattr(options, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} must be positive, got {getattr(options, name):g}")
-    if options.frames % 2:
-        raise UserError(f"--frames must be even (two frames make one temporal patch), got {options.frames}")
-    if options.efficiency > 1:
-        raise UserError(f"--efficiency is a share of the peak, at most 1, got {options.efficiency:g}")
     frozen = frozenset(part for part in options.freeze.split(",") if part)
     if not frozen < {"vision", "merger", "language"}:
         raise UserError(f"--freeze takes some, not all, of vision, merger, language; got {options.freeze!r}")

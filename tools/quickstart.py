@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ktr import strict_json
+from megatron_ktr.command_line import Parser, whole
 from megatron_ktr.config import config_from_values
+from megatron_ktr.config_cli import LARGEST_INTEGER
 from megatron_ktr.data.dataset import read_records
 from megatron_ktr.data.synthetic import corpus, make_dataset
 from megatron_ktr.data.template import load_tokenizer
@@ -80,7 +82,7 @@ class Quickstart:
         run_dir = self.out / stage.name
         command = [sys.executable, "-m"]
         if self.options.nproc_per_node > 1:
-            command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(self.options.nproc_per_node)]
+            command += ["megatron_ktr.launch", "--standalone", "--nproc-per-node", str(self.options.nproc_per_node)]
             command += ["-m"]
         command += ["megatron_ktr.train", "--config", str(EXAMPLES / f"{stage.config}.yaml")]
         command += ["--model", str(model), "--data-path", str(self.data / f"{stage.data}.json")]
@@ -223,19 +225,26 @@ def _table(summary: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="directory to create")
-    parser.add_argument("--seed", type=int, default=0, help="seed of data, model and sampling (default 0)")
+    parser.add_argument(
+        "--seed",
+        type=whole(low=0, high=LARGEST_INTEGER),
+        default=0,
+        help="seed of data, model and sampling (default 0)",
+    )
     parser.add_argument(
         "--nproc-per-node",
-        type=int,
+        type=whole(),
         default=min(2, os.cpu_count() or 1),
         help="processes of each training stage, data-parallel unless flags say otherwise (default 2, or 1 on one core)",
     )
     parser.add_argument("--rollout", choices=ENGINES, default="hf", help="what samples responses (default hf)")
-    parser.add_argument("--num-train", type=int, default=3000, help="training videos (default 3000)")
-    parser.add_argument("--num-eval", type=int, default=400, help="held-out questions (default 400)")
-    parser.add_argument("--steps", type=int, help="steps of every stage, to try the commands quickly; learns nothing")
+    parser.add_argument("--num-train", type=whole(), default=3000, help="training videos (default 3000)")
+    parser.add_argument("--num-eval", type=whole(), default=400, help="held-out questions (default 400)")
+    parser.add_argument(
+        "--steps", type=whole(), help="steps of every stage, to try the commands quickly; learns nothing"
+    )
     options, extra_flags = parser.parse_known_args()
     if options.out.exists() and any(options.out.iterdir()):
         raise UserError(f"--out {options.out} is not empty: choose another directory or remove it")

@@ -17,19 +17,14 @@ from pathlib import Path
 # `python tools/X.py` puts tools/ on the path, not the repository.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_ktr.command_line import Parser, whole  # noqa: E402
 from megatron_ktr.errors import UserError, run_cli  # noqa: E402
+from megatron_ktr.json_files import read_json_object  # noqa: E402
 from megatron_ktr.report.html import write_report  # noqa: E402
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports bad flags like every other user error: one line."""
-
-    def error(self, message: str) -> None:
-        raise UserError(f"{message}; see {self.prog} --help")
-
-
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--run-dir", type=Path, nargs="+", required=True, metavar="DIR", help="run directories, in the page's order"
     )
@@ -42,8 +37,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--media-root", type=Path, metavar="DIR", help="directory of the media (default: as in the run)"
     )
     parser.add_argument("--model", type=Path, metavar="DIR", help="model whose tokenizer made the responses")
-    parser.add_argument("--max-groups", type=int, default=4, metavar="N", help="questions to show per run (4)")
-    parser.add_argument("--max-frames", type=int, default=16, metavar="N", help="pictures to show per video (16)")
+    parser.add_argument("--max-groups", type=whole(low=0), default=4, metavar="N", help="questions to show per run (4)")
+    parser.add_argument(
+        "--max-frames", type=whole(low=0), default=16, metavar="N", help="pictures to show per video (16)"
+    )
     parser.add_argument("--json", action="store_true", help="say what was written as one JSON object")
     return parser.parse_args(argv)
 
@@ -54,13 +51,7 @@ def read_summary(path: Path | None, run_dirs: list[Path]) -> dict | None:
         path = next((run_dir / "summary.json" for run_dir in run_dirs if (run_dir / "summary.json").is_file()), None)
     if path is None:
         return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"--summary {path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"--summary {path}: expected one JSON object, got {type(content).__name__}")
-    return content
+    return read_json_object(path, option="--summary")
 
 
 def main() -> int:

@@ -36,6 +36,9 @@ from typing import Any
 # `python tools/X.py` puts tools/ on the path, not the repository.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+# Before torch, whose import takes seconds: ctrl-C is then one word.
+import megatron_ktr  # noqa: E402, F401
+
 # Advice about speed that core and torch.distributed give on import and on every rank.
 warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed\.")
 warnings.filterwarnings("ignore", message="Please use DTensor instead")
@@ -44,6 +47,7 @@ logging.getLogger("megatron").setLevel(logging.ERROR)
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from megatron_ktr.command_line import Parser, number, whole  # noqa: E402
 from megatron_ktr.config import Config, config_from_values  # noqa: E402
 from megatron_ktr.config_sections import DataSection  # noqa: E402
 from megatron_ktr.data.preprocess import PreprocessSettings, load_media, pixel_limits  # noqa: E402
@@ -53,12 +57,13 @@ from megatron_ktr.distributed import platform as platforms  # noqa: E402
 from megatron_ktr.distributed.collectives import broadcast_object  # noqa: E402
 from megatron_ktr.distributed.groups import ParallelGroups, destroy_parallel, init_parallel  # noqa: E402
 from megatron_ktr.errors import UserError, run_cli  # noqa: E402
+from megatron_ktr.json_files import read_json_object  # noqa: E402
 from megatron_ktr.micro_batch import Denominators, MicroBatch  # noqa: E402
 from megatron_ktr.packing import pack_groups  # noqa: E402
 from megatron_ktr.policy import Policy  # noqa: E402
+from megatron_ktr.preflight import parallel_sizes  # noqa: E402
 from megatron_ktr.rollout.source import on_every_rank  # noqa: E402
 from megatron_ktr.torch_dist_files import TorchDistReader  # noqa: E402
-from megatron_ktr.train import parallel_sizes  # noqa: E402
 from megatron_ktr.types import PackedBatch, RolloutGroup, VisualInput  # noqa: E402
 from megatron_ktr.verification import (  # noqa: E402
     NUM_RESPONSE_TOKENS,
@@ -98,7 +103,7 @@ class Comparison:
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hf", required=True, metavar="DIR", type=Path, help="Hugging Face directory")
     parser.add_argument("--megatron", metavar="DIR", type=Path, help="Megatron checkpoint to take the weights from")
     for kind in ("video", "image"):
@@ -113,12 +118,14 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="write token_ids [T], position_ids [3, T], logprobs and hf_logprobs [R], pixel_values, image_grid_thw, "
         "pixel_values_videos, video_grid_thw; the response is the last R tokens",
     )
-    parser.add_argument("--logprob-tolerance", type=float, default=LOGPROB_TOLERANCE, metavar="X", help="limit (1e-4)")
-    parser.add_argument("--gradient-tolerance", type=float, default=GRADIENT_TOLERANCE, metavar="X", help="(1e-3)")
+    parser.add_argument(
+        "--logprob-tolerance", type=number(), default=LOGPROB_TOLERANCE, metavar="X", help="limit (1e-4)"
+    )
+    parser.add_argument("--gradient-tolerance", type=number(), default=GRADIENT_TOLERANCE, metavar="X", help="(1e-3)")
     layout = parser.add_argument_group("layout, as in training")
     for name in ("tensor-model-parallel-size", "pipeline-model-parallel-size"):
-        layout.add_argument(f"--{name}", type=_positive, default=1, metavar="N")
-    layout.add_argument("--num-layers-per-virtual-pipeline-stage", type=_positive, metavar="N")
+        layout.add_argument(f"--{name}", type=whole(), default=1, metavar="N")
+    layout.add_argument("--num-layers-per-virtual-pipeline-stage", type=whole(), metavar="N")
     layout.add_argument("--sequence-parallel", action="store_true")
     layout.add_argument("--platform", default="auto", help="devices, as in training (auto)")
     layout.add_argument(
@@ -128,16 +135,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="layers; local, because Transformer Engine multiplies fp32 matrices in TF32, beyond the limits here",
     )
     layout.add_argument(
-        "--distributed-timeout-minutes", type=_positive, default=120, metavar="N", help="wait for rank 0 (120)"
+        "--distributed-timeout-minutes", type=whole(), default=120, metavar="N", help="wait for rank 0 (120)"
     )
     return parser.parse_args(argv)
-
-
-class _Parser(argparse.ArgumentParser):
-    """Reports bad flags like every other user error: one line."""
-
-    def error(self, message: str) -> None:
-        raise UserError(f"{message}; see {self.prog} --help")
 
 
 class _AppendMedia(argparse.Action):
@@ -146,12 +146,6 @@ class _AppendMedia(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         kind = str(option_string).lstrip("-")
         setattr(namespace, self.dest, (getattr(namespace, self.dest) or []) + [(kind, value) for value in values])
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -171,7 +165,7 @@ def verify(options: argparse.Namespace) -> bool:
         timeout_minutes=options.distributed_timeout_minutes,
     )
     # Refuses a layout that does not fit now, not after minutes of Hugging Face.
-    language_transformer_config(model_config, groups=groups, dtype=torch.float32, config=config)
+    language_transformer_config(model_config, sizes=groups.sizes, dtype=torch.float32, config=config)
 
     def prepare() -> VerificationInput | None:
         return _read_input(options, model_config) if groups.rank == 0 else None
@@ -238,7 +232,7 @@ def _read_input(options: argparse.Namespace, model_config: Qwen2_5_VLConfig) -> 
 
 
 def _pad_token_id(hf_dir: Path) -> int | None:
-    values = json.loads((hf_dir / "config.json").read_text(encoding="utf-8"))
+    values = read_json_object(hf_dir / "config.json")
     return (values.get("text_config") or values).get("pad_token_id", values.get("pad_token_id"))
 
 

@@ -16,7 +16,6 @@ visual token are neighbours, and an image is a video of one frame shown tp times
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -33,6 +32,7 @@ from megatron_ktr.data.smart_resize import most_tokens, smart_resize
 from megatron_ktr.data.unusable import UnusableMedia
 from megatron_ktr.data.video import FrameSampling, read_image, read_video
 from megatron_ktr.errors import UserError
+from megatron_ktr.json_files import read_json_object
 from megatron_ktr.types import VisualInput
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -95,13 +95,20 @@ class PreprocessSettings:
         Qwen2.5-VL's. An override of one limit alone moves the other out of its way.
         """
         directory = Path(model_dir)
-        values: dict[str, Any] = {}
-        values.update(_vision_sizes(_read_json(directory / "config.json").get("vision_config", {})))
-        processor = _read_json(directory / "processor_config.json")
-        values.update(_processor_values(processor.get("image_processor", {}), kind="image"))
-        values.update(_processor_values(processor.get("video_processor", {}), kind="video"))
-        values.update(_processor_values(_read_json(directory / "preprocessor_config.json"), kind="image"))
-        values.update(_processor_values(_read_json(directory / "video_preprocessor_config.json"), kind="video"))
+        path = directory / "config.json"
+        of_model = _vision_sizes(_read_json(path), path=path)
+        values: dict[str, Any] = dict(of_model)
+        path = directory / "processor_config.json"
+        processor = _read_json(path)
+        values.update(_processor_values(_part(processor, "image_processor", path=path), kind="image", path=path))
+        values.update(_processor_values(_part(processor, "video_processor", path=path), kind="video", path=path))
+        for name, kind in (("preprocessor_config.json", "image"), ("video_preprocessor_config.json", "video")):
+            values.update(_processor_values(_read_json(directory / name), kind=kind, path=directory / name))
+        if wrong := [name for name, size in of_model.items() if values[name] != size]:
+            raise UserError(
+                f"model: {wrong[0]} is {of_model[wrong[0]]} in {directory / 'config.json'} and {values[wrong[0]]} in "
+                "its preprocessor files: the encoder could not read such patches"
+            )
         known = {field.name for field in fields(cls)}
         given = {name: value for name, value in overrides.items() if value is not None}
         if unknown := given.keys() - known:
@@ -302,35 +309,51 @@ def load_media(
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"model: {path} cannot be read as JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"model: expected one JSON object in {path}, got {type(values).__name__}")
-    return values
+    return read_json_object(path, option="model") if path.is_file() else {}
 
 
-def _vision_sizes(vision: Mapping[str, Any]) -> dict[str, int]:
+def _vision_sizes(config: Mapping[str, Any], *, path: Path) -> dict[str, int]:
+    vision = _part(config, "vision_config", path=path)
     names = {"patch_size": "patch_size", "temporal_patch_size": "temporal_patch_size"}
     names |= {"spatial_merge_size": "merge_size"}
-    return {ours: int(vision[theirs]) for theirs, ours in names.items() if theirs in vision}
+    return {ours: _size(vision[theirs], theirs, path=path) for theirs, ours in names.items() if theirs in vision}
 
 
-def _processor_values(processor: Mapping[str, Any], *, kind: MediaKind) -> dict[str, Any]:
+def _processor_values(processor: Mapping[str, Any], *, kind: MediaKind, path: Path) -> dict[str, Any]:
     """Values of one HF processor file under our names; ``size`` is its newer spelling of the pixel limits."""
     values: dict[str, Any] = {}
     for name in ("patch_size", "temporal_patch_size", "merge_size"):
         if processor.get(name) is not None:
-            values[name] = int(processor[name])
+            values[name] = _size(processor[name], name, path=path)
     for name in ("image_mean", "image_std"):
         if processor.get(name) is not None:
-            values[name] = tuple(float(value) for value in processor[name])
-    size = processor.get("size") or {}
+            values[name] = _channels(processor[name], name, path=path)
+    size = _part(processor, "size", path=path)
     for bound, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
         limit = processor.get(bound) or size.get(bound) or size.get(edge)
         if limit is not None:
-            values[f"{kind}_{bound}"] = int(limit)
+            values[f"{kind}_{bound}"] = _size(limit, bound, path=path)
     return values
+
+
+def _part(values: Mapping[str, Any], name: str, *, path: Path) -> Mapping[str, Any]:
+    part = values.get(name) or {}
+    if not isinstance(part, Mapping):
+        raise UserError(f"model: expected an object in {name} of {path}, got {part!r}")
+    return part
+
+
+def _size(value: Any, name: str, *, path: Path) -> int:
+    is_whole = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_whole or value != int(value) or not 0 < value < 2**63:
+        raise UserError(f"model: expected a positive whole number in {name} of {path}, got {value!r}")
+    return int(value)
+
+
+def _channels(value: Any, name: str, *, path: Path) -> tuple[float, ...]:
+    numbers = value if isinstance(value, list) else []
+    are_fine = all(isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) for x in numbers)
+    if len(numbers) != 3 or not are_fine or (name == "image_std" and min(numbers) <= 0):
+        least = ", each above 0" if name == "image_std" else ""
+        raise UserError(f"model: expected three numbers{least} in {name} of {path}, got {value!r}")
+    return tuple(float(x) for x in numbers)

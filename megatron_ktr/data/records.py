@@ -18,6 +18,7 @@ A record after reading has all its own fields and, normalised,
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from megatron_ktr.data.media_source import (
 )
 from megatron_ktr.data.record_problems import RecordProblems
 from megatron_ktr.errors import UserError
+from megatron_ktr.json_files import parse_json
 
 __all__ = ["Record", "check_record", "read_records", "resolve_media_path"]
 
@@ -71,7 +73,8 @@ def read_records(
     found = RecordProblems(option, path) if problems is None else problems
     kept_types, found_types = set(problem_types), set()
     kept: list[Record] = []
-    for number, raw in _read_raw(path, option=option):
+    numbered, is_suspect = _read_raw(path, option=option)
+    for number, raw in numbered:
         problem_type = raw.get("problem_type") if isinstance(raw, dict) else None
         if isinstance(problem_type, str) or problem_type is None:
             found_types.add(problem_type or "")
@@ -79,6 +82,8 @@ def read_records(
         if kept_types and isinstance(problem_type, str) and problem_type not in kept_types:
             continue
         try:
+            if is_suspect:
+                _check_writable(raw)
             record = check_record(
                 raw, number=number, needs_solution=needs_solution, needs_reply=needs_reply, ignored=ignored
             )
@@ -191,28 +196,42 @@ def _response_text(record: Mapping[str, Any]) -> str:
     )
 
 
-def _read_raw(path: Path, *, option: str) -> list[tuple[int, Any]]:
-    """(number, value) of each record; a file whose first character is "[" is one JSON array, else JSONL."""
+def _read_raw(path: Path, *, option: str) -> tuple[list[tuple[int, Any]], bool]:
+    """(number, value) of each record, and whether some may fail ``_check_writable``; a file whose first character is
+    "[" is one JSON array, else JSONL."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{option}: {path} cannot be read: {error}") from error
     if text.lstrip().startswith("["):
         try:
-            return list(enumerate(json.loads(text), start=1))
+            numbered = list(enumerate(parse_json(text), start=1))
         except ValueError as error:
             raise UserError(f"{option}: {path} is not valid JSON: {error}") from error
+        return numbered, _MAY_NOT_BE_WRITABLE.search(text) is not None
     numbered = []
     for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: JSON text may contain U+2028
         if line.strip():
             try:
-                numbered.append((number, json.loads(line)))
+                numbered.append((number, parse_json(line)))
             except ValueError as error:
                 raise UserError(
                     f"{option}: {path}, line {number} is not valid JSON: {error}; "
                     "expected a JSON array, or one object a line"
                 ) from error
-    return numbered
+    return numbered, _MAY_NOT_BE_WRITABLE.search(text) is not None
+
+
+_MAY_NOT_BE_WRITABLE = re.compile(r"\\u[dD]|NaN|Infinity|\d[eE]\+?\d{3}")
+
+
+def _check_writable(raw: Any) -> None:
+    """Raises ``ValueError`` for what a run cannot write into its rollouts: Python reads halves of characters, and NaN,
+    from JSON that it does not write."""
+    try:
+        json.dumps(raw, ensure_ascii=False, allow_nan=False).encode("utf-8")
+    except ValueError as error:
+        raise ValueError(f"expected text in whole characters and finite numbers: {error}") from error
 
 
 def _media_of(

@@ -10,7 +10,6 @@ text, or before the text; it becomes as many token ids as it has visual tokens.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -24,6 +23,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from megatron_ktr.data.conversation import parts_of, text_of
 from megatron_ktr.data.unusable import UnusableSample
 from megatron_ktr.errors import UserError
+from megatron_ktr.json_files import read_json_object
 from megatron_ktr.types import Prompt, VisualInput
 
 BUILT_IN_WORDING = Path(__file__).parent / "templates" / "think_answer.jinja"
@@ -57,7 +57,7 @@ class VisualTokens:
             UserError: the tokenizer lacks one of them, or would not read it back as that one token.
         """
         config_path = Path(model_dir) / "config.json"
-        config = json.loads(config_path.read_text(encoding="utf-8")) if config_path.is_file() else {}
+        config = read_json_object(config_path, option="model") if config_path.is_file() else {}
         keys = {"vision_start": "vision_start_token_id", "vision_end": "vision_end_token_id"}
         keys |= {"image": "image_token_id", "video": "video_token_id"}
         ids: dict[str, int] = {}
@@ -66,6 +66,8 @@ class VisualTokens:
             token_id = config.get(key)
             if token_id is None:
                 token_id = tokenizer.convert_tokens_to_ids(_VISUAL_NAMES[name])
+            if token_id is not None and (not isinstance(token_id, int) or not 0 <= token_id < 2**31):
+                raise UserError(f"model: expected a token id in {key} of {config_path}, got {token_id!r}")
             text = tokenizer.convert_ids_to_tokens(token_id) if token_id is not None else None
             is_unknown = token_id is not None and token_id == tokenizer.unk_token_id
             if (
@@ -164,9 +166,12 @@ class PromptBuilder:
     def render(self, messages: Sequence[Mapping[str, str]], *, is_asking: bool = True) -> str:
         """``messages`` in the model's chat format; ``is_asking``: the assistant's turn is opened at the end."""
         if getattr(self.tokenizer, "chat_template", None):
-            return str(
-                self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=is_asking)
-            )
+            try:
+                return str(
+                    self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=is_asking)
+                )
+            except Exception as error:  # a template can raise anything its expressions can
+                raise UserError(f"model: the chat template failed: {type(error).__name__}: {error}") from error
         return _qwen_chat(messages, is_asking=is_asking)
 
     def messages(self, record: Mapping[str, Any], kinds: Sequence[str]) -> tuple[list[dict[str, str]], list[int]]:
@@ -289,6 +294,16 @@ def control_tokens(tokenizer: Any, visual_tokens: VisualTokens | None = None) ->
     return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True) if token))
 
 
+def check_vocabulary(tokenizer: Any, *, vocab_size: int) -> None:
+    """Raises ``UserError`` for a tokenizer that knows ids which the model has no embedding for."""
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= vocab_size:
+        raise UserError(
+            f"model: the tokenizer has token ids up to {largest}, the model's vocabulary ends at {vocab_size - 1}: "
+            "do tokenizer and config.json belong together?"
+        )
+
+
 def load_tokenizer(model_dir: Path | str) -> Any:
     """The HF tokenizer of a model directory, with the chat template of ``chat_template.json`` if it carries none.
 
@@ -303,7 +318,7 @@ def load_tokenizer(model_dir: Path | str) -> Any:
         raise UserError(f"model: no usable tokenizer in {model_dir}: {error}") from error
     side_file = Path(model_dir) / "chat_template.json"
     if not tokenizer.chat_template and side_file.is_file():
-        tokenizer.chat_template = json.loads(side_file.read_text(encoding="utf-8")).get("chat_template")
+        tokenizer.chat_template = read_json_object(side_file, option="model").get("chat_template")
     return tokenizer
 
 

@@ -6,9 +6,7 @@ Ranks are ordered tensor, context, (expert,) data, pipeline, fastest first: mega
 
 from __future__ import annotations
 
-import datetime
 import gc
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +16,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch.distributed import ProcessGroup
 
+from megatron_ktr.distributed import rendezvous
 from megatron_ktr.distributed.platform import Platform
 from megatron_ktr.errors import UserError
 
@@ -112,17 +111,23 @@ def check_sizes(sizes: ParallelSizes, *, world_size: int) -> None:
 
 
 def init_parallel(
-    sizes: ParallelSizes, *, platform: Platform, seed: int = 0, timeout_minutes: float = 10.0
+    sizes: ParallelSizes,
+    *,
+    platform: Platform,
+    seed: int = 0,
+    timeout_minutes: float = 10.0,
+    rendezvous_minutes: float = rendezvous.RENDEZVOUS_MINUTES,
 ) -> ParallelGroups:
     """Joins the world (RANK, WORLD_SIZE as torchrun sets them; none = a lone process) and splits it.
 
     A second call in one process replaces the first split. ``seed`` seeds megatron-core's tracked random states
     (same over data-parallel ranks, different over tensor ranks inside tensor-parallel regions).
-    Raises ``UserError`` for bad sizes before any collective runs, so that every rank stops with the same line.
+    Raises ``UserError`` for bad sizes before any collective runs, so that every rank stops with the same line, and
+    where the ranks do not find each other within ``rendezvous_minutes``.
     """
-    world_size = _world_size()
+    world_size = world_size_from_environment()
     check_sizes(sizes, world_size=world_size)
-    _join_world(platform, world_size=world_size, timeout_minutes=timeout_minutes)
+    _join_world(platform, timeout_minutes=timeout_minutes, rendezvous_minutes=rendezvous_minutes)
     if parallel_state.model_parallel_is_initialized():
         _leave_groups()
     virtual = sizes.virtual_pipeline if (sizes.virtual_pipeline or 1) > 1 else None
@@ -195,25 +200,23 @@ def _leave_groups() -> None:
     gc.collect()
 
 
-def _world_size() -> int:
+def world_size_from_environment() -> int:
+    """Of the process group that is there, or will be."""
     if torch.distributed.is_initialized():
         return torch.distributed.get_world_size()
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    place = rendezvous.read_place()
+    return 1 if place is None else place.world_size
 
 
-def _join_world(platform: Platform, *, world_size: int, timeout_minutes: float) -> None:
-    if torch.distributed.is_initialized():
-        return
-    if world_size > 1 and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        raise UserError(f"WORLD_SIZE={world_size} but RANK, MASTER_ADDR or MASTER_PORT is not set: start with torchrun")
-    where: dict[str, Any] = {"init_method": "env://"}
-    if world_size == 1:
-        # A store inside the process: no port to collide with another run on this machine.
-        where = {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
-    if platform.device.index is not None:
-        where["device_id"] = platform.device
-    timeout = datetime.timedelta(minutes=timeout_minutes)
-    torch.distributed.init_process_group(platform.backend, timeout=timeout, **where)
+def _join_world(platform: Platform, *, timeout_minutes: float, rendezvous_minutes: float) -> None:
+    if not torch.distributed.is_initialized():
+        rendezvous.join_world(
+            platform.backend,
+            # A backend that knows its device makes its connections at once; gloo has no device.
+            device=platform.device if platform.device.index is not None else None,
+            timeout_minutes=timeout_minutes,
+            rendezvous_minutes=rendezvous_minutes,
+        )
 
 
 def _group_of_one() -> ProcessGroup:

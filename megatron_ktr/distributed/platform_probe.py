@@ -5,7 +5,6 @@ Unlike ``platform.py`` it redirects nothing, and it answers on machines where ha
 
 from __future__ import annotations
 
-import datetime
 import os
 import shutil
 import subprocess
@@ -91,12 +90,18 @@ def join_world(*, has_gpu: bool, timeout_minutes: float) -> None:
     """The process group of a torchrun, over what training would use on such a machine."""
     import torch
 
+    from megatron_ktr.distributed import rendezvous
+
     device = None
     if has_gpu:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        device = torch.device("cuda", rendezvous.read_number("LOCAL_RANK", low=0, high=2**10, default=0))
         torch.cuda.set_device(device)
-    timeout = datetime.timedelta(minutes=timeout_minutes)
-    torch.distributed.init_process_group("nccl" if has_gpu else "gloo", timeout=timeout, device_id=device)
+    rendezvous.join_world(
+        "nccl" if has_gpu else "gloo",
+        device=device,
+        timeout_minutes=timeout_minutes,
+        rendezvous_minutes=timeout_minutes,
+    )
 
 
 def measure_all_reduce(*, has_gpu: bool, num_bytes: int, repeats: int = 5) -> tuple[float, bool]:

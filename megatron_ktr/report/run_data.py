@@ -10,7 +10,6 @@ A run that is still going may end in half a line; that line is left out, any oth
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ import yaml
 
 from megatron_ktr.data.records import Record, check_record
 from megatron_ktr.errors import UserError
+from megatron_ktr.json_files import parse_json
 
 _STEP_FILE = re.compile(r"step_(\d+)(?:_replica_\d+)?\.jsonl")
 
@@ -204,7 +204,7 @@ def _read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            values = json.loads(line)
+            values = parse_json(line)
         except ValueError as error:
             if number == len(lines):
                 return
@@ -219,7 +219,9 @@ def _read_config(path: Path) -> dict[str, dict[str, Any]]:
         return {}
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except RecursionError:
+        raise UserError(f"{path} cannot be read as YAML: nested too deeply") from None
+    except (OSError, ValueError, LookupError, AttributeError, yaml.YAMLError) as error:  # a date that is none, ...
         raise UserError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or not all(isinstance(section, dict) for section in content.values()):
         raise UserError(f"{path}: expected sections of options")

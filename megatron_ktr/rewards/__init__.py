@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import importlib
 import math
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -60,8 +61,10 @@ def load_reward(name: str, *, protocol: str = "standard") -> tuple[str, RewardFu
         raise UserError(f"reward {name!r} is unknown, expected one of {sorted(BUILT_IN)} or 'module:function'")
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"reward {name!r} cannot be loaded: {error}") from error
+    except Exception as error:  # what a user's module can raise has no end
+        raise UserError(f"reward {name!r} cannot be loaded: {type(error).__name__}: {error}") from error
+    if not callable(function):
+        raise UserError(f"reward {name!r} is no function but {type(function).__name__}")
     return function_name, function
 
 
@@ -94,8 +97,29 @@ def load_rewards(names: Sequence[str], *, protocol: str = "standard") -> dict[st
 
 
 def _reward_parts(rollout: Rollout, prompt: Prompt, functions: Mapping[str, RewardFunction]) -> dict[str, float]:
-    parts = {name: float(function(rollout.text, prompt.record)) for name, function in functions.items()}
-    for name, value in parts.items():
-        if not math.isfinite(value):
-            raise UserError(f"reward {name!r} gave {value} for a response to problem {prompt.problem_id}")
-    return parts
+    return {name: _value_of(name, function, rollout, prompt) for name, function in functions.items()}
+
+
+def _value_of(name: str, function: RewardFunction, rollout: Rollout, prompt: Prompt) -> float:
+    try:
+        found = function(rollout.text, prompt.record)
+    except UserError:
+        raise
+    except Exception as error:
+        if function in BUILT_IN.values():
+            raise
+        # A user's own function: its last line says where.
+        *_, last = traceback.extract_tb(error.__traceback__)
+        raise UserError(
+            f"reward {name!r} failed for a response to problem {prompt.problem_id}: {type(error).__name__}: {error} "
+            f"({last.filename}, line {last.lineno})"
+        ) from error
+    try:
+        value = float(found)
+    except (TypeError, ValueError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise UserError(
+            f"reward {name!r} gave {found!r} for a response to problem {prompt.problem_id}, expected a finite number"
+        )
+    return value

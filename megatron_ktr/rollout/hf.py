@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_ktr.distributed.platform import current
 from megatron_ktr.errors import UserError
 from megatron_ktr.hf_files import published_name
-from megatron_ktr.hf_model import hf_model_class
+from megatron_ktr.hf_model import hf_model_class, reading_model
 from megatron_ktr.packing import MediaSpec
 from megatron_ktr.rollout.base import RolloutEngine
 from megatron_ktr.rollout.sampling import GumbelSampler, SamplingSettings, StopStrings, end_token_ids, sample_seed
@@ -38,7 +38,8 @@ class HFEngine(RolloutEngine):
         self.sampling = sampling
         self.device = current().device
         logging.disable_progress_bar()
-        self.model = hf_model_class().from_pretrained(model_dir, dtype=torch.float32)
+        with reading_model(model_dir):
+            self.model = hf_model_class().from_pretrained(model_dir, dtype=torch.float32)
         self.model.to(self.device).eval().requires_grad_(False)
         self.end_token_ids = end_token_ids(model_dir, tokenizer)
         # Published directories ask generate for a repetition penalty and more, applied before our sampler would see

@@ -229,7 +229,8 @@ def build_sampler_check(
     tokenizer: Any,
     send_weights: Callable[[], None],
 ) -> SamplerCheck | None:
-    """The check of this run's engine against its policy; None where nothing is sampled, or where it is off."""
+    """The check of this run's engine against its policy; None where nothing is sampled, where it is off, and where the
+    run's prompts are too short for any of the check's: that, and what else is left out, is printed."""
     rollout = config.rollout
     if not (rollout.check_sampler and source.needs_weights):
         return None
@@ -238,14 +239,22 @@ def build_sampler_check(
         visual_tokens=VisualTokens.from_model(config.model.model, tokenizer),
         merge_size=media.merge_size,
     )
+    max_length = config.data.max_prompt_length
+    make = partial(
+        probe_prompts,
+        builder,
+        media=media,
+        video_max_pixels=config.data.video_max_pixels,
+        seconds_per_grid=config.objective.fixed_seconds_per_grid,
+    )
+    prompts = make(max_prompt_length=max_length)
+    if (left_out := [name for name in make() if name not in prompts]) and policy.groups.rank == 0:
+        what = f"not compared for {', '.join(left_out)}" if prompts else "not compared at all"
+        print(f"sampler and trainer are {what}: such prompts exceed --max-prompt-length {max_length}", flush=True)
+    if not prompts:
+        return None
     return SamplerCheck(
-        prompts=probe_prompts(
-            builder,
-            media=media,
-            video_max_pixels=config.data.video_max_pixels,
-            max_prompt_length=config.data.max_prompt_length,
-            seconds_per_grid=config.objective.fixed_seconds_per_grid,
-        ),
+        prompts=prompts,
         sampling=SamplingSettings(
             num_generations=min(2, rollout.num_generations),
             max_response_length=min(MAX_TOKENS, rollout.max_response_length),

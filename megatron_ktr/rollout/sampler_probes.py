@@ -35,7 +35,8 @@ TEXT, IMAGE, PATCH, VIDEO, TIMING, LONG, SIZED = (
     "video of the run's size",
 )
 """In this order."""
-QUESTION = "What comes first, and what comes last? Answer with a few words."
+QUESTIONS = ("What comes first, and what comes last? Answer with a few words.", "Why?")
+"""The second where a prompt with the first would be too long."""
 
 
 def probe_prompts(
@@ -46,7 +47,8 @@ def probe_prompts(
     max_prompt_length: int | None = None,
     seconds_per_grid: float | None = None,
 ) -> dict[str, Prompt]:
-    """The prompts by name, in order; without those longer than ``max_prompt_length``, which the run would reject too.
+    """The prompts by name, in order, with a question that fits; without those that no question makes as short as
+    ``max_prompt_length``: the run would reject such prompts, and an engine may have no room for them.
 
     ``seconds_per_grid`` replaces every video's own, as ``original_compat`` does for the run's videos; TIMING, which
     then has nothing to tell, is left out.
@@ -70,16 +72,17 @@ def probe_prompts(
     if seconds_per_grid is not None:
         del found[TIMING]
         found = {name: tuple(_timed(medium, seconds_per_grid) for medium in visuals) for name, visuals in found.items()}
-    prompts = {name: _prompt(builder, name, visuals) for name, visuals in found.items()}
-    return {
-        name: prompt
-        for name, prompt in prompts.items()
-        if max_prompt_length is None or len(prompt.token_ids) <= max_prompt_length
-    }
+    prompts = {}
+    for name, visuals in found.items():
+        choices = (_prompt(builder, name, visuals, question=question) for question in QUESTIONS)
+        fitting = (p for p in choices if max_prompt_length is None or len(p.token_ids) <= max_prompt_length)
+        if (prompt := next(fitting, None)) is not None:
+            prompts[name] = prompt
+    return prompts
 
 
-def _prompt(builder: PromptBuilder, name: str, visuals: Sequence[VisualInput]) -> Prompt:
-    content = [*({"type": visual.kind} for visual in visuals), {"type": "text", "text": QUESTION}]
+def _prompt(builder: PromptBuilder, name: str, visuals: Sequence[VisualInput], *, question: str) -> Prompt:
+    content = [*({"type": visual.kind} for visual in visuals), {"type": "text", "text": question}]
     record = {"problem_id": f"sampler check: {name}", "messages": [{"role": "user", "content": content}]}
     return builder.build(record, visuals)
 

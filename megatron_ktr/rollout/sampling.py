@@ -47,11 +47,16 @@ def end_token_ids(model_dir: Path | str, tokenizer: Any) -> tuple[int, ...]:
     """The end tokens of the model's generation config; without any, the tokenizer's."""
     from transformers import AutoConfig, GenerationConfig
 
-    try:
-        ends = GenerationConfig.from_pretrained(model_dir).eos_token_id
-    except OSError:
-        ends = GenerationConfig.from_model_config(AutoConfig.from_pretrained(model_dir)).eos_token_id
-    ends = [ends] if isinstance(ends, int) else list(ends or [])
+    from megatron_ktr.hf_model import reading_model
+
+    with reading_model(model_dir):
+        try:
+            ends = GenerationConfig.from_pretrained(model_dir).eos_token_id
+        except OSError:
+            ends = GenerationConfig.from_model_config(AutoConfig.from_pretrained(model_dir)).eos_token_id
+    ends = ends if isinstance(ends, list | tuple) else [] if ends is None else [ends]
+    if wrong := [end for end in ends if not isinstance(end, int) or isinstance(end, bool) or not 0 <= end < 2**31]:
+        raise UserError(f"model: expected token ids in eos_token_id of {model_dir}, got {wrong[0]!r}")
     if not ends and tokenizer.eos_token_id is not None:
         ends = [tokenizer.eos_token_id]
     if not ends:

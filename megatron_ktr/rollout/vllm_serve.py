@@ -8,6 +8,7 @@ name ``__mp_main__``, before anything else.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -73,7 +74,11 @@ def prepare(*, on_cpu: bool) -> None:
 
 
 def main() -> None:
-    argv = ["serve", *arguments(sys.argv[1:], on_cpu=not torch.accelerator.is_available())]
+    on_cpu = not torch.accelerator.is_available()
+    argv = ["serve", *arguments(sys.argv[1:], on_cpu=on_cpu)]
+    if importlib.util.find_spec("vllm") is None:
+        raise UserError("vLLM is not installed here: make setup-vllm puts it in .venv-vllm")
+    prepare(on_cpu=on_cpu)
     # Not vLLM's own main: it asks for the version of a package "vllm", which the CPU build is not called.
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
@@ -88,7 +93,7 @@ def main() -> None:
     command.cmd(options)
 
 
-if __name__ in ("__main__", "__mp_main__"):
+if __name__ == "__mp_main__":
     prepare(on_cpu=not torch.accelerator.is_available())
 if __name__ == "__main__":
     run_cli(main)

@@ -33,6 +33,7 @@ from transformers import AutoConfig
 from megatron_ktr.config import Config
 from megatron_ktr.distributed.platform import current
 from megatron_ktr.errors import UserError
+from megatron_ktr.hf_model import reading_model
 from megatron_ktr.packing import MediaSpec
 from megatron_ktr.rollout.base import RolloutEngine
 from megatron_ktr.rollout.sampling import SamplingSettings, StopStrings, end_token_ids
@@ -75,7 +76,8 @@ class ServerEngine(RolloutEngine):
         self.replicas = replicas
         self.mode: LogprobsMode = logprobs_mode(sampling)
         self.end_token_ids = end_token_ids(model_dir, tokenizer)
-        self.vocab_size = AutoConfig.from_pretrained(model_dir).get_text_config().vocab_size
+        with reading_model(model_dir):
+            self.vocab_size = AutoConfig.from_pretrained(model_dir).get_text_config().vocab_size
         self._num_updates = 0
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm servers", daemon=True)

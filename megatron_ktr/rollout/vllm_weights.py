@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from megatron_ktr.errors import UserError
 from megatron_ktr.hf_files import SafetensorsReader, published_name
+from megatron_ktr.json_files import read_json_object
 
 
 def load_weights(
@@ -44,7 +44,7 @@ def load_weights(
 def stored_names(model_dir: Path | str) -> frozenset[str]:
     """Published names of a Hugging Face directory's weights, as the trainer exports them: without a tied head."""
     names = {published_name(name) for name in SafetensorsReader(model_dir).infos}
-    config = json.loads((Path(model_dir) / "config.json").read_text(encoding="utf-8"))
+    config = read_json_object(Path(model_dir) / "config.json", option="model")
     if config.get("tie_word_embeddings", (config.get("text_config") or {}).get("tie_word_embeddings", False)):
         names.discard("lm_head.weight")
     return frozenset(names)

@@ -284,7 +284,7 @@ def _write_hf_directory(
     max_shard_bytes: int,
 ) -> None:
     num_bytes = sum(info.num_bytes for info in infos)
-    with new_directory(out_dir, option="the export directory", need_bytes=num_bytes) as scratch:
+    with new_directory(out_dir, option="--run-dir", need_bytes=num_bytes) as scratch:
         copy_side_files(source_dir, scratch)
         _set_config_dtype(scratch / "config.json", infos[-1].dtype)
         _complete_processor_files(scratch)

@@ -7,13 +7,18 @@ transformers 4 saved (both at once; ``text_config`` counts).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_ktr.errors import UserError
+from megatron_ktr.json_files import read_json_object
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig, TextConfig, VisionConfig
+
+LARGEST_SIZE = 2**31 - 1
+LARGEST_NUMBER = 2.0**127
+MOST_LAYERS = 4096
+"""Beyond these a config.json is damaged: sizes end up in 32 bits, and tables have a row for each layer."""
 
 
 def read_hf_config(source: Path | str | Mapping[str, Any]) -> Qwen2_5_VLConfig:
@@ -26,8 +31,8 @@ def read_hf_config(source: Path | str | Mapping[str, Any]) -> Qwen2_5_VLConfig:
         )
     if raw.get("quantization_config"):
         raise UserError(f"{where}: quantised weights cannot be trained; give the unquantised model to --model")
-    text = raw.get("text_config") or raw
-    vision = raw.get("vision_config")
+    text = _object(raw, "text_config", where=where) or raw
+    vision = _object(raw, "vision_config", where=where)
     if not vision:
         raise UserError(f"{where}: no vision_config; --model must be a complete Qwen2.5-VL")
     config = Qwen2_5_VLConfig(
@@ -49,15 +54,17 @@ def _load(source: Path | str | Mapping[str, Any]) -> tuple[Mapping[str, Any], st
         return source, "config"
     path = Path(source)
     path = path / "config.json" if path.is_dir() else path
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; --model must be a directory with a config.json") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(raw).__name__}")
-    return raw, str(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such file; --model must be a directory with a config.json")
+    return read_json_object(path), str(path)
+
+
+def _object(raw: Mapping[str, Any], name: str, *, where: str) -> Mapping[str, Any]:
+    """The part of config.json called ``name``; empty where there is none."""
+    value = raw.get(name) or {}
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where}: expected an object in {name} of config.json, got {value!r}")
+    return value
 
 
 def _require(raw: Mapping[str, Any], names: tuple[str, ...], *, where: str) -> dict[str, int]:
@@ -78,11 +85,11 @@ def _token_id(raw: Mapping[str, Any], name: str, *, default: int, where: str) ->
 
 
 def _is_positive_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= LARGEST_SIZE
 
 
 def _is_positive_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < LARGEST_NUMBER
 
 
 def _text_config(raw: Mapping[str, Any], *, where: str) -> TextConfig:
@@ -91,7 +98,7 @@ def _text_config(raw: Mapping[str, Any], *, where: str) -> TextConfig:
         ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
         where=where,
     )
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    rope = _object(raw, "rope_parameters", where=where) or _object(raw, "rope_scaling", where=where)
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", "mrope"):
         raise UserError(f"{where}: rope type {rope_type!r} is not supported, expected 'mrope' or 'default'")
@@ -116,7 +123,9 @@ def _text_config(raw: Mapping[str, Any], *, where: str) -> TextConfig:
         rms_norm_eps=float(rms_norm_eps),
         rope_theta=float(rope_theta),
         mrope_section=tuple(section),
-        max_position_embeddings=int(raw.get("max_position_embeddings", 128000)),
+        max_position_embeddings=_require(
+            {"max_position_embeddings": 128000, **raw}, ("max_position_embeddings",), where=where
+        )["max_position_embeddings"],
     )
 
 
@@ -133,7 +142,10 @@ def _vision_config(raw: Mapping[str, Any], *, where: str) -> VisionConfig:
         options["fullatt_block_indexes"] = tuple(layers)
     if "tokens_per_second" in raw:
         options["tokens_per_second"] = raw["tokens_per_second"]
-    rope = raw.get("rope_parameters") or {}
+    rope = _object(raw, "rope_parameters", where=where)
+    rope_theta = rope.get("rope_theta", 10000.0)
+    if not _is_positive_number(rope_theta):
+        raise UserError(f"{where}: expected a positive number, got {rope_theta=}")
     if rope.get("rope_type", "axial") not in ("axial", "default"):
         raise UserError(f"{where}: rope type {rope['rope_type']!r} is not supported, expected 'axial'")
     _require_silu(raw, where=where)
@@ -141,7 +153,7 @@ def _vision_config(raw: Mapping[str, Any], *, where: str) -> VisionConfig:
         **sizes,
         **options,
         in_channels=raw.get("in_channels", raw.get("in_chans", 3)),
-        rope_theta=float(rope.get("rope_theta", 10000.0)),
+        rope_theta=float(rope_theta),
     )
 
 
@@ -154,6 +166,10 @@ def _validate(config: Qwen2_5_VLConfig, *, where: str) -> None:
     """Relations between fields that the model relies on."""
     text, vision = config.text, config.vision
     rules = [
+        (
+            max(text.num_hidden_layers, vision.depth) <= MOST_LAYERS,
+            f"num_hidden_layers {text.num_hidden_layers} or vision depth {vision.depth} is more than {MOST_LAYERS}",
+        ),
         (
             text.hidden_size % text.num_attention_heads == 0,
             f"hidden_size {text.hidden_size} is not a multiple of num_attention_heads {text.num_attention_heads}",

@@ -319,7 +319,7 @@ def _write_adapters(
         # An expression: the vision encoder has modules of the same names.
         "target_modules": rf".*language_model\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(modules)})",
     }
-    with new_directory(out_dir, option="the export directory", need_bytes=num_bytes) as scratch:
+    with new_directory(out_dir, option="--run-dir", need_bytes=num_bytes) as scratch:
         (scratch / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         write_shard(scratch / WEIGHTS_FILE, tensors)
 

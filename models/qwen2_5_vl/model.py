@@ -325,7 +325,7 @@ def build_model(
     Raises:
         UserError: a layout that does not fit the model's sizes.
     """
-    transformer_config = language_transformer_config(model_config, groups=groups, dtype=dtype, config=config)
+    transformer_config = language_transformer_config(model_config, sizes=groups.sizes, dtype=dtype, config=config)
     process_groups = copy.copy(groups.process_groups)
     process_groups.cp = OneRank()
     num_chunks = transformer_config.virtual_pipeline_model_parallel_size

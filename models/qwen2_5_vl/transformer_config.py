@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from megatron.core.tensor_parallel import layers
 
-from megatron_ktr.distributed.groups import ParallelGroups, ParallelSizes, pipeline_comm_settings
+from megatron_ktr.distributed.groups import ParallelSizes, pipeline_comm_settings
 from megatron_ktr.distributed.platform import current
-from megatron_ktr.errors import UserError, same_on_every_rank
+from megatron_ktr.errors import UserError
 from megatron_ktr.pipeline_split import Split, check_recomputation, chunk_layout, is_even, split_layers
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.fp8 import fp8_settings
-from models.qwen2_5_vl.layer_specs import resolve_transformer_impl
+from models.qwen2_5_vl.layer_specs import language_layer_spec, resolve_transformer_impl
 from models.qwen2_5_vl.products import LanguageConfig
 
 if TYPE_CHECKING:
@@ -21,21 +21,15 @@ if TYPE_CHECKING:
 
 
 def language_transformer_config(
-    model_config: Qwen2_5_VLConfig, *, groups: ParallelGroups, dtype: torch.dtype, config: Config | None = None
+    model_config: Qwen2_5_VLConfig, *, sizes: ParallelSizes, dtype: torch.dtype, config: Config | None = None
 ) -> LanguageConfig:
     """The language model's ``TransformerConfig``; ``config`` adds recomputation, everything else follows the sizes.
 
     Raises:
-        UserError: on every rank alike: sizes that the layout cannot split, or a layout the model does not support.
+        UserError: sizes that the layout cannot split, a layout that the model does not support, or kernels that are
+            not to be had here.
     """
-    with same_on_every_rank():
-        return _language_transformer_config(model_config, sizes=groups.sizes, dtype=dtype, config=config)
-
-
-def _language_transformer_config(
-    model_config: Qwen2_5_VLConfig, *, sizes: ParallelSizes, dtype: torch.dtype, config: Config | None
-) -> LanguageConfig:
-    _check_layout(model_config, sizes)
+    _check_layout(model_config, sizes, config=config)
     split = split_layers(
         model_config.text.num_hidden_layers,
         pipeline=sizes.pipeline,
@@ -155,7 +149,7 @@ def _recompute(config: Config | None) -> dict[str, Any]:
     )
 
 
-def _check_layout(model_config: Qwen2_5_VLConfig, sizes: ParallelSizes) -> None:
+def _check_layout(model_config: Qwen2_5_VLConfig, sizes: ParallelSizes, *, config: Config | None) -> None:
     text = model_config.text
     if text.num_attention_heads % sizes.tensor or text.intermediate_size % sizes.tensor:
         raise UserError(
@@ -167,3 +161,11 @@ def _check_layout(model_config: Qwen2_5_VLConfig, sizes: ParallelSizes) -> None:
             f"--tensor-model-parallel-size {sizes.tensor} and the {text.num_key_value_heads} key/value heads: one must "
             "divide the other"
         )
+    num_heads = model_config.vision.num_heads
+    if (config is None or config.parallel.vision_parallel == "tensor") and num_heads % sizes.tensor:
+        raise UserError(
+            f"--tensor-model-parallel-size {sizes.tensor} must divide the {num_heads} attention heads of the vision "
+            "encoder; or choose --vision-parallel frame, which keeps it whole on every rank"
+        )
+    if config is not None:
+        language_layer_spec(config.model.transformer_impl, config.model.attention_impl)

@@ -1,0 +1,360 @@
+"""Where the processes of a run meet: rank 0 (or its launcher) opens a port, the others connect, all are counted.
+
+    read_place         RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, checked
+    check_own_address  on rank 0: the port is free, and the address that the others are given leads here
+    connect            on the others: waits until a store answers there
+    meet               both, then a roll call: every rank is there once, and all count alike
+    join_world         torch's process group of those who met
+
+torch would find most of this out too, but later: its client waits in C++, where no signal reaches it, for up to 1.7
+times its timeout, writes stack traces to the error stream, and a rank that never comes is waited for as long as the
+slowest collective may take. Here the wait is Python's, ``RENDEZVOUS_MINUTES`` long, and ends with one line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import errno
+import os
+import secrets
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_ktr.errors import UserError
+
+RENDEZVOUS_MINUTES = 10.0
+"""How long the processes of a run wait for each other at the start."""
+_PATIENCE_SECONDS = 15.0
+"""After so long one line says who is waited for."""
+_TRY_SECONDS = 5.0
+_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands in the run, and where the run meets."""
+
+    rank: int
+    world_size: int
+    address: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"MASTER_ADDR {self.address}, MASTER_PORT {self.port}"
+
+
+class Deadline:
+    """When waiting ends."""
+
+    def __init__(self, minutes: float) -> None:
+        self.minutes = minutes
+        self._end = time.monotonic() + minutes * 60
+
+    @property
+    def seconds_left(self) -> float:
+        return max(0.0, self._end - time.monotonic())
+
+    def __str__(self) -> str:
+        return f"{self.minutes:g} minutes"
+
+
+def read_number(name: str, *, low: int, high: int, default: int | None = None) -> int:
+    """The whole number in the environment variable ``name``.
+
+    Raises:
+        UserError: not set (and no ``default``), no whole number, or outside ``low`` .. ``high``.
+    """
+    text = os.environ.get(name, "").strip()
+    if not text and default is not None:
+        return default
+    try:
+        number = int(text)
+    except ValueError:
+        number = low - 1
+    if not low <= number <= high:
+        raise UserError(f"the environment variable {name} must be a whole number from {low} to {high}, got {text!r}")
+    return number
+
+
+def read_place() -> Place | None:
+    """What torchrun, or a scheduler, has set; None for a process by itself.
+
+    Raises:
+        UserError: some variables are missing, or hold what cannot be.
+    """
+    given = [name for name in _VARIABLES if os.environ.get(name, "").strip()]
+    if "WORLD_SIZE" not in given:
+        if "RANK" in given:
+            # Alone, every process of the run would train a model of its own.
+            raise UserError(f"RANK={os.environ['RANK']} is set but WORLD_SIZE is not: start with torchrun, or set both")
+        return None
+    world_size = read_number("WORLD_SIZE", low=1, high=2**20)
+    if world_size == 1:
+        read_number("RANK", low=0, high=0, default=0)
+        return None
+    if missing := [name for name in _VARIABLES if name not in given]:
+        raise UserError(f"WORLD_SIZE={world_size} but {', '.join(missing)} is not set: start with torchrun")
+    return Place(
+        rank=read_number("RANK", low=0, high=world_size - 1),
+        world_size=world_size,
+        address=os.environ["MASTER_ADDR"].strip(),
+        port=read_number("MASTER_PORT", low=1, high=65535),
+    )
+
+
+def meet(place: Place, *, minutes: float = RENDEZVOUS_MINUTES) -> Any:
+    """The store of the run (``torch.distributed.Store``), on every rank, once all ranks have come.
+
+    Raises:
+        UserError: the meeting place cannot be opened or reached, or somebody is missing, double, or counts otherwise.
+    """
+    import torch.distributed as dist
+
+    deadline = Deadline(minutes)
+    # torchrun's launcher on node 0 has opened the port, and every rank is a guest.
+    is_host = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
+    if is_host:
+        check_own_address(place.address, place.port, deadline=deadline)
+        try:
+            with _without_native_messages():
+                store = dist.TCPStore(
+                    place.address,
+                    place.port,
+                    world_size=None,
+                    is_master=True,
+                    timeout=datetime.timedelta(seconds=max(1.0, deadline.seconds_left)),
+                    wait_for_workers=False,
+                )
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"{place}: rank 0 cannot open its port: {_first_line(error)}") from error
+    else:
+        store = connect(place.address, place.port, deadline=deadline)
+    return _call_roll(store, place, deadline=deadline)
+
+
+def join_world(
+    backend: str,
+    *,
+    device: Any = None,
+    timeout_minutes: float,
+    rendezvous_minutes: float = RENDEZVOUS_MINUTES,
+) -> None:
+    """torch's default process group, of all ranks of the run or of this process alone.
+
+    ``timeout_minutes`` is for the collectives that follow. Raises ``UserError`` where the ranks do not come together.
+    """
+    import torch.distributed as dist
+
+    place = read_place()
+    # Alone: a store inside the process, no port to collide with another run on this machine.
+    store = dist.HashStore() if place is None else meet(place, minutes=rendezvous_minutes)
+    rank, world_size = (0, 1) if place is None else (place.rank, place.world_size)
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    store.set_timeout(timeout)
+    try:
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=device
+        )
+    except RuntimeError as error:
+        raise UserError(
+            f"{place or 'a process alone'}: the ranks met, but cannot connect to each other over {backend}: "
+            f"{_first_line(error)}; docs/launching.md says which interface each takes (GLOO_SOCKET_IFNAME, "
+            "NCCL_SOCKET_IFNAME)"
+        ) from error
+
+
+def connect(address: str, port: int, *, deadline: Deadline) -> Any:
+    """A guest's connection to the store at ``address``, as soon as one answers there.
+
+    Raises:
+        UserError: none does before the deadline; with what stood in the way.
+    """
+    import torch.distributed as dist
+
+    reason, patience = "", Deadline(_PATIENCE_SECONDS / 60)
+    while True:
+        try:
+            # A plain connection first: torch's own would wait for it in C++.
+            socket.create_connection((address, port), timeout=_TRY_SECONDS).close()
+            with _without_native_messages():
+                return dist.TCPStore(
+                    address,
+                    port,
+                    is_master=False,
+                    timeout=datetime.timedelta(seconds=min(2 * _TRY_SECONDS, max(1.0, deadline.seconds_left))),
+                    wait_for_workers=False,
+                )
+        except UnicodeError as error:
+            raise UserError(f"MASTER_ADDR {address!r} is no name of a machine: {error}") from error
+        except OSError as error:
+            reason = _words(error)
+        except RuntimeError as error:
+            reason = f"something else answers there: {_first_line(error)}"
+        if not deadline.seconds_left:
+            raise UserError(
+                f"MASTER_ADDR {address}, MASTER_PORT {port}: not reached within {deadline}: {reason}; is that rank 0's "
+                "machine, has rank 0 started, does a firewall close the port?"
+            )
+        patience = _say_once(patience, f"waiting for rank 0 at {address}:{port}: {reason}")
+        time.sleep(min(1.0, deadline.seconds_left))
+
+
+def check_own_address(address: str, port: int, *, deadline: Deadline) -> None:
+    """On rank 0's machine: ``port`` is free, and whoever calls ``address`` reaches this machine.
+
+    Raises:
+        UserError: it is taken, or the address leads elsewhere or nowhere.
+    """
+    reason, patience = "", Deadline(_PATIENCE_SECONDS / 60)
+    with _open_port(port) as listener:
+        while True:
+            try:
+                if _leads_here(address, port, listener):
+                    return
+                reason = "another machine answers there"
+                deadline = min(deadline, Deadline(0.5), key=lambda each: each.seconds_left)
+            except UnicodeError as error:
+                raise UserError(f"MASTER_ADDR {address!r} is no name of a machine: {error}") from error
+            except OSError as error:
+                reason = _words(error)
+            if not deadline.seconds_left:
+                raise UserError(
+                    f"MASTER_ADDR {address} does not lead to this machine, {socket.gethostname()}, where rank 0 runs "
+                    f"(port {port}, tried for {deadline}): {reason}; give rank 0's name or address, as others reach it"
+                )
+            patience = _say_once(patience, f"rank 0 does not reach itself at {address}:{port}: {reason}")
+            time.sleep(min(1.0, deadline.seconds_left))
+
+
+def _open_port(port: int) -> socket.socket:
+    try:
+        try:
+            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EADDRINUSE):
+                raise
+            return socket.create_server(("", port))
+        except ValueError:  # no dual stack on this system
+            return socket.create_server(("", port))
+    except OSError as error:
+        raise UserError(
+            f"MASTER_PORT {port} cannot be opened on {socket.gethostname()}, where rank 0 runs: {_words(error)}; "
+            "another run may use it: choose another port, the same on all nodes"
+        ) from error
+
+
+def _leads_here(address: str, port: int, listener: socket.socket) -> bool:
+    token = secrets.token_bytes(16)
+    with socket.create_connection((address, port), timeout=_TRY_SECONDS) as caller:
+        caller.sendall(token)
+        end = time.monotonic() + 2.0
+        while (left := end - time.monotonic()) > 0:
+            listener.settimeout(left)
+            try:
+                guest, _ = listener.accept()
+            except TimeoutError:
+                return False
+            # Guests of other nodes come and go, too; they say nothing.
+            with guest, contextlib.suppress(OSError):
+                guest.settimeout(0.5)
+                if guest.recv(len(token)) == token:
+                    return True
+    return False
+
+
+def _call_roll(store: Any, place: Place, *, deadline: Deadline) -> Any:
+    """Waits until every rank has come, once each."""
+    import torch.distributed as dist
+
+    # A launcher's store outlives the ranks it restarts.
+    name = f"meeting_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    roll = dist.PrefixStore(name, store)
+    where = f"{socket.gethostname()}, process {os.getpid()}"
+    try:
+        if roll.add(f"rank {place.rank}", 1) > 1:
+            other = roll.get(f"where {place.rank}").decode()
+            raise UserError(
+                f"{place}: rank {place.rank} is there already ({other}; this one is {where}): is NODE_RANK another one "
+                "on every node?"
+            )
+        roll.set(f"where {place.rank}", where)
+        size = int(roll.compare_set("world size", "", str(place.world_size)))
+        if size != place.world_size:
+            raise UserError(
+                f"{place}: this process was told of {place.world_size} ranks, another one of {size}: NNODES and the "
+                "processes per node must be the same everywhere"
+            )
+        if roll.add("number", 1) == place.world_size:
+            roll.set("complete", "yes")
+        _wait_for_all(roll, place, deadline=deadline)
+    except (RuntimeError, OSError) as error:
+        raise UserError(
+            f"{place}: the connection to rank 0 broke while ranks were counted: {_first_line(error)}"
+        ) from error
+    return dist.PrefixStore(f"{name}_complete", store)
+
+
+def _wait_for_all(roll: Any, place: Place, *, deadline: Deadline) -> None:
+    patience = Deadline(_PATIENCE_SECONDS / 60)
+    # In Python, by short looks, so that signals are heard.
+    pause = 0.01
+    while not roll.check(["complete"]):
+        if deadline.seconds_left:
+            time.sleep(pause)
+            pause = min(1.0, 1.5 * pause)
+            if place.rank == 0:
+                patience = _say_once(patience, f"waiting for {_missing(roll, place)}")
+            continue
+        # A thousand ranks that all ask for the names of the others would be a load.
+        who = _missing(roll, place) if place.rank == 0 else "some ranks (rank 0 says which)"
+        raise UserError(
+            f"{place}: after {deadline} {who} had not come: are NNODES and the processes per node the same everywhere, "
+            "has every node started?"
+        )
+
+
+def _missing(roll: Any, place: Place) -> str:
+    absent = [rank for rank in range(place.world_size) if not roll.check([f"where {rank}"])]
+    shown = ", ".join(map(str, absent[:8])) + (", ..." if len(absent) > 8 else "")
+    return f"{len(absent)} of {place.world_size} ranks ({shown})"
+
+
+def _say_once(patience: Deadline | None, line: str) -> Deadline | None:
+    """Prints ``line`` when the patience has run out, and then no more."""
+    if patience is None or patience.seconds_left:
+        return patience
+    print(line, file=sys.stderr, flush=True)
+    return None
+
+
+@contextlib.contextmanager
+def _without_native_messages() -> Iterator[None]:
+    """Drops what C++ writes to the error stream: of a failed connection a stack trace; the exception tells it, too."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # there is no error stream
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def _words(error: OSError) -> str:
+    if isinstance(error, TimeoutError):
+        return "no answer"
+    return (error.strerror or str(error)).lower()
