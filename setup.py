@@ -41,6 +41,7 @@ INSTALL_REQUIRES = [
     "tensorboard",
     "rouge-score",
     "jiwer",
+    "xxhash>=3",
 ]
 
 EXTRAS_REQUIRE = {

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ktr.checkpoint import Checkpoints
+from megatron_ktr.checksums import require_intact
 from megatron_ktr.config import Config, load_config
 from megatron_ktr.data.preprocess import PreprocessSettings
 from megatron_ktr.data.template import load_tokenizer
 from megatron_ktr.distributed import platform as platforms
-from megatron_ktr.distributed.collectives import broadcast_object
 from megatron_ktr.distributed.groups import ParallelGroups, ParallelSizes, destroy_parallel, init_parallel
 from megatron_ktr.distributed.platform import Platform
 from megatron_ktr.errors import UserError, run_cli, same_on_every_rank
@@ -33,7 +33,8 @@ from megatron_ktr.rollout.features import build_feature_sender
 from megatron_ktr.rollout.replay import write_rollouts
 from megatron_ktr.rollout.sampler_check import build_sampler_check, check_line
 from megatron_ktr.rollout.source import ReplicaSource, build_local_source, build_sampler, on_every_rank
-from megatron_ktr.run_directory import RunStart, open_run_directory, rollout_file
+from megatron_ktr.run_directory import RunStart, find_checkpoint, open_run_directory, rollout_file
+from megatron_ktr.shared_verification import SharedVerification
 from megatron_ktr.trainer import StepReport, Trainer
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.media import media_spec
@@ -75,6 +76,8 @@ def train(config: Config) -> int:
 
 def _train(config: Config, *, platform: Platform, leave: LeaveRequest) -> bool:
     with same_on_every_rank():
+        # Sizes of groups follow from one file of the model; the rest is verified by all ranks together, below.
+        require_intact(config.model.model, option="--model", names=("config.json",))
         model_config = Qwen2_5_VLConfig.from_hf(config.model.model)
         groups = init_parallel(
             parallel_sizes(config, num_layers=model_config.text.num_hidden_layers),
@@ -86,6 +89,7 @@ def _train(config: Config, *, platform: Platform, leave: LeaveRequest) -> bool:
         check_micro_batches(config, groups)
         objective = build_objective(config.objective, reward=config.reward)
     platform.seed(config.trainer.seed)
+    SharedVerification(groups).require_intact(Path(config.model.model), option="--model")
     start = _open_run_directory(config, groups)
     tokenizer = load_tokenizer(config.model.model)
     trainer = build_trainer(config, groups=groups, platform=platform, objective=objective, tokenizer=tokenizer)
@@ -198,8 +202,10 @@ def _show(report: StepReport, *, config: Config, decode: Callable[[Sequence[int]
 
 
 def _open_run_directory(config: Config, groups: ParallelGroups) -> RunStart:
-    start = on_every_rank(lambda: open_run_directory(config) if groups.rank == 0 else None, groups=groups)
-    return broadcast_object(start, group=groups.world, source=0)
+    shared = SharedVerification(groups)
+    with same_on_every_rank():
+        checkpoint = find_checkpoint(config, verify=shared.verify, agree=shared.agree)
+    return shared.agree(lambda: open_run_directory(config, checkpoint=checkpoint))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

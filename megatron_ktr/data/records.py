@@ -9,6 +9,7 @@ A record after reading has all its own fields and, normalised,
     options       list of text; []
     media         list of (kind, path as written); several images or videos are allowed
     record_number where it stands in the file, from 1 (in JSONL the line); set by ``read_records``
+    record_digest of what the file says, to notice other data on resuming; set by ``read_records``
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import xxhash
+
 from megatron_ktr.errors import UserError
 
 Record = dict[str, Any]
 _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 _DATA_TYPE_SYNONYMS = {"frame": "video"}
 """MVBench in Video-R1's release marks videos that were joined from single frames; the path is a video all the same."""
+_PATH_FIELDS = frozenset({"path", "image", "images", "video", "videos"})
 _ROLES = ("system", "user", "assistant")
 
 
@@ -41,7 +45,7 @@ def read_records(
     for number, raw in _read_raw(path, option=option):
         try:
             record = check_record(raw, number=number, needs_solution=needs_solution)
-            records.append({**record, "record_number": number})
+            records.append({**record, "record_number": number, "record_digest": record_digest(raw)})
         except ValueError as error:
             raise UserError(f"{option}: {path}, record {number}: {error}") from error
     kept_types = set(problem_types)
@@ -83,6 +87,23 @@ def check_record(raw: Any, *, number: int, needs_solution: bool = True) -> Recor
     return record
 
 
+def record_digest(raw: Any) -> str:
+    """Of everything a record says, recorded responses and rewards included, however its JSON is laid out.
+
+    Of a file it names only the last part of its path counts: data may be moved between two parts of a run.
+    """
+    content = json.dumps(_without_directories(raw), sort_keys=True, ensure_ascii=True)
+    return xxhash.xxh3_128(content.encode()).hexdigest()
+
+
+def _without_directories(value: Any, *, is_path: bool = False) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_directories(inner, is_path=name in _PATH_FIELDS) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_directories(inner, is_path=is_path) for inner in value]
+    return value.replace("\\", "/").rpartition("/")[2] if is_path and isinstance(value, str) else value
+
+
 def resolve_media_path(media_root: Path | str, written: str) -> Path:
     """The file that ``written`` names below ``media_root``; a leading "/" means the media root, as in Video-R1.
 
@@ -119,14 +140,14 @@ def _read_raw(path: Path, *, option: str) -> list[tuple[int, Any]]:
     if text.lstrip().startswith("["):
         try:
             return list(enumerate(json.loads(text), start=1))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{option}: {path} is not valid JSON: {error}") from error
     numbered = []
     for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: JSON text may contain U+2028
         if line.strip():
             try:
                 numbered.append((number, json.loads(line)))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(
                     f"{option}: {path}, line {number} is not valid JSON: {error}; "
                     "expected a JSON array, or one object a line"

@@ -195,7 +195,8 @@ def write_rollouts(
 
 
 def _group_line(group: RolloutGroup, selections: Sequence[ResponseSelection] | None) -> dict[str, Any]:
-    line = {name: value for name, value in group.prompt.record.items() if name not in (_LINE, "responses", "media")}
+    left_out = (_LINE, "record_digest", "responses", "media")
+    line = {name: value for name, value in group.prompt.record.items() if name not in left_out}
     line["problem_id"] = group.prompt.problem_id
     line["prompt_length"] = len(group.prompt.token_ids)
     line["responses"] = []

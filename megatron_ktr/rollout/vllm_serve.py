@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
+from megatron_ktr.checksums import require_intact
 from megatron_ktr.errors import UserError, run_cli
 from megatron_ktr.hf_model import make_torchvision_importable
 from megatron_ktr.rollout.vllm_cpu import set_environment
@@ -74,6 +75,7 @@ def prepare(*, on_cpu: bool) -> None:
 
 def main() -> None:
     argv = ["serve", *arguments(sys.argv[1:], on_cpu=not torch.accelerator.is_available())]
+    require_intact(argv[1], option="MODEL")
     # Not vLLM's own main: it asks for the version of a package "vllm", which the CPU build is not called.
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
