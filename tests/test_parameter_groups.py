@@ -148,6 +148,7 @@ def resume_lazily(context, *, hf_dir: Path, folder: Path) -> dict[str, float]:
 
     patches = [(core, "Adam", LazyAdam), (core, "USING_PYTORCH_OPTIMIZER", False)]
     patches += [(distrib_optimizer, "HAVE_APEX_OR_TE", True), (distrib_optimizer, "USING_TE_OPTIMIZER", True)]
+    patches += [(distrib_optimizer, "Adam", LazyAdam)]
     before = [(module, name, getattr(module, name, None)) for module, name, _ in patches]
     for module, name, value in patches:
         setattr(module, name, value)

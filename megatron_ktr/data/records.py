@@ -91,8 +91,11 @@ def record_digest(raw: Any) -> str:
     """Of everything a record says, recorded responses and rewards included, however its JSON is laid out.
 
     Of a file it names only the last part of its path counts: data may be moved between two parts of a run.
+
+    Raises:
+        ValueError: text with half a character in it (a lone surrogate), which no tokenizer takes.
     """
-    content = json.dumps(_without_directories(raw), sort_keys=True, ensure_ascii=True)
+    content = json.dumps(_without_directories(raw), sort_keys=True, ensure_ascii=False)
     return xxhash.xxh3_128(content.encode()).hexdigest()
 
 
