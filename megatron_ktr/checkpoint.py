@@ -225,7 +225,7 @@ class Checkpoints:
 
     def _publish(self, step: int, save: BackgroundSave, written: list[Written]) -> None:
         digests = save.finish(written)
-        write_manifest(save.directory, known=self._digests | digests)
+        write_manifest(save.directory, known=self._digests | digests, is_known_synced=True)
         target = self.directory / step_name(step)
         if target.exists():
             # An incomplete one would not have been resumed from; a complete one cannot be ahead of this run.

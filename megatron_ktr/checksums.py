@@ -62,7 +62,10 @@ class HashingFile:
         self._num_bytes = 0
 
     def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
+        view = memoryview(data)
+        if not view.nbytes:  # A tensor without elements, which cannot be cast.
+            return 0
+        view = view.cast("B")
         self._hash.update(view)
         written = self._file.write(view)
         if written != len(view):
@@ -104,10 +107,13 @@ def file_digest(path: Path) -> Digest:
     return Digest(num_bytes, hasher.hexdigest())
 
 
-def write_manifest(directory: Path, *, known: Mapping[str, Digest] | None = None) -> None:
+def write_manifest(
+    directory: Path, *, known: Mapping[str, Digest] | None = None, is_known_synced: bool = False
+) -> None:
     """Writes the checksums of all files in ``directory``, and everything in it reaches the disk.
 
-    ``known``: digests of files, by relative name, that were taken while these were written.
+    ``known``: digests of files, by relative name, that were taken while these were written. With ``is_known_synced``
+    these files, which may be thousands, are on the disk already.
     """
     digests = dict(known or {})
     for path in sorted(directory.rglob("*")):
@@ -115,7 +121,8 @@ def write_manifest(directory: Path, *, known: Mapping[str, Digest] | None = None
         if path.is_file() and name != MANIFEST:
             if name not in digests:
                 digests[name] = file_digest(path)
-            _sync(path)
+            if not (is_known_synced and known and name in known):
+                _sync(path)
         elif path.is_dir():
             _sync(path)
     files = {name: {"bytes": one.num_bytes, "digest": one.value} for name, one in sorted(digests.items())}

@@ -24,12 +24,16 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 from megatron_ktr.errors import UserError
 
 _DCP = "torch.distributed.checkpoint.metadata"
+_PLANS = "torch.distributed.checkpoint.planner"
 METADATA_GLOBALS = frozenset(
     {
         *((_DCP, name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties")),
         *((_DCP, name) for name in ("TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata")),
         (_DCP, "_MEM_FORMAT_ENCODING"),
         ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+        # megatron-core's own saving adds every rank's plan, to use it again.
+        ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"),
+        *((_PLANS, name) for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData")),
         ("torch.serialization", "_get_layout"),
         ("torch", "Size"),
         ("collections", "OrderedDict"),

@@ -177,7 +177,11 @@ def run_hugging_face(
     logging.disable_progress_bar()
     try:
         model = hf_model_class().from_pretrained(
-            str(hf_dir), dtype=torch.float32, attn_implementation="eager", local_files_only=True
+            str(hf_dir),
+            dtype=torch.float32,
+            attn_implementation="eager",
+            local_files_only=True,
+            use_safetensors=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"--hf {hf_dir}: transformers cannot load it: {error}") from error

