@@ -41,6 +41,7 @@ INSTALL_REQUIRES = [
     "tensorboard",
     "nltk",  # Porter's stemmer, as in rouge-score
     "rapidfuzz",  # edit distance and longest common subsequence of the rewards
+    "xxhash>=3",
 ]
 
 EXTRAS_REQUIRE = {

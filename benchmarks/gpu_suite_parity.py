@@ -111,7 +111,7 @@ def reference_in_own_process(models: Path, *, is_tiny: bool, seconds: float) -> 
     )
     if result.returncode:
         raise UserError(f"the reference process failed: {result.stderr.strip().splitlines()[-1:]}")
-    return torch.load(out)
+    return torch.load(out, weights_only=True)
 
 
 def write_reference(out: Path, models: Path, *, platform: Platform, is_tiny: bool) -> None:

@@ -5,12 +5,14 @@
                                                       distributed format
         common.pt                                     optimizer settings, count of optimizer steps, loss scale
         training.json                                 step, layout, learning-rate schedule, data positions
-        rng.pt                                        random states of each rank
+        rng.json                                      random states of each rank
         config.yaml, hf/                              resolved options; config, tokenizer, ... of the model
+        checksums.json                                of all other files (``checksums.py``)
 
 Saving is asynchronous: ``save`` copies to host memory, a thread writes, and a later step boundary (or ``close``)
 completes the checkpoint by renaming its directory. So a directory ``step_*`` is always complete, and a run that dies
 while saving leaves the older ones as they were. Every rank must see the run directory (a shared file system).
+What became of the files afterwards is found out before one is used (``intact_checkpoint.py``).
 
 Resuming in the layout that saved continues bit for bit. In another layout weights, optimizer and schedule are the
 same, data-parallel ranks share the remaining data anew, and random states start from the seed (no part of a training
@@ -19,15 +21,14 @@ step depends on them: rollouts and shuffles are seeded by step).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
-import io
 import json
 import logging
 import os
-import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,18 +41,23 @@ from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 
+from megatron_ktr.checksums import Digest, write_hashed, write_manifest
 from megatron_ktr.config import save_resolved
 from megatron_ktr.data.dataset import reshard_states
-from megatron_ktr.distributed.checkpoint_writer import BackgroundSave
+from megatron_ktr.distributed.checkpoint_writer import BackgroundSave, Written
 from megatron_ktr.distributed.optimizer_checkpoint import load_optimizer_state, optimizer_sharded_state
+from megatron_ktr.distributed.random_states import RANDOM_STATES, random_states_to_json, read_random_states
 from megatron_ktr.errors import UserError
 from megatron_ktr.hf_files import copy_side_files
+from megatron_ktr.intact_checkpoint import CONFIG_FILE, FORMAT_VERSION, TRAINING_FILE
 from megatron_ktr.policy import Policy
 from megatron_ktr.rollout.source import ReplicaSource, on_every_rank
-from megatron_ktr.run_directory import CHECKPOINTS, CONFIG_FILE, SIDE_FILES, list_checkpoints, step_name
-from megatron_ktr.torch_dist_files import TorchDistReader
+from megatron_ktr.run_directory import CHECKPOINTS, SIDE_FILES, list_checkpoints, step_name
+from megatron_ktr.safe_pickle import UNREADABLE
+from megatron_ktr.torch_dist_checks import COMMON_FILE, check_chunks
+from megatron_ktr.torch_dist_files import TorchDistReader, torch_saved
 from models.qwen2_5_vl.dist_checkpoint import locate_tensors
-from models.qwen2_5_vl.dist_weights import model_sharded_state_dict
+from models.qwen2_5_vl.dist_weights import model_sharded_state_dict, require_plain_tensors
 from models.qwen2_5_vl.lora import is_adapter
 
 _log = logging.getLogger(__name__)
@@ -77,6 +83,8 @@ class Checkpoints:
         self.source = source
         self.groups = policy.groups
         self._pending: tuple[int, BackgroundSave] | None = None
+        self._digests: dict[str, Digest] = {}
+        """Of what ``_prepare`` wrote."""
         self._on_rank_zero("clear", self._remove_leftovers)
 
     def after_step(self, step: int) -> None:
@@ -116,28 +124,42 @@ class Checkpoints:
         self._complete()
 
     def load(self, checkpoint: Path) -> int:
-        """Restores everything from a complete checkpoint, saved in any layout; returns its step.
+        """Restores everything from an intact checkpoint, saved in any layout; returns its step.
 
         Raises:
-            UserError: damaged, or of another model or other data.
+            UserError: of another model or other data, or not what a run writes.
         """
         training = self._on_each_rank("read", lambda: _read_training_state(checkpoint))
-        config = self.policy.model_config
-        if self.policy.lora is None:
-            self._on_each_rank("read", lambda: locate_tensors(TorchDistReader(checkpoint), config=config))
+        with _as_user_error(checkpoint / TRAINING_FILE):
+            # Before the weights: other data is noticed early.
+            groups = self.groups
+            position = reshard_states(training["sources"], rank=groups.data_rank, size=groups.data_size)
+            self.source.load_state_dict(position)
+        self._on_each_rank("read", lambda: self._check_tensors(checkpoint))
         load_sharded_state(self.policy, checkpoint)
         scheduler = self.policy.scheduler
         scheduler.num_steps = 0
         scheduler.step(increment=training["scheduler_steps"])
-        groups = self.groups
-        position = reshard_states(training["sources"], rank=groups.data_rank, size=groups.data_size)
-        self.source.load_state_dict(position)
         if training["layout"] == self._layout():
-            states = self._on_each_rank("read", lambda: _read_random_states(checkpoint / "rng.pt"))
-            self.policy.platform.set_rng_state(states[groups.rank])
+            states = self._on_each_rank("read", lambda: read_random_states(checkpoint))
+            self._on_each_rank("read", lambda: self._set_random_state(states, checkpoint / RANDOM_STATES))
         elif groups.rank == 0:
             _log.info("the layout changed since %s was saved: random states start from the seed", checkpoint)
         return int(training["step"])
+
+    def _set_random_state(self, states: list[dict[str, Any]], path: Path) -> None:
+        with _as_user_error(path):
+            try:
+                self.policy.platform.set_rng_state(states[self.groups.rank])
+            except RuntimeError as error:  # torch's, for a state of another length
+                raise ValueError(str(error)) from error
+
+    def _check_tensors(self, checkpoint: Path) -> None:
+        reader = TorchDistReader(checkpoint)
+        files = sorted(path.name for path in checkpoint.glob("*.distcp"))
+        check_chunks(checkpoint, files=files[self.groups.rank :: self.groups.world_size])
+        if self.policy.lora is None:
+            locate_tensors(reader, config=self.policy.model_config)
 
     # State
 
@@ -149,6 +171,7 @@ class Checkpoints:
         sources: list[Any] = [None] * self.groups.data_size
         torch.distributed.all_gather_object(sources, self.source.state_dict(), group=self.groups.data)
         return {
+            "version": FORMAT_VERSION,
             "step": step,
             "layout": self._layout(),
             "scheduler_steps": self.policy.scheduler.num_steps,
@@ -167,9 +190,12 @@ class Checkpoints:
         scratch.mkdir(parents=True)
         copy_side_files(self.policy.hf_dir, scratch / SIDE_FILES)
         save_resolved(self.policy.config, scratch / CONFIG_FILE)
-        (scratch / "training.json").write_text(json.dumps(training, indent=1) + "\n", encoding="utf-8")
-        _write_object(scratch / "rng.pt", random_states)
-        _write_object(scratch / "common.pt", common)
+        texts = {
+            TRAINING_FILE: json.dumps(training, indent=1) + "\n",
+            RANDOM_STATES: random_states_to_json(random_states),
+        }
+        contents = {name: text.encode() for name, text in texts.items()} | {COMMON_FILE: torch_saved(common)}
+        self._digests = {name: write_hashed(scratch / name, content) for name, content in contents.items()}
 
     def _remove_leftovers(self) -> None:
         for path in self.directory.glob(".step_*"):
@@ -197,8 +223,9 @@ class Checkpoints:
                 shutil.rmtree(save.directory, ignore_errors=True)
             raise
 
-    def _publish(self, step: int, save: BackgroundSave, results: list[Any]) -> None:
-        save.finish(results)
+    def _publish(self, step: int, save: BackgroundSave, written: list[Written]) -> None:
+        digests = save.finish(written)
+        write_manifest(save.directory, known=self._digests | digests, is_known_synced=True)
         target = self.directory / step_name(step)
         if target.exists():
             # An incomplete one would not have been resumed from; a complete one cannot be ahead of this run.
@@ -257,12 +284,13 @@ def load_sharded_state(policy: Policy, checkpoint: Path) -> None:
     """Fills weights and optimizer from a checkpoint of any layout; data-parallel ranks read a part each."""
     state = sharded_state(policy, is_loading=True)
     parts = [name for name in state if name.startswith("model")]
+    on_every_rank(lambda: require_plain_tensors(state, checkpoint), groups=policy.groups)
     try:
         strategy = FullyParallelLoadStrategyWrapper(
             get_default_load_sharded_strategy(str(checkpoint)), policy.groups.data_context
         )
         loaded = dist_checkpointing.load(state, str(checkpoint), sharded_strategy=strategy)
-    except (CheckpointingException, KeyError, OSError, pickle.UnpicklingError) as error:
+    except (CheckpointingException, OSError, *UNREADABLE) as error:
         raise UserError(f"--resume: {checkpoint} cannot be loaded: {error}") from error
     for chunk, name in zip(policy.bare_chunks, parts, strict=True):
         result = chunk.load_state_dict(loaded[name], strict=False)
@@ -276,27 +304,24 @@ def load_sharded_state(policy: Policy, checkpoint: Path) -> None:
 
 
 def _read_training_state(checkpoint: Path) -> dict[str, Any]:
-    path = checkpoint / "training.json"
-    try:
+    path = checkpoint / TRAINING_FILE
+    with _as_user_error(path):
         state = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"--resume: {path} is damaged: {error}") from error
-    missing = {"step", "layout", "scheduler_steps", "sources"} - state.keys()
-    if missing:
-        raise UserError(f"--resume: {path} lacks {', '.join(sorted(missing))}")
+        missing = {"step", "layout", "scheduler_steps", "sources"} - state.keys()
+        if missing:
+            raise UserError(f"--resume: {path} lacks {', '.join(sorted(missing))}")
+        if int(state.get("version", 1)) > FORMAT_VERSION:
+            raise UserError(f"--resume: {path} was written by a later version of this program")
     return state
 
 
-def _read_random_states(path: Path) -> list[Any]:
-    # Python's and numpy's states are not tensors; the file is as trusted as the rest of the checkpoint.
-    return torch.load(path, map_location="cpu", weights_only=False)
-
-
-def _write_object(path: Path, value: Any) -> None:
-    """``torch.save`` by way of memory: writing to a file itself, it turns a full disk into a RuntimeError."""
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    path.write_bytes(buffer.getbuffer())
+@contextlib.contextmanager
+def _as_user_error(path: Path) -> Iterator[None]:
+    """For a file that has its checksum and still may hold anything."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise UserError(f"--resume: {path} does not hold what a run writes there: {error!r}") from error
 
 
 def _require_shared(scratch: Path) -> None:

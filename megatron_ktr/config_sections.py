@@ -320,10 +320,10 @@ class TrainerSection:
     """The run: where it is written, how long it is, how it starts."""
 
     run_dir: str = _option("runs/train", "Directory of everything the run writes; must be empty unless --resume")
-    resume: bool = _option(False, "Continue from the newest complete checkpoint in run_dir, in any layout")
+    resume: bool = _option(False, "Continue from the newest intact checkpoint in run_dir, in any layout")
     auto_resume: bool = _option(
         False,
-        "Continue from the newest complete checkpoint in run_dir, or start anew where there is none: for schedulers, "
+        "Continue from the newest intact checkpoint in run_dir, or start anew where there is none: for schedulers, "
         "which start the same command again",
     )
     train_steps: int | None = _option(

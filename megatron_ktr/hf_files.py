@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_ktr.checksums import MANIFEST, Digest, HashingFile
 from megatron_ktr.errors import UserError
 from megatron_ktr.json_files import read_json_object
 
@@ -147,14 +148,20 @@ class SafetensorsWriter:
             [WEIGHTS_FILE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
         )
 
-    def write(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Consumes exactly the announced tensors; checks names, shapes and dtypes as they pass."""
-        stream = iter(tensors)
+    def write(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Digest]:
+        """Consumes exactly the announced tensors; checks names, shapes and dtypes as they pass.
+
+        Returns the checksums of the shards, by name.
+        """
+        stream, digests = iter(tensors), {}
         for name, shard in zip(self._names, self._shards, strict=True):
-            with open(self.directory / name, "wb") as file:
+            with open(self.directory / name, "wb") as opened:
+                file = HashingFile(opened)
                 file.write(_shard_header(shard))
                 for info in shard:
                     _append(file, info, *next(stream))
+                file.flush()
+                digests[name] = file.digest
         if leftover := next(stream, None):
             raise RuntimeError(f"tensor {leftover[0]} was not announced to the writer")
         if len(self._shards) > 1:
@@ -164,21 +171,25 @@ class SafetensorsWriter:
             total = sum(info.num_bytes for shard in self._shards for info in shard)
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (self.directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        return digests
 
 
-def write_shard(path: Path, tensors: Sequence[tuple[str, Tensor]]) -> None:
-    """One safetensors file of tensors on any device, copied to the host one at a time.
+def write_shard(path: Path, tensors: Sequence[tuple[str, Tensor]]) -> Digest:
+    """One safetensors file of tensors on any device, copied to the host one at a time; its checksum.
 
     For a stream whose length is not known: ``SafetensorsWriter`` wants every name announced.
     """
     infos = [TensorInfo(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors]
-    with open(path, "wb") as file:
+    with open(path, "wb") as opened:
+        file = HashingFile(opened)
         file.write(_shard_header(infos))
         for info, (name, tensor) in zip(infos, tensors, strict=True):
             _append(file, info, name, tensor)
+        file.flush()
+    return file.digest
 
 
-def _append(file, info: TensorInfo, name: str, tensor: Tensor) -> None:
+def _append(file: HashingFile, info: TensorInfo, name: str, tensor: Tensor) -> None:
     if (name, tuple(tensor.shape), tensor.dtype) != (info.name, info.shape, info.dtype):
         raise RuntimeError(f"expected {info}, got {name} {tuple(tensor.shape)} {tensor.dtype}")
     raw = tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8)
@@ -214,12 +225,13 @@ def _shard_header(shard: Sequence[TensorInfo]) -> bytes:
 
 
 def copy_side_files(source: Path | str, target: Path | str) -> None:
-    """Copies everything but weights: config, tokenizer, processor, chat template, generation config, licence."""
+    """Copies everything but weights and checksums: config, tokenizer, processor, chat template, generation config,
+    licence."""
     source, target = Path(source), Path(target)
     target.mkdir(parents=True, exist_ok=True)
     for pattern in SIDE_FILE_PATTERNS:
         for path in sorted(source.glob(pattern)):
-            if path.is_file() and not path.name.endswith(".index.json"):
+            if path.is_file() and not path.name.endswith(".index.json") and path.name != MANIFEST:
                 shutil.copyfile(path, target / path.name)
     for name in ("additional_chat_templates", "chat_templates"):
         if (source / name).is_dir():

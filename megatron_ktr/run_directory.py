@@ -7,6 +7,7 @@ rollouts/step_00000010.jsonl       rollouts of some steps, with their key tokens
 rollouts/step_00000010_replica_0001.jsonl  those of further data-parallel replicas
 rollouts/abandoned_after_step_00000010/    those of later steps that an earlier part had done and a resumed one repeats
 checkpoints/step_00000010/         a complete checkpoint: the name appears by a rename, after everything is written
+checkpoints/damaged_step_00000030/ one whose files are not what was written: set aside, a run went on from an older one
 checkpoints/.step_00000020         one that was being written when the run stopped; ignored, later removed
 export/                            the trained model in Hugging Face format
 export_until_step_00000020/        the export of an earlier part, which had ended at that step
@@ -20,22 +21,31 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_ktr.config import OPTIONS, Config, load_config, save_resolved
 from megatron_ktr.errors import UserError
+from megatron_ktr.intact_checkpoint import (
+    CONFIG_FILE,
+    Verify,
+    checkpoint_damage,
+    newest_intact,
+    rename_path,
+    set_aside,
+    unused_path,
+)
 from megatron_ktr.json_files import read_json
 
+T = TypeVar("T")
 CHECKPOINTS = "checkpoints"
-CONFIG_FILE = "config.yaml"
 SIDE_FILES = "hf"
 ROLLOUTS = "rollouts"
 ABANDONED_START = "abandoned_start"
 STEP_NAME = re.compile(r"step_(\d{8,})")
 ROLLOUT_NAME = re.compile(r"step_(\d{8,})(?:_replica_\d{4,})?")
-REQUIRED_FILES = ("metadata.json", ".metadata", "common.pt", "training.json", CONFIG_FILE)
 
 MAY_CHANGE = frozenset(
     "model transformer_impl data_path media_root prompt_template max_skip_share media_cache_gb replay_path "
@@ -62,6 +72,10 @@ def step_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
+
+
 def rollout_file(run_dir: Path, *, step: int, replica: int) -> Path:
     """Where data-parallel replica ``replica`` writes its rollouts of ``step``."""
     suffix = f"_replica_{replica:04d}" if replica else ""
@@ -69,22 +83,47 @@ def rollout_file(run_dir: Path, *, step: int, replica: int) -> Path:
 
 
 def list_checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
-    """(step, directory) of every complete checkpoint, oldest first."""
+    """(step, directory) of every checkpoint, oldest first; whether it is intact, ``intact_checkpoint.py`` finds out."""
     found = []
     for path in (run_dir / CHECKPOINTS).glob("step_*"):
         match = STEP_NAME.fullmatch(path.name)
-        if match and all((path / name).is_file() for name in REQUIRED_FILES):
+        if match and path.is_dir():
             found.append((int(match[1]), path))
     return sorted(found)
 
 
-def open_run_directory(config: Config, *, num_steps: int | None = None) -> RunStart:
-    """Creates ``trainer.run_dir`` and saves the resolved config in it; with ``resume``, finds where to go on.
+def find_checkpoint(
+    config: Config,
+    *,
+    verify: Verify = checkpoint_damage,
+    agree: Callable[[Callable[[], T]], T] = lambda action: action(),
+) -> Path | None:
+    """The newest intact checkpoint of the run that ``config`` continues; None: a new run.
 
-    ``num_steps`` is what ``train_epochs`` comes to, None where the config has ``train_steps``.
+    On several ranks: ``shared_verification.py`` has ``verify``, and ``agree``, which runs an action on one of them.
 
-    ``auto_resume`` does the second where there is a complete checkpoint and else the first: what a start that came to
-    no checkpoint left behind is moved aside.
+    Raises:
+        UserError: there is nothing to resume, or no checkpoint is intact.
+    """
+    trainer = config.trainer
+    run_dir = Path(trainer.run_dir)
+    if not (trainer.resume or trainer.auto_resume):
+        return None
+    checkpoints = agree(lambda: [path for _, path in list_checkpoints(run_dir)])
+    if not checkpoints and trainer.resume:
+        raise UserError(f"--resume: no complete checkpoint in {run_dir / CHECKPOINTS} (is --run-dir right?)")
+    verdict = newest_intact(checkpoints, verify=verify)
+    agree(lambda: set_aside(verdict))
+    return verdict.intact
+
+
+def open_run_directory(config: Config, *, checkpoint: Path | None = None, num_steps: int | None = None) -> RunStart:
+    """Creates ``trainer.run_dir`` and saves the resolved config in it; or goes on from ``checkpoint``, by default what
+    ``find_checkpoint`` finds.
+
+    ``auto_resume`` does the second where there is a checkpoint and else the first: what a start that came to no
+    checkpoint left behind is moved aside. ``num_steps`` is what ``train_epochs`` comes to, None where the config has
+    ``train_steps``.
 
     Raises UserError if it holds anything and the run is not a resumed one, if there is nothing to resume, if an option
     that makes the run what it is has changed, or if it cannot be written.
@@ -92,9 +131,9 @@ def open_run_directory(config: Config, *, num_steps: int | None = None) -> RunSt
     run_dir = Path(config.trainer.run_dir)
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"--run-dir {run_dir} is a file, expected a directory")
-    has_checkpoint = config.trainer.auto_resume and bool(list_checkpoints(run_dir))
-    if config.trainer.resume or has_checkpoint:
-        return _resume(config, run_dir, num_steps=num_steps)
+    checkpoint = checkpoint or find_checkpoint(config)
+    if checkpoint is not None:
+        return _resume(config, run_dir, checkpoint, num_steps=num_steps)
     if config.trainer.auto_resume and (run_dir / CONFIG_FILE).is_file():
         _set_aside_start(run_dir)
         save_resolved(config, run_dir / CONFIG_FILE)
@@ -109,11 +148,8 @@ def open_run_directory(config: Config, *, num_steps: int | None = None) -> RunSt
     return RunStart(run_dir)
 
 
-def _resume(config: Config, run_dir: Path, *, num_steps: int | None) -> RunStart:
-    checkpoints = list_checkpoints(run_dir)
-    if not checkpoints:
-        raise UserError(f"--resume: no complete checkpoint in {run_dir / CHECKPOINTS} (is --run-dir right?)")
-    step, checkpoint = checkpoints[-1]
+def _resume(config: Config, run_dir: Path, checkpoint: Path, *, num_steps: int | None) -> RunStart:
+    step = step_of(checkpoint)
     check_same_run(config, checkpoint)
     trainer = config.trainer
     length = f"--train-steps {trainer.train_steps}"
@@ -123,7 +159,7 @@ def _resume(config: Config, run_dir: Path, *, num_steps: int | None) -> RunStart
         raise UserError(f"{length}: the run is at step {step} already ({checkpoint}); raise it")
     _set_aside_export(run_dir / "export", step)
     _set_aside_rollouts(run_dir / ROLLOUTS, step)
-    save_resolved(config, _unused(run_dir / f"config_from_{step_name(step + 1)}.yaml"))
+    save_resolved(config, unused_path(run_dir / f"config_from_{step_name(step + 1)}.yaml"))
     return RunStart(run_dir, checkpoint, step)
 
 
@@ -152,19 +188,19 @@ def _show(value: Any) -> str:
 def _set_aside_export(export: Path, step: int) -> None:
     """The run will export again; what the part before it exported stays, under another name."""
     if export.exists():
-        _rename(export, _unused(export.with_name(f"{export.name}_until_{step_name(step)}")))
+        rename_path(export, unused_path(export.with_name(f"{export.name}_until_{step_name(step)}")))
 
 
 def _set_aside_start(run_dir: Path) -> None:
     """``config.yaml`` says that the files are a run's: any other directory that is not empty is refused."""
     left = [path for path in sorted(run_dir.iterdir()) if not path.name.startswith(ABANDONED_START)]
-    folder = _unused(run_dir / ABANDONED_START)
+    folder = unused_path(run_dir / ABANDONED_START)
     try:
         folder.mkdir()
     except OSError as error:
         raise UserError(f"--run-dir: cannot create {folder}: {error.strerror}") from error
     for path in left:
-        _rename(path, folder / path.name)
+        rename_path(path, folder / path.name)
 
 
 def _set_aside_rollouts(rollouts: Path, step: int) -> None:
@@ -177,26 +213,10 @@ def _set_aside_rollouts(rollouts: Path, step: int) -> None:
     ]
     if not abandoned:
         return
-    folder = _unused(rollouts / f"abandoned_after_{step_name(step)}")
+    folder = unused_path(rollouts / f"abandoned_after_{step_name(step)}")
     try:
         folder.mkdir()
     except OSError as error:
         raise UserError(f"--run-dir: cannot create {folder}: {error.strerror}") from error
     for path in abandoned:
-        _rename(path, folder / path.name)
-
-
-def _unused(path: Path) -> Path:
-    """``path``, or where that exists the first of name_2, name_3, ... that does not."""
-    number, unused = 1, path
-    while unused.exists():
-        number += 1
-        unused = path.with_name(f"{path.stem}_{number}{path.suffix}")
-    return unused
-
-
-def _rename(path: Path, target: Path) -> None:
-    try:
-        path.rename(target)
-    except OSError as error:
-        raise UserError(f"--run-dir: cannot rename {path} to {target}: {error.strerror}") from error
+        rename_path(path, folder / path.name)

@@ -12,6 +12,7 @@ out as they come, any region in.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import pickle
 from collections.abc import Iterator
@@ -34,9 +35,12 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.utils import _create_file_view
 
+from megatron_ktr.checksums import Digest, HashingFile, write_hashed
 from megatron_ktr.errors import UserError
+from megatron_ktr.safe_pickle import UNREADABLE
+from megatron_ktr.torch_dist_checks import COMMON_FILE, METADATA_FILE, read_metadata
 
-FORMAT_FILE, COMMON_FILE, METADATA_FILE = "metadata.json", "common.pt", ".metadata"
+FORMAT_FILE = "metadata.json"
 FORMAT = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -59,8 +63,11 @@ class TorchDistWriter:
         self.max_file_bytes = max_file_bytes
         self._tensors: dict[str, TensorStorageMetadata] = {}
         self._places: dict[MetadataIndex, _StorageInfo] = {}
-        self._file: Any = None
+        self._file: HashingFile | None = None
+        self._open_file: Any = None
         self._num_files = 0
+        self.digests: dict[str, Digest] = {}
+        """Of every file, by name, after ``finish``."""
 
     def write(self, key: str, tensor: Tensor, *, offset: Shape, global_shape: Shape) -> None:
         """Stores ``tensor`` as the chunk of tensor ``key`` that starts at ``offset``.
@@ -80,28 +87,46 @@ class TorchDistWriter:
             raise UserError(f"{key}: all layers must have one dtype, got {stored.properties.dtype} and {tensor.dtype}")
         index = MetadataIndex(key, offset, len(stored.chunks))
         stored.chunks.append(chunk)
-        self._places[index] = _StorageInfo(Path(file.name).name, start, file.tell() - start)
+        self._places[index] = _StorageInfo(self._file_name, start, file.tell() - start)
 
     def finish(self) -> None:
         self.close()
         metadata = Metadata(self._tensors, storage_data=self._places, storage_meta=StorageMeta(), version="1.0.0")
-        (self.directory / METADATA_FILE).write_bytes(pickle.dumps(metadata))
-        torch.save({}, self.directory / COMMON_FILE)
+        self._write_whole(METADATA_FILE, pickle.dumps(metadata))
+        self._write_whole(COMMON_FILE, torch_saved({}))
         # Last: megatron-core takes a directory with this file for a complete checkpoint.
-        (self.directory / FORMAT_FILE).write_text(json.dumps(FORMAT), encoding="utf-8")
+        self._write_whole(FORMAT_FILE, json.dumps(FORMAT).encode())
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
+            self._file.flush()
+            self.digests[self._file_name] = self._file.digest
+            self._open_file.close()
             self._file = None
 
-    def _current_file(self) -> Any:
+    def _write_whole(self, name: str, content: bytes) -> None:
+        self.digests[name] = write_hashed(self.directory / name, content)
+
+    @property
+    def _file_name(self) -> str:
+        return f"__0_{self._num_files - 1}{DEFAULT_SUFFIX}"
+
+    def _current_file(self) -> HashingFile:
         if self._file is not None and self._file.tell() >= self.max_file_bytes:
             self.close()
         if self._file is None:
-            self._file = open(self.directory / f"__0_{self._num_files}{DEFAULT_SUFFIX}", "wb")  # noqa: SIM115
             self._num_files += 1
+            self._open_file = open(self.directory / self._file_name, "wb")  # noqa: SIM115
+            self._file = HashingFile(self._open_file)
         return self._file
+
+
+def torch_saved(value: Any) -> bytes:
+    """What ``torch.save`` would write; by way of memory, because writing to a file it makes of a full disk a
+    RuntimeError."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
 
 
 def save_tensor(tensor: Tensor, file: Any) -> None:
@@ -146,7 +171,7 @@ class TorchDistReader:
         _require_checkpoint(self.directory)
         self._reader = FileSystemReader(self.directory)
         with _reporting_damage(self.directory):
-            self._metadata = self._reader.read_metadata()
+            self._metadata = read_metadata(self.directory)
         self._reader.set_up_storage_reader(self._metadata, True)
         self.tensors: dict[str, TensorStorageMetadata] = {
             key: value
@@ -198,7 +223,7 @@ class _RegionTarget:
 def _require_checkpoint(directory: Path) -> None:
     try:
         found = json.loads((directory / FORMAT_FILE).read_text(encoding="utf-8"))["sharded_backend"]
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         inside = sorted(path.parent.name for path in directory.glob(f"*/{FORMAT_FILE}"))
         hint = f"; it contains checkpoints: {', '.join(inside)}" if inside else ""
         raise UserError(f"{directory}: not a Megatron distributed checkpoint (no valid {FORMAT_FILE}){hint}") from None
@@ -210,5 +235,5 @@ def _require_checkpoint(directory: Path) -> None:
 def _reporting_damage(directory: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, EOFError, RuntimeError, AssertionError, KeyError, pickle.UnpicklingError) as error:
+    except (OSError, *UNREADABLE) as error:
         raise UserError(f"{directory}: damaged or incomplete checkpoint: {error}") from None

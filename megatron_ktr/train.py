@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ktr.checkpoint import Checkpoints
+from megatron_ktr.checksums import require_intact
 from megatron_ktr.config import Config, load_config
 from megatron_ktr.data.preprocess import PreprocessSettings
 from megatron_ktr.data.template import check_vocabulary, load_tokenizer
@@ -39,8 +40,9 @@ from megatron_ktr.rollout.local import DatasetSource
 from megatron_ktr.rollout.replay import write_rollouts
 from megatron_ktr.rollout.sampler_check import build_sampler_check, check_line
 from megatron_ktr.rollout.source import ReplicaSource, build_local_source, build_sampler, on_every_rank
-from megatron_ktr.run_directory import RunStart, open_run_directory, rollout_file
+from megatron_ktr.run_directory import RunStart, find_checkpoint, open_run_directory, rollout_file
 from megatron_ktr.run_length import length_line, with_steps
+from megatron_ktr.shared_verification import SharedVerification
 from megatron_ktr.trainer import StepReport, Trainer
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.media import media_spec
@@ -58,6 +60,8 @@ def train(config: Config) -> int:
 
 def _train(config: Config, *, platform: Platform, leave: LeaveRequest) -> bool:
     with same_on_every_rank():
+        # Sizes follow from one file of the model; the rest is verified by all ranks together, below.
+        require_intact(config.model.model, option="--model", names=("config.json",))
         sizes, objective = check_run(config, world_size=world_size_from_environment())
         model_config = Qwen2_5_VLConfig.from_hf(config.model.model)
     groups = init_parallel(
@@ -67,6 +71,7 @@ def _train(config: Config, *, platform: Platform, leave: LeaveRequest) -> bool:
         timeout_minutes=config.trainer.distributed_timeout_minutes,
     )
     platform.seed(config.trainer.seed)
+    SharedVerification(groups).require_intact(Path(config.model.model), option="--model")
     vocab_size = model_config.text.vocab_size
     with same_on_every_rank():
         tokenizer = load_tokenizer(config.model.model)
@@ -200,11 +205,10 @@ def _show(report: StepReport, *, config: Config, decode: Callable[[Sequence[int]
 
 
 def _open_run_directory(config: Config, groups: ParallelGroups, *, num_steps: int) -> RunStart:
-    def open_it() -> RunStart | None:
-        return open_run_directory(config, num_steps=num_steps) if groups.rank == 0 else None
-
-    start = on_every_rank(open_it, groups=groups)
-    return broadcast_object(start, group=groups.world, source=0)
+    shared = SharedVerification(groups)
+    with same_on_every_rank():
+        checkpoint = find_checkpoint(config, verify=shared.verify, agree=shared.agree)
+    return shared.agree(lambda: open_run_directory(config, checkpoint=checkpoint, num_steps=num_steps))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

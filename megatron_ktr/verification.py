@@ -177,7 +177,11 @@ def run_hugging_face(
     logging.disable_progress_bar()
     with reading_model(hf_dir):
         model = hf_model_class().from_pretrained(
-            str(hf_dir), dtype=torch.float32, attn_implementation="eager", local_files_only=True
+            str(hf_dir),
+            dtype=torch.float32,
+            attn_implementation="eager",
+            local_files_only=True,
+            use_safetensors=True,
         )
     model = model.to(device).eval()
     # Set, it would drop the gradient of the padding token's embedding wherever the prompt contains that token.

@@ -40,6 +40,7 @@ from models.qwen2_5_vl.dist_checkpoint import convert_to_hf
 from models.qwen2_5_vl.media import media_spec
 from tests.support.parity import hf_logprobs, make_group, pack
 from tests.support.patience import PATIENCE_SECONDS
+from tests.support.ranks import RankError
 from tests.support.tiny import VOCAB_SIZE, save_tiny_hf
 
 LOSS_TOLERANCE = 1e-6
@@ -232,6 +233,40 @@ def test_another_layout_continues_with_the_same_losses(ranks, runs, data_dir, tm
             assert abs(loss - expected_loss) <= LOSS_TOLERANCE
             assert abs(norm - expected_norm) <= GRADIENT_TOLERANCE * expected_norm
             assert rate == expected["losses"][step][2]
+
+
+def run_command(context, *, config: Config) -> int:
+    """What ``python -m megatron_ktr.train`` runs."""
+    from megatron_ktr.train import train as train_command
+
+    return train_command(config)
+
+
+def test_auto_resume_goes_back_to_the_checkpoint_before_the_damaged_one(ranks, runs, data_dir, tmp_path):
+    """40 bytes flipped in the middle of the weights: loaded, they would ruin the model without a word."""
+    folder, results = runs["dp2"]
+    shutil.copytree(folder / "whole", tmp_path / "run")
+    damaged = tmp_path / "run/checkpoints" / step_name(4) / "__0_0.distcp"
+    content = bytearray(damaged.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 40] = bytes(byte ^ 0xFF for byte in content[middle : middle + 40])
+    damaged.write_bytes(content)
+    config = run_config(data_dir, tmp_path / "run", auto_resume=True)
+    assert ranks(run_command, world_size=2, config=config) == [0, 0]
+    steps = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert {step["step"]: (step["loss"], step["grad_norm"]) for step in steps} == {
+        number: numbers[:2] for number, numbers in results[0][0]["losses"].items()
+    }
+    names = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    assert names == [f"damaged_{step_name(4)}", step_name(2), step_name(4)]
+    assert (tmp_path / "run/checkpoints" / names[0] / "__0_0.distcp").read_bytes() == content, "kept as it was"
+    # The export has checksums of its own: a run that starts from a damaged one is refused.
+    weights = tmp_path / "run/export/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    start = run_config(data_dir, tmp_path / "next", model=str(weights.parent))
+    with pytest.raises(RankError, match=r"--model: \S+export is damaged: model.safetensors: other content"):
+        ranks(run_command, world_size=2, config=start)
+    assert not (tmp_path / "next").exists()
 
 
 def score(context, *, config: Config, checkpoint: Path, group: Any) -> torch.Tensor:

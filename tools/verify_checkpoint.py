@@ -47,6 +47,7 @@ logging.getLogger("megatron").setLevel(logging.ERROR)
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from megatron_ktr.checksums import require_intact  # noqa: E402
 from megatron_ktr.command_line import Parser, number, whole  # noqa: E402
 from megatron_ktr.config import Config, config_from_values  # noqa: E402
 from megatron_ktr.config_sections import DataSection  # noqa: E402
@@ -57,6 +58,7 @@ from megatron_ktr.distributed import platform as platforms  # noqa: E402
 from megatron_ktr.distributed.collectives import broadcast_object  # noqa: E402
 from megatron_ktr.distributed.groups import ParallelGroups, destroy_parallel, init_parallel  # noqa: E402
 from megatron_ktr.errors import UserError, run_cli  # noqa: E402
+from megatron_ktr.intact_checkpoint import require_intact_checkpoint  # noqa: E402
 from megatron_ktr.json_files import read_json_object  # noqa: E402
 from megatron_ktr.micro_batch import Denominators, MicroBatch  # noqa: E402
 from megatron_ktr.packing import pack_groups  # noqa: E402
@@ -185,6 +187,10 @@ def _check_paths(options: argparse.Namespace) -> Qwen2_5_VLConfig:
             raise UserError(f"{flag} {directory}: no such directory")
     if options.dump is not None and (options.dump.is_dir() or not options.dump.absolute().parent.is_dir()):
         raise UserError(f"--dump {options.dump}: expected a file in an existing directory")
+    if int(os.environ.get("RANK", "0")) == 0:  # The others read the same files.
+        require_intact(options.hf, option="--hf")
+        if options.megatron is not None:
+            require_intact_checkpoint(options.megatron, option="--megatron")
     model_config = Qwen2_5_VLConfig.from_hf(options.hf)
     # transformers would fill missing tensors with random numbers.
     open_hf_weights(options.hf, config=model_config)

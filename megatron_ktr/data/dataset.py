@@ -14,15 +14,17 @@ import dataclasses
 import logging
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 
 from megatron_ktr.data.media_files import resolve_media_path
 from megatron_ktr.data.media_source import MediaRequest, MediaSource, media_sources
 from megatron_ktr.data.preprocess import LoadedMedia, PreprocessSettings, load_media
-from megatron_ktr.data.records import Record, read_records
+from megatron_ktr.data.records import Record, read_records, record_digest
 from megatron_ktr.data.template import PromptBuilder, VisualTokens, WordingTemplate, load_tokenizer
 from megatron_ktr.data.unusable import PromptTooLong, UnusableMedia, UnusableSample
 from megatron_ktr.data.video import FrameSampling
@@ -134,6 +136,11 @@ class PromptLoader:
             cache_bytes=cache_bytes,
             substitutes=substitutes,
         )
+
+    @property
+    def wording_digest(self) -> str:
+        """Of the template that words the questions."""
+        return xxhash.xxh3_128(self.builder.wording.text.encode()).hexdigest()
 
     def load(self, record: Mapping[str, Any]) -> Prompt:
         """The prompt of one record; its ``record`` names under ``substituted_media`` what was shown in place of what.
@@ -320,6 +327,8 @@ class PromptDataset:
             "rank": self.rank,
             "size": self.size,
             "num_records": len(self.records),
+            "records_digest": self.records_digest,
+            "wording_digest": self.loader.wording_digest,
             "skips": self.skips.state_dict(),
             "counts": dict(self.loader.counts),
         }
@@ -338,9 +347,28 @@ class PromptDataset:
                 raise UserError(
                     f"resume: the data position was saved with {name} = {state[name]}, this run has {value}"
                 )
+        self._require_same_content(state)
         self.position = int(state["position"])
         self.skips.load_state_dict(state["skips"])
         self.loader.counts = Counter({str(name): int(count) for name, count in state["counts"].items()})
+
+    @cached_property
+    def records_digest(self) -> str:
+        """Of the records in their order: those that are drawn, whatever else the file holds (``--problem-types``)."""
+        digests = (record.get("record_digest") or record_digest(record) for record in self.records)
+        return xxhash.xxh3_128("".join(digests).encode()).hexdigest()
+
+    def _require_same_content(self, state: Mapping[str, Any]) -> None:
+        if "records_digest" not in state:
+            _log.warning("resume: the checkpoint does not say which records it was trained on; they are not compared")
+            return
+        if state["records_digest"] != self.records_digest:
+            raise UserError(
+                f"resume: the {len(self.records)} records are not those of the saved run (same number, other content "
+                "or order): give --data-path or --replay-path the same questions, only their directory may change"
+            )
+        if state["wording_digest"] != self.loader.wording_digest:
+            raise UserError("resume: --prompt-template is not the text of the saved run; only its place may change")
 
     def _element(self, position: int) -> int:
         return self.rank + position * self.size

@@ -13,6 +13,7 @@ A record after reading has all its own fields and, normalised,
     media         list of (kind, path as written, or a list of paths: the pictures of one video)
     media_requests  for each of them the fields that say how to read it (``media_source.py``)
     record_number where it stands in the file, from 1 (in JSONL the line); set by ``read_records``
+    record_digest of what the file says, to notice other data on resuming; set by ``read_records``
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from megatron_ktr.data import conversation
 from megatron_ktr.data.media_files import resolve_media_path
@@ -42,10 +45,11 @@ from megatron_ktr.json_files import parse_json
 __all__ = ["Record", "check_record", "read_records", "resolve_media_path"]
 
 Record = dict[str, Any]
-NORMALISED = ("media", "media_requests", "reply_turns", "system_text", "record_number")
+NORMALISED = ("media", "media_requests", "reply_turns", "system_text", "record_number", "record_digest")
 """Fields that ``check_record`` and ``read_records`` add; a record that is written is read again without them."""
 _DATA_TYPE_SYNONYMS = {"frame": "video"}
 """MVBench in Video-R1's release marks videos that were joined from single frames; the path is a video all the same."""
+_PATH_FIELDS = frozenset({"path", "image", "images", "video", "videos"})
 
 
 def read_records(
@@ -92,7 +96,7 @@ def read_records(
         except ValueError as error:
             found.add(len(kept), number=number, problem_id=None, reason=error)
             record = {"problem_id": str(number), "problem_type": "", "media": []}
-        kept.append({**record, "record_number": number})
+        kept.append({**record, "record_number": number, "record_digest": record_digest(raw)})
     if not kept:
         reason = f"none of problem_types {sorted(kept_types)}; found {sorted(found_types)}" if found_types else ""
         raise UserError(f"{option}: {path} has {reason or 'no records at all'}")
@@ -162,6 +166,24 @@ def describe_repeated_ids(records: Sequence[Record]) -> str | None:
         f"{number} of {len(records)} records share their problem_id with another (records {first} and {second} are "
         f"both {problem_id!r}): each is a question of its own, nothing goes by the id"
     )
+
+
+def record_digest(raw: Any) -> str:
+    """Of everything a record says, recorded responses and rewards included, however its JSON is laid out.
+
+    Of a file it names only the last part of its path counts: data may be moved between two parts of a run.
+    """
+    content = json.dumps(_without_directories(raw), sort_keys=True, ensure_ascii=False)
+    # Records with half a character (a lone surrogate) are unusable, but have their place in the list.
+    return xxhash.xxh3_128(content.encode(errors="surrogatepass")).hexdigest()
+
+
+def _without_directories(value: Any, *, is_path: bool = False) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_directories(inner, is_path=name in _PATH_FIELDS) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_directories(inner, is_path=is_path) for inner in value]
+    return value.replace("\\", "/").rpartition("/")[2] if is_path and isinstance(value, str) else value
 
 
 def _take_conversation(record: Record, messages: list[conversation.Message], *, needs_reply: bool) -> None:

@@ -104,7 +104,8 @@ class WordingTemplate:
         self.path = Path(path) if path is not None else BUILT_IN_WORDING
         environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=False)
         try:
-            self._template = environment.from_string(self.path.read_text(encoding="utf-8"))
+            self.text = self.path.read_text(encoding="utf-8")
+            self._template = environment.from_string(self.text)
         except (OSError, UnicodeDecodeError, jinja2.TemplateError) as error:
             raise UserError(f"prompt_template: {self.path} cannot be used: {error}") from error
 

@@ -5,7 +5,7 @@ manager that imports the main script again. A fork of a process that runs gloo, 
 the manager costs every rank seconds. Here a save is
 
     snapshot   collective: plan who writes what, copy this rank's part to host memory      (training waits)
-    write      a thread appends the copies to ``__<rank>_0.distcp``                        (training goes on)
+    write      a thread appends the copies to ``__<rank>_0.distcp``, hashed on the way     (training goes on)
     finish     collective: results of all ranks become ``.metadata`` and ``metadata.json`` (training waits, briefly)
 
 The files are those of megatron-core's ``torch_dist`` format; its loader reads them. Tensors that data-parallel ranks
@@ -15,7 +15,7 @@ hold alike are written by one of them each, spread evenly.
 from __future__ import annotations
 
 import dataclasses
-import os
+import pickle
 import threading
 from pathlib import Path
 from typing import Any
@@ -33,12 +33,22 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint import FileSystemWriter
-from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, _StorageInfo, _StoragePrefix
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.filesystem import (
+    CURRENT_DCP_VERSION,
+    DEFAULT_SUFFIX,
+    _StorageInfo,
+    _StoragePrefix,
+)
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
+from megatron_ktr.checksums import Digest, HashingFile, write_hashed
+from megatron_ktr.torch_dist_checks import METADATA_FILE
 from megatron_ktr.torch_dist_files import save_tensor
+
+Written = tuple[list[WriteResult], dict[str, Digest]]
+"""What a rank wrote: the place of each chunk, and the checksum of its file by name."""
 
 
 class _RankWriter(FileSystemWriter):
@@ -60,11 +70,12 @@ class _RankWriter(FileSystemWriter):
         # Copies, on the host: training changes these tensors in place while the thread writes.
         self._items = [(item, _copy(item, planner.resolve_data(item))) for item in plan.items]
 
-    def write(self) -> list[WriteResult]:
+    def write(self) -> Written:
         results: list[WriteResult] = []
         if not self._items:
-            return results
-        with open(self.directory / self.file_name, "wb") as file:
+            return results, {}
+        with open(self.directory / self.file_name, "wb") as opened:
+            file = HashingFile(opened)
             while self._items:
                 item, data = self._items.pop()
                 start = file.tell()
@@ -74,9 +85,8 @@ class _RankWriter(FileSystemWriter):
                     save_tensor(data, file)
                 length = file.tell() - start
                 results.append(WriteResult(item.index, length, _StorageInfo(self.file_name, start, length)))
-            file.flush()
-            os.fsync(file.fileno())
-        return results
+            file.sync()
+        return results, {self.file_name: file.digest}
 
 
 def _copy(item: WriteItem, data: Any) -> Any:
@@ -102,7 +112,7 @@ class BackgroundSave:
             self._writer,
             planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
         )
-        self._results: list[WriteResult] = []
+        self._written: Written = ([], {})
         self.error: Exception | None = None
         """Why this rank could not write; valid once the thread has ended."""
         # A daemon: a run that fails must not wait for a checkpoint that nobody will complete.
@@ -111,7 +121,7 @@ class BackgroundSave:
 
     def _run(self) -> None:
         try:
-            self._results = self._writer.write()
+            self._written = self._writer.write()
         except Exception as error:
             self.error = error
 
@@ -123,16 +133,23 @@ class BackgroundSave:
     def wait(self) -> None:
         self._thread.join()
 
-    def gather_results(self) -> list[list[WriteResult]]:
-        """Every rank's results, on every rank; collective, after every rank's ``wait``."""
-        gathered: list[list[WriteResult]] = [[]] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(gathered, self._results)
+    def gather_results(self) -> list[Written]:
+        """What every rank wrote, on every rank; collective, after every rank's ``wait``."""
+        gathered: list[Written] = [([], {})] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(gathered, self._written)
         return gathered
 
-    def finish(self, results: list[list[WriteResult]]) -> None:
-        """On rank 0: writes the metadata, which makes the directory a checkpoint."""
+    def finish(self, written: list[Written]) -> dict[str, Digest]:
+        """On rank 0: writes the metadata, which makes the directory a checkpoint.
+
+        Returns the checksums that were taken while files were written, by name.
+        """
         metadata: Metadata = self._metadata
         # Kept for a cache of plans that is not used here; its size grows with ranks x tensors.
         metadata.__dict__.pop("all_local_plans", None)
-        self._writer.finish(metadata, results)
+        metadata.version, metadata.storage_meta = CURRENT_DCP_VERSION, StorageMeta()
+        metadata.storage_data = {result.index: result.storage_data for results, _ in written for result in results}
+        digests = {name: digest for _, found in written for name, digest in found.items()}
+        digests[METADATA_FILE] = write_hashed(self.directory / METADATA_FILE, pickle.dumps(metadata))
         save_config(self._format, str(self.directory))
+        return digests

@@ -1,6 +1,6 @@
 """Optimizer state in a distributed checkpoint: one tensor per parameter and kind of state, whatever the layout.
 
-megatron-core's format "fully_reshardable" is that, but two of its steps (0.16) do not hold:
+megatron-core's format "fully_reshardable" is that, but three of its steps (0.16) do not hold:
 
 1. Saving gathers the data-parallel shards into one flat tensor *without* the padding between buckets, then cuts
    parameters out of it at their places *with* padding. With more than one bucket (a large model, tied embeddings over
@@ -8,10 +8,17 @@ megatron-core's format "fully_reshardable" is that, but two of its steps (0.16) 
    tensor keeps the padding.
 2. Loading sets every entry of a parameter's state from the checkpoint; plain torch optimizers have a ``step`` there
    that is not stored: KeyError.
+3. Loading finds the stored settings of a parameter group by weight decay alone. Groups that differ in their learning
+   rate (``--vision-lr``) are taken for one another, and training goes on with swapped rates; without the distributed
+   optimizer they get each other's parameters, too. Here no settings are taken from the checkpoint: a resumed run has
+   the options of the one that saved (``run_directory.check_same_run``), and builds its groups from them. Only the
+   count of steps is the checkpoint's.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,9 +28,12 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 from megatron_ktr.distributed.optimizer_state import prepare_optimizer_for_load
+from megatron_ktr.errors import UserError
 
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 KINDS = ("param", "exp_avg", "exp_avg_sq")
+IDENTIFIER = "lr_mult"
+"""One of the settings that megatron-core tells groups apart by; it multiplies nothing."""
 
 
 def optimizer_sharded_state(
@@ -37,7 +47,12 @@ def optimizer_sharded_state(
     for part in _parts(optimizer):
         if isinstance(part, DistributedOptimizer):
             part.get_parameter_state_dp_zero = partial(_gather_state, part)
-    return optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=METADATA)
+    with contextlib.ExitStack() as stack:
+        if is_loading:
+            # megatron-core loads the state it has just made, in order to allocate it.
+            for part in _parts(optimizer):
+                stack.enter_context(_told_apart(part))
+        return optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=METADATA)
 
 
 def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[Any, Any]) -> None:
@@ -46,7 +61,10 @@ def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[Any, Any]) ->
     for index, part in enumerate(parts):
         own = dict(state if len(parts) == 1 else state[index])
         parameter_state = own.pop("param_state", None)
-        part.load_state_dict(own)
+        with _told_apart(part) as settings:
+            inner = own.get("optimizer", own)
+            inner["param_groups"] = _with_own_settings(inner["param_groups"], settings)
+            part.load_state_dict(own)
         if parameter_state is None:
             continue
         entries = [entry for entry in part.optimizer.state.values() if "step" in entry]
@@ -54,6 +72,41 @@ def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[Any, Any]) ->
         part.load_parameter_state_from_fully_reshardable(parameter_state)
         for entry, step in zip(entries, steps, strict=True):
             entry["step"] = step
+
+
+@contextlib.contextmanager
+def _told_apart(part: MegatronOptimizer) -> Iterator[list[dict[str, Any]]]:
+    """Within it each parameter group has a name of its own, by which megatron-core finds it and no other; afterwards
+    the groups have the settings they had, whatever was loaded. Gives these settings, with the names."""
+
+    def settings_of(group: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in group.items() if name not in ("params", "step")}
+
+    own = [settings_of(group) for group in part.param_groups]
+    for index, group in enumerate(part.param_groups):
+        group[IDENTIFIER] = index
+    try:
+        yield [settings_of(group) for group in part.param_groups]
+    finally:
+        # Loading makes new groups.
+        for group, settings in zip(part.param_groups, own, strict=True):
+            group.update(settings)
+
+
+def _with_own_settings(stored: Sequence[dict[str, Any]], settings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """``settings`` of this run's groups, with what the checkpoint alone knows: the count of steps."""
+    if len(stored) != len(settings):
+        raise UserError(f"--resume: the checkpoint has {len(stored)} groups of parameters, this run {len(settings)}")
+    # megatron-core keeps them equal. FusedAdam has none before its first step, and none in a group without parameters.
+    steps = {int(group["step"]) for group in stored if group.get("step") is not None}
+    if len(steps) > 1:
+        raise UserError(
+            f"--resume: the checkpoint's groups of parameters have taken different numbers of steps: {steps}"
+        )
+    counted = {"step": steps.pop()} if steps else {}
+    # Without the distributed optimizer the numbers of the parameters are there, in the order of this run's groups.
+    numbers = [{"params": group["params"]} if "params" in group else {} for group in stored]
+    return [{**own, **counted, **listed} for own, listed in zip(settings, numbers, strict=True)]
 
 
 def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:

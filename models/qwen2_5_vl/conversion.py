@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_ktr.checksums import write_manifest
 from megatron_ktr.data.preprocess import PreprocessSettings
 from megatron_ktr.errors import UserError
 from megatron_ktr.hf_files import SafetensorsWriter, TensorInfo, copy_side_files, new_directory
@@ -288,7 +289,8 @@ def _write_hf_directory(
         copy_side_files(source_dir, scratch)
         _set_config_dtype(scratch / "config.json", infos[-1].dtype)
         _complete_processor_files(scratch)
-        SafetensorsWriter(scratch, infos, max_shard_bytes=max_shard_bytes).write(tensors)
+        digests = SafetensorsWriter(scratch, infos, max_shard_bytes=max_shard_bytes).write(tensors)
+        write_manifest(scratch, known=digests)
 
 
 def _set_config_dtype(path: Path, dtype: torch.dtype) -> None:

@@ -3,7 +3,7 @@
 The checkpoint holds whole tensors, unpadded, under the keys that the live model's ``sharded_state_dict`` asks for,
 so that any tensor x pipeline layout loads it. ``hf/`` inside it keeps the side files (config, tokenizer, processor,
 ...): the checkpoint alone is enough to go back. Needs no process group, no GPU, and no more memory than one tensor
-and a slice of it.
+and a slice of it. What is written has checksums; what is read is verified first where it has them.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ from pathlib import Path
 
 from torch import Tensor
 
+from megatron_ktr.checksums import require_intact, write_manifest
 from megatron_ktr.errors import UserError
 from megatron_ktr.hf_files import SafetensorsWriter, TensorInfo, copy_side_files, new_directory
+from megatron_ktr.intact_checkpoint import require_intact_checkpoint
+from megatron_ktr.torch_dist_checks import check_chunks
 from megatron_ktr.torch_dist_files import TorchDistReader, TorchDistWriter
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.hf_weights import list_some, open_hf_weights
@@ -77,6 +80,7 @@ def convert_to_megatron(hf_dir: Path | str, out_dir: Path | str) -> ConversionRe
     """
     if not Path(hf_dir).is_dir():
         raise UserError(f"{hf_dir}: no such directory; give --hf a Hugging Face model directory")
+    require_intact(hf_dir, option="--hf")
     config = Qwen2_5_VLConfig.from_hf(hf_dir)
     reader = open_hf_weights(hf_dir, config=config)
     specs = _stored_specs(config)
@@ -98,6 +102,7 @@ def convert_to_megatron(hf_dir: Path | str, out_dir: Path | str) -> ConversionRe
         finally:
             writer.close()
         copy_side_files(hf_dir, scratch / SIDE_FILES)
+        write_manifest(scratch, known=writer.digests)
     return ConversionReport(sum(len(spec.hf_names) for spec in specs), num_bytes, str(out_dir))
 
 
@@ -127,7 +132,11 @@ def convert_to_hf(
     Raises:
         UserError: not a checkpoint, missing, extra or misshapen tensors, existing target, full disk.
     """
+    require_intact_checkpoint(Path(megatron_dir), option="--megatron")
+    if side_files_dir:
+        require_intact(side_files_dir, option="--hf-config")
     reader = TorchDistReader(megatron_dir)
+    check_chunks(Path(megatron_dir))
     side_files = Path(side_files_dir) if side_files_dir else Path(megatron_dir) / SIDE_FILES
     if not (side_files / "config.json").is_file():
         raise UserError(f"{side_files}: no config.json there; give --hf-config a Hugging Face directory of this model")
@@ -143,7 +152,7 @@ def convert_to_hf(
     with new_directory(out_dir, option="--out", need_bytes=num_bytes) as scratch:
         copy_side_files(side_files, scratch)
         writer = SafetensorsWriter(scratch, infos, max_shard_bytes=max_shard_bytes)
-        writer.write(_hf_tensors(specs, places, reader))
+        write_manifest(scratch, known=writer.write(_hf_tensors(specs, places, reader)))
     return ConversionReport(len(infos), num_bytes, str(out_dir))
 
 

@@ -9,12 +9,20 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedBase,
+    ShardedObject,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
 from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from torch import Tensor, nn
 
 from megatron_ktr.distributed.checks import check_checkpoint_packages
 from megatron_ktr.errors import UserError
+from megatron_ktr.safe_pickle import UNREADABLE
+from megatron_ktr.torch_dist_checks import check_chunks, require_tensors
 from megatron_ktr.torch_dist_files import TorchDistReader
 from models.qwen2_5_vl.conversion import model_config, unwrap_model
 from models.qwen2_5_vl.dist_checkpoint import locate_tensors
@@ -133,19 +141,34 @@ def load_megatron_weights(model: nn.Module | Sequence[nn.Module], directory: Pat
     chunks = list(model) if isinstance(model, Sequence) else [model]
     states = model_sharded_state_dict(chunks)
     locate_tensors(TorchDistReader(directory), config=model_config(chunks))
+    check_chunks(Path(directory))
     for state in states.values():
         # Empty on the local layers, FP8 scaling history on TE's: a converted checkpoint has neither.
         for name in [name for name, value in state.items() if isinstance(value, ShardedObject)]:
             del state[name]
+    require_plain_tensors(states, Path(directory))
     try:
         loaded = dist_checkpointing.load(states, str(directory))
-    except (CheckpointingException, KeyError) as error:
+    except (CheckpointingException, *UNREADABLE) as error:
         raise UserError(f"{directory}: {error}") from error
     for chunk, name in zip(chunks, states, strict=True):
         result = unwrap_model(chunk).load_state_dict(loaded[name], strict=False)
         lost = [key for key in result.missing_keys if not key.endswith("_extra_state")] + result.unexpected_keys
         if lost:
             raise RuntimeError(f"parameters that the sharded state does not cover: {', '.join(lost)}")
+
+
+def require_plain_tensors(states: dict[str, Any], directory: Path) -> None:
+    """To be called before megatron-core loads ``states``: nothing it would unpickle freely is among them.
+
+    Raises:
+        UserError: on every rank alike, naming the file.
+    """
+    values = [value for value in nested_values(states) if isinstance(value, ShardedBase)]
+    factories = [value for value in values if isinstance(value, ShardedTensorFactory)]
+    plain = [value for value in values if not isinstance(value, ShardedTensorFactory)]
+    built = [part for factory in factories for part in nested_values(factory.build())]
+    require_tensors(directory, {part.key for part in (*plain, *built)})
 
 
 def save_megatron_weights(model: nn.Module | Sequence[nn.Module], directory: Path | str) -> None:

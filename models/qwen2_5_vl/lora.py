@@ -45,6 +45,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm
 
+from megatron_ktr.checksums import write_manifest
 from megatron_ktr.hf_files import new_directory, write_shard
 from models.qwen2_5_vl.conversion import (
     ADAPTERS,
@@ -321,7 +322,7 @@ def _write_adapters(
     }
     with new_directory(out_dir, option="--run-dir", need_bytes=num_bytes) as scratch:
         (scratch / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        write_shard(scratch / WEIGHTS_FILE, tensors)
+        write_manifest(scratch, known={WEIGHTS_FILE: write_shard(scratch / WEIGHTS_FILE, tensors)})
 
 
 def is_adapter(name: str) -> bool:
