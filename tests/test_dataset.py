@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from megatron_ktr.data.dataset import PromptDataset, PromptLoader, SkipCounter, reshard_states
+from megatron_ktr.data.dataset import PromptDataset, SkipCounter, reshard_states
+from megatron_ktr.data.loader import PromptLoader
 from megatron_ktr.data.records import check_record, read_records, resolve_media_path
 from megatron_ktr.data.template import PromptBuilder, VisualTokens, WordingTemplate
 from megatron_ktr.data.unusable import PromptTooLong, UnusableMedia, UnusableSample

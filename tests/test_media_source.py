@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from megatron_ktr.data import pictures as pictures_module
-from megatron_ktr.data.dataset import PromptLoader
+from megatron_ktr.data.loader import PromptLoader
 from megatron_ktr.data.media_source import HONOURED, REFUSED, SYNONYMS, MediaRequest, media_sources
 from megatron_ktr.data.pictures import read_pictures
 from megatron_ktr.data.preprocess import LoadedMedia, PreprocessSettings, load_media

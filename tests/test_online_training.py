@@ -15,7 +15,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 import megatron_ktr.train as train_module
 from megatron_ktr.config import Config, config_from_values
-from megatron_ktr.data.dataset import PromptLoader
+from megatron_ktr.data.loader import PromptLoader
 from megatron_ktr.data.records import read_records
 from megatron_ktr.data.synthetic import corpus, make_dataset
 from megatron_ktr.data.template import load_tokenizer

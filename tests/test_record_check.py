@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from megatron_ktr.config import config_from_values
-from megatron_ktr.data.dataset import PromptDataset, PromptLoader
+from megatron_ktr.data.dataset import PromptDataset
+from megatron_ktr.data.loader import PromptLoader
 from megatron_ktr.data.media_files import MediaFiles, resolve_media_path
 from megatron_ktr.data.records import check_record
 from megatron_ktr.data.unusable import UnusableMedia

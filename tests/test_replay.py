@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ktr.data.dataset import PromptDataset, PromptLoader
+from megatron_ktr.data.dataset import PromptDataset
+from megatron_ktr.data.loader import PromptLoader
 from megatron_ktr.data.video import FrameSampling
 from megatron_ktr.errors import UserError
 from megatron_ktr.rollout import replay

@@ -11,7 +11,7 @@ import sentencepiece
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from megatron_ktr.data.dataset import PromptLoader
+from megatron_ktr.data.loader import PromptLoader
 from megatron_ktr.data.records import read_records
 from megatron_ktr.data.synthetic import (
     COLOURS,

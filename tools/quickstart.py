@@ -24,7 +24,7 @@ from megatron_ktr import strict_json
 from megatron_ktr.command_line import Parser, whole
 from megatron_ktr.config import config_from_values
 from megatron_ktr.config_cli import LARGEST_INTEGER
-from megatron_ktr.data.dataset import read_records
+from megatron_ktr.data.records import read_records
 from megatron_ktr.data.synthetic import corpus, make_dataset
 from megatron_ktr.data.template import load_tokenizer
 from megatron_ktr.data.tiny_model import save_tiny_model

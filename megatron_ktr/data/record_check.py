@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from megatron_ktr.data.dataset import PromptLoader
+from megatron_ktr.data.loader import PromptLoader
 from megatron_ktr.data.media_files import MediaFiles
 from megatron_ktr.data.media_source import NOTHING_ASKED, MediaSource, media_sources
 from megatron_ktr.data.record_problems import RecordProblems

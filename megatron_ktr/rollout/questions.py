@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ktr.config import Config
-from megatron_ktr.data.dataset import PromptLoader
+from megatron_ktr.data.loader import PromptLoader
 from megatron_ktr.data.media_source import SYNONYMS
 from megatron_ktr.data.preprocess import pixel_limits
 from megatron_ktr.data.record_check import check_questions
