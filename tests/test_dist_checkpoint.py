@@ -267,6 +267,9 @@ def test_truncated_checkpoint_is_reported_and_leaves_nothing(megatron_dirs, hf_d
     convert_to_megatron(hf_dirs["tied"], broken)
     data = broken / "__0_0.distcp"
     data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
-    with pytest.raises(UserError, match="damaged or incomplete checkpoint"):
+    with pytest.raises(UserError, match=r"broken is damaged: __0_0.distcp: \d+ bytes, \d+ were written"):
+        convert_to_hf(broken, tmp_path / "out")
+    (broken / "checksums.json").unlink()  # As a checkpoint of somebody who writes none.
+    with pytest.raises(UserError, match="__0_0.distcp, tensor .*: damaged"):
         convert_to_hf(broken, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]

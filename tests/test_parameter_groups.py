@@ -6,6 +6,7 @@ again. Rates that were swapped would show in every weight.
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from megatron_ktr.distributed.groups import ParallelSizes
 from megatron_ktr.distributed.platform import current
 from megatron_ktr.policy import Policy
 from megatron_ktr.run_directory import step_name
+from models.qwen2_5_vl.conversion import named_model_parameters
 from tests.support.tiny import save_tiny_hf
-from tests.test_checkpoint import NoData, step_on_noise
+from tests.test_checkpoint import NoData
 
 VISION = dict(vision_lr=1e-4, lr=1e-3, min_lr=1e-4)
 CASES: dict[str, dict[str, Any]] = {
@@ -50,6 +52,19 @@ def build(hf_dir: Path, run_dir: Path, groups: Any, values: dict[str, Any]) -> P
     return Policy(hf_dir, config=config, groups=groups, platform=current(), num_steps=8)
 
 
+def noise_step(policy: Policy, seed: int) -> None:
+    """One optimizer step on random gradients, the same in every layout that splits no parameter."""
+    for chunk in policy.chunks:
+        chunk.zero_grad_buffer()
+    for adapters in (False, True):
+        for name, parameter in named_model_parameters(policy.chunks, adapters=adapters):
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed)
+            if parameter.requires_grad:
+                parameter.main_grad.copy_(torch.randn(parameter.shape, generator=generator))
+    policy.optimizer.step()
+    policy.scheduler.step(increment=1)
+
+
 def resumed_and_whole(
     context,
     *,
@@ -65,12 +80,12 @@ def resumed_and_whole(
         run_dir = folder / str(number)
         policy = build(hf_dir, run_dir, context.init(saved), values)
         for seed in (1, 2):
-            step_on_noise(policy, seed)
+            noise_step(policy, seed)
         checkpoints = Checkpoints(run_dir, policy=policy, source=NoData())
         checkpoints.save_and_wait(2)
         before = {name: tensor.clone() for name, tensor in policy.export()}
         for seed in (3, 4):
-            step_on_noise(policy, seed)
+            noise_step(policy, seed)
         whole = {name: tensor.clone() for name, tensor in policy.export()}
         rates = settings(policy)
 
@@ -78,7 +93,7 @@ def resumed_and_whole(
         load_sharded_state(resumed, run_dir / "checkpoints" / step_name(2))
         resumed.scheduler.step(increment=2)
         for seed in (3, 4):
-            step_on_noise(resumed, seed)
+            noise_step(resumed, seed)
         again = dict(resumed.export())
         assert settings(resumed) == rates
         found[list(cases)[number]] = {
@@ -166,16 +181,16 @@ def resume_lazily(context, *, hf_dir: Path, folder: Path) -> dict[str, float]:
 def _resume_one(context, hf_dir: Path, run_dir: Path, values: dict[str, Any], *, step: int) -> float:
     policy = build(hf_dir, run_dir, context.init(ParallelSizes()), values)
     for seed in range(step):
-        step_on_noise(policy, seed)
+        noise_step(policy, seed)
     Checkpoints(run_dir, policy=policy, source=NoData()).save_and_wait(step)
     for seed in (3, 4):
-        step_on_noise(policy, seed)
+        noise_step(policy, seed)
     whole = {name: tensor.clone() for name, tensor in policy.export()}
     resumed = build(hf_dir, run_dir, context.init(ParallelSizes()), values)
     load_sharded_state(resumed, run_dir / "checkpoints" / step_name(step))
     resumed.scheduler.step(increment=step)
     for seed in (3, 4):
-        step_on_noise(resumed, seed)
+        noise_step(resumed, seed)
     assert {group.get("step") for group in resumed.optimizer.param_groups if group["params"]} == {step + 2}
     return max(float((whole[name] - tensor).abs().max()) for name, tensor in resumed.export())
 
