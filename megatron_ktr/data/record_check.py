@@ -52,9 +52,8 @@ def check_questions(
             continue
         if len(record.get("reply_turns", ())) > 1 and not is_conversation_seen:
             is_conversation_seen = True
-            build_reply(
-                record, kinds=kinds, builder=loader.builder
-            )  # whether the chat template can be split into turns
+            # Whether the chat template can be split into turns: an error of the model's files, not of this record.
+            build_reply(record, kinds=kinds, builder=loader.builder)
 
 
 def _check_source(source: MediaSource, *, files: MediaFiles, loader: PromptLoader) -> None:
