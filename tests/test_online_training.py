@@ -16,7 +16,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 import megatron_ktr.train as train_module
 from megatron_ktr.config import Config, config_from_values
 from megatron_ktr.data.loader import PromptLoader
-from megatron_ktr.data.records import read_records
+from megatron_ktr.data.records import check_record, read_records
 from megatron_ktr.data.synthetic import corpus, make_dataset
 from megatron_ktr.data.template import load_tokenizer
 from megatron_ktr.data.tiny_model import save_tiny_model
@@ -25,7 +25,6 @@ from megatron_ktr.distributed.groups import ParallelSizes
 from megatron_ktr.errors import UserError
 from megatron_ktr.objectives.sft import SupervisedFineTuning
 from megatron_ktr.report.run_data import read_run
-from megatron_ktr.rollout.local import response_text
 from megatron_ktr.rollout.source import on_every_rank
 from megatron_ktr.train import train
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
@@ -396,8 +395,12 @@ def test_an_error_on_one_rank_is_the_same_error_on_all(ranks) -> None:
 
 
 def test_a_response_to_imitate_is_response_or_process_and_solution() -> None:
-    assert response_text({"problem_id": "1", "response": "x", "process": "p"}) == "x"
-    chain = {"problem_id": "1", "process": "<think>p</think>", "solution": "<answer>A</answer>"}
-    assert response_text(chain) == "<think>p</think><answer>A</answer>"
-    with pytest.raises(UserError, match="record 7 has no response"):
-        response_text({"problem_id": "7", "solution": "<answer>A</answer>"})
+    def reply(**fields: str) -> str:
+        record = check_record({"problem": "Q", **fields}, number=7, needs_solution=False, needs_reply=True)
+        (turn,) = record["reply_turns"]
+        return turn["content"]
+
+    assert reply(response="x", process="p") == "x"
+    assert reply(process="<think>p</think>", solution="<answer>A</answer>") == "<think>p</think><answer>A</answer>"
+    with pytest.raises(ValueError, match="no response to imitate"):
+        reply(solution="<answer>A</answer>")
