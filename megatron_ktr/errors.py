@@ -141,8 +141,8 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def _is_connection_lost(error: Exception) -> bool:
-    """Whether a collective failed because another rank is gone: NCCL's error has a type, gloo's only a text."""
+    """Whether a collective failed because another rank is gone: of one backend a type, of another only a text says it."""
     if "DistError" in {base.__name__ for base in type(error).__mro__}:
         return True
-    signs = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)

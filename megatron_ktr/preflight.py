@@ -16,7 +16,7 @@ from megatron_ktr.pipeline_split import virtual_stages
 from megatron_ktr.policy import DTYPES
 from megatron_ktr.rewards import load_rewards
 from megatron_ktr.rollout.vllm_layout import share_groups
-from models.qwen2_5_vl.config import Qwen2_5_VLConfig
+from models.qwen2_5_vl.config import Qwen2_5_VLConfig, VisionConfig
 from models.qwen2_5_vl.hf_weights import open_hf_weights
 from models.qwen2_5_vl.transformer_config import language_transformer_config
 
@@ -73,7 +73,19 @@ def check_run(config: Config, *, world_size: int) -> tuple[ParallelSizes, Object
     check_micro_batches(config, sizes=sizes, data_size=world_size // sizes.model)
     # Names and shapes, from the files' headers.
     open_hf_weights(config.model.model, config=model_config)
-    PreprocessSettings.from_model(config.model.model)
+    _check_patches(PreprocessSettings.from_model(config.model.model), model_config.vision)
     if config.samples:
         load_rewards(config.reward.reward_functions)
     return sizes, build_objective(config.objective, reward=config.reward)
+
+
+def _check_patches(settings: PreprocessSettings, vision: VisionConfig) -> None:
+    """The encoder reads patches as it was built for them, whatever a processor file says."""
+    names = {"patch_size": "patch_size", "temporal_patch_size": "temporal_patch_size"}
+    names |= {"merge_size": "spatial_merge_size"}
+    for ours, theirs in names.items():
+        if getattr(settings, ours) != getattr(vision, theirs):
+            raise UserError(
+                f"model: {ours} is {getattr(settings, ours)} in the preprocessor files, and {theirs} "
+                f"{getattr(vision, theirs)} in config.json: the encoder could not read such patches"
+            )

@@ -502,3 +502,16 @@ def test_resuming_with_other_ranks_repeats_and_drops_nothing(model_dir: Path, me
             dataset.load_state_dict(reshard_states(states, rank=rank, size=size))
         assert sorted(name for dataset in new for name in draw(dataset, 12 // size)) == sorted(expected[12:])
         assert sum(dataset.skips.num_drawn for dataset in new) == 24
+
+
+def test_records_that_no_run_could_write_are_named(tmp_path: Path) -> None:
+    """Python reads half of a character, and NaN, from JSON; rollouts are written as UTF-8 and standard JSON."""
+    for extra in ('"\\udcff"', "NaN", "1e999", "[Infinity]"):
+        path = tmp_path / "questions.json"
+        first, second = '{"problem": "a\\ud83d\\ude00", "solution": "1e100"}', '{"problem": "b", "solution": "1", "x": '
+        path.write_text(f"[{first}, {second}{extra}}}]")
+        with pytest.raises(UserError, match="2: expected text in whole characters and finite numbers"):
+            read_records(path)
+    path.write_text("[" * 100_000)
+    with pytest.raises(UserError, match="nested too deeply"):
+        read_records(path)

@@ -96,19 +96,13 @@ class PreprocessSettings:
         """
         directory = Path(model_dir)
         path = directory / "config.json"
-        of_model = _vision_sizes(_read_json(path), path=path)
-        values: dict[str, Any] = dict(of_model)
+        values: dict[str, Any] = _vision_sizes(_read_json(path), path=path)
         path = directory / "processor_config.json"
         processor = _read_json(path)
         values.update(_processor_values(_part(processor, "image_processor", path=path), kind="image", path=path))
         values.update(_processor_values(_part(processor, "video_processor", path=path), kind="video", path=path))
         for name, kind in (("preprocessor_config.json", "image"), ("video_preprocessor_config.json", "video")):
             values.update(_processor_values(_read_json(directory / name), kind=kind, path=directory / name))
-        if wrong := [name for name, size in of_model.items() if values[name] != size]:
-            raise UserError(
-                f"model: {wrong[0]} is {of_model[wrong[0]]} in {directory / 'config.json'} and {values[wrong[0]]} in "
-                "its preprocessor files: the encoder could not read such patches"
-            )
         known = {field.name for field in fields(cls)}
         given = {name: value for name, value in overrides.items() if value is not None}
         if unknown := given.keys() - known:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -168,4 +169,7 @@ def _check_layout(model_config: Qwen2_5_VLConfig, sizes: ParallelSizes, *, confi
             "encoder; or choose --vision-parallel frame, which keeps it whole on every rank"
         )
     if config is not None:
+        is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        if config.model.token_statistics_impl == "triton" and current().name == "cpu" and not is_interpreted:
+            raise UserError("--token-statistics-impl triton runs on CUDA only; use auto, chunked or naive")
         language_layer_spec(config.model.transformer_impl, config.model.attention_impl)
