@@ -141,7 +141,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def _is_connection_lost(error: Exception) -> bool:
-    """Whether a collective failed because another rank is gone: of one backend a type, of another only a text says it."""
+    """Whether a collective failed for want of another rank: one backend has a type for it, another only a text."""
     if "DistError" in {base.__name__ for base in type(error).__mro__}:
         return True
     signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
