@@ -24,6 +24,7 @@ from megatron_ktr.intact_checkpoint import checkpoint_damage, newest_intact
 from megatron_ktr.policy import Policy
 from megatron_ktr.run_directory import find_checkpoint, list_checkpoints
 from models.qwen2_5_vl.dist_checkpoint import convert_to_hf, convert_to_megatron
+from tests.support.patience import PATIENCE_SECONDS
 from tests.support.tiny import save_tiny_hf
 from tests.test_checkpoint import NoData, step_on_noise
 
@@ -275,7 +276,7 @@ def test_ranks_verify_a_share_each_and_agree(ranks, saved, tmp_path):
 
 def command(*arguments: str | Path) -> subprocess.CompletedProcess:
     call = [sys.executable, "tools/checkpoint.py", *map(str, arguments)]
-    return subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
 
 
 def test_checkpoint_command_lists_and_verifies(saved, tmp_path):

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import pytest
 
 from megatron_ktr.command_line import Parser, number, whole
 from megatron_ktr.errors import UserError, run_cli, same_on_every_rank
+from tests.support.patience import PATIENCE_SECONDS, wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -77,20 +77,20 @@ def test_a_reader_that_goes_away_ends_the_command_quietly() -> None:
     process.stdout.close()
     assert process.stderr.read() == ""
     # The page may just fit into the pipe.
-    assert process.wait(timeout=60) in (0, 141)
+    assert process.wait(timeout=PATIENCE_SECONDS) in (0, 141)
     code = "import sys; from megatron_ktr.errors import run_cli\nrun_cli(lambda: print('x' * 10**6))"
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout and process.stderr
     process.stdout.close()
-    assert (process.stderr.read(), process.wait(timeout=60)) == ("", 141)
+    assert (process.stderr.read(), process.wait(timeout=PATIENCE_SECONDS)) == ("", 141)
 
 
 def test_ctrl_c_while_modules_are_imported_is_no_traceback(tmp_path: Path) -> None:
     """Half of a short command's time; the module that is being imported here waits for the signal."""
     (tmp_path / "slow_module.py").write_text(
-        "import megatron_ktr, pathlib, time\npathlib.Path('ready').touch()\ntime.sleep(60)\n"
+        f"import megatron_ktr, pathlib, time\npathlib.Path('ready').touch()\ntime.sleep({PATIENCE_SECONDS})\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", "import slow_module"],
@@ -99,13 +99,11 @@ def test_ctrl_c_while_modules_are_imported_is_no_traceback(tmp_path: Path) -> No
         stderr=subprocess.PIPE,
         text=True,
     )
-    end = time.monotonic() + 60
-    while not (tmp_path / "ready").exists() and time.monotonic() < end:
-        time.sleep(0.05)
+    wait_until((tmp_path / "ready").exists)
     process.send_signal(signal.SIGINT)
     assert process.stderr
     assert process.stderr.read() == "interrupted\n"
-    assert process.wait(timeout=60) in (130, -signal.SIGINT)
+    assert process.wait(timeout=PATIENCE_SECONDS) in (130, -signal.SIGINT)
 
 
 @pytest.mark.parametrize("text", ["x", "", "1.5", "nan", "0", "9" * 5000, "-3", "3"])

@@ -28,6 +28,7 @@ from megatron_ktr.policy import Policy
 from megatron_ktr.rollout.replay import ReplayEngine
 from megatron_ktr.run_directory import find_checkpoint
 from models.qwen2_5_vl.dist_checkpoint import convert_to_hf
+from tests.support.patience import PATIENCE_SECONDS
 from tests.support.tiny import save_tiny_hf
 from tests.support.tokenizer import tiny_tokenizer
 from tests.test_checkpoint import NoData
@@ -160,7 +161,7 @@ def test_hostile_checkpoints_cost_a_line_and_run_nothing(one_rank, hf_dir, tmp_p
             assert not ran.exists() and not (tmp_path / "out").exists(), name
     # The last one still lies there; its checksums are right, and the command says what is wrong all the same.
     call = [sys.executable, "tools/checkpoint.py", "verify", str(clean)]
-    verified = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    verified = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     assert verified.returncode == 1 and not ran.exists()
     assert "refused: its pickle names posix.mkdir" in verified.stdout and "Traceback" not in verified.stderr
     with pytest.raises(FileExistsError):  # The payload is one.

@@ -19,6 +19,7 @@ from megatron_ktr import launch
 from megatron_ktr.distributed import rendezvous
 from megatron_ktr.distributed.rendezvous import Deadline, Place, check_own_address, connect, meet, read_place
 from megatron_ktr.errors import UserError
+from tests.support.patience import PATIENCE_SECONDS
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = 1 / 60
@@ -195,7 +196,7 @@ def test_a_node_that_cannot_reach_node_0_says_so_in_one_line(free_port: int) -> 
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE_SECONDS,
     )
     assert done.returncode == 2 and done.stdout == ""
     (line,) = done.stderr.splitlines()
