@@ -170,6 +170,8 @@ def destroy_parallel() -> None:
     parallel_state.destroy_global_memory_buffer()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    # Models that are done with still hold the groups, in cycles; each group keeps threads that wake up for ever.
+    gc.collect()
 
 
 def pipeline_comm_settings(sizes: ParallelSizes, *, variable_lengths: bool = True) -> dict[str, Any]:
