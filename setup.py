@@ -13,7 +13,9 @@ HERE = Path(__file__).parent
 def _version() -> str:
     """``__version__`` of the package, read without importing it."""
     for node in ast.parse((HERE / "megatron_ktr" / "__init__.py").read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and node.targets[0].id == "__version__":
+        if isinstance(node, ast.Assign) and any(
+            isinstance(target, ast.Name) and target.id == "__version__" for target in node.targets
+        ):
             return ast.literal_eval(node.value)
     raise RuntimeError("megatron_ktr/__init__.py has no __version__")
 
