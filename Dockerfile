@@ -4,8 +4,8 @@
 #   docker build --tag megatron-ktr:0.1.0 .
 #   docker run --gpus all --ipc=host --ulimit memlock=-1 --ulimit stack=67108864 megatron-ktr:0.1.0   # tools/doctor.py
 #
-# The image's own torch and Transformer Engine are not used: vLLM 0.32 takes exactly torch 2.13.0, and megatron-core 0.16.1
-# takes Transformer Engine up to 2.11. Building compiles for about an hour. It has not been built yet (docs/launching.md).
+# The image's own torch and Transformer Engine are not used: vLLM 0.32 takes exactly torch 2.13.0, and megatron-core 0.19.2
+# was tested with Transformer Engine 2.17.1. Building compiles for about an hour. It has not been built yet (docs/launching.md).
 # CUDA 13.0 like torch's wheels: apex refuses to be built with another than torch's. Later images have 13.1.
 ARG BASE=nvcr.io/nvidia/pytorch:25.10-py3
 FROM ${BASE}
@@ -30,7 +30,7 @@ RUN python3 -m venv /venv \
 
 # Its torch extension is built here, against the torch above; the kernels come as a wheel.
 RUN TORCH_CUDA_ARCH_LIST="${CUDA_ARCHS}" NVTE_PYTORCH_FORCE_BUILD=TRUE MAX_JOBS=${MAX_JOBS} \
-    pip install --no-build-isolation 'transformer-engine[core-cu13,pytorch]==2.11.0'
+    pip install --no-build-isolation 'transformer-engine[core-cu13,pytorch]==2.17.1'
 
 # NVIDIA's apex exists as source only. The package of this name on the public index is an unrelated project.
 RUN git clone --depth 1 --branch "${APEX_TAG}" --recurse-submodules --shallow-submodules \

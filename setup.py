@@ -29,7 +29,9 @@ TRITON_HAS_WHEELS = "platform_system == 'Linux' and platform_machine == 'x86_64'
 
 INSTALL_REQUIRES = [
     "torch>=2.11",
-    "megatron-core==0.16.1",  # the platform layer redirects functions of exactly this version
+    # The platform layer redirects functions of exactly these versions. 0.17 and newer want Python 3.12.
+    "megatron-core==0.16.1; python_version < '3.12'",
+    "megatron-core==0.19.2; python_version >= '3.12'",
     "transformers>=5.18,<5.20",  # older ones cut seconds per grid to integers; vLLM 0.32 ends at 5.20
     "numpy",
     "safetensors",
@@ -50,9 +52,12 @@ EXTRAS_REQUIRE = {
     # vLLM 0.32 pins this torch exactly, so core and engine can share an environment.
     "cpu": ["torch==2.13.0"],
     "vllm": ["vllm==0.32.0"],
-    # The newest that megatron-core 0.16.1 accepts, for CUDA 13, as torch's wheels are. CUDA only: on a CPU machine its
+    # The newest that each megatron-core accepts, for CUDA 13, as torch's wheels are. CUDA only: on a CPU machine its
     # wheel breaks megatron-core.
-    "te": ["transformer-engine[core-cu13,pytorch]==2.11.0"],
+    "te": [
+        "transformer-engine[core-cu13,pytorch]==2.11.0; python_version < '3.12'",
+        "transformer-engine[core-cu13,pytorch]==2.17.1; python_version >= '3.12'",
+    ],
     # Triton's interpreter runs the kernels' tests without a GPU, its compiler the checks that they compile. CUDA builds
     # of torch name their own version of it; CPU builds name none.
     # rouge-score and jiwer are what the rewards' numbers are compared with.

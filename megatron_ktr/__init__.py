@@ -5,6 +5,7 @@ import warnings
 from types import TracebackType
 
 from megatron_ktr.nvidia_apex import hide_unusable_apex
+from megatron_ktr.stack import silence_advice
 
 # Before anything below this package, or transformers, imports megatron-core.
 hide_unusable_apex()
@@ -14,6 +15,7 @@ warnings.filterwarnings("ignore", module=r"megatron\.")
 warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
 # megatron-core's pipeline looks at .grad of activations it kept alive itself.
 warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+silence_advice()
 
 
 def _say_interrupted(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

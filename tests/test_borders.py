@@ -20,6 +20,7 @@ MAY_IMPORT = {
         "megatron_ktr/policy.py",
         "megatron_ktr/checkpoint.py",
         "megatron_ktr/distributed/*",
+        "megatron_ktr/stack.py",
         "models/*",
         "benchmarks/*_methods.py",  # what we are measured against
     ),

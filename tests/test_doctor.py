@@ -21,6 +21,7 @@ from megatron_ktr.doctor.machine import DiskFacts, LimitFacts
 from megatron_ktr.doctor.ranks import WorldFacts
 from megatron_ktr.doctor.software import Library
 from megatron_ktr.errors import UserError
+from megatron_ktr.stack import NEW, OLD
 from tests.support.patience import PATIENCE_SECONDS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,12 +100,19 @@ def test_fp8_recipes_follow_the_generation_and_mixed_ones_fail():
 def test_transformer_engine_belongs_on_gpus_only_and_in_its_range():
     check = software.check_transformer_engine
     is_fine(check(Library(), has_gpu=False))
-    is_fine(check(Library("2.11.0"), has_gpu=True))
+    is_fine(check(Library("2.11.0"), has_gpu=True, core="0.16.1"))
+    for version in ("2.14.0", "2.17.1", "2.20.2"):
+        is_fine(check(Library(version), has_gpu=True, core="0.19.2"))
     assert "[te]" in check(Library(), has_gpu=True).remedy and check(Library(), has_gpu=True).ok
     fails(check(Library("2.11.0"), has_gpu=False), "on a CPU machine", "pip uninstall transformer-engine")
-    for version in ("2.8.0", "2.12.0"):
-        fails(check(Library(version), has_gpu=True), f"{version}; megatron-core", "2.11.0")
-    fails(check(Library("2.11.0", "undefined symbol: x"), has_gpu=True), "undefined symbol", "--no-build-isolation")
+    for core, pinned, versions in (
+        ("0.16.1", "2.11.0", ("2.8.0", "2.12.0")),
+        ("0.19.2", "2.17.1", ("2.11.0", "2.21.0")),
+    ):
+        for version in versions:
+            fails(check(Library(version), has_gpu=True, core=core), f"{version}; megatron-core {core}", pinned)
+    broken = Library("2.11.0", "undefined symbol: x")
+    fails(check(broken, has_gpu=True, core="0.16.1"), "undefined symbol", "--no-build-isolation")
 
 
 def test_other_libraries_fail_when_missing_old_or_broken():
@@ -166,19 +174,22 @@ def test_an_import_is_tried_in_a_process_of_its_own(tmp_path, monkeypatch):
 
 def test_versions_are_compared_with_setup_py():
     declared = requirements.declared_requirements(ROOT / "setup.py")
-    assert "megatron-core==0.16.1" in declared[""] and declared["vllm"] == ["vllm==0.32.0"]
+    core = (OLD if sys.version_info < (3, 12) else NEW).core
+    assert any(text.startswith(f"megatron-core=={core};") for text in declared[""])
+    assert declared["vllm"] == ["vllm==0.32.0"]
     assert any(text.startswith("decord") and "x86_64" in text for text in declared[""]), "f-strings are put together"
     for check in requirements.check_versions(declared[""]):
         is_fine(check)
     # What CI runs and what the check would accept are the same: the extras' ranges, too.
-    assert declared["te"] == ["transformer-engine[core-cu13,pytorch]==2.11.0"]
-    assert software._is_in("2.11.0", software.TE_RANGE)
+    pins = [text.partition("==")[2].partition(";")[0] for text in declared["te"]]
+    assert pins == [stack.transformer_engine for stack in (OLD, NEW)]
+    assert all(software._is_in(stack.transformer_engine, stack.transformer_engine_range) for stack in (OLD, NEW))
 
     installed = {"torch": "2.10.0", "megatron-core": None, "transformers": "5.16.0", "av": None, "httpx": "0.28"}
     found = requirements.check_versions(declared[""], installed=lambda name: installed.get(name, "99"))
     by_name = {check.name: check for check in found}
     fails(by_name["torch"], "2.10.0 (setup.py: >=2.11)", "pip install 'torch>=2.11'")
-    fails(by_name["megatron-core"], "not installed", "megatron-core==0.16.1")
+    fails(by_name["megatron-core"], "not installed", f"megatron-core=={core}")
     fails(by_name["transformers"], "5.16.0", "transformers")
     fails(by_name["packages"], "av not installed", "pip install 'av'")
     fails(requirements.check_python((3, 10, 4)), "3.10.4", "Python 3.11")
@@ -267,7 +278,8 @@ def test_ranks_that_cannot_talk_are_a_finding_of_rank_0(monkeypatch, tmp_path, r
     spec = importlib.util.spec_from_file_location("doctor_tool", ROOT / "tools" / "doctor.py")
     doctor_tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(doctor_tool)
-    for name, value in dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="node0").items():
+    place = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="node0", MASTER_PORT="29500")
+    for name, value in place.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(doctor_tool, "check_node", lambda run_dir: [Check("disk", True, "fast")])
     monkeypatch.setattr(ranks, "join_world", refuse)

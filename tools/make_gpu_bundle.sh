@@ -2,7 +2,7 @@
 # One archive of what a GPU machine without network lacks: wheels of this project and of the packages named, unpacked.
 #
 #   tools/make_gpu_bundle.sh OUT.tar.xz [PACKAGE ...]
-#   tools/make_gpu_bundle.sh bundle.tar.xz megatron-core==0.16.1 av
+#   tools/make_gpu_bundle.sh bundle.tar.xz megatron-core==0.19.2 av
 #
 # Without PACKAGE: megatron-core of setup.py. No dependencies are fetched: name what the machine lacks (`pip list` there).
 # PYTHON_VERSION (3.12) and PLATFORMS ("manylinux_2_28_x86_64 ...") say for which machine; TE_WHEELS may name a folder of
@@ -20,7 +20,9 @@ platforms=${PLATFORMS:-manylinux_2_28_x86_64 manylinux_2_27_x86_64 manylinux_2_1
 repository=$(realpath "$(dirname "$0")/..")
 packages=("$@")
 if [ ${#packages[@]} -eq 0 ]; then
-    packages=("$(sed -n 's/^ *"\(megatron-core==[^"]*\)".*/\1/p' "$repository/setup.py")")
+    # Two lines, the older for Python before 3.12.
+    pins=$(sed -n 's/^ *"\(megatron-core==[^;"]*\).*/\1/p' "$repository/setup.py")
+    case $version in 3.11) packages=("$(head -n 1 <<< "$pins")") ;; *) packages=("$(tail -n 1 <<< "$pins")") ;; esac
 fi
 
 scratch=$(mktemp -d)

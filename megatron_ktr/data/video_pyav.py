@@ -38,6 +38,8 @@ _PLAYLIST_FORMATS = ("hls", "dash", "concat", "concatf", "imf", "sdp", "rtsp", "
 _CONTAINER_OPTIONS = {"protocol_whitelist": "file"}
 _OPEN_TIMEOUT_SECONDS = (30.0, 30.0)
 _DECODER_THREADS = 2
+# Titles and comments in odd encodings make no file unusable. PyAV 19 never raises for them, and has no such argument.
+_LENIENT = {} if av is None or int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "ignore"}
 
 
 class _FrameNotFound(Exception):
@@ -122,9 +124,7 @@ def decode_frames(index: VideoIndex, wanted: Sequence[int]) -> Iterator[np.ndarr
 def _open(path: Path) -> Any:
     if av is None:
         raise UserError("reading videos needs the package av, which is not installed (pip install av)")
-    container = av.open(
-        str(path), metadata_errors="ignore", container_options=_CONTAINER_OPTIONS, timeout=_OPEN_TIMEOUT_SECONDS
-    )
+    container = av.open(str(path), container_options=_CONTAINER_OPTIONS, timeout=_OPEN_TIMEOUT_SECONDS, **_LENIENT)
     # FFmpeg reads a picture as a video of one frame at 25 a second, whatever the file is called.
     if container.format.name == "image2" or container.format.name.endswith("_pipe"):
         container.close()
@@ -283,7 +283,7 @@ def _orientation(frame: Any) -> tuple[int, bool]:
 
     The matrix maps stored to shown points as row vectors with y downwards: x' = a x + c y, y' = b x + d y.
     """
-    matrix = next((data for data in frame.side_data if data.type.name == "DISPLAYMATRIX"), None)
+    matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return 0, False
     a, b, _, c, d, *_ = (int(value) for value in np.frombuffer(bytes(matrix), dtype="<i4", count=9))

@@ -205,6 +205,12 @@ def _redirect_distributed() -> None:
     torch.distributed.barrier = barrier_without_devices
 
 
+@torch.no_grad()
+def _copy_storage(target: Tensor, source: Tensor) -> None:
+    target.untyped_storage().resize_(source.untyped_storage().size())
+    target.untyped_storage().copy_(source.untyped_storage())
+
+
 def _repair_megatron() -> None:
     """Names that megatron-core leaves undefined, or binds too early to be redirected, without CUDA and TE."""
     is_imported = "megatron.core" in sys.modules
@@ -234,6 +240,9 @@ def _repair_megatron() -> None:
     def set_state(new_state: Tensor, device: Any = -1, graph_safe: bool = False) -> None:
         torch.set_rng_state(new_state)
 
+    # megatron-core 0.19 hands recomputed storages over with C++ that it compiles at the first use: seconds, a compiler,
+    # ninja. 0.16 copied, which is as right; it has no such name and never reads it.
+    tracker._get_share_storage = lambda: _copy_storage
     # The originals queue the change until CUDA starts, that is for ever.
     tracker._get_cuda_rng_state = get_state
     tracker._set_cuda_rng_state = set_state

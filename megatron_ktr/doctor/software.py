@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_ktr import stack as stacks
 from megatron_ktr.data.video_decord import DecordProcess
 from megatron_ktr.distributed.platform_probe import GpuFacts
 from megatron_ktr.doctor.check import Check, error_of_import
@@ -18,8 +19,6 @@ from megatron_ktr.doctor.requirements import installed_version
 from megatron_ktr.nvidia_apex import hide_unusable_apex
 from megatron_ktr.precision import DEVICE_NEEDED, why_not_on_device
 
-TE_RANGE = ">=2.9,<2.12"
-"""What megatron-core 0.16.1 accepts."""
 TRITON_RANGE = ">=3.5"
 
 
@@ -48,8 +47,10 @@ def _is_in(version: str, wanted: str) -> bool:
     return not version or SpecifierSet(wanted).contains(version, prereleases=True)
 
 
-def check_transformer_engine(library: Library, *, has_gpu: bool) -> Check:
+def check_transformer_engine(library: Library, *, has_gpu: bool, core: str | None = None) -> Check:
+    """``core``: version of megatron-core, else the one installed."""
     name = "transformer engine"
+    stack = stacks.of_core(core) if core else stacks.installed()
     if library.version is None:
         if not has_gpu:
             return Check(name, True, "not installed, as it should be on a CPU machine")
@@ -58,9 +59,10 @@ def check_transformer_engine(library: Library, *, has_gpu: bool) -> Check:
     if not has_gpu:
         remedy = "pip uninstall transformer-engine: without a GPU it breaks the import of megatron-core"
         return Check(name, False, f"{library.version} on a CPU machine", remedy)
-    if not _is_in(library.version, TE_RANGE):
-        detail = f"{library.version}; megatron-core 0.16.1 takes {TE_RANGE}"
-        return Check(name, False, detail, "pip install 'transformer-engine[core-cu13,pytorch]==2.11.0'")
+    if not _is_in(library.version, stack.transformer_engine_range):
+        detail = f"{library.version}; megatron-core {core or stack.core} takes {stack.transformer_engine_range}"
+        remedy = f"pip install 'transformer-engine[core-cu13,pytorch]=={stack.transformer_engine}'"
+        return Check(name, False, detail, remedy)
     if library.error:
         remedy = (
             "build it against the torch that is installed: pip install --no-build-isolation --force-reinstall '.[te]'"

@@ -34,7 +34,6 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -45,6 +44,7 @@ from torch.nn.functional import pad
 from megatron_ktr.distributed.platform import current
 from megatron_ktr.errors import UserError
 from megatron_ktr.ops.prefix_attention import attend_nothing
+from megatron_ktr.stack import mlp_submodule
 from models.qwen2_5_vl.attention import PrefixCoreAttention, PrefixSeqParams
 from models.qwen2_5_vl.norm import RMSNorm
 from models.qwen2_5_vl.products import ColumnLinear, RowLinear, lowerable, product_dtype
@@ -113,7 +113,6 @@ def _local_layer(core_attention: Any) -> ModuleSpec:
         q_layernorm=None,
         k_layernorm=None,
     )
-    mlp = MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -123,7 +122,7 @@ def _local_layer(core_attention: Any) -> ModuleSpec:
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(module=MLP, submodules=mlp),
+            mlp=mlp_submodule(ColumnLinear, RowLinear),
             mlp_bda=get_bias_dropout_add,
             # TE keeps these norms inside the linear layer that follows; one checkpoint serves both.
             sharded_state_dict_keys_map={
@@ -144,7 +143,6 @@ def _te_layer(core_attention: Any) -> ModuleSpec:
         q_layernorm=None,
         k_layernorm=None,
     )
-    mlp = MLPSubmodules(linear_fc1=column_linear, linear_fc2=row_linear)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -154,7 +152,7 @@ def _te_layer(core_attention: Any) -> ModuleSpec:
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=IdentityOp,
-            mlp=ModuleSpec(module=MLP, submodules=mlp),
+            mlp=mlp_submodule(column_linear, row_linear),
             mlp_bda=get_bias_dropout_add,
         ),
     )

@@ -12,6 +12,7 @@ from megatron_ktr.distributed.groups import ParallelSizes, pipeline_comm_setting
 from megatron_ktr.distributed.platform import current
 from megatron_ktr.errors import UserError
 from megatron_ktr.pipeline_split import Split, check_recomputation, chunk_layout, is_even, split_layers
+from megatron_ktr.stack import no_cuda_graphs
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.fp8 import fp8_settings
 from models.qwen2_5_vl.layer_specs import language_layer_spec, resolve_transformer_impl
@@ -114,8 +115,7 @@ def _kernels(config: Config | None) -> dict[str, Any]:
         # The fused kernel restarts at every segment; M-RoPE needs one frequency per row.
         apply_rope_fusion=False,
         gradient_accumulation_fusion=_fuses_weight_gradients(config),
-        # Not in use; core's own default is a deprecated spelling that it warns about.
-        cuda_graph_scope=[],
+        **no_cuda_graphs(),
     )
 
 

@@ -17,7 +17,6 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -26,6 +25,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from megatron_ktr.ops.prefix_attention import segment_attention
+from megatron_ktr.stack import mlp_submodule
 from models.qwen2_5_vl.layer_specs import TransformerImpl, resolve_transformer_impl, te_modules
 from models.qwen2_5_vl.norm import RMSNorm
 from models.qwen2_5_vl.vision_layout import VisionLayout
@@ -119,7 +119,7 @@ def _layer(norm: Any, column_linear: Any, row_linear: Any, *, stored_as: dict[st
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column_linear, linear_fc2=row_linear)),
+            mlp=mlp_submodule(column_linear, row_linear),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=stored_as,
         ),

@@ -1,0 +1,60 @@
+"""The two stacks: pinned alike wherever they are written, and refused in words where a feature wants the newer one."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import re
+from pathlib import Path
+
+import pytest
+
+from megatron_ktr import stack
+from megatron_ktr.doctor.requirements import declared_requirements
+from megatron_ktr.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_setup_py_pins_both_stacks_and_the_older_one_is_for_python_3_11_alone():
+    from packaging.requirements import Requirement
+
+    declared = declared_requirements(ROOT / "setup.py")
+    for python, expected in (("3.11", stack.OLD), ("3.12", stack.NEW), ("3.13", stack.NEW)):
+        chosen = {}
+        for requirement in map(Requirement, declared[""] + declared["te"]):
+            if requirement.marker is None or requirement.marker.evaluate({"python_version": python, "extra": ""}):
+                chosen[requirement.name] = str(requirement.specifier)
+        assert chosen["megatron-core"] == f"=={expected.core}", python
+        assert chosen["transformer-engine"] == f"=={expected.transformer_engine}", python
+
+
+def test_the_installed_stack_is_the_one_of_the_installed_megatron_core():
+    assert stack.installed().core == importlib.metadata.version("megatron-core")
+    assert [stack.of_core(version) for version in ("0.16.1", "0.17.0", "0.19.2", "0.20.0rc1", "1.0")] == [
+        stack.OLD,
+        *[stack.NEW] * 4,
+    ]
+
+
+def test_options_of_the_newer_stack_are_refused_on_the_older_one(monkeypatch):
+    monkeypatch.setattr(stack, "installed", lambda: stack.OLD)
+    with pytest.raises(UserError, match=r"--some-option needs megatron-core 0\.19\.2, .* Python 3\.12"):
+        stack.require_core_0_19("--some-option")
+    monkeypatch.setattr(stack, "installed", lambda: stack.NEW)
+    stack.require_core_0_19("--some-option")
+
+
+def test_advice_is_silenced_by_its_exact_words_and_nothing_else_is(caplog):
+    logger = logging.getLogger("megatron.core.models.gpt.gpt_model")
+    logger.warning("GPTModel IS DEPRECATED. Use another.")
+    logger.warning("GPTModel has a problem")
+    assert [record.getMessage() for record in caplog.records] == ["GPTModel has a problem"]
+
+
+def test_no_other_module_asks_for_the_version_of_megatron_core():
+    asking = re.compile(r"core_version|megatron\.core\.__version__|package_info|version\(.megatron-core.\)")
+    folders = [ROOT / name for name in ("megatron_ktr", "models", "tools", "benchmarks")]
+    code = [path for folder in folders for path in folder.rglob("*.py")]
+    found = [str(path.relative_to(ROOT)) for path in code if asking.search(path.read_text(encoding="utf-8"))]
+    assert found == ["megatron_ktr/stack.py"]
