@@ -449,3 +449,11 @@ def test_damaged_images_are_unusable(tmp_path: Path) -> None:
     for name in ("cut.png", "text.jpg", "missing.png"):
         with pytest.raises(UnusableMedia, match=name):
             read_image(tmp_path / name)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getscheduler"), reason="no such call on this system")
+def test_encoding_test_videos_leaves_the_priority_of_this_process_alone(tmp_path: Path) -> None:
+    before = os.sched_getscheduler(0)
+    for name in CODECS:
+        write_codec(tmp_path, name, numbered_frames(3))
+        assert os.sched_getscheduler(0) == before, name
