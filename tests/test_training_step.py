@@ -33,9 +33,9 @@ VALUE_TOLERANCE = 1e-4
 """Relative, with a floor of 0.01: reported means of the same quantities; the KL is a small difference of log-probs."""
 GRADIENT_TOLERANCE = 1e-4
 """Relative per tensor, as against Hugging Face: tensors whose gradient nearly cancels carry the noise of its parts."""
-UPDATE_TOLERANCE = 5e-4
+UPDATE_TOLERANCE = 1e-3
 """Relative per tensor, of what SGD changed: the gradients' tolerance, plus the rounding of weights near 1 (6e-8) that
-moved by as little as 3e-4. Seen: 9e-5."""
+moved by as little as 1e-4. Seen: 5.1e-4, where the gradients differ by 4e-6."""
 NUM_STEPS = 2
 """The second step starts from what the first one left in the weights, also where they are still being gathered."""
 

@@ -53,10 +53,10 @@ def draw_permutation(
     key = "\x1f".join((str(seed), str(step), identity, str(medium), str(draw)))
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-    identity = torch.arange(num_units)
+    unmoved = torch.arange(num_units)
     while True:
         order = torch.randperm(num_units, generator=generator)
-        if not torch.equal(order, identity):
+        if not torch.equal(order, unmoved):
             return order
 
 
