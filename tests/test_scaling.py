@@ -43,8 +43,8 @@ class Case:
 
 
 VIDEO_KTR: dict[str, Any] = {"objective": "video_ktr", "seed": 1}
-"""A seed whose shuffles keep no two frames of a patch together: such a patch would not be encoded again, and the formulas
-count the usual case."""
+"""A seed whose shuffles keep no two frames of a patch together: such a patch would not be encoded again, and the
+formulas count the usual case."""
 GRPO: dict[str, Any] = {"objective": "grpo"}
 """Every response token has a gradient, which decides what the head reduces without sequence parallelism."""
 NO_VIEWS: dict[str, Any] = {"has_hidden": False, "shuffle_unit": None}
