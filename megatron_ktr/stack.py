@@ -111,3 +111,16 @@ def no_cuda_graphs() -> dict[str, Any]:
     """Settings of a ``TransformerConfig`` that uses no CUDA graphs: 0.16's default is a spelling it warns about, and
     0.19 warns about the name."""
     return {} if has_core_0_19() else {"cuda_graph_scope": []}
+
+
+def end_at_hidden_states(model: Any) -> dict[str, Any]:
+    """Makes ``forward`` of a ``GPTModel`` answer with its last hidden states instead of logits; gives the arguments to
+    call it with. 0.19 has a hook for that; in 0.16 the model's own last step, which is private, is replaced."""
+    if has_core_0_19():
+        return {"output_processor": _answer_with_hidden_states}
+    model._postprocess = _answer_with_hidden_states
+    return {}
+
+
+def _answer_with_hidden_states(hidden_states: Any, *_: Any, **__: Any) -> Any:
+    return hidden_states
