@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from megatron_ktr import pipeline_split
 from megatron_ktr.errors import UserError
+from megatron_ktr.stack import require_core_0_19
 
 if TYPE_CHECKING:
     from megatron_ktr.config import Config
@@ -30,6 +31,7 @@ ABSENT_OPTIONS = {
     "optimizer_offload_fraction": "use --offload-optimizer-states, which moves all moments",
     "enable_cuda_graph": "a CUDA graph replays one shape, and packed sequences differ in theirs",
     "cuda_graph_impl": "a CUDA graph replays one shape, and packed sequences differ in theirs",
+    "mlp_chunks_for_training": "use --mlp-chunks",
     "lora_dropout": "adapters have no dropout: scores and updates must see one and the same policy",
 }
 """Options of related projects, and of later versions, that deserve a better answer than the nearest spelling."""
@@ -213,8 +215,20 @@ def _parallel(config: Config) -> Iterator[str]:
         yield "--recompute-granularity selective needs --recompute-modules: some of core_attn, mlp, layernorm"
     if section.recompute_granularity != "selective" and section.recompute_modules != ("core_attn",):
         yield "--recompute-modules needs --recompute-granularity selective"
+    yield from _mlp_chunks(config)
     if config.trainer.platform == "cpu" and config.model.transformer_impl == "te":
         yield "--transformer-impl te needs CUDA; with --platform cpu use auto or local"
+
+
+def _mlp_chunks(config: Config) -> Iterator[str]:
+    section = config.parallel
+    if section.mlp_chunks == 1:
+        return
+    require_core_0_19("--mlp-chunks")
+    if section.recompute_granularity == "selective" and "mlp" in section.recompute_modules:
+        yield "--mlp-chunks does not go with --recompute-modules mlp, which runs all rows at once: choose one of them"
+    if config.model.fp8_format is not None:
+        yield "--mlp-chunks does not go with --fp8-format: each part would have scales and a number of rows of its own"
 
 
 def _fp8(config: Config) -> Iterator[str]:
