@@ -31,6 +31,11 @@ ABSENT_OPTIONS = {
     "optimizer_offload_fraction": "use --offload-optimizer-states, which moves all moments",
     "enable_cuda_graph": "a CUDA graph replays one shape, and packed sequences differ in theirs",
     "cuda_graph_impl": "a CUDA graph replays one shape, and packed sequences differ in theirs",
+    "fine_grained_activation_offloading": "its host memory grows with every new number of packed rows (docs/log.md); "
+    "use --recompute-granularity",
+    "offload_modules": "its host memory grows with every new number of packed rows (docs/log.md); use "
+    "--recompute-granularity",
+    "cpu_offloading": "activations stay on the device (docs/log.md); use --recompute-granularity",
     "mlp_chunks_for_training": "use --mlp-chunks",
     "lora_dropout": "adapters have no dropout: scores and updates must see one and the same policy",
 }
@@ -184,6 +189,8 @@ def _optimizer(config: Config) -> Iterator[str]:
         yield "--save-interval with --optimizer sgd needs --params-dtype fp32: its fp32 copies are not saved"
     if section.optimizer == "sgd" and section.offload_optimizer_states:
         yield "--offload-optimizer-states: --optimizer sgd has none"
+    if section.grad_norm_skip_threshold is not None:
+        require_core_0_19("--grad-norm-skip-threshold")
     if max(section.adam_beta1, section.adam_beta2) >= 1:
         yield "--adam-beta1 and --adam-beta2 must be below 1"
     # With train_epochs the steps are not known yet; the rules are checked again when they are (``run_length.py``).
