@@ -234,8 +234,12 @@ def _mlp_chunks(config: Config) -> Iterator[str]:
     require_core_0_19("--mlp-chunks")
     if section.recompute_granularity == "selective" and "mlp" in section.recompute_modules:
         yield "--mlp-chunks does not go with --recompute-modules mlp, which runs all rows at once: choose one of them"
-    if config.model.fp8_format is not None:
-        yield "--mlp-chunks does not go with --fp8-format: each part would have scales and a number of rows of its own"
+    for option, is_on in (
+        ("--fp8-format", config.model.fp8_format is not None),
+        ("--scoring-precision fp8", config.objective.scoring_precision == "fp8"),
+    ):
+        if is_on:
+            yield f"--mlp-chunks does not go with {option}: each part would have scales and a number of rows of its own"
 
 
 def _fp8(config: Config) -> Iterator[str]:

@@ -56,8 +56,8 @@ class ParallelSection:
     recompute_num_layers: int | None = _option(None, "See recompute_method", low=1)
     mlp_chunks: int = _option(
         1,
-        "Run the language model's MLPs on this many parts of the rows, one after another, in forward and backward of "
-        "training (megatron-core 0.19: mlp_chunks_for_training); 1 = all rows at once",
+        "Run the language model's MLPs on this many parts of the rows, one after another, in every pass "
+        "(megatron-core 0.19: mlp_chunks_for_training); 1 = all rows at once",
         low=1,
     )
     vision_parallel: Literal["tensor", "frame"] = _option(

@@ -81,25 +81,29 @@ def test_mlps_in_parts_of_the_rows_take_the_same_steps(
 
 
 @NEEDS_0_19
-def test_training_alone_runs_in_parts_and_the_vision_encoder_never(one_rank: ParallelGroups, tmp_path: Path) -> None:
-    from models.qwen2_5_vl.config import Qwen2_5_VLConfig
-    from models.qwen2_5_vl.model import build_model
-    from tests.support.parity import make_group, pack
-
+def test_every_pass_runs_in_parts_and_the_vision_encoder_never(one_rank: ParallelGroups, tmp_path: Path) -> None:
+    """Update, counterfactual passes and the reference model's: none of them ever leaves training mode."""
     save_tiny_hf(tmp_path, num_layers=1, vision_depth=1, fullatt_block_indexes=(0,))
-    model_config = Qwen2_5_VLConfig.from_hf(tmp_path)
-    (model,) = build_model(model_config, groups=one_rank, config=_config("--mlp-chunks", "4", "--platform", "cpu"))
-    calls = []
-    model.language.decoder.layers[0].mlp.register_forward_hook(lambda *_: calls.append("language"))
-    batch = pack([make_group(model_config, media=(), response_lengths=(5, 8), seed=1)])
-    rows = {}
-    for name, is_training in (("update", True), ("scoring", False)):
-        calls.clear()
-        rows[name] = model.train(is_training)(batch)
-        assert calls == ["language"] * (4 if is_training else 1), name
-    # Row by row the same products; another number of rows may be summed in another order.
-    torch.testing.assert_close(rows["update"], rows["scoring"], rtol=1e-5, atol=1e-5)
-    assert model.vision.config.mlp_chunks_for_training == 1
+    calls: dict[int, list[str]] = {}
+
+    def watch(policy: Any) -> None:
+        assert policy.bare_chunks[0].vision.config.mlp_chunks_for_training == 1
+        chunks = {"policy": policy.bare_chunks[0], "reference": policy.reference.chunks[0]}
+        seen = calls.setdefault(policy.config.parallel.mlp_chunks, [])
+        for name, chunk in chunks.items():
+            chunk.language.decoder.layers[0].mlp.register_forward_hook(lambda *_, name=name: seen.append(name))
+
+    for num_chunks in (1, 2):
+        run_steps(
+            one_rank,
+            hf_dir=tmp_path,
+            rollout_groups=example_groups("mixed"),
+            values=dict(mlp_chunks=num_chunks),
+            before=watch,
+        )
+    # Hidden view, shuffled view, update; reference model.
+    assert {name: calls[1].count(name) for name in ("policy", "reference")} == {"policy": 3, "reference": 1}
+    assert sorted(calls[2]) == sorted(calls[1] * 2)
 
 
 @pytest.mark.parametrize(
@@ -107,6 +111,7 @@ def test_training_alone_runs_in_parts_and_the_vision_encoder_never(one_rank: Par
     [
         (("--recompute-granularity", "selective", "--recompute-modules", "mlp"), "--recompute-modules mlp"),
         (("--fp8-format", "hybrid", "--bf16"), "--fp8-format"),
+        (("--scoring-precision", "fp8", "--bf16"), "--scoring-precision fp8"),
     ],
 )
 def test_parts_that_would_be_ignored_or_have_scales_of_their_own_are_refused(
