@@ -36,7 +36,6 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
@@ -54,6 +53,7 @@ from megatron_ktr.policy import Policy
 from megatron_ktr.rollout.source import ReplicaSource, on_every_rank
 from megatron_ktr.run_directory import CHECKPOINTS, SIDE_FILES, list_checkpoints, step_name
 from megatron_ktr.safe_pickle import UNREADABLE
+from megatron_ktr.stack import load_strategy
 from megatron_ktr.torch_dist_checks import COMMON_FILE, check_chunks
 from megatron_ktr.torch_dist_files import TorchDistReader, torch_saved
 from models.qwen2_5_vl.dist_checkpoint import locate_tensors
@@ -286,9 +286,7 @@ def load_sharded_state(policy: Policy, checkpoint: Path) -> None:
     parts = [name for name in state if name.startswith("model")]
     on_every_rank(lambda: require_plain_tensors(state, checkpoint), groups=policy.groups)
     try:
-        strategy = FullyParallelLoadStrategyWrapper(
-            get_default_load_sharded_strategy(str(checkpoint)), policy.groups.data_context
-        )
+        strategy = FullyParallelLoadStrategyWrapper(load_strategy(str(checkpoint)), policy.groups.data_context)
         loaded = dist_checkpointing.load(state, str(checkpoint), sharded_strategy=strategy)
     except (CheckpointingException, OSError, *UNREADABLE) as error:
         raise UserError(f"--resume: {checkpoint} cannot be loaded: {error}") from error

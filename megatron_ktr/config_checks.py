@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from megatron_ktr import pipeline_split
 from megatron_ktr.errors import UserError
+from megatron_ktr.stack import require_core_0_19
 
 if TYPE_CHECKING:
     from megatron_ktr.config import Config
@@ -30,6 +31,12 @@ ABSENT_OPTIONS = {
     "optimizer_offload_fraction": "use --offload-optimizer-states, which moves all moments",
     "enable_cuda_graph": "a CUDA graph replays one shape, and packed sequences differ in theirs",
     "cuda_graph_impl": "a CUDA graph replays one shape, and packed sequences differ in theirs",
+    "fine_grained_activation_offloading": "its host memory grows with every new number of packed rows (docs/log.md); "
+    "use --recompute-granularity",
+    "offload_modules": "its host memory grows with every new number of packed rows (docs/log.md); use "
+    "--recompute-granularity",
+    "cpu_offloading": "activations stay on the device (docs/log.md); use --recompute-granularity",
+    "mlp_chunks_for_training": "use --mlp-chunks",
     "lora_dropout": "adapters have no dropout: scores and updates must see one and the same policy",
 }
 """Options of related projects, and of later versions, that deserve a better answer than the nearest spelling."""
@@ -182,6 +189,8 @@ def _optimizer(config: Config) -> Iterator[str]:
         yield "--save-interval with --optimizer sgd needs --params-dtype fp32: its fp32 copies are not saved"
     if section.optimizer == "sgd" and section.offload_optimizer_states:
         yield "--offload-optimizer-states: --optimizer sgd has none"
+    if section.grad_norm_skip_threshold is not None:
+        require_core_0_19("--grad-norm-skip-threshold")
     if max(section.adam_beta1, section.adam_beta2) >= 1:
         yield "--adam-beta1 and --adam-beta2 must be below 1"
     # With train_epochs the steps are not known yet; the rules are checked again when they are (``run_length.py``).
@@ -213,8 +222,24 @@ def _parallel(config: Config) -> Iterator[str]:
         yield "--recompute-granularity selective needs --recompute-modules: some of core_attn, mlp, layernorm"
     if section.recompute_granularity != "selective" and section.recompute_modules != ("core_attn",):
         yield "--recompute-modules needs --recompute-granularity selective"
+    yield from _mlp_chunks(config)
     if config.trainer.platform == "cpu" and config.model.transformer_impl == "te":
         yield "--transformer-impl te needs CUDA; with --platform cpu use auto or local"
+
+
+def _mlp_chunks(config: Config) -> Iterator[str]:
+    section = config.parallel
+    if section.mlp_chunks == 1:
+        return
+    require_core_0_19("--mlp-chunks")
+    if section.recompute_granularity == "selective" and "mlp" in section.recompute_modules:
+        yield "--mlp-chunks does not go with --recompute-modules mlp, which runs all rows at once: choose one of them"
+    for option, is_on in (
+        ("--fp8-format", config.model.fp8_format is not None),
+        ("--scoring-precision fp8", config.objective.scoring_precision == "fp8"),
+    ):
+        if is_on:
+            yield f"--mlp-chunks does not go with {option}: each part would have scales and a number of rows of its own"
 
 
 def _fp8(config: Config) -> Iterator[str]:

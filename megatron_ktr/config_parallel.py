@@ -54,6 +54,12 @@ class ParallelSection:
         "chunk), or of that many layers per stage (block)",
     )
     recompute_num_layers: int | None = _option(None, "See recompute_method", low=1)
+    mlp_chunks: int = _option(
+        1,
+        "Run the language model's MLPs on this many parts of the rows, one after another, in every pass "
+        "(megatron-core 0.19: mlp_chunks_for_training); 1 = all rows at once",
+        low=1,
+    )
     vision_parallel: Literal["tensor", "frame"] = _option(
         "tensor",
         "Vision encoder: weights split like the language model's, or whole on every rank and the frames split over "

@@ -309,6 +309,12 @@ class OptimizerSection:
     adam_beta2: float = _option(0.999, "Decay of the second moment", low=0, high=1)
     adam_eps: float = _option(1e-8, "Added to the denominator of Adam", above=0)
     clip_grad: float = _option(5.0, "Gradient norm is clipped to this; 0 = never", low=0)
+    grad_norm_skip_threshold: float | None = _option(
+        None,
+        "Take no optimizer step where the gradient norm, before clipping, is above this; the update is counted "
+        "(skipped_updates) and its gradient dropped, the schedule stays where it is (megatron-core 0.19); none = never",
+        above=0,
+    )
     use_distributed_optimizer: bool = _option(True, "Split optimizer states over data-parallel ranks")
     offload_optimizer_states: bool = _option(
         False, "Keep Adam's moments in host memory, and on the device only for the optimizer's step"

@@ -107,6 +107,8 @@ def step_line(step: int, num_steps: int, values: Mapping[str, float]) -> str:
         parts.append(f"{values['tokens_per_second']:.0f} tokens/s")
     if values.get("num_skipped"):
         parts.append(f"skipped {values['num_skipped']:.0f}")
+    if values.get("skipped_updates"):
+        parts.append(f"updates skipped {values['skipped_updates']:.0f}")
     return "  ".join(parts)
 
 

@@ -100,6 +100,12 @@ class UpdateResult:
     streams: tuple[TokenStreams, ...] = ()
     scores: tuple[TokenScores, ...] = ()
 
+    @property
+    def is_skipped(self) -> bool:
+        """There was a gradient and no step: its norm was above ``grad_norm_skip_threshold``, it overflowed under the
+        loss scale of fp16, or the loss was NaN where the objective allows that."""
+        return self.has_gradient and not self.has_stepped
+
 
 def mean_by_view(views: Sequence[View], values_KR: Tensor) -> dict[View, Tensor]:
     """The rows of ``values_KR``, of which ``views`` names the view, averaged where a view has several."""

@@ -75,7 +75,7 @@ class Trainer:
     def train_step(self, step: int) -> StepReport:
         groups = self._rollouts(step)
         if not self._anything_to_learn(groups):
-            return self._report(step, groups, result=None)
+            return self._report(step, groups, results=())
         with self.timer.phase("balance"):
             groups = self.batching.balanced(groups)
         with self.timer.phase("pack"):
@@ -94,7 +94,7 @@ class Trainer:
                 self.policy.update(micro_batches, objective=self.objective, denominators=denominators)
                 for _ in range(self.config.objective.updates_per_rollout)
             ]
-        return self._report(step, groups, result=results[-1])
+        return self._report(step, groups, results=results)
 
     def _rollouts(self, step: int) -> list[RolloutGroup]:
         """This step's groups, sampled from the weights the last step left.
@@ -159,7 +159,8 @@ class Trainer:
         uneven = sum(1 for group in groups if len({rollout.reward for rollout in group.rollouts}) > 1)
         return self.policy.global_count(uneven) > 0
 
-    def _report(self, step: int, groups: Sequence[RolloutGroup], *, result: UpdateResult | None) -> StepReport:
+    def _report(self, step: int, groups: Sequence[RolloutGroup], *, results: Sequence[UpdateResult]) -> StepReport:
+        result = results[-1] if results else None
         seconds = self.timer.pop()
         metrics = Metrics()
         for group in groups:
@@ -177,6 +178,7 @@ class Trainer:
         values |= self._vision_counts(groups)
         values["tokens_per_second"] = num_tokens / max(sum(seconds.values()), 1e-9)
         values["has_stepped"] = float(result is not None and result.has_stepped)
+        values["skipped_updates"] = float(sum(result.is_skipped for result in results))
         if result is not None:
             values |= result.metrics.means()
             values |= {"loss": result.loss, "grad_norm": result.grad_norm, "learning_rate": self.policy.learning_rate}

@@ -27,6 +27,7 @@ from megatron_ktr.accounting.saved import TORCH_CPU
 from megatron_ktr.accounting.work import EACH_ONCE, ORIGINAL, GroupWork, StepSettings, video_grid
 from megatron_ktr.config import config_from_values
 from megatron_ktr.objectives import build_objective
+from megatron_ktr.stack import has_core_0_19
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.published import PUBLISHED_CONFIGS
 from models.qwen2_5_vl.vision_layout import plan_vision
@@ -292,6 +293,7 @@ def memory_of_rank(context: Any, *, hf_dir: Path, sizes: Any, values: dict[str, 
             virtual=sizes.virtual_pipeline or 1,
             sequence_parallel=sizes.sequence_parallel,
             recompute=values.get("recompute_granularity", "none"),
+            mlp_chunks=values.get("mlp_chunks", 1),
             uses_distributed_optimizer=values.get("use_distributed_optimizer", False),
         ),
         rank=parallel.pipeline_rank,
@@ -343,6 +345,8 @@ MEMORY_CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "tp2 pp2 sp bf16": (dict(tensor=2, pipeline=2, sequence_parallel=True), BF16),
 }
+if has_core_0_19():
+    MEMORY_CASES["full recomputation, MLPs in 4 parts"] = ({}, dict(ADAM, mlp_chunks=4, **FULL))
 
 
 @pytest.mark.parametrize("name", MEMORY_CASES)
@@ -373,6 +377,9 @@ def test_memory_falls_with_every_means_against_it():
     plain = total()
     assert total(sequence_parallel=True).activations < plain.activations
     assert total(recompute="full").of_step < total(recompute="selective").of_step < plain.of_step
+    in_parts = total(recompute="full", mlp_chunks=8)
+    assert in_parts.activations == total(recompute="full").activations, "what is kept stays"
+    assert in_parts.working < total(recompute="full").working
     assert total(context=2).activations < 0.6 * plain.activations
     assert total(data=8).optimizer == plain.optimizer / 4
     assert total(vision_parallel="frame", context=2).vision < total(context=2).vision

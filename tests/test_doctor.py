@@ -15,13 +15,14 @@ from typing import Any
 import pytest
 
 from megatron_ktr.distributed.platform_probe import Gpu, GpuFacts
-from megatron_ktr.doctor import machine, ranks, requirements, software
+from megatron_ktr.doctor import machine, ranks, requirements, sniff, software
 from megatron_ktr.doctor.check import Check, as_text, error_of_import, merge_nodes
 from megatron_ktr.doctor.machine import DiskFacts, LimitFacts
 from megatron_ktr.doctor.ranks import WorldFacts
+from megatron_ktr.doctor.sniff import Measure, check_sniff, slow_ranks
 from megatron_ktr.doctor.software import Library
 from megatron_ktr.errors import UserError
-from megatron_ktr.stack import NEW, OLD
+from megatron_ktr.stack import NEW, OLD, has_core_0_19
 from tests.support.patience import PATIENCE_SECONDS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -300,6 +301,59 @@ def test_clocks_and_directories_name_the_node_that_is_off():
     is_fine(ranks.check_shared_directory(None, directory="runs"))
     blind = replace(WORLD, sees_directory=(True,) * 8 + (False,) * 8)
     fails(ranks.check_shared_directory(blind, directory="runs"), "node1 does not see", "every node has mounted")
+
+
+def test_a_slow_rank_is_named_with_its_node_and_a_fast_one_is_no_finding():
+    def measure(*values: float) -> Measure:
+        return Measure("GEMM throughput [TFLOP/s/GPU]", values)
+
+    nan = float("nan")
+    assert slow_ranks(measure(*[600.0, 610.0, 605.0, 590.0] * 4)) == (), "within a tenth of the median"
+    assert slow_ranks(measure(*[600.0] * 9, 530.0, *[600.0] * 6)) == (9,)
+    assert slow_ranks(measure(600.0, 600.0, 600.0, 900.0)) == ()
+    assert slow_ranks(measure(600.0, nan, 600.0, 600.0, 400.0, nan)) == (4,), "ranks that took no part do not count"
+    assert slow_ranks(measure(100.0, 200.0, 300.0, 400.0, 500.0)) == (0,), "wide spreads are only told at their end"
+    assert slow_ranks(measure(600.0, 300.0)) == () and slow_ranks(measure(nan, nan, nan)) == ()
+
+    is_fine(check_sniff((measure(*[600.0] * 16),), world=WORLD))
+    found = check_sniff((measure(*[600.0] * 9, 530.0, *[600.0] * 6),), world=WORLD)
+    fails(found, "rank 9 (node1) has 530, median 600 of GEMM throughput [TFLOP/s/GPU]", "on node1 (nvidia-smi -q)")
+    many = check_sniff((measure(*[600.0] * 10, *[1.0] * 6),), world=WORLD)
+    fails(many, "; and 2 more", "node1")
+    assert "too few" in check_sniff((measure(600.0, 300.0),), world=replace(WORLD, size=2)).detail
+
+
+def test_a_sniff_test_that_cannot_run_says_why_and_is_no_success(monkeypatch):
+    fails(check_sniff((), world=None), "not run: it compares ranks", "torchrun")
+    fails(check_sniff(sniff.read_measures_or_why(has_gpu=False), world=WORLD), "there is none here", "without --sniff")
+    monkeypatch.setattr("megatron_ktr.stack.installed", lambda: OLD)
+    fails(check_sniff(sniff.read_measures_or_why(has_gpu=True), world=WORLD), "needs megatron-core 0.19.2", "without")
+
+
+@pytest.mark.skipif(not has_core_0_19(), reason="megatron-core 0.16 has no such test")
+def test_measures_are_megatron_cores_and_the_same_on_every_rank(one_rank, monkeypatch):
+    """Its own functions, with the clock and the device taken away."""
+    import torch
+
+    from megatron_ktr.distributed import sniff as measuring
+
+    test = measuring.load_sniff_test()
+    assert test.bench_all_reduce(None) == test.bench_reduce_scatter(None) == test.bench_sendrecv(None) == []
+    monkeypatch.setattr(test, "STANDARD_GEMM_SHAPES", [(4, 8, 16)])
+    monkeypatch.setattr(test, "_time_cuda_op", lambda run, warmup, iters: (run(), 1e-6)[1])
+    on_host = torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *size, device, dtype: on_host(*size, dtype=dtype))
+    ((name, tflops),) = test.bench_gemms()
+    assert name == "GEMM throughput (4x8x16, bf16) [TFLOP/s/GPU]" and tflops == pytest.approx(2 * 4 * 8 * 16 / 1e6)
+
+    for bench in ("bench_all_reduce", "bench_reduce_scatter", "bench_sendrecv"):
+        monkeypatch.setattr(test, bench, lambda group, bench=bench: [(bench, 1.0)] if group is not None else [])
+    monkeypatch.setattr(sniff, "gather", lambda value: [value, value, [(n, v / 2) for n, v in value]])
+    monkeypatch.setattr(measuring, "load_sniff_test", lambda: test)
+    measures = sniff.read_measures_or_why(has_gpu=True)
+    others = ["bench_all_reduce", "bench_reduce_scatter", "bench_sendrecv"]
+    assert [measure.name for measure in measures] == [name, *others]
+    assert measures[0].values == (tflops, tflops, tflops / 2) and all(slow_ranks(m) == (2,) for m in measures)
 
 
 def test_findings_of_nodes_become_one_that_names_the_nodes_that_fail():

@@ -6,6 +6,7 @@ No product here is in FP8; ``docs/precision.md`` says what waits for a GPU.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from megatron_ktr.config_sections import ModelSection, ObjectiveSection, Paralle
 from megatron_ktr.distributed.groups import ParallelSizes
 from megatron_ktr.errors import UserError
 from megatron_ktr.precision import rows_per_rank, token_multiple, why_not_of_sizes, why_not_on_device
+from megatron_ktr.stack import has_core_0_19, load_strategy
 from models.qwen2_5_vl.published import PUBLISHED_CONFIGS
 from tests.support.layouts import sizes_of
 from tests.support.parity import max_relative_difference
@@ -438,3 +440,67 @@ def test_loading_reaches_what_the_optimizer_takes_its_exact_weights_from(rounded
     assert torch.equal(initial_values(parameter), value) and initial_values(plain) is None
     drop_initial_values([parameter, plain])
     assert initial_values(parameter) is None
+
+
+class OneScale(Tensor):
+    """Stands in for Transformer Engine's ``Float8Tensor`` with scales from values: a slice shares numbers and scale,
+    and what is copied into one sets the scale of all."""
+
+    is_cuda = True
+    numbers: Tensor
+    scale: Tensor
+
+    @staticmethod
+    def __new__(cls, numbers: Tensor, scale: Tensor) -> OneScale:
+        made = Tensor._make_wrapper_subclass(cls, numbers.shape, dtype=torch.float32)
+        made.numbers, made.scale = numbers, scale
+        return made
+
+    def dequantize(self) -> Tensor:
+        return self.numbers.float() * self.scale
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        target, *others = args
+        if func is torch.ops.aten.copy_.default:
+            target.scale.copy_(others[0].abs().max() / 448)
+            target.numbers.copy_((others[0] / target.scale).to(torch.float8_e4m3fn))
+            return target
+        assert func in (torch.ops.aten.slice.Tensor, torch.ops.aten.detach.default), func
+        return cls(func(target.numbers, *others, **(kwargs or {})), target.scale)
+
+
+@pytest.mark.skipif(not has_core_0_19(), reason="megatron-core 0.16 has no streamed loading")
+def test_weights_in_fp8_are_not_streamed_because_pieces_would_overwrite_each_others_scale(monkeypatch) -> None:
+    """megatron-core's planner is right about a tensor that comes whole. Of one in two pieces (gate and up; what two
+    tensor ranks saved) the first is read with the scale of the second. What we load is quantised whole."""
+    from megatron.core import fp8_utils
+    from megatron.core.dist_checkpointing.strategies import torch as strategies
+    from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
+    from torch.distributed.checkpoint.metadata import MetadataIndex
+
+    monkeypatch.setattr(strategies, "HAVE_TE", True)
+    monkeypatch.setattr(fp8_utils, "is_float8tensor", lambda tensor: isinstance(tensor, OneScale))
+    value = torch.cat([torch.linspace(100, 200, 8), torch.linspace(1, 2, 8)])
+
+    def streamed(*bounds: int) -> Tensor:
+        parameter = OneScale(torch.zeros(16, dtype=torch.float8_e4m3fn), torch.ones(()))
+        planner = strategies.MCoreLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        planner.state_dict = {"weight": parameter}
+        for start, end in itertools.pairwise(bounds):
+            size = torch.Size([end - start])
+            item = SimpleNamespace(dest_index=MetadataIndex("weight"), dest_offsets=torch.Size([start]), lengths=size)
+            target = planner.resolve_tensor(item)
+            assert not isinstance(target, OneScale)
+            planner.commit_tensor(item, target.copy_(value[start:end]))
+        return parameter.dequantize()
+
+    # e4m3 has three bits behind the point: half a unit is 1/16.
+    torch.testing.assert_close(streamed(0, 16), value, rtol=1 / 16, atol=0)
+    in_pieces = streamed(0, 8, 16)
+    torch.testing.assert_close(in_pieces[8:], value[8:], rtol=1 / 16, atol=0)
+    torch.testing.assert_close(in_pieces[:8], value[:8] / 100, rtol=1 / 16, atol=0)
+
+    ours = load_strategy("checkpoint")
+    assert not ours.stream_ckpt_dequant
+    assert not FullyParallelLoadStrategyWrapper(ours, None, False).stream_ckpt_dequant

@@ -1,12 +1,13 @@
 """Checks a machine, or all machines of a run, and says what to mend.
 
     python tools/doctor.py [--json] [--run-dir DIR]
-    torchrun --nproc-per-node 8 tools/doctor.py
+    torchrun --nproc-per-node 8 tools/doctor.py [--sniff]
     NNODES=2 NODE_RANK=0 MASTER_ADDR=node0 examples/launch/torchrun.sh tools/doctor.py --run-dir /shared/runs
 
 Alone it looks at this machine. Under torchrun each node is looked at, and all-reduce bandwidth, clocks and the run
-directory are compared over all ranks; rank 0 prints. Ends with 0 if everything that this kind of machine needs is
-fine, else with 1.
+directory are compared over all ranks; rank 0 prints. With --sniff, which needs megatron-core 0.19, products and
+messages of every GPU are timed too, and ranks that are slower than the others are named. Ends with 0 if everything that
+this kind of machine needs is fine, else with 1.
 """
 
 from __future__ import annotations
@@ -65,9 +66,9 @@ def check_node(*, run_dir: Path) -> list[Check]:
     ]
 
 
-def examine(*, run_dir: Path) -> list[Check] | None:
+def examine(*, run_dir: Path, with_sniff: bool = False) -> list[Check] | None:
     """Every check, on rank 0 of a torchrun or in a lone process; None on other ranks."""
-    from megatron_ktr.doctor import ranks
+    from megatron_ktr.doctor import ranks, sniff
 
     missing = [name for name in ("torch", "numpy", "packaging") if importlib.util.find_spec(name) is None]
     if missing:
@@ -84,18 +85,20 @@ def examine(*, run_dir: Path) -> list[Check] | None:
         own = check_node(run_dir=run_dir) if os.environ.get("LOCAL_RANK", "0") == "0" else []
         try:
             world = ranks.read_world(directory=run_dir)
+            measures = sniff.read_measures_or_why(has_gpu=world.on_gpu) if with_sniff else ()
             found = merge_nodes(ranks.by_node(own))
         except (RuntimeError, ValueError, UserError) as error:
             return [*own, ranks.no_connection(error)] if os.environ["RANK"] == "0" else None
         if os.environ["RANK"] != "0":
             return None
     else:
-        world, found = None, check_node(run_dir=run_dir)
+        world, found, measures = None, check_node(run_dir=run_dir), ()
     return [
         *found,
         ranks.check_all_reduce(world),
         ranks.check_clocks(world),
         ranks.check_shared_directory(world, directory=str(run_dir)),
+        *([sniff.check_sniff(measures, world=world)] if with_sniff else []),
         ranks.commands_that_work(found, has_gpu=has_gpu),
     ]
 
@@ -104,8 +107,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line of output, no table")
     parser.add_argument("--run-dir", type=Path, default=Path("runs"), help="where runs are written (default runs)")
+    parser.add_argument("--sniff", action="store_true", help="time every GPU; under torchrun, minutes at most")
     options = parser.parse_args(argv)
-    checks = examine(run_dir=options.run_dir)
+    checks = examine(run_dir=options.run_dir, with_sniff=options.sniff)
     if checks is None:
         return 0
     if options.json:

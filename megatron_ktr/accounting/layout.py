@@ -23,6 +23,8 @@ class Layout:
     recompute: Recompute = "none"
     """``full`` means uniformly, layer by layer."""
     recompute_vision: bool = False
+    mlp_chunks: int = 1
+    """Parts of the rows that the language model's MLPs run on one after another."""
     vision_parallel: Literal["tensor", "frame"] = "tensor"
     uses_distributed_optimizer: bool = True
 

@@ -13,6 +13,9 @@ width; b bytes a number. What a language layer keeps:
                                     under context parallelism the keys and values of all ranks
     MLP          s T F b            s = 5: gate and up, silu(gate), up + offset, product; 3 with fused SwiGLU
 
+Parts of the rows that the MLP runs on one after another keep as much together; its backward then has the inner rows'
+gradients, 2 T F b, of one part at a time.
+
 Selective recomputation drops the attention's inner part, full recomputation keeps t D b a layer, and one layer's all
 in turn in backward.
 """
@@ -102,9 +105,11 @@ def language_layer(
         inner += rows * layout.context * 2 * kv * b  # keys and values of all context ranks
     mlp = kernels.mlp_copies * rows * ffn * b
     everything = norms + qkv + inner + rows * width * b + mlp
-    gathered = rows * hidden * b if layout.sequence_parallel else 0.0
+    num_parts = layout.mlp_chunks
+    gathered = rows * hidden * b / num_parts if layout.sequence_parallel else 0.0
+    of_rows = 2 if num_parts == 1 else 3  # gradients of the parts are joined
     extra = max(
-        2 * rows * ffn * b + 2 * own_rows * hidden * b + gathered,
+        2 * rows * ffn * b / num_parts + of_rows * own_rows * hidden * b + gathered,
         2 * hidden * ffn * b,  # gradient of the first MLP weight, before it is added to the buffer
     )
     if layout.recompute == "full":

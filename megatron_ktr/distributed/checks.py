@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 
-from megatron.core.optimizer import OptimizerConfig
+import torch
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_ktr.distributed.platform import Platform
+from megatron_ktr.distributed.platform import Platform, current
 from megatron_ktr.errors import UserError
 
 
@@ -42,6 +43,26 @@ def check_optimizer_config(config: OptimizerConfig, *, platform: Platform) -> No
         )
     if config.optimizer == "sgd" and config.use_distributed_optimizer:
         raise UserError("--optimizer sgd has no state to split over ranks: add --no-use-distributed-optimizer")
+
+
+def check_every_rank_skips(optimizer: MegatronOptimizer) -> None:
+    """Raises ``UserError``, on every rank alike, where ``grad_norm_skip_threshold`` would part them: megatron-core
+    compares the norm, which all ranks know, beside the parameters that it clips, and a rank that has none (a stage
+    frozen whole; a model smaller than its shards) goes on to the step, and to a gathering that the others never join.
+
+    Collective over the world.
+    """
+    # Its members, stepped one by one, know no threshold.
+    assert isinstance(optimizer, ChainedOptimizer), type(optimizer)
+    num_here = sum(1 for part in optimizer.chained_optimizers if part.get_parameters())
+    has_none = torch.tensor(int(num_here == 0), device=current().device)
+    torch.distributed.all_reduce(has_none)
+    if int(has_none):
+        raise UserError(
+            f"--grad-norm-skip-threshold: {int(has_none)} of {torch.distributed.get_world_size()} ranks hold no "
+            "parameters to update, and would not skip with the others; leave it out, or choose fewer ranks, another "
+            "split of layers, or less in --freeze"
+        )
 
 
 def check_checkpoint_packages() -> None:

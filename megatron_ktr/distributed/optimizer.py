@@ -19,7 +19,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_model_config
 
 from megatron_ktr.config_sections import OptimizerSection, ParallelSection
-from megatron_ktr.distributed.checks import check_optimizer_config, check_transformer_config
+from megatron_ktr.distributed.checks import (
+    check_every_rank_skips,
+    check_optimizer_config,
+    check_transformer_config,
+)
 from megatron_ktr.distributed.platform import current
 from megatron_ktr.errors import UserError
 
@@ -80,7 +84,8 @@ def build_optimizer(
     only with ``weight_decay_norms``.
 
     Raises:
-        UserError: SGD with the distributed optimizer, which megatron-core does not know how to checkpoint.
+        UserError: SGD with the distributed optimizer, which megatron-core does not know how to checkpoint;
+            ``grad_norm_skip_threshold`` where a rank has no parameters to update.
     """
     model_config = get_model_config(ddp_chunks[0])
     config = OptimizerConfig(
@@ -99,6 +104,7 @@ def build_optimizer(
         use_distributed_optimizer=section.use_distributed_optimizer,
         overlap_param_gather=overlap_param_gather,
         fp8_recipe=model_config.fp8_recipe if model_config.fp8 else None,
+        **_skips(section),
     )
     check_optimizer_config(config, platform=current())
     no_decay = ParamKey(name="*.bias")
@@ -111,7 +117,17 @@ def build_optimizer(
             # The vision rate decays in proportion, so that one schedule serves both.
             "min_lr": section.min_lr * section.vision_lr / section.lr,
         }
-    return get_megatron_optimizer(config, list(ddp_chunks), config_overrides=overrides, use_gloo_process_groups=False)
+    chunks = list(ddp_chunks)
+    optimizer = get_megatron_optimizer(config, chunks, config_overrides=overrides, use_gloo_process_groups=False)
+    if section.grad_norm_skip_threshold is not None:
+        check_every_rank_skips(optimizer)
+    return optimizer
+
+
+def _skips(section: OptimizerSection) -> dict[str, float]:
+    # 0.16 has no such field; there the option has been refused (``config_checks``).
+    threshold = section.grad_norm_skip_threshold
+    return {} if threshold is None else {"grad_norm_skip_threshold": threshold}
 
 
 def build_scheduler(

@@ -1,6 +1,6 @@
 """Optimizer state in a distributed checkpoint: one tensor per parameter and kind of state, whatever the layout.
 
-megatron-core's format "fully_reshardable" is that, but three of its steps (0.16) do not hold:
+megatron-core's format "fully_reshardable" is that, but three of its steps do not hold, in 0.16 and in 0.19:
 
 1. Saving gathers the data-parallel shards into one flat tensor *without* the padding between buckets, then cuts
    parameters out of it at their places *with* padding. With more than one bucket (a large model, tied embeddings over
@@ -8,11 +8,12 @@ megatron-core's format "fully_reshardable" is that, but three of its steps (0.16
    tensor keeps the padding.
 2. Loading sets every entry of a parameter's state from the checkpoint; plain torch optimizers have a ``step`` there
    that is not stored: KeyError.
-3. Loading finds the stored settings of a parameter group by weight decay alone. Groups that differ in their learning
-   rate (``--vision-lr``) are taken for one another, and training goes on with swapped rates; without the distributed
-   optimizer they get each other's parameters, too. Here no settings are taken from the checkpoint: a resumed run has
-   the options of the one that saved (``run_directory.check_same_run``), and builds its groups from them. Only the
-   count of steps is the checkpoint's.
+3. Loading takes the settings of a parameter group from the checkpoint. 0.16 finds them by weight decay alone: groups
+   that differ in their learning rate (``--vision-lr``) are taken for one another, and training goes on with swapped
+   rates; without the distributed optimizer they get each other's parameters, too. 0.19 finds them by all settings, and
+   still takes what it finds, so that whoever can write a checkpoint decides how a run goes on. Here no settings are
+   taken on either: a resumed run has the options of the one that saved (``run_directory.check_same_run``), and builds
+   its groups from them. Only the count of steps is the checkpoint's.
 """
 
 from __future__ import annotations

@@ -191,6 +191,9 @@ def _facts(run: RunData) -> Html:
     idle = sum(value == 0 for value in run.metrics.get("has_stepped", ()))
     if idle:
         facts.append(element("span", "steps without update ", element("b", f"{idle:,}")))
+    refused = math.fsum(value for value in run.metrics.get("skipped_updates", ()) if math.isfinite(value))
+    if refused:
+        facts.append(element("span", "updates skipped ", element("b", format_number(refused))))
     for name, label in (
         ("num_skipped", "samples skipped "),
         ("substituted_media", "media replaced "),

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from megatron_ktr.distributed.checks import check_checkpoint_packages
 from megatron_ktr.errors import UserError
 from megatron_ktr.safe_pickle import UNREADABLE
+from megatron_ktr.stack import load_strategy
 from megatron_ktr.torch_dist_checks import check_chunks, require_tensors
 from megatron_ktr.torch_dist_files import TorchDistReader
 from models.qwen2_5_vl.conversion import model_config, unwrap_model
@@ -148,7 +149,7 @@ def load_megatron_weights(model: nn.Module | Sequence[nn.Module], directory: Pat
             del state[name]
     require_plain_tensors(states, Path(directory))
     try:
-        loaded = dist_checkpointing.load(states, str(directory))
+        loaded = dist_checkpointing.load(states, str(directory), sharded_strategy=load_strategy(str(directory)))
     except (CheckpointingException, *UNREADABLE) as error:
         raise UserError(f"{directory}: {error}") from error
     for chunk, name in zip(chunks, states, strict=True):

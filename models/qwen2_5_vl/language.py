@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_ktr.ops.token_statistics import TokenStatistics, linear_token_statistics
+from megatron_ktr.stack import end_at_hidden_states
 from models.qwen2_5_vl.attention import PrefixSeqParams
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.layer_specs import AttentionImpl, TransformerImpl, language_block_spec
@@ -60,6 +61,7 @@ class LanguageModel(GPTModel):
             pg_collection=process_groups,
             vp_stage=vp_stage,
         )
+        self._ends_at_hidden_states = end_at_hidden_states(self)
         self.rotary_pos_emb.__class__ = RotaryAngles
         if post_process:
             self.output_layer.__class__ = StatisticsHead
@@ -99,6 +101,7 @@ class LanguageModel(GPTModel):
             attention_mask=None,
             decoder_input=decoder_input,
             packed_seq_params=attention,
+            **self._ends_at_hidden_states,
         )
 
     def output_weight(self) -> Tensor:
@@ -106,9 +109,6 @@ class LanguageModel(GPTModel):
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
-
-    def _postprocess(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        return hidden_states
 
 
 class RotaryAngles(MultimodalRotaryEmbedding):

@@ -47,6 +47,7 @@ def language_transformer_config(
             **pipeline_comm_settings(sizes),
             **_kernels(config),
             **_recompute(config),
+            **_mlp_chunks(config),
             **fp8_settings(model_config, sizes=sizes, config=config),
         )
     except (ValueError, AssertionError) as error:
@@ -148,6 +149,13 @@ def _recompute(config: Config | None) -> dict[str, Any]:
         recompute_method=parallel.recompute_method,
         recompute_num_layers=parallel.recompute_num_layers,
     )
+
+
+def _mlp_chunks(config: Config | None) -> dict[str, Any]:
+    # 0.16 has no such field; with it there, the option has been refused (``config_checks``).
+    if config is None or config.parallel.mlp_chunks == 1:
+        return {}
+    return {"mlp_chunks_for_training": config.parallel.mlp_chunks}
 
 
 def _check_layout(model_config: Qwen2_5_VLConfig, sizes: ParallelSizes, *, config: Config | None) -> None:
