@@ -7,6 +7,7 @@ Behind ``device_border`` host and device are two places, so that what moves on a
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -126,7 +127,7 @@ def moving(platform: Any) -> dict[str, Callable[[Tensor], Tensor]]:
 def steps_with_and_without(
     context: RankContext, *, cases: list[Case], models: dict[bool, Path], has_border: bool
 ) -> dict[str, Any]:
-    """By case: (records, what was seen in each step), with the option and without."""
+    """By case: (records, what was seen in each step), with the option and without; a border for the first only."""
     from megatron_ktr import policy as policy_module
 
     found = {}
@@ -136,10 +137,11 @@ def steps_with_and_without(
         for offloads in (True, False):
             policies: list[Any] = []
             seen: list[Seen] = []
+            is_behind = has_border and offloads
             with (
-                device_border() if has_border else contextlib.nullcontext(),
-                patch.object(policy_module, "moves", moving) if has_border else contextlib.nullcontext(),
-                playing_engine(policies, seen, has_border=has_border),
+                device_border() if is_behind else contextlib.nullcontext(),
+                patch.object(policy_module, "moves", moving) if is_behind else contextlib.nullcontext(),
+                playing_engine(policies, seen, has_border=is_behind),
             ):
                 records = run_steps(
                     parallel,
@@ -151,7 +153,7 @@ def steps_with_and_without(
                     bucket_size=SMALL,
                     before=policies.append,
                 )
-                after = look_around(policies[-1], has_border=has_border, exported={})
+                after = look_around(policies[-1], has_border=is_behind, exported={})
                 for record in records:
                     record.weights = {name: tensor.cpu() for name, tensor in record.weights.items()}
             runs.append((records, [*seen, after]))
@@ -245,13 +247,15 @@ def test_main_weights_and_moments_cross_to_the_host_and_back(
             *generating, after = seen
             for now in generating:
                 assert (now.gradients, now.main_weights, now.moments) == (0, 0, 0), name
+            if "host" in name:
+                assert without[-1].moments > 0 == after.moments
+                after = dataclasses.replace(after, moments=without[-1].moments)
             assert after == without[-1], name
             if name.startswith("pp2") and rank == 1:
                 assert after.gradients == 0, "a rank that trains nothing"
                 continue
             assert after.gradients > 0, name
             assert (after.main_weights > 0) == ("bf16" in name or "host" in name or "adapters" in name), name
-            assert (after.moments > 0) == ("host" not in name), name
             if name.startswith("bf16"):  # alone: 4, 4 and 8 bytes a parameter, and the paddings of buffers
                 assert after.moments == 2 * after.main_weights and after.main_weights <= after.gradients
 
