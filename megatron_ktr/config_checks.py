@@ -107,6 +107,7 @@ def _rollout(config: Config) -> Iterator[str]:
         yield f"--lag 1 does not work with --engine {rollout.engine}: generation cannot run beside training there"
     if rollout.lag and config.objective.importance_sampling == "none":
         yield "--lag 1 samples from older weights: choose --importance-sampling token or sequence"
+    yield from _offload_during_rollout(config)
     if rollout.engine == "vllm_server" and not rollout.server_urls:
         yield "--engine vllm_server needs --server-urls, the addresses of vllm serve processes"
     if rollout.server_urls and rollout.engine != "vllm_server":
@@ -118,6 +119,21 @@ def _rollout(config: Config) -> Iterator[str]:
     if is_vllm and rollout.temperature != 1 and (rollout.top_p < 1 or rollout.top_k):
         # Its raw log-probs know no temperature, its processed ones are renormalised over the nucleus.
         yield "vLLM's log-probs are exact with --temperature 1, or with --top-p 1 --top-k 0, not with both changed"
+
+
+def _offload_during_rollout(config: Config) -> Iterator[str]:
+    if not config.optimizer.offload_during_rollout:
+        return
+    engine = config.rollout.engine
+    if config.objective.objective == "sft":
+        yield "--offload-during-rollout: --objective sft generates nothing"
+    elif engine not in ("hf", "vllm_colocated"):
+        yield f"--offload-during-rollout: --engine {engine} generates nothing on the training ranks' devices"
+    if config.rollout.lag:
+        yield (
+            "--offload-during-rollout needs --lag 0: with --lag 1 responses are sampled while the ranks train, which "
+            "needs gradients and optimizer state on the device"
+        )
 
 
 def _reward(config: Config) -> Iterator[str]:

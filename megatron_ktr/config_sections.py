@@ -319,6 +319,11 @@ class OptimizerSection:
     offload_optimizer_states: bool = _option(
         False, "Keep Adam's moments in host memory, and on the device only for the optimizer's step"
     )
+    offload_during_rollout: bool = _option(
+        False,
+        "While an engine on the training ranks' devices generates, free the gradient buffers and keep main weights and "
+        "moments in host memory",
+    )
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""What lives in host memory and visits the device while it is used: frozen weights, an optimizer's moments."""
+"""What lives in host memory and visits the device while it is used: frozen weights, an optimizer's moments.
+
+What leaves the device while an engine generates is in ``rollout_offload.py``.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +65,7 @@ class HostWeights:
 def moves(platform: Platform) -> dict[str, Move]:
     """``to_host`` and ``to_device`` of a platform; on CPU both return what they are given."""
     return {
-        "to_host": partial(_pinned, is_host=platform.name == "cpu"),
+        "to_host": partial(_kept_or_pinned, is_host=platform.name == "cpu"),
         "to_device": lambda tensor: tensor.to(platform.device, non_blocking=True),
     }
 
@@ -91,11 +94,13 @@ def _move_moments(states: Sequence[Mapping[Any, dict[str, Any]]], move: Move) ->
                 entry[name] = move(entry[name])
 
 
-def _pinned(tensor: Tensor, *, is_host: bool) -> Tensor:
-    if is_host:
-        return tensor
-    # In order with the kernels before it, and complete when it returns: the device's copy may go at once.
+def pinned_copy(tensor: Tensor) -> Tensor:
+    """On the host. In order with the kernels before it, and complete when it returns: the device's copy may go."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
+
+
+def _kept_or_pinned(tensor: Tensor, *, is_host: bool) -> Tensor:
+    return tensor if is_host else pinned_copy(tensor)
 
 
 def _moved(parameter: nn.Parameter | None, move: Move) -> nn.Parameter | None:

@@ -51,7 +51,7 @@ MAY_CHANGE = frozenset(
     "model transformer_impl data_path media_root prompt_template max_skip_share media_cache_gb replay_path "
     "run_dir resume auto_resume train_steps train_epochs micro_batch_groups save_interval keep_checkpoints "
     "eval_interval log_interval rollout_log_interval platform distributed_timeout_minutes rollout_tensor_parallel_size "
-    "rollout_memory_share rollout_kv_cache_gb rollout_max_num_seqs rollout_eager".split()
+    "rollout_memory_share rollout_kv_cache_gb rollout_max_num_seqs rollout_eager offload_during_rollout".split()
 )
 """Options a resumed run may set anew, besides the parallel ones: where things are, how long and how fast it runs.
 Whatever else differs would make it another run; an option added later is refused until it is named here."""

@@ -14,8 +14,11 @@ and rewarded), objectives say which views they need and turn scores into per-tok
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -30,6 +33,7 @@ from megatron_ktr.policy import Policy
 from megatron_ktr.policy_finite import require_finite_samples
 from megatron_ktr.rollout.sampler_check import SamplerCheck
 from megatron_ktr.rollout.source import ReplicaSource
+from megatron_ktr.rollout_offload import optimizer_off_device
 from megatron_ktr.scoring import ScoringPasses
 from megatron_ktr.step_batching import StepBatching
 from megatron_ktr.types import (
@@ -102,14 +106,27 @@ class Trainer:
         With ``lag`` 1 they were begun before the last update, and the next step's begin here, to be sampled while this
         step trains: one step off-policy, which the objective's importance weights correct.
         """
-        if self.source.pending_step != step:
-            self._begin_rollouts(step)
-        with self.timer.phase("rollout"):
-            groups = self.source.finish()
+        with self._room_for_engine():
+            if self.source.pending_step != step:
+                self._begin_rollouts(step)
+            with self.timer.phase("rollout"):
+                groups = self.source.finish()
         require_finite_samples(groups, step=step, global_count=self.policy.global_count)
         if self.source.lag and step < self.config.trainer.train_steps:
             self._begin_rollouts(step + 1)
         return groups
+
+    def _room_for_engine(self) -> AbstractContextManager:
+        """From before an engine takes its memory, for the weights it is sent, until it has given that back."""
+        if not self.config.optimizer.offload_during_rollout:
+            return contextlib.nullcontext()
+        policy = self.policy
+        return optimizer_off_device(
+            policy.chunks,
+            policy.optimizer,
+            platform=policy.platform,
+            phase=partial(self.timer.phase, "offload"),
+        )
 
     def _begin_rollouts(self, step: int) -> None:
         if self.source.needs_weights:

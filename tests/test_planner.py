@@ -156,6 +156,21 @@ def test_plans_fit_are_sorted_and_lose_nothing_faster():
     assert plan.memory.engine + plan.memory.reserved == 6 * GB
 
 
+def test_room_for_an_engine_is_counted_by_hand():
+    layout = Layout(tensor=2, data=4, sequence_parallel=True)
+    found = judge(request(engine_share=0.25), layout).rollout
+    numbers = count_parameters(CONFIG, layout, rank=0).total
+    assert found.gradients == 4 * numbers, "whole on every rank, in fp32"
+    assert found.optimizer == found.bus_each_way == 12 * numbers / 4, "main weights and two moments, over 4 replicas"
+    assert found.offloaded == 2 * 2 * numbers + 4 * GB + 0.25 * 80 * GB, "weights, reference, reserved, engine"
+    assert found.total == found.offloaded + found.gradients + found.optimizer
+    frozen = dataclasses.replace(EACH_ONCE, frozen=frozenset({"vision", "merger"}), has_reference=False)
+    less = judge(request(engine_share=0.25, settings=frozen), layout).rollout
+    encoder = count_parameters(CONFIG, layout, rank=0)
+    assert less.gradients == 4 * (numbers - encoder.vision - encoder.merger)
+    assert less.offloaded == 2 * numbers + 5 * GB + 0.25 * 80 * GB, "no reference; features stay over steps"
+
+
 # The command
 
 
@@ -190,6 +205,9 @@ def test_json_holds_the_best_three_and_their_flags_start_a_training():
         assert 0 < layout["memory_gb_per_gpu"] <= 80 and 0 <= layout["bubble_fraction"] < 1
         assert sum(layout["memory_gb_by_part"].values()) == pytest.approx(layout["memory_gb_per_gpu"], abs=0.01)
         assert sum(layout["seconds_by_part"].values()) == pytest.approx(layout["step_seconds"], abs=0.01)
+        room = layout["rollout_memory_gb_per_gpu"] - layout["offloaded_rollout_memory_gb_per_gpu"]
+        freed = layout["memory_gb_by_part"]["gradients"] + layout["offload_gb_each_way"]
+        assert room == pytest.approx(freed, abs=0.01)
         assert "--freeze merger,vision" in layout["flags"] and "--kl-beta 0" in layout["flags"]
 
 
@@ -210,6 +228,7 @@ def test_table_shows_parts_and_flags(tmp_path):
         "MFU",
         "--tensor-model-parallel-size",
         "512 visual",
+        "with --offload-during-rollout",
     ):
         assert text in done.stdout
 

@@ -4,7 +4,8 @@
     python tools/plan_parallelism.py --model DIR --gpus 8 --gpu-memory 80 --frames 32 --json
 
 On paper: ``megatron_ktr/accounting`` has the formulas. Memory is checked against measured peaks, time is an estimate
-that stands and falls with ``--efficiency`` and the bandwidths. The rollout is no part of the step.
+that stands and falls with ``--efficiency`` and the bandwidths. The rollout is no part of the step; what a GPU holds
+while a colocated engine generates, with ``--offload-during-rollout`` and without, is said under the best layouts.
 """
 
 from __future__ import annotations
@@ -85,6 +86,12 @@ def _parser() -> Parser:
     )
     add("--network-bandwidth", number(above=0.0), machine.network_gb_per_second, "of a GPU between nodes, likewise")
     add("--engine-memory", number(), request["engine_gb"].default, "of a colocated rollout engine asleep, 10^9 bytes")
+    add(
+        "--rollout-memory-share",
+        number(above=0.0, high=1.0),
+        request["engine_share"].default,
+        "of a GPU's memory, for a colocated rollout engine awake",
+    )
     add("--reserved-memory", number(), request["reserved_gb"].default, "context, buffers, fragmentation, 10^9 bytes")
     add("--best", whole(), 3, "layouts printed as flags, and put into the JSON")
     add("--rows", whole(low=0), 12, "rows of the table")
@@ -123,6 +130,7 @@ def _request(options: argparse.Namespace) -> Request:
         kernels=FUSED if options.transformer_impl == "te" else TORCH_GPU,
         vision_parallel=options.vision_parallel,
         engine_gb=options.engine_memory,
+        engine_share=options.rollout_memory_share,
         reserved_gb=options.reserved_memory,
     )
 
@@ -145,6 +153,9 @@ def _as_json(plan: Plan) -> dict[str, Any]:
         "mfu": round(plan.mfu, 4),
         "tflops_per_gpu": round(plan.tflops_per_gpu, 2),
         "memory_gb_by_part": {name: round(v / GB, 3) for name, v in dataclasses.asdict(plan.memory).items()},
+        "rollout_memory_gb_per_gpu": round(plan.rollout.total / GB, 3),
+        "offloaded_rollout_memory_gb_per_gpu": round(plan.rollout.offloaded / GB, 3),
+        "offload_gb_each_way": round(plan.rollout.bus_each_way / GB, 3),
         "seconds_by_part": {name: round(v, 4) for name, v in dataclasses.asdict(plan.time).items()},
     }
 
@@ -180,7 +191,21 @@ def _as_text(request: Request, plans: list[Plan], *, num_shown: int, num_best: i
     lines += ["", f"every total includes {reserved / GB:g} GB for a sleeping rollout engine and what is reserved"]
     for index, plan in enumerate(plans[:num_best], start=1):
         lines += ["", f"{index}. {plan.memory_gb:.1f} GB a GPU, {plan.time.total:.1f} s a step", f"   {plan.flags}"]
+        lines.append(f"   {_rollout_line(plan, request)}")
     return "\n".join(lines)
+
+
+def _rollout_line(plan: Plan, request: Request) -> str:
+    """The phase in which a colocated engine is awake."""
+    found = plan.rollout
+    shares = [1 - (kept - found.engine) / GB / request.gpu_memory_gb for kept in (found.total, found.offloaded)]
+    # Rounded down: it is to fit.
+    without, offloaded = (f"a share of {int(100 * share) / 100:g}" if share > 0 else "no engine" for share in shares)
+    return (
+        f"rollout, an engine awake in {request.engine_share:g} of the GPU: {found.total / GB:.1f} GB, with "
+        f"--offload-during-rollout {found.offloaded / GB:.1f} GB ({found.bus_each_way / GB:.1f} GB a step to the host "
+        f"and back); at most {without} fits, with it {offloaded}"
+    )
 
 
 def _short(name: str) -> str:

@@ -12,7 +12,7 @@
     head         hidden rows and final norm, last stage only
     working      what the running backward needs beside it: a recomputed layer, gradients of activations, the head's
                  weight gradient; and the buffer that sequence parallelism gathers into
-    engine       a colocated rollout engine, asleep: as the caller says
+    engine       a colocated rollout engine, asleep: as the caller says (awake: ``rollout_memory.py``)
     reserved     what else the caller sets aside: device context, communication buffers, fragmentation
 
 Units: bytes. Inputs on the host, the optimizer's temporaries and passes without gradient need less than backward does
@@ -110,7 +110,7 @@ def estimate_memory(
     if layout.sequence_parallel:
         gathers = count_rows(config, groups, layout)[0] * config.text.hidden_size * kernels.bytes_per_number
     return Memory(
-        **_states(parameters, layout, settings=settings, kernels=kernels),
+        **state_bytes(parameters, layout, settings=settings, kernels=kernels),
         activations=kept - vision - head_bytes,
         vision=vision + always,
         head=head_bytes,
@@ -120,7 +120,10 @@ def estimate_memory(
     )
 
 
-def _states(parameters: Parameters, layout: Layout, *, settings: StepSettings, kernels: Kernels) -> dict[str, float]:
+def state_bytes(
+    parameters: Parameters, layout: Layout, *, settings: StepSettings, kernels: Kernels
+) -> dict[str, float]:
+    """What exists between steps: weights, gradients, optimizer, reference."""
     b = kernels.bytes_per_number
     trainable = parameters.trainable(settings.frozen)
     shards = layout.data * layout.context if layout.uses_distributed_optimizer else 1

@@ -13,6 +13,7 @@ from megatron_ktr.accounting.flops import Flops, count_step
 from megatron_ktr.accounting.layout import Layout, why_not
 from megatron_ktr.accounting.links import Machine
 from megatron_ktr.accounting.memory import Memory, estimate_memory
+from megatron_ktr.accounting.rollout_memory import RolloutMemory, estimate_rollout_memory
 from megatron_ktr.accounting.saved import FUSED, Kernels
 from megatron_ktr.accounting.timing import StepTime, estimate_time
 from megatron_ktr.accounting.work import EACH_ONCE, GroupWork, Recompute, StepSettings, video_grid
@@ -44,6 +45,8 @@ class Request:
     vision_parallel: str = "tensor"
     engine_gb: float = 2.0
     """A colocated rollout engine keeps this while it sleeps."""
+    engine_share: float = 0.5
+    """Of a GPU's memory, for the engine while it is awake (``--rollout-memory-share``)."""
     reserved_gb: float = 4.0
     """Device context, communication buffers, fragmentation."""
 
@@ -82,7 +85,9 @@ class Plan:
 
     layout: Layout
     memory: Memory
-    """Of the fullest rank."""
+    """Of the fullest rank, while it trains."""
+    rollout: RolloutMemory
+    """Of the fullest rank, while its engine generates; a plan is listed whether this fits or not."""
     time: StepTime
     flags: str
     """Options of ``megatron_ktr.train``."""
@@ -165,6 +170,23 @@ def memory_of(request: Request, layout: Layout) -> Memory:
     return max(found, key=lambda memory: memory.total)
 
 
+def rollout_memory_of(request: Request, layout: Layout) -> RolloutMemory:
+    """Of the fullest rank, with a colocated engine awake."""
+    found = [
+        estimate_rollout_memory(
+            request.config,
+            layout,
+            rank=rank,
+            settings=request.settings_for(layout),
+            kernels=request.kernels,
+            engine_bytes=request.engine_share * request.gpu_memory_gb * GB,
+            reserved_bytes=request.reserved_gb * GB,
+        )
+        for rank in {0, layout.pipeline - 1}
+    ]
+    return max(found, key=lambda memory: memory.total)
+
+
 def judge(request: Request, layout: Layout, *, memory: Memory | None = None) -> Plan:
     """Memory, time of the whole step and flags of one layout."""
     settings = request.settings_for(layout)
@@ -183,6 +205,7 @@ def judge(request: Request, layout: Layout, *, memory: Memory | None = None) -> 
     return Plan(
         layout=layout,
         memory=memory or memory_of(request, layout),
+        rollout=rollout_memory_of(request, layout),
         time=time,
         flags=flags_of(request, layout),
         tflops_per_gpu=tflops,

@@ -11,7 +11,7 @@ from megatron_ktr.objectives.base import Objective
 from megatron_ktr.types import RolloutGroup
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 
-NOT_TRAINING = frozenset({"seconds/rollout", "seconds/weights"})
+NOT_TRAINING = frozenset({"seconds/rollout", "seconds/weights", "seconds/offload"})
 
 
 def settings_of(config: Config, objective: Objective, *, key_share: float = 1.0) -> StepSettings:
