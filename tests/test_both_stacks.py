@@ -27,14 +27,13 @@ pytestmark = pytest.mark.skipif(not OTHER, reason="OTHER_PYTHON names no interpr
 
 COMPARED = ("loss", "grad_norm", "key_token_ratio", "entropy", "learning_rate", "num_skipped")
 LAYOUTS: dict[str, list[str]] = {
-    "alone": [],
-    "TP2 x PP2, bf16": [
+    "alone, a rate for each part": ["--vision-lr", "1e-4", "--weight-decay", "0.1"],
+    "TP2 x PP2, bf16, recomputing": [
         *("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2", "--params-dtype", "bf16"),
         *("--sequence-parallel", "--recompute-granularity", "selective", "--recompute-modules", "mlp,layernorm"),
     ],
-    "2 replicas, one rate for each part": ["--vision-lr", "1e-4", "--weight-decay", "0.1"],
 }
-NUM_RANKS = {"alone": 1, "TP2 x PP2, bf16": 4, "2 replicas, one rate for each part": 2}
+NUM_RANKS = dict(zip(LAYOUTS, (1, 4), strict=True))
 
 
 def run(python: str, *arguments: str) -> subprocess.CompletedProcess[str]:
