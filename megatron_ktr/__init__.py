@@ -15,6 +15,11 @@ warnings.filterwarnings("ignore", module=r"megatron\.")
 warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
 # megatron-core's pipeline looks at .grad of activations it kept alive itself.
 warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+# It reads checkpoints through torch in an older order of arguments, each rank by itself, into sharded tensors: 0.19 at
+# every --resume.
+warnings.filterwarnings("ignore", message="The argument order of load has been changed")
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized, assuming")
+warnings.filterwarnings("ignore", message="Please use DTensor instead and we are deprecating ShardedTensor")
 silence_advice()
 
 

@@ -1,6 +1,6 @@
 """What FP8 asks of a run, as plain rules: rows per rank, device, sizes of matrices. No model, no megatron.
 
-Transformer Engine 2.11 quantises the inputs of a linear layer by one of four recipes:
+Transformer Engine, 2.11 and 2.17 alike, quantises the inputs of a linear layer by one of four recipes:
 
     recipe      scales                               rows of T          the same under           device
                                                      without SP         sequence parallelism
@@ -11,8 +11,9 @@ Transformer Engine 2.11 quantises the inputs of a linear layer by one of four re
 
 Where the rows come from: forward asks for a multiple of 8, but the weights' gradient sums over the rows, and a row of
 the transposed operand must have a multiple of 16 numbers; whole blocks of 32 for mxfp8. Under sequence parallelism
-each rank quantises its own rows before they are gathered: whole blocks again, now of 128 for blockwise. (Per-tensor
-recipes would take 8 per rank there; megatron-core aligns to 16 everywhere, and so do we.) 128 per rank serves all.
+each rank quantises its own rows before they are gathered: whole blocks again, now of 128 for blockwise. (What is not
+made of whole blocks 2.11 refuses; 2.17 gathers it unquantised, with a warning at every layer. Per-tensor recipes would
+take 8 per rank there; megatron-core aligns to 16 everywhere, and so do we.) 128 per rank serves all.
 """
 
 from __future__ import annotations

@@ -8,12 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_ktr.doctor.requirements import installed_version
 from megatron_ktr.hf_model import make_torchvision_importable
 from tests.support.ranks import RankPool
 
 # In the vllm environment transformers' models import torchvision, which does not load by itself beside a CPU torch.
 # Here, because test modules import those models when they are collected.
 make_torchvision_importable()
+
+
+def pytest_report_header() -> str:
+    """Which of the two stacks is tested."""
+    names = ("megatron-core", "torch", "transformers")
+    return "stack: " + ", ".join(f"{name} {installed_version(name)}" for name in names)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -27,6 +27,15 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
     )
 
 
+def run_quietly(*command: str) -> str:
+    """Standard output. Of a run that goes well nothing is on the error stream: not from megatron-core of either stack,
+    torch or transformers."""
+    done = run(*command)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stderr == "", "the console is for the run"
+    return done.stdout
+
+
 def metrics(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
@@ -120,19 +129,24 @@ def test_recorded_rollouts_train_under_torchrun_as_in_one_process(tmp_path) -> N
     flags = ["megatron_ktr.train", "--config", "examples/replay.yaml", "--model", str(example / "model")]
     flags += ["--replay-path", str(example / "rollouts.jsonl"), "--num-generations", "4", "--train-steps", "2"]
     flags += ["--prompt-template", str(example / "model" / "prompt_template.txt"), "--prompts-per-step", "2"]
-    alone = run("-m", *flags, "--run-dir", str(tmp_path / "alone"))
-    assert alone.returncode == 0, alone.stderr[-2000:]
+    flags += ["--save-interval", "2"]
     layout = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]
     ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "-m"]
-    parallel = run(*ranks, *flags, *layout, "--run-dir", str(tmp_path / "parallel"))
-    assert parallel.returncode == 0, parallel.stderr[-2000:]
+    alone = ["-m", *flags, "--run-dir", str(tmp_path / "alone")]
+    parallel = [*ranks, *flags, *layout, "--run-dir", str(tmp_path / "parallel")]
+    run_quietly(*alone)
+    console = run_quietly(*parallel)
     for one, four in zip(metrics(tmp_path / "alone"), metrics(tmp_path / "parallel"), strict=True):
         # 1e-3: fp32 sums in another order; in the second step also after an Adam step, which can turn the rounding
         # of a near-zero gradient into a whole step of lr on that weight.
         assert four["loss"] == pytest.approx(one["loss"], abs=1e-3)
         assert four["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
         assert four["key_token_ratio"] == pytest.approx(one["key_token_ratio"], abs=0.05)
-    assert "[token|signals]" in parallel.stdout and (tmp_path / "parallel" / "export" / "config.json").is_file()
+    assert "[token|signals]" in console and (tmp_path / "parallel" / "export" / "config.json").is_file()
+    # Loading, too, is as quiet as training and saving.
+    for command in (alone, parallel):
+        run_quietly(*command, "--resume", "--train-steps", "3")
+    assert metrics(tmp_path / "alone")[-1]["step"] == metrics(tmp_path / "parallel")[-1]["step"] == 3
 
 
 def video_files(folder: Path) -> list[Path]:

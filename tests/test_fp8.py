@@ -45,8 +45,9 @@ FP8 = ModelSection(model="m", params_dtype="bf16", fp8_format="hybrid")
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("tensor_size", [1, 2, 8])
 def test_rows_satisfy_every_rule_of_transformer_engine_and_no_fewer_would(recipe: str, tensor_size: int) -> None:
-    """The rules, from version 2.11: ``assert_dim_for_fp8_exec`` (rows by 8), ``is_quantizable`` of what is gathered, 16
-    bytes in a row of the transposed operand of the weights' gradient, whole MXFP8 blocks (``make_empty``)."""
+    """The rules, read in versions 2.11 and 2.17: ``assert_dim_for_fp8_exec`` (rows by 8), ``is_quantizable`` of what is
+    gathered, 16 bytes in a row of the transposed operand of the weights' gradient, whole MXFP8 blocks
+    (``MXFP8Quantizer``)."""
 
     def is_sound(rows: int) -> bool:
         """Of one rank; all tensor ranks' rows meet in the product if they share the sequence."""

@@ -65,7 +65,7 @@ def check_python(version: tuple[int, ...] = sys.version_info[:3]) -> Check:
 
 
 def _python_remedy(is_new: bool) -> str:
-    return "" if is_new else "use Python 3.11 or newer: make test PYTHON=/path/to/python3.11"
+    return "" if is_new else "use Python 3.11, or 3.12 as on GPUs: make test PYTHON=/path/to/python3.12"
 
 
 def check_versions(

@@ -20,6 +20,8 @@ from megatron_ktr.nvidia_apex import hide_unusable_apex
 from megatron_ktr.precision import DEVICE_NEEDED, why_not_on_device
 
 TRITON_RANGE = ">=3.5"
+INSTALL_TE = "pip install --no-build-isolation"
+"""Isolated, its torch extension would be built against the newest torch rather than the one that is installed."""
 
 
 @dataclass(frozen=True)
@@ -54,19 +56,17 @@ def check_transformer_engine(library: Library, *, has_gpu: bool, core: str | Non
     if library.version is None:
         if not has_gpu:
             return Check(name, True, "not installed, as it should be on a CPU machine")
-        advice = "pip install '.[te]' brings fused kernels and FP8; docs/launching.md has a Dockerfile with it"
+        advice = f"{INSTALL_TE} '.[te]' (fused kernels and FP8; docs/launching.md has a Dockerfile with it)"
         return Check(name, True, "not installed: layers of plain torch, no FP8", advice)
     if not has_gpu:
         remedy = "pip uninstall transformer-engine: without a GPU it breaks the import of megatron-core"
         return Check(name, False, f"{library.version} on a CPU machine", remedy)
     if not _is_in(library.version, stack.transformer_engine_range):
         detail = f"{library.version}; megatron-core {core or stack.core} takes {stack.transformer_engine_range}"
-        remedy = f"pip install 'transformer-engine[core-cu13,pytorch]=={stack.transformer_engine}'"
+        remedy = f"{INSTALL_TE} 'transformer-engine[core-cu13,pytorch]=={stack.transformer_engine}'"
         return Check(name, False, detail, remedy)
     if library.error:
-        remedy = (
-            "build it against the torch that is installed: pip install --no-build-isolation --force-reinstall '.[te]'"
-        )
+        remedy = f"build it against the torch that is installed: {INSTALL_TE} --force-reinstall '.[te]'"
         return Check(name, False, f"{library.version}: {library.error}", remedy)
     return Check(name, True, library.version or "version unknown")
 

@@ -1,0 +1,131 @@
+"""Dry-resolves every `pip install` that the documentation, the Dockerfile and the doctor name, and prints a table.
+
+    python tools/check_installs.py --python .venv/bin/python --python .venv312/bin/python [--match te]
+
+Each interpreter's pip (22.2 or newer) is asked with --dry-run, as if nothing were installed; nothing is. What is built
+without isolation needs a CUDA build of torch there.
+It needs the network, and minutes: not part of `make test`. docs/log.md has results. Ends with 1 if a command fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from megatron_ktr.command_line import Parser  # noqa: E402
+from megatron_ktr.errors import run_cli  # noqa: E402
+
+TOKEN = re.compile(r"\s+('[^'\n]+'|--?[a-z][a-z-]*|\.(?=[\s`)]|$)|[A-Za-z][\w.\[\],=<>-]*\w)")
+NOT_RESOLVED = ("--force-reinstall", "--upgrade", "--quiet")
+"""Options that say what to do with what is installed: here nothing counts as installed."""
+SHOWN = ("torch", "megatron-core", "vllm", "transformers", "transformer-engine", "av")
+
+
+@dataclass(frozen=True)
+class Install:
+    place: str
+    arguments: tuple[str, ...]
+    """What follows ``pip install``."""
+
+
+def installs_of(text: str, *, place: str) -> list[Install]:
+    """The commands in a page, a Dockerfile or a remedy. A command ends where prose begins: at a word after a comma, a
+    bracket, the end of a line that does not go on with a backslash."""
+    text = text.replace("\\\n", " ")
+    found = []
+    for match in re.finditer(r"(?<!\w)pip install(?= )", text):
+        arguments, at = [], match.end()
+        while token := TOKEN.match(text, at):
+            if "\n" in token[0]:
+                break
+            arguments.append(token[1].strip("'"))
+            at = token.end()
+            if text[at : at + 1] == ",":
+                break
+        if arguments:
+            found.append(Install(place, tuple(arguments)))
+    return found
+
+
+def remedies() -> list[str]:
+    """What the doctor advises on a machine that lacks everything."""
+    from megatron_ktr.doctor import requirements, software
+
+    declared = requirements.declared_requirements(ROOT / "setup.py")
+    missing = software.Library()
+    checks = [
+        *requirements.check_versions(declared[""], installed=lambda name: None),
+        software.check_transformer_engine(missing, has_gpu=True),
+        software.check_transformer_engine(software.Library("1.0"), has_gpu=True),
+        software.check_triton(missing, has_gpu=True),
+        *software.check_decoders({"pyav": "broken", "decord": "not installed"}),
+        software.check_vllm(missing, wanted=declared["vllm"]),
+    ]
+    return [check.remedy for check in checks]
+
+
+def find_installs() -> list[Install]:
+    """Every one once, in the order of the pages."""
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "Dockerfile"]
+    found: dict[tuple[str, ...], Install] = {}
+    for path in pages:
+        # What a clone builds (NVIDIA's apex) is not on any index.
+        text = re.sub(r"RUN git clone(?:.*\\\n)*.*\n", "", path.read_text(encoding="utf-8"))
+        for install in installs_of(text, place=path.name):
+            found.setdefault(install.arguments, install)
+    for remedy in remedies():
+        for install in installs_of(remedy, place="doctor"):
+            found.setdefault(install.arguments, install)
+    return list(found.values())
+
+
+def resolve(install: Install, *, python: Path) -> tuple[bool, str]:
+    """Whether pip finds a set of versions, and the ones that matter or pip's last words."""
+    arguments = [argument for argument in install.arguments if argument not in NOT_RESOLVED]
+    with tempfile.TemporaryDirectory(prefix="check-installs-") as folder:
+        report = Path(folder) / "report.json"
+        command = [str(python), "-m", "pip", "install", "--dry-run", "--report", str(report)]
+        # What is built without isolation is built beside the torch that is there.
+        if "--no-build-isolation" not in arguments:
+            command.append("--ignore-installed")
+        done = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            lines = [line.strip(" |") for line in done.stderr.splitlines()]
+            # A build's own exception says more than what pip makes of it.
+            found = [line for line in lines if re.match(r"\w*Error: ", line)] or [ln for ln in lines if "ERROR" in ln]
+            return False, (found or ["no words"])[-1][:200]
+        entries = json.loads(report.read_text(encoding="utf-8"))["install"]
+    versions = {entry["metadata"]["name"].lower().replace("_", "-"): entry["metadata"]["version"] for entry in entries}
+    shown = [f"{name} {versions[name]}" for name in SHOWN if name in versions]
+    return True, ", ".join([*shown, f"{len(versions)} packages"])
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--python", type=Path, action="append", help="an interpreter to ask (default: this one)")
+    parser.add_argument("--match", default="", help="only commands that contain this text")
+    options = parser.parse_args(argv)
+    is_good = True
+    for install in find_installs():
+        command = " ".join(install.arguments)
+        if options.match not in command:
+            continue
+        print(f"{install.place}: pip install {command}", flush=True)
+        for python in options.python or [Path(sys.executable)]:
+            resolved, words = resolve(install, python=python)
+            is_good &= resolved
+            print(f"  {'ok  ' if resolved else 'FAIL'}  {python}: {words}", flush=True)
+    return 0 if is_good else 1
+
+
+if __name__ == "__main__":
+    run_cli(main)
