@@ -21,7 +21,7 @@ PY_VLLM := $(VENV_VLLM)/bin/python
 PIP_FLAGS := --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm quickstart replay test test-core test-vllm test-3.12 lint format docs clean distclean
+.PHONY: help setup setup-vllm quickstart replay test test-core test-vllm test-3.12 test-both-stacks lint format docs clean distclean
 .PHONY: same-python same-python-vllm
 
 help: ## list the targets
@@ -53,14 +53,22 @@ PYTHON_312 ?= $(shell for p in python3.12 $$HOME/.pyenv/versions/3.12.*/bin/pyth
     "$$p" -c '' 2>/dev/null && echo "$$p" && break; done)
 VENV_312 ?= .venv312
 SETUP_MINUTES_312 ?= 10
-TESTS_312 := $(addprefix tests/test_,stack.py borders.py hf_parity.py ktr_update_against_hf.py vision.py mrope.py \
-    checkpoint.py dist_checkpoint.py conversion.py resumed_data.py parameter_groups.py launch.py doctor.py commands.py)
-test-3.12: ## tests of the newer stack, in .venv312: parity, checkpoints, launchers
+TESTS_312 := $(addprefix tests/test_,stack.py core_border.py borders.py hf_parity.py ktr_update_against_hf.py mrope.py \
+    checkpoint.py dist_checkpoint.py conversion.py parameter_groups.py newer_core.py launch.py both_stacks.py)
+# What the newer stack is compared with: the older one's environment, where it is there.
+OTHER_PYTHON = $(if $(wildcard $(VENV)/.ready),$(abspath $(VENV)/bin/python))
+test-3.12: export OTHER_PYTHON := $(OTHER_PYTHON)
+test-3.12: ## tests of the newer stack, in .venv312: parity, checkpoints, launchers, the same runs as on the older one
 	@if [ -z "$(PYTHON_312)" ]; then echo "make test-3.12 skipped: no Python 3.12 found; PYTHON_312=/path names one"; exit; fi; \
 	timeout $(SETUP_MINUTES_312)m $(MAKE) --no-print-directory setup PYTHON="$(PYTHON_312)" VENV=$(VENV_312); code=$$?; \
 	if [ $$code = 124 ]; then echo "make test-3.12 skipped: no environment within $(SETUP_MINUTES_312) minutes"; exit; fi; \
 	[ $$code = 0 ] && $(MAKE) --no-print-directory test-core PYTHON="$(PYTHON_312)" VENV=$(VENV_312) \
 	    PYTEST_ARGS="$(TESTS_312)"
+
+test-both-stacks: export OMP_NUM_THREADS = 1
+test-both-stacks: $(VENV)/.ready ## the same seeded runs on both stacks, in .venv and .venv312
+	@$(MAKE) --no-print-directory setup PYTHON="$(PYTHON_312)" VENV=$(VENV_312)
+	OTHER_PYTHON=$(abspath $(VENV)/bin/python) $(VENV_312)/bin/python -m pytest tests/test_both_stacks.py $(PYTEST_ARGS)
 
 lint: $(VENV)/.ready ## ruff: rules and format, without changing anything
 	$(PY) -m ruff check .

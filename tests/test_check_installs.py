@@ -26,7 +26,10 @@ def tool() -> Any:
     [
         ("| `make setup`, or `pip install -e '.[cpu,dev]'` |", [("-e", ".[cpu,dev]")]),
         ("`pip install wheel` and `pip install '.[te]'` |", [("wheel",), (".[te]",)]),
-        ("RUN pip install --upgrade pip \\\n    && pip install 'a==1' 'b'\nRUN x", [("--upgrade", "pip"), ("a==1", "b")]),
+        (
+            "RUN pip install --upgrade pip \\\n    && pip install 'a==1' 'b'\nRUN x",
+            [("--upgrade", "pip"), ("a==1", "b")],
+        ),
         ("pip install --force-reinstall decord, or pip uninstall decord", [("--force-reinstall", "decord")]),
         ("pip install 'vllm==0.32.0' (CPU: make setup-vllm) for servers", [("vllm==0.32.0",)]),
         ("pip install .\nmore", [(".",)]),
