@@ -131,7 +131,9 @@ def test_groups_keep_their_rates_in_another_layout(ranks, hf_dir, tmp_path, save
 class LazyAdam(torch.optim.Optimizer):
     """Keeps its state as FusedAdam does: none before the first step, and the count of steps in the group."""
 
-    def __init__(self, params: Any, lr: float, betas: Any, eps: float, weight_decay: float, adam_w_mode: bool) -> None:
+    def __init__(
+        self, params: Any, lr: float, betas: Any, eps: float, weight_decay: float, adam_w_mode: bool, **_: Any
+    ) -> None:
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
     @torch.no_grad()
