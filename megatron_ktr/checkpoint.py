@@ -40,7 +40,7 @@ from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 
-from megatron_ktr.checksums import Digest, write_hashed, write_manifest
+from megatron_ktr.checksums import Digest, sync, write_hashed, write_manifest
 from megatron_ktr.config import save_resolved
 from megatron_ktr.data.dataset import reshard_states
 from megatron_ktr.distributed.checkpoint_writer import BackgroundSave, Written
@@ -231,7 +231,8 @@ class Checkpoints:
             # An incomplete one would not have been resumed from; a complete one cannot be ahead of this run.
             _remove(target)
         os.rename(save.directory, target)
-        _sync_directory(self.directory)
+        # The rename itself reaches the disk.
+        sync(self.directory)
         keep = self.policy.config.trainer.keep_checkpoints
         for _, path in list_checkpoints(self.directory.parent)[: -keep if keep else 0]:
             _remove(path)
@@ -337,12 +338,3 @@ def _remove(checkpoint: Path) -> None:
     doomed = checkpoint.with_name(f".{checkpoint.name}.removed")
     os.rename(checkpoint, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _sync_directory(directory: Path) -> None:
-    """The rename itself reaches the disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -122,13 +122,13 @@ def write_manifest(
             if name not in digests:
                 digests[name] = file_digest(path)
             if not (is_known_synced and known and name in known):
-                _sync(path)
+                sync(path)
         elif path.is_dir():
-            _sync(path)
+            sync(path)
     files = {name: {"bytes": one.num_bytes, "digest": one.value} for name, one in sorted(digests.items())}
     content = {"algorithm": ALGORITHM, "files": files, "digest": _digest_of_entries(files)}
     write_hashed(directory / MANIFEST, (json.dumps(content, indent=1) + "\n").encode())
-    _sync(directory)
+    sync(directory)
 
 
 def read_manifest(directory: Path) -> dict[str, Digest] | None:
@@ -250,7 +250,8 @@ def _is_inside(name: str) -> bool:
     return bool(name) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Waits until a file, or the names in a directory, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
