@@ -48,8 +48,8 @@ def optimizer_off_device(
     """Within it the device holds no gradients of ``chunks`` (megatron-core's DDP) and no state of ``optimizer``;
     afterwards all is as it was, gradients zero. ``phase`` is entered for each of the two moves.
 
-    What failed within it leaves with its own error. The state is back then, too, unless the engine, whose error it
-    mostly is, still holds the room.
+    If what runs within it raises, that error goes on. The state is restored first, unless the device has no room for it
+    because the engine has not freed its own.
     """
     state = _Storages(optimizer_tensors(optimizer))
 

@@ -1,4 +1,4 @@
-"""The two stacks of software that this code runs on, and everything it must know of their differences.
+"""The two stacks of software that this code runs on, and every choice that depends on which of them is installed.
 
 ==================  ======================  ======================
                     Python 3.11             Python 3.12 and newer
@@ -74,12 +74,10 @@ def require_core_0_19(option: str) -> None:
 _ADVICE = {
     # Its successor has no M-RoPE; docs/architecture.md says what of it is used.
     "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
-    # Computed by the caller it would be the same layout, by a rule for sizes of buckets that only DDP knows.
+    # Passing one would change nothing, and computing it needs sizes of buckets that only DDP knows.
     "megatron.core.distributed.distributed_data_parallel": "DistributedDataParallel: full_param_layout not provided",
     # megatron-core's own ``dist_checkpointing.load`` calls it.
     "megatron.core.dist_checkpointing.strategies.common": "load_common is deprecated",
-    # megatron-core imports it everywhere; on a CPU machine there is none, which is no news.
-    "torch.utils.cpp_extension": "No CUDA runtime is found",
 }
 
 
@@ -89,10 +87,10 @@ def silence_advice() -> None:
     Each is advice to whoever writes code on megatron-core; a run's console is for the run.
     """
     for name, start in _ADVICE.items():
-        logging.getLogger(name).addFilter(partial(_starts_otherwise, start=start))
+        logging.getLogger(name).addFilter(partial(_is_not_the_advice, start=start))
 
 
-def _starts_otherwise(record: logging.LogRecord, *, start: str) -> bool:
+def _is_not_the_advice(record: logging.LogRecord, *, start: str) -> bool:
     return not record.getMessage().startswith(start)
 
 
@@ -108,8 +106,8 @@ def mlp_submodule(column_linear: Any, row_linear: Any) -> Any:
 
 
 def no_cuda_graphs() -> dict[str, Any]:
-    """Settings of a ``TransformerConfig`` that uses no CUDA graphs: 0.16's default is a spelling it warns about, and
-    0.19 warns about the name."""
+    """Settings of a ``TransformerConfig`` that uses no CUDA graphs: 0.16 warns about its own default unless it is given
+    an empty list, and 0.19 warns if it is given the option at all."""
     return {} if has_core_0_19() else {"cuda_graph_scope": []}
 
 

@@ -18,10 +18,12 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 CODE = [path for folder in ("megatron_ktr", "models", "tools") for path in sorted((ROOT / folder).rglob("*.py"))]
 ONLY_ON = {
-    "megatron.core.models.gpt.gpt_model.GPTModel._postprocess": (stack.OLD, stack.NEW),
+    "megatron.core.models.gpt.gpt_model.GPTModel._postprocess": (stack.OLD,),
     "megatron.core.tensor_parallel.random._get_share_storage": (stack.NEW,),
+    "megatron.training.gpu_sniff_test": (stack.NEW,),
 }
-"""Private names that are not used, or not there, on every stack."""
+"""What is not used, or not there, on every stack."""
+BOTH = (stack.OLD, stack.NEW)
 
 
 def rows(section: str) -> list[list[str]]:
@@ -133,7 +135,7 @@ def test_private_names_are_listed_used_and_there() -> None:
     assert page == dict(used)
     for name, *_ in rows("private names"):
         whole = quoted(name)[0]
-        if stack.installed() not in ONLY_ON.get(whole, (stack.OLD, stack.NEW)):
+        if stack.installed() not in ONLY_ON.get(whole, BOTH):
             continue
         module, _, last = whole.rpartition(".")
         if importlib.util.find_spec(module.rpartition(".")[0]) and not module.rpartition(".")[2].islower():
@@ -151,20 +153,29 @@ NOT_OF_CORE = {
 
 
 def test_internals_are_used_where_the_page_says_and_still_there() -> None:
-    for names, module, files, purpose, _ in rows("internals"):
+    def words(path: Path) -> set[str]:
+        """Names in the code of a file: of attributes, functions, variables, texts of one word; not in comments."""
+        found: set[str] = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            for field in ("attr", "name", "id", "arg", "value"):
+                value = getattr(node, field, None)
+                found |= {value} if isinstance(value, str) and value.isidentifier() else set()
+        return found
+
+    for names, module, files, *_ in rows("internals"):
         (where,) = quoted(module)
-        texts = [(ROOT / name if (ROOT / name).is_file() else ROOT / "megatron_ktr" / name) for name in quoted(files)]
+        used = {
+            name: words(ROOT / name if (ROOT / name).is_file() else ROOT / "megatron_ktr" / name)
+            for name in quoted(files)
+        }
+        assert all(found & set(quoted(names)) for found in used.values()), files
+        assert set(quoted(names)) <= set().union(*used.values()), names
+        if stack.installed() not in ONLY_ON.get(where, BOTH):
+            continue
         package, _, last = where.rpartition(".")
-        folder = importlib.util.find_spec(package)
-        source = Path(folder.submodule_search_locations[0], f"{last}.py") if folder else None
-        for name in quoted(names):
-            word = re.compile(rf"\b{name}\b")
-            assert any(word.search(path.read_text(encoding="utf-8")) for path in texts), name
-            if purpose.startswith("0.19 only") and not stack.has_core_0_19():
-                continue
-            assert source is not None and word.search(source.read_text(encoding="utf-8")), (
-                f"{name} is gone from {where}"
-            )
+        folder = importlib.util.find_spec(package).submodule_search_locations[0]
+        gone = set(quoted(names)) - words(Path(folder, f"{last}.py"))
+        assert not gone, f"{gone} are gone from {where}"
 
 
 def test_the_tests_that_the_page_names_exist() -> None:

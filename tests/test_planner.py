@@ -161,14 +161,14 @@ def test_room_for_an_engine_is_counted_by_hand():
     found = judge(request(engine_share=0.25), layout).rollout
     numbers = count_parameters(CONFIG, layout, rank=0).total
     assert found.gradients == 4 * numbers, "whole on every rank, in fp32"
-    assert found.optimizer == found.bus_each_way == 12 * numbers / 4, "main weights and two moments, over 4 replicas"
-    assert found.offloaded == 2 * 2 * numbers + 4 * GB + 0.25 * 80 * GB, "weights, reference, reserved, engine"
-    assert found.total == found.offloaded + found.gradients + found.optimizer
+    assert found.optimizer == 12 * numbers / 4, "main weights and two moments, over 4 replicas"
+    assert found.peak_with_offload == 2 * 2 * numbers + 4 * GB + 0.25 * 80 * GB, "weights, reference, reserved, engine"
+    assert found.peak == found.peak_with_offload + found.gradients + found.optimizer
     frozen = dataclasses.replace(EACH_ONCE, frozen=frozenset({"vision", "merger"}), has_reference=False)
     less = judge(request(engine_share=0.25, settings=frozen), layout).rollout
     encoder = count_parameters(CONFIG, layout, rank=0)
     assert less.gradients == 4 * (numbers - encoder.vision - encoder.merger)
-    assert less.offloaded == 2 * numbers + 5 * GB + 0.25 * 80 * GB, "no reference; features stay over steps"
+    assert less.peak_with_offload == 2 * numbers + 5 * GB + 0.25 * 80 * GB, "no reference; features stay over steps"
 
 
 # The command

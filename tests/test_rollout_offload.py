@@ -280,6 +280,7 @@ def state_after_failures(context: RankContext, *, hf_dir: Path) -> dict[str, boo
         )
         policy = policies[-1]
         tensors = optimizer_tensors(policy.optimizer)
+        assert any(tensor.device == DEVICE for tensor in tensors)
         sizes = [buffer.grad_data.untyped_storage().size() for chunk in policy.chunks for buffer in chunk.buffers]
         before = [(tensor, tensor.device, tensor.cpu().clone()) for tensor in tensors]
         for failure in (torch.OutOfMemoryError("engine"), KeyboardInterrupt(), UserError("a prompt is too long")):

@@ -58,3 +58,26 @@ def test_no_other_module_asks_for_the_version_of_megatron_core():
     code = [path for folder in folders for path in folder.rglob("*.py")]
     found = [str(path.relative_to(ROOT)) for path in code if asking.search(path.read_text(encoding="utf-8"))]
     assert found == ["megatron_ktr/stack.py"]
+
+
+PAGES = ("README.md", "CONTRIBUTING.md", "Dockerfile", "tools/make_gpu_bundle.sh", "megatron_ktr/stack.py")
+PAGES += tuple(f"docs/{name}.md" for name in ("architecture", "gpu", "launching", "precision"))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_pages_name_pinned_versions_only(page: str):
+    """Whole versions, as in 0.19.2; ranges and "0.19" are prose."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    named = {
+        "megatron-core": {stack.OLD.core, stack.NEW.core},
+        "transformer-engine": {stack.OLD.transformer_engine, stack.NEW.transformer_engine},
+    }
+    patterns = {
+        "megatron-core": r"megatron-core[^\n.]{0,40}?[ =|`](0\.\d+\.\d+)",
+        "transformer-engine": r"(?i)transformer.engine[^\n.]{0,40}?[ =|`](2\.\d+\.\d+)",
+    }
+    for name, pattern in patterns.items():
+        found = set(re.findall(pattern, text))
+        assert found <= named[name], f"{page} names {name} {found - named[name]}"
+        if page in ("README.md", "docs/architecture.md"):
+            assert found, f"{page} has the table"

@@ -1,10 +1,12 @@
 """Dry-resolves every `pip install` that the documentation, the Dockerfile and the doctor name, and prints a table.
 
-    python tools/check_installs.py --python .venv/bin/python --python .venv312/bin/python [--match te]
+    .venv/bin/python tools/check_installs.py [--match te]
+    .venv312/bin/python tools/check_installs.py
 
-Each interpreter's pip (22.2 or newer) is asked with --dry-run, as if nothing were installed; nothing is. What is built
-without isolation needs a CUDA build of torch there.
-It needs the network, and minutes: not part of `make test`. docs/log.md has results. Ends with 1 if a command fails.
+The pip (22.2 or newer) of the Python that runs it is asked with --dry-run, as if nothing were installed; nothing is.
+Run it once with each Python: which versions belong together depends on it. What is built without isolation needs a
+CUDA build of torch there. It needs the network, and minutes: not part of `make test`. docs/log.md has results. Ends
+with 1 if a command fails.
 """
 
 from __future__ import annotations
@@ -88,12 +90,12 @@ def find_installs() -> list[Install]:
     return list(found.values())
 
 
-def resolve(install: Install, *, python: Path) -> tuple[bool, str]:
+def resolve(install: Install) -> tuple[bool, str]:
     """Whether pip finds a set of versions, and the ones that matter or pip's last words."""
     arguments = [argument for argument in install.arguments if argument not in NOT_RESOLVED]
     with tempfile.TemporaryDirectory(prefix="check-installs-") as folder:
         report = Path(folder) / "report.json"
-        command = [str(python), "-m", "pip", "install", "--dry-run", "--report", str(report)]
+        command = [sys.executable, "-m", "pip", "install", "--dry-run", "--report", str(report)]
         # What is built without isolation is built beside the torch that is there.
         if "--no-build-isolation" not in arguments:
             command.append("--ignore-installed")
@@ -111,7 +113,6 @@ def resolve(install: Install, *, python: Path) -> tuple[bool, str]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--python", type=Path, action="append", help="an interpreter to ask (default: this one)")
     parser.add_argument("--match", default="", help="only commands that contain this text")
     options = parser.parse_args(argv)
     is_good = True
@@ -119,11 +120,9 @@ def main(argv: list[str] | None = None) -> int:
         command = " ".join(install.arguments)
         if options.match not in command:
             continue
-        print(f"{install.place}: pip install {command}", flush=True)
-        for python in options.python or [Path(sys.executable)]:
-            resolved, words = resolve(install, python=python)
-            is_good &= resolved
-            print(f"  {'ok  ' if resolved else 'FAIL'}  {python}: {words}", flush=True)
+        resolved, words = resolve(install)
+        is_good &= resolved
+        print(f"{'ok  ' if resolved else 'FAIL'}  {install.place}: pip install {command}\n      {words}", flush=True)
     return 0 if is_good else 1
 
 

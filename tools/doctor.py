@@ -20,6 +20,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 # `python tools/X.py` puts tools/ on the path, not the repository.
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,7 +86,7 @@ def examine(*, run_dir: Path, with_sniff: bool = False) -> list[Check] | None:
         own = check_node(run_dir=run_dir) if os.environ.get("LOCAL_RANK", "0") == "0" else []
         try:
             world = ranks.read_world(directory=run_dir)
-            measures = sniff.read_measures_or_why(has_gpu=world.on_gpu) if with_sniff else ()
+            measures = _sniff_or_why(has_gpu=world.on_gpu) if with_sniff else ()
             found = merge_nodes(ranks.by_node(own))
         except (RuntimeError, ValueError, UserError) as error:
             return [*own, ranks.no_connection(error)] if os.environ["RANK"] == "0" else None
@@ -101,6 +102,15 @@ def examine(*, run_dir: Path, with_sniff: bool = False) -> list[Check] | None:
         *([sniff.check_sniff(measures, world=world)] if with_sniff else []),
         ranks.commands_that_work(found, has_gpu=has_gpu),
     ]
+
+
+def _sniff_or_why(*, has_gpu: bool) -> Any:
+    from megatron_ktr.doctor import sniff
+
+    try:
+        return sniff.read_measures_or_why(has_gpu=has_gpu)
+    except RuntimeError as error:  # CUDA's, out of memory among them
+        return " ".join(str(error).split())[:200]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -153,9 +153,9 @@ def _as_json(plan: Plan) -> dict[str, Any]:
         "mfu": round(plan.mfu, 4),
         "tflops_per_gpu": round(plan.tflops_per_gpu, 2),
         "memory_gb_by_part": {name: round(v / GB, 3) for name, v in dataclasses.asdict(plan.memory).items()},
-        "rollout_memory_gb_per_gpu": round(plan.rollout.total / GB, 3),
-        "offloaded_rollout_memory_gb_per_gpu": round(plan.rollout.offloaded / GB, 3),
-        "offload_gb_each_way": round(plan.rollout.bus_each_way / GB, 3),
+        "rollout_memory_gb_per_gpu": round(plan.rollout.peak / GB, 3),
+        "offloaded_rollout_memory_gb_per_gpu": round(plan.rollout.peak_with_offload / GB, 3),
+        "offload_gb_each_way": round(plan.rollout.optimizer / GB, 3),
         "seconds_by_part": {name: round(v, 4) for name, v in dataclasses.asdict(plan.time).items()},
     }
 
@@ -198,13 +198,13 @@ def _as_text(request: Request, plans: list[Plan], *, num_shown: int, num_best: i
 def _rollout_line(plan: Plan, request: Request) -> str:
     """The phase in which a colocated engine is awake."""
     found = plan.rollout
-    shares = [1 - (kept - found.engine) / GB / request.gpu_memory_gb for kept in (found.total, found.offloaded)]
+    shares = [1 - (kept - found.engine) / GB / request.gpu_memory_gb for kept in (found.peak, found.peak_with_offload)]
     # Rounded down: it is to fit.
     without, offloaded = (f"a share of {int(100 * share) / 100:g}" if share > 0 else "no engine" for share in shares)
     return (
-        f"rollout, an engine awake in {request.engine_share:g} of the GPU: {found.total / GB:.1f} GB, with "
-        f"--offload-during-rollout {found.offloaded / GB:.1f} GB ({found.bus_each_way / GB:.1f} GB a step to the host "
-        f"and back); at most {without} fits, with it {offloaded}"
+        f"rollout, an engine awake in {request.engine_share:g} of the GPU: {found.peak / GB:.1f} GB, with "
+        f"--offload-during-rollout {found.peak_with_offload / GB:.1f} GB ({found.optimizer / GB:.1f} GB a step to the "
+        f"host and back); at most {without} fits, with it {offloaded}"
     )
 
 

@@ -184,7 +184,7 @@ def rollout_memory_of(request: Request, layout: Layout) -> RolloutMemory:
         )
         for rank in {0, layout.pipeline - 1}
     ]
-    return max(found, key=lambda memory: memory.total)
+    return max(found, key=lambda memory: memory.peak)
 
 
 def judge(request: Request, layout: Layout, *, memory: Memory | None = None) -> Plan:

@@ -1,4 +1,4 @@
-"""What one rank's GPU holds while a colocated engine generates, and what ``--offload-during-rollout`` takes away of it.
+"""What one rank's GPU holds while a colocated engine generates, and how much of it ``--offload-during-rollout`` frees.
 
     stays      weights; the reference model; cached vision features, which outlive a step where the encoder is frozen;
                what is reserved
@@ -32,18 +32,14 @@ class RolloutMemory:
     engine: float
 
     @property
-    def total(self) -> float:
-        return self.offloaded + self.gradients + self.optimizer
+    def peak(self) -> float:
+        """Without ``--offload-during-rollout``."""
+        return self.peak_with_offload + self.gradients + self.optimizer
 
     @property
-    def offloaded(self) -> float:
-        """With ``--offload-during-rollout``."""
+    def peak_with_offload(self) -> float:
+        """``optimizer`` then goes over the bus twice a step: out and in again."""
         return self.stays + self.engine
-
-    @property
-    def bus_each_way(self) -> float:
-        """Once out and once in, every step."""
-        return self.optimizer
 
 
 def estimate_rollout_memory(

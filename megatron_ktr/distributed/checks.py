@@ -1,4 +1,4 @@
-"""Refusals of settings that megatron-core 0.16 accepts and then gets wrong, or reports where nobody understands it."""
+"""Refusals of settings that megatron-core accepts and then gets wrong, or reports where nobody understands it."""
 
 from __future__ import annotations
 
@@ -46,9 +46,10 @@ def check_optimizer_config(config: OptimizerConfig, *, platform: Platform) -> No
 
 
 def check_every_rank_skips(optimizer: MegatronOptimizer) -> None:
-    """Raises ``UserError``, on every rank alike, where ``grad_norm_skip_threshold`` would part them: megatron-core
-    compares the norm, which all ranks know, beside the parameters that it clips, and a rank that has none (a stage
-    frozen whole; a model smaller than its shards) goes on to the step, and to a gathering that the others never join.
+    """Raises ``UserError``, on every rank alike, where ``grad_norm_skip_threshold`` would make ranks diverge:
+    megatron-core compares the norm only on ranks that have parameters to clip. A rank without any (a stage frozen
+    whole; a model smaller than its shards) does not skip: it steps, and waits for the others in a collective that they
+    never join.
 
     Collective over the world.
     """

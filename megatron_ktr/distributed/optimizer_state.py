@@ -1,8 +1,8 @@
 """Makes optimizers loadable from a distributed checkpoint, above all those of plain torch (no Transformer Engine, no
 apex).
 
-megatron-core 0.16 is written for FusedAdam, which keeps one step count per parameter group. torch's AdamW keeps a
-step *tensor per parameter*, and loading goes wrong in three ways:
+megatron-core (0.16 and 0.19) is written for FusedAdam, which keeps one step count per parameter group. torch's AdamW
+keeps a step *tensor per parameter*, and loading goes wrong in three ways:
 
 1. before the first step there is no state: ``state_dict`` asserts that it finds exactly one step count, and the
    loaded shards have no place to go;

@@ -22,7 +22,10 @@ def load_sniff_test() -> ModuleType:
         UserError: a megatron-core that has none.
     """
     require_core_0_19("--sniff")
-    package = importlib.util.find_spec("megatron.training")
+    try:
+        package = importlib.util.find_spec("megatron.training")
+    except ModuleNotFoundError:
+        package = None
     path = Path(package.submodule_search_locations[0], "gpu_sniff_test.py") if package else None
     if path is None or not path.is_file():
         raise UserError("--sniff needs megatron/training/gpu_sniff_test.py, which this megatron-core came without")

@@ -46,7 +46,7 @@ def read_measures_or_why(*, has_gpu: bool) -> tuple[Measure, ...] | str:
 
 def slow_ranks(measure: Measure) -> tuple[int, ...]:
     """Ranks that fall short of the median by more than the median deviation, and by more than a tenth: megatron-core's
-    rule, of which the half is left out that finds ranks too fast."""
+    rule, but only for ranks that are too slow."""
     taking_part = [value for value in measure.values if not math.isnan(value)]
     if len(taking_part) < LEAST_RANKS:
         return ()

@@ -1,4 +1,5 @@
-"""Objectives by name. A new algorithm is one file and one line in ``BUILDERS``."""
+"""Objectives by name. A new algorithm is one file, one line in ``BUILDERS``, and its name among the choices of
+``config_sections.ObjectiveSection`` and in ``config_checks``."""
 
 from __future__ import annotations
 

@@ -327,9 +327,7 @@ def colocated_engine(
         UserError: vLLM is not installed, or cannot serve this model with these options.
     """
     if importlib.util.find_spec("vllm") is None:
-        raise UserError(
-            "--engine vllm_colocated needs vLLM: pip install 'megatron-ktr[vllm]', or make setup-vllm on CPU"
-        )
+        raise UserError("--engine vllm_colocated needs vLLM: pip install '.[vllm]', or make setup-vllm on CPU")
     data, rollout = config.data, config.rollout
     sizes = PreprocessSettings.from_model(config.model.model, **pixel_limits(data))
     num_grids = -(-data.video_max_frames // media.temporal_patch_size)

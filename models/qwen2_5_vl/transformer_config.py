@@ -152,7 +152,7 @@ def _recompute(config: Config | None) -> dict[str, Any]:
 
 
 def _mlp_chunks(config: Config | None) -> dict[str, Any]:
-    # 0.16 has no such field; with it there, the option has been refused (``config_checks``).
+    # 0.16 has no such field: there ``config_checks`` has already refused the option.
     if config is None or config.parallel.mlp_chunks == 1:
         return {}
     return {"mlp_chunks_for_training": config.parallel.mlp_chunks}
