@@ -173,6 +173,8 @@ def kept_bytes(context: RankContext, *, hf_dir: Path, context_size: int, recompu
     storages: dict[int, tuple[int, Tensor]] = {}
 
     def keep(x: Tensor) -> Tensor:
+        # Detached: a graph that holds a tensor which holds the graph is never freed, nor the model and its groups.
+        x = x.detach()
         if x.untyped_storage().data_ptr() not in known:
             storages[x.untyped_storage().data_ptr()] = (x.untyped_storage().nbytes(), x)
         return x
