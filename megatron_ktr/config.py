@@ -94,6 +94,11 @@ def load_config(argv: Sequence[str], *, prog: str = "megatron-ktr-train") -> Con
     return config
 
 
+def read_saved(path: Path) -> Config:
+    """What ``save_resolved`` wrote, by whatever stack: its rules were kept there, and are not asked again here."""
+    return config_from_values(read_yaml(path, options=OPTIONS, notes=ABSENT_OPTIONS))
+
+
 def save_resolved(config: Config, path: str | Path) -> None:
     """Writes every option as YAML, in one rename; ``load_config(["--config", path])`` gives an equal Config."""
     content = {

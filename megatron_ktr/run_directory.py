@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron_ktr.config import OPTIONS, Config, load_config, save_resolved
+from megatron_ktr.config import OPTIONS, Config, read_saved, save_resolved
 from megatron_ktr.errors import UserError
 from megatron_ktr.intact_checkpoint import (
     CONFIG_FILE,
@@ -165,7 +165,7 @@ def _resume(config: Config, run_dir: Path, checkpoint: Path, *, num_steps: int |
 
 def check_same_run(config: Config, checkpoint: Path) -> None:
     """Raises ``UserError`` naming the first option by which ``config`` is not a continuation of ``checkpoint``."""
-    saved, current = _flat(load_config(["--config", str(checkpoint / CONFIG_FILE)])), _flat(config)
+    saved, current = _flat(read_saved(checkpoint / CONFIG_FILE)), _flat(config)
     for name, option in OPTIONS.items():
         if name not in MAY_CHANGE and option.section != "parallel" and saved[name] != current[name]:
             raise UserError(

@@ -78,6 +78,9 @@ _ADVICE = {
     "megatron.core.distributed.distributed_data_parallel": "DistributedDataParallel: full_param_layout not provided",
     # megatron-core's own ``dist_checkpointing.load`` calls it.
     "megatron.core.dist_checkpointing.strategies.common": "load_common is deprecated",
+    # Of torch, which megatron-core imports before anything of ours could say that this is a CPU machine. Where a GPU is
+    # expected, the platform and the doctor say that there is none.
+    "torch.utils.cpp_extension": "No CUDA runtime is found",
 }
 
 

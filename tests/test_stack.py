@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from megatron_ktr import stack
+from megatron_ktr.config import config_from_values, save_resolved
 from megatron_ktr.doctor.requirements import declared_requirements
 from megatron_ktr.errors import UserError
+from megatron_ktr.run_directory import check_same_run
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -43,6 +45,21 @@ def test_options_of_the_newer_stack_are_refused_on_the_older_one(monkeypatch):
         stack.require_core_0_19("--some-option")
     monkeypatch.setattr(stack, "installed", lambda: stack.NEW)
     stack.require_core_0_19("--some-option")
+
+
+def test_a_run_saved_on_the_newer_stack_is_judged_by_what_this_one_is_asked_for(monkeypatch, tmp_path: Path):
+    checkpoint = tmp_path / "step_00000001"
+    (checkpoint / "hf").mkdir(parents=True)
+    for folder in (checkpoint / "hf", tmp_path):
+        (folder / "config.json").write_text("{}")
+    values = dict(model=str(tmp_path), replay_path="r.jsonl")
+    monkeypatch.setattr(stack, "installed", lambda: stack.NEW)
+    save_resolved(config_from_values({**values, "mlp_chunks": 4}), checkpoint / "config.yaml")
+    monkeypatch.setattr(stack, "installed", lambda: stack.OLD)
+    check_same_run(config_from_values(values), checkpoint)
+    save_resolved(config_from_values({**values, "grad_norm_skip_threshold": 9.0}), checkpoint / "config.yaml")
+    with pytest.raises(UserError, match="--grad-norm-skip-threshold was 9.0 when .* was saved, now it is None"):
+        check_same_run(config_from_values(values), checkpoint)
 
 
 def test_advice_is_silenced_by_its_exact_words_and_nothing_else_is(caplog):

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from megatron_ktr.command_line import Parser  # noqa: E402
-from megatron_ktr.errors import run_cli  # noqa: E402
+from megatron_ktr.errors import UserError, run_cli  # noqa: E402
 
 TOKEN = re.compile(r"\s+('[^'\n]+'|--?[a-z][a-z-]*|\.(?=[\s`)]|$)|[A-Za-z][\w.\[\],=<>-]*\w)")
 NOT_RESOLVED = ("--force-reinstall", "--upgrade", "--quiet")
@@ -116,10 +116,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--match", default="", help="only commands that contain this text")
     options = parser.parse_args(argv)
     is_good = True
-    for install in find_installs():
+    installs = [install for install in find_installs() if options.match in " ".join(install.arguments)]
+    if not installs:
+        raise UserError(f"--match {options.match}: no install command contains it")
+    for install in installs:
         command = " ".join(install.arguments)
-        if options.match not in command:
-            continue
         resolved, words = resolve(install)
         is_good &= resolved
         print(f"{'ok  ' if resolved else 'FAIL'}  {install.place}: pip install {command}\n      {words}", flush=True)

@@ -12,10 +12,15 @@
 #          (run commands from the repository: its own code then comes first)
 set -euo pipefail
 
-[ $# -ge 1 ] || { sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 2; }
+fail() { echo "error: $1" >&2; exit 2; }
+case ${1:-} in ''|-*) sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 2 ;; esac
 out=$(realpath -m "$1"); shift
+[ ! -d "$out" ] || fail "$out is a directory; name the archive to write"
+[ -w "$(dirname "$out")" ] || fail "$(dirname "$out") is no directory that can be written to"
+[ -z "${TE_WHEELS:-}" ] || ls "$TE_WHEELS"/*.whl > /dev/null 2>&1 || fail "TE_WHEELS=$TE_WHEELS holds no wheels"
 python=${PYTHON:-python3}
 version=${PYTHON_VERSION:-3.12}
+[[ $version =~ ^3\.(1[1-9]|[2-9][0-9])$ ]] || fail "PYTHON_VERSION=$version: 3.11 and newer can be packed for"
 platforms=${PLATFORMS:-manylinux_2_28_x86_64 manylinux_2_27_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64}
 repository=$(realpath "$(dirname "$0")/..")
 packages=("$@")

@@ -205,6 +205,7 @@ def _rollout_line(plan: Plan, request: Request) -> str:
         f"rollout, an engine awake in {request.engine_share:g} of the GPU: {found.peak / GB:.1f} GB, with "
         f"--offload-during-rollout {found.peak_with_offload / GB:.1f} GB ({found.optimizer / GB:.1f} GB a step to the "
         f"host and back); at most {without} fits, with it {offloaded}"
+        + ("; this one fits in neither way" if shares[1] < request.engine_share else "")
     )
 
 

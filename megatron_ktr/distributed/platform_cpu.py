@@ -214,10 +214,6 @@ def _copy_storage(target: Tensor, source: Tensor) -> None:
 def _repair_megatron() -> None:
     """Names that megatron-core leaves undefined, or binds too early to be redirected, without CUDA and TE."""
     is_imported = "megatron.core" in sys.modules
-    # megatron-core 0.19 imports torch's builder of extensions, which says so where there is no CUDA.
-    logging.getLogger("torch.utils.cpp_extension").addFilter(
-        lambda record: not record.getMessage().startswith("No CUDA runtime is found")
-    )
     compile_function = torch.compile
     if not is_imported:
         # Where it is installed, on a GPU machine that runs on CPU this once: core would take its optimizers, which are
