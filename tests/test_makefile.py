@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,9 @@ pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is no
 def refusal(*arguments: str) -> str:
     """The line that a make command ends with; it must fail."""
     command = ["make", "--no-print-directory", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
+    # Of the make that runs the tests: its options and variables are not for this one.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     assert done.returncode == 2, done.stdout[-2000:]
     return next(line for line in done.stderr.splitlines() if "rror" in line or "***" in line)
 
