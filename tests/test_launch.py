@@ -31,6 +31,7 @@ from megatron_ktr.interruption import EXIT_SAVED, LEAVE_SIGNALS
 from megatron_ktr.run_directory import list_checkpoints, open_run_directory
 from models.qwen2_5_vl.published import PUBLISHED_CONFIGS
 from tests.support.patience import PATIENCE_SECONDS, wait_until
+from tests.support.replayed import replay_values
 from tests.support.videos import numbered_frames, write_video
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,20 +60,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def values(inputs: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
-    return {
-        "model": str(inputs / "model"),
-        "prompt_template": str(inputs / "model" / "prompt_template.txt"),
-        "replay_path": str(inputs / "rollouts.jsonl"),
-        "num_generations": 3,
-        "objective": "grpo",
-        "kl_beta": 0.0,
-        "length_bonus": 0.0,
-        "lr": 1e-3,
-        "train_steps": STEPS,
-        "prompts_per_step": 2,
-        "run_dir": str(run_dir),
-        **changes,
-    }
+    return replay_values(inputs, run_dir, **({"train_steps": STEPS, "prompts_per_step": 2} | changes))
 
 
 def losses(run_dir: Path) -> list[tuple[int, float, float]]:

@@ -20,6 +20,7 @@ from megatron_ktr.run_directory import open_run_directory
 from megatron_ktr.run_length import length_line, steps_of_epochs, with_steps
 from megatron_ktr.train import train
 from megatron_ktr.types import Prompt
+from tests.support.replayed import replay_values
 
 
 @pytest.mark.parametrize(
@@ -137,19 +138,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def values(inputs: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
-    return {
-        "model": str(inputs / "model"),
-        "prompt_template": str(inputs / "model" / "prompt_template.txt"),
-        "replay_path": str(inputs / "rollouts.jsonl"),
-        "num_generations": 3,
-        "objective": "grpo",
-        "kl_beta": 0.0,
-        "length_bonus": 0.0,
-        "lr": 1e-3,
-        "prompts_per_step": 4,
-        "run_dir": str(run_dir),
-        **changes,
-    }
+    return replay_values(inputs, run_dir, **({"prompts_per_step": 4} | changes))
 
 
 def run_all(context: Any, *, runs: list[dict[str, Any]]) -> None:

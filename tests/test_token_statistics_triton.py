@@ -8,7 +8,6 @@ have many tiles, splits and chunks, ragged in every direction.
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -43,9 +42,6 @@ Interpreter = Callable[..., Any]
 @pytest.fixture(scope="module")
 def interpreter() -> Iterator[Interpreter]:
     """Runs a function of this module where Triton interprets; an exception there is raised here."""
-    version = tuple(int(part) for part in importlib.metadata.version("triton").split("+")[0].split(".")[:2])
-    if version < (3, 7):
-        pytest.skip("the interpreter of triton before 3.7 cannot loop up to a runtime bound with numpy 2.4")
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("TRITON_INTERPRET", "1")  # inherited by the process that the first call spawns
