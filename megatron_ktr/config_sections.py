@@ -37,8 +37,8 @@ class ModelSection:
     )
     gradient_accumulation_fusion: bool | None = _option(
         None,
-        "Add weight gradients straight to the fp32 gradient buffer: the vocabulary head's (none), the linear layers' "
-        "too, which takes Transformer Engine or APEX's kernel (true), or none of them (false)",
+        "Add weight gradients straight to the fp32 gradient buffer. none: the vocabulary head's, and the language "
+        "model's layers' where Transformer Engine or APEX's kernel is there; true: refuse where it is not; false: no",
     )
     params_dtype: Literal["fp32", "bf16", "fp16"] = _option(
         "fp32", "Precision of weights and activations; --bf16 and --fp16 are short forms"

@@ -115,16 +115,23 @@ def _kernels(config: Config | None) -> dict[str, Any]:
         masked_softmax_fusion=False,
         # The fused kernel restarts at every segment; M-RoPE needs one frequency per row.
         apply_rope_fusion=False,
-        gradient_accumulation_fusion=_fuses_weight_gradients(config),
+        fuses_weight_gradients=_fuses_weight_gradients(config),
         **no_cuda_graphs(),
     )
 
 
 def _fuses_weight_gradients(config: Config | None) -> bool:
-    """Whether linear layers add their weight gradients to the fp32 buffer themselves."""
-    if config is None or not config.model.gradient_accumulation_fusion:
+    """Whether decoder layers add their weight gradients to the fp32 buffer themselves; by default where they can. The
+    vocabulary head, which needs no kernel for it, does unless the option is off.
+
+    Without a run's options there is no wrapper with that buffer either.
+    """
+    if config is None or config.model.gradient_accumulation_fusion is False:
         return False
-    if resolve_transformer_impl(config.model.transformer_impl) != "te" and not layers._grad_accum_fusion_available:
+    has_kernel = resolve_transformer_impl(config.model.transformer_impl) == "te" or layers._grad_accum_fusion_available
+    if config.model.gradient_accumulation_fusion is None:
+        return has_kernel and current().name != "cpu"
+    if not has_kernel:
         raise UserError(
             "--gradient-accumulation-fusion: the linear layers need Transformer Engine, or APEX's kernel "
             "fused_weight_gradient_mlp_cuda, and neither is here; without the flag the vocabulary head fuses alone"
