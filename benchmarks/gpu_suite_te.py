@@ -88,11 +88,11 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, *, plan: AttentionPlan) ->
         qkv_format="thd",
         attn_mask_type="padding_causal_bottom_right",
     )
-    call = plan.whole_call(q.device)
+    call, copies = plan.whole_call(q.device), plan.whole_copies(q.device)
     out = attention(
         q,
-        k.index_select(0, call.kv_rows),
-        v.index_select(0, call.kv_rows),
+        copies.take(k),
+        copies.take(v),
         attn_mask_type="padding_causal_bottom_right",
         cu_seqlens_q=call.cu_seqlens_q,
         cu_seqlens_kv=call.cu_seqlens_kv,

@@ -196,7 +196,7 @@ def te_modules() -> SimpleNamespace:
             if not plan.segments:
                 # A context rank may own none of a short sequence; its kernels need at least one.
                 return attend_nothing(query, key, value).flatten(1).to(own_dtype)
-            call = plan.whole_call(query.device)
+            call, copies = plan.whole_call(query.device), plan.whole_copies(query.device)
             segments = PackedSeqParams(
                 qkv_format="thd",
                 cu_seqlens_q=call.cu_seqlens_q,
@@ -207,8 +207,8 @@ def te_modules() -> SimpleNamespace:
             mask = SimpleNamespace(name="padding_causal_bottom_right")
             out = super().forward(
                 query[: plan.num_attending],
-                key.index_select(0, call.kv_rows),
-                value.index_select(0, call.kv_rows),
+                copies.take(key),
+                copies.take(value),
                 None,
                 attn_mask_type=mask,
                 packed_seq_params=segments,
