@@ -9,6 +9,8 @@ Parts, in order, each in a process of its own with its share of ``--seconds``:
     smoke      each piece by itself: matrix product, process group, compiled fusion, packed attention and vocabulary
                head of every implementation, Transformer Engine's linear layer by FP8 recipe
     parity     log-probs, loss and gradients of one update against the host's fp32 numbers, every implementation
+    positions  log-probs of one response of 6,000 tokens against Hugging Face's model in fp32, by quarter
+    save       one checkpoint: memory of device and host, seconds that training waits, weights back to the bit
     step       passes of an update at 3B and 7B sizes, TFLOP/s, MFU and memory; a whole step against the baseline
     training   ten steps of a 3B-shaped model
     kernels    the vocabulary head and one attention layer at 7B sizes
@@ -37,7 +39,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_ktr import strict_json  # noqa: E402
 
-SHARES = {"smoke": 0.13, "parity": 0.2, "step": 0.27, "training": 0.12, "kernels": 0.28}
+SHARES = {
+    "smoke": 0.12,
+    "parity": 0.18,
+    "positions": 0.06,
+    "save": 0.08,
+    "step": 0.22,
+    "training": 0.1,
+    "kernels": 0.24,
+}
 """Of the seconds. The kernels come last: they alone are tuned, which takes most of theirs."""
 
 
@@ -117,6 +127,14 @@ def _find(name: str) -> Callable[[Any], None]:
         from benchmarks.gpu_suite_parity import run_parity
 
         return run_parity
+    if name == "positions":
+        from benchmarks.gpu_suite_positions import run_positions
+
+        return run_positions
+    if name == "save":
+        from benchmarks.gpu_suite_save import run_save
+
+        return run_save
     if name in ("smoke", "kernels"):
         from benchmarks.gpu_suite_smoke import measure_kernels, run_smoke
 

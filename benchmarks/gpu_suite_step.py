@@ -196,7 +196,7 @@ def _build_passes(
     )
 
 
-def _build_trainer(part: Part, groups: ParallelGroups, hf_dir: Path, **values: Any) -> Trainer:
+def build_trainer(part: Part, groups: ParallelGroups, hf_dir: Path, **values: Any) -> Trainer:
     config = step_config(hf_dir, part.platform, **values)
     objective = build_objective(config.objective, reward=config.reward)
     policy = RandomPolicy(
@@ -213,7 +213,7 @@ def _train(part: Part, groups: ParallelGroups) -> dict[str, Any]:
     model_config = published_shape("3B", num_layers=num_layers, is_tiny=part.is_tiny)
     with tempfile.TemporaryDirectory() as directory:
         hf_dir = model_directory(model_config, Path(directory))
-        trainer = _build_trainer(
+        trainer = build_trainer(
             part, groups, hf_dir, train_steps=NUM_TRAINING_STEPS, lr=1e-4, recompute_vision=True, **RECOMPUTE
         )
     recorded = [group_of(model_config, frames=32, is_tiny=part.is_tiny, seed=seed) for seed in range(3)]
@@ -259,7 +259,7 @@ def _against_baseline(part: Part, groups: ParallelGroups) -> dict[str, Any]:
 
 def _time_our_steps(part: Part, groups: ParallelGroups, hf_dir: Path, group: RolloutGroup) -> dict[str, Any]:
     # Layers and encoder are run again in backward, as the baseline's are.
-    trainer = _build_trainer(part, groups, hf_dir, train_steps=100, recompute_vision=True, **RECOMPUTE)
+    trainer = build_trainer(part, groups, hf_dir, train_steps=100, recompute_vision=True, **RECOMPUTE)
     trainer.source.groups = [group]
     steps = iter(range(1, 100))
     return timed(lambda: trainer.train_step(next(steps)), part.platform)

@@ -75,6 +75,23 @@ def test_smoke_and_kernels_run_and_skip_what_needs_a_gpu(part: Part) -> None:
     assert all(entry["forward_milliseconds"] > 0 for name, entry in entries(part).items() if "merged" in name)
 
 
+def test_positions_and_save_run_and_the_long_response_is_right_everywhere(part: Part) -> None:
+    from benchmarks.gpu_suite_positions import run_positions
+    from benchmarks.gpu_suite_save import run_save
+
+    run_positions(part)
+    run_save(part)
+    assert outcome(part) == {
+        "ran": {"hugging face", "local fp32", "local bf16, merged", "one checkpoint"},
+        "skipped": {"local bf16, varlen", "te bf16"},
+        "error": set(),
+    }
+    # 96 tokens: bf16's error is far above fp32's, else one of them was not computed in what it says.
+    found = entries(part)
+    assert max(found["local fp32"]["error_by_quarter"]) < 1e-5 < min(found["hugging face"]["bf16_error_by_quarter"])
+    assert 13 < found["one checkpoint"]["checkpoint_bytes_per_parameter"] < 40
+
+
 def test_steps_and_training_run_and_their_numbers_follow(part: Part) -> None:
     from benchmarks.gpu_suite_common import PEAK_TFLOPS
     from benchmarks.gpu_suite_step import NUM_TRAINING_STEPS, measure_steps, run_training
