@@ -27,8 +27,8 @@ class ModelSection:
     attention_impl: Literal["auto", "torch", "merged", "varlen", "te"] = _option(
         "auto",
         "Shared-prefix attention: a loop in torch to compare with, prompt keys read once by all responses (merged), "
-        "one variable-length flash call on CUDA, or Transformer Engine's; auto takes te with Transformer Engine, else "
-        "varlen on CUDA and merged on CPU",
+        "one variable-length flash call on CUDA, or Transformer Engine's; auto takes te where that has a fused kernel "
+        "(docs/precision.md), else varlen on CUDA and merged on CPU",
     )
     token_statistics_impl: Literal["auto", "triton", "chunked", "naive"] = _option(
         "auto",

@@ -31,7 +31,7 @@ def language_transformer_config(
         UserError: sizes that the layout cannot split, a layout that the model does not support, or kernels that are
             not to be had here.
     """
-    _check_layout(model_config, sizes, config=config)
+    _check_layout(model_config, sizes, dtype=dtype, config=config)
     split = split_layers(
         model_config.text.num_hidden_layers,
         pipeline=sizes.pipeline,
@@ -107,11 +107,11 @@ def _num_chunks(sizes: ParallelSizes) -> int:
 
 
 def _kernels(config: Config | None) -> dict[str, Any]:
-    # core's fusions are compiled, which on CPU costs minutes and gains nothing.
-    can_fuse = current().name != "cpu"
     return dict(
-        bias_activation_fusion=can_fuse,
-        bias_dropout_fusion=can_fuse,
+        # It is compiled, which on CPU costs minutes and gains nothing.
+        bias_activation_fusion=current().name != "cpu",
+        # ``residual.py`` says why.
+        bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         # The fused kernel restarts at every segment; M-RoPE needs one frequency per row.
         apply_rope_fusion=False,
@@ -165,7 +165,9 @@ def _mlp_chunks(config: Config | None) -> dict[str, Any]:
     return {"mlp_chunks_for_training": config.parallel.mlp_chunks}
 
 
-def _check_layout(model_config: Qwen2_5_VLConfig, sizes: ParallelSizes, *, config: Config | None) -> None:
+def _check_layout(
+    model_config: Qwen2_5_VLConfig, sizes: ParallelSizes, *, dtype: torch.dtype, config: Config | None
+) -> None:
     text = model_config.text
     if text.num_attention_heads % sizes.tensor or text.intermediate_size % sizes.tensor:
         raise UserError(
@@ -187,4 +189,4 @@ def _check_layout(model_config: Qwen2_5_VLConfig, sizes: ParallelSizes, *, confi
         is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
         if config.model.token_statistics_impl == "triton" and current().name == "cpu" and not is_interpreted:
             raise UserError("--token-statistics-impl triton runs on CUDA only; use auto, chunked or naive")
-        language_layer_spec(config.model.transformer_impl, config.model.attention_impl)
+        language_layer_spec(config.model.transformer_impl, config.model.attention_impl, dtype=dtype)

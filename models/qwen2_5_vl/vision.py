@@ -194,7 +194,7 @@ def vision_transformer_config(
         attention_dropout=0.0,
         hidden_dropout=0.0,
         bias_activation_fusion=base.bias_activation_fusion,
-        bias_dropout_fusion=base.bias_dropout_fusion,
+        bias_dropout_fusion=False,
         tensor_model_parallel_size=tensor_parallel_size,
         gradient_accumulation_fusion=False,
         params_dtype=base.params_dtype,
