@@ -130,7 +130,7 @@ class AttentionPlan:
     def whole_copies(self, device: torch.device) -> RowCopies:
         """The key rows of ``whole_call``, ``[0, 1, 0, 1, 2, 0, 1, 3, 4]``, and how to sum the gradients of a row's
         copies."""
-        return self._placed("whole copies", device, lambda: self._copies(*self._whole_rows()))
+        return self._placed("whole copies", device, self._plan_whole_copies)
 
     def own_call(self, device: torch.device) -> VarlenCall:
         """Every segment on its own keys, causal: ``cu_seqlens_q == cu_seqlens_kv == [0, 2, 3, 5]``."""
@@ -143,31 +143,29 @@ class AttentionPlan:
 
     def own_and_prefix_copies(self, device: torch.device) -> RowCopies:
         """The key rows of ``own_call``, then those of ``prefix_call``."""
-        return self._placed("own and prefix copies", device, self._plan_own_and_prefix)
+        return self._placed("own and prefix copies", device, self._plan_own_and_prefix_copies)
 
     def _placed(self, name: str, device: torch.device, make: Callable[[], Placed]) -> Placed:
         if (name, device) not in self._calls:
             self._calls[name, device] = make().to(device)
         return self._calls[name, device]
 
-    def _copies(self, *rows: Tensor) -> RowCopies:
-        return RowCopies.of(torch.cat(rows), num_rows=self.num_keys)
-
     def _plan_whole(self) -> VarlenCall:
         lengths = [segment.length for segment in self.segments]
         return _varlen_call(None, None, lengths, [segment.prefix_length + segment.length for segment in self.segments])
 
-    def _whole_rows(self) -> list[Tensor]:
-        return [_rows(part) for segment in self.segments for part in (segment.prefix, segment.own)]
+    def _plan_whole_copies(self) -> RowCopies:
+        runs = [part for segment in self.segments for part in (segment.prefix, segment.own)]
+        return RowCopies.of(runs, num_rows=self.num_keys)
 
     def _plan_own(self) -> VarlenCall:
         own, lengths = [segment.own for segment in self.segments], [segment.length for segment in self.segments]
         is_identity = own == [segment.rows for segment in self.segments] and self.num_keys == self.num_attending
         return _varlen_call(None, None if is_identity else torch.cat([_rows(s) for s in own]), lengths, lengths)
 
-    def _plan_own_and_prefix(self) -> RowCopies:
-        prefix = [_rows(keys) for _, keys in self.prefix_blocks]
-        return self._copies(*(_rows(segment.own) for segment in self.segments), *prefix)
+    def _plan_own_and_prefix_copies(self) -> RowCopies:
+        runs = [segment.own for segment in self.segments] + [keys for _, keys in self.prefix_blocks]
+        return RowCopies.of(runs, num_rows=self.num_keys)
 
     def _plan_prefix(self) -> VarlenCall:
         queries, keys = ([_rows(block[i]) for block in self.prefix_blocks] for i in (0, 1))

@@ -8,48 +8,38 @@ once.
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor
+
+Part = tuple[int, Tensor, Tensor]
+"""Rows with c copies each: (c, the n rows, int64, places of their copies, int64 [c * n], all first copies before all
+second ones)."""
 
 
 @dataclass(frozen=True)
 class RowCopies:
-    """Which rows were taken, and where the copies of each one are. Example: rows 0, 1, 0, 1, 2 of four."""
+    """Runs of rows, one behind the other, in which a row may be several times."""
 
-    rows: Tensor
-    """int64 [copies]: ``[0, 1, 0, 1, 2]``."""
+    runs: tuple[slice, ...]
     num_rows: int
-    parts: tuple[tuple[int, Tensor, Tensor], ...]
-    """By the number of copies c, ascending: (c, the n rows with as many, places of their copies, int64 [c * n]), all
-    first copies before all second ones: ``(1, [2], [4]), (2, [0, 1], [0, 1, 2, 3])``. Rows without a copy (3) are in
-    none."""
+    rows: Tensor
+    """int64 [copies]: all runs."""
+    _parts: dict[torch.device, list[Part]] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
-    def of(cls, rows: Tensor, *, num_rows: int) -> RowCopies:
-        """``rows`` on the host, with values below ``num_rows``."""
-        taken = rows.numpy()
-        count = numpy.bincount(taken, minlength=num_rows)
-        # Stable: a row's copies stay in their order. They come in ascending runs, which this sort merges.
-        by_row = numpy.argsort(taken, kind="stable")
-        start = count.cumsum() - count
-        parts = []
-        for number in numpy.unique(count[count > 0]).tolist():
-            (these,) = numpy.nonzero(count == number)
-            places = by_row[start[these] + numpy.arange(number)[:, None]]
-            parts.append((number, torch.from_numpy(these), torch.from_numpy(places.reshape(-1))))
-        return cls(rows, num_rows, tuple(parts))
+    def of(cls, runs: Sequence[slice], *, num_rows: int) -> RowCopies:
+        runs = tuple(run for run in runs if run.stop > run.start)
+        rows = [torch.arange(run.start, run.stop) for run in runs]
+        return cls(runs, num_rows, torch.cat(rows) if rows else torch.zeros(0, dtype=torch.int64))
 
     def to(self, device: torch.device) -> RowCopies:
-        def moved(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
-
-        parts = tuple((number, moved(these), moved(places)) for number, these, places in self.parts)
-        return RowCopies(moved(self.rows), self.num_rows, parts)
+        return replace(self, rows=self.rows.to(device, non_blocking=True))
 
     def take(self, x: Tensor) -> Tensor:
         """[rows, ...] -> [copies, ...]; backward is ``sum``."""
@@ -60,13 +50,42 @@ class RowCopies:
         least fp32, from the first to the last, rounded once; zeros for rows without one. No atomics."""
         copies = gradients if isinstance(gradients, Tensor) else torch.cat(list(gradients))
         total = copies.new_zeros(self.num_rows, *copies.shape[1:])
-        for number, these, places in self.parts:
+        for number, rows, places in self.parts(copies.device):
             part = copies.index_select(0, places)
             if number > 1:
                 dtype = torch.promote_types(copies.dtype, torch.float32)
                 part = part.unflatten(0, (number, -1)).sum(0, dtype=dtype).to(copies.dtype)
-            total.index_copy_(0, these, part)
+            total.index_copy_(0, rows, part)
         return total
+
+    def parts(self, device: torch.device) -> list[Part]:
+        """All rows with a copy, by their number of copies: of the runs 0:2, 0:2, 2:3 ``[(2, [0, 1], [0, 1, 2, 3]), (1,
+        [2], [4])]``. Made for the first backward, and kept for those of the other layers."""
+        if device not in self._parts:
+            self._parts[device] = [
+                (number, rows.to(device, non_blocking=True), places.to(device, non_blocking=True))
+                for number, rows, places in self._parts_on_host()
+            ]
+        return self._parts[device]
+
+    def _parts_on_host(self) -> list[Part]:
+        # Between two neighbouring bounds all rows have the same copies, each at a fixed distance.
+        bounds = sorted({bound for run in self.runs for bound in (run.start, run.stop)})
+        distances: list[list[int]] = [[] for _ in bounds]
+        place = 0
+        for run in self.runs:
+            for index in range(bisect_left(bounds, run.start), bisect_left(bounds, run.stop)):
+                distances[index].append(place - run.start)
+            place += run.stop - run.start
+        found: dict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        for start, stop, copies in zip(bounds, bounds[1:], distances, strict=False):
+            rows = torch.arange(start, stop)
+            found[len(copies)].append((rows, rows + torch.tensor(copies, dtype=torch.int64)[:, None]))
+        return [
+            (number, torch.cat([rows for rows, _ in pieces]), torch.cat([places for _, places in pieces], 1).flatten())
+            for number, pieces in found.items()
+            if number
+        ]
 
 
 class _Take(torch.autograd.Function):
