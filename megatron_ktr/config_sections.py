@@ -27,8 +27,8 @@ class ModelSection:
     attention_impl: Literal["auto", "torch", "merged", "varlen", "te"] = _option(
         "auto",
         "Shared-prefix attention: a loop in torch to compare with, prompt keys read once by all responses (merged), "
-        "one variable-length flash call on CUDA, or Transformer Engine's; auto takes te with Transformer Engine, else "
-        "varlen on CUDA and merged on CPU",
+        "one variable-length flash call on CUDA, or Transformer Engine's; auto takes te where that has a fused kernel "
+        "(docs/precision.md), else varlen on CUDA and merged on CPU",
     )
     token_statistics_impl: Literal["auto", "triton", "chunked", "naive"] = _option(
         "auto",
@@ -37,8 +37,8 @@ class ModelSection:
     )
     gradient_accumulation_fusion: bool | None = _option(
         None,
-        "Add weight gradients straight to the fp32 gradient buffer: the vocabulary head's (none), the linear layers' "
-        "too, which takes Transformer Engine or APEX's kernel (true), or none of them (false)",
+        "Add weight gradients straight to the fp32 gradient buffer. none: the vocabulary head's, and the language "
+        "model's layers' where Transformer Engine or APEX's kernel is there; true: refuse where it is not; false: no",
     )
     params_dtype: Literal["fp32", "bf16", "fp16"] = _option(
         "fp32", "Precision of weights and activations; --bf16 and --fp16 are short forms"

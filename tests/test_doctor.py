@@ -95,6 +95,17 @@ def test_fp8_recipes_follow_the_generation_and_mixed_ones_fail():
     fails(software.check_fp8(mixed, has_te=True), "8.0, 9.0", "one generation")
 
 
+def test_packed_attention_of_transformer_engine_needs_hopper_or_flash_attn():
+    a100 = replace(EIGHT, seen=(replace(H100, capability=(8, 0)),) * 8)
+    found = software.check_te_attention(a100, has_te=True, flash_attn=None)
+    assert found.ok and "flash-attn 2.1.1 to 2.8.3, and none is installed" in found.detail and "varlen" in found.remedy
+    for facts, version in ((EIGHT, None), (a100, "2.8.3"), (a100, "2.7.4.post1")):
+        assert software.check_te_attention(facts, has_te=True, flash_attn=version).detail.startswith("fused")
+    for version in ("2.1.0", "2.8.3.post1", "2.9"):
+        assert software.check_te_attention(a100, has_te=True, flash_attn=version).detail.startswith("not used")
+    is_fine(software.check_te_attention(CPU, has_te=False, flash_attn=None))
+
+
 # Software
 
 

@@ -285,6 +285,82 @@ def test_fp8_is_on_in_the_passes_and_layers_that_ask_for_it(ranks: RankPool, tmp
         assert torch.equal(weight, found["fp8, weights"][name]), name
 
 
+# Weights that passes see
+
+
+def weights_that_passes_see(context: RankContext, *, hf_dir: Path, recompute_vision: bool) -> dict[str, bool]:
+    """By what runs after the policy's weights have changed: whether it is what layers that keep nothing compute. The
+    layers keep their weights as Transformer Engine's do in FP8."""
+    from megatron_ktr.data.preprocess import PreprocessSettings
+    from megatron_ktr.distributed.platform import current
+    from megatron_ktr.micro_batch import Denominators, MicroBatch
+    from megatron_ktr.objectives import build_objective
+    from megatron_ktr.policy import Policy
+    from megatron_ktr.scoring import ScoringPasses
+    from models.qwen2_5_vl import fp8
+    from models.qwen2_5_vl.config import Qwen2_5_VLConfig
+    from models.qwen2_5_vl.media import media_spec
+    from tests.support.te_names import te_layers
+
+    parallel = context.init(ParallelSizes())
+    groups = tuple(example_groups("mixed", "text"))
+    base = make_config(
+        hf_dir,
+        {"objective": "grpo", "kl_beta": 0.0, "recompute_vision": recompute_vision},
+        num_prompts=2,
+        sizes=parallel.sizes,
+    )
+    options = dict(transformer_impl="te", fp8_format="e4m3", fp8_vision=True)
+    config = dataclasses.replace(base, model=dataclasses.replace(base.model, **options))
+    platform = SimpleNamespace(**{**vars(HOPPER), "device": current().device})
+    with te_layers(), patch.object(fp8, "current", lambda: platform):
+        policy = Policy(hf_dir, config=config, groups=parallel, platform=current(), num_steps=1)
+    objective = build_objective(config.objective, reward=config.reward)
+    media = media_spec(Qwen2_5_VLConfig.from_hf(hf_dir), patchify=PreprocessSettings().patchify)
+    scoring = ScoringPasses(config=config, policy=policy, objective=objective, media=media)
+    item = MicroBatch(groups, scoring.pack(groups, "intact"))
+    layers = [module for module in policy.bare_chunks[0].modules() if hasattr(module, "cached_weight")]
+    assert len(layers) == 4 * 3, "one layer of the encoder, two of the language model"
+
+    def features() -> list[Tensor]:
+        return [part for parts in policy.vision_features([group.prompt for group in groups]) for part in parts]
+
+    def scores() -> list[Tensor]:
+        return [statistics.logprob_R for statistics in policy.score([item.batch])]
+
+    def gradients() -> list[Tensor]:
+        """Passes of a step in which something is scored first."""
+        policy.prepare_vision([item.batch])
+        policy.score([item.batch])
+        policy.backward([item, item], objective=objective, denominators=Denominators(num_responses=6))
+        return [parameter.main_grad.clone() for parameter in policy.bare_chunks[0].parameters()]
+
+    def changed() -> None:
+        with torch.no_grad():
+            for parameter in policy.bare_chunks[0].parameters():
+                parameter.mul_(1.01)
+        policy.vision.after_step()
+
+    found = {}
+    for run in (features, scores, gradients):
+        run()
+        changed()
+        ours = run()
+        for layer in layers:
+            layer.cached_weight = None
+        policy.vision.forget()
+        found[run.__name__] = all(torch.equal(*pair) for pair in zip(ours, run(), strict=True))
+    return found
+
+
+@pytest.mark.parametrize("recompute_vision", [False, True])
+def test_no_pass_sees_weights_of_the_step_before(ranks: RankPool, tmp_path: Path, recompute_vision: bool) -> None:
+    """Also those that run outside megatron-core's schedules, which tell layers when to quantise anew."""
+    save_tiny_hf(tmp_path, num_layers=2, vision_depth=1, vision_ffn_size=48, fullatt_block_indexes=(0,))
+    (found,) = ranks(weights_that_passes_see, 1, hf_dir=tmp_path, recompute_vision=recompute_vision)
+    assert found == {"features": True, "scores": True, "gradients": True}
+
+
 # Padding is exact
 
 

@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -433,6 +434,54 @@ def test_fused_weight_gradients_are_those_of_autograd(ranks: RankPool, cases: di
     for difference, num_calls in ranks(steps_with_fused_gradients, 2, **options):
         _assert_small(layout.name, difference)
         assert num_calls == 4 * 4 * 4 * 2
+
+
+def steps_with_te_fusion(
+    context: RankContext, *, layout: Layout, case: Case, groups: list[RolloutGroup]
+) -> tuple[StepDifference, set[bool], bool]:
+    from tests.support.te_names import te_layers
+
+    fused: set[bool] = set()
+    with te_layers():
+        found = differences_of(context, layouts=[layout], cases={layout.case: case}, groups=groups)
+        (chunk,) = _build(case.hf_dir, groups=context.init(layout.sizes), values=layout.values)
+    for name, module in chunk.named_modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            assert module.fuse_wgrad_accumulation == name.startswith("language."), name
+            fused.add(module.fuse_wgrad_accumulation)
+    output = getattr(chunk.language, "output_layer", None)
+    return found[layout.name], fused, output is not None and output.gradient_accumulation_fusion
+
+
+def test_te_fuses_weight_gradients_without_apex(ranks: RankPool, cases: dict[str, Case]) -> None:
+    """Layers with Transformer Engine's contract (``te_names.py``) over two stages, scored before they are trained, with
+    layers run again in backward: the gradients are autograd's, and core's output layer does not ask for APEX."""
+    fused = dict(gradient_accumulation_fusion=True, transformer_impl="te", recompute_vision=True, **FULL)
+    layout = Layout("pp2 te fused", sizes_of(1, 2), fused, "tied, clipped")
+    options = dict(layout=layout, case=cases[layout.case], groups=example_groups(*GROUPS))
+    for difference, flags, output_fuses in ranks(steps_with_te_fusion, 2, **options):
+        _assert_small(layout.name, difference)
+        assert True in flags and not output_fuses
+
+
+def test_fusion_is_the_default_where_it_runs(one_rank: ParallelGroups, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core.tensor_parallel import layers
+
+    from megatron_ktr.config import config_from_values
+    from models.qwen2_5_vl import transformer_config
+
+    def fuses(option: bool | None, *, impl: str, has_apex: bool, platform: str = "cuda") -> bool:
+        monkeypatch.setattr(transformer_config, "resolve_transformer_impl", lambda _: impl)
+        monkeypatch.setattr(layers, "_grad_accum_fusion_available", has_apex)
+        monkeypatch.setattr(transformer_config, "current", lambda: SimpleNamespace(name=platform))
+        config = config_from_values({"model": "m", "replay_path": "r", "gradient_accumulation_fusion": option})
+        return transformer_config._fuses_weight_gradients(config)
+
+    assert fuses(None, impl="te", has_apex=False) and fuses(None, impl="local", has_apex=True)
+    assert not fuses(None, impl="local", has_apex=False) and not fuses(
+        None, impl="local", has_apex=True, platform="cpu"
+    )
+    assert fuses(True, impl="te", has_apex=False) and not fuses(False, impl="te", has_apex=True)
 
 
 def test_fusion_without_a_kernel_is_refused(one_rank: ParallelGroups, tmp_path: Path) -> None:

@@ -249,7 +249,8 @@ def test_plan_tiles_the_query_rows_and_joins_responses_into_one_block(name: str)
 def test_variable_length_calls_of_the_docstrings() -> None:
     plan, device = AttentionPlan.of_layout(PackedLayout((GroupSpan(0, 2, (1, 2)),))), torch.device("cpu")
     whole, own, prefix = plan.whole_call(device), plan.own_call(device), plan.prefix_call(device)
-    assert whole.kv_rows.tolist() == [0, 1, 0, 1, 2, 0, 1, 3, 4]
+    assert whole.kv_rows is None and plan.whole_copies(device).rows.tolist() == [0, 1, 0, 1, 2, 0, 1, 3, 4]
+    assert plan.own_and_prefix_copies(device).rows.tolist() == [0, 1, 2, 3, 4, 0, 1]
     assert whole.cu_seqlens_q.tolist() == [0, 2, 3, 5]
     assert whole.cu_seqlens_kv.tolist() == [0, 2, 5, 9]
     assert own.kv_rows is None and own.cu_seqlens_kv.tolist() == [0, 2, 3, 5]

@@ -3,6 +3,9 @@ the kernel itself under the marker ``gpu`` (``test_prefix_attention.py``)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +14,7 @@ from megatron_ktr.context_shard import shard_layout
 from megatron_ktr.ops import prefix_attention_merged, prefix_attention_varlen
 from megatron_ktr.ops.prefix_attention import loop_attention
 from megatron_ktr.ops.prefix_attention_plan import AttentionPlan, VarlenCall
+from megatron_ktr.types import GroupSpan, PackedLayout
 from tests.test_prefix_attention import LAYOUTS, random_qkv
 
 
@@ -76,9 +80,23 @@ def kernel_backward(
 
 @pytest.fixture
 def kernel_by_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exact sums, each result rounded once to the dtype of its input, as a kernel's; the log-sum-exp is not."""
+
+    def wide(*tensors: Tensor) -> list[Tensor]:
+        return [x.double() for x in tensors]
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, **options: object) -> tuple:
+        out, lse, state = kernel_forward(*wide(q, k, v), **options)
+        return out.to(q.dtype), lse, state
+
+    def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: object, **options: object) -> tuple:
+        *saved, state = others
+        found = kernel_backward(*wide(grad, q, k, v, *saved), state, **options)
+        return tuple(x.to(q.dtype) for x in found)
+
     for module in (prefix_attention_merged, prefix_attention_varlen):
-        monkeypatch.setattr(module, "varlen_forward", kernel_forward)
-        monkeypatch.setattr(module, "varlen_backward", kernel_backward)
+        monkeypatch.setattr(module, "varlen_forward", forward)
+        monkeypatch.setattr(module, "varlen_backward", backward)
 
 
 def plans() -> dict[str, AttentionPlan]:
@@ -107,3 +125,60 @@ def test_calls_of_the_variable_length_kernel_add_up_to_the_reference(name: str, 
     gradients, wanted = (torch.autograd.grad((x * weight).sum(), inputs) for x in (out, expected))
     for ours, theirs in zip(gradients, wanted, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)
+
+
+class AddedInBf16(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
+        ctx.rows, ctx.shape = rows, x.shape
+        return x.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        total = grad.new_zeros(ctx.shape)
+        for row, part in zip(ctx.rows.tolist(), grad, strict=True):
+            total[row] += part
+        return total, None
+
+
+@pytest.mark.usefixtures("kernel_by_definition")
+def test_gradients_of_shared_keys_in_bf16_are_as_exact_as_those_of_the_merged_form() -> None:
+    """Of the prompt's rows, relative to fp64 in norm. Added one after the other in bf16, as ``index_select`` does it on
+    CUDA (on CPU torch sums in fp32), the copies of 16 responses lose more than twice as much."""
+    layout = PackedLayout((GroupSpan(0, 40, (12,) * 16),))
+    plan, scale = AttentionPlan.of_layout(layout), 0.3
+    exact = [
+        x.detach().bfloat16().double().requires_grad_()
+        for x in random_qkv(layout.num_tokens, heads=4, kv_heads=2, dtype=torch.float64)
+    ]
+    inputs = [x.detach().bfloat16().requires_grad_() for x in exact]
+    weight = torch.randn(exact[0].shape, generator=torch.Generator().manual_seed(5)).bfloat16()
+    wanted = torch.autograd.grad(loop_attention(*exact, plan=plan, scale=scale), exact, weight.double())
+
+    def error(attend: Callable[..., Tensor]) -> float:
+        out = attend(*inputs, plan=plan, scale=scale)
+        found = torch.autograd.grad(out, inputs, weight)
+        pairs = [(x[:40], y[:40]) for x, y in zip(found[1:], wanted[1:], strict=True)]
+        return max(float((x - y).norm() / y.norm()) for x, y in pairs)
+
+    def in_bf16(q: Tensor, k: Tensor, v: Tensor, *, plan: AttentionPlan, scale: float) -> Tensor:
+        rows, call = plan.whole_copies(q.device).rows, plan.whole_call(q.device)
+        key, value = (AddedInBf16.apply(x, rows) for x in (k, v))
+        return prefix_attention_varlen._Varlen.apply(q, key, value, call, scale)
+
+    def on_device(q: Tensor, k: Tensor, v: Tensor, *, plan: AttentionPlan, scale: float) -> Tensor:
+        return prefix_attention_merged._DeviceMerged.apply(q, k, v, plan, scale, None)
+
+    merged = error(prefix_attention_merged.merged_attention)
+    ours, ours_merged = error(prefix_attention_varlen.varlen_attention), error(on_device)
+    assert max(ours, ours_merged) <= merged < 0.01
+    assert error(in_bf16) > 2 * ours
+
+
+@pytest.mark.parametrize("name", plans())
+def test_copied_rows_have_the_gradient_of_a_sum(name: str) -> None:
+    plan = plans()[name]
+    copies = plan.whole_copies(torch.device("cpu"))
+    x = torch.randn(plan.num_keys, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.equal(copies.take(x), x.index_select(0, copies.rows))
+    assert torch.autograd.gradcheck(copies.take, (x,))

@@ -41,6 +41,7 @@ def check_node(*, run_dir: Path) -> list[Check]:
     """What can be seen from one process of a node."""
     from megatron_ktr.distributed.platform_probe import read_gpus
     from megatron_ktr.doctor import machine, software
+    from megatron_ktr.te_attention import flash_attn_version
 
     gpus = read_gpus()
     has_gpu = gpus.has_gpu
@@ -54,6 +55,7 @@ def check_node(*, run_dir: Path) -> list[Check]:
         machine.check_gpus(gpus),
         software.check_transformer_engine(engine, has_gpu=has_gpu),
         software.check_fp8(gpus, has_te=engine.version is not None),
+        software.check_te_attention(gpus, has_te=engine.version is not None, flash_attn=flash_attn_version()),
         software.check_apex(software.read_apex()),
         software.check_triton(software.read_library("triton"), has_gpu=has_gpu),
         *software.check_decoders(software.read_decoders()),

@@ -18,6 +18,7 @@ from megatron_ktr.doctor.check import Check, error_of_import
 from megatron_ktr.doctor.requirements import installed_version
 from megatron_ktr.nvidia_apex import hide_unusable_apex
 from megatron_ktr.precision import DEVICE_NEEDED, why_not_on_device
+from megatron_ktr.te_attention import why_not_fused
 
 TRITON_RANGE = ">=3.5"
 INSTALL_TE = "pip install --no-build-isolation"
@@ -88,6 +89,17 @@ def check_fp8(facts: GpuFacts, *, has_te: bool) -> Check:
     bad = [f"{recipe} ({reason})" for recipe, reason in reasons.items() if reason]
     detail = f"recipes: {', '.join(good) or 'none'}" + (f"; not {'; '.join(bad)}" if bad else "")
     return Check("fp8", True, detail, "" if has_te or not good else "they need Transformer Engine")
+
+
+def check_te_attention(facts: GpuFacts, *, has_te: bool, flash_attn: str | None) -> Check:
+    """Whether packed attention in 16 bits is Transformer Engine's; another implementation takes its place otherwise."""
+    name = "te attention"
+    if not (has_te and facts.seen):
+        return Check(name, True, "needs Transformer Engine and a GPU")
+    problem = why_not_fused(capability=facts.seen[0].capability, is_half=True, flash_attn=flash_attn)
+    if problem is None:
+        return Check(name, True, "fused for packed sequences")
+    return Check(name, True, f"not used: {problem}", "none needed: --attention-impl auto takes varlen instead")
 
 
 def check_apex(is_usable: bool | None) -> Check:

@@ -145,7 +145,7 @@ class _DeviceMerged(torch.autograd.Function):
             grad_out, q, _taken(k, own.kv_rows), _taken(v, own.kv_rows), out, lse, tuple(states[:2]),
             call=own, scale=ctx.scale, is_causal=True,
         )  # fmt: skip
-        grad_k, grad_v = (_placed(part, own.kv_rows, like=x) for part, x in zip(grad_own, (k, v), strict=True))
+        grads_k, grads_v = ([part] for part in grad_own)
         if prefix is not None:
             rows, keys = prefix.q_rows, prefix.kv_rows
             part_q, part_k, part_v = varlen_backward(
@@ -153,20 +153,15 @@ class _DeviceMerged(torch.autograd.Function):
                 call=prefix, scale=ctx.scale, is_causal=False,
             )  # fmt: skip
             grad_q.index_add_(0, rows, part_q)
-            grad_k.index_add_(0, keys, part_k)
-            grad_v.index_add_(0, keys, part_v)
+            grads_k.append(part_k)
+            grads_v.append(part_v)
+        copies = ctx.plan.own_and_prefix_copies(q.device)
+        grad_k, grad_v = copies.sum(grads_k), copies.sum(grads_v)
         return _gradients(ctx, grad_q, grad_k, grad_v, num_rows=len(mine[0]))
 
 
 def _taken(x: Tensor, rows: Tensor | None) -> Tensor:
     return x if rows is None else x[rows]
-
-
-def _placed(x: Tensor, rows: Tensor | None, *, like: Tensor) -> Tensor:
-    """``x`` at ``rows`` of zeros like ``like``; rows that nobody attends (padding) have no gradient."""
-    if rows is None:
-        return x
-    return torch.zeros_like(like).index_copy_(0, rows, x)
 
 
 def _merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,13 +21,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from megatron_ktr.ops.row_copies import RowCopies
 from megatron_ktr.types import PackedLayout
 
+Placed = TypeVar("Placed", "VarlenCall", RowCopies)
 SEQLEN_BUCKET = 128
 """Maximum lengths are rounded up to this: fused kernels cache a plan per maximum length."""
 
@@ -62,7 +64,7 @@ class AttentionPlan:
     segments: tuple[Segment, ...]
     num_keys: int
     num_padding: int = 0
-    _calls: dict[tuple[str, torch.device], VarlenCall | None] = field(default_factory=dict, compare=False, repr=False)
+    _calls: dict[tuple[str, torch.device], Any] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def of_layout(cls, layout: PackedLayout) -> AttentionPlan:
@@ -121,37 +123,53 @@ class AttentionPlan:
     # moved on first use: all layers of a forward share them. Example: prompt 2, responses 1 and 2.
 
     def whole_call(self, device: torch.device) -> VarlenCall:
-        """One bottom-right causal call, every segment with its own copy of its prefix: ``kv_rows == [0, 1, 0, 1, 2,
-        0, 1, 3, 4]``, ``cu_seqlens_q == [0, 2, 3, 5]``, ``cu_seqlens_kv == [0, 2, 5, 9]``."""
-        return cast(VarlenCall, self._call("whole", device, self._plan_whole))
+        """One bottom-right causal call, every segment with its own copy of its prefix (``whole_copies``):
+        ``cu_seqlens_q == [0, 2, 3, 5]``, ``cu_seqlens_kv == [0, 2, 5, 9]``."""
+        return self._placed("whole", device, self._plan_whole)
+
+    def whole_copies(self, device: torch.device) -> RowCopies:
+        """The key rows of ``whole_call``, ``[0, 1, 0, 1, 2, 0, 1, 3, 4]``, and how to sum the gradients of a row's
+        copies."""
+        return self._placed("whole copies", device, lambda: self._copies(*self._whole_rows()))
 
     def own_call(self, device: torch.device) -> VarlenCall:
         """Every segment on its own keys, causal: ``cu_seqlens_q == cu_seqlens_kv == [0, 2, 3, 5]``."""
-        return cast(VarlenCall, self._call("own", device, self._plan_own))
+        return self._placed("own", device, self._plan_own)
 
     def prefix_call(self, device: torch.device) -> VarlenCall | None:
         """The prefix blocks, dense, every prefix once: ``q_rows == [2, 3, 4]``, ``kv_rows == [0, 1]``. None: no
         segment has a prefix."""
-        return self._call("prefix", device, self._plan_prefix)
+        return self._placed("prefix", device, self._plan_prefix) if self.prefix_blocks else None
 
-    def _call(self, name: str, device: torch.device, make: Callable[[], VarlenCall | None]) -> VarlenCall | None:
+    def own_and_prefix_copies(self, device: torch.device) -> RowCopies:
+        """The key rows of ``own_call``, then those of ``prefix_call``."""
+        return self._placed("own and prefix copies", device, self._plan_own_and_prefix)
+
+    def _placed(self, name: str, device: torch.device, make: Callable[[], Placed]) -> Placed:
         if (name, device) not in self._calls:
-            call = make()
-            self._calls[name, device] = None if call is None else call.to(device)
+            self._calls[name, device] = make().to(device)
         return self._calls[name, device]
 
+    def _copies(self, *rows: Tensor) -> RowCopies:
+        return RowCopies.of(torch.cat(rows), num_rows=self.num_keys)
+
     def _plan_whole(self) -> VarlenCall:
-        rows = [torch.cat([_rows(segment.prefix), _rows(segment.own)]) for segment in self.segments]
-        return _varlen_call(None, torch.cat(rows), [s.length for s in self.segments], [len(keys) for keys in rows])
+        lengths = [segment.length for segment in self.segments]
+        return _varlen_call(None, None, lengths, [segment.prefix_length + segment.length for segment in self.segments])
+
+    def _whole_rows(self) -> list[Tensor]:
+        return [_rows(part) for segment in self.segments for part in (segment.prefix, segment.own)]
 
     def _plan_own(self) -> VarlenCall:
         own, lengths = [segment.own for segment in self.segments], [segment.length for segment in self.segments]
         is_identity = own == [segment.rows for segment in self.segments] and self.num_keys == self.num_attending
         return _varlen_call(None, None if is_identity else torch.cat([_rows(s) for s in own]), lengths, lengths)
 
-    def _plan_prefix(self) -> VarlenCall | None:
-        if not self.prefix_blocks:
-            return None
+    def _plan_own_and_prefix(self) -> RowCopies:
+        prefix = [_rows(keys) for _, keys in self.prefix_blocks]
+        return self._copies(*(_rows(segment.own) for segment in self.segments), *prefix)
+
+    def _plan_prefix(self) -> VarlenCall:
         queries, keys = ([_rows(block[i]) for block in self.prefix_blocks] for i in (0, 1))
         return _varlen_call(torch.cat(queries), torch.cat(keys), [len(q) for q in queries], [len(k) for k in keys])
 

@@ -1,8 +1,8 @@
 """Shared-prefix attention as one variable-length flash call on CUDA, for models without Transformer Engine.
 
 Queries stay in place; keys and values are gathered so that every segment finds its prefix and its own rows back to
-back, and the kernel's bottom-right causal alignment is exactly the lower part of ordinary causal attention. Autograd
-sums what the copies of the prompt's keys received.
+back, and the kernel's bottom-right causal alignment is exactly the lower part of ordinary causal attention. What the
+copies of the prompt's keys received is summed in fp32 (``row_copies.py``).
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from megatron_ktr.ops.prefix_attention_plan import AttentionPlan, VarlenCall
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, *, plan: AttentionPlan, scale: float) -> Tensor:
     """``prefix_attention`` (see there) for at least one attending row; returns those rows only, without padding."""
     call = plan.whole_call(q.device)
-    key, value = (x.index_select(0, call.kv_rows) for x in (k, v))
+    copies = plan.whole_copies(q.device)
+    key, value = copies.take(k), copies.take(v)
     return _Varlen.apply(q[: plan.num_attending], key, value, call, scale)
 
 

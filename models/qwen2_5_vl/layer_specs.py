@@ -14,8 +14,9 @@ final norm             ``RMSNorm``                             TENorm
 =====================  ======================================  ==========================================
 
 ``products.py`` has the linear layers on the left, and what lowers those on the right.
-(*) ``attention_impl`` chooses: "te" is Transformer Engine's, and the default there; torch, merged and varlen are
-``PrefixCoreAttention`` with that implementation, in either column.
+(*) ``attention_impl`` chooses: "te" is Transformer Engine's, and the default there where it has a fused kernel
+(``megatron_ktr/te_attention.py``); torch, merged and varlen are ``PrefixCoreAttention`` with that implementation, in
+either column.
 
 Both keep the same keys in a distributed checkpoint. Only this file may import Transformer Engine, and only once it
 is known to be there: it is importable, and a CPU run never asks for it. The vision encoder's layers, on the same
@@ -29,7 +30,7 @@ from functools import cache
 from types import SimpleNamespace
 from typing import Any, Literal
 
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -45,9 +46,11 @@ from megatron_ktr.distributed.platform import current
 from megatron_ktr.errors import UserError
 from megatron_ktr.ops.prefix_attention import attend_nothing
 from megatron_ktr.stack import mlp_submodule
+from megatron_ktr.te_attention import flash_attn_version, why_not_fused
 from models.qwen2_5_vl.attention import PrefixCoreAttention, PrefixSeqParams
 from models.qwen2_5_vl.norm import RMSNorm
 from models.qwen2_5_vl.products import ColumnLinear, RowLinear, lowerable, product_dtype
+from models.qwen2_5_vl.residual import add_residual
 
 TransformerImpl = Literal["auto", "te", "local"]
 AttentionImpl = Literal["auto", "torch", "merged", "varlen", "te"]
@@ -69,11 +72,14 @@ def resolve_transformer_impl(impl: TransformerImpl) -> Literal["local", "te"]:
     return "te" if impl != "local" and can_run_te else "local"
 
 
-def language_layer_spec(impl: TransformerImpl, attention_impl: AttentionImpl = "auto") -> ModuleSpec:
+def language_layer_spec(
+    impl: TransformerImpl, attention_impl: AttentionImpl = "auto", *, dtype: torch.dtype
+) -> ModuleSpec:
     """One layer of the language model: grouped-query attention over a shared prefix, gated MLP.
 
     Raises:
-        UserError: attention by Transformer Engine in layers without it, or varlen on CPU.
+        UserError: attention by Transformer Engine in layers without it, or where it has no fused kernel for ``dtype``;
+            varlen on CPU.
     """
     uses_te = resolve_transformer_impl(impl) == "te"
     if attention_impl == "varlen" and current().name == "cpu":
@@ -81,7 +87,13 @@ def language_layer_spec(impl: TransformerImpl, attention_impl: AttentionImpl = "
     if attention_impl == "te" and not uses_te:
         raise UserError("--attention-impl te needs --transformer-impl te; use auto, torch, merged or varlen")
     if uses_te and attention_impl in ("auto", "te"):
-        return _te_layer(te_modules().PrefixCoreAttention)
+        problem = why_not_fused(
+            capability=current().compute_capability, is_half=dtype.itemsize == 2, flash_attn=flash_attn_version()
+        )
+        if problem is None:
+            return _te_layer(te_modules().PrefixCoreAttention)
+        if attention_impl == "te":
+            raise UserError(f"--attention-impl te is Transformer Engine's attention: {problem}; use auto")
     attention = ModuleSpec(module=PrefixCoreAttention, params={"impl": attention_impl})
     return _te_layer(attention) if uses_te else _local_layer(attention)
 
@@ -96,7 +108,7 @@ def language_block_spec(
 ) -> TransformerBlockSubmodules:
     """The layers of this (virtual) pipeline stage and the final norm; core would choose its own norm otherwise."""
     num_layers = get_num_layers_to_build(config, vp_stage, pp_rank)
-    layer = language_layer_spec(impl, attention_impl)
+    layer = language_layer_spec(impl, attention_impl, dtype=config.params_dtype)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm_class(impl))
 
 
@@ -120,10 +132,10 @@ def _local_layer(core_attention: Any) -> ModuleSpec:
             self_attention=ModuleSpec(
                 module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
             ),
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=add_residual,
             pre_mlp_layernorm=RMSNorm,
             mlp=mlp_submodule(ColumnLinear, RowLinear),
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=add_residual,
             # TE keeps these norms inside the linear layer that follows; one checkpoint serves both.
             sharded_state_dict_keys_map={
                 "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
@@ -150,10 +162,10 @@ def _te_layer(core_attention: Any) -> ModuleSpec:
             self_attention=ModuleSpec(
                 module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
             ),
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=add_residual,
             pre_mlp_layernorm=IdentityOp,
             mlp=mlp_submodule(column_linear, row_linear),
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=add_residual,
         ),
     )
 
@@ -196,7 +208,7 @@ def te_modules() -> SimpleNamespace:
             if not plan.segments:
                 # A context rank may own none of a short sequence; its kernels need at least one.
                 return attend_nothing(query, key, value).flatten(1).to(own_dtype)
-            call = plan.whole_call(query.device)
+            call, copies = plan.whole_call(query.device), plan.whole_copies(query.device)
             segments = PackedSeqParams(
                 qkv_format="thd",
                 cu_seqlens_q=call.cu_seqlens_q,
@@ -207,8 +219,8 @@ def te_modules() -> SimpleNamespace:
             mask = SimpleNamespace(name="padding_causal_bottom_right")
             out = super().forward(
                 query[: plan.num_attending],
-                key.index_select(0, call.kv_rows),
-                value.index_select(0, call.kv_rows),
+                copies.take(key),
+                copies.take(value),
                 None,
                 attn_mask_type=mask,
                 packed_seq_params=segments,

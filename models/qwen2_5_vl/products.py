@@ -37,6 +37,10 @@ class LanguageConfig(TransformerConfig):
 
     product_dtype: torch.dtype | None = None
     """Of the operands of products; None: as they come."""
+    fuses_weight_gradients: bool = False
+    """Whether decoder layers add their weight gradients to ``main_grad`` themselves. Core's own field stays off: core's
+    output layer reads it too and refuses without APEX's kernel, also where Transformer Engine's layers need none; and
+    that layer's product never runs (``StatisticsHead``)."""
 
 
 def product_dtype(config: TransformerConfig) -> torch.dtype | None:
@@ -44,8 +48,18 @@ def product_dtype(config: TransformerConfig) -> torch.dtype | None:
     return config.product_dtype if isinstance(config, LanguageConfig) else None
 
 
+def fuses_weight_gradients(config: TransformerConfig) -> bool:
+    """False also for layers of other models: Transformer Engine overwrites ``main_grad`` in what it is told is a step's
+    first micro-batch, and the vision encoder is told so before every run (``VisionEncoder.forward``)."""
+    return isinstance(config, LanguageConfig) and config.fuses_weight_gradients
+
+
 class _Product:
     """Before one of megatron-core's own parallel linear layers in the order of bases."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.gradient_accumulation_fusion = fuses_weight_gradients(self.config)
 
     def _forward_impl(
         self, input: Tensor, weight: Tensor, *args: Any, bias: Tensor | None = None, **options: Any
@@ -73,6 +87,11 @@ def lowerable(layer_class: type) -> type:
 
 
 class _WholeLayer:
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        # Transformer Engine's name; its backward asks for the flag of the layer that ran forward.
+        self.fuse_wgrad_accumulation = fuses_weight_gradients(self.config)
+
     def forward(self, input_: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
         dtype = product_dtype(self.config)
         if dtype is None:

@@ -31,7 +31,7 @@ def language_transformer_config(
         UserError: sizes that the layout cannot split, a layout that the model does not support, or kernels that are
             not to be had here.
     """
-    _check_layout(model_config, sizes, config=config)
+    _check_layout(model_config, sizes, dtype=dtype, config=config)
     split = split_layers(
         model_config.text.num_hidden_layers,
         pipeline=sizes.pipeline,
@@ -107,24 +107,31 @@ def _num_chunks(sizes: ParallelSizes) -> int:
 
 
 def _kernels(config: Config | None) -> dict[str, Any]:
-    # core's fusions are compiled, which on CPU costs minutes and gains nothing.
-    can_fuse = current().name != "cpu"
     return dict(
-        bias_activation_fusion=can_fuse,
-        bias_dropout_fusion=can_fuse,
+        # It is compiled, which on CPU costs minutes and gains nothing.
+        bias_activation_fusion=current().name != "cpu",
+        # ``residual.py`` says why.
+        bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         # The fused kernel restarts at every segment; M-RoPE needs one frequency per row.
         apply_rope_fusion=False,
-        gradient_accumulation_fusion=_fuses_weight_gradients(config),
+        fuses_weight_gradients=_fuses_weight_gradients(config),
         **no_cuda_graphs(),
     )
 
 
 def _fuses_weight_gradients(config: Config | None) -> bool:
-    """Whether linear layers add their weight gradients to the fp32 buffer themselves."""
-    if config is None or not config.model.gradient_accumulation_fusion:
+    """Whether decoder layers add their weight gradients to the fp32 buffer themselves; by default where they can. The
+    vocabulary head, which needs no kernel for it, does unless the option is off.
+
+    Without a run's options there is no wrapper with that buffer either.
+    """
+    if config is None or config.model.gradient_accumulation_fusion is False:
         return False
-    if resolve_transformer_impl(config.model.transformer_impl) != "te" and not layers._grad_accum_fusion_available:
+    has_kernel = resolve_transformer_impl(config.model.transformer_impl) == "te" or layers._grad_accum_fusion_available
+    if config.model.gradient_accumulation_fusion is None:
+        return has_kernel and current().name != "cpu"
+    if not has_kernel:
         raise UserError(
             "--gradient-accumulation-fusion: the linear layers need Transformer Engine, or APEX's kernel "
             "fused_weight_gradient_mlp_cuda, and neither is here; without the flag the vocabulary head fuses alone"
@@ -158,7 +165,9 @@ def _mlp_chunks(config: Config | None) -> dict[str, Any]:
     return {"mlp_chunks_for_training": config.parallel.mlp_chunks}
 
 
-def _check_layout(model_config: Qwen2_5_VLConfig, sizes: ParallelSizes, *, config: Config | None) -> None:
+def _check_layout(
+    model_config: Qwen2_5_VLConfig, sizes: ParallelSizes, *, dtype: torch.dtype, config: Config | None
+) -> None:
     text = model_config.text
     if text.num_attention_heads % sizes.tensor or text.intermediate_size % sizes.tensor:
         raise UserError(
@@ -180,4 +189,4 @@ def _check_layout(model_config: Qwen2_5_VLConfig, sizes: ParallelSizes, *, confi
         is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
         if config.model.token_statistics_impl == "triton" and current().name == "cpu" and not is_interpreted:
             raise UserError("--token-statistics-impl triton runs on CUDA only; use auto, chunked or naive")
-        language_layer_spec(config.model.transformer_impl, config.model.attention_impl)
+        language_layer_spec(config.model.transformer_impl, config.model.attention_impl, dtype=dtype)

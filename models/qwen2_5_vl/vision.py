@@ -101,6 +101,10 @@ class VisionEncoder(MegatronModule):
         Raises:
             ValueError: patches and grids disagree.
         """
+        # Transformer Engine keeps a layer's weight in FP8 until it hears of a step's first micro-batch, which
+        # megatron-core's schedules tell. The encoder also runs before them, for engines, and in backward: left alone it
+        # would encode with the last step's weights. Every run takes the weights as they are.
+        self.set_is_first_microbatch()
         grids = [tuple(grid) for grid in grid_thw_M3.tolist()]
         weight = self.patch_embed.weight
         if not grids:
@@ -162,8 +166,7 @@ def vision_transformer_config(
     """megatron-core's configuration of the encoder: the language model's training options, the encoder's sizes.
 
     Neither pipeline, context nor sequence parallel: the encoder is whole on the first stage and its features are
-    replicated. FP8 only on request, and gradients are accumulated by autograd: fused accumulation needs Transformer
-    Engine.
+    replicated. FP8 only on request, and gradients are accumulated by autograd (``products.fuses_weight_gradients``).
     """
     recomputed_layers = None
     if base.recompute_num_layers is not None:
@@ -191,7 +194,7 @@ def vision_transformer_config(
         attention_dropout=0.0,
         hidden_dropout=0.0,
         bias_activation_fusion=base.bias_activation_fusion,
-        bias_dropout_fusion=base.bias_dropout_fusion,
+        bias_dropout_fusion=False,
         tensor_model_parallel_size=tensor_parallel_size,
         gradient_accumulation_fusion=False,
         params_dtype=base.params_dtype,

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -28,6 +27,7 @@ from megatron_ktr.ops.prefix_attention import segment_attention
 from megatron_ktr.stack import mlp_submodule
 from models.qwen2_5_vl.layer_specs import TransformerImpl, resolve_transformer_impl, te_modules
 from models.qwen2_5_vl.norm import RMSNorm
+from models.qwen2_5_vl.residual import add_residual
 from models.qwen2_5_vl.vision_layout import VisionLayout
 
 
@@ -117,10 +117,10 @@ def _layer(norm: Any, column_linear: Any, row_linear: Any, *, stored_as: dict[st
                     linear_qkv=column_linear, core_attention=VisionCoreAttention, linear_proj=row_linear
                 ),
             ),
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=add_residual,
             pre_mlp_layernorm=norm,
             mlp=mlp_submodule(column_linear, row_linear),
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=add_residual,
             sharded_state_dict_keys_map=stored_as,
         ),
     )
