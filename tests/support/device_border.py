@@ -62,7 +62,12 @@ class _Sides:
 
 
 def _tensors(*values: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor) and leaf.layout is torch.strided]
+    return [leaf for leaf in tree_leaves(values) if _has_storage(leaf) and leaf.layout is torch.strided]
+
+
+def _has_storage(value: Any) -> bool:
+    """A tensor, and not one of the descriptions of many that checkpoints are made of."""
+    return isinstance(value, Tensor) and not hasattr(type(value), "local_shards")
 
 
 def _is_device(device: Any) -> bool | None:
@@ -125,7 +130,11 @@ class _Calls(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func in (Tensor.device.__get__, Tensor.is_cpu.__get__, Tensor.type, Tensor.numpy) and len(args) == 1:
+        if (
+            func in (Tensor.device.__get__, Tensor.is_cpu.__get__, Tensor.type, Tensor.numpy)
+            and len(args) == 1
+            and _has_storage(args[0])
+        ):
             return self._about(func, args[0], kwargs)
         target = self._target(func, args, kwargs)
         on_device = any(self.sides.of(tensor) == _Sides.ON_DEVICE for tensor in _tensors(args, kwargs))
