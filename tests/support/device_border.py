@@ -49,7 +49,7 @@ class _Sides:
         self.num_crossings = 0
 
     def of(self, tensor: Tensor) -> int:
-        return self._known.get(tensor.untyped_storage()._cdata, (0, None))[0]
+        return self._known.get(tensor.untyped_storage()._cdata, (0, None))[0] if _has_storage(tensor) else 0
 
     def put(self, tensor: Tensor, side: int) -> None:
         storage = tensor.untyped_storage()
@@ -130,11 +130,7 @@ class _Calls(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = dict(kwargs or {})
-        if (
-            func in (Tensor.device.__get__, Tensor.is_cpu.__get__, Tensor.type, Tensor.numpy)
-            and len(args) == 1
-            and _has_storage(args[0])
-        ):
+        if func in (Tensor.device.__get__, Tensor.is_cpu.__get__, Tensor.type, Tensor.numpy) and len(args) == 1:
             return self._about(func, args[0], kwargs)
         target = self._target(func, args, kwargs)
         on_device = any(self.sides.of(tensor) == _Sides.ON_DEVICE for tensor in _tensors(args, kwargs))
