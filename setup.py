@@ -64,6 +64,7 @@ EXTRAS_REQUIRE = {
     # rouge-score and jiwer are what the rewards' numbers are compared with.
     "dev": [
         "pytest>=8",
+        "pytest-xdist>=3.5",
         "hypothesis>=6",
         "ruff==0.17.5",
         "rouge-score",
