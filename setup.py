@@ -52,8 +52,9 @@ EXTRAS_REQUIRE = {
     # vLLM 0.32 pins this torch exactly, so core and engine can share an environment.
     "cpu": ["torch==2.13.0"],
     "vllm": ["vllm==0.32.0"],
-    # For CUDA 13, as torch's wheels are: the newest that 0.16.1 accepts, and the middle of 0.19.2's 2.14 to 2.20. To be
-    # installed last, with --no-build-isolation. CUDA only: on a CPU machine its wheel breaks megatron-core.
+    # For CUDA 13, as torch's wheels are: the newest that 0.16.1 accepts, and the middle of 0.19.2's 2.14 to 2.20. Here
+    # for its versions: tools/install_gpu.sh installs it, as its torch extension must be compiled against the torch that
+    # is there. CUDA only: on a CPU machine its wheel breaks megatron-core.
     "te": [
         "transformer-engine[core-cu13,pytorch]==2.11.0; python_version < '3.12'",
         "transformer-engine[core-cu13,pytorch]==2.17.1; python_version >= '3.12'",
@@ -63,6 +64,7 @@ EXTRAS_REQUIRE = {
     # rouge-score and jiwer are what the rewards' numbers are compared with.
     "dev": [
         "pytest>=8",
+        "pytest-xdist>=3.5",
         "hypothesis>=6",
         "ruff==0.17.5",
         "rouge-score",

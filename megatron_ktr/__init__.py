@@ -6,9 +6,12 @@ from types import TracebackType
 
 from megatron_ktr.nvidia_apex import hide_unusable_apex
 from megatron_ktr.stack import silence_advice
+from megatron_ktr.wheel_cudnn import use_wheels_cudnn
 
 # Before anything below this package, or transformers, imports megatron-core.
 hide_unusable_apex()
+# Before megatron-core imports Transformer Engine.
+use_wheels_cudnn()
 # On import and on every rank megatron-core advises on optional packages and torch on renamed collectives it calls; a
 # run's console is for the run.
 warnings.filterwarnings("ignore", module=r"megatron\.")

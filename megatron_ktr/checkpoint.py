@@ -44,7 +44,12 @@ from megatron_ktr.checksums import Digest, sync, write_hashed, write_manifest
 from megatron_ktr.config import save_resolved
 from megatron_ktr.data.dataset import reshard_states
 from megatron_ktr.distributed.checkpoint_writer import BackgroundSave, Written
-from megatron_ktr.distributed.optimizer_checkpoint import load_optimizer_state, optimizer_sharded_state
+from megatron_ktr.distributed.optimizer_checkpoint import (
+    load_optimizer_state,
+    optimizer_sharded_state,
+    optimizer_shards,
+)
+from megatron_ktr.distributed.optimizer_shards import stored_keys
 from megatron_ktr.distributed.random_states import RANDOM_STATES, random_states_to_json, read_random_states
 from megatron_ktr.errors import UserError
 from megatron_ktr.hf_files import copy_side_files
@@ -54,7 +59,7 @@ from megatron_ktr.rollout.source import ReplicaSource, on_every_rank
 from megatron_ktr.run_directory import CHECKPOINTS, SIDE_FILES, list_checkpoints, step_name
 from megatron_ktr.safe_pickle import UNREADABLE
 from megatron_ktr.stack import load_strategy
-from megatron_ktr.torch_dist_checks import COMMON_FILE, check_chunks
+from megatron_ktr.torch_dist_checks import COMMON_FILE, check_chunks, require_tensors
 from megatron_ktr.torch_dist_files import TorchDistReader, torch_saved
 from models.qwen2_5_vl.dist_checkpoint import locate_tensors
 from models.qwen2_5_vl.dist_weights import model_sharded_state_dict, require_plain_tensors
@@ -260,10 +265,10 @@ class Checkpoints:
 
 
 def sharded_state(policy: Policy, *, is_loading: bool = False) -> dict[str, Any]:
-    """Weights and optimizer state as megatron-core's sharded state, the same tensors whatever the layout.
+    """Weights and optimizer state as megatron-core's sharded state, the same tensors whatever the layout; each rank's
+    own part, nothing copied.
 
-    Collective over data-parallel ranks: their parts of the optimizer state are put together. Of a model with adapters
-    only these are in it: the rest is what the run started from.
+    Of a model with adapters only these are in it: the rest is what the run started from.
     """
     policy.wait_for_parameters()
     state = model_sharded_state_dict(policy.chunks)
@@ -285,7 +290,13 @@ def load_sharded_state(policy: Policy, checkpoint: Path) -> None:
     """Fills weights and optimizer from a checkpoint of any layout; data-parallel ranks read a part each."""
     state = sharded_state(policy, is_loading=True)
     parts = [name for name in state if name.startswith("model")]
-    on_every_rank(lambda: require_plain_tensors(state, checkpoint), groups=policy.groups)
+    shards = optimizer_shards(policy.optimizer, {name: state[name] for name in parts}) if "optimizer" in state else []
+
+    def require_plain() -> None:
+        require_plain_tensors(state, checkpoint)
+        require_tensors(checkpoint, {key for part in shards for key in stored_keys(part)})
+
+    on_every_rank(require_plain, groups=policy.groups)
     try:
         strategy = FullyParallelLoadStrategyWrapper(load_strategy(str(checkpoint)), policy.groups.data_context)
         loaded = dist_checkpointing.load(state, str(checkpoint), sharded_strategy=strategy)
@@ -298,8 +309,14 @@ def load_sharded_state(policy: Policy, checkpoint: Path) -> None:
         if lost:
             raise RuntimeError(f"parameters that the sharded state does not cover: {', '.join(lost)}")
     policy.vision.forget()
-    if "optimizer" in state:
-        load_optimizer_state(policy.optimizer, loaded["optimizer"])
+    optimizer = policy.optimizer
+
+    def load_optimizer() -> None:
+        # A rank may have nothing to train.
+        if "optimizer" in state:
+            load_optimizer_state(optimizer, loaded["optimizer"], shards=shards, checkpoint=checkpoint)
+
+    on_every_rank(load_optimizer, groups=policy.groups)
 
 
 def _read_training_state(checkpoint: Path) -> dict[str, Any]:

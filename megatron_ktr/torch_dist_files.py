@@ -15,7 +15,8 @@ import contextlib
 import io
 import json
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,16 @@ class _GuardedFile:
         self._file.flush()
 
 
+@dataclass(frozen=True)
+class Region:
+    """A part of a stored tensor, and what it is read into."""
+
+    key: str
+    offset: Shape
+    target: Tensor
+    """As many axes as the stored tensor; any dtype and device."""
+
+
 class TorchDistReader:
     """Random access to the tensors of a distributed checkpoint, whatever layout wrote it.
 
@@ -198,7 +209,31 @@ class TorchDistReader:
             self._reader.read_data(LoadPlan(items), target)
             return target.tensor
 
+    def fill(self, regions: Sequence[Region]) -> None:
+        """Reads into all regions; each stored chunk is read once, and one chunk at a time is in memory beside them."""
+        by_key: dict[str, list[Region]] = {}
+        for region in regions:
+            by_key.setdefault(region.key, []).append(region)
+        parts: dict[MetadataIndex, list[tuple[ReadItem, Tensor]]] = {}
+        for key, wanted in by_key.items():
+            boxes = [ChunkStorageMetadata(torch.Size(one.offset), one.target.shape) for one in wanted]
+            items = create_read_items_for_chunk_list(key, self.tensors[key], boxes)
+            if sum(item.lengths.numel() for item in items) != sum(one.target.numel() for one in wanted):
+                raise UserError(f"{self.directory}: tensor {key}: stored chunks do not cover what is read of it")
+            for item in items:
+                parts.setdefault(item.storage_index, []).append((item, wanted[item.dest_index.index].target))
+        with _reporting_damage(self.directory):
+            places = self._metadata.storage_data
+            for index in sorted(parts, key=lambda index: (places[index].relative_path, places[index].offset)):
+                chunk = self._read_chunk(places[index])
+                for item, target in parts[index]:
+                    _narrowed(target, item.dest_offsets, item.lengths).copy_(
+                        _narrowed(chunk, item.storage_offsets, item.lengths)
+                    )
+
     def _read_chunk(self, place: _StorageInfo) -> Tensor:
+        if place.transform_descriptors:
+            raise UserError(f"{self.directory / place.relative_path}: compressed chunks are not read here")
         with open(self.directory / place.relative_path, "rb") as file:
             chunk = _create_file_view(file, place.offset, place.length)
             return torch.load(chunk, map_location="cpu", weights_only=True)
@@ -211,13 +246,16 @@ class _RegionTarget:
         self.tensor = torch.empty(shape, dtype=dtype)
 
     def resolve_tensor(self, item: ReadItem) -> Tensor:
-        part = self.tensor
-        for axis, (start, length) in enumerate(zip(item.dest_offsets, item.lengths, strict=True)):
-            part = part.narrow(axis, start, length)
-        return part
+        return _narrowed(self.tensor, item.dest_offsets, item.lengths)
 
     def commit_tensor(self, item: ReadItem, tensor: Tensor) -> None:
         """Copied in place already."""
+
+
+def _narrowed(tensor: Tensor, starts: Sequence[int], lengths: Sequence[int]) -> Tensor:
+    for axis, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        tensor = tensor.narrow(axis, start, length)
+    return tensor
 
 
 def _require_checkpoint(directory: Path) -> None:

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from megatron_ktr.distributed.platform_probe import Gpu, GpuFacts
-from megatron_ktr.doctor import machine, ranks, requirements, sniff, software
+from megatron_ktr.doctor import attention, machine, ranks, requirements, sniff, software
+from megatron_ktr.doctor.attention import NOT_HERE, AttentionFacts
 from megatron_ktr.doctor.check import Check, as_text, error_of_import, merge_nodes
 from megatron_ktr.doctor.machine import DiskFacts, LimitFacts
 from megatron_ktr.doctor.ranks import WorldFacts
@@ -115,7 +116,7 @@ def test_transformer_engine_belongs_on_gpus_only_and_in_its_range():
     is_fine(check(Library("2.11.0"), has_gpu=True, core="0.16.1"))
     for version in ("2.14.0", "2.17.1", "2.20.2"):
         is_fine(check(Library(version), has_gpu=True, core="0.19.2"))
-    assert "[te]" in check(Library(), has_gpu=True).remedy and check(Library(), has_gpu=True).ok
+    assert "install_gpu.sh --te" in check(Library(), has_gpu=True).remedy and check(Library(), has_gpu=True).ok
     fails(check(Library("2.11.0"), has_gpu=False), "on a CPU machine", "pip uninstall transformer-engine")
     for core, pinned, versions in (
         ("0.16.1", "2.11.0", ("2.8.0", "2.12.0")),
@@ -124,7 +125,34 @@ def test_transformer_engine_belongs_on_gpus_only_and_in_its_range():
         for version in versions:
             fails(check(Library(version), has_gpu=True, core=core), f"{version}; megatron-core {core}", pinned)
     broken = Library("2.11.0", "undefined symbol: x")
-    fails(check(broken, has_gpu=True, core="0.16.1"), "undefined symbol", "--no-build-isolation")
+    found = check(broken, has_gpu=True, core="0.16.1")
+    fails(found, "undefined symbol", "'transformer-engine-torch==2.11.0'")
+    assert "--no-deps --no-cache-dir" in found.remedy, "it must not replace vLLM's torch, nor take another's build"
+
+
+def test_attention_is_tried_and_its_failures_are_named():
+    import torch
+
+    assert attention.try_implementation("torch", device=torch.device("cpu")) == ""
+    assert attention.try_implementation("te", device=torch.device("cpu")).startswith(NOT_HERE)
+    assert "ValueError" in attention.try_implementation("none", device=torch.device("cpu"))
+    here = {"torch": "", "merged": "", "varlen": f"{NOT_HERE}it runs on GPUs"}
+    is_fine(attention.check_attention(AttentionFacts(here)))
+    broken = AttentionFacts({**here, "te": "RuntimeError: CUDNN_STATUS_SUBLIBRARY_VERSION_MISMATCH"})
+    fails(attention.check_attention(broken), "te: RuntimeError: CUDNN_STATUS", "see the check cudnn")
+    fails(attention.check_attention(AttentionFacts({}, error="it ended with code -11")), "code -11", "doctor.attention")
+
+
+def test_two_cudnns_in_one_process_are_told(tmp_path):
+    maps = tmp_path / "maps"
+    lines = [f"7f00-7f10 r-xp 00000000 fe:00 12   {path}" for path in ("/v/lib/libcudnn.so.9", "/usr/lib/libc.so.6")]
+    maps.write_text("\n".join([*lines, lines[0], "7fff-8000 rw-p 00000000 00:00 0   [stack]"]))
+    assert attention.loaded_cudnn(str(maps)) == ["/v/lib/libcudnn.so.9"]
+    is_fine(attention.check_cudnn([]))
+    one = attention.check_cudnn(["/v/libcudnn.so.9", "/v/libcudnn_ops.so.9"], lacking=["libcudnn_x.so"])
+    assert one.ok and one.detail == "/v: libcudnn.so.9, libcudnn_ops.so.9" and "lacks libcudnn_x.so" in one.remedy
+    two = attention.check_cudnn(["/v/libcudnn.so.9", "/usr/lib/libcudnn_ops.so.9"])
+    fails(two, "/usr/lib: ", "install_gpu.sh --te")
 
 
 def test_other_libraries_fail_when_missing_old_or_broken():

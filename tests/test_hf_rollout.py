@@ -6,11 +6,13 @@ import dataclasses
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
+from megatron_ktr.config import config_from_values
 from megatron_ktr.data.synthetic import corpus
 from megatron_ktr.data.template import load_tokenizer
 from megatron_ktr.data.tiny_model import save_tiny_model
@@ -20,6 +22,7 @@ from megatron_ktr.evaluation.accuracy import apply_control, evaluate
 from megatron_ktr.packing import MediaSpec
 from megatron_ktr.rollout.hf import HFEngine
 from megatron_ktr.rollout.sampling import GumbelSampler, SamplingSettings, StopStrings, cut, sample_seed
+from megatron_ktr.rollout.source import build_sampler
 from megatron_ktr.types import Prompt, Rollout, RolloutGroup, VisualInput
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.media import media_spec
@@ -145,6 +148,27 @@ def test_sampler_logprobs_equal_a_full_forward_of_each_response(engine: HFEngine
             got = torch.tensor(rollout.sampler_logprobs)
             # 2e-5: fp32, cached and left-padded attention sums in another order than one full pass.
             torch.testing.assert_close(got, expected, atol=2e-5, rtol=0)
+
+
+def test_in_bf16_weights_take_two_bytes_and_logprobs_stay_near_those_of_fp32(engine: HFEngine) -> None:
+    """The engine of a run with a bf16 policy; what it samples is scored in fp32."""
+    values = dict(model=engine.model.config._name_or_path, engine="hf", data_path="none.jsonl", params_dtype="bf16")
+    config = config_from_values(values | dict(num_generations=3, max_response_length=40))
+    groups = SimpleNamespace(is_source=True)
+    sampler = build_sampler(config, groups=groups, tokenizer=engine.tokenizer, media=engine.media)
+    half = sampler.engine
+    sent = {name: tensor.bfloat16() for name, tensor in engine._parameters.items()}
+    half.load_weights(iter(sent.items()))
+    assert all(torch.equal(half._parameters[name], tensor) for name, tensor in sent.items())
+    assert {tensor.dtype for tensor in half.model.parameters()} == {torch.bfloat16}
+    assert {buffer.dtype for name, buffer in half.model.named_buffers() if "inv_freq" in name} == {torch.float32}
+    gaps = []
+    for group in half.generate(prompts_of(engine.media, engine.tokenizer), step=1):
+        for rollout in group.rollouts:
+            expected = full_forward(engine.model, group.prompt, rollout.token_ids, media=engine.media)
+            gaps.append((torch.tensor(rollout.sampler_logprobs) - expected).abs())
+    # bf16 keeps 8 bits, and two layers are shallow: some thousandths of a nat. No gap at all would be fp32 arithmetic.
+    assert 1e-5 < float(torch.cat(gaps).mean()) < 0.05
 
 
 def test_published_generation_settings_do_not_reach_the_sampler(engine: HFEngine, tmp_path) -> None:

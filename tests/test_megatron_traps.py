@@ -201,7 +201,11 @@ def _continue_from_checkpoint(context: RankContext, *, folder: str, **options: A
     from megatron.core import dist_checkpointing
 
     from megatron_ktr.distributed.checks import check_checkpoint_packages
-    from megatron_ktr.distributed.optimizer_checkpoint import load_optimizer_state, optimizer_sharded_state
+    from megatron_ktr.distributed.optimizer_checkpoint import (
+        load_optimizer_state,
+        optimizer_sharded_state,
+        optimizer_shards,
+    )
     from tests.support.gpt import Trainee, make_trainee, train
 
     def sharded(trainee: Trainee, *, is_loading: bool) -> dict[str, Any]:
@@ -220,9 +224,11 @@ def _continue_from_checkpoint(context: RankContext, *, folder: str, **options: A
     uninterrupted = train(trainee, num_steps=3)
 
     resumed = make_trainee(groups, **options)
-    loaded = dist_checkpointing.load(sharded(resumed, is_loading=True), folder)
+    state = sharded(resumed, is_loading=True)
+    shards = optimizer_shards(resumed.optimizer, state["model"])
+    loaded = dist_checkpointing.load(state, folder)
     resumed.chunks[0].module.load_state_dict(loaded["model"])
-    load_optimizer_state(resumed.optimizer, loaded["optimizer"])
+    load_optimizer_state(resumed.optimizer, loaded["optimizer"], shards=shards, checkpoint=Path(folder))
     inner = getattr(resumed.optimizer, "chained_optimizers", [resumed.optimizer])[0].optimizer
     step_tensors = {state["step"].data_ptr() for state in inner.state.values()}
     assert {float(state["step"]) for state in inner.state.values()} == {2.0}

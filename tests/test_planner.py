@@ -171,6 +171,63 @@ def test_room_for_an_engine_is_counted_by_hand():
     assert less.peak_with_offload == 2 * numbers + 5 * GB + 0.25 * 80 * GB, "no reference; features stay over steps"
 
 
+def test_quantised_weights_that_transformer_engine_keeps_are_counted_by_hand():
+    layout = Layout(tensor=2, data=4, sequence_parallel=True)
+    # Queries, keys and values; projection; gate, up and down. 28 layers on two tensor ranks.
+    weights = 28 * 3584 * ((3584 + 2 * 512) + 3584 + 3 * 18944) // 2
+    encoder = 32 * 1280 * (4 * 1280 + 3 * 3420) // 2
+
+    def caches(**settings: Any) -> float:
+        changed = dataclasses.replace(EACH_ONCE, **settings)
+        found = judge(request(settings=changed), layout)
+        plain = judge(request(settings=dataclasses.replace(EACH_ONCE, has_reference=changed.has_reference)), layout)
+        assert found.memory.total - plain.memory.total == found.memory.fp8_caches + found.memory.saving
+        assert found.rollout.peak - plain.rollout.peak == found.memory.fp8_caches
+        return found.memory.fp8_caches
+
+    assert caches() == 0
+    assert caches(trains_in_fp8=True) == 3 * weights, "the policy's and their transpose; the reference model's"
+    assert caches(trains_in_fp8=True, has_reference=False) == 2 * weights
+    assert caches(trains_in_fp8=True, has_fp8_vision=True) == 3 * (weights + encoder)
+    assert caches(trains_in_fp8=True, keeps_fp8_weights=True) == 0, "the parameters are these weights"
+    assert caches(scores_in_fp8=True) == weights, "no gradient, no transpose; the reference stays in 16 bits"
+    kept = dataclasses.replace(EACH_ONCE, trains_in_fp8=True, keeps_fp8_weights=True, has_reference=False)
+    full = judge(request(settings=kept), dataclasses.replace(layout, recompute="full", recompute_vision=True)).memory
+    assert full.of_step + full.saving == 2 * weights, "saving makes them plain, which is more than a step's activations"
+
+
+def test_a_plan_of_71_gb_does_not_pass_for_one_of_80_in_fp8():
+    layout = Layout(tensor=2, context=2, data=2, sequence_parallel=True)
+
+    def has(settings: StepSettings) -> bool:
+        return any(found.layout == layout for found in find_plans(request(settings=settings)))
+
+    in_fp8 = dataclasses.replace(EACH_ONCE, trains_in_fp8=True)
+    assert 71 < judge(request(), layout).memory_gb < 72 and has(EACH_ONCE)
+    assert 80 < judge(request(settings=in_fp8), layout).memory_gb < 82 and not has(in_fp8)
+
+
+def test_a_save_copies_each_ranks_part_to_the_host():
+    layout = Layout(tensor=2, data=4, sequence_parallel=True)
+    parameters = count_parameters(CONFIG, layout, rank=0)
+    frozen = dataclasses.replace(EACH_ONCE, frozen=frozenset({"vision", "merger"}))
+    assert judge(request(), layout).save.host == (12 + 2) * parameters.total / 4
+    encoder = parameters.vision + parameters.merger
+    assert judge(request(settings=frozen), layout).save.host == (14 * parameters.total - 12 * encoder) / 4
+
+
+def test_transformers_engine_is_a_whole_model_and_the_batch_that_it_generates():
+    layout = Layout(tensor=2, pipeline=2, data=2, sequence_parallel=True)
+    plan = judge(request(engine="hf"), layout)
+    weights = 2 * count_parameters(CONFIG, Layout(), rank=0).total
+    assert plan.memory.engine == plan.rollout.engine - 128 * 2248 * (28 * 2 * 512 + 3 * 18944) * 2 == weights
+    # 16 prompts a replica, 8 responses each; with long responses decoding is what takes most.
+    plan = judge(request(engine="hf", response_length=20_000), layout)
+    assert plan.rollout.engine == weights + 128 * (2248 + 20_000) * 28 * 2 * 512 * 2
+    plan = judge(request(engine="hf", prompts_per_step=256, response_length=20_000), layout)
+    assert plan.rollout.engine == weights + 256 * (2248 + 20_000) * 28 * 2 * 512 * 2, "256 responses at a time"
+
+
 # The command
 
 
@@ -240,6 +297,8 @@ def test_table_shows_parts_and_flags(tmp_path):
         ("--model 7b --gpus 8 --gpu-memory 80 --frames 31", "--frames: expected an even number"),
         ("--model 7b --gpus 0 --gpu-memory 80 --frames 32", "--gpus: expected a whole number from 1"),
         ("--model 7b --gpus 8 --gpu-memory 80 --frames 32 --freeze eyes", "--freeze takes"),
+        ("--model 7b --gpus 8 --gpu-memory 80 --frames 32 --fp8 scoring --grpo", "--fp8 scoring does not go with"),
+        ("--model 7b --gpus 8 --gpu-memory 80 --frames 32 --fp8-vision", "--fp8-vision needs --fp8 step"),
         ("--model 7b --gpus 11 --gpu-memory 80 --frames 32", "nearest --gpus that work: 8 and 14"),
         ("--model 7b --gpus 1 --gpu-memory 80 --frames 32", "--gpus 4"),
         ("--model 3b --gpus 1 --gpu-memory 80 --frames 768 --freeze vision,merger", "--frames"),

@@ -1,10 +1,11 @@
 """Weights from GPU to GPU, with stand-ins for the communicator and the servers: what is announced is what is sent.
 
-Not run on GPUs: that vLLM's workers receive what is broadcast is vLLM's half.
+vLLM's own receiver takes it apart, on the host. Not run on GPUs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 from collections.abc import Iterator
@@ -36,7 +37,7 @@ class Recorder:
         self.sent: list[Tensor] = []
 
     def broadcast(self, tensor: Tensor, src: int) -> None:
-        assert src == 0 and tensor.is_contiguous()
+        assert src == 0 and tensor.is_contiguous() and tensor.dtype == torch.uint8
         self.sent.append(tensor.clone())
 
 
@@ -46,7 +47,12 @@ def weights(value: float) -> dict[str, Tensor]:
         "first.weight": torch.randn(4, 6).T,  # not contiguous
         "second.bias": torch.randn(5).to(torch.bfloat16),
         "third.weight": torch.full((2, 2), value),
+        "third.scale": torch.tensor(value),
     }
+
+
+def bytes_of(tensor: Tensor) -> bytes:
+    return bytes(tensor.contiguous().view(-1).view(torch.uint8).numpy())
 
 
 def told(server: FakeServer, route: str) -> list[dict[str, Any]]:
@@ -56,7 +62,8 @@ def told(server: FakeServer, route: str) -> list[dict[str, Any]]:
 @pytest.fixture
 def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[ServerEngine, list[FakeServer], list]]:
     """An engine with two servers of two workers each; its communicators, as they are made."""
-    monkeypatch.setattr(server_broadcast, "CHUNK_BYTES", 100)  # two announcements for three tensors
+    # Three announcements for four tensors: one by size and two by type.
+    monkeypatch.setattr(server_broadcast, "CHUNK_BYTES", 100)
     servers = [FakeServer(), FakeServer()]
     recorders: list[Recorder] = []
 
@@ -92,17 +99,19 @@ def test_servers_are_told_exactly_what_is_broadcast(made) -> None:
         recorder.joined["master_port"] for recorder in recorders
     )
     assert all(recorder.joined["world_size"] == 3 for recorder in recorders), "two workers and the sender"
-    expected = {**{f"{name} 1": t for name, t in weights(1.0).items()}, **{name: t for name, t in weights(2.0).items()}}
+    assert all(
+        call["init_info"]["packed"] and call["init_info"]["packed_buffer_size_bytes"] == 100 for (call,) in joined
+    )
+    expected = [*weights(1.0).values(), *weights(2.0).values()]
     for server, recorder in zip(servers, recorders, strict=True):
         announced = [call["update_info"] for call in told(server, "update_weights")]
-        assert len(announced) == 4
+        assert len(announced) == len(recorder.sent) == 6, "a collective for each announcement"
         names = [name for info in announced for name in info["names"]]
         assert names == 2 * list(weights(1.0))
         shapes = [tuple(shape) for info in announced for shape in info["shapes"]]
         dtypes = [getattr(torch, name) for info in announced for name in info["dtype_names"]]
-        assert [(tuple(t.shape), t.dtype) for t in recorder.sent] == list(zip(shapes, dtypes, strict=True))
-        for sent, wanted in zip(recorder.sent, expected.values(), strict=True):
-            assert torch.equal(sent, wanted)
+        assert [(tuple(t.shape), t.dtype) for t in expected] == list(zip(shapes, dtypes, strict=True))
+        assert b"".join(map(bytes_of, recorder.sent)) == b"".join(map(bytes_of, expected))
     label = f"{engine.replicas.run}-2"
     resets = ["reset_mm_cache", "reset_encoder_cache", "reset_prefix_cache"]
     for server in servers:
@@ -147,6 +156,51 @@ def test_no_server_that_takes_weights_is_an_error(made) -> None:
         server.reload_status = 500
     with pytest.raises(UserError, match="no vLLM server took the new weights: .*/update_weights answered 500"):
         engine.load_weights(iter(weights(1.0).items()))
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("chunk_bytes", [1, 20, 100, 1 << 20])
+def test_vllms_own_receiver_reads_the_same_bits(monkeypatch: pytest.MonkeyPatch, chunk_bytes: int) -> None:
+    """Its ``packed_nccl_broadcast_consumer``, told what the engine tells it, with streams that do nothing."""
+    from vllm.distributed.weight_transfer import packed_tensor
+    from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo
+
+    class Stream:
+        def synchronize(self) -> None: ...
+
+    monkeypatch.setattr(server_broadcast, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(packed_tensor, "_get_streams", lambda index, count: (Stream(),) * count)
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    buffer_bytes = NCCLWeightTransferInitInfo(
+        master_address="a",
+        master_port=1,
+        rank_offset=1,
+        world_size=2,
+        packed=True,
+        packed_buffer_size_bytes=chunk_bytes,
+    ).packed_buffer_size_bytes
+    given = {**weights(3.0), "many": torch.randn(7).to(torch.bfloat16), "odd": torch.randn(3).to(torch.bfloat16)}
+    received: dict[str, Tensor] = {}
+    for chunk in server_broadcast._chunks(iter(given.items())):
+        sent = [server_broadcast._packed([tensor for _, tensor in chunk])]
+
+        class Group:
+            def broadcast(self, tensor: Tensor, src: int, sent: list[Tensor] = sent) -> None:
+                tensor.copy_(sent.pop())
+
+        packed_tensor.packed_nccl_broadcast_consumer(
+            iterator=iter([(name, (list(tensor.shape), tensor.dtype)) for name, tensor in chunk]),
+            group=Group(),
+            src=0,
+            post_unpack_func=received.update,
+            buffer_size_bytes=buffer_bytes,
+            device="cpu",
+        )
+        assert not sent, "one collective on either side"
+    assert list(received) == list(given)
+    for name, tensor in given.items():
+        assert received[name].dtype == tensor.dtype and torch.equal(received[name], tensor), name
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="the core environment only")

@@ -27,8 +27,9 @@ from megatron_ktr.command_line import Parser  # noqa: E402
 from megatron_ktr.errors import UserError, run_cli  # noqa: E402
 
 TOKEN = re.compile(r"\s+('[^'\n]+'|--?[a-z][a-z-]*|\.(?=[\s`)]|$)|[A-Za-z][\w.\[\],=<>-]*\w)")
-NOT_RESOLVED = ("--force-reinstall", "--upgrade", "--quiet")
-"""Options that say what to do with what is installed: here nothing counts as installed."""
+NOT_RESOLVED = ("--force-reinstall", "--upgrade", "--quiet", "--no-deps", "--no-cache-dir")
+"""Options that say what to do with what is installed, or with dependencies: here nothing counts as installed, and all
+is resolved."""
 SHOWN = ("torch", "megatron-core", "vllm", "transformers", "transformer-engine", "av")
 
 

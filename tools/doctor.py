@@ -40,13 +40,17 @@ from megatron_ktr.errors import UserError, run_cli  # noqa: E402
 def check_node(*, run_dir: Path) -> list[Check]:
     """What can be seen from one process of a node."""
     from megatron_ktr.distributed.platform_probe import read_gpus
-    from megatron_ktr.doctor import machine, software
+    from megatron_ktr.doctor import attention, machine, software
     from megatron_ktr.te_attention import flash_attn_version
 
     gpus = read_gpus()
     has_gpu = gpus.has_gpu
     requirements = declared_requirements(ROOT / "setup.py")
-    engine = software.read_library("transformer_engine", "transformer-engine", imports="transformer_engine.pytorch")
+    # torch first: it brings the libraries that Transformer Engine's own import does not look for.
+    engine = software.read_library(
+        "transformer_engine", "transformer-engine", imports="torch, transformer_engine.pytorch"
+    )
+    tried = attention.read_attention()
     return [
         check_python(),
         *check_versions(requirements[""]),
@@ -54,6 +58,8 @@ def check_node(*, run_dir: Path) -> list[Check]:
         machine.check_driver(gpus),
         machine.check_gpus(gpus),
         software.check_transformer_engine(engine, has_gpu=has_gpu),
+        attention.check_attention(tried),
+        attention.check_cudnn(tried.cudnn, lacking=attention.lacking_libraries() if has_gpu else ()),
         software.check_fp8(gpus, has_te=engine.version is not None),
         software.check_te_attention(gpus, has_te=engine.version is not None, flash_attn=flash_attn_version()),
         software.check_apex(software.read_apex()),

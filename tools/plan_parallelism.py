@@ -30,7 +30,11 @@ from megatron_ktr.errors import UserError, run_cli  # noqa: E402
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig  # noqa: E402
 from models.qwen2_5_vl.published import PUBLISHED_CONFIGS  # noqa: E402
 
-MEMORY_PARTS = ("weights", "gradients", "optimizer", "reference", "activations", "vision", "head", "working")
+MEMORY_PARTS = (
+    *("weights", "gradients", "optimizer", "reference", "fp8_caches"),
+    *("activations", "vision", "head", "working"),
+)
+FP8 = {"none": {}, "step": {"trains_in_fp8": True}, "scoring": {"scores_in_fp8": True}}
 TIME_PARTS = ("compute", "bubble", "tensor", "context", "pipeline", "data")
 
 
@@ -73,6 +77,9 @@ def _parser() -> Parser:
     parser.add_argument("--grpo", action="store_true", help="plain GRPO: no counterfactual passes")
     parser.add_argument("--no-reference", action="store_true", help="no KL term, no reference model")
     add("--freeze", str, "", "parts that are not trained, by comma: vision, merger, language")
+    add("--fp8", str, "none", "what runs in FP8: nothing, the whole step, or scoring alone", choices=tuple(FP8))
+    parser.add_argument("--fp8-param-gather", action="store_true", help="weights of FP8 products are kept in FP8")
+    parser.add_argument("--fp8-vision", action="store_true", help="the vision encoder's products in FP8, too")
     add("--vision-parallel", str, "tensor", "how the encoder is split", choices=("tensor", "frame"))
     add("--transformer-impl", str, "te", "layers: Transformer Engine's or plain torch", choices=("te", "local"))
     add("--peak-tflops", number(above=0.0), machine.peak_tflops, "of one GPU, dense, in the precision of training")
@@ -85,12 +92,13 @@ def _parser() -> Parser:
         "of a GPU inside its node, 10^9 bytes a second, one way",
     )
     add("--network-bandwidth", number(above=0.0), machine.network_gb_per_second, "of a GPU between nodes, likewise")
-    add("--engine-memory", number(), request["engine_gb"].default, "of a colocated rollout engine asleep, 10^9 bytes")
+    add("--engine", str, "vllm_colocated", "rollout engine on the training GPUs", choices=("vllm_colocated", "hf"))
+    add("--engine-memory", number(), request["engine_gb"].default, "of a colocated vLLM asleep, 10^9 bytes")
     add(
         "--rollout-memory-share",
         number(above=0.0, high=1.0),
         request["engine_share"].default,
-        "of a GPU's memory, for a colocated rollout engine awake",
+        "of a GPU's memory, for a colocated vLLM awake",
     )
     add("--reserved-memory", number(), request["reserved_gb"].default, "context, buffers, fragmentation, 10^9 bytes")
     add("--best", whole(), 3, "layouts printed as flags, and put into the JSON")
@@ -103,6 +111,7 @@ def _request(options: argparse.Namespace) -> Request:
     frozen = frozenset(part for part in options.freeze.split(",") if part)
     if not frozen < {"vision", "merger", "language"}:
         raise UserError(f"--freeze takes some, not all, of vision, merger, language; got {options.freeze!r}")
+    _check_fp8(options)
     return Request(
         config=_model(options.model),
         num_gpus=options.gpus,
@@ -119,6 +128,9 @@ def _request(options: argparse.Namespace) -> Request:
             num_shuffles=options.num_shuffles,
             has_reference=not options.no_reference,
             frozen=frozen,
+            keeps_fp8_weights=options.fp8_param_gather,
+            has_fp8_vision=options.fp8_vision,
+            **FP8[options.fp8],
         ),
         machine=Machine(
             peak_tflops=options.peak_tflops,
@@ -129,10 +141,23 @@ def _request(options: argparse.Namespace) -> Request:
         ),
         kernels=FUSED if options.transformer_impl == "te" else TORCH_GPU,
         vision_parallel=options.vision_parallel,
+        engine=options.engine,
         engine_gb=options.engine_memory,
         engine_share=options.rollout_memory_share,
         reserved_gb=options.reserved_memory,
     )
+
+
+def _check_fp8(options: argparse.Namespace) -> None:
+    if options.fp8 == "scoring" and options.grpo:
+        raise UserError("--fp8 scoring does not go with --grpo, which has no counterfactual passes")
+    for flag, is_on in (("--fp8-param-gather", options.fp8_param_gather), ("--fp8-vision", options.fp8_vision)):
+        if is_on and options.fp8 != "step":
+            raise UserError(f"{flag} needs --fp8 step")
+    if options.fp8_vision and options.vision_parallel != "tensor":
+        raise UserError("--fp8-vision needs --vision-parallel tensor")
+    if options.fp8 != "none" and options.transformer_impl != "te":
+        raise UserError(f"--fp8 {options.fp8} needs --transformer-impl te")
 
 
 def _model(name: str) -> Qwen2_5_VLConfig:
@@ -156,6 +181,7 @@ def _as_json(plan: Plan) -> dict[str, Any]:
         "rollout_memory_gb_per_gpu": round(plan.rollout.peak / GB, 3),
         "offloaded_rollout_memory_gb_per_gpu": round(plan.rollout.peak_with_offload / GB, 3),
         "offload_gb_each_way": round(plan.rollout.optimizer / GB, 3),
+        "save_host_gb_per_gpu": round(plan.save.host / GB, 3),
         "seconds_by_part": {name: round(v, 4) for name, v in dataclasses.asdict(plan.time).items()},
     }
 
@@ -188,16 +214,24 @@ def _as_text(request: Request, plans: list[Plan], *, num_shown: int, num_best: i
             + f"{plan.time.bubble_fraction:>8.1%}{plan.mfu:>6.0%}"
         )
     reserved = plans[0].memory.engine + plans[0].memory.reserved
-    lines += ["", f"every total includes {reserved / GB:g} GB for a sleeping rollout engine and what is reserved"]
+    engine = "a sleeping rollout engine" if request.engine == "vllm_colocated" else "transformers' engine"
+    lines += ["", f"every total includes {reserved / GB:.3g} GB for {engine} and what is reserved"]
     for index, plan in enumerate(plans[:num_best], start=1):
         lines += ["", f"{index}. {plan.memory_gb:.1f} GB a GPU, {plan.time.total:.1f} s a step", f"   {plan.flags}"]
-        lines.append(f"   {_rollout_line(plan, request)}")
+        lines += [f"   {_rollout_line(plan, request)}", f"   {_save_line(plan, request)}"]
     return "\n".join(lines)
 
 
 def _rollout_line(plan: Plan, request: Request) -> str:
     """The phase in which a colocated engine is awake."""
     found = plan.rollout
+    if request.engine == "hf":
+        fits = found.peak_with_offload <= request.gpu_memory_gb * GB
+        return (
+            f"rollout, transformers' engine and a batch: {found.peak / GB:.1f} GB, with --offload-during-rollout "
+            f"{found.peak_with_offload / GB:.1f} GB ({found.optimizer / GB:.1f} GB a step to the host and back)"
+            + ("" if fits else "; this fits in neither way")
+        )
     shares = [1 - (kept - found.engine) / GB / request.gpu_memory_gb for kept in (found.peak, found.peak_with_offload)]
     # Rounded down: it is to fit.
     without, offloaded = (f"a share of {int(100 * share) / 100:g}" if share > 0 else "no engine" for share in shares)
@@ -209,8 +243,23 @@ def _rollout_line(plan: Plan, request: Request) -> str:
     )
 
 
+def _save_line(plan: Plan, request: Request) -> str:
+    per_node = plan.save.host * min(request.num_gpus, request.machine.gpus_per_node)
+    return (
+        f"a checkpoint takes {plan.save.host / GB:.1f} GB of host memory a GPU, {per_node / GB:.0f} GB a node, until "
+        "it is written"
+    )
+
+
 def _short(name: str) -> str:
-    return {"gradients": "grads", "optimizer": "optim", "reference": "ref", "activations": "activ"}.get(name, name)[:5]
+    short = {
+        "gradients": "grads",
+        "optimizer": "optim",
+        "reference": "ref",
+        "fp8_caches": "fp8",
+        "activations": "activ",
+    }
+    return short.get(name, name)[:5]
 
 
 if __name__ == "__main__":

@@ -123,6 +123,21 @@ def count_parameters(config: Qwen2_5_VLConfig, layout: Layout, *, rank: int) -> 
     )
 
 
+def count_product_weights(config: Qwen2_5_VLConfig, layout: Layout, *, rank: int) -> tuple[int, int]:
+    """(language, vision): numbers in the matrices of the layers' linear products on pipeline rank ``rank``: what may be
+    in FP8.
+
+    language    layers / pp x D ((A + 2 K) + A + 3 F) / tp
+    vision      on the first stage: depth x (4 W W + 3 W F) / tp
+    """
+    text, vision = config.text, config.vision
+    width, kv = text.num_attention_heads * text.head_size, text.num_key_value_heads * text.head_size
+    layer = text.hidden_size * (2 * width + 2 * kv + 3 * text.intermediate_size) // layout.tensor
+    ffn = vision.padded_intermediate_size(layout.vision_shards)
+    block = vision.hidden_size * (4 * vision.hidden_size + 3 * ffn) // layout.vision_shards
+    return text.num_hidden_layers // layout.pipeline * layer, vision.depth * block if rank == 0 else 0
+
+
 def _vision_parameters(config: Qwen2_5_VLConfig, layout: Layout) -> tuple[int, int]:
     vision, tp = config.vision, layout.vision_shards
     width, ffn, merged = vision.hidden_size, vision.padded_intermediate_size(tp), vision.merged_hidden_size

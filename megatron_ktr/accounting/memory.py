@@ -5,6 +5,8 @@
     optimizer    Adam's two moments, fp32: 8 a trainable parameter; 12 in 16 bits, with the fp32 main parameters;
                  divided by data x context ranks under the distributed optimizer
     reference    parameters x b, where there is a KL term
+    fp8_caches   weights of FP8 products, quantised, which Transformer Engine keeps beside 16-bit parameters: 2 a weight
+                 of a policy trained in FP8, 1 of its reference model, 1 of a policy scored in FP8 alone
     activations  language layers: what the micro-batches in flight keep at the worst moment of the schedule
                  (``saved.py`` has the layer, ``pipeline.py`` the schedule)
     vision       the encoder's share of that, first stage only, and the cache of features; of all micro-batches at once
@@ -12,6 +14,7 @@
     head         hidden rows and final norm, last stage only
     working      what the running backward needs beside it: a recomputed layer, gradients of activations, the head's
                  weight gradient; and the buffer that sequence parallelism gathers into
+    saving       what a checkpoint needs on the device beyond what a step does (``save_memory.py``)
     engine       a colocated rollout engine, asleep: as the caller says (awake: ``rollout_memory.py``)
     reserved     what else the caller sets aside: device context, communication buffers, fragmentation
 
@@ -24,8 +27,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from megatron_ktr.accounting.layout import Layout, Parameters, count_parameters
+from megatron_ktr.accounting.layout import Layout, Parameters, count_parameters, count_product_weights
 from megatron_ktr.accounting.pipeline import peak_in_flight
+from megatron_ktr.accounting.save_memory import estimate_save_memory
 from megatron_ktr.accounting.saved import (
     FUSED,
     Kernels,
@@ -50,6 +54,8 @@ class Memory:
     vision: float
     head: float
     working: float
+    fp8_caches: float = 0.0
+    saving: float = 0.0
     engine: float = 0.0
     reserved: float = 0.0
 
@@ -109,12 +115,16 @@ def estimate_memory(
     gathers = 0.0
     if layout.sequence_parallel:
         gathers = count_rows(config, groups, layout)[0] * config.text.hidden_size * kernels.bytes_per_number
+    working = whole - kept + gathers
+    save = estimate_save_memory(config, layout, rank=rank, settings=settings, kernels=kernels)
     return Memory(
         **state_bytes(parameters, layout, settings=settings, kernels=kernels),
+        fp8_caches=fp8_cache_bytes(config, layout, rank=rank, settings=settings),
         activations=kept - vision - head_bytes,
         vision=vision + always,
         head=head_bytes,
-        working=whole - kept + gathers,
+        working=working,
+        saving=max(0.0, save.device - kept - always - working),
         engine=engine_bytes,
         reserved=reserved_bytes,
     )
@@ -133,6 +143,12 @@ def state_bytes(
         "optimizer": (8 if b == 4 else 12) * trainable / shards,
         "reference": b * parameters.total * settings.has_reference,
     }
+
+
+def fp8_cache_bytes(config: Qwen2_5_VLConfig, layout: Layout, *, rank: int, settings: StepSettings) -> float:
+    """Of scales per tensor (Hopper), or per block of 128 x 128; mxfp8's take another 1/32."""
+    language, vision = count_product_weights(config, layout, rank=rank)
+    return float(sum(settings.fp8_bytes) * (language + vision * settings.has_fp8_vision))
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,14 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 from megatron_ktr.accounting.flops import Flops, count_step
 from megatron_ktr.accounting.layout import Layout, why_not
 from megatron_ktr.accounting.links import Machine
 from megatron_ktr.accounting.memory import Memory, estimate_memory
-from megatron_ktr.accounting.rollout_memory import RolloutMemory, estimate_rollout_memory
+from megatron_ktr.accounting.rollout_memory import RolloutMemory, estimate_rollout_memory, hf_engine_bytes
+from megatron_ktr.accounting.save_memory import SaveMemory, estimate_save_memory
 from megatron_ktr.accounting.saved import FUSED, Kernels
 from megatron_ktr.accounting.timing import StepTime, estimate_time
 from megatron_ktr.accounting.work import EACH_ONCE, GroupWork, Recompute, StepSettings, video_grid
@@ -43,10 +45,11 @@ class Request:
     machine: Machine = Machine()
     kernels: Kernels = FUSED
     vision_parallel: str = "tensor"
+    engine: Literal["vllm_colocated", "hf"] = "vllm_colocated"
     engine_gb: float = 2.0
-    """A colocated rollout engine keeps this while it sleeps."""
+    """A colocated vLLM keeps this while it sleeps."""
     engine_share: float = 0.5
-    """Of a GPU's memory, for the engine while it is awake (``--rollout-memory-share``)."""
+    """Of a GPU's memory, for vLLM while it is awake (``--rollout-memory-share``)."""
     reserved_gb: float = 4.0
     """Device context, communication buffers, fragmentation."""
 
@@ -64,6 +67,16 @@ class Request:
     def useful_flops(self) -> float:
         """Of one prompt group, nothing recomputed."""
         return count_step(self.config, [self.group], settings=self.settings).total
+
+    def engine_bytes(self, layout: Layout, *, rank: int) -> tuple[float, float]:
+        """(asleep, awake), on pipeline rank ``rank``."""
+        if self.engine == "vllm_colocated":
+            return self.engine_gb * GB, self.engine_share * self.gpu_memory_gb * GB
+        if rank > 0:
+            return 0.0, 0.0
+        num_prompts = self.prompts_per_step // layout.data
+        found = hf_engine_bytes(self.config, self.group, num_prompts=num_prompts, kernels=self.kernels)
+        return found.weights, found.weights + found.batch
 
     def settings_for(self, layout: Layout) -> StepSettings:
         return dataclasses.replace(self.settings, recompute=layout.recompute, recompute_vision=layout.recompute_vision)
@@ -88,6 +101,8 @@ class Plan:
     """Of the fullest rank, while it trains."""
     rollout: RolloutMemory
     """Of the fullest rank, while its engine generates; a plan is listed whether this fits or not."""
+    save: SaveMemory
+    """Of the rank that writes most."""
     time: StepTime
     flags: str
     """Options of ``megatron_ktr.train``."""
@@ -162,7 +177,7 @@ def memory_of(request: Request, layout: Layout) -> Memory:
             num_micro_batches=request.prompts_per_step // layout.data,
             settings=request.settings_for(layout),
             kernels=request.kernels,
-            engine_bytes=request.engine_gb * GB,
+            engine_bytes=request.engine_bytes(layout, rank=rank)[0],
             reserved_bytes=request.reserved_gb * GB,
         )
         for rank in {0, layout.pipeline - 1}
@@ -179,7 +194,7 @@ def rollout_memory_of(request: Request, layout: Layout) -> RolloutMemory:
             rank=rank,
             settings=request.settings_for(layout),
             kernels=request.kernels,
-            engine_bytes=request.engine_share * request.gpu_memory_gb * GB,
+            engine_bytes=request.engine_bytes(layout, rank=rank)[1],
             reserved_bytes=request.reserved_gb * GB,
         )
         for rank in {0, layout.pipeline - 1}
@@ -206,6 +221,13 @@ def judge(request: Request, layout: Layout, *, memory: Memory | None = None) -> 
         layout=layout,
         memory=memory or memory_of(request, layout),
         rollout=rollout_memory_of(request, layout),
+        save=max(
+            (
+                estimate_save_memory(request.config, layout, rank=rank, settings=settings, kernels=request.kernels)
+                for rank in {0, layout.pipeline - 1}
+            ),
+            key=lambda save: save.host,
+        ),
         time=time,
         flags=flags_of(request, layout),
         tflops_per_gpu=tflops,
@@ -238,6 +260,10 @@ def flags_of(request: Request, layout: Layout) -> str:
         f"--max-prompt-length {prompt_length}" if prompt_length > 16384 else "",
         f"--freeze {','.join(sorted(request.settings.frozen))}" if request.settings.frozen else "",
         "" if request.settings.has_reference else "--kl-beta 0",
+        "--fp8-format hybrid" if request.settings.trains_in_fp8 else "",
+        "--fp8-param-gather" if request.settings.keeps_fp8_weights else "",
+        "--fp8-vision" if request.settings.has_fp8_vision else "",
+        "--scoring-precision fp8" if request.settings.scores_in_fp8 else "",
     ]
     return " ".join(flag for flag in flags if flag)
 

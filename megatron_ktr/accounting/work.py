@@ -95,6 +95,14 @@ class StepSettings:
     """Share of the response rows that have a gradient, which is all that the head's backward touches."""
     has_streamed_head: bool = True
     """The head keeps no logits and makes them again in backward."""
+    trains_in_fp8: bool = False
+    """Products of the language layers; of the reference model, too."""
+    scores_in_fp8: bool = False
+    """Those of the counterfactual passes alone."""
+    keeps_fp8_weights: bool = False
+    """The parameters of these products are in FP8 themselves (``--fp8-param-gather``)."""
+    has_fp8_vision: bool = False
+    """The encoder's products, too."""
 
     @property
     def is_vision_kept_for_update(self) -> bool:
@@ -102,6 +110,23 @@ class StepSettings:
         the encoder's gradient: its activations stay until then."""
         reads_before = self.has_selection or self.shuffle_unit == "temporal_patch"
         return self.has_vision_once and reads_before and not self.recompute_vision and not self.is_vision_frozen
+
+    @property
+    def fp8_bytes(self) -> tuple[int, int]:
+        """(policy, reference): bytes a weight of what Transformer Engine quantises products' weights to and keeps from
+        one micro-batch, and one pass, to the next.
+
+        1 for the weight, 1 for its transpose where the pass has a gradient (2.17.1: ``module/layernorm_linear.py``
+        asks for both, ``module/base.py:quantize_weight`` makes them, ``_fp8_workspaces`` holds them). A parameter that
+        is in FP8 itself is its own; with its transpose it is as large as one in 16 bits, as which it is counted.
+        """
+        if self.keeps_fp8_weights:
+            return 0, 0
+        if self.trains_in_fp8:
+            # With adapters the reference is the policy.
+            return 2 if self.is_policy_trained else 1, int(self.has_reference and not self.has_adapters)
+        has_counterfactuals = self.has_hidden or self.shuffle_unit is not None
+        return int(self.scores_in_fp8 and has_counterfactuals), 0
 
     @property
     def is_vision_frozen(self) -> bool:

@@ -45,6 +45,10 @@ class Platform(ABC):
         """Waits for the device."""
 
     @abstractmethod
+    def stream(self) -> Any:
+        """What work is queued on; None where nothing is queued."""
+
+    @abstractmethod
     def empty_cache(self) -> None:
         """Gives cached device memory back."""
 
@@ -94,6 +98,9 @@ class _CudaPlatform(Platform):
     def synchronize(self) -> None:
         torch.cuda.synchronize()
 
+    def stream(self) -> Any:
+        return torch.cuda.current_stream()
+
     def empty_cache(self) -> None:
         torch.cuda.empty_cache()
 
@@ -114,6 +121,9 @@ class _CpuPlatform(Platform):
 
     def synchronize(self) -> None:
         """Nothing runs behind the host's back."""
+
+    def stream(self) -> Any:
+        return None
 
     def empty_cache(self) -> None:
         """The host's allocator keeps its own."""

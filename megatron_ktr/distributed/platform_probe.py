@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import time
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,13 @@ def torch_sees_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def first_device() -> Any:
+    """The first GPU that torch sees, else the host."""
+    import torch
+
+    return torch.device("cuda", 0) if torch_sees_gpu() else torch.device("cpu")
 
 
 def _nvidia_smi() -> tuple[tuple[str, ...], str | None]:

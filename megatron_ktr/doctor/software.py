@@ -21,8 +21,8 @@ from megatron_ktr.precision import DEVICE_NEEDED, why_not_on_device
 from megatron_ktr.te_attention import why_not_fused
 
 TRITON_RANGE = ">=3.5"
-INSTALL_TE = "pip install --no-build-isolation"
-"""Isolated, its torch extension would be built against the newest torch rather than the one that is installed."""
+INSTALL_TE = "tools/install_gpu.sh --te"
+"""It is compiled against the torch that is installed, which a plain ``pip install`` would not do, and could replace."""
 
 
 @dataclass(frozen=True)
@@ -57,19 +57,26 @@ def check_transformer_engine(library: Library, *, has_gpu: bool, core: str | Non
     if library.version is None:
         if not has_gpu:
             return Check(name, True, "not installed, as it should be on a CPU machine")
-        advice = f"{INSTALL_TE} '.[te]' (fused kernels and FP8; docs/launching.md has a Dockerfile with it)"
+        advice = f"{INSTALL_TE} builds it (fused kernels and FP8; docs/gpu.md)"
         return Check(name, True, "not installed: layers of plain torch, no FP8", advice)
     if not has_gpu:
         remedy = "pip uninstall transformer-engine: without a GPU it breaks the import of megatron-core"
         return Check(name, False, f"{library.version} on a CPU machine", remedy)
     if not _is_in(library.version, stack.transformer_engine_range):
         detail = f"{library.version}; megatron-core {core or stack.core} takes {stack.transformer_engine_range}"
-        remedy = f"{INSTALL_TE} 'transformer-engine[core-cu13,pytorch]=={stack.transformer_engine}'"
-        return Check(name, False, detail, remedy)
+        return Check(name, False, detail, _rebuild(stack.transformer_engine))
     if library.error:
-        remedy = f"build it against the torch that is installed: {INSTALL_TE} --force-reinstall '.[te]'"
-        return Check(name, False, f"{library.version}: {library.error}", remedy)
+        return Check(name, False, f"{library.version}: {library.error}", _rebuild(stack.transformer_engine))
     return Check(name, True, library.version or "version unknown")
+
+
+def _rebuild(version: str) -> str:
+    """Without dependencies, of which torch is one, and without pip's cache, where the extension for another torch may
+    lie."""
+    names = ("transformer-engine", "transformer-engine-cu13", "transformer-engine-torch")
+    packages = " ".join(f"'{name}=={version}'" for name in names)
+    options = "--force-reinstall --no-deps --no-cache-dir --no-build-isolation"
+    return f"{INSTALL_TE}, which sets what a build needs and runs pip install {options} {packages}"
 
 
 def check_fp8(facts: GpuFacts, *, has_te: bool) -> Check:

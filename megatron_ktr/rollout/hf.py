@@ -1,6 +1,8 @@
 """Rollout through Hugging Face ``generate``: the engine for CPUs and for debugging, exact and simple.
 
-The model is HF's own, filled with the trainer's exported weights. Each prompt's media are encoded once, its embeddings
+The model is HF's own, filled with the trainer's exported weights, in their precision: another would be a second copy of
+the model twice as large, and a sampler that is less the trainer. Positions, rotary angles and log-probs are fp32 in all
+of them. Each prompt's media are encoded once, its embeddings
 repeated for the G samples, and all samples of all prompts decoded as one left-padded batch with a key-value cache.
 Positions are ours, as in the trainer (``models/qwen2_5_vl/mrope.py``): HF's own differ on long videos.
 """
@@ -29,7 +31,16 @@ class HFEngine(RolloutEngine):
 
     can_overlap = True
 
-    def __init__(self, model_dir: Path | str, *, tokenizer: Any, media: MediaSpec, sampling: SamplingSettings) -> None:
+    def __init__(
+        self,
+        model_dir: Path | str,
+        *,
+        tokenizer: Any,
+        media: MediaSpec,
+        sampling: SamplingSettings,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """``dtype`` of weights and arithmetic: the policy's."""
         from transformers import GenerationConfig
         from transformers.utils import logging
 
@@ -39,7 +50,7 @@ class HFEngine(RolloutEngine):
         self.device = current().device
         logging.disable_progress_bar()
         with reading_model(model_dir):
-            self.model = hf_model_class().from_pretrained(model_dir, dtype=torch.float32, use_safetensors=True)
+            self.model = hf_model_class().from_pretrained(model_dir, dtype=dtype, use_safetensors=True)
         self.model.to(self.device).eval().requires_grad_(False)
         self.end_token_ids = end_token_ids(model_dir, tokenizer)
         # Published directories ask generate for a repetition penalty and more, applied before our sampler would see

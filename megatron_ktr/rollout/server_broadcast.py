@@ -1,11 +1,16 @@
-"""New weights to servers from GPU to GPU: vLLM's own weight transfer, tensor by tensor, no file and no host copy.
+"""New weights to servers from GPU to GPU: vLLM's own weight transfer, packed, no file and no host copy.
 
 Each rank that owns servers is sender (rank 0) of one communicator per server, whose other ranks are that server's
 workers. An update, all servers side by side:
 
     /start_weight_update
-    for every few hundred megabytes:   /update_weights says which tensors come; the sender broadcasts them
+    for every few hundred megabytes:   /update_weights says which tensors come; the sender broadcasts their bytes, one
+                                       tensor behind the other, in a single collective
     /finish_weight_update
+
+vLLM's receiver (``packed_nccl_broadcast_consumer``) cuts what is announced into buffers of a size that it is told when
+it joins: the size of our announcements, so that each is one buffer. It views the bytes as tensors where they lie. So an
+announcement holds tensors of one type: those of another would start between two of its numbers.
 
 The communicator is made at the first update and anew after a server has failed. A server that fails while tensors are
 on the way can leave the sender waiting in a collective that nobody else will enter: past the timeout the run stops with
@@ -26,6 +31,7 @@ from concurrent.futures import Future, wait
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
+import torch
 from torch import Tensor
 
 from megatron_ktr.distributed.platform import current
@@ -35,7 +41,8 @@ from megatron_ktr.rollout.server_pool import Give
 from megatron_ktr.rollout.server_weights import Outcome, StartUpdate
 
 CHUNK_BYTES = 1 << 28
-"""Tensors announced and sent together; a larger one goes alone."""
+"""Tensors announced and sent together; a larger one goes alone. On the device of either side this much is taken while
+they are on the way."""
 
 
 class Communicator(Protocol):
@@ -123,10 +130,9 @@ class BroadcastTransfer:
                 "shapes": [list(tensor.shape) for _, tensor in chunk],
             }
             told = {url: feeds[url].tell(update_info) for url in live}
-            for _, tensor in chunk:
-                tensor = tensor.contiguous()  # the communicator sends what lies at the first element's address
-                for url in live:
-                    self._communicators[url].broadcast(tensor, src=0)
+            packed = _packed([tensor for _, tensor in chunk])
+            for url in live:
+                self._communicators[url].broadcast(packed, src=0)
             current().synchronize()
             live = self._succeeded(told, label)
         self._succeeded({url: feeds[url].tell(None) for url in live}, label)
@@ -150,7 +156,9 @@ class BroadcastTransfer:
             await client.shutdown_weight_transfer_engine()
         address, port = _reachable_address(url), _free_port()
         world_size = 1 + await client.world_size()
-        init_info = {"master_address": address, "master_port": port, "rank_offset": 1, "world_size": world_size}
+        init_info: dict[str, Any] = {"master_address": address, "master_port": port}
+        init_info |= {"rank_offset": 1, "world_size": world_size}
+        init_info |= {"packed": True, "packed_buffer_size_bytes": CHUNK_BYTES}
         # Both sides wait for each other.
         connecting = asyncio.to_thread(self._connect, address, port, world_size)
         self._communicators[url], _ = await asyncio.gather(connecting, client.init_weight_transfer_engine(init_info))
@@ -169,13 +177,29 @@ def _chunks(named_tensors: Iterator[tuple[str, Tensor]]) -> Iterator[list[tuple[
     chunk: list[tuple[str, Tensor]] = []
     num_bytes = 0
     for name, tensor in named_tensors:
-        if chunk and num_bytes + tensor.nbytes > CHUNK_BYTES:
+        if chunk and (num_bytes + tensor.nbytes > CHUNK_BYTES or tensor.dtype != chunk[-1][1].dtype):
             yield chunk
             chunk, num_bytes = [], 0
         chunk.append((name, tensor))
         num_bytes += tensor.nbytes
     if chunk:
         yield chunk
+
+
+def _packed(tensors: Sequence[Tensor]) -> Tensor:
+    """uint8 [sum of bytes]: the numbers of every tensor in the order of its rows, as they lie in memory."""
+    return torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors])
+
+
+class _OnCurrentStream:
+    """vLLM's communicator on the trainer's stream. By default it would give the calling thread a stream of its own, on
+    which the trainer would then go on."""
+
+    def __init__(self, communicator: Any) -> None:
+        self._communicator = communicator
+
+    def broadcast(self, tensor: Tensor, src: int) -> None:
+        self._communicator.broadcast(tensor, src=src, stream=current().stream())
 
 
 def vllm_connect() -> Connect:
@@ -190,7 +214,7 @@ def vllm_connect() -> Connect:
     device = current().device
 
     def connect(address: str, port: int, world_size: int) -> Communicator:
-        return stateless_init_process_group(address, port, 0, world_size, device)
+        return _OnCurrentStream(stateless_init_process_group(address, port, 0, world_size, device))
 
     return connect
 

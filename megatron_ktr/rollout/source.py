@@ -331,7 +331,9 @@ def build_sampler(config: Config, *, groups: ParallelGroups, tokenizer: Any, med
 
         engine = server_engine(config, data_group=groups.data, tokenizer=tokenizer, media=media, sampling=sampling)
         return Sampler(engine, rewards=rewards, answer_protocol=config.reward.answer_protocol)
+    from megatron_ktr.policy import DTYPES
     from megatron_ktr.rollout.hf import HFEngine
 
-    engine = HFEngine(config.model.model, tokenizer=tokenizer, media=media, sampling=sampling)
+    dtype = DTYPES[config.model.params_dtype]
+    engine = HFEngine(config.model.model, tokenizer=tokenizer, media=media, sampling=sampling, dtype=dtype)
     return Sampler(engine, rewards=rewards, answer_protocol=config.reward.answer_protocol)

@@ -49,7 +49,7 @@ class _Sides:
         self.num_crossings = 0
 
     def of(self, tensor: Tensor) -> int:
-        return self._known.get(tensor.untyped_storage()._cdata, (0, None))[0]
+        return self._known.get(tensor.untyped_storage()._cdata, (0, None))[0] if _has_storage(tensor) else 0
 
     def put(self, tensor: Tensor, side: int) -> None:
         storage = tensor.untyped_storage()
@@ -62,7 +62,12 @@ class _Sides:
 
 
 def _tensors(*values: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor) and leaf.layout is torch.strided]
+    return [leaf for leaf in tree_leaves(values) if _has_storage(leaf) and leaf.layout is torch.strided]
+
+
+def _has_storage(value: Any) -> bool:
+    """A tensor, and not one of the descriptions of many that checkpoints are made of."""
+    return isinstance(value, Tensor) and not hasattr(type(value), "local_shards")
 
 
 def _is_device(device: Any) -> bool | None:

@@ -134,7 +134,8 @@ class WatchedVideoKTR(VideoKTR):
             watched.scores[name] = {key: value[of_group] for key, value in values.items() if value is not None}
             watched.chosen[name] = {signal: mask_R[of_group] for signal, mask_R in chosen.items()}
             parts.append(watched.injected[watched.step][name] if watched.injected else watched.chosen[name])
-        return {signal: torch.cat([part[signal] for part in parts]) for signal in chosen}
+        # Injected masks come from another process, perhaps from another device.
+        return {signal: torch.cat([part[signal] for part in parts]).to(mask_R) for signal, mask_R in chosen.items()}
 
 
 @dataclass
