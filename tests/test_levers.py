@@ -464,6 +464,31 @@ def test_te_fuses_weight_gradients_without_apex(ranks: RankPool, cases: dict[str
         assert True in flags and not output_fuses
 
 
+FROZEN = {"language": dict(freeze=("language",)), "all but adapters": dict(lora_rank=2)}
+
+
+def steps_of_frozen_layers(context: RankContext, *, case: Case, groups: list[RolloutGroup]) -> dict[str, list[Any]]:
+    """Of each way to freeze: gradients of a step with fusion and without."""
+    from tests.support.te_names import te_layers
+
+    found: dict[str, list[Any]] = {}
+    for name, values in FROZEN.items():
+        for is_fused in (True, False):
+            options = {**values, "transformer_impl": "te", "gradient_accumulation_fusion": is_fused}
+            with te_layers():
+                records = run_steps(context.init(), hf_dir=case.hf_dir, rollout_groups=groups, values=options)
+            found.setdefault(name, []).append((records[0].updates[0].gradients, records[0].weights))
+    return found
+
+
+def test_fusion_leaves_frozen_layers_alone(ranks: RankPool, cases: dict[str, Case]) -> None:
+    (found,) = ranks(steps_of_frozen_layers, 1, case=cases["untied"], groups=example_groups("mixed"))
+    for name, (fused, plain) in found.items():
+        for ours, expected in zip(fused, plain, strict=True):
+            assert ours.keys() == expected.keys() and ours, name
+            assert all(torch.equal(ours[key], expected[key]) for key in ours), name
+
+
 def test_fusion_is_the_default_where_it_runs(one_rank: ParallelGroups, monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron.core.tensor_parallel import layers
 
