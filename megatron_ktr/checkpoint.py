@@ -9,9 +9,9 @@
         config.yaml, hf/                              resolved options; config, tokenizer, ... of the model
         checksums.json                                of all other files (``checksums.py``)
 
-Saving is asynchronous: ``save`` copies to host memory, a thread writes, and a later step boundary (or ``close``)
-completes the checkpoint by renaming its directory. So a directory ``step_*`` is always complete, and a run that dies
-while saving leaves the older ones as they were. Every rank must see the run directory (a shared file system).
+Saving is asynchronous: ``save`` copies each rank's part to host memory, a thread writes, and a later step boundary (or
+``close``) completes the checkpoint by renaming its directory. So a directory ``step_*`` is always complete, and a run
+that dies while saving leaves the older ones as they were. Every rank must see the run directory (a shared file system).
 What became of the files afterwards is found out before one is used (``intact_checkpoint.py``).
 
 Resuming in the layout that saved continues bit for bit. In another layout weights, optimizer and schedule are the

@@ -215,15 +215,15 @@ class TorchDistReader:
         for region in regions:
             by_key.setdefault(region.key, []).append(region)
         parts: dict[MetadataIndex, list[tuple[ReadItem, Tensor]]] = {}
-        for key, wanted in by_key.items():
-            boxes = [ChunkStorageMetadata(torch.Size(one.offset), one.target.shape) for one in wanted]
-            items = create_read_items_for_chunk_list(key, self.tensors[key], boxes)
-            if sum(item.lengths.numel() for item in items) != sum(one.target.numel() for one in wanted):
-                raise UserError(f"{self.directory}: tensor {key}: stored chunks do not cover what is read of it")
-            for item in items:
-                parts.setdefault(item.storage_index, []).append((item, wanted[item.dest_index.index].target))
+        places = self._metadata.storage_data
         with _reporting_damage(self.directory):
-            places = self._metadata.storage_data
+            for key, wanted in by_key.items():
+                boxes = [ChunkStorageMetadata(torch.Size(one.offset), one.target.shape) for one in wanted]
+                items = create_read_items_for_chunk_list(key, self.tensors[key], boxes)
+                if sum(item.lengths.numel() for item in items) != sum(one.target.numel() for one in wanted):
+                    raise UserError(f"{self.directory}: tensor {key}: stored chunks do not cover what is read of it")
+                for item in items:
+                    parts.setdefault(item.storage_index, []).append((item, wanted[item.dest_index.index].target))
             for index in sorted(parts, key=lambda index: (places[index].relative_path, places[index].offset)):
                 chunk = self._read_chunk(places[index])
                 for item, target in parts[index]:
