@@ -394,6 +394,22 @@ class _Output:
         return [_Completion()]
 
 
+def test_what_a_sleeping_engine_drops_comes_back(lone) -> None:
+    """vLLM's level 2 drops all that was made while the model was loaded. Parameters come new and buffers are saved: the
+    model must have no other tensor on the device, but the key-value cache."""
+    _, engine = lone
+    runner = engine._llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    known = {id(tensor) for tensors in (runner.model.parameters(), runner.model.buffers()) for tensor in tensors}
+    lost = []
+    for path, module in runner.model.named_modules():
+        # Its own attributes, and those of the plain objects it holds.
+        held = [v for v in vars(module).values() if hasattr(v, "__dict__") and not isinstance(v, torch.nn.Module)]
+        for values in (vars(module), *map(vars, held)):
+            tensors = ((name, value) for name, value in values.items() if isinstance(value, torch.Tensor))
+            lost += [f"{path}.{name}" for name, value in tensors if id(value) not in known]
+    assert {name.rpartition(".")[2] for name in lost} == {"kv_cache", "_k_scale_cpu", "_v_scale_cpu"}, lost
+
+
 def test_on_a_gpu_the_engine_sleeps_except_while_it_loads_and_generates(lone, monkeypatch) -> None:
     from megatron_ktr.rollout import vllm_colocated
 

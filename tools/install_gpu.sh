@@ -31,13 +31,15 @@ esac
 [ $# -le 1 ] || fail "one option at a time: $*"
 
 python=${PYTHON:-python}
+# Not resolved further: an environment's Python is a link, and what it points to knows nothing of the environment.
+[[ $python != */* || $python == /* ]] || python=$PWD/$python
 repository=$(realpath "$(dirname "$0")/..")
 ask() { "$python" -c "import os, sys, sysconfig; print($1)"; }
 pip() { "$python" -m pip --disable-pip-version-check "$@"; }
 
 # --- before anything is fetched -------------------------------------------------------------------------------------
 
-version=$(ask '"%d.%d" % sys.version_info[:2]' 2> /dev/null) || fail "PYTHON=$python does not run; name the environment's"
+version=$(ask '"%d.%d" % sys.version_info[:2]' 2> /dev/null) || fail "PYTHON=${PYTHON:-python} does not run; name the environment's"
 [[ $version =~ ^3\.(1[1-9]|[2-9][0-9])$ ]] || fail "$python is Python $version; 3.12 is the one for GPUs (3.11 works)"
 [ "$(uname -s)" = Linux ] || fail "$(uname -s): torch's CUDA wheels are for Linux"
 pip --version > /dev/null 2>&1 || fail "$python has no pip: $python -m ensurepip, or python3.12 -m venv"
@@ -75,7 +77,7 @@ free_gb() { df -Pk "$1" | awk 'NR == 2 { print int($4 / 1000000) }'; }
 if [ "$mode" = --te ]; then needed=$MIN_GB_TE; else needed=$MIN_GB; fi
 free=$(free_gb "$site")
 ((free >= needed)) || fail "$site has $free GB free; $needed are needed"
-scratch=$(mktemp -d)
+scratch=$(mktemp -d 2> /dev/null) || fail "no temporary folder can be made; set TMPDIR"
 trap 'rm -rf "$scratch"' EXIT
 free=$(free_gb "$scratch")
 ((free >= MIN_GB_TE)) || fail "$(dirname "$scratch") has $free GB free; $MIN_GB_TE are needed: set TMPDIR"

@@ -15,6 +15,8 @@ from typing import Any
 
 import httpx
 
+from megatron_ktr.rollout.vllm_runner import runner_named_by
+
 CONTROL_SECONDS = 30.0
 """How long a route may take that does no work, on a busy machine, too."""
 
@@ -45,6 +47,8 @@ class ServerFacts:
     """Whether the model normalises patches itself: ours are normalised already."""
     has_encoder: bool
     """False: it was started for features in place of pixels, which end its engine."""
+    runner: str
+    """Which model runner it was told to use: ``vllm_runner.py``."""
 
     @classmethod
     def read(cls, info: Mapping[str, Any]) -> ServerFacts:
@@ -55,6 +59,7 @@ class ServerFacts:
             logprobs_mode=str(model["logprobs_mode"]),
             normalises_pixels=bool(multimodal.get("mm_device_do_normalize", False)),
             has_encoder=not _admits_no_pixels(multimodal),
+            runner=runner_named_by(info.get("vllm_env") or {}),
         )
 
 

@@ -46,6 +46,7 @@ from megatron_ktr.rollout.vllm_cpu import (
 from megatron_ktr.rollout.vllm_inputs import FEATURE_OPTIONS, engine_input
 from megatron_ktr.rollout.vllm_layout import Share, share_groups, split_work
 from megatron_ktr.rollout.vllm_responses import Answer, GroupCollector, GrowingResponse
+from megatron_ktr.rollout.vllm_runner import require_first_runner
 from megatron_ktr.rollout.vllm_sampling import logprobs_mode, sampling_values
 from megatron_ktr.rollout.vllm_weights import load_weights, stored_names
 from megatron_ktr.types import Prompt, RolloutGroup
@@ -315,7 +316,9 @@ def start_vllm_on_gpu(model_dir: Path | str, **options: Any) -> Any:
     from vllm import LLM
 
     # Normalised in HF's processor: see ``start_vllm_on_cpu``.
-    return LLM(str(model_dir), **{"enable_sleep_mode": True, "mm_device_do_normalize": False, **options})
+    llm = LLM(str(model_dir), **{"enable_sleep_mode": True, "mm_device_do_normalize": False, **options})
+    require_first_runner(llm)
+    return llm
 
 
 def colocated_engine(

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ktr.hf_model import make_torchvision_importable
+from megatron_ktr.rollout.vllm_runner import choose_runner
 
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -39,6 +40,7 @@ a step must have room for the longest prompt and response."""
 
 def set_environment() -> None:
     """Call before the first import of vLLM; harmless where there is a GPU."""
+    choose_runner()
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 

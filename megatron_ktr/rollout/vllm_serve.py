@@ -19,6 +19,7 @@ from megatron_ktr.checksums import require_intact
 from megatron_ktr.errors import UserError, run_cli
 from megatron_ktr.hf_model import make_torchvision_importable
 from megatron_ktr.rollout.vllm_cpu import set_environment
+from megatron_ktr.rollout.vllm_runner import choose_runner
 
 TRAINING_FLAGS = {
     # Generation from token ids and the model's own inputs.
@@ -60,6 +61,7 @@ def arguments(argv: Sequence[str], *, on_cpu: bool) -> list[str]:
 def prepare(*, on_cpu: bool) -> None:
     """Before vLLM is imported, in the server and in its child processes."""
     os.environ.setdefault("VLLM_SERVER_DEV_MODE", "1")
+    choose_runner()
     if not on_cpu:
         return
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")

@@ -75,6 +75,7 @@ class ServerEngine(RolloutEngine):
         self.transfer = transfer
         self.replicas = replicas
         self.mode: LogprobsMode = logprobs_mode(sampling)
+        self._runner = ""  # of the first server that says: vllm_runner.py
         self.end_token_ids = end_token_ids(model_dir, tokenizer)
         with reading_model(model_dir):
             self.vocab_size = AutoConfig.from_pretrained(model_dir).get_text_config().vocab_size
@@ -209,6 +210,12 @@ class ServerEngine(RolloutEngine):
             return "it normalises pixels that are normalised already; start it with --no-mm-device-do-normalize"
         if self.runs_vision_encoder and not facts.has_encoder:
             return "it has no vision encoder: start it without --limit-mm-per-prompt, or use --share-vision-features"
+        self._runner = self._runner or facts.runner
+        if facts.runner != self._runner:
+            return (
+                f"its model runner is {facts.runner}, another server's {self._runner}: the same seed would give other "
+                "responses, depending on who answers; start all with VLLM_USE_V2_MODEL_RUNNER=0"
+            )
         return None
 
     def _run(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:

@@ -41,6 +41,7 @@ class FakeServer:
         self.reload_status = 200
         self.facts: dict[str, Any] = {"max_model_len": 1000, "logprobs_mode": "raw_logprobs"}
         self.multimodal: dict[str, Any] = {}
+        self.environment: dict[str, Any] = {}
         self.normalises_pixels = False
         self.control: list[str] = []
         """Control routes called, in order, with what they were told."""
@@ -110,7 +111,8 @@ class FakeServer:
             return _json({"world_size": 2})
         if parts.path == "/server_info":
             multimodal = {"mm_device_do_normalize": self.normalises_pixels, **self.multimodal}
-            return _json({"vllm_config": {"model_config": {**self.facts, "multimodal_config": multimodal}}})
+            config = {"model_config": {**self.facts, "multimodal_config": multimodal}}
+            return _json({"vllm_config": config, "vllm_env": self.environment})
         return self._control(parts.path, parse_qs(parts.query), body)
 
     def _control(self, path: str, query: dict[str, list[str]], body: Any) -> tuple[int, bytes]:
