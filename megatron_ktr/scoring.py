@@ -26,6 +26,7 @@ from megatron_ktr.ops.token_statistics import TokenStatistics
 from megatron_ktr.packing import MediaSpec, pack_groups
 from megatron_ktr.policy import Policy
 from megatron_ktr.precision import token_multiple
+from megatron_ktr.transfer import send
 from megatron_ktr.types import PackedBatch, RolloutGroup, View
 
 _APPLIES = {"hidden": can_hide, "shuffled": can_shuffle}
@@ -168,7 +169,9 @@ class ScoringPasses:
             return logprob_R
         spread_R = torch.full((len(batch.target_ids_R),), float("nan"), device=self.policy.platform.device)
         if logprob_R is not None:
-            spread_R[torch.tensor(kept)[batch.group_R].to(spread_R.device)] = logprob_R.to(spread_R.dtype)
+            # Their rows are found on the host: a mask would be counted on the device, and waited for.
+            rows_R = torch.tensor(kept)[batch.group_R].nonzero()[:, 0]
+            spread_R[send(rows_R, spread_R.device)] = logprob_R.to(spread_R.dtype)
         return spread_R
 
 

@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_ktr.packing import MediaSpec
+from megatron_ktr.transfer import send
 from megatron_ktr.types import VisualInput
 
 Encoder = Callable[[Tensor, Tensor], Tensor]
@@ -171,7 +172,7 @@ class VisionPass:
             length = self._num_tokens(unit)
             rows_of[unit.key] = torch.arange(start, start + length)
             start += length
-        return distinct, torch.cat([rows_of[unit.key] for unit in units]).to(self._device)
+        return distinct, send(torch.cat([rows_of[unit.key] for unit in units]), self._device)
 
     def _cached(self, units: Sequence[VisionUnit]) -> list[Tensor]:
         """Features of each unit without gradient; those that are missing are encoded in one call."""
@@ -225,7 +226,7 @@ class VisionPass:
         for _, run in itertools.groupby(units, key=lambda unit: (unit.medium.kind, unit.medium.frames_FCHW.shape)):
             # Bytes travel to the device, not floats; units of one size are cut into patches together.
             alike = list(run)
-            frames = torch.cat([unit.medium.frames_FCHW for unit in alike]).to(self._device)
+            frames = send(torch.cat([unit.medium.frames_FCHW for unit in alike]), self._device)
             batches = frames.split(1) if alike[0].medium.kind == "image" else (frames,)
             patches += [self._media.patchify(batch, alike[0].medium) for batch in batches]
         return self._encoder(torch.cat(patches), grids)

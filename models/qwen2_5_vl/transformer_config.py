@@ -113,8 +113,9 @@ def _kernels(config: Config | None) -> dict[str, Any]:
         bias_activation_fusion=can_fuse,
         bias_dropout_fusion=can_fuse,
         masked_softmax_fusion=False,
-        # The fused kernel restarts at every segment; M-RoPE needs one frequency per row.
-        apply_rope_fusion=False,
+        # Transformer Engine's kernel takes the frequency of a row's place in its segment. Ours is one segment with a
+        # frequency for each row (``attention.py``), so that M-RoPE's are right.
+        apply_rope_fusion=resolve_transformer_impl(config.model.transformer_impl if config else "auto") == "te",
         gradient_accumulation_fusion=_fuses_weight_gradients(config),
         **no_cuda_graphs(),
     )
