@@ -20,7 +20,6 @@ The cache is bounded in bytes, least recently used units go first, and it is emp
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
@@ -29,6 +28,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -156,7 +156,9 @@ class VisionPass:
         units = []
         for part in frames.split(size):
             part = part.contiguous()
-            digest = hashlib.blake2b(f"{medium.kind} {tuple(part.shape)} {num_h} {num_w}".encode(), digest_size=16)
+            # 128 bits that no accident brings about twice; at 7 times the speed of a cryptographic hash, which would
+            # guard against media made to be taken for one another, by whoever may write the data anyway.
+            digest = xxhash.xxh3_128(f"{medium.kind} {tuple(part.shape)} {num_h} {num_w}".encode())
             digest.update(part.numpy())
             unit = dataclasses.replace(medium, frames_FCHW=part, grid_thw=(1, num_h, num_w))
             units.append(VisionUnit(digest.digest(), unit))

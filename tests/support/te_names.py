@@ -58,6 +58,7 @@ def te_layers() -> Iterator[None]:
         PrefixCoreAttention=PrefixCoreAttention,
         norm=RMSNorm,
         norm_column_linear=NormColumnLinear,
+        rotates=False,
         row_linear=RowParallelLinear,
     )
     with ExitStack() as stack:
