@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +11,13 @@ from torch import Tensor
 from megatron_ktr.ops.token_statistics import TokenStatistics
 from megatron_ktr.transfer import send
 from megatron_ktr.types import Metrics, PackedBatch, RolloutGroup, TokenScores, TokenStreams, View
+
+Packed = PackedBatch | Callable[[], PackedBatch]
+"""A batch, or what packs it when it is looked at and keeps it: host work that a device need not wait for."""
+
+
+def ready(packed: Packed) -> PackedBatch:
+    return packed if isinstance(packed, PackedBatch) else packed()
 
 
 @dataclass(frozen=True)
@@ -34,8 +41,8 @@ class MicroBatch:
     """
 
     groups: tuple[RolloutGroup, ...]
-    batch: PackedBatch
-    """View ``intact``."""
+    packed: Packed
+    """View ``intact``; a function packs it at the first look, once."""
     counterfactual_logprob_R: dict[View, Tensor | None] = field(default_factory=dict)
     """From ``score`` on the other views; None on every stage but the last."""
     counterfactual_kl_R: dict[View, Tensor] = field(default_factory=dict)
@@ -51,6 +58,11 @@ class MicroBatch:
     is_selected_R: Mapping[str, Tensor] | None = None
     """Set where the selection is made before the update (several updates per rollout, denominators that count key
     tokens); otherwise the objective selects inside the update, right after the intact forward."""
+
+    @property
+    def batch(self) -> PackedBatch:
+        """View ``intact``."""
+        return ready(self.packed)
 
     def scores(self, statistics: TokenStatistics) -> TokenScores:
         """All scores of the micro-batch, given an intact pass."""

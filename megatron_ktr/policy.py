@@ -15,7 +15,7 @@ import dataclasses
 import logging
 import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,13 @@ from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.distributed.optimizer import build_optimizer, build_scheduler, freeze_parts, wrap_in_ddp
 from megatron_ktr.distributed.platform import Platform
 from megatron_ktr.distributed.replicas import ReplicaNumbers
-from megatron_ktr.micro_batch import Denominators, MicroBatch, UpdateResult, mean_by_view, measures
+from megatron_ktr.micro_batch import Denominators, MicroBatch, Packed, UpdateResult, measures, ready
 from megatron_ktr.objectives.base import Objective
 from megatron_ktr.offload import moments_on_device, moves
 from megatron_ktr.ops.token_statistics import TokenStatistics
 from megatron_ktr.policy_export import export_weights, save_export
 from megatron_ktr.policy_finite import require_finite, require_finite_weights
+from megatron_ktr.policy_statistics import compared
 from megatron_ktr.policy_vision import PolicyVision
 from megatron_ktr.reference_model import ReferenceModel
 from megatron_ktr.types import Metrics, PackedBatch, Prompt, TokenScores
@@ -128,7 +129,7 @@ class Policy(ReplicaNumbers):
 
     def score(
         self,
-        batches: Sequence[PackedBatch],
+        batches: Sequence[Packed],
         *,
         model: str = "policy",
         temperature: float | None = None,
@@ -136,6 +137,7 @@ class Policy(ReplicaNumbers):
     ) -> list[TokenStatistics | None]:
         """Log-prob and entropy of every response token, without gradient; None on every stage but the last.
 
+        A batch that comes as a function is packed when its turn has come: the device works on the one before.
         ``temperature`` replaces the run's own. ``precision`` is the language model's: same, bf16 or fp8.
         """
 
@@ -144,14 +146,12 @@ class Policy(ReplicaNumbers):
                 hidden_RD, batch, temperature=temperature or self.temperature
             )
 
-        return self._look(batches, batch_of=lambda batch: batch, finish=statistics, model=model, precision=precision)
+        return self._look(batches, batch_of=ready, finish=statistics, model=model, precision=precision)
 
-    def hidden_rows(self, batches: Sequence[PackedBatch], *, precision: str = "same") -> list[Tensor | None]:
+    def hidden_rows(self, batches: Sequence[Packed], *, precision: str = "same") -> list[Tensor | None]:
         """Hidden states [R, D] that predict the response tokens, without a pass over the vocabulary and without
         gradient; None on every stage but the last."""
-        return self._look(
-            batches, batch_of=lambda batch: batch, finish=lambda *found: found[-1].clone(), precision=precision
-        )
+        return self._look(batches, batch_of=ready, finish=lambda *found: found[-1].clone(), precision=precision)
 
     def score_intact(
         self, items: Sequence[MicroBatch], *, objective: Objective
@@ -162,7 +162,9 @@ class Policy(ReplicaNumbers):
         def scores_of(
             chunk: torch.nn.Module, item: MicroBatch, batch: PackedBatch, hidden_RD: Tensor
         ) -> tuple[MicroBatch, TokenScores]:
-            statistics, item = self._compared(chunk, item, batch, hidden_RD, objective=objective)
+            statistics, item = compared(
+                chunk, item, batch, hidden_RD, objective=objective, temperature=self.temperature
+            )
             return item, item.scores(statistics)
 
         return self._look(items, batch_of=lambda item: item.batch, finish=scores_of)
@@ -240,7 +242,9 @@ class Policy(ReplicaNumbers):
         def loss_of(
             item: MicroBatch, batch: PackedBatch, chunk: torch.nn.Module, hidden_RD: Tensor
         ) -> tuple[Tensor, Tensor, Any]:
-            statistics, item = self._compared(chunk, item, batch, hidden_RD, objective=objective)
+            statistics, item = compared(
+                chunk, item, batch, hidden_RD, objective=objective, temperature=self.temperature
+            )
             scores = item.scores(statistics)
             streams = objective.token_streams(
                 batch,
@@ -336,39 +340,6 @@ class Policy(ReplicaNumbers):
     @property
     def learning_rate(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
-
-    def _statistics(
-        self, chunk: torch.nn.Module, batch: PackedBatch, hidden_RD: Tensor, others: Iterable[Tensor] = ()
-    ) -> TokenStatistics:
-        return unwrap_model(chunk).response_statistics(
-            hidden_RD, batch, temperature=self.temperature, counterfactual_hidden_RD=tuple(others)
-        )
-
-    def _compared(
-        self, chunk: torch.nn.Module, item: MicroBatch, batch: PackedBatch, hidden_RD: Tensor, *, objective: Objective
-    ) -> tuple[TokenStatistics, MicroBatch]:
-        """Statistics of the intact rows, and the item with everything that compares whole distributions: with the
-        hidden rows of other views it kept, in the same pass over the vocabulary, and within its groups."""
-        views = [(view, rows) for view, draws in item.counterfactual_hidden_RD.items() for rows in draws]
-        statistics = self._statistics(chunk, batch, hidden_RD, [rows for _, rows in views])
-        if views:
-            names = [view for view, _ in views]
-            item = dataclasses.replace(
-                item,
-                counterfactual_logprob_R=mean_by_view(names, statistics.counterfactual_logprob_KR),
-                counterfactual_kl_R=mean_by_view(names, statistics.kl_KR),
-                counterfactual_hidden_RD={},
-            )
-        if objective.needs_divergence and item.divergence_R is None:
-            divergence_R = unwrap_model(chunk).group_divergence(
-                hidden_RD,
-                statistics.log_normalizer_R,
-                batch=batch,
-                temperature=self.temperature,
-                with_gradient=objective.needs_divergence_gradient,
-            )
-            item = dataclasses.replace(item, divergence_R=divergence_R)
-        return statistics, item
 
     def _run(
         self,

@@ -120,6 +120,16 @@ def _place() -> str:
     return "elsewhere"
 
 
+def _is_inside_gloo() -> bool:
+    """Its reduce-scatter copies the result out of a buffer of its own, on the host; NCCL's has none."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name.startswith("reduce_scatter"):
+            return True
+        frame = frame.f_back
+    return False
+
+
 def _tensors(*values: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor) and leaf.layout is torch.strided]
 
@@ -161,6 +171,8 @@ class _Operations(TorchDispatchMode):
 
     def _note(self, name: str, args: Any, kwargs: Any, inputs: list[Tensor]) -> None:
         of = self.sides.of
+        if name == "aten::copy_" and _is_inside_gloo():
+            return
         if name == "aten::copy_" and of(args[0]) != of(args[1]) and _Sides.NEUTRAL not in (of(args[0]), of(args[1])):
             if of(args[0]) == _Sides.ON_DEVICE:
                 self.sides.note_copy(args[1], is_non_blocking=len(args) > 2 and bool(args[2]))
