@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from megatron_ktr.ops.prefix_attention_plan import AttentionPlan, Segment
+from megatron_ktr.transfer import send
 from megatron_ktr.types import PackedBatch, PackedLayout
 
 
@@ -49,24 +50,25 @@ class ContextShard:
     """Local query rows against the keys of the whole layout, in its row order, without padding."""
 
     def take(self, batch: PackedBatch) -> LocalRows:
-        """This rank's rows of ``batch``, on its device."""
-        device = batch.token_ids_T.device
-        rows, place = self.rows.to(device), self.place.to(device)
+        """This rank's rows of ``batch``, on its device. Which ones is found on the host: their number would have to be
+        read from a device."""
+        device, host = batch.token_ids_T.device, batch.on_host
+        rows = send(self.rows, device)
         num_padding = self.num_rows - len(rows)
-        visual_owner, visual_row = self._located(place[batch.visual_rows])
+        visual_owner, visual_row = self._located(self.place[host.visual_rows])
         is_visual_here = visual_owner == self.rank
-        owner_R, row_R = self._located(place[batch.predicting_rows_R])
+        owner_R, row_R = self._located(self.place[host.predicting_rows_R])
         return LocalRows(
             token_ids_T=_padded(batch.token_ids_T[rows], num_padding),
             position_ids_3T=_padded(batch.position_ids_3T[:, rows], num_padding),
-            visual_rows=visual_row[is_visual_here],
-            visual_index=is_visual_here.nonzero()[:, 0],
-            predicting_rows_R=row_R[owner_R == self.rank],
+            visual_rows=send(visual_row[is_visual_here], device),
+            visual_index=send(is_visual_here.nonzero()[:, 0], device),
+            predicting_rows_R=send(row_R[owner_R == self.rank], device),
         )
 
     def owners(self, batch: PackedBatch) -> Tensor:
-        """int64 [R] on the batch's device: the rank that predicts each response token."""
-        return self._located(self.place.to(batch.predicting_rows_R.device)[batch.predicting_rows_R])[0]
+        """int64 [R] in host memory: the rank that predicts each response token."""
+        return self._located(self.place[batch.on_host.predicting_rows_R])[0]
 
     def _located(self, place: Tensor) -> tuple[Tensor, Tensor]:
         return place // self.num_rows, place % self.num_rows

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from megatron_ktr.ops.token_statistics import TokenStatistics
+from megatron_ktr.transfer import send
 from megatron_ktr.types import Metrics, PackedBatch, RolloutGroup, TokenScores, TokenStreams, View
+
+Packed = PackedBatch | Callable[[], PackedBatch]
+"""A batch, or what packs it when it is looked at and keeps it: host work that a device need not wait for."""
+
+
+def ready(packed: Packed) -> PackedBatch:
+    return packed if isinstance(packed, PackedBatch) else packed()
 
 
 @dataclass(frozen=True)
@@ -33,8 +41,8 @@ class MicroBatch:
     """
 
     groups: tuple[RolloutGroup, ...]
-    batch: PackedBatch
-    """View ``intact``."""
+    packed: Packed
+    """View ``intact``; a function packs it at the first look, once."""
     counterfactual_logprob_R: dict[View, Tensor | None] = field(default_factory=dict)
     """From ``score`` on the other views; None on every stage but the last."""
     counterfactual_kl_R: dict[View, Tensor] = field(default_factory=dict)
@@ -50,6 +58,11 @@ class MicroBatch:
     is_selected_R: Mapping[str, Tensor] | None = None
     """Set where the selection is made before the update (several updates per rollout, denominators that count key
     tokens); otherwise the objective selects inside the update, right after the intact forward."""
+
+    @property
+    def batch(self) -> PackedBatch:
+        """View ``intact``."""
+        return ready(self.packed)
 
     def scores(self, statistics: TokenStatistics) -> TokenScores:
         """All scores of the micro-batch, given an intact pass."""
@@ -70,7 +83,7 @@ class MicroBatch:
         recorded = [rollout.sampler_logprobs for group in self.groups for rollout in group.rollouts]
         if any(logprobs is None for logprobs in recorded):
             return None
-        return torch.tensor([value for logprobs in recorded for value in logprobs], dtype=torch.float32, device=device)
+        return send(torch.tensor([value for logprobs in recorded for value in logprobs], dtype=torch.float32), device)
 
 
 @dataclass(frozen=True)
@@ -115,10 +128,20 @@ def mean_by_view(views: Sequence[View], values_KR: Tensor) -> dict[View, Tensor]
     return {view: torch.stack(found).mean(dim=0) if len(found) > 1 else found[0] for view, found in rows.items()}
 
 
-def any_gradient(streams: TokenStreams, scores: TokenScores | None) -> bool:
-    """Whether any token that carries the loss has an advantage, or (``scores`` given: there is a KL term) has left the
-    reference model."""
+def measures(loss: Tensor, streams: TokenStreams, scores: TokenScores, *, has_kl: bool) -> Metrics:
+    """What ``UpdateResult`` says of the update, as a micro-batch's part of the sums; nothing is read here."""
+    found = Metrics()
+    num_not_finite = (~scores.policy_logprob_R.isfinite()).sum()
+    has_gradient = any_gradient(streams, scores if has_kl else None)
+    values = torch.stack([loss.detach().double(), num_not_finite.double(), has_gradient.double()])
+    found.add_later(["loss", "num_not_finite", "has_gradient"], values)
+    return found
+
+
+def any_gradient(streams: TokenStreams, scores: TokenScores | None) -> Tensor:
+    """bool []: whether any token that carries the loss has an advantage, or (``scores`` given: there is a KL term) has
+    left the reference model."""
     is_pulled_R = streams.advantage_R != 0
     if scores is not None and scores.reference_logprob_R is not None:
         is_pulled_R = is_pulled_R | (scores.reference_logprob_R != scores.policy_logprob_R)
-    return bool(((streams.weight_R != 0) & is_pulled_R).any())
+    return ((streams.weight_R != 0) & is_pulled_R).any()

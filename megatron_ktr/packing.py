@@ -21,6 +21,7 @@ Pure planning, no model. What holds for every ``PackedBatch`` made here, in ever
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -126,6 +127,24 @@ def pack_groups(
             if vision == "patches":
                 builder.patches.append(media.patchify(seen.frames_FCHW, seen))
     return builder.finish(view, pad_to_multiple)
+
+
+def shuffled_view(intact: PackedBatch, permutations: Sequence[Sequence[Tensor | None]]) -> PackedBatch:
+    """``pack_groups(groups, view="shuffled", permutations=permutations)`` from the same groups' intact view, packed
+    with the media alone or with nothing of them: rows, tokens and positions are the same tensors.
+
+    Raises:
+        ValueError: the intact view holds patches, or has another number of media.
+    """
+    orders = [order for of_group in permutations for order in of_group]
+    if intact.patches_SD is not None or (intact.media and len(intact.media) != len(orders)):
+        raise ValueError(
+            f"shuffled_view: expected no patches and {len(orders)} media, got {len(intact.media)} media"
+            f"{'' if intact.patches_SD is None else ' and patches'}"
+        )
+    shown = zip(intact.media, orders, strict=True) if intact.media else ()
+    media = tuple(medium if order is None else shuffle_frames(medium, order) for medium, order in shown)
+    return dataclasses.replace(intact, view="shuffled", media=media)
 
 
 def plan_micro_batches(

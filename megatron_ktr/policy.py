@@ -15,7 +15,7 @@ import dataclasses
 import logging
 import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,13 @@ from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.distributed.optimizer import build_optimizer, build_scheduler, freeze_parts, wrap_in_ddp
 from megatron_ktr.distributed.platform import Platform
 from megatron_ktr.distributed.replicas import ReplicaNumbers
-from megatron_ktr.micro_batch import Denominators, MicroBatch, UpdateResult, any_gradient, mean_by_view
+from megatron_ktr.micro_batch import Denominators, MicroBatch, Packed, UpdateResult, measures, ready
 from megatron_ktr.objectives.base import Objective
 from megatron_ktr.offload import moments_on_device, moves
 from megatron_ktr.ops.token_statistics import TokenStatistics
 from megatron_ktr.policy_export import export_weights, save_export
 from megatron_ktr.policy_finite import require_finite, require_finite_weights
+from megatron_ktr.policy_statistics import compared
 from megatron_ktr.policy_vision import PolicyVision
 from megatron_ktr.reference_model import ReferenceModel
 from megatron_ktr.types import Metrics, PackedBatch, Prompt, TokenScores
@@ -128,7 +129,7 @@ class Policy(ReplicaNumbers):
 
     def score(
         self,
-        batches: Sequence[PackedBatch],
+        batches: Sequence[Packed],
         *,
         model: str = "policy",
         temperature: float | None = None,
@@ -136,22 +137,21 @@ class Policy(ReplicaNumbers):
     ) -> list[TokenStatistics | None]:
         """Log-prob and entropy of every response token, without gradient; None on every stage but the last.
 
+        A batch that comes as a function is packed when its turn has come: the device works on the one before.
         ``temperature`` replaces the run's own. ``precision`` is the language model's: same, bf16 or fp8.
         """
 
-        def statistics(chunk: torch.nn.Module, batch: PackedBatch, hidden_RD: Tensor) -> TokenStatistics:
+        def statistics(chunk: torch.nn.Module, _: Any, batch: PackedBatch, hidden_RD: Tensor) -> TokenStatistics:
             return unwrap_model(chunk).response_statistics(
                 hidden_RD, batch, temperature=temperature or self.temperature
             )
 
-        return self._look(batches, batch_of=lambda batch: batch, finish=statistics, model=model, precision=precision)
+        return self._look(batches, batch_of=ready, finish=statistics, model=model, precision=precision)
 
-    def hidden_rows(self, batches: Sequence[PackedBatch], *, precision: str = "same") -> list[Tensor | None]:
+    def hidden_rows(self, batches: Sequence[Packed], *, precision: str = "same") -> list[Tensor | None]:
         """Hidden states [R, D] that predict the response tokens, without a pass over the vocabulary and without
         gradient; None on every stage but the last."""
-        return self._look(
-            batches, batch_of=lambda batch: batch, finish=lambda _, __, rows_RD: rows_RD.clone(), precision=precision
-        )
+        return self._look(batches, batch_of=ready, finish=lambda *found: found[-1].clone(), precision=precision)
 
     def score_intact(
         self, items: Sequence[MicroBatch], *, objective: Objective
@@ -159,8 +159,12 @@ class Policy(ReplicaNumbers):
         """An intact pass without gradient: all scores of every micro-batch, and the micro-batch with what was found
         (which later passes then use as it is); None on every stage but the last."""
 
-        def scores_of(chunk: torch.nn.Module, item: MicroBatch, hidden_RD: Tensor) -> tuple[MicroBatch, TokenScores]:
-            statistics, item = self._compared(chunk, item, hidden_RD, objective=objective)
+        def scores_of(
+            chunk: torch.nn.Module, item: MicroBatch, batch: PackedBatch, hidden_RD: Tensor
+        ) -> tuple[MicroBatch, TokenScores]:
+            statistics, item = compared(
+                chunk, item, batch, hidden_RD, objective=objective, temperature=self.temperature
+            )
             return item, item.scores(statistics)
 
         return self._look(items, batch_of=lambda item: item.batch, finish=scores_of)
@@ -170,11 +174,12 @@ class Policy(ReplicaNumbers):
         items: Sequence[Any],
         *,
         batch_of: Callable[[Any], PackedBatch],
-        finish: Callable[[torch.nn.Module, Any, Tensor], Any],
+        finish: Callable[[torch.nn.Module, Any, PackedBatch, Tensor], Any],
         model: str = "policy",
         precision: str = "same",
     ) -> list[Any]:
-        """A forward pass without gradient; ``finish(chunk, item, hidden_RD)`` by item, None before the last stage."""
+        """A forward pass without gradient; ``finish(chunk, item, batch on the device, hidden_RD)`` by item, None before
+        the last stage."""
         reference = None if model == "policy" else self.reference
         if model != "policy" and reference is None:
             raise ValueError("no reference model: call add_reference() first")
@@ -184,8 +189,10 @@ class Policy(ReplicaNumbers):
             # others would wait for it for ever. (With gradient, the encoder always runs.)
             self.wait_for_parameters()
 
-        def keep(item: Any, chunk: torch.nn.Module, hidden_RD: Tensor, non_loss_data: bool = True) -> Any:
-            return finish(chunk, item, hidden_RD)
+        def keep(
+            item: Any, batch: PackedBatch, chunk: torch.nn.Module, hidden_RD: Tensor, non_loss_data: bool = True
+        ) -> Any:
+            return finish(chunk, item, batch, hidden_RD)
 
         if not items:
             return []
@@ -232,11 +239,15 @@ class Policy(ReplicaNumbers):
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
 
-        def loss_of(item: MicroBatch, chunk: torch.nn.Module, hidden_RD: Tensor) -> tuple[Tensor, Tensor, Any]:
-            statistics, item = self._compared(chunk, item, hidden_RD, objective=objective)
+        def loss_of(
+            item: MicroBatch, batch: PackedBatch, chunk: torch.nn.Module, hidden_RD: Tensor
+        ) -> tuple[Tensor, Tensor, Any]:
+            statistics, item = compared(
+                chunk, item, batch, hidden_RD, objective=objective, temperature=self.temperature
+            )
             scores = item.scores(statistics)
             streams = objective.token_streams(
-                item.batch,
+                batch,
                 scores,
                 item.groups,
                 num_responses_global=denominators.num_responses,
@@ -244,8 +255,9 @@ class Policy(ReplicaNumbers):
                 is_selected_R=item.is_selected_R,
             )
             loss, metrics = objective.loss(statistics, streams, scores)
+            metrics.merge(measures(loss, streams, scores, has_kl=objective.needs_reference))
             no_tokens = torch.zeros((), dtype=torch.int, device=loss.device)
-            return loss, no_tokens, (float(loss.detach()), metrics, streams.detach(), scores.detach())
+            return loss, no_tokens, (metrics, streams.detach(), scores.detach())
 
         outputs = self._run(
             self.chunks,
@@ -258,11 +270,9 @@ class Policy(ReplicaNumbers):
         metrics = Metrics()
         # Tensor- and context-parallel ranks hold the same numbers; one of them speaks for all.
         speaks = self.groups.tensor_rank == self.groups.context_rank == 0
-        for batch_loss, batch_metrics, streams, scores in outputs if speaks else ():
+        for batch_metrics, _, _ in outputs if speaks else ():
             metrics.merge(batch_metrics)
-            metrics.add("loss", batch_loss)
-            metrics.add("num_not_finite", float((~scores.policy_logprob_R.isfinite()).sum()))
-            metrics.add("has_gradient", any_gradient(streams, scores if objective.needs_reference else None))
+        # The one place where the host waits for what the update has computed.
         metrics = reduce_metrics(metrics, self.groups.world)
         # Already divided by global counts: the parts of the loss add up, they are not averaged.
         names = ("loss", "has_gradient", "num_not_finite")
@@ -272,8 +282,8 @@ class Policy(ReplicaNumbers):
             has_gradient=has_gradient > 0,
             metrics=metrics,
             num_not_finite=round(num_not_finite),
-            streams=tuple(streams for _, _, streams, _ in outputs),
-            scores=tuple(scores for _, _, _, scores in outputs),
+            streams=tuple(streams for _, streams, _ in outputs),
+            scores=tuple(scores for _, _, scores in outputs),
         )
 
     @torch.no_grad()
@@ -331,39 +341,6 @@ class Policy(ReplicaNumbers):
     def learning_rate(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def _statistics(
-        self, chunk: torch.nn.Module, batch: PackedBatch, hidden_RD: Tensor, others: Iterable[Tensor] = ()
-    ) -> TokenStatistics:
-        return unwrap_model(chunk).response_statistics(
-            hidden_RD, batch, temperature=self.temperature, counterfactual_hidden_RD=tuple(others)
-        )
-
-    def _compared(
-        self, chunk: torch.nn.Module, item: MicroBatch, hidden_RD: Tensor, *, objective: Objective
-    ) -> tuple[TokenStatistics, MicroBatch]:
-        """Statistics of the intact rows, and the item with everything that compares whole distributions: with the
-        hidden rows of other views it kept, in the same pass over the vocabulary, and within its groups."""
-        views = [(view, rows) for view, draws in item.counterfactual_hidden_RD.items() for rows in draws]
-        statistics = self._statistics(chunk, item.batch, hidden_RD, [rows for _, rows in views])
-        if views:
-            names = [view for view, _ in views]
-            item = dataclasses.replace(
-                item,
-                counterfactual_logprob_R=mean_by_view(names, statistics.counterfactual_logprob_KR),
-                counterfactual_kl_R=mean_by_view(names, statistics.kl_KR),
-                counterfactual_hidden_RD={},
-            )
-        if objective.needs_divergence and item.divergence_R is None:
-            divergence_R = unwrap_model(chunk).group_divergence(
-                hidden_RD,
-                statistics.log_normalizer_R,
-                batch=item.batch,
-                temperature=self.temperature,
-                with_gradient=objective.needs_divergence_gradient,
-            )
-            item = dataclasses.replace(item, divergence_R=divergence_R)
-        return statistics, item
-
     def _run(
         self,
         chunks: Sequence[torch.nn.Module],
@@ -383,8 +360,8 @@ class Policy(ReplicaNumbers):
             batch = batch_of(item)
             if unwrap_model(chunk).pre_process:
                 batch = self.vision.with_features(batch, model=model)
-            output = chunk(batch.to(self.platform.device))
-            return output, partial(finish, item, chunk)
+            batch = batch.to(self.platform.device)
+            return chunk(batch), partial(finish, item, dataclasses.replace(batch, features_ED=None), chunk)
 
         iterators = [iter(items) for _ in chunks]
         return get_forward_backward_func()(

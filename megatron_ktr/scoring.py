@@ -13,7 +13,8 @@ vocabulary (``needs_kl``).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -23,9 +24,10 @@ from megatron_ktr.config import Config
 from megatron_ktr.micro_batch import MicroBatch
 from megatron_ktr.objectives.base import Objective
 from megatron_ktr.ops.token_statistics import TokenStatistics
-from megatron_ktr.packing import MediaSpec, pack_groups
+from megatron_ktr.packing import MediaSpec, pack_groups, shuffled_view
 from megatron_ktr.policy import Policy
 from megatron_ktr.precision import token_multiple
+from megatron_ktr.transfer import send
 from megatron_ktr.types import PackedBatch, RolloutGroup, View
 
 _APPLIES = {"hidden": can_hide, "shuffled": can_shuffle}
@@ -49,20 +51,7 @@ class ScoringPasses:
         draw: int = 0,
     ) -> PackedBatch:
         """One micro-batch in one view; ``draw`` counts the random orders of a step."""
-        objective = self.config.objective
-        permutations = None
-        if view == "shuffled":
-            permutations = [
-                draw_permutations(
-                    group.prompt,
-                    unit=objective.shuffle_unit,
-                    seed=self.config.trainer.seed,
-                    step=step,
-                    draw=draw,
-                    temporal_patch_size=self.media.temporal_patch_size,
-                )
-                for group in groups
-            ]
+        permutations = self._orders(groups, step=step, draw=draw) if view == "shuffled" else None
         return pack_groups(
             groups,
             view=view,
@@ -71,6 +60,20 @@ class ScoringPasses:
             permutations=permutations,
             vision="media" if self.policy.groups.is_first_stage else "none",
         )
+
+    def _orders(self, groups: Sequence[RolloutGroup], *, step: int, draw: int) -> list[tuple[Tensor | None, ...]]:
+        """The frame orders of the shuffled view, by group and medium."""
+        return [
+            draw_permutations(
+                group.prompt,
+                unit=self.config.objective.shuffle_unit,
+                seed=self.config.trainer.seed,
+                step=step,
+                draw=draw,
+                temporal_patch_size=self.media.temporal_patch_size,
+            )
+            for group in groups
+        ]
 
     def prepare_vision(self, micro_batches: Sequence[MicroBatch]) -> None:
         """The vision encoder's one run over media that passes without gradient will show before the update does."""
@@ -99,7 +102,7 @@ class ScoringPasses:
     def with_reference(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
         if not self.objective.needs_reference:
             return micro_batches
-        found = self.policy.score([item.batch for item in micro_batches], model="reference")
+        found = self.policy.score([item.packed for item in micro_batches], model="reference")
         return [
             dataclasses.replace(item, reference_logprob_R=_logprob(statistics))
             for item, statistics in zip(micro_batches, found, strict=True)
@@ -143,7 +146,7 @@ class ScoringPasses:
     def _hidden_rows(
         self, micro_batches: Sequence[MicroBatch], view: View, *, step: int, draw: int
     ) -> list[Tensor | None]:
-        batches = [self.pack(item.groups, view, step=step, draw=draw) for item in micro_batches]
+        batches = [self._packed(item, item.groups, view, step=step, draw=draw) for item in micro_batches]
         return self.policy.hidden_rows(batches, precision=self.config.objective.scoring_precision)
 
     def _logprobs(
@@ -155,7 +158,11 @@ class ScoringPasses:
             [group for group, is_kept in zip(item.groups, marks, strict=True) if is_kept]
             for item, marks in zip(micro_batches, kept, strict=True)
         ]
-        batches = [self.pack(part, view, step=step, draw=draw) for part in parts if part]
+        batches = [
+            self._packed(item, part, view, step=step, draw=draw)
+            for item, part in zip(micro_batches, parts, strict=True)
+            if part
+        ]
         scored = iter(self.policy.score(batches, precision=self.config.objective.scoring_precision))
         found: list[Tensor | None] = []
         for item, marks in zip(micro_batches, kept, strict=True):
@@ -163,12 +170,23 @@ class ScoringPasses:
             found.append(self._spread(logprob_R, item.batch, marks))
         return found
 
+    def _packed(
+        self, item: MicroBatch, part: Sequence[RolloutGroup], view: View, *, step: int, draw: int
+    ) -> Callable[[], PackedBatch]:
+        """Packs ``part`` of the item's groups, once it is looked at."""
+        if view == "shuffled" and len(part) == len(item.groups):
+            # Only the order of its frames is another one.
+            return cache(lambda: shuffled_view(item.batch, self._orders(part, step=step, draw=draw)))
+        return cache(partial(self.pack, part, view, step=step, draw=draw))
+
     def _spread(self, logprob_R: Tensor | None, batch: PackedBatch, kept: Sequence[bool]) -> Tensor | None:
         if not self.policy.groups.is_last_stage or all(kept):
             return logprob_R
         spread_R = torch.full((len(batch.target_ids_R),), float("nan"), device=self.policy.platform.device)
         if logprob_R is not None:
-            spread_R[torch.tensor(kept)[batch.group_R].to(spread_R.device)] = logprob_R.to(spread_R.dtype)
+            # Their rows are found on the host: a mask would be counted on the device, and waited for.
+            rows_R = torch.tensor(kept)[batch.group_R].nonzero()[:, 0]
+            spread_R[send(rows_R, spread_R.device)] = logprob_R.to(spread_R.dtype)
         return spread_R
 
 

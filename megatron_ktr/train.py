@@ -158,7 +158,10 @@ def _run_steps(trainer: Trainer, *, start: RunStart, tokenizer: Any, leave: Leav
         writer.write(step, report.values)
         if groups.rank == 0 and (line := check_line(report.values)):
             print(line, flush=True)
-        if groups.rank == 0 and (step % config.trainer.log_interval == 0 or step == config.trainer.train_steps):
+        is_last = step == config.trainer.train_steps
+        if is_last:
+            _ = report.selections  # rank 0 shows one: every rank takes part in gathering them
+        if groups.rank == 0 and (step % config.trainer.log_interval == 0 or is_last):
             _show(report, config=config, decode=tokenizer.decode)
         if _is_due(step, config.trainer.rollout_log_interval):
             _log_rollouts(report, run_dir=run_dir, groups=groups)
@@ -183,11 +186,12 @@ def _is_due(step: int, interval: int) -> bool:
 
 def _log_rollouts(report: StepReport, *, run_dir: Path, groups: ParallelGroups) -> None:
     """Every replica's reading rank writes its groups to a file of its own."""
+    selections = report.selections  # every rank takes part
 
     def write() -> None:
         if groups.is_source:
             path = rollout_file(run_dir, step=report.step, replica=groups.data_rank)
-            write_rollouts(path, report.groups, selections=report.selections, append=False)
+            write_rollouts(path, report.groups, selections=selections, append=False)
 
     on_every_rank(write, groups=groups)
 

@@ -15,10 +15,10 @@ and rewarded), objectives say which views they need and turn scores into per-tok
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, cached_property, partial
 
 import torch
 from torch import Tensor
@@ -53,9 +53,17 @@ class StepReport:
     values: dict[str, float]
     groups: tuple[RolloutGroup, ...]
     """What this replica trained on, in the order of its micro-batches: each group of the step is on one replica."""
-    selections: tuple[tuple[ResponseSelection, ...], ...]
-    """Per group, per response. Empty where no group had unequal rewards and there is no KL term: nothing to learn,
-    no optimizer step was taken."""
+    gather_selections: Callable[[], tuple[tuple[ResponseSelection, ...], ...]]
+
+    @cached_property
+    def selections(self) -> tuple[tuple[ResponseSelection, ...], ...]:
+        """Per group, per response. Empty where no group had unequal rewards and there is no KL term: nothing to learn,
+        no optimizer step was taken.
+
+        Gathered at the first look, on every rank of a replica: a number for each token and signal is not read from the
+        device for a step that nobody writes down.
+        """
+        return self.gather_selections()
 
 
 class Trainer:
@@ -84,7 +92,7 @@ class Trainer:
             groups = self.batching.balanced(groups)
         with self.timer.phase("pack"):
             parts = self.batching.plan(groups)
-            micro_batches = [MicroBatch(part, self.scoring.pack(part, "intact")) for part in parts]
+            micro_batches = [MicroBatch(part, cache(partial(self.scoring.pack, part, "intact"))) for part in parts]
             groups = [group for part in parts for group in part]
         with self.timer.phase("vision"):
             self.scoring.prepare_vision(micro_batches)
@@ -212,7 +220,10 @@ class Trainer:
         values |= self.batching.take_values() | self._check_values
         self._check_values = {}
         return StepReport(
-            step=step, values=values | seconds, groups=tuple(groups), selections=self._selections(groups, result)
+            step=step,
+            values=values | seconds,
+            groups=tuple(groups),
+            gather_selections=partial(self._selections, groups, result),
         )
 
     def _vision_counts(self, groups: Sequence[RolloutGroup]) -> dict[str, float]:
@@ -229,10 +240,9 @@ class Trainer:
         if result is None:
             return ()
         parts = [_selection_tensors(*found) for found in zip(result.streams, result.scores, strict=True)]
+        columns = [torch.cat(column, dim=-1).cpu() for column in zip(*parts, strict=True)]
         names, is_key_R, logprob_R, marks_SR = self.policy.from_last_stage(
-            (list(result.streams[0].is_selected_R), *(torch.cat(column, dim=-1) for column in zip(*parts, strict=True)))
-            if parts
-            else None
+            (list(result.streams[0].is_selected_R), *columns) if parts else None
         )
         start, selections = 0, []
         for group in groups:
@@ -254,8 +264,8 @@ class Trainer:
 
 
 def _selection_tensors(streams: TokenStreams, scores: TokenScores) -> tuple[Tensor, Tensor, Tensor]:
-    """Of one micro-batch, on the host: key tokens [R], log-probs [R], marks of every signal [signals, R]."""
+    """Of one micro-batch: key tokens [R], log-probs [R], marks of every signal [signals, R]."""
     marks = list(streams.is_selected_R.values())
     is_key_R = streams.is_key_token_R
     marks_SR = torch.stack(marks) if marks else is_key_R.new_zeros((0, len(is_key_R)))
-    return is_key_R.cpu(), scores.policy_logprob_R.cpu(), marks_SR.cpu()
+    return is_key_R, scores.policy_logprob_R, marks_SR

@@ -28,6 +28,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from megatron_ktr.sums import Metrics
+from megatron_ktr.transfer import send
+
 View = Literal["intact", "hidden", "shuffled"]
 VIEWS: tuple[View, ...] = ("intact", "hidden", "shuffled")
 
@@ -187,19 +190,26 @@ class PackedBatch:
     """[visual tokens, D]: what the vision encoder gives for ``media``, where it has run before (``vision_pass.py``)."""
     is_trained_R: Tensor | None = None
     """bool [R]: False on tokens that are context inside a response (``Rollout.is_trained``); None = nowhere."""
+    left_behind: PackedBatch | None = field(default=None, repr=False, compare=False)
+    """The batch in host memory that this one, on a device, was made of."""
 
     @property
     def num_responses(self) -> int:
         return sum(len(group.response_lengths) for group in self.layout.groups)
 
+    @property
+    def on_host(self) -> PackedBatch:
+        """The same tokens and rows in host memory, where plans are made of them: reading a device would be waiting."""
+        return self.left_behind or self
+
     def to(self, device: torch.device) -> PackedBatch:
-        """Moves every tensor to ``device``."""
+        """Sends every tensor to ``device``; nobody waits."""
         moved = {
-            f.name: value.to(device, non_blocking=True)
+            f.name: send(value, device)
             for f in dataclasses.fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)
         }
-        return dataclasses.replace(self, **moved)
+        return dataclasses.replace(self, **moved, left_behind=self.on_host)
 
 
 @dataclass(frozen=True)
@@ -250,7 +260,7 @@ class TokenStreams:
     """bool [R]: True on tokens that were chosen to carry the loss."""
     is_selected_R: Mapping[str, Tensor] = field(default_factory=dict)
     """bool [R] by signal name; their union is ``is_key_token_R`` where signals are used."""
-    metrics: Metrics = field(default_factory=lambda: Metrics())
+    metrics: Metrics = field(default_factory=Metrics)
     """What the objective counted on the way; the loss passes it on."""
 
     def detach(self) -> TokenStreams:
@@ -266,35 +276,3 @@ class ResponseSelection:
     is_selected: Mapping[str, tuple[bool, ...]] = field(default_factory=dict)
     """By signal name."""
     policy_logprobs: tuple[float, ...] = ()
-
-
-@dataclass
-class Metrics:
-    """Sums and counts that reduce over ranks by addition, and maxima that reduce by maximum; ``means()`` divides at the
-    very end."""
-
-    sums: dict[str, float] = field(default_factory=dict)
-    counts: dict[str, float] = field(default_factory=dict)
-    maxima: dict[str, float] = field(default_factory=dict)
-
-    def add(self, name: str, value: float, count: float = 1.0) -> None:
-        self.sums[name] = self.sums.get(name, 0.0) + float(value)
-        self.counts[name] = self.counts.get(name, 0.0) + float(count)
-
-    def add_max(self, name: str, value: float) -> None:
-        self.maxima[name] = max(self.maxima.get(name, float(value)), float(value))
-
-    def merge(self, other: Metrics) -> None:
-        for name, value in other.sums.items():
-            self.add(name, value, other.counts[name])
-        for name, value in other.maxima.items():
-            self.add_max(name, value)
-
-    def pop_sum(self, name: str) -> float:
-        """Removes a name and returns its sum, for what adds up over ranks rather than being averaged."""
-        self.counts.pop(name, None)
-        return self.sums.pop(name, 0.0)
-
-    def means(self) -> dict[str, float]:
-        """Every mean and every maximum, by name."""
-        return {name: value / max(self.counts[name], 1e-12) for name, value in self.sums.items()} | self.maxima

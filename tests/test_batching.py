@@ -233,16 +233,16 @@ def test_groups_arrive_whole_on_every_rank_of_one_replica(ranks: RankPool, sizes
 
 
 def test_a_group_is_sent_without_the_rest_of_the_memory_its_frames_lie_in() -> None:
-    from megatron_ktr.rollout.exchange import _from_bytes, _to_bytes
+    from megatron_ktr.distributed.object_bytes import pack_object, unpack_object
 
     group = example_groups("long video")[0]
     medium = group.prompt.media[0]
     much = torch.zeros(1000, *medium.frames_FCHW.shape, dtype=torch.uint8)
     much[7] = medium.frames_FCHW
     view = dataclasses.replace(medium, frames_FCHW=much[7])
-    payload = _to_bytes([dataclasses.replace(group, prompt=dataclasses.replace(group.prompt, media=(view,)))])
+    payload = pack_object([dataclasses.replace(group, prompt=dataclasses.replace(group.prompt, media=(view,)))])
     assert len(payload) < 2 * medium.frames_FCHW.nbytes + 10_000
-    assert torch.equal(_from_bytes(payload)[0].prompt.media[0].frames_FCHW, medium.frames_FCHW)
+    assert torch.equal(unpack_object(payload)[0].prompt.media[0].frames_FCHW, medium.frames_FCHW)
 
 
 # Steps

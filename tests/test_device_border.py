@@ -86,6 +86,96 @@ def test_a_step_stays_on_its_side_and_computes_the_same(name: str, model: Path, 
     assert found == expected
 
 
+def waits_of_a_step(
+    context: RankContext, *, hf_dir: Path, sizes: dict[str, Any], values: dict[str, Any], names: tuple[str, ...]
+) -> dict[str, int]:
+    """By function, without those of the tests' own recording, of the first step after everything is built."""
+    from megatron_ktr.distributed.groups import ParallelSizes
+    from tests.support.steps import example_groups, run_steps
+
+    parallel = context.init(ParallelSizes(**sizes))
+    groups = [group for index, name in enumerate(names) for group in example_groups(name, problem_suffix=str(index))]
+    with device_border() as sides:
+        run_steps(
+            parallel,
+            hf_dir=hf_dir,
+            rollout_groups=groups,
+            values=values,
+            before=lambda policy: sides.traffic.clear(),
+        )
+    return {place: number for place, number in sides.waits().items() if not place.startswith("tests/")}
+
+
+HEAD = "megatron_ktr/ops/token_statistics.py:backward"
+"""Counts the rows that have a gradient: the one number of a micro-batch that the host needs before it can go on."""
+OF_A_STEP = {
+    # Counts of groups, responses, tokens and media that replicas agree on.
+    "megatron_ktr/distributed/replicas.py:global_count": 7,
+    # Everything that the update has counted, at once.
+    "megatron_ktr/sums.py:_read": 1,
+    # Of the report, where somebody looks: key tokens, log-probs, marks.
+    "megatron_ktr/trainer.py:<listcomp>": 3,
+    "megatron_ktr/trainer.py:_selections": 3,
+    # The gradient norm.
+    "megatron/core/optimizer/clip_grads.py:get_grad_norm_fp32": 1,
+    "megatron/core/utils.py:local_multi_tensor_l2_norm": 1,
+    # What ranks tell each other: groups' metrics and the report.
+    "megatron_ktr/distributed/collectives.py:broadcast_object": 4,
+    "megatron_ktr/distributed/collectives.py:reduce_metrics": 8,
+}
+"""At most so often in a step, whatever it consists of."""
+
+
+@pytest.mark.parametrize("size", ["one rank", "context 2"])
+def test_the_host_waits_once_for_a_micro_batch_and_never_for_a_layer(
+    size: str, model: Path, tmp_path: Path, ranks: RankPool
+) -> None:
+    """Four layers wait as often as two. Of two micro-batches each waits once more, in the head's backward."""
+    sizes = {} if size == "one rank" else dict(context=2)
+    save_tiny_hf(tmp_path, num_layers=4)
+    cases = {"base": (model, ("mixed",)), "layers": (tmp_path, ("mixed",)), "micro-batches": (model, ("mixed",) * 2)}
+    found = {
+        name: ranks(waits_of_a_step, sizes.get("context", 1), hf_dir=hf_dir, sizes=sizes, values={}, names=names)[0]
+        for name, (hf_dir, names) in cases.items()
+    }
+    assert found["layers"] == found["base"]
+    assert found["base"].pop(HEAD) == 1 and found["micro-batches"].pop(HEAD) == 2
+    assert found["micro-batches"] == found["base"]
+    assert {place: number for place, number in found["base"].items() if number > OF_A_STEP.get(place, 0)} == {}
+
+
+@pytest.mark.parametrize(
+    "wait", ["item", "mask", "nonzero", "tolist", "tensor", "to", "unpinned", "copy_", "host index"]
+)
+def test_what_makes_a_host_wait_is_counted(wait: str, one_rank: object) -> None:
+    from megatron_ktr.transfer import send
+
+    host = torch.arange(3.0)
+    with device_border() as sides:
+        device = send(host, DEVICE)
+        device[device > 1] = 0.0  # filled in, not counted
+        assert sides.waits() == {} and sum(sides.traffic.values()) == 1
+        if wait == "item":
+            float(device.sum())
+        elif wait == "mask":
+            device[device > 0]
+        elif wait == "nonzero":
+            device.nonzero()
+        elif wait == "tolist":
+            device.tolist()
+        elif wait == "tensor":
+            torch.tensor([1.0], device=DEVICE)
+        elif wait == "to":
+            host.pin_memory().to(DEVICE)
+        elif wait == "unpinned":
+            host.to(DEVICE, non_blocking=True)
+        elif wait == "copy_":
+            device.copy_(host)
+        else:
+            device[torch.tensor([0, 1])]
+        assert list(sides.waits().values()) == [1]
+
+
 def test_transformers_generates_on_the_device(tmp_path: Path, one_rank: object) -> None:
     from megatron_ktr.data.synthetic import corpus
     from megatron_ktr.data.template import load_tokenizer

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
 
-from megatron_ktr.ops.prefix_attention import choose_impl, prefix_attention, segment_attention
+from megatron_ktr.ops.prefix_attention import choose_impl, prefix_attention
 from megatron_ktr.ops.prefix_attention_plan import AttentionPlan, Segment
+from megatron_ktr.ops.segment_attention import SegmentPlan, segment_attention
 from megatron_ktr.types import GroupSpan, PackedLayout
 
 HEAD_SIZE = 8
@@ -268,10 +271,10 @@ def test_segments_equal_a_block_diagonal_mask(lengths: tuple[int, ...], dtype: t
     inputs = random_qkv(num_rows, heads=3, kv_heads=3, dtype=dtype)
     segment = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     expected = naive_attention(*inputs, allowed=segment[:, None] == segment[None, :])
-    bounds = torch.tensor([0, *lengths]).cumsum(0)
-    out = segment_attention(*inputs, cu_seqlens=bounds)
+    segments = SegmentPlan(tuple(itertools.accumulate(lengths, initial=0)))
+    out = segment_attention(*inputs, segments=segments)
     torch.testing.assert_close(out, expected, rtol=0, atol=TOLERANCES[dtype])
-    torch.testing.assert_close(segment_attention(*inputs, cu_seqlens=bounds.tolist()), out, rtol=0, atol=0)
+    assert segments.batches(out.device) is segments.batches(out.device), "made once"
     weight = torch.linspace(-1, 1, num_rows, dtype=dtype)[:, None, None]
     gradients = torch.autograd.grad((out * weight).sum(), inputs)
     expected_gradients = torch.autograd.grad((expected * weight).sum(), inputs)
@@ -291,7 +294,8 @@ def test_wrong_requests_are_named() -> None:
     with pytest.raises(ValueError, match="needs a CUDA device"):
         prefix_attention(q, q, q, plan=plan, impl="varlen")
     assert choose_impl(q) == "merged"
-    with pytest.raises(ValueError, match="rise from 0 to 6"):
-        segment_attention(q, q, q, cu_seqlens=[0, 4, 2, 6])
-    with pytest.raises(ValueError, match="6 queries but 5 keys"):
-        segment_attention(q, q[:5], q[:5], cu_seqlens=[0, 6])
+    for bounds in ((0, 4, 2, 6), (1, 6), ()):
+        with pytest.raises(ValueError, match="rise from 0"):
+            SegmentPlan(bounds)
+    with pytest.raises(ValueError, match="6 queries and 5 keys"):
+        segment_attention(q, q[:5], q[:5], segments=SegmentPlan((0, 6)))

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from megatron_ktr.context_shard import shard_layout
-from megatron_ktr.ops import prefix_attention_merged, prefix_attention_varlen
+from megatron_ktr.ops import prefix_attention_merged, prefix_attention_varlen, segment_attention
 from megatron_ktr.ops.prefix_attention import loop_attention
 from megatron_ktr.ops.prefix_attention_plan import AttentionPlan, VarlenCall
+from megatron_ktr.ops.segment_attention import SegmentPlan
 from megatron_ktr.types import GroupSpan, PackedLayout
 from tests.test_prefix_attention import LAYOUTS, random_qkv
 
@@ -182,3 +183,18 @@ def test_copied_rows_have_the_gradient_of_a_sum(name: str) -> None:
     x = torch.randn(plan.num_keys, 2, dtype=torch.float64, requires_grad=True)
     assert torch.equal(copies.take(x), x.index_select(0, copies.rows))
     assert torch.autograd.gradcheck(copies.take, (x,))
+
+
+@pytest.mark.usefixtures("kernel_by_definition")
+def test_segments_as_one_variable_length_call_equal_their_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    segments = SegmentPlan((0, 4, 4, 5, 9, 15))  # two of one length, an empty one
+    inputs = random_qkv(15, heads=4, kv_heads=2, dtype=torch.float64)
+    weight = torch.linspace(-1, 1, 15, dtype=torch.float64)[:, None, None]
+    found = []
+    for is_device in (False, True):
+        monkeypatch.setattr(segment_attention, "can_flash_varlen", lambda q, is_device=is_device: is_device)
+        out = segment_attention.segment_attention(*inputs, segments=segments)
+        found.append((out, *torch.autograd.grad((out * weight).sum(), inputs)))
+    assert segments.call(out.device).cu_seqlens_q.tolist() == list(segments.bounds)
+    for ours, expected in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-11)

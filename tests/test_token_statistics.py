@@ -196,19 +196,22 @@ def test_each_counterfactual_costs_one_product_and_leaves_the_rest_as_it_was(num
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_main_grad_receives_the_weight_gradient_in_fp32(dtype: torch.dtype, impl: str) -> None:
+    """And autograd zeros, where a tied embedding adds to them; elsewhere memory that was there, not a tensor of its
+    own."""
     case = Case(29, 104, 97).of(dtype)
     hidden_RD, weight_VD, target_R, logprob_grad_R, _ = case.tensors()
     truth = truth_of_logprob_gradient(case)
     weight = torch.nn.Parameter(weight_VD)
     weight.main_grad, weight.grad_added_to_main_grad = torch.ones(104, HIDDEN_SIZE), False
-    for fused in (False, True, True):
-        weight.grad = None
+    for fused, is_tied in ((False, False), (True, True), (True, False)):
+        weight.grad, weight.zero_out_wgrad = None, is_tied
         result = linear_token_statistics(
             hidden_RD, weight, target_R, vocab_size=97, impl=impl, accumulate_into_main_grad=fused
         )
         (result.logprob_R * logprob_grad_R.float()).sum().backward()
         assert weight.grad_added_to_main_grad == fused
-        assert weight.grad.any() == (not fused), "zeros, not None: a tied embedding adds to them"
+        assert weight.grad.any() == (not is_tied) and weight.grad.dtype == dtype
+        assert (weight.grad.data_ptr() == weight.main_grad.data_ptr()) == (fused and not is_tied)
     # Two backward passes on top of ones; naive's products are rounded to bf16 (8 bits) before they are added.
     tolerance = 0.05 if dtype == torch.bfloat16 and impl == "naive" else 2e-5
     assert float((weight.main_grad - 1 - 2 * truth).abs().max()) < tolerance

@@ -179,7 +179,7 @@ def main_grad(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     hidden_RD, weight_VD, target_R, logprob_grad_R, _ = case.tensors()
     weight_VD = torch.nn.Parameter(weight_VD.nan_to_num())
     before = torch.randn(weight_VD.shape, generator=torch.Generator().manual_seed(1))
-    weight_VD.main_grad = before.clone()
+    weight_VD.main_grad, weight_VD.zero_out_wgrad = before.clone(), True
     result = linear_token_statistics(
         hidden_RD,
         weight_VD,

@@ -87,7 +87,7 @@ def _thresholds(
     start_P = num_tokens_P.cumsum(0) - num_tokens_P
 
     last_P = (num_finite_P - 1).clamp(min=0)
-    rank_P = torch.tensor(quantile, dtype=score_R.dtype, device=score_R.device) * last_P
+    rank_P = torch.full((), quantile, dtype=score_R.dtype, device=score_R.device) * last_P
     below_P, above_P = rank_P.to(torch.int64), rank_P.ceil().to(torch.int64)
     # A group without tokens may start past the end; its value is never read.
     end = max(len(sorted_R) - 1, 0)

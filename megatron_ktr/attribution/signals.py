@@ -25,6 +25,7 @@ from torch import Tensor
 
 from megatron_ktr.attribution.counterfactuals import can_hide, can_shuffle
 from megatron_ktr.errors import UserError
+from megatron_ktr.transfer import send
 from megatron_ktr.types import PackedBatch, Prompt, RolloutGroup, TokenScores, View
 
 Signal = Literal["entropy", "visual", "temporal"]
@@ -68,9 +69,9 @@ def signal_scores(
             score_R = _rounded(scores.policy_logprob_R, dtype) - _rounded(counterfactual_R, dtype)
             score_R = score_R.abs() if shift == "absolute" else score_R
         score_R = score_R.detach().to(dtype)
-        score_R = score_R.masked_fill(~is_applicable_R.to(score_R.device), float("nan"))
+        score_R = score_R.masked_fill(~send(is_applicable_R, score_R.device), float("nan"))
         if zero_R is not None:
-            score_R = score_R.masked_fill(zero_R[signal].to(score_R.device), 0.0)
+            score_R = score_R.masked_fill(send(zero_R[signal], score_R.device), 0.0)
         found[signal] = score_R
     return found
 
@@ -110,7 +111,7 @@ def _by_token(batch: PackedBatch, groups: Sequence[RolloutGroup], test: Callable
     if len(groups) != len(batch.layout.groups):
         raise ValueError(f"the batch packs {len(batch.layout.groups)} groups, got {len(groups)}")
     marks = [test(group.prompt) for group in groups]
-    return torch.tensor(marks, device=batch.group_R.device)[batch.group_R]
+    return send(torch.tensor(marks), batch.group_R.device)[batch.group_R]
 
 
 def _rounded(logprob_R: Tensor, dtype: torch.dtype) -> Tensor:

@@ -33,6 +33,7 @@ from megatron_ktr.data.unusable import UnusableMedia
 from megatron_ktr.data.video import FrameSampling, read_image, read_video
 from megatron_ktr.errors import UserError
 from megatron_ktr.json_files import read_json_object
+from megatron_ktr.transfer import send
 from megatron_ktr.types import VisualInput
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -226,8 +227,7 @@ def patchify(
         )
     if missing := -num_frames % temporal_patch_size:
         frames_FCHW = torch.cat([frames_FCHW, frames_FCHW[-1:].expand(missing, -1, -1, -1)])
-    mean_C11 = 255 * torch.tensor(mean, device=frames_FCHW.device).view(-1, 1, 1)
-    std_C11 = 255 * torch.tensor(std, device=frames_FCHW.device).view(-1, 1, 1)
+    mean_C11, std_C11 = (send(255 * torch.tensor(values).view(-1, 1, 1), frames_FCHW.device) for values in (mean, std))
     values_FCHW = (frames_FCHW.float() - mean_C11) / std_C11
     patches = values_FCHW.reshape(
         -1,

@@ -8,8 +8,12 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_ktr.distributed.object_bytes import pack_object, unpack_object
 from megatron_ktr.distributed.platform import current
+from megatron_ktr.transfer import send
 from megatron_ktr.types import Metrics
+
+_CHUNK_BYTES = 64 * 2**20
 
 
 def all_reduce_sum(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
@@ -20,15 +24,25 @@ def all_reduce_sum(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
 
 
 def broadcast_object(value: Any, *, group: ProcessGroup | None, source: int) -> Any:
-    """Returns ``value`` of world rank ``source`` on every rank of ``group``; pickled, tensors come as copies.
+    """Returns ``value`` of world rank ``source`` on every rank of ``group``; tensors come as copies, on the host.
 
-    Other ranks' ``value`` is ignored. Tensors in it should be on the host; the receiver moves them.
+    Other ranks' ``value`` is ignored. Tensors travel as bytes (``object_bytes.py``), through ``_CHUNK_BYTES`` of the
+    device at a time.
     """
     if group is None or group.size() == 1:
         return value
-    box = [value if torch.distributed.get_rank() == source else None]
-    torch.distributed.broadcast_object_list(box, src=source, group=group, device=current().device)
-    return box[0]
+    device, is_source = current().device, torch.distributed.get_rank() == source
+    payload = pack_object(value) if is_source else None
+    length = torch.full((), len(payload) if is_source else 0, dtype=torch.int64, device=device)
+    torch.distributed.broadcast(length, src=source, group=group)
+    if payload is None:
+        payload = torch.empty(int(length), dtype=torch.uint8)
+    for part in payload.split(_CHUNK_BYTES):
+        chunk = send(part, device) if is_source else torch.empty(len(part), dtype=torch.uint8, device=device)
+        torch.distributed.broadcast(chunk, src=source, group=group)
+        if not is_source:
+            part.copy_(chunk)
+    return value if is_source else unpack_object(payload)
 
 
 def reduce_metrics(metrics: Metrics, group: ProcessGroup | None) -> Metrics:

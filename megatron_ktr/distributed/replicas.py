@@ -21,7 +21,7 @@ class ReplicaNumbers:
 
     def global_count(self, value: float) -> float:
         """Sum of a per-replica count over data-parallel replicas, equal on every rank."""
-        total = torch.tensor(float(value), dtype=torch.float64, device=self.platform.device)
+        total = torch.full((), float(value), dtype=torch.float64, device=self.platform.device)
         return float(all_reduce_sum(total, self.groups.data))
 
     def mean_over_replicas(self, metrics: Metrics) -> dict[str, float]:

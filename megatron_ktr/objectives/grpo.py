@@ -29,6 +29,7 @@ from megatron_ktr.objectives.base import (
 )
 from megatron_ktr.objectives.importance import ImportanceCorrection
 from megatron_ktr.objectives.loss import policy_gradient_loss
+from megatron_ktr.transfer import send
 from megatron_ktr.types import Metrics, PackedBatch, RolloutGroup, TokenScores, TokenStreams
 
 NO_KEY_TOKENS = "responses_without_key_tokens"
@@ -77,7 +78,7 @@ class GRPO(Objective):
         every_token_R = torch.ones_like(scores.policy_logprob_R, dtype=torch.bool)
         is_key_token_R = union_of(selected) if selected else every_token_R
         # The batch may have stayed on the host; the scores decide where the streams live.
-        response_R = batch.response_R.to(is_key_token_R.device)
+        response_R = send(batch.response_R, is_key_token_R.device)
         lengths = None
         metrics = _selection_metrics(is_key_token_R, selected)
         if self.original_compat:
@@ -86,7 +87,7 @@ class GRPO(Objective):
             metrics.add(NO_KEY_TOKENS, lengths.count(0), len(lengths))
         rewards = response_rewards(group_data, lengths=lengths, setting=self.length_bonus)
         advantages = torch.cat([group_advantages([sum(parts) for parts in group]) for group in rewards])
-        advantage_R = advantages.to(device=response_R.device, dtype=torch.float32)[response_R]
+        advantage_R = send(advantages.to(torch.float32), response_R.device)[response_R]
         weight_R = token_weights(
             is_key_token_R,
             response_R,
@@ -128,10 +129,10 @@ class GRPO(Objective):
 
 
 def _selection_metrics(is_key_token_R: Tensor, is_selected_R: Mapping[str, Tensor]) -> Metrics:
-    """Shares of response tokens; one transfer from the device for all of them."""
+    """Shares of response tokens."""
     masks = {"key_token_ratio": is_key_token_R}
     masks |= {f"key_token_ratio/{signal}": mask_R for signal, mask_R in is_selected_R.items()}
     metrics = Metrics()
-    for name, count in zip(masks, torch.stack([mask_R.sum() for mask_R in masks.values()]).tolist(), strict=True):
-        metrics.add(name, count, is_key_token_R.numel())
+    counts = torch.stack([mask_R.sum() for mask_R in masks.values()])
+    metrics.add_later(list(masks), counts, count=is_key_token_R.numel())
     return metrics

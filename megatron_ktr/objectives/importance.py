@@ -110,12 +110,9 @@ class ImportanceCorrection:
 
 
 def _mismatch(log_ratio_R: Tensor, ratio: Tensor, is_changed_R: Tensor) -> Metrics:
-    """One transfer from the device for all of them."""
-    columns = [log_ratio_R.abs().sum(), ratio.sum(), ratio.max(), is_changed_R.sum().double()]
-    gap, ratio_sum, ratio_max, num_changed = torch.stack(columns).tolist()
     metrics = Metrics()
-    metrics.add("sampler_trainer_logprob_gap", gap, len(log_ratio_R))
-    metrics.add("importance_ratio_mean", ratio_sum, len(ratio))
-    metrics.add_max("importance_ratio_max", ratio_max)
-    metrics.add("clipped_fraction", num_changed, len(log_ratio_R))
+    of_tokens = torch.stack([log_ratio_R.abs().sum(), is_changed_R.sum().double()])
+    metrics.add_later(["sampler_trainer_logprob_gap", "clipped_fraction"], of_tokens, count=len(log_ratio_R))
+    metrics.add_later(["importance_ratio_mean"], ratio.sum(), count=len(ratio))
+    metrics.add_later(["importance_ratio_max"], ratio.max(), are_maxima=True)
     return metrics

@@ -79,16 +79,13 @@ def _surrogate(
 
 
 def _metrics(streams: TokenStreams, counted: dict[str, Tensor], scores: TokenScores) -> Metrics:
-    """Means over key tokens, plus what the objective counted; one transfer from the device."""
+    """Means over key tokens, plus what the objective counted; nothing is read here."""
     metrics = Metrics()
     metrics.merge(streams.metrics)
     is_key_R = streams.is_key_token_R
-    columns = [torch.where(is_key_R, values.float(), 0.0).sum() for values in counted.values()]
+    if counted:
+        totals = torch.stack([torch.where(is_key_R, values.float(), 0.0).sum() for values in counted.values()])
+        metrics.add_later(list(counted), totals, count=is_key_R.sum())
     if scores.entropy_R is not None:
-        columns.append(scores.entropy_R.detach().float().sum())
-    totals = torch.stack([is_key_R.sum().float(), *columns]).tolist()
-    for name, total in zip(counted, totals[1:], strict=False):
-        metrics.add(name, total, totals[0])
-    if scores.entropy_R is not None:
-        metrics.add("entropy", totals[-1], is_key_R.numel())
+        metrics.add_later(["entropy"], scores.entropy_R.float().sum(), count=is_key_R.numel())
     return metrics

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_ktr.objectives.base import LossAggregation, Objective, token_weights
+from megatron_ktr.transfer import send
 from megatron_ktr.types import Metrics, PackedBatch, RolloutGroup, TokenScores, TokenStreams
 
 
@@ -43,10 +44,10 @@ class SupervisedFineTuning(Objective):
     ) -> TokenStreams:
         is_key_token_R = torch.ones_like(scores.policy_logprob_R, dtype=torch.bool)
         if batch.is_trained_R is not None:
-            is_key_token_R = batch.is_trained_R.to(is_key_token_R.device)
+            is_key_token_R = send(batch.is_trained_R, is_key_token_R.device)
         weight_R = token_weights(
             is_key_token_R,
-            batch.response_R.to(is_key_token_R.device),
+            send(batch.response_R, is_key_token_R.device),
             num_responses=batch.num_responses,
             num_responses_global=num_responses_global,
             num_tokens_global=num_tokens_global,

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from megatron_ktr.objectives.base import Objective
 from megatron_ktr.objectives.grpo import GRPO
+from megatron_ktr.transfer import send
 from megatron_ktr.types import Metrics, PackedBatch, RolloutGroup, TokenScores, TokenStreams
 
 SPREAD_FLOOR = 1e-8
@@ -73,15 +74,14 @@ class TWGRPO(Objective):
         divergence_R = scores.divergence_R if self.has_weight_gradient else scores.divergence_R.detach()
         factor_R = position_weights(
             divergence_R,
-            batch.group_R.to(divergence_R.device),
+            send(batch.group_R, divergence_R.device),
             num_groups=len(batch.layout.groups),
             alpha=self.alpha,
         )
         metrics = Metrics()
         metrics.merge(streams.metrics)
-        totals = torch.stack([divergence_R.sum(), factor_R.sum()]).detach().tolist()  # one transfer from the device
-        for name, total in zip(("group_divergence", "token_weight"), totals, strict=True):
-            metrics.add(name, total, len(factor_R))
+        totals = torch.stack([divergence_R.sum(), factor_R.sum()])
+        metrics.add_later(["group_divergence", "token_weight"], totals, count=len(factor_R))
         weight_R = streams.weight_R * factor_R.to(streams.weight_R.dtype)
         return dataclasses.replace(streams, weight_R=weight_R, metrics=metrics)
 

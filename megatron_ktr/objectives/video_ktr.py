@@ -42,6 +42,7 @@ from megatron_ktr.attribution.signals import (
 )
 from megatron_ktr.objectives.base import Objective, union_of
 from megatron_ktr.objectives.grpo import GRPO
+from megatron_ktr.transfer import send
 from megatron_ktr.types import Metrics, PackedBatch, RolloutGroup, TokenScores, TokenStreams, View
 
 
@@ -97,7 +98,7 @@ class VideoKTR(Objective):
         return select_key_tokens(
             score_R_by_signal,
             self.selection_ratio,
-            group_R=batch.group_R.to(scores.policy_logprob_R.device),
+            group_R=send(batch.group_R, scores.policy_logprob_R.device),
             num_groups=len(batch.layout.groups),
             like_release=is_compat,
         )

@@ -33,7 +33,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_ktr.ops.group_divergence_tiles import CLAMP, PositionTable, divergence_tiles, slopes_of
-from megatron_ktr.ops.token_statistics import has_precise_main_grad, shard_plan
+from megatron_ktr.ops.main_grad import gradient_in_main_grad, has_precise_main_grad
+from megatron_ktr.ops.token_statistics import shard_plan
 from megatron_ktr.ops.token_statistics_interface import ShardPlan, accumulation_dtype
 from megatron_ktr.ops.vocab_tiles import multiply_into
 from megatron_ktr.types import PackedLayout
@@ -128,11 +129,11 @@ class _GroupDivergence(torch.autograd.Function):
         rows = table.row_QG.flatten()
         dtype = accumulation_dtype(hidden_RD)
         hidden_grad = hidden_RD.new_zeros(len(rows), hidden_RD.shape[1], dtype=dtype) if needs_hidden_grad else None
-        weight_grad = torch.zeros_like(weight_VD) if needs_weight_grad else None
-        destination = weight_grad
+        weight_grad = destination = None
         if needs_weight_grad and call.main_grad_of is not None:
-            destination = call.main_grad_of.main_grad
-            call.main_grad_of.grad_added_to_main_grad = True
+            weight_grad, destination = gradient_in_main_grad(call.main_grad_of), call.main_grad_of.main_grad
+        elif needs_weight_grad:
+            weight_grad = destination = torch.zeros_like(weight_VD)
         gradient = _PositionGradient(grad_Q[active], slope_QG[active], call.has_gradient_R)
         _add_gradients(hidden_RD, weight_VD, log_normalizer_R, table, call.plan, gradient, hidden_grad, destination)
         if hidden_grad is not None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_ktr.ops.token_statistics_interface import ShardPlan, accumulation_dtype
 from megatron_ktr.ops.vocab_tiles import TILE_BUDGET_BYTES, multiply_into, operand
+from megatron_ktr.transfer import send
 from megatron_ktr.types import PackedLayout
 
 CLAMP = 11.0
@@ -55,7 +56,7 @@ class PositionTable:
                 position_R[row : row + length] = torch.arange(start, start + length)
                 row += length
             start += longest
-        return cls(*(tensor.to(device) for tensor in (row_QG, is_member_QG, position_R)))
+        return cls(*(send(tensor, device) for tensor in (row_QG, is_member_QG, position_R)))
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ktr.context_shard import ContextShard
+from megatron_ktr.transfer import send
 
 
 class KeyExchange:
@@ -42,14 +43,14 @@ class KeyExchange:
         local = torch.stack([k, v], dim=1)  # rows first: the gathered tensor is one rank's rows after the other's
         gathered = local.new_empty(self._group.size() * local.shape[0], *local.shape[1:])
         dist.all_gather_into_tensor(gathered, local, group=self._group)
-        place = self._place.to(k.device)
+        # Sent by the first layer of a forward, for all layers and backward.
+        self._place = place = send(self._place, k.device)
         return gathered[:, 0].index_select(0, place), gathered[:, 1].index_select(0, place)
 
     def reduce(self, grad_k: Tensor, grad_v: Tensor, *, num_rows: int) -> tuple[Tensor, Tensor]:
         """Gradients of all rows from this rank's queries -> of this rank's ``num_rows`` rows from everybody's."""
-        place = self._place.to(grad_k.device)
         gathered = grad_k.new_zeros(self._group.size() * num_rows, 2, *grad_k.shape[1:])
-        gathered[place, 0], gathered[place, 1] = grad_k, grad_v
+        gathered[self._place, 0], gathered[self._place, 1] = grad_k, grad_v
         local = gathered.new_empty(num_rows, *gathered.shape[1:])
         dist.reduce_scatter_tensor(local, gathered, group=self._group)
         return local[:, 0], local[:, 1]
@@ -58,9 +59,8 @@ class KeyExchange:
 def gather_statistics(*values_R: Tensor, owner_R: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, ...]:
     """This rank's numbers [R_c] of each kind -> everybody's [R], the same on every rank; differentiable (see above).
 
-    ``owner_R`` is the rank of ``group`` that holds each number, equal everywhere; a rank's numbers keep their order.
-    On the host it costs no synchronisation. One collective for all kinds. A kind that needs no gradient on one rank
-    needs none on any.
+    ``owner_R``, in host memory, is the rank of ``group`` that holds each number, equal everywhere; a rank's numbers
+    keep their order. One collective for all kinds. A kind that needs no gradient on one rank needs none on any.
     """
     return _GatherStatistics.apply(owner_R, group, *values_R)
 
@@ -72,7 +72,7 @@ def gather_rows(rows_RD: Tensor, *, owner_R: Tensor, group: dist.ProcessGroup) -
     padded = torch.nn.functional.pad(rows_RD, (0, 0, 0, longest - rows_RD.shape[0])).contiguous()
     gathered = padded.new_empty(group.size() * longest, *rows_RD.shape[1:])
     dist.all_gather_into_tensor(gathered, padded, group=group)
-    return gathered.index_select(0, place_R.to(rows_RD.device))
+    return gathered.index_select(0, send(place_R, rows_RD.device))
 
 
 def _places(owner_R: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, int]:
@@ -82,7 +82,7 @@ def _places(owner_R: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, int]:
     longest = max(len(index_R) for index_R in mine_of)
     place_R = torch.empty_like(owner_R)
     for rank, index_R in enumerate(mine_of):
-        place_R[index_R] = rank * longest + torch.arange(len(index_R), device=owner_R.device)
+        place_R[index_R] = rank * longest + torch.arange(len(index_R))
     return place_R, longest
 
 
@@ -106,10 +106,10 @@ class _GatherStatistics(torch.autograd.Function):
         gathered = padded.new_empty(group.size() * len(values_R), longest)
         dist.all_gather_into_tensor(gathered, padded, group=group)
         by_kind = gathered.unflatten(0, (group.size(), -1)).transpose(0, 1).flatten(1)
-        ctx.mine_R = (owner_R == group.rank()).nonzero()[:, 0].to(mine.device)
+        ctx.mine_R = send((owner_R == group.rank()).nonzero()[:, 0], mine.device)
         # None, not zeros, for what nobody uses: the head then skips the entropy's gradient.
         ctx.set_materialize_grads(False)
-        outputs = by_kind.index_select(1, place_R.to(mine.device)).unbind()
+        outputs = by_kind.index_select(1, send(place_R, mine.device)).unbind()
         outputs = tuple(row.clone() for row in outputs)
         needs_grad = ctx.needs_input_grad[2:]
         ctx.mark_non_differentiable(*(out for out, needs in zip(outputs, needs_grad, strict=True) if not needs))

@@ -1,7 +1,5 @@
-"""Attention over packed sequences: a prompt stored once with its G responses, and independent segments.
-
-``prefix_attention`` serves the language model, ``segment_attention`` the vision encoder. None of the implementations
-builds a ``[T, T]`` mask.
+"""The language model's attention over packed sequences, a prompt stored once with its G responses. None of the
+implementations builds a ``[T, T]`` mask. (The vision encoder's: ``segment_attention.py``.)
 
     impl      runs on           how a response sees the prompt
     torch     everything        the reference: a loop over segments, each with its own copy of ``[prompt | response]``
@@ -17,7 +15,6 @@ ranks that hold all keys (``prefix_attention_plan.py`` describes both).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -65,7 +62,7 @@ def prefix_attention(
     Raises:
         ValueError: sizes that do not fit together, an unknown ``impl``, or one that cannot take these tensors.
     """
-    _check_heads(q_TNH, k_JKH, v_JKH)
+    check_heads(q_TNH, k_JKH, v_JKH)
     expected = (plan.num_queries, plan.num_keys if exchange is None else plan.num_queries)
     if expected != (q_TNH.shape[0], k_JKH.shape[0]):
         raise ValueError(
@@ -137,52 +134,6 @@ def loop_attention(q: Tensor, k: Tensor, v: Tensor, *, plan: AttentionPlan, scal
     return torch.cat(outputs)
 
 
-def segment_attention(
-    q_SNH: Tensor, k_SNH: Tensor, v_SNH: Tensor, *, cu_seqlens: Tensor | Sequence[int], scale: float | None = None
-) -> Tensor:
-    """Every row attends to all rows of its own segment and to no other: block-diagonal attention without a mask.
-
-    The vision encoder's attention windows (and, in its full-attention blocks, its temporal patches) are segments.
-    Segments of equal length run as one batch: windows are mostly of one size.
-
-    Args:
-        q_SNH, k_SNH, v_SNH: [S, N, H]; keys and values may have fewer heads, as in ``prefix_attention``.
-        cu_seqlens: cumulative segment lengths ``[0, l1, l1 + l2, ..., S]``; empty segments are allowed.
-        scale: factor on the scores; ``H ** -0.5`` when None.
-
-    Returns:
-        [S, N, H].
-
-    Raises:
-        ValueError: ``cu_seqlens`` that does not run from 0 to S without decreasing, or head counts that do not fit.
-    """
-    _check_heads(q_SNH, k_SNH, v_SNH)
-    if q_SNH.shape[0] != k_SNH.shape[0]:
-        raise ValueError(f"segment_attention: {q_SNH.shape[0]} queries but {k_SNH.shape[0]} keys")
-    bounds = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else [int(bound) for bound in cu_seqlens]
-    num_rows = q_SNH.shape[0]
-    lengths = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
-    if not bounds or bounds[0] != 0 or bounds[-1] != num_rows or min(lengths, default=0) < 0:
-        raise ValueError(f"segment_attention: cu_seqlens must rise from 0 to {num_rows}, got {bounds}")
-    starts_by_length: dict[int, list[int]] = {}
-    for start, length in zip(bounds, lengths, strict=False):
-        if length:
-            starts_by_length.setdefault(length, []).append(start)
-    if not starts_by_length:
-        return q_SNH[:0]
-    if len(starts_by_length) == 1:  # all segments alike: already in order, no gather needed
-        (length,) = starts_by_length
-        return _attend_batch(q_SNH, k_SNH, v_SNH, length=length, scale=scale)
-    outputs, rows = [], []
-    for length, starts in starts_by_length.items():
-        index = torch.tensor(starts, device=q_SNH.device)[:, None] + torch.arange(length, device=q_SNH.device)
-        index = index.flatten()
-        outputs.append(_attend_batch(q_SNH[index], k_SNH[index], v_SNH[index], length=length, scale=scale))
-        rows.append(index)
-    order = torch.argsort(torch.cat(rows))
-    return torch.cat(outputs).index_select(0, order)
-
-
 def _attend(
     q_LNH: Tensor,
     k_JKH: Tensor,
@@ -205,13 +156,6 @@ def _attend(
     return out_1NLH[0].transpose(0, 1)
 
 
-def _attend_batch(q_SNH: Tensor, k_SNH: Tensor, v_SNH: Tensor, *, length: int, scale: float | None) -> Tensor:
-    """Consecutive segments of one ``length`` as a batch; S is a multiple of ``length``."""
-    batched = [x.unflatten(0, (-1, length)).transpose(1, 2) for x in (q_SNH, k_SNH, v_SNH)]
-    out_BNLH = scaled_dot_product_attention(*batched, scale=scale, enable_gqa=q_SNH.shape[1] != k_SNH.shape[1])
-    return out_BNLH.transpose(1, 2).flatten(0, 1)
-
-
 def _bottom_right_causal(num_rows: int, num_prefix: int, *, device: torch.device) -> Tensor:
     """bool [num_rows, num_prefix + num_rows]: row i sees the whole prefix and rows 0..i of its own part.
 
@@ -220,7 +164,7 @@ def _bottom_right_causal(num_rows: int, num_prefix: int, *, device: torch.device
     return torch.ones(num_rows, num_prefix + num_rows, dtype=torch.bool, device=device).tril(num_prefix)
 
 
-def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
+def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
     if k.shape != v.shape or q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1]:
         raise ValueError(
             "attention expects q [T, N, H], k and v [J, K, H] with N a multiple of K, got "

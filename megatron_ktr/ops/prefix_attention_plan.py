@@ -20,13 +20,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from megatron_ktr.ops.row_copies import RowCopies
+from megatron_ktr.transfer import send
 from megatron_ktr.types import PackedLayout
 
 Placed = TypeVar("Placed", "VarlenCall", RowCopies)
@@ -67,8 +68,12 @@ class AttentionPlan:
     _calls: dict[tuple[str, torch.device], Any] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
+    @lru_cache(maxsize=16)
     def of_layout(cls, layout: PackedLayout) -> AttentionPlan:
-        """All rows on one rank: the plain meaning of ``PackedLayout``. Key rows are the layout's rows."""
+        """All rows on one rank: the plain meaning of ``PackedLayout``. Key rows are the layout's rows.
+
+        The last plans are kept: several passes of a step show one layout, and its indices are on the device then.
+        """
         segments = []
         for group in layout.groups:
             prompt_end = group.start + group.prompt_length
@@ -152,7 +157,8 @@ class AttentionPlan:
 
     def _plan_whole(self) -> VarlenCall:
         lengths = [segment.length for segment in self.segments]
-        return _varlen_call(None, None, lengths, [segment.prefix_length + segment.length for segment in self.segments])
+        lengths_kv = [segment.prefix_length + segment.length for segment in self.segments]
+        return VarlenCall.of_lengths(None, None, lengths, lengths_kv)
 
     def _plan_whole_copies(self) -> RowCopies:
         runs = [part for segment in self.segments for part in (segment.prefix, segment.own)]
@@ -161,7 +167,8 @@ class AttentionPlan:
     def _plan_own(self) -> VarlenCall:
         own, lengths = [segment.own for segment in self.segments], [segment.length for segment in self.segments]
         is_identity = own == [segment.rows for segment in self.segments] and self.num_keys == self.num_attending
-        return _varlen_call(None, None if is_identity else torch.cat([_rows(s) for s in own]), lengths, lengths)
+        rows = None if is_identity else torch.cat([_rows(keys) for keys in own])
+        return VarlenCall.of_lengths(None, rows, lengths, lengths)
 
     def _plan_own_and_prefix_copies(self) -> RowCopies:
         runs = [segment.own for segment in self.segments] + [keys for _, keys in self.prefix_blocks]
@@ -169,7 +176,8 @@ class AttentionPlan:
 
     def _plan_prefix(self) -> VarlenCall:
         queries, keys = ([_rows(block[i]) for block in self.prefix_blocks] for i in (0, 1))
-        return _varlen_call(torch.cat(queries), torch.cat(keys), [len(q) for q in queries], [len(k) for k in keys])
+        lengths_q, lengths_kv = ([len(part) for part in parts] for parts in (queries, keys))
+        return VarlenCall.of_lengths(torch.cat(queries), torch.cat(keys), lengths_q, lengths_kv)
 
 
 @dataclass(frozen=True)
@@ -186,23 +194,24 @@ class VarlenCall:
     """Rounded up, like the next; as host numbers, so that nobody has to ask the device."""
     max_seqlen_kv: int
 
+    @classmethod
+    def of_lengths(
+        cls, q_rows: Tensor | None, kv_rows: Tensor | None, lengths_q: Sequence[int], lengths_kv: Sequence[int]
+    ) -> VarlenCall:
+        """Calls of these numbers of query and key rows, one behind the other; at least one call."""
+        return cls(
+            q_rows=q_rows,
+            kv_rows=kv_rows,
+            cu_seqlens_q=_cumulative(lengths_q),
+            cu_seqlens_kv=_cumulative(lengths_kv),
+            max_seqlen_q=_bucket(max(lengths_q)),
+            max_seqlen_kv=_bucket(max(lengths_kv)),
+        )
+
     def to(self, device: torch.device) -> VarlenCall:
         names = ("q_rows", "kv_rows", "cu_seqlens_q", "cu_seqlens_kv")
         found = {name: value for name in names if (value := getattr(self, name)) is not None}
-        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in found.items()})
-
-
-def _varlen_call(
-    q_rows: Tensor | None, kv_rows: Tensor | None, lengths_q: Sequence[int], lengths_kv: Sequence[int]
-) -> VarlenCall:
-    return VarlenCall(
-        q_rows=q_rows,
-        kv_rows=kv_rows,
-        cu_seqlens_q=_cumulative(lengths_q),
-        cu_seqlens_kv=_cumulative(lengths_kv),
-        max_seqlen_q=_bucket(max(lengths_q)),
-        max_seqlen_kv=_bucket(max(lengths_kv)),
-    )
+        return replace(self, **{name: send(value, device) for name, value in found.items()})
 
 
 def _rows(rows: slice) -> Tensor:

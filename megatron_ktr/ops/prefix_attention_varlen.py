@@ -21,21 +21,27 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, *, plan: AttentionPlan, sc
     call = plan.whole_call(q.device)
     copies = plan.whole_copies(q.device)
     key, value = copies.take(k), copies.take(v)
-    return _Varlen.apply(q[: plan.num_attending], key, value, call, scale)
+    return varlen_call(q[: plan.num_attending], key, value, call=call, scale=scale, is_causal=True)
+
+
+def varlen_call(q: Tensor, k: Tensor, v: Tensor, *, call: VarlenCall, scale: float, is_causal: bool) -> Tensor:
+    """Attention of ``call``, whose rows are those of q, k and v in order; see ``can_flash_varlen`` for what runs.
+
+    Causal means aligned at the bottom right.
+    """
+    return _Varlen.apply(q, k, v, call, scale, is_causal)
 
 
 class _Varlen(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: VarlenCall, scale: float) -> Tensor:
-        out, lse, state = varlen_forward(q, k, v, call=call, scale=scale, is_causal=True)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: VarlenCall, scale: float, is_causal: bool) -> Tensor:
+        out, lse, state = varlen_forward(q, k, v, call=call, scale=scale, is_causal=is_causal)
         ctx.save_for_backward(q, k, v, out, lse, *state)
-        ctx.call, ctx.scale = call, scale
+        ctx.options = dict(call=call, scale=scale, is_causal=is_causal)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, *state = ctx.saved_tensors
-        gradients = varlen_backward(
-            grad_out.contiguous(), q, k, v, out, lse, tuple(state), call=ctx.call, scale=ctx.scale, is_causal=True
-        )
-        return *gradients, None, None
+        gradients = varlen_backward(grad_out.contiguous(), q, k, v, out, lse, tuple(state), **ctx.options)
+        return *gradients, None, None, None

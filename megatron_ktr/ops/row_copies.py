@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_ktr.transfer import send
+
 Part = tuple[int, Tensor, Tensor]
 """Rows with c copies each: (c, the n rows, int64, places of their copies, int64 [c * n], all first copies before all
 second ones)."""
@@ -39,7 +41,7 @@ class RowCopies:
         return cls(runs, num_rows, torch.cat(rows) if rows else torch.zeros(0, dtype=torch.int64))
 
     def to(self, device: torch.device) -> RowCopies:
-        return replace(self, rows=self.rows.to(device, non_blocking=True))
+        return replace(self, rows=send(self.rows, device))
 
     def take(self, x: Tensor) -> Tensor:
         """[rows, ...] -> [copies, ...]; backward is ``sum``."""
@@ -63,8 +65,7 @@ class RowCopies:
         [2], [4])]``. Made for the first backward, and kept for those of the other layers."""
         if device not in self._parts:
             self._parts[device] = [
-                (number, rows.to(device, non_blocking=True), places.to(device, non_blocking=True))
-                for number, rows, places in self._parts_on_host()
+                (number, send(rows, device), send(places, device)) for number, rows, places in self._parts_on_host()
             ]
         return self._parts[device]
 

@@ -45,6 +45,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_ktr.ops.main_grad import gradient_in_main_grad, has_precise_main_grad
 from megatron_ktr.ops.token_statistics_interface import (
     NUM_STATISTICS,
     GradientSums,
@@ -110,8 +111,8 @@ def linear_token_statistics(
         reduce_hidden_grad: True sums the hidden gradient over ``group``. False leaves this shard's part, for a
             caller that reduces it itself (the reduce-scatter of sequence parallelism).
         accumulate_into_main_grad: backward adds to ``weight_VD.main_grad``, where it is fp32, sets
-            ``weight_VD.grad_added_to_main_grad`` and returns zeros. The zeros are what autograd then passes on, so
-            gradients that reach a tied embedding on another way still arrive (``zero_out_wgrad``).
+            ``weight_VD.grad_added_to_main_grad`` and leaves autograd a gradient that means nothing, of zeros for a tied
+            embedding (``main_grad.py``).
         impl: ``naive`` makes the shard's full logits; ``chunked`` is torch in tiles; ``triton`` fuses them. ``auto``
             is ``triton`` where it runs, else ``chunked``.
         row_chunk, vocab_chunk: tile size of ``chunked``; default from ``vocab_tiles.TILE_BUDGET_BYTES``.
@@ -244,14 +245,15 @@ class _TokenStatistics(torch.autograd.Function):
         )
         is_compact = rows.numel() < hidden_RD.shape[0]
         active_RD = (hidden_RD[rows] if is_compact else hidden_RD).contiguous()
-        weight_grad = torch.zeros_like(weight_VD) if needs_weight_grad else None
+        weight_grad = weight_sum = None
+        if needs_weight_grad and call.main_grad_of is not None:
+            weight_grad, weight_sum = gradient_in_main_grad(call.main_grad_of), call.main_grad_of.main_grad
+        elif needs_weight_grad:
+            weight_grad = weight_sum = torch.zeros_like(weight_VD)
         sums = GradientSums(
             hidden_RD=torch.zeros_like(active_RD, dtype=accumulation_dtype(hidden_RD)) if needs_hidden_grad else None,
-            weight_VD=weight_grad,
+            weight_VD=weight_sum,
         )
-        if needs_weight_grad and call.main_grad_of is not None:
-            sums = dataclasses.replace(sums, weight_VD=call.main_grad_of.main_grad)
-            call.main_grad_of.grad_added_to_main_grad = True
         call.implementation.backward(active_RD, weight_VD, gradient, call.plan, sums)
         hidden_grad = None
         if sums.hidden_RD is not None:
@@ -287,13 +289,6 @@ def join_shards(statistics_NR: Tensor, group: dist.ProcessGroup | None) -> Tenso
     # One shard holds the target, the others hold 0.
     joined = (max_KR, (decay_SKR * sum_SKR).sum(dim=0), third_KR, target_logit_SKR.sum(dim=0))
     return torch.stack(joined, dim=1).flatten(0, 1)
-
-
-def has_precise_main_grad(weight_VD: Tensor) -> bool:
-    """Whether the parameter has a ``main_grad`` that a sum may be formed in."""
-    main_grad = getattr(weight_VD, "main_grad", None)
-    # In 16 bits the sum over micro-batches would lose digits that the sum beside it keeps until it is rounded once.
-    return main_grad is not None and main_grad.dtype in (torch.float32, torch.float64)
 
 
 def _check_inputs(hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor, others: Sequence[Tensor]) -> None:

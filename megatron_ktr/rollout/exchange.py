@@ -7,8 +7,6 @@ replica. Groups that stay are on every rank of their replica already.
 
 from __future__ import annotations
 
-import dataclasses
-import io
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -17,7 +15,9 @@ from torch import Tensor
 from megatron_ktr.batching import Placement, balance_replicas
 from megatron_ktr.distributed.collectives import broadcast_object
 from megatron_ktr.distributed.groups import ParallelGroups
+from megatron_ktr.distributed.object_bytes import pack_object, unpack_object
 from megatron_ktr.distributed.platform import current
+from megatron_ktr.transfer import send
 from megatron_ktr.types import RolloutGroup
 
 
@@ -56,7 +56,7 @@ def _send_and_receive(
 ) -> dict[int, list[RolloutGroup]]:
     """On reading ranks, whose data-parallel group holds the reading ranks: groups by the replica they came from."""
     device = current().device
-    sent = {to: _to_bytes(groups).to(device) for to, groups in outgoing.items()}
+    sent = {to: send(pack_object(groups), device) for to, groups in outgoing.items()}
     sizes = {to: torch.tensor([len(payload)], device=device) for to, payload in sent.items()}
     lengths = {origin: torch.zeros(1, dtype=torch.int64, device=device) for origin in sources}
     _transfer(sizes, lengths, parallel=parallel)
@@ -64,7 +64,7 @@ def _send_and_receive(
         origin: torch.empty(int(length), dtype=torch.uint8, device=device) for origin, length in lengths.items()
     }
     _transfer(sent, received, parallel=parallel)
-    return {origin: _from_bytes(payload) for origin, payload in received.items()}
+    return {origin: unpack_object(payload.cpu()) for origin, payload in received.items()}
 
 
 def _transfer(sent: Mapping[int, Tensor], received: Mapping[int, Tensor], *, parallel: ParallelGroups) -> None:
@@ -77,26 +77,3 @@ def _transfer(sent: Mapping[int, Tensor], received: Mapping[int, Tensor], *, par
     ]
     for work in torch.distributed.batch_isend_irecv(operations) if operations else ():
         work.wait()
-
-
-def _to_bytes(groups: Sequence[RolloutGroup]) -> Tensor:
-    """uint8 [n] on the host."""
-    buffer = io.BytesIO()
-    torch.save([_without_neighbours(group) for group in groups], buffer)
-    return torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
-
-
-def _from_bytes(payload: Tensor) -> list[RolloutGroup]:
-    # Our own dataclasses, from a rank of this run.
-    return torch.load(io.BytesIO(payload.cpu().numpy().tobytes()), weights_only=False)
-
-
-def _without_neighbours(group: RolloutGroup) -> RolloutGroup:
-    """Frames that are a view of more than themselves would be sent with all of it."""
-    media = tuple(
-        dataclasses.replace(medium, frames_FCHW=medium.frames_FCHW.clone())
-        if medium.frames_FCHW.untyped_storage().nbytes() > medium.frames_FCHW.nbytes
-        else medium
-        for medium in group.prompt.media
-    )
-    return dataclasses.replace(group, prompt=dataclasses.replace(group.prompt, media=media))

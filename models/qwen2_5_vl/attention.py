@@ -4,7 +4,8 @@ megatron-core hands a ``PackedSeqParams`` through every layer untouched, so a su
 attention needs. Its own fields describe one sequence ``[0, T]``: with as many rotary frequencies as rows, core then
 rotates row i by frequency i, whatever its M-RoPE position, instead of counting rows from 0 in every segment.
 That one-sequence description stays in host memory on purpose: core reads it as Python numbers in every layer, which
-would otherwise be a device synchronisation per layer.
+would otherwise be a device synchronisation per layer. Only Transformer Engine's rotation, one kernel that core calls
+with ``apply_rope_fusion``, reads it on the device, and nobody else then does.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from megatron_ktr.context_shard import ContextShard
 from megatron_ktr.ops.key_exchange import KeyExchange
 from megatron_ktr.ops.prefix_attention import PrefixImpl, prefix_attention
 from megatron_ktr.ops.prefix_attention_plan import AttentionPlan
+from megatron_ktr.transfer import send
 from megatron_ktr.types import PackedLayout
 from models.qwen2_5_vl.products import product_dtype
 
@@ -37,13 +39,16 @@ class PrefixSeqParams(PackedSeqParams):
     exchange: KeyExchange | None = None
 
     @classmethod
-    def from_layout(cls, layout: PackedLayout) -> PrefixSeqParams:
-        return cls(plan=AttentionPlan.of_layout(layout), **_one_sequence(layout.num_tokens))
+    def from_layout(cls, layout: PackedLayout, *, bounds_on: torch.device | None = None) -> PrefixSeqParams:
+        """``bounds_on``: the device whose kernel rotates; None: core's own code does."""
+        return cls(plan=AttentionPlan.of_layout(layout), **_one_sequence(layout.num_tokens, bounds_on))
 
     @classmethod
-    def from_shard(cls, shard: ContextShard, *, group: ProcessGroup) -> PrefixSeqParams:
+    def from_shard(
+        cls, shard: ContextShard, *, group: ProcessGroup, bounds_on: torch.device | None = None
+    ) -> PrefixSeqParams:
         exchange = KeyExchange(shard, group=group)
-        return cls(plan=shard.plan, exchange=exchange, **_one_sequence(shard.num_rows))
+        return cls(plan=shard.plan, exchange=exchange, **_one_sequence(shard.num_rows, bounds_on))
 
 
 class OneRank:
@@ -102,8 +107,10 @@ class PrefixCoreAttention(torch.nn.Module):
         return out_TNH.flatten(1).to(query.dtype)
 
 
-def _one_sequence(num_rows: int) -> dict[str, Any]:
+def _one_sequence(num_rows: int, bounds_on: torch.device | None) -> dict[str, Any]:
     bounds = torch.tensor([0, num_rows], dtype=torch.int32)
+    if bounds_on is not None:
+        bounds = send(bounds, bounds_on)
     return dict(
         qkv_format="thd",
         cu_seqlens_q=bounds,

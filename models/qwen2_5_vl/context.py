@@ -23,13 +23,13 @@ class ContextRanks:
         self.group = group
         self.multiple = multiple
 
-    def share(self, batch: PackedBatch) -> tuple[LocalRows, PrefixSeqParams]:
-        """This rank's rows of the batch, and what they attend."""
+    def share(self, batch: PackedBatch, *, bounds_on: torch.device | None = None) -> tuple[LocalRows, PrefixSeqParams]:
+        """This rank's rows of the batch, and what they attend (``bounds_on``: ``PrefixSeqParams``)."""
         shard = self._shard(batch)
-        return shard.take(batch), PrefixSeqParams.from_shard(shard, group=self.group)
+        return shard.take(batch), PrefixSeqParams.from_shard(shard, group=self.group, bounds_on=bounds_on)
 
     def mine(self, batch: PackedBatch) -> Tensor:
-        """int64: the response tokens, as indices in R, whose predicting rows lie on this rank, in order."""
+        """int64 in host memory: the response tokens, as indices in R, whose predicting rows lie on this rank."""
         return (self._owners(batch) == self.group.rank()).nonzero()[:, 0]
 
     def gather_statistics(self, mine: TokenStatistics, batch: PackedBatch) -> TokenStatistics:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_ktr.ops.token_statistics import TokenStatistics, linear_token_statistics
 from megatron_ktr.stack import end_at_hidden_states
+from megatron_ktr.transfer import send
 from models.qwen2_5_vl.attention import PrefixSeqParams
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.layer_specs import AttentionImpl, TransformerImpl, language_block_spec
@@ -124,9 +125,10 @@ class RotaryAngles(MultimodalRotaryEmbedding):
         Channels of the first half of a head take their axis by section; the second half are their partners. Rows of
         context ranks are shared out before (``attention.OneRank``), so that ``cp_group`` has nothing to cut.
         """
-        frequencies = self.inv_freq.to(position_ids_31T.device)
-        axis = torch.repeat_interleave(torch.arange(3), torch.tensor(mrope_section)).to(frequencies.device)
-        positions_T1H = position_ids_31T.float().index_select(0, axis).permute(2, 1, 0)
+        frequencies = send(self.inv_freq, position_ids_31T.device)
+        # Sections by their sizes: an index would have to be sent to the device.
+        sections = zip(position_ids_31T.float().split(1), mrope_section, strict=True)
+        positions_T1H = torch.cat([axis_11T.expand(size, -1, -1) for axis_11T, size in sections]).permute(2, 1, 0)
         angles_T1H = positions_T1H * frequencies
         return torch.cat([angles_T1H, angles_T1H], dim=-1)[:, :, None]
 

@@ -112,6 +112,11 @@ def language_block_spec(
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm_class(impl))
 
 
+def rotates_in_one_kernel(impl: TransformerImpl) -> bool:
+    """Whether the rotary embedding of queries and keys is Transformer Engine's kernel rather than core's eight."""
+    return resolve_transformer_impl(impl) == "te" and te_modules().rotates
+
+
 def norm_class(impl: TransformerImpl) -> Any:
     """Norm outside fused layers: of the block's end."""
     return te_modules().norm if resolve_transformer_impl(impl) == "te" else RMSNorm
@@ -236,4 +241,5 @@ def te_modules() -> SimpleNamespace:
         norm=TENorm,
         norm_column_linear=TELayerNormColumnParallelLinear,
         row_linear=TERowParallelLinear,
+        rotates=True,
     )

@@ -33,6 +33,7 @@ from megatron_ktr.distributed.platform import current
 from megatron_ktr.ops.group_divergence import group_divergence
 from megatron_ktr.ops.token_statistics import Impl, TokenStatistics
 from megatron_ktr.precision import token_multiple
+from megatron_ktr.transfer import send
 from megatron_ktr.types import PackedBatch
 from models.qwen2_5_vl.attention import OneRank, PrefixSeqParams
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
@@ -159,10 +160,12 @@ class Qwen2_5_VLModel(MegatronModule):
             ValueError: T that sequence parallelism cannot split, or visual rows without patches and features.
         """
         self._check(batch)
+        rotating = batch.token_ids_T.device if self.config.apply_rope_fusion else None
         if self.context is None:
-            local, attention = LocalRows.whole(batch), PrefixSeqParams.from_layout(batch.layout)
+            local = LocalRows.whole(batch)
+            attention = PrefixSeqParams.from_layout(batch.layout, bounds_on=rotating)
         else:
-            local, attention = self.context.share(batch)
+            local, attention = self.context.share(batch, bounds_on=rotating)
         decoder_input = self._embed(batch, local) if self.pre_process else None
         hidden_T1D = self.language.forward_packed(local.position_ids_3T, attention, decoder_input=decoder_input)
         if not self.post_process:
@@ -188,11 +191,11 @@ class Qwen2_5_VLModel(MegatronModule):
 
         ``batch`` may lie on the host. Every context rank must compute the same loss from them and call backward.
         """
-        targets_R = batch.target_ids_R.to(hidden_RD.device)
+        targets_R = send(batch.target_ids_R, hidden_RD.device)
         options = dict(temperature=temperature, counterfactual_hidden_RD=counterfactual_hidden_RD)
         if self.context is None:
             return self.token_statistics(hidden_RD, targets_R, **options)
-        targets_R = targets_R[self.context.mine(batch).to(hidden_RD.device)]
+        targets_R = targets_R[send(self.context.mine(batch), hidden_RD.device)]
         return self.context.gather_statistics(self.token_statistics(hidden_RD, targets_R, **options), batch)
 
     def token_statistics(
@@ -241,12 +244,12 @@ class Qwen2_5_VLModel(MegatronModule):
         if self.context is not None:
             # Responses of a group lie on different ranks, and their distributions are compared whole. Each rank's own
             # rows pass its part of the gradient on, as in ``gather_statistics``.
-            own_RD, mine = hidden_RD, self.context.mine(batch).to(hidden_RD.device)
+            own_RD, mine = hidden_RD, send(self.context.mine(batch), hidden_RD.device)
             hidden_RD = self.context.gather_hidden(own_RD, batch)
             if with_gradient:
                 hidden_RD = hidden_RD.index_copy(0, mine, own_RD)
                 has_gradient_R = torch.zeros(len(hidden_RD), dtype=torch.bool, device=mine.device)
-                has_gradient_R[mine] = True
+                has_gradient_R.index_fill_(0, mine, True)
         return group_divergence(
             hidden_RD,
             self.output_weight(),

@@ -15,7 +15,7 @@ from megatron_ktr.pipeline_split import Split, check_recomputation, chunk_layout
 from megatron_ktr.stack import no_cuda_graphs
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.fp8 import fp8_settings
-from models.qwen2_5_vl.layer_specs import language_layer_spec, resolve_transformer_impl
+from models.qwen2_5_vl.layer_specs import language_layer_spec, resolve_transformer_impl, rotates_in_one_kernel
 from models.qwen2_5_vl.products import LanguageConfig
 
 if TYPE_CHECKING:
@@ -113,8 +113,9 @@ def _kernels(config: Config | None) -> dict[str, Any]:
         # ``residual.py`` says why.
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
-        # The fused kernel restarts at every segment; M-RoPE needs one frequency per row.
-        apply_rope_fusion=False,
+        # Transformer Engine's kernel takes the frequency of a row's place in its segment. Ours is one segment with a
+        # frequency for each row (``attention.py``), so that M-RoPE's are right.
+        apply_rope_fusion=rotates_in_one_kernel(config.model.transformer_impl if config else "auto"),
         fuses_weight_gradients=_fuses_weight_gradients(config),
         **no_cuda_graphs(),
     )

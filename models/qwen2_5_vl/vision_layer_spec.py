@@ -2,12 +2,13 @@
 
 Linear layers and norms are megatron-core's own or, as in the language model, Transformer Engine's; a distributed
 checkpoint has the same keys with both (the plain ones, as long as they have been written). The attention is ours with
-both: windows of equal size are batched, which needs no variable-length kernel, and it rotates in fp32.
+both (``ops/segment_attention.py``), and it rotates in fp32.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 from torch.nn.functional import pad
 
-from megatron_ktr.ops.prefix_attention import segment_attention
+from megatron_ktr.distributed.platform import current
+from megatron_ktr.ops.segment_attention import segment_attention
 from megatron_ktr.stack import mlp_submodule
 from models.qwen2_5_vl.layer_specs import TransformerImpl, resolve_transformer_impl, te_modules
 from models.qwen2_5_vl.norm import RMSNorm
@@ -56,6 +58,7 @@ class VisionCoreAttention(MegatronModule):
         super().__init__(config=config)
         self.layer = layer_number - 1
         self.softmax_scale = softmax_scale
+        self.rotate = rotate if current().name == "cpu" else _compiled_rotate()
 
     def forward(
         self,
@@ -74,10 +77,10 @@ class VisionCoreAttention(MegatronModule):
         layout = packed_seq_params.layout
         num_patches = len(layout.cos_SH)
         out_SNH = segment_attention(
-            rotate(q_SNH[:num_patches], cos_SH=layout.cos_SH, sin_SH=layout.sin_SH),
-            rotate(k_SNH[:num_patches], cos_SH=layout.cos_SH, sin_SH=layout.sin_SH),
+            self.rotate(q_SNH[:num_patches], cos_SH=layout.cos_SH, sin_SH=layout.sin_SH),
+            self.rotate(k_SNH[:num_patches], cos_SH=layout.cos_SH, sin_SH=layout.sin_SH),
             v_SNH[:num_patches],
-            cu_seqlens=layout.segment_bounds(self.layer),
+            segments=layout.segments(self.layer),
             scale=self.softmax_scale,
         )
         num_padding = len(q_SNH) - num_patches
@@ -90,6 +93,12 @@ def rotate(x_SNH: Tensor, *, cos_SH: Tensor, sin_SH: Tensor) -> Tensor:
     first, second = wide.chunk(2, dim=-1)
     rotated = wide * cos_SH[:, None] + torch.cat([-second, first], dim=-1) * sin_SH[:, None]
     return rotated.to(x_SNH.dtype)
+
+
+@cache
+def _compiled_rotate() -> Any:
+    """One kernel in place of eight. Any number of patches: it is compiled once with and once without gradient."""
+    return torch.compile(rotate, dynamic=True)
 
 
 def vision_layer_spec(impl: TransformerImpl = "auto") -> ModuleSpec:

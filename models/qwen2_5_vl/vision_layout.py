@@ -17,10 +17,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from megatron_ktr.ops.segment_attention import SegmentPlan
+from megatron_ktr.transfer import send
 from models.qwen2_5_vl.config import VisionConfig
 
 
@@ -47,14 +50,22 @@ class VisionLayout:
     full_attention_layers: frozenset[int]
     """0-based layers that attend over frames; all others attend over windows."""
 
-    def segment_bounds(self, layer: int) -> Tensor:
-        """Cumulative lengths of the segments that 0-based ``layer`` attends within."""
-        return self.frame_bounds if layer in self.full_attention_layers else self.window_bounds
+    def segments(self, layer: int) -> SegmentPlan:
+        """What 0-based ``layer`` attends within: one plan for all layers of a kind."""
+        return self._frames if layer in self.full_attention_layers else self._windows
+
+    @cached_property
+    def _windows(self) -> SegmentPlan:
+        return SegmentPlan(tuple(self.window_bounds.tolist()))
+
+    @cached_property
+    def _frames(self) -> SegmentPlan:
+        return SegmentPlan(tuple(self.frame_bounds.tolist()))
 
     def to(self, device: torch.device) -> VisionLayout:
-        """Moves what the device computes with; the bounds stay in host memory, where they are read as numbers."""
+        """Sends what the device computes with; the bounds stay in host memory, where they are read as numbers."""
         names = ("unit_order", "unit_position", "cos_SH", "sin_SH")
-        return dataclasses.replace(self, **{name: getattr(self, name).to(device) for name in names})
+        return dataclasses.replace(self, **{name: send(getattr(self, name), device) for name in names})
 
 
 def plan_vision(grid_thw: Sequence[Sequence[int]], *, config: VisionConfig) -> VisionLayout:

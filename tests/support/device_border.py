@@ -11,12 +11,21 @@ results are where their inputs are. Then raised are, as on a GPU:
 
 Moving always copies, so that both sides never share memory. ``Tensor.device`` answers with the marked side;
 ``is_cuda`` stays False, so that what chooses a kernel chooses the one that runs here.
+
+What makes the host wait for a GPU is counted in ``traffic``, by the function of ours (or of megatron-core) that asked:
+
+    read    a number or a shape comes back: ``item``, ``tolist``, ``bool``, ``.cpu()``, ``nonzero``, a boolean index
+    block   a copy to the device that returns when it is done: no ``non_blocking``, or from memory that is not pinned
+    send    a copy from pinned memory with ``non_blocking``: nobody waits
 """
 
 from __future__ import annotations
 
 import contextlib
+import sys
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +41,19 @@ DEVICE = torch.device("cuda", 0)
 MAY_CROSS = ("aten::copy_", "aten::_to_copy", "aten::_foreach_copy_")
 TAKES_HOST_INDEX = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_unsafe_index")
 TAKES_NO_SCALAR = ("aten::cat", "aten::stack")
+READS = (
+    "aten::_local_scalar_dense",
+    "aten::nonzero",
+    "aten::masked_select",
+    "aten::_unique2",
+    "aten::unique_dim",
+    "aten::bincount",
+    "aten::equal",
+    "aten::repeat_interleave",
+)
+"""Operations that answer the host, with a number or with the size of their result."""
+MAKES_OF_VALUES = (torch.tensor, torch.as_tensor, Tensor.new_tensor, torch.from_numpy)
+REPOSITORY = Path(__file__).parents[2]
 
 
 class BorderError(RuntimeError):
@@ -46,7 +68,10 @@ class _Sides:
     def __init__(self) -> None:
         # Beside the side a weak reference, which keeps the address from being used again for another storage.
         self._known: dict[int, tuple[int, StorageWeakRef]] = {}
+        self._pinned: dict[int, StorageWeakRef] = {}
         self.num_crossings = 0
+        self.traffic: Counter[tuple[str, str]] = Counter()
+        """Number of (kind, file and function) since the border was drawn; kinds: see the module."""
 
     def of(self, tensor: Tensor) -> int:
         return self._known.get(tensor.untyped_storage()._cdata, (0, None))[0] if _has_storage(tensor) else 0
@@ -59,6 +84,50 @@ class _Sides:
                 self._known = {key: value for key, value in self._known.items() if not value[1].expired()}
         else:
             self._known.pop(storage._cdata, None)
+
+    def pin(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self._pinned[storage._cdata] = StorageWeakRef(storage)
+
+    def is_pinned(self, tensor: Tensor) -> bool:
+        return tensor.untyped_storage()._cdata in self._pinned
+
+    def waits(self) -> dict[str, int]:
+        """How often the host waits, by file and function."""
+        found: Counter[str] = Counter()
+        for (kind, place), number in self.traffic.items():
+            found[place] += number if kind != "send" else 0
+        return dict(+found)
+
+    def note(self, kind: str) -> None:
+        self.traffic[kind, _place()] += 1
+
+    def note_copy(self, source: Tensor, *, is_non_blocking: bool) -> None:
+        self.note("send" if is_non_blocking and self.is_pinned(source) else "block")
+
+
+def _place() -> str:
+    """The innermost function of this repository or of megatron-core on the stack, this file left out."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        path = frame.f_code.co_filename
+        if path != __file__ and not path.endswith("platform_cpu.py"):
+            if "/megatron/" in path:
+                return f"{path[path.rindex('/megatron/') + 1 :]}:{frame.f_code.co_name}"
+            if path.startswith(str(REPOSITORY)) and "/.venv" not in path:
+                return f"{Path(path).relative_to(REPOSITORY)}:{frame.f_code.co_name}"
+        frame = frame.f_back
+    return "elsewhere"
+
+
+def _is_inside_gloo() -> bool:
+    """Its reduce-scatter copies the result out of a buffer of its own, on the host; NCCL's has none."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name.startswith("reduce_scatter"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _tensors(*values: Any) -> list[Tensor]:
@@ -93,6 +162,7 @@ class _Operations(TorchDispatchMode):
         inputs = _tensors(args, kwargs)
         name = func._schema.name
         self._check(name, args, inputs)
+        self._note(name, args, kwargs, inputs)
         result = func(*args, **kwargs)
         known = {tensor.untyped_storage()._cdata for tensor in inputs}
         found = {self.sides.of(tensor) for tensor in inputs}
@@ -103,6 +173,29 @@ class _Operations(TorchDispatchMode):
             if tensor.untyped_storage()._cdata not in known:
                 self.sides.put(tensor, side)
         return result
+
+    def _note(self, name: str, args: Any, kwargs: Any, inputs: list[Tensor]) -> None:
+        of = self.sides.of
+        if name == "aten::copy_" and _is_inside_gloo():
+            return
+        if name == "aten::copy_" and of(args[0]) != of(args[1]) and _Sides.NEUTRAL not in (of(args[0]), of(args[1])):
+            if of(args[0]) == _Sides.ON_DEVICE:
+                self.sides.note_copy(args[1], is_non_blocking=len(args) > 2 and bool(args[2]))
+            else:
+                self.sides.note("read")
+        elif name in READS and any(of(tensor) == _Sides.ON_DEVICE for tensor in inputs):
+            # Given the size of its result, this one need not ask.
+            if name != "aten::repeat_interleave" or kwargs.get("output_size") is None:
+                self.sides.note("read")
+        elif name in TAKES_HOST_INDEX and of(args[0]) == _Sides.ON_DEVICE:
+            indices = _tensors(args[1])
+            # A number put where a mask is True is filled in, without a count.
+            fills = name.startswith("aten::index_put") and args[2].numel() == 1
+            if not fills and any(index.dtype in (torch.bool, torch.uint8) for index in indices):
+                self.sides.note("read")
+            for index in indices:
+                if of(index) == 0:
+                    self.sides.note("block")
 
     def _check(self, name: str, args: Any, inputs: list[Tensor]) -> None:
         if name in MAY_CROSS:
@@ -132,6 +225,12 @@ class _Calls(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func in (Tensor.device.__get__, Tensor.is_cpu.__get__, Tensor.type, Tensor.numpy) and len(args) == 1:
             return self._about(func, args[0], kwargs)
+        if func is Tensor.pin_memory or kwargs.pop("pin_memory", False):
+            result = args[0].clone() if func is Tensor.pin_memory else func(*args, **kwargs)
+            self.sides.pin(result)
+            return result
+        if func is Tensor.tolist and self.sides.of(args[0]) == _Sides.ON_DEVICE:
+            self.sides.note("read")
         target = self._target(func, args, kwargs)
         on_device = any(self.sides.of(tensor) == _Sides.ON_DEVICE for tensor in _tensors(args, kwargs))
         if kwargs.get("generator") is not None and (target if target is not None else on_device):
@@ -145,7 +244,9 @@ class _Calls(TorchFunctionMode):
             result = func(*args, **kwargs)
         finally:
             self.operations.num_calls_open -= 1
-        return result if target is None else self._sent(result, args, target)
+        if target is None:
+            return result
+        return self._sent(result, args, target, func=func, is_non_blocking=bool(kwargs.get("non_blocking")))
 
     def _about(self, func: Any, tensor: Tensor, kwargs: dict) -> Any:
         on_device = self.sides.of(tensor) == _Sides.ON_DEVICE
@@ -177,11 +278,17 @@ class _Calls(TorchFunctionMode):
                 return named
         return _is_device(kwargs.get("device"))
 
-    def _sent(self, result: Any, args: tuple, target: bool) -> Any:
+    def _sent(self, result: Any, args: tuple, target: bool, *, func: Any, is_non_blocking: bool) -> Any:
         side = _Sides.ON_DEVICE if target else 0
         if not isinstance(result, Tensor) or self.sides.of(result) == side:
             return result
         self.sides.num_crossings += 1
+        if not target and self.sides.of(args[0]) == _Sides.ON_DEVICE:
+            self.sides.note("read")
+        elif target and func in MAKES_OF_VALUES:
+            self.sides.note("block")
+        elif target and func in (Tensor.to, Tensor.cuda):
+            self.sides.note_copy(args[0], is_non_blocking=is_non_blocking)
         shared = {tensor.untyped_storage()._cdata for tensor in _tensors(args)}
         if result.untyped_storage()._cdata in shared:
             result = result.clone()

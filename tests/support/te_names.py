@@ -116,6 +116,7 @@ def te_layers() -> Iterator[None]:
         PrefixCoreAttention=PrefixCoreAttention,
         norm=RMSNorm,
         norm_column_linear=NormColumnLinear,
+        rotates=False,
         row_linear=RowLinear,
     )
     with ExitStack() as stack:

@@ -1,0 +1,115 @@
+"""Numbers of a step that add up over micro-batches and ranks, also while they are still on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Metrics:
+    """Sums and counts that reduce over ranks by addition, and maxima that reduce by maximum; ``means()`` divides at the
+    very end.
+
+    What a device has computed is added by ``add_later``, and read when somebody asks for a number: in one transfer all
+    that was added and merged until then, so that the host waits once for an update rather than for each number.
+    """
+
+    def __init__(
+        self,
+        sums: Mapping[str, float] | None = None,
+        counts: Mapping[str, float] | None = None,
+        maxima: Mapping[str, float] | None = None,
+    ) -> None:
+        self._sums, self._counts, self._maxima = dict(sums or {}), dict(counts or {}), dict(maxima or {})
+        self._unread: list[_Unread] = []
+
+    @property
+    def sums(self) -> dict[str, float]:
+        self._read()
+        return self._sums
+
+    @property
+    def counts(self) -> dict[str, float]:
+        self._read()
+        return self._counts
+
+    @property
+    def maxima(self) -> dict[str, float]:
+        self._read()
+        return self._maxima
+
+    def add(self, name: str, value: float, count: float = 1.0) -> None:
+        self._sums[name] = self._sums.get(name, 0.0) + float(value)
+        self._counts[name] = self._counts.get(name, 0.0) + float(count)
+
+    def add_max(self, name: str, value: float) -> None:
+        self._maxima[name] = max(self._maxima.get(name, float(value)), float(value))
+
+    def add_later(
+        self, names: Sequence[str], values_n: Tensor, *, count: float | Tensor = 1.0, are_maxima: bool = False
+    ) -> None:
+        """``add`` (or ``add_max``) of ``values_n`` [n], whatever its dtype and device, once it is read.
+
+        ``count``: of each of them; a tensor of one element where a device knows it.
+        """
+        self._unread.append(_Unread(tuple(names), values_n.detach(), count, are_maxima))
+
+    def merge(self, other: Metrics) -> None:
+        for name, value in other._sums.items():
+            self.add(name, value, other._counts[name])
+        for name, value in other._maxima.items():
+            self.add_max(name, value)
+        self._unread += other._unread
+
+    def pop_sum(self, name: str) -> float:
+        """Removes a name and returns its sum, for what adds up over ranks rather than being averaged."""
+        self.counts.pop(name, None)
+        return self.sums.pop(name, 0.0)
+
+    def means(self) -> dict[str, float]:
+        """Every mean and every maximum, by name."""
+        return {name: value / max(self.counts[name], 1e-12) for name, value in self.sums.items()} | self.maxima
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Metrics) and repr(self) == repr(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """To be pickled: a rank sends numbers, not what another rank would have to read from this one's device."""
+        self._read()
+        return vars(self)
+
+    def __repr__(self) -> str:
+        return f"Metrics(sums={self.sums}, counts={self.counts}, maxima={self.maxima})"
+
+    def _read(self) -> None:
+        """Adds what is on a device, in the order in which it was given."""
+        if not self._unread:
+            return
+        unread, self._unread = self._unread, []
+        counted = [one for one in unread if isinstance(one.count, Tensor)]
+        # fp64 holds every fp32 number and every count.
+        parts = [one.values_n.double().reshape(-1) for one in unread]
+        parts += [one.count.detach().double().reshape(1) for one in counted]
+        numbers = iter(torch.cat(parts).tolist())
+        values = [[next(numbers) for _ in one.names] for one in unread]
+        counts = {id(one): next(numbers) for one in counted}
+        for one, found in zip(unread, values, strict=True):
+            for name, value in zip(one.names, found, strict=True):
+                if one.are_maxima:
+                    self.add_max(name, value)
+                else:
+                    self.add(name, value, counts.get(id(one), one.count))
+
+
+@dataclass(frozen=True, eq=False)
+class _Unread:
+    names: tuple[str, ...]
+    values_n: Tensor
+    count: Any
+    are_maxima: bool
