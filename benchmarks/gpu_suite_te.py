@@ -6,7 +6,6 @@ The suite's other parts use it through the model's layers; if those fail, this s
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from benchmarks.gpu_suite_common import Skipped
 from megatron_ktr.distributed.platform import Platform
+from megatron_ktr.doctor.attention import transformer_engine_attention
 from megatron_ktr.ops.prefix_attention_plan import AttentionPlan
 
 TOLERANCE = {"forward": 0.08, "grad_input": 0.12, "grad_weight": 0.12}
@@ -78,33 +78,10 @@ def linear_against_bf16(make_recipe: Callable[[], Any], platform: Platform) -> d
     return {"differences": differences, "within": all(differences[name] <= TOLERANCE[name] for name in TOLERANCE)}
 
 
-@cache
-def _attention(num_heads: int, num_key_heads: int, head_size: int) -> Any:
-    """The module; made once, so that timing it is timing its kernels."""
-    return transformer_engine().DotProductAttention(
-        num_heads,
-        head_size,
-        num_gqa_groups=num_key_heads,
-        qkv_format="thd",
-        attn_mask_type="padding_causal_bottom_right",
-    )
-
-
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, *, plan: AttentionPlan) -> Tensor:
-    """Every segment on its prefix and its own rows, aligned at the bottom right, in one call."""
-    attention = _attention(q.shape[1], k.shape[1], q.shape[2])
-    call, copies = plan.whole_call(q.device), plan.whole_copies(q.device)
-    out = attention(
-        q,
-        copies.take(k),
-        copies.take(v),
-        attn_mask_type="padding_causal_bottom_right",
-        cu_seqlens_q=call.cu_seqlens_q,
-        cu_seqlens_kv=call.cu_seqlens_kv,
-        max_seqlen_q=call.max_seqlen_q,
-        max_seqlen_kv=call.max_seqlen_kv,
-    )
-    return out.view(q.shape)
+    """The doctor's call of it; ``Skipped`` where it is not installed."""
+    transformer_engine()
+    return transformer_engine_attention(q, k, v, plan=plan)
 
 
 def relative(ours: Tensor, exact: Tensor) -> float:

@@ -165,7 +165,7 @@ def test_gradients_of_shared_keys_in_bf16_are_as_exact_as_those_of_the_merged_fo
     def in_bf16(q: Tensor, k: Tensor, v: Tensor, *, plan: AttentionPlan, scale: float) -> Tensor:
         rows, call = plan.whole_copies(q.device).rows, plan.whole_call(q.device)
         key, value = (AddedInBf16.apply(x, rows) for x in (k, v))
-        return prefix_attention_varlen._Varlen.apply(q, key, value, call, scale)
+        return prefix_attention_varlen.varlen_call(q, key, value, call=call, scale=scale, is_causal=True)
 
     def on_device(q: Tensor, k: Tensor, v: Tensor, *, plan: AttentionPlan, scale: float) -> Tensor:
         return prefix_attention_merged._DeviceMerged.apply(q, k, v, plan, scale, None)
