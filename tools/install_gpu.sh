@@ -20,7 +20,7 @@ set -euo pipefail
 
 TORCH_CUDA=13  # of torch's wheels; Transformer Engine's extra in setup.py says the same
 CUDNN=9.21.1.3  # the first after 9.20.0.48 that is whole
-MIN_GB=25 MIN_GB_TE=4  # free beside the packages; measured: 5 GB of torch and CUDA, vLLM and its kernels, pip's copies
+MIN_GB=25 MIN_GB_TE=4  # free where packages go: torch with CUDA is 5 GB; vLLM's kernels and pip's copies are estimated
 
 fail() { echo "error: $1" >&2; exit 2; }
 mode=${1:-all}
@@ -101,7 +101,7 @@ jobs=$((memory_gb / 2 < 1 ? 1 : memory_gb / 2))
 cores=$(nproc)
 export MAX_JOBS=${MAX_JOBS:-$((jobs < cores ? jobs : cores))}
 [[ $MAX_JOBS =~ ^[1-9][0-9]*$ ]] || fail "MAX_JOBS=$MAX_JOBS: expected a number of compilers"
-echo "Python $version, CUDA $release at $CUDA_HOME, Transformer Engine $te, $MAX_JOBS compilers at a time"
+echo "Python $version, CUDA $release at $CUDA_HOME, Transformer Engine $te, compilers at a time: $MAX_JOBS"
 [ "$mode" != --check ] || exit 0
 
 # --- installing -----------------------------------------------------------------------------------------------------

@@ -47,7 +47,8 @@ def read_attention(*, timeout_seconds: float = 600.0) -> AttentionFacts:
     command = [sys.executable, "-m", "megatron_ktr.doctor.attention"]
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout_seconds)
-        found = json.loads(done.stdout.splitlines()[-1])
+        # Libraries may have their say before and after it.
+        found = json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
     except subprocess.TimeoutExpired:
         return AttentionFacts({}, error=f"no answer within {timeout_seconds:.0f} s")
     except (IndexError, ValueError):
