@@ -245,6 +245,26 @@ def test_a_group_is_sent_without_the_rest_of_the_memory_its_frames_lie_in() -> N
     assert torch.equal(unpack_object(payload)[0].prompt.media[0].frames_FCHW, medium.frames_FCHW)
 
 
+def test_objects_come_back_with_their_tensors_of_any_kind() -> None:
+    from megatron_ktr.distributed.object_bytes import pack_object, unpack_object
+
+    table = torch.arange(1000.0).reshape(10, 100)
+    tensors = [
+        table[3:5, ::2],
+        table.t(),
+        torch.tensor(3),
+        torch.zeros(0, 3),
+        torch.ones(3).bool(),
+        torch.ones(5).half(),
+    ]
+    value = {"tensors": tensors, "again": tensors[0], "words": ("x", None, 7)}
+    found = unpack_object(pack_object(value))
+    for ours, expected in zip(found["tensors"], tensors, strict=True):
+        assert ours.dtype == expected.dtype and torch.equal(ours, expected)
+    assert found["again"] is found["tensors"][0] and found["words"] == value["words"]
+    assert unpack_object(pack_object(None)) is None
+
+
 # Steps
 
 NUM_STEPS = 2

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_ktr.metrics import MetricsWriter
 from megatron_ktr.report.run_data import read_run
@@ -89,3 +91,28 @@ def test_a_crash_while_steps_are_dropped_leaves_the_old_file(tmp_path: Path, mon
     assert (tmp_path / "metrics.jsonl").read_text() == before
     write_steps(tmp_path, range(3, 4), first_step=3, loss=2.0)
     assert [record["step"] for record in records(tmp_path)] == [1, 2, 3]
+
+
+def test_numbers_on_a_device_are_read_once_and_add_up_like_others(monkeypatch) -> None:
+    parts = [Metrics(), Metrics()]
+    parts[0].add("a", 1.0, 2.0)
+    parts[0].add_later(["a", "b"], torch.tensor([2, 3]), count=torch.tensor(4))
+    parts[1].add_later(["a"], torch.tensor(0.1), count=1)
+    parts[1].add_later(["top"], torch.tensor([5.0]), are_maxima=True)
+    parts[1].add_max("top", 4.0)
+    total = Metrics()
+    for part in parts:
+        total.merge(part)
+    num_reads = 0
+    read = torch.Tensor.tolist
+
+    def counted(tensor):
+        nonlocal num_reads
+        num_reads += 1
+        return read(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", counted)
+    assert total.sums == {"a": 1.0 + 2.0 + float(torch.tensor(0.1)), "b": 3.0}
+    assert total.counts == {"a": 7.0, "b": 4.0} and total.maxima == {"top": 5.0}
+    assert num_reads == 1
+    assert pickle.loads(pickle.dumps(parts[1])) == parts[1]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_ktr.attribution.counterfactuals import draw_permutations
-from megatron_ktr.packing import pack_groups, plan_micro_batches
+from megatron_ktr.packing import pack_groups, plan_micro_batches, shuffled_view
 from megatron_ktr.types import VIEWS, Prompt, Rollout, RolloutGroup
 from tests.support.groups import END, IMAGE, MEDIA, START, VIDEO, group_of, image, video
 
@@ -140,6 +140,22 @@ def test_shuffled_view_moves_whole_units_of_videos_and_leaves_images(unit):
         # Five frames fill three temporal patches by repeating the last; the filled pair moves as it is.
         assert sorted(pairs[:4]) == [(1, 2), (3, 4), (5, 6), (7, 8)]
         assert sorted(pairs[5:]) == [(1, 2), (3, 4), (5, 5)]
+
+
+@pytest.mark.parametrize("vision", ["media", "none"])
+def test_the_shuffled_view_can_be_made_of_the_intact_one(vision):
+    groups = random_groups(3)
+    orders = orders_of(groups)
+    expected = pack_groups(groups, view="shuffled", media=MEDIA, permutations=orders, vision=vision)
+    intact = pack_groups(groups, view="intact", media=MEDIA, vision=vision)
+    found = shuffled_view(intact, orders)
+    for field in dataclasses.fields(found):
+        ours, theirs = getattr(found, field.name), getattr(expected, field.name)
+        if field.name == "media":
+            ours, theirs = ([medium.frames_FCHW.tolist() for medium in media] for media in (ours, theirs))
+        assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs, field.name
+    with pytest.raises(ValueError, match="and patches"):
+        shuffled_view(pack_groups(groups, view="intact", media=MEDIA), orders)
 
 
 def test_seconds_override_moves_video_positions_only_and_keeps_images():

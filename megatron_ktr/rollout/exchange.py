@@ -17,7 +17,6 @@ from megatron_ktr.distributed.collectives import broadcast_object
 from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.distributed.object_bytes import pack_object, unpack_object
 from megatron_ktr.distributed.platform import current
-from megatron_ktr.transfer import send
 from megatron_ktr.types import RolloutGroup
 
 
@@ -56,7 +55,7 @@ def _send_and_receive(
 ) -> dict[int, list[RolloutGroup]]:
     """On reading ranks, whose data-parallel group holds the reading ranks: groups by the replica they came from."""
     device = current().device
-    sent = {to: send(pack_object(groups), device) for to, groups in outgoing.items()}
+    sent = {to: pack_object(groups).to(device) for to, groups in outgoing.items()}
     sizes = {to: torch.tensor([len(payload)], device=device) for to, payload in sent.items()}
     lengths = {origin: torch.zeros(1, dtype=torch.int64, device=device) for origin in sources}
     _transfer(sizes, lengths, parallel=parallel)
