@@ -29,6 +29,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from tests.support.patience import PATIENCE_SECONDS
 
 COLLECTIVE_TIMEOUT_SECONDS = 0.8 * PATIENCE_SECONDS
@@ -82,9 +84,14 @@ class RankPool:
         return [results[rank] for rank in range(world_size)]
 
     def close(self) -> None:
-        """Ends every process of the pool."""
+        """Ends every process of the pool, and what they started: megatron-core's saver keeps a manager, which would stay
+        for good once its parent is killed."""
         for process, connection in self._workers:
             connection.close()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for child in psutil.Process(process.pid).children(recursive=True):
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        child.kill()
             process.kill()
         for process, _ in self._workers:
             process.join()
