@@ -84,8 +84,8 @@ class RankPool:
         return [results[rank] for rank in range(world_size)]
 
     def close(self) -> None:
-        """Ends every process of the pool, and what they started: megatron-core's saver keeps a manager, which would stay
-        for good once its parent is killed."""
+        """Ends every process of the pool, and what they started: megatron-core's saver keeps a manager, which would
+        stay for good once its parent is killed."""
         for process, connection in self._workers:
             connection.close()
             with contextlib.suppress(psutil.NoSuchProcess):
