@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_ktr.accounting.flops import count_step
 from megatron_ktr.accounting.layout import Layout, count_parameters, why_not
@@ -131,7 +132,7 @@ def test_every_layout_uses_all_gpus_and_keeps_the_trainers_rules(size, num_gpus,
             virtual_pipeline=layout.virtual if layout.virtual > 1 else None,
         )
         check_sizes(sizes, world_size=num_gpus)
-        _check_layout(config, sizes, config=None)
+        _check_layout(config, sizes, dtype=torch.bfloat16, config=None)
         if layout.virtual > 1:
             assert prompts // layout.data % layout.pipeline == 0
 
