@@ -253,11 +253,13 @@ def _stubs() -> Iterator[None]:
         "can_flash_varlen": lambda q: True,
         "find_implementation": lambda *_, **__: _StubHead(),
     }
+    modules = [module for name, module in sys.modules.items() if name.startswith("megatron_ktr.ops")]
     with ExitStack() as stack:
-        for module in [module for name, module in sys.modules.items() if name.startswith("megatron_ktr.ops")]:
-            for name, stub in stubs.items():
-                if hasattr(module, name):
-                    stack.enter_context(mock.patch.object(module, name, stub))
+        for name, stub in stubs.items():
+            holders = [module for module in modules if hasattr(module, name)]
+            assert holders, f"no module of megatron_ktr.ops has a {name} any more"
+            for module in holders:
+                stack.enter_context(mock.patch.object(module, name, stub))
         for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
             stack.enter_context(mock.patch.object(torch.distributed, name, _stub_collective))
         yield

@@ -59,6 +59,16 @@ def test_scoring_precision_benchmark_runs_from_nothing(tmp_path: Path) -> None:
         assert 0 < values["noise_visual_mean"] < 0.5
 
 
+def test_host_time_benchmark_runs_the_trainer_of_today() -> None:
+    sizes = "--repeats 1 --prompts 2 --responses 2 --length 8 --text 8 --frames 2 --height 56 --width 56 --context 2"
+    command = [sys.executable, "benchmarks/host_time.py", "--json", *sizes.split()]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
+    assert result.returncode == 0, result.stderr
+    seconds = json.loads(result.stdout)["seconds"]
+    assert all(value > 0 for value in [*seconds["data"].values(), *seconds["depth"].values()])
+    assert seconds["depth"]["update"] < seconds["depth"]["step"]
+
+
 def test_summary_is_ours_over_naive_at_the_summary_point() -> None:
     about = dict(rows=4096, hidden=512, vocabulary=152_064, tensor_parallel=1)
     entries = [
