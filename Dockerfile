@@ -1,4 +1,4 @@
-# Megatron-KTR on CUDA 13: NVIDIA's PyTorch image for compilers, cuDNN, NCCL and the libraries of RDMA networks, and beside
+# Megatron-KTR on CUDA 13: NVIDIA's PyTorch image for compilers, the CUDA toolkit and the libraries of RDMA networks, and beside
 # its Python an environment of our own with the versions of setup.py.
 #
 #   docker build --tag megatron-ktr:0.1.0 .
@@ -6,7 +6,7 @@
 #
 # Its Python is 3.12, so this is the newer of the two stacks (README): megatron-core 0.19.2. The image's own torch and
 # Transformer Engine are not used: vLLM 0.32 takes exactly torch 2.13.0, and setup.py names Transformer Engine 2.17.1.
-# Building compiles for about an hour. It has not been built yet (docs/launching.md).
+# Building compiles for long (not measured). It has not been built yet (docs/launching.md).
 # CUDA 13.0 like torch's wheels: apex refuses to be built with another than torch's. Later images have 13.1.
 ARG BASE=nvcr.io/nvidia/pytorch:25.10-py3
 FROM ${BASE}
@@ -28,9 +28,9 @@ ENV PIP_CONSTRAINT="" \
     PATH=/venv/bin:/usr/local/cuda/bin:/usr/local/nvidia/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 
 WORKDIR /srv/megatron-ktr
-# What takes an hour, before what changes every day: a package without code is enough to install what it requires.
+# What takes long, before what changes every day: a package without code is enough to install what it requires.
 COPY setup.py pyproject.toml README.md LICENSE ./
-COPY tools tools
+COPY tools/install_gpu.sh tools/
 RUN python3 -m venv /venv \
     && pip install --upgrade pip setuptools wheel \
     && mkdir megatron_ktr models \
@@ -47,6 +47,7 @@ RUN git clone --depth 1 --branch "${APEX_TAG}" --recurse-submodules --shallow-su
 
 COPY megatron_ktr megatron_ktr
 COPY models models
+COPY tools tools
 COPY examples examples
 # Editable: runs use the files here, also where they are replaced by a mounted checkout. Without dependencies: they are
 # there, and pip would put back the cuDNN that torch pins. Nothing is imported here: there is no driver until it runs.

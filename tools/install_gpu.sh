@@ -5,7 +5,7 @@
 #
 #   1. this project with vLLM, which brings exactly its torch     (pip install --editable '.[vllm]')
 #   2. what Transformer Engine needs of Python, and to be built; nothing that is there is moved
-#   3. a whole cuDNN: the one that torch 2.13.0 pins lacks a library, which cuDNN would then take from the system
+#   3. a whole cuDNN: the one that torch 2.13.0 pins lacks a library, and cuDNN would load the system's
 #   4. Transformer Engine. Its torch extension exists as source only and is compiled here (C++; no GPU is needed),
 #      against this torch and its headers
 #   5. a check of what came out
@@ -15,7 +15,7 @@
 # CXX (c++), MAX_JOBS (compilers at a time: 2 GB of memory each). pip's own settings hold.
 #
 # Do not let pip install torch's requirements again afterwards: it would put the pinned cuDNN back.
-# tools/doctor.py says on the GPU machine whether all of it works. Ends with 2 and one line where something is missing.
+# tools/doctor.py says on the GPU machine whether all of it works. Exit code 2 with one line if something is missing.
 set -euo pipefail
 
 TORCH_CUDA=13  # of torch's wheels; Transformer Engine's extra in setup.py says the same
@@ -101,7 +101,7 @@ jobs=$((memory_gb / 2 < 1 ? 1 : memory_gb / 2))
 cores=$(nproc)
 export MAX_JOBS=${MAX_JOBS:-$((jobs < cores ? jobs : cores))}
 [[ $MAX_JOBS =~ ^[1-9][0-9]*$ ]] || fail "MAX_JOBS=$MAX_JOBS: expected a number of compilers"
-echo "Python $version, CUDA $release at $CUDA_HOME, Transformer Engine $te, compilers at a time: $MAX_JOBS"
+echo "Python $version, CUDA $release at $CUDA_HOME, Transformer Engine $te, compilers at a time: $MAX_JOBS: can be installed"
 [ "$mode" != --check ] || exit 0
 
 # --- installing -----------------------------------------------------------------------------------------------------

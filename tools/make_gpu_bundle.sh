@@ -4,7 +4,7 @@
 #   tools/make_gpu_bundle.sh OUT.tar.xz [PACKAGE ...]
 #   tools/make_gpu_bundle.sh bundle.tar.xz megatron-core==0.19.2 av
 #
-# Without PACKAGE: megatron-core of setup.py. No dependencies are fetched: name what the machine lacks (`pip list` there).
+# Without PACKAGE: megatron-core of setup.py, xxhash and psutil. No dependencies are fetched: name what the machine lacks (`pip list` there).
 # PYTHON_VERSION (3.12) and PLATFORMS ("manylinux_2_28_x86_64 ...") say for which machine; TE_WHEELS may name a folder of
 # further wheels, such as Transformer Engine's, built or pruned elsewhere.
 #
@@ -28,6 +28,7 @@ if [ ${#packages[@]} -eq 0 ]; then
     # Two lines, the older for Python before 3.12.
     pins=$(sed -n 's/^ *"\(megatron-core==[^;"]*\).*/\1/p' "$repository/setup.py")
     case $version in 3.11) packages=("$(head -n 1 <<< "$pins")") ;; *) packages=("$(tail -n 1 <<< "$pins")") ;; esac
+    packages+=(xxhash psutil)
 fi
 
 scratch=$(mktemp -d)
