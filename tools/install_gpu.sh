@@ -101,7 +101,7 @@ jobs=$((memory_gb / 2 < 1 ? 1 : memory_gb / 2))
 cores=$(nproc)
 export MAX_JOBS=${MAX_JOBS:-$((jobs < cores ? jobs : cores))}
 [[ $MAX_JOBS =~ ^[1-9][0-9]*$ ]] || fail "MAX_JOBS=$MAX_JOBS: expected a number of compilers"
-echo "Python $version, CUDA $release at $CUDA_HOME, Transformer Engine $te, compilers at a time: $MAX_JOBS: can be installed"
+echo "Python $version, CUDA $release at $CUDA_HOME, Transformer Engine $te, compilers at a time: $MAX_JOBS: it can be installed"
 [ "$mode" != --check ] || exit 0
 
 # --- installing -----------------------------------------------------------------------------------------------------
