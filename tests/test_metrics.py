@@ -103,13 +103,18 @@ def test_numbers_on_a_device_are_read_once_and_add_up_like_others(monkeypatch) -
     total = Metrics()
     for part in parts:
         total.merge(part)
-    num_reads = 0
+    num_reads, is_inside = 0, False
     read = torch.Tensor.tolist
 
     def counted(tensor):
-        nonlocal num_reads
-        num_reads += 1
-        return read(tensor)
+        # Where a test before this one has started the platform, its redirection calls the method once more inside.
+        nonlocal num_reads, is_inside
+        num_reads += not is_inside
+        is_inside = True
+        try:
+            return read(tensor)
+        finally:
+            is_inside = False
 
     monkeypatch.setattr(torch.Tensor, "tolist", counted)
     assert total.sums == {"a": 1.0 + 2.0 + float(torch.tensor(0.1)), "b": 3.0}
