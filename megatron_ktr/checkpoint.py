@@ -39,12 +39,14 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_ktr.checksums import Digest, sync, write_hashed, write_manifest
 from megatron_ktr.config import save_resolved
 from megatron_ktr.data.dataset import reshard_states
 from megatron_ktr.distributed.checkpoint_writer import BackgroundSave, Written
 from megatron_ktr.distributed.optimizer_checkpoint import (
+    agreed_steps,
     load_optimizer_state,
     optimizer_sharded_state,
     optimizer_shards,
@@ -114,6 +116,7 @@ class Checkpoints:
         # After the optimizer's state was found by its parameters: weights kept in FP8 are written as plain numbers.
         force_all_tensors_to_non_fp8(state)
         sharded, common = save_preprocess(state, validate_access_integrity=False)
+        common = self._common_of_all(common)
         self._on_rank_zero(f"save step {step} to", lambda: self._prepare(scratch, training, random_states, common))
         self._on_each_rank(f"save step {step} to", lambda: _require_shared(scratch))
         self._pending = (step, BackgroundSave(sharded, scratch, data_group=self.groups.data_context))
@@ -182,6 +185,14 @@ class Checkpoints:
             "scheduler_steps": self.policy.scheduler.num_steps,
             "sources": sources,
         }
+
+    def _common_of_all(self, common: dict[str, Any]) -> dict[str, Any]:
+        """On rank 0, which writes them: the optimizer's settings are of the first rank that trains something."""
+        settings = [None] * self.groups.world_size if self.groups.rank == 0 else None
+        trains = any(p.requires_grad for chunk in self.policy.chunks for p in chunk.parameters())
+        torch.distributed.gather_object(common.get("optimizer") if trains else None, settings, dst=0)
+        found = next((one for one in settings or [] if one is not None), None)
+        return common if found is None else common | {"optimizer": found}
 
     def _gather_random_states(self) -> list[Any] | None:
         states = [None] * self.groups.world_size if self.groups.rank == 0 else None
@@ -273,8 +284,12 @@ def sharded_state(policy: Policy, *, is_loading: bool = False) -> dict[str, Any]
     policy.wait_for_parameters()
     state = model_sharded_state_dict(policy.chunks)
     has_optimizer_state = policy.config.optimizer.optimizer != "sgd"
+    # Also where this rank has nothing to train: it is agreed on by all.
+    num_steps = agreed_steps(policy.optimizer) if has_optimizer_state else None
     if has_optimizer_state and not policy.optimizer.is_stub_optimizer:
-        state["optimizer"] = optimizer_sharded_state(policy.optimizer, dict(state), is_loading=is_loading)
+        state["optimizer"] = optimizer_sharded_state(
+            policy.optimizer, dict(state), num_steps=num_steps, is_loading=is_loading
+        )
     for part in [name for name in state if name.startswith("model")]:
         # Objects are empty on plain torch layers, histories of FP8 on Transformer Engine's: not needed.
         state[part] = {
@@ -300,7 +315,7 @@ def load_sharded_state(policy: Policy, checkpoint: Path) -> None:
     try:
         strategy = FullyParallelLoadStrategyWrapper(load_strategy(str(checkpoint)), policy.groups.data_context)
         loaded = dist_checkpointing.load(state, str(checkpoint), sharded_strategy=strategy)
-    except (CheckpointingException, OSError, *UNREADABLE) as error:
+    except (CheckpointingException, CheckpointException, OSError, *UNREADABLE) as error:
         raise UserError(f"--resume: {checkpoint} cannot be loaded: {error}") from error
     for chunk, name in zip(policy.bare_chunks, parts, strict=True):
         result = chunk.load_state_dict(loaded[name], strict=False)
@@ -314,7 +329,8 @@ def load_sharded_state(policy: Policy, checkpoint: Path) -> None:
     def load_optimizer() -> None:
         # A rank may have nothing to train.
         if "optimizer" in state:
-            load_optimizer_state(optimizer, loaded["optimizer"], shards=shards, checkpoint=checkpoint)
+            with _as_user_error(checkpoint / COMMON_FILE):
+                load_optimizer_state(optimizer, loaded["optimizer"], shards=shards, checkpoint=checkpoint)
 
     on_every_rank(load_optimizer, groups=policy.groups)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,15 +48,19 @@ class Metrics:
         self._counts[name] = self._counts.get(name, 0.0) + float(count)
 
     def add_max(self, name: str, value: float) -> None:
-        self._maxima[name] = max(self._maxima.get(name, float(value)), float(value))
+        largest, value = self._maxima.get(name, -math.inf), float(value)
+        # Not ``max``, with which NaN stays or goes by the order.
+        self._maxima[name] = value if value > largest or math.isnan(value) else largest
 
     def add_later(
         self, names: Sequence[str], values_n: Tensor, *, count: float | Tensor = 1.0, are_maxima: bool = False
     ) -> None:
         """``add`` (or ``add_max``) of ``values_n`` [n], whatever its dtype and device, once it is read.
 
-        ``count``: of each of them; a tensor of one element where a device knows it.
+        ``count``: of each of them; a tensor of one element where a device knows it. The tensors are kept, not copied.
         """
+        if values_n.numel() != len(names):
+            raise ValueError(f"{len(names)} names ({', '.join(names)}) for {values_n.numel()} numbers")
         self._unread.append(_Unread(tuple(names), values_n.detach(), count, are_maxima))
 
     def merge(self, other: Metrics) -> None:

@@ -218,6 +218,8 @@ class TorchDistReader:
         places = self._metadata.storage_data
         with _reporting_damage(self.directory):
             for key, wanted in by_key.items():
+                if len({one.offsets for one in self.tensors[key].chunks}) < len(self.tensors[key].chunks):
+                    raise UserError(f"{self.directory}: tensor {key}: two stored chunks are of one place")
                 boxes = [ChunkStorageMetadata(torch.Size(one.offset), one.target.shape) for one in wanted]
                 items = create_read_items_for_chunk_list(key, self.tensors[key], boxes)
                 if sum(item.lengths.numel() for item in items) != sum(one.target.numel() for one in wanted):
@@ -226,10 +228,20 @@ class TorchDistReader:
                     parts.setdefault(item.storage_index, []).append((item, wanted[item.dest_index.index].target))
             for index in sorted(parts, key=lambda index: (places[index].relative_path, places[index].offset)):
                 chunk = self._read_chunk(places[index])
+                self._require_as_described(index, chunk)
                 for item, target in parts[index]:
                     _narrowed(target, item.dest_offsets, item.lengths).copy_(
                         _narrowed(chunk, item.storage_offsets, item.lengths)
                     )
+
+    def _require_as_described(self, index: MetadataIndex, chunk: Tensor) -> None:
+        stored = self.tensors[index.fqn]
+        described = next(one.sizes for one in stored.chunks if one.offsets == index.offset)
+        if chunk.shape != described or chunk.dtype != stored.properties.dtype:
+            raise UserError(
+                f"{self.directory}: tensor {index.fqn}: the chunk at {tuple(index.offset)} is {tuple(chunk.shape)} of "
+                f"{chunk.dtype}, expected {tuple(described)} of {stored.properties.dtype}"
+            )
 
     def _read_chunk(self, place: _StorageInfo) -> Tensor:
         if place.transform_descriptors:

@@ -202,6 +202,7 @@ def _continue_from_checkpoint(context: RankContext, *, folder: str, **options: A
 
     from megatron_ktr.distributed.checks import check_checkpoint_packages
     from megatron_ktr.distributed.optimizer_checkpoint import (
+        agreed_steps,
         load_optimizer_state,
         optimizer_sharded_state,
         optimizer_shards,
@@ -210,7 +211,9 @@ def _continue_from_checkpoint(context: RankContext, *, folder: str, **options: A
 
     def sharded(trainee: Trainee, *, is_loading: bool) -> dict[str, Any]:
         weights = trainee.chunks[0].module.sharded_state_dict()
-        state = optimizer_sharded_state(trainee.optimizer, weights, is_loading=is_loading)
+        state = optimizer_sharded_state(
+            trainee.optimizer, weights, num_steps=agreed_steps(trainee.optimizer), is_loading=is_loading
+        )
         return {"model": weights, "optimizer": state}
 
     check_checkpoint_packages()

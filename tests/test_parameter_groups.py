@@ -6,9 +6,12 @@ again. Rates that were swapped would show in every weight.
 
 from __future__ import annotations
 
+import contextlib
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ import torch
 from megatron_ktr.checkpoint import Checkpoints, load_sharded_state
 from megatron_ktr.config import config_from_values
 from megatron_ktr.distributed.groups import ParallelSizes
+from megatron_ktr.distributed.optimizer_checkpoint import agreed_steps
 from megatron_ktr.distributed.platform import current
 from megatron_ktr.policy import Policy
 from megatron_ktr.run_directory import step_name
@@ -158,43 +162,74 @@ class LazyAdam(torch.optim.Optimizer):
 
 def resume_lazily(context, *, hf_dir: Path, folder: Path) -> dict[str, float]:
     """Difference of a resumed from an uninterrupted run, by the step after which it was saved; bound on what moved."""
+    found = {}
+    with _lazy_adam():
+        for is_distributed in (True, False):
+            for step in (0, 2):
+                folder_of_case = folder / f"{is_distributed}{step}"
+                values = dict(VISION, use_distributed_optimizer=is_distributed)
+                found[f"{is_distributed} {step}"] = _resume_one(context, hf_dir, folder_of_case, values, step=step)
+    return found
+
+
+@contextlib.contextmanager
+def _lazy_adam() -> Iterator[None]:
     import megatron.core.optimizer as core
     from megatron.core.optimizer import distrib_optimizer
 
     patches = [(core, "Adam", LazyAdam), (core, "USING_PYTORCH_OPTIMIZER", False)]
     patches += [(distrib_optimizer, "HAVE_APEX_OR_TE", True), (distrib_optimizer, "USING_TE_OPTIMIZER", True)]
     patches += [(distrib_optimizer, "Adam", LazyAdam)]
-    before = [(module, name, getattr(module, name, None)) for module, name, _ in patches]
-    for module, name, value in patches:
-        setattr(module, name, value)
-    try:
-        found = {}
-        for is_distributed in (True, False):
-            for step in (0, 2):
-                folder_of_case = folder / f"{is_distributed}{step}"
-                values = dict(VISION, use_distributed_optimizer=is_distributed)
-                found[f"{is_distributed} {step}"] = _resume_one(context, hf_dir, folder_of_case, values, step=step)
-        return found
-    finally:
-        for module, name, value in before:
-            setattr(module, name, value)
+    with contextlib.ExitStack() as stack:
+        for module, name, value in patches:
+            stack.enter_context(mock.patch.object(module, name, value, create=True))
+        yield
 
 
-def _resume_one(context, hf_dir: Path, run_dir: Path, values: dict[str, Any], *, step: int) -> float:
-    policy = build(hf_dir, run_dir, context.init(ParallelSizes()), values)
+IDLE = {
+    "first stage": dict(lora_rank=2, lr=1e-2, account_for_vision_in_pipeline_split=2),  # it has the encoder alone
+    "last stage": dict(freeze=("language",), lr=1e-2),
+}
+
+
+def resume_with_an_idle_stage(context, *, hf_dir: Path, folder: Path) -> dict[str, float]:
+    """As ``resume_lazily``, with a stage that trains nothing, by optimizer and stage."""
+    found = {}
+    for is_lazy in (False, True):
+        with _lazy_adam() if is_lazy else contextlib.nullcontext():
+            for is_distributed in (True, False):
+                for name, values in IDLE.items():
+                    case = f"{'lazy' if is_lazy else 'torch'} {is_distributed} {name}"
+                    values = dict(values, use_distributed_optimizer=is_distributed, pipeline_model_parallel_size=2)
+                    sizes = ParallelSizes(pipeline=2)
+                    found[case] = _resume_one(context, hf_dir, folder / case, values, step=2, sizes=sizes)
+    return found
+
+
+def _resume_one(
+    context, hf_dir: Path, run_dir: Path, values: dict[str, Any], *, step: int, sizes: ParallelSizes | None = None
+) -> float:
+    sizes = sizes or ParallelSizes()
+    policy = build(hf_dir, run_dir, context.init(sizes), values)
     for seed in range(step):
         noise_step(policy, seed)
     Checkpoints(run_dir, policy=policy, source=NoData()).save_and_wait(step)
     for seed in (3, 4):
         noise_step(policy, seed)
     whole = {name: tensor.clone() for name, tensor in policy.export()}
-    resumed = build(hf_dir, run_dir, context.init(ParallelSizes()), values)
+    resumed = build(hf_dir, run_dir, context.init(sizes), values)
     load_sharded_state(resumed, run_dir / "checkpoints" / step_name(step))
     resumed.scheduler.step(increment=step)
     for seed in (3, 4):
         noise_step(resumed, seed)
-    assert {group.get("step") for group in resumed.optimizer.param_groups if group["params"]} == {step + 2}
+    assert agreed_steps(resumed.optimizer) == step + 2
     return max(float((whole[name] - tensor).abs().max()) for name, tensor in resumed.export())
+
+
+def test_a_stage_with_nothing_to_train_loses_nobodys_count_of_steps(ranks, hf_dir, tmp_path):
+    """The count that is stored must not be that of a first rank which has none; and core asserts that each has one."""
+    for found in ranks(resume_with_an_idle_stage, world_size=2, hf_dir=hf_dir, folder=tmp_path):
+        assert len(found) == 8 and set(found.values()) == {0.0}, found
 
 
 def test_an_optimizer_without_state_before_its_first_step_can_be_saved_and_resumed(ranks, hf_dir, tmp_path):

@@ -23,7 +23,7 @@ CUDNN=9.21.1.3  # the first after 9.20.0.48 that is whole
 MIN_GB=25 MIN_GB_TE=4  # free where packages go: torch with CUDA is 5 GB; vLLM's kernels and pip's copies are estimated
 
 fail() { echo "error: $1" >&2; exit 2; }
-mode=${1:-all}
+mode=${1-all}
 case $mode in
     all | --check | --te) ;;
     *) sed -n '2,20s/^# \{0,1\}//p' "$0"; exit 2 ;;

@@ -1,6 +1,6 @@
 """Optimizer state in a distributed checkpoint: one tensor per parameter and kind of state, whatever the layout.
 
-megatron-core's format "fully_reshardable" is that, but two of its steps do not hold, in 0.16 and in 0.19:
+megatron-core's format "fully_reshardable" is that, but three of its steps do not hold, in 0.16 and in 0.19:
 
 1. Saving and loading put the data-parallel shards together, the whole state of the rank's part of the model on every
    rank: 12 bytes a parameter on the host of each, and 8 on the device. (It does so *without* the padding between
@@ -13,6 +13,9 @@ megatron-core's format "fully_reshardable" is that, but two of its steps do not 
    still takes what it finds, so that whoever can write a checkpoint decides how a run goes on. Here no settings are
    taken on either: a resumed run has the options of the one that saved (``run_directory.check_same_run``), and builds
    its groups from them. Only the count of steps is the checkpoint's.
+3. That count is the first rank's. A pipeline stage may have nothing to train (frozen, or without a layer under LoRA):
+   FusedAdam then has counted nothing there, so the checkpoint has no count and Adam's bias correction begins anew on
+   old moments; with torch's AdamW core stops at an assertion. Here all ranks agree on the count first.
 """
 
 from __future__ import annotations
@@ -23,11 +26,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_ktr.distributed.optimizer_shards import Shard, locate_shards, read_shards, sharded_tensors
 from megatron_ktr.distributed.optimizer_state import prepare_optimizer_for_load
+from megatron_ktr.distributed.platform import current
 from megatron_ktr.errors import UserError
 from megatron_ktr.torch_dist_files import TorchDistReader
 
@@ -37,17 +42,19 @@ IDENTIFIER = "lr_mult"
 
 
 def optimizer_sharded_state(
-    optimizer: MegatronOptimizer, model_state: dict[str, Any], *, is_loading: bool = False
+    optimizer: MegatronOptimizer, model_state: dict[str, Any], *, num_steps: int | None, is_loading: bool = False
 ) -> dict[Any, Any]:
     """Sharded state of an Adam optimizer; also before its first step (zeros). Views: nothing is copied.
 
-    ``model_state`` is the model's sharded state, with the parameters themselves as data. Of a distributed optimizer
-    only its settings are loaded that way; its state is read by ``load_optimizer_state``.
+    ``num_steps`` is ``agreed_steps``. ``model_state`` is the model's sharded state, with the parameters themselves as
+    data. Of a distributed optimizer only its settings are loaded that way; its state is read by
+    ``load_optimizer_state``.
     """
     prepare_optimizer_for_load(optimizer)
     for part in _parts(optimizer):
         if isinstance(part, DistributedOptimizer):
             part.sharded_param_state_fully_reshardable = partial(_own_state, part)
+            part.state_dict = partial(_own_settings, part, num_steps)
     with contextlib.ExitStack() as stack:
         if is_loading:
             # megatron-core loads the state it has just made, in order to allocate it.
@@ -63,6 +70,38 @@ def _own_state(
     return [] if is_loading else sharded_tensors(part, locate_shards(part, model_state))
 
 
+def agreed_steps(optimizer: MegatronOptimizer) -> int | None:
+    """How many steps the optimizer has taken, by those ranks that have something to train; None: none has counted yet.
+    Collective over the world."""
+    counted = [-1]
+    for part in _parts(optimizer):
+        # None around a rank without trainable parameters.
+        groups = [] if part.optimizer is None else [group for group in part.optimizer.param_groups if group["params"]]
+        counted += [int(group["step"]) for group in groups if group.get("step") is not None]
+        states = [part.optimizer.state.get(parameter, {}) for group in groups for parameter in group["params"]]
+        counted += [int(state["step"]) for state in states if "step" in state]
+    most = torch.tensor(max(counted), device=current().device)
+    torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
+    return int(most) if int(most) >= 0 else None
+
+
+def _own_settings(part: DistributedOptimizer, num_steps: int | None) -> dict[str, Any]:
+    """Stands in for ``state_dict``, with the count of steps that all ranks agree on."""
+    if _trains(part):
+        state = type(part).state_dict(part)
+    else:
+        own = [{name: value for name, value in group.items() if name != "params"} for group in part.param_groups]
+        state = {"optimizer": {"param_groups": own}}
+        if part.grad_scaler:
+            state["grad_scaler"] = part.grad_scaler.state_dict()
+    if num_steps is None and isinstance(part.optimizer, torch.optim.Adam):
+        num_steps = 0  # made to count from here by ``prepare_optimizer_for_load``
+    if num_steps is not None:
+        for group in state["optimizer"]["param_groups"]:
+            group["step"] = num_steps
+    return state
+
+
 def optimizer_shards(optimizer: MegatronOptimizer, model_state: dict[str, Any]) -> list[list[Shard]]:
     """For each of the optimizers inside: where this rank's state belongs. To be asked before the model is loaded, which
     puts other tensors in ``model_state``."""
@@ -76,15 +115,32 @@ def load_optimizer_state(
 ) -> None:
     """Takes what was loaded into the structure of ``optimizer_sharded_state``, and reads ``optimizer_shards``."""
     parts = _parts(optimizer)
+    has_count = False
     for index, (part, own_shards) in enumerate(zip(parts, shards, strict=True)):
         own = dict(state if len(parts) == 1 else state[index])
         own.pop("param_state", None)
+        if not _trains(part) and not isinstance(part, DistributedOptimizer):
+            # Nothing is stored for it; core would look for state all the same. The loss scale is everybody's.
+            if getattr(part, "grad_scaler", None) and "grad_scaler" in own:
+                part.grad_scaler.load_state_dict(own["grad_scaler"])
+            continue
         with _told_apart(part) as settings:
             inner = own.get("optimizer", own)
             inner["param_groups"] = _with_own_settings(inner["param_groups"], settings)
+            has_count = has_count or any(group.get("step") is not None for group in inner["param_groups"])
             part.load_state_dict(own)
         if isinstance(part, DistributedOptimizer):
             read_shards(part, own_shards, TorchDistReader(checkpoint))
+            if not has_count and _has_moments(part):
+                raise UserError(
+                    f"--resume: {checkpoint} has moments of the optimizer and no count of its steps, so they cannot be "
+                    "continued; it is of a version that lost the count where the first pipeline stage trains nothing"
+                )
+
+
+def _has_moments(part: DistributedOptimizer) -> bool:
+    """Whether a step was taken: gradients that are all zero leave no trace, and no harm."""
+    return any(bool(state["exp_avg"].any()) for state in part.optimizer.state.values() if "exp_avg" in state)
 
 
 @contextlib.contextmanager
@@ -120,6 +176,10 @@ def _with_own_settings(stored: Sequence[dict[str, Any]], settings: Sequence[dict
     # Without the distributed optimizer the numbers of the parameters are there, in the order of this run's groups.
     numbers = [{"params": group["params"]} if "params" in group else {} for group in stored]
     return [{**own, **counted, **listed} for own, listed in zip(settings, numbers, strict=True)]
+
+
+def _trains(part: MegatronOptimizer) -> bool:
+    return part.optimizer is not None and any(group["params"] for group in part.optimizer.param_groups)
 
 
 def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
