@@ -175,11 +175,5 @@ def group_of(config: Qwen2_5_VLConfig, *, frames: int, is_tiny: bool, seed: int 
         if is_tiny
         else SyntheticSizes(frames, 224, 448, 200, (768,) * NUM_RESPONSES)
     )
-    tokens = TokenIds(
-        vocab_size=config.text.vocab_size,
-        vision_start=config.vision_start_token_id,
-        vision_end=config.vision_end_token_id,
-        image=config.image_token_id,
-        video=config.video_token_id,
-    )
+    tokens = TokenIds.of(config)
     return synthetic_group(sizes, tokens=tokens, seed=seed)

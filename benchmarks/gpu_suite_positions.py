@@ -68,13 +68,7 @@ def run_positions(part: Part) -> None:
 
 def long_group(config: Qwen2_5_VLConfig, *, length: int) -> RolloutGroup:
     """A small video, and one response of ``length`` random tokens."""
-    tokens = TokenIds(
-        vocab_size=config.text.vocab_size,
-        vision_start=config.vision_start_token_id,
-        vision_end=config.vision_end_token_id,
-        image=config.image_token_id,
-        video=config.video_token_id,
-    )
+    tokens = TokenIds.of(config)
     return synthetic_group(SyntheticSizes(4, 56, 56, 12, (length,)), tokens=tokens, seed=0)
 
 

@@ -20,6 +20,7 @@ from benchmarks.gpu_suite_smoke import checked
 from benchmarks.gpu_suite_step import build_trainer
 from megatron_ktr.checkpoint import Checkpoints, load_sharded_state
 from megatron_ktr.distributed.groups import ParallelGroups, ParallelSizes, destroy_parallel, init_parallel
+from megatron_ktr.distributed.platform import host_peak_bytes, reset_host_peak
 from megatron_ktr.rollout.synthetic import FixedSource
 
 NUM_LAYERS, VISION_DEPTH = 4, 4
@@ -52,14 +53,15 @@ def _save(part: Part, groups: ParallelGroups) -> dict[str, Any]:
         checkpoints = Checkpoints(Path(directory) / "run", policy=policy, source=_SavedSource([]))
         part.platform.synchronize()
         part.platform.reset_peak_memory()
-        device_before, host_before = _allocated(part), _reset_resident()
+        reset_host_peak()
+        device_before, host_before = _allocated(part), host_peak_bytes()
         begin = time.monotonic()
         checkpoints.save(1)
         part.platform.synchronize()
         stall = time.monotonic() - begin
         device_peak = part.platform.peak_memory_bytes() - device_before
         checkpoints.close()
-        seconds, host_peak = time.monotonic() - begin, _resident("VmHWM") - host_before
+        seconds, host_peak = time.monotonic() - begin, host_peak_bytes() - host_before
         (saved,) = (Path(directory) / "run").glob("*/step_*")
         weight = next(p for p in policy.chunks[0].parameters() if p.dim() > 1)
         before = weight.detach().clone()
@@ -83,16 +85,3 @@ def _save(part: Part, groups: ParallelGroups) -> dict[str, Any]:
 def _allocated(part: Part) -> int:
     """Bytes of tensors on the device; 0 on CPU, whose peak is the host's."""
     return 0 if part.platform.name == "cpu" else torch.get_device_module(part.platform.device).memory_allocated()
-
-
-def _resident(field: str) -> int:
-    """``VmRSS`` or ``VmHWM`` (its peak) of this process, bytes."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
-
-
-def _reset_resident() -> int:
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    return _resident("VmRSS")

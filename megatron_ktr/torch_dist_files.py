@@ -236,7 +236,7 @@ class TorchDistReader:
 
     def _require_as_described(self, index: MetadataIndex, chunk: Tensor) -> None:
         stored = self.tensors[index.fqn]
-        described = next(one.sizes for one in stored.chunks if one.offsets == index.offset)
+        described = stored.chunks[index.index].sizes
         if chunk.shape != described or chunk.dtype != stored.properties.dtype:
             raise UserError(
                 f"{self.directory}: tensor {index.fqn}: the chunk at {tuple(index.offset)} is {tuple(chunk.shape)} of "

@@ -271,13 +271,7 @@ def _groups_of(step: int, trainer: Trainer, options: argparse.Namespace) -> list
         text_length=options.text_length,
         response_lengths=tuple(lengths[i % len(lengths)] for i in range(config.rollout.num_generations)),
     )
-    tokens = TokenIds(
-        vocab_size=model_config.text.vocab_size,
-        vision_start=model_config.vision_start_token_id,
-        vision_end=model_config.vision_end_token_id,
-        image=model_config.image_token_id,
-        video=model_config.video_token_id,
-    )
+    tokens = TokenIds.of(model_config)
     first = step * config.trainer.prompts_per_step + groups.data_rank
     number = config.prompts_per_replica(groups.data_size)
     return [synthetic_group(sizes, tokens=tokens, seed=first + i * groups.data_size) for i in range(number)]

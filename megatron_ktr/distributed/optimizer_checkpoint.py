@@ -51,16 +51,26 @@ def optimizer_sharded_state(
     ``load_optimizer_state``.
     """
     prepare_optimizer_for_load(optimizer)
-    for part in _parts(optimizer):
-        if isinstance(part, DistributedOptimizer):
-            part.sharded_param_state_fully_reshardable = partial(_own_state, part)
-            part.state_dict = partial(_own_settings, part, num_steps)
     with contextlib.ExitStack() as stack:
+        for part in _parts(optimizer):
+            if isinstance(part, DistributedOptimizer):
+                stack.enter_context(_ours_in_place(part, num_steps=num_steps))
         if is_loading:
             # megatron-core loads the state it has just made, in order to allocate it.
             for part in _parts(optimizer):
                 stack.enter_context(_told_apart(part))
         return optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=METADATA)
+
+
+@contextlib.contextmanager
+def _ours_in_place(part: DistributedOptimizer, *, num_steps: int | None) -> Iterator[None]:
+    """Within it core's ``sharded_state_dict`` calls our two functions; a count of steps must not outlive the call."""
+    part.sharded_param_state_fully_reshardable = partial(_own_state, part)
+    part.state_dict = partial(_own_settings, part, num_steps)
+    try:
+        yield
+    finally:
+        del part.sharded_param_state_fully_reshardable, part.state_dict
 
 
 def _own_state(

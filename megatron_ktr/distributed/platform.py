@@ -129,19 +129,29 @@ class _CpuPlatform(Platform):
         """The host's allocator keeps its own."""
 
     def peak_memory_bytes(self) -> int:
-        status = Path("/proc/self/status")
-        if status.exists():
-            # Not getrusage first: its value survives exec, so a child starts with its parent's peak.
-            for line in status.read_text().splitlines():
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return host_peak_bytes()
 
     def reset_peak_memory(self) -> None:
-        # "5" resets the resident-set peak (Linux); where that is not allowed the peak stays the process's.
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
+        reset_host_peak()
+
+
+def host_peak_bytes() -> int:
+    """Peak resident set of this process since ``reset_host_peak``."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # Not getrusage first: its value survives exec, so a child starts with its parent's peak.
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def reset_host_peak() -> None:
+    """The peak is what is resident now; where a system does not allow that, it stays the process's."""
+    # "5" is the resident-set peak (Linux).
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 _platform: Platform | None = None

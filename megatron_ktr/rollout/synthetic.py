@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,6 +57,12 @@ class TokenIds:
     vision_end: int
     image: int
     video: int
+
+    @classmethod
+    def of(cls, config: Any) -> TokenIds:
+        """Of a model's configuration (``Qwen2_5_VLConfig``)."""
+        names = ("vision_start", "vision_end", "image", "video")
+        return cls(config.text.vocab_size, *(getattr(config, f"{name}_token_id") for name in names))
 
 
 def synthetic_group(sizes: SyntheticSizes, *, tokens: TokenIds, seed: int) -> RolloutGroup:
