@@ -28,7 +28,7 @@ PY_VLLM := $(VENV_VLLM)/bin/python
 PIP_FLAGS := --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm quickstart replay test test-core test-vllm test-3.12 test-both-stacks lint format docs clean distclean
+.PHONY: help setup setup-vllm quickstart replay test test-core test-vllm test-3.12 test-both-stacks golden golden-check lint format docs clean distclean
 .PHONY: same-python same-python-vllm
 
 help: ## list the targets
@@ -82,6 +82,15 @@ test-both-stacks: ## the same seeded runs on both stacks, in .venv and .venv312
 	    || { echo "error: $(VENV) is not of Python 3.11; VENV=.venv311 PYTHON=python3.11 makes one" >&2; exit 2; }
 	@$(MAKE) --no-print-directory setup PYTHON="$(PYTHON_312)" VENV=$(VENV_312)
 	OTHER_PYTHON="$(abspath $(PY))" $(VENV_312)/bin/python -m pytest tests/test_both_stacks.py $(PYTEST_ARGS)
+
+# Losses of short seeded runs, which a change without numerical effect must not move (tests/golden).
+golden: export OMP_NUM_THREADS = 1
+golden: $(VENV)/.ready ## write the golden losses anew; the commit says why they moved
+	$(PY) -m tests.golden.runs
+
+golden-check: export OMP_NUM_THREADS = 1
+golden-check: $(VENV)/.ready ## compare the golden losses with this code, to the last bit
+	$(PY) -m tests.golden.runs --check
 
 lint: $(VENV)/.ready ## ruff: rules and format, without changing anything
 	$(PY) -m ruff check .
