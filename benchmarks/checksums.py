@@ -29,9 +29,9 @@ import xxhash  # noqa: E402
 
 from benchmarks.harness import write_report  # noqa: E402
 from benchmarks.machine import about_machine  # noqa: E402
-from megatron_ktr.checksums import HashingFile, file_digest  # noqa: E402
 from megatron_ktr.distributed import platform as platforms  # noqa: E402
 from megatron_ktr.errors import UserError, run_cli  # noqa: E402
+from megatron_ktr.files.checksums import HashingFile, file_digest  # noqa: E402
 
 PIECE_BYTES = 64_000_000
 """A weight matrix of a large model: what ``torch.save`` hands to the file at once."""

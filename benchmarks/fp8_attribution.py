@@ -47,13 +47,13 @@ from benchmarks.fp8_step import Case, Parts, Step, Variant  # noqa: E402
 from benchmarks.harness import say, write_report  # noqa: E402
 from benchmarks.machine import about_machine  # noqa: E402
 from benchmarks.scoring_precision import EXAMPLES, fine_tune, sample  # noqa: E402
+from megatron_ktr.batch.packing import plan_micro_batches  # noqa: E402
 from megatron_ktr.config import Config, load_config  # noqa: E402
 from megatron_ktr.data.preprocess import PreprocessSettings  # noqa: E402
 from megatron_ktr.distributed.groups import ParallelGroups, ParallelSizes, destroy_parallel, init_parallel  # noqa: E402
 from megatron_ktr.distributed.platform import current, start  # noqa: E402
 from megatron_ktr.errors import UserError, run_cli  # noqa: E402
-from megatron_ktr.packing import plan_micro_batches  # noqa: E402
-from megatron_ktr.policy import Policy  # noqa: E402
+from megatron_ktr.policy.policy import Policy  # noqa: E402
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig  # noqa: E402
 from models.qwen2_5_vl.media import media_spec  # noqa: E402
 

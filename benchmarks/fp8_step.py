@@ -14,11 +14,11 @@ from torch import Tensor
 from benchmarks.fp8_emulation import Emulation, Recipe, language_linears
 from benchmarks.fp8_measures import Gradients, Observed
 from megatron_ktr.attribution.signals import SIGNALS, signal_applies, signal_scores
+from megatron_ktr.batch.micro_batch import Denominators, MicroBatch
 from megatron_ktr.config import Config
-from megatron_ktr.micro_batch import Denominators, MicroBatch
 from megatron_ktr.objectives import build_objective
-from megatron_ktr.policy import Policy
-from megatron_ktr.scoring import ScoringPasses
+from megatron_ktr.policy.policy import Policy
+from megatron_ktr.step.scoring import ScoringPasses
 from megatron_ktr.types import RolloutGroup, TokenScores, TokenStreams
 
 Parts = Sequence[Sequence[RolloutGroup]]

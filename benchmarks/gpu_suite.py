@@ -37,7 +37,8 @@ from typing import Any
 # `python benchmarks/X.py` puts benchmarks/ on the path, not the repository.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_ktr import strict_json  # noqa: E402
+from megatron_ktr.files.atomic import write_atomically  # noqa: E402
+from megatron_ktr.files.json_files import to_json  # noqa: E402
 
 SHARES = {
     "smoke": 0.1,
@@ -156,9 +157,7 @@ def _write_reference(options: argparse.Namespace) -> int:
 
 def _write(path: Path, report: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.new")
-    scratch.write_text(strict_json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    scratch.replace(path)
+    write_atomically(path, to_json(report, indent=1) + "\n")
 
 
 def _say(name: str, part: dict[str, Any]) -> None:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from megatron_ktr.config import Config, config_from_values
+from megatron_ktr.data.random_groups import SyntheticSizes, TokenIds, synthetic_group
 from megatron_ktr.distributed.platform import Platform
-from megatron_ktr.rollout.synthetic import SyntheticSizes, TokenIds, synthetic_group
 from megatron_ktr.types import RolloutGroup
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.published import PUBLISHED_CONFIGS, to_hf_config

@@ -24,14 +24,14 @@ import torch
 from benchmarks.gpu_suite_common import Part, Skipped, group_of, leave_kernels_untuned, release, step_config
 from benchmarks.gpu_suite_smoke import checked
 from benchmarks.step_ours import save_random_model
+from megatron_ktr.batch.micro_batch import Denominators, MicroBatch
 from megatron_ktr.data.preprocess import PreprocessSettings
 from megatron_ktr.distributed.groups import ParallelGroups, ParallelSizes, destroy_parallel, init_parallel
 from megatron_ktr.distributed.platform import Platform
 from megatron_ktr.errors import UserError
-from megatron_ktr.micro_batch import Denominators, MicroBatch
 from megatron_ktr.objectives import build_objective
-from megatron_ktr.policy import Policy
-from megatron_ktr.scoring import ScoringPasses
+from megatron_ktr.policy.policy import Policy
+from megatron_ktr.step.scoring import ScoringPasses
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.layer_specs import resolve_transformer_impl
 from models.qwen2_5_vl.media import media_spec

@@ -23,11 +23,11 @@ from benchmarks.gpu_suite_parity import save_models
 from benchmarks.gpu_suite_smoke import checked
 from benchmarks.step_baseline import continued, patches, video_positions
 from megatron_ktr.data.preprocess import PreprocessSettings
+from megatron_ktr.data.random_groups import SyntheticSizes, TokenIds, synthetic_group
 from megatron_ktr.distributed.groups import ParallelGroups, ParallelSizes, destroy_parallel, init_parallel
 from megatron_ktr.objectives import build_objective
-from megatron_ktr.policy import Policy
-from megatron_ktr.rollout.synthetic import SyntheticSizes, TokenIds, synthetic_group
-from megatron_ktr.scoring import ScoringPasses
+from megatron_ktr.policy.policy import Policy
+from megatron_ktr.step.scoring import ScoringPasses
 from megatron_ktr.types import RolloutGroup
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.layer_specs import resolve_transformer_impl

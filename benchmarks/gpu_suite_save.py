@@ -18,10 +18,10 @@ import torch
 from benchmarks.gpu_suite_common import Part, group_of, leave_kernels_untuned, model_directory, published_shape
 from benchmarks.gpu_suite_smoke import checked
 from benchmarks.gpu_suite_step import build_trainer
-from megatron_ktr.checkpoint import Checkpoints, load_sharded_state
+from megatron_ktr.data.random_groups import FixedSource
 from megatron_ktr.distributed.groups import ParallelGroups, ParallelSizes, destroy_parallel, init_parallel
 from megatron_ktr.distributed.platform import host_peak_bytes, reset_host_peak
-from megatron_ktr.rollout.synthetic import FixedSource
+from megatron_ktr.run.checkpoint import Checkpoints, load_sharded_state
 
 NUM_LAYERS, VISION_DEPTH = 4, 4
 

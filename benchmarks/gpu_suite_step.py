@@ -38,12 +38,12 @@ from megatron_ktr.accounting.layout import Layout
 from megatron_ktr.accounting.memory import estimate_memory
 from megatron_ktr.accounting.saved import TORCH_GPU
 from megatron_ktr.accounting.work import GroupWork, StepSettings
+from megatron_ktr.batch.micro_batch import Denominators, MicroBatch
 from megatron_ktr.data.preprocess import PreprocessSettings
+from megatron_ktr.data.random_groups import FixedSource
 from megatron_ktr.distributed.groups import ParallelGroups, ParallelSizes, init_parallel
-from megatron_ktr.micro_batch import Denominators, MicroBatch
 from megatron_ktr.objectives import build_objective
-from megatron_ktr.rollout.synthetic import FixedSource
-from megatron_ktr.scoring import ScoringPasses
+from megatron_ktr.step.scoring import ScoringPasses
 from megatron_ktr.trainer import Trainer
 from megatron_ktr.types import RolloutGroup
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig

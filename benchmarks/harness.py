@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from megatron_ktr import strict_json
 from megatron_ktr.distributed.platform import Platform
 from megatron_ktr.errors import UserError
+from megatron_ktr.files.atomic import write_atomically
+from megatron_ktr.files.json_files import to_json
 
 
 def in_fresh_process(script: str, job: dict[str, Any]) -> Any:
@@ -53,7 +54,7 @@ def allocated_peak_bytes(run: Callable[[], Any]) -> int:
 
 def write_report(report: dict[str, Any], *, out: Path | None, figure: Path | None, draw: Callable) -> str:
     """The report as JSON text, also in the files that were asked for."""
-    text = strict_json.dumps(report, indent=1)
+    text = to_json(report, indent=1)
     if out is not None:
         _write(out, text + "\n")
     if figure is not None:
@@ -68,6 +69,4 @@ def say(text: str) -> None:
 def _write(path: Path, content: str) -> None:
     """Replaces the file whole: a benchmark that is stopped leaves the last complete one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(path.name + ".partial")
-    scratch.write_text(content, encoding="utf-8")
-    scratch.replace(path)
+    write_atomically(path, content)

@@ -40,14 +40,14 @@ from torch import Tensor  # noqa: E402
 
 from benchmarks.harness import write_report  # noqa: E402
 from benchmarks.machine import about_machine  # noqa: E402
-from megatron_ktr import strict_json  # noqa: E402
 from megatron_ktr.config import config_from_values  # noqa: E402
 from megatron_ktr.data.preprocess import PreprocessSettings  # noqa: E402
+from megatron_ktr.data.random_groups import FixedSource, SyntheticSizes, TokenIds, synthetic_group  # noqa: E402
 from megatron_ktr.distributed.groups import ParallelGroups, ParallelSizes, init_parallel  # noqa: E402
 from megatron_ktr.distributed.platform import Platform, start  # noqa: E402
 from megatron_ktr.errors import run_cli  # noqa: E402
+from megatron_ktr.files.json_files import to_json  # noqa: E402
 from megatron_ktr.objectives import build_objective  # noqa: E402
-from megatron_ktr.rollout.synthetic import FixedSource, SyntheticSizes, TokenIds, synthetic_group  # noqa: E402
 from megatron_ktr.types import RolloutGroup  # noqa: E402
 
 TOKENS = TokenIds(vocab_size=151_643, vision_start=151_652, vision_end=151_653, image=151_655, video=151_656)
@@ -74,8 +74,8 @@ def _steps(
 ) -> dict[str, float]:
     """Medians over steps, each on new groups; the first step is left out."""
     # Imported here: these build on megatron-core, which must not be touched before the platform is started.
-    from megatron_ktr import scoring
-    from megatron_ktr.vision_pass import VisionPass
+    from megatron_ktr.policy.vision_pass import VisionPass
+    from megatron_ktr.step import scoring
 
     spent: dict[str, float] = {}
     first: list[float] = []
@@ -135,7 +135,7 @@ def _with_logprobs(group: RolloutGroup) -> RolloutGroup:
 def _trainer(
     scratch: Path, arguments: argparse.Namespace, platform: Platform, *, num_layers: int, vision_depth: int
 ) -> Any:
-    from megatron_ktr.policy import Policy
+    from megatron_ktr.policy.policy import Policy
     from megatron_ktr.trainer import Trainer
     from models.qwen2_5_vl.attention import PrefixCoreAttention
     from models.qwen2_5_vl.context import ContextRanks
@@ -155,7 +155,7 @@ def _trainer(
             return chunks
 
     model_config = _narrow(num_layers=num_layers, vision_depth=vision_depth)
-    (scratch / "config.json").write_text(strict_json.dumps(to_hf_config(model_config)))
+    (scratch / "config.json").write_text(to_json(to_hf_config(model_config)))
     config = config_from_values(
         dict(
             model=str(scratch),
@@ -173,8 +173,8 @@ def _trainer(
         param_groups=[{"lr": 0.0}], step=lambda: (True, 1.0, 0), zero_grad=lambda: None, scale_loss=lambda loss: loss
     )
     with (
-        mock.patch("megatron_ktr.policy.build_optimizer", lambda *_, **__: optimizer),
-        mock.patch("megatron_ktr.policy.build_scheduler", lambda *_, **__: mock.Mock()),
+        mock.patch("megatron_ktr.policy.policy.build_optimizer", lambda *_, **__: optimizer),
+        mock.patch("megatron_ktr.policy.policy.build_scheduler", lambda *_, **__: mock.Mock()),
     ):
         policy = RandomPolicy(scratch, config=config, groups=groups, platform=platform, num_steps=1000)
     objective = build_objective(config.objective, reward=config.reward)
@@ -244,7 +244,7 @@ def _stub_collective(output: Tensor, given: Tensor, **_: Any) -> None:
 @contextmanager
 def _stubs() -> Iterator[None]:
     """In place of kernels wherever they have been imported, and of collectives of two tensors."""
-    import megatron_ktr.policy  # noqa: F401  (brings in all that is replaced)
+    import megatron_ktr.policy.policy  # noqa: F401  (brings in all that is replaced)
 
     stubs = {
         "scaled_dot_product_attention": _stub_sdpa,

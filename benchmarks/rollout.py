@@ -29,10 +29,10 @@ import torch  # noqa: E402
 
 from benchmarks.machine import about_machine  # noqa: E402
 from benchmarks.rollout_parts import Lengths, Turn, Workload  # noqa: E402
-from megatron_ktr import strict_json  # noqa: E402
 from megatron_ktr.distributed.groups import ParallelSizes, destroy_parallel, init_parallel  # noqa: E402
 from megatron_ktr.distributed.platform import Platform, start  # noqa: E402
 from megatron_ktr.errors import run_cli  # noqa: E402
+from megatron_ktr.files.json_files import to_json  # noqa: E402
 
 
 def run_benchmark(arguments: argparse.Namespace, platform: Platform, folder: Path) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def _main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         report = run_benchmark(arguments, start("cpu"), Path(folder))
     destroy_parallel()
-    text = strict_json.dumps(report, indent=1)
+    text = to_json(report, indent=1)
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(text + "\n", encoding="utf-8")

@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megatron_ktr.batch.packing import MediaSpec, pack_groups
 from megatron_ktr.config import Config, config_from_values
 from megatron_ktr.data.records import read_records
 from megatron_ktr.data.synthetic import corpus, make_dataset
@@ -28,13 +29,12 @@ from megatron_ktr.data.template import load_tokenizer
 from megatron_ktr.data.tiny_model import save_tiny_model
 from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.distributed.platform import Platform
-from megatron_ktr.packing import MediaSpec, pack_groups
-from megatron_ktr.policy import Policy
+from megatron_ktr.policy.policy import Policy
 from megatron_ktr.rollout.base import RolloutEngine
+from megatron_ktr.rollout.colocated.engine import ColocatedEngine, EngineSettings
 from megatron_ktr.rollout.hf import HFEngine
+from megatron_ktr.rollout.questions import prompt_loader
 from megatron_ktr.rollout.sampling import SamplingSettings, sample_seed
-from megatron_ktr.rollout.source import prompt_loader
-from megatron_ktr.rollout.vllm_colocated import ColocatedEngine, EngineSettings
 from megatron_ktr.types import Prompt, RolloutGroup
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.media import media_spec

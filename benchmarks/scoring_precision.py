@@ -37,8 +37,9 @@ sys.path.insert(0, str(REPOSITORY))
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from megatron_ktr import strict_json  # noqa: E402
 from megatron_ktr.attribution.signals import SIGNALS, VIEW_OF_SIGNAL, Signal, signal_applies, signal_scores  # noqa: E402
+from megatron_ktr.batch.micro_batch import MicroBatch  # noqa: E402
+from megatron_ktr.batch.packing import plan_micro_batches  # noqa: E402
 from megatron_ktr.config import Config, load_config  # noqa: E402
 from megatron_ktr.data.preprocess import PreprocessSettings  # noqa: E402
 from megatron_ktr.data.synthetic import corpus, make_dataset  # noqa: E402
@@ -47,14 +48,14 @@ from megatron_ktr.data.tiny_model import save_tiny_model  # noqa: E402
 from megatron_ktr.distributed.groups import ParallelSizes, destroy_parallel, init_parallel  # noqa: E402
 from megatron_ktr.distributed.platform import start  # noqa: E402
 from megatron_ktr.errors import UserError, run_cli  # noqa: E402
-from megatron_ktr.micro_batch import MicroBatch  # noqa: E402
+from megatron_ktr.files.json_files import to_json  # noqa: E402
 from megatron_ktr.objectives import build_objective  # noqa: E402
 from megatron_ktr.objectives.base import union_of  # noqa: E402
 from megatron_ktr.objectives.video_ktr import VideoKTR  # noqa: E402
-from megatron_ktr.packing import plan_micro_batches  # noqa: E402
-from megatron_ktr.policy import Policy  # noqa: E402
-from megatron_ktr.rollout.source import ReplicaSource, build_local_source, build_sampler  # noqa: E402
-from megatron_ktr.scoring import ScoringPasses  # noqa: E402
+from megatron_ktr.policy.policy import Policy  # noqa: E402
+from megatron_ktr.rollout.build import build_local_source, build_sampler  # noqa: E402
+from megatron_ktr.rollout.source import ReplicaSource  # noqa: E402
+from megatron_ktr.step.scoring import ScoringPasses  # noqa: E402
 from megatron_ktr.types import RolloutGroup, TokenScores  # noqa: E402
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig  # noqa: E402
 from models.qwen2_5_vl.media import media_spec  # noqa: E402
@@ -292,7 +293,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         report = run(options, options.quickstart or Path(scratch))
-    text = strict_json.dumps(report, indent=2) + "\n"
+    text = to_json(report, indent=2) + "\n"
     if options.out is not None:
         options.out.write_text(text, encoding="utf-8")
     print(text if options.json else _table(report), end="\n" if not options.json else "")

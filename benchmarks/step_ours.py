@@ -14,11 +14,11 @@ from benchmarks.step_baseline import PAPER, StepNumbers, StepSettings
 from megatron_ktr.attribution.counterfactuals import draw_permutations
 from megatron_ktr.config import config_from_values
 from megatron_ktr.data.preprocess import PreprocessSettings
+from megatron_ktr.data.random_groups import FixedSource, TokenIds
 from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.distributed.platform import Platform
 from megatron_ktr.objectives import build_objective
-from megatron_ktr.policy import Policy
-from megatron_ktr.rollout.synthetic import FixedSource, TokenIds
+from megatron_ktr.policy.policy import Policy
 from megatron_ktr.trainer import StepReport, Trainer
 from megatron_ktr.types import RolloutGroup
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig

@@ -52,10 +52,10 @@ from benchmarks.step_baseline import Selected, StepNumbers, WeakBaseline  # noqa
 from benchmarks.step_ours import OurStep, frame_order, numbers_of, save_random_model, token_ids_of  # noqa: E402
 from benchmarks.step_strong_baseline import StrongBaseline  # noqa: E402
 from benchmarks.training_step_figure import draw  # noqa: E402
+from megatron_ktr.data.random_groups import SyntheticSizes, synthetic_group  # noqa: E402
 from megatron_ktr.distributed.groups import ParallelGroups, ParallelSizes, init_parallel  # noqa: E402
 from megatron_ktr.distributed.platform import Platform, start  # noqa: E402
 from megatron_ktr.errors import UserError, run_cli  # noqa: E402
-from megatron_ktr.rollout.synthetic import SyntheticSizes, synthetic_group  # noqa: E402
 from megatron_ktr.types import RolloutGroup  # noqa: E402
 
 TOLERANCE = 1e-4

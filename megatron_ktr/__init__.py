@@ -4,9 +4,9 @@ import sys
 import warnings
 from types import TracebackType
 
-from megatron_ktr.nvidia_apex import hide_unusable_apex
+from megatron_ktr.distributed.nvidia_apex import hide_unusable_apex
+from megatron_ktr.distributed.wheel_cudnn import use_wheels_cudnn
 from megatron_ktr.stack import silence_advice
-from megatron_ktr.wheel_cudnn import use_wheels_cudnn
 
 # Before anything below this package, or transformers, imports megatron-core.
 hide_unusable_apex()

@@ -2,8 +2,8 @@
 
 Four things differ from torchrun:
 
-- SIGUSR1 and SIGTERM go to the ranks of this node, which save after their step (``interruption.py``), and the launcher
-  waits for them. torchrun dies of the first, and 30 seconds after the second kills the ranks.
+- SIGUSR1 and SIGTERM go to the ranks of this node, which save after their step (``run/interruption.py``), and the
+  launcher waits for them. torchrun dies of the first, and 30 seconds after the second kills the ranks.
 - The exit code is the ranks': torchrun turns every one of them into 1, also the 75 of "saved, start me again".
 - A rank that fails is one line. Its own messages stand above; torchrun adds its traceback to them.
 - A node that cannot reach node 0 says so in one line, after ten minutes (``--rdzv-conf timeout=SECONDS`` for another
@@ -34,7 +34,7 @@ from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 from megatron_ktr.distributed.rendezvous import RENDEZVOUS_MINUTES, Deadline, check_own_address, connect
 from megatron_ktr.errors import UserError, run_cli
-from megatron_ktr.interruption import EXIT_SAVED, LEAVE_SIGNALS
+from megatron_ktr.run.interruption import EXIT_SAVED, LEAVE_SIGNALS
 
 LEFT_TO_TORCHRUN = "SIGINT,SIGHUP,SIGQUIT"
 """Signals that still end the ranks."""

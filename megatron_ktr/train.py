@@ -2,7 +2,7 @@
 
 Parses the config, starts platform and process groups, builds policy, objective and source of groups, runs the
 steps, and ends with a Hugging Face export that vLLM and transformers load. Asked to leave by SIGUSR1 or SIGTERM it
-saves a checkpoint after the step instead and exits with code 75 (``interruption.py``).
+saves a checkpoint after the step instead and exits with code 75 (``run/interruption.py``).
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_ktr.checkpoint import Checkpoints
-from megatron_ktr.checksums import require_intact
 from megatron_ktr.config import Config, load_config
+from megatron_ktr.config.run_length import length_line, with_steps
 from megatron_ktr.data.preprocess import PreprocessSettings
+from megatron_ktr.data.source import DatasetSource
 from megatron_ktr.data.template import check_vocabulary, load_tokenizer
 from megatron_ktr.distributed import platform as platforms
+from megatron_ktr.distributed.agreement import on_every_rank
 from megatron_ktr.distributed.collectives import broadcast_object
 from megatron_ktr.distributed.groups import (
     ParallelGroups,
@@ -28,21 +29,22 @@ from megatron_ktr.distributed.groups import (
     world_size_from_environment,
 )
 from megatron_ktr.distributed.platform import Platform
+from megatron_ktr.distributed.shared_verification import SharedVerification
 from megatron_ktr.errors import run_cli, same_on_every_rank
-from megatron_ktr.interruption import EXIT_SAVED, LEAVE_SIGNALS, LeaveRequest
-from megatron_ktr.metrics import MetricsWriter, step_line
+from megatron_ktr.files.checksums import require_intact
 from megatron_ktr.objectives import Objective
-from megatron_ktr.policy import Policy
-from megatron_ktr.preflight import check_run
+from megatron_ktr.policy.policy import Policy
 from megatron_ktr.report.console import selected_tokens_text
+from megatron_ktr.rollout.build import build_local_source, build_sampler
+from megatron_ktr.rollout.check.sampler import build_sampler_check, check_line
 from megatron_ktr.rollout.features import build_feature_sender
-from megatron_ktr.rollout.local import DatasetSource
 from megatron_ktr.rollout.replay import write_rollouts
-from megatron_ktr.rollout.sampler_check import build_sampler_check, check_line
-from megatron_ktr.rollout.source import ReplicaSource, build_local_source, build_sampler, on_every_rank
-from megatron_ktr.run_directory import RunStart, find_checkpoint, open_run_directory, rollout_file
-from megatron_ktr.run_length import length_line, with_steps
-from megatron_ktr.shared_verification import SharedVerification
+from megatron_ktr.rollout.source import ReplicaSource
+from megatron_ktr.run.checkpoint import Checkpoints
+from megatron_ktr.run.directory import RunStart, find_checkpoint, open_run_directory, rollout_file
+from megatron_ktr.run.interruption import EXIT_SAVED, LEAVE_SIGNALS, LeaveRequest
+from megatron_ktr.run.metrics import MetricsWriter, step_line
+from megatron_ktr.run.preflight import check_run
 from megatron_ktr.trainer import StepReport, Trainer
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.media import media_spec
@@ -51,7 +53,7 @@ from models.qwen2_5_vl.media import media_spec
 def train(config: Config) -> int:
     """One run, on every rank; returns its exit code: 0, or ``EXIT_SAVED`` where it was asked to leave."""
     platform = platforms.start(config.trainer.platform)
-    # Plain SGD below fp32 has state that no checkpoint holds (config_checks.py): such a run ends as any process does.
+    # Plain SGD below fp32 has state that no checkpoint holds (config/checks.py): such a run ends as any process does.
     can_save = config.optimizer.optimizer != "sgd" or config.model.params_dtype == "fp32"
     with LeaveRequest(LEAVE_SIGNALS if can_save else (), device=platform.device) as leave:
         is_finished = _train(config, platform=platform, leave=leave)

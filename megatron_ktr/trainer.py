@@ -24,25 +24,20 @@ import torch
 from torch import Tensor
 
 from megatron_ktr.accounting.rates import step_rates
+from megatron_ktr.batch.micro_batch import Denominators, MicroBatch, UpdateResult
+from megatron_ktr.batch.packing import MediaSpec
 from megatron_ktr.config import Config
-from megatron_ktr.metrics import PhaseTimer
-from megatron_ktr.micro_batch import Denominators, MicroBatch, UpdateResult
 from megatron_ktr.objectives.base import Objective
-from megatron_ktr.packing import MediaSpec
-from megatron_ktr.policy import Policy
-from megatron_ktr.policy_finite import require_finite_samples
-from megatron_ktr.rollout.sampler_check import SamplerCheck
+from megatron_ktr.policy.finite import require_finite_samples
+from megatron_ktr.policy.policy import Policy
+from megatron_ktr.policy.rollout_offload import optimizer_off_device
+from megatron_ktr.rollout.check.sampler import SamplerCheck
 from megatron_ktr.rollout.source import ReplicaSource
-from megatron_ktr.rollout_offload import optimizer_off_device
-from megatron_ktr.scoring import ScoringPasses
-from megatron_ktr.step_batching import StepBatching
-from megatron_ktr.types import (
-    Metrics,
-    ResponseSelection,
-    RolloutGroup,
-    TokenScores,
-    TokenStreams,
-)
+from megatron_ktr.run.metrics import PhaseTimer
+from megatron_ktr.step.plan import StepBatching
+from megatron_ktr.step.scoring import ScoringPasses
+from megatron_ktr.sums import Metrics
+from megatron_ktr.types import ResponseSelection, RolloutGroup, TokenScores, TokenStreams
 
 
 @dataclass(frozen=True)

@@ -187,7 +187,8 @@ class PackedBatch:
     media: tuple[VisualInput, ...] = ()
     """The media as this view shows them, in order of occurrence; only on the first pipeline stage."""
     features_ED: Tensor | None = None
-    """[visual tokens, D]: what the vision encoder gives for ``media``, where it has run before (``vision_pass.py``)."""
+    """[visual tokens, D]: what the vision encoder gives for ``media``, where it has run before
+    (``policy/vision_pass.py``)."""
     is_trained_R: Tensor | None = None
     """bool [R]: False on tokens that are context inside a response (``Rollout.is_trained``); None = nowhere."""
     left_behind: PackedBatch | None = field(default=None, repr=False, compare=False)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_ktr.doctor.requirements import installed_version
-from megatron_ktr.hf_model import make_torchvision_importable
+from megatron_ktr.files.hf_model import make_torchvision_importable
 from tests.support.ranks import RankPool
 
 # In the vllm environment transformers' models import torchvision, which does not load by itself beside a CPU torch.

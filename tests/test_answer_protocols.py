@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ktr.config import config_from_values
-from megatron_ktr.config_checks import check
+from megatron_ktr.config.checks import check
 from megatron_ktr.errors import UserError
 from megatron_ktr.rewards import load_reward, reward_groups
 from megatron_ktr.rewards.accuracy import accuracy

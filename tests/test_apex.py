@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_ktr.nvidia_apex import fused_rms_norm, hide_unusable_apex
+from megatron_ktr.distributed.nvidia_apex import fused_rms_norm, hide_unusable_apex
 from tests.support.patience import PATIENCE_SECONDS
 
 USABLE = {

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ktr.batching import TOLERANCE, balance_replicas, count_oversized, imbalance, pack_by_tokens
 from megatron_ktr.config import load_config
 from megatron_ktr.errors import UserError
+from megatron_ktr.step.balance import TOLERANCE, balance_replicas, count_oversized, imbalance, pack_by_tokens
 from megatron_ktr.types import RolloutGroup
 from tests.support.layouts import BALANCED, OVERLAPPED, SMALL, Layout, sizes_of
 from tests.support.ranks import RankContext, RankPool
@@ -160,7 +160,7 @@ def test_bound_on_tokens_takes_the_place_of_a_number_of_groups() -> None:
 
 def test_interleaved_pipeline_needs_whole_rounds_of_groups() -> None:
     """Then there is a plan under any bound: four groups, each above it, are two rounds of two stages."""
-    from megatron_ktr.preflight import check_micro_batches
+    from megatron_ktr.run.preflight import check_micro_batches
 
     sizes = sizes_of(1, 2, vpp=2)
     values = dict(max_tokens_per_microbatch=10)
@@ -197,7 +197,7 @@ def _mirrored(group: RolloutGroup) -> RolloutGroup:
 
 def exchanged(context: RankContext, *, sizes: Any, groups: list[RolloutGroup], keep_counts: bool) -> list[Any]:
     """(problem id, responses, frames, whether it is the object drawn) of what this rank's replica trains on."""
-    from megatron_ktr.rollout.exchange import agree_on_placement, exchange_groups
+    from megatron_ktr.step.exchange import agree_on_placement, exchange_groups
 
     parallel = context.init(sizes)
     mine = groups[parallel.data_rank :: parallel.data_size]

@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ktr.checkpoint import Checkpoints, load_sharded_state
 from megatron_ktr.config import Config, config_from_values, save_resolved
 from megatron_ktr.data.preprocess import PreprocessSettings
 from megatron_ktr.data.synthetic import DEFAULT_TASKS, corpus, draw_scene, record_of, render, write_video
@@ -27,13 +26,15 @@ from megatron_ktr.distributed.collectives import broadcast_object
 from megatron_ktr.distributed.groups import ParallelGroups, ParallelSizes
 from megatron_ktr.distributed.platform import current
 from megatron_ktr.errors import UserError
-from megatron_ktr.metrics import MetricsWriter
+from megatron_ktr.files.torch_dist_files import TorchDistReader
 from megatron_ktr.objectives import build_objective
-from megatron_ktr.policy import Policy
+from megatron_ktr.policy.policy import Policy
 from megatron_ktr.report.run_data import read_run
-from megatron_ktr.rollout.source import ReplicaSource, build_local_source
-from megatron_ktr.run_directory import list_checkpoints, open_run_directory, step_name
-from megatron_ktr.torch_dist_files import TorchDistReader
+from megatron_ktr.rollout.build import build_local_source
+from megatron_ktr.rollout.source import ReplicaSource
+from megatron_ktr.run.checkpoint import Checkpoints, load_sharded_state
+from megatron_ktr.run.directory import list_checkpoints, open_run_directory, step_name
+from megatron_ktr.run.metrics import MetricsWriter
 from megatron_ktr.trainer import Trainer
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.dist_checkpoint import convert_to_hf

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from megatron_ktr.config import OPTIONS, Config, configuration_page, load_config, save_resolved
-from megatron_ktr.config_cli import convert
+from megatron_ktr.config.cli import convert
 from megatron_ktr.errors import UserError
 
 REPOSITORY = Path(__file__).parent.parent

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ktr.context_shard import shard_layout
+from megatron_ktr.ops.context_shard import shard_layout
 from megatron_ktr.ops.prefix_attention_plan import AttentionPlan
 from megatron_ktr.types import GroupSpan, PackedBatch, PackedLayout
 from tests.support.layouts import AGAIN, DISTRIBUTED, FRAMES, FULL, OVERLAPPED, SMALL, Layout, sizes_of
@@ -160,7 +160,7 @@ def test_gathered_statistics_send_back_each_ranks_own_gradient_once(ranks: RankP
 def kept_bytes(context: RankContext, *, hf_dir: Path, context_size: int, recompute: bool) -> int:
     """What autograd keeps of one forward of the language model on this rank, parameters left out."""
     from megatron_ktr.config import Config
-    from megatron_ktr.config_sections import ParallelSection
+    from megatron_ktr.config.sections import ParallelSection
     from models.qwen2_5_vl.config import Qwen2_5_VLConfig
     from models.qwen2_5_vl.model import build_model
 

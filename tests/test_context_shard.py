@@ -1,4 +1,4 @@
-"""Which rows a context-parallel rank keeps: the invariants of ``context_shard.py``, on many layouts."""
+"""Which rows a context-parallel rank keeps: the invariants of ``ops/context_shard.py``, on many layouts."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import random
 import pytest
 import torch
 
-from megatron_ktr.context_shard import ContextShard, LocalRows, shard_layout
+from megatron_ktr.batch.packing import pack_groups
+from megatron_ktr.ops.context_shard import ContextShard, LocalRows, shard_layout
 from megatron_ktr.ops.prefix_attention_plan import AttentionPlan
-from megatron_ktr.packing import pack_groups
 from megatron_ktr.types import GroupSpan, PackedLayout
 from tests.support.groups import MEDIA, group_of, image, video
 

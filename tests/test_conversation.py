@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_ktr.batch.packing import pack_groups
 from megatron_ktr.data.conversation import split_conversation
 from megatron_ktr.data.records import check_record
 from megatron_ktr.data.reply import build_reply
@@ -16,7 +17,6 @@ from megatron_ktr.data.template import PromptBuilder, VisualTokens, WordingTempl
 from megatron_ktr.data.unusable import UnusableSample
 from megatron_ktr.errors import UserError
 from megatron_ktr.objectives.sft import SupervisedFineTuning
-from megatron_ktr.packing import pack_groups
 from megatron_ktr.rollout.replay import ReplayEngine, write_rollouts
 from megatron_ktr.types import Prompt, Rollout, RolloutGroup, TokenScores, VisualInput
 from tests.support.groups import MEDIA

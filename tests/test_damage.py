@@ -14,15 +14,15 @@ from typing import Any
 
 import pytest
 
-from megatron_ktr.checkpoint import Checkpoints
-from megatron_ktr.checksums import MANIFEST, file_digest, find_damage, require_intact
 from megatron_ktr.config import Config, config_from_values
 from megatron_ktr.distributed.groups import ParallelSizes
 from megatron_ktr.distributed.platform import current
 from megatron_ktr.errors import UserError
-from megatron_ktr.intact_checkpoint import checkpoint_damage, newest_intact
-from megatron_ktr.policy import Policy
-from megatron_ktr.run_directory import find_checkpoint, list_checkpoints
+from megatron_ktr.files.checksums import MANIFEST, file_digest, find_damage, require_intact
+from megatron_ktr.files.intact_checkpoint import checkpoint_damage, newest_intact
+from megatron_ktr.policy.policy import Policy
+from megatron_ktr.run.checkpoint import Checkpoints
+from megatron_ktr.run.directory import find_checkpoint, list_checkpoints
 from models.qwen2_5_vl.dist_checkpoint import convert_to_hf, convert_to_megatron
 from tests.support.patience import PATIENCE_SECONDS
 from tests.support.tiny import save_tiny_hf
@@ -157,7 +157,7 @@ def test_a_digest_is_of_what_was_to_be_written_not_of_what_the_disk_made_of_it(t
         def write(self, data: Any) -> int:
             return self.file.write(bytes([data[0] ^ 1]) + bytes(data[1:]))
 
-    from megatron_ktr.checksums import HashingFile, write_manifest
+    from megatron_ktr.files.checksums import HashingFile, write_manifest
 
     with open(tmp_path / "a.distcp", "wb") as opened:
         file = HashingFile(Disk(opened))
@@ -206,7 +206,7 @@ def test_a_file_that_cannot_be_read_is_not_taken_for_a_damaged_one(saved, monkey
     """A file server that is away must not cost a run its newest checkpoint; a disk that cannot read is damage."""
     import errno
 
-    from megatron_ktr import checksums
+    from megatron_ktr.files import checksums
 
     def fail(path: Path) -> None:
         raise OSError(errno.EACCES if permission else errno.EIO, "no", str(path))
@@ -225,8 +225,8 @@ def test_a_file_that_cannot_be_read_is_not_taken_for_a_damaged_one(saved, monkey
 
 def verify_together(context, *, run_dir: Path) -> dict[str, Any]:
     """What every rank says, of an intact checkpoint, of one with damage in several files, and where ranks disagree."""
-    from megatron_ktr import shared_verification
-    from megatron_ktr.shared_verification import SharedVerification
+    from megatron_ktr.distributed import shared_verification
+    from megatron_ktr.distributed.shared_verification import SharedVerification
 
     shared = SharedVerification(context.init(ParallelSizes()))
     original = shared_verification.find_damage

@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_ktr import hf_files, torch_dist_files
 from megatron_ktr.distributed.groups import ParallelSizes
 from megatron_ktr.errors import UserError
-from megatron_ktr.torch_dist_files import TorchDistReader
+from megatron_ktr.files import hf_files, torch_dist_files
+from megatron_ktr.files.torch_dist_files import TorchDistReader
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.conversion import export_hf_tensors, load_hf_weights
 from models.qwen2_5_vl.dist_checkpoint import convert_to_hf, convert_to_megatron

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from megatron_ktr.command_line import Parser, number, whole
+from megatron_ktr.config.command_line import Parser, number, whole
 from megatron_ktr.errors import UserError, run_cli, same_on_every_rank
 from tests.support.patience import PATIENCE_SECONDS, wait_until
 

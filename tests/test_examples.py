@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from megatron_ktr.config import OPTIONS, config_from_values, load_config
-from megatron_ktr.config_checks import ABSENT_OPTIONS, check
-from megatron_ktr.config_cli import read_yaml, show_value
+from megatron_ktr.config.checks import ABSENT_OPTIONS, check
+from megatron_ktr.config.cli import read_yaml, show_value
 
 ROOT = Path(__file__).resolve().parents[1]
 PAPER = ROOT / "examples" / "paper" / "video_ktr_7b.yaml"

@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_ktr import strict_json
 from megatron_ktr.distributed.groups import ParallelSizes
 from megatron_ktr.errors import UserError
+from megatron_ktr.files.json_files import to_json
 from megatron_ktr.report.run_data import read_run
 from megatron_ktr.rollout.replay import write_rollouts
 from megatron_ktr.types import ResponseSelection
@@ -37,7 +37,7 @@ def hf_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def refusals(context: RankContext, *, damaged_dir: Path, hf_dir: Path, sizes: ParallelSizes) -> dict[str, str]:
     """What each rank says: of a model that is damaged on disk, and of one whose weights turn to NaN later."""
     from megatron_ktr.distributed.platform import current
-    from megatron_ktr.policy import Policy
+    from megatron_ktr.policy.policy import Policy
 
     groups = context.init(sizes)
     found = {}
@@ -91,7 +91,7 @@ def test_sampler_logprobs_that_are_not_finite_stop_the_step(hf_dir: Path, one_ra
 
 def test_json_has_null_for_what_is_not_finite() -> None:
     values = {"a": [1.5, math.nan, (math.inf, {"b": -math.inf})], "c": True, "d": None, "e": "NaN", "f": 3}
-    text = strict_json.dumps(values)
+    text = to_json(values)
     assert json.loads(text) == {"a": [1.5, None, [None, {"b": None}]], "c": True, "d": None, "e": "NaN", "f": 3}
     assert "NaN" not in text.replace('"NaN"', "") and "Infinity" not in text
 

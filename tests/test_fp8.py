@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from megatron_ktr.config import Config, config_from_values
-from megatron_ktr.config_checks import check
-from megatron_ktr.config_sections import ModelSection, ObjectiveSection, ParallelSection
+from megatron_ktr.config.checks import check
+from megatron_ktr.config.fp8_rules import rows_per_rank, token_multiple, why_not_of_sizes, why_not_on_device
+from megatron_ktr.config.sections import ModelSection, ObjectiveSection, ParallelSection
 from megatron_ktr.distributed.groups import ParallelSizes
 from megatron_ktr.errors import UserError
-from megatron_ktr.precision import rows_per_rank, token_multiple, why_not_of_sizes, why_not_on_device
 from megatron_ktr.stack import has_core_0_19, load_strategy
 from models.qwen2_5_vl.published import PUBLISHED_CONFIGS
 from tests.support.layouts import sizes_of
@@ -202,12 +202,12 @@ def precision_of_passes(context: RankContext, *, hf_dir: Path) -> dict[str, Any]
     from megatron.core.fp8_utils import is_first_last_bf16_layer
     from megatron.core.transformer import transformer_block
 
+    from megatron_ktr.batch.micro_batch import Denominators, MicroBatch
     from megatron_ktr.data.preprocess import PreprocessSettings
     from megatron_ktr.distributed.platform import current
-    from megatron_ktr.micro_batch import Denominators, MicroBatch
     from megatron_ktr.objectives import build_objective
-    from megatron_ktr.policy import Policy
-    from megatron_ktr.scoring import ScoringPasses
+    from megatron_ktr.policy.policy import Policy
+    from megatron_ktr.step.scoring import ScoringPasses
     from models.qwen2_5_vl import fp8
     from models.qwen2_5_vl.config import Qwen2_5_VLConfig
     from models.qwen2_5_vl.media import media_spec
@@ -291,12 +291,12 @@ def test_fp8_is_on_in_the_passes_and_layers_that_ask_for_it(ranks: RankPool, tmp
 def weights_that_passes_see(context: RankContext, *, hf_dir: Path, recompute_vision: bool) -> dict[str, bool]:
     """By what runs after the policy's weights have changed: whether it is what layers that keep nothing compute. The
     layers keep their weights as Transformer Engine's do in FP8."""
+    from megatron_ktr.batch.micro_batch import Denominators, MicroBatch
     from megatron_ktr.data.preprocess import PreprocessSettings
     from megatron_ktr.distributed.platform import current
-    from megatron_ktr.micro_batch import Denominators, MicroBatch
     from megatron_ktr.objectives import build_objective
-    from megatron_ktr.policy import Policy
-    from megatron_ktr.scoring import ScoringPasses
+    from megatron_ktr.policy.policy import Policy
+    from megatron_ktr.step.scoring import ScoringPasses
     from models.qwen2_5_vl import fp8
     from models.qwen2_5_vl.config import Qwen2_5_VLConfig
     from models.qwen2_5_vl.media import media_spec
@@ -374,7 +374,7 @@ GROUPS = ("mixed", "text", "long video")
 
 def padded_steps(context: RankContext, *, layouts: dict[str, ParallelSizes], **options: Any) -> dict[str, Any]:
     """A training step with every micro-batch, in every view, padded to 128 rows per tensor rank."""
-    from megatron_ktr import scoring
+    from megatron_ktr.step import scoring
     from models.qwen2_5_vl import model
 
     found = {}

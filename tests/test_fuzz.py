@@ -13,12 +13,12 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from megatron_ktr.config import OPTIONS, Config, config_from_values, load_config
-from megatron_ktr.config_checks import ABSENT_OPTIONS, check
-from megatron_ktr.config_cli import Option
+from megatron_ktr.config.checks import ABSENT_OPTIONS, check
+from megatron_ktr.config.cli import Option
 from megatron_ktr.data.synthetic import corpus
 from megatron_ktr.data.tiny_model import save_tiny_model
 from megatron_ktr.errors import UserError, one_line
-from megatron_ktr.preflight import check_run
+from megatron_ktr.run.preflight import check_run
 
 NUM_HEADS, NUM_KV_HEADS, NUM_LAYERS, NUM_VISION_HEADS = 8, 2, 4, 4
 SECTIONS = sorted({option.section for option in OPTIONS.values()})

@@ -184,8 +184,8 @@ def test_a_checkpoint_brings_back_weights_moments_and_export(
 ) -> None:
     """Weights, optimizer state and random states after loading are those saved, bit for bit; so is the export, and what
     it holds loads again."""
-    from megatron_ktr.checkpoint import Checkpoints
     from megatron_ktr.distributed.platform import current
+    from megatron_ktr.run.checkpoint import Checkpoints
 
     trainer = build_trainer(device, model, {**values, "params_dtype": "bf16"})
     trainer.train_step(1)
@@ -210,7 +210,7 @@ def build_trainer(context: RankContext, model: Path, values: dict[str, Any]) -> 
     from megatron_ktr.data.preprocess import PreprocessSettings
     from megatron_ktr.distributed.platform import current
     from megatron_ktr.objectives import build_objective
-    from megatron_ktr.policy import Policy
+    from megatron_ktr.policy.policy import Policy
     from megatron_ktr.trainer import Trainer
     from models.qwen2_5_vl.config import Qwen2_5_VLConfig
     from models.qwen2_5_vl.media import media_spec

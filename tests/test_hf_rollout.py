@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
+from megatron_ktr.batch.packing import MediaSpec
 from megatron_ktr.config import config_from_values
 from megatron_ktr.data.synthetic import corpus
 from megatron_ktr.data.template import load_tokenizer
@@ -19,10 +20,9 @@ from megatron_ktr.data.tiny_model import save_tiny_model
 from megatron_ktr.distributed import platform
 from megatron_ktr.errors import UserError
 from megatron_ktr.evaluation.accuracy import apply_control, evaluate
-from megatron_ktr.packing import MediaSpec
+from megatron_ktr.rollout.build import build_sampler
 from megatron_ktr.rollout.hf import HFEngine
 from megatron_ktr.rollout.sampling import GumbelSampler, SamplingSettings, StopStrings, cut, sample_seed
-from megatron_ktr.rollout.source import build_sampler
 from megatron_ktr.types import Prompt, Rollout, RolloutGroup, VisualInput
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.media import media_spec

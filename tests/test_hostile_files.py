@@ -19,14 +19,14 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from megatron_ktr.checkpoint import Checkpoints
-from megatron_ktr.checksums import MANIFEST, write_manifest
 from megatron_ktr.config import config_from_values
 from megatron_ktr.distributed.platform import current
 from megatron_ktr.errors import UserError
-from megatron_ktr.policy import Policy
+from megatron_ktr.files.checksums import MANIFEST, write_manifest
+from megatron_ktr.policy.policy import Policy
 from megatron_ktr.rollout.replay import ReplayEngine
-from megatron_ktr.run_directory import find_checkpoint
+from megatron_ktr.run.checkpoint import Checkpoints
+from megatron_ktr.run.directory import find_checkpoint
 from models.qwen2_5_vl.dist_checkpoint import convert_to_hf
 from tests.support.patience import PATIENCE_SECONDS
 from tests.support.tiny import save_tiny_hf

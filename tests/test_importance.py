@@ -11,16 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ktr.config_sections import ObjectiveSection
+from megatron_ktr.batch.micro_batch import MicroBatch, any_gradient
+from megatron_ktr.batch.packing import pack_groups
+from megatron_ktr.config.sections import ObjectiveSection
 from megatron_ktr.distributed.groups import ParallelSizes
 from megatron_ktr.errors import UserError
-from megatron_ktr.micro_batch import MicroBatch, any_gradient
 from megatron_ktr.objectives import build_objective
 from megatron_ktr.objectives.grpo import GRPO
 from megatron_ktr.objectives.importance import ImportanceCorrection
 from megatron_ktr.objectives.video_ktr import VideoKTR
-from megatron_ktr.packing import pack_groups
-from megatron_ktr.types import Metrics, RolloutGroup, TokenScores, TokenStreams
+from megatron_ktr.sums import Metrics
+from megatron_ktr.types import RolloutGroup, TokenScores, TokenStreams
 from tests.support.groups import MEDIA, group_of, video
 from tests.support.layouts import sizes_of
 from tests.support.ranks import RankContext

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_ktr.config import Config
-from megatron_ktr.config_sections import ModelSection, ParallelSection
+from megatron_ktr.config.sections import ModelSection, ParallelSection
 from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.errors import UserError
 from megatron_ktr.ops.prefix_attention import prefix_attention
@@ -216,7 +216,7 @@ def test_transformer_engine_attention_asks_for_shared_prefix_attention(te_attent
 
 
 def test_transformer_engine_attention_gets_everybodys_keys_on_a_context_rank(te_attention: torch.nn.Module) -> None:
-    from megatron_ktr.context_shard import shard_layout
+    from megatron_ktr.ops.context_shard import shard_layout
     from models.qwen2_5_vl.attention import PrefixSeqParams
 
     generator = torch.Generator().manual_seed(0)
@@ -235,7 +235,7 @@ def test_transformer_engine_attention_gets_everybodys_keys_on_a_context_rank(te_
 
 def test_transformer_engine_attention_of_a_context_rank_without_rows_is_zero(te_attention: torch.nn.Module) -> None:
     """One prompt token and one response: of four ranks the first and the last have something to do."""
-    from megatron_ktr.context_shard import shard_layout
+    from megatron_ktr.ops.context_shard import shard_layout
     from megatron_ktr.types import GroupSpan
     from models.qwen2_5_vl.attention import PrefixSeqParams
 

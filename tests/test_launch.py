@@ -27,8 +27,8 @@ from megatron_ktr.data.video_decord import DecordProcess
 from megatron_ktr.data.video_pyav import index_video
 from megatron_ktr.doctor.requirements import declared_requirements
 from megatron_ktr.errors import UserError
-from megatron_ktr.interruption import EXIT_SAVED, LEAVE_SIGNALS
-from megatron_ktr.run_directory import list_checkpoints, open_run_directory
+from megatron_ktr.run.directory import list_checkpoints, open_run_directory
+from megatron_ktr.run.interruption import EXIT_SAVED, LEAVE_SIGNALS
 from models.qwen2_5_vl.published import PUBLISHED_CONFIGS
 from tests.support.patience import PATIENCE_SECONDS, wait_until
 from tests.support.replayed import replay_values

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from megatron_ktr.config import load_config
-from megatron_ktr.config_sections import ParallelSection
+from megatron_ktr.config.pipeline_split import check_recomputation, chunk_layout, is_even, split_layers, virtual_stages
+from megatron_ktr.config.sections import ParallelSection
 from megatron_ktr.distributed.groups import ParallelGroups, ParallelSizes
 from megatron_ktr.errors import UserError
-from megatron_ktr.pipeline_split import check_recomputation, chunk_layout, is_even, split_layers, virtual_stages
 from megatron_ktr.types import RolloutGroup
 from tests.support.layouts import FULL, OVERLAPPED, SMALL, Layout, sizes_of
 from tests.support.ranks import RankContext, RankPool
@@ -263,7 +263,7 @@ def test_levers_without_effect_are_refused(flags: list[str], message: str) -> No
 
 def test_weights_are_on_the_device_only_while_they_are_used() -> None:
     """The meta device plays the device: it keeps no numbers, so that what comes back must be the host's."""
-    from megatron_ktr.offload import HostWeights
+    from megatron_ktr.policy.offload import HostWeights
 
     module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 5, bias=False)).requires_grad_(False)
     module[0].weight.sequence_parallel = True
@@ -292,8 +292,8 @@ def steps_with_reference_on_the_host(
     context: RankContext, *, layout: Layout, case: Case, groups: list[RolloutGroup]
 ) -> tuple[StepDifference, dict[str, set[int]]]:
     """Copies play the device's weights: how many are alive is noted in every pass of either model, and at the end."""
-    from megatron_ktr.offload import HostWeights
-    from megatron_ktr.policy import Policy
+    from megatron_ktr.policy.offload import HostWeights
+    from megatron_ktr.policy.policy import Policy
 
     alive: weakref.WeakSet[Any] = weakref.WeakSet()
     noted: dict[str, set[int]] = {"policy": set(), "reference": set()}
@@ -342,9 +342,9 @@ def steps_with_moments_on_the_host(
     context: RankContext, *, sizes: ParallelSizes, values: dict[str, Any], case: Case, groups: list[RolloutGroup]
 ) -> tuple[list[StepRecord], list[StepRecord], set[int], set[int]]:
     """Records with and without; how many copies of moments the device held in passes, and in optimizer steps."""
-    from megatron_ktr import policy as policy_module
-    from megatron_ktr.offload import moments_on_device
-    from megatron_ktr.policy import Policy
+    from megatron_ktr.policy.offload import moments_on_device
+    from megatron_ktr.policy.policy import Policy
+    from megatron_ktr.policy.policy import policy as policy_module
 
     alive: weakref.WeakSet[Any] = weakref.WeakSet()
     in_passes, in_steps = set(), set()

@@ -108,7 +108,7 @@ def _slice(whole: dict[str, Tensor], name: str, axis: int, start: int, length: i
 def run_with_adapters(parallel: ParallelGroups, **options: Any) -> list[StepRecord]:
     from models.qwen2_5_vl.lora import add_adapters
 
-    with patch("megatron_ktr.policy.add_adapters", partial(random_b, add_adapters)):
+    with patch("megatron_ktr.policy.policy.add_adapters", partial(random_b, add_adapters)):
         return run_steps(parallel, rollout_groups=example_groups(*GROUPS), **options)
 
 
@@ -311,7 +311,7 @@ def save_and_resume(context: RankContext, *, hf_dir: Path, path: Path) -> dict[s
     """Two steps, a checkpoint after the first; the second again from there; the checkpoint in another layout."""
     from megatron.core import dist_checkpointing
 
-    from megatron_ktr.checkpoint import load_sharded_state, sharded_state
+    from megatron_ktr.run.checkpoint import load_sharded_state, sharded_state
 
     found: dict[str, Any] = {}
 
@@ -338,7 +338,7 @@ def save_and_resume(context: RankContext, *, hf_dir: Path, path: Path) -> dict[s
 
 
 def test_checkpoint_holds_adapters_alone_and_continues_in_any_layout(ranks: RankPool, tmp_path: Path) -> None:
-    from megatron_ktr.torch_dist_files import TorchDistReader
+    from megatron_ktr.files.torch_dist_files import TorchDistReader
     from models.qwen2_5_vl.dist_checkpoint import convert_to_hf
 
     hf_dir, path = tmp_path / "hf", tmp_path / "checkpoint"

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_ktr.metrics import MetricsWriter
 from megatron_ktr.report.run_data import read_run
-from megatron_ktr.types import Metrics
+from megatron_ktr.run.metrics import MetricsWriter
+from megatron_ktr.sums import Metrics
 
 
 def write_steps(run_dir: Path, steps: range, *, first_step: int = 0, **values: float) -> None:

@@ -13,7 +13,7 @@ from megatron_ktr import stack
 from megatron_ktr.config import load_config
 from megatron_ktr.distributed.groups import ParallelGroups, ParallelSizes
 from megatron_ktr.errors import UserError
-from megatron_ktr.metrics import step_line
+from megatron_ktr.run.metrics import step_line
 from tests.support.layouts import FULL, Layout, sizes_of
 from tests.support.ranks import RankContext, RankPool
 from tests.support.steps import DISTRIBUTED_SGD, StepRecord, example_groups, run_steps
@@ -201,8 +201,8 @@ def test_ranks_that_would_not_skip_together_are_refused_together(ranks: RankPool
 
 
 def test_a_step_without_evidence_is_not_a_skipped_one() -> None:
-    from megatron_ktr.micro_batch import UpdateResult
-    from megatron_ktr.types import Metrics
+    from megatron_ktr.batch.micro_batch import UpdateResult
+    from megatron_ktr.sums import Metrics
 
     idle = UpdateResult(loss=0.0, has_gradient=False, metrics=Metrics())
     assert not idle.is_skipped

@@ -9,14 +9,15 @@ import types
 import pytest
 import torch
 
-from megatron_ktr.config_sections import ObjectiveSection, RewardSection
+from megatron_ktr.batch.packing import pack_groups, plan_micro_batches
+from megatron_ktr.config.sections import ObjectiveSection, RewardSection
 from megatron_ktr.errors import UserError
 from megatron_ktr.objectives import build_objective
 from megatron_ktr.objectives.advantages import LengthBonus
 from megatron_ktr.objectives.grpo import GRPO
 from megatron_ktr.objectives.video_ktr import VideoKTR
-from megatron_ktr.packing import pack_groups, plan_micro_batches
-from megatron_ktr.types import Metrics, Rollout, TokenScores
+from megatron_ktr.sums import Metrics
+from megatron_ktr.types import Rollout, TokenScores
 from tests.support.groups import MEDIA, group_of, image, video
 from tests.support.reference_ktr import ReferenceResponse, reference_update
 

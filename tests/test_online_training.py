@@ -13,7 +13,6 @@ import pytest
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from megatron_ktr import preflight
 from megatron_ktr.config import Config, config_from_values
 from megatron_ktr.data.loader import PromptLoader
 from megatron_ktr.data.records import check_record, read_records
@@ -21,11 +20,12 @@ from megatron_ktr.data.synthetic import corpus, make_dataset
 from megatron_ktr.data.template import load_tokenizer
 from megatron_ktr.data.tiny_model import save_tiny_model
 from megatron_ktr.data.video import FrameSampling
+from megatron_ktr.distributed.agreement import on_every_rank
 from megatron_ktr.distributed.groups import ParallelSizes
 from megatron_ktr.errors import UserError
 from megatron_ktr.objectives.sft import SupervisedFineTuning
 from megatron_ktr.report.run_data import read_run
-from megatron_ktr.rollout.source import on_every_rank
+from megatron_ktr.run import preflight
 from megatron_ktr.train import train
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.media import media_spec

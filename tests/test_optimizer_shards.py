@@ -10,7 +10,7 @@ import torch
 
 from megatron_ktr.distributed.optimizer_shards import split_range
 from megatron_ktr.errors import UserError
-from megatron_ktr.torch_dist_files import Region, TorchDistReader, TorchDistWriter
+from megatron_ktr.files.torch_dist_files import Region, TorchDistReader, TorchDistWriter
 from tests.support.save_peaks import measure_peaks
 from tests.support.tiny import save_tiny_hf
 

@@ -16,13 +16,13 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_ktr.checkpoint import Checkpoints, load_sharded_state
 from megatron_ktr.config import config_from_values
 from megatron_ktr.distributed.groups import ParallelSizes
 from megatron_ktr.distributed.optimizer_checkpoint import agreed_steps
 from megatron_ktr.distributed.platform import current
-from megatron_ktr.policy import Policy
-from megatron_ktr.run_directory import step_name
+from megatron_ktr.policy.policy import Policy
+from megatron_ktr.run.checkpoint import Checkpoints, load_sharded_state
+from megatron_ktr.run.directory import step_name
 from models.qwen2_5_vl.conversion import named_model_parameters
 from tests.support.tiny import save_tiny_hf
 from tests.test_checkpoint import NoData

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_ktr.distributed.platform import current, start
 from megatron_ktr.errors import UserError
-from megatron_ktr.types import Metrics
+from megatron_ktr.sums import Metrics
 from tests.support.ranks import RankContext, RankError, RankPool
 from tests.support.tiny import save_tiny_hf
 

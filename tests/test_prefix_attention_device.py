@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ktr.context_shard import shard_layout
 from megatron_ktr.ops import prefix_attention_merged, prefix_attention_varlen, segment_attention
+from megatron_ktr.ops.context_shard import shard_layout
 from megatron_ktr.ops.prefix_attention import loop_attention
 from megatron_ktr.ops.prefix_attention_plan import AttentionPlan, VarlenCall
 from megatron_ktr.ops.segment_attention import SegmentPlan

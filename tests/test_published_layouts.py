@@ -22,7 +22,7 @@ import torch
 import yaml
 
 from megatron_ktr.config import Config
-from megatron_ktr.config_sections import ModelSection, ParallelSection
+from megatron_ktr.config.sections import ModelSection, ParallelSection
 from megatron_ktr.distributed.groups import ParallelSizes
 from models.qwen2_5_vl.conversion import named_model_parameters
 from models.qwen2_5_vl.published import PUBLISHED_CONFIGS

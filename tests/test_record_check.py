@@ -17,9 +17,10 @@ from megatron_ktr.data.loader import PromptLoader
 from megatron_ktr.data.media_files import MediaFiles, resolve_media_path
 from megatron_ktr.data.records import check_record
 from megatron_ktr.data.unusable import UnusableMedia
+from megatron_ktr.distributed.agreement import on_every_rank
 from megatron_ktr.distributed.groups import ParallelSizes
 from megatron_ktr.errors import UserError
-from megatron_ktr.rollout.source import build_local_source, on_every_rank
+from megatron_ktr.rollout.build import build_local_source
 from tests.support.tiny import VOCAB_SIZE
 from tests.support.tokenizer import save_tiny_tokenizer, tiny_tokenizer
 from tests.support.videos import numbered_frames, write_video

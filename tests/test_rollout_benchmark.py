@@ -22,7 +22,7 @@ def test_engines_answer_alike_also_where_a_step_of_vllm_does_not_hold_all_prompt
     from benchmarks.rollout_parts import MAX_PROMPT, Lengths, Workload
     from megatron_ktr.distributed.groups import ParallelSizes, destroy_parallel, init_parallel
     from megatron_ktr.distributed.platform import start
-    from megatron_ktr.rollout import vllm_colocated
+    from megatron_ktr.rollout.colocated import engine as vllm_colocated
 
     monkeypatch.setattr(vllm_colocated, "BATCHED_TOKENS", 1)
     platform = start("cpu")

@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from megatron_ktr.config import load_config
 from megatron_ktr.distributed.groups import ParallelSizes
 from megatron_ktr.errors import UserError
-from megatron_ktr.rollout_offload import optimizer_off_device, optimizer_tensors
+from megatron_ktr.policy.rollout_offload import optimizer_off_device, optimizer_tensors
 from tests.support.device_border import DEVICE, device_border
 from tests.support.layouts import OVERLAPPED, SMALL, sizes_of
 from tests.support.ranks import RankContext, RankPool
@@ -129,7 +129,7 @@ def steps_with_and_without(
     context: RankContext, *, cases: list[Case], models: dict[bool, Path], has_border: bool
 ) -> dict[str, Any]:
     """By case: (records, what was seen in each step), with the option and without; a border for the first only."""
-    from megatron_ktr import policy as policy_module
+    from megatron_ktr.policy.policy import policy as policy_module
 
     found = {}
     for case in cases:
@@ -399,7 +399,7 @@ def what_core_moves(context: RankContext, *, hf_dir: Path) -> dict[str, bool]:
 
 
 def test_core_moves_weights_of_the_model_and_cuts_views_of_them(ranks: RankPool, models: dict[bool, Path]) -> None:
-    """In fp32. When this fails, megatron-core has changed, and ``rollout_offload.py`` may use it."""
+    """In fp32. When this fails, megatron-core has changed, and ``policy/rollout_offload.py`` may use it."""
     [found] = ranks(what_core_moves, 1, hf_dir=models[False])
     assert found == {
         "fp32: weights leave": True,  # the engine would be sent host tensors

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from megatron_ktr.config import config_from_values, load_config
+from megatron_ktr.config.run_length import length_line, steps_of_epochs, with_steps
 from megatron_ktr.data.dataset import PromptDataset, SkipCounter
 from megatron_ktr.data.synthetic import corpus
 from megatron_ktr.data.tiny_model import save_tiny_model
 from megatron_ktr.data.unusable import UnusableSample
 from megatron_ktr.errors import UserError
-from megatron_ktr.run_directory import open_run_directory
-from megatron_ktr.run_length import length_line, steps_of_epochs, with_steps
+from megatron_ktr.run.directory import open_run_directory
 from megatron_ktr.train import train
 from megatron_ktr.types import Prompt
 from tests.support.replayed import replay_values

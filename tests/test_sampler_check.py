@@ -18,15 +18,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from megatron_ktr.batch.packing import MediaSpec
 from megatron_ktr.config import Config, config_from_values
 from megatron_ktr.data.preprocess import PreprocessSettings
 from megatron_ktr.data.synthetic import corpus, make_dataset
 from megatron_ktr.data.template import PromptBuilder, VisualTokens, load_tokenizer
 from megatron_ktr.data.tiny_model import save_tiny_model
 from megatron_ktr.errors import UserError
-from megatron_ktr.packing import MediaSpec
-from megatron_ktr.rollout.hf import HFEngine
-from megatron_ktr.rollout.sampler_check import (
+from megatron_ktr.rollout.check.probes import IMAGE, LONG, PATCH, SIZED, TEXT, TIMING, VIDEO, probe_prompts
+from megatron_ktr.rollout.check.sampler import (
     Gap,
     SamplerCheck,
     build_sampler_check,
@@ -35,7 +35,7 @@ from megatron_ktr.rollout.sampler_check import (
     measure,
     trainer_logprobs,
 )
-from megatron_ktr.rollout.sampler_probes import IMAGE, LONG, PATCH, SIZED, TEXT, TIMING, VIDEO, probe_prompts
+from megatron_ktr.rollout.hf import HFEngine
 from megatron_ktr.rollout.sampling import SamplingSettings
 from megatron_ktr.types import Prompt, Rollout, RolloutGroup, VisualInput
 
@@ -79,7 +79,7 @@ class Pair:
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     from megatron_ktr.distributed.groups import ParallelSizes, destroy_parallel, init_parallel
     from megatron_ktr.distributed.platform import start
-    from megatron_ktr.policy import Policy
+    from megatron_ktr.policy.policy import Policy
     from models.qwen2_5_vl.config import Qwen2_5_VLConfig
     from models.qwen2_5_vl.media import media_spec
 
@@ -246,7 +246,7 @@ def test_a_limit_above_the_gap_lets_a_wrong_engine_pass(pair: Pair) -> None:
 @pytest.fixture(scope="module")
 def vllm_engine(pair: Pair) -> Iterator[Any]:
     pytest.importorskip("vllm", reason="the vLLM environment only")
-    from megatron_ktr.rollout.vllm_colocated import ColocatedEngine, EngineSettings
+    from megatron_ktr.rollout.colocated.engine import ColocatedEngine, EngineSettings
 
     engine = ColocatedEngine(
         pair.model_dir,
@@ -284,7 +284,7 @@ VLLM_WRONG: dict[str, tuple[str, Callable[..., Any], str]] = {
 def test_a_vllm_that_is_shown_something_else_is_stopped(
     pair: Pair, vllm_engine: Any, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    from megatron_ktr.rollout import vllm_inputs
+    from megatron_ktr.rollout.colocated import inputs as vllm_inputs
 
     function, wrong, expected = VLLM_WRONG[name]
     monkeypatch.setattr(vllm_inputs, function, wrong)
@@ -294,7 +294,7 @@ def test_a_vllm_that_is_shown_something_else_is_stopped(
 
 @pytest.mark.vllm
 def test_a_vllm_that_an_update_did_not_reach_is_stopped(pair: Pair, vllm_engine: Any) -> None:
-    from megatron_ktr.rollout.vllm_weights import load_weights
+    from megatron_ktr.rollout.colocated.weights import load_weights
 
     load_weights(vllm_engine._llm, pair.other_dir)
     with pytest.raises(UserError, match="once they are sent a second time the sampler agrees"):

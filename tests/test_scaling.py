@@ -194,7 +194,7 @@ def test_rings_leave_a_node_once_for_all_of_its_ranks():
 
 
 def test_rows_are_shared_out_as_the_trainer_does():
-    from megatron_ktr.context_shard import shard_layout
+    from megatron_ktr.ops.context_shard import shard_layout
     from megatron_ktr.types import GroupSpan, PackedLayout
 
     config = PUBLISHED_CONFIGS["7B"]

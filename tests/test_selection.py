@@ -14,11 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_ktr.attribution.counterfactuals import can_hide, can_shuffle, draw_permutation, draw_permutations
 from megatron_ktr.attribution.selection import _thresholds, select_key_tokens, select_top_share
 from megatron_ktr.attribution.signals import scored_as_zero, signal_applies, signal_scores
+from megatron_ktr.batch.packing import pack_groups
 from megatron_ktr.errors import UserError
 from megatron_ktr.objectives.base import union_of
 from megatron_ktr.objectives.grpo import GRPO
 from megatron_ktr.objectives.video_ktr import VideoKTR
-from megatron_ktr.packing import pack_groups
 from megatron_ktr.types import TokenScores
 from tests.support.groups import MEDIA, group_of, image, video
 

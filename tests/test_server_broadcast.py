@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from megatron_ktr.errors import UserError
-from megatron_ktr.rollout import server_broadcast
-from megatron_ktr.rollout.server_broadcast import BroadcastTransfer, vllm_connect
-from megatron_ktr.rollout.server_pool import PoolSettings
-from megatron_ktr.rollout.server_replicas import Replicas
-from megatron_ktr.rollout.vllm_server import ServerEngine
+from megatron_ktr.rollout.server import broadcast as server_broadcast
+from megatron_ktr.rollout.server.broadcast import BroadcastTransfer, vllm_connect
+from megatron_ktr.rollout.server.engine import ServerEngine
+from megatron_ktr.rollout.server.pool import PoolSettings
+from megatron_ktr.rollout.server.replicas import Replicas
 from tests.support.fake_server import FakeServer
 from tests.support.patience import PATIENCE_SECONDS
 from tests.support.tiny import tiny_hf_config

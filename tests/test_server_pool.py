@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_ktr.batch.packing import MediaSpec
 from megatron_ktr.distributed.groups import ParallelSizes
 from megatron_ktr.errors import UserError
-from megatron_ktr.packing import MediaSpec
 from megatron_ktr.rollout.sampling import SamplingSettings
-from megatron_ktr.rollout.server_pool import PoolSettings
-from megatron_ktr.rollout.server_replicas import Replicas
-from megatron_ktr.rollout.server_weights import DirectoryTransfer
-from megatron_ktr.rollout.vllm_server import ServerEngine
+from megatron_ktr.rollout.server.engine import ServerEngine
+from megatron_ktr.rollout.server.pool import PoolSettings
+from megatron_ktr.rollout.server.replicas import Replicas
+from megatron_ktr.rollout.server.weights import DirectoryTransfer
 from megatron_ktr.types import Prompt, RolloutGroup
 from tests.support.fake_server import LOGPROB, MISBEHAVIOUR, FakeServer
 from tests.support.patience import PATIENCE_SECONDS, wait_until

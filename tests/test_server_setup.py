@@ -11,9 +11,9 @@ import pytest
 from megatron_ktr.config import config_from_values
 from megatron_ktr.errors import UserError
 from megatron_ktr.rollout.sampling import SamplingSettings
-from megatron_ktr.rollout.server_broadcast import _chunks
-from megatron_ktr.rollout.vllm_serve import arguments
-from megatron_ktr.rollout.vllm_server import server_engine
+from megatron_ktr.rollout.server.broadcast import _chunks
+from megatron_ktr.rollout.server.engine import server_engine
+from megatron_ktr.rollout.server.serve import arguments
 from tests.support.fake_server import FakeServer
 from tests.support.patience import PATIENCE_SECONDS
 from tests.support.tiny import tiny_hf_config
@@ -73,10 +73,10 @@ def test_a_server_without_encoder_is_refused_where_pixels_are_sent(tmp_path: Pat
 
 
 def test_tensors_are_announced_in_chunks_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_ktr.rollout.server_broadcast.CHUNK_BYTES", 30)
+    monkeypatch.setattr("megatron_ktr.rollout.server.broadcast.CHUNK_BYTES", 30)
     named = list(tensors(1.0)) + list(tensors(2.0))  # 24, 16, 24, 16 bytes
     assert [[tensor.nbytes for _, tensor in chunk] for chunk in _chunks(iter(named))] == [[24], [16], [24], [16]]
-    monkeypatch.setattr("megatron_ktr.rollout.server_broadcast.CHUNK_BYTES", 40)
+    monkeypatch.setattr("megatron_ktr.rollout.server.broadcast.CHUNK_BYTES", 40)
     assert [[tensor.nbytes for _, tensor in chunk] for chunk in _chunks(iter(named))] == [[24, 16], [24, 16]]
     assert list(_chunks(iter([]))) == []
 

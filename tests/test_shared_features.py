@@ -14,18 +14,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_ktr.batch.packing import MediaSpec
 from megatron_ktr.config import config_from_values
 from megatron_ktr.data.preprocess import PreprocessSettings
 from megatron_ktr.data.synthetic import corpus
 from megatron_ktr.data.template import PromptBuilder, VisualTokens, load_tokenizer
 from megatron_ktr.data.tiny_model import save_tiny_model
 from megatron_ktr.distributed.groups import ParallelSizes
-from megatron_ktr.packing import MediaSpec
+from megatron_ktr.rollout.check.probes import IMAGE, LONG, TIMING, probe_prompts
+from megatron_ktr.rollout.check.sampler import trainer_logprobs
+from megatron_ktr.rollout.colocated.inputs import FEATURE_OPTIONS, engine_input, feature_data
+from megatron_ktr.rollout.colocated.weights import load_weights
 from megatron_ktr.rollout.features import FeatureSender, build_feature_sender
-from megatron_ktr.rollout.sampler_check import trainer_logprobs
-from megatron_ktr.rollout.sampler_probes import IMAGE, LONG, TIMING, probe_prompts
-from megatron_ktr.rollout.vllm_inputs import FEATURE_OPTIONS, engine_input, feature_data
-from megatron_ktr.rollout.vllm_weights import load_weights
 from megatron_ktr.types import Prompt, Rollout, RolloutGroup, VisualInput
 from tests.support.groups import MEDIA, group_of, image, video
 
@@ -137,7 +137,7 @@ def use_shards(
 ) -> FromShards:
     """Features and language weights of a policy in the layout of ``values``; with ``groups``, their log-probs."""
     from megatron_ktr.distributed.platform import current
-    from megatron_ktr.policy import Policy
+    from megatron_ktr.policy.policy import Policy
 
     sizes = ParallelSizes(
         tensor=values.get("tensor_model_parallel_size", 1), pipeline=values.get("pipeline_model_parallel_size", 1)
@@ -213,7 +213,7 @@ class Engine:
     def __init__(self, model_dir: Path, *, media: MediaSpec, **options: Any) -> None:
         from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VisionTransformer
 
-        from megatron_ktr.rollout.vllm_cpu import start_vllm_on_cpu
+        from megatron_ktr.rollout.vllm.cpu import start_vllm_on_cpu
 
         self.media = media
         self.num_calls = 0
@@ -259,7 +259,7 @@ class Engine:
         return groups
 
     def stop(self) -> None:
-        from megatron_ktr.rollout.vllm_cpu import stop_vllm_in_process
+        from megatron_ktr.rollout.vllm.cpu import stop_vllm_in_process
 
         stop_vllm_in_process(self.llm)
         self._patch.undo()

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_ktr.batch.packing import pack_groups
 from megatron_ktr.config import Config, config_from_values
 from megatron_ktr.data.dataset import reshard_states
 from megatron_ktr.data.preprocess import PreprocessSettings
@@ -20,14 +21,15 @@ from megatron_ktr.data.template import PromptBuilder, VisualTokens
 from megatron_ktr.data.unusable import UnusableMedia
 from megatron_ktr.distributed.groups import ParallelSizes
 from megatron_ktr.errors import UserError
-from megatron_ktr.packing import pack_groups
 from megatron_ktr.rollout.base import RolloutEngine
+from megatron_ktr.rollout.build import build_local_source
+from megatron_ktr.rollout.check.probes import probe_prompts
+from megatron_ktr.rollout.colocated.inputs import engine_input, feature_data
 from megatron_ktr.rollout.hf import HFEngine
-from megatron_ktr.rollout.sampler_probes import probe_prompts
+from megatron_ktr.rollout.questions import prompt_loader
 from megatron_ktr.rollout.sampling import SamplingSettings, sample_seed
-from megatron_ktr.rollout.server_wire import medium_item
-from megatron_ktr.rollout.source import ReplicaSource, Sampler, build_local_source, prompt_loader
-from megatron_ktr.rollout.vllm_inputs import engine_input, feature_data
+from megatron_ktr.rollout.server.wire import medium_item
+from megatron_ktr.rollout.source import ReplicaSource, Sampler
 from megatron_ktr.types import Prompt, Rollout, RolloutGroup
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.media import media_spec

@@ -13,7 +13,7 @@ from megatron_ktr import stack
 from megatron_ktr.config import config_from_values, save_resolved
 from megatron_ktr.doctor.requirements import declared_requirements
 from megatron_ktr.errors import UserError
-from megatron_ktr.run_directory import check_same_run
+from megatron_ktr.run.directory import check_same_run
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_ktr.config import Config
-from megatron_ktr.config_sections import ModelSection
+from megatron_ktr.config.sections import ModelSection
 from megatron_ktr.distributed.groups import ParallelSizes
 from tests.support.layouts import sizes_of
 from tests.support.parity import Medium, make_group, max_relative_difference, pack, weights_R

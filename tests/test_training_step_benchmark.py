@@ -19,9 +19,9 @@ from benchmarks.step_baseline import PAPER, StepNumbers, WeakBaseline, finish_st
 from benchmarks.step_ours import OurStep, frame_order, numbers_of, save_random_model, token_ids_of
 from benchmarks.step_strong_baseline import StrongBaseline
 from benchmarks.training_step import POINTS, RECOMPUTED, TOLERANCE, compare, summarise
+from megatron_ktr.data.random_groups import SyntheticSizes, synthetic_group
 from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.errors import UserError
-from megatron_ktr.rollout.synthetic import SyntheticSizes, synthetic_group
 from tests.support.patience import PATIENCE_SECONDS
 
 REPOSITORY = Path(__file__).parent.parent

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ktr.config_sections import ObjectiveSection
+from megatron_ktr.batch.packing import pack_groups
+from megatron_ktr.config.sections import ObjectiveSection
 from megatron_ktr.distributed.groups import ParallelGroups, ParallelSizes
 from megatron_ktr.errors import UserError
 from megatron_ktr.objectives import build_objective
@@ -18,7 +19,6 @@ from megatron_ktr.objectives.grpo import GRPO
 from megatron_ktr.objectives.tw_grpo import TWGRPO, position_weights
 from megatron_ktr.ops.group_divergence import group_divergence
 from megatron_ktr.ops.token_statistics import linear_token_statistics
-from megatron_ktr.packing import pack_groups
 from megatron_ktr.types import RolloutGroup, TokenScores
 from tests.support.groups import MEDIA, group_of
 from tests.support.hf_updates import Models, gradients_of, score_responses, with_gradient

@@ -19,7 +19,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration as HFModel
 
 from megatron_ktr.distributed.groups import destroy_parallel
 from megatron_ktr.errors import UserError
-from megatron_ktr.verification import HFAnswer, max_abs_difference, max_relative_difference
+from megatron_ktr.evaluation.hf_parity import HFAnswer, max_abs_difference, max_relative_difference
 from models.qwen2_5_vl.dist_checkpoint import convert_to_megatron
 from tests.support.patience import PATIENCE_SECONDS
 from tests.support.ranks import RankContext, RankPool

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_ktr.batch.packing import MediaSpec
 from megatron_ktr.data.preprocess import PreprocessSettings
 from megatron_ktr.distributed.groups import ParallelSizes
-from megatron_ktr.packing import MediaSpec
+from megatron_ktr.policy.vision_pass import VisionPass, share_units
 from megatron_ktr.types import VisualInput
-from megatron_ktr.vision_pass import VisionPass, share_units
 from tests.support.ranks import RankContext, RankPool
 from tests.support.steps import compare_steps, example_groups, run_steps
 from tests.support.tiny import save_tiny_hf

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megatron_ktr.batch.packing import MediaSpec, pack_groups
 from megatron_ktr.config import Config, config_from_values
 from megatron_ktr.data.dataset import PromptDataset, SkipCounter
 from megatron_ktr.data.preprocess import PreprocessSettings
@@ -27,7 +28,6 @@ from megatron_ktr.data.synthetic import corpus, make_dataset
 from megatron_ktr.data.template import load_tokenizer
 from megatron_ktr.data.tiny_model import save_tiny_model
 from megatron_ktr.errors import UserError
-from megatron_ktr.packing import MediaSpec, pack_groups
 from megatron_ktr.rollout.sampling import SamplingSettings
 from megatron_ktr.types import Prompt, RolloutGroup
 
@@ -115,7 +115,7 @@ class Side:
 
     def engine(self, **changes: Any) -> Any:
         """A new colocated engine, as a run with these options would build it."""
-        from megatron_ktr.rollout.source import build_sampler
+        from megatron_ktr.rollout.build import build_sampler
 
         config = config_from_values({**flat(self.config), **changes})
         sampler = build_sampler(config, groups=self.policy.groups, tokenizer=self.tokenizer, media=self.media)
@@ -151,8 +151,8 @@ def flat(config: Config) -> dict[str, Any]:
 
 def make_side(config: Config, groups: Any) -> Side:
     from megatron_ktr.distributed.platform import current
-    from megatron_ktr.policy import Policy
-    from megatron_ktr.rollout.source import prompt_loader
+    from megatron_ktr.policy.policy import Policy
+    from megatron_ktr.rollout.questions import prompt_loader
     from models.qwen2_5_vl.config import Qwen2_5_VLConfig
     from models.qwen2_5_vl.media import media_spec
 
@@ -411,7 +411,7 @@ def test_what_a_sleeping_engine_drops_comes_back(lone) -> None:
 
 
 def test_on_a_gpu_the_engine_sleeps_except_while_it_loads_and_generates(lone, monkeypatch) -> None:
-    from megatron_ktr.rollout import vllm_colocated
+    from megatron_ktr.rollout.colocated import engine as vllm_colocated
 
     side, engine = lone
     calls: list[str] = []
@@ -577,7 +577,7 @@ def test_a_resumed_run_repeats_the_rollouts(one_rank_runs) -> None:
 
 def test_the_export_of_a_run_is_a_model_vllm_starts_from(four_ranks, lone, monkeypatch) -> None:
     """As ``vllm serve`` would by default: pixels are normalised in the model, by what the export's files say."""
-    from megatron_ktr.rollout import vllm_colocated
+    from megatron_ktr.rollout.colocated import engine as vllm_colocated
     from models.qwen2_5_vl.conversion import load_hf_weights
 
     start = partial(vllm_colocated.start_vllm_on_cpu, mm_device_do_normalize=True)

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from megatron_ktr.rollout.vllm_inputs import engine_input, folded_token_ids
+from megatron_ktr.rollout.colocated.inputs import engine_input, folded_token_ids
 from tests.support.groups import END, IMAGE, MEDIA, START, VIDEO, group_of, image, video
 
 

@@ -6,9 +6,9 @@ import pytest
 
 from megatron_ktr.distributed.groups import ParallelSizes
 from megatron_ktr.errors import UserError
+from megatron_ktr.rollout.colocated.layout import share_groups, split_work
 from megatron_ktr.rollout.sampling import SamplingSettings
-from megatron_ktr.rollout.vllm_layout import share_groups, split_work
-from megatron_ktr.rollout.vllm_sampling import logprobs_mode, records_logprobs, rollout_of, sampling_values
+from megatron_ktr.rollout.vllm.sampling import logprobs_mode, records_logprobs, rollout_of, sampling_values
 
 LAYOUTS = [
     (ParallelSizes(), 1, 1),

@@ -20,15 +20,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from megatron_ktr.batch.packing import MediaSpec, pack_groups
 from megatron_ktr.config import config_from_values
 from megatron_ktr.data import synthetic
 from megatron_ktr.data.preprocess import PreprocessSettings, load_media
 from megatron_ktr.data.template import PromptBuilder, VisualTokens, WordingTemplate, load_tokenizer
 from megatron_ktr.data.tiny_model import save_tiny_model
 from megatron_ktr.data.video import FrameSampling
-from megatron_ktr.packing import MediaSpec, pack_groups
-from megatron_ktr.rollout.vllm_inputs import engine_input
-from megatron_ktr.rollout.vllm_weights import load_weights
+from megatron_ktr.rollout.colocated.inputs import engine_input
+from megatron_ktr.rollout.colocated.weights import load_weights
 from megatron_ktr.types import Prompt, Rollout, RolloutGroup, VisualInput
 from tests.support.videos import numbered_frames, shared_videos
 
@@ -174,8 +174,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     pytest.importorskip("vllm", reason="the vLLM environment only")
     from megatron_ktr.distributed.groups import ParallelSizes, destroy_parallel, init_parallel
     from megatron_ktr.distributed.platform import start
-    from megatron_ktr.policy import Policy
-    from megatron_ktr.rollout.vllm_cpu import start_vllm_on_cpu, stop_vllm_in_process
+    from megatron_ktr.policy.policy import Policy
+    from megatron_ktr.rollout.vllm.cpu import start_vllm_on_cpu, stop_vllm_in_process
     from models.qwen2_5_vl.config import Qwen2_5_VLConfig
     from models.qwen2_5_vl.media import media_spec
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from megatron_ktr.errors import UserError
-from megatron_ktr.rollout.vllm_colocated import start_vllm_on_gpu
-from megatron_ktr.rollout.vllm_runner import VARIABLE, runner_named_by
-from megatron_ktr.rollout.vllm_serve import prepare
+from megatron_ktr.rollout.colocated.engine import start_vllm_on_gpu
+from megatron_ktr.rollout.server.serve import prepare
+from megatron_ktr.rollout.vllm.runner import VARIABLE, runner_named_by
 from tests.support.fake_server import FakeServer
 from tests.test_server_setup import engine_of
 

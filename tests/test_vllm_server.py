@@ -26,20 +26,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_ktr.batch.packing import MediaSpec
 from megatron_ktr.config import config_from_values
 from megatron_ktr.data.preprocess import PreprocessSettings
 from megatron_ktr.data.synthetic import corpus, make_dataset
 from megatron_ktr.data.template import PromptBuilder, VisualTokens, WordingTemplate, load_tokenizer
 from megatron_ktr.data.tiny_model import save_tiny_model
-from megatron_ktr.packing import MediaSpec
+from megatron_ktr.rollout.check.probes import probe_prompts
 from megatron_ktr.rollout.hf import HFEngine
-from megatron_ktr.rollout.sampler_probes import probe_prompts
 from megatron_ktr.rollout.sampling import SamplingSettings
-from megatron_ktr.rollout.server_pool import PoolSettings
-from megatron_ktr.rollout.server_replicas import Replicas
-from megatron_ktr.rollout.server_weights import DirectoryTransfer
-from megatron_ktr.rollout.server_wire import encode_request, medium_item, pack
-from megatron_ktr.rollout.vllm_server import ServerEngine
+from megatron_ktr.rollout.server.engine import ServerEngine
+from megatron_ktr.rollout.server.pool import PoolSettings
+from megatron_ktr.rollout.server.replicas import Replicas
+from megatron_ktr.rollout.server.weights import DirectoryTransfer
+from megatron_ktr.rollout.server.wire import encode_request, medium_item, pack
 from megatron_ktr.types import Prompt, RolloutGroup
 from tests.support.patience import PATIENCE_SECONDS, wait_until
 
@@ -96,7 +96,7 @@ def free_port() -> int:
 
 
 def start_server(model_dir: Path, port: int, log: Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "megatron_ktr.rollout.vllm_serve", str(model_dir), "--port", str(port)]
+    command = [sys.executable, "-m", "megatron_ktr.rollout.server.serve", str(model_dir), "--port", str(port)]
     command += ["--host", "127.0.0.1", "--max-model-len", "1024"]
     with log.open("w") as file:
         # A session of its own: killing it takes the engine's process along.

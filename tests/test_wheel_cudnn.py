@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ktr.wheel_cudnn import libraries, missing_libraries, use_wheels_cudnn, wheels_folder
+from megatron_ktr.distributed.wheel_cudnn import libraries, missing_libraries, use_wheels_cudnn, wheels_folder
 
 NAMES = ("adv", "cnn", "engines_precompiled", "graph", "heuristic", "ops")
 

@@ -41,10 +41,10 @@ warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed\.")
 warnings.filterwarnings("ignore", message="Please use DTensor instead")
 logging.getLogger("megatron").setLevel(logging.ERROR)
 
-from megatron_ktr import strict_json  # noqa: E402
-from megatron_ktr.command_line import Parser, whole  # noqa: E402
 from megatron_ktr.config import Config, load_config  # noqa: E402
+from megatron_ktr.config.command_line import Parser, whole  # noqa: E402
 from megatron_ktr.data.preprocess import PreprocessSettings  # noqa: E402
+from megatron_ktr.data.random_groups import FixedSource, SyntheticSizes, TokenIds, synthetic_group  # noqa: E402
 from megatron_ktr.distributed import platform as platforms  # noqa: E402
 from megatron_ktr.distributed.collectives import reduce_metrics  # noqa: E402
 from megatron_ktr.distributed.groups import (  # noqa: E402
@@ -55,10 +55,10 @@ from megatron_ktr.distributed.groups import (  # noqa: E402
 )
 from megatron_ktr.distributed.platform import Platform  # noqa: E402
 from megatron_ktr.errors import UserError, run_cli, same_on_every_rank  # noqa: E402
+from megatron_ktr.files.json_files import to_json  # noqa: E402
 from megatron_ktr.objectives import build_objective  # noqa: E402
-from megatron_ktr.policy import Policy  # noqa: E402
-from megatron_ktr.preflight import check_layout, check_micro_batches  # noqa: E402
-from megatron_ktr.rollout.synthetic import FixedSource, SyntheticSizes, TokenIds, synthetic_group  # noqa: E402
+from megatron_ktr.policy.policy import Policy  # noqa: E402
+from megatron_ktr.run.preflight import check_layout, check_micro_batches  # noqa: E402
 from megatron_ktr.trainer import Trainer  # noqa: E402
 from megatron_ktr.types import Metrics  # noqa: E402
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig  # noqa: E402
@@ -170,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         report = summarise(timings, memory, trainer=trainer, options=options)
         if options.plot:
             options.plot.write_text(draw(report), encoding="utf-8")
-        print(strict_json.dumps(report) if options.json else table(report), flush=True)
+        print(to_json(report) if options.json else table(report), flush=True)
     destroy_parallel()
 
 

@@ -21,9 +21,9 @@ from pathlib import Path
 # `python tools/X.py` puts tools/ on the path, not the repository.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_ktr.checksums import MANIFEST, Damage, DamagedManifest, find_damage, read_manifest  # noqa: E402
 from megatron_ktr.errors import UserError, run_cli  # noqa: E402
-from megatron_ktr.intact_checkpoint import TRAINING_FILE, checkpoint_damage, incompleteness  # noqa: E402
+from megatron_ktr.files.checksums import MANIFEST, Damage, DamagedManifest, find_damage, read_manifest  # noqa: E402
+from megatron_ktr.files.intact_checkpoint import TRAINING_FILE, checkpoint_damage, incompleteness  # noqa: E402
 
 INTACT, COMPLETE, DAMAGED, UNKNOWN = "intact", "complete", "damaged", "no checksums"
 
@@ -106,7 +106,7 @@ def _missing_files(directory: Path) -> list[Damage]:
 
 def _forbidden_pickles(directory: Path) -> list[Damage]:
     # Imported here: torch takes seconds, and ``list`` does not need it.
-    from megatron_ktr.torch_dist_checks import check_chunks, require_tensors
+    from megatron_ktr.files.torch_dist_checks import check_chunks, require_tensors
 
     try:
         check_chunks(directory)

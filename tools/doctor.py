@@ -26,7 +26,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from megatron_ktr.command_line import Parser  # noqa: E402
+from megatron_ktr.config.command_line import Parser  # noqa: E402
 from megatron_ktr.doctor.check import Check, as_text, error_of_import, merge_nodes  # noqa: E402
 from megatron_ktr.doctor.requirements import (  # noqa: E402
     check_core_import,
@@ -41,7 +41,7 @@ def check_node(*, run_dir: Path) -> list[Check]:
     """What can be seen from one process of a node."""
     from megatron_ktr.distributed.platform_probe import read_gpus
     from megatron_ktr.doctor import attention, machine, software
-    from megatron_ktr.te_attention import flash_attn_version
+    from megatron_ktr.ops.te_attention import flash_attn_version
 
     gpus = read_gpus()
     has_gpu = gpus.has_gpu

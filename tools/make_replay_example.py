@@ -14,8 +14,8 @@ import random
 import shutil
 from pathlib import Path
 
-from megatron_ktr.command_line import Parser, whole
-from megatron_ktr.config_cli import LARGEST_INTEGER
+from megatron_ktr.config.cli import LARGEST_INTEGER
+from megatron_ktr.config.command_line import Parser, whole
 from megatron_ktr.data.synthetic import DEFAULT_TASKS, corpus, draw_scene, guess, record_of, render, write_video
 from megatron_ktr.data.tiny_model import save_tiny_model
 from megatron_ktr.errors import UserError, run_cli

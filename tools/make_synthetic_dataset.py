@@ -13,8 +13,8 @@ import argparse
 import json
 from pathlib import Path
 
-from megatron_ktr.command_line import Parser, number, whole
-from megatron_ktr.config_cli import LARGEST_INTEGER
+from megatron_ktr.config.cli import LARGEST_INTEGER
+from megatron_ktr.config.command_line import Parser, number, whole
 from megatron_ktr.data.synthetic import DEFAULT_TASKS, TASKS, corpus, make_dataset
 from megatron_ktr.data.tiny_model import save_tiny_model
 from megatron_ktr.errors import run_cli

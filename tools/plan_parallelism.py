@@ -20,13 +20,13 @@ from typing import Any
 # `python tools/X.py` puts tools/ on the path, not the repository.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_ktr import strict_json  # noqa: E402
 from megatron_ktr.accounting.links import Machine  # noqa: E402
 from megatron_ktr.accounting.planner import GB, PIXELS_PER_TOKEN, Plan, Request, find_plans  # noqa: E402
 from megatron_ktr.accounting.saved import FUSED, TORCH_GPU  # noqa: E402
 from megatron_ktr.accounting.work import StepSettings  # noqa: E402
-from megatron_ktr.command_line import Parser, number, whole  # noqa: E402
+from megatron_ktr.config.command_line import Parser, number, whole  # noqa: E402
 from megatron_ktr.errors import UserError, run_cli  # noqa: E402
+from megatron_ktr.files.json_files import to_json  # noqa: E402
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig  # noqa: E402
 from models.qwen2_5_vl.published import PUBLISHED_CONFIGS  # noqa: E402
 
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     request = _request(options)
     plans = find_plans(request)
     if options.json:
-        print(strict_json.dumps({"layouts": [_as_json(plan) for plan in plans[: options.best]]}), flush=True)
+        print(to_json({"layouts": [_as_json(plan) for plan in plans[: options.best]]}), flush=True)
     else:
         print(_as_text(request, plans, num_shown=options.rows, num_best=options.best), flush=True)
     return 0

@@ -20,10 +20,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megatron_ktr import strict_json
-from megatron_ktr.command_line import Parser, whole
 from megatron_ktr.config import config_from_values
-from megatron_ktr.config_cli import LARGEST_INTEGER
+from megatron_ktr.config.cli import LARGEST_INTEGER
+from megatron_ktr.config.command_line import Parser, whole
 from megatron_ktr.data.records import read_records
 from megatron_ktr.data.synthetic import corpus, make_dataset
 from megatron_ktr.data.template import load_tokenizer
@@ -32,11 +31,13 @@ from megatron_ktr.distributed import platform
 from megatron_ktr.distributed.groups import ParallelSizes, destroy_parallel, init_parallel
 from megatron_ktr.errors import UserError, run_cli
 from megatron_ktr.evaluation.accuracy import Accuracy, Control, evaluate
-from megatron_ktr.hf_files import SafetensorsReader, published_name
+from megatron_ktr.files.hf_files import SafetensorsReader, published_name
+from megatron_ktr.files.json_files import to_json
 from megatron_ktr.report.html import write_report
 from megatron_ktr.rollout.base import RolloutEngine
+from megatron_ktr.rollout.build import build_sampler
+from megatron_ktr.rollout.questions import prompt_loader
 from megatron_ktr.rollout.sampling import SamplingSettings
-from megatron_ktr.rollout.source import build_sampler, prompt_loader
 from megatron_ktr.types import Prompt
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.media import media_spec
@@ -257,7 +258,7 @@ def main() -> None:
     finally:
         quickstart.close()
     path = options.out / "summary.json"
-    path.write_text(strict_json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    path.write_text(to_json(summary, indent=2) + "\n", encoding="utf-8")
     report = options.out / "report.html"
     write_report(
         [

@@ -47,27 +47,20 @@ logging.getLogger("megatron").setLevel(logging.ERROR)
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from megatron_ktr.checksums import require_intact  # noqa: E402
-from megatron_ktr.command_line import Parser, number, whole  # noqa: E402
+from megatron_ktr.batch.micro_batch import Denominators, MicroBatch  # noqa: E402
+from megatron_ktr.batch.packing import pack_groups  # noqa: E402
 from megatron_ktr.config import Config, config_from_values  # noqa: E402
-from megatron_ktr.config_sections import DataSection  # noqa: E402
+from megatron_ktr.config.command_line import Parser, number, whole  # noqa: E402
+from megatron_ktr.config.sections import DataSection  # noqa: E402
 from megatron_ktr.data.preprocess import PreprocessSettings, load_media, pixel_limits  # noqa: E402
 from megatron_ktr.data.unusable import UnusableMedia  # noqa: E402
 from megatron_ktr.data.video import FrameSampling  # noqa: E402
 from megatron_ktr.distributed import platform as platforms  # noqa: E402
+from megatron_ktr.distributed.agreement import on_every_rank  # noqa: E402
 from megatron_ktr.distributed.collectives import broadcast_object  # noqa: E402
 from megatron_ktr.distributed.groups import ParallelGroups, destroy_parallel, init_parallel  # noqa: E402
 from megatron_ktr.errors import UserError, run_cli  # noqa: E402
-from megatron_ktr.intact_checkpoint import require_intact_checkpoint  # noqa: E402
-from megatron_ktr.json_files import read_json_object  # noqa: E402
-from megatron_ktr.micro_batch import Denominators, MicroBatch  # noqa: E402
-from megatron_ktr.packing import pack_groups  # noqa: E402
-from megatron_ktr.policy import Policy  # noqa: E402
-from megatron_ktr.preflight import parallel_sizes  # noqa: E402
-from megatron_ktr.rollout.source import on_every_rank  # noqa: E402
-from megatron_ktr.torch_dist_files import TorchDistReader  # noqa: E402
-from megatron_ktr.types import PackedBatch, RolloutGroup, VisualInput  # noqa: E402
-from megatron_ktr.verification import (  # noqa: E402
+from megatron_ktr.evaluation.hf_parity import (  # noqa: E402
     NUM_RESPONSE_TOKENS,
     GradientDifference,
     LogprobSum,
@@ -79,6 +72,13 @@ from megatron_ktr.verification import (  # noqa: E402
     run_hugging_face,
     write_dump,
 )
+from megatron_ktr.files.checksums import require_intact  # noqa: E402
+from megatron_ktr.files.intact_checkpoint import require_intact_checkpoint  # noqa: E402
+from megatron_ktr.files.json_files import read_json_object  # noqa: E402
+from megatron_ktr.files.torch_dist_files import TorchDistReader  # noqa: E402
+from megatron_ktr.policy.policy import Policy  # noqa: E402
+from megatron_ktr.run.preflight import parallel_sizes  # noqa: E402
+from megatron_ktr.types import PackedBatch, RolloutGroup, VisualInput  # noqa: E402
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig  # noqa: E402
 from models.qwen2_5_vl.conversion import export_hf_tensors  # noqa: E402
 from models.qwen2_5_vl.dist_checkpoint import locate_tensors  # noqa: E402

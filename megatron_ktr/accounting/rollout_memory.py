@@ -21,7 +21,7 @@ from megatron_ktr.accounting.layout import Layout, count_parameters
 from megatron_ktr.accounting.memory import fp8_cache_bytes, state_bytes
 from megatron_ktr.accounting.saved import FUSED, Kernels
 from megatron_ktr.accounting.work import EACH_ONCE, GroupWork, StepSettings
-from megatron_ktr.rollout.sampling import SamplingSettings
+from megatron_ktr.config.sections import HF_BATCH_RESPONSES
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 
 
@@ -46,7 +46,7 @@ def hf_engine_bytes(
               prefill   S P x (2 layers K + 3 F) b           and the inner rows of one MLP
     """
     text, b, samples = config.text, kernels.bytes_per_number, len(group.response_lengths)
-    per_batch = max(1, SamplingSettings.max_batch_size // samples)
+    per_batch = max(1, HF_BATCH_RESPONSES // samples)
     rows = min(num_prompts, per_batch) * samples
     prompt, response = group.prompt_length(config), max(group.response_lengths)
     kept = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_size * b

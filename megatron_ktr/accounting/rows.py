@@ -26,7 +26,7 @@ class Rows:
 
 
 def share_rows(config: Qwen2_5_VLConfig, groups: Sequence[GroupWork], layout: Layout, *, context_rank: int = 0) -> Rows:
-    """As ``megatron_ktr/context_shard.py`` shares them out: prompts in 2 cp chunks, of which rank r has r and
+    """As ``megatron_ktr/ops/context_shard.py`` shares them out: prompts in 2 cp chunks, of which rank r has r and
     2 cp - 1 - r, responses whole, longest first, to the rank with the fewest rows (ties: the last); a prompt's last
     row, which predicts the first token of each response, is rank 0's."""
     multiple = layout.tensor if layout.sequence_parallel else 1

@@ -1,4 +1,4 @@
-"""What one save of a training checkpoint takes beside what training holds (``checkpoint.py``), on one rank.
+"""What one save of a training checkpoint takes beside what training holds (``run/checkpoint.py``), on one rank.
 
     host     what the rank will write, until it is written: 12 a trainable parameter (fp32 main weights, two moments)
              and b a parameter, which data x context ranks share among them

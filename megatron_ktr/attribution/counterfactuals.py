@@ -1,6 +1,6 @@
 """The two counterfactual inputs of Video-KTR: the video hidden, and the video in random order.
 
-Hidden: the visual tokens are removed from the prompt, a forward over text alone (``packing.py``). Every prompt
+Hidden: the visual tokens are removed from the prompt, a forward over text alone (``batch/packing.py``). Every prompt
 with media has one.
 
 Shuffled: each video's units change places. A unit is a decoded ``frame``, moved before frames are paired into

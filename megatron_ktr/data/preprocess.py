@@ -25,14 +25,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megatron_ktr.config_sections import DataSection
+from megatron_ktr.config.sections import DataSection
 from megatron_ktr.data.media_source import NOTHING_ASKED, MediaRequest, media_name
 from megatron_ktr.data.pictures import read_pictures
 from megatron_ktr.data.smart_resize import most_tokens, smart_resize
 from megatron_ktr.data.unusable import UnusableMedia
 from megatron_ktr.data.video import FrameSampling, read_image, read_video
 from megatron_ktr.errors import UserError
-from megatron_ktr.json_files import read_json_object
+from megatron_ktr.files.json_files import read_json_object
 from megatron_ktr.transfer import send
 from megatron_ktr.types import VisualInput
 

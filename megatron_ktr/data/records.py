@@ -40,7 +40,7 @@ from megatron_ktr.data.media_source import (
 )
 from megatron_ktr.data.record_problems import RecordProblems
 from megatron_ktr.errors import UserError
-from megatron_ktr.json_files import parse_json
+from megatron_ktr.files.json_files import parse_json
 
 __all__ = ["Record", "check_record", "read_records", "resolve_media_path"]
 

@@ -23,7 +23,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from megatron_ktr.data.conversation import parts_of, text_of
 from megatron_ktr.data.unusable import UnusableSample
 from megatron_ktr.errors import UserError
-from megatron_ktr.json_files import read_json_object
+from megatron_ktr.files.json_files import read_json_object
 from megatron_ktr.types import Prompt, VisualInput
 
 BUILT_IN_WORDING = Path(__file__).parent / "templates" / "think_answer.jinja"

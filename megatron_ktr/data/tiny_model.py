@@ -149,7 +149,7 @@ def _save_model(directory: Path, token_ids: dict[str, int], *, seed: int, text: 
     from transformers import GenerationConfig, Qwen2_5_VLConfig
     from transformers.utils import logging
 
-    from megatron_ktr.hf_model import hf_model_class
+    from megatron_ktr.files.hf_model import hf_model_class
 
     head_size = text["hidden_size"] // text["num_attention_heads"]
     side = head_size // 2 * 3 // 8

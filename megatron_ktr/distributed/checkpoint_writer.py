@@ -43,9 +43,9 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron_ktr.checksums import Digest, HashingFile, write_hashed
-from megatron_ktr.torch_dist_checks import METADATA_FILE
-from megatron_ktr.torch_dist_files import save_tensor
+from megatron_ktr.files.checksums import Digest, HashingFile, write_hashed
+from megatron_ktr.files.torch_dist_checks import METADATA_FILE
+from megatron_ktr.files.torch_dist_files import save_tensor
 
 Written = tuple[list[WriteResult], dict[str, Digest]]
 """What a rank wrote: the place of each chunk, and the checksum of its file by name."""

@@ -10,8 +10,8 @@ from torch.distributed import ProcessGroup
 
 from megatron_ktr.distributed.object_bytes import pack_object, unpack_object
 from megatron_ktr.distributed.platform import current
+from megatron_ktr.sums import Metrics
 from megatron_ktr.transfer import send
-from megatron_ktr.types import Metrics
 
 _CHUNK_BYTES = 64 * 2**20
 

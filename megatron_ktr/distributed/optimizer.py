@@ -18,7 +18,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_model_config
 
-from megatron_ktr.config_sections import OptimizerSection, ParallelSection
+from megatron_ktr.config.sections import OptimizerSection, ParallelSection
 from megatron_ktr.distributed.checks import (
     check_every_rank_skips,
     check_optimizer_config,

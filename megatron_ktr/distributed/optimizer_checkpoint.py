@@ -34,7 +34,7 @@ from megatron_ktr.distributed.optimizer_shards import Shard, locate_shards, read
 from megatron_ktr.distributed.optimizer_state import prepare_optimizer_for_load
 from megatron_ktr.distributed.platform import current
 from megatron_ktr.errors import UserError
-from megatron_ktr.torch_dist_files import TorchDistReader
+from megatron_ktr.files.torch_dist_files import TorchDistReader
 
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 IDENTIFIER = "lr_mult"

@@ -33,7 +33,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 from megatron_ktr.errors import UserError
-from megatron_ktr.torch_dist_files import Region, Shape, TorchDistReader
+from megatron_ktr.files.torch_dist_files import Region, Shape, TorchDistReader
 
 KINDS = ("param", "exp_avg", "exp_avg_sq")
 PREFIX = "optimizer.state"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_ktr.errors import UserError
-from megatron_ktr.safe_pickle import load_torch_object
+from megatron_ktr.files.safe_pickle import load_torch_object
 
 RANDOM_STATES = "rng.json"
 OLD_RANDOM_STATES = "rng.pt"

@@ -10,7 +10,7 @@ import torch
 from megatron_ktr.distributed.collectives import all_reduce_sum, broadcast_object, reduce_metrics
 from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.distributed.platform import Platform
-from megatron_ktr.types import Metrics
+from megatron_ktr.sums import Metrics
 
 
 class ReplicaNumbers:

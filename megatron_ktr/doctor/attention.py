@@ -20,8 +20,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from megatron_ktr.distributed.wheel_cudnn import missing_libraries, wheels_folder
 from megatron_ktr.doctor.check import Check
-from megatron_ktr.wheel_cudnn import missing_libraries, wheels_folder
 
 IMPLEMENTATIONS = ("torch", "merged", "varlen", "te")
 NOT_HERE = "not here: "

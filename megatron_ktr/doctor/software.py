@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 
 from megatron_ktr import stack as stacks
+from megatron_ktr.config.fp8_rules import DEVICE_NEEDED, why_not_on_device
 from megatron_ktr.data.video_decord import DecordProcess
+from megatron_ktr.distributed.nvidia_apex import hide_unusable_apex
 from megatron_ktr.distributed.platform_probe import GpuFacts
 from megatron_ktr.doctor.check import Check, error_of_import
 from megatron_ktr.doctor.requirements import installed_version
-from megatron_ktr.nvidia_apex import hide_unusable_apex
-from megatron_ktr.precision import DEVICE_NEEDED, why_not_on_device
-from megatron_ktr.te_attention import why_not_fused
+from megatron_ktr.ops.te_attention import why_not_fused
 
 TRITON_RANGE = ">=3.5"
 INSTALL_TE = "tools/install_gpu.sh --te"

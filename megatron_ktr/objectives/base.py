@@ -13,7 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megatron_ktr.types import Metrics, PackedBatch, RolloutGroup, TokenScores, TokenStreams, View
+from megatron_ktr.sums import Metrics
+from megatron_ktr.types import PackedBatch, RolloutGroup, TokenScores, TokenStreams, View
 
 LossAggregation = Literal["sequence", "token"]
 LOSS_AGGREGATIONS: tuple[LossAggregation, ...] = ("sequence", "token")

@@ -29,8 +29,9 @@ from megatron_ktr.objectives.base import (
 )
 from megatron_ktr.objectives.importance import ImportanceCorrection
 from megatron_ktr.objectives.loss import policy_gradient_loss
+from megatron_ktr.sums import Metrics
 from megatron_ktr.transfer import send
-from megatron_ktr.types import Metrics, PackedBatch, RolloutGroup, TokenScores, TokenStreams
+from megatron_ktr.types import PackedBatch, RolloutGroup, TokenScores, TokenStreams
 
 NO_KEY_TOKENS = "responses_without_key_tokens"
 """Share of responses, counted with ``original_compat``."""

@@ -30,7 +30,8 @@ import torch
 from torch import Tensor
 
 from megatron_ktr.errors import UserError
-from megatron_ktr.types import Metrics, TokenScores, TokenStreams
+from megatron_ktr.sums import Metrics
+from megatron_ktr.types import TokenScores, TokenStreams
 
 Level = Literal["none", "token", "sequence"]
 LEVELS: tuple[Level, ...] = ("none", "token", "sequence")

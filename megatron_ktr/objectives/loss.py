@@ -15,7 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_ktr.types import Metrics, TokenScores, TokenStreams
+from megatron_ktr.sums import Metrics
+from megatron_ktr.types import TokenScores, TokenStreams
 
 MAX_LOG_RATIO = 10.0
 

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from megatron_ktr.objectives.base import LossAggregation, Objective, token_weights
+from megatron_ktr.sums import Metrics
 from megatron_ktr.transfer import send
-from megatron_ktr.types import Metrics, PackedBatch, RolloutGroup, TokenScores, TokenStreams
+from megatron_ktr.types import PackedBatch, RolloutGroup, TokenScores, TokenStreams
 
 
 @dataclass(frozen=True)

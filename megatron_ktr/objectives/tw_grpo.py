@@ -27,8 +27,9 @@ from torch import Tensor
 
 from megatron_ktr.objectives.base import Objective
 from megatron_ktr.objectives.grpo import GRPO
+from megatron_ktr.sums import Metrics
 from megatron_ktr.transfer import send
-from megatron_ktr.types import Metrics, PackedBatch, RolloutGroup, TokenScores, TokenStreams
+from megatron_ktr.types import PackedBatch, RolloutGroup, TokenScores, TokenStreams
 
 SPREAD_FLOOR = 1e-8
 """Nats: of max D - min D."""

@@ -42,8 +42,9 @@ from megatron_ktr.attribution.signals import (
 )
 from megatron_ktr.objectives.base import Objective, union_of
 from megatron_ktr.objectives.grpo import GRPO
+from megatron_ktr.sums import Metrics
 from megatron_ktr.transfer import send
-from megatron_ktr.types import Metrics, PackedBatch, RolloutGroup, TokenScores, TokenStreams, View
+from megatron_ktr.types import PackedBatch, RolloutGroup, TokenScores, TokenStreams, View
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_ktr.context_shard import ContextShard
+from megatron_ktr.ops.context_shard import ContextShard
 from megatron_ktr.transfer import send
 
 

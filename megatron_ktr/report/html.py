@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 from megatron_ktr.config import Config
 from megatron_ktr.data.template import load_tokenizer
 from megatron_ktr.errors import UserError
+from megatron_ktr.files.atomic import write_atomically
 from megatron_ktr.report.curves import NUM_STYLES, Series, line_chart, stacked_chart
 from megatron_ktr.report.frames import FrameReader
 from megatron_ktr.report.markup import Html, element, format_number, join
@@ -319,11 +319,9 @@ def _page(title: str, body: Sequence[Html]) -> str:
 
 def _write(path: Path, page: str) -> int:
     content = page.encode("utf-8")
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
-        partial.replace(path)
+        write_atomically(path, content)
     except OSError as error:
         raise UserError(f"--out {path} cannot be written: {error.strerror or error}") from error
     return len(content)

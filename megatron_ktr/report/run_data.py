@@ -21,7 +21,7 @@ import yaml
 
 from megatron_ktr.data.records import Record, check_record
 from megatron_ktr.errors import UserError
-from megatron_ktr.json_files import parse_json
+from megatron_ktr.files.json_files import parse_json
 
 _STEP_FILE = re.compile(r"step_(\d+)(?:_replica_\d+)?\.jsonl")
 

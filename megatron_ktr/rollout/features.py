@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_ktr.batch.packing import MediaSpec
 from megatron_ktr.config import Config
 from megatron_ktr.distributed.groups import ParallelGroups
-from megatron_ktr.packing import MediaSpec
 from megatron_ktr.types import Prompt
 
 if TYPE_CHECKING:
-    from megatron_ktr.policy import Policy
+    from megatron_ktr.policy.policy import Policy
 
 Encode = Callable[[Sequence[Prompt]], list[tuple[Tensor, ...]] | None]
 """Features of each prompt's media on the ranks of the first stage, None on the others (``Policy.vision_features``)."""

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_ktr.batch.packing import MediaSpec
 from megatron_ktr.distributed.platform import current
 from megatron_ktr.errors import UserError
-from megatron_ktr.hf_files import published_name
-from megatron_ktr.hf_model import hf_model_class, reading_model
-from megatron_ktr.packing import MediaSpec
+from megatron_ktr.files.hf_files import published_name
+from megatron_ktr.files.hf_model import hf_model_class, reading_model
 from megatron_ktr.rollout.base import RolloutEngine
 from megatron_ktr.rollout.sampling import GumbelSampler, SamplingSettings, StopStrings, end_token_ids, sample_seed
 from megatron_ktr.types import Prompt, Rollout, RolloutGroup

@@ -26,14 +26,14 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_ktr import strict_json
 from megatron_ktr.data.dataset import PromptDataset
 from megatron_ktr.data.record_problems import RecordProblems
 from megatron_ktr.data.records import NORMALISED, Record, read_records
+from megatron_ktr.data.source import DatasetSource
 from megatron_ktr.data.template import control_tokens
 from megatron_ktr.errors import UserError
+from megatron_ktr.files.json_files import to_json
 from megatron_ktr.rollout.base import RolloutEngine
-from megatron_ktr.rollout.local import DatasetSource
 from megatron_ktr.rollout.sampling import SamplingSettings
 from megatron_ktr.types import Prompt, ResponseSelection, Rollout, RolloutGroup
 
@@ -206,7 +206,7 @@ def write_rollouts(
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a" if append else "w", encoding="utf-8") as file:
             for group, chosen in itertools.zip_longest(groups, selections):
-                file.write(strict_json.dumps(_group_line(group, chosen), ensure_ascii=False) + "\n")
+                file.write(to_json(_group_line(group, chosen), ensure_ascii=False) + "\n")
                 num_written += 1
             file.flush()
             os.fsync(file.fileno())

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_ktr.config.sections import HF_BATCH_RESPONSES
 from megatron_ktr.errors import UserError
 
 
@@ -28,7 +29,7 @@ class SamplingSettings:
     """A response ends with the token that completes one of these strings; it counts as finished, and the string stays
     in its text: trained tokens and text then say the same."""
     seed: int = 0
-    max_batch_size: int = 256
+    max_batch_size: int = HF_BATCH_RESPONSES
     """Responses decoded together; more are taken in turns, which changes no response."""
 
     def __post_init__(self) -> None:
@@ -47,7 +48,7 @@ def end_token_ids(model_dir: Path | str, tokenizer: Any) -> tuple[int, ...]:
     """The end tokens of the model's generation config; without any, the tokenizer's."""
     from transformers import AutoConfig, GenerationConfig
 
-    from megatron_ktr.hf_model import reading_model
+    from megatron_ktr.files.hf_model import reading_model
 
     with reading_model(model_dir):
         try:

@@ -1,8 +1,8 @@
 """Where the trainer's groups come from: one ``ReplicaSource`` on every rank.
 
-One rank of each replica (``ParallelGroups.is_source``) reads files; what it draws (``local.py``, ``replay.py``) is
-handed to the others once, so that a video is decoded once per replica and a skipped sample is skipped everywhere. Where
-responses are to be sampled, an engine answers the prompts and rewards are computed while it still generates.
+One rank of each replica (``ParallelGroups.is_source``) reads files; what it draws (``data/source.py``, ``replay.py``)
+is handed to the others once, so that a video is decoded once per replica and a skipped sample is skipped everywhere.
+Where responses are to be sampled, an engine answers the prompts and rewards are computed while it still generates.
 
     begin(step)     prompts drawn; with ``lag`` 1 generation starts, in a thread of the reading rank
     finish()        the groups, rewarded, on every rank of the replica
@@ -15,36 +15,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_ktr.config import Config
-from megatron_ktr.data.dataset import PromptDataset, SkipCounter
+from megatron_ktr.data.source import DatasetSource
+from megatron_ktr.distributed.agreement import on_every_rank
 from megatron_ktr.distributed.collectives import broadcast_object
 from megatron_ktr.distributed.groups import ParallelGroups
-from megatron_ktr.errors import UserError
-from megatron_ktr.packing import MediaSpec
 from megatron_ktr.rewards import DEFAULT_REWARDS, reward_groups
 from megatron_ktr.rollout.base import RolloutEngine
-from megatron_ktr.rollout.local import DatasetSource, SupervisedSource
-from megatron_ktr.rollout.questions import prompt_loader, read_questions
-from megatron_ktr.rollout.replay import ReplaySource
 from megatron_ktr.rollout.sampling import SamplingSettings
 from megatron_ktr.types import Prompt, Rollout, RolloutGroup
-
-__all__ = [
-    "DEFAULT_REWARDS",
-    "ReplicaSource",
-    "Sampler",
-    "build_local_source",
-    "build_sampler",
-    "on_every_rank",
-    "prompt_loader",
-]
-
-T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,85 +238,3 @@ def _plain(rollout: Rollout) -> dict[str, Any]:
 
 def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
-
-
-def on_every_rank(action: Callable[[], T], *, groups: ParallelGroups) -> T:
-    """Runs ``action`` here; if it raises ``UserError`` on any rank, every rank of the world raises it.
-
-    Without this, ranks that did not fail would wait in their next collective for those that did.
-    """
-    problem, result = None, None
-    try:
-        result = action()
-    except UserError as error:
-        problem = str(error)
-    problems: list[str | None] = [None] * groups.world_size
-    torch.distributed.all_gather_object(problems, problem, group=groups.world)
-    for found in problems:
-        if found is not None:
-            error = UserError(found)
-            error.is_on_every_rank = True
-            raise error
-    return cast(T, result)
-
-
-def build_local_source(
-    config: Config, *, groups: ParallelGroups, tokenizer: Any, vocab_size: int
-) -> DatasetSource | None:
-    """What ``config`` asks the reading rank of each replica to draw; None on the other ranks.
-
-    ``vocab_size`` is the model's: it has more ids than its tokenizer knows, and a sampler may have drawn them.
-    """
-    if not groups.is_source:
-        return None
-    data, trainer = config.data, config.trainer
-    questions = read_questions(config, tokenizer=tokenizer, vocab_size=vocab_size, is_spokesman=groups.data_rank == 0)
-    dataset = PromptDataset(
-        questions.records,
-        loader=questions.loader,
-        seed=trainer.seed,
-        shuffle=data.shuffle_data,
-        rank=groups.data_rank,
-        size=groups.data_size,
-        skips=SkipCounter(max_skip_share=data.max_skip_share),
-        left_out=questions.left_out,
-    )
-    if questions.engine is not None:
-        return ReplaySource(dataset, engine=questions.engine)
-    return SupervisedSource(dataset) if config.objective.objective == "sft" else DatasetSource(dataset)
-
-
-def build_sampler(config: Config, *, groups: ParallelGroups, tokenizer: Any, media: MediaSpec) -> Sampler | None:
-    """The engine ``rollout.engine`` names, with the run's sampling settings and rewards; None on ranks without one."""
-    rollout = config.rollout
-    if config.objective.objective == "sft" or rollout.engine == "replay":
-        return None
-    sampling = SamplingSettings(
-        num_generations=rollout.num_generations,
-        max_response_length=rollout.max_response_length,
-        temperature=rollout.temperature,
-        top_p=rollout.top_p,
-        top_k=rollout.top_k,
-        stop=rollout.stop,
-        seed=config.trainer.seed,
-    )
-    rewards = config.reward.reward_functions or DEFAULT_REWARDS
-    # Imported here: an engine's package is needed only by runs that use it.
-    if rollout.engine == "vllm_colocated":
-        from megatron_ktr.rollout.vllm_colocated import colocated_engine
-
-        engine = colocated_engine(config, groups=groups, tokenizer=tokenizer, media=media, sampling=sampling)
-        return Sampler(engine, rewards=rewards, answer_protocol=config.reward.answer_protocol)
-    if not groups.is_source:
-        return None
-    if rollout.engine == "vllm_server":
-        from megatron_ktr.rollout.vllm_server import server_engine
-
-        engine = server_engine(config, data_group=groups.data, tokenizer=tokenizer, media=media, sampling=sampling)
-        return Sampler(engine, rewards=rewards, answer_protocol=config.reward.answer_protocol)
-    from megatron_ktr.policy import DTYPES
-    from megatron_ktr.rollout.hf import HFEngine
-
-    dtype = DTYPES[config.model.params_dtype]
-    engine = HFEngine(config.model.model, tokenizer=tokenizer, media=media, sampling=sampling, dtype=dtype)
-    return Sampler(engine, rewards=rewards, answer_protocol=config.reward.answer_protocol)

@@ -18,7 +18,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_ktr.context_shard import ContextShard
+from megatron_ktr.ops.context_shard import ContextShard
 from megatron_ktr.ops.key_exchange import KeyExchange
 from megatron_ktr.ops.prefix_attention import PrefixImpl, prefix_attention
 from megatron_ktr.ops.prefix_attention_plan import AttentionPlan

@@ -1,6 +1,6 @@
 """The context group of one model chunk: rows shared out before its first layer, results brought back after the head.
 
-Plans come from ``megatron_ktr/context_shard.py``, collectives from ``megatron_ktr/ops/key_exchange.py``.
+Plans come from ``megatron_ktr/ops/context_shard.py``, collectives from ``megatron_ktr/ops/key_exchange.py``.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_ktr.context_shard import ContextShard, LocalRows, shard_layout
+from megatron_ktr.ops.context_shard import ContextShard, LocalRows, shard_layout
 from megatron_ktr.ops.key_exchange import gather_rows, gather_statistics
 from megatron_ktr.ops.token_statistics import TokenStatistics
 from megatron_ktr.types import PackedBatch

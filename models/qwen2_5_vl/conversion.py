@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_ktr.checksums import write_manifest
 from megatron_ktr.data.preprocess import PreprocessSettings
-from megatron_ktr.errors import UserError
-from megatron_ktr.hf_files import SafetensorsWriter, TensorInfo, copy_side_files, new_directory
+from megatron_ktr.distributed.agreement import raise_on_every_rank
+from megatron_ktr.files.checksums import write_manifest
+from megatron_ktr.files.hf_files import SafetensorsWriter, TensorInfo, copy_side_files, new_directory
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.fp8 import plain_tensor, set_parameter
 from models.qwen2_5_vl.hf_weights import open_hf_weights
@@ -262,7 +262,7 @@ def save_hf(
         # After a failure the other ranks still wait in the collectives of the tensors that were not written.
         for _ in tensors:
             pass
-    raise_everywhere(failure, groups)
+    raise_on_every_rank(failure, group=None if groups is None else groups.world)
 
 
 def _export_infos(model: nn.Module | Sequence[nn.Module], layout: _Layout) -> list[TensorInfo]:
@@ -317,14 +317,3 @@ def _complete_processor_files(directory: Path) -> None:
         missing = {key: value for key, value in found.items() if stored.get(key) is None}
         if missing:
             path.write_text(json.dumps(stored | missing, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def raise_everywhere(failure: Exception | None, groups: Any) -> None:
-    """Lets every rank fail with the writer's error instead of waiting for it in the next collective."""
-    message = [None if failure is None else str(failure)]
-    if groups is not None and groups.world_size > 1:
-        dist.broadcast_object_list(message, src=0, group=groups.world)
-    if failure is not None:
-        raise failure
-    if message[0] is not None:
-        raise UserError(message[0])

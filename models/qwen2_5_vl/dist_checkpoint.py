@@ -15,12 +15,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatron_ktr.checksums import require_intact, write_manifest
 from megatron_ktr.errors import UserError
-from megatron_ktr.hf_files import SafetensorsWriter, TensorInfo, copy_side_files, new_directory
-from megatron_ktr.intact_checkpoint import require_intact_checkpoint
-from megatron_ktr.torch_dist_checks import check_chunks
-from megatron_ktr.torch_dist_files import TorchDistReader, TorchDistWriter
+from megatron_ktr.files.checksums import require_intact, write_manifest
+from megatron_ktr.files.hf_files import SafetensorsWriter, TensorInfo, copy_side_files, new_directory
+from megatron_ktr.files.intact_checkpoint import require_intact_checkpoint
+from megatron_ktr.files.torch_dist_checks import check_chunks
+from megatron_ktr.files.torch_dist_files import TorchDistReader, TorchDistWriter
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.hf_weights import list_some, open_hf_weights
 from models.qwen2_5_vl.weight_map import TE_NAMES, Shape, WeightSpec, weight_specs

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from megatron_ktr.distributed.checks import check_checkpoint_packages
 from megatron_ktr.errors import UserError
-from megatron_ktr.safe_pickle import UNREADABLE
+from megatron_ktr.files.safe_pickle import UNREADABLE
+from megatron_ktr.files.torch_dist_checks import check_chunks, require_tensors
+from megatron_ktr.files.torch_dist_files import TorchDistReader
 from megatron_ktr.stack import load_strategy
-from megatron_ktr.torch_dist_checks import check_chunks, require_tensors
-from megatron_ktr.torch_dist_files import TorchDistReader
 from models.qwen2_5_vl.conversion import model_config, unwrap_model
 from models.qwen2_5_vl.dist_checkpoint import locate_tensors
 

@@ -2,7 +2,7 @@
 
 Only the four linear layers of a decoder layer run in FP8 (qkv, proj, fc1, fc2); attention, norms, residuals,
 embedding, vocabulary head and, by default, the vision encoder stay in bf16. Which rows and sizes that takes is in
-``megatron_ktr/precision.py``.
+``megatron_ktr/config/fp8_rules.py``.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_ktr.config.fp8_rules import uses_fp8, why_not_of_sizes, why_not_on_device
 from megatron_ktr.distributed.groups import ParallelSizes
 from megatron_ktr.distributed.platform import current
 from megatron_ktr.errors import UserError
-from megatron_ktr.precision import uses_fp8, why_not_of_sizes, why_not_on_device
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig, TextConfig, VisionConfig
 from models.qwen2_5_vl.layer_specs import resolve_transformer_impl
 from models.qwen2_5_vl.products import LanguageConfig
 
 if TYPE_CHECKING:
     from megatron_ktr.config import Config
-    from megatron_ktr.config_sections import ModelSection
+    from megatron_ktr.config.sections import ModelSection
 
 
 def fp8_settings(model_config: Qwen2_5_VLConfig, *, sizes: ParallelSizes, config: Config | None) -> dict[str, Any]:

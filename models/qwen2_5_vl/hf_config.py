@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ktr.errors import UserError
-from megatron_ktr.json_files import read_json_object
+from megatron_ktr.files.json_files import read_json_object
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig, TextConfig, VisionConfig
 
 LARGEST_SIZE = 2**31 - 1

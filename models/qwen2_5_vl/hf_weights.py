@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from megatron_ktr.errors import UserError
-from megatron_ktr.hf_files import SafetensorsReader
+from megatron_ktr.files.hf_files import SafetensorsReader
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.weight_map import weight_specs
 

@@ -15,8 +15,8 @@ final norm             ``RMSNorm``                             TENorm
 
 ``products.py`` has the linear layers on the left, and what lowers those on the right.
 (*) ``attention_impl`` chooses: "te" is Transformer Engine's, and the default there where it has a fused kernel
-(``megatron_ktr/te_attention.py``); torch, merged and varlen are ``PrefixCoreAttention`` with that implementation, in
-either column.
+(``megatron_ktr/ops/te_attention.py``); torch, merged and varlen are ``PrefixCoreAttention`` with that implementation,
+in either column.
 
 Both keep the same keys in a distributed checkpoint. Only this file may import Transformer Engine, and only once it
 is known to be there: it is importable, and a CPU run never asks for it. The vision encoder's layers, on the same
@@ -45,8 +45,8 @@ from torch.nn.functional import pad
 from megatron_ktr.distributed.platform import current
 from megatron_ktr.errors import UserError
 from megatron_ktr.ops.prefix_attention import attend_nothing
+from megatron_ktr.ops.te_attention import flash_attn_version, why_not_fused
 from megatron_ktr.stack import mlp_submodule
-from megatron_ktr.te_attention import flash_attn_version, why_not_fused
 from models.qwen2_5_vl.attention import PrefixCoreAttention, PrefixSeqParams
 from models.qwen2_5_vl.norm import RMSNorm
 from models.qwen2_5_vl.products import ColumnLinear, RowLinear, lowerable, product_dtype

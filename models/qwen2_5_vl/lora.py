@@ -45,15 +45,15 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm
 
-from megatron_ktr.checksums import write_manifest
-from megatron_ktr.hf_files import new_directory, write_shard
+from megatron_ktr.distributed.agreement import raise_on_every_rank
+from megatron_ktr.files.checksums import write_manifest
+from megatron_ktr.files.hf_files import new_directory, write_shard
 from models.qwen2_5_vl.conversion import (
     ADAPTERS,
     GatherTo,
     TensorOf,
     export_hf_tensors,
     model_config,
-    raise_everywhere,
     unwrap_model,
 )
 from models.qwen2_5_vl.weight_map import WeightSpec, weight_specs
@@ -299,7 +299,7 @@ def save_adapters(
                 _write_adapters(Path(out_dir), tensors, settings, base=base)
             except Exception as error:
                 failure = error
-    raise_everywhere(failure, groups)
+    raise_on_every_rank(failure, group=None if groups is None else groups.world)
 
 
 def _write_adapters(

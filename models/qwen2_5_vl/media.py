@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import Tensor
 
-from megatron_ktr.packing import MediaSpec
+from megatron_ktr.batch.packing import MediaSpec
 from megatron_ktr.types import VisualInput
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.mrope import mrope_positions

@@ -27,12 +27,12 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_ktr.context_shard import LocalRows
+from megatron_ktr.config.fp8_rules import token_multiple
 from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.distributed.platform import current
+from megatron_ktr.ops.context_shard import LocalRows
 from megatron_ktr.ops.group_divergence import group_divergence
 from megatron_ktr.ops.token_statistics import Impl, TokenStatistics
-from megatron_ktr.precision import token_multiple
 from megatron_ktr.transfer import send
 from megatron_ktr.types import PackedBatch
 from models.qwen2_5_vl.attention import OneRank, PrefixSeqParams
@@ -154,7 +154,7 @@ class Qwen2_5_VLModel(MegatronModule):
         ``[T, 1, D]`` for the next stage (``[T / tp, 1, D]`` under sequence parallelism).
 
         ``batch`` must lie on this rank's device, equal on all tensor and context ranks. Under context parallelism T
-        and R count the rows that this context rank keeps (``megatron_ktr/context_shard.py``).
+        and R count the rows that this context rank keeps (``megatron_ktr/ops/context_shard.py``).
 
         Raises:
             ValueError: T that sequence parallelism cannot split, or visual rows without patches and features.

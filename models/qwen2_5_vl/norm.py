@@ -6,8 +6,8 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_ktr.distributed.nvidia_apex import fused_rms_norm
 from megatron_ktr.distributed.platform import current
-from megatron_ktr.nvidia_apex import fused_rms_norm
 
 
 class RMSNorm(torch.nn.Module):

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from megatron.core.tensor_parallel import layers
 
+from megatron_ktr.config.pipeline_split import Split, check_recomputation, chunk_layout, is_even, split_layers
 from megatron_ktr.distributed.groups import ParallelSizes, pipeline_comm_settings
 from megatron_ktr.distributed.platform import current
 from megatron_ktr.errors import UserError
-from megatron_ktr.pipeline_split import Split, check_recomputation, chunk_layout, is_even, split_layers
 from megatron_ktr.stack import no_cuda_graphs
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.fp8 import fp8_settings

@@ -18,8 +18,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.functional import gelu, pad, silu
 
+from megatron_ktr.config.fp8_rules import NUMBERS_PER_ROW, rows_per_rank
 from megatron_ktr.errors import UserError
-from megatron_ktr.precision import NUMBERS_PER_ROW, rows_per_rank
 from models.qwen2_5_vl.config import VisionConfig
 from models.qwen2_5_vl.fp8 import vision_fields
 from models.qwen2_5_vl.layer_specs import TransformerImpl

@@ -13,10 +13,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from megatron_ktr.batch.micro_batch import Denominators, MicroBatch
+from megatron_ktr.batch.packing import pack_groups
 from megatron_ktr.data.preprocess import PreprocessSettings
-from megatron_ktr.micro_batch import Denominators, MicroBatch
 from megatron_ktr.objectives import build_objective
-from megatron_ktr.packing import pack_groups
 from megatron_ktr.types import Prompt, Rollout, RolloutGroup, VisualInput
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.media import media_spec
@@ -52,7 +52,7 @@ class Harness:
         self, parallel: Any, *, hf_dir: Path, groups: Sequence[RolloutGroup], values: dict[str, Any] | None = None
     ) -> None:
         from megatron_ktr.distributed.platform import current
-        from megatron_ktr.policy import Policy
+        from megatron_ktr.policy.policy import Policy
 
         self.config = make_config(
             hf_dir,

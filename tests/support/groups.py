@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from megatron_ktr.packing import MediaSpec
+from megatron_ktr.batch.packing import MediaSpec
 from megatron_ktr.types import Prompt, Rollout, RolloutGroup, VisualInput
 
 IMAGE, VIDEO, START, END = 92, 93, 94, 95

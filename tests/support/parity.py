@@ -1,7 +1,7 @@
 """The same prompts and responses for our model (one packed batch) and for Hugging Face (one sequence per response).
 
-Built here by hand, from the definitions in ``megatron_ktr/types.py``, so that a mistake in ``packing.py`` cannot hide
-behind itself.
+Built here by hand, from the definitions in ``megatron_ktr/types.py``, so that a mistake in ``batch/packing.py`` cannot
+hide behind itself.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ def _policy(context: Any, *, hf_dir: Path, run_dir: Path, values: dict[str, Any]
     from megatron_ktr.config import config_from_values
     from megatron_ktr.distributed.optimizer_state import prepare_optimizer_for_load
     from megatron_ktr.distributed.platform import current
-    from megatron_ktr.policy import Policy
+    from megatron_ktr.policy.policy import Policy
 
     config = config_from_values(dict(model=str(hf_dir), run_dir=str(run_dir), params_dtype="bf16") | values)
     policy = Policy(hf_dir, config=config, groups=context.init(), platform=current(), num_steps=5)
@@ -85,9 +85,9 @@ def _policy(context: Any, *, hf_dir: Path, run_dir: Path, values: dict[str, Any]
 
 def measure_peaks(context: Any, *, hf_dir: Path, run_dir: Path, values: dict[str, Any]) -> dict[str, Any]:
     """Peaks of this rank in one save, until its files are written, and in loading it: bytes; and its parameters."""
-    from megatron_ktr.checkpoint import Checkpoints, load_sharded_state
     from megatron_ktr.distributed import checkpoint_writer
-    from megatron_ktr.run_directory import list_checkpoints
+    from megatron_ktr.run.checkpoint import Checkpoints, load_sharded_state
+    from megatron_ktr.run.directory import list_checkpoints
 
     may_write, save_tensor = threading.Event(), checkpoint_writer.save_tensor
     with device_border() as sides:
@@ -112,7 +112,7 @@ def measure_peaks(context: Any, *, hf_dir: Path, run_dir: Path, values: dict[str
 
 def measure_stall(context: Any, *, hf_dir: Path, run_dir: Path, values: dict[str, Any], repeats: int) -> dict[str, Any]:
     """Seconds for which ``save`` keeps the training waiting, and until the checkpoint is complete; of each repeat."""
-    from megatron_ktr.checkpoint import Checkpoints
+    from megatron_ktr.run.checkpoint import Checkpoints
 
     policy = _policy(context, hf_dir=hf_dir, run_dir=run_dir, values=dict(keep_checkpoints=1) | values)
     checkpoints = Checkpoints(run_dir, policy=policy, source=NoData())

@@ -145,8 +145,8 @@ def _world_of(size: int, rank: int) -> Iterator[None]:
 
 
 def _step(case: Simulation, parallel: Any) -> dict[Key, tuple[int, int]]:
-    from megatron_ktr import policy as policy_module
-    from megatron_ktr.scoring import ScoringPasses
+    from megatron_ktr.policy.policy import policy as policy_module
+    from megatron_ktr.step.scoring import ScoringPasses
     from models.qwen2_5_vl import transformer_config
     from tests.support import accounting
 
@@ -194,7 +194,7 @@ def _step(case: Simulation, parallel: Any) -> dict[Key, tuple[int, int]]:
 
 def _num_rows(batch: Any, parallel: Any) -> int:
     """Rows of the sequence as megatron-core counts them: over all context ranks, padding included."""
-    from megatron_ktr.context_shard import shard_layout
+    from megatron_ktr.ops.context_shard import shard_layout
 
     size = parallel.sizes.context
     multiple = parallel.sizes.tensor if parallel.sizes.sequence_parallel else 1

@@ -293,7 +293,7 @@ def run_steps(
 
 
 def _watched_policy(*args: Any, **kwargs: Any) -> Any:
-    from megatron_ktr.policy import Policy
+    from megatron_ktr.policy.policy import Policy
 
     class WatchedPolicy(Policy):
         updates: list[UpdateRecord]

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from megatron_ktr.hf_model import make_torchvision_importable as declare_torchvision_operators
+from megatron_ktr.files.hf_model import make_torchvision_importable as declare_torchvision_operators
 
 __all__ = ["declare_torchvision_operators"]

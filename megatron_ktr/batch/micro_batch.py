@@ -1,0 +1,148 @@
+"""What goes into one update and what comes out of it; the policy runs it, the trainer fills and reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from megatron_ktr.ops.token_statistics import TokenStatistics
+from megatron_ktr.sums import Metrics
+from megatron_ktr.transfer import send
+from megatron_ktr.types import PackedBatch, RolloutGroup, TokenScores, TokenStreams, View
+
+Packed = PackedBatch | Callable[[], PackedBatch]
+"""A batch, or what packs it when it is looked at and keeps it: host work that a device need not wait for."""
+
+
+def ready(packed: Packed) -> PackedBatch:
+    return packed if isinstance(packed, PackedBatch) else packed()
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One micro-batch of the update: its groups, packed intact, and what earlier passes found out about it.
+
+    ===========================  ============================  ===========================================
+    field                        set by                        read by
+    ===========================  ============================  ===========================================
+    counterfactual_logprob_R     scoring, one pass a view;     ``scores``
+                                 with KL the intact pass
+    counterfactual_hidden_RD     scoring, for KL               the next intact pass, which empties it
+    counterfactual_kl_R          that intact pass              ``scores``
+    divergence_R                 the first intact pass         ``scores`` (TW-GRPO)
+    reference_logprob_R          scoring, reference model      ``scores``
+    behaviour_logprob_R,         scoring's own intact pass,    ``scores``; the objective, which otherwise
+    is_selected_R                where there is one            selects inside the update
+    ===========================  ============================  ===========================================
+
+    What passes find is on the last pipeline stage only.
+    """
+
+    groups: tuple[RolloutGroup, ...]
+    packed: Packed
+    """View ``intact``; a function packs it at the first look, once."""
+    counterfactual_logprob_R: dict[View, Tensor | None] = field(default_factory=dict)
+    """From ``score`` on the other views; None on every stage but the last."""
+    counterfactual_kl_R: dict[View, Tensor] = field(default_factory=dict)
+    """KL(intact || view), where an intact pass has met ``counterfactual_hidden_RD``."""
+    counterfactual_hidden_RD: dict[View, tuple[Tensor | None, ...]] = field(default_factory=dict)
+    """By random order, of which views other than ``shuffled`` have one. From ``hidden_rows`` on the other views, for
+    objectives that need the KL: the next intact pass compares whole distributions of all views in its own pass over the
+    vocabulary, and no logits are kept."""
+    divergence_R: Tensor | None = None
+    """Between the responses of a group, for objectives that need it, once an intact pass has found it."""
+    reference_logprob_R: Tensor | None = None
+    behaviour_logprob_R: Tensor | None = None
+    is_selected_R: Mapping[str, Tensor] | None = None
+    """Set where the selection is made before the update (several updates per rollout, denominators that count key
+    tokens); otherwise the objective selects inside the update, right after the intact forward."""
+
+    @property
+    def batch(self) -> PackedBatch:
+        """View ``intact``."""
+        return ready(self.packed)
+
+    def scores(self, statistics: TokenStatistics) -> TokenScores:
+        """All scores of the micro-batch, given an intact pass."""
+        return TokenScores(
+            policy_logprob_R=statistics.logprob_R.detach(),
+            entropy_R=statistics.entropy_R.detach(),
+            hidden_logprob_R=self.counterfactual_logprob_R.get("hidden"),
+            shuffled_logprob_R=self.counterfactual_logprob_R.get("shuffled"),
+            hidden_kl_R=self.counterfactual_kl_R.get("hidden"),
+            shuffled_kl_R=self.counterfactual_kl_R.get("shuffled"),
+            divergence_R=self.divergence_R,
+            reference_logprob_R=self.reference_logprob_R,
+            behaviour_logprob_R=self.behaviour_logprob_R,
+            sampler_logprob_R=self._sampler_logprobs(statistics.logprob_R.device),
+        )
+
+    def _sampler_logprobs(self, device: torch.device) -> Tensor | None:
+        recorded = [rollout.sampler_logprobs for group in self.groups for rollout in group.rollouts]
+        if any(logprobs is None for logprobs in recorded):
+            return None
+        return send(torch.tensor([value for logprobs in recorded for value in logprobs], dtype=torch.float32), device)
+
+
+@dataclass(frozen=True)
+class Denominators:
+    """Global counts of one update, the same on every rank; the loss of a micro-batch is divided by them."""
+
+    num_responses: int
+    num_tokens: int | None = None
+    """Tokens that carry the loss, for token-mean aggregation; None for the mean over responses."""
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """What one optimizer step did. ``streams`` and ``scores`` are per micro-batch, on the last stage only."""
+
+    loss: float
+    """Of the global batch."""
+    has_gradient: bool
+    """Whether any token of the global batch has a gradient. Without one ``update`` takes no optimizer step: Adam's
+    momentum and weight decay would move the weights on no evidence."""
+    metrics: Metrics
+    num_not_finite: int = 0
+    """Response tokens of the global batch whose log-prob is NaN or infinite."""
+    has_stepped: bool = False
+    grad_norm: float = 0.0
+    """Before clipping."""
+    streams: tuple[TokenStreams, ...] = ()
+    scores: tuple[TokenScores, ...] = ()
+
+    @property
+    def is_skipped(self) -> bool:
+        """There was a gradient and no step: its norm was above ``grad_norm_skip_threshold``, it overflowed under the
+        loss scale of fp16, or the loss was NaN where the objective allows that."""
+        return self.has_gradient and not self.has_stepped
+
+
+def mean_by_view(views: Sequence[View], values_KR: Tensor) -> dict[View, Tensor]:
+    """The rows of ``values_KR``, of which ``views`` names the view, averaged where a view has several."""
+    rows: dict[View, list[Tensor]] = {}
+    for view, value_R in zip(views, values_KR, strict=True):
+        rows.setdefault(view, []).append(value_R)
+    return {view: torch.stack(found).mean(dim=0) if len(found) > 1 else found[0] for view, found in rows.items()}
+
+
+def measures(loss: Tensor, streams: TokenStreams, scores: TokenScores, *, has_kl: bool) -> Metrics:
+    """What ``UpdateResult`` says of the update, as a micro-batch's part of the sums; nothing is read here."""
+    found = Metrics()
+    num_not_finite = (~scores.policy_logprob_R.isfinite()).sum()
+    has_gradient = any_gradient(streams, scores if has_kl else None)
+    values = torch.stack([loss.detach().double(), num_not_finite.double(), has_gradient.double()])
+    found.add_later(["loss", "num_not_finite", "has_gradient"], values)
+    return found
+
+
+def any_gradient(streams: TokenStreams, scores: TokenScores | None) -> Tensor:
+    """bool []: whether any token that carries the loss has an advantage, or (``scores`` given: there is a KL term) has
+    left the reference model."""
+    is_pulled_R = streams.advantage_R != 0
+    if scores is not None and scores.reference_logprob_R is not None:
+        is_pulled_R = is_pulled_R | (scores.reference_logprob_R != scores.policy_logprob_R)
+    return ((streams.weight_R != 0) & is_pulled_R).any()

@@ -1,0 +1,270 @@
+"""Packing: groups of responses become one sequence per micro-batch, every prompt stored once.
+
+Rows of a packed sequence, groups back to back, padding last:
+
+    [prompt 1 | response 1.1 | .. | response 1.G | prompt 2 | response 2.1 | .. | padding]
+
+Pure planning, no model. What holds for every ``PackedBatch`` made here, in every view (the tests assert it):
+
+1. the groups' spans tile rows 0 .. T - num_padding; T is a multiple of ``pad_to_multiple``, by the fewest
+   padding rows;
+2. ``target_ids_R`` is the responses' tokens in order, the same in all three views: token r of one view is token r
+   of the others, so scores subtract element by element;
+3. ``predicting_rows_R[r]`` is the row before target r in its own response; for the first token of a response it is
+   the prompt's last row. The row holding target r itself is never its predictor;
+4. every response of a group starts at the same position, the one after the prompt, and counts up on all three axes;
+5. ``visual_rows`` are the prompts' visual placeholder rows in order, as many as the media have visual tokens;
+   placeholder ids inside a *response* (a sampler may emit them) are plain text;
+6. the hidden view has no visual rows and no media, and its positions are those of the remaining text;
+7. the shuffled view differs from the intact one in ``patches_SD`` and ``media`` only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megatron_ktr.attribution.counterfactuals import shuffle_frames
+from megatron_ktr.types import (
+    VIEWS,
+    GroupSpan,
+    PackedBatch,
+    PackedLayout,
+    Prompt,
+    RolloutGroup,
+    View,
+    VisualInput,
+)
+
+PAD_TOKEN_ID = 0
+"""Any valid id: padding rows are computed and never read."""
+
+
+@dataclass(frozen=True)
+class MediaSpec:
+    """What packing must know about a model family's images and videos."""
+
+    image_token_id: int
+    video_token_id: int
+    patch_size: int
+    temporal_patch_size: int
+    merge_size: int
+    """A square of merge x merge patches becomes one visual token."""
+    positions: Callable[..., tuple[Tensor, int]]
+    """``positions(token_ids, *, grid_thw, kinds, seconds_per_grid) -> (int64 [3, T], next_position)``."""
+    patchify: Callable[[Tensor, VisualInput], Tensor]
+    """``patchify(frames_FCHW, visual_input) -> float32 [S, C * temporal_patch * patch * patch]``, normalised;
+    ``visual_input`` tells kind and grid, its own frames are not read."""
+
+    def token_id(self, medium: VisualInput) -> int:
+        return self.image_token_id if medium.kind == "image" else self.video_token_id
+
+    def num_visual_tokens(self, medium: VisualInput) -> int:
+        return math.prod(medium.grid_thw) // self.merge_size**2
+
+    def is_visual(self, token_id: int) -> bool:
+        return token_id in (self.image_token_id, self.video_token_id)
+
+
+def pack_groups(
+    groups: Sequence[RolloutGroup],
+    *,
+    view: View,
+    media: MediaSpec,
+    pad_to_multiple: int = 1,
+    permutations: Sequence[Sequence[Tensor | None]] | None = None,
+    seconds_per_grid: float | None = None,
+    vision: Literal["patches", "media", "none"] = "patches",
+) -> PackedBatch:
+    """One micro-batch of whole groups in one view.
+
+    Args:
+        groups: at least one; every response has at least one token.
+        view: ``hidden`` drops the visual tokens and the media; ``shuffled`` reorders the videos' frames.
+        pad_to_multiple: T becomes a multiple of it (sequence parallelism, FP8).
+        permutations: for ``shuffled``: per group, per medium, the new frame order or None for "as it is"
+            (``attribution.counterfactuals.draw_permutations``).
+        seconds_per_grid: overrides every video's own; only the sampler check's experiments set it.
+        vision: what the batch carries of its media: ``patches`` that the model encodes itself, the ``media`` alone
+            where features come from a ``VisionPass``, or nothing, for ranks without the vision encoder.
+
+    Raises:
+        ValueError: no group, an empty response, media that do not match the prompt's placeholders, a missing
+            permutation, or a prompt of which the hidden view would keep nothing.
+    """
+    _check_request(groups, view=view, pad_to_multiple=pad_to_multiple, permutations=permutations)
+    builder = _Builder()
+    for index, group in enumerate(groups):
+        prompt = group.prompt
+        _check_placeholders(prompt, media)
+        shown = () if view == "hidden" else prompt.media
+        tokens = [token for token in prompt.token_ids if view != "hidden" or not media.is_visual(token)]
+        if not tokens:
+            raise ValueError(
+                f"prompt {prompt.problem_id!r} has no text token left in view {view!r}; something must predict the "
+                "first token of its responses"
+            )
+        positions_3P, next_position = media.positions(
+            tokens,
+            grid_thw=[medium.grid_thw for medium in shown],
+            kinds=[medium.kind for medium in shown],
+            seconds_per_grid=[_seconds(medium, seconds_per_grid) for medium in shown],
+        )
+        builder.add_group(group, tokens, positions_3P, next_position, media)
+        builder.grids += [medium.grid_thw for medium in shown]
+        if vision == "none":
+            continue
+        orders = permutations[index] if permutations and view == "shuffled" else (None,) * len(shown)
+        for medium, order in zip(shown, orders, strict=True):
+            seen = medium if order is None else shuffle_frames(medium, order)
+            builder.media.append(seen)
+            if vision == "patches":
+                builder.patches.append(media.patchify(seen.frames_FCHW, seen))
+    return builder.finish(view, pad_to_multiple)
+
+
+def shuffled_view(intact: PackedBatch, permutations: Sequence[Sequence[Tensor | None]]) -> PackedBatch:
+    """``pack_groups(groups, view="shuffled", permutations=permutations)`` from the same groups' intact view, packed
+    with the media alone or with nothing of them: rows, tokens and positions are the same tensors.
+
+    Raises:
+        ValueError: the intact view holds patches, or has another number of media.
+    """
+    orders = [order for of_group in permutations for order in of_group]
+    if intact.patches_SD is not None or (intact.media and len(intact.media) != len(orders)):
+        raise ValueError(
+            f"shuffled_view: expected no patches and {len(orders)} media, got {len(intact.media)} media"
+            f"{'' if intact.patches_SD is None else ' and patches'}"
+        )
+    shown = zip(intact.media, orders, strict=True) if intact.media else ()
+    media = tuple(medium if order is None else shuffle_frames(medium, order) for medium, order in shown)
+    return dataclasses.replace(intact, view="shuffled", media=media)
+
+
+def plan_micro_batches(
+    groups: Sequence[RolloutGroup], *, groups_per_micro_batch: int
+) -> list[tuple[RolloutGroup, ...]]:
+    """Consecutive runs of at most ``groups_per_micro_batch`` whole groups, in order. (Under a bound on tokens instead:
+    ``step/balance.py``.)"""
+    if groups_per_micro_batch < 1:
+        raise ValueError(f"micro_batch_groups must be at least 1, got {groups_per_micro_batch}")
+    return [
+        tuple(groups[start : start + groups_per_micro_batch]) for start in range(0, len(groups), groups_per_micro_batch)
+    ]
+
+
+class _Builder:
+    """Collects rows group by group; Python lists, because sequences are thousands of tokens, not millions."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.positions: list[Tensor] = []
+        self.spans: list[GroupSpan] = []
+        self.predicting_rows: list[int] = []
+        self.targets: list[int] = []
+        self.response_index: list[int] = []
+        self.group_index: list[int] = []
+        self.is_trained: list[bool] = []
+        self.visual_rows: list[int] = []
+        self.grids: list[tuple[int, int, int]] = []
+        self.patches: list[Tensor] = []
+        self.media: list[VisualInput] = []
+        self.num_responses = 0
+
+    def add_group(
+        self, group: RolloutGroup, prompt_tokens: list[int], positions_3P: Tensor, next_position: int, media: MediaSpec
+    ) -> None:
+        start = len(self.tokens)
+        lengths = tuple(len(rollout.token_ids) for rollout in group.rollouts)
+        span = GroupSpan(start=start, prompt_length=len(prompt_tokens), response_lengths=lengths)
+        self.visual_rows += [start + row for row, token in enumerate(prompt_tokens) if media.is_visual(token)]
+        self.tokens += prompt_tokens
+        self.positions.append(positions_3P)
+        last_prompt_row = len(self.tokens) - 1
+        for rollout, length in zip(group.rollouts, lengths, strict=True):
+            first_row = len(self.tokens)
+            self.predicting_rows += [last_prompt_row, *range(first_row, first_row + length - 1)]
+            self.tokens += rollout.token_ids
+            self.targets += rollout.token_ids
+            self.positions.append(next_position + _counting_3n(length))
+            self.response_index += [self.num_responses] * length
+            self.group_index += [len(self.spans)] * length
+            self.is_trained += [True] * length if rollout.is_trained is None else rollout.is_trained
+            self.num_responses += 1
+        self.spans.append(span)
+
+    def finish(self, view: View, pad_to_multiple: int) -> PackedBatch:
+        num_padding = -len(self.tokens) % pad_to_multiple
+        tokens = self.tokens + [PAD_TOKEN_ID] * num_padding
+        return PackedBatch(
+            view=view,
+            layout=PackedLayout(groups=tuple(self.spans), num_padding=num_padding),
+            token_ids_T=_int64(tokens),
+            position_ids_3T=torch.cat([*self.positions, _counting_3n(num_padding)], dim=1),
+            predicting_rows_R=_int64(self.predicting_rows),
+            target_ids_R=_int64(self.targets),
+            response_R=_int64(self.response_index),
+            group_R=_int64(self.group_index),
+            is_trained_R=torch.tensor(self.is_trained, dtype=torch.bool),
+            visual_rows=_int64(self.visual_rows),
+            patches_SD=torch.cat(self.patches) if self.patches else None,
+            grid_thw_M3=_int64(self.grids).reshape(-1, 3),
+            media=tuple(self.media),
+        )
+
+
+def _counting_3n(length: int) -> Tensor:
+    return torch.arange(length, dtype=torch.int64).expand(3, length)
+
+
+def _int64(values: Sequence) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64)
+
+
+def _seconds(medium: VisualInput, override: float | None) -> float:
+    return override if override is not None and medium.kind == "video" else medium.seconds_per_grid
+
+
+def _check_request(
+    groups: Sequence[RolloutGroup],
+    *,
+    view: View,
+    pad_to_multiple: int,
+    permutations: Sequence[Sequence[Tensor | None]] | None,
+) -> None:
+    if view not in VIEWS:
+        raise ValueError(f"unknown view {view!r}, expected one of {VIEWS}")
+    if not groups:
+        raise ValueError("pack_groups needs at least one group")
+    if pad_to_multiple < 1:
+        raise ValueError(f"pad_to_multiple must be at least 1, got {pad_to_multiple}")
+    for group in groups:
+        lengths = [len(rollout.token_ids) for rollout in group.rollouts]
+        if not lengths or min(lengths) == 0:
+            raise ValueError(
+                f"prompt {group.prompt.problem_id!r}: expected responses of at least one token (the end token "
+                f"counts), got lengths {lengths}"
+            )
+    if view == "shuffled":
+        expected = [len(group.prompt.media) for group in groups]
+        got = None if permutations is None else [len(orders) for orders in permutations]
+        if got != expected:
+            raise ValueError(f"the shuffled view needs one frame order (or None) per medium: {expected}, got {got}")
+
+
+def _check_placeholders(prompt: Prompt, media: MediaSpec) -> None:
+    """Refuses a prompt whose placeholders are not exactly its media's visual tokens, in order."""
+    found = [token for token in prompt.token_ids if media.is_visual(token)]
+    expected = [media.token_id(medium) for medium in prompt.media for _ in range(media.num_visual_tokens(medium))]
+    if found != expected:
+        grids = [(medium.kind, medium.grid_thw) for medium in prompt.media]
+        raise ValueError(
+            f"prompt {prompt.problem_id!r} has {len(found)} visual placeholders, but its media {grids} need "
+            f"{len(expected)} (merge {media.merge_size}), each medium's own kind of placeholder in order"
+        )

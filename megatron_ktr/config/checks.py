@@ -1,0 +1,312 @@
+"""Rules between options, and what is not available yet: refused here with one sentence, never ignored.
+
+An option joins a run only when it works; until then its value stands in ``_not_available`` and is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from megatron_ktr.config import pipeline_split
+from megatron_ktr.errors import UserError
+from megatron_ktr.stack import require_core_0_19
+
+if TYPE_CHECKING:
+    from megatron_ktr.config import Config
+
+ABSENT_OPTIONS = {
+    "fp8": "use --fp8-format hybrid or e4m3, and --fp8-recipe",
+    "fp8_param": "use --fp8-param-gather",
+    "virtual_pipeline_model_parallel_size": "use --num-virtual-stages-per-pipeline-rank or "
+    "--num-layers-per-virtual-pipeline-stage, as in Megatron",
+    "micro_batch_size": "use --micro-batch-groups",
+    "global_batch_size": "use --prompts-per-step",
+    "train_iters": "use --train-steps",
+    "max_steps": "use --train-steps",
+    "num_train_epochs": "use --train-epochs",
+    "group_size": "use --num-generations",
+    "optimizer_cpu_offload": "use --offload-optimizer-states: moments wait on the host, the step is the device's",
+    "optimizer_offload_fraction": "use --offload-optimizer-states, which moves all moments",
+    "enable_cuda_graph": "a CUDA graph replays one shape, and packed sequences differ in theirs",
+    "cuda_graph_impl": "a CUDA graph replays one shape, and packed sequences differ in theirs",
+    "fine_grained_activation_offloading": "its host memory grows with every new number of packed rows (docs/log.md); "
+    "use --recompute-granularity",
+    "offload_modules": "its host memory grows with every new number of packed rows (docs/log.md); use "
+    "--recompute-granularity",
+    "cpu_offloading": "activations stay on the device (docs/log.md); use --recompute-granularity",
+    "mlp_chunks_for_training": "use --mlp-chunks",
+    "lora_dropout": "adapters have no dropout: scores and updates must see one and the same policy",
+}
+"""Options of related projects, and of later versions, that deserve a better answer than the nearest spelling."""
+
+
+def check(config: Config) -> None:
+    """Raises ``UserError`` with the first rule that ``config`` breaks."""
+    training = (_objective, _optimizer, _parallel, _fp8, _frozen_models)
+    for rules in (_required, _not_available, _data, _rollout, _reward, *training):
+        for problem in rules(config):
+            raise UserError(problem)
+
+
+def _required(config: Config) -> Iterator[str]:
+    if not config.model.model:
+        yield "--model is required: a Hugging Face directory with config, weights, tokenizer and chat template"
+    if not config.trainer.run_dir:
+        yield "--run-dir must not be empty"
+    if config.trainer.train_steps is not None and config.trainer.train_epochs is not None:
+        yield (
+            "--train-steps and --train-epochs both say how long the run is: give one of them (none takes away what a "
+            "file gives: --train-epochs none)"
+        )
+
+
+def _not_available(config: Config) -> Iterator[str]:
+    """What the interface already names but no code serves yet."""
+    objective = config.objective
+    if objective.objective not in ("video_ktr", "grpo", "tw_grpo", "sft"):
+        yield f"--objective {objective.objective} is not available yet; available: video_ktr, grpo, tw_grpo, sft"
+    if config.trainer.eval_interval:
+        yield "--eval-interval: evaluation during training is not available yet"
+
+
+def _data(config: Config) -> Iterator[str]:
+    data, rollout = config.data, config.rollout
+    if config.objective.objective == "sft":
+        if not data.data_path:
+            yield "--objective sft needs --data-path, a JSON or JSONL file of questions with responses"
+    elif rollout.engine != "replay":
+        if not data.data_path:
+            yield f"--engine {rollout.engine} needs --data-path, a JSON or JSONL file of questions"
+        if rollout.replay_path is not None:
+            yield f"--replay-path is not read by --engine {rollout.engine}"
+    else:
+        if not rollout.replay_path:
+            yield "--engine replay needs --replay-path, a JSONL of recorded rollouts"
+        if data.data_path is not None:
+            yield "--data-path is not read by --engine replay: the questions come with --replay-path"
+    for name in ("video_num_frames", "video_max_frames"):
+        value = getattr(data, name)
+        if value is not None and value % 2:
+            yield f"--{name.replace('_', '-')} must be even (two frames make one temporal patch), got {value}"
+    if data.video_num_frames is not None and data.video_num_frames > data.video_max_frames:
+        yield f"--video-num-frames {data.video_num_frames} exceeds --video-max-frames {data.video_max_frames}"
+    for kind, low, high in (
+        ("video", data.video_min_pixels, data.video_max_pixels),
+        ("image", data.image_min_pixels, data.image_max_pixels),
+    ):
+        if low > high:
+            yield f"--{kind}-min-pixels {low} exceeds --{kind}-max-pixels {high}"
+
+
+def _rollout(config: Config) -> Iterator[str]:
+    rollout = config.rollout
+    is_vllm = rollout.engine.startswith("vllm")
+    if rollout.lag and rollout.engine not in ("hf", "vllm_server"):
+        yield f"--lag 1 does not work with --engine {rollout.engine}: generation cannot run beside training there"
+    if rollout.lag and config.objective.importance_sampling == "none":
+        yield "--lag 1 samples from older weights: choose --importance-sampling token or sequence"
+    yield from _offload_during_rollout(config)
+    if rollout.engine == "vllm_server" and not rollout.server_urls:
+        yield "--engine vllm_server needs --server-urls, the addresses of vllm serve processes"
+    if rollout.server_urls and rollout.engine != "vllm_server":
+        yield f"--server-urls is not read by --engine {rollout.engine}"
+    if rollout.share_vision_features and not is_vllm:
+        yield f"--share-vision-features is not read by --engine {rollout.engine}"
+    if rollout.rollout_tensor_parallel_size > 1 and rollout.engine != "vllm_colocated":
+        yield f"--rollout-tensor-parallel-size is not read by --engine {rollout.engine}"
+    if is_vllm and rollout.temperature != 1 and (rollout.top_p < 1 or rollout.top_k):
+        # Its raw log-probs know no temperature, its processed ones are renormalised over the nucleus.
+        yield "vLLM's log-probs are exact with --temperature 1, or with --top-p 1 --top-k 0, not with both changed"
+
+
+def _offload_during_rollout(config: Config) -> Iterator[str]:
+    if not config.optimizer.offload_during_rollout:
+        return
+    engine = config.rollout.engine
+    if config.objective.objective == "sft":
+        yield "--offload-during-rollout: --objective sft generates nothing"
+    elif engine not in ("hf", "vllm_colocated"):
+        yield f"--offload-during-rollout: --engine {engine} generates nothing on the training ranks' devices"
+    if config.rollout.lag:
+        yield (
+            "--offload-during-rollout needs --lag 0: with --lag 1 responses are sampled while the ranks train, which "
+            "needs gradients and optimizer state on the device"
+        )
+
+
+def _reward(config: Config) -> Iterator[str]:
+    if config.reward.reward_functions and config.rollout.engine == "replay":
+        yield "--reward-functions is not read by --engine replay: rewards come with the recorded rollouts"
+    if config.reward.answer_protocol != "standard" and config.rollout.engine == "replay":
+        yield "--answer-protocol is not read by --engine replay: rewards come with the recorded rollouts"
+    parts = [name.rpartition(":")[2] for name in config.reward.reward_functions]
+    if config.reward.length_bonus > 0 and parts and "accuracy" not in parts and config.objective.objective != "sft":
+        yield "--length-bonus goes to correct responses: add accuracy to --reward-functions, or set --length-bonus 0"
+    if config.reward.length_bonus_min > config.reward.length_bonus_max:
+        yield (
+            f"--length-bonus-min {config.reward.length_bonus_min} exceeds "
+            f"--length-bonus-max {config.reward.length_bonus_max}"
+        )
+
+
+def _objective(config: Config) -> Iterator[str]:
+    section = config.objective
+    if not section.selection_ratio:
+        yield "--selection-ratio must not be empty"
+    if section.objective == "video_ktr":
+        if not section.signals:
+            yield "--signals must name at least one of entropy, visual, temporal for --objective video_ktr"
+        if len(section.selection_ratio) not in (1, len(section.signals)):
+            yield (
+                f"--selection-ratio needs 1 value or one per signal ({len(section.signals)}: "
+                f"{', '.join(section.signals)}), got {len(section.selection_ratio)}"
+            )
+    mask = section.importance_mask
+    if mask and (len(mask) != 2 or not 0 <= mask[0] < 1 < mask[1]):
+        yield f"--importance-mask needs two bounds below and above 1, got {','.join(f'{value:g}' for value in mask)}"
+    if section.objective == "tw_grpo" and section.loss_aggregation != "token":
+        yield "--objective tw_grpo averages over the tokens of the global batch: add --loss-aggregation token"
+    if section.tw_weight_gradient and section.objective != "tw_grpo":
+        yield f"--tw-weight-gradient is not read by --objective {section.objective}"
+    if section.tw_weight_gradient and section.updates_per_rollout > 1:
+        yield (
+            "--tw-weight-gradient needs --updates-per-rollout 1: later updates keep the weights of the first, which "
+            "have no gradient there"
+        )
+    if section.scores_dtype != "fp32" and not section.original_compat:
+        yield f"--scores-dtype {section.scores_dtype} needs --original-compat: it is there to reproduce the release"
+    if section.scores_dtype != "fp32" and section.objective != "video_ktr":
+        yield f"--scores-dtype is not read by --objective {section.objective}"
+    for name in ("substitute_video", "substitute_image"):
+        if getattr(config.data, name) is not None and not section.original_compat:
+            yield (
+                f"--{name.replace('_', '-')} needs --original-compat: it trains on questions beside media that are not "
+                "theirs"
+            )
+    if section.objective == "sft" and config.rollout.temperature != 1.0:
+        yield "--temperature must be 1 for --objective sft: the likelihood of given responses has none"
+    if section.scoring_precision == "bf16" and config.model.params_dtype == "fp16":
+        yield "--scoring-precision bf16 does not go with --fp16: its counterfactual passes are in FP16; leave it out"
+    if {"vision", "merger", "language"} <= set(config.model.freeze):
+        yield "--freeze vision,merger,language leaves nothing to train"
+    if config.rollout.num_generations < 2 and section.objective != "sft":
+        yield "--num-generations must be at least 2: advantages compare the responses of one prompt"
+
+
+def _optimizer(config: Config) -> Iterator[str]:
+    section = config.optimizer
+    if section.min_lr > section.lr:
+        yield f"--min-lr {section.min_lr:g} exceeds --lr {section.lr:g}"
+    if section.optimizer == "sgd" and section.use_distributed_optimizer:
+        yield "--optimizer sgd has no state to split over ranks: add --no-use-distributed-optimizer"
+    if section.optimizer == "sgd" and config.trainer.save_interval and config.model.params_dtype != "fp32":
+        yield "--save-interval with --optimizer sgd needs --params-dtype fp32: its fp32 copies are not saved"
+    if section.optimizer == "sgd" and section.offload_optimizer_states:
+        yield "--offload-optimizer-states: --optimizer sgd has none"
+    if section.grad_norm_skip_threshold is not None:
+        require_core_0_19("--grad-norm-skip-threshold")
+    if max(section.adam_beta1, section.adam_beta2) >= 1:
+        yield "--adam-beta1 and --adam-beta2 must be below 1"
+    # With train_epochs the steps are not known yet; the rules are checked again when they are
+    # (``config/run_length.py``).
+    num_updates = (config.trainer.train_steps or math.inf) * config.objective.updates_per_rollout
+    if section.lr_warmup_steps > num_updates:
+        yield f"--lr-warmup-steps {section.lr_warmup_steps} exceeds the {num_updates} optimizer steps of the run"
+
+
+def _parallel(config: Config) -> Iterator[str]:
+    section = config.parallel
+    if config.trainer.max_tokens_per_microbatch is not None and config.trainer.micro_batch_groups > 1:
+        yield "--max-tokens-per-microbatch takes the place of --micro-batch-groups: give one of them"
+    if section.sequence_parallel and section.tensor_model_parallel_size == 1:
+        yield "--sequence-parallel needs --tensor-model-parallel-size above 1"
+    if section.num_layers_per_virtual_pipeline_stage is not None and section.pipeline_model_parallel_size == 1:
+        yield "--num-layers-per-virtual-pipeline-stage needs --pipeline-model-parallel-size above 1"
+    yield from pipeline_split.problems(section)
+    if section.overlap_param_gather and not config.optimizer.use_distributed_optimizer:
+        yield "--overlap-param-gather needs --use-distributed-optimizer"
+    if section.overlap_param_gather and not section.overlap_grad_reduce:
+        yield "--overlap-param-gather needs --overlap-grad-reduce"
+    details = section.recompute_method is not None or section.recompute_num_layers is not None
+    if section.recompute_granularity == "full":
+        if section.recompute_method is None or section.recompute_num_layers is None:
+            yield "--recompute-granularity full needs --recompute-method and --recompute-num-layers"
+    elif details:
+        yield "--recompute-method and --recompute-num-layers need --recompute-granularity full"
+    if section.recompute_granularity == "selective" and not section.recompute_modules:
+        yield "--recompute-granularity selective needs --recompute-modules: some of core_attn, mlp, layernorm"
+    if section.recompute_granularity != "selective" and section.recompute_modules != ("core_attn",):
+        yield "--recompute-modules needs --recompute-granularity selective"
+    yield from _mlp_chunks(config)
+    if config.trainer.platform == "cpu" and config.model.transformer_impl == "te":
+        yield "--transformer-impl te needs CUDA; with --platform cpu use auto or local"
+
+
+def _mlp_chunks(config: Config) -> Iterator[str]:
+    section = config.parallel
+    if section.mlp_chunks == 1:
+        return
+    require_core_0_19("--mlp-chunks")
+    if section.recompute_granularity == "selective" and "mlp" in section.recompute_modules:
+        yield "--mlp-chunks does not go with --recompute-modules mlp, which runs all rows at once: choose one of them"
+    for option, is_on in (
+        ("--fp8-format", config.model.fp8_format is not None),
+        ("--scoring-precision fp8", config.objective.scoring_precision == "fp8"),
+    ):
+        if is_on:
+            yield f"--mlp-chunks does not go with {option}: each part would have scales and a number of rows of its own"
+
+
+def _fp8(config: Config) -> Iterator[str]:
+    model = config.model
+    trains, scores = model.fp8_format is not None, config.objective.scoring_precision == "fp8"
+    option = "--fp8-format" if trains else "--scoring-precision fp8"
+    if not trains:
+        for name in ("fp8_param_gather", "first_last_layers_bf16", "fp8_vision"):
+            if getattr(model, name) and not (scores and name == "first_last_layers_bf16"):
+                yield f"--{name.replace('_', '-')} needs --fp8-format"
+    if not (trains or scores):
+        return
+    if config.trainer.platform == "cpu":
+        yield f"{option} runs on a GPU only: FP8 products are Transformer Engine's, and --platform is cpu"
+    if model.transformer_impl == "local":
+        yield f"{option} needs Transformer Engine: use --transformer-impl te or auto"
+    if model.params_dtype != "bf16":
+        yield f"{option} needs --bf16: what is not in FP8 runs in BF16"
+    if model.fp8_recipe == "delayed" and model.first_last_layers_bf16:
+        yield "--first-last-layers-bf16 does not go with --fp8-recipe delayed: its scales are kept over all layers"
+    if model.fp8_recipe == "delayed" and scores and not trains:
+        yield (
+            "--scoring-precision fp8 with --fp8-recipe delayed needs --fp8-format: its scales come from training "
+            "passes in FP8"
+        )
+    if model.fp8_param_gather and not config.optimizer.use_distributed_optimizer:
+        yield "--fp8-param-gather needs --use-distributed-optimizer, which keeps the exact weights"
+    if model.fp8_param_gather and model.fp8_recipe == "mxfp8":
+        yield "--fp8-param-gather is not available with --fp8-recipe mxfp8"
+    if model.fp8_param_gather and config.objective.scoring_precision == "bf16":
+        yield "--scoring-precision bf16 does not go with --fp8-param-gather, which leaves no weights in BF16"
+    if model.fp8_vision and config.parallel.vision_parallel != "tensor":
+        yield "--fp8-vision needs --vision-parallel tensor"
+
+
+def _frozen_models(config: Config) -> Iterator[str]:
+    model = config.model
+    if model.offload_reference and model.lora_rank:
+        yield "--offload-reference: with --lora-rank the reference model is the policy itself, there is nothing to move"
+    if model.offload_reference and model.fp8_param_gather:
+        yield "--offload-reference does not go with --fp8-param-gather: weights kept in FP8 do not move"
+    if not model.lora_rank:
+        if model.lora_export == "adapter":
+            yield "--lora-export adapter needs --lora-rank"
+        return
+    if not model.lora_targets:
+        yield "--lora-targets must name at least one of linear_qkv, linear_proj, linear_fc1, linear_fc2"
+    if model.freeze:
+        yield "--freeze is not read with --lora-rank: everything but the adapters is frozen"
+    if config.optimizer.vision_lr is not None:
+        yield "--vision-lr is not read with --lora-rank: the vision encoder is frozen"
+    if model.fp8_param_gather:
+        yield "--fp8-param-gather does not go with --lora-rank: frozen weights would have no exact copy to merge into"

@@ -1,0 +1,115 @@
+"""Configuration of a training run: typed, frozen, documented; every option is in ``config/sections.py``.
+
+``load_config(argv)``: defaults < YAML file (``--config FILE``) < flags. ``check`` holds the rules that relate options
+to each other. ``python -m megatron_ktr.config --markdown`` prints docs/configuration.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_ktr.config.checks import ABSENT_OPTIONS, check
+from megatron_ktr.config.cli import build_parser, options_of, read_flags, read_yaml, render_markdown
+from megatron_ktr.config.sections import (
+    DataSection,
+    ModelSection,
+    ObjectiveSection,
+    OptimizerSection,
+    ParallelSection,
+    RewardSection,
+    RolloutSection,
+    TrainerSection,
+)
+from megatron_ktr.errors import UserError
+from megatron_ktr.files.atomic import write_atomically
+
+
+@dataclass(frozen=True)
+class Config:
+    """All options of a run. ``Config()`` has the paper's algorithm, no model and no data; ``check`` validates."""
+
+    model: ModelSection = field(default_factory=ModelSection)
+    data: DataSection = field(default_factory=DataSection)
+    rollout: RolloutSection = field(default_factory=RolloutSection)
+    reward: RewardSection = field(default_factory=RewardSection)
+    objective: ObjectiveSection = field(default_factory=ObjectiveSection)
+    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    parallel: ParallelSection = field(default_factory=ParallelSection)
+    trainer: TrainerSection = field(default_factory=TrainerSection)
+
+    @property
+    def samples(self) -> bool:
+        """Whether responses are sampled, rather than recorded or given."""
+        return self.objective.objective != "sft" and self.rollout.engine != "replay"
+
+    def prompts_per_replica(self, data_parallel_size: int) -> int:
+        """P: prompts of one data-parallel rank per step, a whole number of micro-batches."""
+        unit = data_parallel_size * self.trainer.micro_batch_groups
+        if self.trainer.prompts_per_step % unit:
+            raise UserError(
+                f"--prompts-per-step {self.trainer.prompts_per_step} must be a multiple of data-parallel size "
+                f"{data_parallel_size} x --micro-batch-groups {self.trainer.micro_batch_groups} = {unit}"
+            )
+        return self.trainer.prompts_per_step // data_parallel_size
+
+
+OPTIONS = options_of(Config)
+SECTION_DOCS = {section.name: section.default_factory.__doc__ for section in dataclasses.fields(Config)}
+
+
+def config_from_values(values: Mapping[str, Any]) -> Config:
+    """A Config with the fields named in ``values`` set and the rest at their defaults; not checked."""
+    sections = {}
+    for section in dataclasses.fields(Config):
+        own = {name: value for name, value in values.items() if OPTIONS[name].section == section.name}
+        sections[section.name] = section.default_factory(**own)
+    return Config(**sections)
+
+
+def load_config(argv: Sequence[str], *, prog: str = "megatron-ktr-train") -> Config:
+    """The checked configuration of a command line. Raises ``UserError`` on the first thing that is wrong."""
+    parser = build_parser(OPTIONS, prog=prog, section_docs=SECTION_DOCS)
+    short_forms = parser.add_argument_group("short forms")
+    for dtype in ("bf16", "fp16"):
+        short_forms.add_argument(
+            f"--{dtype}", action="append_const", const=dtype, dest="short_dtypes", help=f"--params-dtype {dtype}"
+        )
+    flags = read_flags(parser, argv, options=OPTIONS, notes=ABSENT_OPTIONS)
+    file = flags.pop("config", None)
+    dtypes = set(flags.pop("short_dtypes", ())) | ({flags["params_dtype"]} if "params_dtype" in flags else set())
+    if len(dtypes) > 1:
+        raise UserError(f"--params-dtype, --bf16 and --fp16 contradict each other: {', '.join(sorted(dtypes))}")
+    if dtypes:
+        flags["params_dtype"] = dtypes.pop()
+    values = read_yaml(Path(file), options=OPTIONS, notes=ABSENT_OPTIONS) if file is not None else {}
+    config = config_from_values({**values, **flags})
+    check(config)
+    return config
+
+
+def read_saved(path: Path) -> Config:
+    """What ``save_resolved`` wrote, by whatever stack: its rules were kept there, and are not asked again here."""
+    return config_from_values(read_yaml(path, options=OPTIONS, notes=ABSENT_OPTIONS))
+
+
+def save_resolved(config: Config, path: str | Path) -> None:
+    """Writes every option as YAML, in one rename; ``load_config(["--config", path])`` gives an equal Config."""
+    content = {
+        section: {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+        for section, fields in dataclasses.asdict(config).items()
+    }
+    try:
+        write_atomically(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+    except OSError as error:
+        raise UserError(f"cannot write the resolved configuration to {path}: {error.strerror}") from error
+
+
+def configuration_page() -> str:
+    """Content of docs/configuration.md."""
+    return render_markdown(OPTIONS, section_docs=SECTION_DOCS)

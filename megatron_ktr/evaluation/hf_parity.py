@@ -1,0 +1,273 @@
+"""What ``tools/verify_checkpoint.py`` compares: the same inputs through Hugging Face and through this model.
+
+    prompt with media + 32 random response tokens -> log-prob of each response token
+    loss = sum of the 32 log-probs                -> gradient of every parameter
+
+Hugging Face always receives our ``position_ids``: its own rule differs for videos (see ``mrope.py``). Everything
+here runs on one process; the tool brings both sides together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_ktr.batch.packing import MediaSpec
+from megatron_ktr.data.preprocess import PreprocessSettings
+from megatron_ktr.data.template import PromptBuilder, VisualTokens, load_tokenizer
+from megatron_ktr.errors import UserError
+from megatron_ktr.objectives.base import Objective
+from megatron_ktr.sums import Metrics
+from megatron_ktr.types import PackedBatch, Prompt, Rollout, RolloutGroup, TokenScores, TokenStreams, VisualInput
+
+NUM_RESPONSE_TOKENS = 32
+SEED = 0
+QUESTION = "What happens here, and in which order?"
+GRADIENT_FLOOR = 1e-3
+"""Share of the largest gradient norm below which a tensor's own norm no longer counts as the scale of its error:
+a gradient that cancels to nearly nothing would otherwise be judged by its rounding noise."""
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+
+@dataclass(frozen=True)
+class LogprobSum(Objective):
+    """Objective whose loss is the mean over responses of the sum of their log-probs: no reward, no selection."""
+
+    name = "logprob_sum"
+
+    def token_streams(
+        self,
+        batch: PackedBatch,
+        scores: TokenScores,
+        group_data: Sequence[RolloutGroup],
+        *,
+        num_responses_global: int,
+        num_tokens_global: int | None = None,
+        is_selected_R: Mapping[str, Tensor] | None = None,
+    ) -> TokenStreams:
+        ones_R = torch.ones_like(scores.policy_logprob_R)
+        return TokenStreams(
+            advantage_R=ones_R, weight_R=ones_R / num_responses_global, is_key_token_R=ones_R.to(torch.bool)
+        )
+
+    def loss(self, statistics: Any, streams: TokenStreams, scores: TokenScores) -> tuple[Tensor, Metrics]:
+        return (streams.weight_R * statistics.logprob_R).sum(), Metrics()
+
+
+@dataclass(frozen=True)
+class VerificationInput:
+    """One prompt with one response."""
+
+    group: RolloutGroup
+    note: str = ""
+    """Why the text around the media is random; empty where it is a question in the model's chat format."""
+
+
+def build_input(
+    hf_dir: Path | str,
+    *,
+    media: Sequence[VisualInput],
+    spec: MediaSpec,
+    vocab_size: int,
+    vision_start_id: int,
+    vision_end_id: int,
+    pad_id: int | None = None,
+) -> VerificationInput:
+    """The media, a question in the model's chat format, and random response tokens (seed 0).
+
+    Where the directory has no tokenizer, or one that does not fit its config, random tokens stand for the text: the
+    comparison needs some text, not a particular one.
+    """
+    # Media tokens would need media. Hugging Face's embedding drops the padding token's gradient, which is another loss.
+    reserved = {spec.image_token_id, spec.video_token_id, vision_start_id, vision_end_id, pad_id}
+    generator = torch.Generator().manual_seed(SEED)
+    allowed = torch.tensor([token for token in range(vocab_size) if token not in reserved])
+
+    def random_tokens(number: int) -> list[int]:
+        return allowed[torch.randint(len(allowed), (number,), generator=generator)].tolist()
+
+    # Drawn first: the response depends on the vocabulary only.
+    response = Rollout(token_ids=tuple(random_tokens(NUM_RESPONSE_TOKENS)), is_finished=False)
+    prompt, note = _chat_prompt(hf_dir, media=media, vocab_size=vocab_size, merge_size=spec.merge_size)
+    if prompt is None:
+        tokens = random_tokens(5)
+        for medium in media:
+            placeholders = [spec.token_id(medium)] * spec.num_visual_tokens(medium)
+            tokens += [vision_start_id, *placeholders, vision_end_id, *random_tokens(3)]
+        prompt = Prompt("verification", tuple(tokens + random_tokens(5)), tuple(media))
+    return VerificationInput(RolloutGroup(prompt, (response,)), note)
+
+
+def _chat_prompt(
+    hf_dir: Path | str, *, media: Sequence[VisualInput], vocab_size: int, merge_size: int
+) -> tuple[Prompt | None, str]:
+    """(prompt, "") or (None, why there is none)."""
+    if not any((Path(hf_dir) / name).is_file() for name in TOKENIZER_FILES):
+        return None, "no tokenizer in the directory"
+    record = {"problem_id": "verification", "messages": [{"role": "user", "content": QUESTION}]}
+    try:
+        tokenizer = load_tokenizer(hf_dir)
+        visual_tokens = VisualTokens.from_model(hf_dir, tokenizer)
+        prompt = PromptBuilder(tokenizer, visual_tokens=visual_tokens, merge_size=merge_size).build(record, media)
+    except Exception as error:  # tokenizers and chat templates are code of the model's author
+        return None, " ".join(str(error).split())
+    if max(prompt.token_ids) >= vocab_size:
+        return None, f"the tokenizer gives id {max(prompt.token_ids)}, but vocab_size is {vocab_size}"
+    return prompt, ""
+
+
+def draw_test_pattern(settings: PreprocessSettings) -> VisualInput:
+    """A video of four temporal patches, five tokens high and three wide: a bar wanders over moving gradients.
+
+    At 2.5 s per temporal patch its temporal positions reach 15 (at Qwen's two per second), far beyond its height and
+    width; the sides are odd, so that attention windows are ragged.
+    """
+    num_frames = 4 * settings.temporal_patch_size
+    height, width = 5 * settings.factor, 3 * settings.factor
+    time, row, column = np.ogrid[:num_frames, :height, :width]
+    frames_FCHW = np.stack(np.broadcast_arrays(row + 16 * time, column * 2 + 9 * time, row + 2 * column), axis=1) % 256
+    top = height * time // num_frames
+    is_bar = np.broadcast_to((row >= top) & (row < top + settings.patch_size), (num_frames, height, width))
+    frames_FCHW = np.where(is_bar[:, None], 240, frames_FCHW).astype(np.uint8)
+    grid = (4, height // settings.patch_size, width // settings.patch_size)
+    return VisualInput("video", torch.from_numpy(frames_FCHW), grid, seconds_per_grid=2.5, source="test pattern")
+
+
+@dataclass(frozen=True)
+class HFAnswer:
+    """Hugging Face's side, on the host."""
+
+    logprob_R: Tensor
+    gradients: dict[str, Tensor]
+    """d(sum of log-probs) / d parameter, by published name."""
+
+
+def run_hugging_face(
+    hf_dir: Path | str, batch: PackedBatch, *, kinds: Sequence[str], device: torch.device, rename: Callable[[str], str]
+) -> HFAnswer:
+    """Loads the model in fp32, runs ``batch`` (one group of one response) forward and backward, frees the model.
+
+    Args:
+        kinds: "image" or "video" of each medium.
+        rename: from the name of a parameter in memory to its published name.
+
+    Raises:
+        UserError: transformers cannot load the directory, or its log-probs are not finite.
+    """
+    from transformers.utils import logging
+
+    from megatron_ktr.files.hf_model import hf_model_class, reading_model
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    with reading_model(hf_dir):
+        model = hf_model_class().from_pretrained(
+            str(hf_dir),
+            dtype=torch.float32,
+            attn_implementation="eager",
+            local_files_only=True,
+            use_safetensors=True,
+        )
+    model = model.to(device).eval()
+    # Set, it would drop the gradient of the padding token's embedding wherever the prompt contains that token.
+    model.get_input_embeddings().padding_idx = None
+    inputs = {name: torch.from_numpy(value).to(device) for name, value in hf_inputs(batch, kinds=kinds).items()}
+    targets_R = batch.target_ids_R.to(device)
+    # The patch embedding is a convolution there, and convolutions may use TF32 unless told not to.
+    with torch.backends.cudnn.flags(allow_tf32=False), torch.enable_grad():
+        logits = model(
+            input_ids=inputs.pop("token_ids")[None],
+            position_ids=inputs.pop("position_ids")[:, None],
+            use_cache=False,
+            logits_to_keep=len(targets_R) + 1,
+            **inputs,
+        ).logits[0, :-1]
+        logprob_R = logits.log_softmax(dim=-1).gather(1, targets_R[:, None])[:, 0]
+        if not logprob_R.isfinite().all():
+            raise UserError(f"--hf {hf_dir}: Hugging Face's log-probs are not finite; the weights are damaged")
+        logprob_R.sum().backward()
+    gradients = {rename(name): p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
+    return HFAnswer(logprob_R.detach().cpu(), gradients)
+
+
+def hf_inputs(batch: PackedBatch, *, kinds: Sequence[str]) -> dict[str, np.ndarray]:
+    """Arrays of the one sequence in ``batch``, without padding, media under Hugging Face's argument names.
+
+    ``token_ids`` [T], ``position_ids`` [3, T], and where there are such media ``pixel_values`` [S, C tp p p],
+    ``image_grid_thw`` [M, 3], ``pixel_values_videos``, ``video_grid_thw``.
+    """
+    length = batch.layout.groups[-1].end
+    arrays = {
+        "token_ids": batch.token_ids_T[:length].cpu().numpy(),
+        "position_ids": batch.position_ids_3T[:, :length].cpu().numpy(),
+    }
+    grids = batch.grid_thw_M3.cpu()
+    patches = batch.patches_SD.cpu().split(grids.prod(dim=1).tolist()) if len(grids) else ()
+    for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+        chosen = [index for index, found in enumerate(kinds) if found == kind]
+        if chosen:
+            arrays[name] = torch.cat([patches[index] for index in chosen]).numpy()
+            arrays[f"{kind}_grid_thw"] = grids[chosen].numpy()
+    return arrays
+
+
+@dataclass(frozen=True)
+class GradientDifference:
+    """The largest difference, and the tensor that has it."""
+
+    value: float
+    name: str
+
+
+def max_relative_difference(ours: Iterable[tuple[str, Tensor]], theirs: Mapping[str, Tensor]) -> GradientDifference:
+    """max over tensors of |g - g_hf| / max(|g_hf|, 1e-3 of the largest |g_hf|), Frobenius norms; NaN counts as inf.
+
+    ``ours`` is consumed one tensor at a time.
+
+    Raises:
+        ValueError: the two sides do not have gradients for the same tensors.
+    """
+    norms = {name: _norm(gradient) for name, gradient in theirs.items()}
+    floor = GRADIENT_FLOOR * max(norms.values())
+    worst = GradientDifference(0.0, "")
+    unseen = set(theirs)
+    for name, gradient in ours:
+        if name not in unseen:
+            raise ValueError(f"gradient of {name}: Hugging Face's model has none")
+        unseen.remove(name)
+        distance, scale = _norm(gradient - theirs[name].to(gradient.device)), max(norms[name], floor)
+        difference = distance / scale if scale > 0 else (0.0 if distance == 0 else math.inf)
+        difference = difference if math.isfinite(difference) else math.inf
+        if difference >= worst.value:
+            worst = GradientDifference(difference, name)
+    if unseen:
+        raise ValueError(f"gradient of {sorted(unseen)[0]} (and {len(unseen) - 1} more): this model has none")
+    return worst
+
+
+def max_abs_difference(ours: Tensor, theirs: Tensor) -> float:
+    """Largest |ours - theirs|; inf where one of them is not finite."""
+    difference = float((ours.double() - theirs.double()).abs().max())
+    return difference if math.isfinite(difference) else math.inf
+
+
+def write_dump(path: Path, batch: PackedBatch, *, kinds: Sequence[str], ours_R: Tensor, theirs_R: Tensor) -> None:
+    """Writes ``hf_inputs`` with both sides' log-probs [R]; the last R of ``token_ids`` are the response."""
+    with path.open("wb") as file:  # numpy would append a suffix to a bare name
+        np.savez(
+            file,
+            **hf_inputs(batch, kinds=kinds),
+            logprobs=ours_R.cpu().numpy(),
+            hf_logprobs=theirs_R.cpu().numpy(),
+        )
+
+
+def _norm(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))

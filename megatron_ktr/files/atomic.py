@@ -1,0 +1,25 @@
+"""Files that are there whole or not at all, whenever the process is killed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def write_atomically(path: str | Path, content: bytes | str) -> None:
+    """Writes a file beside ``path`` and renames it over ``path``; text is UTF-8. Nothing is left behind on an error.
+
+    Raises:
+        OSError: the directory is not there or not writable, or the disk is full.
+    """
+    path = Path(path)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with scratch.open("wb") as file:
+            file.write(content.encode("utf-8") if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    except OSError:
+        scratch.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,259 @@
+"""Checksums of every file of a directory: a checkpoint, a converted checkpoint, an export.
+
+``checksums.json`` lies in the directory and is written last, before the directory gets its name:
+
+    {"algorithm": "xxh3_128",
+     "files": {"__0_0.distcp": {"bytes": 1518297, "digest": "…"}, "hf/config.json": {…}, …},
+     "digest": "…"}                     of "files" itself: damage to this file is not taken for damage to the others
+
+What is large is hashed in memory, on its way to the file (``HashingFile``): the digest is of what was meant to be
+written. Taken from the file afterwards it would bless whatever a full or failing disk had made of it, and it would be
+read from the page cache, not from the disk. Small files that other libraries write are hashed as they are read back.
+XXH3 finds accidents, at more than the speed of a disk (``benchmarks/checksums.py``). It is no signature: who can write
+the directory can write its checksums too. Against that stands ``files/safe_pickle.py``: no file is run as code.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import xxhash
+
+from megatron_ktr.errors import UserError
+
+MANIFEST = "checksums.json"
+ALGORITHM = "xxh3_128"
+_BLOCK_BYTES = 4_000_000
+
+
+@dataclass(frozen=True)
+class Digest:
+    """Of one file."""
+
+    num_bytes: int
+    value: str
+    """XXH3 of 128 bits, in hexadecimal."""
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What is wrong with one file."""
+
+    file: str
+    """Relative to the directory."""
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.reason}"
+
+
+class HashingFile:
+    """A file opened for writing that hashes what it is given, before the bytes leave memory. Written front to back."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self._hash = xxhash.xxh3_128()
+        self._num_bytes = 0
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data)
+        if not view.nbytes:  # A tensor without elements, which cannot be cast.
+            return 0
+        view = view.cast("B")
+        self._hash.update(view)
+        written = self._file.write(view)
+        if written != len(view):
+            raise OSError(errno.EIO, f"{written} of {len(view)} bytes written")
+        self._num_bytes += written
+        return written
+
+    def tell(self) -> int:
+        return self._num_bytes
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def sync(self) -> None:
+        """What was written is on the disk, not only in the system's memory."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    @property
+    def digest(self) -> Digest:
+        return Digest(self._num_bytes, self._hash.hexdigest())
+
+
+def write_hashed(path: Path, content: bytes) -> Digest:
+    """Writes a whole file; the digest of ``content``, whatever the disk makes of it."""
+    with open(path, "wb") as file:
+        hashing = HashingFile(file)
+        hashing.write(content)
+        hashing.sync()
+    return hashing.digest
+
+
+def file_digest(path: Path) -> Digest:
+    hasher, num_bytes, block = xxhash.xxh3_128(), 0, bytearray(_BLOCK_BYTES)
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(block):
+            hasher.update(memoryview(block)[:count])
+            num_bytes += count
+    return Digest(num_bytes, hasher.hexdigest())
+
+
+def write_manifest(
+    directory: Path, *, known: Mapping[str, Digest] | None = None, is_known_synced: bool = False
+) -> None:
+    """Writes the checksums of all files in ``directory``, and everything in it reaches the disk.
+
+    ``known``: digests of files, by relative name, that were taken while these were written. With ``is_known_synced``
+    these files, which may be thousands, are on the disk already.
+    """
+    digests = dict(known or {})
+    for path in sorted(directory.rglob("*")):
+        name = path.relative_to(directory).as_posix()
+        if path.is_file() and name != MANIFEST:
+            if name not in digests:
+                digests[name] = file_digest(path)
+            if not (is_known_synced and known and name in known):
+                sync(path)
+        elif path.is_dir():
+            sync(path)
+    files = {name: {"bytes": one.num_bytes, "digest": one.value} for name, one in sorted(digests.items())}
+    content = {"algorithm": ALGORITHM, "files": files, "digest": _digest_of_entries(files)}
+    write_hashed(directory / MANIFEST, (json.dumps(content, indent=1) + "\n").encode())
+    sync(directory)
+
+
+def read_manifest(directory: Path) -> dict[str, Digest] | None:
+    """Digests by relative name; None where the directory has no ``checksums.json``.
+
+    Raises:
+        DamagedManifest: it is there and cannot be what was written.
+    """
+    try:
+        text = (directory / MANIFEST).read_bytes()
+    except FileNotFoundError:
+        return None
+    try:
+        content = json.loads(text)
+        algorithm, files = content["algorithm"], content["files"]
+        if algorithm != ALGORITHM:
+            raise DamagedManifest(f"expected algorithm {ALGORITHM}, got {algorithm!r}")
+        if content["digest"] != _digest_of_entries(files):
+            raise DamagedManifest("other content than was written")
+        digests = {name: Digest(int(entry["bytes"]), str(entry["digest"])) for name, entry in files.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise DamagedManifest(f"not a file of checksums: {type(error).__name__}") from None
+    for name in digests:
+        if not _is_inside(name):
+            raise DamagedManifest(f"it names {name!r}, which is not a file in this directory")
+    return digests
+
+
+class DamagedManifest(Exception):
+    """Says what is wrong with ``checksums.json``."""
+
+
+def find_damage(directory: Path, *, names: Iterable[str] | None = None) -> list[Damage]:
+    """What differs from the checksums, of all files or of ``names`` (those that have one).
+
+    Without checksums there is nothing to differ from: [], unless ``names`` says that there must be some. Sizes are
+    compared first: a cut file is found without reading it.
+
+    Raises:
+        UserError: a file is there and cannot be read for a reason that is no damage, such as its permissions.
+    """
+    try:
+        digests = _unless_unreadable(directory / MANIFEST, lambda: read_manifest(directory))
+    except DamagedManifest as error:
+        return [Damage(MANIFEST, str(error))]
+    if digests is None:
+        return [] if names is None else [Damage(MANIFEST, "missing")]
+    if isinstance(digests, Damage):
+        return [digests]
+    chosen = digests if names is None else {name: digests[name] for name in names if name in digests}
+    found = [damage for name, expected in chosen.items() if (damage := _wrong_size(directory, name, expected))]
+    cut = {damage.file for damage in found}
+    for name, expected in chosen.items():
+        if name not in cut and (damage := _wrong_content(directory, name, expected)):
+            found.append(damage)
+    return found
+
+
+def require_intact(directory: Path | str, *, option: str, names: Iterable[str] | None = None) -> bool:
+    """Verifies a directory that has checksums; False where it has none: it may be anybody's.
+
+    Raises:
+        UserError: one line that names the first file that is not what was written.
+    """
+    directory = Path(directory)
+    if not (directory / MANIFEST).exists():
+        return False
+    if damage := find_damage(directory, names=names):
+        raise UserError(damage_line(directory, damage, option=option))
+    return True
+
+
+def damage_line(directory: Path, damage: list[Damage], *, option: str) -> str:
+    more = f" (and {len(damage) - 1} more)" if len(damage) > 1 else ""
+    return (
+        f"{option}: {directory} is damaged: {damage[0]}{more}; if the files were changed on purpose, delete "
+        f"{MANIFEST} there"
+    )
+
+
+def _wrong_size(directory: Path, name: str, expected: Digest) -> Damage | None:
+    path = directory / name
+    size = _unless_unreadable(path, lambda: path.stat().st_size, name=name)
+    if isinstance(size, Damage):
+        return size
+    if not path.is_file():
+        return Damage(name, "not a file")
+    if size != expected.num_bytes:
+        return Damage(name, f"{size} bytes, {expected.num_bytes} were written")
+    return None
+
+
+def _wrong_content(directory: Path, name: str, expected: Digest) -> Damage | None:
+    digest = _unless_unreadable(directory / name, lambda: file_digest(directory / name), name=name)
+    if isinstance(digest, Damage):
+        return digest
+    return None if digest == expected else Damage(name, "other content than was written")
+
+
+def _unless_unreadable(path: Path, action: Callable[[], Any], *, name: str = MANIFEST) -> Any:
+    """The action's result; ``Damage`` where the file is gone or the disk cannot read it."""
+    try:
+        return action()
+    except FileNotFoundError:
+        return Damage(name, "missing")
+    except OSError as error:
+        if error.errno in (errno.EIO, errno.EISDIR, errno.ENOTDIR, errno.ELOOP):
+            return Damage(name, f"cannot be read: {error.strerror}")
+        # Says nothing about its content: permissions, a file server that is away.
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _digest_of_entries(files: Any) -> str:
+    return xxhash.xxh3_128(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return bool(name) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or the names in a directory, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,64 @@
+"""JSON, read and written. Whatever is wrong with a user's file is a ``ValueError``, or a ``UserError`` that names
+it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_ktr.errors import UserError
+
+
+def parse_json(text: str) -> Any:
+    """``json.loads``, whose every refusal is a ``ValueError``: also of what is nested too deeply for Python."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def read_json(path: Path | str, *, option: str = "") -> Any:
+    """The value in a file; ``option`` is the one that names it, for the message.
+
+    Raises:
+        UserError: it cannot be read, or is not JSON.
+    """
+    try:
+        return parse_json(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{option and f'{option}: '}{path} cannot be read as JSON: {_words(error)}") from error
+
+
+def read_json_object(path: Path | str, *, option: str = "") -> dict[str, Any]:
+    """Likewise, of a file that holds one object."""
+    value = read_json(path, option=option)
+    if not isinstance(value, dict):
+        raise UserError(f"{option and f'{option}: '}expected one JSON object in {path}, got {type(value).__name__}")
+    return value
+
+
+def _words(error: Exception) -> str:
+    return (error.strerror or str(error)).lower() if isinstance(error, OSError) else str(error)
+
+
+def to_json(value: Any, **options: Any) -> str:
+    """JSON that every reader takes: ``json.dumps`` with null for numbers that are not finite, without Python's own
+    words NaN and Infinity, which JSON does not have.
+
+    >>> to_json({"loss": float("nan"), "steps": [1, float("inf")]})
+    '{"loss": null, "steps": [1, null]}'
+    """
+    return json.dumps(_finite(value), allow_nan=False, **options)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return value

@@ -1,0 +1,378 @@
+"""The trained model behind four verbs: ``score``, ``update``, ``export`` and the state its checkpoint needs.
+
+This file drives megatron-core: pipeline schedule, data-parallel gradients, optimizer. It knows no algorithm by
+name: an objective turns scores into per-token streams, and the loss consumes the streams.
+
+One micro-batch holds whole groups (a group is never split). The head runs on the last pipeline stage only, on
+the predicting rows only; its outputs stay there. Every rank runs every forward and backward, also when all
+advantages of its micro-batch are zero: the collectives inside would otherwise wait for it for ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import math
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
+from torch import Tensor
+
+from megatron_ktr.batch.micro_batch import Denominators, MicroBatch, Packed, UpdateResult, measures, ready
+from megatron_ktr.config import Config
+from megatron_ktr.distributed.collectives import reduce_metrics
+from megatron_ktr.distributed.groups import ParallelGroups
+from megatron_ktr.distributed.optimizer import build_optimizer, build_scheduler, freeze_parts, wrap_in_ddp
+from megatron_ktr.distributed.platform import Platform
+from megatron_ktr.distributed.replicas import ReplicaNumbers
+from megatron_ktr.objectives.base import Objective
+from megatron_ktr.ops.token_statistics import TokenStatistics
+from megatron_ktr.policy.export import export_weights, save_export
+from megatron_ktr.policy.finite import require_finite, require_finite_weights
+from megatron_ktr.policy.offload import moments_on_device, moves
+from megatron_ktr.policy.reference import ReferenceModel
+from megatron_ktr.policy.statistics import compared
+from megatron_ktr.policy.vision import PolicyVision
+from megatron_ktr.sums import Metrics
+from megatron_ktr.types import PackedBatch, Prompt, TokenScores
+from models.qwen2_5_vl.config import Qwen2_5_VLConfig
+from models.qwen2_5_vl.conversion import GatherTo, load_hf_weights, unwrap_model
+from models.qwen2_5_vl.fp8 import drop_initial_values, pass_precision
+from models.qwen2_5_vl.lora import LoraSettings, add_adapters
+from models.qwen2_5_vl.model import Qwen2_5_VLModel, build_model
+
+_log = logging.getLogger(__name__)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Policy(ReplicaNumbers):
+    """Policy model, optional frozen reference model, optimizer and schedule of one rank.
+
+    ``hf_dir`` gives sizes and initial weights. ``num_steps`` is the length of the learning-rate schedule.
+    """
+
+    def __init__(
+        self, hf_dir: str | Path, *, config: Config, groups: ParallelGroups, platform: Platform, num_steps: int
+    ) -> None:
+        self.config = config
+        self.groups = groups
+        self.platform = platform
+        self.hf_dir = Path(hf_dir)
+        self.model_config = Qwen2_5_VLConfig.from_hf(self.hf_dir)
+        self.dtype = DTYPES[config.model.params_dtype]
+        self.temperature = config.rollout.temperature
+
+        chunks = self._load_model(self.hf_dir)
+        freeze_parts(chunks, config.model.freeze)
+        self.lora = LoraSettings.of(config)
+        if self.lora is not None:
+            add_adapters(chunks, self.lora, groups=groups)
+        drop_initial_values(p for chunk in chunks for p in chunk.parameters() if not p.requires_grad)
+        self.transformer_config = get_model_config(chunks[0])
+        self.chunks = wrap_in_ddp(
+            chunks, config=self.transformer_config, optimizer=config.optimizer, parallel=config.parallel
+        )
+        self.optimizer = build_optimizer(
+            self.chunks,
+            section=config.optimizer,
+            dtype=self.dtype,
+            overlap_param_gather=config.parallel.overlap_param_gather,
+        )
+        self.scheduler = build_scheduler(self.optimizer, section=config.optimizer, num_steps=num_steps)
+        self._connect_schedule_hooks()
+        self._is_gather_pending = config.parallel.overlap_param_gather
+        self.reference: ReferenceModel | None = None
+        self.vision = PolicyVision(
+            self.bare_chunks[0].vision, config=config, groups=groups, hf_dir=self.hf_dir, device=platform.device
+        )
+
+    def _load_model(self, hf_dir: Path) -> list[Qwen2_5_VLModel]:
+        chunks = build_model(self.model_config, groups=self.groups, config=self.config, dtype=self.dtype)
+        load_hf_weights(chunks, hf_dir, groups=self.groups)
+        require_finite_weights(chunks, hf_dir=hf_dir, groups=self.groups)
+        return chunks
+
+    def _connect_schedule_hooks(self) -> None:
+        config = self.transformer_config
+        # Weak: layers hold this config, autograd nodes of the distributed optimizer's views of fp32 parameters hold the
+        # layers; back to the optimizer it would be a cycle through C++: nothing, threads of groups too, is ever freed.
+        policy = weakref.proxy(self)
+
+        def finalize(model: list[torch.nn.Module], num_tokens: Tensor | None = None, **options: Any) -> None:
+            # Our loss is already normalised by global counts, so the schedule's own token count is dropped.
+            finalize_model_grads(model, None, **options)
+            policy.vision.sum_gradients()
+
+        config.finalize_model_grads_func = finalize
+        config.grad_scale_func = lambda loss: policy.optimizer.scale_loss(loss)
+        if self.config.parallel.overlap_grad_reduce:
+            no_sync = [chunk.no_sync for chunk in self.chunks]
+            config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+
+    def add_reference(self, hf_dir: str | Path | None = None) -> None:
+        """Gives the KL term its frozen model: the weights in ``hf_dir``, by default the initial ones."""
+        if self.lora is not None and hf_dir is None:
+            self.reference = ReferenceModel.without_adapters(self.bare_chunks)
+        else:
+            chunks = self._load_model(Path(hf_dir or self.hf_dir))
+            offload_on = self.platform if self.config.model.offload_reference else None
+            self.reference = ReferenceModel.copy(chunks, offload_on=offload_on)
+        self.vision.add_reference(self.reference.chunks[0].vision, is_policy_copy=hf_dir is None)
+
+    def score(
+        self,
+        batches: Sequence[Packed],
+        *,
+        model: str = "policy",
+        temperature: float | None = None,
+        precision: str = "same",
+    ) -> list[TokenStatistics | None]:
+        """Log-prob and entropy of every response token, without gradient; None on every stage but the last.
+
+        A batch that comes as a function is packed when its turn has come: the device works on the one before.
+        ``temperature`` replaces the run's own. ``precision`` is the language model's: same, bf16 or fp8.
+        """
+
+        def statistics(chunk: torch.nn.Module, _: Any, batch: PackedBatch, hidden_RD: Tensor) -> TokenStatistics:
+            return unwrap_model(chunk).response_statistics(
+                hidden_RD, batch, temperature=temperature or self.temperature
+            )
+
+        return self._look(batches, batch_of=ready, finish=statistics, model=model, precision=precision)
+
+    def hidden_rows(self, batches: Sequence[Packed], *, precision: str = "same") -> list[Tensor | None]:
+        """Hidden states [R, D] that predict the response tokens, without a pass over the vocabulary and without
+        gradient; None on every stage but the last."""
+        return self._look(batches, batch_of=ready, finish=lambda *found: found[-1].clone(), precision=precision)
+
+    def score_intact(
+        self, items: Sequence[MicroBatch], *, objective: Objective
+    ) -> list[tuple[MicroBatch, TokenScores] | None]:
+        """An intact pass without gradient: all scores of every micro-batch, and the micro-batch with what was found
+        (which later passes then use as it is); None on every stage but the last."""
+
+        def scores_of(
+            chunk: torch.nn.Module, item: MicroBatch, batch: PackedBatch, hidden_RD: Tensor
+        ) -> tuple[MicroBatch, TokenScores]:
+            statistics, item = compared(
+                chunk, item, batch, hidden_RD, objective=objective, temperature=self.temperature
+            )
+            return item, item.scores(statistics)
+
+        return self._look(items, batch_of=lambda item: item.batch, finish=scores_of)
+
+    def _look(
+        self,
+        items: Sequence[Any],
+        *,
+        batch_of: Callable[[Any], PackedBatch],
+        finish: Callable[[torch.nn.Module, Any, PackedBatch, Tensor], Any],
+        model: str = "policy",
+        precision: str = "same",
+    ) -> list[Any]:
+        """A forward pass without gradient; ``finish(chunk, item, batch on the device, hidden_RD)`` by item, None before
+        the last stage."""
+        reference = None if model == "policy" else self.reference
+        if model != "policy" and reference is None:
+            raise ValueError("no reference model: call add_reference() first")
+        chunks = self.chunks if reference is None else reference.chunks
+        if reference is None or reference.is_policy:
+            # Left to the forward, a replica whose batch has no media would not gather the vision encoder, and the
+            # others would wait for it for ever. (With gradient, the encoder always runs.)
+            self.wait_for_parameters()
+
+        def keep(
+            item: Any, batch: PackedBatch, chunk: torch.nn.Module, hidden_RD: Tensor, non_loss_data: bool = True
+        ) -> Any:
+            return finish(chunk, item, batch, hidden_RD)
+
+        if not items:
+            return []
+        # The interleaved schedule takes whole rounds of the stages only; what fills the last one is dropped.
+        num_missing = -len(items) % self.groups.sizes.pipeline if len(chunks) > 1 else 0
+        padded = [*items, *[items[-1]] * num_missing]
+        is_at_work = reference.at_work() if reference else contextlib.nullcontext()
+        precision_of = pass_precision(self.transformer_config, precision, section=self.config.model)
+        with torch.no_grad(), precision_of, is_at_work:
+            results = self._run(chunks, padded, batch_of=batch_of, finish=keep, forward_only=True, model=model)
+        return list(results)[: len(items)] if results else [None] * len(items)
+
+    def update(
+        self, micro_batches: Sequence[MicroBatch], *, objective: Objective, denominators: Denominators
+    ) -> UpdateResult:
+        """One optimizer step: ``backward``, then clipping, optimizer and learning-rate schedule."""
+        result = self.backward(micro_batches, objective=objective, denominators=denominators)
+        # A token whose scores are NaN is no key token, and without key tokens the loss is 0.
+        require_finite("policy's log-prob of response tokens", math.nan if result.num_not_finite else 0.0)
+        if not result.has_gradient:
+            return result
+        if not math.isfinite(result.loss) and (reason := objective.reason_to_skip(result.metrics)):
+            if self.groups.rank == 0:
+                _log.warning("no optimizer step: the loss is %s, because %s", result.loss, reason)
+            return result
+        require_finite("loss", result.loss)
+        at_work = contextlib.nullcontext()
+        if self.config.optimizer.offload_optimizer_states:
+            at_work = moments_on_device(self.optimizer, **moves(self.platform))
+        with at_work:
+            succeeded, grad_norm, _ = self.optimizer.step()
+        require_finite("gradient norm", float(grad_norm or 0.0))
+        if succeeded:
+            self.scheduler.step(increment=1)
+            self.vision.after_step()
+        return dataclasses.replace(result, grad_norm=float(grad_norm or 0.0), has_stepped=bool(succeeded))
+
+    def backward(
+        self, micro_batches: Sequence[MicroBatch], *, objective: Objective, denominators: Denominators
+    ) -> UpdateResult:
+        """Forward, key tokens chosen on the last stage, backward; gradients reduced over all ranks, no step taken."""
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+        def loss_of(
+            item: MicroBatch, batch: PackedBatch, chunk: torch.nn.Module, hidden_RD: Tensor
+        ) -> tuple[Tensor, Tensor, Any]:
+            statistics, item = compared(
+                chunk, item, batch, hidden_RD, objective=objective, temperature=self.temperature
+            )
+            scores = item.scores(statistics)
+            streams = objective.token_streams(
+                batch,
+                scores,
+                item.groups,
+                num_responses_global=denominators.num_responses,
+                num_tokens_global=denominators.num_tokens,
+                is_selected_R=item.is_selected_R,
+            )
+            loss, metrics = objective.loss(statistics, streams, scores)
+            metrics.merge(measures(loss, streams, scores, has_kl=objective.needs_reference))
+            no_tokens = torch.zeros((), dtype=torch.int, device=loss.device)
+            return loss, no_tokens, (metrics, streams.detach(), scores.detach())
+
+        outputs = self._run(
+            self.chunks,
+            micro_batches,
+            batch_of=lambda item: item.batch,
+            finish=loss_of,
+            forward_only=False,
+        )
+        self._is_gather_pending = self.config.parallel.overlap_param_gather
+        metrics = Metrics()
+        # Tensor- and context-parallel ranks hold the same numbers; one of them speaks for all.
+        speaks = self.groups.tensor_rank == self.groups.context_rank == 0
+        for batch_metrics, _, _ in outputs if speaks else ():
+            metrics.merge(batch_metrics)
+        # The one place where the host waits for what the update has computed.
+        metrics = reduce_metrics(metrics, self.groups.world)
+        # Already divided by global counts: the parts of the loss add up, they are not averaged.
+        names = ("loss", "has_gradient", "num_not_finite")
+        loss, has_gradient, num_not_finite = (metrics.pop_sum(name) for name in names)
+        return UpdateResult(
+            loss=loss,
+            has_gradient=has_gradient > 0,
+            metrics=metrics,
+            num_not_finite=round(num_not_finite),
+            streams=tuple(streams for _, streams, _ in outputs),
+            scores=tuple(scores for _, _, scores in outputs),
+        )
+
+    @torch.no_grad()
+    def prepare_vision(self, batches: Sequence[PackedBatch]) -> None:
+        """Runs the encoder over the media of ``batches`` before the passes without gradient that show them."""
+        self.wait_for_parameters()
+        self.vision.prepare(batches)
+
+    def vision_features(self, prompts: Sequence[Prompt]) -> list[tuple[Tensor, ...]] | None:
+        """Features [visual tokens, D] of each prompt's media in order, from the current weights.
+
+        Every rank calls it. The tensor ranks of the first pipeline stage encode together and each returns all features;
+        other stages return None.
+        """
+        self.wait_for_parameters()
+        return self.vision.features(prompts)
+
+    def export(
+        self,
+        *,
+        tensor_of: Callable[[Tensor], Tensor | None] | None = None,
+        gather_to: GatherTo = "all",
+        with_vision: bool = True,
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Streams the policy's weights (or ``tensor_of(parameter)``) as full tensors under HF names; adapters are
+        merged.
+
+        Collective: every rank exhausts it. ``gather_to`` "source" yields them on each replica's reading rank only.
+        """
+        self.wait_for_parameters()
+        options = dict(groups=self.groups, tensor_of=tensor_of, gather_to=gather_to, with_vision=with_vision)
+        yield from export_weights(self.bare_chunks, **options)
+
+    def save_hf(self, directory: Path) -> None:
+        """Writes a directory that transformers and vLLM load: the model and all other files of the initial one, or
+        adapters alone (``--lora-export adapter``)."""
+        self.wait_for_parameters()
+        only_adapters = self.config.model.lora_export == "adapter"
+        options = dict(groups=self.groups, hf_source_dir=self.hf_dir, lora=self.lora, only_adapters=only_adapters)
+        save_export(self.bare_chunks, directory, **options)
+
+    def wait_for_parameters(self) -> None:
+        """With overlapped gathering, every rank holds but its own shard of what the last optimizer step changed, until
+        the next forward gathers the rest, module by module; this gathers it at once, on all ranks."""
+        if self._is_gather_pending:
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)
+            self._is_gather_pending = False
+
+    @property
+    def bare_chunks(self) -> list[Qwen2_5_VLModel]:
+        return [unwrap_model(chunk) for chunk in self.chunks]
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def _run(
+        self,
+        chunks: Sequence[torch.nn.Module],
+        items: Sequence[Any],
+        *,
+        batch_of: Callable[[Any], PackedBatch],
+        finish: Callable[..., Any],
+        forward_only: bool,
+        model: str = "policy",
+    ) -> list[Any]:
+        """Runs megatron-core's schedule over ``items``; returns ``finish``'s data per item (last stage), else []."""
+        if not items:
+            raise ValueError("a step needs at least one micro-batch on every data-parallel rank")
+
+        def forward_step(iterator: Iterator[Any], chunk: torch.nn.Module) -> tuple[Tensor, Callable]:
+            item = next(iterator)
+            batch = batch_of(item)
+            if unwrap_model(chunk).pre_process:
+                batch = self.vision.with_features(batch, model=model)
+            batch = batch.to(self.platform.device)
+            return chunk(batch), partial(finish, item, dataclasses.replace(batch, features_ED=None), chunk)
+
+        iterators = [iter(items) for _ in chunks]
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=list(chunks),
+            num_microbatches=len(items),
+            # Shapes travel with the activations (variable_seq_lengths); these two are not read.
+            seq_length=1,
+            micro_batch_size=1,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )

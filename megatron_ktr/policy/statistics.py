@@ -1,0 +1,53 @@
+"""What an intact pass finds out about its tokens, beside their log-probs."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from megatron_ktr.batch.micro_batch import MicroBatch, mean_by_view
+from megatron_ktr.objectives.base import Objective
+from megatron_ktr.ops.token_statistics import TokenStatistics
+from megatron_ktr.types import PackedBatch
+from models.qwen2_5_vl.conversion import unwrap_model
+
+
+def compared(
+    chunk: torch.nn.Module,
+    item: MicroBatch,
+    batch: PackedBatch,
+    hidden_RD: Tensor,
+    *,
+    objective: Objective,
+    temperature: float,
+) -> tuple[TokenStatistics, MicroBatch]:
+    """Statistics of the intact rows, and the item with everything that compares whole distributions: with the hidden
+    rows of other views it kept, in the same pass over the vocabulary, and within its groups.
+
+    ``batch`` is the item's, on the device.
+    """
+    model = unwrap_model(chunk)
+    views = [(view, rows) for view, draws in item.counterfactual_hidden_RD.items() for rows in draws]
+    statistics = model.response_statistics(
+        hidden_RD, batch, temperature=temperature, counterfactual_hidden_RD=tuple(rows for _, rows in views)
+    )
+    if views:
+        names = [view for view, _ in views]
+        item = dataclasses.replace(
+            item,
+            counterfactual_logprob_R=mean_by_view(names, statistics.counterfactual_logprob_KR),
+            counterfactual_kl_R=mean_by_view(names, statistics.kl_KR),
+            counterfactual_hidden_RD={},
+        )
+    if objective.needs_divergence and item.divergence_R is None:
+        divergence_R = model.group_divergence(
+            hidden_RD,
+            statistics.log_normalizer_R,
+            batch=batch,
+            temperature=temperature,
+            with_gradient=objective.needs_divergence_gradient,
+        )
+        item = dataclasses.replace(item, divergence_R=divergence_R)
+    return statistics, item

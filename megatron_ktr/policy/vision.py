@@ -1,0 +1,112 @@
+"""The vision encoders of policy and reference model, as the policy uses them: what feeds features into its passes.
+
+Lives on every rank; only those of the first pipeline stage hold encoders, and the others answer with nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_ktr.config import Config
+from megatron_ktr.data.preprocess import PreprocessSettings
+from megatron_ktr.distributed.collectives import broadcast_object
+from megatron_ktr.distributed.groups import ParallelGroups
+from megatron_ktr.policy.vision_pass import VisionPass, sum_gradients
+from megatron_ktr.types import PackedBatch, Prompt
+from models.qwen2_5_vl.config import Qwen2_5_VLConfig
+from models.qwen2_5_vl.media import media_spec
+from models.qwen2_5_vl.vision import VisionEncoder
+
+
+class PolicyVision:
+    """Two vision passes, or one that both models share."""
+
+    def __init__(
+        self,
+        encoder: VisionEncoder | None,
+        *,
+        config: Config,
+        groups: ParallelGroups,
+        hf_dir: Path,
+        device: torch.device,
+    ) -> None:
+        """``encoder`` is the policy's, None on stages without one."""
+        self._config, self._groups, self._device = config, groups, device
+        self._media = media_spec(
+            Qwen2_5_VLConfig.from_hf(hf_dir), patchify=PreprocessSettings.from_model(hf_dir).patchify
+        )
+        self._encoder = encoder
+        self._passes = {"policy": self._pass(encoder), "reference": None}
+
+    def add_reference(self, encoder: VisionEncoder | None, *, is_policy_copy: bool) -> None:
+        """``is_policy_copy``: it starts with the policy's weights; while those are frozen, one pass serves both."""
+        policy = self._passes["policy"]
+        is_shared = is_policy_copy and policy is not None and not policy.is_trainable
+        self._passes["reference"] = policy if is_shared else self._pass(encoder)
+
+    def with_features(self, batch: PackedBatch, *, model: str) -> PackedBatch:
+        """The batch with the features of its media, for the chunk that embeds them."""
+        vision = self._passes[model]
+        if vision is None or not batch.media:
+            return batch
+        return dataclasses.replace(batch, features_ED=vision.features(batch.media))
+
+    def prepare(self, batches: Sequence[PackedBatch]) -> None:
+        """Encodes media now that passes without gradient show before the update, whose gradient takes the same run."""
+        vision = self._passes["policy"]
+        for batch in batches if vision is not None else ():
+            vision.prepare(batch.media)
+
+    @torch.no_grad()
+    def features(self, prompts: Sequence[Prompt]) -> list[tuple[Tensor, ...]] | None:
+        """Of each prompt's media, in order. One medium at a time: the encoder's activations take far more memory than
+        its result."""
+        vision = self._passes["policy"]
+        if vision is None:
+            return None
+        return [tuple(vision.features([medium]) for medium in prompt.media) for prompt in prompts]
+
+    def sum_gradients(self) -> None:
+        """After the reduction over data-parallel ranks: frames were split over the tensor ranks, so gradients are."""
+        if self._encoder is not None and self._config.parallel.vision_parallel == "frame":
+            sum_gradients(self._encoder.parameters(), group=self._groups.tensor)
+
+    def after_step(self) -> None:
+        """The optimizer has changed the policy's weights."""
+        vision = self._passes["policy"]
+        if vision is not None and vision.is_trainable:
+            vision.forget()
+
+    def forget(self) -> None:
+        """Weights were put in from outside, frozen ones too: no kept feature is theirs."""
+        for vision in self._passes.values():
+            if vision is not None:
+                vision.forget()
+
+    def take_counts(self) -> int:
+        """Units (temporal patches) that this replica's encoders ran over since the last call, on every rank of it."""
+        passes = {id(found): found for found in self._passes.values() if found is not None}
+        counts = sum(found.take_counts() for found in passes.values())
+        source = torch.distributed.get_global_rank(self._groups.model, 0)
+        return broadcast_object(counts, group=self._groups.model, source=source)
+
+    def _pass(self, encoder: VisionEncoder | None) -> VisionPass | None:
+        if encoder is None:
+            return None
+        parallel = self._config.parallel
+        is_split = parallel.vision_parallel == "frame"
+        return VisionPass(
+            encoder,
+            media=self._media,
+            device=self._device,
+            cache_bytes=round(parallel.vision_cache_gb * 1e9),
+            is_trainable=any(parameter.requires_grad for parameter in encoder.parameters()),
+            recompute=parallel.recompute_vision,
+            split_over=self._groups.tensor_context if is_split else None,
+            sum_gradient_over=self._groups.context if is_split else None,
+        )

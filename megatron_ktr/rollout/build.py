@@ -1,0 +1,83 @@
+"""What a run's options ask for in rollouts, built: the source of prompts, the engine that answers them, what feeds and
+checks it.
+
+This is one of the few places that read the whole ``Config``; what is built here receives settings of its own. A new
+engine is one module and one branch of ``build_sampler``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_ktr.batch.packing import MediaSpec
+from megatron_ktr.config import Config
+from megatron_ktr.data.dataset import PromptDataset, SkipCounter
+from megatron_ktr.data.source import DatasetSource, SupervisedSource
+from megatron_ktr.distributed.groups import ParallelGroups
+from megatron_ktr.rewards import DEFAULT_REWARDS
+from megatron_ktr.rollout.questions import read_questions
+from megatron_ktr.rollout.replay import ReplaySource
+from megatron_ktr.rollout.sampling import SamplingSettings
+from megatron_ktr.rollout.source import Sampler
+
+
+def build_local_source(
+    config: Config, *, groups: ParallelGroups, tokenizer: Any, vocab_size: int
+) -> DatasetSource | None:
+    """What ``config`` asks the reading rank of each replica to draw; None on the other ranks.
+
+    ``vocab_size`` is the model's: it has more ids than its tokenizer knows, and a sampler may have drawn them.
+    """
+    if not groups.is_source:
+        return None
+    data, trainer = config.data, config.trainer
+    questions = read_questions(config, tokenizer=tokenizer, vocab_size=vocab_size, is_spokesman=groups.data_rank == 0)
+    dataset = PromptDataset(
+        questions.records,
+        loader=questions.loader,
+        seed=trainer.seed,
+        shuffle=data.shuffle_data,
+        rank=groups.data_rank,
+        size=groups.data_size,
+        skips=SkipCounter(max_skip_share=data.max_skip_share),
+        left_out=questions.left_out,
+    )
+    if questions.engine is not None:
+        return ReplaySource(dataset, engine=questions.engine)
+    return SupervisedSource(dataset) if config.objective.objective == "sft" else DatasetSource(dataset)
+
+
+def build_sampler(config: Config, *, groups: ParallelGroups, tokenizer: Any, media: MediaSpec) -> Sampler | None:
+    """The engine ``rollout.engine`` names, with the run's sampling settings and rewards; None on ranks without one."""
+    rollout = config.rollout
+    if config.objective.objective == "sft" or rollout.engine == "replay":
+        return None
+    sampling = SamplingSettings(
+        num_generations=rollout.num_generations,
+        max_response_length=rollout.max_response_length,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        stop=rollout.stop,
+        seed=config.trainer.seed,
+    )
+    rewards = config.reward.reward_functions or DEFAULT_REWARDS
+    # Imported here: an engine's package is needed only by runs that use it.
+    if rollout.engine == "vllm_colocated":
+        from megatron_ktr.rollout.colocated.engine import colocated_engine
+
+        engine = colocated_engine(config, groups=groups, tokenizer=tokenizer, media=media, sampling=sampling)
+        return Sampler(engine, rewards=rewards, answer_protocol=config.reward.answer_protocol)
+    if not groups.is_source:
+        return None
+    if rollout.engine == "vllm_server":
+        from megatron_ktr.rollout.server.engine import server_engine
+
+        engine = server_engine(config, data_group=groups.data, tokenizer=tokenizer, media=media, sampling=sampling)
+        return Sampler(engine, rewards=rewards, answer_protocol=config.reward.answer_protocol)
+    from megatron_ktr.policy.policy import DTYPES
+    from megatron_ktr.rollout.hf import HFEngine
+
+    dtype = DTYPES[config.model.params_dtype]
+    engine = HFEngine(config.model.model, tokenizer=tokenizer, media=media, sampling=sampling, dtype=dtype)
+    return Sampler(engine, rewards=rewards, answer_protocol=config.reward.answer_protocol)

@@ -1,0 +1,311 @@
+"""Before the first step: do sampler and trainer give the same tokens the same log-probs? If not, which part differs?
+
+    1. the engine samples a few tokens after each fixed prompt (``rollout/check/probes.py``), with log-probs
+    2. the trainer scores the same tokens
+    3. a prompt whose mean |difference| exceeds the limit stops the run, with one line that names the part
+
+The prompts are ordered so that each adds one thing that can go wrong: the first one that differs says what it is. Where
+that leaves several causes, one more experiment decides: the trainer scores the same tokens at other temperatures, or
+with other seconds per temporal patch, or the weights are sent again.
+
+``SamplerCheck`` is callables and numbers. What they stand for is collective: ``run`` is called on every rank, and its
+decisions come from numbers that ``worst`` made the same on all of them. ``build_sampler_check`` fills in trainer and
+engine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
+
+from megatron_ktr.batch.packing import MediaSpec, pack_groups
+from megatron_ktr.config import Config
+from megatron_ktr.config.fp8_rules import token_multiple
+from megatron_ktr.data.template import PromptBuilder, VisualTokens
+from megatron_ktr.distributed.agreement import gather_objects
+from megatron_ktr.distributed.groups import ParallelGroups
+from megatron_ktr.errors import UserError, same_on_every_rank
+from megatron_ktr.rollout.check.probes import IMAGE, LONG, PATCH, SIZED, TEXT, TIMING, VIDEO, probe_prompts
+from megatron_ktr.rollout.sampling import SamplingSettings
+from megatron_ktr.types import Prompt, RolloutGroup
+
+if TYPE_CHECKING:
+    from megatron_ktr.policy.policy import Policy
+    from megatron_ktr.rollout.source import ReplicaSource
+
+MAX_TOKENS = 16
+"""Per response: each adds a log-prob to the comparison, the first ones suffice to tell."""
+DEFAULT_LIMIT = {"fp32": 1e-3, "bf16": 0.05, "fp16": 0.05}
+"""Nats. In fp32 two exact implementations differ by 1e-6 to 1e-5 (other orders of summation); in 16 bits by about 0.01,
+and single tokens by ten times that. What is looked for costs tenths of nats and more."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Gap:
+    """|sampler - trainer| log-prob over the tokens sampled after one prompt."""
+
+    mean: float
+    max: float
+    num_tokens: int
+
+
+class Score(Protocol):
+    def __call__(
+        self,
+        groups: Sequence[RolloutGroup],
+        *,
+        temperature: float | None = None,
+        seconds_per_grid: float | None = None,
+    ) -> list[list[float]]:
+        """The trainer's log-probs of all responses of each group, in order; None means the run's own temperature, and
+        each video's own seconds."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerCheck:
+    """The comparison, once; ``sample``, ``score``, ``send_weights`` and ``worst`` are called alike on every rank."""
+
+    prompts: Mapping[str, Prompt]
+    sampling: SamplingSettings
+    limit: float
+    sample: Callable[[Sequence[Prompt], SamplingSettings], list[RolloutGroup]]
+    score: Score
+    send_weights: Callable[[], None]
+    worst: Callable[[dict[str, Gap]], dict[str, Gap]] = lambda gaps: gaps
+    """Of the replicas' gaps by name, the largest."""
+
+    def run(self) -> dict[str, float]:
+        """The gaps as metrics: sampler_check/gap_mean, sampler_check/gap_max, both in nats per token.
+
+        Raises:
+            UserError: on every rank, if a prompt's mean gap exceeds the limit; names the part that differs.
+        """
+        groups = self._sampled(self.prompts)
+        own = self._gaps(groups)
+        gaps = self.worst(own)
+        if all(self._agrees(gap) for gap in gaps.values()):
+            num_tokens = sum(gap.num_tokens for gap in gaps.values())
+            mean = sum(gap.mean * gap.num_tokens for gap in gaps.values()) / num_tokens
+            return {"sampler_check/gap_mean": mean, "sampler_check/gap_max": max(gap.max for gap in gaps.values())}
+        cause = self._cause(groups, own, gaps)
+        with same_on_every_rank():
+            raise UserError(
+                f"sampler and trainer give the same tokens different log-probs; what differs: {cause}. By prompt: "
+                f"{describe(gaps, limit=self.limit)} (--sampler-gap-limit {self.limit:g}; --no-check-sampler goes on "
+                "all the same)"
+            )
+
+    def _agrees(self, gap: Gap) -> bool:
+        return gap.mean <= self.limit  # a mean that is no number does not agree
+
+    def _sampled(self, prompts: Mapping[str, Prompt]) -> dict[str, RolloutGroup]:
+        return dict(zip(prompts, self.sample(list(prompts.values()), self.sampling), strict=True))
+
+    def _gaps(
+        self,
+        groups: Mapping[str, RolloutGroup],
+        *,
+        temperature: float | None = None,
+        seconds_per_grid: float | None = None,
+    ) -> dict[str, Gap]:
+        """Of this replica."""
+        scored = self.score(list(groups.values()), temperature=temperature, seconds_per_grid=seconds_per_grid)
+        return {name: measure(group, logprobs) for (name, group), logprobs in zip(groups.items(), scored, strict=True)}
+
+    # --- which part ---------------------------------------------------------------------------------------------
+
+    def _cause(self, groups: Mapping[str, RolloutGroup], own: Mapping[str, Gap], gaps: Mapping[str, Gap]) -> str:
+        """``own`` are this replica's gaps, ``gaps`` the worst of all replicas'."""
+        differ = [name for name, gap in gaps.items() if not self._agrees(gap)]
+        first = differ[0]
+        if first == TEXT:
+            return self._other_temperature(groups, own) or self._weights(TEXT) or "the weights, or how text is scored"
+        if first == IMAGE and PATCH in differ:
+            part = "pixels of images and videos (normalisation, channels), or the vision encoder's weights"
+            return self._weights(IMAGE) or part
+        found = None
+        if first in (VIDEO, TIMING, LONG):
+            found = self._other_seconds(groups, own, [name for name in (LONG, TIMING, VIDEO) if name in differ])
+        return found or _PARTS[first]
+
+    def _would_agree(self, groups: Mapping[str, RolloutGroup], own: Mapping[str, Gap], **changes: float) -> bool:
+        """Whether the trainer would agree on ``groups``, scored with ``changes``, with the engines that differ."""
+        changed = self._gaps(groups, **changes)
+        # A replica whose engine is right has nothing to explain.
+        changed = {name: own[name] if self._agrees(own[name]) else gap for name, gap in changed.items()}
+        return all(self._agrees(gap) for gap in self.worst(changed).values())
+
+    def _other_temperature(self, groups: Mapping[str, RolloutGroup], own: Mapping[str, Gap]) -> str | None:
+        """The temperature at which the trainer would agree."""
+        ours = self.sampling.temperature or 1.0
+        for other in sorted({1.0, ours**2, 0.5, 0.6, 0.7, 0.8, 0.9, 1.25, 1.5, 2.0} - {ours}):
+            if self._would_agree({TEXT: groups[TEXT]}, own, temperature=other):
+                return f"temperature: the sampler's log-probs are those of {other:g}, the run's is {ours:g}"
+        return None
+
+    def _other_seconds(
+        self, groups: Mapping[str, RolloutGroup], own: Mapping[str, Gap], differ: Sequence[str]
+    ) -> str | None:
+        """The seconds per temporal patch at which the trainer would agree, for all videos that differ."""
+        for rule, seconds_of in _OTHER_SECONDS.items():
+            others = {name: seconds_of(groups[name].prompt.media[0].seconds_per_grid) for name in differ}
+            if all(self._would_agree({name: groups[name]}, own, seconds_per_grid=others[name]) for name in differ):
+                return f"seconds per temporal patch: the sampler counts {rule}"
+        return None
+
+    def _weights(self, name: str) -> str | None:
+        """Whether a second update mends it: then the first one did not arrive."""
+        self.send_weights()
+        gap = self.worst(self._gaps(self._sampled({name: self.prompts[name]})))[name]
+        if not self._agrees(gap):
+            return None
+        return f"weights: once they are sent a second time the sampler agrees ({gap.mean:.1e} nats)"
+
+
+_PARTS = {
+    IMAGE: "pixels or grid of images, as videos agree",
+    PATCH: "pixels of videos (normalisation, order of frames), as images agree",
+    VIDEO: "grid of several temporal patches (order, resizing, frames left out), as one patch agrees",
+    TIMING: "seconds per temporal patch, as 1 s agrees",
+    LONG: "positions after a video that lasts longer than it is wide, as shorter ones agree",
+    SIZED: "frames of the run's size: resized, or cut at a limit of the sampler's, as smaller ones agree",
+}
+"""Where the first prompt that differs says it all."""
+
+_OTHER_SECONDS: dict[str, Callable[[float], float]] = {
+    "1 s for every one": lambda own: 1.0,
+    "half of them": lambda own: own / 2,
+    "twice as many": lambda own: own * 2,
+    "none": lambda own: 1e-6,
+}
+
+
+def measure(group: RolloutGroup, trainer_logprobs: Sequence[float]) -> Gap:
+    """``trainer_logprobs`` of all responses of ``group``, one after the other, against the sampler's.
+
+    Raises:
+        UserError: the sampler recorded none.
+    """
+    sampled: list[float] = []
+    for rollout in group.rollouts:
+        if rollout.sampler_logprobs is None:
+            raise UserError("check_sampler: the engine records no log-probs; choose --no-check-sampler")
+        sampled += rollout.sampler_logprobs
+    gaps = [abs(ours - theirs) for ours, theirs in zip(trainer_logprobs, sampled, strict=True)]
+    # max() would skip a NaN that is not the first.
+    largest = math.nan if any(map(math.isnan, gaps)) else max(gaps)
+    return Gap(mean=sum(gaps) / len(gaps), max=largest, num_tokens=len(gaps))
+
+
+def describe(gaps: Mapping[str, Gap], *, limit: float) -> str:
+    """Every prompt with its mean gap, those that agree first."""
+    agree = [f"{name} ({gap.mean:.1e})" for name, gap in gaps.items() if gap.mean <= limit]
+    differ = [f"{name} ({gap.mean:.2g} nats)" for name, gap in gaps.items() if not gap.mean <= limit]
+    parts = [f"{', '.join(agree)} agree" if agree else "nothing agrees", f"{', '.join(differ)} differ"]
+    return "; ".join(parts)
+
+
+def check_line(values: Mapping[str, float]) -> str:
+    """The console line of a check that passed, from its metrics; empty where there was none."""
+    if "sampler_check/gap_mean" not in values:
+        return ""
+    mean, largest = values["sampler_check/gap_mean"], values["sampler_check/gap_max"]
+    return f"sampler and trainer agree: log-probs differ by {mean:.1e} on average, {largest:.1e} at most"
+
+
+# --- trainer and engine ---------------------------------------------------------------------------------------------
+
+
+def build_sampler_check(
+    config: Config,
+    *,
+    policy: Policy,
+    source: ReplicaSource,
+    media: MediaSpec,
+    tokenizer: Any,
+    send_weights: Callable[[], None],
+) -> SamplerCheck | None:
+    """The check of this run's engine against its policy; None where nothing is sampled, where it is off, and where the
+    run's prompts are too short for any of the check's: that, and what else is left out, is printed."""
+    rollout = config.rollout
+    if not (rollout.check_sampler and source.needs_weights):
+        return None
+    builder = PromptBuilder(
+        tokenizer,
+        visual_tokens=VisualTokens.from_model(config.model.model, tokenizer),
+        merge_size=media.merge_size,
+    )
+    max_length = config.data.max_prompt_length
+    make = partial(
+        probe_prompts,
+        builder,
+        media=media,
+        video_max_pixels=config.data.video_max_pixels,
+        seconds_per_grid=config.objective.fixed_seconds_per_grid,
+    )
+    prompts = make(max_prompt_length=max_length)
+    if (left_out := [name for name in make() if name not in prompts]) and policy.groups.rank == 0:
+        what = f"not compared for {', '.join(left_out)}" if prompts else "not compared at all"
+        print(f"sampler and trainer are {what}: such prompts exceed --max-prompt-length {max_length}", flush=True)
+    if not prompts:
+        return None
+    return SamplerCheck(
+        prompts=prompts,
+        sampling=SamplingSettings(
+            num_generations=min(2, rollout.num_generations),
+            max_response_length=min(MAX_TOKENS, rollout.max_response_length),
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+            seed=config.trainer.seed,
+        ),
+        limit=rollout.sampler_gap_limit or DEFAULT_LIMIT[config.model.params_dtype],
+        sample=lambda prompts, sampling: source.sample(prompts, sampling=sampling),
+        score=partial(
+            trainer_logprobs,
+            policy=policy,
+            media=media,
+            pad_to_multiple=token_multiple(config),
+        ),
+        send_weights=send_weights,
+        worst=partial(worst_of_replicas, groups=policy.groups),
+    )
+
+
+def trainer_logprobs(
+    groups: Sequence[RolloutGroup],
+    *,
+    policy: Policy,
+    media: MediaSpec,
+    pad_to_multiple: int = 1,
+    temperature: float | None = None,
+    seconds_per_grid: float | None = None,
+) -> list[list[float]]:
+    """``Score`` by the policy, on every rank of the replica."""
+    batches = [
+        pack_groups(
+            [group],
+            view="intact",
+            media=media,
+            pad_to_multiple=pad_to_multiple,
+            seconds_per_grid=seconds_per_grid,
+            vision="media" if policy.groups.is_first_stage else "none",
+        )
+        for group in groups
+    ]
+    # An interleaved schedule takes micro-batches by the round, one for every stage.
+    fill = [batches[-1]] * (-len(batches) % policy.groups.sizes.pipeline)
+    found = policy.score(batches + fill, temperature=temperature)[: len(batches)]
+    known = [statistics.logprob_R.tolist() for statistics in found if statistics is not None]
+    return policy.from_last_stage(known)
+
+
+def worst_of_replicas(gaps: dict[str, Gap], *, groups: ParallelGroups) -> dict[str, Gap]:
+    """The largest of all ranks' gaps, by name; one that is no number is the largest."""
+    found = gather_objects(gaps, group=groups.world)
+    return {
+        name: max((part[name] for part in found), key=lambda gap: (math.isnan(gap.mean), gap.mean)) for name in gaps
+    }

@@ -1,0 +1,79 @@
+"""Responses of an in-process vLLM engine as they grow, and groups as they are completed by several engines.
+
+Nothing here imports vLLM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from megatron_ktr.rollout.sampling import StopStrings
+from megatron_ktr.rollout.vllm.sampling import rollout_of
+from megatron_ktr.types import Prompt, Rollout, RolloutGroup
+
+Answer = tuple[int, int, Rollout]
+"""(index of the prompt among those of the share group, sample, response)."""
+
+
+class GrowingResponse:
+    """One response as it grows."""
+
+    def __init__(self, prompt: int, sample: int, *, stop: StopStrings | None) -> None:
+        self.prompt, self.sample = prompt, sample
+        self.finish_reason: str | None = None
+        self._stop = stop
+        self._token_ids: list[int] = []
+        self._logprobs: list[float] | None = []
+
+    def add(self, output: Any) -> None:
+        """What vLLM has generated since; tokens after the one that completes a stop string are dropped."""
+        token_ids = list(output.token_ids)
+        self.finish_reason = output.finish_reason
+        if self._stop is not None:
+            for length, token_id in enumerate(token_ids, start=1):
+                if self._stop.completed_by(0, token_id):
+                    del token_ids[length:]
+                    self.finish_reason = "stop"
+                    break
+        self._token_ids += token_ids
+        if output.logprobs is None:
+            self._logprobs = None
+        elif self._logprobs is not None:
+            assert output.logprobs.token_ids[: len(token_ids)] == token_ids
+            self._logprobs += output.logprobs.logprobs[: len(token_ids)]
+
+    def rollout(self, end_token_ids: Sequence[int], tokenizer: Any) -> Rollout:
+        return rollout_of(
+            self._token_ids,
+            self._logprobs,
+            finish_reason=self.finish_reason,
+            end_token_ids=end_token_ids,
+            tokenizer=tokenizer,
+        )
+
+
+class GroupCollector:
+    """Puts the responses to one reading rank's prompts together; other ranks' are ignored."""
+
+    def __init__(self, prompts_of_reader: Mapping[int, Sequence[Prompt]], *, rank: int, num_samples: int) -> None:
+        self._prompts: dict[int, tuple[int, Prompt]] = {}
+        """By index among all prompts: (index among the reader's own, prompt)."""
+        start = 0
+        for reader, prompts in prompts_of_reader.items():
+            if reader == rank:
+                self._prompts = {start + index: (index, prompt) for index, prompt in enumerate(prompts)}
+            start += len(prompts)
+        self._num_samples = num_samples
+        self._rollouts: dict[int, dict[int, Rollout]] = {index: {} for index in self._prompts}
+
+    def add(self, answer: Answer) -> Iterator[tuple[int, RolloutGroup]]:
+        """The group that ``answer`` completes, if it does."""
+        index, sample, rollout = answer
+        if index not in self._prompts:
+            return
+        rollouts = self._rollouts[index]
+        rollouts[sample] = rollout
+        if len(rollouts) == self._num_samples:
+            own_index, prompt = self._prompts[index]
+            yield own_index, RolloutGroup(prompt, tuple(rollouts[key] for key in sorted(rollouts)))

@@ -1,0 +1,258 @@
+"""Rollout by ``vllm serve`` processes on other GPUs or nodes: prompts over HTTP, weights by version.
+
+Every replica's reading rank talks to all servers, from one asyncio loop in a thread, and sends each request to the one
+with the fewest (``rollout/server/pool.py`` has the rules: retries, servers that leave and come back). A request is one
+prompt with all its responses, so media are sent and encoded once (``rollout/server/wire.py``).
+
+Weights: each server has one owner among the reading ranks, which gives it every new version
+(``rollout/server/weights.py``, ``rollout/server/broadcast.py``); then the owners tell the others which servers have it.
+A server drains its running requests first, whichever replica they belong to, so no response mixes two versions; with
+``in_flight_updates`` it only halts, and mixed responses are counted.
+
+How to start servers: see the README; on a machine without GPU: ``python -m megatron_ktr.rollout.server.serve``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import shutil
+import threading
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from transformers import AutoConfig
+
+from megatron_ktr.batch.packing import MediaSpec
+from megatron_ktr.config import Config
+from megatron_ktr.distributed.platform import current
+from megatron_ktr.errors import UserError
+from megatron_ktr.files.hf_model import reading_model
+from megatron_ktr.rollout.base import RolloutEngine
+from megatron_ktr.rollout.sampling import SamplingSettings, StopStrings, end_token_ids
+from megatron_ktr.rollout.server.client import ServerClient, ServerFacts
+from megatron_ktr.rollout.server.pool import COUNTS, Give, PoolSettings, ServerPool
+from megatron_ktr.rollout.server.replicas import Replicas
+from megatron_ktr.rollout.server.weights import DirectoryTransfer, Failed, Outcome, WeightTransfer
+from megatron_ktr.rollout.server.wire import Sample, check_length, encode_request, read_answer
+from megatron_ktr.rollout.vllm.sampling import LogprobsMode, logprobs_mode, records_logprobs, rollout_of
+from megatron_ktr.types import Prompt, RolloutGroup
+
+
+class ServerEngine(RolloutEngine):
+    """Generation by the servers at ``urls``. Made, given weights and closed on every reading rank alike.
+
+    Raises:
+        UserError: no server answers, or one is not set up for training.
+    """
+
+    can_overlap = True
+
+    def __init__(
+        self,
+        model_dir: Path | str,
+        *,
+        urls: Sequence[str],
+        tokenizer: Any,
+        media: MediaSpec,
+        sampling: SamplingSettings,
+        transfer: WeightTransfer,
+        replicas: Replicas,
+        settings: PoolSettings,
+        runs_vision_encoder: bool = True,
+    ) -> None:
+        self.runs_vision_encoder = runs_vision_encoder
+        self.tokenizer = tokenizer
+        self.media = media
+        self.sampling = sampling
+        self.transfer = transfer
+        self.replicas = replicas
+        self.mode: LogprobsMode = logprobs_mode(sampling)
+        self._runner = ""  # of the first server that says: rollout/vllm/runner.py
+        self.end_token_ids = end_token_ids(model_dir, tokenizer)
+        with reading_model(model_dir):
+            self.vocab_size = AutoConfig.from_pretrained(model_dir).get_text_config().vocab_size
+        self._num_updates = 0
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="vllm servers", daemon=True)
+        self._thread.start()
+        self.pool = self._run(self._make_pool(urls, settings)).result()
+        try:
+            self._run(self.pool.start()).result()
+        except UserError:
+            self.close()
+            raise
+
+    def stream(
+        self, prompts: Sequence[Prompt], *, step: int = 0, sampling: SamplingSettings | None = None
+    ) -> Iterator[tuple[int, RolloutGroup]]:
+        """Groups as servers finish them; a prompt's responses do not depend on the server, nor on the other prompts."""
+        sampling = sampling or self.sampling
+        if not records_logprobs(sampling, mode=self.mode) and records_logprobs(sampling, mode=logprobs_mode(sampling)):
+            raise UserError(f"the servers' --logprobs-mode {self.mode} gives no log-probs at {sampling.temperature:g}")
+        for prompt in prompts:
+            check_length(prompt, sampling=sampling, max_model_len=self.pool.max_model_len)
+        found: queue.SimpleQueue[Future[tuple[int, RolloutGroup]]] = queue.SimpleQueue()
+        asked = [
+            self._run(self._answer(index, prompt, step=step, sampling=sampling)) for index, prompt in enumerate(prompts)
+        ]
+        for future in asked:
+            future.add_done_callback(found.put)
+        try:
+            for _ in prompts:
+                yield found.get().result()
+        finally:
+            for future in asked:
+                future.cancel()
+
+    def load_weights(self, named_tensors: Iterator[tuple[str, Tensor]]) -> None:
+        """Gives servers new weights under a new label.
+
+        Raises:
+            UserError: on every rank, if no server has them afterwards, or they could not be written.
+        """
+        self._num_updates += 1
+        label = f"{self.replicas.run}-{self._num_updates}"
+
+        def start(gives: Mapping[str, Give], failed: Failed | None = None) -> Future[Outcome]:
+            return self._run(self.pool.update(label, gives, again=self.transfer.keeps_weights, failed=failed))
+
+        outcome: Outcome = {}
+        problem = None
+        try:
+            outcome = self.transfer.send(named_tensors, label=label, start=start)
+        except UserError as error:
+            problem = str(error)
+        self.replicas.raise_any(problem)
+        for part in self.replicas.gather(outcome):
+            outcome = outcome | part
+        self._run(self.pool.adopt(outcome)).result()
+        self.transfer.settle()
+        if all(found is not None for found in outcome.values()):
+            errors = "; ".join(f"{url}: {found}" for url, found in outcome.items())
+            raise UserError(f"no vLLM server took the new weights: {errors}")
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """server/retries, server/resent, server/taken_out, server/malformed, server/mixed_versions."""
+        return {f"server/{name}": self.pool.counts[name] for name in COUNTS}
+
+    def close(self) -> None:
+        """Ends the connections; the servers stay."""
+        if self._thread.is_alive():
+            with contextlib.suppress(Exception):
+                self._run(self.pool.close()).result(timeout=10)
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+        self.transfer.close()
+
+    async def _answer(
+        self, index: int, prompt: Prompt, *, step: int, sampling: SamplingSettings
+    ) -> tuple[int, RolloutGroup]:
+        samples = await self.pool.ask(
+            partial(
+                encode_request,
+                prompt,
+                step=step,
+                sampling=sampling,
+                mode=self.mode,
+                media=self.media,
+                end_token_ids=self.end_token_ids,
+            ),
+            read=partial(read_answer, prompt=prompt, sampling=sampling, mode=self.mode, vocab_size=self.vocab_size),
+            name=f"prompt {prompt.problem_id}",
+        )
+        rollouts = tuple(
+            rollout_of(
+                sample.token_ids,
+                sample.logprobs,
+                finish_reason=sample.finish_reason,
+                end_token_ids=self.end_token_ids,
+                tokenizer=self.tokenizer,
+            )
+            for sample in (self._until_stop(sample, sampling.stop) for sample in samples)
+        )
+        return index, RolloutGroup(prompt=prompt, rollouts=rollouts)
+
+    def _until_stop(self, sample: Sample, stop: Sequence[str]) -> Sample:
+        """Up to the token that completes a stop string. Servers sample on to the end: their own stop strings need their
+        detokenizer, which fails on ids that the model has and its tokenizer does not know, and ends the server."""
+        if not stop:
+            return sample
+        decode = partial(self.tokenizer.decode, skip_special_tokens=True)
+        strings = StopStrings(stop, decode=decode, num_rows=1)
+        for length, token_id in enumerate(sample.token_ids, start=1):
+            if strings.completed_by(0, token_id):
+                logprobs = None if sample.logprobs is None else sample.logprobs[:length]
+                return replace(sample, token_ids=sample.token_ids[:length], logprobs=logprobs, finish_reason="stop")
+        return sample
+
+    async def _make_pool(self, urls: Sequence[str], settings: PoolSettings) -> ServerPool:
+        clients = [
+            ServerClient(url, max_requests=settings.max_requests, timeout_seconds=settings.timeout_seconds)
+            for url in urls
+        ]
+        return ServerPool(clients, settings=settings, check_facts=self._problem_with)
+
+    def _problem_with(self, facts: ServerFacts) -> str | None:
+        """What would make its responses differ from what the trainer thinks they are."""
+        if facts.logprobs_mode != self.mode:
+            return f"it was started with --logprobs-mode {facts.logprobs_mode}; this run needs {self.mode}"
+        if facts.normalises_pixels:
+            return "it normalises pixels that are normalised already; start it with --no-mm-device-do-normalize"
+        if self.runs_vision_encoder and not facts.has_encoder:
+            return "it has no vision encoder: start it without --limit-mm-per-prompt, or use --share-vision-features"
+        self._runner = self._runner or facts.runner
+        if facts.runner != self._runner:
+            return (
+                f"its model runner is {facts.runner}, another server's {self._runner}: the same seed would give other "
+                "responses, depending on who answers; start all with VLLM_USE_V2_MODEL_RUNNER=0"
+            )
+        return None
+
+    def _run(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+
+def server_engine(
+    config: Config, *, data_group: ProcessGroup | None, tokenizer: Any, media: MediaSpec, sampling: SamplingSettings
+) -> ServerEngine:
+    """The engine that ``config.rollout`` describes, on a reading rank; ``data_group`` holds all of them."""
+    rollout = config.rollout
+    replicas = Replicas(data_group)
+    urls = list(dict.fromkeys(url.rstrip("/") for url in rollout.server_urls))
+    owned_urls = replicas.own(urls)
+    transfer: WeightTransfer
+    if rollout.weight_transfer == "directory" or (rollout.weight_transfer == "auto" and current().name == "cpu"):
+        directory = Path(rollout.weight_directory or Path(config.trainer.run_dir) / "server_weights")
+        if replicas.rank == 0 and rollout.weight_directory is None:
+            shutil.rmtree(directory, ignore_errors=True)  # of a run that was cut off
+        transfer = DirectoryTransfer(directory, owned_urls=owned_urls, replicas=replicas)
+    else:
+        from megatron_ktr.rollout.server.broadcast import BroadcastTransfer
+
+        transfer = BroadcastTransfer(owned_urls=owned_urls, timeout_seconds=rollout.server_timeout_seconds)
+    return ServerEngine(
+        config.model.model,
+        urls=urls,
+        tokenizer=tokenizer,
+        media=media,
+        sampling=sampling,
+        transfer=transfer,
+        replicas=replicas,
+        settings=PoolSettings(
+            max_requests=rollout.server_max_requests,
+            max_retries=rollout.server_max_retries,
+            timeout_seconds=rollout.server_timeout_seconds,
+            in_flight_updates=rollout.in_flight_updates,
+        ),
+        runs_vision_encoder=not rollout.share_vision_features,
+    )

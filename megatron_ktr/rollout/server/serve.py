@@ -1,0 +1,104 @@
+"""``python -m megatron_ktr.rollout.server.serve MODEL --port N [...]``: ``vllm serve``, set up for training.
+
+Everything after the model goes to vLLM; what is named here are defaults, which the command line overrides. On a machine
+with GPUs this is the same as the ``vllm serve`` command in the README. The CPU build needs help besides
+(``rollout/vllm/cpu.py`` says why), in the server and in the processes it starts: these import this module again, under
+the name ``__mp_main__``, before anything else.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from megatron_ktr.errors import UserError, run_cli
+from megatron_ktr.files.checksums import require_intact
+from megatron_ktr.files.hf_model import make_torchvision_importable
+from megatron_ktr.rollout.vllm.cpu import set_environment
+from megatron_ktr.rollout.vllm.runner import choose_runner
+
+TRAINING_FLAGS = {
+    # Generation from token ids and the model's own inputs.
+    "--enable-scale-out": None,
+    # Pixels arrive normalised.
+    "--no-mm-device-do-normalize": None,
+    # Published directories ask for a repetition penalty and more: another distribution than the trainer's.
+    "--generation-config": "vllm",
+    # Log-probs before top-p; runs at another temperature need processed_logprobs.
+    "--logprobs-mode": "raw_logprobs",
+}
+GPU_FLAGS = {
+    # Without it the server has no place for weights from GPU to GPU; NCCL is vLLM's default in it.
+    "--weight-transfer-config": "{}",
+}
+CPU_FLAGS = {
+    "--dtype": "float32",
+    "--enforce-eager": None,
+    "--kv-cache-memory-bytes": str(1 << 28),
+    "--max-num-batched-tokens": "8192",
+    # ``WHOLE_PROMPTS`` in rollout/vllm/cpu.py. vLLM asks for --max-model-len where the model's own exceeds the line
+    # above.
+    "--no-enable-chunked-prefill": None,
+}
+
+
+def arguments(argv: Sequence[str], *, on_cpu: bool) -> list[str]:
+    """What follows ``vllm serve``: ``argv``, and the defaults that it does not set."""
+    if not argv or argv[0].startswith("-"):
+        raise UserError("usage: python -m megatron_ktr.rollout.server.serve MODEL [--port N] [options of vllm serve]")
+    given = {argument.split("=")[0].replace("_", "-") for argument in argv if argument.startswith("--")}
+    found = list(argv)
+    for flag, value in (TRAINING_FLAGS | (CPU_FLAGS if on_cpu else GPU_FLAGS)).items():
+        opposite = flag.replace("--no-", "--", 1) if flag.startswith("--no-") else flag.replace("--", "--no-", 1)
+        if flag not in given and opposite not in given:
+            found += [flag] if value is None else [flag, value]
+    return found
+
+
+def prepare(*, on_cpu: bool) -> None:
+    """Before vLLM is imported, in the server and in its child processes."""
+    os.environ.setdefault("VLLM_SERVER_DEV_MODE", "1")
+    choose_runner()
+    if not on_cpu:
+        return
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
+    set_environment()
+    # The sampler's small functions would be compiled to C++ on first use: half a minute.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    make_torchvision_importable()
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
+
+    # vLLM would inspect the class in a child process of its own, which imports none of this.
+    ModelRegistry.register_model("Qwen2_5_VLForConditionalGeneration", Qwen2_5_VLForConditionalGeneration)
+
+
+def main() -> None:
+    on_cpu = not torch.accelerator.is_available()
+    argv = ["serve", *arguments(sys.argv[1:], on_cpu=on_cpu)]
+    if importlib.util.find_spec("vllm") is None:
+        raise UserError("vLLM is not installed here: make setup-vllm puts it in .venv-vllm")
+    prepare(on_cpu=on_cpu)
+    require_intact(argv[1], option="MODEL")
+    # Not vLLM's own main: it asks for the version of a package "vllm", which the CPU build is not called.
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    cli_env_setup()
+    parser = FlexibleArgumentParser(prog="vllm")
+    command = ServeSubcommand()
+    command.subparser_init(parser.add_subparsers(dest="subparser"))
+    options = parser.parse_args(argv)
+    command.validate(options)
+    command.cmd(options)
+
+
+if __name__ == "__mp_main__":
+    prepare(on_cpu=not torch.accelerator.is_available())
+if __name__ == "__main__":
+    run_cli(main)

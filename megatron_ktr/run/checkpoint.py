@@ -1,0 +1,374 @@
+"""Checkpoints of a running training: everything a run needs to go on, loadable in any layout.
+
+    step_00000010/
+        __<rank>_0.distcp, .metadata, metadata.json   weights (or adapters) and optimizer state, megatron-core's
+                                                      distributed format
+        common.pt                                     optimizer settings, count of optimizer steps, loss scale
+        training.json                                 step, layout, learning-rate schedule, data positions
+        rng.json                                      random states of each rank
+        config.yaml, hf/                              resolved options; config, tokenizer, ... of the model
+        checksums.json                                of all other files (``files/checksums.py``)
+
+Saving is asynchronous: ``save`` copies each rank's part to host memory, a thread writes, and a later step boundary (or
+``close``) completes the checkpoint by renaming its directory. So a directory ``step_*`` is always complete, and a run
+that dies while saving leaves the older ones as they were. Every rank must see the run directory (a shared file system).
+What became of the files afterwards is found out before one is used (``files/intact_checkpoint.py``).
+
+Resuming in the layout that saved continues bit for bit. In another layout weights, optimizer and schedule are the
+same, data-parallel ranks share the remaining data anew, and random states start from the seed (no part of a training
+step depends on them: rollouts and shuffles are seeded by step).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
+from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_ktr.config import save_resolved
+from megatron_ktr.data.dataset import reshard_states
+from megatron_ktr.distributed.agreement import on_every_rank
+from megatron_ktr.distributed.checkpoint_writer import BackgroundSave, Written
+from megatron_ktr.distributed.optimizer_checkpoint import (
+    agreed_steps,
+    load_optimizer_state,
+    optimizer_sharded_state,
+    optimizer_shards,
+)
+from megatron_ktr.distributed.optimizer_shards import stored_keys
+from megatron_ktr.distributed.random_states import RANDOM_STATES, random_states_to_json, read_random_states
+from megatron_ktr.errors import UserError
+from megatron_ktr.files.checksums import Digest, sync, write_hashed, write_manifest
+from megatron_ktr.files.hf_files import copy_side_files
+from megatron_ktr.files.intact_checkpoint import CONFIG_FILE, FORMAT_VERSION, TRAINING_FILE
+from megatron_ktr.files.safe_pickle import UNREADABLE
+from megatron_ktr.files.torch_dist_checks import COMMON_FILE, check_chunks, require_tensors
+from megatron_ktr.files.torch_dist_files import TorchDistReader, torch_saved
+from megatron_ktr.policy.policy import Policy
+from megatron_ktr.rollout.source import ReplicaSource
+from megatron_ktr.run.directory import CHECKPOINTS, SIDE_FILES, list_checkpoints, step_name
+from megatron_ktr.stack import load_strategy
+from models.qwen2_5_vl.dist_checkpoint import locate_tensors
+from models.qwen2_5_vl.dist_weights import model_sharded_state_dict, require_plain_tensors
+from models.qwen2_5_vl.lora import is_adapter
+
+_log = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """Saves and resumes one run; every method is collective over the world.
+
+    Example, in a training loop::
+
+        checkpoints = Checkpoints(run_dir, policy=policy, source=source)
+        if start.checkpoint:
+            checkpoints.load(start.checkpoint)
+        for step in range(start.step + 1, num_steps + 1):
+            ...
+            checkpoints.after_step(step)
+        checkpoints.close()
+    """
+
+    def __init__(self, run_dir: Path, *, policy: Policy, source: ReplicaSource) -> None:
+        self.directory = run_dir / CHECKPOINTS
+        self.policy = policy
+        self.source = source
+        self.groups = policy.groups
+        self._pending: tuple[int, BackgroundSave] | None = None
+        self._digests: dict[str, Digest] = {}
+        """Of what ``_prepare`` wrote."""
+        self._on_rank_zero("clear", self._remove_leftovers)
+
+    def after_step(self, step: int) -> None:
+        """Completes a save whose files are written; starts one every ``save_interval`` steps and after the last."""
+        if self._pending is not None and self._is_written_everywhere():
+            self._complete()
+        trainer = self.policy.config.trainer
+        if trainer.save_interval and (step % trainer.save_interval == 0 or step == trainer.train_steps):
+            self.save(step)
+
+    def save(self, step: int) -> None:
+        """Starts a checkpoint of the state after ``step``; one that is still being written is completed first.
+
+        Raises:
+            UserError: on every rank, if the disk is full or cannot be written; older checkpoints stay as they are.
+        """
+        self._complete()
+        scratch = self.directory / f".{step_name(step)}"
+        training = self._training_state(step)
+        random_states = self._gather_random_states()
+        state = sharded_state(self.policy)
+        # After the optimizer's state was found by its parameters: weights kept in FP8 are written as plain numbers.
+        force_all_tensors_to_non_fp8(state)
+        sharded, common = save_preprocess(state, validate_access_integrity=False)
+        common = self._common_of_all(common)
+        self._on_rank_zero(f"save step {step} to", lambda: self._prepare(scratch, training, random_states, common))
+        self._on_each_rank(f"save step {step} to", lambda: _require_shared(scratch))
+        self._pending = (step, BackgroundSave(sharded, scratch, data_group=self.groups.data_context))
+
+    def save_and_wait(self, step: int) -> None:
+        """A complete checkpoint of the state after ``step``, also where none is due."""
+        if self._pending is None or self._pending[0] != step:
+            self.save(step)
+        self._complete()
+
+    def close(self) -> None:
+        """Waits for the checkpoint under way and completes it."""
+        self._complete()
+
+    def load(self, checkpoint: Path) -> int:
+        """Restores everything from an intact checkpoint, saved in any layout; returns its step.
+
+        Raises:
+            UserError: of another model or other data, or not what a run writes.
+        """
+        training = self._on_each_rank("read", lambda: _read_training_state(checkpoint))
+        with _as_user_error(checkpoint / TRAINING_FILE):
+            # Before the weights: other data is noticed early.
+            groups = self.groups
+            position = reshard_states(training["sources"], rank=groups.data_rank, size=groups.data_size)
+            self.source.load_state_dict(position)
+        self._on_each_rank("read", lambda: self._check_tensors(checkpoint))
+        load_sharded_state(self.policy, checkpoint)
+        scheduler = self.policy.scheduler
+        scheduler.num_steps = 0
+        scheduler.step(increment=training["scheduler_steps"])
+        if training["layout"] == self._layout():
+            states = self._on_each_rank("read", lambda: read_random_states(checkpoint))
+            self._on_each_rank("read", lambda: self._set_random_state(states, checkpoint / RANDOM_STATES))
+        elif groups.rank == 0:
+            _log.info("the layout changed since %s was saved: random states start from the seed", checkpoint)
+        return int(training["step"])
+
+    def _set_random_state(self, states: list[dict[str, Any]], path: Path) -> None:
+        with _as_user_error(path):
+            try:
+                self.policy.platform.set_rng_state(states[self.groups.rank])
+            except RuntimeError as error:  # torch's, for a state of another length
+                raise ValueError(str(error)) from error
+
+    def _check_tensors(self, checkpoint: Path) -> None:
+        reader = TorchDistReader(checkpoint)
+        files = sorted(path.name for path in checkpoint.glob("*.distcp"))
+        check_chunks(checkpoint, files=files[self.groups.rank :: self.groups.world_size])
+        if self.policy.lora is None:
+            locate_tensors(reader, config=self.policy.model_config)
+
+    # State
+
+    def _layout(self) -> dict[str, Any]:
+        layout = dataclasses.asdict(self.groups.sizes)
+        return {**layout, "world": self.groups.world_size, "platform": self.policy.platform.name}
+
+    def _training_state(self, step: int) -> dict[str, Any]:
+        sources: list[Any] = [None] * self.groups.data_size
+        torch.distributed.all_gather_object(sources, self.source.state_dict(), group=self.groups.data)
+        return {
+            "version": FORMAT_VERSION,
+            "step": step,
+            "layout": self._layout(),
+            "scheduler_steps": self.policy.scheduler.num_steps,
+            "sources": sources,
+        }
+
+    def _common_of_all(self, common: dict[str, Any]) -> dict[str, Any]:
+        """On rank 0, which writes them: the optimizer's settings are of the first rank that trains something."""
+        settings = [None] * self.groups.world_size if self.groups.rank == 0 else None
+        trains = any(p.requires_grad for chunk in self.policy.chunks for p in chunk.parameters())
+        torch.distributed.gather_object(common.get("optimizer") if trains else None, settings, dst=0)
+        found = next((one for one in settings or [] if one is not None), None)
+        return common if found is None else common | {"optimizer": found}
+
+    def _gather_random_states(self) -> list[Any] | None:
+        states = [None] * self.groups.world_size if self.groups.rank == 0 else None
+        torch.distributed.gather_object(self.policy.platform.rng_state(), states, dst=0)
+        return states
+
+    # Files
+
+    def _prepare(self, scratch: Path, training: dict[str, Any], random_states: Any, common: dict[str, Any]) -> None:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        copy_side_files(self.policy.hf_dir, scratch / SIDE_FILES)
+        save_resolved(self.policy.config, scratch / CONFIG_FILE)
+        texts = {
+            TRAINING_FILE: json.dumps(training, indent=1) + "\n",
+            RANDOM_STATES: random_states_to_json(random_states),
+        }
+        contents = {name: text.encode() for name, text in texts.items()} | {COMMON_FILE: torch_saved(common)}
+        self._digests = {name: write_hashed(scratch / name, content) for name, content in contents.items()}
+
+    def _remove_leftovers(self) -> None:
+        for path in self.directory.glob(".step_*"):
+            shutil.rmtree(path)
+
+    def _is_written_everywhere(self) -> bool:
+        assert self._pending is not None
+        is_waiting = torch.tensor(0 if self._pending[1].is_written else 1, device=self.policy.platform.device)
+        torch.distributed.all_reduce(is_waiting)
+        return int(is_waiting) == 0
+
+    def _complete(self) -> None:
+        """Waits for the files of all ranks; metadata, rename, then the oldest ones go."""
+        if self._pending is None:
+            return
+        (step, save), self._pending = self._pending, None
+        save.wait()
+        what = f"save step {step} to"
+        try:
+            self._on_each_rank(what, lambda: _raise_error(save.error))
+            results = save.gather_results()
+            self._on_rank_zero(what, lambda: self._publish(step, save, results))
+        except UserError:
+            if self.groups.rank == 0:
+                shutil.rmtree(save.directory, ignore_errors=True)
+            raise
+
+    def _publish(self, step: int, save: BackgroundSave, written: list[Written]) -> None:
+        digests = save.finish(written)
+        write_manifest(save.directory, known=self._digests | digests, is_known_synced=True)
+        target = self.directory / step_name(step)
+        if target.exists():
+            # An incomplete one would not have been resumed from; a complete one cannot be ahead of this run.
+            _remove(target)
+        os.rename(save.directory, target)
+        # The rename itself reaches the disk.
+        sync(self.directory)
+        keep = self.policy.config.trainer.keep_checkpoints
+        for _, path in list_checkpoints(self.directory.parent)[: -keep if keep else 0]:
+            _remove(path)
+
+    # Errors
+
+    def _on_rank_zero(self, what: str, action: Callable[[], Any]) -> None:
+        self._on_each_rank(what, lambda: action() if self.groups.rank == 0 else None)
+
+    def _on_each_rank(self, what: str, action: Callable[[], Any]) -> Any:
+        """``on_every_rank`` with errors of the file system as one line for the user."""
+
+        def guarded() -> Any:
+            try:
+                return action()
+            except OSError as error:
+                reason = error.strerror or str(error)
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    reason = "disk full"
+                kept = list_checkpoints(self.directory.parent)
+                intact = f"the last complete checkpoint is {kept[-1][1]}" if kept else "there is no older checkpoint"
+                raise UserError(f"checkpoints: cannot {what} {self.directory}: {reason}; {intact}") from error
+
+        return on_every_rank(guarded, groups=self.groups)
+
+
+def sharded_state(policy: Policy, *, is_loading: bool = False) -> dict[str, Any]:
+    """Weights and optimizer state as megatron-core's sharded state, the same tensors whatever the layout; each rank's
+    own part, nothing copied.
+
+    Of a model with adapters only these are in it: the rest is what the run started from.
+    """
+    policy.wait_for_parameters()
+    state = model_sharded_state_dict(policy.chunks)
+    has_optimizer_state = policy.config.optimizer.optimizer != "sgd"
+    # Also where this rank has nothing to train: it is agreed on by all.
+    num_steps = agreed_steps(policy.optimizer) if has_optimizer_state else None
+    if has_optimizer_state and not policy.optimizer.is_stub_optimizer:
+        state["optimizer"] = optimizer_sharded_state(
+            policy.optimizer, dict(state), num_steps=num_steps, is_loading=is_loading
+        )
+    for part in [name for name in state if name.startswith("model")]:
+        # Objects are empty on plain torch layers, histories of FP8 on Transformer Engine's: not needed.
+        state[part] = {
+            name: value
+            for name, value in state[part].items()
+            if not isinstance(value, ShardedObject) and (policy.lora is None or is_adapter(name))
+        }
+    return state
+
+
+@torch.no_grad()
+def load_sharded_state(policy: Policy, checkpoint: Path) -> None:
+    """Fills weights and optimizer from a checkpoint of any layout; data-parallel ranks read a part each."""
+    state = sharded_state(policy, is_loading=True)
+    parts = [name for name in state if name.startswith("model")]
+    shards = optimizer_shards(policy.optimizer, {name: state[name] for name in parts}) if "optimizer" in state else []
+
+    def require_plain() -> None:
+        require_plain_tensors(state, checkpoint)
+        require_tensors(checkpoint, {key for part in shards for key in stored_keys(part)})
+
+    on_every_rank(require_plain, groups=policy.groups)
+    try:
+        strategy = FullyParallelLoadStrategyWrapper(load_strategy(str(checkpoint)), policy.groups.data_context)
+        loaded = dist_checkpointing.load(state, str(checkpoint), sharded_strategy=strategy)
+    except (CheckpointingException, CheckpointException, OSError, *UNREADABLE) as error:
+        raise UserError(f"--resume: {checkpoint} cannot be loaded: {error}") from error
+    for chunk, name in zip(policy.bare_chunks, parts, strict=True):
+        result = chunk.load_state_dict(loaded[name], strict=False)
+        missing = [key for key in result.missing_keys if policy.lora is None or is_adapter(key)]
+        lost = [key for key in missing if not key.endswith("_extra_state")] + result.unexpected_keys
+        if lost:
+            raise RuntimeError(f"parameters that the sharded state does not cover: {', '.join(lost)}")
+    policy.vision.forget()
+    optimizer = policy.optimizer
+
+    def load_optimizer() -> None:
+        # A rank may have nothing to train.
+        if "optimizer" in state:
+            with _as_user_error(checkpoint / COMMON_FILE):
+                load_optimizer_state(optimizer, loaded["optimizer"], shards=shards, checkpoint=checkpoint)
+
+    on_every_rank(load_optimizer, groups=policy.groups)
+
+
+def _read_training_state(checkpoint: Path) -> dict[str, Any]:
+    path = checkpoint / TRAINING_FILE
+    with _as_user_error(path):
+        state = json.loads(path.read_text(encoding="utf-8"))
+        missing = {"step", "layout", "scheduler_steps", "sources"} - state.keys()
+        if missing:
+            raise UserError(f"--resume: {path} lacks {', '.join(sorted(missing))}")
+        if int(state.get("version", 1)) > FORMAT_VERSION:
+            raise UserError(f"--resume: {path} was written by a later version of this program")
+    return state
+
+
+@contextlib.contextmanager
+def _as_user_error(path: Path) -> Iterator[None]:
+    """For a file that has its checksum and still may hold anything."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise UserError(f"--resume: {path} does not hold what a run writes there: {error!r}") from error
+
+
+def _require_shared(scratch: Path) -> None:
+    if not scratch.is_dir():
+        raise UserError(f"--run-dir: {scratch} is not seen by every rank; it must be on a shared file system")
+
+
+def _raise_error(error: Exception | None) -> None:
+    if error is not None:
+        raise error
+
+
+def _remove(checkpoint: Path) -> None:
+    """Takes the name away first, so that a checkpoint is never half there."""
+    doomed = checkpoint.with_name(f".{checkpoint.name}.removed")
+    os.rename(checkpoint, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)

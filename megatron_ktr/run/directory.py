@@ -1,0 +1,225 @@
+"""The directory of one run, and how a stopped run is taken up again.
+
+config.yaml                        the options the run started with
+config_from_step_00000011.yaml     those of a part that was resumed at that step (the next such part: ..._2.yaml)
+metrics.jsonl, tensorboard/        every step once
+rollouts/step_00000010.jsonl       rollouts of some steps, with their key tokens
+rollouts/step_00000010_replica_0001.jsonl  those of further data-parallel replicas
+rollouts/abandoned_after_step_00000010/    those of later steps that an earlier part had done and a resumed one repeats
+checkpoints/step_00000010/         a complete checkpoint: the name appears by a rename, after everything is written
+checkpoints/damaged_step_00000030/ one whose files are not what was written: set aside, a run went on from an older one
+checkpoints/.step_00000020         one that was being written when the run stopped; ignored, later removed
+export/                            the trained model in Hugging Face format
+export_until_step_00000020/        the export of an earlier part, which had ended at that step
+abandoned_start/                   what a start without a complete checkpoint had left when --auto-resume began anew
+
+A resumed run overwrites no file of an earlier part: what stands in its way gets another name. Only the metrics of steps
+that are done again are dropped, so that every step appears once; that file is replaced as a whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from megatron_ktr.config import OPTIONS, Config, read_saved, save_resolved
+from megatron_ktr.errors import UserError
+from megatron_ktr.files.intact_checkpoint import (
+    CONFIG_FILE,
+    Verify,
+    checkpoint_damage,
+    newest_intact,
+    rename_path,
+    set_aside,
+    unused_path,
+)
+from megatron_ktr.files.json_files import read_json
+
+T = TypeVar("T")
+CHECKPOINTS = "checkpoints"
+SIDE_FILES = "hf"
+ROLLOUTS = "rollouts"
+ABANDONED_START = "abandoned_start"
+STEP_NAME = re.compile(r"step_(\d{8,})")
+ROLLOUT_NAME = re.compile(r"step_(\d{8,})(?:_replica_\d{4,})?")
+
+MAY_CHANGE = frozenset(
+    "model transformer_impl gradient_accumulation_fusion "
+    "data_path media_root prompt_template max_skip_share media_cache_gb replay_path "
+    "run_dir resume auto_resume train_steps train_epochs micro_batch_groups save_interval keep_checkpoints "
+    "eval_interval log_interval rollout_log_interval platform distributed_timeout_minutes rollout_tensor_parallel_size "
+    "rollout_memory_share rollout_kv_cache_gb rollout_max_num_seqs rollout_eager offload_during_rollout".split()
+)
+"""Options a resumed run may set anew, besides the parallel ones: where things are, how long and how fast it runs.
+Whatever else differs would make it another run; an option added later is refused until it is named here."""
+
+
+@dataclass(frozen=True)
+class RunStart:
+    """Where a run begins."""
+
+    run_dir: Path
+    checkpoint: Path | None = None
+    """The one to continue from; None: a new run."""
+    step: int = 0
+    """The last step done."""
+
+
+def step_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def rollout_file(run_dir: Path, *, step: int, replica: int) -> Path:
+    """Where data-parallel replica ``replica`` writes its rollouts of ``step``."""
+    suffix = f"_replica_{replica:04d}" if replica else ""
+    return run_dir / ROLLOUTS / f"{step_name(step)}{suffix}.jsonl"
+
+
+def list_checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
+    """(step, directory) of every checkpoint, oldest first; whether it is intact, ``files/intact_checkpoint.py`` finds
+    out."""
+    found = []
+    for path in (run_dir / CHECKPOINTS).glob("step_*"):
+        match = STEP_NAME.fullmatch(path.name)
+        if match and path.is_dir():
+            found.append((int(match[1]), path))
+    return sorted(found)
+
+
+def find_checkpoint(
+    config: Config,
+    *,
+    verify: Verify = checkpoint_damage,
+    agree: Callable[[Callable[[], T]], T] = lambda action: action(),
+) -> Path | None:
+    """The newest intact checkpoint of the run that ``config`` continues; None: a new run.
+
+    On several ranks: ``distributed/shared_verification.py`` has ``verify``, and ``agree``, which runs an action on one
+    of them.
+
+    Raises:
+        UserError: there is nothing to resume, or no checkpoint is intact.
+    """
+    trainer = config.trainer
+    run_dir = Path(trainer.run_dir)
+    if not (trainer.resume or trainer.auto_resume):
+        return None
+    checkpoints = agree(lambda: [path for _, path in list_checkpoints(run_dir)])
+    if not checkpoints and trainer.resume:
+        raise UserError(f"--resume: no complete checkpoint in {run_dir / CHECKPOINTS} (is --run-dir right?)")
+    verdict = newest_intact(checkpoints, verify=verify)
+    agree(lambda: set_aside(verdict))
+    return verdict.intact
+
+
+def open_run_directory(config: Config, *, checkpoint: Path | None = None, num_steps: int | None = None) -> RunStart:
+    """Creates ``trainer.run_dir`` and saves the resolved config in it; or goes on from ``checkpoint``, by default what
+    ``find_checkpoint`` finds.
+
+    ``auto_resume`` does the second where there is a checkpoint and else the first: what a start that came to no
+    checkpoint left behind is moved aside. ``num_steps`` is what ``train_epochs`` comes to, None where the config has
+    ``train_steps``.
+
+    Raises UserError if it holds anything and the run is not a resumed one, if there is nothing to resume, if an option
+    that makes the run what it is has changed, or if it cannot be written.
+    """
+    run_dir = Path(config.trainer.run_dir)
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"--run-dir {run_dir} is a file, expected a directory")
+    checkpoint = checkpoint or find_checkpoint(config)
+    if checkpoint is not None:
+        return _resume(config, run_dir, checkpoint, num_steps=num_steps)
+    if config.trainer.auto_resume and (run_dir / CONFIG_FILE).is_file():
+        _set_aside_start(run_dir)
+        save_resolved(config, run_dir / CONFIG_FILE)
+        return RunStart(run_dir)
+    if run_dir.exists() and any(run_dir.iterdir()):
+        raise UserError(f"--run-dir {run_dir} is not empty: choose another, or continue that run with --resume")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--run-dir {run_dir} cannot be created: {error.strerror}") from error
+    save_resolved(config, run_dir / CONFIG_FILE)
+    return RunStart(run_dir)
+
+
+def _resume(config: Config, run_dir: Path, checkpoint: Path, *, num_steps: int | None) -> RunStart:
+    step = step_of(checkpoint)
+    check_same_run(config, checkpoint)
+    trainer = config.trainer
+    length = f"--train-steps {trainer.train_steps}"
+    if trainer.train_epochs is not None:
+        length = f"--train-epochs {trainer.train_epochs:g}, {num_steps} steps"
+    if step > (trainer.train_steps or num_steps):
+        raise UserError(f"{length}: the run is at step {step} already ({checkpoint}); raise it")
+    _set_aside_export(run_dir / "export", step)
+    _set_aside_rollouts(run_dir / ROLLOUTS, step)
+    save_resolved(config, unused_path(run_dir / f"config_from_{step_name(step + 1)}.yaml"))
+    return RunStart(run_dir, checkpoint, step)
+
+
+def check_same_run(config: Config, checkpoint: Path) -> None:
+    """Raises ``UserError`` naming the first option by which ``config`` is not a continuation of ``checkpoint``."""
+    saved, current = _flat(read_saved(checkpoint / CONFIG_FILE)), _flat(config)
+    for name, option in OPTIONS.items():
+        if name not in MAY_CHANGE and option.section != "parallel" and saved[name] != current[name]:
+            raise UserError(
+                f"--resume: {option.flag} was {_show(saved[name])} when {checkpoint} was saved, now it is "
+                f"{_show(current[name])}; a resumed run cannot change it"
+            )
+    ours = Path(config.model.model) / "config.json"
+    if read_json(ours) != read_json(checkpoint / SIDE_FILES / "config.json"):
+        raise UserError(f"--resume: {ours} differs from the one of the model in {checkpoint}")
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    return {name: value for section in dataclasses.asdict(config).values() for name, value in section.items()}
+
+
+def _show(value: Any) -> str:
+    return ",".join(map(str, value)) or "empty" if isinstance(value, tuple) else str(value)
+
+
+def _set_aside_export(export: Path, step: int) -> None:
+    """The run will export again; what the part before it exported stays, under another name."""
+    if export.exists():
+        rename_path(export, unused_path(export.with_name(f"{export.name}_until_{step_name(step)}")))
+
+
+def _set_aside_start(run_dir: Path) -> None:
+    """``config.yaml`` says that the files are a run's: any other directory that is not empty is refused."""
+    left = [path for path in sorted(run_dir.iterdir()) if not path.name.startswith(ABANDONED_START)]
+    folder = unused_path(run_dir / ABANDONED_START)
+    try:
+        folder.mkdir()
+    except OSError as error:
+        raise UserError(f"--run-dir: cannot create {folder}: {error.strerror}") from error
+    for path in left:
+        rename_path(path, folder / path.name)
+
+
+def _set_aside_rollouts(rollouts: Path, step: int) -> None:
+    """Rollouts of steps after ``step`` belong to a branch that ends here: the run samples those steps anew, perhaps
+    records others of them, and reports take the files in ``rollouts`` for one run."""
+    abandoned = [
+        path
+        for path in sorted(rollouts.glob("step_*.jsonl"))
+        if (match := ROLLOUT_NAME.fullmatch(path.stem)) and int(match[1]) > step
+    ]
+    if not abandoned:
+        return
+    folder = unused_path(rollouts / f"abandoned_after_{step_name(step)}")
+    try:
+        folder.mkdir()
+    except OSError as error:
+        raise UserError(f"--run-dir: cannot create {folder}: {error.strerror}") from error
+    for path in abandoned:
+        rename_path(path, folder / path.name)

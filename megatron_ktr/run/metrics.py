@@ -1,0 +1,124 @@
+"""Where numbers of a run go: one line per step on the console, ``metrics.jsonl`` and TensorBoard events.
+
+Keys are stable: reward_mean, reward/<name>, key_token_ratio, key_token_ratio/<signal>, loss, kl, grad_norm,
+learning_rate, num_skipped, num_prompts, tokens_per_second, tflops_per_gpu, mfu (``accounting/rates.py``),
+seconds/<phase>; where the sampler's log-probs are known sampler_trainer_logprob_gap, importance_ratio_mean,
+importance_ratio_max and clipped_fraction (``objectives/importance.py``); in a run's first record sampler_check/gap_mean
+and sampler_check/gap_max, in nats (``rollout/check/sampler.py``); with several replicas flops_imbalance/before,
+flops_imbalance/after and groups_moved, under a bound on tokens num_micro_batches and oversized_groups
+(``step/plan.py``); counted since the run began: skipped/<kind>, decoder/<name>,
+"decoder/pyav: <why not decord>", repeated_frames, substituted_media. With original_compat also
+responses_without_key_tokens, a share of the step's responses.
+
+Numbers in the file have 8 significant digits. One that is not finite is null there.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from megatron_ktr.files.atomic import write_atomically
+from megatron_ktr.files.json_files import to_json
+
+
+class PhaseTimer:
+    """Wall seconds by phase of the current step; phases do not nest.
+
+    ``synchronize`` waits for the device: what a phase has launched counts as its own, not as that of the next.
+    """
+
+    def __init__(self, synchronize: Callable[[], None] = lambda: None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._synchronize = synchronize
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+            self._synchronize()
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+    def pop(self) -> dict[str, float]:
+        """The seconds so far as ``{"seconds/<phase>": value}``, starting again from zero."""
+        taken, self.seconds = self.seconds, {}
+        return {f"seconds/{name}": value for name, value in taken.items()}
+
+
+class MetricsWriter:
+    """Writes one record per step; does nothing on ranks that do not report (``run_dir`` None).
+
+    A resumed run first drops the records of steps at or after the one it starts from, so that every step appears
+    once; the file is replaced by a rename, so that a crash meanwhile leaves the old one.
+    """
+
+    def __init__(self, run_dir: Path | None, *, first_step: int = 0) -> None:
+        self._file: IO[str] | None = None
+        self._events = None
+        if run_dir is None:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        run_dir.mkdir(parents=True, exist_ok=True)
+        path = run_dir / "metrics.jsonl"
+        if path.exists():
+            kept = [line for line in _lines(path) if _step_of(line) < first_step]
+            write_atomically(path, "".join(line + "\n" for line in kept))
+        self._file = path.open("a", encoding="utf-8")
+        self._events = SummaryWriter(log_dir=str(run_dir / "tensorboard"), purge_step=first_step or None)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        if self._file is None or self._events is None:
+            return
+        rounded = {name: float(f"{value:.8g}") for name, value in values.items()}
+        self._file.write(to_json({"step": step, **rounded}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def step_line(step: int, num_steps: int, values: Mapping[str, float]) -> str:
+    """The console line of one step, for people."""
+    bar = "#" * round(10 * step / max(num_steps, 1))
+    parts = [f"[{bar:<10}] step {step}/{num_steps}"]
+    for name, text in (("reward_mean", "reward"), ("loss", "loss"), ("grad_norm", "grad_norm"), ("kl", "kl")):
+        if name in values:
+            parts.append(f"{text} {values[name]:.4g}")
+    if "key_token_ratio" in values:
+        signals = ", ".join(
+            f"{name.removeprefix('key_token_ratio/')} {value:.2f}"
+            for name, value in sorted(values.items())
+            if name.startswith("key_token_ratio/")
+        )
+        parts.append(f"key tokens {values['key_token_ratio']:.2f}" + (f" ({signals})" if signals else ""))
+    if "tokens_per_second" in values:
+        parts.append(f"{values['tokens_per_second']:.0f} tokens/s")
+    if values.get("num_skipped"):
+        parts.append(f"skipped {values['num_skipped']:.0f}")
+    if values.get("skipped_updates"):
+        parts.append(f"updates skipped {values['skipped_updates']:.0f}")
+    return "  ".join(parts)
+
+
+def _lines(path: Path) -> list[str]:
+    return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def _step_of(line: str) -> float:
+    """The record's step; infinite for the torn last line of a run that died while writing it."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return float("inf")

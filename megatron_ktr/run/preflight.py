@@ -1,0 +1,91 @@
+"""What a run is refused for before any process waits for another and before any weight is read.
+
+``config/checks.py`` holds the rules between options; here they meet the model's sizes and the number of ranks. Pure
+arithmetic and a look at config.json: every rank comes to the same answer by itself, also for a world that is not there
+yet (``world_size``).
+"""
+
+from __future__ import annotations
+
+from megatron_ktr.config import Config
+from megatron_ktr.config.pipeline_split import virtual_stages
+from megatron_ktr.data.preprocess import PreprocessSettings
+from megatron_ktr.distributed.groups import ParallelSizes, check_sizes
+from megatron_ktr.errors import UserError
+from megatron_ktr.objectives import Objective, build_objective
+from megatron_ktr.policy.policy import DTYPES
+from megatron_ktr.rewards import load_rewards
+from megatron_ktr.rollout.colocated.layout import share_groups
+from models.qwen2_5_vl.config import Qwen2_5_VLConfig, VisionConfig
+from models.qwen2_5_vl.hf_weights import open_hf_weights
+from models.qwen2_5_vl.transformer_config import language_transformer_config
+
+
+def parallel_sizes(config: Config, *, num_layers: int) -> ParallelSizes:
+    """Sizes for the process groups; virtual pipeline chunks are counted from the layers of one chunk."""
+    parallel = config.parallel
+    return ParallelSizes(
+        tensor=parallel.tensor_model_parallel_size,
+        pipeline=parallel.pipeline_model_parallel_size,
+        context=parallel.context_parallel_size,
+        virtual_pipeline=virtual_stages(num_layers, options=parallel),
+        sequence_parallel=parallel.sequence_parallel,
+    )
+
+
+def check_layout(config: Config, model_config: Qwen2_5_VLConfig, *, world_size: int) -> ParallelSizes:
+    """The run's parallel sizes. The platform has been started.
+
+    Raises:
+        UserError: sizes that the ranks, the layers, the heads or the prompts of a step cannot be split by, or a kernel
+            or a precision that is not to be had here.
+    """
+    sizes = parallel_sizes(config, num_layers=model_config.text.num_hidden_layers)
+    check_sizes(sizes, world_size=world_size)
+    language_transformer_config(model_config, sizes=sizes, dtype=DTYPES[config.model.params_dtype], config=config)
+    if config.samples and config.rollout.engine == "vllm_colocated":
+        share_groups(sizes, world_size=world_size, engine_size=config.rollout.rollout_tensor_parallel_size)
+    return sizes
+
+
+def check_micro_batches(config: Config, *, sizes: ParallelSizes, data_size: int) -> None:
+    """Refuses prompts that do not make whole micro-batches, and what megatron-core's interleaved schedule would refuse
+    inside the first step."""
+    prompts = config.prompts_per_replica(data_size)
+    number = -(-prompts // config.trainer.micro_batch_groups)
+    if (sizes.virtual_pipeline or 1) > 1 and number % sizes.pipeline:
+        raise UserError(
+            f"interleaved pipeline stages (--num-layers-per-virtual-pipeline-stage, "
+            f"--num-virtual-stages-per-pipeline-rank) need a multiple of {sizes.pipeline} (pipeline stages) "
+            f"micro-batches per replica, got {number} = {prompts} prompts / --micro-batch-groups "
+            f"{config.trainer.micro_batch_groups}"
+        )
+
+
+def check_run(config: Config, *, world_size: int) -> tuple[ParallelSizes, Objective]:
+    """Everything above, the model's files, the objective, and the rewards, which may be the user's own code.
+
+    Raises:
+        UserError: the first thing that is wrong.
+    """
+    model_config = Qwen2_5_VLConfig.from_hf(config.model.model)
+    sizes = check_layout(config, model_config, world_size=world_size)
+    check_micro_batches(config, sizes=sizes, data_size=world_size // sizes.model)
+    # Names and shapes, from the files' headers.
+    open_hf_weights(config.model.model, config=model_config)
+    _check_patches(PreprocessSettings.from_model(config.model.model), model_config.vision)
+    if config.samples:
+        load_rewards(config.reward.reward_functions)
+    return sizes, build_objective(config.objective, reward=config.reward)
+
+
+def _check_patches(settings: PreprocessSettings, vision: VisionConfig) -> None:
+    """The encoder reads patches as it was built for them, whatever a processor file says."""
+    names = {"patch_size": "patch_size", "temporal_patch_size": "temporal_patch_size"}
+    names |= {"merge_size": "spatial_merge_size"}
+    for ours, theirs in names.items():
+        if getattr(settings, ours) != getattr(vision, theirs):
+            raise UserError(
+                f"model: {ours} is {getattr(settings, ours)} in the preprocessor files, and {theirs} "
+                f"{getattr(vision, theirs)} in config.json: the encoder could not read such patches"
+            )

@@ -1,0 +1,87 @@
+"""From the groups a replica drew to the micro-batches it trains on.
+
+    balanced    groups of all replicas are placed anew, so that none waits for the one with the longest videos
+    plan        this replica's groups by micro-batch
+
+Where a group ends up changes no result: losses are divided by counts of the global batch, nothing in a step pairs the
+micro-batches of two replicas, and a replica may have more of them than another. (Gradients are reduced once, after or
+during each replica's last backward; parameters are gathered in its first forward.)
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from megatron_ktr.accounting.flops import count_step
+from megatron_ktr.accounting.rates import settings_of
+from megatron_ktr.accounting.work import GroupWork
+from megatron_ktr.batch.packing import plan_micro_batches
+from megatron_ktr.config import Config
+from megatron_ktr.objectives.base import Objective
+from megatron_ktr.policy.policy import Policy
+from megatron_ktr.step.balance import count_oversized, pack_by_tokens
+from megatron_ktr.step.exchange import agree_on_placement, exchange_groups
+from megatron_ktr.types import RolloutGroup
+
+logger = logging.getLogger(__name__)
+
+
+class StepBatching:
+    """Every rank of a replica comes to the same answers; ``balanced`` and ``plan`` are collective."""
+
+    def __init__(self, *, config: Config, policy: Policy, objective: Objective) -> None:
+        self._settings = config.trainer
+        self._model_config = policy.model_config
+        self._policy = policy
+        self._work = settings_of(config, objective)
+        sizes = policy.groups.sizes
+        # An interleaved pipeline takes whole rounds of its stages.
+        self._multiple = sizes.pipeline if (sizes.virtual_pipeline or 1) > 1 else 1
+        self._values: dict[str, float] = {}
+        self._has_warned = False
+
+    def balanced(self, groups: list[RolloutGroup]) -> list[RolloutGroup]:
+        """This replica's share of all replicas' groups, of nearly the same work for each."""
+        parallel = self._policy.groups
+        if not self._settings.balance_replicas or parallel.data_size == 1:
+            return groups
+        # Whole rounds of an interleaved pipeline can be filled under any bound on tokens only as long as the number of
+        # groups is a multiple of its stages, as it was drawn.
+        placement = agree_on_placement(self._costs(groups), parallel=parallel, keep_counts=self._multiple > 1)
+        self._values |= {
+            "flops_imbalance/before": placement.imbalance_before,
+            "flops_imbalance/after": placement.imbalance_after,
+            "groups_moved": float(sum(map(len, placement.moves.values()))),
+        }
+        return exchange_groups(groups, placement, parallel=parallel)
+
+    def plan(self, groups: Sequence[RolloutGroup]) -> list[tuple[RolloutGroup, ...]]:
+        """Groups by micro-batch."""
+        max_tokens = self._settings.max_tokens_per_microbatch
+        if max_tokens is None:
+            return plan_micro_batches(groups, groups_per_micro_batch=self._settings.micro_batch_groups)
+        num_tokens = [group.num_tokens for group in groups]
+        parts = pack_by_tokens(num_tokens, costs=self._costs(groups), max_tokens=max_tokens, multiple_of=self._multiple)
+        num_oversized = count_oversized(num_tokens, max_tokens=max_tokens)
+        counts = {"num_micro_batches": float(len(parts)), "oversized_groups": float(num_oversized)}
+        self._values |= self._policy.sum_over_replicas(counts)
+        if num_oversized and self._policy.groups.is_source and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "groups of up to %d tokens exceed --max-tokens-per-microbatch %d: each is a micro-batch of its own, "
+                "counted in the metrics as oversized_groups",
+                max(num_tokens),
+                max_tokens,
+            )
+        return [tuple(groups[index] for index in part) for part in parts]
+
+    def take_values(self) -> dict[str, float]:
+        """What the last step's placement and plan were like, by metric name; the same on every rank."""
+        taken, self._values = self._values, {}
+        return taken
+
+    def _costs(self, groups: Sequence[RolloutGroup]) -> list[float]:
+        """FLOPs of each group in all passes of a step."""
+        config = self._model_config
+        return [count_step(config, [GroupWork.of(group, config=config)], settings=self._work).total for group in groups]

@@ -1,0 +1,201 @@
+"""The passes without gradient before an update: other views, reference model, early selection.
+
+    with_counterfactuals    the same responses where the video is hidden, and where its frames are in random order;
+                            groups without media, or without an order to lose, are left out of the pass
+    with_reference          log-probs of the frozen reference model
+    with_selection          key tokens, where inside the update would be too late
+
+Each takes and returns micro-batches that know more. What no pass has to see twice runs once: vision features come from
+``policy/vision_pass.py``, the head sees predicting rows only, and distributions are compared in the update's own pass
+over the vocabulary (``needs_kl``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+
+import torch
+from torch import Tensor
+
+from megatron_ktr.attribution.counterfactuals import can_hide, can_shuffle, draw_permutations
+from megatron_ktr.batch.micro_batch import MicroBatch
+from megatron_ktr.batch.packing import MediaSpec, pack_groups, shuffled_view
+from megatron_ktr.config import Config
+from megatron_ktr.config.fp8_rules import token_multiple
+from megatron_ktr.objectives.base import Objective
+from megatron_ktr.ops.token_statistics import TokenStatistics
+from megatron_ktr.policy.policy import Policy
+from megatron_ktr.transfer import send
+from megatron_ktr.types import PackedBatch, RolloutGroup, View
+
+_APPLIES = {"hidden": can_hide, "shuffled": can_shuffle}
+
+
+class ScoringPasses:
+    """Stateless but for what it was made from."""
+
+    def __init__(self, *, config: Config, policy: Policy, objective: Objective, media: MediaSpec) -> None:
+        self.config = config
+        self.policy = policy
+        self.objective = objective
+        self.media = media
+
+    def pack(
+        self,
+        groups: Sequence[RolloutGroup],
+        view: View,
+        *,
+        step: int = 0,
+        draw: int = 0,
+    ) -> PackedBatch:
+        """One micro-batch in one view; ``draw`` counts the random orders of a step."""
+        permutations = self._orders(groups, step=step, draw=draw) if view == "shuffled" else None
+        return pack_groups(
+            groups,
+            view=view,
+            media=self.media,
+            pad_to_multiple=token_multiple(self.config),
+            permutations=permutations,
+            vision="media" if self.policy.groups.is_first_stage else "none",
+        )
+
+    def _orders(self, groups: Sequence[RolloutGroup], *, step: int, draw: int) -> list[tuple[Tensor | None, ...]]:
+        """The frame orders of the shuffled view, by group and medium."""
+        return [
+            draw_permutations(
+                group.prompt,
+                unit=self.config.objective.shuffle_unit,
+                seed=self.config.trainer.seed,
+                step=step,
+                draw=draw,
+                temporal_patch_size=self.media.temporal_patch_size,
+            )
+            for group in groups
+        ]
+
+    def prepare_vision(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """The vision encoder's one run over media that passes without gradient will show before the update does."""
+        self.policy.prepare_vision([item.batch for item in micro_batches if self._is_seen_before_update(item)])
+
+    def with_counterfactuals(self, micro_batches: list[MicroBatch], *, step: int) -> list[MicroBatch]:
+        """Of each view the objective reads: log-probs, or the hidden rows behind them where it compares whole
+        distributions. Several random orders (``num_shuffles``) are averaged: their log-probs, or their KLs."""
+        for view in sorted(self.objective.views):
+            draws = self.config.objective.num_shuffles if view == "shuffled" else 1
+            if self.objective.needs_kl:
+                field = "counterfactual_hidden_RD"
+                # A list by draw of a list by micro-batch, turned round.
+                found = [self._hidden_rows(micro_batches, view, step=step, draw=draw) for draw in range(draws)]
+                values = [tuple(rows) for rows in zip(*found, strict=True)]
+            else:
+                field = "counterfactual_logprob_R"
+                found = [self._logprobs(micro_batches, view, step=step, draw=draw) for draw in range(draws)]
+                values = [_mean(logprobs) for logprobs in zip(*found, strict=True)]
+            micro_batches = [
+                dataclasses.replace(item, **{field: {**getattr(item, field), view: value}})
+                for item, value in zip(micro_batches, values, strict=True)
+            ]
+        return micro_batches
+
+    def with_reference(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
+        if not self.objective.needs_reference:
+            return micro_batches
+        found = self.policy.score([item.packed for item in micro_batches], model="reference")
+        return [
+            dataclasses.replace(item, reference_logprob_R=_logprob(statistics))
+            for item, statistics in zip(micro_batches, found, strict=True)
+        ]
+
+    def with_selection(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
+        """Chooses key tokens before the update where inside it would be too late; costs one more scoring pass.
+
+        That is: denominators that count key tokens of the global batch, and several updates on the same responses (the
+        selection and the old policy stay those of the first).
+        """
+        is_reused = self.config.objective.updates_per_rollout > 1
+        if not self._selects_first:
+            return micro_batches
+        found = self.policy.score_intact(micro_batches, objective=self.objective)
+        selected = []
+        for item, scored in zip(micro_batches, found, strict=True):
+            if scored is not None:
+                scored_item, scores = scored
+                chosen = self.objective.select_tokens(item.batch, scores, item.groups)
+                item = dataclasses.replace(scored_item, is_selected_R=chosen)
+                if is_reused:
+                    item = dataclasses.replace(item, behaviour_logprob_R=scores.policy_logprob_R)
+            selected.append(item)
+        return selected
+
+    @property
+    def _selects_first(self) -> bool:
+        return self.objective.needs_selection_first or self.config.objective.updates_per_rollout > 1
+
+    def _is_seen_before_update(self, item: MicroBatch) -> bool:
+        """Whether a pass without gradient shows intact temporal patches; all of an image beside a shuffled video is."""
+        if self._selects_first:
+            return True
+        if "shuffled" not in self.objective.views:
+            return False
+        prompts = [group.prompt for group in item.groups if can_shuffle(group.prompt)]
+        moves_pairs = self.config.objective.shuffle_unit == "temporal_patch"
+        return any(moves_pairs or any(medium.kind == "image" for medium in prompt.media) for prompt in prompts)
+
+    def _hidden_rows(
+        self, micro_batches: Sequence[MicroBatch], view: View, *, step: int, draw: int
+    ) -> list[Tensor | None]:
+        batches = [self._packed(item, item.groups, view, step=step, draw=draw) for item in micro_batches]
+        return self.policy.hidden_rows(batches, precision=self.config.objective.scoring_precision)
+
+    def _logprobs(
+        self, micro_batches: Sequence[MicroBatch], view: View, *, step: int, draw: int
+    ) -> list[Tensor | None]:
+        """[R] by micro-batch on the last stage, NaN on tokens of groups to which the view does not apply."""
+        kept = [[_APPLIES[view](group.prompt) for group in item.groups] for item in micro_batches]
+        parts = [
+            [group for group, is_kept in zip(item.groups, marks, strict=True) if is_kept]
+            for item, marks in zip(micro_batches, kept, strict=True)
+        ]
+        batches = [
+            self._packed(item, part, view, step=step, draw=draw)
+            for item, part in zip(micro_batches, parts, strict=True)
+            if part
+        ]
+        scored = iter(self.policy.score(batches, precision=self.config.objective.scoring_precision))
+        found: list[Tensor | None] = []
+        for item, marks in zip(micro_batches, kept, strict=True):
+            logprob_R = _logprob(next(scored)) if any(marks) else None
+            found.append(self._spread(logprob_R, item.batch, marks))
+        return found
+
+    def _packed(
+        self, item: MicroBatch, part: Sequence[RolloutGroup], view: View, *, step: int, draw: int
+    ) -> Callable[[], PackedBatch]:
+        """Packs ``part`` of the item's groups, once it is looked at."""
+        if view == "shuffled" and len(part) == len(item.groups):
+            # Only the order of its frames is another one.
+            return cache(lambda: shuffled_view(item.batch, self._orders(part, step=step, draw=draw)))
+        return cache(partial(self.pack, part, view, step=step, draw=draw))
+
+    def _spread(self, logprob_R: Tensor | None, batch: PackedBatch, kept: Sequence[bool]) -> Tensor | None:
+        if not self.policy.groups.is_last_stage or all(kept):
+            return logprob_R
+        spread_R = torch.full((len(batch.target_ids_R),), float("nan"), device=self.policy.platform.device)
+        if logprob_R is not None:
+            # Their rows are found on the host: a mask would be counted on the device, and waited for.
+            rows_R = torch.tensor(kept)[batch.group_R].nonzero()[:, 0]
+            spread_R[send(rows_R, spread_R.device)] = logprob_R.to(spread_R.dtype)
+        return spread_R
+
+
+def _logprob(statistics: TokenStatistics | None) -> Tensor | None:
+    return None if statistics is None else statistics.logprob_R
+
+
+def _mean(values: Sequence[Tensor | None]) -> Tensor | None:
+    """Over draws; None before the last stage."""
+    if len(values) == 1 or values[0] is None:
+        return values[0]
+    return torch.stack([value for value in values if value is not None]).mean(dim=0)
