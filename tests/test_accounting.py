@@ -26,6 +26,7 @@ from megatron_ktr.accounting.rates import settings_of, step_rates
 from megatron_ktr.accounting.saved import TORCH_CPU
 from megatron_ktr.accounting.work import EACH_ONCE, ORIGINAL, GroupWork, StepSettings, video_grid
 from megatron_ktr.config import config_from_values
+from megatron_ktr.config.part_options import StepOptions
 from megatron_ktr.objectives import build_objective
 from megatron_ktr.stack import has_core_0_19
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
@@ -186,14 +187,14 @@ def test_rates_are_arithmetic_over_training_seconds_and_ranks():
     model_config = PUBLISHED_CONFIGS["3B"]
     config = config_from_values({"signals": ("entropy", "visual"), "peak_tflops": 2.0})
     objective = build_objective(config.objective, reward=config.reward)
-    settings = settings_of(config, objective, key_share=0.5)
+    settings = settings_of(StepOptions.of(config), objective, key_share=0.5)
     assert settings.has_hidden and settings.shuffle_unit is None and settings.has_reference
     groups = [video_group()]
     flops = count_step(model_config, [GroupWork.of(groups[0], config=model_config)], settings=settings).total
     found = step_rates(
         model_config,
         groups,
-        config=config,
+        options=StepOptions.of(config),
         objective=objective,
         seconds={"seconds/rollout": 100.0, "seconds/score": 1.0, "seconds/update": 3.0},
         num_ranks=8,

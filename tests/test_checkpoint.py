@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from megatron_ktr.config import Config, config_from_values, save_resolved
+from megatron_ktr.config.part_options import CheckpointOptions, PolicyOptions, StepOptions
 from megatron_ktr.data.preprocess import PreprocessSettings
 from megatron_ktr.data.synthetic import DEFAULT_TASKS, corpus, draw_scene, record_of, render, write_video
 from megatron_ktr.data.template import load_tokenizer
@@ -117,11 +118,11 @@ def train(config: Config, groups: ParallelGroups) -> dict[str, Any]:
     local = build_local_source(config, groups=groups, tokenizer=tokenizer, vocab_size=vocab_size)
     source = ReplicaSource(local, groups=groups)
     num_steps = config.trainer.train_steps
-    policy = Policy(model_dir, config=config, groups=groups, platform=current(), num_steps=num_steps)
+    policy = Policy(model_dir, options=PolicyOptions.of(config), groups=groups, platform=current(), num_steps=num_steps)
     objective = build_objective(config.objective, reward=config.reward)
     policy.add_reference()
-    trainer = Trainer(config=config, policy=policy, source=source, objective=objective, media=media)
-    checkpoints = Checkpoints(start.run_dir, policy=policy, source=source)
+    trainer = Trainer(options=StepOptions.of(config), policy=policy, source=source, objective=objective, media=media)
+    checkpoints = Checkpoints(start.run_dir, policy=policy, source=source, options=CheckpointOptions.of(config))
     if start.checkpoint:
         assert checkpoints.load(start.checkpoint) == start.step
     writer = MetricsWriter(start.run_dir if groups.rank == 0 else None, first_step=start.step + 1)
@@ -274,7 +275,9 @@ def test_auto_resume_goes_back_to_the_checkpoint_before_the_damaged_one(ranks, r
 
 def score(context, *, config: Config, checkpoint: Path, group: Any) -> torch.Tensor:
     groups = context.init(split(config))
-    policy = Policy(config.model.model, config=config, groups=groups, platform=current(), num_steps=4)
+    policy = Policy(
+        config.model.model, options=PolicyOptions.of(config), groups=groups, platform=current(), num_steps=4
+    )
     load_sharded_state(policy, checkpoint)
     (statistics,) = policy.score([pack([group])])
     return policy.from_last_stage(statistics.logprob_R if statistics is not None else None)
@@ -339,13 +342,15 @@ def save_reload_save(context, *, hf_dir: Path, folder: Path, layouts: list[dict[
         virtual = 2 if layout.get("num_layers_per_virtual_pipeline_stage") else None
         sizes = split(config)
         sizes = ParallelSizes(tensor=sizes.tensor, pipeline=sizes.pipeline, virtual_pipeline=virtual)
-        policy = Policy(hf_dir, config=config, groups=context.init(sizes), platform=current(), num_steps=5)
+        policy = Policy(
+            hf_dir, options=PolicyOptions.of(config), groups=context.init(sizes), platform=current(), num_steps=5
+        )
         if previous is None:
             step_on_noise(policy, 1)
             step_on_noise(policy, 2)
         else:
             load_sharded_state(policy, previous)
-        checkpoints = Checkpoints(run_dir, policy=policy, source=NoData())
+        checkpoints = Checkpoints(run_dir, policy=policy, source=NoData(), options=CheckpointOptions.of(config))
         checkpoints.save(2)
         checkpoints.close()
         previous = run_dir / "checkpoints" / step_name(2)
@@ -412,7 +417,7 @@ def whole(reader: TorchDistReader, key: str) -> torch.Tensor:
 
 def lone_policy(data_dir: Path, run_dir: Path, groups: ParallelGroups, **values: Any) -> Policy:
     config = run_config(data_dir, run_dir, **values)
-    return Policy(config.model.model, config=config, groups=groups, platform=current(), num_steps=4)
+    return Policy(config.model.model, options=PolicyOptions.of(config), groups=groups, platform=current(), num_steps=4)
 
 
 @pytest.mark.parametrize("call", ["save_tensor", "save_config"])
@@ -421,7 +426,9 @@ def test_full_disk_is_one_line_and_older_checkpoints_stay(one_rank, data_dir, tm
         raise OSError(errno.ENOSPC, "No space left on device")
 
     policy = lone_policy(data_dir, tmp_path / "run", one_rank)
-    checkpoints = Checkpoints(tmp_path / "run", policy=policy, source=NoData())
+    checkpoints = Checkpoints(
+        tmp_path / "run", policy=policy, source=NoData(), options=CheckpointOptions(resolved="", keep_checkpoints=2)
+    )
     checkpoints.save(2)
     checkpoints.close()
     monkeypatch.setattr(f"megatron_ktr.distributed.checkpoint_writer.{call}", fail)
@@ -444,8 +451,10 @@ def test_training_goes_on_while_the_snapshot_is_written(one_rank, data_dir, tmp_
     monkeypatch.setattr(
         checkpoint_writer, "save_tensor", lambda *args: (may_write.wait(PATIENCE_SECONDS), save_tensor(*args))[1]
     )
-    policy = lone_policy(data_dir, tmp_path / "run", one_rank, lr_warmup_steps=0, keep_checkpoints=1)
-    checkpoints = Checkpoints(tmp_path / "run", policy=policy, source=NoData())
+    policy = lone_policy(data_dir, tmp_path / "run", one_rank, lr_warmup_steps=0)
+    checkpoints = Checkpoints(
+        tmp_path / "run", policy=policy, source=NoData(), options=CheckpointOptions(resolved="", keep_checkpoints=1)
+    )
     saved = {name: tensor.clone() for name, tensor in policy.export()}
     checkpoints.save(1)
     step_on_noise(policy, 1)

@@ -244,9 +244,9 @@ def test_sections_are_frozen():
 
 def test_prompts_are_split_evenly_or_refused():
     config = load_config([*MINIMAL, "--prompts-per-step", "8", "--micro-batch-groups", "2"])
-    assert config.prompts_per_replica(2) == 4
+    assert config.trainer.prompts_per_replica(2) == 4
     with pytest.raises(UserError, match="--prompts-per-step 8 must be a multiple"):
-        config.prompts_per_replica(3)
+        config.trainer.prompts_per_replica(3)
 
 
 def test_every_option_is_documented_and_its_default_is_valid():

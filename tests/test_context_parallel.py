@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_ktr.config.part_options import ModelOptions
 from megatron_ktr.ops.context_shard import shard_layout
 from megatron_ktr.ops.prefix_attention_plan import AttentionPlan
 from megatron_ktr.types import GroupSpan, PackedBatch, PackedLayout
@@ -167,7 +168,7 @@ def kept_bytes(context: RankContext, *, hf_dir: Path, context_size: int, recompu
     full = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     groups = context.init(sizes_of(cp=context_size))
     config = Config(parallel=ParallelSection(**(full if recompute else {})))
-    (model,) = build_model(Qwen2_5_VLConfig.from_hf(hf_dir), groups=groups, config=config)
+    (model,) = build_model(Qwen2_5_VLConfig.from_hf(hf_dir), groups=groups, options=ModelOptions.of(config))
     model.train().vision.requires_grad_(False)
     known = {p.untyped_storage().data_ptr() for p in model.parameters()}
     storages: dict[int, tuple[int, Tensor]] = {}

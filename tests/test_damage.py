@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from megatron_ktr.config import Config, config_from_values
+from megatron_ktr.config.part_options import CheckpointOptions, PolicyOptions
 from megatron_ktr.distributed.groups import ParallelSizes
 from megatron_ktr.distributed.platform import current
 from megatron_ktr.errors import UserError
@@ -45,9 +46,11 @@ class Saved:
 
 
 def save_twice(context, *, hf_dir: Path, config: Config) -> None:
-    policy = Policy(hf_dir, config=config, groups=context.init(ParallelSizes()), platform=current(), num_steps=4)
+    policy = Policy(
+        hf_dir, options=PolicyOptions.of(config), groups=context.init(ParallelSizes()), platform=current(), num_steps=4
+    )
     run_dir = Path(config.trainer.run_dir)
-    checkpoints = Checkpoints(run_dir, policy=policy, source=NoData())
+    checkpoints = Checkpoints(run_dir, policy=policy, source=NoData(), options=CheckpointOptions.of(config))
     for step in (1, 2):
         step_on_noise(policy, step)
         checkpoints.save_and_wait(step)

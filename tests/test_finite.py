@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_ktr.config.part_options import PolicyOptions
 from megatron_ktr.distributed.groups import ParallelSizes
 from megatron_ktr.errors import UserError
 from megatron_ktr.files.json_files import to_json
@@ -49,7 +50,10 @@ def refusals(context: RankContext, *, damaged_dir: Path, hf_dir: Path, sizes: Pa
         found[name] = str(refusal.value)
 
     config = make_config(damaged_dir, {}, num_prompts=2, sizes=sizes)
-    note("disk", lambda: Policy(damaged_dir, config=config, groups=groups, platform=current(), num_steps=1))
+    note(
+        "disk",
+        lambda: Policy(damaged_dir, options=PolicyOptions.of(config), groups=groups, platform=current(), num_steps=1),
+    )
 
     def spoil(policy: Any) -> None:
         for chunk in policy.bare_chunks:

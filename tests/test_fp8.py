@@ -19,7 +19,8 @@ from torch import Tensor
 
 from megatron_ktr.config import Config, config_from_values
 from megatron_ktr.config.checks import check
-from megatron_ktr.config.fp8_rules import rows_per_rank, token_multiple, why_not_of_sizes, why_not_on_device
+from megatron_ktr.config.fp8_rules import rows_per_rank, why_not_of_sizes, why_not_on_device
+from megatron_ktr.config.part_options import ModelOptions, PolicyOptions, StepOptions, row_multiple
 from megatron_ktr.config.sections import ModelSection, ObjectiveSection, ParallelSection
 from megatron_ktr.distributed.groups import ParallelSizes
 from megatron_ktr.errors import UserError
@@ -68,13 +69,13 @@ def test_rows_satisfy_every_rule_of_transformer_engine_and_no_fewer_would(recipe
 
 def test_tokens_are_padded_for_the_ranks_that_share_them_and_only_under_fp8() -> None:
     shared = ParallelSection(tensor_model_parallel_size=4, sequence_parallel=True)
-    assert token_multiple(Config(parallel=shared)) == 4
-    assert token_multiple(Config(parallel=dataclasses.replace(shared, sequence_parallel=False))) == 1
+    assert row_multiple(Config(parallel=shared)) == 4
+    assert row_multiple(Config(parallel=dataclasses.replace(shared, sequence_parallel=False))) == 1
     blockwise = dataclasses.replace(FP8, fp8_recipe="blockwise")
-    assert token_multiple(Config(model=blockwise, parallel=shared)) == 4 * 128
-    assert token_multiple(Config(model=blockwise)) == 16
+    assert row_multiple(Config(model=blockwise, parallel=shared)) == 4 * 128
+    assert row_multiple(Config(model=blockwise)) == 16
     scoring = Config(objective=ObjectiveSection(scoring_precision="fp8"), parallel=shared)
-    assert token_multiple(scoring) == 4 * 16
+    assert row_multiple(scoring) == 4 * 16
 
 
 @pytest.mark.parametrize(
@@ -148,7 +149,7 @@ def test_a_run_that_finds_itself_on_cpu_says_why_it_stops(one_rank, tmp_path: Pa
 
     save_tiny_hf(tmp_path, num_layers=1)
     with pytest.raises(UserError, match=r"--fp8-recipe tensorwise: FP8 products need .* this platform is cpu"):
-        build_model(Qwen2_5_VLConfig.from_hf(tmp_path), groups=one_rank, config=Config(model=FP8))
+        build_model(Qwen2_5_VLConfig.from_hf(tmp_path), groups=one_rank, options=ModelOptions.of(Config(model=FP8)))
 
 
 # What megatron-core is told
@@ -233,9 +234,9 @@ def precision_of_passes(context: RankContext, *, hf_dir: Path) -> dict[str, Any]
             model=dataclasses.replace(base.model, **model),
             objective=dataclasses.replace(base.objective, **objective_),
         )
-        policy = Policy(hf_dir, config=config, groups=parallel, platform=current(), num_steps=1)
+        policy = Policy(hf_dir, options=PolicyOptions.of(config), groups=parallel, platform=current(), num_steps=1)
         objective = build_objective(config.objective, reward=config.reward)
-        scoring = ScoringPasses(config=config, policy=policy, objective=objective, media=media)
+        scoring = ScoringPasses(options=StepOptions.of(config), policy=policy, objective=objective, media=media)
         item = MicroBatch(groups, scoring.pack(groups, "intact"))
         assert item.batch.layout.num_tokens % 16 == 0
         seen.clear()
@@ -314,10 +315,10 @@ def weights_that_passes_see(context: RankContext, *, hf_dir: Path, recompute_vis
     config = dataclasses.replace(base, model=dataclasses.replace(base.model, **options))
     platform = SimpleNamespace(**{**vars(HOPPER), "device": current().device})
     with te_layers(), patch.object(fp8, "current", lambda: platform):
-        policy = Policy(hf_dir, config=config, groups=parallel, platform=current(), num_steps=1)
+        policy = Policy(hf_dir, options=PolicyOptions.of(config), groups=parallel, platform=current(), num_steps=1)
     objective = build_objective(config.objective, reward=config.reward)
     media = media_spec(Qwen2_5_VLConfig.from_hf(hf_dir), patchify=PreprocessSettings().patchify)
-    scoring = ScoringPasses(config=config, policy=policy, objective=objective, media=media)
+    scoring = ScoringPasses(options=StepOptions.of(config), policy=policy, objective=objective, media=media)
     item = MicroBatch(groups, scoring.pack(groups, "intact"))
     layers = [module for module in policy.bare_chunks[0].modules() if hasattr(module, "cached_weight")]
     assert len(layers) == 4 * 3, "one layer of the encoder, two of the language model"
@@ -374,7 +375,7 @@ GROUPS = ("mixed", "text", "long video")
 
 def padded_steps(context: RankContext, *, layouts: dict[str, ParallelSizes], **options: Any) -> dict[str, Any]:
     """A training step with every micro-batch, in every view, padded to 128 rows per tensor rank."""
-    from megatron_ktr.step import scoring
+    from megatron_ktr.config import part_options
     from models.qwen2_5_vl import model
 
     found = {}
@@ -390,8 +391,7 @@ def padded_steps(context: RankContext, *, layouts: dict[str, ParallelSizes], **o
             return 128 * sizes.tensor
 
         with (
-            patch.object(scoring, "token_multiple", multiple),
-            patch.object(model, "token_multiple", multiple),
+            patch.object(part_options, "row_multiple", multiple),
             patch.object(model.Qwen2_5_VLModel, "forward", watched),
         ):
             records = run_steps(context.init(sizes), rollout_groups=example_groups(*GROUPS), **options)

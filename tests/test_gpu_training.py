@@ -184,12 +184,15 @@ def test_a_checkpoint_brings_back_weights_moments_and_export(
 ) -> None:
     """Weights, optimizer state and random states after loading are those saved, bit for bit; so is the export, and what
     it holds loads again."""
+    from megatron_ktr.config.part_options import CheckpointOptions
     from megatron_ktr.distributed.platform import current
     from megatron_ktr.run.checkpoint import Checkpoints
 
     trainer = build_trainer(device, model, {**values, "params_dtype": "bf16"})
     trainer.train_step(1)
-    checkpoints = Checkpoints(tmp_path, policy=trainer.policy, source=trainer.source)
+    checkpoints = Checkpoints(
+        tmp_path, policy=trainer.policy, source=trainer.source, options=CheckpointOptions(resolved="")
+    )
     checkpoints.save_and_wait(1)
     checkpoints.close()
     weights = {name: tensor.clone() for name, tensor in trainer.policy.export()}
@@ -198,7 +201,9 @@ def test_a_checkpoint_brings_back_weights_moments_and_export(
     trainer.policy.save_hf(tmp_path / "export")
 
     again = build_trainer(device, model, {**values, "params_dtype": "bf16"})
-    checkpoints = Checkpoints(tmp_path, policy=again.policy, source=again.source)
+    checkpoints = Checkpoints(
+        tmp_path, policy=again.policy, source=again.source, options=CheckpointOptions(resolved="")
+    )
     checkpoints.load(next((tmp_path / "checkpoints").iterdir()))
     assert all(torch.equal(tensor, weights[name]) for name, tensor in again.policy.export())
     assert all(torch.equal(*pair) for pair in zip(moments_of(again), moments, strict=True))
@@ -207,6 +212,7 @@ def test_a_checkpoint_brings_back_weights_moments_and_export(
 
 
 def build_trainer(context: RankContext, model: Path, values: dict[str, Any]) -> Any:
+    from megatron_ktr.config.part_options import PolicyOptions, StepOptions
     from megatron_ktr.data.preprocess import PreprocessSettings
     from megatron_ktr.distributed.platform import current
     from megatron_ktr.objectives import build_objective
@@ -220,12 +226,12 @@ def build_trainer(context: RankContext, model: Path, values: dict[str, Any]) -> 
     groups = example_groups(*NAMES)
     adam = {"optimizer": "adam", "lr": 1e-3, "use_distributed_optimizer": True, "platform": "auto"}
     config = make_config(model, {**adam, **values}, num_prompts=len(groups), sizes=parallel.sizes)
-    policy = Policy(model, config=config, groups=parallel, platform=current(), num_steps=4)
+    policy = Policy(model, options=PolicyOptions.of(config), groups=parallel, platform=current(), num_steps=4)
     policy.add_reference()
     source = FixedSource(groups, parallel)
     source.state_dict, source.load_state_dict = lambda: {"rank": 0, "size": 1}, lambda state: None
     return Trainer(
-        config=config,
+        options=StepOptions.of(config),
         policy=policy,
         source=source,
         objective=build_objective(config.objective, reward=config.reward),

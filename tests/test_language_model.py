@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_ktr.config import Config
+from megatron_ktr.config.part_options import ModelOptions
 from megatron_ktr.config.sections import ModelSection, ParallelSection
 from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.errors import UserError
@@ -168,10 +169,14 @@ def test_unsupported_requests_are_refused(hf_dir: Path, one_rank: ParallelGroups
         resolve_transformer_impl("fast")  # type: ignore[arg-type]
     model_config = Qwen2_5_VLConfig.from_hf(hf_dir)
     with pytest.raises(UserError, match="Transformer Engine"):
-        build_model(model_config, groups=one_rank, config=Config(model=ModelSection(transformer_impl="te")))
+        build_model(
+            model_config, groups=one_rank, options=ModelOptions.of(Config(model=ModelSection(transformer_impl="te")))
+        )
     for name, message in [("te", "--transformer-impl te"), ("varlen", "CUDA only")]:
         with pytest.raises(UserError, match=message):
-            build_model(model_config, groups=one_rank, config=Config(model=ModelSection(attention_impl=name)))
+            build_model(
+                model_config, groups=one_rank, options=ModelOptions.of(Config(model=ModelSection(attention_impl=name)))
+            )
     for sizes, message in [
         (ParallelSizes(tensor=3), "must divide the 4 attention heads"),
         (ParallelSizes(pipeline=2), "must divide the 3 layers"),

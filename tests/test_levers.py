@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_ktr.config import load_config
+from megatron_ktr.config.part_options import ModelOptions
 from megatron_ktr.config.pipeline_split import check_recomputation, chunk_layout, is_even, split_layers, virtual_stages
 from megatron_ktr.config.sections import ParallelSection
 from megatron_ktr.distributed.groups import ParallelGroups, ParallelSizes
@@ -210,7 +211,9 @@ def _build(hf_dir: Path, *, groups: Any, values: dict[str, Any]) -> list[torch.n
     from models.qwen2_5_vl.config import Qwen2_5_VLConfig
     from models.qwen2_5_vl.model import build_model
 
-    return build_model(Qwen2_5_VLConfig.from_hf(hf_dir), groups=groups, config=config_from_values(values))
+    return build_model(
+        Qwen2_5_VLConfig.from_hf(hf_dir), groups=groups, options=ModelOptions.of(config_from_values(values))
+    )
 
 
 def test_checkpoint_of_uneven_stages_is_the_checkpoint_of_even_ones(ranks: RankPool, tmp_path: Path) -> None:
@@ -342,9 +345,9 @@ def steps_with_moments_on_the_host(
     context: RankContext, *, sizes: ParallelSizes, values: dict[str, Any], case: Case, groups: list[RolloutGroup]
 ) -> tuple[list[StepRecord], list[StepRecord], set[int], set[int]]:
     """Records with and without; how many copies of moments the device held in passes, and in optimizer steps."""
+    from megatron_ktr.policy import policy as policy_module
     from megatron_ktr.policy.offload import moments_on_device
     from megatron_ktr.policy.policy import Policy
-    from megatron_ktr.policy.policy import policy as policy_module
 
     alive: weakref.WeakSet[Any] = weakref.WeakSet()
     in_passes, in_steps = set(), set()

@@ -22,6 +22,7 @@ from torch.nn.utils import parametrize
 from transformers import Qwen2_5_VLForConditionalGeneration as HFModel
 
 from megatron_ktr.config import load_config
+from megatron_ktr.config.part_options import StepOptions
 from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.errors import UserError
 from tests.support.hf_updates import Models, score_responses, with_gradient
@@ -418,7 +419,7 @@ def test_frozen_products_are_credited_for_one_gradient() -> None:
     flops = []
     for rank in (0, 16):
         config = config_from_values(dict(lora_rank=rank, objective="grpo", kl_beta=0.0))
-        settings = settings_of(config, build_objective(config.objective, reward=config.reward))
+        settings = settings_of(StepOptions.of(config), build_objective(config.objective, reward=config.reward))
         group = GroupWork(text_length=1000, response_lengths=(100,) * 8)
         flops.append(count_step(PUBLISHED_CONFIGS["7B"], [group], settings=settings).total)
     assert flops[1] / flops[0] == pytest.approx(2 / 3, abs=0.02)

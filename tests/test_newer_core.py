@@ -89,7 +89,7 @@ def test_every_pass_runs_in_parts_and_the_vision_encoder_never(one_rank: Paralle
     def watch(policy: Any) -> None:
         assert policy.bare_chunks[0].vision.config.mlp_chunks_for_training == 1
         chunks = {"policy": policy.bare_chunks[0], "reference": policy.reference.chunks[0]}
-        seen = calls.setdefault(policy.config.parallel.mlp_chunks, [])
+        seen = calls.setdefault(policy.options.parallel.mlp_chunks, [])
         for name, chunk in chunks.items():
             chunk.language.decoder.layers[0].mlp.register_forward_hook(lambda *_, name=name: seen.append(name))
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from megatron_ktr.config import config_from_values
+from megatron_ktr.config.part_options import CheckpointOptions, PolicyOptions
 from megatron_ktr.distributed.groups import ParallelSizes
 from megatron_ktr.distributed.optimizer_checkpoint import agreed_steps
 from megatron_ktr.distributed.platform import current
@@ -53,7 +54,7 @@ def hf_dir(tmp_path_factory) -> Path:
 def build(hf_dir: Path, run_dir: Path, groups: Any, values: dict[str, Any]) -> Policy:
     defaults = dict(model=str(hf_dir), run_dir=str(run_dir), lr_warmup_steps=0, train_steps=8, prompts_per_step=2)
     config = config_from_values(defaults | values)
-    return Policy(hf_dir, config=config, groups=groups, platform=current(), num_steps=8)
+    return Policy(hf_dir, options=PolicyOptions.of(config), groups=groups, platform=current(), num_steps=8)
 
 
 def noise_step(policy: Policy, seed: int) -> None:
@@ -85,7 +86,7 @@ def resumed_and_whole(
         policy = build(hf_dir, run_dir, context.init(saved), values)
         for seed in (1, 2):
             noise_step(policy, seed)
-        checkpoints = Checkpoints(run_dir, policy=policy, source=NoData())
+        checkpoints = Checkpoints(run_dir, policy=policy, source=NoData(), options=CheckpointOptions(resolved=""))
         checkpoints.save_and_wait(2)
         before = {name: tensor.clone() for name, tensor in policy.export()}
         for seed in (3, 4):
@@ -213,7 +214,7 @@ def _resume_one(
     policy = build(hf_dir, run_dir, context.init(sizes), values)
     for seed in range(step):
         noise_step(policy, seed)
-    Checkpoints(run_dir, policy=policy, source=NoData()).save_and_wait(step)
+    Checkpoints(run_dir, policy=policy, source=NoData(), options=CheckpointOptions(resolved="")).save_and_wait(step)
     for seed in (3, 4):
         noise_step(policy, seed)
     whole = {name: tensor.clone() for name, tensor in policy.export()}

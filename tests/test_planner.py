@@ -132,7 +132,7 @@ def test_every_layout_uses_all_gpus_and_keeps_the_trainers_rules(size, num_gpus,
             virtual_pipeline=layout.virtual if layout.virtual > 1 else None,
         )
         check_sizes(sizes, world_size=num_gpus)
-        _check_layout(config, sizes, dtype=torch.bfloat16, config=None)
+        _check_layout(config, sizes, dtype=torch.bfloat16, options=None)
         if layout.virtual > 1:
             assert prompts // layout.data % layout.pipeline == 0
 
@@ -246,7 +246,7 @@ def parse_as_training_flags(flags: str) -> None:
         assert "--context-parallel-size" in str(error) and "not available" in str(error), error
         start = argv.index("--context-parallel-size")
         config = load_config(argv[:start] + argv[start + 2 :])
-    assert config.prompts_per_replica(1) > 0
+    assert config.trainer.prompts_per_replica(1) > 0
 
 
 def test_json_holds_the_best_three_and_their_flags_start_a_training():

@@ -257,7 +257,7 @@ def train_and_leave(context: RankContext, *, hf_dir: Path) -> bool:
     harness = Harness(context.init(), hf_dir=hf_dir, groups=groups, values=DISTRIBUTED_SGD)
     harness.backward(harness.items())
     policy, chunk = harness.policy, weakref.ref(harness.policy.chunks[0])
-    assert policy.config.optimizer.use_distributed_optimizer and policy.dtype is torch.float32
+    assert policy.options.optimizer.use_distributed_optimizer and policy.dtype is torch.float32
     del harness, policy
     gc.collect()
     return chunk() is None

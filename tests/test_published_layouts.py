@@ -22,6 +22,7 @@ import torch
 import yaml
 
 from megatron_ktr.config import Config
+from megatron_ktr.config.part_options import ModelOptions
 from megatron_ktr.config.sections import ModelSection, ParallelSection
 from megatron_ktr.distributed.groups import ParallelSizes
 from models.qwen2_5_vl.conversion import named_model_parameters
@@ -114,7 +115,9 @@ def chunks_of_stage(case: Case, stage: int) -> list[Any]:
         # Where stages are uneven, a layer asks the process for its stage.
         stack.enter_context(patch.object(parallel_state, "_MPU_PIPELINE_MODEL_PARALLEL_RANK", stage))
         stack.enter_context(torch.device("meta"))
-        return model.build_model(PUBLISHED_CONFIGS[case.size], groups=groups, config=config, dtype=torch.bfloat16)
+        return model.build_model(
+            PUBLISHED_CONFIGS[case.size], groups=groups, options=ModelOptions.of(config), dtype=torch.bfloat16
+        )
 
 
 def held_numbers(spec: WeightSpec, shape: tuple[int, ...], tensor_size: int) -> Counter[str]:

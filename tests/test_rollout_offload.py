@@ -129,7 +129,7 @@ def steps_with_and_without(
     context: RankContext, *, cases: list[Case], models: dict[bool, Path], has_border: bool
 ) -> dict[str, Any]:
     """By case: (records, what was seen in each step), with the option and without; a border for the first only."""
-    from megatron_ktr.policy.policy import policy as policy_module
+    from megatron_ktr.policy import policy as policy_module
 
     found = {}
     for case in cases:

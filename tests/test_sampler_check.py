@@ -20,16 +20,17 @@ from torch import Tensor
 
 from megatron_ktr.batch.packing import MediaSpec
 from megatron_ktr.config import Config, config_from_values
+from megatron_ktr.config.part_options import PolicyOptions
 from megatron_ktr.data.preprocess import PreprocessSettings
 from megatron_ktr.data.synthetic import corpus, make_dataset
 from megatron_ktr.data.template import PromptBuilder, VisualTokens, load_tokenizer
 from megatron_ktr.data.tiny_model import save_tiny_model
 from megatron_ktr.errors import UserError
+from megatron_ktr.rollout.build import build_sampler_check
 from megatron_ktr.rollout.check.probes import IMAGE, LONG, PATCH, SIZED, TEXT, TIMING, VIDEO, probe_prompts
 from megatron_ktr.rollout.check.sampler import (
     Gap,
     SamplerCheck,
-    build_sampler_check,
     check_line,
     describe,
     measure,
@@ -90,7 +91,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     platform = start("cpu")
     groups = init_parallel(ParallelSizes(), platform=platform)
     config = config_from_values({"model": str(folder / "model"), "temperature": TEMPERATURE})
-    policy = Policy(folder / "model", config=config, groups=groups, platform=platform, num_steps=1)
+    policy = Policy(folder / "model", options=PolicyOptions.of(config), groups=groups, platform=platform, num_steps=1)
     yield Pair(
         model_dir=folder / "model",
         other_dir=folder / "other",
@@ -354,12 +355,15 @@ def test_short_prompts_are_compared_with_a_shorter_question_and_what_is_left_out
     pair: Pair, capsys: Any, max_length: int, left_out: list[str]
 ) -> None:
     """Prompts of 27 tokens are a run's that accepts 40, though no prompt with the usual question is so short."""
-    section = dataclasses.replace(pair.policy.config.data, max_prompt_length=max_length, video_max_pixels=4 * 28 * 28)
-    config = dataclasses.replace(
-        pair.policy.config,
-        data=section,
-        model=dataclasses.replace(pair.policy.config.model, model=str(pair.model_dir)),
-        rollout=dataclasses.replace(pair.policy.config.rollout, engine="hf", max_response_length=1),
+    config = config_from_values(
+        {
+            "model": str(pair.model_dir),
+            "temperature": TEMPERATURE,
+            "engine": "hf",
+            "max_response_length": 1,
+            "max_prompt_length": max_length,
+            "video_max_pixels": 4 * 28 * 28,
+        }
     )
     engine = pair.engine()
     source = SimpleNamespace(

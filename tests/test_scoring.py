@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_ktr.config.part_options import PolicyOptions, StepOptions
 from megatron_ktr.distributed.groups import ParallelSizes
 from tests.support.ranks import RankContext, RankPool
 from tests.support.steps import compare_steps, example_groups, make_config, run_steps
@@ -42,9 +43,9 @@ def scored(context: RankContext, *, hf_dir: Path) -> dict[str, Any]:
     def make(**values: Any) -> tuple[ScoringPasses, MicroBatch]:
         values = {"num_shuffles": 3, "kl_beta": 0.0, **values}
         config = make_config(hf_dir, values, num_prompts=3, sizes=parallel.sizes)
-        policy = Policy(hf_dir, config=config, groups=parallel, platform=current(), num_steps=1)
+        policy = Policy(hf_dir, options=PolicyOptions.of(config), groups=parallel, platform=current(), num_steps=1)
         objective = build_objective(config.objective, reward=config.reward)
-        scoring = ScoringPasses(config=config, policy=policy, objective=objective, media=media)
+        scoring = ScoringPasses(options=StepOptions.of(config), policy=policy, objective=objective, media=media)
         return scoring, MicroBatch(groups, scoring.pack(groups, "intact"))
 
     scoring, item = make()

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_ktr.config.part_options import PolicyOptions
 from megatron_ktr.distributed.groups import ParallelSizes
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from tests.support.layouts import sizes_of
@@ -176,7 +177,7 @@ def _score(case: Case, precision: Precision, *, sizes: ParallelSizes, groups: An
         layers = te_layers()
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, transformer_impl="te"))
     with layers:
-        policy = Policy(case.hf_dir, config=config, groups=groups, platform=current(), num_steps=1)
+        policy = Policy(case.hf_dir, options=PolicyOptions.of(config), groups=groups, platform=current(), num_steps=1)
     emulated = contextlib.nullcontext()
     if precision.fp8_recipe:
         linears = language_linears(policy.bare_chunks[0])

@@ -26,7 +26,15 @@ def engine_of(folder: Path, servers: list[FakeServer], *, sampling: SamplingSett
     urls = tuple(f"{server.url}/" for server in servers) + (servers[0].url,)
     values = {"model": str(folder / "model"), "engine": "vllm_server", "run_dir": str(folder / "run")}
     config = config_from_values(values | {"server_urls": urls, "server_timeout_seconds": PATIENCE_SECONDS} | options)
-    return server_engine(config, data_group=None, tokenizer=tiny_tokenizer(), media=MEDIA, sampling=sampling)
+    return server_engine(
+        config.model.model,
+        rollout=config.rollout,
+        run_dir=Path(config.trainer.run_dir),
+        data_group=None,
+        tokenizer=tiny_tokenizer(),
+        media=MEDIA,
+        sampling=sampling,
+    )
 
 
 def test_a_run_on_cpu_sends_weights_through_its_own_directory(tmp_path: Path) -> None:

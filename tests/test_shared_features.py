@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_ktr.batch.packing import MediaSpec
 from megatron_ktr.config import config_from_values
+from megatron_ktr.config.part_options import PolicyOptions
 from megatron_ktr.data.preprocess import PreprocessSettings
 from megatron_ktr.data.synthetic import corpus
 from megatron_ktr.data.template import PromptBuilder, VisualTokens, load_tokenizer
@@ -145,9 +146,9 @@ def use_shards(
     parallel = context.init(sizes)
     values = {"engine": "vllm_colocated", "share_vision_features": True, "data_path": "unread.json", **values}
     config = config_from_values({"model": str(model_dir), **values})
-    policy = Policy(model_dir, config=config, groups=parallel, platform=current(), num_steps=1)
+    policy = Policy(model_dir, options=PolicyOptions.of(config), groups=parallel, platform=current(), num_steps=1)
     media = make_media(model_dir)
-    sender = build_feature_sender(config, policy=policy, media=media)
+    sender = build_feature_sender(config.rollout, policy=policy, media=media)
     exported = {name: tensor.clone() for name, tensor in policy.export(gather_to="source", with_vision=False)}
     logprobs = trainer_logprobs(groups, policy=policy, media=media) if groups else None
     return FromShards(sender(prompts), exported, logprobs)
@@ -192,7 +193,7 @@ def test_only_the_first_stage_has_them_where_the_engine_is_elsewhere() -> None:
     assert torch.equal(first.media[0].features, given[0][0]) and first.media[0].features is not given[0][0]
     (later,) = sender(None)([prompt])
     assert later is prompt
-    assert build_feature_sender(config_from_values({"model": "nowhere"}), policy=None, media=MEDIA) is None
+    assert build_feature_sender(config_from_values({"model": "nowhere"}).rollout, policy=None, media=MEDIA) is None
 
 
 # --- vLLM -------------------------------------------------------------------------------------------------------

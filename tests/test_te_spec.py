@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_ktr.config import Config
+from megatron_ktr.config.part_options import ModelOptions
 from megatron_ktr.config.sections import ModelSection
 from megatron_ktr.distributed.groups import ParallelSizes
 from tests.support.layouts import sizes_of
@@ -38,7 +39,9 @@ def both_specs(context: RankContext, *, hf_dir: Path, sizes: ParallelSizes, fold
     found: dict[str, Any] = {}
     with te_layers():
         models = {
-            impl: build_model(config, groups=groups, config=Config(model=ModelSection(transformer_impl=impl)))
+            impl: build_model(
+                config, groups=groups, options=ModelOptions.of(Config(model=ModelSection(transformer_impl=impl)))
+            )
             for impl in ("local", "te")
         }
         for impl, model in models.items():

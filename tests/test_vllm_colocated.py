@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megatron_ktr.batch.packing import MediaSpec, pack_groups
 from megatron_ktr.config import Config, config_from_values
+from megatron_ktr.config.part_options import PolicyOptions
 from megatron_ktr.data.dataset import PromptDataset, SkipCounter
 from megatron_ktr.data.preprocess import PreprocessSettings
 from megatron_ktr.data.records import read_records
@@ -173,7 +174,7 @@ def make_side(config: Config, groups: Any) -> Side:
     )
     return Side(
         config=config,
-        policy=Policy(directory, config=config, groups=groups, platform=current(), num_steps=1),
+        policy=Policy(directory, options=PolicyOptions.of(config), groups=groups, platform=current(), num_steps=1),
         tokenizer=tokenizer,
         media=media_spec(
             Qwen2_5_VLConfig.from_hf(directory), patchify=PreprocessSettings.from_model(directory).patchify

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megatron_ktr.batch.packing import MediaSpec, pack_groups
 from megatron_ktr.config import config_from_values
+from megatron_ktr.config.part_options import PolicyOptions
 from megatron_ktr.data import synthetic
 from megatron_ktr.data.preprocess import PreprocessSettings, load_media
 from megatron_ktr.data.template import PromptBuilder, VisualTokens, WordingTemplate, load_tokenizer
@@ -187,7 +188,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     groups = init_parallel(ParallelSizes(), platform=platform)
     policy = Policy(
         initial_dir,
-        config=config_from_values({"model": str(initial_dir)}),
+        options=PolicyOptions.of(config_from_values({"model": str(initial_dir)})),
         groups=groups,
         platform=platform,
         num_steps=1,
