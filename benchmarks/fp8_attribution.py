@@ -49,6 +49,7 @@ from benchmarks.machine import about_machine  # noqa: E402
 from benchmarks.scoring_precision import EXAMPLES, fine_tune, sample  # noqa: E402
 from megatron_ktr.batch.packing import plan_micro_batches  # noqa: E402
 from megatron_ktr.config import Config, load_config  # noqa: E402
+from megatron_ktr.config.part_options import PolicyOptions  # noqa: E402
 from megatron_ktr.data.preprocess import PreprocessSettings  # noqa: E402
 from megatron_ktr.distributed.groups import ParallelGroups, ParallelSizes, destroy_parallel, init_parallel  # noqa: E402
 from megatron_ktr.distributed.platform import current, start  # noqa: E402
@@ -177,7 +178,7 @@ def set_up(root: Path, model: Path, options: argparse.Namespace) -> tuple[Step, 
 
 
 def _policy(model: Path, *, config: Config, groups: ParallelGroups) -> Policy:
-    return Policy(model, config=config, groups=groups, platform=current(), num_steps=1)
+    return Policy(model, options=PolicyOptions.of(config), groups=groups, platform=current(), num_steps=1)
 
 
 def run(options: argparse.Namespace, root: Path) -> dict[str, Any]:

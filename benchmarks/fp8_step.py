@@ -16,6 +16,7 @@ from benchmarks.fp8_measures import Gradients, Observed
 from megatron_ktr.attribution.signals import SIGNALS, signal_applies, signal_scores
 from megatron_ktr.batch.micro_batch import Denominators, MicroBatch
 from megatron_ktr.config import Config
+from megatron_ktr.config.part_options import StepOptions
 from megatron_ktr.objectives import build_objective
 from megatron_ktr.policy.policy import Policy
 from megatron_ktr.step.scoring import ScoringPasses
@@ -43,7 +44,9 @@ class Step:
     def __init__(self, policy: Policy, *, config: Config, media: Any, parts: Parts) -> None:
         self.policy = policy
         self.objective = build_objective(config.objective, reward=config.reward)
-        self.scoring = ScoringPasses(config=config, policy=policy, objective=self.objective, media=media)
+        self.scoring = ScoringPasses(
+            options=StepOptions.of(config), policy=policy, objective=self.objective, media=media
+        )
         self.parts = parts
         self.model = policy.bare_chunks[0]
         self._row_gradients: list[Tensor] = []

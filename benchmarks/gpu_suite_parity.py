@@ -25,6 +25,7 @@ from benchmarks.gpu_suite_common import Part, Skipped, group_of, leave_kernels_u
 from benchmarks.gpu_suite_smoke import checked
 from benchmarks.step_ours import save_random_model
 from megatron_ktr.batch.micro_batch import Denominators, MicroBatch
+from megatron_ktr.config.part_options import PolicyOptions, StepOptions
 from megatron_ktr.data.preprocess import PreprocessSettings
 from megatron_ktr.distributed.groups import ParallelGroups, ParallelSizes, destroy_parallel, init_parallel
 from megatron_ktr.distributed.platform import Platform
@@ -131,12 +132,12 @@ def step_numbers(
     hf_dir = models / "policy"
     options = {"optimizer": "sgd", "use_distributed_optimizer": False, "kl_beta": 0.04, **values}
     config = step_config(hf_dir, platform, objective="grpo", **options)
-    policy = Policy(hf_dir, config=config, groups=groups, platform=platform, num_steps=1)
+    policy = Policy(hf_dir, options=PolicyOptions.of(config), groups=groups, platform=platform, num_steps=1)
     policy.add_reference(models / "reference")
     objective = build_objective(config.objective, reward=config.reward)
     model_config = Qwen2_5_VLConfig.from_hf(hf_dir)
     media = media_spec(model_config, patchify=PreprocessSettings().patchify)
-    scoring = ScoringPasses(config=config, policy=policy, objective=objective, media=media)
+    scoring = ScoringPasses(options=StepOptions.of(config), policy=policy, objective=objective, media=media)
     # Also on the device the small group: the host's bf16 pass must take seconds, not minutes.
     group = group_of(model_config, frames=4, is_tiny=True)
     batches = {view: scoring.pack((group,), view) for view in ("intact", "hidden", "shuffled")}

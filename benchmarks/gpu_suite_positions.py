@@ -22,6 +22,7 @@ from benchmarks.gpu_suite_common import Part, Skipped, leave_kernels_untuned, re
 from benchmarks.gpu_suite_parity import save_models
 from benchmarks.gpu_suite_smoke import checked
 from benchmarks.step_baseline import continued, patches, video_positions
+from megatron_ktr.config.part_options import PolicyOptions, StepOptions
 from megatron_ktr.data.preprocess import PreprocessSettings
 from megatron_ktr.data.random_groups import SyntheticSizes, TokenIds, synthetic_group
 from megatron_ktr.distributed.groups import ParallelGroups, ParallelSizes, destroy_parallel, init_parallel
@@ -114,10 +115,10 @@ def _compare(
         raise Skipped("needs a GPU")
     options = {"objective": "grpo", "kl_beta": 0.0, "optimizer": "sgd", "use_distributed_optimizer": False, **values}
     config = step_config(hf_dir, part.platform, num_generations=len(group.rollouts), **options)
-    policy = Policy(hf_dir, config=config, groups=groups, platform=part.platform, num_steps=1)
+    policy = Policy(hf_dir, options=PolicyOptions.of(config), groups=groups, platform=part.platform, num_steps=1)
     objective = build_objective(config.objective, reward=config.reward)
     media = media_spec(policy.model_config, patchify=PreprocessSettings().patchify)
-    scoring = ScoringPasses(config=config, policy=policy, objective=objective, media=media)
+    scoring = ScoringPasses(options=StepOptions.of(config), policy=policy, objective=objective, media=media)
     (statistics,) = policy.score([scoring.pack((group,), "intact")])
     found = quarters(statistics.logprob_R.float().cpu() - exact["torch.float32"])
     if values.get("params_dtype") == "fp32":

@@ -18,6 +18,7 @@ import torch
 from benchmarks.gpu_suite_common import Part, group_of, leave_kernels_untuned, model_directory, published_shape
 from benchmarks.gpu_suite_smoke import checked
 from benchmarks.gpu_suite_step import build_trainer
+from megatron_ktr.config.part_options import CheckpointOptions
 from megatron_ktr.data.random_groups import FixedSource
 from megatron_ktr.distributed.groups import ParallelGroups, ParallelSizes, destroy_parallel, init_parallel
 from megatron_ktr.distributed.platform import host_peak_bytes, reset_host_peak
@@ -50,7 +51,12 @@ def _save(part: Part, groups: ParallelGroups) -> dict[str, Any]:
         trainer.train_step(1)
         policy = trainer.policy
         num_parameters = sum(p.numel() for chunk in policy.chunks for p in chunk.parameters())
-        checkpoints = Checkpoints(Path(directory) / "run", policy=policy, source=_SavedSource([]))
+        checkpoints = Checkpoints(
+            Path(directory) / "run",
+            policy=policy,
+            source=_SavedSource([]),
+            options=CheckpointOptions(resolved="", keep_checkpoints=1),
+        )
         part.platform.synchronize()
         part.platform.reset_peak_memory()
         reset_host_peak()

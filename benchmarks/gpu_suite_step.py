@@ -39,6 +39,7 @@ from megatron_ktr.accounting.memory import estimate_memory
 from megatron_ktr.accounting.saved import TORCH_GPU
 from megatron_ktr.accounting.work import GroupWork, StepSettings
 from megatron_ktr.batch.micro_batch import Denominators, MicroBatch
+from megatron_ktr.config.part_options import StepOptions
 from megatron_ktr.data.preprocess import PreprocessSettings
 from megatron_ktr.data.random_groups import FixedSource
 from megatron_ktr.distributed.groups import ParallelGroups, ParallelSizes, init_parallel
@@ -165,7 +166,7 @@ def _build_passes(
     policy = RandomPolicy(hf_dir, config=config, groups=groups, platform=part.platform, num_steps=1)
     objective = build_objective(step_config(hf_dir, part.platform, objective="grpo", kl_beta=0.0).objective)
     media = media_spec(model_config, patchify=PreprocessSettings().patchify)
-    scoring = ScoringPasses(config=config, policy=policy, objective=objective, media=media)
+    scoring = ScoringPasses(options=StepOptions.of(config), policy=policy, objective=objective, media=media)
     item = MicroBatch((group,), scoring.pack((group,), "intact"))
     views = {view: scoring.pack((group,), view) for view in ("hidden", "shuffled")}
 
@@ -204,7 +205,9 @@ def build_trainer(part: Part, groups: ParallelGroups, hf_dir: Path, **values: An
     )
     policy.add_reference()
     media = media_spec(policy.model_config, patchify=PreprocessSettings().patchify)
-    return Trainer(config=config, policy=policy, source=FixedSource([]), objective=objective, media=media)
+    return Trainer(
+        options=StepOptions.of(config), policy=policy, source=FixedSource([]), objective=objective, media=media
+    )
 
 
 def _train(part: Part, groups: ParallelGroups) -> dict[str, Any]:

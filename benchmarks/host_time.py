@@ -41,6 +41,7 @@ from torch import Tensor  # noqa: E402
 from benchmarks.harness import write_report  # noqa: E402
 from benchmarks.machine import about_machine  # noqa: E402
 from megatron_ktr.config import config_from_values  # noqa: E402
+from megatron_ktr.config.part_options import StepOptions  # noqa: E402
 from megatron_ktr.data.preprocess import PreprocessSettings  # noqa: E402
 from megatron_ktr.data.random_groups import FixedSource, SyntheticSizes, TokenIds, synthetic_group  # noqa: E402
 from megatron_ktr.distributed.groups import ParallelGroups, ParallelSizes, init_parallel  # noqa: E402
@@ -145,7 +146,7 @@ def _trainer(
 
     class RandomPolicy(Policy):
         def _load_model(self, hf_dir: Path) -> list[Any]:
-            chunks = build_model(self.model_config, groups=self.groups, config=self.config, dtype=self.dtype)
+            chunks = build_model(self.model_config, groups=self.groups, options=self.options.build, dtype=self.dtype)
             for chunk in chunks:
                 if arguments.context > 1:
                     chunk.context = ContextRanks(_Ranks(arguments.context), multiple=1)
@@ -181,7 +182,9 @@ def _trainer(
     if objective.needs_reference:
         policy.add_reference()
     media = media_spec(model_config, patchify=PreprocessSettings().patchify)
-    return Trainer(config=config, policy=policy, source=FixedSource([]), objective=objective, media=media)
+    return Trainer(
+        options=StepOptions.of(config), policy=policy, source=FixedSource([]), objective=objective, media=media
+    )
 
 
 def _narrow(*, num_layers: int, vision_depth: int) -> Any:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from megatron_ktr.batch.packing import MediaSpec, pack_groups
 from megatron_ktr.config import Config, config_from_values
+from megatron_ktr.config.part_options import PolicyOptions
 from megatron_ktr.data.records import read_records
 from megatron_ktr.data.synthetic import corpus, make_dataset
 from megatron_ktr.data.template import load_tokenizer
@@ -108,7 +109,9 @@ class Workload:
         loader = prompt_loader(self.config, tokenizer=self.tokenizer)
         self.media = media_spec(Qwen2_5_VLConfig.from_hf(folder / "model"), patchify=loader.settings.patchify)
         self.prompts = [loader.load(record) for record in read_records(folder / "data" / "train.json")]
-        self.policy = Policy(folder / "model", config=self.config, groups=groups, platform=platform, num_steps=1)
+        self.policy = Policy(
+            folder / "model", options=PolicyOptions.of(self.config), groups=groups, platform=platform, num_steps=1
+        )
 
     @property
     def num_visual_tokens(self) -> int:

@@ -41,6 +41,7 @@ from megatron_ktr.attribution.signals import SIGNALS, VIEW_OF_SIGNAL, Signal, si
 from megatron_ktr.batch.micro_batch import MicroBatch  # noqa: E402
 from megatron_ktr.batch.packing import plan_micro_batches  # noqa: E402
 from megatron_ktr.config import Config, load_config  # noqa: E402
+from megatron_ktr.config.part_options import PolicyOptions, StepOptions  # noqa: E402
 from megatron_ktr.data.preprocess import PreprocessSettings  # noqa: E402
 from megatron_ktr.data.synthetic import corpus, make_dataset  # noqa: E402
 from megatron_ktr.data.template import load_tokenizer  # noqa: E402
@@ -143,7 +144,7 @@ def sample_and_score(root: Path, model: Path, *, num_prompts: int, num_preamble:
     config = load_config([str(flag) for flag in [*flags, "--prompts-per-step", num_prompts, "--seed", seed]])
     model_config = Qwen2_5_VLConfig.from_hf(model)
     media = media_spec(model_config, patchify=PreprocessSettings.from_model(model).patchify)
-    policy = Policy(model, config=config, groups=groups, platform=platform, num_steps=1)
+    policy = Policy(model, options=PolicyOptions.of(config), groups=groups, platform=platform, num_steps=1)
     # Together, generate would hold a mask of prompt x prompt for every response to every prompt.
     sampled = sample(config, policy, media=media, num_prompts=num_prompts, at_once=1 if num_preamble else None)
     parts = plan_micro_batches(sampled, groups_per_micro_batch=config.trainer.micro_batch_groups)
@@ -152,7 +153,7 @@ def sample_and_score(root: Path, model: Path, *, num_prompts: int, num_preamble:
     for name, precision in PRECISIONS.items():
         section = dataclasses.replace(config.objective, scoring_precision=precision)
         changed = dataclasses.replace(config, objective=section)
-        scoring = ScoringPasses(config=changed, policy=policy, objective=objective, media=media)
+        scoring = ScoringPasses(options=StepOptions.of(changed), policy=policy, objective=objective, media=media)
         items = [MicroBatch(part, scoring.pack(part, "intact")) for part in parts]
         found[name] = policy.score_intact(scoring.with_counterfactuals(items, step=1), objective=objective)
     return [

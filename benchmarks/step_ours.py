@@ -13,6 +13,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration as HFModel
 from benchmarks.step_baseline import PAPER, StepNumbers, StepSettings
 from megatron_ktr.attribution.counterfactuals import draw_permutations
 from megatron_ktr.config import config_from_values
+from megatron_ktr.config.part_options import PolicyOptions, StepOptions
 from megatron_ktr.data.preprocess import PreprocessSettings
 from megatron_ktr.data.random_groups import FixedSource, TokenIds
 from megatron_ktr.distributed.groups import ParallelGroups
@@ -58,12 +59,12 @@ class OurStep:
                 **options,
             }
         )
-        policy = Policy(policy_dir, config=config, groups=groups, platform=platform, num_steps=1000)
+        policy = Policy(policy_dir, options=PolicyOptions.of(config), groups=groups, platform=platform, num_steps=1000)
         policy.add_reference(reference_dir)
         model_config = Qwen2_5_VLConfig.from_hf(policy_dir)
         self.source = FixedSource([])
         self.trainer = Trainer(
-            config=config,
+            options=StepOptions.of(config),
             policy=policy,
             source=self.source,
             objective=build_objective(config.objective, reward=config.reward),

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ktr.config import Config, load_config
+from megatron_ktr.config.part_options import CheckpointOptions, PolicyOptions, StepOptions
 from megatron_ktr.config.run_length import length_line, with_steps
 from megatron_ktr.data.preprocess import PreprocessSettings
 from megatron_ktr.data.source import DatasetSource
@@ -35,8 +36,8 @@ from megatron_ktr.files.checksums import require_intact
 from megatron_ktr.objectives import Objective
 from megatron_ktr.policy.policy import Policy
 from megatron_ktr.report.console import selected_tokens_text
-from megatron_ktr.rollout.build import build_local_source, build_sampler
-from megatron_ktr.rollout.check.sampler import build_sampler_check, check_line
+from megatron_ktr.rollout.build import build_local_source, build_sampler, build_sampler_check
+from megatron_ktr.rollout.check.sampler import check_line
 from megatron_ktr.rollout.features import build_feature_sender
 from megatron_ktr.rollout.replay import write_rollouts
 from megatron_ktr.rollout.source import ReplicaSource
@@ -88,7 +89,9 @@ def _train(config: Config, *, platform: Platform, leave: LeaveRequest) -> bool:
     )
     # Also when a step fails: an engine may hold processes and devices that outlive this one.
     with contextlib.closing(trainer.source):
-        is_finished = _run_steps(trainer, start=start, tokenizer=tokenizer, leave=leave)
+        is_finished = _run_steps(
+            trainer, start=start, checkpointing=CheckpointOptions.of(config), tokenizer=tokenizer, leave=leave
+        )
     if not is_finished:
         return False
     trainer.policy.save_hf(start.run_dir / "export")
@@ -123,7 +126,9 @@ def build_trainer(
         lambda: build_sampler(config, groups=groups, tokenizer=tokenizer, media=media), groups=groups
     )
     num_updates = config.trainer.train_steps * config.objective.updates_per_rollout
-    policy = Policy(config.model.model, config=config, groups=groups, platform=platform, num_steps=num_updates)
+    policy = Policy(
+        config.model.model, options=PolicyOptions.of(config), groups=groups, platform=platform, num_steps=num_updates
+    )
     if objective.needs_reference:
         policy.add_reference()
     source = ReplicaSource(
@@ -131,9 +136,9 @@ def build_trainer(
         groups=groups,
         sampler=sampler,
         lag=config.rollout.lag,
-        prepare=build_feature_sender(config, policy=policy, media=media),
+        prepare=build_feature_sender(config.rollout, policy=policy, media=media),
     )
-    trainer = Trainer(config=config, policy=policy, source=source, objective=objective, media=media)
+    trainer = Trainer(options=StepOptions.of(config), policy=policy, source=source, objective=objective, media=media)
     with same_on_every_rank():
         trainer.sampler_check = build_sampler_check(
             config, policy=policy, source=source, media=media, tokenizer=tokenizer, send_weights=trainer.send_weights
@@ -141,18 +146,20 @@ def build_trainer(
     return trainer
 
 
-def _run_steps(trainer: Trainer, *, start: RunStart, tokenizer: Any, leave: LeaveRequest) -> bool:
+def _run_steps(
+    trainer: Trainer, *, start: RunStart, checkpointing: CheckpointOptions, tokenizer: Any, leave: LeaveRequest
+) -> bool:
     """From the checkpoint the run starts at, if any, to the last step, with everything that is written on the way.
 
     False: asked to leave before the last step; what was done is saved.
     """
-    config, groups, run_dir = trainer.config, trainer.policy.groups, start.run_dir
-    checkpoints = Checkpoints(run_dir, policy=trainer.policy, source=trainer.source)
+    options, groups, run_dir = trainer.options.trainer, trainer.policy.groups, start.run_dir
+    checkpoints = Checkpoints(run_dir, policy=trainer.policy, source=trainer.source, options=checkpointing)
     if start.checkpoint is not None:
         checkpoints.load(start.checkpoint)
     writer = MetricsWriter(run_dir if groups.rank == 0 else None, first_step=start.step + 1)
     asked_by = None
-    for step in range(start.step + 1, config.trainer.train_steps + 1):
+    for step in range(start.step + 1, options.train_steps + 1):
         if asked_by := leave.agreed(groups.world):
             _leave(checkpoints, step=step - 1, is_new=step - 1 > start.step, asked_by=asked_by)
             break
@@ -160,12 +167,12 @@ def _run_steps(trainer: Trainer, *, start: RunStart, tokenizer: Any, leave: Leav
         writer.write(step, report.values)
         if groups.rank == 0 and (line := check_line(report.values)):
             print(line, flush=True)
-        is_last = step == config.trainer.train_steps
+        is_last = step == options.train_steps
         if is_last:
             _ = report.selections  # rank 0 shows one: every rank takes part in gathering them
-        if groups.rank == 0 and (step % config.trainer.log_interval == 0 or is_last):
-            _show(report, config=config, decode=tokenizer.decode)
-        if _is_due(step, config.trainer.rollout_log_interval):
+        if groups.rank == 0 and (step % options.log_interval == 0 or is_last):
+            _show(report, num_steps=options.train_steps, decode=tokenizer.decode)
+        if _is_due(step, options.rollout_log_interval):
             _log_rollouts(report, run_dir=run_dir, groups=groups)
         checkpoints.after_step(step)
     checkpoints.close()
@@ -198,10 +205,10 @@ def _log_rollouts(report: StepReport, *, run_dir: Path, groups: ParallelGroups) 
     on_every_rank(write, groups=groups)
 
 
-def _show(report: StepReport, *, config: Config, decode: Callable[[Sequence[int]], str]) -> None:
+def _show(report: StepReport, *, num_steps: int, decode: Callable[[Sequence[int]], str]) -> None:
     """The step's line and, on the last step, one response with its key tokens."""
-    print(step_line(report.step, config.trainer.train_steps, report.values), flush=True)
-    if report.step < config.trainer.train_steps or not report.selections:
+    print(step_line(report.step, num_steps, report.values), flush=True)
+    if report.step < num_steps or not report.selections:
         return
     group, selections = report.groups[0], report.selections[0]
     text = selected_tokens_text(group.rollouts[0], selections[0], decode=decode)

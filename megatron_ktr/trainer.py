@@ -26,7 +26,7 @@ from torch import Tensor
 from megatron_ktr.accounting.rates import step_rates
 from megatron_ktr.batch.micro_batch import Denominators, MicroBatch, UpdateResult
 from megatron_ktr.batch.packing import MediaSpec
-from megatron_ktr.config import Config
+from megatron_ktr.config.part_options import StepOptions
 from megatron_ktr.objectives.base import Objective
 from megatron_ktr.policy.finite import require_finite_samples
 from megatron_ktr.policy.policy import Policy
@@ -65,19 +65,19 @@ class Trainer:
     """Runs training steps; ``source`` and ``policy`` hold all state that outlives a step."""
 
     def __init__(
-        self, *, config: Config, policy: Policy, source: ReplicaSource, objective: Objective, media: MediaSpec
+        self, *, options: StepOptions, policy: Policy, source: ReplicaSource, objective: Objective, media: MediaSpec
     ) -> None:
-        self.config = config
+        self.options = options
         self.policy = policy
         self.source = source
         self.objective = objective
-        self.batching = StepBatching(config=config, policy=policy, objective=objective)
-        self.scoring = ScoringPasses(config=config, policy=policy, objective=objective, media=media)
+        self.batching = StepBatching(options=options, policy=policy, objective=objective)
+        self.scoring = ScoringPasses(options=options, policy=policy, objective=objective, media=media)
         self.sampler_check: SamplerCheck | None = None
         """Run once, with the weights of the first step."""
         self._check_values: dict[str, float] = {}
         self.timer = PhaseTimer(policy.platform.synchronize)
-        self.prompts_per_rank = config.prompts_per_replica(policy.groups.data_size)
+        self.prompts_per_rank = options.trainer.prompts_per_replica(policy.groups.data_size)
 
     def train_step(self, step: int) -> StepReport:
         groups = self._rollouts(step)
@@ -99,7 +99,7 @@ class Trainer:
         with self.timer.phase("update"):
             results = [
                 self.policy.update(micro_batches, objective=self.objective, denominators=denominators)
-                for _ in range(self.config.objective.updates_per_rollout)
+                for _ in range(self.options.objective.updates_per_rollout)
             ]
         return self._report(step, groups, results=results)
 
@@ -115,13 +115,13 @@ class Trainer:
             with self.timer.phase("rollout"):
                 groups = self.source.finish()
         require_finite_samples(groups, step=step, global_count=self.policy.global_count)
-        if self.source.lag and step < self.config.trainer.train_steps:
+        if self.source.lag and step < self.options.trainer.train_steps:
             self._begin_rollouts(step + 1)
         return groups
 
     def _room_for_engine(self) -> AbstractContextManager:
         """From before an engine takes its memory, for the weights it is sent, until it has given that back."""
-        if not self.config.optimizer.offload_during_rollout:
+        if not self.options.offload_during_rollout:
             return contextlib.nullcontext()
         policy = self.policy
         return optimizer_off_device(
@@ -162,7 +162,7 @@ class Trainer:
     def _denominators(self, micro_batches: Sequence[MicroBatch]) -> Denominators:
         """Counted over all micro-batches and replicas before the first forward, so that losses simply add up."""
         num_responses = self.policy.global_count(sum(item.batch.num_responses for item in micro_batches))
-        if self.config.objective.loss_aggregation == "sequence":
+        if self.options.objective.loss_aggregation == "sequence":
             return Denominators(num_responses=round(num_responses))
         num_tokens = sum(self.objective.num_loss_tokens(item.batch, item.is_selected_R or {}) for item in micro_batches)
         # Only the last stage knows the selection and only it reads the count; reduced over its replicas alone.
@@ -174,7 +174,7 @@ class Trainer:
         A length bonus is known after selection at the earliest; the update itself has the last word.
         """
         objective = self.objective
-        if not objective.learns_from_rewards or objective.needs_reference or self.config.reward.length_bonus > 0:
+        if not objective.learns_from_rewards or objective.needs_reference or self.options.has_length_bonus:
             return True
         uneven = sum(1 for group in groups if len({rollout.reward for rollout in group.rollouts}) > 1)
         return self.policy.global_count(uneven) > 0
@@ -205,7 +205,7 @@ class Trainer:
             values |= step_rates(
                 self.policy.model_config,
                 groups,
-                config=self.config,
+                options=self.options,
                 objective=self.objective,
                 seconds=seconds,
                 num_ranks=self.policy.groups.world_size,

@@ -43,6 +43,7 @@ logging.getLogger("megatron").setLevel(logging.ERROR)
 
 from megatron_ktr.config import Config, load_config  # noqa: E402
 from megatron_ktr.config.command_line import Parser, whole  # noqa: E402
+from megatron_ktr.config.part_options import PolicyOptions, StepOptions  # noqa: E402
 from megatron_ktr.data.preprocess import PreprocessSettings  # noqa: E402
 from megatron_ktr.data.random_groups import FixedSource, SyntheticSizes, TokenIds, synthetic_group  # noqa: E402
 from megatron_ktr.distributed import platform as platforms  # noqa: E402
@@ -115,7 +116,7 @@ class RandomPolicy(Policy):
     """A policy whose weights, and the reference model's, are those the layers start with."""
 
     def _load_model(self, hf_dir: Path) -> list[Qwen2_5_VLModel]:
-        return build_model(self.model_config, groups=self.groups, config=self.config, dtype=self.dtype)
+        return build_model(self.model_config, groups=self.groups, options=self.options.build, dtype=self.dtype)
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
@@ -165,9 +166,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         groups, config = _join(config, options, platform)
         platform.seed(config.trainer.seed)
         trainer = _build_trainer(config, groups=groups, platform=platform, has_weights=has_weights)
-        timings, memory = _measure(trainer, options, platform)
+        timings, memory = _measure(trainer, config, options, platform)
     if groups.rank == 0:
-        report = summarise(timings, memory, trainer=trainer, options=options)
+        report = summarise(timings, memory, trainer=trainer, config=config, options=options)
         if options.plot:
             options.plot.write_text(draw(report), encoding="utf-8")
         print(to_json(report) if options.json else table(report), flush=True)
@@ -226,12 +227,12 @@ def _build_trainer(config: Config, *, groups: ParallelGroups, platform: Platform
     hf_dir = Path(config.model.model)
     objective = build_objective(config.objective, reward=config.reward)
     policy = (Policy if has_weights else RandomPolicy)(
-        hf_dir, config=config, groups=groups, platform=platform, num_steps=config.trainer.train_steps
+        hf_dir, options=PolicyOptions.of(config), groups=groups, platform=platform, num_steps=config.trainer.train_steps
     )
     if objective.needs_reference:
         policy.add_reference()
     return Trainer(
-        config=config,
+        options=StepOptions.of(config),
         policy=policy,
         source=FixedSource([]),
         objective=objective,
@@ -239,14 +240,16 @@ def _build_trainer(config: Config, *, groups: ParallelGroups, platform: Platform
     )
 
 
-def _measure(trainer: Trainer, options: argparse.Namespace, platform: Platform) -> tuple[list[StepTiming], float]:
+def _measure(
+    trainer: Trainer, config: Config, options: argparse.Namespace, platform: Platform
+) -> tuple[list[StepTiming], float]:
     """Every measured step, and the largest peak of memory over ranks in bytes."""
     groups = trainer.policy.groups
     timings: list[StepTiming] = []
     for step in range(1, options.warm_up + options.steps + 1):
         if step == options.warm_up + 1:
             platform.reset_peak_memory()
-        trainer.source.groups = _groups_of(step, trainer, options)
+        trainer.source.groups = _groups_of(step, trainer, config, options)
         values = trainer.train_step(step).values
         if step <= options.warm_up:
             continue
@@ -259,9 +262,9 @@ def _measure(trainer: Trainer, options: argparse.Namespace, platform: Platform) 
     return timings, reduce_metrics(memory, groups.world).maxima["peak"]
 
 
-def _groups_of(step: int, trainer: Trainer, options: argparse.Namespace) -> list[Any]:
+def _groups_of(step: int, trainer: Trainer, config: Config, options: argparse.Namespace) -> list[Any]:
     """This replica's groups of a step."""
-    config, groups = trainer.config, trainer.policy.groups
+    groups = trainer.policy.groups
     model_config = trainer.policy.model_config
     lengths = options.response_length
     sizes = SyntheticSizes(
@@ -273,15 +276,15 @@ def _groups_of(step: int, trainer: Trainer, options: argparse.Namespace) -> list
     )
     tokens = TokenIds.of(model_config)
     first = step * config.trainer.prompts_per_step + groups.data_rank
-    number = config.prompts_per_replica(groups.data_size)
+    number = config.trainer.prompts_per_replica(groups.data_size)
     return [synthetic_group(sizes, tokens=tokens, seed=first + i * groups.data_size) for i in range(number)]
 
 
 def summarise(
-    timings: Sequence[StepTiming], memory: float, *, trainer: Trainer, options: argparse.Namespace
+    timings: Sequence[StepTiming], memory: float, *, trainer: Trainer, config: Config, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Everything that is reported, ready for JSON."""
-    config, groups = trainer.config, trainer.policy.groups
+    groups = trainer.policy.groups
     sizes, (group, *_) = groups.sizes, trainer.source.groups
     prompts = config.trainer.prompts_per_step
     seconds = statistics.median(timing.total for timing in timings)

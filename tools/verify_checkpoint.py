@@ -51,6 +51,7 @@ from megatron_ktr.batch.micro_batch import Denominators, MicroBatch  # noqa: E40
 from megatron_ktr.batch.packing import pack_groups  # noqa: E402
 from megatron_ktr.config import Config, config_from_values  # noqa: E402
 from megatron_ktr.config.command_line import Parser, number, whole  # noqa: E402
+from megatron_ktr.config.part_options import ModelOptions, PolicyOptions  # noqa: E402
 from megatron_ktr.config.sections import DataSection  # noqa: E402
 from megatron_ktr.data.preprocess import PreprocessSettings, load_media, pixel_limits  # noqa: E402
 from megatron_ktr.data.unusable import UnusableMedia  # noqa: E402
@@ -167,7 +168,7 @@ def verify(options: argparse.Namespace) -> bool:
         timeout_minutes=options.distributed_timeout_minutes,
     )
     # Refuses a layout that does not fit now, not after minutes of Hugging Face.
-    language_transformer_config(model_config, sizes=groups.sizes, dtype=torch.float32, config=config)
+    language_transformer_config(model_config, sizes=groups.sizes, dtype=torch.float32, options=ModelOptions.of(config))
 
     def prepare() -> VerificationInput | None:
         return _read_input(options, model_config) if groups.rank == 0 else None
@@ -268,7 +269,9 @@ def _compare(
 
     theirs = on_every_rank(ask_hugging_face, groups=groups)
     platforms.current().empty_cache()
-    policy = Policy(options.hf, config=config, groups=groups, platform=platforms.current(), num_steps=1)
+    policy = Policy(
+        options.hf, options=PolicyOptions.of(config), groups=groups, platform=platforms.current(), num_steps=1
+    )
     if options.megatron is not None:
         _replace_weights(policy, options.megatron)
     ours_R = _forward_backward(policy, group, batch)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from megatron_ktr.accounting.flops import count_step
 from megatron_ktr.accounting.work import GroupWork, StepSettings
-from megatron_ktr.config import Config
+from megatron_ktr.config.part_options import StepOptions
 from megatron_ktr.objectives.base import Objective
 from megatron_ktr.types import RolloutGroup
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
@@ -14,19 +14,18 @@ from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 NOT_TRAINING = frozenset({"seconds/rollout", "seconds/weights", "seconds/offload"})
 
 
-def settings_of(config: Config, objective: Objective, *, key_share: float = 1.0) -> StepSettings:
+def settings_of(options: StepOptions, objective: Objective, *, key_share: float = 1.0) -> StepSettings:
     """The passes a run's steps need, each piece of work done once and nothing recomputed but the streamed head."""
-    section, has_adapters = config.objective, config.model.lora_rank > 0
-    has_selection = objective.needs_selection_first or section.updates_per_rollout > 1
+    section = options.objective
     return StepSettings(
         has_hidden="hidden" in objective.views,
         shuffle_unit=section.shuffle_unit if "shuffled" in objective.views else None,
         num_shuffles=section.num_shuffles,
         has_reference=objective.needs_reference,
-        has_selection=has_selection,
+        has_selection=objective.selects_before_update(section.updates_per_rollout),
         num_updates=section.updates_per_rollout,
-        frozen=frozenset(("vision", "merger", "language") if has_adapters else config.model.freeze),
-        has_adapters=has_adapters,
+        frozen=options.frozen,
+        has_adapters=options.has_adapters,
         key_share=key_share,
         has_streamed_head=False,
     )
@@ -36,7 +35,7 @@ def step_rates(
     model_config: Qwen2_5_VLConfig,
     groups: Sequence[RolloutGroup],
     *,
-    config: Config,
+    options: StepOptions,
     objective: Objective,
     seconds: Mapping[str, float],
     num_ranks: int,
@@ -51,8 +50,8 @@ def step_rates(
     (collective: every rank calls this). ``key_share`` is the share of response tokens with a gradient.
     """
     works = [GroupWork.of(group, config=model_config) for group in groups]
-    flops = count_step(model_config, works, settings=settings_of(config, objective, key_share=key_share)).total
+    flops = count_step(model_config, works, settings=settings_of(options, objective, key_share=key_share)).total
     duration = sum(value for name, value in seconds.items() if name not in NOT_TRAINING)
     rate = global_sum(flops) / max(duration, 1e-9) / num_ranks / 1e12
-    peak = config.trainer.peak_tflops
+    peak = options.trainer.peak_tflops
     return {"tflops_per_gpu": rate} | ({"mfu": rate / peak} if peak else {})

@@ -12,6 +12,7 @@ from megatron_ktr.config.load import (
     configuration_page,
     load_config,
     read_saved,
+    resolved_text,
     save_resolved,
 )
 
@@ -22,5 +23,6 @@ __all__ = [
     "configuration_page",
     "load_config",
     "read_saved",
+    "resolved_text",
     "save_resolved",
 ]

@@ -19,10 +19,7 @@ take 8 per rank there; megatron-core aligns to 16 everywhere, and so do we.) 128
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
-
-if TYPE_CHECKING:
-    from megatron_ktr.config import Config
+from typing import Literal
 
 Fp8Recipe = Literal["tensorwise", "delayed", "blockwise", "mxfp8"]
 
@@ -37,21 +34,6 @@ DEVICE_NEEDED = {"tensorwise": (8, 9), "delayed": (8, 9), "blockwise": (9, 0), "
 def rows_per_rank(recipe: Fp8Recipe, *, sequence_parallel: bool) -> int:
     """The least multiple that rows of one rank must be, padding included."""
     return math.lcm(NUMBERS_PER_ROW[recipe], GATHERED_BLOCK[recipe] if sequence_parallel else 1)
-
-
-def uses_fp8(config: Config) -> bool:
-    """Whether any pass of the run is in FP8."""
-    return config.model.fp8_format is not None or config.objective.scoring_precision == "fp8"
-
-
-def token_multiple(config: Config) -> int:
-    """What the number of packed rows T (of one context rank) must be a multiple of: sequence parallelism shares rows
-    out over the tensor ranks, and FP8 wants whole blocks on each."""
-    parallel = config.parallel
-    num_shares = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-    if not uses_fp8(config):
-        return num_shares
-    return num_shares * rows_per_rank(config.model.fp8_recipe, sequence_parallel=parallel.sequence_parallel)
 
 
 def why_not_on_device(

@@ -48,16 +48,6 @@ class Config:
         """Whether responses are sampled, rather than recorded or given."""
         return self.objective.objective != "sft" and self.rollout.engine != "replay"
 
-    def prompts_per_replica(self, data_parallel_size: int) -> int:
-        """P: prompts of one data-parallel rank per step, a whole number of micro-batches."""
-        unit = data_parallel_size * self.trainer.micro_batch_groups
-        if self.trainer.prompts_per_step % unit:
-            raise UserError(
-                f"--prompts-per-step {self.trainer.prompts_per_step} must be a multiple of data-parallel size "
-                f"{data_parallel_size} x --micro-batch-groups {self.trainer.micro_batch_groups} = {unit}"
-            )
-        return self.trainer.prompts_per_step // data_parallel_size
-
 
 OPTIONS = options_of(Config)
 SECTION_DOCS = {section.name: section.default_factory.__doc__ for section in dataclasses.fields(Config)}
@@ -98,14 +88,19 @@ def read_saved(path: Path) -> Config:
     return config_from_values(read_yaml(path, options=OPTIONS, notes=ABSENT_OPTIONS))
 
 
-def save_resolved(config: Config, path: str | Path) -> None:
-    """Writes every option as YAML, in one rename; ``load_config(["--config", path])`` gives an equal Config."""
+def resolved_text(config: Config) -> str:
+    """Every option as YAML; ``load_config(["--config", path])`` of a file with it gives an equal Config."""
     content = {
         section: {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
         for section, fields in dataclasses.asdict(config).items()
     }
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+
+
+def save_resolved(config: Config, path: str | Path) -> None:
+    """Writes ``resolved_text``, whole or not at all."""
     try:
-        write_atomically(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+        write_atomically(path, resolved_text(config))
     except OSError as error:
         raise UserError(f"cannot write the resolved configuration to {path}: {error.strerror}") from error
 

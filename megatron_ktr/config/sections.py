@@ -11,6 +11,7 @@ from typing import Literal
 
 from megatron_ktr.config.cli import option as _option
 from megatron_ktr.config.parallel import ParallelSection as ParallelSection  # a section in a file of its own
+from megatron_ktr.errors import UserError
 
 Signal = Literal["entropy", "visual", "temporal"]
 DEFAULT_STEPS = 1000
@@ -387,3 +388,13 @@ class TrainerSection:
         known."""
         if self.train_steps is None and self.train_epochs is None:
             object.__setattr__(self, "train_steps", DEFAULT_STEPS)
+
+    def prompts_per_replica(self, data_parallel_size: int) -> int:
+        """P: prompts of one data-parallel rank per step, a whole number of micro-batches."""
+        unit = data_parallel_size * self.micro_batch_groups
+        if self.prompts_per_step % unit:
+            raise UserError(
+                f"--prompts-per-step {self.prompts_per_step} must be a multiple of data-parallel size "
+                f"{data_parallel_size} x --micro-batch-groups {self.micro_batch_groups} = {unit}"
+            )
+        return self.prompts_per_step // data_parallel_size

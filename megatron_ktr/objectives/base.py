@@ -41,6 +41,14 @@ class Objective(ABC):
     learns_from_rewards = True
     """Whether a group of equal rewards has no gradient (but for the KL term); False for supervised objectives."""
 
+    def selects_before_update(self, num_updates: int) -> bool:
+        """Whether key tokens are chosen in a pass of their own, before the update with its gradient.
+
+        ``num_updates`` is the number of optimizer steps on the same responses. From two on, selection and old policy
+        stay those of the first: they are found before any step.
+        """
+        return self.needs_selection_first or num_updates > 1
+
     def select_tokens(
         self, batch: PackedBatch, scores: TokenScores, group_data: Sequence[RolloutGroup]
     ) -> dict[str, Tensor]:

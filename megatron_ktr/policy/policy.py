@@ -27,7 +27,7 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_ktr.batch.micro_batch import Denominators, MicroBatch, Packed, UpdateResult, measures, ready
-from megatron_ktr.config import Config
+from megatron_ktr.config.part_options import PolicyOptions
 from megatron_ktr.distributed.collectives import reduce_metrics
 from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.distributed.optimizer import build_optimizer, build_scheduler, freeze_parts, wrap_in_ddp
@@ -61,42 +61,46 @@ class Policy(ReplicaNumbers):
     """
 
     def __init__(
-        self, hf_dir: str | Path, *, config: Config, groups: ParallelGroups, platform: Platform, num_steps: int
+        self, hf_dir: str | Path, *, options: PolicyOptions, groups: ParallelGroups, platform: Platform, num_steps: int
     ) -> None:
-        self.config = config
+        self.options = options
         self.groups = groups
         self.platform = platform
         self.hf_dir = Path(hf_dir)
         self.model_config = Qwen2_5_VLConfig.from_hf(self.hf_dir)
-        self.dtype = DTYPES[config.model.params_dtype]
-        self.temperature = config.rollout.temperature
+        self.dtype = DTYPES[options.model.params_dtype]
+        self.temperature = options.temperature
 
         chunks = self._load_model(self.hf_dir)
-        freeze_parts(chunks, config.model.freeze)
-        self.lora = LoraSettings.of(config)
+        freeze_parts(chunks, options.model.freeze)
+        self.lora = LoraSettings.of(options.model, seed=options.seed)
         if self.lora is not None:
             add_adapters(chunks, self.lora, groups=groups)
         drop_initial_values(p for chunk in chunks for p in chunk.parameters() if not p.requires_grad)
         self.transformer_config = get_model_config(chunks[0])
         self.chunks = wrap_in_ddp(
-            chunks, config=self.transformer_config, optimizer=config.optimizer, parallel=config.parallel
+            chunks, config=self.transformer_config, optimizer=options.optimizer, parallel=options.parallel
         )
         self.optimizer = build_optimizer(
             self.chunks,
-            section=config.optimizer,
+            section=options.optimizer,
             dtype=self.dtype,
-            overlap_param_gather=config.parallel.overlap_param_gather,
+            overlap_param_gather=options.parallel.overlap_param_gather,
         )
-        self.scheduler = build_scheduler(self.optimizer, section=config.optimizer, num_steps=num_steps)
+        self.scheduler = build_scheduler(self.optimizer, section=options.optimizer, num_steps=num_steps)
         self._connect_schedule_hooks()
-        self._is_gather_pending = config.parallel.overlap_param_gather
+        self._is_gather_pending = options.parallel.overlap_param_gather
         self.reference: ReferenceModel | None = None
         self.vision = PolicyVision(
-            self.bare_chunks[0].vision, config=config, groups=groups, hf_dir=self.hf_dir, device=platform.device
+            self.bare_chunks[0].vision,
+            parallel=options.parallel,
+            groups=groups,
+            hf_dir=self.hf_dir,
+            device=platform.device,
         )
 
     def _load_model(self, hf_dir: Path) -> list[Qwen2_5_VLModel]:
-        chunks = build_model(self.model_config, groups=self.groups, config=self.config, dtype=self.dtype)
+        chunks = build_model(self.model_config, groups=self.groups, options=self.options.build, dtype=self.dtype)
         load_hf_weights(chunks, hf_dir, groups=self.groups)
         require_finite_weights(chunks, hf_dir=hf_dir, groups=self.groups)
         return chunks
@@ -114,7 +118,7 @@ class Policy(ReplicaNumbers):
 
         config.finalize_model_grads_func = finalize
         config.grad_scale_func = lambda loss: policy.optimizer.scale_loss(loss)
-        if self.config.parallel.overlap_grad_reduce:
+        if self.options.parallel.overlap_grad_reduce:
             no_sync = [chunk.no_sync for chunk in self.chunks]
             config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
 
@@ -124,7 +128,7 @@ class Policy(ReplicaNumbers):
             self.reference = ReferenceModel.without_adapters(self.bare_chunks)
         else:
             chunks = self._load_model(Path(hf_dir or self.hf_dir))
-            offload_on = self.platform if self.config.model.offload_reference else None
+            offload_on = self.platform if self.options.model.offload_reference else None
             self.reference = ReferenceModel.copy(chunks, offload_on=offload_on)
         self.vision.add_reference(self.reference.chunks[0].vision, is_policy_copy=hf_dir is None)
 
@@ -201,7 +205,7 @@ class Policy(ReplicaNumbers):
         num_missing = -len(items) % self.groups.sizes.pipeline if len(chunks) > 1 else 0
         padded = [*items, *[items[-1]] * num_missing]
         is_at_work = reference.at_work() if reference else contextlib.nullcontext()
-        precision_of = pass_precision(self.transformer_config, precision, section=self.config.model)
+        precision_of = pass_precision(self.transformer_config, precision, section=self.options.model)
         with torch.no_grad(), precision_of, is_at_work:
             results = self._run(chunks, padded, batch_of=batch_of, finish=keep, forward_only=True, model=model)
         return list(results)[: len(items)] if results else [None] * len(items)
@@ -221,7 +225,7 @@ class Policy(ReplicaNumbers):
             return result
         require_finite("loss", result.loss)
         at_work = contextlib.nullcontext()
-        if self.config.optimizer.offload_optimizer_states:
+        if self.options.optimizer.offload_optimizer_states:
             at_work = moments_on_device(self.optimizer, **moves(self.platform))
         with at_work:
             succeeded, grad_norm, _ = self.optimizer.step()
@@ -267,7 +271,7 @@ class Policy(ReplicaNumbers):
             finish=loss_of,
             forward_only=False,
         )
-        self._is_gather_pending = self.config.parallel.overlap_param_gather
+        self._is_gather_pending = self.options.parallel.overlap_param_gather
         metrics = Metrics()
         # Tensor- and context-parallel ranks hold the same numbers; one of them speaks for all.
         speaks = self.groups.tensor_rank == self.groups.context_rank == 0
@@ -322,7 +326,7 @@ class Policy(ReplicaNumbers):
         """Writes a directory that transformers and vLLM load: the model and all other files of the initial one, or
         adapters alone (``--lora-export adapter``)."""
         self.wait_for_parameters()
-        only_adapters = self.config.model.lora_export == "adapter"
+        only_adapters = self.options.model.lora_export == "adapter"
         options = dict(groups=self.groups, hf_source_dir=self.hf_dir, lora=self.lora, only_adapters=only_adapters)
         save_export(self.bare_chunks, directory, **options)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_ktr.config import Config
+from megatron_ktr.config.sections import ParallelSection
 from megatron_ktr.data.preprocess import PreprocessSettings
 from megatron_ktr.distributed.collectives import broadcast_object
 from megatron_ktr.distributed.groups import ParallelGroups
@@ -30,13 +30,13 @@ class PolicyVision:
         self,
         encoder: VisionEncoder | None,
         *,
-        config: Config,
+        parallel: ParallelSection,
         groups: ParallelGroups,
         hf_dir: Path,
         device: torch.device,
     ) -> None:
         """``encoder`` is the policy's, None on stages without one."""
-        self._config, self._groups, self._device = config, groups, device
+        self._parallel, self._groups, self._device = parallel, groups, device
         self._media = media_spec(
             Qwen2_5_VLConfig.from_hf(hf_dir), patchify=PreprocessSettings.from_model(hf_dir).patchify
         )
@@ -73,7 +73,7 @@ class PolicyVision:
 
     def sum_gradients(self) -> None:
         """After the reduction over data-parallel ranks: frames were split over the tensor ranks, so gradients are."""
-        if self._encoder is not None and self._config.parallel.vision_parallel == "frame":
+        if self._encoder is not None and self._parallel.vision_parallel == "frame":
             sum_gradients(self._encoder.parameters(), group=self._groups.tensor)
 
     def after_step(self) -> None:
@@ -98,7 +98,7 @@ class PolicyVision:
     def _pass(self, encoder: VisionEncoder | None) -> VisionPass | None:
         if encoder is None:
             return None
-        parallel = self._config.parallel
+        parallel = self._parallel
         is_split = parallel.vision_parallel == "frame"
         return VisionPass(
             encoder,

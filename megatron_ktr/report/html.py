@@ -8,7 +8,6 @@ options. The same run directories give the same bytes: no clock, no random ids.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_ktr.config import Config
+from megatron_ktr.config import OPTIONS
 from megatron_ktr.data.template import load_tokenizer
 from megatron_ktr.errors import UserError
 from megatron_ktr.files.atomic import write_atomically
@@ -240,7 +239,7 @@ def _options(titles: Sequence[str], runs: Sequence[RunData]) -> Html | None:
     """All options by section, one column per run; what differs from the default is marked."""
     if not any(run.config for run in runs):
         return None
-    defaults = {name: _plain(values) for name, values in dataclasses.asdict(Config()).items()}
+    defaults = _defaults()
     tables = []
     for section in dict.fromkeys(name for run in runs for name in run.config):
         names = dict.fromkeys(name for run in runs for name in run.config.get(section, {}))
@@ -264,8 +263,13 @@ def _options(titles: Sequence[str], runs: Sequence[RunData]) -> Html | None:
     return element("section", element("h2", "Configuration"), note, tables, id="configuration")
 
 
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+def _defaults() -> dict[str, dict[str, Any]]:
+    """By section and option, as a run's file has them."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, option in OPTIONS.items():
+        value = option.default
+        found.setdefault(option.section, {})[name] = list(value) if isinstance(value, tuple) else value
+    return found
 
 
 def _option_text(value: Any) -> str:

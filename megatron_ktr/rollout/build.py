@@ -7,18 +7,32 @@ engine is one module and one branch of ``build_sampler``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from megatron_ktr.batch.packing import MediaSpec
 from megatron_ktr.config import Config
+from megatron_ktr.config.part_options import row_multiple
 from megatron_ktr.data.dataset import PromptDataset, SkipCounter
 from megatron_ktr.data.source import DatasetSource, SupervisedSource
+from megatron_ktr.data.template import PromptBuilder, VisualTokens
 from megatron_ktr.distributed.groups import ParallelGroups
+from megatron_ktr.policy.policy import Policy
 from megatron_ktr.rewards import DEFAULT_REWARDS
+from megatron_ktr.rollout.check.probes import probe_prompts
+from megatron_ktr.rollout.check.sampler import (
+    DEFAULT_LIMIT,
+    MAX_TOKENS,
+    SamplerCheck,
+    trainer_logprobs,
+    worst_of_replicas,
+)
 from megatron_ktr.rollout.questions import read_questions
 from megatron_ktr.rollout.replay import ReplaySource
 from megatron_ktr.rollout.sampling import SamplingSettings
-from megatron_ktr.rollout.source import Sampler
+from megatron_ktr.rollout.source import ReplicaSource, Sampler
 
 
 def build_local_source(
@@ -66,14 +80,30 @@ def build_sampler(config: Config, *, groups: ParallelGroups, tokenizer: Any, med
     if rollout.engine == "vllm_colocated":
         from megatron_ktr.rollout.colocated.engine import colocated_engine
 
-        engine = colocated_engine(config, groups=groups, tokenizer=tokenizer, media=media, sampling=sampling)
+        engine = colocated_engine(
+            config.model,
+            data=config.data,
+            rollout=rollout,
+            groups=groups,
+            tokenizer=tokenizer,
+            media=media,
+            sampling=sampling,
+        )
         return Sampler(engine, rewards=rewards, answer_protocol=config.reward.answer_protocol)
     if not groups.is_source:
         return None
     if rollout.engine == "vllm_server":
         from megatron_ktr.rollout.server.engine import server_engine
 
-        engine = server_engine(config, data_group=groups.data, tokenizer=tokenizer, media=media, sampling=sampling)
+        engine = server_engine(
+            config.model.model,
+            rollout=rollout,
+            run_dir=Path(config.trainer.run_dir),
+            data_group=groups.data,
+            tokenizer=tokenizer,
+            media=media,
+            sampling=sampling,
+        )
         return Sampler(engine, rewards=rewards, answer_protocol=config.reward.answer_protocol)
     from megatron_ktr.policy.policy import DTYPES
     from megatron_ktr.rollout.hf import HFEngine
@@ -81,3 +111,59 @@ def build_sampler(config: Config, *, groups: ParallelGroups, tokenizer: Any, med
     dtype = DTYPES[config.model.params_dtype]
     engine = HFEngine(config.model.model, tokenizer=tokenizer, media=media, sampling=sampling, dtype=dtype)
     return Sampler(engine, rewards=rewards, answer_protocol=config.reward.answer_protocol)
+
+
+def build_sampler_check(
+    config: Config,
+    *,
+    policy: Policy,
+    source: ReplicaSource,
+    media: MediaSpec,
+    tokenizer: Any,
+    send_weights: Callable[[], None],
+) -> SamplerCheck | None:
+    """The check of this run's engine against its policy; None where nothing is sampled, where it is off, and where the
+    run's prompts are too short for any of the check's: that, and what else is left out, is printed."""
+    rollout = config.rollout
+    if not (rollout.check_sampler and source.needs_weights):
+        return None
+    builder = PromptBuilder(
+        tokenizer,
+        visual_tokens=VisualTokens.from_model(config.model.model, tokenizer),
+        merge_size=media.merge_size,
+    )
+    max_length = config.data.max_prompt_length
+    make = partial(
+        probe_prompts,
+        builder,
+        media=media,
+        video_max_pixels=config.data.video_max_pixels,
+        seconds_per_grid=config.objective.fixed_seconds_per_grid,
+    )
+    prompts = make(max_prompt_length=max_length)
+    if (left_out := [name for name in make() if name not in prompts]) and policy.groups.rank == 0:
+        what = f"not compared for {', '.join(left_out)}" if prompts else "not compared at all"
+        print(f"sampler and trainer are {what}: such prompts exceed --max-prompt-length {max_length}", flush=True)
+    if not prompts:
+        return None
+    return SamplerCheck(
+        prompts=prompts,
+        sampling=SamplingSettings(
+            num_generations=min(2, rollout.num_generations),
+            max_response_length=min(MAX_TOKENS, rollout.max_response_length),
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+            seed=config.trainer.seed,
+        ),
+        limit=rollout.sampler_gap_limit or DEFAULT_LIMIT[config.model.params_dtype],
+        sample=lambda prompts, sampling: source.sample(prompts, sampling=sampling),
+        score=partial(
+            trainer_logprobs,
+            policy=policy,
+            media=media,
+            pad_to_multiple=row_multiple(config),
+        ),
+        send_weights=send_weights,
+        worst=partial(worst_of_replicas, groups=policy.groups),
+    )

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_ktr.batch.packing import MediaSpec
-from megatron_ktr.config import Config
+from megatron_ktr.config.sections import RolloutSection
 from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.types import Prompt
 
@@ -70,9 +70,9 @@ class FeatureSender:
         return received
 
 
-def build_feature_sender(config: Config, *, policy: Policy, media: MediaSpec) -> FeatureSender | None:
+def build_feature_sender(rollout: RolloutSection, *, policy: Policy, media: MediaSpec) -> FeatureSender | None:
     """``share_vision_features`` of a run; None where the engine encodes for itself."""
-    if not config.rollout.share_vision_features:
+    if not rollout.share_vision_features:
         return None
     return FeatureSender(
         encode=policy.vision_features,
@@ -82,7 +82,7 @@ def build_feature_sender(config: Config, *, policy: Policy, media: MediaSpec) ->
         dtype=policy.dtype,
         device=policy.platform.device,
         # Colocated engines live on every rank, a client of servers on the reading rank alone.
-        to_every_stage=config.rollout.engine == "vllm_colocated",
+        to_every_stage=rollout.engine == "vllm_colocated",
     )
 
 

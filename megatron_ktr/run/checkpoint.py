@@ -41,7 +41,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_ktr.config import save_resolved
+from megatron_ktr.config.part_options import CheckpointOptions
 from megatron_ktr.data.dataset import reshard_states
 from megatron_ktr.distributed.agreement import on_every_rank
 from megatron_ktr.distributed.checkpoint_writer import BackgroundSave, Written
@@ -76,7 +76,7 @@ class Checkpoints:
 
     Example, in a training loop::
 
-        checkpoints = Checkpoints(run_dir, policy=policy, source=source)
+        checkpoints = Checkpoints(run_dir, policy=policy, source=source, options=CheckpointOptions.of(config))
         if start.checkpoint:
             checkpoints.load(start.checkpoint)
         for step in range(start.step + 1, num_steps + 1):
@@ -85,8 +85,9 @@ class Checkpoints:
         checkpoints.close()
     """
 
-    def __init__(self, run_dir: Path, *, policy: Policy, source: ReplicaSource) -> None:
+    def __init__(self, run_dir: Path, *, policy: Policy, source: ReplicaSource, options: CheckpointOptions) -> None:
         self.directory = run_dir / CHECKPOINTS
+        self.options = options
         self.policy = policy
         self.source = source
         self.groups = policy.groups
@@ -99,8 +100,8 @@ class Checkpoints:
         """Completes a save whose files are written; starts one every ``save_interval`` steps and after the last."""
         if self._pending is not None and self._is_written_everywhere():
             self._complete()
-        trainer = self.policy.config.trainer
-        if trainer.save_interval and (step % trainer.save_interval == 0 or step == trainer.train_steps):
+        interval = self.options.save_interval
+        if interval and (step % interval == 0 or step == self.options.num_steps):
             self.save(step)
 
     def save(self, step: int) -> None:
@@ -206,8 +207,8 @@ class Checkpoints:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
         copy_side_files(self.policy.hf_dir, scratch / SIDE_FILES)
-        save_resolved(self.policy.config, scratch / CONFIG_FILE)
         texts = {
+            CONFIG_FILE: self.options.resolved,
             TRAINING_FILE: json.dumps(training, indent=1) + "\n",
             RANDOM_STATES: random_states_to_json(random_states),
         }
@@ -250,7 +251,7 @@ class Checkpoints:
         os.rename(save.directory, target)
         # The rename itself reaches the disk.
         sync(self.directory)
-        keep = self.policy.config.trainer.keep_checkpoints
+        keep = self.options.keep_checkpoints
         for _, path in list_checkpoints(self.directory.parent)[: -keep if keep else 0]:
             _remove(path)
 
@@ -284,7 +285,7 @@ def sharded_state(policy: Policy, *, is_loading: bool = False) -> dict[str, Any]
     """
     policy.wait_for_parameters()
     state = model_sharded_state_dict(policy.chunks)
-    has_optimizer_state = policy.config.optimizer.optimizer != "sgd"
+    has_optimizer_state = policy.options.optimizer.optimizer != "sgd"
     # Also where this rank has nothing to train: it is agreed on by all.
     num_steps = agreed_steps(policy.optimizer) if has_optimizer_state else None
     if has_optimizer_state and not policy.optimizer.is_stub_optimizer:

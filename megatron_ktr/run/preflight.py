@@ -8,6 +8,7 @@ yet (``world_size``).
 from __future__ import annotations
 
 from megatron_ktr.config import Config
+from megatron_ktr.config.part_options import ModelOptions
 from megatron_ktr.config.pipeline_split import virtual_stages
 from megatron_ktr.data.preprocess import PreprocessSettings
 from megatron_ktr.distributed.groups import ParallelSizes, check_sizes
@@ -42,7 +43,9 @@ def check_layout(config: Config, model_config: Qwen2_5_VLConfig, *, world_size: 
     """
     sizes = parallel_sizes(config, num_layers=model_config.text.num_hidden_layers)
     check_sizes(sizes, world_size=world_size)
-    language_transformer_config(model_config, sizes=sizes, dtype=DTYPES[config.model.params_dtype], config=config)
+    language_transformer_config(
+        model_config, sizes=sizes, dtype=DTYPES[config.model.params_dtype], options=ModelOptions.of(config)
+    )
     if config.samples and config.rollout.engine == "vllm_colocated":
         share_groups(sizes, world_size=world_size, engine_size=config.rollout.rollout_tensor_parallel_size)
     return sizes
@@ -51,7 +54,7 @@ def check_layout(config: Config, model_config: Qwen2_5_VLConfig, *, world_size: 
 def check_micro_batches(config: Config, *, sizes: ParallelSizes, data_size: int) -> None:
     """Refuses prompts that do not make whole micro-batches, and what megatron-core's interleaved schedule would refuse
     inside the first step."""
-    prompts = config.prompts_per_replica(data_size)
+    prompts = config.trainer.prompts_per_replica(data_size)
     number = -(-prompts // config.trainer.micro_batch_groups)
     if (sizes.virtual_pipeline or 1) > 1 and number % sizes.pipeline:
         raise UserError(

@@ -17,7 +17,7 @@ from megatron_ktr.accounting.flops import count_step
 from megatron_ktr.accounting.rates import settings_of
 from megatron_ktr.accounting.work import GroupWork
 from megatron_ktr.batch.packing import plan_micro_batches
-from megatron_ktr.config import Config
+from megatron_ktr.config.part_options import StepOptions
 from megatron_ktr.objectives.base import Objective
 from megatron_ktr.policy.policy import Policy
 from megatron_ktr.step.balance import count_oversized, pack_by_tokens
@@ -30,11 +30,11 @@ logger = logging.getLogger(__name__)
 class StepBatching:
     """Every rank of a replica comes to the same answers; ``balanced`` and ``plan`` are collective."""
 
-    def __init__(self, *, config: Config, policy: Policy, objective: Objective) -> None:
-        self._settings = config.trainer
+    def __init__(self, *, options: StepOptions, policy: Policy, objective: Objective) -> None:
+        self._settings = options.trainer
         self._model_config = policy.model_config
         self._policy = policy
-        self._work = settings_of(config, objective)
+        self._work = settings_of(options, objective)
         sizes = policy.groups.sizes
         # An interleaved pipeline takes whole rounds of its stages.
         self._multiple = sizes.pipeline if (sizes.virtual_pipeline or 1) > 1 else 1

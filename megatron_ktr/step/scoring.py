@@ -22,8 +22,7 @@ from torch import Tensor
 from megatron_ktr.attribution.counterfactuals import can_hide, can_shuffle, draw_permutations
 from megatron_ktr.batch.micro_batch import MicroBatch
 from megatron_ktr.batch.packing import MediaSpec, pack_groups, shuffled_view
-from megatron_ktr.config import Config
-from megatron_ktr.config.fp8_rules import token_multiple
+from megatron_ktr.config.part_options import StepOptions
 from megatron_ktr.objectives.base import Objective
 from megatron_ktr.ops.token_statistics import TokenStatistics
 from megatron_ktr.policy.policy import Policy
@@ -36,8 +35,8 @@ _APPLIES = {"hidden": can_hide, "shuffled": can_shuffle}
 class ScoringPasses:
     """Stateless but for what it was made from."""
 
-    def __init__(self, *, config: Config, policy: Policy, objective: Objective, media: MediaSpec) -> None:
-        self.config = config
+    def __init__(self, *, options: StepOptions, policy: Policy, objective: Objective, media: MediaSpec) -> None:
+        self.options = options
         self.policy = policy
         self.objective = objective
         self.media = media
@@ -56,7 +55,7 @@ class ScoringPasses:
             groups,
             view=view,
             media=self.media,
-            pad_to_multiple=token_multiple(self.config),
+            pad_to_multiple=self.options.row_multiple,
             permutations=permutations,
             vision="media" if self.policy.groups.is_first_stage else "none",
         )
@@ -66,8 +65,8 @@ class ScoringPasses:
         return [
             draw_permutations(
                 group.prompt,
-                unit=self.config.objective.shuffle_unit,
-                seed=self.config.trainer.seed,
+                unit=self.options.objective.shuffle_unit,
+                seed=self.options.trainer.seed,
                 step=step,
                 draw=draw,
                 temporal_patch_size=self.media.temporal_patch_size,
@@ -83,7 +82,7 @@ class ScoringPasses:
         """Of each view the objective reads: log-probs, or the hidden rows behind them where it compares whole
         distributions. Several random orders (``num_shuffles``) are averaged: their log-probs, or their KLs."""
         for view in sorted(self.objective.views):
-            draws = self.config.objective.num_shuffles if view == "shuffled" else 1
+            draws = self.options.objective.num_shuffles if view == "shuffled" else 1
             if self.objective.needs_kl:
                 field = "counterfactual_hidden_RD"
                 # A list by draw of a list by micro-batch, turned round.
@@ -114,7 +113,7 @@ class ScoringPasses:
         That is: denominators that count key tokens of the global batch, and several updates on the same responses (the
         selection and the old policy stay those of the first).
         """
-        is_reused = self.config.objective.updates_per_rollout > 1
+        is_reused = self.options.objective.updates_per_rollout > 1
         if not self._selects_first:
             return micro_batches
         found = self.policy.score_intact(micro_batches, objective=self.objective)
@@ -131,7 +130,7 @@ class ScoringPasses:
 
     @property
     def _selects_first(self) -> bool:
-        return self.objective.needs_selection_first or self.config.objective.updates_per_rollout > 1
+        return self.objective.selects_before_update(self.options.objective.updates_per_rollout)
 
     def _is_seen_before_update(self, item: MicroBatch) -> bool:
         """Whether a pass without gradient shows intact temporal patches; all of an image beside a shuffled video is."""
@@ -140,14 +139,14 @@ class ScoringPasses:
         if "shuffled" not in self.objective.views:
             return False
         prompts = [group.prompt for group in item.groups if can_shuffle(group.prompt)]
-        moves_pairs = self.config.objective.shuffle_unit == "temporal_patch"
+        moves_pairs = self.options.objective.shuffle_unit == "temporal_patch"
         return any(moves_pairs or any(medium.kind == "image" for medium in prompt.media) for prompt in prompts)
 
     def _hidden_rows(
         self, micro_batches: Sequence[MicroBatch], view: View, *, step: int, draw: int
     ) -> list[Tensor | None]:
         batches = [self._packed(item, item.groups, view, step=step, draw=draw) for item in micro_batches]
-        return self.policy.hidden_rows(batches, precision=self.config.objective.scoring_precision)
+        return self.policy.hidden_rows(batches, precision=self.options.objective.scoring_precision)
 
     def _logprobs(
         self, micro_batches: Sequence[MicroBatch], view: View, *, step: int, draw: int
@@ -163,7 +162,7 @@ class ScoringPasses:
             for item, part in zip(micro_batches, parts, strict=True)
             if part
         ]
-        scored = iter(self.policy.score(batches, precision=self.config.objective.scoring_precision))
+        scored = iter(self.policy.score(batches, precision=self.options.objective.scoring_precision))
         found: list[Tensor | None] = []
         for item, marks in zip(micro_batches, kept, strict=True):
             logprob_R = _logprob(next(scored)) if any(marks) else None

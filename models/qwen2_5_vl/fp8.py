@@ -16,7 +16,7 @@ from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_ktr.config.fp8_rules import uses_fp8, why_not_of_sizes, why_not_on_device
+from megatron_ktr.config.fp8_rules import why_not_of_sizes, why_not_on_device
 from megatron_ktr.distributed.groups import ParallelSizes
 from megatron_ktr.distributed.platform import current
 from megatron_ktr.errors import UserError
@@ -25,19 +25,21 @@ from models.qwen2_5_vl.layer_specs import resolve_transformer_impl
 from models.qwen2_5_vl.products import LanguageConfig
 
 if TYPE_CHECKING:
-    from megatron_ktr.config import Config
+    from megatron_ktr.config.part_options import ModelOptions
     from megatron_ktr.config.sections import ModelSection
 
 
-def fp8_settings(model_config: Qwen2_5_VLConfig, *, sizes: ParallelSizes, config: Config | None) -> dict[str, Any]:
+def fp8_settings(
+    model_config: Qwen2_5_VLConfig, *, sizes: ParallelSizes, options: ModelOptions | None
+) -> dict[str, Any]:
     """Fields of the language model's ``TransformerConfig``; empty where training is not in FP8.
 
     Raises:
         UserError: FP8 in any pass where the device, a missing package or a size of the model does not allow it.
     """
-    if config is None or not uses_fp8(config):
+    if options is None or not options.uses_fp8:
         return {}
-    section = config.model
+    section = options.model
     option = f"--fp8-recipe {section.fp8_recipe}"
     platform = current()
     problem = why_not_on_device(

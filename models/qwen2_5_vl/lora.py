@@ -59,7 +59,7 @@ from models.qwen2_5_vl.conversion import (
 from models.qwen2_5_vl.weight_map import WeightSpec, weight_specs
 
 if TYPE_CHECKING:
-    from megatron_ktr.config import Config
+    from megatron_ktr.config.sections import ModelSection
     from megatron_ktr.distributed.groups import ParallelGroups
 
 PLACES = {
@@ -85,12 +85,11 @@ class LoraSettings:
     """Of A's first values, which are the same in every layout. B starts at zero: the first step is the base model's."""
 
     @classmethod
-    def of(cls, config: Config) -> LoraSettings | None:
+    def of(cls, section: ModelSection, *, seed: int) -> LoraSettings | None:
         """None: training without adapters."""
-        model = config.model
-        if not model.lora_rank:
+        if not section.lora_rank:
             return None
-        return cls(model.lora_rank, model.lora_alpha, model.lora_targets, seed=config.trainer.seed)
+        return cls(section.lora_rank, section.lora_alpha, section.lora_targets, seed=seed)
 
     @property
     def scale(self) -> float:

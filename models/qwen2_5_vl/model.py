@@ -27,7 +27,6 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_ktr.config.fp8_rules import token_multiple
 from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.distributed.platform import current
 from megatron_ktr.ops.context_shard import LocalRows
@@ -44,7 +43,7 @@ from models.qwen2_5_vl.transformer_config import language_transformer_config
 from models.qwen2_5_vl.vision import VisionEncoder
 
 if TYPE_CHECKING:
-    from megatron_ktr.config import Config
+    from megatron_ktr.config.part_options import ModelOptions
 
 
 class Qwen2_5_VLModel(MegatronModule):
@@ -314,7 +313,7 @@ def build_model(
     model_config: Qwen2_5_VLConfig,
     *,
     groups: ParallelGroups,
-    config: Config | None = None,
+    options: ModelOptions | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> list[Qwen2_5_VLModel]:
     """This rank's model chunks, randomly initialised, on the platform's device: one, or one per virtual stage.
@@ -322,13 +321,13 @@ def build_model(
     Args:
         model_config: architecture.
         groups: placement.
-        config: the run's options (implementations, recomputation); None means the defaults, for use without DDP.
+        options: the run's (implementations, recomputation); None means the defaults, for use without DDP.
         dtype: of parameters and activations.
 
     Raises:
         UserError: a layout that does not fit the model's sizes.
     """
-    transformer_config = language_transformer_config(model_config, sizes=groups.sizes, dtype=dtype, config=config)
+    transformer_config = language_transformer_config(model_config, sizes=groups.sizes, dtype=dtype, options=options)
     process_groups = copy.copy(groups.process_groups)
     process_groups.cp = OneRank()
     num_chunks = transformer_config.virtual_pipeline_model_parallel_size
@@ -340,16 +339,16 @@ def build_model(
             transformer_config=transformer_config,
             process_groups=process_groups,
             context_group=groups.context,
-            transformer_impl=config.model.transformer_impl if config else "auto",
-            attention_impl=config.model.attention_impl if config else "auto",
+            transformer_impl=options.model.transformer_impl if options else "auto",
+            attention_impl=options.model.attention_impl if options else "auto",
             pre_process=is_pp_first_stage(pipeline_group) and is_vp_first_stage(vp_stage, num_chunks),
             post_process=is_pp_last_stage(pipeline_group) and is_vp_last_stage(vp_stage, num_chunks),
             vp_stage=vp_stage,
-            statistics_impl=config.model.token_statistics_impl if config else "auto",
-            accumulate_into_main_grad=config is not None and config.model.gradient_accumulation_fusion is not False,
-            whole_vision_group=groups.alone if config and config.parallel.vision_parallel == "frame" else None,
-            row_multiple=token_multiple(config) if config else None,
-            fp8_vision=config is not None and config.model.fp8_vision,
+            statistics_impl=options.model.token_statistics_impl if options else "auto",
+            accumulate_into_main_grad=options is not None and options.model.gradient_accumulation_fusion is not False,
+            whole_vision_group=groups.alone if options and options.parallel.vision_parallel == "frame" else None,
+            row_multiple=options.row_multiple if options else None,
+            fp8_vision=options is not None and options.model.fp8_vision,
         )
         chunks.append(chunk.to(current().device))
     return chunks

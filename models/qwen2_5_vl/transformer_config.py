@@ -19,36 +19,36 @@ from models.qwen2_5_vl.layer_specs import language_layer_spec, resolve_transform
 from models.qwen2_5_vl.products import LanguageConfig
 
 if TYPE_CHECKING:
-    from megatron_ktr.config import Config
+    from megatron_ktr.config.part_options import ModelOptions
 
 
 def language_transformer_config(
-    model_config: Qwen2_5_VLConfig, *, sizes: ParallelSizes, dtype: torch.dtype, config: Config | None = None
+    model_config: Qwen2_5_VLConfig, *, sizes: ParallelSizes, dtype: torch.dtype, options: ModelOptions | None = None
 ) -> LanguageConfig:
-    """The language model's ``TransformerConfig``; ``config`` adds recomputation, everything else follows the sizes.
+    """The language model's ``TransformerConfig``; ``options`` add recomputation, everything else follows the sizes.
 
     Raises:
         UserError: sizes that the layout cannot split, a layout that the model does not support, or kernels that are
             not to be had here.
     """
-    _check_layout(model_config, sizes, dtype=dtype, config=config)
+    _check_layout(model_config, sizes, dtype=dtype, options=options)
     split = split_layers(
         model_config.text.num_hidden_layers,
         pipeline=sizes.pipeline,
         virtual=_num_chunks(sizes),
-        options=config.parallel if config else None,
+        options=options.parallel if options else None,
     )
-    if config is not None:
-        check_recomputation(split, options=config.parallel)
+    if options is not None:
+        check_recomputation(split, options=options.parallel)
     try:
         return LanguageConfig(
             **_architecture(model_config),
             **_placement(sizes, split=split, dtype=dtype),
             **pipeline_comm_settings(sizes),
-            **_kernels(config),
-            **_recompute(config),
-            **_mlp_chunks(config),
-            **fp8_settings(model_config, sizes=sizes, config=config),
+            **_kernels(options),
+            **_recompute(options),
+            **_mlp_chunks(options),
+            **fp8_settings(model_config, sizes=sizes, options=options),
         )
     except (ValueError, AssertionError) as error:
         raise UserError(f"megatron-core refuses this model and layout: {error}") from error
@@ -106,7 +106,7 @@ def _num_chunks(sizes: ParallelSizes) -> int:
     return sizes.virtual_pipeline or 1
 
 
-def _kernels(config: Config | None) -> dict[str, Any]:
+def _kernels(options: ModelOptions | None) -> dict[str, Any]:
     return dict(
         # It is compiled, which on CPU costs minutes and gains nothing.
         bias_activation_fusion=current().name != "cpu",
@@ -115,22 +115,22 @@ def _kernels(config: Config | None) -> dict[str, Any]:
         masked_softmax_fusion=False,
         # Transformer Engine's kernel takes the frequency of a row's place in its segment. Ours is one segment with a
         # frequency for each row (``attention.py``), so that M-RoPE's are right.
-        apply_rope_fusion=rotates_in_one_kernel(config.model.transformer_impl if config else "auto"),
-        fuses_weight_gradients=_fuses_weight_gradients(config),
+        apply_rope_fusion=rotates_in_one_kernel(options.model.transformer_impl if options else "auto"),
+        fuses_weight_gradients=_fuses_weight_gradients(options),
         **no_cuda_graphs(),
     )
 
 
-def _fuses_weight_gradients(config: Config | None) -> bool:
+def _fuses_weight_gradients(options: ModelOptions | None) -> bool:
     """Whether decoder layers add their weight gradients to the fp32 buffer themselves; by default where they can. The
     vocabulary head, which needs no kernel for it, does unless the option is off.
 
     Without a run's options there is no wrapper with that buffer either.
     """
-    if config is None or config.model.gradient_accumulation_fusion is False:
+    if options is None or options.model.gradient_accumulation_fusion is False:
         return False
-    has_kernel = resolve_transformer_impl(config.model.transformer_impl) == "te" or layers._grad_accum_fusion_available
-    if config.model.gradient_accumulation_fusion is None:
+    has_kernel = resolve_transformer_impl(options.model.transformer_impl) == "te" or layers._grad_accum_fusion_available
+    if options.model.gradient_accumulation_fusion is None:
         return has_kernel and current().name != "cpu"
     if not has_kernel:
         raise UserError(
@@ -140,10 +140,10 @@ def _fuses_weight_gradients(config: Config | None) -> bool:
     return True
 
 
-def _recompute(config: Config | None) -> dict[str, Any]:
-    if config is None:
+def _recompute(options: ModelOptions | None) -> dict[str, Any]:
+    if options is None:
         return {}
-    parallel = config.parallel
+    parallel = options.parallel
     is_selective = parallel.recompute_granularity == "selective"
     if is_selective and "layernorm" in parallel.recompute_modules and current().name != "cpu":
         # Core recomputes norms with Transformer Engine's help, whose layers have them inside the linear ones.
@@ -159,15 +159,15 @@ def _recompute(config: Config | None) -> dict[str, Any]:
     )
 
 
-def _mlp_chunks(config: Config | None) -> dict[str, Any]:
-    # 0.16 has no such field: there ``config_checks`` has already refused the option.
-    if config is None or config.parallel.mlp_chunks == 1:
+def _mlp_chunks(options: ModelOptions | None) -> dict[str, Any]:
+    # 0.16 has no such field: there ``config/checks.py`` has already refused the option.
+    if options is None or options.parallel.mlp_chunks == 1:
         return {}
-    return {"mlp_chunks_for_training": config.parallel.mlp_chunks}
+    return {"mlp_chunks_for_training": options.parallel.mlp_chunks}
 
 
 def _check_layout(
-    model_config: Qwen2_5_VLConfig, sizes: ParallelSizes, *, dtype: torch.dtype, config: Config | None
+    model_config: Qwen2_5_VLConfig, sizes: ParallelSizes, *, dtype: torch.dtype, options: ModelOptions | None
 ) -> None:
     text = model_config.text
     if text.num_attention_heads % sizes.tensor or text.intermediate_size % sizes.tensor:
@@ -181,13 +181,13 @@ def _check_layout(
             "divide the other"
         )
     num_heads = model_config.vision.num_heads
-    if (config is None or config.parallel.vision_parallel == "tensor") and num_heads % sizes.tensor:
+    if (options is None or options.parallel.vision_parallel == "tensor") and num_heads % sizes.tensor:
         raise UserError(
             f"--tensor-model-parallel-size {sizes.tensor} must divide the {num_heads} attention heads of the vision "
             "encoder; or choose --vision-parallel frame, which keeps it whole on every rank"
         )
-    if config is not None:
+    if options is not None:
         is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        if config.model.token_statistics_impl == "triton" and current().name == "cpu" and not is_interpreted:
+        if options.model.token_statistics_impl == "triton" and current().name == "cpu" and not is_interpreted:
             raise UserError("--token-statistics-impl triton runs on CUDA only; use auto, chunked or naive")
-        language_layer_spec(config.model.transformer_impl, config.model.attention_impl, dtype=dtype)
+        language_layer_spec(options.model.transformer_impl, options.model.attention_impl, dtype=dtype)

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_ktr.batch.micro_batch import Denominators, MicroBatch
 from megatron_ktr.batch.packing import pack_groups
+from megatron_ktr.config.part_options import PolicyOptions
 from megatron_ktr.data.preprocess import PreprocessSettings
 from megatron_ktr.objectives import build_objective
 from megatron_ktr.types import Prompt, Rollout, RolloutGroup, VisualInput
@@ -61,7 +62,9 @@ class Harness:
             num_prompts=len(groups) * parallel.data_size,
             sizes=parallel.sizes,
         )
-        self.policy = Policy(hf_dir, config=self.config, groups=parallel, platform=current(), num_steps=10)
+        self.policy = Policy(
+            hf_dir, options=PolicyOptions.of(self.config), groups=parallel, platform=current(), num_steps=10
+        )
         self.objective = build_objective(self.config.objective, reward=self.config.reward)
         self.media = media_spec(Qwen2_5_VLConfig.from_hf(hf_dir), patchify=PreprocessSettings().patchify)
         self.groups = list(groups)

@@ -73,18 +73,20 @@ class NoData:
 
 def _policy(context: Any, *, hf_dir: Path, run_dir: Path, values: dict[str, Any]) -> Any:
     from megatron_ktr.config import config_from_values
+    from megatron_ktr.config.part_options import PolicyOptions
     from megatron_ktr.distributed.optimizer_state import prepare_optimizer_for_load
     from megatron_ktr.distributed.platform import current
     from megatron_ktr.policy.policy import Policy
 
     config = config_from_values(dict(model=str(hf_dir), run_dir=str(run_dir), params_dtype="bf16") | values)
-    policy = Policy(hf_dir, config=config, groups=context.init(), platform=current(), num_steps=5)
+    policy = Policy(hf_dir, options=PolicyOptions.of(config), groups=context.init(), platform=current(), num_steps=5)
     prepare_optimizer_for_load(policy.optimizer)  # moments, as after a step
     return policy
 
 
 def measure_peaks(context: Any, *, hf_dir: Path, run_dir: Path, values: dict[str, Any]) -> dict[str, Any]:
     """Peaks of this rank in one save, until its files are written, and in loading it: bytes; and its parameters."""
+    from megatron_ktr.config.part_options import CheckpointOptions
     from megatron_ktr.distributed import checkpoint_writer
     from megatron_ktr.run.checkpoint import Checkpoints, load_sharded_state
     from megatron_ktr.run.directory import list_checkpoints
@@ -92,7 +94,7 @@ def measure_peaks(context: Any, *, hf_dir: Path, run_dir: Path, values: dict[str
     may_write, save_tensor = threading.Event(), checkpoint_writer.save_tensor
     with device_border() as sides:
         policy = _policy(context, hf_dir=hf_dir, run_dir=run_dir, values=values)
-        checkpoints = Checkpoints(run_dir, policy=policy, source=NoData())
+        checkpoints = Checkpoints(run_dir, policy=policy, source=NoData(), options=CheckpointOptions(resolved=""))
         # The writing thread frees what it has written: it is held until all that it is given was counted.
         checkpoint_writer.save_tensor = lambda *args: (may_write.wait(), save_tensor(*args))[1]
         try:
@@ -112,10 +114,12 @@ def measure_peaks(context: Any, *, hf_dir: Path, run_dir: Path, values: dict[str
 
 def measure_stall(context: Any, *, hf_dir: Path, run_dir: Path, values: dict[str, Any], repeats: int) -> dict[str, Any]:
     """Seconds for which ``save`` keeps the training waiting, and until the checkpoint is complete; of each repeat."""
+    from megatron_ktr.config.part_options import CheckpointOptions
     from megatron_ktr.run.checkpoint import Checkpoints
 
-    policy = _policy(context, hf_dir=hf_dir, run_dir=run_dir, values=dict(keep_checkpoints=1) | values)
-    checkpoints = Checkpoints(run_dir, policy=policy, source=NoData())
+    policy = _policy(context, hf_dir=hf_dir, run_dir=run_dir, values=values)
+    options = CheckpointOptions(resolved="", keep_checkpoints=1)
+    checkpoints = Checkpoints(run_dir, policy=policy, source=NoData(), options=options)
     stalls, wholes = [], []
     for step in range(1, repeats + 1):
         torch.distributed.barrier()

@@ -145,7 +145,8 @@ def _world_of(size: int, rank: int) -> Iterator[None]:
 
 
 def _step(case: Simulation, parallel: Any) -> dict[Key, tuple[int, int]]:
-    from megatron_ktr.policy.policy import policy as policy_module
+    from megatron_ktr.config.part_options import StepOptions
+    from megatron_ktr.policy import policy as policy_module
     from megatron_ktr.step.scoring import ScoringPasses
     from models.qwen2_5_vl import transformer_config
     from tests.support import accounting
@@ -182,7 +183,9 @@ def _step(case: Simulation, parallel: Any) -> dict[Key, tuple[int, int]]:
         policy._run = run_fixed
         if harness.objective.needs_reference:
             policy.add_reference()
-        scoring = ScoringPasses(config=harness.config, policy=policy, objective=harness.objective, media=harness.media)
+        scoring = ScoringPasses(
+            options=StepOptions.of(harness.config), policy=policy, objective=harness.objective, media=harness.media
+        )
         with MessageRecorder() as recorder:
             items = scoring.with_counterfactuals(harness.items(), step=0)
             harness.backward(scoring.with_reference(items))

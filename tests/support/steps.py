@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_ktr.config import Config, config_from_values
+from megatron_ktr.config.part_options import PolicyOptions, StepOptions
 from megatron_ktr.data.preprocess import PreprocessSettings
 from megatron_ktr.distributed.groups import ParallelGroups, ParallelSizes
 from megatron_ktr.objectives import build_objective
@@ -252,7 +253,11 @@ def run_steps(
     config = make_config(hf_dir, values or {}, num_prompts=len(rollout_groups), sizes=parallel.sizes)
     with _small_buckets(bucket_size):
         policy = _watched_policy(
-            hf_dir, config=config, groups=parallel, platform=current(), num_steps=config.trainer.train_steps
+            hf_dir,
+            options=PolicyOptions.of(config),
+            groups=parallel,
+            platform=current(),
+            num_steps=config.trainer.train_steps,
         )
     objective = build_objective(config.objective, reward=config.reward)
     selections = Selections(injected=masks)
@@ -262,7 +267,7 @@ def run_steps(
     if objective.needs_reference:
         policy.add_reference(reference_dir)
     trainer = Trainer(
-        config=config,
+        options=StepOptions.of(config),
         policy=policy,
         source=FixedSource(rollout_groups, parallel),
         objective=objective,
@@ -301,7 +306,7 @@ def _watched_policy(*args: Any, **kwargs: Any) -> Any:
         def update(self, micro_batches: Sequence[Any], **kwargs: Any) -> Any:
             result = super().update(micro_batches, **kwargs)
             gradients = None
-            if not self.config.optimizer.use_distributed_optimizer:
+            if not self.options.optimizer.use_distributed_optimizer:
                 gradients = _gradients(self)
             parameters = [p for chunk in self.chunks for p in chunk.parameters() if p.requires_grad]
             record = UpdateRecord(

@@ -18,23 +18,18 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from megatron_ktr.batch.packing import MediaSpec, pack_groups
-from megatron_ktr.config import Config
-from megatron_ktr.config.fp8_rules import token_multiple
-from megatron_ktr.data.template import PromptBuilder, VisualTokens
 from megatron_ktr.distributed.agreement import gather_objects
 from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.errors import UserError, same_on_every_rank
-from megatron_ktr.rollout.check.probes import IMAGE, LONG, PATCH, SIZED, TEXT, TIMING, VIDEO, probe_prompts
+from megatron_ktr.rollout.check.probes import IMAGE, LONG, PATCH, SIZED, TEXT, TIMING, VIDEO
 from megatron_ktr.rollout.sampling import SamplingSettings
 from megatron_ktr.types import Prompt, RolloutGroup
 
 if TYPE_CHECKING:
     from megatron_ktr.policy.policy import Policy
-    from megatron_ktr.rollout.source import ReplicaSource
 
 MAX_TOKENS = 16
 """Per response: each adds a log-prob to the comparison, the first ones suffice to tell."""
@@ -217,62 +212,6 @@ def check_line(values: Mapping[str, float]) -> str:
 
 
 # --- trainer and engine ---------------------------------------------------------------------------------------------
-
-
-def build_sampler_check(
-    config: Config,
-    *,
-    policy: Policy,
-    source: ReplicaSource,
-    media: MediaSpec,
-    tokenizer: Any,
-    send_weights: Callable[[], None],
-) -> SamplerCheck | None:
-    """The check of this run's engine against its policy; None where nothing is sampled, where it is off, and where the
-    run's prompts are too short for any of the check's: that, and what else is left out, is printed."""
-    rollout = config.rollout
-    if not (rollout.check_sampler and source.needs_weights):
-        return None
-    builder = PromptBuilder(
-        tokenizer,
-        visual_tokens=VisualTokens.from_model(config.model.model, tokenizer),
-        merge_size=media.merge_size,
-    )
-    max_length = config.data.max_prompt_length
-    make = partial(
-        probe_prompts,
-        builder,
-        media=media,
-        video_max_pixels=config.data.video_max_pixels,
-        seconds_per_grid=config.objective.fixed_seconds_per_grid,
-    )
-    prompts = make(max_prompt_length=max_length)
-    if (left_out := [name for name in make() if name not in prompts]) and policy.groups.rank == 0:
-        what = f"not compared for {', '.join(left_out)}" if prompts else "not compared at all"
-        print(f"sampler and trainer are {what}: such prompts exceed --max-prompt-length {max_length}", flush=True)
-    if not prompts:
-        return None
-    return SamplerCheck(
-        prompts=prompts,
-        sampling=SamplingSettings(
-            num_generations=min(2, rollout.num_generations),
-            max_response_length=min(MAX_TOKENS, rollout.max_response_length),
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            top_k=rollout.top_k,
-            seed=config.trainer.seed,
-        ),
-        limit=rollout.sampler_gap_limit or DEFAULT_LIMIT[config.model.params_dtype],
-        sample=lambda prompts, sampling: source.sample(prompts, sampling=sampling),
-        score=partial(
-            trainer_logprobs,
-            policy=policy,
-            media=media,
-            pad_to_multiple=token_multiple(config),
-        ),
-        send_weights=send_weights,
-        worst=partial(worst_of_replicas, groups=policy.groups),
-    )
 
 
 def trainer_logprobs(

@@ -52,7 +52,7 @@ from megatron_ktr.rollout.vllm.sampling import logprobs_mode, sampling_values
 from megatron_ktr.types import Prompt, RolloutGroup
 
 if TYPE_CHECKING:
-    from megatron_ktr.config import Config
+    from megatron_ktr.config.sections import DataSection, ModelSection, RolloutSection
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 BATCHED_TOKENS = 8192
@@ -322,17 +322,23 @@ def start_vllm_on_gpu(model_dir: Path | str, **options: Any) -> Any:
 
 
 def colocated_engine(
-    config: Config, *, groups: ParallelGroups, tokenizer: Any, media: MediaSpec, sampling: SamplingSettings
+    model: ModelSection,
+    *,
+    data: DataSection,
+    rollout: RolloutSection,
+    groups: ParallelGroups,
+    tokenizer: Any,
+    media: MediaSpec,
+    sampling: SamplingSettings,
 ) -> ColocatedEngine:
-    """The engine that ``config`` asks for; collective over the world.
+    """The engine that a run's options ask for; collective over the world.
 
     Raises:
         UserError: vLLM is not installed, or cannot serve this model with these options.
     """
     if importlib.util.find_spec("vllm") is None:
         raise UserError("--engine vllm_colocated needs vLLM: pip install '.[vllm]', or make setup-vllm on CPU")
-    data, rollout = config.data, config.rollout
-    sizes = PreprocessSettings.from_model(config.model.model, **pixel_limits(data))
+    sizes = PreprocessSettings.from_model(model.model, **pixel_limits(data))
     num_grids = -(-data.video_max_frames // media.temporal_patch_size)
     largest = max(num_grids * sizes.max_frame_tokens("video"), sizes.max_frame_tokens("image"))
     settings = EngineSettings(
@@ -340,7 +346,7 @@ def colocated_engine(
         max_response_length=rollout.max_response_length,
         max_medium_tokens=min(largest, data.max_prompt_length),
         engine_size=rollout.rollout_tensor_parallel_size,
-        dtype=DTYPES[config.model.params_dtype],
+        dtype=DTYPES[model.params_dtype],
         max_num_seqs=rollout.rollout_max_num_seqs,
         memory_share=rollout.rollout_memory_share,
         kv_cache_bytes=round(rollout.rollout_kv_cache_gb * 2**30),
@@ -348,7 +354,7 @@ def colocated_engine(
         takes_features=rollout.share_vision_features,
     )
     return ColocatedEngine(
-        config.model.model, groups=groups, tokenizer=tokenizer, media=media, sampling=sampling, settings=settings
+        model.model, groups=groups, tokenizer=tokenizer, media=media, sampling=sampling, settings=settings
     )
 
 

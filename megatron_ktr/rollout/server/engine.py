@@ -9,7 +9,7 @@ Weights: each server has one owner among the reading ranks, which gives it every
 A server drains its running requests first, whichever replica they belong to, so no response mixes two versions; with
 ``in_flight_updates`` it only halts, and mixed responses are counted.
 
-How to start servers: see the README; on a machine without GPU: ``python -m megatron_ktr.rollout.server.serve``.
+How to start servers: see docs/rollouts.md; on a machine without GPU: ``python -m megatron_ktr.rollout.server.serve``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from torch.distributed import ProcessGroup
 from transformers import AutoConfig
 
 from megatron_ktr.batch.packing import MediaSpec
-from megatron_ktr.config import Config
+from megatron_ktr.config.sections import RolloutSection
 from megatron_ktr.distributed.platform import current
 from megatron_ktr.errors import UserError
 from megatron_ktr.files.hf_model import reading_model
@@ -223,16 +223,23 @@ class ServerEngine(RolloutEngine):
 
 
 def server_engine(
-    config: Config, *, data_group: ProcessGroup | None, tokenizer: Any, media: MediaSpec, sampling: SamplingSettings
+    model_dir: str,
+    *,
+    rollout: RolloutSection,
+    run_dir: Path,
+    data_group: ProcessGroup | None,
+    tokenizer: Any,
+    media: MediaSpec,
+    sampling: SamplingSettings,
 ) -> ServerEngine:
-    """The engine that ``config.rollout`` describes, on a reading rank; ``data_group`` holds all of them."""
-    rollout = config.rollout
+    """The engine that ``rollout`` describes, on a reading rank; ``data_group`` holds all of them. Weights that travel
+    through files lie below ``run_dir``, unless an option names another directory."""
     replicas = Replicas(data_group)
     urls = list(dict.fromkeys(url.rstrip("/") for url in rollout.server_urls))
     owned_urls = replicas.own(urls)
     transfer: WeightTransfer
     if rollout.weight_transfer == "directory" or (rollout.weight_transfer == "auto" and current().name == "cpu"):
-        directory = Path(rollout.weight_directory or Path(config.trainer.run_dir) / "server_weights")
+        directory = Path(rollout.weight_directory or run_dir / "server_weights")
         if replicas.rank == 0 and rollout.weight_directory is None:
             shutil.rmtree(directory, ignore_errors=True)  # of a run that was cut off
         transfer = DirectoryTransfer(directory, owned_urls=owned_urls, replicas=replicas)
@@ -241,7 +248,7 @@ def server_engine(
 
         transfer = BroadcastTransfer(owned_urls=owned_urls, timeout_seconds=rollout.server_timeout_seconds)
     return ServerEngine(
-        config.model.model,
+        model_dir,
         urls=urls,
         tokenizer=tokenizer,
         media=media,

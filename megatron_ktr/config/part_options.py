@@ -1,0 +1,120 @@
+"""What the parts of a run receive of its options: their own sections, and facts that several options decide together.
+
+``Config`` is taken apart here, once, at the start. So each rule that joins options (how many rows a rank must hold,
+whether any pass is in FP8) is worked out in one place, and a part can be built without a whole configuration.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from megatron_ktr.config.fp8_rules import rows_per_rank
+from megatron_ktr.config.load import Config, resolved_text
+from megatron_ktr.config.sections import (
+    ModelSection,
+    ObjectiveSection,
+    OptimizerSection,
+    ParallelSection,
+    TrainerSection,
+)
+
+
+def uses_fp8(config: Config) -> bool:
+    """Whether any pass of the run is in FP8."""
+    return config.model.fp8_format is not None or config.objective.scoring_precision == "fp8"
+
+
+def row_multiple(config: Config) -> int:
+    """What the number of packed rows T (of one context rank) must be a multiple of: sequence parallelism shares rows
+    out over the tensor ranks, and FP8 wants whole blocks on each."""
+    parallel = config.parallel
+    num_shares = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    if not uses_fp8(config):
+        return num_shares
+    return num_shares * rows_per_rank(config.model.fp8_recipe, sequence_parallel=parallel.sequence_parallel)
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What building a model takes. Without options a model has the defaults, and no data-parallel wrapper."""
+
+    model: ModelSection = field(default_factory=ModelSection)
+    parallel: ParallelSection = field(default_factory=ParallelSection)
+    uses_fp8: bool = False
+    """Whether any pass of the run is in FP8: the layers must then be able to."""
+    row_multiple: int = 1
+    """Rows of one context rank come in multiples of it."""
+
+    @classmethod
+    def of(cls, config: Config) -> ModelOptions:
+        return cls(config.model, config.parallel, uses_fp8=uses_fp8(config), row_multiple=row_multiple(config))
+
+
+@dataclass(frozen=True)
+class PolicyOptions:
+    """What the policy takes: its model's options, its optimizer's, and what the head divides logits by."""
+
+    build: ModelOptions = field(default_factory=ModelOptions)
+    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    temperature: float = 1.0
+    """Log-probs everywhere are of logits / temperature."""
+    seed: int = 0
+    """Of the first values of LoRA adapters."""
+
+    @property
+    def model(self) -> ModelSection:
+        return self.build.model
+
+    @property
+    def parallel(self) -> ParallelSection:
+        return self.build.parallel
+
+    @classmethod
+    def of(cls, config: Config) -> PolicyOptions:
+        return cls(ModelOptions.of(config), config.optimizer, config.rollout.temperature, seed=config.trainer.seed)
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """What a training step takes: how it scores, how it is split into micro-batches, what it reports."""
+
+    objective: ObjectiveSection = field(default_factory=ObjectiveSection)
+    trainer: TrainerSection = field(default_factory=TrainerSection)
+    row_multiple: int = 1
+    has_length_bonus: bool = False
+    offload_during_rollout: bool = False
+    frozen: frozenset[str] = frozenset()
+    """Parts of the model whose weights get no gradient: vision, merger, language."""
+    has_adapters: bool = False
+
+    @classmethod
+    def of(cls, config: Config) -> StepOptions:
+        has_adapters = config.model.lora_rank > 0
+        return cls(
+            config.objective,
+            config.trainer,
+            row_multiple=row_multiple(config),
+            has_length_bonus=config.reward.length_bonus > 0,
+            offload_during_rollout=config.optimizer.offload_during_rollout,
+            frozen=frozenset(("vision", "merger", "language") if has_adapters else config.model.freeze),
+            has_adapters=has_adapters,
+        )
+
+
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """When a run's checkpoints are written, how many stay, and what they say of the run."""
+
+    resolved: str
+    """Every option of the run, as YAML: a resumed run is compared with it."""
+    num_steps: int | None = None
+    """Of the whole run; a checkpoint follows the last one."""
+    save_interval: int = 0
+    """Steps; 0 = none."""
+    keep_checkpoints: int = 0
+    """The newest ones that stay; 0 = all."""
+
+    @classmethod
+    def of(cls, config: Config) -> CheckpointOptions:
+        trainer = config.trainer
+        return cls(resolved_text(config), trainer.train_steps, trainer.save_interval, trainer.keep_checkpoints)
