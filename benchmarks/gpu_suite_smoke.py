@@ -21,6 +21,7 @@ from megatron_ktr.distributed.groups import ParallelSizes, destroy_parallel, ini
 from megatron_ktr.ops.prefix_attention import choose_impl, loop_attention, prefix_attention
 from megatron_ktr.ops.prefix_attention_plan import AttentionPlan
 from megatron_ktr.ops.token_statistics import linear_token_statistics
+from megatron_ktr.ops.token_statistics_interface import HeadOptions
 from megatron_ktr.types import GroupSpan, PackedLayout
 
 PACKAGES = ("torch", "triton", "megatron-core", "transformers", "transformer-engine", "numpy")
@@ -163,7 +164,9 @@ def _head(part: Part, impl: str) -> dict[str, Any]:
     for device, dtype in ((part.platform.device, torch.bfloat16), (torch.device("cpu"), torch.float64)):
         given = [x.to(device, dtype).requires_grad_() for x in (hidden, weight)]
         is_exact = dtype is torch.float64
-        statistics = linear_token_statistics(*given, target.to(device), impl="naive" if is_exact else impl)
+        statistics = linear_token_statistics(
+            *given, target.to(device), head=HeadOptions(impl="naive" if is_exact else impl)
+        )
         gradients = torch.autograd.grad(statistics.logprob_R.sum(), given)
         results[is_exact] = (statistics.logprob_R, statistics.entropy_R, *gradients)
     names = ("logprob", "entropy", "grad_hidden", "grad_weight")

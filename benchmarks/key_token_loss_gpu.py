@@ -32,7 +32,11 @@ from torch import Tensor  # noqa: E402
 from megatron_ktr.distributed.platform import Platform, start  # noqa: E402
 from megatron_ktr.errors import run_cli  # noqa: E402
 from megatron_ktr.ops.token_statistics import linear_token_statistics  # noqa: E402
-from megatron_ktr.ops.token_statistics_interface import LogitGradient, ShardPlan  # noqa: E402
+from megatron_ktr.ops.token_statistics_interface import (  # noqa: E402
+    HeadOptions,  # noqa: E402
+    LogitGradient,
+    ShardPlan,
+)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -89,7 +93,11 @@ def measure_shard(
 
     def forward(*counterfactuals: Tensor) -> Any:
         return linear_token_statistics(
-            hidden_RD, weight_VD, target_R, counterfactual_hidden_RD=counterfactuals, impl=arguments.impl
+            hidden_RD,
+            weight_VD,
+            target_R,
+            counterfactual_hidden_RD=counterfactuals,
+            head=HeadOptions(impl=arguments.impl),
         )
 
     def backward(result: Any) -> tuple[Tensor, ...]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_ktr.ops.token_statistics import linear_token_statistics
+from megatron_ktr.ops.token_statistics_interface import HeadOptions
 
 Result = tuple[Tensor, Tensor | None]
 
@@ -29,7 +30,7 @@ class Method:
 
 def _ours(impl: str) -> Callable[[Tensor, Tensor, Tensor], Result]:
     def run(hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor) -> Result:
-        found = linear_token_statistics(hidden_RD, weight_VD, target_R, impl=impl)
+        found = linear_token_statistics(hidden_RD, weight_VD, target_R, head=HeadOptions(impl=impl))
         return found.logprob_R, found.entropy_R.detach()
 
     return run
