@@ -290,6 +290,7 @@ def _in_layout(context: RankContext, *, sizes: ParallelSizes, models: Models, **
     )
 
 
+@pytest.mark.slow
 def test_steps_are_the_same_in_every_layout(ranks: RankPool, models: Models) -> None:
     paths = dataclasses.replace(models, policy=None, reference=None)  # what ranks read is on disk
     options = dict(models=paths, values=VALUES)
@@ -314,6 +315,7 @@ def test_steps_are_the_same_in_every_layout(ranks: RankPool, models: Models) -> 
             assert found.gradient < 1e-4 and found.update < 1e-4, name
 
 
+@pytest.mark.slow
 def test_the_gradient_through_the_weights_is_the_same_in_every_layout(ranks: RankPool, models: Models) -> None:
     paths = dataclasses.replace(models, policy=None, reference=None)
     options = dict(models=paths, values={**VALUES, "tw_weight_gradient": True})
