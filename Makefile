@@ -1,5 +1,5 @@
 # Every target makes the environment it needs; only Python 3.11 (or newer) has to be there. The Python decides which of the
-# two stacks is installed (README, "Two stacks"): make test PYTHON=python3.12. `make help` lists the targets.
+# two stacks is installed (docs/install.md, "Two stacks"): make test PYTHON=python3.12. `make help` lists the targets.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 VENV ?= .venv
