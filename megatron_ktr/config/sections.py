@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_ktr.config.cli import option as _option
+from megatron_ktr.config.objective_registry import objective_choices, objective_entry
 from megatron_ktr.config.parallel import ParallelSection as ParallelSection  # a section in a file of its own
 
 Signal = Literal["entropy", "visual", "temporal"]
@@ -221,10 +222,10 @@ class RewardSection:
 class ObjectiveSection:
     """What is optimised, and which tokens carry it."""
 
-    objective: Literal["video_ktr", "grpo", "t_grpo", "tw_grpo", "sft"] = _option(
+    objective: str = _option(
         "video_ktr",
-        "Training objective; video_ktr puts the loss of grpo on key tokens only, tw_grpo weighs it by how much the "
-        "responses of a group differ, sft imitates the responses of data_path; t_grpo is not available yet",
+        "Training objective (see the table below); t_grpo is not available yet",
+        choices=objective_choices,
     )
     signals: tuple[Signal, ...] = _option(
         ("entropy", "visual", "temporal"), "Signals whose selected tokens, together, are the key tokens"
@@ -280,6 +281,11 @@ class ObjectiveSection:
         "With original_compat: bf16 rounds log-probs, entropies, scores and thresholds as the release's precision "
         "does, so that scores tie and more tokens are selected",
     )
+
+    @property
+    def is_supervised(self) -> bool:
+        """Whether the responses are given in ``data_path``, so that nothing is sampled and nothing is rewarded."""
+        return objective_entry(self.objective).is_supervised
 
     @property
     def fixed_seconds_per_grid(self) -> float | None:

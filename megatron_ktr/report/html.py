@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ktr.config import Config
+from megatron_ktr.config.objective_registry import available_objectives, objective_entry
 from megatron_ktr.data.template import load_tokenizer
 from megatron_ktr.errors import UserError
 from megatron_ktr.files.atomic import write_atomically
@@ -30,7 +31,6 @@ from megatron_ktr.report.summary import summary_section
 
 _log = logging.getLogger(__name__)
 
-OBJECTIVE_TITLES = {"sft": "Supervised fine-tuning", "video_ktr": "Video-KTR", "grpo": "GRPO"}
 _LINE_CHARTS = (
     ("Reward", ("reward_mean", "reward/"), "mean over responses"),
     ("Loss", ("loss",), ""),
@@ -279,8 +279,9 @@ def _option_text(value: Any) -> str:
 
 
 def _default_title(run: RunData) -> str:
+    """The title of the run's objective; the folder's name where this version does not know the objective."""
     objective = run.option("objective", "objective")
-    return OBJECTIVE_TITLES.get(str(objective), run.path.name) if objective else run.path.name
+    return objective_entry(objective).title if objective in available_objectives() else run.path.name
 
 
 def _decoder(run: RunData, *, model: Path | str | None) -> Decode | None:
