@@ -20,10 +20,9 @@ from torch import Tensor
 
 from megatron_ktr.config.objective_registry import ObjectiveEntry, register
 from megatron_ktr.config.sections import ObjectiveSection
+from megatron_ktr.config.words import LOSS_AGGREGATIONS, LossAggregation
 from megatron_ktr.objectives.advantages import LengthBonus, group_advantages, response_rewards
 from megatron_ktr.objectives.base import (
-    LOSS_AGGREGATIONS,
-    LossAggregation,
     Objective,
     count_by_response,
     token_weights,

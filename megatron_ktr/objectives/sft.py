@@ -18,8 +18,9 @@ from torch import Tensor
 
 from megatron_ktr.config.objective_registry import ObjectiveEntry, register
 from megatron_ktr.config.sections import ObjectiveSection
+from megatron_ktr.config.words import LossAggregation
 from megatron_ktr.objectives.advantages import LengthBonus
-from megatron_ktr.objectives.base import LossAggregation, Objective, token_weights
+from megatron_ktr.objectives.base import Objective, token_weights
 from megatron_ktr.sums import Metrics
 from megatron_ktr.transfer import send
 from megatron_ktr.types import PackedBatch, RolloutGroup, TokenScores, TokenStreams

@@ -31,17 +31,14 @@ from torch import Tensor
 
 from megatron_ktr.attribution.selection import check_ratio, select_key_tokens
 from megatron_ktr.attribution.signals import (
-    SHIFTS,
-    SIGNALS,
     VIEW_OF_SIGNAL,
-    Shift,
-    Signal,
     scored_as_zero,
     signal_applies,
     signal_scores,
 )
 from megatron_ktr.config.objective_registry import ObjectiveEntry, register
 from megatron_ktr.config.sections import ObjectiveSection, RolloutSection
+from megatron_ktr.config.words import SHIFTS, SIGNALS, Shift, Signal
 from megatron_ktr.objectives.advantages import LengthBonus
 from megatron_ktr.objectives.base import Objective, union_of
 from megatron_ktr.objectives.grpo import GRPO, build_grpo
