@@ -20,7 +20,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,14 +34,12 @@ from megatron_ktr.data.video import FrameSampling, read_image, read_video
 from megatron_ktr.errors import UserError
 from megatron_ktr.files.json_files import read_json_object
 from megatron_ktr.transfer import send
-from megatron_ktr.types import VisualInput
+from megatron_ktr.types import MediaKind, VisualInput
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _RESIZE_PIXELS = 1 << 24
 """Input pixels per interpolation call: bounds the float32 copy at 200 MB."""
-
-MediaKind = Literal["image", "video"]
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,7 @@ def build_optimizer(
 
 
 def _skips(section: OptimizerSection) -> dict[str, float]:
-    # 0.16 has no such field: there ``config_checks`` has already refused the option.
+    # 0.16 has no such field: there ``config/checks.py`` has already refused the option.
     threshold = section.grad_norm_skip_threshold
     return {} if threshold is None else {"grad_norm_skip_threshold": threshold}
 
