@@ -12,7 +12,6 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from megatron_ktr.config import Config, load_config
 from megatron_ktr.config.part_options import CheckpointOptions, PolicyOptions, StepOptions
@@ -20,6 +19,7 @@ from megatron_ktr.config.run_length import length_line, with_steps
 from megatron_ktr.data.preprocess import PreprocessSettings
 from megatron_ktr.data.source import DatasetSource
 from megatron_ktr.data.template import check_vocabulary, load_tokenizer
+from megatron_ktr.data.tokenizer import Tokenizer
 from megatron_ktr.distributed import platform as platforms
 from megatron_ktr.distributed.agreement import on_every_rank
 from megatron_ktr.distributed.collectives import broadcast_object
@@ -116,7 +116,7 @@ def build_trainer(
     groups: ParallelGroups,
     platform: Platform,
     objective: Objective,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     local_source: DatasetSource | None,
 ) -> Trainer:
     """Policy, sampler and its check, put together around the source; an error on one rank is raised on all."""
@@ -147,7 +147,7 @@ def build_trainer(
 
 
 def _run_steps(
-    trainer: Trainer, *, start: RunStart, checkpointing: CheckpointOptions, tokenizer: Any, leave: LeaveRequest
+    trainer: Trainer, *, start: RunStart, checkpointing: CheckpointOptions, tokenizer: Tokenizer, leave: LeaveRequest
 ) -> bool:
     """From the checkpoint the run starts at, if any, to the last step, with everything that is written on the way.
 

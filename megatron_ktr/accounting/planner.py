@@ -44,7 +44,7 @@ class Request:
     settings: StepSettings = EACH_ONCE
     machine: Machine = Machine()
     kernels: Kernels = FUSED
-    vision_parallel: str = "tensor"
+    vision_parallel: Literal["tensor", "frame"] = "tensor"
     engine: Literal["vllm_colocated", "hf"] = "vllm_colocated"
     engine_gb: float = 2.0
     """A colocated vLLM keeps this while it sleeps."""

@@ -140,7 +140,7 @@ def _check_message(message: Any) -> None:
         return
     for part in content if isinstance(content, list) and content else [None]:
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind not in ("text", "image", "video"):
+        if part is None or kind not in ("text", "image", "video"):
             raise ValueError(f"expected message parts of type text, image or video, got {part!r}")
         if kind == "text" and not isinstance(part.get("text"), str):
             raise ValueError(f"expected text in a text part, got {part!r}")

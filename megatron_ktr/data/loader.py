@@ -11,9 +11,10 @@ from typing import Any
 import xxhash
 
 from megatron_ktr.data.media_files import resolve_media_path
-from megatron_ktr.data.media_source import MediaRequest, MediaSource, media_sources
+from megatron_ktr.data.media_source import MediaKind, MediaRequest, MediaSource, media_sources
 from megatron_ktr.data.preprocess import LoadedMedia, PreprocessSettings, load_media
 from megatron_ktr.data.template import PromptBuilder, VisualTokens, WordingTemplate, load_tokenizer
+from megatron_ktr.data.tokenizer import Tokenizer
 from megatron_ktr.data.unusable import PromptTooLong, UnusableMedia
 from megatron_ktr.data.video import FrameSampling
 from megatron_ktr.errors import UserError
@@ -94,7 +95,7 @@ class PromptLoader:
         sampling: FrameSampling | None = None,
         prompt_template: Path | str | None = None,
         max_prompt_length: int | None = None,
-        tokenizer: Any = None,
+        tokenizer: Tokenizer | None = None,
         cache_bytes: int = 0,
         substitutes: Mapping[str, str | None] | None = None,
         **preprocessing: float | None,
@@ -154,7 +155,7 @@ class PromptLoader:
             )
         return prompt
 
-    def _load_substitute(self, kind: str, written: str) -> VisualInput:
+    def _load_substitute(self, kind: MediaKind, written: str) -> VisualInput:
         try:
             path = resolve_media_path(self.media_root, written)
             return load_media(path, kind=kind, settings=self.settings, sampling=self.sampling).visual

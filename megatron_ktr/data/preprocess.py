@@ -20,13 +20,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_ktr.config.sections import DataSection
-from megatron_ktr.data.media_source import NOTHING_ASKED, MediaRequest, media_name
+from megatron_ktr.data.media_source import NOTHING_ASKED, MediaKind, MediaRequest, media_name
 from megatron_ktr.data.pictures import read_pictures
 from megatron_ktr.data.smart_resize import most_tokens, smart_resize
 from megatron_ktr.data.unusable import UnusableMedia
@@ -40,8 +40,6 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _RESIZE_PIXELS = 1 << 24
 """Input pixels per interpolation call: bounds the float32 copy at 200 MB."""
-
-MediaKind = Literal["image", "video"]
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,8 @@ class PreprocessSettings:
         processor = _read_json(path)
         values.update(_processor_values(_part(processor, "image_processor", path=path), kind="image", path=path))
         values.update(_processor_values(_part(processor, "video_processor", path=path), kind="video", path=path))
-        for name, kind in (("preprocessor_config.json", "image"), ("video_preprocessor_config.json", "video")):
+        kinds: dict[str, MediaKind] = {"preprocessor_config.json": "image", "video_preprocessor_config.json": "video"}
+        for name, kind in kinds.items():
             values.update(_processor_values(_read_json(directory / name), kind=kind, path=directory / name))
         known = {field.name for field in fields(cls)}
         given = {name: value for name, value in overrides.items() if value is not None}

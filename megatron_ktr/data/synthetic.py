@@ -250,7 +250,8 @@ def _options(rng: random.Random, must_have: Sequence[str], pool: Sequence[str]) 
 
 
 def _place(rng: random.Random, radius: float) -> tuple[float, float]:
-    return tuple(round(rng.uniform(radius + 0.03, 0.97 - radius), 3) for _ in range(2))
+    first, second = (round(rng.uniform(radius + 0.03, 0.97 - radius), 3) for _ in range(2))
+    return first, second
 
 
 def _blob(rng: random.Random, colour: str, first: int, last: int) -> Blob:

@@ -141,7 +141,9 @@ def _save_tokenizer(directory: Path, corpus: Sequence[str]) -> dict[str, int]:
         clean_up_tokenization_spaces=False,
     )
     fast.save_pretrained(directory)
-    return {token: fast.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS} | {"size": len(fast)}
+    vocabulary_of = fast.get_vocab()
+    ids: dict[str, int] = {token: vocabulary_of[token] for token in SPECIAL_TOKENS}
+    return ids | {"size": len(fast)}
 
 
 def _save_model(directory: Path, token_ids: dict[str, int], *, seed: int, text: dict, vision: dict) -> None:

@@ -39,7 +39,7 @@ from torch.distributed.checkpoint.filesystem import (
     _StorageInfo,
     _StoragePrefix,
 )
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
@@ -144,7 +144,8 @@ class BackgroundSave:
 
         Returns the checksums that were taken while files were written, by name.
         """
-        metadata: Metadata = self._metadata
+        metadata = self._metadata
+        assert metadata is not None, "rank 0 received it when the plan was made"
         # Kept for a cache of plans that is not used here; its size grows with ranks x tensors.
         metadata.__dict__.pop("all_local_plans", None)
         metadata.version, metadata.storage_meta = CURRENT_DCP_VERSION, StorageMeta()

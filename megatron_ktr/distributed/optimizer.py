@@ -8,6 +8,7 @@ configuration makes megatron-core's DDP do exactly that (gradient scaling factor
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -124,8 +125,8 @@ def build_optimizer(
     return optimizer
 
 
-def _skips(section: OptimizerSection) -> dict[str, float]:
-    # 0.16 has no such field: there ``config_checks`` has already refused the option.
+def _skips(section: OptimizerSection) -> dict[str, Any]:
+    # 0.16 has no such field: there ``config/checks.py`` has already refused the option.
     threshold = section.grad_norm_skip_threshold
     return {} if threshold is None else {"grad_norm_skip_threshold": threshold}
 

@@ -114,7 +114,7 @@ class VideoKTR(Objective):
         group_data: Sequence[RolloutGroup],
         *,
         is_selected_R: Mapping[str, Tensor] | None = None,
-        **counts: int | None,
+        **counts: Any,
     ) -> TokenStreams:
         if is_selected_R is None:
             is_selected_R = self.select_tokens(batch, scores, group_data)

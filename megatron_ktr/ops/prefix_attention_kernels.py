@@ -60,8 +60,12 @@ def host_backward(
     repeats = q.shape[1] // k.shape[1]
     if count > 1 and repeats > 1:
         rows = _each(count, grad_out, q, k, v, out, lse.T)
-        parts = [host_backward(*part[:5], part[5].T, scale=scale, is_causal=is_causal) for part in rows]
-        return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+        parts = [
+            host_backward(grad_out, q, k, v, out, lse.T, scale=scale, is_causal=is_causal)
+            for grad_out, q, k, v, out, lse in rows
+        ]
+        grad_q, grad_k, grad_v = (torch.cat(column) for column in zip(*parts, strict=True))
+        return grad_q, grad_k, grad_v
     grad_q, grad_k, grad_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         *(_queries(x, repeats, count) for x in (grad_out, q)),
         *(_keys(x, repeats, count) for x in (k, v)),

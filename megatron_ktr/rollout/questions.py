@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron_ktr.config import Config
 from megatron_ktr.data.loader import PromptLoader
@@ -15,6 +14,7 @@ from megatron_ktr.data.preprocess import pixel_limits
 from megatron_ktr.data.record_check import check_questions
 from megatron_ktr.data.record_problems import RecordProblems
 from megatron_ktr.data.records import Record, describe_repeated_ids, read_records
+from megatron_ktr.data.tokenizer import Tokenizer
 from megatron_ktr.data.video import FrameSampling
 from megatron_ktr.errors import UserError
 from megatron_ktr.rewards import DEFAULT_REWARDS, READS_PROBLEM_TYPE, load_rewards
@@ -35,7 +35,7 @@ class Questions:
     engine: ReplayEngine | None = None
 
 
-def read_questions(config: Config, *, tokenizer: Any, vocab_size: int, is_spokesman: bool) -> Questions:
+def read_questions(config: Config, *, tokenizer: Tokenizer, vocab_size: int, is_spokesman: bool) -> Questions:
     """The records of ``data_path`` or ``replay_path``, with those told and left out that cannot be used.
 
     Raises:
@@ -71,7 +71,7 @@ def read_questions(config: Config, *, tokenizer: Any, vocab_size: int, is_spokes
     return Questions(records, loader, left_out, engine)
 
 
-def prompt_loader(config: Config, *, tokenizer: Any) -> PromptLoader:
+def prompt_loader(config: Config, *, tokenizer: Tokenizer) -> PromptLoader:
     """Loads records as the data options say; media below ``media_root``, or beside the file that names them.
 
     With ``original_compat`` every video lasts 1.0 s per temporal patch, for whatever reads the prompt, and media that
@@ -94,7 +94,7 @@ def prompt_loader(config: Config, *, tokenizer: Any) -> PromptLoader:
     )
 
 
-def _replay_engine(config: Config, *, tokenizer: Any, vocab_size: int, problems: RecordProblems) -> ReplayEngine:
+def _replay_engine(config: Config, *, tokenizer: Tokenizer, vocab_size: int, problems: RecordProblems) -> ReplayEngine:
     return ReplayEngine(
         problems.path,
         tokenizer=tokenizer,

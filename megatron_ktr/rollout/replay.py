@@ -31,6 +31,7 @@ from megatron_ktr.data.record_problems import RecordProblems
 from megatron_ktr.data.records import NORMALISED, Record, read_records
 from megatron_ktr.data.source import DatasetSource
 from megatron_ktr.data.template import control_tokens
+from megatron_ktr.data.tokenizer import Tokenizer
 from megatron_ktr.errors import UserError
 from megatron_ktr.files.json_files import to_json
 from megatron_ktr.rollout.base import RolloutEngine
@@ -50,7 +51,7 @@ class ReplayEngine(RolloutEngine):
         self,
         path: Path | str,
         *,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         num_generations: int | None = None,
         end_token_id: int | None = None,
         vocab_size: int | None = None,

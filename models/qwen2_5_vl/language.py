@@ -63,7 +63,7 @@ class LanguageModel(GPTModel):
             vp_stage=vp_stage,
         )
         self._ends_at_hidden_states = end_at_hidden_states(self)
-        self.rotary_pos_emb.__class__ = RotaryAngles
+        setattr(self.rotary_pos_emb, "__class__", RotaryAngles)  # noqa: B010  # type checkers know no such assignment
         if post_process:
             self.output_layer.__class__ = StatisticsHead
 
@@ -108,8 +108,11 @@ class LanguageModel(GPTModel):
     def output_weight(self) -> Tensor:
         """[padded V / tp, D]: this rank's shard of the output weight; last stage only."""
         if self.share_embeddings_and_output_weights:
-            return self.shared_embedding_or_output_weight()
-        return self.output_layer.weight
+            weight = self.shared_embedding_or_output_weight()
+        else:
+            weight = self.output_layer.weight
+        assert weight is not None, "the last stage has an output weight"
+        return weight
 
 
 class RotaryAngles(MultimodalRotaryEmbedding):
@@ -144,4 +147,6 @@ class StatisticsHead(ColumnParallelLinear):
         self, hidden_RD: Tensor, target_ids_R: Tensor, *, weight: Tensor | None = None, **options: Any
     ) -> TokenStatistics:
         """``linear_token_statistics`` on this layer's weight shard, or on ``weight`` (a shared embedding's)."""
-        return linear_token_statistics(hidden_RD, self.weight if weight is None else weight, target_ids_R, **options)
+        own = self.weight if weight is None else weight
+        assert own is not None, "an output layer without a weight of its own is given the embedding's"
+        return linear_token_statistics(hidden_RD, own, target_ids_R, **options)

@@ -50,7 +50,7 @@ from megatron_ktr.stack import mlp_submodule
 from models.qwen2_5_vl.attention import PrefixCoreAttention, PrefixSeqParams
 from models.qwen2_5_vl.norm import RMSNorm
 from models.qwen2_5_vl.products import ColumnLinear, RowLinear, lowerable, product_dtype
-from models.qwen2_5_vl.residual import add_residual
+from models.qwen2_5_vl.residual import RESIDUAL_ADDITION
 
 TransformerImpl = Literal["auto", "te", "local"]
 AttentionImpl = Literal["auto", "torch", "merged", "varlen", "te"]
@@ -127,8 +127,6 @@ def _local_layer(core_attention: Any) -> ModuleSpec:
         linear_qkv=ColumnLinear,
         core_attention=core_attention,
         linear_proj=RowLinear,
-        q_layernorm=None,
-        k_layernorm=None,
     )
     return ModuleSpec(
         module=TransformerLayer,
@@ -137,10 +135,10 @@ def _local_layer(core_attention: Any) -> ModuleSpec:
             self_attention=ModuleSpec(
                 module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
             ),
-            self_attn_bda=add_residual,
+            self_attn_bda=RESIDUAL_ADDITION,
             pre_mlp_layernorm=RMSNorm,
             mlp=mlp_submodule(ColumnLinear, RowLinear),
-            mlp_bda=add_residual,
+            mlp_bda=RESIDUAL_ADDITION,
             # TE keeps these norms inside the linear layer that follows; one checkpoint serves both.
             sharded_state_dict_keys_map={
                 "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
@@ -157,8 +155,6 @@ def _te_layer(core_attention: Any) -> ModuleSpec:
         linear_qkv=column_linear,
         core_attention=core_attention,
         linear_proj=row_linear,
-        q_layernorm=None,
-        k_layernorm=None,
     )
     return ModuleSpec(
         module=TransformerLayer,
@@ -167,10 +163,10 @@ def _te_layer(core_attention: Any) -> ModuleSpec:
             self_attention=ModuleSpec(
                 module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
             ),
-            self_attn_bda=add_residual,
+            self_attn_bda=RESIDUAL_ADDITION,
             pre_mlp_layernorm=IdentityOp,
             mlp=mlp_submodule(column_linear, row_linear),
-            mlp_bda=add_residual,
+            mlp_bda=RESIDUAL_ADDITION,
         ),
     )
 
@@ -207,6 +203,7 @@ def te_modules() -> SimpleNamespace:
             own_dtype = query.dtype
             lower = product_dtype(self.config) or own_dtype
             query, key, value = query.to(lower), key.to(lower), value.to(lower)
+            assert packed_seq_params is not None and packed_seq_params.plan is not None, "the language model gives both"
             if packed_seq_params.exchange is not None:
                 key, value = packed_seq_params.exchange(key, value)
             plan = packed_seq_params.plan
@@ -221,7 +218,7 @@ def te_modules() -> SimpleNamespace:
                 max_seqlen_q=call.max_seqlen_q,
                 max_seqlen_kv=call.max_seqlen_kv,
             )
-            mask = SimpleNamespace(name="padding_causal_bottom_right")
+            mask: Any = SimpleNamespace(name="padding_causal_bottom_right")
             out = super().forward(
                 query[: plan.num_attending],
                 copies.take(key),

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -54,7 +54,14 @@ def fuses_weight_gradients(config: TransformerConfig) -> bool:
     return isinstance(config, LanguageConfig) and config.fuses_weight_gradients
 
 
-class _Product:
+if TYPE_CHECKING:
+    _Linear = ColumnParallelLinear
+else:
+    _Linear = object
+"""What a class that stands before a linear layer in the order of bases finds behind it."""
+
+
+class _Product(_Linear):
     """Before one of megatron-core's own parallel linear layers in the order of bases."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -86,7 +93,7 @@ def lowerable(layer_class: type) -> type:
     return type(layer_class.__name__, (_WholeLayer, layer_class), {})
 
 
-class _WholeLayer:
+class _WholeLayer(_Linear):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         # Transformer Engine's name; its backward asks for the flag of the layer that ran forward.

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from megatron_ktr.batch.packing import MediaSpec
 from megatron_ktr.data.preprocess import PreprocessSettings, pixel_limits
+from megatron_ktr.data.tokenizer import Tokenizer
 from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.distributed.platform import current
 from megatron_ktr.errors import UserError
@@ -95,7 +96,7 @@ class ColocatedEngine(RolloutEngine):
         model_dir: Path | str,
         *,
         groups: ParallelGroups,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         media: MediaSpec,
         sampling: SamplingSettings,
         settings: EngineSettings,
@@ -327,7 +328,7 @@ def colocated_engine(
     data: DataSection,
     rollout: RolloutSection,
     groups: ParallelGroups,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     media: MediaSpec,
     sampling: SamplingSettings,
 ) -> ColocatedEngine:
