@@ -60,8 +60,10 @@ PYTHON_312 ?= $(shell for p in python3.12 $$HOME/.pyenv/versions/3.12.*/bin/pyth
     "$$p" -c '' 2>/dev/null && echo "$$p" && break; done)
 IS_NEWER = "$(PYTHON_312)" -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null
 SETUP_MINUTES_312 ?= 10
-TESTS_312 := $(addprefix tests/test_,stack.py core_border.py borders.py hf_parity.py ktr_update_against_hf.py mrope.py \
-    checkpoint.py dist_checkpoint.py conversion.py parameter_groups.py newer_core.py launch.py both_stacks.py)
+TESTS_312 := $(addprefix tests/,house/test_stack.py house/test_core_border.py house/test_borders.py models/test_hf_parity.py \
+    step/test_ktr_update_against_hf.py models/test_mrope.py run/test_checkpoint.py files/test_dist_checkpoint.py \
+    models/test_conversion.py distributed/test_parameter_groups.py house/test_newer_core.py run/test_launch.py \
+    house/test_both_stacks.py)
 # What the newer stack is compared with: an environment of Python 3.11, where $(VENV) is one; else nothing is compared.
 OLDER_PYTHON = $(shell [ "$$($(PY) $(VERSION_OF))" = 3.11 ] && echo $(abspath $(PY)))
 test-3.12: export OMP_NUM_THREADS = 1
@@ -81,7 +83,7 @@ test-both-stacks: ## the same seeded runs on both stacks, in .venv and .venv312
 	@[ "$$($(PY) $(VERSION_OF))" = 3.11 ] \
 	    || { echo "error: $(VENV) is not of Python 3.11; VENV=.venv311 PYTHON=python3.11 makes one" >&2; exit 2; }
 	@$(MAKE) --no-print-directory setup PYTHON="$(PYTHON_312)" VENV=$(VENV_312)
-	OTHER_PYTHON="$(abspath $(PY))" $(VENV_312)/bin/python -m pytest tests/test_both_stacks.py $(PYTEST_ARGS)
+	OTHER_PYTHON="$(abspath $(PY))" $(VENV_312)/bin/python -m pytest tests/house/test_both_stacks.py $(PYTEST_ARGS)
 
 # Losses of short seeded runs, which a change without numerical effect must not move (tests/golden).
 golden: export OMP_NUM_THREADS = 1

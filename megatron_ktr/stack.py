@@ -8,7 +8,7 @@ Transformer Engine  2.11.0 (2.9 to 2.11)    2.17.1 (2.14 to 2.20)
 ==================  ======================  ======================
 
 megatron-core 0.17 and newer want Python 3.12, which is why there are two. ``setup.py`` pins the same versions
-(``tests/test_stack.py`` compares). Nothing outside this module asks for a version: it calls what is here, or
+(``tests/house/test_stack.py`` compares). Nothing outside this module asks for a version: it calls what is here, or
 ``has_core_0_19`` where a whole feature exists on the newer stack only.
 """
 

@@ -35,7 +35,7 @@ and once per update, P trainable parameters of the rank (padded as buckets are):
 Forward-only passes (hidden, shuffled, reference, selection) have forward's messages. Not counted: scalars (gradient
 norm, counts), shapes that travel before activations (24 bytes each), pickled metrics, and TW-GRPO's divergence.
 
-Equal to the byte to what a rank sends in a world of 256 (``tests/test_scaling.py``).
+Equal to the byte to what a rank sends in a world of 256 (``tests/accounting/test_scaling.py``).
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ The weights stay: the engine is sent them. On CPU, where host and device are one
 copied.
 
 The buffers are megatron-core's ``offload_grad_buffers``. Its ``optimizer.offload_to_cpu`` is not used (0.16 and 0.19
-are the same; ``tests/test_rollout_offload.py`` shows it):
+are the same; ``tests/policy/test_rollout_offload.py`` shows it):
 
 1. It moves every parameter of the inner optimizer. In fp32 these are the model's own weights, or views of them: with
    the distributed optimizer nothing is freed, and from the first return on each rank has a second copy of its shard on

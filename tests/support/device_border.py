@@ -53,7 +53,8 @@ READS = (
 )
 """Operations that answer the host, with a number or with the size of their result."""
 MAKES_OF_VALUES = (torch.tensor, torch.as_tensor, Tensor.new_tensor, torch.from_numpy)
-REPOSITORY = Path(__file__).parents[2]
+CODE_FOLDER = Path(__file__).parents[2]
+"""The repository as the paths in stack frames spell it: links are not followed, unlike in ``tests.support.paths``."""
 
 
 class BorderError(RuntimeError):
@@ -114,8 +115,8 @@ def _place() -> str:
         if path != __file__ and not path.endswith("platform_cpu.py"):
             if "/megatron/" in path:
                 return f"{path[path.rindex('/megatron/') + 1 :]}:{frame.f_code.co_name}"
-            if path.startswith(str(REPOSITORY)) and "/.venv" not in path:
-                return f"{Path(path).relative_to(REPOSITORY)}:{frame.f_code.co_name}"
+            if path.startswith(str(CODE_FOLDER)) and "/.venv" not in path:
+                return f"{Path(path).relative_to(CODE_FOLDER)}:{frame.f_code.co_name}"
         frame = frame.f_back
     return "elsewhere"
 

@@ -12,6 +12,8 @@ from pathlib import Path
 import av
 import numpy as np
 
+from tests.support.paths import REPOSITORY
+
 SHARED_VIDEOS_VARIABLE = "KTR_SHARED_DATA"
 
 CODECS: dict[str, tuple[str, str, dict[str, str]]] = {
@@ -31,8 +33,7 @@ CODECS: dict[str, tuple[str, str, dict[str, str]]] = {
 def shared_data() -> Path:
     """Where real videos and benchmark records are, if they are here: $KTR_SHARED_DATA, else ../shared/data beside the
     repository."""
-    repository = Path(__file__).resolve().parents[2]
-    return Path(os.environ.get(SHARED_VIDEOS_VARIABLE) or repository.parent / "shared" / "data")
+    return Path(os.environ.get(SHARED_VIDEOS_VARIABLE) or REPOSITORY.parent / "shared" / "data")
 
 
 def shared_videos() -> list[Path]:

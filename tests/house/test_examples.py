@@ -1,0 +1,96 @@
+"""Run files of ``examples/``: each is a valid configuration, and the paper's says what the release's run was."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_ktr.config import OPTIONS, config_from_values, load_config
+from megatron_ktr.config.checks import ABSENT_OPTIONS, check
+from megatron_ktr.config.cli import read_yaml, show_value
+from tests.support.paths import REPOSITORY
+
+PAPER = REPOSITORY / "examples" / "paper" / "video_ktr_7b.yaml"
+
+RELEASE = {
+    "model": "Qwen2.5-VL-7B-COT-SFT",
+    "params_dtype": "bf16",
+    "data_path": "Video-R1-data/Video-R1-Holmes-16k.json",
+    "max_prompt_length": 16384,
+    "video_fps": 2.0,
+    "video_max_frames": 16,
+    "video_min_pixels": 128 * 28 * 28,
+    "video_max_pixels": int(128 * 28 * 28 * 1.05),
+    "image_min_pixels": 4 * 28 * 28,
+    "image_max_pixels": 256 * 28 * 28,
+    "num_generations": 8,
+    "max_response_length": 768,
+    "temperature": 1.0,
+    "top_p": 0.95,
+    "top_k": 50,
+    "answer_protocol": "official",
+    "length_bonus": 0.2,
+    "length_bonus_min": 320,
+    "length_bonus_max": 512,
+    "selection_ratio": (0.2,),
+    "kl_beta": 0.04,
+    "lr": 2e-6,
+    "lr_decay_style": "cosine",
+    "weight_decay": 0.01,
+    "weight_decay_norms": True,
+    "clip_grad": 5.0,
+    "train_epochs": 1.0,
+    "prompts_per_step": 8,
+}
+"""From the authors' repository: its launch script, what its trainer writes itself, and its copy of qwen-vl-utils."""
+
+
+def run_files() -> list[Path]:
+    """Everything but what is for another program."""
+    found = sorted((REPOSITORY / "examples").rglob("*.yaml"))
+    return [path for path in found if "apiVersion" not in yaml.safe_load(path.read_text(encoding="utf-8"))]
+
+
+@pytest.mark.parametrize("path", run_files(), ids=lambda path: path.relative_to(REPOSITORY).as_posix())
+def test_every_run_file_is_a_valid_configuration(path: Path) -> None:
+    values = read_yaml(path, options=OPTIONS, notes=ABSENT_OPTIONS)
+    # The quickstart's files are given model and data by its command.
+    given: dict[str, Any] = {"model": "m"}
+    if "replay_path" not in values:
+        given["data_path"] = "d.json"
+    check(config_from_values({**given, **values}))
+
+
+def test_the_papers_file_is_the_run_of_the_release() -> None:
+    trainer = load_config(["--config", str(PAPER)]).trainer
+    assert trainer.train_steps is None, "as long as its epoch"
+    values = read_yaml(PAPER, options=OPTIONS, notes=ABSENT_OPTIONS)
+    assert {name: values[name] for name in RELEASE} == RELEASE
+
+
+def test_beside_each_of_its_values_stands_whether_it_is_our_default() -> None:
+    lines = [line for line in PAPER.read_text(encoding="utf-8").splitlines() if re.match(r"  \w", line)]
+    names = [line.split(":")[0].strip() for line in lines]
+    values = read_yaml(PAPER, options=OPTIONS, notes=ABSENT_OPTIONS)
+    assert sorted(names) == sorted(values)
+    for name, line in zip(names, lines, strict=True):
+        default = OPTIONS[name].default
+        if values[name] == default:
+            assert line.endswith("  # our default"), line
+        else:
+            stated = re.search(r"  # default ([^;]+?)(;|$)", line)
+            assert stated and stated[1] == show_value(default), line
+
+
+def test_the_readme_names_every_default_that_is_not_the_releases() -> None:
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8").split("### What is the paper's")[1].split("\n## ")[0]
+    values = read_yaml(PAPER, options=OPTIONS, notes=ABSENT_OPTIONS)
+    other = {name for name, value in values.items() if value != OPTIONS[name].default}
+    # The last line of that paragraph: model, data, engine and layout; and what is only about this run's files.
+    other -= {name for name in other if OPTIONS[name].section == "parallel" or name.startswith("rollout_")}
+    other -= {"model", "data_path", "media_root", "engine", "reward_functions", "save_interval", "peak_tflops"}
+    assert set(re.findall(r"`(--[a-z-]+)`", text)) == {OPTIONS[name].flag for name in other}
