@@ -239,8 +239,8 @@ class TorchDistReader:
         described = stored.chunks[_number_of(index)].sizes
         if chunk.shape != described or chunk.dtype != stored.properties.dtype:
             raise UserError(
-                f"{self.directory}: tensor {index.fqn}: the chunk at {tuple(index.offset or ())} is {tuple(chunk.shape)} of "
-                f"{chunk.dtype}, expected {tuple(described)} of {stored.properties.dtype}"
+                f"{self.directory}: tensor {index.fqn}: the chunk at {tuple(index.offset or ())} is "
+                f"{tuple(chunk.shape)} of {chunk.dtype}, expected {tuple(described)} of {stored.properties.dtype}"
             )
 
     def _read_chunk(self, place: _StorageInfo) -> Tensor:

@@ -224,7 +224,7 @@ class Policy(ReplicaNumbers):
                 _log.warning("no optimizer step: the loss is %s, because %s", result.loss, reason)
             return result
         require_finite("loss", result.loss)
-        at_work = contextlib.nullcontext()
+        at_work: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if self.options.optimizer.offload_optimizer_states:
             at_work = moments_on_device(self.optimizer, **moves(self.platform))
         with at_work:
@@ -319,16 +319,23 @@ class Policy(ReplicaNumbers):
         Collective: every rank exhausts it. ``gather_to`` "source" yields them on each replica's reading rank only.
         """
         self.wait_for_parameters()
-        options = dict(groups=self.groups, tensor_of=tensor_of, gather_to=gather_to, with_vision=with_vision)
-        yield from export_weights(self.bare_chunks, **options)
+        yield from export_weights(
+            self.bare_chunks, groups=self.groups, tensor_of=tensor_of, gather_to=gather_to, with_vision=with_vision
+        )
 
     def save_hf(self, directory: Path) -> None:
         """Writes a directory that transformers and vLLM load: the model and all other files of the initial one, or
         adapters alone (``--lora-export adapter``)."""
         self.wait_for_parameters()
         only_adapters = self.options.model.lora_export == "adapter"
-        options = dict(groups=self.groups, hf_source_dir=self.hf_dir, lora=self.lora, only_adapters=only_adapters)
-        save_export(self.bare_chunks, directory, **options)
+        save_export(
+            self.bare_chunks,
+            directory,
+            groups=self.groups,
+            hf_source_dir=self.hf_dir,
+            lora=self.lora,
+            only_adapters=only_adapters,
+        )
 
     def wait_for_parameters(self) -> None:
         """With overlapped gathering, every rank holds but its own shard of what the last optimizer step changed, until

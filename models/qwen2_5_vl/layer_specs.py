@@ -45,6 +45,7 @@ from torch.nn.functional import pad
 from megatron_ktr.distributed.platform import current
 from megatron_ktr.errors import UserError
 from megatron_ktr.ops.prefix_attention import attend_nothing
+from megatron_ktr.ops.prefix_attention_plan import VarlenCall
 from megatron_ktr.ops.te_attention import flash_attn_version, why_not_fused
 from megatron_ktr.stack import mlp_submodule
 from models.qwen2_5_vl.attention import PrefixCoreAttention, PrefixSeqParams
@@ -171,6 +172,17 @@ def _te_layer(core_attention: Any) -> ModuleSpec:
     )
 
 
+def _packed_params(call: VarlenCall) -> PackedSeqParams:
+    """The segments of a call as megatron-core hands them to Transformer Engine."""
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=call.cu_seqlens_q,
+        cu_seqlens_kv=call.cu_seqlens_kv,
+        max_seqlen_q=call.max_seqlen_q,
+        max_seqlen_kv=call.max_seqlen_kv,
+    )
+
+
 @cache
 def te_modules() -> SimpleNamespace:
     """Transformer Engine's modules as megatron-core wraps them; defined on demand because they need TE to exist."""
@@ -211,13 +223,6 @@ def te_modules() -> SimpleNamespace:
                 # A context rank may own none of a short sequence; its kernels need at least one.
                 return attend_nothing(query, key, value).flatten(1).to(own_dtype)
             call, copies = plan.whole_call(query.device), plan.whole_copies(query.device)
-            segments = PackedSeqParams(
-                qkv_format="thd",
-                cu_seqlens_q=call.cu_seqlens_q,
-                cu_seqlens_kv=call.cu_seqlens_kv,
-                max_seqlen_q=call.max_seqlen_q,
-                max_seqlen_kv=call.max_seqlen_kv,
-            )
             mask: Any = SimpleNamespace(name="padding_causal_bottom_right")
             out = super().forward(
                 query[: plan.num_attending],
@@ -225,7 +230,7 @@ def te_modules() -> SimpleNamespace:
                 copies.take(value),
                 None,
                 attn_mask_type=mask,
-                packed_seq_params=segments,
+                packed_seq_params=_packed_params(call),
                 **kwargs,
             )
             out = out.to(own_dtype)

@@ -91,7 +91,7 @@ class Qwen2_5_VLModel(MegatronModule):
         self.share_embeddings_and_output_weights = model_config.tie_word_embeddings
         self.keeps_graph = False
         """Whether the first layer's input belongs to the graph of backward even where nothing before it is trained."""
-        self.vision = None
+        self.vision: VisionEncoder | None = None
         if pre_process:
             self.vision = VisionEncoder(
                 model_config.vision,
@@ -191,11 +191,12 @@ class Qwen2_5_VLModel(MegatronModule):
         ``batch`` may lie on the host. Every context rank must compute the same loss from them and call backward.
         """
         targets_R = send(batch.target_ids_R, hidden_RD.device)
-        options = dict(temperature=temperature, counterfactual_hidden_RD=counterfactual_hidden_RD)
-        if self.context is None:
-            return self.token_statistics(hidden_RD, targets_R, **options)
-        targets_R = targets_R[send(self.context.mine(batch), hidden_RD.device)]
-        return self.context.gather_statistics(self.token_statistics(hidden_RD, targets_R, **options), batch)
+        if self.context is not None:
+            targets_R = targets_R[send(self.context.mine(batch), hidden_RD.device)]
+        statistics = self.token_statistics(
+            hidden_RD, targets_R, temperature=temperature, counterfactual_hidden_RD=counterfactual_hidden_RD
+        )
+        return statistics if self.context is None else self.context.gather_statistics(statistics, batch)
 
     def token_statistics(
         self,
@@ -267,6 +268,7 @@ class Qwen2_5_VLModel(MegatronModule):
         # The encoder runs before the embedding, always: backward then reaches them in the opposite order, always.
         features = batch.features_ED
         if features is None and (batch.patches_SD is not None or self._needs_vision_gradients()):
+            assert self.vision is not None, "only the first stage embeds"
             features = self.vision(batch.patches_SD, batch.grid_thw_M3)
         if features is not None and local.visual_index is not None:
             # Every context rank encodes all frames and keeps its rows' features: each sends back its rows' gradient
@@ -286,6 +288,7 @@ class Qwen2_5_VLModel(MegatronModule):
         another. So the encoder runs on a single dummy unit, whose (empty) result is connected to every parameter:
         same graph, same order, zero gradients.
         """
+        assert self.vision is not None, "only the first stage embeds"
         return torch.is_grad_enabled() and any(p.requires_grad for p in self.vision.parameters())
 
     def _check(self, batch: PackedBatch) -> None:
@@ -329,7 +332,7 @@ def build_model(
     """
     transformer_config = language_transformer_config(model_config, sizes=groups.sizes, dtype=dtype, options=options)
     process_groups = copy.copy(groups.process_groups)
-    process_groups.cp = OneRank()
+    setattr(process_groups, "cp", OneRank())  # noqa: B010  # core declares a group of torch's
     num_chunks = transformer_config.virtual_pipeline_model_parallel_size
     pipeline_group = groups.process_groups.pp
     chunks = []

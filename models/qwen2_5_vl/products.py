@@ -55,13 +55,13 @@ def fuses_weight_gradients(config: TransformerConfig) -> bool:
 
 
 if TYPE_CHECKING:
-    _Linear = ColumnParallelLinear
+    LinearBase = ColumnParallelLinear
 else:
-    _Linear = object
+    LinearBase = object
 """What a class that stands before a linear layer in the order of bases finds behind it."""
 
 
-class _Product(_Linear):
+class _Product(LinearBase):
     """Before one of megatron-core's own parallel linear layers in the order of bases."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -93,7 +93,7 @@ def lowerable(layer_class: type) -> type:
     return type(layer_class.__name__, (_WholeLayer, layer_class), {})
 
 
-class _WholeLayer(_Linear):
+class _WholeLayer(LinearBase):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         # Transformer Engine's name; its backward asks for the flag of the layer that ran forward.
