@@ -27,6 +27,8 @@ from megatron_ktr.errors import UserError
 
 try:
     import av
+    import av.error
+    import av.stream
 
     _ERRORS: tuple[type[Exception], ...] = (av.error.FFmpegError, OSError, ValueError, EOFError, RuntimeError)
 except ModuleNotFoundError:

@@ -107,9 +107,10 @@ class BackgroundSave:
         FullyParallelSaveStrategyWrapper(strategy, data_group).apply_saving_parallelization(state)
         state, _, _ = _replace_state_dict_keys_with_sharded_keys(state, True)
         self._writer = _RankWriter(directory, rank=torch.distributed.get_rank())
+        writer: Any = self._writer  # core declares its own class and calls what torch's has
         (_, self._metadata, _), *_ = save_state_dict_async_plan(
             mcore_to_pyt_state_dict(state, False),
-            self._writer,
+            writer,
             planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
         )
         self._written: Written = ([], {})

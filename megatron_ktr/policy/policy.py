@@ -130,7 +130,7 @@ class Policy(ReplicaNumbers):
             chunks = self._load_model(Path(hf_dir or self.hf_dir))
             offload_on = self.platform if self.options.model.offload_reference else None
             self.reference = ReferenceModel.copy(chunks, offload_on=offload_on)
-        self.vision.add_reference(self.reference.chunks[0].vision, is_policy_copy=hf_dir is None)
+        self.vision.add_reference(unwrap_model(self.reference.chunks[0]).vision, is_policy_copy=hf_dir is None)
 
     def score(
         self,
@@ -228,7 +228,8 @@ class Policy(ReplicaNumbers):
         if self.options.optimizer.offload_optimizer_states:
             at_work = moments_on_device(self.optimizer, **moves(self.platform))
         with at_work:
-            succeeded, grad_norm, _ = self.optimizer.step()
+            outcome: Any = self.optimizer.step()  # core declares none
+        succeeded, grad_norm, _ = outcome
         require_finite("gradient norm", float(grad_norm or 0.0))
         if succeeded:
             self.scheduler.step(increment=1)

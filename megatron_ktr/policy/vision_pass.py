@@ -38,7 +38,7 @@ from megatron_ktr.ops.main_grad import main_gradient
 from megatron_ktr.transfer import send
 from megatron_ktr.types import VisualInput
 
-Encoder = Callable[[Tensor, Tensor], Tensor]
+Encoder = Callable[[Tensor | None, Tensor], Tensor]
 """(patches [S, ...], grids int64 [M, 3]) -> features [S / merge^2, D]."""
 
 

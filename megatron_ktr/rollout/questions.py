@@ -80,6 +80,7 @@ def prompt_loader(config: Config, *, tokenizer: Tokenizer) -> PromptLoader:
     data = config.data
     is_replay = config.objective.objective != "sft" and config.rollout.engine == "replay"
     file = config.rollout.replay_path if is_replay else data.data_path
+    assert file is not None, "the configuration's checks ask for it"
     return PromptLoader.from_model(
         config.model.model,
         media_root=data.media_root or Path(file).parent,

@@ -154,7 +154,7 @@ def load_megatron_weights(model: nn.Module | Sequence[nn.Module], directory: Pat
             del state[name]
     require_plain_tensors(states, Path(directory))
     try:
-        loaded = dist_checkpointing.load(states, str(directory), sharded_strategy=load_strategy(str(directory)))
+        loaded: Any = dist_checkpointing.load(states, str(directory), sharded_strategy=load_strategy(str(directory)))
     except (CheckpointingException, *UNREADABLE) as error:
         raise UserError(f"{directory}: {error}") from error
     for chunk, name in zip(chunks, states, strict=True):
