@@ -4,7 +4,7 @@
 #   docker build --tag megatron-ktr:0.1.0 .
 #   docker run --gpus all --ipc=host --ulimit memlock=-1 --ulimit stack=67108864 megatron-ktr:0.1.0   # tools/doctor.py
 #
-# Its Python is 3.12, so this is the newer of the two stacks (README): megatron-core 0.19.2. The image's own torch and
+# Its Python is 3.12, so this is the newer of the two stacks (docs/install.md): megatron-core 0.19.2. The image's own torch and
 # Transformer Engine are not used: vLLM 0.32 takes exactly torch 2.13.0, and setup.py names Transformer Engine 2.17.1.
 # Building compiles for long (not measured). It has not been built yet (docs/launching.md).
 # CUDA 13.0 like torch's wheels: apex refuses to be built with another than torch's. Later images have 13.1.

@@ -1,5 +1,5 @@
 # Every target makes the environment it needs; only Python 3.11 (or newer) has to be there. The Python decides which of the
-# two stacks is installed (README, "Two stacks"): make test PYTHON=python3.12. `make help` lists the targets.
+# two stacks is installed (docs/install.md, "Two stacks"): make test PYTHON=python3.12. `make help` lists the targets.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 VENV ?= .venv
@@ -28,7 +28,7 @@ PY_VLLM := $(VENV_VLLM)/bin/python
 PIP_FLAGS := --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm quickstart replay test test-core test-vllm test-3.12 test-both-stacks golden golden-check lint format docs clean distclean
+.PHONY: help setup setup-vllm quickstart replay test test-fast test-core test-vllm test-3.12 test-both-stacks golden golden-check lint format docs clean distclean
 .PHONY: same-python same-python-vllm
 
 help: ## list the targets
@@ -45,6 +45,14 @@ replay: $(VENV)/.ready ## Video-KTR updates from recorded rollouts on video file
 	    --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2
 
 test: lint test-core test-vllm ## everything: lint, format check, all tests that need no GPU
+
+# For use while editing: the folders that need no large model and few processes, without the tests marked `slow`. The
+# training steps are those of tests/golden on one rank.
+TESTS_FAST := $(addprefix tests/,config data batch objectives attribution rewards accounting/test_planner.py golden)
+test-fast: export OMP_NUM_THREADS = 1
+test-fast: $(VENV)/.ready ## options, data, packing, objectives, selection, rewards, planner, steps on one rank: minutes
+	$(PY) -m pytest -m "not slow and not vllm and not gpu" --numprocesses $(PYTEST_JOBS) --dist loadfile \
+	    $(TESTS_FAST) $(PYTEST_ARGS)
 
 test-core: export OMP_NUM_THREADS = 1
 test-core: $(VENV)/.ready ## tests of the core environment

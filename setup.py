@@ -73,7 +73,7 @@ EXTRAS_REQUIRE = {
         f"triton>=3.7; {TRITON_HAS_WHEELS}",
     ],
 }
-# NVIDIA's apex is not listed on purpose: the public index holds an unrelated project under that name. See README.
+# NVIDIA's apex is not listed on purpose: the public index holds an unrelated project under that name (docs/install.md).
 
 setup(
     name="megatron-ktr",

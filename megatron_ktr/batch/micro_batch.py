@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -64,6 +65,16 @@ class MicroBatch:
     def batch(self) -> PackedBatch:
         """View ``intact``."""
         return ready(self.packed)
+
+    def with_hidden_rows(self, view: View, rows_by_draw: tuple[Tensor | None, ...]) -> MicroBatch:
+        """This micro-batch with what a pass over ``view`` found, for objectives that need the KL to it."""
+        known = self.counterfactual_hidden_RD
+        return dataclasses.replace(self, counterfactual_hidden_RD={**known, view: rows_by_draw})
+
+    def with_logprobs(self, view: View, logprob_R: Tensor | None) -> MicroBatch:
+        """This micro-batch with the log-probs of its responses in ``view``."""
+        known = self.counterfactual_logprob_R
+        return dataclasses.replace(self, counterfactual_logprob_R={**known, view: logprob_R})
 
     def scores(self, statistics: TokenStatistics) -> TokenScores:
         """All scores of the micro-batch, given an intact pass."""

@@ -9,8 +9,9 @@
 What is large is hashed in memory, on its way to the file (``HashingFile``): the digest is of what was meant to be
 written. Taken from the file afterwards it would bless whatever a full or failing disk had made of it, and it would be
 read from the page cache, not from the disk. Small files that other libraries write are hashed as they are read back.
-XXH3 finds accidents, at more than the speed of a disk (``benchmarks/checksums.py``). It is no signature: who can write
-the directory can write its checksums too. Against that stands ``files/safe_pickle.py``: no file is run as code.
+XXH3 finds accidents, at more than the speed of a disk (``benchmarks/checkpoint/checksums.py``). It is no signature: who
+can write the directory can write its checksums too. Against that stands ``files/safe_pickle.py``: no file is run as
+code.
 """
 
 from __future__ import annotations

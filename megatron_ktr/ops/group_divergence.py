@@ -34,8 +34,8 @@ from torch.autograd.function import once_differentiable
 
 from megatron_ktr.ops.group_divergence_tiles import CLAMP, PositionTable, divergence_tiles, slopes_of
 from megatron_ktr.ops.main_grad import gradient_in_main_grad, has_precise_main_grad, main_gradient
-from megatron_ktr.ops.token_statistics import shard_plan
-from megatron_ktr.ops.token_statistics_interface import ShardPlan, accumulation_dtype
+from megatron_ktr.ops.token_statistics import DEFAULT_HEAD, shard_plan
+from megatron_ktr.ops.token_statistics_interface import HeadOptions, ShardPlan, accumulation_dtype
 from megatron_ktr.ops.vocab_tiles import multiply_into
 from megatron_ktr.types import PackedLayout
 
@@ -46,13 +46,9 @@ def group_divergence(
     log_normalizer_R: Tensor,
     *,
     layout: PackedLayout,
-    group: dist.ProcessGroup | None = None,
-    vocab_size: int | None = None,
-    temperature: float = 1.0,
+    head: HeadOptions = DEFAULT_HEAD,
     with_gradient: bool = False,
     has_gradient_R: Tensor | None = None,
-    reduce_hidden_grad: bool = True,
-    accumulate_into_main_grad: bool = False,
 ) -> Tensor:
     """D_t of the module's header for every response token: fp32 [R] (fp64 for fp64 inputs), nats.
 
@@ -65,11 +61,10 @@ def group_divergence(
         log_normalizer_R: ``TokenStatistics.log_normalizer_R`` of the same rows, weight and temperature; the gradient
             through it is part of ``hidden_RD``'s and ``weight_VD``'s.
         layout: whose response tokens the rows predict.
-        group: tensor-parallel group (the vocabulary's), not the group of responses.
+        head: as for ``linear_token_statistics``; its group is the vocabulary's, not the group of responses.
         with_gradient: differentiable with respect to ``hidden_RD`` and ``weight_VD``.
         has_gradient_R: bool [R], the rows that pass gradients on, to ``hidden_RD`` and to ``weight_VD``; None = all.
             Under context parallelism each rank names its own, so that the ranks' gradients are parts of one sum.
-        reduce_hidden_grad, accumulate_into_main_grad: as for ``linear_token_statistics``.
 
     Collectives: one all-reduce of a float a position forward, 1 + G with gradient; backward at most one of (positions
     with a gradient) x G x D, also where there are none.
@@ -85,11 +80,11 @@ def group_divergence(
         )
     call = _Call(
         table=table,
-        plan=shard_plan(weight_VD, group=group, vocab_size=vocab_size, temperature=temperature),
-        group=group,
+        plan=shard_plan(weight_VD, head=head),
+        group=head.group,
         has_gradient_R=has_gradient_R,
-        reduce_hidden_grad=reduce_hidden_grad,
-        main_grad_of=weight_VD if accumulate_into_main_grad and has_precise_main_grad(weight_VD) else None,
+        reduce_hidden_grad=head.reduce_hidden_grad,
+        main_grad_of=weight_VD if head.accumulate_into_main_grad and has_precise_main_grad(weight_VD) else None,
     )
     if with_gradient:
         divergence_Q = _GroupDivergence.apply(hidden_RD, weight_VD, log_normalizer_R, call)

@@ -38,7 +38,7 @@ import importlib.util
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -49,13 +49,15 @@ from megatron_ktr.ops.main_grad import gradient_in_main_grad, has_precise_main_g
 from megatron_ktr.ops.token_statistics_interface import (
     NUM_STATISTICS,
     GradientSums,
+    HeadOptions,
+    Impl,
     Implementation,
     LogitGradient,
     ShardPlan,
     accumulation_dtype,
 )
 
-Impl = Literal["auto", "triton", "chunked", "naive"]
+DEFAULT_HEAD = HeadOptions()
 IMPLS: tuple[Impl, ...] = ("auto", "triton", "chunked", "naive")
 
 
@@ -83,15 +85,8 @@ def linear_token_statistics(
     weight_VD: Tensor,
     target_R: Tensor,
     *,
-    group: dist.ProcessGroup | None = None,
-    vocab_size: int | None = None,
-    temperature: float = 1.0,
     counterfactual_hidden_RD: Sequence[Tensor] = (),
-    reduce_hidden_grad: bool = True,
-    accumulate_into_main_grad: bool = False,
-    impl: Impl = "auto",
-    row_chunk: int | None = None,
-    vocab_chunk: int | None = None,
+    head: HeadOptions = DEFAULT_HEAD,
 ) -> TokenStatistics:
     """log p = log_softmax(hidden @ weight^T / temperature), log q likewise from each set of counterfactual hidden rows;
     returns per row log p[target], -sum p log p, and for each q log q[target] and sum p (log p - log q).
@@ -100,22 +95,11 @@ def linear_token_statistics(
     ``token_statistics_reference`` is the same formula with full logits and ordinary autograd.
 
     Args:
-        hidden_RD: [R, D], fp64, fp32, bf16 or fp16; R may be 0. Equal on every rank of ``group``.
+        hidden_RD: [R, D], fp64, fp32, bf16 or fp16; R may be 0. Equal on every rank of the head's group.
         weight_VD: this rank's shard [Vs, D] of the output weight, same dtype; rank k holds rows k Vs .. (k+1) Vs - 1.
-        target_R: int64 [R], ids in the whole vocabulary, 0 <= id < vocab_size. Equal on every rank of ``group``.
-        group: tensor-parallel group; None means that ``weight_VD`` is the whole vocabulary.
-        vocab_size: true size; weight rows from there on are padding, count nowhere and get zero gradient. Default:
-            every row of every shard is real.
-        temperature: divides the logits.
+        target_R: int64 [R], ids in the whole vocabulary, 0 <= id < vocab_size. Equal on every rank of the group.
         counterfactual_hidden_RD: K times [R, D], the same tokens' hidden rows in other views; read without gradient.
-        reduce_hidden_grad: True sums the hidden gradient over ``group``. False leaves this shard's part, for a
-            caller that reduces it itself (the reduce-scatter of sequence parallelism).
-        accumulate_into_main_grad: backward adds to ``weight_VD.main_grad``, where it is fp32, sets
-            ``weight_VD.grad_added_to_main_grad`` and leaves autograd a gradient that means nothing, of zeros for a tied
-            embedding (``main_grad.py``).
-        impl: ``naive`` makes the shard's full logits; ``chunked`` is torch in tiles; ``triton`` fuses them. ``auto``
-            is ``triton`` where it runs, else ``chunked``.
-        row_chunk, vocab_chunk: tile size of ``chunked``; default from ``vocab_tiles.TILE_BUDGET_BYTES``.
+        head: group, vocabulary, temperature and implementation.
 
     Products of R x D x V/tp: 1 + K forward (``triton``: 2 K where K > 0), 3 of the remaining rows backward.
 
@@ -128,21 +112,14 @@ def linear_token_statistics(
             the vocabulary. Elsewhere that check would stall the device: such a row's log-probability is NaN instead.
     """
     _check_inputs(hidden_RD, weight_VD, target_R, counterfactual_hidden_RD)
-    plan = shard_plan(
-        weight_VD,
-        group=group,
-        vocab_size=vocab_size,
-        temperature=temperature,
-        row_chunk=row_chunk,
-        vocab_chunk=vocab_chunk,
-    )
+    plan = shard_plan(weight_VD, head=head)
     _check_targets(target_R, plan.vocab_size)
     call = _Call(
-        implementation=find_implementation(impl, like=hidden_RD),
+        implementation=find_implementation(head.impl, like=hidden_RD),
         plan=plan,
-        group=group,
-        reduce_hidden_grad=reduce_hidden_grad,
-        main_grad_of=weight_VD if accumulate_into_main_grad and has_precise_main_grad(weight_VD) else None,
+        group=head.group,
+        reduce_hidden_grad=head.reduce_hidden_grad,
+        main_grad_of=weight_VD if head.accumulate_into_main_grad and has_precise_main_grad(weight_VD) else None,
         others=tuple(other_RD.detach() for other_RD in counterfactual_hidden_RD),
     )
     return TokenStatistics(*_TokenStatistics.apply(hidden_RD, weight_VD, target_R, call))
@@ -159,29 +136,20 @@ def find_implementation(impl: Impl, *, like: Tensor) -> Implementation:
     return cast(Implementation, module.IMPLEMENTATION)
 
 
-def shard_plan(
-    weight_VD: Tensor,
-    *,
-    group: dist.ProcessGroup | None,
-    vocab_size: int | None,
-    temperature: float,
-    row_chunk: int | None = None,
-    vocab_chunk: int | None = None,
-) -> ShardPlan:
+def shard_plan(weight_VD: Tensor, *, head: HeadOptions) -> ShardPlan:
     """Which part of the vocabulary ``weight_VD`` is on this rank, and how to cut it."""
-    num_shards = 1 if group is None else dist.get_world_size(group)
-    shard = 0 if group is None else dist.get_rank(group)
+    num_shards = 1 if head.group is None else dist.get_world_size(head.group)
+    shard = 0 if head.group is None else dist.get_rank(head.group)
     shard_size = weight_VD.shape[0]
-    if vocab_size is None:
-        vocab_size = shard_size * num_shards
-    _check_options(vocab_size, shard_size * num_shards, temperature, row_chunk, vocab_chunk)
+    vocab_size = shard_size * num_shards if head.vocab_size is None else head.vocab_size
+    _check_options(head, vocab_size=vocab_size, padded_size=shard_size * num_shards)
     return ShardPlan(
         first_id=shard * shard_size,
         num_columns=min(max(vocab_size - shard * shard_size, 0), shard_size),
         vocab_size=vocab_size,
-        scale=1.0 / temperature,
-        row_chunk=row_chunk,
-        vocab_chunk=vocab_chunk,
+        scale=1.0 / head.temperature,
+        row_chunk=head.row_chunk,
+        vocab_chunk=head.vocab_chunk,
     )
 
 
@@ -315,17 +283,16 @@ def _check_inputs(hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor, others
             )
 
 
-def _check_options(
-    vocab_size: int, padded_size: int, temperature: float, row_chunk: int | None, vocab_chunk: int | None
-) -> None:
+def _check_options(head: HeadOptions, *, vocab_size: int, padded_size: int) -> None:
     if not 1 <= vocab_size <= padded_size:
         raise ValueError(
             f"linear_token_statistics: expected vocab_size between 1 and {padded_size}, the rows of all shards "
             f"together, got {vocab_size}"
         )
+    temperature = head.temperature
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"linear_token_statistics: expected a positive, finite temperature, got {temperature}")
-    for name, value in (("row_chunk", row_chunk), ("vocab_chunk", vocab_chunk)):
+    for name, value in (("row_chunk", head.row_chunk), ("vocab_chunk", head.vocab_chunk)):
         if value is not None and value < 1:
             raise ValueError(f"linear_token_statistics: expected {name} of at least 1, got {value}")
 

@@ -21,13 +21,41 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
+
+Impl = Literal["auto", "triton", "chunked", "naive"]
 
 NUM_STATISTICS = 4
 """Of the intact rows: m, s, u, t; and of each counterfactual: m', s', w, t'. N = 4 + 4 K numbers a row."""
+
+
+@dataclass(frozen=True)
+class HeadOptions:
+    """How a rank computes with its shard of the vocabulary, whichever rows it is given."""
+
+    group: ProcessGroup | None = None
+    """Tensor-parallel group; None means that the weight is the whole vocabulary."""
+    vocab_size: int | None = None
+    """True size; weight rows from there on are padding, count nowhere and get zero gradient. None: every row of every
+    shard is real."""
+    temperature: float = 1.0
+    """Divides the logits."""
+    reduce_hidden_grad: bool = True
+    """True sums the hidden gradient over ``group``. False leaves this shard's part, for a caller that reduces it itself
+    (the reduce-scatter of sequence parallelism)."""
+    accumulate_into_main_grad: bool = False
+    """Backward adds to the weight's ``main_grad``, where it is fp32, sets ``grad_added_to_main_grad`` and leaves
+    autograd a gradient that means nothing, of zeros for a tied embedding (``main_grad.py``)."""
+    impl: Impl = "auto"
+    """``naive`` makes the shard's full logits; ``chunked`` is torch in tiles; ``triton`` fuses them. ``auto`` is
+    ``triton`` where it runs, else ``chunked``."""
+    row_chunk: int | None = None
+    vocab_chunk: int | None = None
+    """Tile sizes of ``chunked``; None: by ``vocab_tiles.TILE_BUDGET_BYTES``."""
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ from megatron_ktr.policy.export import export_weights, save_export
 from megatron_ktr.policy.finite import require_finite, require_finite_weights
 from megatron_ktr.policy.offload import moments_on_device, moves
 from megatron_ktr.policy.reference import ReferenceModel
+from megatron_ktr.policy.roles import ModelRole
 from megatron_ktr.policy.statistics import compared
 from megatron_ktr.policy.vision import PolicyVision
 from megatron_ktr.sums import Metrics
@@ -136,7 +137,7 @@ class Policy(ReplicaNumbers):
         self,
         batches: Sequence[Packed],
         *,
-        model: str = "policy",
+        model: ModelRole = ModelRole.POLICY,
         temperature: float | None = None,
         precision: str = "same",
     ) -> list[TokenStatistics | None]:
@@ -151,12 +152,12 @@ class Policy(ReplicaNumbers):
                 hidden_RD, batch, temperature=temperature or self.temperature
             )
 
-        return self._look(batches, batch_of=ready, finish=statistics, model=model, precision=precision)
+        return self._forward_only(batches, batch_of=ready, finish=statistics, model=model, precision=precision)
 
     def hidden_rows(self, batches: Sequence[Packed], *, precision: str = "same") -> list[Tensor | None]:
         """Hidden states [R, D] that predict the response tokens, without a pass over the vocabulary and without
         gradient; None on every stage but the last."""
-        return self._look(batches, batch_of=ready, finish=lambda *found: found[-1].clone(), precision=precision)
+        return self._forward_only(batches, batch_of=ready, finish=lambda *found: found[-1].clone(), precision=precision)
 
     def score_intact(
         self, items: Sequence[MicroBatch], *, objective: Objective
@@ -172,21 +173,21 @@ class Policy(ReplicaNumbers):
             )
             return item, item.scores(statistics)
 
-        return self._look(items, batch_of=lambda item: item.batch, finish=scores_of)
+        return self._forward_only(items, batch_of=lambda item: item.batch, finish=scores_of)
 
-    def _look(
+    def _forward_only(
         self,
         items: Sequence[Any],
         *,
         batch_of: Callable[[Any], PackedBatch],
         finish: Callable[[torch.nn.Module, Any, PackedBatch, Tensor], Any],
-        model: str = "policy",
+        model: ModelRole = ModelRole.POLICY,
         precision: str = "same",
     ) -> list[Any]:
         """A forward pass without gradient; ``finish(chunk, item, batch on the device, hidden_RD)`` by item, None before
         the last stage."""
-        reference = None if model == "policy" else self.reference
-        if model != "policy" and reference is None:
+        reference = self.reference if model is ModelRole.REFERENCE else None
+        if model is ModelRole.REFERENCE and reference is None:
             raise ValueError("no reference model: call add_reference() first")
         chunks = self.chunks if reference is None else reference.chunks
         if reference is None or reference.is_policy:
@@ -204,9 +205,9 @@ class Policy(ReplicaNumbers):
         # The interleaved schedule takes whole rounds of the stages only; what fills the last one is dropped.
         num_missing = -len(items) % self.groups.sizes.pipeline if len(chunks) > 1 else 0
         padded = [*items, *[items[-1]] * num_missing]
-        is_at_work = reference.at_work() if reference else contextlib.nullcontext()
+        in_use = reference.in_use() if reference else contextlib.nullcontext()
         precision_of = pass_precision(self.transformer_config, precision, section=self.options.model)
-        with torch.no_grad(), precision_of, is_at_work:
+        with torch.no_grad(), precision_of, in_use:
             results = self._run(chunks, padded, batch_of=batch_of, finish=keep, forward_only=True, model=model)
         return list(results)[: len(items)] if results else [None] * len(items)
 
@@ -224,10 +225,10 @@ class Policy(ReplicaNumbers):
                 _log.warning("no optimizer step: the loss is %s, because %s", result.loss, reason)
             return result
         require_finite("loss", result.loss)
-        at_work: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        moments: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if self.options.optimizer.offload_optimizer_states:
-            at_work = moments_on_device(self.optimizer, **moves(self.platform))
-        with at_work:
+            moments = moments_on_device(self.optimizer, **moves(self.platform))
+        with moments:
             outcome: Any = self.optimizer.step()  # core declares none
         succeeded, grad_norm, _ = outcome
         require_finite("gradient norm", float(grad_norm or 0.0))
@@ -362,7 +363,7 @@ class Policy(ReplicaNumbers):
         batch_of: Callable[[Any], PackedBatch],
         finish: Callable[..., Any],
         forward_only: bool,
-        model: str = "policy",
+        model: ModelRole = ModelRole.POLICY,
     ) -> list[Any]:
         """Runs megatron-core's schedule over ``items``; returns ``finish``'s data per item (last stage), else []."""
         if not items:

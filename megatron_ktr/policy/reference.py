@@ -25,17 +25,17 @@ from models.qwen2_5_vl.lora import adapters_off
 
 
 class ReferenceModel:
-    """``chunks`` may be run within ``at_work()``."""
+    """``chunks`` may be run within ``in_use()``."""
 
     def __init__(
         self,
         chunks: Sequence[torch.nn.Module],
         *,
-        at_work: Callable[[], AbstractContextManager] = contextlib.nullcontext,
+        in_use: Callable[[], AbstractContextManager] = contextlib.nullcontext,
         is_policy: bool = False,
     ) -> None:
         self.chunks = list(chunks)
-        self.at_work = at_work
+        self.in_use = in_use
         self.is_policy = is_policy
         """Whether its parameters are the policy's."""
 
@@ -46,9 +46,9 @@ class ReferenceModel:
             drop_initial_values(chunk.requires_grad_(False).parameters())
         if offload_on is None:
             return cls(chunks)
-        return cls(chunks, at_work=HostWeights.on(chunks, platform=offload_on).on_device)
+        return cls(chunks, in_use=HostWeights.on(chunks, platform=offload_on).on_device)
 
     @classmethod
     def without_adapters(cls, policy_chunks: Sequence[torch.nn.Module]) -> ReferenceModel:
         """The policy's bare chunks, as they were before adapters were put on them."""
-        return cls(policy_chunks, at_work=lambda: adapters_off(policy_chunks), is_policy=True)
+        return cls(policy_chunks, in_use=lambda: adapters_off(policy_chunks), is_policy=True)

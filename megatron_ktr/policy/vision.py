@@ -16,6 +16,7 @@ from megatron_ktr.config.sections import ParallelSection
 from megatron_ktr.data.preprocess import PreprocessSettings
 from megatron_ktr.distributed.collectives import broadcast_object
 from megatron_ktr.distributed.groups import ParallelGroups
+from megatron_ktr.policy.roles import ModelRole
 from megatron_ktr.policy.vision_pass import VisionPass, sum_gradients
 from megatron_ktr.types import PackedBatch, Prompt
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
@@ -41,15 +42,16 @@ class PolicyVision:
             Qwen2_5_VLConfig.from_hf(hf_dir), patchify=PreprocessSettings.from_model(hf_dir).patchify
         )
         self._encoder = encoder
-        self._passes = {"policy": self._pass(encoder), "reference": None}
+        self._passes: dict[ModelRole, VisionPass | None]
+        self._passes = {ModelRole.POLICY: self._pass(encoder), ModelRole.REFERENCE: None}
 
     def add_reference(self, encoder: VisionEncoder | None, *, is_policy_copy: bool) -> None:
         """``is_policy_copy``: it starts with the policy's weights; while those are frozen, one pass serves both."""
-        policy = self._passes["policy"]
+        policy = self._passes[ModelRole.POLICY]
         is_shared = is_policy_copy and policy is not None and not policy.is_trainable
-        self._passes["reference"] = policy if is_shared else self._pass(encoder)
+        self._passes[ModelRole.REFERENCE] = policy if is_shared else self._pass(encoder)
 
-    def with_features(self, batch: PackedBatch, *, model: str) -> PackedBatch:
+    def with_features(self, batch: PackedBatch, *, model: ModelRole) -> PackedBatch:
         """The batch with the features of its media, for the chunk that embeds them."""
         vision = self._passes[model]
         if vision is None or not batch.media:
@@ -58,7 +60,7 @@ class PolicyVision:
 
     def prepare(self, batches: Sequence[PackedBatch]) -> None:
         """Encodes media now that passes without gradient show before the update, whose gradient takes the same run."""
-        vision = self._passes["policy"]
+        vision = self._passes[ModelRole.POLICY]
         if vision is None:
             return
         for batch in batches:
@@ -68,7 +70,7 @@ class PolicyVision:
     def features(self, prompts: Sequence[Prompt]) -> list[tuple[Tensor, ...]] | None:
         """Of each prompt's media, in order. One medium at a time: the encoder's activations take far more memory than
         its result."""
-        vision = self._passes["policy"]
+        vision = self._passes[ModelRole.POLICY]
         if vision is None:
             return None
         return [tuple(vision.features([medium]) for medium in prompt.media) for prompt in prompts]
@@ -80,7 +82,7 @@ class PolicyVision:
 
     def after_step(self) -> None:
         """The optimizer has changed the policy's weights."""
-        vision = self._passes["policy"]
+        vision = self._passes[ModelRole.POLICY]
         if vision is not None and vision.is_trainable:
             vision.forget()
 

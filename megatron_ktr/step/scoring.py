@@ -26,6 +26,7 @@ from megatron_ktr.config.part_options import StepOptions
 from megatron_ktr.objectives.base import Objective
 from megatron_ktr.ops.token_statistics import TokenStatistics
 from megatron_ktr.policy.policy import Policy
+from megatron_ktr.policy.roles import ModelRole
 from megatron_ktr.transfer import send
 from megatron_ktr.types import PackedBatch, RolloutGroup, View
 
@@ -83,25 +84,25 @@ class ScoringPasses:
         distributions. Several random orders (``num_shuffles``) are averaged: their log-probs, or their KLs."""
         for view in sorted(self.objective.views):
             draws = self.options.objective.num_shuffles if view == "shuffled" else 1
+            # Found by draw, then by micro-batch; zip turns that round.
+            score = self._hidden_rows if self.objective.needs_kl else self._logprobs
+            found = zip(*(score(micro_batches, view, step=step, draw=draw) for draw in range(draws)), strict=True)
             if self.objective.needs_kl:
-                field = "counterfactual_hidden_RD"
-                # A list by draw of a list by micro-batch, turned round.
-                found = [self._hidden_rows(micro_batches, view, step=step, draw=draw) for draw in range(draws)]
-                values = [tuple(rows) for rows in zip(*found, strict=True)]
+                micro_batches = [
+                    item.with_hidden_rows(view, rows_by_draw)
+                    for item, rows_by_draw in zip(micro_batches, found, strict=True)
+                ]
             else:
-                field = "counterfactual_logprob_R"
-                found = [self._logprobs(micro_batches, view, step=step, draw=draw) for draw in range(draws)]
-                values = [_mean(logprobs) for logprobs in zip(*found, strict=True)]
-            micro_batches = [
-                dataclasses.replace(item, **{field: {**getattr(item, field), view: value}})
-                for item, value in zip(micro_batches, values, strict=True)
-            ]
+                micro_batches = [
+                    item.with_logprobs(view, _mean(logprobs_by_draw))
+                    for item, logprobs_by_draw in zip(micro_batches, found, strict=True)
+                ]
         return micro_batches
 
     def with_reference(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
         if not self.objective.needs_reference:
             return micro_batches
-        found = self.policy.score([item.packed for item in micro_batches], model="reference")
+        found = self.policy.score([item.packed for item in micro_batches], model=ModelRole.REFERENCE)
         return [
             dataclasses.replace(item, reference_logprob_R=_logprob(statistics))
             for item, statistics in zip(micro_batches, found, strict=True)
@@ -166,7 +167,7 @@ class ScoringPasses:
         found: list[Tensor | None] = []
         for item, marks in zip(micro_batches, kept, strict=True):
             logprob_R = _logprob(next(scored)) if any(marks) else None
-            found.append(self._spread(logprob_R, item.batch, marks))
+            found.append(self._over_whole_batch(logprob_R, item.batch, marks))
         return found
 
     def _packed(
@@ -178,7 +179,7 @@ class ScoringPasses:
             return cache(lambda: shuffled_view(item.batch, self._orders(part, step=step, draw=draw)))
         return cache(partial(self.pack, part, view, step=step, draw=draw))
 
-    def _spread(self, logprob_R: Tensor | None, batch: PackedBatch, kept: Sequence[bool]) -> Tensor | None:
+    def _over_whole_batch(self, logprob_R: Tensor | None, batch: PackedBatch, kept: Sequence[bool]) -> Tensor | None:
         if not self.policy.groups.is_last_stage or all(kept):
             return logprob_R
         spread_R = torch.full((len(batch.target_ids_R),), float("nan"), device=self.policy.platform.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_ktr.ops.token_statistics import TokenStatistics, linear_token_statistics
+from megatron_ktr.ops.token_statistics_interface import HeadOptions
 from megatron_ktr.stack import end_at_hidden_states
 from megatron_ktr.transfer import send
 from models.qwen2_5_vl.attention import PrefixSeqParams
@@ -144,9 +146,17 @@ class StatisticsHead(ColumnParallelLinear):
     """
 
     def forward(
-        self, hidden_RD: Tensor, target_ids_R: Tensor, *, weight: Tensor | None = None, **options: Any
+        self,
+        hidden_RD: Tensor,
+        target_ids_R: Tensor,
+        *,
+        head: HeadOptions,
+        weight: Tensor | None = None,
+        counterfactual_hidden_RD: Sequence[Tensor] = (),
     ) -> TokenStatistics:
         """``linear_token_statistics`` on this layer's weight shard, or on ``weight`` (a shared embedding's)."""
-        own = self.weight if weight is None else weight
-        assert own is not None, "an output layer without a weight of its own is given the embedding's"
-        return linear_token_statistics(hidden_RD, own, target_ids_R, **options)
+        weight_VD = self.weight if weight is None else weight
+        assert weight_VD is not None, "an output layer without a weight of its own is given the embedding's"
+        return linear_token_statistics(
+            hidden_RD, weight_VD, target_ids_R, counterfactual_hidden_RD=counterfactual_hidden_RD, head=head
+        )

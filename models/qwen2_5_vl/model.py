@@ -32,6 +32,7 @@ from megatron_ktr.distributed.platform import current
 from megatron_ktr.ops.context_shard import LocalRows
 from megatron_ktr.ops.group_divergence import group_divergence
 from megatron_ktr.ops.token_statistics import Impl, TokenStatistics
+from megatron_ktr.ops.token_statistics_interface import HeadOptions
 from megatron_ktr.transfer import send
 from megatron_ktr.types import PackedBatch
 from models.qwen2_5_vl.attention import OneRank, PrefixSeqParams
@@ -118,23 +119,9 @@ class Qwen2_5_VLModel(MegatronModule):
         self.model_type = self.language.model_type
 
     @property
-    def head_group(self) -> torch.distributed.ProcessGroup:
-        """The ranks that share the vocabulary."""
-        return self.tensor_group
-
-    @property
     def vocab_size(self) -> int:
         """True vocabulary size; rows of the output weight beyond it are padding."""
         return self.model_config.text.vocab_size
-
-    @property
-    def head_reduces_hidden_grad(self) -> bool:
-        """Whether the head must sum the hidden gradient over ``head_group``.
-
-        Each tensor rank knows only its vocabulary shard's part. Under sequence parallelism the rows were gathered
-        just before the head, and the backward of that gather sums while it scatters: summing twice would be wrong.
-        """
-        return not self.config.sequence_parallel
 
     def output_weight(self) -> Tensor:
         """[padded V / tp, D]: this rank's shard of the output weight (the embedding's, if tied); last stage only."""
@@ -171,7 +158,7 @@ class Qwen2_5_VLModel(MegatronModule):
             return hidden_T1D
         if self.config.sequence_parallel:
             # Predicting rows may lie on any rank. Backward: every rank's partial gradient of all rows is summed and
-            # scattered (see ``head_reduces_hidden_grad``).
+            # scattered (see ``_head``).
             hidden_T1D = gather_from_sequence_parallel_region(
                 hidden_T1D, tensor_parallel_output_grad=True, group=self.tensor_group
             )
@@ -186,43 +173,23 @@ class Qwen2_5_VLModel(MegatronModule):
         temperature: float = 1.0,
         counterfactual_hidden_RD: Sequence[Tensor] = (),
     ) -> TokenStatistics:
-        """``token_statistics`` of all response tokens of ``batch``, on every context rank, from ``forward``'s rows.
+        """Log-probability and entropy of all response tokens of ``batch``, on every context rank, from ``forward``'s
+        rows; last stage only. With other views' rows of the same tokens, also their log-probabilities there and the KL
+        to each view.
 
         ``batch`` may lie on the host. Every context rank must compute the same loss from them and call backward.
         """
         targets_R = send(batch.target_ids_R, hidden_RD.device)
         if self.context is not None:
             targets_R = targets_R[send(self.context.mine(batch), hidden_RD.device)]
-        statistics = self.token_statistics(
-            hidden_RD, targets_R, temperature=temperature, counterfactual_hidden_RD=counterfactual_hidden_RD
+        statistics = self.language.output_layer(
+            hidden_RD,
+            targets_R,
+            weight=self.output_weight() if self.share_embeddings_and_output_weights else None,
+            counterfactual_hidden_RD=counterfactual_hidden_RD,
+            head=self._head(temperature),
         )
         return statistics if self.context is None else self.context.gather_statistics(statistics, batch)
-
-    def token_statistics(
-        self,
-        hidden_RD: Tensor,
-        target_ids_R: Tensor,
-        *,
-        temperature: float = 1.0,
-        counterfactual_hidden_RD: Sequence[Tensor] = (),
-    ) -> TokenStatistics:
-        """Log-probability of each target and entropy of its distribution, from ``forward``'s rows; last stage only.
-
-        With other views' rows of the same tokens, also their log-probabilities there and the KL to each view.
-        """
-        is_shared = self.share_embeddings_and_output_weights
-        return self.language.output_layer(
-            hidden_RD,
-            target_ids_R,
-            weight=self.output_weight() if is_shared else None,
-            group=self.head_group,
-            vocab_size=self.vocab_size,
-            temperature=temperature,
-            counterfactual_hidden_RD=counterfactual_hidden_RD,
-            reduce_hidden_grad=self.head_reduces_hidden_grad,
-            accumulate_into_main_grad=self.accumulate_into_main_grad,
-            impl=self.statistics_impl,
-        )
 
     def group_divergence(
         self,
@@ -255,13 +222,23 @@ class Qwen2_5_VLModel(MegatronModule):
             self.output_weight(),
             log_normalizer_R,
             layout=batch.layout,
-            group=self.head_group,
-            vocab_size=self.vocab_size,
-            temperature=temperature,
+            head=self._head(temperature),
             with_gradient=with_gradient,
             has_gradient_R=has_gradient_R,
-            reduce_hidden_grad=self.head_reduces_hidden_grad,
+        )
+
+    def _head(self, temperature: float) -> HeadOptions:
+        """How this rank's vocabulary shard is computed with."""
+        return HeadOptions(
+            group=self.tensor_group,
+            vocab_size=self.vocab_size,
+            temperature=temperature,
+            # Each tensor rank knows only its vocabulary shard's part of the hidden gradient. Under sequence parallelism
+            # the rows were gathered just before the head, and the backward of that gather sums while it scatters:
+            # summing twice would be wrong.
+            reduce_hidden_grad=not self.config.sequence_parallel,
             accumulate_into_main_grad=self.accumulate_into_main_grad,
+            impl=self.statistics_impl,
         )
 
     def _embed(self, batch: PackedBatch, local: LocalRows) -> Tensor:

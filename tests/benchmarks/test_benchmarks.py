@@ -11,8 +11,8 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from benchmarks.key_token_loss import summarise
-from benchmarks.key_token_methods import METHODS
+from benchmarks.head.methods import METHODS
+from benchmarks.head.run import summarise
 from tests.support.paths import REPOSITORY
 from tests.support.patience import PATIENCE_SECONDS
 from tests.support.token_statistics import Recorder
@@ -22,7 +22,7 @@ from tests.support.token_statistics import Recorder
 def test_key_token_benchmark_writes_results_and_figure(tmp_path: Path) -> None:
     sizes = ["--rows", "32", "--hidden", "16", "--vocabulary", "501", "--tensor-parallel", "2", "--share", "0.5"]
     files = ["--out", str(tmp_path / "a.json"), "--figure", str(tmp_path / "a.svg")]
-    command = [sys.executable, "benchmarks/key_token_loss.py", "--json", "--repeats", "1", *sizes, *files]
+    command = [sys.executable, "benchmarks/head/run.py", "--json", "--repeats", "1", *sizes, *files]
     result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
@@ -37,7 +37,7 @@ def test_key_token_benchmark_writes_results_and_figure(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_scoring_precision_benchmark_runs_from_nothing(tmp_path: Path) -> None:
-    command = [sys.executable, "benchmarks/scoring_precision.py", "--json", "--prompts", "2", "--steps", "1"]
+    command = [sys.executable, "benchmarks/scoring_precision/run.py", "--json", "--prompts", "2", "--steps", "1"]
     command += ["--preamble-tokens", "0,600"]
     result = subprocess.run(
         [*command, "--out", str(tmp_path / "a.json")],
@@ -60,7 +60,7 @@ def test_scoring_precision_benchmark_runs_from_nothing(tmp_path: Path) -> None:
 
 def test_host_time_benchmark_runs_the_trainer_of_today() -> None:
     sizes = "--repeats 1 --prompts 2 --responses 2 --length 8 --text 8 --frames 2 --height 56 --width 56 --context 2"
-    command = [sys.executable, "benchmarks/host_time.py", "--json", *sizes.split()]
+    command = [sys.executable, "benchmarks/step/host_time.py", "--json", *sizes.split()]
     result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     assert result.returncode == 0, result.stderr
     seconds = json.loads(result.stdout)["seconds"]

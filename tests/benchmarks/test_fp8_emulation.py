@@ -1,4 +1,4 @@
-"""``benchmarks/fp8_emulation.py`` computes what FP8 hardware would, and ``fp8_attribution.py`` measures with it."""
+"""``benchmarks/fp8/emulation.py`` computes what FP8 hardware would, and ``benchmarks/fp8/run.py`` measures with it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import fp8_attribution
-from benchmarks.fp8_emulation import (
+from benchmarks.fp8 import run as fp8_attribution
+from benchmarks.fp8.emulation import (
     E4M3,
     E5M2,
     DelayedScale,
@@ -28,7 +28,7 @@ from benchmarks.fp8_emulation import (
     round_trip,
     tensor_scale,
 )
-from benchmarks.fp8_measures import Observed, compare, cosine, part_of, token_gradient_errors
+from benchmarks.fp8.measures import Observed, compare, cosine, part_of, token_gradient_errors
 from megatron_ktr.types import TokenScores
 
 NAMES = ("tensorwise", "delayed", "blockwise", "mxfp8")
@@ -356,7 +356,7 @@ def spread_rewards(groups: list) -> list:
 
 @pytest.fixture
 def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Iterator[dict]:
-    """``fp8_attribution.py`` on an untrained model, with four variants."""
+    """``benchmarks/fp8/run.py`` on an untrained model, with four variants."""
     from megatron_ktr.data.synthetic import corpus, make_dataset
     from megatron_ktr.data.tiny_model import save_tiny_model
 
@@ -370,7 +370,7 @@ def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     monkeypatch.setattr(fp8_attribution, "sample", lambda *args, **options: spread_rewards(sample(*args, **options)))
     files = ["--out", str(tmp_path / "a.json"), "--figure", str(tmp_path / "a.svg")]
     sizes = ["--quickstart", str(tmp_path), "--prompts", "3", "--warm-up", "1"]
-    monkeypatch.setattr(sys, "argv", ["fp8_attribution.py", "--json", *sizes, *files])
+    monkeypatch.setattr(sys, "argv", ["run.py", "--json", *sizes, *files])
     fp8_attribution.main()
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((tmp_path / "a.json").read_text())

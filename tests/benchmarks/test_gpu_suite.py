@@ -1,4 +1,4 @@
-"""``benchmarks/gpu_suite.py`` up to the device itself: every part at tiny sizes on CPU, and what failures leave."""
+"""``benchmarks/gpu_suite/run.py`` up to the device itself: every part at tiny sizes on CPU, and what failures leave."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu_suite_common import Part, Skipped
+from benchmarks.gpu_suite.common import Part, Skipped
 from megatron_ktr.distributed.platform import start
 from tests.support.paths import REPOSITORY
 from tests.support.patience import PATIENCE_SECONDS
@@ -61,7 +61,7 @@ def test_an_entry_that_fails_or_cannot_run_leaves_the_others_their_turn(part: Pa
 
 
 def test_smoke_and_kernels_run_and_skip_what_needs_a_gpu(part: Part) -> None:
-    from benchmarks.gpu_suite_smoke import measure_kernels, run_smoke
+    from benchmarks.gpu_suite.smoke import measure_kernels, run_smoke
 
     run_smoke(part)
     found = outcome(part)
@@ -75,8 +75,8 @@ def test_smoke_and_kernels_run_and_skip_what_needs_a_gpu(part: Part) -> None:
 
 
 def test_positions_and_save_run_and_the_long_response_is_right_everywhere(part: Part) -> None:
-    from benchmarks.gpu_suite_positions import run_positions
-    from benchmarks.gpu_suite_save import run_save
+    from benchmarks.gpu_suite.positions import run_positions
+    from benchmarks.gpu_suite.save import run_save
 
     run_positions(part)
     run_save(part)
@@ -92,8 +92,8 @@ def test_positions_and_save_run_and_the_long_response_is_right_everywhere(part: 
 
 
 def test_steps_and_training_run_and_their_numbers_follow(part: Part) -> None:
-    from benchmarks.gpu_suite_common import PEAK_TFLOPS
-    from benchmarks.gpu_suite_step import NUM_TRAINING_STEPS, measure_steps, run_training
+    from benchmarks.gpu_suite.common import PEAK_TFLOPS
+    from benchmarks.gpu_suite.step import NUM_TRAINING_STEPS, measure_steps, run_training
 
     measure_steps(part)
     found = outcome(part)
@@ -112,7 +112,7 @@ def test_steps_and_training_run_and_their_numbers_follow(part: Part) -> None:
 def test_more_layers_fit_a_larger_device_and_none_more_than_the_model_has(
     part: Part, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from benchmarks import gpu_suite_step
+    from benchmarks.gpu_suite import step as gpu_suite_step
 
     part.is_tiny = False
     fitting = {}
@@ -126,7 +126,7 @@ def test_more_layers_fit_a_larger_device_and_none_more_than_the_model_has(
 
 
 def test_a_wrong_number_is_outside_the_tolerances() -> None:
-    from benchmarks.gpu_suite_parity import distances, tolerances
+    from benchmarks.gpu_suite.parity import distances, tolerances
 
     generator = torch.Generator().manual_seed(0)
 
@@ -158,7 +158,7 @@ def test_a_wrong_number_is_outside_the_tolerances() -> None:
 @pytest.mark.slow
 def test_the_command_writes_every_part_and_says_what_failed(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
-    command = [sys.executable, "benchmarks/gpu_suite.py", "--tiny", "--device", "cpu", "--out", str(out)]
+    command = [sys.executable, "benchmarks/gpu_suite/run.py", "--tiny", "--device", "cpu", "--out", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def run(*flags: str) -> subprocess.CompletedProcess[str]:

@@ -1,4 +1,4 @@
-"""``benchmarks/rollout.py`` in small: equal numbers of tokens from both engines, log-probs the trainer confirms."""
+"""``benchmarks/rollout/run.py`` in small: equal numbers of tokens from both engines, log-probs the trainer confirms."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_engines_answer_alike_also_where_a_step_of_vllm_does_not_hold_all_prompt
     """Prompts of 300 tokens, four of each, in steps of 460: a prompt computed in parts would end vLLM on CPU, as
     requests have random generators of their own."""
     pytest.importorskip("vllm", reason="the vLLM environment only")
-    from benchmarks.rollout_parts import MAX_PROMPT, Lengths, Workload
+    from benchmarks.rollout.parts import MAX_PROMPT, Lengths, Workload
     from megatron_ktr.distributed.groups import ParallelSizes, destroy_parallel, init_parallel
     from megatron_ktr.distributed.platform import start
     from megatron_ktr.rollout.colocated import engine as vllm_colocated
@@ -52,7 +52,7 @@ def test_engines_answer_alike_also_where_a_step_of_vllm_does_not_hold_all_prompt
 @pytest.mark.slow
 def test_rollout_benchmark_writes_its_summary(tmp_path: Path) -> None:
     sizes = ["--prompts", "2", "--samples", "2", "--least", "2", "--most", "6", "--mean", "4", "--threads", "1"]
-    command = [sys.executable, "benchmarks/rollout.py", "--json", "--warm-up", "0", "--repeats", "1", *sizes]
+    command = [sys.executable, "benchmarks/rollout/run.py", "--json", "--warm-up", "0", "--repeats", "1", *sizes]
     done = subprocess.run(
         [*command, "--out", str(tmp_path / "a.json")],
         cwd=REPOSITORY,

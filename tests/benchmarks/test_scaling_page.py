@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from benchmarks import scaling
+from benchmarks.scaling import run as scaling
 from megatron_ktr.accounting.layout import Layout
 from megatron_ktr.accounting.planner import GB, judge
 
@@ -15,7 +15,7 @@ from megatron_ktr.accounting.planner import GB, judge
 def test_page_and_figure_are_those_of_the_committed_numbers():
     report = json.loads(scaling.RESULT.read_text())
     page = scaling.PAGE.read_text()
-    assert scaling.with_tables(page, report) == page, "run: python benchmarks/scaling.py --redraw"
+    assert scaling.with_tables(page, report) == page, "run: python benchmarks/scaling/run.py --redraw"
     assert scaling.FIGURE.read_text() == scaling.draw(report)
     assert [(e["model"], e["gpus"], e["frames"]) for e in report["entries"]] == [
         (size, num_gpus, frames) for size, num_gpus, _ in scaling.MODELS for frames in scaling.FRAMES

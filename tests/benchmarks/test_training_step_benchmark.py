@@ -1,4 +1,4 @@
-"""``benchmarks/training_step.py``: its sides are the same step, it stops where they are not, its memory is exact."""
+"""``benchmarks/step/run.py``: its sides are the same step, it stops where they are not, its memory is exact."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from benchmarks import training_step
 from benchmarks.harness import allocated_peak_bytes
-from benchmarks.step_baseline import PAPER, StepNumbers, WeakBaseline, finish_step
-from benchmarks.step_ours import OurStep, frame_order, numbers_of, save_random_model, token_ids_of
-from benchmarks.step_strong_baseline import StrongBaseline
-from benchmarks.training_step import POINTS, RECOMPUTED, TOLERANCE, compare, summarise
+from benchmarks.step import run as training_step
+from benchmarks.step.baseline import PAPER, StepNumbers, WeakBaseline, finish_step
+from benchmarks.step.ours import OurStep, frame_order, numbers_of, save_random_model, token_ids_of
+from benchmarks.step.run import POINTS, RECOMPUTED, TOLERANCE, compare, summarise
+from benchmarks.step.strong_baseline import StrongBaseline
 from megatron_ktr.data.random_groups import SyntheticSizes, synthetic_group
 from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.errors import UserError
@@ -198,7 +198,7 @@ def test_committed_result_has_every_number_of_the_summary() -> None:
 @pytest.mark.slow
 def test_benchmark_writes_results_and_figure(tmp_path: Path) -> None:
     files = ["--out", str(tmp_path / "a.json"), "--figure", str(tmp_path / "a.svg")]
-    command = [sys.executable, "benchmarks/training_step.py", "--points", "tiny", "--repeats", "1", "--json", *files]
+    command = [sys.executable, "benchmarks/step/run.py", "--points", "tiny", "--repeats", "1", "--json", *files]
     result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)

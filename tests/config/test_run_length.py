@@ -151,6 +151,7 @@ def metrics(run_dir: Path) -> list[tuple[float, ...]]:
     return [tuple(step[name] for name in ("step", "loss", "grad_norm", "learning_rate")) for step in steps]
 
 
+@pytest.mark.slow
 def test_a_run_of_epochs_is_the_run_of_so_many_steps(ranks, inputs, tmp_path) -> None:
     """On two replicas, with the schedule of the learning rate; resumed to more epochs as to more steps. Supervised
     runs count their own records."""

@@ -11,7 +11,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +63,13 @@ def kept(values: Mapping[str, float]) -> dict[str, float]:
     return {name: value for name, value in values.items() if name.split("/")[0] in KEPT}
 
 
-def golden_losses(ranks: RankPool) -> Losses:
-    """All runs, anew."""
+def golden_losses(ranks: RankPool, layouts: Iterable[str] = tuple(LAYOUTS)) -> Losses:
+    """All runs in these layouts, anew."""
     found: Losses = {}
     with tempfile.TemporaryDirectory(prefix="golden-") as folder:
         save_tiny_hf(Path(folder))
-        for layout, sizes in LAYOUTS.items():
-            world_size = sizes.tensor * sizes.pipeline
+        for layout in layouts:
+            world_size = LAYOUTS[layout].tensor * LAYOUTS[layout].pipeline
             found |= ranks(losses_on_this_rank, world_size, layout=layout, hf_dir=Path(folder))[0]
     return found
 

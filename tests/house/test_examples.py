@@ -72,6 +72,27 @@ def test_the_papers_file_is_the_run_of_the_release() -> None:
     assert {name: values[name] for name in RELEASE} == RELEASE
 
 
+def resolved(path: Path) -> dict[str, Any]:
+    """Every option of a run file by name, defaults filled in."""
+    config = config_from_values(read_yaml(path, options=OPTIONS, notes=ABSENT_OPTIONS))
+    return {name: getattr(getattr(config, option.section), name) for name, option in OPTIONS.items()}
+
+
+def test_the_ablation_is_the_papers_run_with_every_subset_of_its_signals() -> None:
+    paper = resolved(PAPER)
+    signals = {"e": "entropy", "v": "visual", "t": "temporal"}
+    files = sorted((REPOSITORY / "examples" / "ablation").glob("*.yaml"))
+    assert len({frozenset(path.stem) for path in files}) == 2 ** len(signals) - 1 == len(files)
+    for path in files:
+        wanted = tuple(signals[letter] for letter in path.stem)
+        assert resolved(path) == {**paper, "signals": wanted}, path.name
+
+
+def test_the_grpo_baseline_is_the_papers_run_but_for_objective_and_rate() -> None:
+    baseline = resolved(PAPER.parent / "grpo_7b.yaml")
+    assert baseline == {**resolved(PAPER), "objective": "grpo", "lr": 1e-6}
+
+
 def test_beside_each_of_its_values_stands_whether_it_is_our_default() -> None:
     lines = [line for line in PAPER.read_text(encoding="utf-8").splitlines() if re.match(r"  \w", line)]
     names = [line.split(":")[0].strip() for line in lines]
@@ -86,8 +107,9 @@ def test_beside_each_of_its_values_stands_whether_it_is_our_default() -> None:
             assert stated and stated[1] == show_value(default), line
 
 
-def test_the_readme_names_every_default_that_is_not_the_releases() -> None:
-    text = (REPOSITORY / "README.md").read_text(encoding="utf-8").split("### What is the paper's")[1].split("\n## ")[0]
+def test_the_page_of_deviations_names_every_default_that_is_not_the_releases() -> None:
+    page = (REPOSITORY / "docs" / "deviations.md").read_text(encoding="utf-8")
+    text = page.split("## The defaults beside the release's run")[1].split("\n## ")[0]
     values = read_yaml(PAPER, options=OPTIONS, notes=ABSENT_OPTIONS)
     other = {name for name, value in values.items() if value != OPTIONS[name].default}
     # The last line of that paragraph: model, data, engine and layout; and what is only about this run's files.

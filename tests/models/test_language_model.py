@@ -51,7 +51,7 @@ def run(hf_dir: Path, one_rank: ParallelGroups) -> Iterator[Callable]:
         chunks = build_model(Qwen2_5_VLConfig.from_hf(hf_dir), groups=one_rank, **options)
         load_hf_weights(chunks, hf_dir, groups=one_rank)
         model = chunks[0].train()
-        logprob_R = model.token_statistics(model(batch), batch.target_ids_R).logprob_R
+        logprob_R = model.response_statistics(model(batch), batch).logprob_R
         (-(weight_R * logprob_R).sum()).backward()
         gradients = dict(export_hf_tensors(chunks, groups=one_rank, tensor_of=lambda p: p.grad))
         return SimpleNamespace(logprob_R=logprob_R.detach(), gradients=gradients, model=model)

@@ -71,7 +71,7 @@ def forward_backward(chunks: list[Any], batch: Any, weight_R: Tensor, *, groups:
     from models.qwen2_5_vl.conversion import export_hf_tensors
 
     model = chunks[0]
-    logprob_R = model.token_statistics(model(batch), batch.target_ids_R).logprob_R
+    logprob_R = model.response_statistics(model(batch), batch).logprob_R
     (-(weight_R * logprob_R).sum()).backward()
     gradients = dict(export_hf_tensors(chunks, groups=groups, tensor_of=lambda p: p.grad))
     return {"logprob": logprob_R.detach(), "gradients": gradients}

@@ -17,8 +17,6 @@ from megatron_ktr.errors import UserError
 from megatron_ktr.objectives import build_objective
 from megatron_ktr.objectives.grpo import GRPO
 from megatron_ktr.objectives.tw_grpo import TWGRPO, position_weights
-from megatron_ktr.ops.group_divergence import group_divergence
-from megatron_ktr.ops.token_statistics import linear_token_statistics
 from megatron_ktr.types import RolloutGroup, TokenScores
 from tests.support.groups import MEDIA, group_of
 from tests.support.hf_updates import Models, gradients_of, score_responses, with_gradient
@@ -28,7 +26,7 @@ from tests.support.ranks import RankContext, RankPool
 from tests.support.reference_ktr import ReferenceResponse
 from tests.support.reference_tw_grpo import ReferenceTWUpdate, reference_tw_update
 from tests.support.steps import StepRecord, compare_steps, example_groups, run_steps
-from tests.support.token_statistics import error_of
+from tests.support.token_statistics import divergence_with, error_of, statistics_with
 
 # Weights
 
@@ -99,10 +97,10 @@ def _ours(context: RankContext, *, dtype: torch.dtype, temperature: float, weigh
     hidden_RD = problem.hidden_RD.requires_grad_()
     weight_VD = problem.weight_VD.chunk(context.world_size)[groups.tensor_rank].clone().requires_grad_()
     options: dict[str, Any] = dict(group=groups.tensor, vocab_size=VOCAB_SIZE, temperature=temperature)
-    reference = linear_token_statistics(problem.reference_RD, weight_VD.detach(), batch.target_ids_R, **options)
-    statistics = linear_token_statistics(hidden_RD, weight_VD, batch.target_ids_R, **options)
+    reference = statistics_with(problem.reference_RD, weight_VD.detach(), batch.target_ids_R, **options)
+    statistics = statistics_with(hidden_RD, weight_VD, batch.target_ids_R, **options)
     options |= dict(layout=batch.layout, with_gradient=weight_gradient)
-    divergence_R = group_divergence(hidden_RD, weight_VD, statistics.log_normalizer_R, **options)
+    divergence_R = divergence_with(hidden_RD, weight_VD, statistics.log_normalizer_R, **options)
     scores = TokenScores(
         policy_logprob_R=statistics.logprob_R.detach(),
         reference_logprob_R=reference.logprob_R,
@@ -292,6 +290,7 @@ def _in_layout(context: RankContext, *, sizes: ParallelSizes, models: Models, **
     )
 
 
+@pytest.mark.slow
 def test_steps_are_the_same_in_every_layout(ranks: RankPool, models: Models) -> None:
     paths = dataclasses.replace(models, policy=None, reference=None)  # what ranks read is on disk
     options = dict(models=paths, values=VALUES)
@@ -316,6 +315,7 @@ def test_steps_are_the_same_in_every_layout(ranks: RankPool, models: Models) -> 
             assert found.gradient < 1e-4 and found.update < 1e-4, name
 
 
+@pytest.mark.slow
 def test_the_gradient_through_the_weights_is_the_same_in_every_layout(ranks: RankPool, models: Models) -> None:
     paths = dataclasses.replace(models, policy=None, reference=None)
     options = dict(models=paths, values={**VALUES, "tw_weight_gradient": True})

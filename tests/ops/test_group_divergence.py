@@ -10,10 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ktr.ops.group_divergence import CLAMP, group_divergence, group_divergence_reference
-from megatron_ktr.ops.token_statistics import linear_token_statistics
+from megatron_ktr.ops.group_divergence import CLAMP, group_divergence_reference
 from megatron_ktr.types import GroupSpan, PackedLayout
-from tests.support.token_statistics import Case, Traffic, error_of
+from tests.support.token_statistics import Case, Traffic, divergence_with, error_of, statistics_with
 
 LAYOUT = PackedLayout(
     (
@@ -44,9 +43,9 @@ def _ours(
 ) -> Tensor:
     """As in a step: the normalizers of the intact pass, then the divergence."""
     no_target_R = torch.zeros(hidden_RD.shape[0], dtype=torch.int64)
-    statistics = linear_token_statistics(hidden_RD, weight_VD, no_target_R, impl=impl, **options)
+    statistics = statistics_with(hidden_RD, weight_VD, no_target_R, impl=impl, **options)
     options |= dict(with_gradient=with_gradient, has_gradient_R=has_gradient_R)
-    return group_divergence(hidden_RD, weight_VD, statistics.log_normalizer_R, layout=layout, **options)
+    return divergence_with(hidden_RD, weight_VD, statistics.log_normalizer_R, layout=layout, **options)
 
 
 def _sharded_divergence(context, *, case: Case, tensor: int) -> tuple[Tensor, list[int]]:
@@ -207,8 +206,8 @@ def test_gradient_on_shards_and_on_halves_of_the_rows_adds_up_to_the_whole(ranks
 def test_divergence_refuses_rows_that_are_not_the_layouts() -> None:
     for num_rows, num_normalizers in ((21, 22), (22, 21)):
         with pytest.raises(ValueError, match=f"expected 22 hidden rows.*got {num_rows} and {num_normalizers}"):
-            group_divergence(torch.zeros(num_rows, 2), torch.zeros(5, 2), torch.zeros(num_normalizers), layout=LAYOUT)
-    assert group_divergence(torch.zeros(0, 2), torch.zeros(5, 2), torch.zeros(0), layout=PackedLayout(())).numel() == 0
+            divergence_with(torch.zeros(num_rows, 2), torch.zeros(5, 2), torch.zeros(num_normalizers), layout=LAYOUT)
+    assert divergence_with(torch.zeros(0, 2), torch.zeros(5, 2), torch.zeros(0), layout=PackedLayout(())).numel() == 0
 
 
 @pytest.mark.parametrize("tensor", [2, 4])

@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ktr.ops.token_statistics import linear_token_statistics
 from megatron_ktr.ops.token_statistics_reference import token_statistics_reference
 from megatron_ktr.ops.vocab_tiles import tile_sizes
 from tests.support.token_statistics import (
@@ -23,6 +22,7 @@ from tests.support.token_statistics import (
     Recorder,
     assert_as_good_as_naive,
     error_of,
+    statistics_with,
     truth_of,
     values_and_gradients,
     values_of,
@@ -45,7 +45,7 @@ SHAPES = [
 def test_error_is_at_most_that_of_full_logits(shape: Case, dtype: torch.dtype, impl: str) -> None:
     case = shape.of(dtype)
     for tile in ({}, {"row_chunk": 5, "vocab_chunk": 13}):
-        ours = values_and_gradients(linear_token_statistics, case, dtype=dtype, impl=impl, **tile)
+        ours = values_and_gradients(statistics_with, case, dtype=dtype, impl=impl, **tile)
         assert ours["logprob"].dtype == ours["kl"].dtype == (dtype if dtype == torch.float64 else torch.float32)
         assert ours["hidden_grad"].dtype == ours["weight_grad"].dtype == dtype
         # naive rounds its logits to the inputs' dtype and the gradient of its logits too, once more than autograd.
@@ -56,7 +56,7 @@ def test_error_is_at_most_that_of_full_logits(shape: Case, dtype: torch.dtype, i
 
 def test_bf16_inputs_are_summed_in_fp32() -> None:
     case = Case(29, 1024, 1021, torch.bfloat16)
-    ours, truth = values_and_gradients(linear_token_statistics, case, dtype=case.dtype), truth_of(case)
+    ours, truth = values_and_gradients(statistics_with, case, dtype=case.dtype), truth_of(case)
     # bf16 products are exact in fp32, so only fp32 rounding is left in the values: 1e-6 of numbers near 7 is 8 units.
     assert error_of(ours["logprob"], truth["logprob"]) < 1e-6
     assert error_of(ours["entropy"], truth["entropy"]) < 1e-6
@@ -70,10 +70,8 @@ def test_bf16_inputs_are_summed_in_fp32() -> None:
 @pytest.mark.parametrize("tile", [(1, 1), (3, 7), (64, 10), (4, 1000)], ids=str)
 def test_tile_size_does_not_matter(tile: tuple[int, int]) -> None:
     case = Case(19, 101, 97)
-    whole = values_and_gradients(linear_token_statistics, case, dtype=torch.float64)
-    tiled = values_and_gradients(
-        linear_token_statistics, case, dtype=torch.float64, row_chunk=tile[0], vocab_chunk=tile[1]
-    )
+    whole = values_and_gradients(statistics_with, case, dtype=torch.float64)
+    tiled = values_and_gradients(statistics_with, case, dtype=torch.float64, row_chunk=tile[0], vocab_chunk=tile[1])
     for name in NAMES:
         assert error_of(tiled[name], whole[name]) < 1e-13, name  # fp64 sums in another order: some hundred units
 
@@ -83,7 +81,7 @@ def test_gradcheck(temperature: float) -> None:
     hidden_RD, weight_VD, target_R, *_ = Case(5, 13, 11, torch.float64).tensors()
 
     def op(hidden_RD: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor]:
-        result = linear_token_statistics(
+        result = statistics_with(
             hidden_RD, weight_VD, target_R, vocab_size=11, temperature=temperature, row_chunk=2, vocab_chunk=4
         )
         return result.logprob_R, result.entropy_R
@@ -95,7 +93,7 @@ def test_worked_example() -> None:
     # Logits (log 3, 0) give p = (3/4, 1/4); at temperature 1/2 they are (log 9, 0): p = (9/10, 1/10).
     hidden_RD, weight_VD = torch.tensor([[1.0]]), torch.tensor([[math.log(3)], [0.0]])
     for impl, (temperature, p) in itertools.product(IMPLS, ((1.0, 0.75), (0.5, 0.9))):
-        result = linear_token_statistics(
+        result = statistics_with(
             hidden_RD,
             weight_VD,
             torch.tensor([1]),
@@ -125,9 +123,7 @@ def test_extreme_logits(vocab_chunk: int | None, impl: str) -> None:
     target_R = torch.tensor([0, 39, 7, 11, 12])
     other_RD = torch.eye(5)[[0, 2, 1, 4, 3]]  # against: itself, twice another uniform row, the one-hot row, itself
     options = dict(counterfactual_hidden_RD=[other_RD * hidden_RD.detach().sum(1, keepdim=True)], impl=impl)
-    result = linear_token_statistics(
-        hidden_RD, weight_VD.requires_grad_(), target_R, vocab_chunk=vocab_chunk, **options
-    )
+    result = statistics_with(hidden_RD, weight_VD.requires_grad_(), target_R, vocab_chunk=vocab_chunk, **options)
     log_size = torch.tensor(float(vocab_size)).log()
     assert torch.equal(result.entropy_R, torch.stack([log_size] * 3 + [torch.tensor(0.0)] * 2))
     assert torch.equal(result.logprob_R, torch.stack([-log_size] * 3 + [torch.tensor(0.0), torch.tensor(-1e4)]))
@@ -146,7 +142,7 @@ def test_rows_without_weight_have_no_gradient_and_cost_nothing() -> None:
     active = has_logprob | has_entropy
     hidden_RD.requires_grad_(), weight_VD.requires_grad_()
     with Recorder() as forward:
-        result = linear_token_statistics(hidden_RD, weight_VD, target_R, vocab_size=97, row_chunk=3, vocab_chunk=31)
+        result = statistics_with(hidden_RD, weight_VD, target_R, vocab_size=97, row_chunk=3, vocab_chunk=31)
     with Recorder() as backward:
         torch.autograd.backward([result.logprob_R, result.entropy_R], [logprob_grad_R, entropy_grad_R])
     assert forward.multiply_adds == 40 * 97 * HIDDEN_SIZE
@@ -155,9 +151,7 @@ def test_rows_without_weight_have_no_gradient_and_cost_nothing() -> None:
     assert not hidden_RD.grad[~active].any() and hidden_RD.grad[active].any(dim=1).all()
 
     hidden_too, weight_too = hidden_RD.detach()[active].requires_grad_(), weight_VD.detach().requires_grad_()
-    alone = linear_token_statistics(
-        hidden_too, weight_too, target_R[active], vocab_size=97, row_chunk=3, vocab_chunk=31
-    )
+    alone = statistics_with(hidden_too, weight_too, target_R[active], vocab_size=97, row_chunk=3, vocab_chunk=31)
     torch.autograd.backward([alone.logprob_R, alone.entropy_R], [logprob_grad_R[active], entropy_grad_R[active]])
     assert torch.equal(hidden_RD.grad[active], hidden_too.grad) and torch.equal(weight_VD.grad, weight_too.grad)
 
@@ -168,7 +162,7 @@ def test_kl_of_near_distributions_keeps_its_digits(scale: float) -> None:
     case = Case(64, 512, 512)
     hidden_RD, weight_VD, target_R, *_ = case.tensors()
     others = [hidden_RD + scale * (other_RD - hidden_RD) for other_RD in case.counterfactuals()]
-    found = linear_token_statistics(hidden_RD, weight_VD, target_R, counterfactual_hidden_RD=others).kl_KR
+    found = statistics_with(hidden_RD, weight_VD, target_R, counterfactual_hidden_RD=others).kl_KR
     hidden_RD, weight_VD, *others = (tensor.double() for tensor in (hidden_RD, weight_VD, *others))
     truth = token_statistics_reference(hidden_RD, weight_VD, target_R, counterfactual_hidden_RD=others).kl_KR
     assert (found >= 0).all()
@@ -181,11 +175,9 @@ def test_each_counterfactual_costs_one_product_and_leaves_the_rest_as_it_was(num
     hidden_RD, weight_VD, target_R, *_ = case.tensors()
     others = case.counterfactuals()[:num_counterfactuals]
     options = dict(vocab_size=97, row_chunk=7, vocab_chunk=31)
-    every = linear_token_statistics(
-        hidden_RD, weight_VD, target_R, counterfactual_hidden_RD=case.counterfactuals(), **options
-    )
+    every = statistics_with(hidden_RD, weight_VD, target_R, counterfactual_hidden_RD=case.counterfactuals(), **options)
     with Recorder() as recorder:
-        some = linear_token_statistics(hidden_RD, weight_VD, target_R, counterfactual_hidden_RD=others, **options)
+        some = statistics_with(hidden_RD, weight_VD, target_R, counterfactual_hidden_RD=others, **options)
     assert recorder.multiply_adds == (1 + num_counterfactuals) * 40 * 97 * HIDDEN_SIZE
     for name, values in values_of(some).items():
         expected = values_of(every)[name]
@@ -205,9 +197,7 @@ def test_main_grad_receives_the_weight_gradient_in_fp32(dtype: torch.dtype, impl
     weight.main_grad, weight.grad_added_to_main_grad = torch.ones(104, HIDDEN_SIZE), False
     for fused, is_tied in ((False, False), (True, True), (True, False)):
         weight.grad, weight.zero_out_wgrad = None, is_tied
-        result = linear_token_statistics(
-            hidden_RD, weight, target_R, vocab_size=97, impl=impl, accumulate_into_main_grad=fused
-        )
+        result = statistics_with(hidden_RD, weight, target_R, vocab_size=97, impl=impl, accumulate_into_main_grad=fused)
         (result.logprob_R * logprob_grad_R.float()).sum().backward()
         assert weight.grad_added_to_main_grad == fused
         assert weight.grad.any() == (not is_tied) and weight.grad.dtype == dtype
@@ -232,13 +222,13 @@ def test_without_a_precise_main_grad_autograd_receives_the_gradient(main_grad: t
     weight = torch.nn.Parameter(weight_VD)
     if main_grad is not None:
         weight.main_grad = torch.zeros(20, HIDDEN_SIZE, dtype=main_grad)
-    linear_token_statistics(hidden_RD, weight, target_R, accumulate_into_main_grad=True).logprob_R.sum().backward()
+    statistics_with(hidden_RD, weight, target_R, accumulate_into_main_grad=True).logprob_R.sum().backward()
     assert weight.grad.any() and not hasattr(weight, "grad_added_to_main_grad")
 
 
 def test_no_row_with_weight_costs_no_product() -> None:
     hidden_RD, weight_VD, target_R, *_ = Case(6, 20, 20).tensors()
-    result = linear_token_statistics(hidden_RD.requires_grad_(), weight_VD.requires_grad_(), target_R)
+    result = statistics_with(hidden_RD.requires_grad_(), weight_VD.requires_grad_(), target_R)
     with Recorder() as backward:
         (result.logprob_R * 0.0).sum().backward()
     assert backward.multiply_adds == 0
@@ -249,9 +239,7 @@ def test_no_row_with_weight_costs_no_product() -> None:
 @pytest.mark.parametrize("needs_hidden, needs_weight", [(True, False), (False, True)])
 def test_a_frozen_side_costs_no_product(needs_hidden: bool, needs_weight: bool) -> None:
     hidden_RD, weight_VD, target_R, *_ = Case(6, 20, 20).tensors()
-    result = linear_token_statistics(
-        hidden_RD.requires_grad_(needs_hidden), weight_VD.requires_grad_(needs_weight), target_R
-    )
+    result = statistics_with(hidden_RD.requires_grad_(needs_hidden), weight_VD.requires_grad_(needs_weight), target_R)
     with Recorder() as backward:
         result.entropy_R.sum().backward()
     assert backward.multiply_adds == 2 * 6 * 20 * HIDDEN_SIZE
@@ -264,7 +252,7 @@ def test_no_tensor_grows_with_rows_times_vocabulary(dtype: torch.dtype) -> None:
     hidden_RD, weight_VD, target_R, *_ = Case(num_rows, vocab_size, vocab_size, dtype).tensors()
     tile = {"row_chunk": 64, "vocab_chunk": 256}
     with Recorder() as recorder:
-        result = linear_token_statistics(hidden_RD.requires_grad_(), weight_VD.requires_grad_(), target_R, **tile)
+        result = statistics_with(hidden_RD.requires_grad_(), weight_VD.requires_grad_(), target_R, **tile)
         (result.logprob_R + result.entropy_R).sum().backward()
     # The largest tensor is the weight's own gradient; a row-by-vocabulary tensor would be at least 20 times that.
     assert recorder.largest <= max(weight_VD.nbytes, 64 * 256 * 4)
@@ -307,4 +295,4 @@ def test_bad_arguments_are_named(change: dict, message: str) -> None:
         "vocab_size": 9,
     }
     with pytest.raises(ValueError, match=message):
-        linear_token_statistics(**(arguments | change))
+        statistics_with(**(arguments | change))

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ktr.ops.token_statistics import linear_token_statistics
 from tests.support.token_statistics import (
     HIDDEN_SIZE,
     VALUES,
@@ -14,6 +13,7 @@ from tests.support.token_statistics import (
     Traffic,
     assert_as_good_as_naive,
     error_of,
+    statistics_with,
     truth_of,
     values_and_gradients,
 )
@@ -28,7 +28,7 @@ def _sharded_values_and_gradients(context, *, cases: list[Case], tensor: int, **
     def op(hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor, **options):
         shard_VD = weight_VD.chunk(tensor)[groups.tensor_rank]
         tile = dict(row_chunk=5, vocab_chunk=11)
-        return linear_token_statistics(hidden_RD, shard_VD, target_R, group=groups.tensor, **tile, **options, **more)
+        return statistics_with(hidden_RD, shard_VD, target_R, group=groups.tensor, **tile, **options, **more)
 
     return [values_and_gradients(op, case, dtype=case.dtype) for case in cases]
 
@@ -83,7 +83,7 @@ def _statistics_traffic(
     hidden_RD, weight_VD, target_R, *_ = case.tensors()
     weight_VD = weight_VD.chunk(context.world_size)[context.rank].clone().requires_grad_()
     with Traffic() as traffic:
-        result = linear_token_statistics(
+        result = statistics_with(
             hidden_RD.requires_grad_(),
             weight_VD,
             target_R,

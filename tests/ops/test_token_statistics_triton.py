@@ -18,7 +18,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ktr.ops.token_statistics import linear_token_statistics
 from megatron_ktr.ops.token_statistics_interface import GradientSums, LogitGradient, ShardPlan
 from megatron_ktr.ops.token_statistics_reference import token_statistics_reference
 from tests.support.token_statistics import (
@@ -29,6 +28,7 @@ from tests.support.token_statistics import (
     Case,
     assert_as_good_as_naive,
     error_of,
+    statistics_with,
     truth_of,
     values_and_gradients,
     values_of,
@@ -57,7 +57,7 @@ def _start_interpreting() -> None:
 
 
 def results(case: Case) -> dict[str, Tensor]:
-    return values_and_gradients(linear_token_statistics, case, dtype=case.dtype, impl="triton")
+    return values_and_gradients(statistics_with, case, dtype=case.dtype, impl="triton")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -144,7 +144,7 @@ def extreme_logits(dtype: torch.dtype) -> dict[str, Tensor]:
     weight_VD = torch.zeros(vocab_size, 16)
     weight_VD[:, 1], weight_VD[:, 2], weight_VD[11, 3] = 1e4, -1e4, 1e4
     hidden_RD, weight_VD = (tensor.to(dtype).requires_grad_() for tensor in (hidden_RD, weight_VD))
-    result = linear_token_statistics(
+    result = statistics_with(
         hidden_RD,
         weight_VD,
         torch.tensor([0, 139, 7, 11, 12]),
@@ -180,7 +180,7 @@ def main_grad(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     weight_VD = torch.nn.Parameter(weight_VD.nan_to_num())
     before = torch.randn(weight_VD.shape, generator=torch.Generator().manual_seed(1))
     weight_VD.main_grad, weight_VD.zero_out_wgrad = before.clone(), True
-    result = linear_token_statistics(
+    result = statistics_with(
         hidden_RD,
         weight_VD,
         target_R,
@@ -209,7 +209,7 @@ def key_rows(case: Case, is_key_row: Tensor) -> list[Tensor]:
     """Gradients with a zero incoming gradient at all other rows."""
     hidden_RD, weight_VD, target_R, logprob_grad_R, _ = case.tensors()
     hidden_RD.requires_grad_(), weight_VD.requires_grad_()
-    result = linear_token_statistics(hidden_RD, weight_VD, target_R, vocab_size=case.vocab_size, impl="triton")
+    result = statistics_with(hidden_RD, weight_VD, target_R, vocab_size=case.vocab_size, impl="triton")
     result.logprob_R.backward((logprob_grad_R * is_key_row).float())
     return [hidden_RD.grad, weight_VD.grad]
 
@@ -237,7 +237,7 @@ def unusual_calls() -> None:
     plan = ShardPlan(first_id=0, num_columns=90, vocab_size=90, scale=1.0)
     hidden_RD, weight_VD, target_R, logprob_grad_R, _ = case.tensors()
 
-    empty = linear_token_statistics(hidden_RD[:0].requires_grad_(), weight_VD, target_R[:0], impl="triton")
+    empty = statistics_with(hidden_RD[:0].requires_grad_(), weight_VD, target_R[:0], impl="triton")
     assert empty.logprob_R.shape == (0,)
     empty.logprob_R.sum().backward()
 

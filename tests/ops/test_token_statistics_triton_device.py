@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ktr.ops.token_statistics import linear_token_statistics
 from tests.support.token_statistics import (
     GRADIENTS,
     TRITON_CASES,
     VALUES,
     Case,
     assert_as_good_as_naive,
+    statistics_with,
     values_and_gradients,
     values_of,
 )
@@ -31,7 +31,7 @@ def test_cpu_tensors_and_fp64_are_refused_outside_the_interpreter() -> None:
     hidden_RD, weight_VD, target_R, *_ = Case(2, 8, 8, hidden_size=16).tensors()
     for dtype, message in ((torch.float32, "GPU"), (torch.float64, "fp32, bf16 or fp16")):
         with pytest.raises(ValueError, match=message):
-            linear_token_statistics(hidden_RD.to(dtype), weight_VD.to(dtype), target_R, impl="triton")
+            statistics_with(hidden_RD.to(dtype), weight_VD.to(dtype), target_R, impl="triton")
 
 
 def test_tiles_of_a_call_bound_its_memory() -> None:
@@ -144,7 +144,7 @@ def test_on_a_gpu_equals_chunked_at_7b_size(num_shards: int, dtype: torch.dtype)
     results = {}
     for impl in ("triton", "chunked"):
         hidden, weight = hidden_RD.clone().requires_grad_(), weight_VD.clone().requires_grad_()
-        result = linear_token_statistics(hidden, weight, target_R, counterfactual_hidden_RD=others, impl=impl)
+        result = statistics_with(hidden, weight, target_R, counterfactual_hidden_RD=others, impl=impl)
         torch.autograd.backward([result.logprob_R, result.entropy_R], [logprob_grad_R, entropy_grad_R])
         results[impl] = [*values_of(result).values(), hidden.grad, weight.grad]
     for name, ours, theirs in zip(VALUES + GRADIENTS, results["triton"], results["chunked"], strict=True):
@@ -161,6 +161,6 @@ def test_on_a_gpu_equals_chunked_at_7b_size(num_shards: int, dtype: torch.dtype)
 @pytest.mark.parametrize("case", TRITON_CASES)
 def test_on_a_gpu_error_is_at_most_that_of_full_logits(case: Case, dtype: torch.dtype) -> None:
     case = replace(case, dtype=dtype, device="cuda")
-    ours = values_and_gradients(linear_token_statistics, case, dtype=dtype, impl="triton")
+    ours = values_and_gradients(statistics_with, case, dtype=dtype, impl="triton")
     # As under the interpreter; a GPU's exp is good to 2 units, not half a one.
     assert_as_good_as_naive(ours, case, units=16)

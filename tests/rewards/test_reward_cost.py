@@ -99,6 +99,7 @@ for name, text in adversarial_texts().items():
 """
 
 
+@pytest.mark.slow
 def test_every_reward_reads_every_adversarial_text_of_200_000_characters() -> None:
     """Expressions that backtrack needed hours for one of these texts; all of them together take about a minute now. The
     limit is far from both, so that a busy machine passes."""

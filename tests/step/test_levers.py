@@ -297,9 +297,10 @@ def steps_with_reference_on_the_host(
     """Copies play the device's weights: how many are alive is noted in every pass of either model, and at the end."""
     from megatron_ktr.policy.offload import HostWeights
     from megatron_ktr.policy.policy import Policy
+    from megatron_ktr.policy.roles import ModelRole
 
     alive: weakref.WeakSet[Any] = weakref.WeakSet()
-    noted: dict[str, set[int]] = {"policy": set(), "reference": set()}
+    noted: dict[str, set[int]] = {role.value: set() for role in ModelRole}
 
     def to_device(tensor: Tensor) -> Tensor:
         copied = tensor.clone()
@@ -311,8 +312,8 @@ def steps_with_reference_on_the_host(
 
     run = Policy._run
 
-    def noting_run(policy: Any, *args: Any, model: str = "policy", **options: Any) -> Any:
-        noted[model].add(len(alive))
+    def noting_run(policy: Any, *args: Any, model: ModelRole = ModelRole.POLICY, **options: Any) -> Any:
+        noted[model.value].add(len(alive))
         return run(policy, *args, model=model, **options)
 
     with patch.object(HostWeights, "on", on), patch.object(Policy, "_run", noting_run):

@@ -165,7 +165,7 @@ def score(
 
 
 def _score(case: Case, precision: Precision, *, sizes: ParallelSizes, groups: Any) -> Found:
-    from benchmarks.fp8_emulation import Emulation, Recipe, language_linears
+    from benchmarks.fp8.emulation import Emulation, Recipe, language_linears
     from megatron_ktr.distributed.platform import current
     from megatron_ktr.policy.policy import Policy
     from tests.support.te_names import te_layers

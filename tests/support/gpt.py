@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -105,7 +106,11 @@ def make_trainee(
     if overlap:
         config.no_sync_func = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync
     made = get_megatron_optimizer(optimizer_config, chunks, use_gloo_process_groups=False)
-    config.grad_scale_func = made.scale_loss
+    # Weak, as in the policy: layers hold this config, autograd nodes of the optimizer's views of fp32 parameters hold
+    # the layers. Back to the optimizer it is a cycle through C++: nothing is freed, and every group keeps three
+    # threads.
+    scaling = weakref.ref(made)
+    config.grad_scale_func = lambda loss: scaling().scale_loss(loss)
     trainee = Trainee(groups=groups, config=config, chunks=chunks, optimizer=made)
     if lengths is not None:
         trainee.lengths = lengths

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from megatron_ktr.ops.group_divergence import group_divergence
+from megatron_ktr.ops.token_statistics import TokenStatistics, linear_token_statistics
+from megatron_ktr.ops.token_statistics_interface import HeadOptions
 from megatron_ktr.ops.token_statistics_reference import token_statistics_reference
 
 HIDDEN_SIZE = 24
@@ -171,3 +175,18 @@ class Traffic(TorchDispatchMode):
             sent = tree_flatten(args[1] if "gather" in func.overloadpacket.__name__ else args[0])[0]
             self.sizes.append(sum(tensor.nbytes for tensor in sent))
         return func(*args, **(kwargs or {}))
+
+
+def statistics_with(
+    hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor, *, counterfactual_hidden_RD: Any = (), **head: Any
+) -> TokenStatistics:
+    """``linear_token_statistics`` with the fields of ``HeadOptions`` as keywords."""
+    return linear_token_statistics(
+        hidden_RD, weight_VD, target_R, counterfactual_hidden_RD=counterfactual_hidden_RD, head=HeadOptions(**head)
+    )
+
+
+def divergence_with(hidden_RD: Tensor, weight_VD: Tensor, log_normalizer_R: Tensor, **options: Any) -> Tensor:
+    """``group_divergence`` with the fields of ``HeadOptions`` as keywords."""
+    own = {name: options.pop(name) for name in ("layout", "with_gradient", "has_gradient_R") if name in options}
+    return group_divergence(hidden_RD, weight_VD, log_normalizer_R, head=HeadOptions(**options), **own)

@@ -39,9 +39,9 @@ def test_a_command_ends_where_prose_begins(tool: Any, text: str, expected: list[
     assert [install.arguments for install in tool.installs_of(text, place="x")] == expected
 
 
-def test_readme_dockerfile_and_doctor_are_read(tool: Any) -> None:
+def test_pages_dockerfile_and_doctor_are_read(tool: Any) -> None:
     found = {install.arguments: install.place for install in tool.find_installs()}
-    assert found[("--editable", ".[vllm]")] == "README.md" and found[("-e", ".[cpu,dev]")] == "README.md"
+    assert found[("--editable", ".[vllm]")] == "install.md" and found[("-e", ".[cpu,dev]")] == "install.md"
     (rebuild,) = (arguments for arguments in found if any("transformer-engine-torch==" in word for word in arguments))
     assert found[rebuild] == "doctor" and {"--no-deps", "--no-build-isolation"} <= set(rebuild)
     assert "Dockerfile" in found.values() and "doctor" in found.values()

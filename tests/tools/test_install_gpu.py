@@ -141,7 +141,8 @@ def test_a_whole_cudnn_stays_and_te_alone_leaves_the_project(machine: Path) -> N
     library = machine / "site" / "nvidia" / "cudnn" / "lib" / "libcudnn_engines_tensor_ir.so.9"
     library.parent.mkdir(parents=True)
     library.touch()
-    relative = os.path.relpath(machine / "python")  # as README writes it; the last check runs in the repository
+    # As docs/install.md writes it; the last check runs in the repository.
+    relative = os.path.relpath(machine / "python")
     code, line, told = run(machine, "--te", DRIVER="1", FREE="5", PYTHON=relative)
     assert code == 0 and "and it imports; now:" in line
     assert not [text for text in told if "--editable" in text.split() or "cudnn-cu13" in text]

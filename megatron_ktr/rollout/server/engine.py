@@ -9,7 +9,7 @@ Weights: each server has one owner among the reading ranks, which gives it every
 A server drains its running requests first, whichever replica they belong to, so no response mixes two versions; with
 ``in_flight_updates`` it only halts, and mixed responses are counted.
 
-How to start servers: see the README; on a machine without GPU: ``python -m megatron_ktr.rollout.server.serve``.
+How to start servers: see docs/rollouts.md; on a machine without GPU: ``python -m megatron_ktr.rollout.server.serve``.
 """
 
 from __future__ import annotations

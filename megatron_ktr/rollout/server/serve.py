@@ -1,7 +1,7 @@
 """``python -m megatron_ktr.rollout.server.serve MODEL --port N [...]``: ``vllm serve``, set up for training.
 
 Everything after the model goes to vLLM; what is named here are defaults, which the command line overrides. On a machine
-with GPUs this is the same as the ``vllm serve`` command in the README. The CPU build needs help besides
+with GPUs this is the same as the ``vllm serve`` command in docs/rollouts.md. The CPU build needs help besides
 (``rollout/vllm/cpu.py`` says why), in the server and in the processes it starts: these import this module again, under
 the name ``__mp_main__``, before anything else.
 """
