@@ -30,6 +30,8 @@ class Tokenizer(Protocol):
     def unk_token_id(self) -> Any:
         """An id, or None where every text has tokens of its own."""
 
+    def __len__(self) -> int: ...
+
     def __call__(self, text: Any, *, add_special_tokens: bool = ...) -> Mapping[str, Any]:
         """``input_ids`` of a text."""
         ...

@@ -19,7 +19,7 @@ from megatron_ktr.data.video import FrameSampling
 from megatron_ktr.errors import UserError
 from megatron_ktr.rewards import DEFAULT_REWARDS, READS_PROBLEM_TYPE, load_rewards
 from megatron_ktr.rewards.accuracy import ACCURACY_BY_TYPE
-from megatron_ktr.rollout.replay import ReplayEngine
+from megatron_ktr.rollout.replay import ReplayEngine, Required
 
 _log = logging.getLogger(__name__)
 
@@ -101,9 +101,11 @@ def _replay_engine(config: Config, *, tokenizer: Tokenizer, vocab_size: int, pro
         tokenizer=tokenizer,
         num_generations=config.rollout.num_generations,
         vocab_size=vocab_size,
-        required_rewards=("accuracy",) if config.reward.length_bonus > 0 else (),
-        required_because="the length bonus goes to correct responses: record it, or set --length-bonus 0",
-        needs_logprobs=config.objective.importance_sampling != "none" or bool(config.objective.importance_mask),
+        required=Required(
+            rewards=("accuracy",) if config.reward.length_bonus > 0 else (),
+            because="the length bonus goes to correct responses: record it, or set --length-bonus 0",
+            logprobs=config.objective.importance_sampling != "none" or bool(config.objective.importance_mask),
+        ),
         ignored=config.data.ignore_fields,
         problems=problems,
     )

@@ -172,6 +172,11 @@ def _te_layer(core_attention: Any) -> ModuleSpec:
     )
 
 
+def _with_padding_rows(out: Tensor, num_padding: int) -> Tensor:
+    """Padding rows attend nothing; their output is zero, whatever the shape Transformer Engine answers in."""
+    return pad(out, (0, 0) * (out.dim() - 1) + (0, num_padding)) if num_padding else out
+
+
 def _packed_params(call: VarlenCall) -> PackedSeqParams:
     """The segments of a call as megatron-core hands them to Transformer Engine."""
     return PackedSeqParams(
@@ -234,9 +239,7 @@ def te_modules() -> SimpleNamespace:
                 **kwargs,
             )
             out = out.to(own_dtype)
-            # Padding rows attend nothing; their output is zero, whatever the shape TE answers in.
-            padding = (0, 0) * (out.dim() - 1) + (0, plan.num_padding)
-            return pad(out, padding) if plan.num_padding else out
+            return _with_padding_rows(out, plan.num_padding)
 
     return SimpleNamespace(
         PrefixCoreAttention=TEPrefixCoreAttention,
