@@ -102,11 +102,11 @@ golden-check: export OMP_NUM_THREADS = 1
 golden-check: $(VENV)/.ready ## compare the golden losses with this code, to the last bit
 	$(PY) -m tests.golden.runs --check
 
-# pyright runs on Node from a wheel; the variables keep it from looking for newer versions of itself.
+# pyright runs on Node from a wheel; the variable keeps it from looking for a newer version of itself on the network.
 lint: $(VENV)/.ready ## ruff (rules and format) and pyright (types), without changing anything
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 PYRIGHT_PYTHON_NODE_VERSION= $(PY) -m pyright --pythonpath $(PY)
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(PY) -m pyright --pythonpath $(PY)
 
 format: $(VENV)/.ready ## ruff: fix what can be fixed, format
 	$(PY) -m ruff check --fix .
