@@ -33,7 +33,7 @@ from megatron_ktr.policy.finite import require_finite_samples
 from megatron_ktr.policy.policy import Policy
 from megatron_ktr.policy.rollout_offload import optimizer_off_device
 from megatron_ktr.rollout.check.sampler import SamplerCheck
-from megatron_ktr.rollout.source import ReplicaSource
+from megatron_ktr.rollout.step_source import StepSource
 from megatron_ktr.run.metrics import PhaseTimer
 from megatron_ktr.step.plan import StepBatching
 from megatron_ktr.step.scoring import ScoringPasses
@@ -66,7 +66,7 @@ class Trainer:
     """Runs training steps; ``source`` and ``policy`` hold all state that outlives a step."""
 
     def __init__(
-        self, *, options: StepOptions, policy: Policy, source: ReplicaSource, objective: Objective, media: MediaSpec
+        self, *, options: StepOptions, policy: Policy, source: StepSource, objective: Objective, media: MediaSpec
     ) -> None:
         self.options = options
         self.policy = policy

@@ -1,14 +1,23 @@
 """The data that flows through one training step, and the project's one shape legend.
 
-Shape suffixes (logical sizes, never shard sizes):
+Shape suffixes (logical sizes, never shard sizes, unless a docstring says otherwise):
 
-    P  prompts on this data-parallel rank        V  vocabulary
+    P  prompts, or groups of a packed sequence   V  vocabulary
     G  responses per prompt                      D  hidden size
     T  tokens of a packed sequence               N  attention heads
-    R  response tokens (all responses of all     H  size of one attention head
-       groups in the packed sequence)            F  decoded frames of a video
-    M  images and videos of a packed sequence    S  patches (one ViT token before merging)
-    C  image channels
+    R  response tokens (all responses of all     K  heads of keys and values (N is a multiple of K)
+       groups in the packed sequence)            H  size of one attention head
+    L  query rows of one block of attention      M  images and videos of a packed sequence
+    J  key rows (of a block, or of all ranks)    S  patches (ViT tokens before merging)
+    Q  positions of responses: place t in its    E  visual tokens (patches after merging)
+       group, over all groups                    F  decoded frames of a video
+    B  rows that are generated together          C, H, W  channels, height and width of a picture
+    X  parts of the vocabulary, or words of one
+
+A digit is a dimension of that size: 3 axes of M-RoPE in ``position_ids_3T``, the 1 of megatron-core's batch in
+``hidden_T1D``. H is a height only where C, F or W stand beside it (``frames_FCHW``). In ``ops/token_statistics*.py``,
+which know no attention, N counts the statistics of a row and K the hidden rows that are compared (the intact one
+first).
 
 ``logprob_R[r]`` belongs to ``target_ids_R[r]``: the log-probability of response token ``r``, computed from
 the hidden row ``predicting_rows_R[r]``, which is the row *before* that token.
@@ -23,7 +32,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -32,7 +41,9 @@ from megatron_ktr.sums import Metrics
 from megatron_ktr.transfer import send
 
 View = Literal["intact", "hidden", "shuffled"]
-VIEWS: tuple[View, ...] = ("intact", "hidden", "shuffled")
+VIEWS: tuple[View, ...] = get_args(View)
+MediaKind = Literal["image", "video"]
+MEDIA_KINDS: tuple[MediaKind, ...] = get_args(MediaKind)
 
 
 @dataclass(frozen=True)
@@ -43,7 +54,7 @@ class VisualInput:
     ``grid_thw == (4, 4, 6)``, 4 * 2 * 3 = 24 visual tokens, ``seconds_per_grid == 1.0``.
     """
 
-    kind: Literal["image", "video"]
+    kind: MediaKind
     frames_FCHW: Tensor
     """uint8 [F, C, H, W] at the final size (H and W multiples of patch * merge). An image has F == 1."""
     grid_thw: tuple[int, int, int]

@@ -25,6 +25,7 @@ from megatron_ktr.accounting.planner import GB, PIXELS_PER_TOKEN, Plan, Request,
 from megatron_ktr.accounting.saved import FUSED, TORCH_GPU  # noqa: E402
 from megatron_ktr.accounting.work import StepSettings  # noqa: E402
 from megatron_ktr.config.command_line import Parser, number, whole  # noqa: E402
+from megatron_ktr.config.words import SHUFFLE_UNITS, VISION_PARALLELS  # noqa: E402
 from megatron_ktr.errors import UserError, run_cli  # noqa: E402
 from megatron_ktr.files.json_files import to_json  # noqa: E402
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig  # noqa: E402
@@ -70,9 +71,7 @@ def _parser() -> Parser:
     add("--response-length", whole(), request["response_length"].default, "tokens of every response")
     add("--num-generations", whole(high=2**14), request["num_generations"].default, "responses per prompt")
     add("--prompts-per-step", whole(), request["prompts_per_step"].default, "prompts of a step over all GPUs")
-    add(
-        "--shuffle-unit", str, "frame", "what the temporal counterfactual permutes", choices=("frame", "temporal_patch")
-    )
+    add("--shuffle-unit", str, "frame", "what the temporal counterfactual permutes", choices=SHUFFLE_UNITS)
     add("--num-shuffles", whole(), 1, "random orders per step")
     parser.add_argument("--grpo", action="store_true", help="plain GRPO: no counterfactual passes")
     parser.add_argument("--no-reference", action="store_true", help="no KL term, no reference model")
@@ -80,7 +79,7 @@ def _parser() -> Parser:
     add("--fp8", str, "none", "what runs in FP8: nothing, the whole step, or scoring alone", choices=tuple(FP8))
     parser.add_argument("--fp8-param-gather", action="store_true", help="weights of FP8 products are kept in FP8")
     parser.add_argument("--fp8-vision", action="store_true", help="the vision encoder's products in FP8, too")
-    add("--vision-parallel", str, "tensor", "how the encoder is split", choices=("tensor", "frame"))
+    add("--vision-parallel", str, "tensor", "how the encoder is split", choices=VISION_PARALLELS)
     add("--transformer-impl", str, "te", "layers: Transformer Engine's or plain torch", choices=("te", "local"))
     add("--peak-tflops", number(above=0.0), machine.peak_tflops, "of one GPU, dense, in the precision of training")
     add("--efficiency", number(above=0.0, high=1.0), machine.efficiency, "share of the peak that a busy stage reaches")

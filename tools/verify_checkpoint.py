@@ -53,6 +53,7 @@ from megatron_ktr.config import Config, config_from_values  # noqa: E402
 from megatron_ktr.config.command_line import Parser, number, whole  # noqa: E402
 from megatron_ktr.config.part_options import ModelOptions, PolicyOptions  # noqa: E402
 from megatron_ktr.config.sections import DataSection  # noqa: E402
+from megatron_ktr.config.words import TRANSFORMER_IMPLS  # noqa: E402
 from megatron_ktr.data.preprocess import PreprocessSettings, load_media, pixel_limits  # noqa: E402
 from megatron_ktr.data.unusable import UnusableMedia  # noqa: E402
 from megatron_ktr.data.video import FrameSampling  # noqa: E402
@@ -134,7 +135,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     layout.add_argument("--platform", default="auto", help="devices, as in training (auto)")
     layout.add_argument(
         "--transformer-impl",
-        choices=("local", "te", "auto"),
+        choices=TRANSFORMER_IMPLS,
         default="local",
         help="layers; local, because Transformer Engine multiplies fp32 matrices in TF32, beyond the limits here",
     )

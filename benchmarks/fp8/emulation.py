@@ -33,14 +33,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-RecipeName = Literal["tensorwise", "delayed", "blockwise", "mxfp8"]
-Format = Literal["hybrid", "e4m3"]
+from megatron_ktr.config.words import Fp8Format, Fp8Recipe
+
 Role = Literal["input", "weight", "gradient"]
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 LARGEST = {dtype: torch.finfo(dtype).max for dtype in (E4M3, E5M2)}
 """448 and 57,344."""
-BLOCKS: dict[tuple[RecipeName, Role], tuple[int, int]] = {
+BLOCKS: dict[tuple[Fp8Recipe, Role], tuple[int, int]] = {
     ("blockwise", "input"): (1, 128),
     ("blockwise", "weight"): (128, 128),
     ("blockwise", "gradient"): (1, 128),
@@ -55,8 +55,8 @@ BLOCKS: dict[tuple[RecipeName, Role], tuple[int, int]] = {
 class Recipe:
     """What ``--fp8-recipe`` and ``--fp8-format`` choose. The last two fields are of ``delayed`` alone."""
 
-    name: RecipeName
-    format: Format = "hybrid"
+    name: Fp8Recipe
+    format: Fp8Format = "hybrid"
     amax_history_len: int = 1024
     amax_compute_algo: Literal["max", "most_recent"] = "max"
 

@@ -27,22 +27,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from megatron_ktr.accounting.work import EACH_ONCE, Grid, GroupWork, StepSettings, num_patches
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig, VisionConfig
 
-Pass = Literal["policy_forward", "policy_recompute", "policy_backward", "hidden", "shuffled", "reference", "selection"]
 Part = Literal["vision", "prompt", "response", "attention_prompt", "attention_response", "head", "embedding"]
-PARTS: tuple[Part, ...] = (
-    "vision",
-    "prompt",
-    "response",
-    "attention_prompt",
-    "attention_response",
-    "head",
-    "embedding",
-)
+PARTS: tuple[Part, ...] = get_args(Part)
 
 
 @dataclass(frozen=True)

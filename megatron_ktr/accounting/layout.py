@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from megatron_ktr.accounting.work import Recompute
+from megatron_ktr.config.words import VisionParallel
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 
 
@@ -25,7 +25,7 @@ class Layout:
     recompute_vision: bool = False
     mlp_chunks: int = 1
     """Parts of the rows that the language model's MLPs run on one after another."""
-    vision_parallel: Literal["tensor", "frame"] = "tensor"
+    vision_parallel: VisionParallel = "tensor"
     uses_distributed_optimizer: bool = True
 
     @property

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from megatron_ktr.config.words import ShuffleUnit
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig, VisionConfig
 
 Grid = tuple[int, int, int]
@@ -65,7 +66,7 @@ class StepSettings:
     is_policy_trained: bool = True
     """False: the intact pass is a forward alone."""
     has_hidden: bool = True
-    shuffle_unit: Literal["frame", "temporal_patch"] | None = "frame"
+    shuffle_unit: ShuffleUnit | None = "frame"
     """None: no shuffled pass."""
     num_shuffles: int = 1
     has_reference: bool = True

@@ -17,15 +17,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from megatron_ktr.config.words import SHUFFLE_UNITS, ShuffleUnit
 from megatron_ktr.types import Prompt, VisualInput
-
-ShuffleUnit = Literal["frame", "temporal_patch"]
-SHUFFLE_UNITS: tuple[ShuffleUnit, ...] = ("frame", "temporal_patch")
 
 
 def can_hide(prompt: Prompt) -> bool:

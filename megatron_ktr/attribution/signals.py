@@ -18,20 +18,16 @@ precision, bf16, log-probs are rounded before they are subtracted, and the diffe
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from megatron_ktr.attribution.counterfactuals import can_hide, can_shuffle
+from megatron_ktr.config.words import SHIFTS, SIGNALS, Shift, Signal
 from megatron_ktr.errors import UserError
 from megatron_ktr.transfer import send
 from megatron_ktr.types import PackedBatch, Prompt, RolloutGroup, TokenScores, View
 
-Signal = Literal["entropy", "visual", "temporal"]
-SIGNALS: tuple[Signal, ...] = ("entropy", "visual", "temporal")
-Shift = Literal["signed", "absolute", "kl"]
-SHIFTS: tuple[Shift, ...] = ("signed", "absolute", "kl")
 VIEW_OF_SIGNAL: dict[Signal, View] = {"visual": "hidden", "temporal": "shuffled"}
 
 

@@ -5,11 +5,14 @@ An option joins a run only when it works; until then its value stands in ``_not_
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from megatron_ktr.config import pipeline_split
+from megatron_ktr.config.objective_registry import objective_entry, options_of_others
+from megatron_ktr.config.sections import ObjectiveSection
 from megatron_ktr.errors import UserError
 from megatron_ktr.stack import require_core_0_19
 
@@ -41,6 +44,8 @@ ABSENT_OPTIONS = {
 }
 """Options of related projects, and of later versions, that deserve a better answer than the nearest spelling."""
 
+OBJECTIVE_DEFAULTS = {field.name: field.default for field in dataclasses.fields(ObjectiveSection)}
+
 
 def check(config: Config) -> None:
     """Raises ``UserError`` with the first rule that ``config`` breaks."""
@@ -64,18 +69,19 @@ def _required(config: Config) -> Iterator[str]:
 
 def _not_available(config: Config) -> Iterator[str]:
     """What the interface already names but no code serves yet."""
-    objective = config.objective
-    if objective.objective not in ("video_ktr", "grpo", "tw_grpo", "sft"):
-        yield f"--objective {objective.objective} is not available yet; available: video_ktr, grpo, tw_grpo, sft"
+    objective_entry(config.objective.objective)  # raises where there is no such objective
     if config.trainer.eval_interval:
         yield "--eval-interval: evaluation during training is not available yet"
 
 
 def _data(config: Config) -> Iterator[str]:
     data, rollout = config.data, config.rollout
-    if config.objective.objective == "sft":
+    objective = config.objective
+    if objective.is_supervised:
         if not data.data_path:
-            yield "--objective sft needs --data-path, a JSON or JSONL file of questions with responses"
+            yield (
+                f"--objective {objective.objective} needs --data-path, a JSON or JSONL file of questions with responses"
+            )
     elif rollout.engine != "replay":
         if not data.data_path:
             yield f"--engine {rollout.engine} needs --data-path, a JSON or JSONL file of questions"
@@ -125,8 +131,8 @@ def _offload_during_rollout(config: Config) -> Iterator[str]:
     if not config.optimizer.offload_during_rollout:
         return
     engine = config.rollout.engine
-    if config.objective.objective == "sft":
-        yield "--offload-during-rollout: --objective sft generates nothing"
+    if config.objective.is_supervised:
+        yield f"--offload-during-rollout: --objective {config.objective.objective} generates nothing"
     elif engine not in ("hf", "vllm_colocated"):
         yield f"--offload-during-rollout: --engine {engine} generates nothing on the training ranks' devices"
     if config.rollout.lag:
@@ -142,7 +148,8 @@ def _reward(config: Config) -> Iterator[str]:
     if config.reward.answer_protocol != "standard" and config.rollout.engine == "replay":
         yield "--answer-protocol is not read by --engine replay: rewards come with the recorded rollouts"
     parts = [name.rpartition(":")[2] for name in config.reward.reward_functions]
-    if config.reward.length_bonus > 0 and parts and "accuracy" not in parts and config.objective.objective != "sft":
+    needs_accuracy = config.reward.length_bonus > 0 and not config.objective.is_supervised
+    if needs_accuracy and parts and "accuracy" not in parts:
         yield "--length-bonus goes to correct responses: add accuracy to --reward-functions, or set --length-bonus 0"
     if config.reward.length_bonus_min > config.reward.length_bonus_max:
         yield (
@@ -155,43 +162,27 @@ def _objective(config: Config) -> Iterator[str]:
     section = config.objective
     if not section.selection_ratio:
         yield "--selection-ratio must not be empty"
-    if section.objective == "video_ktr":
-        if not section.signals:
-            yield "--signals must name at least one of entropy, visual, temporal for --objective video_ktr"
-        if len(section.selection_ratio) not in (1, len(section.signals)):
-            yield (
-                f"--selection-ratio needs 1 value or one per signal ({len(section.signals)}: "
-                f"{', '.join(section.signals)}), got {len(section.selection_ratio)}"
-            )
+    for rule in objective_entry(section.objective).rules:
+        yield from rule(section, config.rollout)
+    for name in options_of_others(section.objective):
+        if getattr(section, name) != OBJECTIVE_DEFAULTS[name]:
+            yield f"--{name.replace('_', '-')} is not read by --objective {section.objective}"
     mask = section.importance_mask
     if mask and (len(mask) != 2 or not 0 <= mask[0] < 1 < mask[1]):
         yield f"--importance-mask needs two bounds below and above 1, got {','.join(f'{value:g}' for value in mask)}"
-    if section.objective == "tw_grpo" and section.loss_aggregation != "token":
-        yield "--objective tw_grpo averages over the tokens of the global batch: add --loss-aggregation token"
-    if section.tw_weight_gradient and section.objective != "tw_grpo":
-        yield f"--tw-weight-gradient is not read by --objective {section.objective}"
-    if section.tw_weight_gradient and section.updates_per_rollout > 1:
-        yield (
-            "--tw-weight-gradient needs --updates-per-rollout 1: later updates keep the weights of the first, which "
-            "have no gradient there"
-        )
-    if section.scores_dtype != "fp32" and not section.original_compat:
-        yield f"--scores-dtype {section.scores_dtype} needs --original-compat: it is there to reproduce the release"
-    if section.scores_dtype != "fp32" and section.objective != "video_ktr":
-        yield f"--scores-dtype is not read by --objective {section.objective}"
     for name in ("substitute_video", "substitute_image"):
         if getattr(config.data, name) is not None and not section.original_compat:
             yield (
                 f"--{name.replace('_', '-')} needs --original-compat: it trains on questions beside media that are not "
                 "theirs"
             )
-    if section.objective == "sft" and config.rollout.temperature != 1.0:
-        yield "--temperature must be 1 for --objective sft: the likelihood of given responses has none"
+    if section.is_supervised and config.rollout.temperature != 1.0:
+        yield f"--temperature must be 1 for --objective {section.objective}: the likelihood of given responses has none"
     if section.scoring_precision == "bf16" and config.model.params_dtype == "fp16":
         yield "--scoring-precision bf16 does not go with --fp16: its counterfactual passes are in FP16; leave it out"
     if {"vision", "merger", "language"} <= set(config.model.freeze):
         yield "--freeze vision,merger,language leaves nothing to train"
-    if config.rollout.num_generations < 2 and section.objective != "sft":
+    if config.rollout.num_generations < 2 and not section.is_supervised:
         yield "--num-generations must be at least 2: advantages compare the responses of one prompt"
 
 

@@ -14,7 +14,7 @@ import difflib
 import reprlib
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -28,9 +28,19 @@ SMALLEST_NUMBER, LARGEST_NUMBER = 2.0**-126, 2.0**127
 """What every option keeps to, beside its own limits: numbers end up in 32 bits, in torch and in libraries behind it."""
 
 
-def option(default: Any, doc: str, *, low: float | None = None, above: float | None = None, high: float | None = None):
-    """A documented field. ``low <= value <= high`` and ``value > above`` hold for each number given."""
-    return dataclasses.field(default=default, metadata={"doc": doc, "low": low, "above": above, "high": high})
+def option(
+    default: Any,
+    doc: str,
+    *,
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
+    choices: Callable[[], tuple[str, ...]] | None = None,
+):
+    """A documented field. ``low <= value <= high`` and ``value > above`` hold for each number given. ``choices`` is
+    asked for the accepted values whenever they are needed; a field whose values never change has a ``Literal`` type."""
+    metadata = {"doc": doc, "low": low, "above": above, "high": high, "find_choices": choices}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -41,7 +51,8 @@ class Option:
     name: str
     kind: type
     """str, int, float or bool; of the elements where ``is_list``."""
-    choices: tuple[str, ...]
+    fixed_choices: tuple[str, ...]
+    """The values of a ``Literal`` type; empty for any other."""
     is_list: bool
     is_optional: bool
     default: Any
@@ -49,6 +60,12 @@ class Option:
     low: float | None
     above: float | None
     high: float | None
+    find_choices: Callable[[], tuple[str, ...]] | None
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The accepted values; empty where any value of the kind is accepted."""
+        return self.find_choices() if self.find_choices else self.fixed_choices
 
     @property
     def key(self) -> str:
@@ -98,7 +115,7 @@ def _describe(section: str, field: dataclasses.Field, *, hint: Any) -> Option:
         section=section,
         name=field.name,
         kind=str if choices else hint,
-        choices=choices,
+        fixed_choices=choices,
         is_list=is_list,
         is_optional=is_optional,
         default=field.default,

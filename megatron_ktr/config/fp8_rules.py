@@ -19,9 +19,8 @@ take 8 per rank there; megatron-core aligns to 16 everywhere, and so do we.) 128
 from __future__ import annotations
 
 import math
-from typing import Literal
 
-Fp8Recipe = Literal["tensorwise", "delayed", "blockwise", "mxfp8"]
+from megatron_ktr.config.words import Fp8Recipe
 
 NUMBERS_PER_ROW = {"tensorwise": 16, "delayed": 16, "blockwise": 16, "mxfp8": 32}
 """Every size of a matrix on one rank is a multiple of this: each is the inner size of some product."""

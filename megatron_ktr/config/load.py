@@ -16,6 +16,7 @@ import yaml
 
 from megatron_ktr.config.checks import ABSENT_OPTIONS, check
 from megatron_ktr.config.cli import build_parser, options_of, read_flags, read_yaml, render_markdown
+from megatron_ktr.config.objective_registry import available_objectives, objective_entry
 from megatron_ktr.config.sections import (
     DataSection,
     ModelSection,
@@ -46,7 +47,7 @@ class Config:
     @property
     def samples(self) -> bool:
         """Whether responses are sampled, rather than recorded or given."""
-        return self.objective.objective != "sft" and self.rollout.engine != "replay"
+        return not self.objective.is_supervised and self.rollout.engine != "replay"
 
 
 def section_class(section: dataclasses.Field[Any]) -> type:
@@ -112,5 +113,14 @@ def save_resolved(config: Config, path: str | Path) -> None:
 
 
 def configuration_page() -> str:
-    """Content of docs/configuration.md."""
-    return render_markdown(OPTIONS, section_docs=SECTION_DOCS)
+    """Content of docs/configuration.md: the options of every section, then the objectives."""
+    return render_markdown(OPTIONS, section_docs=SECTION_DOCS) + _objectives_table()
+
+
+def _objectives_table() -> str:
+    lines = ["", "## Objectives", "", "Each registers itself in its own file, `megatron_ktr/objectives/NAME.py`.", ""]
+    lines += ["| `--objective` | name | meaning | options that others refuse |", "|---|---|---|---|"]
+    for entry in map(objective_entry, available_objectives()):
+        own = ", ".join(f"`{name}`" for name in entry.own_options)
+        lines.append(f"| `{entry.name}` | {entry.title} | {entry.summary} | {own or 'none'} |")
+    return "\n".join(lines) + "\n"

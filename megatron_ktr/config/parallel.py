@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from megatron_ktr.config.cli import option as _option
+from megatron_ktr.config.words import RecomputeGranularity, RecomputeMethod, RecomputeModule, VisionParallel
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,14 @@ class ParallelSection:
     sequence_parallel: bool = _option(False, "Split norms and residuals by tokens over the tensor-parallel ranks")
     overlap_grad_reduce: bool = _option(False, "Reduce gradients during backward")
     overlap_param_gather: bool = _option(False, "Gather updated parameters during the next forward")
-    recompute_granularity: Literal["full", "selective"] | None = _option(
+    recompute_granularity: RecomputeGranularity | None = _option(
         None, "Recompute activations in backward: whole layers, or recompute_modules of every layer"
     )
-    recompute_modules: tuple[Literal["core_attn", "mlp", "layernorm"], ...] = _option(
+    recompute_modules: tuple[RecomputeModule, ...] = _option(
         ("core_attn",),
         "Selective recomputation: core attention, the language model's MLPs, norms before attention and MLP",
     )
-    recompute_method: Literal["uniform", "block"] | None = _option(
+    recompute_method: RecomputeMethod | None = _option(
         None,
         "Full recomputation in groups of recompute_num_layers layers (uniform; it divides the layers of every pipeline "
         "chunk), or of that many layers per stage (block)",
@@ -60,7 +60,7 @@ class ParallelSection:
         "(megatron-core 0.19: mlp_chunks_for_training); 1 = all rows at once",
         low=1,
     )
-    vision_parallel: Literal["tensor", "frame"] = _option(
+    vision_parallel: VisionParallel = _option(
         "tensor",
         "Vision encoder: weights split like the language model's, or whole on every rank and the frames split over "
         "tensor x context ranks, which then exchange features only",

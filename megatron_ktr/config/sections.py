@@ -7,14 +7,36 @@ are read is in ``load.py``, the rules between options in ``checks.py``.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from megatron_ktr.config.cli import option as _option
+from megatron_ktr.config.objective_registry import objective_choices, objective_entry
 from megatron_ktr.config.parallel import ParallelSection as ParallelSection  # a section in a file of its own
-from megatron_ktr.errors import UserError
-
-Signal = Literal["entropy", "visual", "temporal"]
-DEFAULT_STEPS = 1000
+from megatron_ktr.config.trainer import TrainerSection as TrainerSection
+from megatron_ktr.config.words import (
+    LORA_TARGETS,
+    SIGNALS,
+    AnswerProtocol,
+    AttentionImpl,
+    DecayStyle,
+    Engine,
+    Fp8Format,
+    Fp8Recipe,
+    ImportanceLevel,
+    LoraExport,
+    LoraTarget,
+    LossAggregation,
+    ModelPart,
+    OptimizerName,
+    Precision,
+    ScoresDtype,
+    ScoringPrecision,
+    Shift,
+    ShuffleUnit,
+    Signal,
+    TokenStatisticsImpl,
+    TransformerImpl,
+    WeightTransfer,
+)
 
 
 @dataclass(frozen=True)
@@ -22,16 +44,16 @@ class ModelSection:
     """Which model, in which precision, and which of its parts are trained."""
 
     model: str = _option("", "Hugging Face directory with config, weights, tokenizer and chat template; required")
-    transformer_impl: Literal["auto", "te", "local"] = _option(
+    transformer_impl: TransformerImpl = _option(
         "auto", "Transformer layers: Transformer Engine, plain torch, or the first where it is installed on CUDA"
     )
-    attention_impl: Literal["auto", "torch", "merged", "varlen", "te"] = _option(
+    attention_impl: AttentionImpl = _option(
         "auto",
         "Shared-prefix attention: a loop in torch to compare with, prompt keys read once by all responses (merged), "
         "one variable-length flash call on CUDA, or Transformer Engine's; auto takes te where that has a fused kernel "
         "(docs/precision.md), else varlen on CUDA and merged on CPU",
     )
-    token_statistics_impl: Literal["auto", "triton", "chunked", "naive"] = _option(
+    token_statistics_impl: TokenStatisticsImpl = _option(
         "auto",
         "Vocabulary head: fused Triton kernels on CUDA, torch in tiles, or full logits to compare with; auto takes the "
         "first where it runs, else the second",
@@ -41,15 +63,13 @@ class ModelSection:
         "Add weight gradients straight to the fp32 gradient buffer. none: the vocabulary head's, and the language "
         "model's layers' where Transformer Engine or APEX's kernel is there; true: refuse where it is not; false: no",
     )
-    params_dtype: Literal["fp32", "bf16", "fp16"] = _option(
-        "fp32", "Precision of weights and activations; --bf16 and --fp16 are short forms"
-    )
-    fp8_format: Literal["hybrid", "e4m3"] | None = _option(
+    params_dtype: Precision = _option("fp32", "Precision of weights and activations; --bf16 and --fp16 are short forms")
+    fp8_format: Fp8Format | None = _option(
         None,
         "Linear layers of the language model in FP8 (Transformer Engine): hybrid has e5m2 gradients, which reach small "
         "advantages; e4m3 throughout suits block scales only; none = no FP8",
     )
-    fp8_recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = _option(
+    fp8_recipe: Fp8Recipe = _option(
         "tensorwise",
         "Scales of FP8: one per tensor, from its values or from earlier passes (delayed), or one per block: blockwise "
         "needs Hopper and CUDA 12.9, mxfp8 Blackwell",
@@ -63,7 +83,7 @@ class ModelSection:
     fp8_vision: bool = _option(
         False, "The vision encoder's layers in FP8 too, its MLP (3420 in 3B and 7B) padded with zeros to what fits"
     )
-    freeze: tuple[Literal["vision", "merger", "language"], ...] = _option(
+    freeze: tuple[ModelPart, ...] = _option(
         (), "Parts that are not trained: the vision encoder without its merger, the merger, the language model"
     )
     offload_reference: bool = _option(
@@ -73,10 +93,8 @@ class ModelSection:
         0, "Train adapters of this rank on the language model's layers, and nothing else; 0 = train the weights", low=0
     )
     lora_alpha: float = _option(32.0, "Adapters are scaled by lora_alpha / lora_rank", above=0)
-    lora_targets: tuple[Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"], ...] = _option(
-        ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"), "Layers with adapters, by Megatron's names"
-    )
-    lora_export: Literal["merged", "adapter"] = _option(
+    lora_targets: tuple[LoraTarget, ...] = _option(LORA_TARGETS, "Layers with adapters, by Megatron's names")
+    lora_export: LoraExport = _option(
         "merged", "What a run ends with: the whole model with adapters merged into it, or adapters alone, as PEFT's"
     )
 
@@ -130,7 +148,7 @@ HF_BATCH_RESPONSES = 256
 class RolloutSection:
     """Where responses come from and how they are sampled."""
 
-    engine: Literal["replay", "hf", "vllm_colocated", "vllm_server"] = _option(
+    engine: Engine = _option(
         "replay",
         "Source of responses: recorded ones from replay_path, or sampled for the questions of data_path by "
         "transformers' generate (hf), by vLLM inside the training ranks, or by vLLM servers",
@@ -182,7 +200,7 @@ class RolloutSection:
     server_max_retries: int = _option(
         4, "Failures in a row that a server may have; one more and it is taken out", low=0
     )
-    weight_transfer: Literal["auto", "nccl", "directory"] = _option(
+    weight_transfer: WeightTransfer = _option(
         "auto", "How servers receive weights: NCCL, or safetensors in weight_directory; auto = NCCL on GPUs"
     )
     weight_directory: str | None = _option(
@@ -202,7 +220,7 @@ class RewardSection:
         "Reward parts by name (accuracy, format; soft_choice: accuracy that pays in part for some of several right "
         "letters), or own ones as module:function; empty = accuracy and format; recorded rollouts keep theirs",
     )
-    answer_protocol: Literal["official", "strict", "standard", "lenient"] = _option(
+    answer_protocol: AnswerProtocol = _option(
         "standard",
         "How the built-in rewards read and judge an answer: official = the verdicts of the Video-KTR release, slips "
         "included; strict = one answer block only; standard = the first block; lenient = the right answer however it "
@@ -222,26 +240,24 @@ class RewardSection:
 class ObjectiveSection:
     """What is optimised, and which tokens carry it."""
 
-    objective: Literal["video_ktr", "grpo", "t_grpo", "tw_grpo", "sft"] = _option(
+    objective: str = _option(
         "video_ktr",
-        "Training objective; video_ktr puts the loss of grpo on key tokens only, tw_grpo weighs it by how much the "
-        "responses of a group differ, sft imitates the responses of data_path; t_grpo is not available yet",
+        "Training objective (see the table below); t_grpo is not available yet",
+        choices=objective_choices,
     )
-    signals: tuple[Signal, ...] = _option(
-        ("entropy", "visual", "temporal"), "Signals whose selected tokens, together, are the key tokens"
-    )
+    signals: tuple[Signal, ...] = _option(SIGNALS, "Signals whose selected tokens, together, are the key tokens")
     selection_ratio: tuple[float, ...] = _option(
         (0.2,), "Share of response tokens each signal selects: one for all, or one per signal", above=0, high=1
     )
-    shift: Literal["signed", "absolute", "kl"] = _option(
+    shift: Shift = _option(
         "signed",
         "Visual and temporal score: log-prob difference, its magnitude, or KL over the whole vocabulary",
     )
-    shuffle_unit: Literal["frame", "temporal_patch"] = _option(
+    shuffle_unit: ShuffleUnit = _option(
         "frame", "What the temporal counterfactual permutes: decoded frames, or pairs of frames already encoded"
     )
     num_shuffles: int = _option(1, "Random orders whose scores are averaged", low=1)
-    scoring_precision: Literal["same", "bf16", "fp8"] = _option(
+    scoring_precision: ScoringPrecision = _option(
         "same",
         "Products of the counterfactual passes: as in training, in bf16 (under an fp32 model, or one that trains in "
         "FP8), or in FP8 by fp8_recipe",
@@ -250,7 +266,7 @@ class ObjectiveSection:
     clip_low: float = _option(0.2, "Probability ratio is clipped below at 1 - clip_low", low=0, high=1)
     clip_high: float = _option(0.2, "Probability ratio is clipped above at 1 + clip_high", low=0)
     updates_per_rollout: int = _option(1, "Optimizer steps on the same responses; clipping acts from 2 on", low=1)
-    importance_sampling: Literal["none", "token", "sequence"] = _option(
+    importance_sampling: ImportanceLevel = _option(
         "none",
         "Weigh each token's policy gradient by trainer / sampler probability, of the token or of its whole response, "
         "truncated at importance_cap",
@@ -259,7 +275,7 @@ class ObjectiveSection:
     importance_mask: tuple[float, ...] = _option(
         (), "Two bounds, e.g. 0.5,5: tokens whose trainer / sampler probability lies outside carry no loss; empty = off"
     )
-    loss_aggregation: Literal["sequence", "token"] = _option(
+    loss_aggregation: LossAggregation = _option(
         "sequence", "Mean over tokens then responses, or mean over all tokens of the global batch"
     )
     tw_alpha: float = _option(
@@ -276,11 +292,16 @@ class ObjectiveSection:
         "signal whose scores are all equal selects all tokens, +inf is selected, length and length bonus count key "
         "tokens, a response without any makes the loss NaN (the step is skipped); see deviations.md",
     )
-    scores_dtype: Literal["fp32", "bf16"] = _option(
+    scores_dtype: ScoresDtype = _option(
         "fp32",
         "With original_compat: bf16 rounds log-probs, entropies, scores and thresholds as the release's precision "
         "does, so that scores tie and more tokens are selected",
     )
+
+    @property
+    def is_supervised(self) -> bool:
+        """Whether the responses are given in ``data_path``, so that nothing is sampled and nothing is rewarded."""
+        return objective_entry(self.objective).is_supervised
 
     @property
     def fixed_seconds_per_grid(self) -> float | None:
@@ -298,13 +319,11 @@ class ObjectiveSection:
 class OptimizerSection:
     """Optimizer and learning-rate schedule."""
 
-    optimizer: Literal["adam", "sgd"] = _option("adam", "adam is AdamW; sgd has no momentum")
+    optimizer: OptimizerName = _option("adam", "adam is AdamW; sgd has no momentum")
     lr: float = _option(2e-6, "Highest learning rate", above=0)
     vision_lr: float | None = _option(None, "Highest learning rate of the vision encoder; none = lr", low=0)
     min_lr: float = _option(0.0, "Learning rate at the end of the decay", low=0)
-    lr_decay_style: Literal["cosine", "linear", "constant"] = _option(
-        "cosine", "Shape of the decay, which ends with the run"
-    )
+    lr_decay_style: DecayStyle = _option("cosine", "Shape of the decay, which ends with the run")
     lr_warmup_steps: int = _option(0, "Steps of linear warm-up from 0", low=0)
     weight_decay: float = _option(
         0.01, "Decoupled weight decay; not on biases, on norms with weight_decay_norms", low=0
@@ -329,72 +348,3 @@ class OptimizerSection:
         "While an engine on the training ranks' devices generates, free the gradient buffers and keep main weights and "
         "moments in host memory",
     )
-
-
-@dataclass(frozen=True)
-class TrainerSection:
-    """The run: where it is written, how long it is, how it starts."""
-
-    run_dir: str = _option("runs/train", "Directory of everything the run writes; must be empty unless --resume")
-    resume: bool = _option(False, "Continue from the newest intact checkpoint in run_dir, in any layout")
-    auto_resume: bool = _option(
-        False,
-        "Continue from the newest intact checkpoint in run_dir, or start anew where there is none: for schedulers, "
-        "which start the same command again",
-    )
-    train_steps: int | None = _option(
-        None, "Rollout steps of the whole run; none = what train_epochs comes to, without it 1000", low=1
-    )
-    train_epochs: float | None = _option(
-        None,
-        "In place of train_steps, how often every record is drawn: train_epochs x records / prompts_per_step steps, "
-        "rounded up; skipped prompts are replaced and do not change that",
-        above=0,
-        high=1e6,
-    )
-    prompts_per_step: int = _option(32, "Prompts per step over all ranks (P x data-parallel size)", low=1)
-    micro_batch_groups: int = _option(1, "Prompt groups per micro-batch; a group is never split", low=1)
-    max_tokens_per_microbatch: int | None = _option(
-        None,
-        "In place of micro_batch_groups: as many groups as have this many tokens together (each prompt once, and its "
-        "responses); a group of more is a micro-batch of its own, and counted",
-        low=1,
-    )
-    balance_replicas: bool = _option(
-        True, "Whole groups change data-parallel replicas after the rollout, until all have nearly the same FLOPs"
-    )
-    save_interval: int = _option(0, "Steps between checkpoints, and one after the last step; 0 = none", low=0)
-    keep_checkpoints: int = _option(2, "Newest checkpoints to keep; 0 = all", low=0)
-    eval_interval: int = _option(0, "Steps between evaluations; 0 = none; others not available yet", low=0)
-    rollout_log_interval: int = _option(
-        10,
-        "Steps between files of rollouts and key tokens in run_dir/rollouts, one per replica; 1 = all; 0 = none",
-        low=0,
-    )
-    log_interval: int = _option(1, "Steps between lines on the console", low=1)
-    peak_tflops: float | None = _option(
-        None,
-        "Dense peak of one device in TFLOP/s (H100 in bf16: 989), for the metric mfu; none = no metric",
-        above=0,
-    )
-    seed: int = _option(0, "Seed of data order, shuffled views and sampling", low=0)
-    platform: Literal["auto", "cpu", "cuda"] = _option("auto", "Devices to run on; auto takes CUDA where it is found")
-    distributed_timeout_minutes: int = _option(
-        60, "How long a rank waits for the others, also while one of them generates, before it gives up", low=1
-    )
-
-    def __post_init__(self) -> None:
-        """A length is always given: in steps, or in epochs, which ``config/run_length.py`` counts once records are
-        known."""
-        if self.train_steps is None and self.train_epochs is None:
-            object.__setattr__(self, "train_steps", DEFAULT_STEPS)
-
-    def prompts_per_replica(self, data_parallel_size: int) -> int:
-        """P: prompts of one data-parallel rank per step, a whole number of micro-batches."""
-        unit = data_parallel_size * self.micro_batch_groups
-        if self.prompts_per_step % unit:
-            raise UserError(
-                f"--prompts-per-step {self.prompts_per_step} must be a multiple of data-parallel size "
-                f"{data_parallel_size} x --micro-batch-groups {self.micro_batch_groups} = {unit}"
-            )
-        return self.prompts_per_step // data_parallel_size

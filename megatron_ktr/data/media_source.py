@@ -12,14 +12,14 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from megatron_ktr.data.video import FrameSampling
+from megatron_ktr.types import MediaKind
 
 if TYPE_CHECKING:
     from megatron_ktr.data.preprocess import PreprocessSettings
 
-MediaKind = Literal["image", "video"]
 PICTURE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"))
 """What is one picture. A GIF is one under ``image`` and an animation under ``video``."""
 _VIDEO_SUFFIXES = frozenset((".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv"))

@@ -48,7 +48,6 @@ def read_pictures(
         sampled_fps=selection.sampled_fps,
         native_fps=pictures_fps,
         total_frames=len(paths),
-        duration_seconds=len(paths) / pictures_fps,
         frame_indices=selection.indices,
         num_repeated=selection.num_repeated,
         backend="pillow",

@@ -34,7 +34,7 @@ from megatron_ktr.data.video import FrameSampling
 from megatron_ktr.errors import UserError
 from megatron_ktr.files.json_files import read_json_object
 from megatron_ktr.transfer import send
-from megatron_ktr.types import VisualInput
+from megatron_ktr.types import MediaKind, VisualInput
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

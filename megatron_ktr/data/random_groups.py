@@ -5,9 +5,9 @@ Nothing is read, sampled or rewarded; a step on them costs what a step on record
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -94,6 +94,8 @@ class FixedSource:
     num_skipped = 0
     counts: Mapping[str, int] = {}
     needs_weights = False
+    gather_weights_to: Literal["all", "source"] = "source"
+    needs_vision_weights = False
     lag = 0
     pending_step: int | None = None
 
@@ -106,6 +108,11 @@ class FixedSource:
 
     def finish(self) -> list[RolloutGroup]:
         return self.groups
+
+    def load_weights(self, named_tensors: Iterator[tuple[str, Tensor]]) -> None:
+        """Nothing samples from them."""
+        for _ in named_tensors:
+            pass
 
     def close(self) -> None:
         """Nothing to close."""

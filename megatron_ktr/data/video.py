@@ -100,7 +100,6 @@ class DecodedVideo:
     sampled_fps: float
     native_fps: float
     total_frames: int
-    duration_seconds: float
     frame_indices: tuple[int, ...]
     num_repeated: int
     backend: Literal["decord", "pyav", "pillow"]
@@ -195,7 +194,6 @@ def read_video(
         sampled_fps=selection.sampled_fps,
         native_fps=index.native_fps,
         total_frames=index.num_frames,
-        duration_seconds=index.num_frames / index.native_fps,
         frame_indices=selection.indices,
         num_repeated=selection.num_repeated,
         backend=used,

@@ -18,6 +18,7 @@ from typing import Any
 import numpy
 import torch
 
+from megatron_ktr.config.words import PLATFORM_NAMES
 from megatron_ktr.distributed.platform_cpu import CudaToCpu, redirect_cuda_to_cpu
 from megatron_ktr.errors import UserError
 
@@ -167,7 +168,7 @@ def start(name: str = "auto") -> Platform:
     name, for "cuda" without a GPU, and for a second platform in one process.
     """
     global _platform
-    if name not in ("auto", "cpu", "cuda"):
+    if name not in PLATFORM_NAMES:
         raise UserError(f"--platform must be auto, cpu or cuda, got {name!r}")
     if _platform is None:
         has_cuda = torch.cuda.is_available()

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_ktr.config.words import LossAggregation
 from megatron_ktr.sums import Metrics
 from megatron_ktr.types import PackedBatch, RolloutGroup, TokenScores, TokenStreams, View
-
-LossAggregation = Literal["sequence", "token"]
-LOSS_AGGREGATIONS: tuple[LossAggregation, ...] = ("sequence", "token")
 
 
 class Objective(ABC):

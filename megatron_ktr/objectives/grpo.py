@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_ktr.config.objective_registry import ObjectiveEntry, register
+from megatron_ktr.config.sections import ObjectiveSection
+from megatron_ktr.config.words import LOSS_AGGREGATIONS, LossAggregation
 from megatron_ktr.objectives.advantages import LengthBonus, group_advantages, response_rewards
 from megatron_ktr.objectives.base import (
-    LOSS_AGGREGATIONS,
-    LossAggregation,
     Objective,
     count_by_response,
     token_weights,
@@ -129,6 +130,21 @@ class GRPO(Objective):
         )
 
 
+def build_grpo(section: ObjectiveSection, *, length_bonus: LengthBonus | None) -> GRPO:
+    """GRPO with the settings of the objective section; other objectives build their ``base`` with it too."""
+    return GRPO(
+        kl_beta=section.kl_beta,
+        clip_low=section.clip_low,
+        clip_high=section.clip_high,
+        loss_aggregation=section.loss_aggregation,
+        length_bonus=length_bonus,
+        original_compat=section.original_compat,
+        importance=ImportanceCorrection(
+            level=section.importance_sampling, cap=section.importance_cap, mask=section.importance_mask or None
+        ),
+    )
+
+
 def _selection_metrics(is_key_token_R: Tensor, is_selected_R: Mapping[str, Tensor]) -> Metrics:
     """Shares of response tokens."""
     masks = {"key_token_ratio": is_key_token_R}
@@ -137,3 +153,13 @@ def _selection_metrics(is_key_token_R: Tensor, is_selected_R: Mapping[str, Tenso
     counts = torch.stack([mask_R.sum() for mask_R in masks.values()])
     metrics.add_later(list(masks), counts, count=is_key_token_R.numel())
     return metrics
+
+
+register(
+    ObjectiveEntry(
+        name=GRPO.name,
+        title="GRPO",
+        summary="the policy gradient of group-relative advantages, on every response token",
+        build=build_grpo,
+    )
+)

@@ -24,17 +24,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from megatron_ktr.config.words import IMPORTANCE_LEVELS, ImportanceLevel
 from megatron_ktr.errors import UserError
 from megatron_ktr.sums import Metrics
 from megatron_ktr.types import TokenScores, TokenStreams
 
-Level = Literal["none", "token", "sequence"]
-LEVELS: tuple[Level, ...] = ("none", "token", "sequence")
 MAX_LOG_RATIO = 20.0
 """Log ratios are cut to this before exp, 4.9e8: sums over long responses would overflow, and no cap is near it."""
 
@@ -43,14 +41,14 @@ MAX_LOG_RATIO = 20.0
 class ImportanceCorrection:
     """What is done about the mismatch; by default it is measured only."""
 
-    level: Level = "none"
+    level: ImportanceLevel = "none"
     cap: float = 2.0
     mask: tuple[float, float] | None = None
     """Lowest and highest exp(d_t) of tokens that carry the loss; None = any."""
 
     def __post_init__(self) -> None:
-        if self.level not in LEVELS:
-            raise ValueError(f"importance_sampling must be one of {LEVELS}, got {self.level!r}")
+        if self.level not in IMPORTANCE_LEVELS:
+            raise ValueError(f"importance_sampling must be one of {IMPORTANCE_LEVELS}, got {self.level!r}")
         if not self.cap > 0:
             raise ValueError(f"importance_cap must be above 0, got {self.cap}")
         if self.mask is not None and not (len(self.mask) == 2 and 0 <= self.mask[0] < self.mask[1]):

@@ -16,7 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_ktr.objectives.base import LossAggregation, Objective, token_weights
+from megatron_ktr.config.objective_registry import ObjectiveEntry, register
+from megatron_ktr.config.sections import ObjectiveSection
+from megatron_ktr.config.words import LossAggregation
+from megatron_ktr.objectives.advantages import LengthBonus
+from megatron_ktr.objectives.base import Objective, token_weights
 from megatron_ktr.sums import Metrics
 from megatron_ktr.transfer import send
 from megatron_ktr.types import PackedBatch, RolloutGroup, TokenScores, TokenStreams
@@ -58,3 +62,18 @@ class SupervisedFineTuning(Objective):
 
     def loss(self, statistics: Any, streams: TokenStreams, scores: TokenScores) -> tuple[Tensor, Metrics]:
         return -(streams.weight_R * statistics.logprob_R).sum(), Metrics()
+
+
+def _build(section: ObjectiveSection, *, length_bonus: LengthBonus | None) -> SupervisedFineTuning:
+    return SupervisedFineTuning(loss_aggregation=section.loss_aggregation)
+
+
+register(
+    ObjectiveEntry(
+        name=SupervisedFineTuning.name,
+        title="Supervised fine-tuning",
+        summary="the likelihood of the responses in `data_path`",
+        build=_build,
+        is_supervised=True,
+    )
+)

@@ -18,15 +18,18 @@ Deviations:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_ktr.config.objective_registry import ObjectiveEntry, register
+from megatron_ktr.config.sections import ObjectiveSection, RolloutSection
+from megatron_ktr.objectives.advantages import LengthBonus
 from megatron_ktr.objectives.base import Objective
-from megatron_ktr.objectives.grpo import GRPO
+from megatron_ktr.objectives.grpo import GRPO, build_grpo
 from megatron_ktr.sums import Metrics
 from megatron_ktr.transfer import send
 from megatron_ktr.types import PackedBatch, RolloutGroup, TokenScores, TokenStreams
@@ -106,3 +109,33 @@ def position_weights(divergence_R: Tensor, group_R: Tensor, *, num_groups: int, 
 
     least_R = extreme("amin")
     return 1 + (alpha - 1) * (divergence_R - least_R) / (extreme("amax") - least_R + SPREAD_FLOOR)
+
+
+def _build(section: ObjectiveSection, *, length_bonus: LengthBonus | None) -> TWGRPO:
+    return TWGRPO(
+        base=build_grpo(section, length_bonus=length_bonus),
+        alpha=section.tw_alpha,
+        has_weight_gradient=section.tw_weight_gradient,
+    )
+
+
+def _rules(section: ObjectiveSection, rollout: RolloutSection) -> Iterator[str]:
+    if section.loss_aggregation != "token":
+        yield "--objective tw_grpo averages over the tokens of the global batch: add --loss-aggregation token"
+    if section.tw_weight_gradient and section.updates_per_rollout > 1:
+        yield (
+            "--tw-weight-gradient needs --updates-per-rollout 1: later updates keep the weights of the first, which "
+            "have no gradient there"
+        )
+
+
+register(
+    ObjectiveEntry(
+        name=TWGRPO.name,
+        title="TW-GRPO",
+        summary="the loss of GRPO, weighted by how much the responses of a group differ at a token's position",
+        build=_build,
+        rules=(_rules,),
+        own_options=("tw_alpha", "tw_weight_gradient"),
+    )
+)

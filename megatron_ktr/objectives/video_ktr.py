@@ -22,7 +22,7 @@ whole list: docs/deviations.md):
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,17 +31,17 @@ from torch import Tensor
 
 from megatron_ktr.attribution.selection import check_ratio, select_key_tokens
 from megatron_ktr.attribution.signals import (
-    SHIFTS,
-    SIGNALS,
     VIEW_OF_SIGNAL,
-    Shift,
-    Signal,
     scored_as_zero,
     signal_applies,
     signal_scores,
 )
+from megatron_ktr.config.objective_registry import ObjectiveEntry, register
+from megatron_ktr.config.sections import ObjectiveSection, RolloutSection
+from megatron_ktr.config.words import SHIFTS, SIGNALS, Shift, Signal
+from megatron_ktr.objectives.advantages import LengthBonus
 from megatron_ktr.objectives.base import Objective, union_of
-from megatron_ktr.objectives.grpo import GRPO
+from megatron_ktr.objectives.grpo import GRPO, build_grpo
 from megatron_ktr.sums import Metrics
 from megatron_ktr.transfer import send
 from megatron_ktr.types import PackedBatch, RolloutGroup, TokenScores, TokenStreams, View
@@ -125,3 +125,37 @@ class VideoKTR(Objective):
 
     def loss(self, statistics: Any, streams: TokenStreams, scores: TokenScores) -> tuple[Tensor, Metrics]:
         return self.base.loss(statistics, streams, scores)
+
+
+def _build(section: ObjectiveSection, *, length_bonus: LengthBonus | None) -> VideoKTR:
+    return VideoKTR(
+        base=build_grpo(section, length_bonus=length_bonus),
+        signals=tuple(section.signals),
+        selection_ratio=section.ratio_of_signal,
+        shift=section.shift,
+        scores_dtype=torch.bfloat16 if section.scores_dtype == "bf16" else torch.float32,
+    )
+
+
+def _rules(section: ObjectiveSection, rollout: RolloutSection) -> Iterator[str]:
+    if not section.signals:
+        yield f"--signals must name at least one of {', '.join(SIGNALS)} for --objective video_ktr"
+    if len(section.selection_ratio) not in (1, len(section.signals)):
+        yield (
+            f"--selection-ratio needs 1 value or one per signal ({len(section.signals)}: "
+            f"{', '.join(section.signals)}), got {len(section.selection_ratio)}"
+        )
+    if section.scores_dtype != "fp32" and not section.original_compat:
+        yield f"--scores-dtype {section.scores_dtype} needs --original-compat: it is there to reproduce the release"
+
+
+register(
+    ObjectiveEntry(
+        name=VideoKTR.name,
+        title="Video-KTR",
+        summary="the loss of GRPO on key tokens only, which entropy, sight of the video and order of its frames select",
+        build=_build,
+        rules=(_rules,),
+        own_options=("scores_dtype",),
+    )
+)

@@ -15,19 +15,18 @@ ranks that hold all keys (``prefix_attention_plan.py`` describes both).
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from megatron_ktr.config.words import PREFIX_IMPLS, PrefixImpl
 from megatron_ktr.ops.key_exchange import KeyExchange
 from megatron_ktr.ops.prefix_attention_kernels import can_flash_varlen
 from megatron_ktr.ops.prefix_attention_merged import can_merge, merged_attention
 from megatron_ktr.ops.prefix_attention_plan import AttentionPlan
 from megatron_ktr.ops.prefix_attention_varlen import varlen_attention
-
-PrefixImpl = Literal["auto", "torch", "merged", "varlen"]
 
 
 def prefix_attention(
@@ -104,8 +103,8 @@ def choose_impl(q_TNH: Tensor, impl: PrefixImpl = "auto", *, shares_keys: bool =
 
     With ``shares_keys`` (context parallelism) merged instead of varlen: it keeps no copy of other ranks' keys.
     """
-    if impl not in get_args(PrefixImpl):
-        raise ValueError(f"prefix_attention: impl must be one of {get_args(PrefixImpl)}, got {impl!r}")
+    if impl not in PREFIX_IMPLS:
+        raise ValueError(f"prefix_attention: impl must be one of {PREFIX_IMPLS}, got {impl!r}")
     if impl == "auto":
         if not q_TNH.is_cuda:
             return "merged"

@@ -45,12 +45,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_ktr.config.words import TOKEN_STATISTICS_IMPLS, TokenStatisticsImpl
 from megatron_ktr.ops.main_grad import gradient_in_main_grad, has_precise_main_grad, main_gradient
 from megatron_ktr.ops.token_statistics_interface import (
     NUM_STATISTICS,
     GradientSums,
     HeadOptions,
-    Impl,
     Implementation,
     LogitGradient,
     ShardPlan,
@@ -58,7 +58,6 @@ from megatron_ktr.ops.token_statistics_interface import (
 )
 
 DEFAULT_HEAD = HeadOptions()
-IMPLS: tuple[Impl, ...] = ("auto", "triton", "chunked", "naive")
 
 
 @dataclass(frozen=True)
@@ -125,10 +124,12 @@ def linear_token_statistics(
     return TokenStatistics(*_TokenStatistics.apply(hidden_RD, weight_VD, target_R, call))
 
 
-def find_implementation(impl: Impl, *, like: Tensor) -> Implementation:
+def find_implementation(impl: TokenStatisticsImpl, *, like: Tensor) -> Implementation:
     """The implementation of that name; ``auto`` chooses by the tensor's device."""
-    if impl not in IMPLS:
-        raise ValueError(f"linear_token_statistics: expected impl to be one of {', '.join(IMPLS)}, got {impl!r}")
+    if impl not in TOKEN_STATISTICS_IMPLS:
+        raise ValueError(
+            f"linear_token_statistics: expected impl to be one of {', '.join(TOKEN_STATISTICS_IMPLS)}, got {impl!r}"
+        )
     if impl == "auto":
         can_fuse = like.is_cuda and like.dtype != torch.float64 and importlib.util.find_spec("triton") is not None
         impl = "triton" if can_fuse else "chunked"
@@ -245,17 +246,17 @@ def join_shards(statistics_NR: Tensor, group: dist.ProcessGroup | None) -> Tenso
     gathered = statistics_NR.new_empty(num_shards * size, statistics_NR.shape[1])
     dist.all_gather_into_tensor(gathered, statistics_NR, group=group)
     # By shard, then intact (0) or counterfactual, then statistic.
-    shards_SKNR = gathered.view(num_shards, size // NUM_STATISTICS, NUM_STATISTICS, -1)
-    max_SKR, sum_SKR, third_SKR, target_logit_SKR = shards_SKNR.unbind(2)
-    max_KR = max_SKR.amax(dim=0)
-    step_SKR = max_SKR - max_KR
-    decay_SKR = step_SKR.exp()
-    intact_step_SKR = step_SKR[:, :1]
+    shards_XKNR = gathered.view(num_shards, size // NUM_STATISTICS, NUM_STATISTICS, -1)
+    max_XKR, sum_XKR, third_XKR, target_logit_XKR = shards_XKNR.unbind(2)
+    max_KR = max_XKR.amax(dim=0)
+    step_XKR = max_XKR - max_KR
+    decay_XKR = step_XKR.exp()
+    intact_step_XKR = step_XKR[:, :1]
     # x of the shard's own maximum becomes x of the common one: u grows by s step, w by s (step - step').
-    shift_SKR = torch.cat([intact_step_SKR, intact_step_SKR - step_SKR[:, 1:]], dim=1)
-    third_KR = (decay_SKR[:, :1] * (third_SKR + sum_SKR[:, :1] * shift_SKR)).sum(dim=0)
+    shift_XKR = torch.cat([intact_step_XKR, intact_step_XKR - step_XKR[:, 1:]], dim=1)
+    third_KR = (decay_XKR[:, :1] * (third_XKR + sum_XKR[:, :1] * shift_XKR)).sum(dim=0)
     # One shard holds the target, the others hold 0.
-    joined = (max_KR, (decay_SKR * sum_SKR).sum(dim=0), third_KR, target_logit_SKR.sum(dim=0))
+    joined = (max_KR, (decay_XKR * sum_XKR).sum(dim=0), third_KR, target_logit_XKR.sum(dim=0))
     return torch.stack(joined, dim=1).flatten(0, 1)
 
 

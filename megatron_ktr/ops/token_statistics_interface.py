@@ -21,13 +21,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-Impl = Literal["auto", "triton", "chunked", "naive"]
+from megatron_ktr.config.words import TokenStatisticsImpl
 
 NUM_STATISTICS = 4
 """Of the intact rows: m, s, u, t; and of each counterfactual: m', s', w, t'. N = 4 + 4 K numbers a row."""
@@ -50,7 +50,7 @@ class HeadOptions:
     accumulate_into_main_grad: bool = False
     """Backward adds to the weight's ``main_grad``, where it is fp32, sets ``grad_added_to_main_grad`` and leaves
     autograd a gradient that means nothing, of zeros for a tied embedding (``main_grad.py``)."""
-    impl: Impl = "auto"
+    impl: TokenStatisticsImpl = "auto"
     """``naive`` makes the shard's full logits; ``chunked`` is torch in tiles; ``triton`` fuses them. ``auto`` is
     ``triton`` where it runs, else ``chunked``."""
     row_chunk: int | None = None

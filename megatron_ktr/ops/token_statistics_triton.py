@@ -194,7 +194,7 @@ def reduce_logits(
     size = NUM_STATISTICS * (1 + has_counterfactual)
     split_columns = choose_split_columns(num_rows, plan.num_columns)
     num_splits = triton.cdiv(plan.num_columns, split_columns)
-    partial_SNR = hidden_RD.new_empty(num_splits, size, num_rows, dtype=torch.float32)
+    partial_XNR = hidden_RD.new_empty(num_splits, size, num_rows, dtype=torch.float32)
     statistics_NR = hidden_RD.new_empty(size, num_rows, dtype=torch.float32)
     _STATISTICS[_is_half(hidden_RD), has_counterfactual][
         lambda meta: (triton.cdiv(num_rows, meta["BLOCK_R"]) * num_splits,)
@@ -203,7 +203,7 @@ def reduce_logits(
         other_RD.contiguous() if other_RD is not None else hidden_RD,
         weight_VD,
         target_R,
-        partial_SNR,
+        partial_XNR,
         num_rows,
         plan.num_columns,
         plan.first_id,
@@ -216,7 +216,7 @@ def reduce_logits(
     )
     block_rows = 16
     kernels.join_kernel[(triton.cdiv(num_rows, block_rows),)](
-        partial_SNR,
+        partial_XNR,
         target_R,
         statistics_NR,
         num_rows,
@@ -230,25 +230,25 @@ def reduce_logits(
 
 
 def write_logit_gradient(
-    chunk_RC: Tensor, hidden_RD: Tensor, weight_CD: Tensor, gradient: LogitGradient, plan: ShardPlan, *, first_id: int
+    chunk_RX: Tensor, hidden_RD: Tensor, weight_XD: Tensor, gradient: LogitGradient, plan: ShardPlan, *, first_id: int
 ) -> None:
-    num_rows, num_columns = chunk_RC.shape
+    num_rows, num_columns = chunk_RX.shape
     _LOGIT_GRADIENT[_is_half(hidden_RD)][
         lambda meta: (triton.cdiv(num_rows, meta["BLOCK_R"]) * triton.cdiv(num_columns, meta["BLOCK_V"]),)
     ](
         hidden_RD,
-        weight_CD,
+        weight_XD,
         gradient.target.contiguous(),
         gradient.grad.contiguous(),
         gradient.maximum.contiguous(),
         gradient.offset.contiguous(),
         gradient.maximum if gradient.slope is None else gradient.slope.contiguous(),
-        chunk_RC,
+        chunk_RX,
         num_rows,
         num_columns,
         first_id,
         plan.scale,
-        chunk_RC.stride(0),
+        chunk_RX.stride(0),
         row_bucket(num_rows),
         D=hidden_RD.shape[1],
         HAS_SLOPE=gradient.slope is not None,
@@ -257,19 +257,19 @@ def write_logit_gradient(
 
 
 def add_product(
-    out_MD: Tensor, chunk_RC: Tensor, factor_ND: Tensor, *, num_rows: int, is_weight_grad: bool = False
+    out_MD: Tensor, chunk_RX: Tensor, factor_ND: Tensor, *, num_rows: int, is_weight_grad: bool = False
 ) -> None:
     """out += chunk @ factor (d hidden: factor is the weight), or chunk^T @ factor (d weight: it is the hidden)."""
     num_out, hidden_size = out_MD.shape
     _PRODUCT[_is_half(factor_ND), is_weight_grad][
         lambda meta: (triton.cdiv(num_out, meta["BLOCK_M"]) * triton.cdiv(hidden_size, meta["BLOCK_D"]),)
     ](
-        chunk_RC,
+        chunk_RX,
         factor_ND,
         out_MD,
         num_out,
         factor_ND.shape[0],
-        chunk_RC.stride(0),
+        chunk_RX.stride(0),
         row_bucket(num_rows),
         D=hidden_size,
         A_TRANSPOSED=is_weight_grad,

@@ -16,20 +16,21 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ktr.config import OPTIONS
+from megatron_ktr.config.objective_registry import available_objectives, objective_entry
+from megatron_ktr.config.words import SIGNALS
 from megatron_ktr.data.template import load_tokenizer
 from megatron_ktr.errors import UserError
 from megatron_ktr.files.atomic import write_atomically
 from megatron_ktr.report.curves import NUM_STYLES, Series, line_chart, stacked_chart
 from megatron_ktr.report.frames import FrameReader
 from megatron_ktr.report.markup import Html, element, format_number, join
-from megatron_ktr.report.rollouts import KNOWN_SIGNALS, Decode, group_section, legend, signal_styles
+from megatron_ktr.report.rollouts import Decode, group_section, legend, signal_styles
 from megatron_ktr.report.run_data import RecordedGroup, RunData, choose_groups, read_run
 from megatron_ktr.report.style import STYLE
 from megatron_ktr.report.summary import summary_section
 
 _log = logging.getLogger(__name__)
 
-OBJECTIVE_TITLES = {"sft": "Supervised fine-tuning", "video_ktr": "Video-KTR", "grpo": "GRPO"}
 _LINE_CHARTS = (
     ("Reward", ("reward_mean", "reward/"), "mean over responses"),
     ("Loss", ("loss",), ""),
@@ -56,7 +57,6 @@ class StageReport:
     title: str
     run_dir: str
     num_steps: int
-    num_charts: int
     num_groups: int
     num_responses: int
     num_frames: int
@@ -183,7 +183,6 @@ def _stage(
         title=title,
         run_dir=str(run.path),
         num_steps=len(run.steps),
-        num_charts=len(charts),
         num_groups=len(groups),
         num_responses=len(responses),
         num_frames=num_frames,
@@ -242,7 +241,7 @@ def _series(name: str, run: RunData, index: int) -> Series:
     dash = index % NUM_STYLES
     style = (index + 1) % NUM_STYLES
     if name.startswith("key_token_ratio"):  # signals look as in the responses
-        style = dash = KNOWN_SIGNALS.index(label) if label in KNOWN_SIGNALS else 3 + index % 3
+        style = dash = SIGNALS.index(label) if label in SIGNALS else 3 + index % 3
     return Series(label.replace("_", " "), run.metrics[name], style, dash)
 
 
@@ -294,8 +293,9 @@ def _option_text(value: Any) -> str:
 
 
 def _default_title(run: RunData) -> str:
+    """The title of the run's objective; the folder's name where this version does not know the objective."""
     objective = run.option("objective", "objective")
-    return OBJECTIVE_TITLES.get(str(objective), run.path.name) if objective else run.path.name
+    return objective_entry(objective).title if objective in available_objectives() else run.path.name
 
 
 def _decoder(run: RunData, *, model: Path | str | None) -> Decode | None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_ktr.config.words import SIGNALS
 from megatron_ktr.report.console import token_texts
 from megatron_ktr.report.frames import Strip
 from megatron_ktr.report.markup import Html, element, escape, format_number
@@ -18,7 +19,6 @@ from megatron_ktr.report.run_data import RecordedGroup, RecordedResponse
 from megatron_ktr.rewards.choices import labelled_options, named_labels
 from megatron_ktr.rewards.truth import Truth
 
-KNOWN_SIGNALS = ("entropy", "visual", "temporal")
 SIGNAL_MEANINGS = {
     "entropy": "where the model was least sure what to write",
     "visual": "whose probability depends most on seeing the video (compared with the video hidden)",
@@ -45,15 +45,15 @@ def signal_styles(names: Sequence[str]) -> dict[str, SignalStyle]:
     >>> [style.letter for style in signal_styles(["visual", "value", "entropy"]).values()]
     ['E', 'Vi', 'Va']
     """
-    ordered = [name for name in KNOWN_SIGNALS if name in names]
-    ordered += sorted(name for name in names if name not in KNOWN_SIGNALS)
+    ordered = [name for name in SIGNALS if name in names]
+    ordered += sorted(name for name in names if name not in SIGNALS)
     styles: dict[str, SignalStyle] = {}
-    extra = len(KNOWN_SIGNALS)
+    extra = len(SIGNALS)
     for name in ordered:
         others = [other for other in ordered if other != name]
         length = next((n for n in range(1, len(name)) if all(o[:n] != name[:n] for o in others)), len(name))
-        style = KNOWN_SIGNALS.index(name) if name in KNOWN_SIGNALS else min(extra, 5)
-        extra += name not in KNOWN_SIGNALS
+        style = SIGNALS.index(name) if name in SIGNALS else min(extra, 5)
+        extra += name not in SIGNALS
         styles[name] = SignalStyle(name, name[:length].capitalize(), style)
     return styles
 

@@ -22,8 +22,6 @@ class RolloutEngine(ABC):
     """
 
     is_collective = False
-    can_overlap = False
-    """Whether ``stream`` may run in a thread while the ranks train (``rollout.lag`` 1)."""
     runs_vision_encoder = True
     """False: the prompts' media come with features, and ``load_weights`` without the vision encoder's tensors."""
 

@@ -58,13 +58,13 @@ def build_local_source(
     )
     if questions.engine is not None:
         return ReplaySource(dataset, engine=questions.engine)
-    return SupervisedSource(dataset) if config.objective.objective == "sft" else DatasetSource(dataset)
+    return SupervisedSource(dataset) if config.objective.is_supervised else DatasetSource(dataset)
 
 
 def build_sampler(config: Config, *, groups: ParallelGroups, tokenizer: Tokenizer, media: MediaSpec) -> Sampler | None:
     """The engine ``rollout.engine`` names, with the run's sampling settings and rewards; None on ranks without one."""
     rollout = config.rollout
-    if config.objective.objective == "sft" or rollout.engine == "replay":
+    if config.objective.is_supervised or rollout.engine == "replay":
         return None
     sampling = SamplingSettings(
         num_generations=rollout.num_generations,

@@ -30,8 +30,6 @@ from megatron_ktr.types import Prompt, Rollout, RolloutGroup
 class HFEngine(RolloutEngine):
     """Generation by the HF model in ``model_dir`` (config and initial weights), of which it keeps a copy of its own."""
 
-    can_overlap = True
-
     def __init__(
         self,
         model_dir: Path | str,

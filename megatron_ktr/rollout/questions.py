@@ -42,7 +42,7 @@ def read_questions(config: Config, *, tokenizer: Tokenizer, vocab_size: int, is_
         UserError: more than ``max_skip_share`` of them cannot, or the file as a whole.
     """
     data = config.data
-    is_supervised = config.objective.objective == "sft"
+    is_supervised = config.objective.is_supervised
     if is_supervised and tokenizer.eos_token is None:
         raise UserError("model: the tokenizer has no end token, which given responses need (eos_token)")
     engine = None
@@ -78,7 +78,7 @@ def prompt_loader(config: Config, *, tokenizer: Tokenizer) -> PromptLoader:
     cannot be used are replaced by ``substitute_video`` and ``substitute_image``, where these are given.
     """
     data = config.data
-    is_replay = config.objective.objective != "sft" and config.rollout.engine == "replay"
+    is_replay = not config.objective.is_supervised and config.rollout.engine == "replay"
     file = config.rollout.replay_path if is_replay else data.data_path
     assert file is not None, "the configuration's checks ask for it"
     return PromptLoader.from_model(

@@ -18,9 +18,10 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_ktr.config.words import PrefixImpl
 from megatron_ktr.ops.context_shard import ContextShard
 from megatron_ktr.ops.key_exchange import KeyExchange
-from megatron_ktr.ops.prefix_attention import PrefixImpl, prefix_attention
+from megatron_ktr.ops.prefix_attention import prefix_attention
 from megatron_ktr.ops.prefix_attention_plan import AttentionPlan
 from megatron_ktr.transfer import send
 from megatron_ktr.types import PackedLayout

@@ -42,6 +42,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 from torch.nn.functional import pad
 
+from megatron_ktr.config.words import TRANSFORMER_IMPLS, AttentionImpl, TransformerImpl
 from megatron_ktr.distributed.platform import current
 from megatron_ktr.errors import UserError
 from megatron_ktr.ops.prefix_attention import attend_nothing
@@ -53,9 +54,6 @@ from models.qwen2_5_vl.norm import RMSNorm
 from models.qwen2_5_vl.products import ColumnLinear, RowLinear, lowerable, product_dtype
 from models.qwen2_5_vl.residual import RESIDUAL_ADDITION
 
-TransformerImpl = Literal["auto", "te", "local"]
-AttentionImpl = Literal["auto", "torch", "merged", "varlen", "te"]
-
 
 def resolve_transformer_impl(impl: TransformerImpl) -> Literal["local", "te"]:
     """ "auto" is "te" where Transformer Engine is installed and the platform can run it, otherwise "local".
@@ -63,7 +61,7 @@ def resolve_transformer_impl(impl: TransformerImpl) -> Literal["local", "te"]:
     Raises:
         UserError: an unknown name, or "te" where it cannot run.
     """
-    if impl not in ("auto", "te", "local"):
+    if impl not in TRANSFORMER_IMPLS:
         raise UserError(f"transformer_impl must be auto, te or local, got {impl!r} (--transformer-impl)")
     has_te = importlib.util.find_spec("transformer_engine") is not None
     can_run_te = has_te and current().name != "cpu"

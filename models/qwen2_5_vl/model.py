@@ -27,11 +27,12 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_ktr.config.words import TokenStatisticsImpl
 from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.distributed.platform import current
 from megatron_ktr.ops.context_shard import LocalRows
 from megatron_ktr.ops.group_divergence import group_divergence
-from megatron_ktr.ops.token_statistics import Impl, TokenStatistics
+from megatron_ktr.ops.token_statistics import TokenStatistics
 from megatron_ktr.ops.token_statistics_interface import HeadOptions
 from megatron_ktr.transfer import send
 from megatron_ktr.types import PackedBatch
@@ -66,7 +67,7 @@ class Qwen2_5_VLModel(MegatronModule):
         pre_process: bool = True,
         post_process: bool = True,
         vp_stage: int | None = None,
-        statistics_impl: Impl = "auto",
+        statistics_impl: TokenStatisticsImpl = "auto",
         context_group: torch.distributed.ProcessGroup | None = None,
         accumulate_into_main_grad: bool = False,
         whole_vision_group: torch.distributed.ProcessGroup | None = None,
@@ -87,7 +88,7 @@ class Qwen2_5_VLModel(MegatronModule):
         self.context = None
         if context_group is not None and context_group.size() > 1:
             self.context = ContextRanks(context_group, multiple=self.row_multiple)
-        self.statistics_impl: Impl = statistics_impl
+        self.statistics_impl: TokenStatisticsImpl = statistics_impl
         self.accumulate_into_main_grad = accumulate_into_main_grad
         self.share_embeddings_and_output_weights = model_config.tie_word_embeddings
         self.keeps_graph = False

@@ -15,13 +15,13 @@ Hugging Face models always receive explicit ``position_ids`` from here.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_ktr.errors import UserError
+from megatron_ktr.types import MEDIA_KINDS, MediaKind
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 
 
@@ -29,7 +29,7 @@ def mrope_positions(
     token_ids: Sequence[int] | Tensor,
     *,
     grid_thw: Sequence[Sequence[int]],
-    kinds: Sequence[Literal["image", "video"]],
+    kinds: Sequence[MediaKind],
     seconds_per_grid: Sequence[float],
     config: Qwen2_5_VLConfig,
 ) -> tuple[Tensor, int]:
@@ -92,7 +92,7 @@ def _medium_positions(
     """Positions [3, tokens] of one medium, counted from 0."""
     merge = config.vision.spatial_merge_size
     num_t, num_h, num_w = (int(size) for size in grid)
-    if kind not in ("image", "video"):
+    if kind not in MEDIA_KINDS:
         raise UserError(f"medium {index}: expected kind 'image' or 'video', got {kind!r}")
     if min(num_t, num_h, num_w) < 1 or num_h % merge or num_w % merge or (kind == "image" and num_t != 1):
         raise UserError(

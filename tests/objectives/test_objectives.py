@@ -280,7 +280,7 @@ def test_registry_builds_the_published_settings_by_default():
 
 
 def test_unknown_objective_and_bad_settings_are_user_errors():
-    with pytest.raises(UserError, match="unknown objective 'vidio_ktr'.*did you mean 'video_ktr'"):
+    with pytest.raises(UserError, match="unknown objective 'vidio_ktr'.*did you mean video_ktr"):
         build_objective(dataclasses.replace(ObjectiveSection(), objective="vidio_ktr"))
     with pytest.raises(UserError, match="signals"):
         build_objective(dataclasses.replace(ObjectiveSection(), signals=()))

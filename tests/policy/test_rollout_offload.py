@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from megatron_ktr.config import load_config
+from megatron_ktr.data.random_groups import FixedSource
 from megatron_ktr.distributed.groups import ParallelSizes
 from megatron_ktr.errors import UserError
 from megatron_ktr.policy.rollout_offload import optimizer_off_device, optimizer_tensors
@@ -32,7 +33,7 @@ from tests.run.test_online_training import metrics, settings
 from tests.support.device_border import DEVICE, device_border
 from tests.support.layouts import OVERLAPPED, SMALL, sizes_of
 from tests.support.ranks import RankContext, RankPool
-from tests.support.steps import FixedSource, example_groups, run_steps
+from tests.support.steps import example_groups, run_steps
 from tests.support.tiny import save_tiny_hf
 
 GROUPS = ("mixed", "text", "long video", "even")

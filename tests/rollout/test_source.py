@@ -234,8 +234,6 @@ def test_a_reader_that_fails_on_a_tensor_leaves_no_rank_waiting_and_its_counts_r
 class GatedEngine(FailingEngine):
     """Answers only when told to; says which step it answered, and how often it was asked."""
 
-    can_overlap = True
-
     def __init__(self) -> None:
         self.gate = threading.Event()
         self.calls = 0
@@ -296,8 +294,6 @@ def question_file(folder: Path) -> str:
 
 class EchoEngine(FailingEngine):
     """Repeats the question's last tokens, and the seeds its sampling would have."""
-
-    can_overlap = True
 
     def __init__(self) -> None:
         self.calls = 0

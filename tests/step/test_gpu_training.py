@@ -214,13 +214,14 @@ def test_a_checkpoint_brings_back_weights_moments_and_export(
 def build_trainer(context: RankContext, model: Path, values: dict[str, Any]) -> Any:
     from megatron_ktr.config.part_options import PolicyOptions, StepOptions
     from megatron_ktr.data.preprocess import PreprocessSettings
+    from megatron_ktr.data.random_groups import FixedSource
     from megatron_ktr.distributed.platform import current
     from megatron_ktr.objectives import build_objective
     from megatron_ktr.policy.policy import Policy
     from megatron_ktr.trainer import Trainer
     from models.qwen2_5_vl.config import Qwen2_5_VLConfig
     from models.qwen2_5_vl.media import media_spec
-    from tests.support.steps import FixedSource, example_groups, make_config
+    from tests.support.steps import example_groups, make_config
 
     parallel = context.init()
     groups = example_groups(*NAMES)
@@ -228,7 +229,7 @@ def build_trainer(context: RankContext, model: Path, values: dict[str, Any]) -> 
     config = make_config(model, {**adam, **values}, num_prompts=len(groups), sizes=parallel.sizes)
     policy = Policy(model, options=PolicyOptions.of(config), groups=parallel, platform=current(), num_steps=4)
     policy.add_reference()
-    source = FixedSource(groups, parallel)
+    source = FixedSource(groups[parallel.data_rank :: parallel.data_size])
     source.state_dict, source.load_state_dict = lambda: {"rank": 0, "size": 1}, lambda state: None
     return Trainer(
         options=StepOptions.of(config),

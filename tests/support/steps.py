@@ -20,6 +20,7 @@ from torch import Tensor
 from megatron_ktr.config import Config, config_from_values
 from megatron_ktr.config.part_options import PolicyOptions, StepOptions
 from megatron_ktr.data.preprocess import PreprocessSettings
+from megatron_ktr.data.random_groups import FixedSource
 from megatron_ktr.distributed.groups import ParallelGroups, ParallelSizes
 from megatron_ktr.objectives import build_objective
 from megatron_ktr.objectives.video_ktr import VideoKTR
@@ -80,25 +81,6 @@ def example_groups(*names: str, problem_suffix: str = "") -> list[RolloutGroup]:
         ]
         groups.append(RolloutGroup(Prompt(name + problem_suffix, tuple(tokens), media), tuple(rollouts)))
     return groups
-
-
-class FixedSource:
-    """The same groups in every step; replica r of n trains on every n-th, starting at r."""
-
-    num_skipped = 0
-    counts: Mapping[str, int] = {}
-    needs_weights = False
-    lag = 0
-    pending_step: int | None = None
-
-    def __init__(self, groups: Sequence[RolloutGroup], parallel: ParallelGroups) -> None:
-        self._groups = list(groups)[parallel.data_rank :: parallel.data_size]
-
-    def begin(self, num_prompts: int, *, step: int) -> None:
-        assert num_prompts == len(self._groups)
-
-    def finish(self) -> list[RolloutGroup]:
-        return self._groups
 
 
 @dataclass
@@ -269,7 +251,7 @@ def run_steps(
     trainer = Trainer(
         options=StepOptions.of(config),
         policy=policy,
-        source=FixedSource(rollout_groups, parallel),
+        source=FixedSource(rollout_groups[parallel.data_rank :: parallel.data_size]),
         objective=objective,
         media=media_spec(Qwen2_5_VLConfig.from_hf(hf_dir), patchify=PreprocessSettings().patchify),
     )

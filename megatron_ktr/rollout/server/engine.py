@@ -54,8 +54,6 @@ class ServerEngine(RolloutEngine):
         UserError: no server answers, or one is not set up for training.
     """
 
-    can_overlap = True
-
     def __init__(
         self,
         model_dir: Path | str,

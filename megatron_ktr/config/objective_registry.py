@@ -1,0 +1,98 @@
+"""Which objectives there are, and what the other wings must know of each without knowing it by name.
+
+An objective's file (``megatron_ktr/objectives/NAME.py``) calls ``register`` when it is imported; its name in
+``BUILT_IN`` is the only other line it needs. Names are known here without importing any objective, because the files
+import torch. A file is imported when somebody first asks about its objective: when a configuration is checked, when
+the objective is built, or when the reference page is written.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from megatron_ktr.config.cli import did_you_mean
+from megatron_ktr.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_ktr.config.sections import ObjectiveSection, RolloutSection
+
+BUILT_IN = ("video_ktr", "grpo", "tw_grpo", "sft")
+"""Each is a module of ``megatron_ktr.objectives`` that registers the objective of the same name."""
+NOT_AVAILABLE = ("t_grpo",)
+"""Names that related projects have led users to expect; they are refused with one sentence."""
+
+Rule = Callable[["ObjectiveSection", "RolloutSection"], Iterable[str]]
+"""Gives one sentence for each problem that the options have with the objective; no sentence where all is well."""
+
+
+@dataclass(frozen=True)
+class ObjectiveEntry:
+    """What an objective says about itself."""
+
+    name: str
+    """The value of ``--objective``."""
+    title: str
+    """What reports and tables call it."""
+    summary: str
+    """One sentence for the reference page: what the objective optimises."""
+    build: Callable[..., Any]
+    """``build(section, *, length_bonus)`` makes the ``Objective`` from the objective section; ``length_bonus`` is a
+    ``LengthBonus``, or None for no bonus. It may raise ``ValueError`` for a setting out of range."""
+    rules: tuple[Rule, ...] = ()
+    """Relations between options that hold for this objective alone."""
+    own_options: tuple[str, ...] = ()
+    """Options of the objective section that no other objective reads. Another objective refuses them when they differ
+    from their defaults. One that several objectives read is named by each of them."""
+    is_supervised: bool = False
+    """True where the responses are given in ``data_path``: then nothing is sampled and nothing is rewarded."""
+
+
+_entries: dict[str, ObjectiveEntry] = {}
+
+
+def register(entry: ObjectiveEntry) -> None:
+    """Makes an objective available by its name.
+
+    Raises:
+        ValueError: another objective has the name already.
+    """
+    if _entries.setdefault(entry.name, entry) != entry:
+        raise ValueError(f"two objectives are called {entry.name!r}")
+
+
+def available_objectives() -> tuple[str, ...]:
+    """The names that can be trained with; no objective is imported."""
+    return (*BUILT_IN, *(name for name in _entries if name not in BUILT_IN))
+
+
+def objective_choices() -> tuple[str, ...]:
+    """The values of ``--objective``, those that are refused as not available yet among them."""
+    return (*available_objectives(), *NOT_AVAILABLE)
+
+
+def objective_entry(name: str) -> ObjectiveEntry:
+    """What the objective called ``name`` says about itself; imports its file where that has not happened yet.
+
+    Raises:
+        UserError: there is no such objective, or not yet; the message has the nearest name.
+    """
+    if name in NOT_AVAILABLE:
+        raise UserError(f"--objective {name} is not available yet; available: {', '.join(available_objectives())}")
+    if name not in available_objectives():
+        raise UserError(
+            f"objective: unknown objective {name!r}, expected one of {', '.join(available_objectives())}"
+            f"{did_you_mean(name, available_objectives())}"
+        )
+    if name not in _entries:
+        importlib.import_module(f"megatron_ktr.objectives.{name}")
+    return _entries[name]
+
+
+def options_of_others(name: str) -> tuple[str, ...]:
+    """Options of the objective section that some other objective calls its own and the objective ``name`` does not."""
+    entries = [objective_entry(other) for other in available_objectives()]
+    own = set(objective_entry(name).own_options)
+    return tuple(dict.fromkeys(option for entry in entries for option in entry.own_options if option not in own))

@@ -1,0 +1,80 @@
+"""Options of the run itself: a section of ``sections.py``, which says what holds for all of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_ktr.config.cli import option as _option
+from megatron_ktr.config.words import PlatformName
+from megatron_ktr.errors import UserError
+
+DEFAULT_STEPS = 1000
+
+
+@dataclass(frozen=True)
+class TrainerSection:
+    """The run: where it is written, how long it is, how it starts."""
+
+    run_dir: str = _option("runs/train", "Directory of everything the run writes; must be empty unless --resume")
+    resume: bool = _option(False, "Continue from the newest intact checkpoint in run_dir, in any layout")
+    auto_resume: bool = _option(
+        False,
+        "Continue from the newest intact checkpoint in run_dir, or start anew where there is none: for schedulers, "
+        "which start the same command again",
+    )
+    train_steps: int | None = _option(
+        None, "Rollout steps of the whole run; none = what train_epochs comes to, without it 1000", low=1
+    )
+    train_epochs: float | None = _option(
+        None,
+        "In place of train_steps, how often every record is drawn: train_epochs x records / prompts_per_step steps, "
+        "rounded up; skipped prompts are replaced and do not change that",
+        above=0,
+        high=1e6,
+    )
+    prompts_per_step: int = _option(32, "Prompts per step over all ranks (P x data-parallel size)", low=1)
+    micro_batch_groups: int = _option(1, "Prompt groups per micro-batch; a group is never split", low=1)
+    max_tokens_per_microbatch: int | None = _option(
+        None,
+        "In place of micro_batch_groups: as many groups as have this many tokens together (each prompt once, and its "
+        "responses); a group of more is a micro-batch of its own, and counted",
+        low=1,
+    )
+    balance_replicas: bool = _option(
+        True, "Whole groups change data-parallel replicas after the rollout, until all have nearly the same FLOPs"
+    )
+    save_interval: int = _option(0, "Steps between checkpoints, and one after the last step; 0 = none", low=0)
+    keep_checkpoints: int = _option(2, "Newest checkpoints to keep; 0 = all", low=0)
+    eval_interval: int = _option(0, "Steps between evaluations; 0 = none; others not available yet", low=0)
+    rollout_log_interval: int = _option(
+        10,
+        "Steps between files of rollouts and key tokens in run_dir/rollouts, one per replica; 1 = all; 0 = none",
+        low=0,
+    )
+    log_interval: int = _option(1, "Steps between lines on the console", low=1)
+    peak_tflops: float | None = _option(
+        None,
+        "Dense peak of one device in TFLOP/s (H100 in bf16: 989), for the metric mfu; none = no metric",
+        above=0,
+    )
+    seed: int = _option(0, "Seed of data order, shuffled views and sampling", low=0)
+    platform: PlatformName = _option("auto", "Devices to run on; auto takes CUDA where it is found")
+    distributed_timeout_minutes: int = _option(
+        60, "How long a rank waits for the others, also while one of them generates, before it gives up", low=1
+    )
+
+    def __post_init__(self) -> None:
+        """A length is always given: in steps, or in epochs, which ``config/run_length.py`` counts once records are
+        known."""
+        if self.train_steps is None and self.train_epochs is None:
+            object.__setattr__(self, "train_steps", DEFAULT_STEPS)
+
+    def prompts_per_replica(self, data_parallel_size: int) -> int:
+        """P: prompts of one data-parallel rank per step, a whole number of micro-batches."""
+        unit = data_parallel_size * self.micro_batch_groups
+        if self.prompts_per_step % unit:
+            raise UserError(
+                f"--prompts-per-step {self.prompts_per_step} must be a multiple of data-parallel size "
+                f"{data_parallel_size} x --micro-batch-groups {self.micro_batch_groups} = {unit}"
+            )
+        return self.prompts_per_step // data_parallel_size

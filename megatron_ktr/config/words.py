@@ -1,0 +1,59 @@
+"""The values that options may have, each written down once. Importing this module imports neither torch nor a model.
+
+A ``Literal`` is the type of an option; the tuple beside it, where one is needed, has the same words in the same order.
+The names of objectives are not here: each objective registers its own (``objective_registry.py``).
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+# Model
+TransformerImpl = Literal["auto", "te", "local"]
+TRANSFORMER_IMPLS: tuple[TransformerImpl, ...] = get_args(TransformerImpl)
+PrefixImpl = Literal["auto", "torch", "merged", "varlen"]
+"""Shared-prefix attention as ``ops/prefix_attention.py`` computes it."""
+PREFIX_IMPLS: tuple[PrefixImpl, ...] = get_args(PrefixImpl)
+AttentionImpl = Literal["auto", "torch", "merged", "varlen", "te"]
+"""The same, or Transformer Engine's attention."""
+TokenStatisticsImpl = Literal["auto", "triton", "chunked", "naive"]
+TOKEN_STATISTICS_IMPLS: tuple[TokenStatisticsImpl, ...] = get_args(TokenStatisticsImpl)
+Precision = Literal["fp32", "bf16", "fp16"]
+Fp8Format = Literal["hybrid", "e4m3"]
+Fp8Recipe = Literal["tensorwise", "delayed", "blockwise", "mxfp8"]
+ModelPart = Literal["vision", "merger", "language"]
+"""What ``--freeze`` can keep from being trained."""
+MODEL_PARTS: tuple[ModelPart, ...] = get_args(ModelPart)
+LoraTarget = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
+LORA_TARGETS: tuple[LoraTarget, ...] = get_args(LoraTarget)
+LoraExport = Literal["merged", "adapter"]
+
+# Rollout and reward
+Engine = Literal["replay", "hf", "vllm_colocated", "vllm_server"]
+WeightTransfer = Literal["auto", "nccl", "directory"]
+AnswerProtocol = Literal["official", "strict", "standard", "lenient"]
+
+# Objective
+Signal = Literal["entropy", "visual", "temporal"]
+SIGNALS: tuple[Signal, ...] = get_args(Signal)
+Shift = Literal["signed", "absolute", "kl"]
+SHIFTS: tuple[Shift, ...] = get_args(Shift)
+ShuffleUnit = Literal["frame", "temporal_patch"]
+SHUFFLE_UNITS: tuple[ShuffleUnit, ...] = get_args(ShuffleUnit)
+ScoringPrecision = Literal["same", "bf16", "fp8"]
+ScoresDtype = Literal["fp32", "bf16"]
+ImportanceLevel = Literal["none", "token", "sequence"]
+IMPORTANCE_LEVELS: tuple[ImportanceLevel, ...] = get_args(ImportanceLevel)
+LossAggregation = Literal["sequence", "token"]
+LOSS_AGGREGATIONS: tuple[LossAggregation, ...] = get_args(LossAggregation)
+
+# Optimizer, layout and run
+OptimizerName = Literal["adam", "sgd"]
+DecayStyle = Literal["cosine", "linear", "constant"]
+RecomputeGranularity = Literal["full", "selective"]
+RecomputeModule = Literal["core_attn", "mlp", "layernorm"]
+RecomputeMethod = Literal["uniform", "block"]
+VisionParallel = Literal["tensor", "frame"]
+VISION_PARALLELS: tuple[VisionParallel, ...] = get_args(VisionParallel)
+PlatformName = Literal["auto", "cpu", "cuda"]
+PLATFORM_NAMES: tuple[PlatformName, ...] = get_args(PlatformName)
