@@ -97,7 +97,7 @@ class PromptLoader:
         max_prompt_length: int | None = None,
         tokenizer: Tokenizer | None = None,
         cache_bytes: int = 0,
-        substitutes: Mapping[str, str | None] | None = None,
+        substitutes: Mapping[MediaKind, str | None] | None = None,
         **preprocessing: float | None,
     ) -> PromptLoader:
         """Everything read from a Hugging Face directory; ``preprocessing`` are ``PreprocessSettings`` fields."""

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from megatron_ktr.config.sections import DataSection
 from megatron_ktr.data.frames import read_frames
-from megatron_ktr.data.media_source import NOTHING_ASKED, MediaKind, MediaRequest, media_name
+from megatron_ktr.data.media_source import NOTHING_ASKED, MediaRequest, media_name
 from megatron_ktr.data.smart_resize import most_tokens, smart_resize
 from megatron_ktr.data.unusable import UnusableMedia
 from megatron_ktr.data.video import FrameSampling

@@ -45,7 +45,7 @@ class LanguageModel(GPTModel):
         text = model_config.text
         super().__init__(
             config=config,
-            transformer_layer_spec=language_block_spec(
+            transformer_layer_spec=language_block_spec(  # pyright: ignore[reportArgumentType]  # core takes a block as well
                 config,
                 impl=transformer_impl,
                 attention_impl=attention_impl,
@@ -58,7 +58,7 @@ class LanguageModel(GPTModel):
             post_process=post_process,
             share_embeddings_and_output_weights=model_config.tie_word_embeddings,
             position_embedding_type="mrope",
-            rotary_base=text.rope_theta,
+            rotary_base=text.rope_theta,  # pyright: ignore[reportArgumentType]  # core declares int, computes in floats
             # Vision features are put between the word embeddings first; ``embed`` scatters afterwards.
             scatter_embedding_sequence_parallel=False,
             pg_collection=process_groups,

@@ -102,8 +102,10 @@ def add_adapters(chunks: Sequence[nn.Module], settings: LoraSettings, *, groups:
     for chunk in chunks:
         chunk.requires_grad_(False)
         # Recomputed layers, and stages without a layer, need a graph that begins before them.
-        chunk.keeps_graph = True
-        for layer in chunk.language.decoder.layers:
+        model = unwrap_model(chunk)
+        model.keeps_graph = True
+        layers: Any = model.language.decoder.layers
+        for layer in layers:
             for target in settings.targets:
                 place = f"language.decoder.layers.{layer.layer_number - 1}.{PLACES[target]}"
                 module = layer.get_submodule(PLACES[target])
@@ -177,7 +179,7 @@ class _Adapter(LinearBase):
             {name: axis},
             sharded_offsets,
             tp_group=self.adapter_group,
-            dp_cp_group=metadata["dp_cp_group"],
+            dp_cp_group=metadata["dp_cp_group"] if metadata is not None else None,
         )
         if self.is_gated:
             split = {key: apply_swiglu_sharded_factory(value, sharded_offsets) for key, value in split.items()}
