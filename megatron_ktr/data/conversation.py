@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_ktr.data.media_source import HONOURED, SYNONYMS, group_files, read_request
+from megatron_ktr.types import MediaKind
 
 ROLES = ("system", "user", "assistant")
 _SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -40,7 +41,7 @@ Message = Mapping[str, Any]
 class PlacedMedia:
     """One medium that a part of a message names."""
 
-    kind: str
+    kind: MediaKind
     written: str | tuple[str, ...]
     request: Mapping[str, Any]
 

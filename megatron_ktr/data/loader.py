@@ -64,7 +64,7 @@ class PromptLoader:
         sampling: FrameSampling,
         max_prompt_length: int | None = None,
         cache_bytes: int = 0,
-        substitutes: Mapping[str, str | None] | None = None,
+        substitutes: Mapping[MediaKind, str | None] | None = None,
     ) -> None:
         """``substitutes``: by kind, the file (as records write it) that is shown in place of media that cannot be used.
         The model then learns to answer about what it does not see: only to reproduce the authors' release.

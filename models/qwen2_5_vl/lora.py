@@ -170,6 +170,7 @@ class _Adapter(LinearBase):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
+        assert metadata is not None, "core hands it from layer to layer"
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         name, axis = ("lora_b", 0) if self.is_column_parallel else ("lora_a", 1)
         # The layer itself knows its weight's axes only and takes the rest for copies.
@@ -179,7 +180,7 @@ class _Adapter(LinearBase):
             {name: axis},
             sharded_offsets,
             tp_group=self.adapter_group,
-            dp_cp_group=metadata["dp_cp_group"] if metadata is not None else None,
+            dp_cp_group=metadata["dp_cp_group"],
         )
         if self.is_gated:
             split = {key: apply_swiglu_sharded_factory(value, sharded_offsets) for key, value in split.items()}
