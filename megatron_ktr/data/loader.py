@@ -80,7 +80,7 @@ class PromptLoader:
         self.max_prompt_length = max_prompt_length
         self.counts: Counter[str] = Counter()
         """decoder/<name>, decoder/pyav: <why not decord>, repeated_frames, substituted_media."""
-        self.substitutes = {
+        self.substitutes: dict[MediaKind, tuple[str, VisualInput]] = {
             kind: (written, self._load_substitute(kind, written))
             for kind, written in (substitutes or {}).items()
             if written

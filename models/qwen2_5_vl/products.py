@@ -64,6 +64,8 @@ else:
 class _Product(LinearBase):
     """Before one of megatron-core's own parallel linear layers in the order of bases."""
 
+    config: TransformerConfig
+
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.gradient_accumulation_fusion = fuses_weight_gradients(self.config)
@@ -94,6 +96,8 @@ def lowerable(layer_class: type) -> type:
 
 
 class _WholeLayer(LinearBase):
+    config: TransformerConfig
+
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         # Transformer Engine's name; its backward asks for the flag of the layer that ran forward.
