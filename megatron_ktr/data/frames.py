@@ -51,7 +51,6 @@ def read_frames(
         sampled_fps=0.0,
         native_fps=0.0,
         total_frames=1,
-        duration_seconds=0.0,
         frame_indices=(0,),
         num_repeated=0,
         backend="pillow",

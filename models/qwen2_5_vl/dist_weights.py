@@ -79,7 +79,8 @@ def _trim_vision_mlp(state: dict[str, Any], model: Qwen2_5_VLModel) -> None:
 
 def _layer_offset(value: ShardedTensor | ShardedTensorFactory) -> tuple[int, int]:
     """(index of the layer, number of layers) on the stacked axis."""
-    whole = value if isinstance(value, ShardedTensor) else value.build()[0]
+    built: Any = None if isinstance(value, ShardedTensor) else value.build()
+    whole = value if isinstance(value, ShardedTensor) else built[0]
     return whole.global_offset[0], whole.global_shape[0]
 
 

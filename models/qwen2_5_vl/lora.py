@@ -56,7 +56,7 @@ from models.qwen2_5_vl.conversion import (
     model_config,
     unwrap_model,
 )
-from models.qwen2_5_vl.products import LinearBase
+from models.qwen2_5_vl.products import LanguageConfig, LinearBase
 from models.qwen2_5_vl.weight_map import WeightSpec, weight_specs
 
 if TYPE_CHECKING:
@@ -120,6 +120,9 @@ def _with_adapter(layer_class: type) -> type:
 
 class _Adapter(LinearBase):
     """Before a column- or row-parallel linear layer (local or Transformer Engine's) in the order of its bases."""
+
+    config: LanguageConfig
+    weight: nn.Parameter
 
     def init_adapter(
         self, settings: LoraSettings, *, group: torch.distributed.ProcessGroup, target: str, place: str
