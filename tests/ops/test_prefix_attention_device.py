@@ -92,7 +92,7 @@ def kernel_by_definition(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, found: tuple, **options: object) -> tuple:
         out, lse, state = found
-        gradients = kernel_backward(*wide(grad, q, k, v), (*wide(out, lse), state), **options)
+        gradients = kernel_backward(*wide(grad, q, k, v, out, lse), state, **options)
         return tuple(x.to(q.dtype) for x in gradients)
 
     for module in (prefix_attention_merged, prefix_attention_varlen):
