@@ -28,7 +28,7 @@ PY_VLLM := $(VENV_VLLM)/bin/python
 PIP_FLAGS := --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm quickstart replay test test-fast test-core test-vllm test-3.12 test-both-stacks golden golden-check lint format docs clean distclean
+.PHONY: help setup setup-vllm quickstart replay test test-fast test-core test-vllm test-3.12 test-both-stacks golden golden-check lint types format docs clean distclean
 .PHONY: same-python same-python-vllm
 
 help: ## list the targets
@@ -105,6 +105,10 @@ golden-check: $(VENV)/.ready ## compare the golden losses with this code, to the
 lint: $(VENV)/.ready ## ruff: rules and format, without changing anything
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+
+# pyright runs on Node from a wheel; the variable keeps it from looking for a newer version of itself on the network.
+types: $(VENV)/.ready ## pyright
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(PY) -m pyright --pythonpath $(PY)
 
 format: $(VENV)/.ready ## ruff: fix what can be fixed, format
 	$(PY) -m ruff check --fix .

@@ -67,6 +67,7 @@ EXTRAS_REQUIRE = {
         "pytest-xdist>=3.5",
         "hypothesis>=6",
         "ruff==0.17.5",
+        "pyright[nodejs]==1.1.414",  # with Node from a wheel: nothing is fetched when it runs
         "rouge-score",
         "jiwer",
         f"triton>=3.7; {TRITON_HAS_WHEELS}",

@@ -11,6 +11,7 @@ exit code   what ended the command
 
 from __future__ import annotations
 
+import io
 import os
 import select
 import sys
@@ -52,7 +53,8 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         # A terminal that does not know a character shows its number; a path may hold bytes that are no text.
         with suppress(AttributeError, ValueError):
-            stream.reconfigure(errors="backslashreplace")
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
     try:
         code = main()
         if sys.stdout is not None:

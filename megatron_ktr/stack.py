@@ -104,7 +104,7 @@ def mlp_submodule(column_linear: Any, row_linear: Any) -> Any:
 
     submodules = MLPSubmodules(linear_fc1=column_linear, linear_fc2=row_linear)
     if has_core_0_19():
-        return partial(MLP.as_mlp_submodule, submodules=submodules)
+        return partial(getattr(MLP, "as_mlp_submodule"), submodules=submodules)  # noqa: B009  # 0.16 has none
     return ModuleSpec(module=MLP, submodules=submodules)
 
 
@@ -124,7 +124,8 @@ def load_strategy(checkpoint: str) -> Any:
     if has_core_0_19():
         from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 
-        return TorchDistLoadShardedStrategy(stream_ckpt_dequant=False, checkpoint_name=checkpoint)
+        strategy: Any = TorchDistLoadShardedStrategy  # 0.16 has neither argument
+        return strategy(stream_ckpt_dequant=False, checkpoint_name=checkpoint)
     from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
 
     return get_default_load_sharded_strategy(checkpoint)

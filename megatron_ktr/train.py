@@ -12,14 +12,14 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from megatron_ktr.config import Config, load_config
 from megatron_ktr.config.part_options import CheckpointOptions, PolicyOptions, StepOptions
-from megatron_ktr.config.run_length import length_line, with_steps
+from megatron_ktr.config.run_length import length_line, num_steps_of, with_steps
 from megatron_ktr.data.preprocess import PreprocessSettings
 from megatron_ktr.data.source import DatasetSource
 from megatron_ktr.data.template import check_vocabulary, load_tokenizer
+from megatron_ktr.data.tokenizer import Tokenizer
 from megatron_ktr.distributed import platform as platforms
 from megatron_ktr.distributed.agreement import on_every_rank
 from megatron_ktr.distributed.collectives import broadcast_object
@@ -83,7 +83,7 @@ def _train(config: Config, *, platform: Platform, leave: LeaveRequest) -> bool:
         lambda: build_local_source(config, groups=groups, tokenizer=tokenizer, vocab_size=vocab_size), groups=groups
     )
     given, config = config, _with_steps(config, local_source, groups)
-    start = _open_run_directory(given, groups, num_steps=config.trainer.train_steps)
+    start = _open_run_directory(given, groups, num_steps=num_steps_of(config.trainer))
     trainer = build_trainer(
         config, groups=groups, platform=platform, objective=objective, tokenizer=tokenizer, local_source=local_source
     )
@@ -116,7 +116,7 @@ def build_trainer(
     groups: ParallelGroups,
     platform: Platform,
     objective: Objective,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     local_source: DatasetSource | None,
 ) -> Trainer:
     """Policy, sampler and its check, put together around the source; an error on one rank is raised on all."""
@@ -125,7 +125,7 @@ def build_trainer(
     sampler = on_every_rank(
         lambda: build_sampler(config, groups=groups, tokenizer=tokenizer, media=media), groups=groups
     )
-    num_updates = config.trainer.train_steps * config.objective.updates_per_rollout
+    num_updates = num_steps_of(config.trainer) * config.objective.updates_per_rollout
     policy = Policy(
         config.model.model, options=PolicyOptions.of(config), groups=groups, platform=platform, num_steps=num_updates
     )
@@ -147,19 +147,20 @@ def build_trainer(
 
 
 def _run_steps(
-    trainer: Trainer, *, start: RunStart, checkpointing: CheckpointOptions, tokenizer: Any, leave: LeaveRequest
+    trainer: Trainer, *, start: RunStart, checkpointing: CheckpointOptions, tokenizer: Tokenizer, leave: LeaveRequest
 ) -> bool:
     """From the checkpoint the run starts at, if any, to the last step, with everything that is written on the way.
 
     False: asked to leave before the last step; what was done is saved.
     """
     options, groups, run_dir = trainer.options.trainer, trainer.policy.groups, start.run_dir
+    num_steps = num_steps_of(options)
     checkpoints = Checkpoints(run_dir, policy=trainer.policy, source=trainer.source, options=checkpointing)
     if start.checkpoint is not None:
         checkpoints.load(start.checkpoint)
     writer = MetricsWriter(run_dir if groups.rank == 0 else None, first_step=start.step + 1)
     asked_by = None
-    for step in range(start.step + 1, options.train_steps + 1):
+    for step in range(start.step + 1, num_steps + 1):
         if asked_by := leave.agreed(groups.world):
             _leave(checkpoints, step=step - 1, is_new=step - 1 > start.step, asked_by=asked_by)
             break
@@ -167,11 +168,11 @@ def _run_steps(
         writer.write(step, report.values)
         if groups.rank == 0 and (line := check_line(report.values)):
             print(line, flush=True)
-        is_last = step == options.train_steps
+        is_last = step == num_steps
         if is_last:
             _ = report.selections  # rank 0 shows one: every rank takes part in gathering them
         if groups.rank == 0 and (step % options.log_interval == 0 or is_last):
-            _show(report, num_steps=options.train_steps, decode=tokenizer.decode)
+            _show(report, num_steps=num_steps, decode=tokenizer.decode)
         if _is_due(step, options.rollout_log_interval):
             _log_rollouts(report, run_dir=run_dir, groups=groups)
         checkpoints.after_step(step)

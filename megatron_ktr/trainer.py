@@ -27,6 +27,7 @@ from megatron_ktr.accounting.rates import step_rates
 from megatron_ktr.batch.micro_batch import Denominators, MicroBatch, UpdateResult
 from megatron_ktr.batch.packing import MediaSpec
 from megatron_ktr.config.part_options import StepOptions
+from megatron_ktr.config.run_length import num_steps_of
 from megatron_ktr.objectives.base import Objective
 from megatron_ktr.policy.finite import require_finite_samples
 from megatron_ktr.policy.policy import Policy
@@ -115,7 +116,7 @@ class Trainer:
             with self.timer.phase("rollout"):
                 groups = self.source.finish()
         require_finite_samples(groups, step=step, global_count=self.policy.global_count)
-        if self.source.lag and step < self.options.trainer.train_steps:
+        if self.source.lag and step < num_steps_of(self.options.trainer):
             self._begin_rollouts(step + 1)
         return groups
 

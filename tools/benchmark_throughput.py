@@ -44,6 +44,7 @@ logging.getLogger("megatron").setLevel(logging.ERROR)
 from megatron_ktr.config import Config, load_config  # noqa: E402
 from megatron_ktr.config.command_line import Parser, whole  # noqa: E402
 from megatron_ktr.config.part_options import PolicyOptions, StepOptions  # noqa: E402
+from megatron_ktr.config.run_length import num_steps_of  # noqa: E402
 from megatron_ktr.data.preprocess import PreprocessSettings  # noqa: E402
 from megatron_ktr.data.random_groups import FixedSource, SyntheticSizes, TokenIds, synthetic_group  # noqa: E402
 from megatron_ktr.distributed import platform as platforms  # noqa: E402
@@ -227,7 +228,11 @@ def _build_trainer(config: Config, *, groups: ParallelGroups, platform: Platform
     hf_dir = Path(config.model.model)
     objective = build_objective(config.objective, reward=config.reward)
     policy = (Policy if has_weights else RandomPolicy)(
-        hf_dir, options=PolicyOptions.of(config), groups=groups, platform=platform, num_steps=config.trainer.train_steps
+        hf_dir,
+        options=PolicyOptions.of(config),
+        groups=groups,
+        platform=platform,
+        num_steps=num_steps_of(config.trainer),
     )
     if objective.needs_reference:
         policy.add_reference()

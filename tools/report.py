@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron_ktr.config.command_line import Parser, whole  # noqa: E402
 from megatron_ktr.errors import UserError, run_cli  # noqa: E402
 from megatron_ktr.files.json_files import read_json_object  # noqa: E402
-from megatron_ktr.report.html import write_report  # noqa: E402
+from megatron_ktr.report.html import Most, write_report  # noqa: E402
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -65,8 +65,7 @@ def main() -> int:
         summary=read_summary(options.summary, options.run_dir),
         media_root=options.media_root,
         model=options.model,
-        max_groups=options.max_groups,
-        max_frames=options.max_frames,
+        most=Most(groups=options.max_groups, frames=options.max_frames),
     )
     if options.json:
         print(json.dumps(dataclasses.asdict(written)))

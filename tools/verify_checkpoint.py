@@ -78,6 +78,7 @@ from megatron_ktr.files.checksums import require_intact  # noqa: E402
 from megatron_ktr.files.intact_checkpoint import require_intact_checkpoint  # noqa: E402
 from megatron_ktr.files.json_files import read_json_object  # noqa: E402
 from megatron_ktr.files.torch_dist_files import TorchDistReader  # noqa: E402
+from megatron_ktr.ops.main_grad import main_gradient  # noqa: E402
 from megatron_ktr.policy.policy import Policy  # noqa: E402
 from megatron_ktr.run.preflight import parallel_sizes  # noqa: E402
 from megatron_ktr.types import PackedBatch, RolloutGroup, VisualInput  # noqa: E402
@@ -276,9 +277,7 @@ def _compare(
     if options.megatron is not None:
         _replace_weights(policy, options.megatron)
     ours_R = _forward_backward(policy, group, batch)
-    gradients = export_hf_tensors(
-        policy.bare_chunks, groups=groups, tensor_of=lambda parameter: parameter.main_grad, gather_to="source"
-    )
+    gradients = export_hf_tensors(policy.bare_chunks, groups=groups, tensor_of=main_gradient, gather_to="source")
     if groups.rank != 0:
         for _ in gradients:  # takes part in the gathering
             pass

@@ -35,7 +35,7 @@ from benchmarks.gpu_suite.common import (
 )
 from megatron_ktr.accounting.flops import count_step
 from megatron_ktr.accounting.layout import Layout
-from megatron_ktr.accounting.memory import estimate_memory
+from megatron_ktr.accounting.memory import BytesBeside, estimate_memory
 from megatron_ktr.accounting.saved import TORCH_GPU
 from megatron_ktr.accounting.work import GroupWork, StepSettings
 from megatron_ktr.batch.micro_batch import Denominators, MicroBatch
@@ -121,7 +121,7 @@ def layers_that_fit(part: Part, size: str, *, frames: int, has_optimizer: bool, 
             num_micro_batches=1,
             settings=StepSettings(recompute=recompute, recompute_vision=True, has_reference=has_optimizer),
             kernels=TORCH_GPU,
-            reserved_bytes=RESERVED_BYTES if not part.is_tiny else 0.0,
+            beside=BytesBeside(reserved=RESERVED_BYTES if not part.is_tiny else 0.0),
         )
         # Without an optimizer's moments: of its 12 bytes a parameter 4, the fp32 copy.
         unused = 0.0 if has_optimizer else memory.optimizer * 8 / 12

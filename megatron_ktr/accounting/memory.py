@@ -69,6 +69,20 @@ class Memory:
         return self.activations + self.vision + self.head + self.working
 
 
+@dataclass(frozen=True)
+class BytesBeside:
+    """What lies on the device beside the model's training."""
+
+    vision_cache: float = 1e9
+    """Bound of the features kept for the step's other passes (``--vision-cache-gb``)."""
+    engine: float = 0.0
+    """Of a rollout engine on the same device."""
+    reserved: float = 0.0
+
+
+NOTHING_BESIDE = BytesBeside()
+
+
 def estimate_memory(
     config: Qwen2_5_VLConfig,
     groups: Sequence[GroupWork],
@@ -78,12 +92,9 @@ def estimate_memory(
     num_micro_batches: int,
     settings: StepSettings = EACH_ONCE,
     kernels: Kernels = FUSED,
-    vision_cache_bytes: float = 1e9,
-    engine_bytes: float = 0.0,
-    reserved_bytes: float = 0.0,
+    beside: BytesBeside = NOTHING_BESIDE,
 ) -> Memory:
-    """Peak of pipeline rank ``rank``. ``groups`` are one micro-batch, the largest; ``vision_cache_bytes`` bounds the
-    features kept for the step's other passes (``--vision-cache-gb``)."""
+    """Peak of pipeline rank ``rank``. ``groups`` are one micro-batch, the largest."""
     parameters = count_parameters(config, layout, rank=rank)
     chunks = [
         _chunk_bytes(config, groups, layout, rank=rank, chunk=chunk, settings=settings, kernels=kernels)
@@ -109,7 +120,7 @@ def estimate_memory(
     always = 0.0
     if rank == 0:
         run = vision_pass(config, groups, layout, kernels, settings)
-        always = min(vision_cache_bytes, num_micro_batches * run.features)
+        always = min(beside.vision_cache, num_micro_batches * run.features)
         if settings.is_vision_kept_for_update:
             always += num_micro_batches * run.saved
     gathers = 0.0
@@ -125,8 +136,8 @@ def estimate_memory(
         head=head_bytes,
         working=working,
         saving=max(0.0, save.device - kept - always - working),
-        engine=engine_bytes,
-        reserved=reserved_bytes,
+        engine=beside.engine,
+        reserved=beside.reserved,
     )
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 from megatron_ktr.accounting.flops import Flops, count_step
 from megatron_ktr.accounting.layout import Layout, why_not
 from megatron_ktr.accounting.links import Machine
-from megatron_ktr.accounting.memory import Memory, estimate_memory
+from megatron_ktr.accounting.memory import BytesBeside, Memory, estimate_memory
 from megatron_ktr.accounting.rollout_memory import RolloutMemory, estimate_rollout_memory, hf_engine_bytes
 from megatron_ktr.accounting.save_memory import SaveMemory, estimate_save_memory
 from megatron_ktr.accounting.saved import FUSED, Kernels
@@ -44,7 +44,7 @@ class Request:
     settings: StepSettings = EACH_ONCE
     machine: Machine = Machine()
     kernels: Kernels = FUSED
-    vision_parallel: str = "tensor"
+    vision_parallel: Literal["tensor", "frame"] = "tensor"
     engine: Literal["vllm_colocated", "hf"] = "vllm_colocated"
     engine_gb: float = 2.0
     """A colocated vLLM keeps this while it sleeps."""
@@ -177,8 +177,7 @@ def memory_of(request: Request, layout: Layout) -> Memory:
             num_micro_batches=request.prompts_per_step // layout.data,
             settings=request.settings_for(layout),
             kernels=request.kernels,
-            engine_bytes=request.engine_bytes(layout, rank=rank)[0],
-            reserved_bytes=request.reserved_gb * GB,
+            beside=BytesBeside(engine=request.engine_bytes(layout, rank=rank)[0], reserved=request.reserved_gb * GB),
         )
         for rank in {0, layout.pipeline - 1}
     ]

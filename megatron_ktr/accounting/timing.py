@@ -188,7 +188,7 @@ def _operations(flops: Flops, name: str, times: int, layout: Layout, number: int
 def _direction(
     messages: Sequence[Message], operations: float, layout: Layout, rank: int, machine: Machine
 ) -> _ChunkTime:
-    parts = dict.fromkeys(("tensor", "context", "pipeline"), 0.0)
+    parts: dict[str, float] = dict.fromkeys(("tensor", "context", "pipeline"), 0.0)
     for message in messages:
         parts[COUNTED_UNDER[message.group]] += seconds_of([message], layout, rank=rank, machine=machine)
     return _ChunkTime(compute=operations / (1e12 * machine.peak_tflops * machine.efficiency), **parts)

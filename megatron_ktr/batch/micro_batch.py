@@ -93,9 +93,10 @@ class MicroBatch:
 
     def _sampler_logprobs(self, device: torch.device) -> Tensor | None:
         recorded = [rollout.sampler_logprobs for group in self.groups for rollout in group.rollouts]
-        if any(logprobs is None for logprobs in recorded):
+        known = [logprobs for logprobs in recorded if logprobs is not None]
+        if len(known) < len(recorded):
             return None
-        return send(torch.tensor([value for logprobs in recorded for value in logprobs], dtype=torch.float32), device)
+        return send(torch.tensor([value for logprobs in known for value in logprobs], dtype=torch.float32), device)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,12 @@ NUMBERS_PER_ROW = {"tensorwise": 16, "delayed": 16, "blockwise": 16, "mxfp8": 32
 """Every size of a matrix on one rank is a multiple of this: each is the inner size of some product."""
 GATHERED_BLOCK = {"tensorwise": 1, "delayed": 1, "blockwise": 128, "mxfp8": 32}
 """Rows of a rank, and their numbers, are whole blocks of this side when quantised before they are gathered."""
-DEVICE_NEEDED = {"tensorwise": (8, 9), "delayed": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
+DEVICE_NEEDED: dict[Fp8Recipe, tuple[int, int]] = {
+    "tensorwise": (8, 9),
+    "delayed": (8, 9),
+    "blockwise": (9, 0),
+    "mxfp8": (10, 0),
+}
 """Least compute capability."""
 
 

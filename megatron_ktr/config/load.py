@@ -50,8 +50,14 @@ class Config:
         return not self.objective.is_supervised and self.rollout.engine != "replay"
 
 
+def section_class(section: dataclasses.Field[Any]) -> type:
+    """The class of one of ``Config``'s fields."""
+    assert isinstance(section.default_factory, type), "every field of Config makes a section"
+    return section.default_factory
+
+
 OPTIONS = options_of(Config)
-SECTION_DOCS = {section.name: section.default_factory.__doc__ for section in dataclasses.fields(Config)}
+SECTION_DOCS = {section.name: section_class(section).__doc__ or "" for section in dataclasses.fields(Config)}
 
 
 def config_from_values(values: Mapping[str, Any]) -> Config:
@@ -59,7 +65,7 @@ def config_from_values(values: Mapping[str, Any]) -> Config:
     sections = {}
     for section in dataclasses.fields(Config):
         own = {name: value for name, value in values.items() if OPTIONS[name].section == section.name}
-        sections[section.name] = section.default_factory(**own)
+        sections[section.name] = section_class(section)(**own)
     return Config(**sections)
 
 

@@ -21,6 +21,7 @@ from fractions import Fraction
 
 from megatron_ktr.config import Config
 from megatron_ktr.config.checks import check
+from megatron_ktr.config.sections import TrainerSection
 
 
 def steps_of_epochs(epochs: float, *, num_records: int, prompts_per_step: int) -> int:
@@ -53,3 +54,9 @@ def length_line(config: Config, *, num_records: int) -> str:
     surplus = math.floor(steps * prompts - Fraction(repr(float(epochs))) * num_records)
     rounded = f", rounded up: {surplus} of the last step's prompts are from beyond" if surplus else ""
     return f"{epochs:g} epochs x {num_records} records / {prompts} prompts a step = {steps} steps{rounded}"
+
+
+def num_steps_of(trainer: TrainerSection) -> int:
+    """The length of a run whose epochs have been counted (``with_steps`` or ``--train-steps``)."""
+    assert trainer.train_steps is not None, "epochs are counted before the first step"
+    return trainer.train_steps

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_ktr.data.media_source import HONOURED, SYNONYMS, group_files, read_request
+from megatron_ktr.types import MediaKind
 
 ROLES = ("system", "user", "assistant")
 _SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -40,7 +41,7 @@ Message = Mapping[str, Any]
 class PlacedMedia:
     """One medium that a part of a message names."""
 
-    kind: str
+    kind: MediaKind
     written: str | tuple[str, ...]
     request: Mapping[str, Any]
 
@@ -140,7 +141,7 @@ def _check_message(message: Any) -> None:
         return
     for part in content if isinstance(content, list) and content else [None]:
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind not in ("text", "image", "video"):
+        if part is None or kind not in ("text", "image", "video"):
             raise ValueError(f"expected message parts of type text, image or video, got {part!r}")
         if kind == "text" and not isinstance(part.get("text"), str):
             raise ValueError(f"expected text in a text part, got {part!r}")

@@ -11,9 +11,10 @@ from typing import Any
 import xxhash
 
 from megatron_ktr.data.media_files import resolve_media_path
-from megatron_ktr.data.media_source import MediaRequest, MediaSource, media_sources
+from megatron_ktr.data.media_source import MediaKind, MediaRequest, MediaSource, media_sources
 from megatron_ktr.data.preprocess import LoadedMedia, PreprocessSettings, load_media
 from megatron_ktr.data.template import PromptBuilder, VisualTokens, WordingTemplate, load_tokenizer
+from megatron_ktr.data.tokenizer import Tokenizer
 from megatron_ktr.data.unusable import PromptTooLong, UnusableMedia
 from megatron_ktr.data.video import FrameSampling
 from megatron_ktr.errors import UserError
@@ -63,7 +64,7 @@ class PromptLoader:
         sampling: FrameSampling,
         max_prompt_length: int | None = None,
         cache_bytes: int = 0,
-        substitutes: Mapping[str, str | None] | None = None,
+        substitutes: Mapping[MediaKind, str | None] | None = None,
     ) -> None:
         """``substitutes``: by kind, the file (as records write it) that is shown in place of media that cannot be used.
         The model then learns to answer about what it does not see: only to reproduce the authors' release.
@@ -79,7 +80,7 @@ class PromptLoader:
         self.max_prompt_length = max_prompt_length
         self.counts: Counter[str] = Counter()
         """decoder/<name>, decoder/pyav: <why not decord>, repeated_frames, substituted_media."""
-        self.substitutes = {
+        self.substitutes: dict[MediaKind, tuple[str, VisualInput]] = {
             kind: (written, self._load_substitute(kind, written))
             for kind, written in (substitutes or {}).items()
             if written
@@ -94,9 +95,9 @@ class PromptLoader:
         sampling: FrameSampling | None = None,
         prompt_template: Path | str | None = None,
         max_prompt_length: int | None = None,
-        tokenizer: Any = None,
+        tokenizer: Tokenizer | None = None,
         cache_bytes: int = 0,
-        substitutes: Mapping[str, str | None] | None = None,
+        substitutes: Mapping[MediaKind, str | None] | None = None,
         **preprocessing: float | None,
     ) -> PromptLoader:
         """Everything read from a Hugging Face directory; ``preprocessing`` are ``PreprocessSettings`` fields."""
@@ -154,7 +155,7 @@ class PromptLoader:
             )
         return prompt
 
-    def _load_substitute(self, kind: str, written: str) -> VisualInput:
+    def _load_substitute(self, kind: MediaKind, written: str) -> VisualInput:
         try:
             path = resolve_media_path(self.media_root, written)
             return load_media(path, kind=kind, settings=self.settings, sampling=self.sampling).visual

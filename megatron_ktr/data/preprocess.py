@@ -26,11 +26,11 @@ import torch
 from torch import Tensor
 
 from megatron_ktr.config.sections import DataSection
+from megatron_ktr.data.frames import read_frames
 from megatron_ktr.data.media_source import NOTHING_ASKED, MediaRequest, media_name
-from megatron_ktr.data.pictures import read_pictures
 from megatron_ktr.data.smart_resize import most_tokens, smart_resize
 from megatron_ktr.data.unusable import UnusableMedia
-from megatron_ktr.data.video import FrameSampling, read_image, read_video
+from megatron_ktr.data.video import FrameSampling
 from megatron_ktr.errors import UserError
 from megatron_ktr.files.json_files import read_json_object
 from megatron_ktr.transfer import send
@@ -100,7 +100,8 @@ class PreprocessSettings:
         processor = _read_json(path)
         values.update(_processor_values(_part(processor, "image_processor", path=path), kind="image", path=path))
         values.update(_processor_values(_part(processor, "video_processor", path=path), kind="video", path=path))
-        for name, kind in (("preprocessor_config.json", "image"), ("video_preprocessor_config.json", "video")):
+        kinds: dict[str, MediaKind] = {"preprocessor_config.json": "image", "video_preprocessor_config.json": "video"}
+        for name, kind in kinds.items():
             values.update(_processor_values(_read_json(directory / name), kind=kind, path=directory / name))
         known = {field.name for field in fields(cls)}
         given = {name: value for name, value in overrides.items() if value is not None}
@@ -274,30 +275,22 @@ def load_media(
     try:
         sampling = request.sampling(sampling, is_pictures=pictures is not None)
         settings = request.settings(settings, kind=kind)
-        if kind == "image":
-            frames_FCHW = read_image(path)
-            frames_FCHW = resize_frames(frames_FCHW, settings.frame_size(*frames_FCHW.shape[-2:], kind="image"))
-            visual = VisualInput("image", frames_FCHW, settings.grid_thw(frames_FCHW), 0.0, source)
-            return LoadedMedia(visual, backend="pillow")
 
         def resize(chunk_FCHW: Tensor, num_frames: int) -> Tensor:
-            size = settings.frame_size(*chunk_FCHW.shape[-2:], kind="video", num_frames=num_frames)
+            size = settings.frame_size(*chunk_FCHW.shape[-2:], kind=kind, num_frames=num_frames)
             return resize_frames(chunk_FCHW, size)
 
-        if pictures is not None:
-            video = read_pictures(pictures, pictures_fps=pictures_fps, sampling=sampling, transform=resize)
-        else:
-            video = read_video(path, sampling=sampling, transform=resize)
+        decoded = read_frames(path, kind=kind, sampling=sampling, pictures_fps=pictures_fps, transform=resize)
     except ValueError as error:
         raise UnusableMedia(source, error) from error
     visual = VisualInput(
-        kind="video",
-        frames_FCHW=video.frames_FCHW,
-        grid_thw=settings.grid_thw(video.frames_FCHW),
-        seconds_per_grid=settings.seconds_per_grid(video.sampled_fps),
+        kind=kind,
+        frames_FCHW=decoded.frames_FCHW,
+        grid_thw=settings.grid_thw(decoded.frames_FCHW),
+        seconds_per_grid=settings.seconds_per_grid(decoded.sampled_fps) if kind == "video" else 0.0,
         source=source,
     )
-    return LoadedMedia(visual, video.backend, video.num_repeated, video.fallback_reason)
+    return LoadedMedia(visual, decoded.backend, decoded.num_repeated, decoded.fallback_reason)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from megatron_ktr.data import conversation
 from megatron_ktr.data.media_files import resolve_media_path
 from megatron_ktr.data.media_source import (
     MEDIA_LOOKALIKES,
+    MediaKind,
     MediaRequest,
     MediaSource,
     check_request_fits,
@@ -285,11 +286,11 @@ def _media_of(
     return sources
 
 
-def _named(raw: Mapping[str, Any], kind: str, key: str) -> list[str | tuple[str, ...]]:
+def _named(raw: Mapping[str, Any], kind: MediaKind, key: str) -> list[str | tuple[str, ...]]:
     return [written for _, written in group_files(kind, raw.get(key), key=key)]
 
 
-def _media_in_path(raw: Mapping[str, Any]) -> list[tuple[str, str | tuple[str, ...]]]:
+def _media_in_path(raw: Mapping[str, Any]) -> list[tuple[MediaKind, str | tuple[str, ...]]]:
     """``path`` names media of the declared type; without one, pictures are images."""
     value, declared = raw.get("path"), _declared_type(raw)
     if declared in ("image", "video"):

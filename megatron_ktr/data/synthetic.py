@@ -129,6 +129,10 @@ def write_video(path: Path, frames: np.ndarray, *, fps: int = 2) -> None:
             container.mux(packet)
 
 
+GUESS_SHARE = 0.6
+"""Of the responses of ``sft_guess.json`` that name an option without looking."""
+
+
 def make_dataset(
     out_dir: Path,
     *,
@@ -137,7 +141,6 @@ def make_dataset(
     seed: int = 0,
     tasks: Sequence[str] = DEFAULT_TASKS,
     order_share: float = 0.5,
-    guess_share: float = 0.6,
     num_frames: int = 8,
     size: int = 56,
 ) -> dict[str, list[dict[str, Any]]]:
@@ -147,7 +150,7 @@ def make_dataset(
         eval.json         held-out questions; no scene of them is in any other file
         sft_lookup.json   text only: which letter stands before a word (the skill the others build on)
         sft.json          the training questions with right reasoning, and some look-ups
-        sft_guess.json    the same, but ``guess_share`` of the responses guess: what the reinforcement unlearns
+        sft_guess.json    the same, but ``GUESS_SHARE`` of the responses guess: what the reinforcement unlearns
 
     ``order_share`` of the questions are order questions where that task is enabled; the others share the rest.
     Raises UserError if ``out_dir`` already holds a data set, or where the tasks have too few different scenes.
@@ -165,7 +168,7 @@ def make_dataset(
         record = record_of(scene, problem_id=f"{split}-{number}", path=name)
         files[split].append(record)
         if split == "train":
-            is_guess = rng.random() < guess_share
+            is_guess = rng.random() < GUESS_SHARE
             files["sft_guess"].append({**record, "response": guess(scene, rng)} if is_guess else record)
     files["sft_lookup"] = [lookup_record(rng, number=number) for number in range(num_train)]
     some_lookups = files["sft_lookup"][: num_train // 10]
@@ -250,7 +253,8 @@ def _options(rng: random.Random, must_have: Sequence[str], pool: Sequence[str]) 
 
 
 def _place(rng: random.Random, radius: float) -> tuple[float, float]:
-    return tuple(round(rng.uniform(radius + 0.03, 0.97 - radius), 3) for _ in range(2))
+    first, second = (round(rng.uniform(radius + 0.03, 0.97 - radius), 3) for _ in range(2))
+    return first, second
 
 
 def _blob(rng: random.Random, colour: str, first: int, last: int) -> Blob:

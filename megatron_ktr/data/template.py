@@ -21,6 +21,7 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from megatron_ktr.data.conversation import parts_of, text_of
+from megatron_ktr.data.tokenizer import Tokenizer
 from megatron_ktr.data.unusable import UnusableSample
 from megatron_ktr.errors import UserError
 from megatron_ktr.files.json_files import read_json_object
@@ -50,7 +51,7 @@ class VisualTokens:
     video_id: int
 
     @classmethod
-    def from_model(cls, model_dir: Path | str, tokenizer: Any) -> VisualTokens:
+    def from_model(cls, model_dir: Path | str, tokenizer: Tokenizer) -> VisualTokens:
         """Ids of ``config.json`` (their text as the tokenizer spells it), Qwen's names where it gives none.
 
         Raises:
@@ -71,7 +72,8 @@ class VisualTokens:
             text = tokenizer.convert_ids_to_tokens(token_id) if token_id is not None else None
             is_unknown = token_id is not None and token_id == tokenizer.unk_token_id
             if (
-                not text
+                token_id is None
+                or not text
                 or is_unknown
                 or token_id in ids.values()
                 or tokenizer(text, add_special_tokens=False)["input_ids"] != [token_id]
@@ -81,7 +83,7 @@ class VisualTokens:
                     f"token of its own ({key} {token_id} of config.json); "
                     "it needs Qwen2.5-VL's visual tokens as special tokens"
                 )
-            ids[name], texts[name] = int(token_id), str(text)
+            ids[name], texts[name] = token_id, text
         return cls(**texts, image_id=ids["image"], video_id=ids["video"])
 
     def placeholder(self, kind: str) -> str:
@@ -131,7 +133,7 @@ class PromptBuilder:
 
     def __init__(
         self,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         *,
         visual_tokens: VisualTokens,
         merge_size: int = 2,
@@ -281,7 +283,7 @@ def has_marker(text: str) -> bool:
     return _MARKER.search(text) is not None
 
 
-def control_tokens(tokenizer: Any, visual_tokens: VisualTokens | None = None) -> re.Pattern[str]:
+def control_tokens(tokenizer: Tokenizer, visual_tokens: VisualTokens | None = None) -> re.Pattern[str]:
     """Matches every text that the tokenizer reads as one token with a meaning of its own, and ``visual_tokens``, which
     a model may have among its ordinary ones."""
     tokens = {"<|im_start|>", "<|im_end|>", *_VISUAL_NAMES.values()}
@@ -295,7 +297,7 @@ def control_tokens(tokenizer: Any, visual_tokens: VisualTokens | None = None) ->
     return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True) if token))
 
 
-def check_vocabulary(tokenizer: Any, *, vocab_size: int) -> None:
+def check_vocabulary(tokenizer: Tokenizer, *, vocab_size: int) -> None:
     """Raises ``UserError`` for a tokenizer that knows ids which the model has no embedding for."""
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest >= vocab_size:
@@ -305,7 +307,7 @@ def check_vocabulary(tokenizer: Any, *, vocab_size: int) -> None:
         )
 
 
-def load_tokenizer(model_dir: Path | str) -> Any:
+def load_tokenizer(model_dir: Path | str) -> Tokenizer:
     """The HF tokenizer of a model directory, with the chat template of ``chat_template.json`` if it carries none.
 
     Raises:

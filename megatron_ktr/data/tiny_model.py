@@ -11,6 +11,7 @@ import io
 import json
 import string
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ktr.data.preprocess import CLIP_MEAN, CLIP_STD
@@ -39,26 +40,35 @@ WORDING = "{{ problem }}{% for option in options %} {{ option }}{% endfor %}"
 """Prompt wording for the demo: this model knows a few dozen words, the default template needs hundreds."""
 
 
+@dataclass(frozen=True)
+class TinySizes:
+    """Of the language model, of the vision encoder, and of its frames in pixels."""
+
+    num_layers: int = 3
+    hidden_size: int = 128
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    ffn_size: int = 256
+    vision_depth: int = 2
+    vision_hidden_size: int = 64
+    frame_size: int = 56
+
+
 def save_tiny_model(
     directory: Path,
     *,
     corpus: Sequence[str],
     seed: int = 0,
-    num_layers: int = 3,
-    hidden_size: int = 128,
-    num_heads: int = 4,
-    num_kv_heads: int = 2,
-    ffn_size: int = 256,
-    vision_depth: int = 2,
-    vision_hidden_size: int = 64,
-    frame_size: int = 56,
+    **sizes: int,
 ) -> None:
-    """Trains a tokenizer on ``corpus`` and writes it with a randomly initialised model.
+    """Trains a tokenizer on ``corpus`` and writes it with a randomly initialised model; ``sizes`` are fields of
+    ``TinySizes``.
 
     The directory is complete: config, weights, generation config, tokenizer (``tokenizer.model`` of sentencepiece
     and the same as ``tokenizer.json``), chat template, preprocessor config, ``prompt_template.txt``.
     Raises UserError if it exists and is not empty.
     """
+    chosen = TinySizes(**sizes)
     if directory.exists() and any(directory.iterdir()):
         raise UserError(f"{directory} already exists and is not empty; choose another directory")
     directory.mkdir(parents=True, exist_ok=True)
@@ -68,15 +78,19 @@ def save_tiny_model(
         token_ids,
         seed=seed,
         text=dict(
-            num_hidden_layers=num_layers,
-            hidden_size=hidden_size,
-            num_attention_heads=num_heads,
-            num_key_value_heads=num_kv_heads,
-            intermediate_size=ffn_size,
+            num_hidden_layers=chosen.num_layers,
+            hidden_size=chosen.hidden_size,
+            num_attention_heads=chosen.num_heads,
+            num_key_value_heads=chosen.num_kv_heads,
+            intermediate_size=chosen.ffn_size,
         ),
-        vision=dict(depth=vision_depth, hidden_size=vision_hidden_size, intermediate_size=2 * vision_hidden_size),
+        vision=dict(
+            depth=chosen.vision_depth,
+            hidden_size=chosen.vision_hidden_size,
+            intermediate_size=2 * chosen.vision_hidden_size,
+        ),
     )
-    limits = {"min_pixels": frame_size * frame_size, "max_pixels": frame_size * frame_size}
+    limits = {"min_pixels": chosen.frame_size**2, "max_pixels": chosen.frame_size**2}
     processor = {
         "image_processor_type": "Qwen2VLImageProcessor",
         "processor_class": "Qwen2_5_VLProcessor",
@@ -141,7 +155,9 @@ def _save_tokenizer(directory: Path, corpus: Sequence[str]) -> dict[str, int]:
         clean_up_tokenization_spaces=False,
     )
     fast.save_pretrained(directory)
-    return {token: fast.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS} | {"size": len(fast)}
+    vocabulary_of = fast.get_vocab()
+    ids: dict[str, int] = {token: vocabulary_of[token] for token in SPECIAL_TOKENS}
+    return ids | {"size": len(fast)}
 
 
 def _save_model(directory: Path, token_ids: dict[str, int], *, seed: int, text: dict, vision: dict) -> None:

@@ -185,22 +185,7 @@ def read_video(
             parts.append(chunk_FCHW if transform is None else transform(chunk_FCHW, len(selection.indices)))
         return torch.cat(parts)
 
-    reason = _why_not_decord(index) if backend == "auto" else ""
-    used: Literal["decord", "pyav"] = "pyav"
-    frames_FCHW = None
-    if backend == "decord" or (backend == "auto" and not reason):
-        try:
-            frames_FCHW, used = collect(_decord_chunks(index, wanted)), "decord"
-        except DecordFailed as error:
-            if backend == "decord":
-                raise UnusableMedia(path, f"decord: {error}") from error
-            reason = _explain(index, error)
-    if frames_FCHW is None:
-        frames_FCHW = collect(_pyav_chunks(index, wanted))
-        if reason:
-            _say_once(reason, str(path))
-            if reason.startswith("decord cannot open"):
-                _CODECS_WITHOUT_DECORD.add(index.codec)
+    frames_FCHW, used, reason = _decode(index, wanted, backend=backend, collect=collect)
     position = {number: row for row, number in enumerate(wanted)}
     if len(wanted) < len(selection.indices):
         frames_FCHW = frames_FCHW[[position[number] for number in selection.indices]]
@@ -214,6 +199,27 @@ def read_video(
         backend=used,
         fallback_reason=reason,
     )
+
+
+def _decode(
+    index: VideoIndex, wanted: list[int], *, backend: Backend, collect: Callable[[Iterator[np.ndarray]], Tensor]
+) -> tuple[Tensor, Literal["decord", "pyav"], str]:
+    """(what ``collect`` makes of the chunks, the decoder that gave them, why decord did not): decord where it may
+    decode the file, PyAV otherwise."""
+    reason = _why_not_decord(index) if backend == "auto" else ""
+    if backend == "decord" or (backend == "auto" and not reason):
+        try:
+            return collect(_decord_chunks(index, wanted)), "decord", reason
+        except DecordFailed as error:
+            if backend == "decord":
+                raise UnusableMedia(index.path, f"decord: {error}") from error
+            reason = _explain(index, error)
+    frames_FCHW = collect(_pyav_chunks(index, wanted))
+    if reason:
+        _say_once(reason, str(index.path))
+        if reason.startswith("decord cannot open"):
+            _CODECS_WITHOUT_DECORD.add(index.codec)
+    return frames_FCHW, "pyav", reason
 
 
 def read_image(path: Path | str) -> Tensor:

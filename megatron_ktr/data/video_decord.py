@@ -91,7 +91,7 @@ class DecordProcess:
             if "error" in answer:
                 raise DecordFailed(answer["stage"], answer["error"])
             frames_FHWC = np.empty(answer["shape"], dtype=np.uint8)
-            self._read_into(memoryview(frames_FHWC).cast("B"), deadline)
+            self._read_into(frames_FHWC.data.cast("B"), deadline)
             return frames_FHWC
         except TimeoutError:
             self.close()
@@ -196,7 +196,7 @@ def _serve() -> None:
             answers.write(json.dumps({"error": f"{type(error).__name__}: {reason}", "stage": stage}).encode() + b"\n")
         else:
             answers.write(json.dumps({"shape": list(frames_FHWC.shape)}).encode() + b"\n")
-            answers.write(memoryview(frames_FHWC).cast("B"))
+            answers.write(frames_FHWC.data.cast("B"))
             if request["is_last"]:
                 reader, reader_path = None, None
         answers.flush()

@@ -27,8 +27,10 @@ from megatron_ktr.errors import UserError
 
 try:
     import av
+    import av.error
+    import av.stream
 
-    _ERRORS: tuple[type[Exception], ...] = (av.FFmpegError, OSError, ValueError, EOFError, RuntimeError)
+    _ERRORS: tuple[type[Exception], ...] = (av.error.FFmpegError, OSError, ValueError, EOFError, RuntimeError)
 except ModuleNotFoundError:
     # Training on recorded tensors and measuring need no video files: only opening one does.
     av, _ERRORS = None, ()
@@ -39,7 +41,9 @@ _CONTAINER_OPTIONS = {"protocol_whitelist": "file"}
 _OPEN_TIMEOUT_SECONDS = (30.0, 30.0)
 _DECODER_THREADS = 2
 # Titles and comments in odd encodings make no file unusable. PyAV 19 never raises for them, and has no such argument.
-_LENIENT = {} if av is None or int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "ignore"}
+_LENIENT: dict[str, Any] = (
+    {} if av is None or int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "ignore"}
+)
 
 
 class _FrameNotFound(Exception):
@@ -137,6 +141,7 @@ def _open(path: Path) -> Any:
 
 def _best_stream(path: Path, container: Any) -> Any:
     """The stream FFmpeg ranks first (of several: default flag, then size), which is also decord's choice."""
+    assert av is not None, "a container was opened with it"
     stream = container.streams.best("video")
     if stream is None:
         raise UnusableMedia(path, "has no video stream")

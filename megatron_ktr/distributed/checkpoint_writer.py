@@ -39,7 +39,7 @@ from torch.distributed.checkpoint.filesystem import (
     _StorageInfo,
     _StoragePrefix,
 )
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
@@ -107,9 +107,10 @@ class BackgroundSave:
         FullyParallelSaveStrategyWrapper(strategy, data_group).apply_saving_parallelization(state)
         state, _, _ = _replace_state_dict_keys_with_sharded_keys(state, True)
         self._writer = _RankWriter(directory, rank=torch.distributed.get_rank())
+        writer: Any = self._writer  # core declares its own class and calls what torch's has
         (_, self._metadata, _), *_ = save_state_dict_async_plan(
             mcore_to_pyt_state_dict(state, False),
-            self._writer,
+            writer,
             planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
         )
         self._written: Written = ([], {})
@@ -144,7 +145,8 @@ class BackgroundSave:
 
         Returns the checksums that were taken while files were written, by name.
         """
-        metadata: Metadata = self._metadata
+        metadata = self._metadata
+        assert metadata is not None, "rank 0 received it when the plan was made"
         # Kept for a cache of plans that is not used here; its size grows with ranks x tensors.
         metadata.__dict__.pop("all_local_plans", None)
         metadata.version, metadata.storage_meta = CURRENT_DCP_VERSION, StorageMeta()

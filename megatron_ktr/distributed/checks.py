@@ -26,7 +26,8 @@ def check_transformer_config(config: TransformerConfig) -> None:
         )
     if config.sequence_parallel and config.tensor_model_parallel_size == 1:
         raise UserError("--sequence-parallel needs --tensor-model-parallel-size of at least 2, got 1")
-    if config.recompute_granularity == "selective" and "mlp" in config.recompute_modules and config.add_bias_linear:
+    recomputed = config.recompute_modules or ()
+    if config.recompute_granularity == "selective" and "mlp" in recomputed and config.add_bias_linear:
         # The bias leaves the recomputed region as an output: its node in the graph then leads back to itself.
         raise UserError(
             "selective recomputation of 'mlp' needs an MLP without biases (add_bias_linear=False): with them backward "

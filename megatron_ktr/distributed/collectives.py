@@ -33,7 +33,7 @@ def broadcast_object(value: Any, *, group: ProcessGroup | None, source: int) -> 
         return value
     device, is_source = current().device, torch.distributed.get_rank() == source
     payload = pack_object(value) if is_source else None
-    length = torch.full((), len(payload) if is_source else 0, dtype=torch.int64, device=device)
+    length = torch.full((), 0 if payload is None else len(payload), dtype=torch.int64, device=device)
     torch.distributed.broadcast(length, src=source, group=group)
     if payload is None:
         payload = torch.empty(int(length), dtype=torch.uint8)

@@ -142,19 +142,21 @@ def init_parallel(
         create_gloo_process_groups=False,
     )
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    pipeline = parallel_state.get_pipeline_model_parallel_group()
+    assert not isinstance(pipeline, list), "a list belongs to layouts of several pipelines, which are not made here"
     return ParallelGroups(
         sizes=sizes,
         rank=torch.distributed.get_rank(),
         world_size=world_size,
-        tensor=parallel_state.get_tensor_model_parallel_group(),
-        pipeline=parallel_state.get_pipeline_model_parallel_group(),
-        context=parallel_state.get_context_parallel_group(),
-        tensor_context=parallel_state.get_tensor_and_context_parallel_group(),
+        tensor=_member(parallel_state.get_tensor_model_parallel_group()),
+        pipeline=_member(pipeline),
+        context=_member(parallel_state.get_context_parallel_group()),
+        tensor_context=_member(parallel_state.get_tensor_and_context_parallel_group()),
         alone=_group_of_one(),
-        data=parallel_state.get_data_parallel_group(),
-        data_context=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        data=_member(parallel_state.get_data_parallel_group()),
+        data_context=_member(parallel_state.get_data_parallel_group(with_context_parallel=True)),
         model=_model_group(sizes, world_size=world_size),
-        world=torch.distributed.group.WORLD,
+        world=world_group(),
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         context_rank=parallel_state.get_context_parallel_rank(),
@@ -221,17 +223,30 @@ def _join_world(platform: Platform, *, timeout_minutes: float, rendezvous_minute
         )
 
 
+def world_group() -> ProcessGroup:
+    """Every rank; ``torch.distributed`` must have been started."""
+    world = torch.distributed.group.WORLD
+    assert world is not None, "torch.distributed has not been started"
+    return world
+
+
+def _member(group: ProcessGroup | int | None) -> ProcessGroup:
+    """A group this rank belongs to: torch gives a number to those outside, and core's signatures repeat that."""
+    assert group is not None and not isinstance(group, int), "this rank is not in the group"
+    return group
+
+
 def _group_of_one() -> ProcessGroup:
     if torch.distributed.get_world_size() == 1:
-        return torch.distributed.group.WORLD
+        return world_group()
     # Local: only its own member makes it, so that a thousand ranks do not make a thousand groups each.
-    return torch.distributed.new_group([torch.distributed.get_rank()], use_local_synchronization=True)
+    return _member(torch.distributed.new_group([torch.distributed.get_rank()], use_local_synchronization=True))
 
 
 def _model_group(sizes: ParallelSizes, *, world_size: int) -> ProcessGroup:
     """Tensor x context x pipeline ranks of this replica; megatron-core's own model group leaves context out."""
     if sizes.context == 1:
-        return parallel_state.get_model_parallel_group()
+        return _member(parallel_state.get_model_parallel_group())
     stage = world_size // sizes.pipeline
     inner = sizes.tensor * sizes.context
     mine = None
@@ -241,5 +256,4 @@ def _model_group(sizes: ParallelSizes, *, world_size: int) -> ProcessGroup:
         group = torch.distributed.new_group(ranks)
         if torch.distributed.get_rank() in ranks:
             mine = group
-    assert mine is not None
-    return mine
+    return _member(mine)

@@ -8,6 +8,7 @@ configuration makes megatron-core's DDP do exactly that (gradient scaling factor
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -110,21 +111,21 @@ def build_optimizer(
     no_decay = ParamKey(name="*.bias")
     if not section.weight_decay_norms:
         no_decay = ParamKey(name="*.bias", predicate=ParamPredicate(name="vector", fn=lambda p: p.ndim == 1))
-    overrides = {no_decay: {"wd_mult": 0.0}}
+    overrides: dict[ParamKey, Any] = {no_decay: {"wd_mult": 0.0}}
     if section.vision_lr is not None:
         overrides[ParamKey(name="*vision.*")] = {
             "max_lr": section.vision_lr,
             # The vision rate decays in proportion, so that one schedule serves both.
             "min_lr": section.min_lr * section.vision_lr / section.lr,
         }
-    chunks = list(ddp_chunks)
+    chunks: list[Any] = list(ddp_chunks)
     optimizer = get_megatron_optimizer(config, chunks, config_overrides=overrides, use_gloo_process_groups=False)
     if section.grad_norm_skip_threshold is not None:
         check_every_rank_skips(optimizer)
     return optimizer
 
 
-def _skips(section: OptimizerSection) -> dict[str, float]:
+def _skips(section: OptimizerSection) -> dict[str, Any]:
     # 0.16 has no such field: there ``config/checks.py`` has already refused the option.
     threshold = section.grad_norm_skip_threshold
     return {} if threshold is None else {"grad_norm_skip_threshold": threshold}

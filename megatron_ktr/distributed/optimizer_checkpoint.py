@@ -65,12 +65,13 @@ def optimizer_sharded_state(
 @contextlib.contextmanager
 def _ours_in_place(part: DistributedOptimizer, *, num_steps: int | None) -> Iterator[None]:
     """Within it core's ``sharded_state_dict`` calls our two functions; a count of steps must not outlive the call."""
-    part.sharded_param_state_fully_reshardable = partial(_own_state, part)
-    part.state_dict = partial(_own_settings, part, num_steps)
+    replaced: Any = part  # for type checkers a method cannot be replaced
+    replaced.sharded_param_state_fully_reshardable = partial(_own_state, part)
+    replaced.state_dict = partial(_own_settings, part, num_steps)
     try:
         yield
     finally:
-        del part.sharded_param_state_fully_reshardable, part.state_dict
+        del replaced.sharded_param_state_fully_reshardable, replaced.state_dict
 
 
 def _own_state(
@@ -101,7 +102,7 @@ def _own_settings(part: DistributedOptimizer, num_steps: int | None) -> dict[str
         state = type(part).state_dict(part)
     else:
         own = [{name: value for name, value in group.items() if name != "params"} for group in part.param_groups]
-        state = {"optimizer": {"param_groups": own}}
+        state: dict[str, Any] = {"optimizer": {"param_groups": own}}
         if part.grad_scaler:
             state["grad_scaler"] = part.grad_scaler.state_dict()
     if num_steps is None and isinstance(part.optimizer, torch.optim.Adam):
@@ -131,8 +132,9 @@ def load_optimizer_state(
         own.pop("param_state", None)
         if not _trains(part) and not isinstance(part, DistributedOptimizer):
             # Nothing is stored for it; core would look for state all the same. The loss scale is everybody's.
-            if getattr(part, "grad_scaler", None) and "grad_scaler" in own:
-                part.grad_scaler.load_state_dict(own["grad_scaler"])
+            scaler = getattr(part, "grad_scaler", None)
+            if scaler and "grad_scaler" in own:
+                scaler.load_state_dict(own["grad_scaler"])
             continue
         with _told_apart(part) as settings:
             inner = own.get("optimizer", own)

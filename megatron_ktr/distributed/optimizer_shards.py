@@ -171,6 +171,7 @@ def _pieces(stored: Any, shape: Shape, *, start: int, stop: int) -> Iterator[Pie
             inner = _intersection(box, part_box)
             if inner is None:
                 continue
+            assert isinstance(part.replica_id, tuple), "core numbers copies of a tensor by three axes"
             num_leading = len(part.global_offset) - len(shape)
             own = tuple(a - b for a, b in zip(inner.start, part_box.start, strict=True))
             offset = tuple(a + b for a, b in zip(part.global_offset, (0,) * num_leading + own, strict=True))
@@ -183,7 +184,7 @@ def _pieces(stored: Any, shape: Shape, *, start: int, stop: int) -> Iterator[Pie
                 global_shape=tuple(part.global_shape),
                 is_padded=part.allow_shape_mismatch,
                 # Of all data-parallel ranks this one alone has it.
-                replica_id=(*part.replica_id[:2], 0),
+                replica_id=(part.replica_id[0], part.replica_id[1], 0),
             )
 
 

@@ -37,7 +37,7 @@ def prepare_optimizer_for_load(optimizer: MegatronOptimizer) -> None:
                 _fill_state(inner, parameter)
         if not getattr(inner, "_keeps_steps_apart", False):
             inner.register_load_state_dict_post_hook(_separate_steps)
-            inner._keeps_steps_apart = True
+            setattr(inner, "_keeps_steps_apart", True)  # noqa: B010  # a mark of ours on an object of torch
 
 
 def _torch_optimizers(optimizer: MegatronOptimizer) -> Iterator[torch.optim.Optimizer]:

@@ -65,13 +65,14 @@ class Platform(ABC):
         """Every random state of this rank, to be pickled: Python, numpy, torch, device, Megatron's tracker."""
         from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
+        tracker: Any = get_cuda_rng_tracker()  # core declares None, and makes it at the first call
         return {
             "python": random.getstate(),
             "numpy": numpy.random.get_state(),
             "torch": torch.get_rng_state(),
             # On CPU the device generator is the host generator: the entry repeats "torch" and costs 5 kB.
             "device": torch.cuda.get_rng_state().cpu(),
-            "tracker": {name: state.clone() for name, state in get_cuda_rng_tracker().get_states().items()},
+            "tracker": {name: state.clone() for name, state in tracker.get_states().items()},
         }
 
     def set_rng_state(self, state: dict[str, Any]) -> None:
@@ -81,7 +82,8 @@ class Platform(ABC):
         numpy.random.set_state(state["numpy"])
         torch.set_rng_state(state["torch"])
         torch.cuda.set_rng_state(state["device"])
-        get_cuda_rng_tracker().set_states(dict(state["tracker"]))
+        tracker: Any = get_cuda_rng_tracker()  # as above
+        tracker.set_states(dict(state["tracker"]))
 
 
 class _CudaPlatform(Platform):

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -139,20 +140,22 @@ def check_triton(library: Library, *, has_gpu: bool) -> Check:
     return Check("triton", True, library.version or "version unknown")
 
 
-def read_decoder(backend: str, folder: Path) -> str:
+def read_decoder(backend: Literal["pyav", "decord"], folder: Path) -> str:
     """Why ``backend`` cannot decode a clip that was just encoded, or nothing. decord counts as fine where it has no
     wheels."""
     if backend == "decord" and not DecordProcess.is_installed():
         return "not installed"
     try:
+        from megatron_ktr.data.frames import read_frames
         from megatron_ktr.data.synthetic import write_video
-        from megatron_ktr.data.video import FrameSampling, read_video
+        from megatron_ktr.data.video import FrameSampling
 
         # Every frame another grey: a wrong frame is off by 20, the encoder by 2.
         frames = np.stack([np.full((64, 64, 3), 20 + 20 * number, dtype=np.uint8) for number in range(8)])
         path = folder / f"{backend}.mp4"
         write_video(path, frames)
-        video = read_video(path, sampling=FrameSampling(num_frames=8, max_frames=8), backend=backend)  # type: ignore[arg-type]
+        sampling = FrameSampling(num_frames=8, max_frames=8)
+        video = read_frames(path, kind="video", sampling=sampling, backend=backend)
         found = video.frames_FCHW.float().mean(dim=(1, 2, 3)).tolist()
     except Exception as error:  # a broken decoder may raise anything
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -162,7 +165,7 @@ def read_decoder(backend: str, folder: Path) -> str:
 
 def read_decoders() -> dict[str, str]:
     with tempfile.TemporaryDirectory(prefix="doctor-") as folder:
-        return {backend: read_decoder(backend, Path(folder)) for backend in ("pyav", "decord")}
+        return {"pyav": read_decoder("pyav", Path(folder)), "decord": read_decoder("decord", Path(folder))}
 
 
 def check_decoders(errors: dict[str, str]) -> list[Check]:

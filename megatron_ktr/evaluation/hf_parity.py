@@ -209,7 +209,7 @@ def hf_inputs(batch: PackedBatch, *, kinds: Sequence[str]) -> dict[str, np.ndarr
         "position_ids": batch.position_ids_3T[:, :length].cpu().numpy(),
     }
     grids = batch.grid_thw_M3.cpu()
-    patches = batch.patches_SD.cpu().split(grids.prod(dim=1).tolist()) if len(grids) else ()
+    patches = batch.patches_SD.cpu().split(grids.prod(dim=1).tolist()) if batch.patches_SD is not None else ()
     for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
         chosen = [index for index, found in enumerate(kinds) if found == kind]
         if chosen:
@@ -261,12 +261,12 @@ def max_abs_difference(ours: Tensor, theirs: Tensor) -> float:
 def write_dump(path: Path, batch: PackedBatch, *, kinds: Sequence[str], ours_R: Tensor, theirs_R: Tensor) -> None:
     """Writes ``hf_inputs`` with both sides' log-probs [R]; the last R of ``token_ids`` are the response."""
     with path.open("wb") as file:  # numpy would append a suffix to a bare name
-        np.savez(
-            file,
+        arrays: dict[str, Any] = {
             **hf_inputs(batch, kinds=kinds),
-            logprobs=ours_R.cpu().numpy(),
-            hf_logprobs=theirs_R.cpu().numpy(),
-        )
+            "logprobs": ours_R.cpu().numpy(),
+            "hf_logprobs": theirs_R.cpu().numpy(),
+        }
+        np.savez(file, **arrays)
 
 
 def _norm(tensor: Tensor) -> float:

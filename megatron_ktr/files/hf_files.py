@@ -193,7 +193,7 @@ def _append(file: HashingFile, info: TensorInfo, name: str, tensor: Tensor) -> N
     if (name, tuple(tensor.shape), tensor.dtype) != (info.name, info.shape, info.dtype):
         raise RuntimeError(f"expected {info}, got {name} {tuple(tensor.shape)} {tensor.dtype}")
     raw = tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8)
-    file.write(memoryview(raw.numpy()))
+    file.write(raw.numpy().data)
 
 
 def _split_shards(infos: Sequence[TensorInfo], *, max_shard_bytes: int) -> list[list[TensorInfo]]:

@@ -92,7 +92,7 @@ class TorchDistWriter:
 
     def finish(self) -> None:
         self.close()
-        metadata = Metadata(self._tensors, storage_data=self._places, storage_meta=StorageMeta(), version="1.0.0")
+        metadata = Metadata(dict(self._tensors), storage_data=self._places, storage_meta=StorageMeta(), version="1.0.0")
         self._write_whole(METADATA_FILE, pickle.dumps(metadata))
         self._write_whole(COMMON_FILE, torch_saved({}))
         # Last: megatron-core takes a directory with this file for a complete checkpoint.
@@ -132,7 +132,7 @@ def torch_saved(value: Any) -> bytes:
 
 def save_tensor(tensor: Tensor, file: Any) -> None:
     """``torch.save`` that lets an ``OSError`` through: its zip writer turns a full disk into a RuntimeError."""
-    guarded = _GuardedFile(file)
+    guarded: Any = _GuardedFile(file)  # of a file it has what torch's zip writer calls
     try:
         # A view of a larger tensor would be saved with all of it.
         torch.save(tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone(), guarded)
@@ -205,7 +205,7 @@ class TorchDistReader:
             place = self._metadata.storage_data[items[0].storage_index]
             if region in self.tensors[key].chunks and not place.transform_descriptors:
                 return self._read_chunk(place)
-            target = _RegionTarget(shape, self.tensors[key].properties.dtype)
+            target: Any = _RegionTarget(shape, self.tensors[key].properties.dtype)  # of a planner it has what is called
             self._reader.read_data(LoadPlan(items), target)
             return target.tensor
 
@@ -225,7 +225,7 @@ class TorchDistReader:
                 if sum(item.lengths.numel() for item in items) != sum(one.target.numel() for one in wanted):
                     raise UserError(f"{self.directory}: tensor {key}: stored chunks do not cover what is read of it")
                 for item in items:
-                    parts.setdefault(item.storage_index, []).append((item, wanted[item.dest_index.index].target))
+                    parts.setdefault(item.storage_index, []).append((item, wanted[_number_of(item.dest_index)].target))
             for index in sorted(parts, key=lambda index: (places[index].relative_path, places[index].offset)):
                 chunk = self._read_chunk(places[index])
                 self._require_as_described(index, chunk)
@@ -236,18 +236,18 @@ class TorchDistReader:
 
     def _require_as_described(self, index: MetadataIndex, chunk: Tensor) -> None:
         stored = self.tensors[index.fqn]
-        described = stored.chunks[index.index].sizes
+        described = stored.chunks[_number_of(index)].sizes
         if chunk.shape != described or chunk.dtype != stored.properties.dtype:
             raise UserError(
-                f"{self.directory}: tensor {index.fqn}: the chunk at {tuple(index.offset)} is {tuple(chunk.shape)} of "
-                f"{chunk.dtype}, expected {tuple(described)} of {stored.properties.dtype}"
+                f"{self.directory}: tensor {index.fqn}: the chunk at {tuple(index.offset or ())} is "
+                f"{tuple(chunk.shape)} of {chunk.dtype}, expected {tuple(described)} of {stored.properties.dtype}"
             )
 
     def _read_chunk(self, place: _StorageInfo) -> Tensor:
         if place.transform_descriptors:
             raise UserError(f"{self.directory / place.relative_path}: compressed chunks are not read here")
         with open(self.directory / place.relative_path, "rb") as file:
-            chunk = _create_file_view(file, place.offset, place.length)
+            chunk: Any = _create_file_view(file, place.offset, place.length)
             return torch.load(chunk, map_location="cpu", weights_only=True)
 
 
@@ -262,6 +262,12 @@ class _RegionTarget:
 
     def commit_tensor(self, item: ReadItem, tensor: Tensor) -> None:
         """Copied in place already."""
+
+
+def _number_of(index: MetadataIndex) -> int:
+    """The place of a chunk in its tensor's list, which torch allows an index to leave out and ours never do."""
+    assert index.index is not None, index
+    return index.index
 
 
 def _narrowed(tensor: Tensor, starts: Sequence[int], lengths: Sequence[int]) -> Tensor:

@@ -104,6 +104,7 @@ class ImportanceCorrection:
         return dataclasses.replace(streams, advantage_R=advantage_R, weight_R=weight_R, metrics=metrics)
 
     def _is_masked(self, log_ratio_R: Tensor) -> Tensor:
+        assert self.mask is not None, "asked only where there is a mask"
         low, high = self.mask
         return (log_ratio_R < (math.log(low) if low > 0 else -math.inf)) | (log_ratio_R > math.log(high))
 

@@ -97,7 +97,7 @@ class VideoKTR(Objective):
             dtype=self.scores_dtype,
         )
         return select_key_tokens(
-            score_R_by_signal,
+            dict(score_R_by_signal.items()),
             self.selection_ratio,
             group_R=send(batch.group_R, scores.policy_logprob_R.device),
             num_groups=len(batch.layout.groups),
@@ -114,7 +114,7 @@ class VideoKTR(Objective):
         group_data: Sequence[RolloutGroup],
         *,
         is_selected_R: Mapping[str, Tensor] | None = None,
-        **counts: int | None,
+        **counts: Any,
     ) -> TokenStreams:
         if is_selected_R is None:
             is_selected_R = self.select_tokens(batch, scores, group_data)

@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_ktr.ops.group_divergence_tiles import CLAMP, PositionTable, divergence_tiles, slopes_of
-from megatron_ktr.ops.main_grad import gradient_in_main_grad, has_precise_main_grad
+from megatron_ktr.ops.main_grad import gradient_in_main_grad, has_precise_main_grad, main_gradient
 from megatron_ktr.ops.token_statistics import DEFAULT_HEAD, shard_plan
 from megatron_ktr.ops.token_statistics_interface import HeadOptions, ShardPlan, accumulation_dtype
 from megatron_ktr.ops.vocab_tiles import multiply_into
@@ -126,7 +126,7 @@ class _GroupDivergence(torch.autograd.Function):
         hidden_grad = hidden_RD.new_zeros(len(rows), hidden_RD.shape[1], dtype=dtype) if needs_hidden_grad else None
         weight_grad = destination = None
         if needs_weight_grad and call.main_grad_of is not None:
-            weight_grad, destination = gradient_in_main_grad(call.main_grad_of), call.main_grad_of.main_grad
+            weight_grad, destination = gradient_in_main_grad(call.main_grad_of), main_gradient(call.main_grad_of)
         elif needs_weight_grad:
             weight_grad = destination = torch.zeros_like(weight_VD)
         gradient = _PositionGradient(grad_Q[active], slope_QG[active], call.has_gradient_R)
@@ -221,7 +221,7 @@ def group_divergence_reference(
     logits_RV = F.linear(hidden_RD, weight_VD[:vocab_size])
     logprobs_RV = F.log_softmax(logits_RV.to(accumulation_dtype(logits_RV)) / temperature, dim=-1)
     divergence_R = logprobs_RV.new_zeros(len(logprobs_RV))
-    uniform_V = torch.full_like(logprobs_RV[0], -math.log(logprobs_RV.shape[1])) if len(logprobs_RV) else None
+    uniform_V = logprobs_RV.new_full((logprobs_RV.shape[1],), -math.log(logprobs_RV.shape[1]))
     start = 0
     for lengths in (span.response_lengths for span in layout.groups):
         starts = [start + sum(lengths[:index]) for index in range(len(lengths))]

@@ -13,6 +13,11 @@ def has_precise_main_grad(weight_VD: Tensor) -> bool:
     return main_grad is not None and main_grad.dtype in (torch.float32, torch.float64)
 
 
+def main_gradient(parameter: Tensor) -> Tensor:
+    """``parameter.main_grad``: where megatron-core adds up gradients. torch knows no such attribute, so only here."""
+    return getattr(parameter, "main_grad")  # noqa: B009
+
+
 def gradient_in_main_grad(parameter: Tensor) -> Tensor:
     """What backward returns for a parameter whose gradient it adds to ``main_grad``; sets ``grad_added_to_main_grad``.
 
@@ -21,8 +26,8 @@ def gradient_in_main_grad(parameter: Tensor) -> Tensor:
     whose lookup sends a gradient as well): zeros there. Elsewhere it drops it unread, and so it is ``main_grad``'s own
     memory under the parameter's dtype: 1.1 GB of a 7B model's head that nobody allocates or fills.
     """
-    parameter.grad_added_to_main_grad = True
-    main_grad = parameter.main_grad
+    setattr(parameter, "grad_added_to_main_grad", True)  # noqa: B010  # an attribute of core's, unknown to type checkers
+    main_grad = main_gradient(parameter)
     if getattr(parameter, "zero_out_wgrad", False) or not main_grad.is_contiguous():
         return torch.zeros_like(parameter)
     return main_grad.detach().view(-1).view(parameter.dtype)[: parameter.numel()].view(parameter.shape)

@@ -49,19 +49,23 @@ def host_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
-    lse: Tensor,
+    found: tuple[Tensor, Tensor],
     *,
     scale: float,
     is_causal: bool,
     count: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """CPU: gradients of q, k and v under the given output and log-sum-exp; see ``host_forward``."""
+    """CPU: gradients of q, k and v; ``found`` is the output and log-sum-exp of ``host_forward``."""
+    out, lse = found
     repeats = q.shape[1] // k.shape[1]
     if count > 1 and repeats > 1:
         rows = _each(count, grad_out, q, k, v, out, lse.T)
-        parts = [host_backward(*part[:5], part[5].T, scale=scale, is_causal=is_causal) for part in rows]
-        return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+        parts = [
+            host_backward(grad_out, q, k, v, (out, lse.T), scale=scale, is_causal=is_causal)
+            for grad_out, q, k, v, out, lse in rows
+        ]
+        grad_q, grad_k, grad_v = (torch.cat(column) for column in zip(*parts, strict=True))
+        return grad_q, grad_k, grad_v
     grad_q, grad_k, grad_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         *(_queries(x, repeats, count) for x in (grad_out, q)),
         *(_keys(x, repeats, count) for x in (k, v)),
@@ -78,7 +82,7 @@ def host_backward(
 
 def varlen_forward(
     q: Tensor, k: Tensor, v: Tensor, *, call: VarlenCall, scale: float, is_causal: bool
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """CUDA: every call of ``call`` in one launch; causal means aligned at the bottom right. The last value is what
     ``varlen_backward`` wants to see again."""
     out, lse, *state, _ = torch.ops.aten._flash_attention_forward(
@@ -92,15 +96,14 @@ def varlen_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    state: tuple[Tensor, Tensor],
+    found: tuple[Tensor, Tensor, tuple[Tensor, ...]],
     *,
     call: VarlenCall,
     scale: float,
     is_causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """CUDA: gradients of q, k and v under the given output and log-sum-exp."""
+    """CUDA: gradients of q, k and v; ``found`` is what ``varlen_forward`` returned."""
+    out, lse, state = found
     return torch.ops.aten._flash_attention_backward(
         grad_out, q, k, v, out, lse, *_bounds(call), 0.0, is_causal, *state, scale=scale
     )

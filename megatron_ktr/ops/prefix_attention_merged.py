@@ -88,12 +88,12 @@ class _HostMerged(torch.autograd.Function):
         for rows, keys, count in _own_calls(ctx.plan):
             # Own keys belong to one segment: assigned, not added.
             grad_q[rows], grad_k[keys], grad_v[keys] = host_backward(
-                grad_out[rows], q[rows], k[keys], v[keys], out[rows], lse[:, rows],
+                grad_out[rows], q[rows], k[keys], v[keys], (out[rows], lse[:, rows]),
                 scale=ctx.scale, is_causal=True, count=count,
             )  # fmt: skip
         for rows, keys in ctx.plan.prefix_blocks:
             parts = host_backward(
-                grad_out[rows], q[rows], k[keys], v[keys], out[rows], lse[:, rows], scale=ctx.scale, is_causal=False
+                grad_out[rows], q[rows], k[keys], v[keys], (out[rows], lse[:, rows]), scale=ctx.scale, is_causal=False
             )
             for total, place, part in zip((grad_q, grad_k, grad_v), (rows, keys, keys), parts, strict=True):
                 total[place] += part
@@ -122,7 +122,7 @@ class _DeviceMerged(torch.autograd.Function):
         own, prefix = plan.own_call(q.device), plan.prefix_call(q.device)
         k_own, v_own = _taken(k, own.kv_rows), _taken(v, own.kv_rows)
         out, lse, own_state = varlen_forward(q, k_own, v_own, call=own, scale=scale, is_causal=True)
-        prefix_state = ()
+        prefix_state: tuple[Tensor, ...] = ()
         if prefix is not None:
             rows = prefix.q_rows
             k_prefix, v_prefix = k[prefix.kv_rows], v[prefix.kv_rows]
@@ -142,14 +142,14 @@ class _DeviceMerged(torch.autograd.Function):
         own, prefix = ctx.plan.own_call(q.device), ctx.plan.prefix_call(q.device)
         grad_out = grad_out.contiguous()
         grad_q, *grad_own = varlen_backward(
-            grad_out, q, _taken(k, own.kv_rows), _taken(v, own.kv_rows), out, lse, tuple(states[:2]),
+            grad_out, q, _taken(k, own.kv_rows), _taken(v, own.kv_rows), (out, lse, tuple(states[:2])),
             call=own, scale=ctx.scale, is_causal=True,
         )  # fmt: skip
         grads_k, grads_v = ([part] for part in grad_own)
         if prefix is not None:
             rows, keys = prefix.q_rows, prefix.kv_rows
             part_q, part_k, part_v = varlen_backward(
-                grad_out[rows], q[rows], k[keys], v[keys], out[rows], lse[:, rows].contiguous(), tuple(states[2:]),
+                grad_out[rows], q[rows], k[keys], v[keys], (out[rows], lse[:, rows].contiguous(), tuple(states[2:])),
                 call=prefix, scale=ctx.scale, is_causal=False,
             )  # fmt: skip
             grad_q.index_add_(0, rows, part_q)

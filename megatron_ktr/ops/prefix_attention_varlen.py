@@ -43,5 +43,5 @@ class _Varlen(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, *state = ctx.saved_tensors
-        gradients = varlen_backward(grad_out.contiguous(), q, k, v, out, lse, tuple(state), **ctx.options)
+        gradients = varlen_backward(grad_out.contiguous(), q, k, v, (out, lse, tuple(state)), **ctx.options)
         return *gradients, None, None, None

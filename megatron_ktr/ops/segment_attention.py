@@ -112,8 +112,8 @@ def segment_attention(
     if not segments.num_rows:
         return q_SNH[:0]
     if can_flash_varlen(q_SNH):
-        scale = q_SNH.shape[-1] ** -0.5 if scale is None else scale
-        return varlen_call(q_SNH, k_SNH, v_SNH, call=segments.call(q_SNH.device), scale=scale, is_causal=False)
+        given = q_SNH.shape[-1] ** -0.5 if scale is None else scale
+        return varlen_call(q_SNH, k_SNH, v_SNH, call=segments.call(q_SNH.device), scale=given, is_causal=False)
     batches = segments.batches(q_SNH.device)
     if batches.order is None:  # all segments alike: already in order, no gather needed
         return _attend_batch(q_SNH, k_SNH, v_SNH, length=batches.lengths[0], scale=scale)
@@ -126,6 +126,6 @@ def segment_attention(
 
 def _attend_batch(q_SNH: Tensor, k_SNH: Tensor, v_SNH: Tensor, *, length: int, scale: float | None) -> Tensor:
     """Consecutive segments of one ``length`` as a batch; S is a multiple of ``length``."""
-    batched = [x.unflatten(0, (-1, length)).transpose(1, 2) for x in (q_SNH, k_SNH, v_SNH)]
-    out_BNLH = scaled_dot_product_attention(*batched, scale=scale, enable_gqa=q_SNH.shape[1] != k_SNH.shape[1])
+    q, k, v = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in (q_SNH, k_SNH, v_SNH))
+    out_BNLH = scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=q_SNH.shape[1] != k_SNH.shape[1])
     return out_BNLH.transpose(1, 2).flatten(0, 1)

@@ -46,7 +46,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_ktr.config.words import TOKEN_STATISTICS_IMPLS, TokenStatisticsImpl
-from megatron_ktr.ops.main_grad import gradient_in_main_grad, has_precise_main_grad
+from megatron_ktr.ops.main_grad import gradient_in_main_grad, has_precise_main_grad, main_gradient
 from megatron_ktr.ops.token_statistics_interface import (
     NUM_STATISTICS,
     GradientSums,
@@ -216,7 +216,7 @@ class _TokenStatistics(torch.autograd.Function):
         active_RD = (hidden_RD[rows] if is_compact else hidden_RD).contiguous()
         weight_grad = weight_sum = None
         if needs_weight_grad and call.main_grad_of is not None:
-            weight_grad, weight_sum = gradient_in_main_grad(call.main_grad_of), call.main_grad_of.main_grad
+            weight_grad, weight_sum = gradient_in_main_grad(call.main_grad_of), main_gradient(call.main_grad_of)
         elif needs_weight_grad:
             weight_grad = weight_sum = torch.zeros_like(weight_VD)
         sums = GradientSums(

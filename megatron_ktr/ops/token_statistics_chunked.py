@@ -44,7 +44,7 @@ class ChunkedTokenStatistics:
             weight_tile = operand(weight_VD[columns])
             for rows in tiles.rows():
                 target = locate(target_R[rows], columns, plan)
-                old_sum = intact[1, rows].clone() if others else None
+                old_sum = intact[1, rows].clone() if others else intact[1, rows]  # the others read it only
                 x, step = _shift(intact[:, rows], tiles.logits(0, hidden_RD[rows], weight_tile), target)
                 exp_x = _absorb(intact[:, rows], x, step, tiles)
                 for other_RD, statistics in zip(others, of_others, strict=True):

@@ -115,6 +115,7 @@ class Implementation(Protocol):
         A shard without real columns answers m = m' = ``lowest(dtype)`` and zeros. A target outside the vocabulary
         makes t (and t') NaN. No autograd is recorded.
         """
+        ...
 
     def backward(
         self, hidden_RD: Tensor, weight_VD: Tensor, gradient: LogitGradient, plan: ShardPlan, sums: GradientSums

@@ -37,12 +37,14 @@ class NaiveTokenStatistics:
         z_RV = _logits(hidden_RD, weight_VD, plan)
         x_RV = _shifted(z_RV, target_R, plan, max_R=max_R, target_logit_R=target_logit_R)
         exp_RV = x_RV.exp()
-        sum_R.copy_(exp_RV.sum(dim=1)), shifted_sum_R.copy_((exp_RV * x_RV).sum(dim=1))
+        sum_R.copy_(exp_RV.sum(dim=1))
+        shifted_sum_R.copy_((exp_RV * x_RV).sum(dim=1))
         for other_RD, of_other in zip(others, of_others, strict=True):
             max_R, sum_R, difference_R, target_logit_R = of_other
             z_RV = _logits(other_RD, weight_VD, plan)
             other_x_RV = _shifted(z_RV, target_R, plan, max_R=max_R, target_logit_R=target_logit_R)
-            sum_R.copy_(other_x_RV.exp().sum(dim=1)), difference_R.copy_((exp_RV * (x_RV - other_x_RV)).sum(dim=1))
+            sum_R.copy_(other_x_RV.exp().sum(dim=1))
+            difference_R.copy_((exp_RV * (x_RV - other_x_RV)).sum(dim=1))
         return statistics_NR
 
     @torch.no_grad()

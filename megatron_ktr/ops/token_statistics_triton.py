@@ -222,9 +222,9 @@ def reduce_logits(
         num_rows,
         num_splits,
         plan.vocab_size,
-        HAS_COUNTERFACTUAL=has_counterfactual,
-        BLOCK_S=triton.next_power_of_2(num_splits),
-        BLOCK_R=block_rows,
+        HAS_COUNTERFACTUAL=has_counterfactual,  # pyright: ignore[reportArgumentType]  # Triton makes a constexpr of it
+        BLOCK_S=triton.next_power_of_2(num_splits),  # pyright: ignore[reportArgumentType]  # likewise
+        BLOCK_R=block_rows,  # pyright: ignore[reportArgumentType]  # likewise
     )
     return statistics_NR
 

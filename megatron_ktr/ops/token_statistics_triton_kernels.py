@@ -168,7 +168,7 @@ def statistics_kernel(
             m2, decay2, step2, x2, exp_x2, s2 = _fold(z2, is_column, m2, s2)
             w = (w + old_s * (step - step2)) * decay + tl.sum(exp_x * (x - x2), axis=1)
 
-    size: tl.constexpr = 8 if HAS_COUNTERFACTUAL else 4
+    size: tl.constexpr = 8 if HAS_COUNTERFACTUAL else 4  # pyright: ignore[reportAssignmentType]  # Triton's syntax
     out_ptrs = partial_ptr + tl.cast(split, tl.int64) * size * num_rows + rows
     tl.store(out_ptrs, m, mask=is_row)
     tl.store(out_ptrs + num_rows, s, mask=is_row)
@@ -202,7 +202,7 @@ def join_kernel(
     splits = tl.arange(0, BLOCK_S)
     is_row = rows < num_rows
     is_inside = is_row[None, :] & (splits < num_splits)[:, None]
-    size: tl.constexpr = 8 if HAS_COUNTERFACTUAL else 4
+    size: tl.constexpr = 8 if HAS_COUNTERFACTUAL else 4  # pyright: ignore[reportAssignmentType]  # Triton's syntax
     inside = splits.to(tl.int64)[:, None] * size * num_rows + rows[None, :]
 
     m = _load_statistic(partial_ptr, 0, inside, num_rows, is_inside, LOWEST)
@@ -210,7 +210,7 @@ def join_kernel(
     u = _load_statistic(partial_ptr, 2, inside, num_rows, is_inside, 0.0)
     t = _load_statistic(partial_ptr, 3, inside, num_rows, is_inside, 0.0)
     joined_m = tl.max(m, axis=0)
-    step = m - joined_m[None, :]
+    step = m - joined_m[None, :]  # pyright: ignore[reportCallIssue, reportArgumentType]  # Triton's syntax
     decay = tl.exp(step)
     target = tl.load(target_ptr + rows, mask=is_row, other=0)
     is_known = (target >= 0) & (target < vocab_size)
@@ -226,7 +226,7 @@ def join_kernel(
         w = _load_statistic(partial_ptr, 6, inside, num_rows, is_inside, 0.0)
         t2 = _load_statistic(partial_ptr, 7, inside, num_rows, is_inside, 0.0)
         joined_m2 = tl.max(m2, axis=0)
-        step2 = m2 - joined_m2[None, :]
+        step2 = m2 - joined_m2[None, :]  # pyright: ignore[reportCallIssue, reportArgumentType]  # Triton's syntax
         tl.store(out_ptrs + 4 * num_rows, joined_m2, mask=is_row)
         tl.store(out_ptrs + 5 * num_rows, tl.sum(tl.exp(step2) * s2, axis=0), mask=is_row)
         tl.store(out_ptrs + 6 * num_rows, tl.sum(decay * (w + s * (step - step2)), axis=0), mask=is_row)

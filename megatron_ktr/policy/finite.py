@@ -17,7 +17,7 @@ from megatron_ktr.distributed.agreement import gather_objects
 from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.errors import UserError, same_on_every_rank
 from megatron_ktr.types import RolloutGroup
-from models.qwen2_5_vl.conversion import named_model_parameters
+from models.qwen2_5_vl.conversion import model_config, named_model_parameters
 from models.qwen2_5_vl.fp8 import plain_tensor
 from models.qwen2_5_vl.weight_map import weight_specs
 
@@ -25,7 +25,7 @@ from models.qwen2_5_vl.weight_map import weight_specs
 @torch.no_grad()
 def require_finite_weights(chunks: Sequence[torch.nn.Module], *, hf_dir: Path, groups: ParallelGroups) -> None:
     """Raises ``UserError``, on every rank, naming the first tensor of ``hf_dir`` that is not finite in the model."""
-    hf_names = {spec.name: spec.hf_names for spec in weight_specs(chunks[0].model_config)}
+    hf_names = {spec.name: spec.hf_names for spec in weight_specs(model_config(chunks))}
     damaged = [name for name, parameter in named_model_parameters(chunks) if not _is_finite(plain_tensor(parameter))]
     names = sorted({name for part in gather_objects(damaged, group=groups.world) for name in part})
     if names:

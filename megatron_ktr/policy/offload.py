@@ -109,5 +109,5 @@ def _moved(parameter: nn.Parameter | None, move: Move) -> nn.Parameter | None:
     with torch.no_grad():
         moved = nn.Parameter(move(parameter.detach()), requires_grad=False)
     # Marks of tensor and sequence parallelism.
-    moved.__dict__.update(parameter.__dict__)
+    vars(moved).update(vars(parameter))
     return moved

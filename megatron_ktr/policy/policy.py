@@ -131,7 +131,7 @@ class Policy(ReplicaNumbers):
             chunks = self._load_model(Path(hf_dir or self.hf_dir))
             offload_on = self.platform if self.options.model.offload_reference else None
             self.reference = ReferenceModel.copy(chunks, offload_on=offload_on)
-        self.vision.add_reference(self.reference.chunks[0].vision, is_policy_copy=hf_dir is None)
+        self.vision.add_reference(unwrap_model(self.reference.chunks[0]).vision, is_policy_copy=hf_dir is None)
 
     def score(
         self,
@@ -225,11 +225,12 @@ class Policy(ReplicaNumbers):
                 _log.warning("no optimizer step: the loss is %s, because %s", result.loss, reason)
             return result
         require_finite("loss", result.loss)
-        moments = contextlib.nullcontext()
+        moments: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if self.options.optimizer.offload_optimizer_states:
             moments = moments_on_device(self.optimizer, **moves(self.platform))
         with moments:
-            succeeded, grad_norm, _ = self.optimizer.step()
+            outcome: Any = self.optimizer.step()  # core declares none
+        succeeded, grad_norm, _ = outcome
         require_finite("gradient norm", float(grad_norm or 0.0))
         if succeeded:
             self.scheduler.step(increment=1)
@@ -320,16 +321,23 @@ class Policy(ReplicaNumbers):
         Collective: every rank exhausts it. ``gather_to`` "source" yields them on each replica's reading rank only.
         """
         self.wait_for_parameters()
-        options = dict(groups=self.groups, tensor_of=tensor_of, gather_to=gather_to, with_vision=with_vision)
-        yield from export_weights(self.bare_chunks, **options)
+        yield from export_weights(
+            self.bare_chunks, groups=self.groups, tensor_of=tensor_of, gather_to=gather_to, with_vision=with_vision
+        )
 
     def save_hf(self, directory: Path) -> None:
         """Writes a directory that transformers and vLLM load: the model and all other files of the initial one, or
         adapters alone (``--lora-export adapter``)."""
         self.wait_for_parameters()
         only_adapters = self.options.model.lora_export == "adapter"
-        options = dict(groups=self.groups, hf_source_dir=self.hf_dir, lora=self.lora, only_adapters=only_adapters)
-        save_export(self.bare_chunks, directory, **options)
+        save_export(
+            self.bare_chunks,
+            directory,
+            groups=self.groups,
+            hf_source_dir=self.hf_dir,
+            lora=self.lora,
+            only_adapters=only_adapters,
+        )
 
     def wait_for_parameters(self) -> None:
         """With overlapped gathering, every rank holds but its own shard of what the last optimizer step changed, until

@@ -61,7 +61,9 @@ class PolicyVision:
     def prepare(self, batches: Sequence[PackedBatch]) -> None:
         """Encodes media now that passes without gradient show before the update, whose gradient takes the same run."""
         vision = self._passes[ModelRole.POLICY]
-        for batch in batches if vision is not None else ():
+        if vision is None:
+            return
+        for batch in batches:
             vision.prepare(batch.media)
 
     @torch.no_grad()

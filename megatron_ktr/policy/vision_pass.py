@@ -30,13 +30,15 @@ from typing import Any
 import torch
 import xxhash
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.distributed import ProcessGroup
 
 from megatron_ktr.batch.packing import MediaSpec
+from megatron_ktr.ops.main_grad import main_gradient
 from megatron_ktr.transfer import send
 from megatron_ktr.types import VisualInput
 
-Encoder = Callable[[Tensor, Tensor], Tensor]
+Encoder = Callable[[Tensor | None, Tensor], Tensor]
 """(patches [S, ...], grids int64 [M, 3]) -> features [S / merge^2, D]."""
 
 
@@ -159,7 +161,7 @@ class VisionPass:
             # 128 bits that no accident brings about twice; at 7 times the speed of a cryptographic hash, which would
             # guard against media made to be taken for one another, by whoever may write the data anyway.
             digest = xxhash.xxh3_128(f"{medium.kind} {tuple(part.shape)} {num_h} {num_w}".encode())
-            digest.update(part.numpy())
+            digest.update(part.numpy().data)
             unit = dataclasses.replace(medium, frames_FCHW=part, grid_thw=(1, num_h, num_w))
             units.append(VisionUnit(digest.digest(), unit))
         return units
@@ -253,12 +255,12 @@ def share_units(sizes: Sequence[int], *, num_ranks: int) -> list[int]:
 def sum_gradients(parameters: Iterable[torch.nn.Parameter], *, group: ProcessGroup) -> None:
     """Adds up the main gradients of an encoder that is whole on every rank of ``group`` and saw a share of the units
     on each; after the reduction over data-parallel ranks, of which every tensor rank holds the same shard."""
-    gradients = [parameter.main_grad for parameter in parameters if parameter.requires_grad]
+    gradients = [main_gradient(parameter) for parameter in parameters if parameter.requires_grad]
     if group.size() == 1 or not gradients:
         return
-    together = torch._utils._flatten_dense_tensors(gradients)
+    together = _flatten_dense_tensors(gradients)
     torch.distributed.all_reduce(together, group=group)
-    for gradient, total in zip(gradients, torch._utils._unflatten_dense_tensors(together, gradients), strict=True):
+    for gradient, total in zip(gradients, _unflatten_dense_tensors(together, gradients), strict=True):
         gradient.copy_(total)
 
 

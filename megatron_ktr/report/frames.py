@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from megatron_ktr.data.frames import read_frames
 from megatron_ktr.data.media_files import resolve_media_path
 from megatron_ktr.data.media_source import MediaSource, media_sources
-from megatron_ktr.data.pictures import read_pictures
 from megatron_ktr.data.preprocess import resize_frames
 from megatron_ktr.data.unusable import UnusableMedia
-from megatron_ktr.data.video import FrameSampling, read_image, read_video
+from megatron_ktr.data.video import FrameSampling
 from megatron_ktr.errors import UserError
 from megatron_ktr.report.run_data import RunData
 
@@ -90,18 +90,22 @@ class FrameReader:
             return Strip(kind, name, problem="not shown: no media root is known (--media-root)")
         try:
             paths = [resolve_media_path(self.media_root, written) for written in source.paths]
-            if kind == "image":
-                picture = _picture(_small(read_image(paths[0]), 1)[0], caption="image")
-                return Strip(kind, name, (picture,), num_sampled=1)
-            sampling = request.sampling(self.sampling, is_pictures=source.is_pictures)
-            if source.is_pictures:
-                fps = request.pictures_fps or self.sampling.fps
-                video = read_pictures(paths, pictures_fps=fps, sampling=sampling, transform=_small)
-            else:
+            sampling = self.sampling
+            if kind == "video":
+                sampling = request.sampling(self.sampling, is_pictures=source.is_pictures)
+            video = read_frames(
+                paths if source.is_pictures else paths[0],
+                kind=kind,
+                sampling=sampling,
+                pictures_fps=request.pictures_fps or self.sampling.fps,
+                transform=_small,
                 # PyAV alone: no second process, and the same frames as decord gives.
-                video = read_video(paths[0], sampling=sampling, transform=_small, backend="pyav")
+                backend="pyav",
+            )
         except (UnusableMedia, UserError, ValueError) as error:
             return Strip(kind, name, problem=f"not shown: {error}")
+        if kind == "image":
+            return Strip(kind, name, (_picture(video.frames_FCHW[0], caption="image"),), num_sampled=1)
         total = len(video.frame_indices)
         shown = sorted({round(index) for index in torch.linspace(0, total - 1, min(total, self.max_frames)).tolist()})
         pictures = tuple(

@@ -73,6 +73,19 @@ class ReportWritten:
     stages: tuple[StageReport, ...]
 
 
+@dataclass(frozen=True)
+class Most:
+    """How much a report shows."""
+
+    groups: int = 4
+    """Questions of a run: half of the first, half of the last recorded step."""
+    frames: int = 16
+    """Pictures of a video."""
+
+
+SHOWN_AT_MOST = Most()
+
+
 def write_report(
     run_dirs: Sequence[tuple[str | None, Path | str]],
     *,
@@ -82,8 +95,7 @@ def write_report(
     notes: Sequence[str] = (),
     model: Path | str | None = None,
     media_root: Path | str | None = None,
-    max_groups: int = 4,
-    max_frames: int = 16,
+    most: Most = SHOWN_AT_MOST,
 ) -> ReportWritten:
     """Writes the page in one rename.
 
@@ -93,16 +105,15 @@ def write_report(
         notes: paragraphs below the title.
         model: Hugging Face directory whose tokenizer splits responses; None = the run's export, else its model.
         media_root: below which media are found; None = where the run found them.
-        max_groups: questions to show per run; half of the first, half of the last recorded step.
-        max_frames: pictures to show per video.
+        most: how many questions and pictures.
 
     Raises:
         UserError: a run directory that is none or is damaged, an option that does not fit, ``out`` not writable.
     """
     if not run_dirs:
         raise UserError("--run-dir: expected at least one run directory")
-    if max_groups < 0 or max_frames < 1:
-        raise UserError(f"expected --max-groups >= 0 and --max-frames >= 1, got {max_groups} and {max_frames}")
+    if most.groups < 0 or most.frames < 1:
+        raise UserError(f"expected --max-groups >= 0 and --max-frames >= 1, got {most.groups} and {most.frames}")
     runs = [read_run(run_dir) for _, run_dir in run_dirs]
     titles = [name or _default_title(run) for (name, _), run in zip(run_dirs, runs, strict=True)]
     sections, stages = [], []
@@ -111,9 +122,9 @@ def write_report(
             run,
             title=name,
             anchor=f"stage-{number}",
-            groups=choose_groups(run, max_groups=max_groups),
+            groups=choose_groups(run, max_groups=most.groups),
             decode=_decoder(run, model=model),
-            frames=FrameReader.of_run(run, media_root=Path(media_root) if media_root else None, max_frames=max_frames),
+            frames=FrameReader.of_run(run, media_root=Path(media_root) if media_root else None, max_frames=most.frames),
         )
         sections.append(section)
         stages.append(stage)

@@ -102,7 +102,7 @@ def read_run(run_dir: Path | str) -> RunData:
     for line, values in _read_lines(run_dir / "metrics.jsonl"):
         step = values.get("step")
         numbers = {name: _or_nan(value) for name, value in values.items() if name != "step"}
-        if not _is_whole(step) or not all(_is_number(value) for value in numbers.values()):
+        if not isinstance(step, int) or not _is_whole(step) or not all(_is_number(value) for value in numbers.values()):
             raise UserError(f"{run_dir / 'metrics.jsonl'}, line {line}: expected a whole 'step' and numbers")
         by_step[step] = numbers
     steps = tuple(sorted(by_step))

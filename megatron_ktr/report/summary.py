@@ -192,8 +192,8 @@ def _what_it_shows(found: Mapping[str, Measured]) -> Iterator[str]:
 
 def _is_clear(higher: Measured, lower: Measured) -> bool:
     """Whether the difference exceeds two standard errors of itself (taken as 5 points where unknown)."""
-    errors = [item.standard_error for item in (higher, lower)]
-    spread = math.hypot(*errors) if all(error is not None for error in errors) else 0.025
+    errors = [item.standard_error for item in (higher, lower) if item.standard_error is not None]
+    spread = math.hypot(*errors) if len(errors) == 2 else 0.025
     return higher.value - lower.value > 2 * spread
 
 

@@ -16,6 +16,8 @@ from megatron_ktr.rewards.protocols import PROTOCOLS, STANDARD, Protocol
 from megatron_ktr.types import Prompt, Rollout, RolloutGroup
 
 RewardFunction = Callable[[str, Mapping[str, Any]], float]
+BuiltInReward = Callable[..., float]
+"""A ``RewardFunction`` that takes the ``protocol`` to read answers by as well."""
 
 
 def accuracy_reward(response: str, record: Mapping[str, Any], *, protocol: Protocol = STANDARD) -> float:
@@ -39,7 +41,7 @@ def format_reward(response: str, record: Mapping[str, Any], *, protocol: Protoco
     return float(protocol.has_format(response))
 
 
-BUILT_IN: dict[str, RewardFunction] = {
+BUILT_IN: dict[str, BuiltInReward] = {
     "accuracy": accuracy_reward,
     "format": format_reward,
     "soft_choice": soft_choice_reward,
@@ -60,7 +62,7 @@ def load_reward(name: str, *, protocol: str = "standard") -> tuple[str, RewardFu
     if not separator:
         raise UserError(f"reward {name!r} is unknown, expected one of {sorted(BUILT_IN)} or 'module:function'")
     try:
-        function = getattr(importlib.import_module(module_name), function_name)
+        function: Any = getattr(importlib.import_module(module_name), function_name)
     except Exception as error:  # what a user's module can raise has no end
         raise UserError(f"reward {name!r} cannot be loaded: {type(error).__name__}: {error}") from error
     if not callable(function):

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from megatron_ktr.batch.packing import MediaSpec
 from megatron_ktr.config import Config
@@ -18,6 +17,7 @@ from megatron_ktr.config.part_options import row_multiple
 from megatron_ktr.data.dataset import PromptDataset, SkipCounter
 from megatron_ktr.data.source import DatasetSource, SupervisedSource
 from megatron_ktr.data.template import PromptBuilder, VisualTokens
+from megatron_ktr.data.tokenizer import Tokenizer
 from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.policy.policy import Policy
 from megatron_ktr.rewards import DEFAULT_REWARDS
@@ -36,7 +36,7 @@ from megatron_ktr.rollout.source import ReplicaSource, Sampler
 
 
 def build_local_source(
-    config: Config, *, groups: ParallelGroups, tokenizer: Any, vocab_size: int
+    config: Config, *, groups: ParallelGroups, tokenizer: Tokenizer, vocab_size: int
 ) -> DatasetSource | None:
     """What ``config`` asks the reading rank of each replica to draw; None on the other ranks.
 
@@ -61,7 +61,7 @@ def build_local_source(
     return SupervisedSource(dataset) if config.objective.is_supervised else DatasetSource(dataset)
 
 
-def build_sampler(config: Config, *, groups: ParallelGroups, tokenizer: Any, media: MediaSpec) -> Sampler | None:
+def build_sampler(config: Config, *, groups: ParallelGroups, tokenizer: Tokenizer, media: MediaSpec) -> Sampler | None:
     """The engine ``rollout.engine`` names, with the run's sampling settings and rewards; None on ranks without one."""
     rollout = config.rollout
     if config.objective.is_supervised or rollout.engine == "replay":
@@ -119,7 +119,7 @@ def build_sampler_check(
     policy: Policy,
     source: ReplicaSource,
     media: MediaSpec,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     send_weights: Callable[[], None],
 ) -> SamplerCheck | None:
     """The check of this run's engine against its policy; None where nothing is sampled, where it is off, and where the

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_ktr.batch.packing import MediaSpec
+from megatron_ktr.data.tokenizer import Tokenizer
 from megatron_ktr.distributed.platform import current
 from megatron_ktr.errors import UserError
 from megatron_ktr.files.hf_files import published_name
@@ -33,7 +34,7 @@ class HFEngine(RolloutEngine):
         self,
         model_dir: Path | str,
         *,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         media: MediaSpec,
         sampling: SamplingSettings,
         dtype: torch.dtype = torch.float32,

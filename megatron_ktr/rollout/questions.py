@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron_ktr.config import Config
 from megatron_ktr.data.loader import PromptLoader
@@ -15,11 +14,12 @@ from megatron_ktr.data.preprocess import pixel_limits
 from megatron_ktr.data.record_check import check_questions
 from megatron_ktr.data.record_problems import RecordProblems
 from megatron_ktr.data.records import Record, describe_repeated_ids, read_records
+from megatron_ktr.data.tokenizer import Tokenizer
 from megatron_ktr.data.video import FrameSampling
 from megatron_ktr.errors import UserError
 from megatron_ktr.rewards import DEFAULT_REWARDS, READS_PROBLEM_TYPE, load_rewards
 from megatron_ktr.rewards.accuracy import ACCURACY_BY_TYPE
-from megatron_ktr.rollout.replay import ReplayEngine
+from megatron_ktr.rollout.replay import ReplayEngine, Required
 
 _log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class Questions:
     engine: ReplayEngine | None = None
 
 
-def read_questions(config: Config, *, tokenizer: Any, vocab_size: int, is_spokesman: bool) -> Questions:
+def read_questions(config: Config, *, tokenizer: Tokenizer, vocab_size: int, is_spokesman: bool) -> Questions:
     """The records of ``data_path`` or ``replay_path``, with those told and left out that cannot be used.
 
     Raises:
@@ -71,7 +71,7 @@ def read_questions(config: Config, *, tokenizer: Any, vocab_size: int, is_spokes
     return Questions(records, loader, left_out, engine)
 
 
-def prompt_loader(config: Config, *, tokenizer: Any) -> PromptLoader:
+def prompt_loader(config: Config, *, tokenizer: Tokenizer) -> PromptLoader:
     """Loads records as the data options say; media below ``media_root``, or beside the file that names them.
 
     With ``original_compat`` every video lasts 1.0 s per temporal patch, for whatever reads the prompt, and media that
@@ -80,6 +80,7 @@ def prompt_loader(config: Config, *, tokenizer: Any) -> PromptLoader:
     data = config.data
     is_replay = not config.objective.is_supervised and config.rollout.engine == "replay"
     file = config.rollout.replay_path if is_replay else data.data_path
+    assert file is not None, "the configuration's checks ask for it"
     return PromptLoader.from_model(
         config.model.model,
         media_root=data.media_root or Path(file).parent,
@@ -94,15 +95,17 @@ def prompt_loader(config: Config, *, tokenizer: Any) -> PromptLoader:
     )
 
 
-def _replay_engine(config: Config, *, tokenizer: Any, vocab_size: int, problems: RecordProblems) -> ReplayEngine:
+def _replay_engine(config: Config, *, tokenizer: Tokenizer, vocab_size: int, problems: RecordProblems) -> ReplayEngine:
     return ReplayEngine(
         problems.path,
         tokenizer=tokenizer,
         num_generations=config.rollout.num_generations,
         vocab_size=vocab_size,
-        required_rewards=("accuracy",) if config.reward.length_bonus > 0 else (),
-        required_because="the length bonus goes to correct responses: record it, or set --length-bonus 0",
-        needs_logprobs=config.objective.importance_sampling != "none" or bool(config.objective.importance_mask),
+        required=Required(
+            rewards=("accuracy",) if config.reward.length_bonus > 0 else (),
+            because="the length bonus goes to correct responses: record it, or set --length-bonus 0",
+            logprobs=config.objective.importance_sampling != "none" or bool(config.objective.importance_mask),
+        ),
         ignored=config.data.ignore_fields,
         problems=problems,
     )

@@ -21,6 +21,7 @@ import logging
 import os
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from megatron_ktr.data.record_problems import RecordProblems
 from megatron_ktr.data.records import NORMALISED, Record, read_records
 from megatron_ktr.data.source import DatasetSource
 from megatron_ktr.data.template import control_tokens
+from megatron_ktr.data.tokenizer import Tokenizer
 from megatron_ktr.errors import UserError
 from megatron_ktr.files.json_files import to_json
 from megatron_ktr.rollout.base import RolloutEngine
@@ -43,6 +45,21 @@ _LINE = "record_number"
 """Field of a record that says which line its responses are on (problem ids may repeat over lines)."""
 
 
+@dataclass(frozen=True)
+class Required:
+    """What recorded responses must have."""
+
+    rewards: Sequence[str] = ()
+    """Reward parts."""
+    because: str = ""
+    """Ends the message where one lacks them: what needs them, and the way out."""
+    logprobs: bool = False
+    """Whether the sampler's log-probs."""
+
+
+NOTHING_REQUIRED = Required()
+
+
 class ReplayEngine(RolloutEngine):
     """Answers each prompt with its recorded responses; weights change nothing."""
 
@@ -50,13 +67,11 @@ class ReplayEngine(RolloutEngine):
         self,
         path: Path | str,
         *,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         num_generations: int | None = None,
         end_token_id: int | None = None,
         vocab_size: int | None = None,
-        required_rewards: Sequence[str] = (),
-        required_because: str = "",
-        needs_logprobs: bool = False,
+        required: Required = NOTHING_REQUIRED,
         ignored: Collection[str] = (),
         problems: RecordProblems | None = None,
     ) -> None:
@@ -66,9 +81,7 @@ class ReplayEngine(RolloutEngine):
             num_generations: take this many responses of each group (the first ones); None = all that are recorded.
             end_token_id: appended to responses given as text; None = the tokenizer's end token.
             vocab_size: token ids must be below it; None = the tokenizer's length.
-            required_rewards: reward parts that every response taken must have.
-            required_because: ends the message where one lacks them: what needs them, and the way out.
-            needs_logprobs: every response taken must have the sampler's log-probs.
+            required: what every response taken must have.
             ignored: fields that are data although they look like instructions (``data/records.py``).
             problems: receives the lines that cannot be used; None = they are an error.
 
@@ -95,8 +108,8 @@ class ReplayEngine(RolloutEngine):
                 rollouts = self._read_responses(record.pop("responses", None))
                 if num_generations is not None and len(rollouts) < num_generations:
                     raise ValueError(f"{len(rollouts)} responses, but num_generations is {num_generations}")
-                _check_rewards(rollouts[:num_generations], required_rewards, because=required_because)
-                if needs_logprobs:
+                _check_rewards(rollouts[:num_generations], required.rewards, because=required.because)
+                if required.logprobs:
                     _check_logprobs(rollouts[:num_generations])
             except ValueError as error:
                 found.add(place, number=line, problem_id=record["problem_id"], reason=error)

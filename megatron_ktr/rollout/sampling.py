@@ -7,12 +7,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_ktr.config.sections import HF_BATCH_RESPONSES
+from megatron_ktr.data.tokenizer import Tokenizer
 from megatron_ktr.errors import UserError
 
 
@@ -44,7 +44,7 @@ def sample_seed(*, seed: int, step: int, identity: str, sample: int) -> int:
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") >> 1
 
 
-def end_token_ids(model_dir: Path | str, tokenizer: Any) -> tuple[int, ...]:
+def end_token_ids(model_dir: Path | str, tokenizer: Tokenizer) -> tuple[int, ...]:
     """The end tokens of the model's generation config; without any, the tokenizer's."""
     from transformers import AutoConfig, GenerationConfig
 

@@ -29,10 +29,12 @@ class StepSource(Protocol):
     @property
     def num_skipped(self) -> int:
         """Prompts skipped so far on this rank."""
+        ...
 
     @property
     def counts(self) -> Mapping[str, int]:
         """What data and engine met so far on this rank, by metric name."""
+        ...
 
     def load_weights(self, named_tensors: Iterator[tuple[str, Tensor]]) -> None:
         """Takes the policy's exported weights and exhausts the iterator, which is collective."""
@@ -42,6 +44,7 @@ class StepSource(Protocol):
 
     def finish(self) -> list[RolloutGroup]:
         """The groups of the step that has begun, with rewarded responses."""
+        ...
 
     def close(self) -> None:
         """Frees what the source holds; it is not used afterwards."""

@@ -288,7 +288,7 @@ def sharded_state(policy: Policy, *, is_loading: bool = False) -> dict[str, Any]
     has_optimizer_state = policy.options.optimizer.optimizer != "sgd"
     # Also where this rank has nothing to train: it is agreed on by all.
     num_steps = agreed_steps(policy.optimizer) if has_optimizer_state else None
-    if has_optimizer_state and not policy.optimizer.is_stub_optimizer:
+    if has_optimizer_state and not getattr(policy.optimizer, "is_stub_optimizer", False):
         state["optimizer"] = optimizer_sharded_state(
             policy.optimizer, dict(state), num_steps=num_steps, is_loading=is_loading
         )
@@ -316,7 +316,7 @@ def load_sharded_state(policy: Policy, checkpoint: Path) -> None:
     on_every_rank(require_plain, groups=policy.groups)
     try:
         strategy = FullyParallelLoadStrategyWrapper(load_strategy(str(checkpoint)), policy.groups.data_context)
-        loaded = dist_checkpointing.load(state, str(checkpoint), sharded_strategy=strategy)
+        loaded: Any = dist_checkpointing.load(state, str(checkpoint), sharded_strategy=strategy)
     except (CheckpointingException, CheckpointException, OSError, *UNREADABLE) as error:
         raise UserError(f"--resume: {checkpoint} cannot be loaded: {error}") from error
     for chunk, name in zip(policy.bare_chunks, parts, strict=True):

@@ -24,7 +24,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from megatron_ktr.config import OPTIONS, Config, read_saved, save_resolved
 from megatron_ktr.errors import UserError
@@ -94,11 +94,21 @@ def list_checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
+class Agree(Protocol):
+    """Runs an action on one rank and gives every rank what it returned, or its error."""
+
+    def __call__(self, action: Callable[[], T], /) -> T: ...
+
+
+def _alone(action: Callable[[], T], /) -> T:
+    return action()
+
+
 def find_checkpoint(
     config: Config,
     *,
     verify: Verify = checkpoint_damage,
-    agree: Callable[[Callable[[], T]], T] = lambda action: action(),
+    agree: Agree = _alone,
 ) -> Path | None:
     """The newest intact checkpoint of the run that ``config`` continues; None: a new run.
 
@@ -158,7 +168,8 @@ def _resume(config: Config, run_dir: Path, checkpoint: Path, *, num_steps: int |
     length = f"--train-steps {trainer.train_steps}"
     if trainer.train_epochs is not None:
         length = f"--train-epochs {trainer.train_epochs:g}, {num_steps} steps"
-    if step > (trainer.train_steps or num_steps):
+    last = trainer.train_steps or num_steps
+    if last is not None and step > last:
         raise UserError(f"{length}: the run is at step {step} already ({checkpoint}); raise it")
     _set_aside_export(run_dir / "export", step)
     _set_aside_rollouts(run_dir / ROLLOUTS, step)

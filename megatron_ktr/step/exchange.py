@@ -35,7 +35,7 @@ def exchange_groups(
     known = dict(zip(placement.drawn[replica], groups, strict=True))
     moves = placement.moves
     # Replicas of which nothing comes or goes take no part.
-    arrived: dict[int, list[RolloutGroup]] | None = None
+    arrived: dict[int, list[RolloutGroup]] = {}
     if parallel.is_source:
         outgoing = {
             to: [known[index] for index in indices] for (origin, to), indices in moves.items() if origin == replica

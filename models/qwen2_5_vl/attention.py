@@ -95,6 +95,7 @@ class PrefixCoreAttention(torch.nn.Module):
         **_: Any,
     ) -> Tensor:
         """[T, N, H], [T, K, H], [T, K, H] -> [T, N * H]; mask arguments are unused, the plan says it all."""
+        assert packed_seq_params.plan is not None, "``from_layout`` and ``from_shard`` make one"
         lower = product_dtype(self.config) or query.dtype
         out_TNH = prefix_attention(
             query.to(lower),

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,9 @@ from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.fp8 import plain_tensor, set_parameter
 from models.qwen2_5_vl.hf_weights import open_hf_weights
 from models.qwen2_5_vl.weight_map import TE_NAMES, WeightSpec, weight_specs
+
+if TYPE_CHECKING:
+    from models.qwen2_5_vl.model import Qwen2_5_VLModel
 
 TensorOf = Callable[[nn.Parameter], Tensor | None]
 GatherTo = Literal["all", "source"]
@@ -51,11 +54,12 @@ def model_config(model: nn.Module | Sequence[nn.Module]) -> Qwen2_5_VLConfig:
     return unwrap_model(model[0] if isinstance(model, Sequence) else model).model_config
 
 
-def unwrap_model(model: nn.Module) -> nn.Module:
+def unwrap_model(model: nn.Module) -> Qwen2_5_VLModel:
     """The model inside DDP and precision wrappers."""
-    while isinstance(getattr(model, "module", None), nn.Module):
-        model = model.module
-    return model
+    inner: Any = model
+    while isinstance(getattr(inner, "module", None), nn.Module):
+        inner = inner.module
+    return inner
 
 
 def _table_name(model: nn.Module, name: str) -> str:
@@ -166,12 +170,14 @@ def export_hf_tensors(
         wants = gather_to == "all" or layout.is_source
         hf_tensors = None
         if stage == layout.pipeline_rank:
-            shard = plain_tensor(tensor_of(local[spec.name]).detach())
+            tensor = tensor_of(local[spec.name])
+            assert tensor is not None, f"{spec.name} is asked for after it was said to have a tensor"
+            shard = plain_tensor(tensor.detach())
             hf_tensors = _gather_shards(spec, shard, layout, gather_to=gather_to)
         elif wants:
             hf_tensors = tuple(torch.empty(shape, dtype=dtype, device=device) for shape in spec.hf_shapes)
         _move_over_pipeline(hf_tensors, stage, layout, gather_to=gather_to)
-        if wants:
+        if wants and hf_tensors is not None:
             yield from zip(spec.hf_names, hf_tensors, strict=True)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core import dist_checkpointing
@@ -27,6 +27,9 @@ from megatron_ktr.files.torch_dist_files import TorchDistReader
 from megatron_ktr.stack import load_strategy
 from models.qwen2_5_vl.conversion import model_config, unwrap_model
 from models.qwen2_5_vl.dist_checkpoint import locate_tensors
+
+if TYPE_CHECKING:
+    from models.qwen2_5_vl.model import Qwen2_5_VLModel
 
 VISION_MLP = "vision.decoder.layers.mlp."
 
@@ -55,12 +58,14 @@ def _mark_copies(state: dict[str, Any], *, tensor_rank: int) -> None:
     """An encoder that is whole on every tensor rank: the first rank's copy is the one to save."""
     for value in state.values():
         if isinstance(value, ShardedTensor | ShardedTensorFactory) and value.key.startswith("vision."):
+            assert isinstance(value.replica_id, tuple), "core numbers copies of a tensor by three axes"
             pipeline_copy, _, data_copy = value.replica_id
             value.replica_id = (pipeline_copy, tensor_rank, data_copy)
 
 
-def _trim_vision_mlp(state: dict[str, Any], model: nn.Module) -> None:
+def _trim_vision_mlp(state: dict[str, Any], model: Qwen2_5_VLModel) -> None:
     true_size = model.model_config.vision.intermediate_size
+    assert model.vision is not None, "called for a stage that has the encoder"
     group = model.vision.tensor_group
     if model.vision.config.ffn_hidden_size == true_size:
         return
@@ -74,7 +79,8 @@ def _trim_vision_mlp(state: dict[str, Any], model: nn.Module) -> None:
 
 def _layer_offset(value: ShardedTensor | ShardedTensorFactory) -> tuple[int, int]:
     """(index of the layer, number of layers) on the stacked axis."""
-    whole = value if isinstance(value, ShardedTensor) else value.build()[0]
+    built: Any = None if isinstance(value, ShardedTensor) else value.build()
+    whole = value if isinstance(value, ShardedTensor) else built[0]
     return whole.global_offset[0], whole.global_shape[0]
 
 
@@ -149,7 +155,7 @@ def load_megatron_weights(model: nn.Module | Sequence[nn.Module], directory: Pat
             del state[name]
     require_plain_tensors(states, Path(directory))
     try:
-        loaded = dist_checkpointing.load(states, str(directory), sharded_strategy=load_strategy(str(directory)))
+        loaded: Any = dist_checkpointing.load(states, str(directory), sharded_strategy=load_strategy(str(directory)))
     except (CheckpointingException, *UNREADABLE) as error:
         raise UserError(f"{directory}: {error}") from error
     for chunk, name in zip(chunks, states, strict=True):

@@ -16,7 +16,7 @@ from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_ktr.config.fp8_rules import why_not_of_sizes, why_not_on_device
+from megatron_ktr.config.fp8_rules import Fp8Recipe, why_not_of_sizes, why_not_on_device
 from megatron_ktr.distributed.groups import ParallelSizes
 from megatron_ktr.distributed.platform import current
 from megatron_ktr.errors import UserError
@@ -27,6 +27,12 @@ from models.qwen2_5_vl.products import LanguageConfig
 if TYPE_CHECKING:
     from megatron_ktr.config.part_options import ModelOptions
     from megatron_ktr.config.sections import ModelSection
+
+
+def used_recipe(config: TransformerConfig) -> Fp8Recipe:
+    """The recipe of a configuration in FP8; ours never name megatron-core's "custom"."""
+    assert config.fp8_recipe is not None and config.fp8_recipe != "custom", config.fp8_recipe
+    return config.fp8_recipe
 
 
 def fp8_settings(
@@ -140,7 +146,7 @@ def drop_initial_values(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Frees those of parameters that no optimizer will read: a whole model in host memory otherwise."""
     for parameter in parameters:
         if initial_values(parameter) is not None:
-            parameter.clear_high_precision_init_val()
+            getattr(parameter, "clear_high_precision_init_val")()  # noqa: B009  # of Transformer Engine's parameters
 
 
 def _language_sizes(text: TextConfig, tensor_size: int) -> dict[str, int]:

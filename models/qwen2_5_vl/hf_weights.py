@@ -70,9 +70,10 @@ def _hint(missing: Sequence[str]) -> str:
 def _require_equal_head(reader: SafetensorsReader, rows: int = 8192) -> None:
     """A tied model's stored head is redundant; a different one means that config.json is wrong."""
     shape = reader.infos["model.embed_tokens.weight"].shape if "model.embed_tokens.weight" in reader.infos else None
-    same = shape is not None and reader.infos["lm_head.weight"].shape == shape
-    for start in range(0, shape[0], rows) if same else ():
-        length = min(rows, shape[0] - start)
+    num_rows = shape[0] if shape is not None and reader.infos["lm_head.weight"].shape == shape else None
+    same = num_rows is not None
+    for start in range(0, num_rows or 0, rows):
+        length = min(rows, (num_rows or 0) - start)
         embedding, head = (reader.read(n, 0, start, length) for n in ("model.embed_tokens.weight", "lm_head.weight"))
         same = same and torch.equal(embedding, head)
     if not same:

@@ -45,7 +45,7 @@ class LanguageModel(GPTModel):
         text = model_config.text
         super().__init__(
             config=config,
-            transformer_layer_spec=language_block_spec(
+            transformer_layer_spec=language_block_spec(  # pyright: ignore[reportArgumentType]  # core takes a block as well
                 config,
                 impl=transformer_impl,
                 attention_impl=attention_impl,
@@ -58,14 +58,14 @@ class LanguageModel(GPTModel):
             post_process=post_process,
             share_embeddings_and_output_weights=model_config.tie_word_embeddings,
             position_embedding_type="mrope",
-            rotary_base=text.rope_theta,
+            rotary_base=text.rope_theta,  # pyright: ignore[reportArgumentType]  # core declares int, computes in floats
             # Vision features are put between the word embeddings first; ``embed`` scatters afterwards.
             scatter_embedding_sequence_parallel=False,
             pg_collection=process_groups,
             vp_stage=vp_stage,
         )
         self._ends_at_hidden_states = end_at_hidden_states(self)
-        self.rotary_pos_emb.__class__ = RotaryAngles
+        setattr(self.rotary_pos_emb, "__class__", RotaryAngles)  # noqa: B010  # type checkers know no such assignment
         if post_process:
             self.output_layer.__class__ = StatisticsHead
 
@@ -110,8 +110,11 @@ class LanguageModel(GPTModel):
     def output_weight(self) -> Tensor:
         """[padded V / tp, D]: this rank's shard of the output weight; last stage only."""
         if self.share_embeddings_and_output_weights:
-            return self.shared_embedding_or_output_weight()
-        return self.output_layer.weight
+            weight = self.shared_embedding_or_output_weight()
+        else:
+            weight = self.output_layer.weight
+        assert weight is not None, "the last stage has an output weight"
+        return weight
 
 
 class RotaryAngles(MultimodalRotaryEmbedding):
@@ -153,6 +156,7 @@ class StatisticsHead(ColumnParallelLinear):
     ) -> TokenStatistics:
         """``linear_token_statistics`` on this layer's weight shard, or on ``weight`` (a shared embedding's)."""
         weight_VD = self.weight if weight is None else weight
+        assert weight_VD is not None, "an output layer without a weight of its own is given the embedding's"
         return linear_token_statistics(
             hidden_RD, weight_VD, target_ids_R, counterfactual_hidden_RD=counterfactual_hidden_RD, head=head
         )

@@ -46,12 +46,13 @@ from megatron_ktr.config.words import TRANSFORMER_IMPLS, AttentionImpl, Transfor
 from megatron_ktr.distributed.platform import current
 from megatron_ktr.errors import UserError
 from megatron_ktr.ops.prefix_attention import attend_nothing
+from megatron_ktr.ops.prefix_attention_plan import VarlenCall
 from megatron_ktr.ops.te_attention import flash_attn_version, why_not_fused
 from megatron_ktr.stack import mlp_submodule
 from models.qwen2_5_vl.attention import PrefixCoreAttention, PrefixSeqParams
 from models.qwen2_5_vl.norm import RMSNorm
 from models.qwen2_5_vl.products import ColumnLinear, RowLinear, lowerable, product_dtype
-from models.qwen2_5_vl.residual import add_residual
+from models.qwen2_5_vl.residual import RESIDUAL_ADDITION
 
 
 def resolve_transformer_impl(impl: TransformerImpl) -> Literal["local", "te"]:
@@ -125,8 +126,6 @@ def _local_layer(core_attention: Any) -> ModuleSpec:
         linear_qkv=ColumnLinear,
         core_attention=core_attention,
         linear_proj=RowLinear,
-        q_layernorm=None,
-        k_layernorm=None,
     )
     return ModuleSpec(
         module=TransformerLayer,
@@ -135,10 +134,10 @@ def _local_layer(core_attention: Any) -> ModuleSpec:
             self_attention=ModuleSpec(
                 module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
             ),
-            self_attn_bda=add_residual,
+            self_attn_bda=RESIDUAL_ADDITION,
             pre_mlp_layernorm=RMSNorm,
             mlp=mlp_submodule(ColumnLinear, RowLinear),
-            mlp_bda=add_residual,
+            mlp_bda=RESIDUAL_ADDITION,
             # TE keeps these norms inside the linear layer that follows; one checkpoint serves both.
             sharded_state_dict_keys_map={
                 "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
@@ -155,8 +154,6 @@ def _te_layer(core_attention: Any) -> ModuleSpec:
         linear_qkv=column_linear,
         core_attention=core_attention,
         linear_proj=row_linear,
-        q_layernorm=None,
-        k_layernorm=None,
     )
     return ModuleSpec(
         module=TransformerLayer,
@@ -165,11 +162,27 @@ def _te_layer(core_attention: Any) -> ModuleSpec:
             self_attention=ModuleSpec(
                 module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
             ),
-            self_attn_bda=add_residual,
+            self_attn_bda=RESIDUAL_ADDITION,
             pre_mlp_layernorm=IdentityOp,
             mlp=mlp_submodule(column_linear, row_linear),
-            mlp_bda=add_residual,
+            mlp_bda=RESIDUAL_ADDITION,
         ),
+    )
+
+
+def _with_padding_rows(out: Tensor, num_padding: int) -> Tensor:
+    """Padding rows attend nothing; their output is zero, whatever the shape Transformer Engine answers in."""
+    return pad(out, (0, 0) * (out.dim() - 1) + (0, num_padding)) if num_padding else out
+
+
+def _packed_params(call: VarlenCall) -> PackedSeqParams:
+    """The segments of a call as megatron-core hands them to Transformer Engine."""
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=call.cu_seqlens_q,
+        cu_seqlens_kv=call.cu_seqlens_kv,
+        max_seqlen_q=call.max_seqlen_q,
+        max_seqlen_kv=call.max_seqlen_kv,
     )
 
 
@@ -205,6 +218,7 @@ def te_modules() -> SimpleNamespace:
             own_dtype = query.dtype
             lower = product_dtype(self.config) or own_dtype
             query, key, value = query.to(lower), key.to(lower), value.to(lower)
+            assert packed_seq_params is not None and packed_seq_params.plan is not None, "the language model gives both"
             if packed_seq_params.exchange is not None:
                 key, value = packed_seq_params.exchange(key, value)
             plan = packed_seq_params.plan
@@ -212,27 +226,18 @@ def te_modules() -> SimpleNamespace:
                 # A context rank may own none of a short sequence; its kernels need at least one.
                 return attend_nothing(query, key, value).flatten(1).to(own_dtype)
             call, copies = plan.whole_call(query.device), plan.whole_copies(query.device)
-            segments = PackedSeqParams(
-                qkv_format="thd",
-                cu_seqlens_q=call.cu_seqlens_q,
-                cu_seqlens_kv=call.cu_seqlens_kv,
-                max_seqlen_q=call.max_seqlen_q,
-                max_seqlen_kv=call.max_seqlen_kv,
-            )
-            mask = SimpleNamespace(name="padding_causal_bottom_right")
+            mask: Any = SimpleNamespace(name="padding_causal_bottom_right")
             out = super().forward(
                 query[: plan.num_attending],
                 copies.take(key),
                 copies.take(value),
                 None,
                 attn_mask_type=mask,
-                packed_seq_params=segments,
+                packed_seq_params=_packed_params(call),
                 **kwargs,
             )
             out = out.to(own_dtype)
-            # Padding rows attend nothing; their output is zero, whatever the shape TE answers in.
-            padding = (0, 0) * (out.dim() - 1) + (0, plan.num_padding)
-            return pad(out, padding) if plan.num_padding else out
+            return _with_padding_rows(out, plan.num_padding)
 
     return SimpleNamespace(
         PrefixCoreAttention=TEPrefixCoreAttention,

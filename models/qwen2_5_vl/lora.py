@@ -56,6 +56,7 @@ from models.qwen2_5_vl.conversion import (
     model_config,
     unwrap_model,
 )
+from models.qwen2_5_vl.products import LanguageConfig, LinearBase
 from models.qwen2_5_vl.weight_map import WeightSpec, weight_specs
 
 if TYPE_CHECKING:
@@ -101,8 +102,10 @@ def add_adapters(chunks: Sequence[nn.Module], settings: LoraSettings, *, groups:
     for chunk in chunks:
         chunk.requires_grad_(False)
         # Recomputed layers, and stages without a layer, need a graph that begins before them.
-        chunk.keeps_graph = True
-        for layer in chunk.language.decoder.layers:
+        model = unwrap_model(chunk)
+        model.keeps_graph = True
+        layers: Any = model.language.decoder.layers
+        for layer in layers:
             for target in settings.targets:
                 place = f"language.decoder.layers.{layer.layer_number - 1}.{PLACES[target]}"
                 module = layer.get_submodule(PLACES[target])
@@ -115,8 +118,11 @@ def _with_adapter(layer_class: type) -> type:
     return type(f"{layer_class.__name__}WithAdapter", (_Adapter, layer_class), {})
 
 
-class _Adapter:
+class _Adapter(LinearBase):
     """Before a column- or row-parallel linear layer (local or Transformer Engine's) in the order of its bases."""
+
+    config: LanguageConfig
+    weight: nn.Parameter
 
     def init_adapter(
         self, settings: LoraSettings, *, group: torch.distributed.ProcessGroup, target: str, place: str
@@ -129,13 +135,13 @@ class _Adapter:
             first, num_in = group.rank() * in_size, group.size() * in_size
         generator = torch.Generator().manual_seed(zlib.crc32(f"{settings.seed} {place}".encode()))
         whole_a = torch.empty(settings.rank, num_in).uniform_(-1, 1, generator=generator) / math.sqrt(num_in)
-        options = dict(dtype=self.config.params_dtype, device=self.weight.device)
-        self.lora_a = nn.Parameter(whole_a.narrow(1, first, in_size).to(**options, copy=True))
-        self.lora_b = nn.Parameter(torch.zeros(out_size, settings.rank, **options))
+        dtype, device = self.config.params_dtype, self.weight.device
+        self.lora_a = nn.Parameter(whole_a.narrow(1, first, in_size).to(device, dtype, copy=True))
+        self.lora_b = nn.Parameter(torch.zeros(out_size, settings.rank, dtype=dtype, device=device))
         split, axis = (self.lora_b, 0) if self.is_column_parallel else (self.lora_a, 1)
         whole = self.lora_a if self.is_column_parallel else self.lora_b
         set_tensor_model_parallel_attributes(split, is_parallel=True, dim=axis, stride=1)
-        whole.sequence_parallel = self.config.sequence_parallel
+        setattr(whole, "sequence_parallel", self.config.sequence_parallel)  # noqa: B010  # a mark that core reads
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         output, bias = super().forward(input_, *args, **kwargs)
@@ -167,6 +173,7 @@ class _Adapter:
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
+        assert metadata is not None, "core hands it from layer to layer"
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         name, axis = ("lora_b", 0) if self.is_column_parallel else ("lora_a", 1)
         # The layer itself knows its weight's axes only and takes the rest for copies.

@@ -93,7 +93,7 @@ class Qwen2_5_VLModel(MegatronModule):
         self.share_embeddings_and_output_weights = model_config.tie_word_embeddings
         self.keeps_graph = False
         """Whether the first layer's input belongs to the graph of backward even where nothing before it is trained."""
-        self.vision = None
+        self.vision: VisionEncoder | None = None
         if pre_process:
             self.vision = VisionEncoder(
                 model_config.vision,
@@ -106,7 +106,7 @@ class Qwen2_5_VLModel(MegatronModule):
                 for parameter in self.vision.parameters():
                     # Layers split over one rank claim their weights as that rank's own shard. They are copies, to be
                     # counted once in gradient norms, with gradients that are parts of a sum (``sum_vision_gradients``).
-                    parameter.tensor_model_parallel = False
+                    setattr(parameter, "tensor_model_parallel", False)  # noqa: B010  # a mark that core reads
         self.language = LanguageModel(
             model_config,
             config=transformer_config,
@@ -246,6 +246,7 @@ class Qwen2_5_VLModel(MegatronModule):
         # The encoder runs before the embedding, always: backward then reaches them in the opposite order, always.
         features = batch.features_ED
         if features is None and (batch.patches_SD is not None or self._needs_vision_gradients()):
+            assert self.vision is not None, "only the first stage embeds"
             features = self.vision(batch.patches_SD, batch.grid_thw_M3)
         if features is not None and local.visual_index is not None:
             # Every context rank encodes all frames and keeps its rows' features: each sends back its rows' gradient
@@ -265,6 +266,7 @@ class Qwen2_5_VLModel(MegatronModule):
         another. So the encoder runs on a single dummy unit, whose (empty) result is connected to every parameter:
         same graph, same order, zero gradients.
         """
+        assert self.vision is not None, "only the first stage embeds"
         return torch.is_grad_enabled() and any(p.requires_grad for p in self.vision.parameters())
 
     def _check(self, batch: PackedBatch) -> None:
@@ -308,7 +310,7 @@ def build_model(
     """
     transformer_config = language_transformer_config(model_config, sizes=groups.sizes, dtype=dtype, options=options)
     process_groups = copy.copy(groups.process_groups)
-    process_groups.cp = OneRank()
+    setattr(process_groups, "cp", OneRank())  # noqa: B010  # core declares a group of torch's
     num_chunks = transformer_config.virtual_pipeline_model_parallel_size
     pipeline_group = groups.process_groups.pp
     chunks = []

@@ -29,7 +29,7 @@ class RMSNorm(torch.nn.Module):
         self.weight = torch.nn.Parameter(
             torch.ones(hidden_size, dtype=config.params_dtype, device=parameter_device(config))
         )
-        self.weight.sequence_parallel = config.sequence_parallel
+        setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010  # a mark that core reads
         self.fused = None if current().name == "cpu" else fused_rms_norm()
 
     def forward(self, x: Tensor) -> Tensor:

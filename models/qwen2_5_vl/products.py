@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -54,8 +54,17 @@ def fuses_weight_gradients(config: TransformerConfig) -> bool:
     return isinstance(config, LanguageConfig) and config.fuses_weight_gradients
 
 
-class _Product:
+if TYPE_CHECKING:
+    LinearBase = ColumnParallelLinear
+else:
+    LinearBase = object
+"""What a class that stands before a linear layer in the order of bases finds behind it."""
+
+
+class _Product(LinearBase):
     """Before one of megatron-core's own parallel linear layers in the order of bases."""
+
+    config: TransformerConfig
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -86,7 +95,9 @@ def lowerable(layer_class: type) -> type:
     return type(layer_class.__name__, (_WholeLayer, layer_class), {})
 
 
-class _WholeLayer:
+class _WholeLayer(LinearBase):
+    config: TransformerConfig
+
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         # Transformer Engine's name; its backward asks for the flag of the layer that ran forward.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -24,3 +25,7 @@ def _added(x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout:
     assert dropout == 0.0, dropout
     x, bias = x_with_bias
     return residual + (x if bias is None else x + bias)
+
+
+RESIDUAL_ADDITION: Any = add_residual
+"""As a layer's specification takes it: megatron-core declares a class there, and builds functions as well."""

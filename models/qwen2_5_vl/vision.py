@@ -21,7 +21,7 @@ from torch.nn.functional import gelu, pad, silu
 from megatron_ktr.config.fp8_rules import NUMBERS_PER_ROW, rows_per_rank
 from megatron_ktr.errors import UserError
 from models.qwen2_5_vl.config import VisionConfig
-from models.qwen2_5_vl.fp8 import vision_fields
+from models.qwen2_5_vl.fp8 import used_recipe, vision_fields
 from models.qwen2_5_vl.layer_specs import TransformerImpl
 from models.qwen2_5_vl.norm import RMSNorm, parameter_device
 from models.qwen2_5_vl.vision_layer_spec import VisionSeqParams, vision_layer_spec
@@ -83,7 +83,7 @@ class VisionEncoder(MegatronModule):
         self.decoder = TransformerBlock(
             block_config, vision_layer_spec(transformer_impl), post_layer_norm=False, pg_collection=process_groups
         )
-        self.row_multiple = rows_per_rank(block_config.fp8_recipe, sequence_parallel=False) if block_config.fp8 else 1
+        self.row_multiple = rows_per_rank(used_recipe(block_config), sequence_parallel=False) if block_config.fp8 else 1
         self.merger = PatchMerger(config, transformer_config=block_config, process_groups=process_groups)
 
     def forward(self, patches_SD: Tensor | None, grid_thw_M3: Tensor) -> Tensor:
@@ -140,16 +140,26 @@ class PatchMerger(MegatronModule):
         super().__init__(config=transformer_config)
         self.merged_hidden_size = config.merged_hidden_size
         self.ln_q = RMSNorm(transformer_config, config.hidden_size, config.rms_norm_eps)
-        shared = dict(
+        init_method = transformer_config.init_method
+        assert init_method is not None, "core's configuration fills it in"
+        self.linear_fc1 = ColumnParallelLinear(
+            config.merged_hidden_size,
+            config.merged_hidden_size,
             config=transformer_config,
-            init_method=transformer_config.init_method,
+            init_method=init_method,
             bias=True,
             skip_bias_add=False,
             tp_group=process_groups.tp,
         )
-        self.linear_fc1 = ColumnParallelLinear(config.merged_hidden_size, config.merged_hidden_size, **shared)
         self.linear_fc2 = RowParallelLinear(
-            config.merged_hidden_size, config.out_hidden_size, input_is_parallel=True, **shared
+            config.merged_hidden_size,
+            config.out_hidden_size,
+            config=transformer_config,
+            init_method=init_method,
+            bias=True,
+            input_is_parallel=True,
+            skip_bias_add=False,
+            tp_group=process_groups.tp,
         )
 
     def forward(self, hidden_SD: Tensor) -> Tensor:
@@ -174,8 +184,8 @@ def vision_transformer_config(
         # Groups of at most as many layers, all of one size: the option is chosen to fit the language model.
         while base.recompute_method == "uniform" and config.depth % recomputed_layers:
             recomputed_layers -= 1
-    ffn_multiple = NUMBERS_PER_ROW[base.fp8_recipe] if fp8 and base.fp8 else 1
-    modules = base.recompute_modules
+    ffn_multiple = NUMBERS_PER_ROW[used_recipe(base)] if fp8 and base.fp8 else 1
+    modules = base.recompute_modules or []
     if base.recompute_granularity == "selective":
         # Not its MLP: with biases, core's selective recomputation of it never ends (``check_transformer_config``).
         modules = [name for name in modules if name != "mlp"]

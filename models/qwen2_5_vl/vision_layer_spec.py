@@ -29,7 +29,7 @@ from megatron_ktr.ops.segment_attention import segment_attention
 from megatron_ktr.stack import mlp_submodule
 from models.qwen2_5_vl.layer_specs import TransformerImpl, resolve_transformer_impl, te_modules
 from models.qwen2_5_vl.norm import RMSNorm
-from models.qwen2_5_vl.residual import add_residual
+from models.qwen2_5_vl.residual import RESIDUAL_ADDITION
 from models.qwen2_5_vl.vision_layout import VisionLayout
 
 
@@ -75,6 +75,7 @@ class VisionCoreAttention(MegatronModule):
         Rows beyond the layout's are padding (FP8): they attend nothing, nobody attends them, their output is zero.
         """
         layout = packed_seq_params.layout
+        assert layout is not None, "``from_layout`` made these parameters"
         num_patches = len(layout.cos_SH)
         out_SNH = segment_attention(
             self.rotate(q_SNH[:num_patches], cos_SH=layout.cos_SH, sin_SH=layout.sin_SH),
@@ -115,6 +116,7 @@ def vision_layer_spec(impl: TransformerImpl = "auto") -> ModuleSpec:
 
 
 def _layer(norm: Any, column_linear: Any, row_linear: Any, *, stored_as: dict[str, str]) -> ModuleSpec:
+    core_attention: Any = VisionCoreAttention  # core's protocol names arguments that are not used here
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -123,13 +125,13 @@ def _layer(norm: Any, column_linear: Any, row_linear: Any, *, stored_as: dict[st
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.no_mask},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=column_linear, core_attention=VisionCoreAttention, linear_proj=row_linear
+                    linear_qkv=column_linear, core_attention=core_attention, linear_proj=row_linear
                 ),
             ),
-            self_attn_bda=add_residual,
+            self_attn_bda=RESIDUAL_ADDITION,
             pre_mlp_layernorm=norm,
             mlp=mlp_submodule(column_linear, row_linear),
-            mlp_bda=add_residual,
+            mlp_bda=RESIDUAL_ADDITION,
             sharded_state_dict_keys_map=stored_as,
         ),
     )

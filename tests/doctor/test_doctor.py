@@ -189,13 +189,13 @@ def test_decoders_are_tried_on_a_clip_and_wrong_pictures_are_seen(tmp_path, monk
     fails(broken[1], "crash", "uninstall decord")
     assert software.check_decoders({"pyav": "", "decord": "not installed"})[1].ok
 
-    import megatron_ktr.data.video as video
+    import megatron_ktr.data.frames as frames
 
-    original = video.read_video
+    original = frames.read_frames
     mixed_up = lambda *a, **k: replace(read := original(*a, **k), frames_FCHW=read.frames_FCHW.flip(0))  # noqa: E731
-    monkeypatch.setattr(video, "read_video", mixed_up)
+    monkeypatch.setattr(frames, "read_frames", mixed_up)
     assert "other pictures" in software.read_decoder("pyav", tmp_path)
-    monkeypatch.setattr(video, "read_video", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr(frames, "read_frames", lambda *a, **k: 1 / 0)
     assert software.read_decoder("pyav", tmp_path).startswith("ZeroDivisionError")
 
 

@@ -90,10 +90,10 @@ def kernel_by_definition(monkeypatch: pytest.MonkeyPatch) -> None:
         out, lse, state = kernel_forward(*wide(q, k, v), **options)
         return out.to(q.dtype), lse, state
 
-    def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: object, **options: object) -> tuple:
-        *saved, state = others
-        found = kernel_backward(*wide(grad, q, k, v, *saved), state, **options)
-        return tuple(x.to(q.dtype) for x in found)
+    def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, found: tuple, **options: object) -> tuple:
+        out, lse, state = found
+        gradients = kernel_backward(*wide(grad, q, k, v, out, lse), state, **options)
+        return tuple(x.to(q.dtype) for x in gradients)
 
     for module in (prefix_attention_merged, prefix_attention_varlen):
         monkeypatch.setattr(module, "varlen_forward", forward)

@@ -17,7 +17,7 @@ from megatron_ktr.config import config_from_values, save_resolved
 from megatron_ktr.data.tiny_model import save_tiny_model
 from megatron_ktr.errors import UserError
 from megatron_ktr.report.curves import MAX_POINTS, Scale, Series, downsample, line_chart, stacked_chart
-from megatron_ktr.report.html import write_report
+from megatron_ktr.report.html import Most, write_report
 from megatron_ktr.report.run_data import choose_groups, read_run
 from megatron_ktr.report.summary import summary_section
 from tests.support.paths import REPOSITORY
@@ -179,13 +179,13 @@ def test_frames_are_embedded_as_the_run_sampled_them(tmp_path):
     lines = [question([response([1])], video="a.mp4"), question([response([1])], problem_id="8", video="gone.mp4")]
     lines.append(question([response([1])], problem_id="9", video="../run/config.yaml"))
     run = write_run(tmp_path / "run", rollouts={1: lines}, video_num_frames=6, media_root=str(tmp_path / "media"))
-    page = page_of(run, out=tmp_path / "r.html", max_groups=3)
+    page = page_of(run, out=tmp_path / "r.html", most=Most(groups=3))
     images = page.all("img")
     assert len(images) == 6 and all(a["src"].startswith("data:image/jpeg;base64,") for a in images)
     assert [a["alt"] for a in images][::5] == ["video a.mp4, 0.0 s", "video a.mp4, 1.9 s"]
     assert "2 of the media shown below cannot be read" in page.text
     assert "gone.mp4 not shown" in page.text and "without '..'" in page.text
-    fewer = page_of(run, out=tmp_path / "r.html", max_frames=2)
+    fewer = page_of(run, out=tmp_path / "r.html", most=Most(frames=2))
     assert len(fewer.all("img")) == 2 and "2 of the 6 sampled frames" in fewer.text
 
 
@@ -334,7 +334,7 @@ def test_command_line_writes_the_page_and_reports_bad_input_in_one_line(tmp_path
 
 def test_bad_options_are_user_errors(tmp_path):
     run = write_run(tmp_path / "run")
-    for options in ({"max_groups": -1}, {"model": tmp_path / "no"}, {"media_root": tmp_path / "no"}):
+    for options in ({"most": Most(groups=-1)}, {"model": tmp_path / "no"}, {"media_root": tmp_path / "no"}):
         with pytest.raises(UserError, match="--m"):
             write_report([(None, run)], out=tmp_path / "r.html", **options)
     with pytest.raises(UserError, match="accuracy_ktr to be a number from 0 to 1"):

@@ -16,7 +16,7 @@ from megatron_ktr.data.video import FrameSampling
 from megatron_ktr.errors import UserError
 from megatron_ktr.rollout import replay
 from megatron_ktr.rollout.base import RolloutEngine
-from megatron_ktr.rollout.replay import ReplayEngine, ReplaySource, write_rollouts
+from megatron_ktr.rollout.replay import ReplayEngine, ReplaySource, Required, write_rollouts
 from megatron_ktr.types import Prompt, Rollout, RolloutGroup
 from tests.support.tiny import EOS_ID, VOCAB_SIZE
 from tests.support.tokenizer import save_tiny_tokenizer, tiny_tokenizer
@@ -125,8 +125,8 @@ def test_a_response_without_a_required_reward_is_named_with_the_way_out(tmp_path
     path = write_lines(tmp_path / "r.jsonl", [line()])  # its second response has one number for a reward
     because = "the bonus needs it: set --length-bonus 0"
     with pytest.raises(UserError, match="record 1 .*response 2: no reward 'accuracy', only 'reward'; .*-bonus 0"):
-        ReplayEngine(path, tokenizer=TOKENIZER, required_rewards=("accuracy",), required_because=because)
-    ReplayEngine(path, tokenizer=TOKENIZER, required_rewards=("accuracy",), num_generations=1)
+        ReplayEngine(path, tokenizer=TOKENIZER, required=Required(("accuracy",), because))
+    ReplayEngine(path, tokenizer=TOKENIZER, required=Required(("accuracy",)), num_generations=1)
     ReplayEngine(path, tokenizer=TOKENIZER)
 
 
@@ -135,7 +135,7 @@ def test_the_documented_example_is_read_as_it_stands_with_the_length_bonus_on(tm
     example = json.loads(block)
     example["responses"][1]["token_ids"] = [5, 6, EOS_ID]  # the tiny vocabulary ends below the real ids
     path = write_lines(tmp_path / "r.jsonl", [example])
-    engine = ReplayEngine(path, tokenizer=TOKENIZER, required_rewards=("accuracy",))
+    engine = ReplayEngine(path, tokenizer=TOKENIZER, required=Required(("accuracy",)))
     first, second = engine.generate([Prompt("7", (1,), record=engine.records[0])])[0].rollouts
     assert (first.reward, second.reward, second.sampler_logprobs) == (2.0, 0.0, (-0.1, -0.7, 0.0))
 

@@ -57,6 +57,7 @@ class Score(Protocol):
     ) -> list[list[float]]:
         """The trainer's log-probs of all responses of each group, in order; None means the run's own temperature, and
         each video's own seconds."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)

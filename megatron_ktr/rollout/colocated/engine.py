@@ -31,6 +31,7 @@ from torch import Tensor
 
 from megatron_ktr.batch.packing import MediaSpec
 from megatron_ktr.data.preprocess import PreprocessSettings, pixel_limits
+from megatron_ktr.data.tokenizer import Tokenizer
 from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.distributed.platform import current
 from megatron_ktr.errors import UserError
@@ -48,7 +49,7 @@ from megatron_ktr.rollout.vllm.cpu import (
     stop_vllm_in_process,
 )
 from megatron_ktr.rollout.vllm.runner import require_first_runner
-from megatron_ktr.rollout.vllm.sampling import logprobs_mode, sampling_values
+from megatron_ktr.rollout.vllm.sampling import LogprobsMode, logprobs_mode, sampling_values
 from megatron_ktr.types import Prompt, RolloutGroup
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class ColocatedEngine(RolloutEngine):
         model_dir: Path | str,
         *,
         groups: ParallelGroups,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         media: MediaSpec,
         sampling: SamplingSettings,
         settings: EngineSettings,
@@ -107,7 +108,7 @@ class ColocatedEngine(RolloutEngine):
         every_group = share_groups(groups.sizes, world_size=groups.world_size, engine_size=settings.engine_size)
         self._share = next(group for group in every_group if groups.rank in group.ranks)
         self._engine = self._share.engine_of(groups.rank)
-        self._mode = logprobs_mode(sampling)
+        self._mode: LogprobsMode = logprobs_mode(sampling)
         self.runs_vision_encoder = not settings.takes_features
         names = stored_names(model_dir)
         self._weight_names = names if self.runs_vision_encoder else _without_encoder(names)
@@ -253,8 +254,8 @@ class ColocatedEngine(RolloutEngine):
         return requests
 
     def _params(self, sampling: SamplingSettings, *, seed: int) -> Any:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
+        from vllm import SamplingParams  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]  # optional
+        from vllm.sampling_params import RequestOutputKind  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]  # optional
 
         values = sampling_values(sampling, seed=seed, end_token_ids=self.end_token_ids, mode=self._mode)
         # Token by token only where somebody looks at the tokens.
@@ -313,7 +314,7 @@ class ColocatedEngine(RolloutEngine):
 def start_vllm_on_gpu(model_dir: Path | str, **options: Any) -> Any:
     """A ``vllm.LLM`` in this process, with sleep mode; ``options`` are its own and win."""
     set_environment()
-    from vllm import LLM
+    from vllm import LLM  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]  # optional
 
     # Normalised in HF's processor: see ``start_vllm_on_cpu``.
     llm = LLM(str(model_dir), **{"enable_sleep_mode": True, "mm_device_do_normalize": False, **options})
@@ -327,7 +328,7 @@ def colocated_engine(
     data: DataSection,
     rollout: RolloutSection,
     groups: ParallelGroups,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     media: MediaSpec,
     sampling: SamplingSettings,
 ) -> ColocatedEngine:

@@ -60,7 +60,7 @@ def feature_data(media: Sequence[VisualInput]) -> dict[str, Any]:
         if not found:
             continue
         data[kind] = {
-            f"{kind}_embeds": torch.cat([medium.features for medium in found]),
+            f"{kind}_embeds": torch.cat([_features(medium) for medium in found]),
             f"{kind}_grid_thw": torch.tensor([medium.grid_thw for medium in found]),
         }
         if kind == "video":
@@ -69,10 +69,15 @@ def feature_data(media: Sequence[VisualInput]) -> dict[str, Any]:
     return {"multi_modal_data": data, "multi_modal_uuids": identities}
 
 
+def _features(medium: VisualInput) -> torch.Tensor:
+    assert medium.features is not None, "the engine is given features, not frames"
+    return medium.features
+
+
 def _identity(medium: VisualInput) -> str:
     digest = hashlib.blake2b(repr((medium.kind, medium.grid_thw, medium.seconds_per_grid)).encode(), digest_size=16)
     # As bytes: numpy has no bfloat16.
-    digest.update(medium.features.contiguous().view(torch.uint8).numpy())
+    digest.update(_features(medium).contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

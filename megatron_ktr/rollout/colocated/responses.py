@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from megatron_ktr.data.tokenizer import Tokenizer
 from megatron_ktr.rollout.sampling import StopStrings
 from megatron_ktr.rollout.vllm.sampling import rollout_of
 from megatron_ktr.types import Prompt, Rollout, RolloutGroup
@@ -43,7 +44,7 @@ class GrowingResponse:
             assert output.logprobs.token_ids[: len(token_ids)] == token_ids
             self._logprobs += output.logprobs.logprobs[: len(token_ids)]
 
-    def rollout(self, end_token_ids: Sequence[int], tokenizer: Any) -> Rollout:
+    def rollout(self, end_token_ids: Sequence[int], tokenizer: Tokenizer) -> Rollout:
         return rollout_of(
             self._token_ids,
             self._logprobs,

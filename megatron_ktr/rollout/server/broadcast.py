@@ -205,7 +205,7 @@ class _OnCurrentStream:
 def vllm_connect() -> Connect:
     """vLLM's own communicator on this rank's device; raises UserError where vLLM is not installed."""
     try:
-        from vllm.distributed.weight_transfer.nccl_common import stateless_init_process_group
+        from vllm.distributed.weight_transfer.nccl_common import stateless_init_process_group  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]  # optional
     except ImportError:
         raise UserError(
             "--weight-transfer: sending weights from GPU to GPU needs vLLM in the training environment (the extra "

@@ -32,6 +32,7 @@ from transformers import AutoConfig
 
 from megatron_ktr.batch.packing import MediaSpec
 from megatron_ktr.config.sections import RolloutSection
+from megatron_ktr.data.tokenizer import Tokenizer
 from megatron_ktr.distributed.platform import current
 from megatron_ktr.errors import UserError
 from megatron_ktr.files.hf_model import reading_model
@@ -58,7 +59,7 @@ class ServerEngine(RolloutEngine):
         model_dir: Path | str,
         *,
         urls: Sequence[str],
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         media: MediaSpec,
         sampling: SamplingSettings,
         transfer: WeightTransfer,
@@ -226,7 +227,7 @@ def server_engine(
     rollout: RolloutSection,
     run_dir: Path,
     data_group: ProcessGroup | None,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     media: MediaSpec,
     sampling: SamplingSettings,
 ) -> ServerEngine:

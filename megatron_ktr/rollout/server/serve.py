@@ -70,8 +70,8 @@ def prepare(*, on_cpu: bool) -> None:
     # The sampler's small functions would be compiled to C++ on first use: half a minute.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     make_torchvision_importable()
-    from vllm import ModelRegistry
-    from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
+    from vllm import ModelRegistry  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]  # optional
+    from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]  # optional
 
     # vLLM would inspect the class in a child process of its own, which imports none of this.
     ModelRegistry.register_model("Qwen2_5_VLForConditionalGeneration", Qwen2_5_VLForConditionalGeneration)
@@ -85,9 +85,9 @@ def main() -> None:
     prepare(on_cpu=on_cpu)
     require_intact(argv[1], option="MODEL")
     # Not vLLM's own main: it asks for the version of a package "vllm", which the CPU build is not called.
-    from vllm.entrypoints.cli.serve import ServeSubcommand
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
+    from vllm.entrypoints.cli.serve import ServeSubcommand  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]  # optional
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]  # optional
+    from vllm.utils.argparse_utils import FlexibleArgumentParser  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]  # optional
 
     cli_env_setup()
     parser = FlexibleArgumentParser(prog="vllm")

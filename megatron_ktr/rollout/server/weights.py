@@ -42,6 +42,7 @@ class WeightTransfer(Protocol):
 
     def send(self, named_tensors: Iterator[tuple[str, Tensor]], *, label: str, start: StartUpdate) -> Outcome:
         """Exhausts the tensors and gives them to the servers this rank owns; raises UserError on all ranks alike."""
+        ...
 
     def settle(self) -> None:
         """After all ranks have sent: what earlier updates left behind may go."""

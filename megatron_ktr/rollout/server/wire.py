@@ -154,7 +154,7 @@ def placeholder_runs(prompt: Prompt, *, media: MediaSpec) -> list[tuple[int, int
             continue
         medium = prompt.media[len(runs)] if len(runs) < len(prompt.media) else None
         length = 0 if medium is None else media.num_visual_tokens(medium)
-        if not length or prompt.token_ids[row : row + length] != (media.token_id(medium),) * length:
+        if medium is None or not length or prompt.token_ids[row : row + length] != (media.token_id(medium),) * length:
             raise ValueError(f"prompt {prompt.problem_id!r}: the placeholders from token {row} fit no medium")
         runs.append((row, length))
         row += length

@@ -55,8 +55,8 @@ def start_vllm_on_cpu(model_dir: Path | str, *, kv_cache_bytes: int = 1 << 28, *
     import torch._dynamo
 
     torch._dynamo.config.disable = True
-    from vllm import LLM, ModelRegistry
-    from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
+    from vllm import LLM, ModelRegistry  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]  # optional
+    from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]  # optional
 
     ModelRegistry.register_model("Qwen2_5_VLForConditionalGeneration", Qwen2_5_VLForConditionalGeneration)
     set_num_threads = torch.set_num_threads
@@ -83,7 +83,7 @@ def start_vllm_on_cpu(model_dir: Path | str, *, kv_cache_bytes: int = 1 << 28, *
 def stop_vllm_in_process(llm: Any) -> None:
     """Ends an engine of this process and leaves vLLM's process groups, so that another can start; the trainer's own
     groups stay. vLLM's own shutdown ends ``torch.distributed``, whoever started it; so its steps are taken here."""
-    from vllm.distributed import parallel_state
+    from vllm.distributed import parallel_state  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]  # optional
 
     client = llm.llm_engine.engine_core
     # Else vLLM's own shutdown would still run, whenever the garbage collector comes to the engine.

@@ -6,7 +6,7 @@ import uuid
 from pathlib import Path
 
 import torch
-from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
+from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]  # optional
 
 SHARED_MEMORY = Path("/dev/shm")
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from megatron_ktr.data.tokenizer import Tokenizer
 from megatron_ktr.errors import UserError
 from megatron_ktr.rollout.sampling import SamplingSettings
 from megatron_ktr.types import Rollout
@@ -74,7 +75,7 @@ def rollout_of(
     *,
     finish_reason: str | None,
     end_token_ids: Sequence[int],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
 ) -> Rollout:
     """One response of vLLM: end token and stop string included, the end token not part of the text.
 
