@@ -62,7 +62,10 @@ from megatron_ktr.objectives import build_objective  # noqa: E402
 from megatron_ktr.policy.policy import Policy  # noqa: E402
 from megatron_ktr.run.preflight import check_layout, check_micro_batches  # noqa: E402
 from megatron_ktr.trainer import Trainer  # noqa: E402
-from megatron_ktr.types import Metrics  # noqa: E402
+from megatron_ktr.types import (
+    Metrics,  # noqa: E402
+    RolloutGroup,  # noqa: E402
+)
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig  # noqa: E402
 from models.qwen2_5_vl.hf_config import MOST_LAYERS  # noqa: E402
 from models.qwen2_5_vl.media import media_spec  # noqa: E402
@@ -166,10 +169,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         platform = platforms.start(config.trainer.platform)
         groups, config = _join(config, options, platform)
         platform.seed(config.trainer.seed)
-        trainer = _build_trainer(config, groups=groups, platform=platform, has_weights=has_weights)
-        timings, memory = _measure(trainer, config, options, platform)
+        source = FixedSource([])
+        trainer = _build_trainer(config, source, groups=groups, platform=platform, has_weights=has_weights)
+        timings, memory = _measure(trainer, source, config, options)
     if groups.rank == 0:
-        report = summarise(timings, memory, trainer=trainer, config=config, options=options)
+        report = summarise(timings, memory, trainer=trainer, group=source.groups[0], config=config, options=options)
         if options.plot:
             options.plot.write_text(draw(report), encoding="utf-8")
         print(to_json(report) if options.json else table(report), flush=True)
@@ -224,7 +228,9 @@ def _join(config: Config, options: argparse.Namespace, platform: Platform) -> tu
     return groups, config
 
 
-def _build_trainer(config: Config, *, groups: ParallelGroups, platform: Platform, has_weights: bool) -> Trainer:
+def _build_trainer(
+    config: Config, source: FixedSource, *, groups: ParallelGroups, platform: Platform, has_weights: bool
+) -> Trainer:
     hf_dir = Path(config.model.model)
     objective = build_objective(config.objective, reward=config.reward)
     policy = (Policy if has_weights else RandomPolicy)(
@@ -239,22 +245,22 @@ def _build_trainer(config: Config, *, groups: ParallelGroups, platform: Platform
     return Trainer(
         options=StepOptions.of(config),
         policy=policy,
-        source=FixedSource([]),
+        source=source,
         objective=objective,
         media=media_spec(policy.model_config, patchify=PreprocessSettings.from_model(hf_dir).patchify),
     )
 
 
 def _measure(
-    trainer: Trainer, config: Config, options: argparse.Namespace, platform: Platform
+    trainer: Trainer, source: FixedSource, config: Config, options: argparse.Namespace
 ) -> tuple[list[StepTiming], float]:
     """Every measured step, and the largest peak of memory over ranks in bytes."""
-    groups = trainer.policy.groups
+    groups, platform = trainer.policy.groups, trainer.policy.platform
     timings: list[StepTiming] = []
     for step in range(1, options.warm_up + options.steps + 1):
         if step == options.warm_up + 1:
             platform.reset_peak_memory()
-        trainer.source.groups = _groups_of(step, trainer, config, options)
+        source.groups = _groups_of(step, trainer, config, options)
         values = trainer.train_step(step).values
         if step <= options.warm_up:
             continue
@@ -286,11 +292,17 @@ def _groups_of(step: int, trainer: Trainer, config: Config, options: argparse.Na
 
 
 def summarise(
-    timings: Sequence[StepTiming], memory: float, *, trainer: Trainer, config: Config, options: argparse.Namespace
+    timings: Sequence[StepTiming],
+    memory: float,
+    *,
+    trainer: Trainer,
+    group: RolloutGroup,
+    config: Config,
+    options: argparse.Namespace,
 ) -> dict[str, Any]:
     """Everything that is reported, ready for JSON."""
     groups = trainer.policy.groups
-    sizes, (group, *_) = groups.sizes, trainer.source.groups
+    sizes = groups.sizes
     prompts = config.trainer.prompts_per_step
     seconds = statistics.median(timing.total for timing in timings)
     rate = statistics.median(timing.operations / timing.total for timing in timings) / groups.world_size / 1e12

@@ -309,6 +309,14 @@ class ObjectiveSection:
         return 1.0 if self.original_compat else None
 
     @property
+    def importance_bounds(self) -> tuple[float, float] | None:
+        """``importance_mask`` as its two bounds; None = off."""
+        if not self.importance_mask:
+            return None
+        low, high = self.importance_mask
+        return low, high
+
+    @property
     def ratio_of_signal(self) -> dict[str, float]:
         """Selected share by signal, with a single ``selection_ratio`` applied to every signal."""
         ratios = self.selection_ratio * (len(self.signals) if len(self.selection_ratio) == 1 else 1)

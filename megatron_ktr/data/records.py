@@ -262,7 +262,7 @@ def _media_of(
 ) -> list[MediaSource]:
     """The media that the record names, in parts of its messages or in fields of its own, and how to read them."""
     of_record = read_request(raw, ignored=ignored)
-    media = [
+    media: list[tuple[MediaKind, str | tuple[str, ...]]] = [
         (kind, found) for kind in ("image", "video") for key in (kind, f"{kind}s") for found in _named(raw, kind, key)
     ]
     placed = conversation.media_in_parts(messages) if messages is not None else []

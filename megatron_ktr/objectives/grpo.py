@@ -140,7 +140,7 @@ def build_grpo(section: ObjectiveSection, *, length_bonus: LengthBonus | None) -
         length_bonus=length_bonus,
         original_compat=section.original_compat,
         importance=ImportanceCorrection(
-            level=section.importance_sampling, cap=section.importance_cap, mask=section.importance_mask or None
+            level=section.importance_sampling, cap=section.importance_cap, mask=section.importance_bounds
         ),
     )
 

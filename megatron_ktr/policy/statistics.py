@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron_ktr.batch.micro_batch import MicroBatch, mean_by_view
 from megatron_ktr.objectives.base import Objective
 from megatron_ktr.ops.token_statistics import TokenStatistics
-from megatron_ktr.types import PackedBatch
+from megatron_ktr.types import PackedBatch, View
 from models.qwen2_5_vl.conversion import unwrap_model
 
 
@@ -29,12 +29,14 @@ def compared(
     ``batch`` is the item's, on the device.
     """
     model = unwrap_model(chunk)
-    views = [(view, rows) for view, draws in item.counterfactual_hidden_RD.items() for rows in draws]
+    views = [
+        (view, rows) for view, draws in item.counterfactual_hidden_RD.items() for rows in draws if rows is not None
+    ]
     statistics = model.response_statistics(
         hidden_RD, batch, temperature=temperature, counterfactual_hidden_RD=tuple(rows for _, rows in views)
     )
     if views:
-        names = [view for view, _ in views]
+        names: list[View] = [view for view, _ in views]
         item = dataclasses.replace(
             item,
             counterfactual_logprob_R=mean_by_view(names, statistics.counterfactual_logprob_KR),

@@ -73,7 +73,8 @@ class PolicyVision:
         vision = self._passes[ModelRole.POLICY]
         if vision is None:
             return None
-        return [tuple(vision.features([medium]) for medium in prompt.media) for prompt in prompts]
+        found = [[vision.features([medium]) for medium in prompt.media] for prompt in prompts]
+        return [tuple(feature_TD for feature_TD in features if feature_TD is not None) for features in found]
 
     def sum_gradients(self) -> None:
         """After the reduction over data-parallel ranks: frames were split over the tensor ranks, so gradients are."""

@@ -8,7 +8,7 @@ import importlib
 import math
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from megatron_ktr.errors import UserError
 from megatron_ktr.rewards.accuracy import accuracy, with_soft_choice
@@ -67,7 +67,7 @@ def load_reward(name: str, *, protocol: str = "standard") -> tuple[str, RewardFu
         raise UserError(f"reward {name!r} cannot be loaded: {type(error).__name__}: {error}") from error
     if not callable(function):
         raise UserError(f"reward {name!r} is no function but {type(function).__name__}")
-    return function_name, function
+    return function_name, cast(RewardFunction, function)
 
 
 def reward_groups(

@@ -1,9 +1,10 @@
-"""What the trainer asks of a source of responses; ``ReplicaSource`` and ``FixedSource`` answer."""
+"""What trainer and checkpoints ask of a source of responses; ``ReplicaSource`` answers both, ``FixedSource`` the
+trainer."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
@@ -48,3 +49,14 @@ class StepSource(Protocol):
 
     def close(self) -> None:
         """Frees what the source holds; it is not used afterwards."""
+
+
+class ResumableSource(Protocol):
+    """A source whose place in the data is part of a checkpoint."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the data, as JSON takes it; the same on every rank of a replica."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from that place."""

@@ -61,7 +61,7 @@ from megatron_ktr.files.safe_pickle import UNREADABLE
 from megatron_ktr.files.torch_dist_checks import COMMON_FILE, check_chunks, require_tensors
 from megatron_ktr.files.torch_dist_files import TorchDistReader, torch_saved
 from megatron_ktr.policy.policy import Policy
-from megatron_ktr.rollout.source import ReplicaSource
+from megatron_ktr.rollout.step_source import ResumableSource
 from megatron_ktr.run.directory import CHECKPOINTS, SIDE_FILES, list_checkpoints, step_name
 from megatron_ktr.stack import load_strategy
 from models.qwen2_5_vl.dist_checkpoint import locate_tensors
@@ -85,7 +85,7 @@ class Checkpoints:
         checkpoints.close()
     """
 
-    def __init__(self, run_dir: Path, *, policy: Policy, source: ReplicaSource, options: CheckpointOptions) -> None:
+    def __init__(self, run_dir: Path, *, policy: Policy, source: ResumableSource, options: CheckpointOptions) -> None:
         self.directory = run_dir / CHECKPOINTS
         self.options = options
         self.policy = policy
@@ -118,6 +118,7 @@ class Checkpoints:
         # After the optimizer's state was found by its parameters: weights kept in FP8 are written as plain numbers.
         force_all_tensors_to_non_fp8(state)
         sharded, common = save_preprocess(state, validate_access_integrity=False)
+        assert isinstance(sharded, dict), type(sharded)  # as the state that it is made of
         common = self._common_of_all(common)
         self._on_rank_zero(f"save step {step} to", lambda: self._prepare(scratch, training, random_states, common))
         self._on_each_rank(f"save step {step} to", lambda: _require_shared(scratch))

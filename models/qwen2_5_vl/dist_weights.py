@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from megatron.core import dist_checkpointing
@@ -93,6 +93,8 @@ def _trimmed(
     """
     axis = 1 if part == "linear_fc2.weight" else 0
     halves = 1 if axis == 1 else 2
+    data = value.data
+    assert data is not None, f"{value.key} has no tensor"
 
     def pieces_of(tensor: Tensor) -> list[tuple[Tensor, int]]:
         """(true part of a half of the shard, where it starts on the global axis); none if all is padding."""
@@ -127,12 +129,14 @@ def _trimmed(
 
     def merge(loaded: list[Tensor]) -> Tensor:
         # Not the parameter's dtype: optimizer state of half-precision parameters is stored in fp32.
-        whole = torch.zeros_like(value.data, dtype=loaded[0].dtype if loaded else None)
+        whole = torch.zeros_like(data, dtype=loaded[0].dtype if loaded else None)
         for (target, _), piece in zip(pieces_of(whole), loaded, strict=True):
             target.copy_(piece[0])
         return whole
 
-    return ShardedTensorFactory(value.key, value.data, build, merge, value.replica_id)
+    # megatron-core's annotations name a state dictionary; a list of shards and of what was loaded for them is what its
+    # own factories hand over too.
+    return ShardedTensorFactory(value.key, data, cast(Any, build), cast(Any, merge), value.replica_id)
 
 
 @torch.no_grad()

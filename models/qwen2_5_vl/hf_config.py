@@ -117,6 +117,7 @@ def _text_config(raw: Mapping[str, Any], *, where: str) -> TextConfig:
     if raw.get("attention_dropout"):
         raise UserError(f"{where}: attention_dropout {raw['attention_dropout']} is not supported, expected 0")
     _require_silu(raw, where=where)
+    assert rms_norm_eps is not None  # a positive number, as was just found
     return TextConfig(
         **sizes,
         num_key_value_heads=raw.get("num_key_value_heads") or sizes["num_attention_heads"],

@@ -18,8 +18,6 @@ import torch
 from megatron.core.pipeline_parallel.utils import (
     is_pp_first_stage,
     is_pp_last_stage,
-    is_vp_first_stage,
-    is_vp_last_stage,
 )
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
@@ -134,7 +132,7 @@ class Qwen2_5_VLModel(MegatronModule):
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor] | None) -> None:
         """The previous stage's activation, set by the pipeline schedule before ``forward``."""
-        self.language.set_input_tensor(input_tensor)
+        self.language.set_input_tensor(input_tensor)  # pyright: ignore[reportArgumentType]  # the schedule's list of one
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Hidden rows ``[R, D]`` that predict the response tokens on the last stage; before it, the activation
@@ -322,8 +320,8 @@ def build_model(
             context_group=groups.context,
             transformer_impl=options.model.transformer_impl if options else "auto",
             attention_impl=options.model.attention_impl if options else "auto",
-            pre_process=is_pp_first_stage(pipeline_group) and is_vp_first_stage(vp_stage, num_chunks),
-            post_process=is_pp_last_stage(pipeline_group) and is_vp_last_stage(vp_stage, num_chunks),
+            pre_process=is_pp_first_stage(pipeline_group) and vp_stage in (None, 0),
+            post_process=is_pp_last_stage(pipeline_group) and (vp_stage is None or vp_stage == num_chunks - 1),
             vp_stage=vp_stage,
             statistics_impl=options.model.token_statistics_impl if options else "auto",
             accumulate_into_main_grad=options is not None and options.model.gradient_accumulation_fusion is not False,
