@@ -102,12 +102,12 @@ golden-check: export OMP_NUM_THREADS = 1
 golden-check: $(VENV)/.ready ## compare the golden losses with this code, to the last bit
 	$(PY) -m tests.golden.runs --check
 
-lint: $(VENV)/.ready ## ruff: rules and format, without changing anything
+lint: $(VENV)/.ready types ## ruff (rules, format) and pyright, without changing anything
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
 # pyright runs on Node from a wheel; the variable keeps it from looking for a newer version of itself on the network.
-types: $(VENV)/.ready ## pyright
+types: $(VENV)/.ready ## pyright alone
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(PY) -m pyright --pythonpath $(PY)
 
 format: $(VENV)/.ready ## ruff: fix what can be fixed, format

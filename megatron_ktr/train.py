@@ -155,7 +155,7 @@ def _run_steps(
     """
     options, groups, run_dir = trainer.options.trainer, trainer.policy.groups, start.run_dir
     num_steps = num_steps_of(options)
-    # A run's own source resumes; that of a benchmark need not.
+    assert isinstance(trainer.source, ReplicaSource)  # as ``build_trainer`` made it
     checkpoints = Checkpoints(run_dir, policy=trainer.policy, source=trainer.source, options=checkpointing)
     if start.checkpoint is not None:
         checkpoints.load(start.checkpoint)

@@ -61,11 +61,9 @@ from megatron_ktr.files.json_files import to_json  # noqa: E402
 from megatron_ktr.objectives import build_objective  # noqa: E402
 from megatron_ktr.policy.policy import Policy  # noqa: E402
 from megatron_ktr.run.preflight import check_layout, check_micro_batches  # noqa: E402
+from megatron_ktr.sums import Metrics  # noqa: E402
 from megatron_ktr.trainer import Trainer  # noqa: E402
-from megatron_ktr.types import (
-    Metrics,  # noqa: E402
-    RolloutGroup,  # noqa: E402
-)
+from megatron_ktr.types import RolloutGroup  # noqa: E402
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig  # noqa: E402
 from models.qwen2_5_vl.hf_config import MOST_LAYERS  # noqa: E402
 from models.qwen2_5_vl.media import media_spec  # noqa: E402

@@ -29,14 +29,14 @@ def compared(
     ``batch`` is the item's, on the device.
     """
     model = unwrap_model(chunk)
-    views = [
+    views: list[tuple[View, Tensor]] = [
         (view, rows) for view, draws in item.counterfactual_hidden_RD.items() for rows in draws if rows is not None
     ]
     statistics = model.response_statistics(
         hidden_RD, batch, temperature=temperature, counterfactual_hidden_RD=tuple(rows for _, rows in views)
     )
     if views:
-        names: list[View] = [view for view, _ in views]
+        names = [view for view, _ in views]
         item = dataclasses.replace(
             item,
             counterfactual_logprob_R=mean_by_view(names, statistics.counterfactual_logprob_KR),

@@ -321,7 +321,7 @@ def build_model(
             transformer_impl=options.model.transformer_impl if options else "auto",
             attention_impl=options.model.attention_impl if options else "auto",
             pre_process=is_pp_first_stage(pipeline_group) and vp_stage in (None, 0),
-            post_process=is_pp_last_stage(pipeline_group) and (vp_stage is None or vp_stage == num_chunks - 1),
+            post_process=is_pp_last_stage(pipeline_group) and (num_chunks is None or vp_stage == num_chunks - 1),
             vp_stage=vp_stage,
             statistics_impl=options.model.token_statistics_impl if options else "auto",
             accumulate_into_main_grad=options is not None and options.model.gradient_accumulation_fusion is not False,
