@@ -36,7 +36,7 @@ def compared(
         hidden_RD, batch, temperature=temperature, counterfactual_hidden_RD=tuple(rows for _, rows in views)
     )
     if views:
-        names = [view for view, _ in views]
+        names: list[View] = [view for view, _ in views]
         item = dataclasses.replace(
             item,
             counterfactual_logprob_R=mean_by_view(names, statistics.counterfactual_logprob_KR),
