@@ -80,12 +80,12 @@ def _train(config: Config, *, platform: Platform, leave: LeaveRequest) -> bool:
         tokenizer = load_tokenizer(config.model.model)
         check_vocabulary(tokenizer, vocab_size=vocab_size)
     local_source = on_every_rank(
-        lambda: build_local_source(config, groups=groups, tokenizer=tokenizer, vocab_size=vocab_size), groups=groups
+        lambda: build_local_source(config, ranks=groups, tokenizer=tokenizer, vocab_size=vocab_size), ranks=groups
     )
     given, config = config, _with_steps(config, local_source, groups)
     start = _open_run_directory(given, groups, num_steps=num_steps_of(config.trainer))
     trainer = build_trainer(
-        config, groups=groups, platform=platform, objective=objective, tokenizer=tokenizer, local_source=local_source
+        config, ranks=groups, platform=platform, objective=objective, tokenizer=tokenizer, local_source=local_source
     )
     # Also when a step fails: an engine may hold processes and devices that outlive this one.
     with contextlib.closing(trainer.source):
@@ -100,11 +100,11 @@ def _train(config: Config, *, platform: Platform, leave: LeaveRequest) -> bool:
     return True
 
 
-def _with_steps(config: Config, local_source: DatasetSource | None, groups: ParallelGroups) -> Config:
+def _with_steps(config: Config, local_source: DatasetSource | None, ranks: ParallelGroups) -> Config:
     """``config`` with its length in steps, the same on every rank; what epochs come to is said."""
     num_records = None if local_source is None else local_source.dataset.num_kept
-    num_records = broadcast_object(num_records, group=groups.world, source=0)
-    if groups.rank == 0 and (line := length_line(config, num_records=num_records)):
+    num_records = broadcast_object(num_records, group=ranks.world, source=0)
+    if ranks.rank == 0 and (line := length_line(config, num_records=num_records)):
         print(line, flush=True)
     with same_on_every_rank():
         return with_steps(config, num_records=num_records)
@@ -113,7 +113,7 @@ def _with_steps(config: Config, local_source: DatasetSource | None, groups: Para
 def build_trainer(
     config: Config,
     *,
-    groups: ParallelGroups,
+    ranks: ParallelGroups,
     platform: Platform,
     objective: Objective,
     tokenizer: Tokenizer,
@@ -122,18 +122,16 @@ def build_trainer(
     """Policy, sampler and its check, put together around the source; an error on one rank is raised on all."""
     model_config = Qwen2_5_VLConfig.from_hf(config.model.model)
     media = media_spec(model_config, patchify=PreprocessSettings.from_model(config.model.model).patchify)
-    sampler = on_every_rank(
-        lambda: build_sampler(config, groups=groups, tokenizer=tokenizer, media=media), groups=groups
-    )
+    sampler = on_every_rank(lambda: build_sampler(config, ranks=ranks, tokenizer=tokenizer, media=media), ranks=ranks)
     num_updates = num_steps_of(config.trainer) * config.objective.updates_per_rollout
     policy = Policy(
-        config.model.model, options=PolicyOptions.of(config), groups=groups, platform=platform, num_steps=num_updates
+        config.model.model, options=PolicyOptions.of(config), ranks=ranks, platform=platform, num_steps=num_updates
     )
     if objective.needs_reference:
         policy.add_reference()
     source = ReplicaSource(
         local_source,
-        groups=groups,
+        ranks=ranks,
         sampler=sampler,
         lag=config.rollout.lag,
         prepare=build_feature_sender(config.rollout, policy=policy, media=media),
@@ -153,7 +151,7 @@ def _run_steps(
 
     False: asked to leave before the last step; what was done is saved.
     """
-    options, groups, run_dir = trainer.options.trainer, trainer.policy.groups, start.run_dir
+    options, groups, run_dir = trainer.options.trainer, trainer.policy.ranks, start.run_dir
     num_steps = num_steps_of(options)
     assert isinstance(trainer.source, ReplicaSource)  # as ``build_trainer`` made it
     checkpoints = Checkpoints(run_dir, policy=trainer.policy, source=trainer.source, options=checkpointing)
@@ -175,7 +173,7 @@ def _run_steps(
         if groups.rank == 0 and (step % options.log_interval == 0 or is_last):
             _show(report, num_steps=num_steps, decode=tokenizer.decode)
         if _is_due(step, options.rollout_log_interval):
-            _log_rollouts(report, run_dir=run_dir, groups=groups)
+            _log_rollouts(report, run_dir=run_dir, ranks=groups)
         checkpoints.after_step(step)
     checkpoints.close()
     writer.close()
@@ -186,7 +184,7 @@ def _leave(checkpoints: Checkpoints, *, step: int, is_new: bool, asked_by: str) 
     """Saves the state after ``step`` where this run has moved it."""
     if is_new:
         checkpoints.save_and_wait(step)
-    if checkpoints.groups.rank == 0:
+    if checkpoints.ranks.rank == 0:
         done = f"saved after step {step}" if is_new else "nothing to save yet"
         print(f"{asked_by}: {done}; continue with --resume (exit code {EXIT_SAVED})", flush=True)
 
@@ -195,16 +193,16 @@ def _is_due(step: int, interval: int) -> bool:
     return interval > 0 and (step == 1 or step % interval == 0)
 
 
-def _log_rollouts(report: StepReport, *, run_dir: Path, groups: ParallelGroups) -> None:
+def _log_rollouts(report: StepReport, *, run_dir: Path, ranks: ParallelGroups) -> None:
     """Every replica's reading rank writes its groups to a file of its own."""
     selections = report.selections  # every rank takes part
 
     def write() -> None:
-        if groups.is_source:
-            path = rollout_file(run_dir, step=report.step, replica=groups.data_rank)
+        if ranks.is_source:
+            path = rollout_file(run_dir, step=report.step, replica=ranks.data_rank)
             write_rollouts(path, report.groups, selections=selections, append=False)
 
-    on_every_rank(write, groups=groups)
+    on_every_rank(write, ranks=ranks)
 
 
 def _show(report: StepReport, *, num_steps: int, decode: Callable[[Sequence[int]], str]) -> None:
@@ -219,8 +217,8 @@ def _show(report: StepReport, *, num_steps: int, decode: Callable[[Sequence[int]
     print(text, flush=True)
 
 
-def _open_run_directory(config: Config, groups: ParallelGroups, *, num_steps: int) -> RunStart:
-    shared = SharedVerification(groups)
+def _open_run_directory(config: Config, ranks: ParallelGroups, *, num_steps: int) -> RunStart:
+    shared = SharedVerification(ranks)
     with same_on_every_rank():
         checkpoint = find_checkpoint(config, verify=shared.verify, agree=shared.agree)
     return shared.agree(lambda: open_run_directory(config, checkpoint=checkpoint, num_steps=num_steps))

@@ -78,7 +78,7 @@ class Trainer:
         """Run once, with the weights of the first step."""
         self._check_values: dict[str, float] = {}
         self.timer = PhaseTimer(policy.platform.synchronize)
-        self.prompts_per_rank = options.trainer.prompts_per_replica(policy.groups.data_size)
+        self.prompts_per_rank = options.trainer.prompts_per_replica(policy.ranks.data_size)
 
     def train_step(self, step: int) -> StepReport:
         groups = self._rollouts(step)
@@ -209,7 +209,7 @@ class Trainer:
                 options=self.options,
                 objective=self.objective,
                 seconds=seconds,
-                num_ranks=self.policy.groups.world_size,
+                num_ranks=self.policy.ranks.world_size,
                 global_sum=self.policy.global_count,
                 key_share=values.get("key_token_ratio", 1.0),
             )

@@ -118,7 +118,7 @@ class RandomPolicy(Policy):
     """A policy whose weights, and the reference model's, are those the layers start with."""
 
     def _load_model(self, hf_dir: Path) -> list[Qwen2_5_VLModel]:
-        return build_model(self.model_config, groups=self.groups, options=self.options.build, dtype=self.dtype)
+        return build_model(self.model_config, ranks=self.ranks, options=self.options.build, dtype=self.dtype)
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
@@ -168,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         groups, config = _join(config, options, platform)
         platform.seed(config.trainer.seed)
         source = FixedSource([])
-        trainer = _build_trainer(config, source, groups=groups, platform=platform, has_weights=has_weights)
+        trainer = _build_trainer(config, source, ranks=groups, platform=platform, has_weights=has_weights)
         timings, memory = _measure(trainer, source, config, options)
     if groups.rank == 0:
         report = summarise(timings, memory, trainer=trainer, group=source.groups[0], config=config, options=options)
@@ -227,14 +227,14 @@ def _join(config: Config, options: argparse.Namespace, platform: Platform) -> tu
 
 
 def _build_trainer(
-    config: Config, source: FixedSource, *, groups: ParallelGroups, platform: Platform, has_weights: bool
+    config: Config, source: FixedSource, *, ranks: ParallelGroups, platform: Platform, has_weights: bool
 ) -> Trainer:
     hf_dir = Path(config.model.model)
     objective = build_objective(config.objective, reward=config.reward)
     policy = (Policy if has_weights else RandomPolicy)(
         hf_dir,
         options=PolicyOptions.of(config),
-        groups=groups,
+        ranks=ranks,
         platform=platform,
         num_steps=num_steps_of(config.trainer),
     )
@@ -253,7 +253,7 @@ def _measure(
     trainer: Trainer, source: FixedSource, config: Config, options: argparse.Namespace
 ) -> tuple[list[StepTiming], float]:
     """Every measured step, and the largest peak of memory over ranks in bytes."""
-    groups, platform = trainer.policy.groups, trainer.policy.platform
+    groups, platform = trainer.policy.ranks, trainer.policy.platform
     timings: list[StepTiming] = []
     for step in range(1, options.warm_up + options.steps + 1):
         if step == options.warm_up + 1:
@@ -273,7 +273,7 @@ def _measure(
 
 def _groups_of(step: int, trainer: Trainer, config: Config, options: argparse.Namespace) -> list[Any]:
     """This replica's groups of a step."""
-    groups = trainer.policy.groups
+    groups = trainer.policy.ranks
     model_config = trainer.policy.model_config
     lengths = options.response_length
     sizes = SyntheticSizes(
@@ -299,7 +299,7 @@ def summarise(
     options: argparse.Namespace,
 ) -> dict[str, Any]:
     """Everything that is reported, ready for JSON."""
-    groups = trainer.policy.groups
+    groups = trainer.policy.ranks
     sizes = groups.sizes
     prompts = config.trainer.prompts_per_step
     seconds = statistics.median(timing.total for timing in timings)

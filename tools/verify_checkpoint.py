@@ -175,8 +175,8 @@ def verify(options: argparse.Namespace) -> bool:
     def prepare() -> VerificationInput | None:
         return _read_input(options, model_config) if groups.rank == 0 else None
 
-    item = broadcast_object(on_every_rank(prepare, groups=groups), group=groups.world, source=0)
-    comparison = _compare(item.group, options, config=config, model_config=model_config, groups=groups)
+    item = broadcast_object(on_every_rank(prepare, ranks=groups), group=groups.world, source=0)
+    comparison = _compare(item.group, options, config=config, model_config=model_config, ranks=groups)
     if comparison is not None:
         _print_report(comparison, item, options)
     is_within = None if comparison is None else comparison.is_within(options)
@@ -251,7 +251,7 @@ def _compare(
     *,
     config: Config,
     model_config: Qwen2_5_VLConfig,
-    groups: ParallelGroups,
+    ranks: ParallelGroups,
 ) -> Comparison | None:
     """Hugging Face on rank 0 first, freed before this model is built; None on the other ranks."""
     patchify = PreprocessSettings.from_model(options.hf).patchify
@@ -259,26 +259,26 @@ def _compare(
         [group],
         view="intact",
         media=media_spec(model_config, patchify=patchify),
-        pad_to_multiple=groups.sizes.tensor if groups.sizes.sequence_parallel else 1,
+        pad_to_multiple=ranks.sizes.tensor if ranks.sizes.sequence_parallel else 1,
     )
     kinds = [medium.kind for medium in group.prompt.media]
     device = platforms.current().device
 
     def ask_hugging_face() -> Any:
-        if groups.rank != 0:
+        if ranks.rank != 0:
             return None
         return run_hugging_face(options.hf, batch, kinds=kinds, device=device, rename=canonical_hf_name)
 
-    theirs = on_every_rank(ask_hugging_face, groups=groups)
+    theirs = on_every_rank(ask_hugging_face, ranks=ranks)
     platforms.current().empty_cache()
     policy = Policy(
-        options.hf, options=PolicyOptions.of(config), groups=groups, platform=platforms.current(), num_steps=1
+        options.hf, options=PolicyOptions.of(config), ranks=ranks, platform=platforms.current(), num_steps=1
     )
     if options.megatron is not None:
         _replace_weights(policy, options.megatron)
     ours_R = _forward_backward(policy, group, batch)
-    gradients = export_hf_tensors(policy.bare_chunks, groups=groups, tensor_of=main_gradient, gather_to="source")
-    if groups.rank != 0:
+    gradients = export_hf_tensors(policy.bare_chunks, ranks=ranks, tensor_of=main_gradient, gather_to="source")
+    if ranks.rank != 0:
         for _ in gradients:  # takes part in the gathering
             pass
         return None
@@ -301,13 +301,13 @@ def _replace_weights(policy: Policy, directory: Path) -> None:
 
 def _forward_backward(policy: Policy, group: RolloutGroup, batch: PackedBatch) -> Tensor:
     """Log-probs [R] of the response, on every rank; leaves the gradients of their sum in ``main_grad``."""
-    sizes = policy.groups.sizes
+    sizes = policy.ranks.sizes
     # The interleaved schedule needs a micro-batch for every pipeline rank. Copies, and replicas, share the loss.
     num_copies = sizes.pipeline if (sizes.virtual_pipeline or 1) > 1 else 1
     result = policy.backward(
         [MicroBatch((group,), batch)] * num_copies,
         objective=LogprobSum(),
-        denominators=Denominators(num_responses=policy.groups.data_size * num_copies),
+        denominators=Denominators(num_responses=policy.ranks.data_size * num_copies),
     )
     return policy.from_last_stage(result.scores[0].policy_logprob_R.cpu() if result.scores else None)
 

@@ -164,7 +164,7 @@ def set_up(root: Path, model: Path, options: argparse.Namespace) -> tuple[Step, 
     flags += ["--prompts-per-step", num_prompts, "--seed", options.seed]
     media = media_spec(Qwen2_5_VLConfig.from_hf(model), patchify=PreprocessSettings.from_model(model).patchify)
     configs = [load_config([str(flag) for flag in [*flags, *more]]) for more in ((), ("--bf16",))]
-    policies = [_policy(model, config=config, groups=groups) for config in configs]
+    policies = [_policy(model, config=config, ranks=groups) for config in configs]
     rollouts = sample(configs[0], policies[0], media=media, num_prompts=num_prompts)
     size = configs[0].trainer.micro_batch_groups
     parts, warm_up = (
@@ -177,8 +177,8 @@ def set_up(root: Path, model: Path, options: argparse.Namespace) -> tuple[Step, 
     return steps[0], steps[1], warm_up
 
 
-def _policy(model: Path, *, config: Config, groups: ParallelGroups) -> Policy:
-    return Policy(model, options=PolicyOptions.of(config), groups=groups, platform=current(), num_steps=1)
+def _policy(model: Path, *, config: Config, ranks: ParallelGroups) -> Policy:
+    return Policy(model, options=PolicyOptions.of(config), ranks=ranks, platform=current(), num_steps=1)
 
 
 def run(options: argparse.Namespace, root: Path) -> dict[str, Any]:

@@ -118,7 +118,7 @@ def reference_in_own_process(models: Path, *, is_tiny: bool, seconds: float) -> 
 def write_reference(out: Path, models: Path, *, platform: Platform, is_tiny: bool) -> None:
     groups = init_parallel(ParallelSizes(), platform=platform)
     numbers = {
-        dtype: step_numbers(models, {"params_dtype": dtype}, groups=groups, platform=platform, is_tiny=is_tiny)
+        dtype: step_numbers(models, {"params_dtype": dtype}, ranks=groups, platform=platform, is_tiny=is_tiny)
         for dtype in ("fp32", "bf16")
     }
     torch.save(numbers, out)
@@ -126,13 +126,13 @@ def write_reference(out: Path, models: Path, *, platform: Platform, is_tiny: boo
 
 
 def step_numbers(
-    models: Path, values: Mapping[str, Any], *, groups: ParallelGroups, platform: Platform, is_tiny: bool
+    models: Path, values: Mapping[str, Any], *, ranks: ParallelGroups, platform: Platform, is_tiny: bool
 ) -> Numbers:
     """One group through every pass, GRPO's gradient (no selection, which rounding would change)."""
     hf_dir = models / "policy"
     options = {"optimizer": "sgd", "use_distributed_optimizer": False, "kl_beta": 0.04, **values}
     config = step_config(hf_dir, platform, objective="grpo", **options)
-    policy = Policy(hf_dir, options=PolicyOptions.of(config), groups=groups, platform=platform, num_steps=1)
+    policy = Policy(hf_dir, options=PolicyOptions.of(config), ranks=ranks, platform=platform, num_steps=1)
     policy.add_reference(models / "reference")
     objective = build_objective(config.objective, reward=config.reward)
     model_config = Qwen2_5_VLConfig.from_hf(hf_dir)
@@ -188,7 +188,7 @@ def tolerances(values: Mapping[str, Any], reference: Mapping[str, Numbers]) -> t
 
 
 def _compare(
-    part: Part, groups: ParallelGroups, models: Path, values: Mapping[str, Any], reference: Mapping[str, Numbers]
+    part: Part, ranks: ParallelGroups, models: Path, values: Mapping[str, Any], reference: Mapping[str, Numbers]
 ) -> dict[str, Any]:
     if not reference:
         raise Skipped("there is no reference")
@@ -198,7 +198,7 @@ def _compare(
     if is_host and (values.get("attention_impl") == "varlen" or values.get("token_statistics_impl") == "triton"):
         raise Skipped("needs a GPU")
     try:
-        ours = step_numbers(models, values, groups=groups, platform=part.platform, is_tiny=part.is_tiny)
+        ours = step_numbers(models, values, ranks=ranks, platform=part.platform, is_tiny=part.is_tiny)
     except UserError as error:
         if "fp8_format" in values:  # a recipe that this GPU lacks
             raise Skipped(str(error)) from error

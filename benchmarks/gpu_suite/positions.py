@@ -100,7 +100,7 @@ def quarters(difference_R: Tensor) -> list[float]:
 
 def _compare(
     part: Part,
-    groups: ParallelGroups,
+    ranks: ParallelGroups,
     hf_dir: Path,
     group: RolloutGroup,
     values: Mapping[str, Any],
@@ -115,7 +115,7 @@ def _compare(
         raise Skipped("needs a GPU")
     options = {"objective": "grpo", "kl_beta": 0.0, "optimizer": "sgd", "use_distributed_optimizer": False, **values}
     config = step_config(hf_dir, part.platform, num_generations=len(group.rollouts), **options)
-    policy = Policy(hf_dir, options=PolicyOptions.of(config), groups=groups, platform=part.platform, num_steps=1)
+    policy = Policy(hf_dir, options=PolicyOptions.of(config), ranks=ranks, platform=part.platform, num_steps=1)
     objective = build_objective(config.objective, reward=config.reward)
     media = media_spec(policy.model_config, patchify=PreprocessSettings().patchify)
     scoring = ScoringPasses(options=StepOptions.of(config), policy=policy, objective=objective, media=media)

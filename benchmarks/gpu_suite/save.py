@@ -39,14 +39,14 @@ def run_save(part: Part) -> None:
     destroy_parallel()
 
 
-def _save(part: Part, groups: ParallelGroups) -> dict[str, Any]:
+def _save(part: Part, ranks: ParallelGroups) -> dict[str, Any]:
     config = published_shape("3B", num_layers=NUM_LAYERS, is_tiny=part.is_tiny)
     depth = min(VISION_DEPTH, config.vision.depth)
     vision = dataclasses.replace(config.vision, depth=depth, fullatt_block_indexes=(depth - 1,))
     config = dataclasses.replace(config, vision=vision)
     with tempfile.TemporaryDirectory() as directory:
         hf_dir = model_directory(config, Path(directory) / "model")
-        trainer = build_trainer(part, groups, hf_dir, train_steps=2, keep_checkpoints=1)
+        trainer = build_trainer(part, ranks, hf_dir, train_steps=2, keep_checkpoints=1)
         trainer.source.groups = [group_of(config, frames=4, is_tiny=part.is_tiny)]
         trainer.train_step(1)
         policy = trainer.policy

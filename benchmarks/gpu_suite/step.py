@@ -39,7 +39,7 @@ from megatron_ktr.accounting.memory import BytesBeside, estimate_memory
 from megatron_ktr.accounting.saved import TORCH_GPU
 from megatron_ktr.accounting.work import GroupWork, StepSettings
 from megatron_ktr.batch.micro_batch import Denominators, MicroBatch
-from megatron_ktr.config.part_options import StepOptions
+from megatron_ktr.config.part_options import PolicyOptions, StepOptions
 from megatron_ktr.data.preprocess import PreprocessSettings
 from megatron_ktr.data.random_groups import FixedSource
 from megatron_ktr.distributed.groups import ParallelGroups, ParallelSizes, init_parallel
@@ -93,17 +93,17 @@ class Passes:
 
 
 def _with_fewer_layers(
-    part: Part, groups: ParallelGroups, *, size: str, frames: int, values: Mapping[str, Any]
+    part: Part, ranks: ParallelGroups, *, size: str, frames: int, values: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The estimate of what fits may err: three quarters of the layers are tried after it, twice."""
     num_layers = layers_that_fit(part, size, frames=frames, has_optimizer=False)
     for _ in range(2):
         try:
-            return _measure_passes(part, groups, size=size, frames=frames, num_layers=num_layers, values=values)
+            return _measure_passes(part, ranks, size=size, frames=frames, num_layers=num_layers, values=values)
         except torch.OutOfMemoryError:
             num_layers = max(1, num_layers * 3 // 4)
         release(part.platform)
-    return _measure_passes(part, groups, size=size, frames=frames, num_layers=num_layers, values=values)
+    return _measure_passes(part, ranks, size=size, frames=frames, num_layers=num_layers, values=values)
 
 
 def layers_that_fit(part: Part, size: str, *, frames: int, has_optimizer: bool, recompute: str = "none") -> int:
@@ -131,12 +131,12 @@ def layers_that_fit(part: Part, size: str, *, frames: int, has_optimizer: bool, 
 
 
 def _measure_passes(
-    part: Part, groups: ParallelGroups, *, size: str, frames: int, num_layers: int, values: Mapping[str, Any]
+    part: Part, ranks: ParallelGroups, *, size: str, frames: int, num_layers: int, values: Mapping[str, Any]
 ) -> dict[str, Any]:
     model_config = published_shape(size, num_layers=num_layers, is_tiny=part.is_tiny)
     group = group_of(model_config, frames=frames, is_tiny=part.is_tiny)
     with tempfile.TemporaryDirectory() as directory:
-        passes = _build_passes(part, groups, model_config, group, directory=Path(directory), values=values)
+        passes = _build_passes(part, ranks, model_config, group, directory=Path(directory), values=values)
     found: dict[str, Any] = {
         "num_layers": model_config.text.num_hidden_layers,
         "tokens": group.num_tokens,
@@ -152,7 +152,7 @@ def _measure_passes(
 
 def _build_passes(
     part: Part,
-    groups: ParallelGroups,
+    ranks: ParallelGroups,
     model_config: Qwen2_5_VLConfig,
     group: RolloutGroup,
     *,
@@ -163,7 +163,7 @@ def _build_passes(
     options = {"optimizer": "sgd", "use_distributed_optimizer": False, "recompute_vision": True, **values}
     hf_dir = model_directory(model_config, directory)
     config = step_config(hf_dir, part.platform, **options)
-    policy = RandomPolicy(hf_dir, config=config, groups=groups, platform=part.platform, num_steps=1)
+    policy = RandomPolicy(hf_dir, options=PolicyOptions.of(config), ranks=ranks, platform=part.platform, num_steps=1)
     objective = build_objective(step_config(hf_dir, part.platform, objective="grpo", kl_beta=0.0).objective)
     media = media_spec(model_config, patchify=PreprocessSettings().patchify)
     scoring = ScoringPasses(options=StepOptions.of(config), policy=policy, objective=objective, media=media)
@@ -197,11 +197,15 @@ def _build_passes(
     )
 
 
-def build_trainer(part: Part, groups: ParallelGroups, hf_dir: Path, **values: Any) -> Trainer:
+def build_trainer(part: Part, ranks: ParallelGroups, hf_dir: Path, **values: Any) -> Trainer:
     config = step_config(hf_dir, part.platform, **values)
     objective = build_objective(config.objective, reward=config.reward)
     policy = RandomPolicy(
-        hf_dir, config=config, groups=groups, platform=part.platform, num_steps=config.trainer.train_steps
+        hf_dir,
+        options=PolicyOptions.of(config),
+        ranks=ranks,
+        platform=part.platform,
+        num_steps=config.trainer.train_steps,
     )
     policy.add_reference()
     media = media_spec(policy.model_config, patchify=PreprocessSettings().patchify)
@@ -210,14 +214,14 @@ def build_trainer(part: Part, groups: ParallelGroups, hf_dir: Path, **values: An
     )
 
 
-def _train(part: Part, groups: ParallelGroups) -> dict[str, Any]:
+def _train(part: Part, ranks: ParallelGroups) -> dict[str, Any]:
     """Every step on one of three groups in turn; numbers of each step."""
     num_layers = layers_that_fit(part, "3B", frames=32, has_optimizer=True, recompute="full")
     model_config = published_shape("3B", num_layers=num_layers, is_tiny=part.is_tiny)
     with tempfile.TemporaryDirectory() as directory:
         hf_dir = model_directory(model_config, Path(directory))
         trainer = build_trainer(
-            part, groups, hf_dir, train_steps=NUM_TRAINING_STEPS, lr=1e-4, recompute_vision=True, **RECOMPUTE
+            part, ranks, hf_dir, train_steps=NUM_TRAINING_STEPS, lr=1e-4, recompute_vision=True, **RECOMPUTE
         )
     recorded = [group_of(model_config, frames=32, is_tiny=part.is_tiny, seed=seed) for seed in range(3)]
     parameter = next(p for p in trainer.policy.chunks[0].parameters() if p.requires_grad and p.dim() > 1)
@@ -243,7 +247,7 @@ def _train(part: Part, groups: ParallelGroups) -> dict[str, Any]:
     }
 
 
-def _against_baseline(part: Part, groups: ParallelGroups) -> dict[str, Any]:
+def _against_baseline(part: Part, ranks: ParallelGroups) -> dict[str, Any]:
     """Seconds and peak of a whole step on both sides, from packing to the changed weights."""
     from benchmarks.gpu_suite.baseline import DeviceBaseline
 
@@ -252,7 +256,7 @@ def _against_baseline(part: Part, groups: ParallelGroups) -> dict[str, Any]:
     found: dict[str, Any] = {"num_layers": model_config.text.num_hidden_layers, "tokens": group.num_tokens}
     with tempfile.TemporaryDirectory() as directory:
         hf_dir = model_directory(model_config, Path(directory))
-        found["ours"] = _time_our_steps(part, groups, hf_dir, group)
+        found["ours"] = _time_our_steps(part, ranks, hf_dir, group)
         release(part.platform)
         baseline = DeviceBaseline(hf_dir, platform=part.platform)
         found["baseline"] = timed(lambda: baseline.step_on_device(group), part.platform)
@@ -260,9 +264,9 @@ def _against_baseline(part: Part, groups: ParallelGroups) -> dict[str, Any]:
     return found
 
 
-def _time_our_steps(part: Part, groups: ParallelGroups, hf_dir: Path, group: RolloutGroup) -> dict[str, Any]:
+def _time_our_steps(part: Part, ranks: ParallelGroups, hf_dir: Path, group: RolloutGroup) -> dict[str, Any]:
     # Layers and encoder are run again in backward, as the baseline's are.
-    trainer = build_trainer(part, groups, hf_dir, train_steps=100, recompute_vision=True, **RECOMPUTE)
+    trainer = build_trainer(part, ranks, hf_dir, train_steps=100, recompute_vision=True, **RECOMPUTE)
     trainer.source.groups = [group]
     steps = iter(range(1, 100))
     return timed(lambda: trainer.train_step(next(steps)), part.platform)

@@ -97,7 +97,7 @@ class Workload:
         num_prompts: int,
         num_samples: int,
         lengths: Lengths,
-        groups: ParallelGroups,
+        ranks: ParallelGroups,
         platform: Platform,
     ) -> None:
         _write_inputs(folder, num_prompts=num_prompts)
@@ -110,7 +110,7 @@ class Workload:
         self.media = media_spec(Qwen2_5_VLConfig.from_hf(folder / "model"), patchify=loader.settings.patchify)
         self.prompts = [loader.load(record) for record in read_records(folder / "data" / "train.json")]
         self.policy = Policy(
-            folder / "model", options=PolicyOptions.of(self.config), groups=groups, platform=platform, num_steps=1
+            folder / "model", options=PolicyOptions.of(self.config), ranks=ranks, platform=platform, num_steps=1
         )
 
     @property
@@ -130,7 +130,7 @@ class Workload:
             max_response_length=self.lengths.most,
             max_medium_tokens=self.num_visual_tokens,
         )
-        vllm = _VllmEngine(directory, groups=self.policy.groups, settings=settings, **own)
+        vllm = _VllmEngine(directory, ranks=self.policy.ranks, settings=settings, **own)
         vllm.end_token_ids = ()
         vllm.lengths = self.lengths
         return {"hf": hf, "vllm": vllm}

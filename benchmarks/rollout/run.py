@@ -42,7 +42,7 @@ def run_benchmark(arguments: argparse.Namespace, platform: Platform, folder: Pat
         num_prompts=arguments.prompts,
         num_samples=arguments.samples,
         lengths=Lengths(arguments.least, arguments.most, arguments.mean),
-        groups=init_parallel(ParallelSizes(), platform=platform),
+        ranks=init_parallel(ParallelSizes(), platform=platform),
         platform=platform,
     )
     engines = work.engines()

@@ -41,7 +41,7 @@ from torch import Tensor  # noqa: E402
 from benchmarks.harness import write_report  # noqa: E402
 from benchmarks.machine import about_machine  # noqa: E402
 from megatron_ktr.config import config_from_values  # noqa: E402
-from megatron_ktr.config.part_options import StepOptions  # noqa: E402
+from megatron_ktr.config.part_options import PolicyOptions, StepOptions  # noqa: E402
 from megatron_ktr.data.preprocess import PreprocessSettings  # noqa: E402
 from megatron_ktr.data.random_groups import FixedSource, SyntheticSizes, TokenIds, synthetic_group  # noqa: E402
 from megatron_ktr.distributed.groups import ParallelGroups, ParallelSizes, init_parallel  # noqa: E402
@@ -146,7 +146,7 @@ def _trainer(
 
     class RandomPolicy(Policy):
         def _load_model(self, hf_dir: Path) -> list[Any]:
-            chunks = build_model(self.model_config, groups=self.groups, options=self.options.build, dtype=self.dtype)
+            chunks = build_model(self.model_config, ranks=self.ranks, options=self.options.build, dtype=self.dtype)
             for chunk in chunks:
                 if arguments.context > 1:
                     chunk.context = ContextRanks(_Ranks(arguments.context), multiple=1)
@@ -177,7 +177,9 @@ def _trainer(
         mock.patch("megatron_ktr.policy.policy.build_optimizer", lambda *_, **__: optimizer),
         mock.patch("megatron_ktr.policy.policy.build_scheduler", lambda *_, **__: mock.Mock()),
     ):
-        policy = RandomPolicy(scratch, config=config, groups=groups, platform=platform, num_steps=1000)
+        policy = RandomPolicy(
+            scratch, options=PolicyOptions.of(config), ranks=groups, platform=platform, num_steps=1000
+        )
     objective = build_objective(config.objective, reward=config.reward)
     if objective.needs_reference:
         policy.add_reference()

@@ -37,7 +37,7 @@ class OurStep:
         policy_dir: Path,
         reference_dir: Path,
         *,
-        groups: ParallelGroups,
+        ranks: ParallelGroups,
         platform: Platform,
         options: Mapping[str, Any],
         settings: StepSettings = PAPER,
@@ -59,7 +59,7 @@ class OurStep:
                 **options,
             }
         )
-        policy = Policy(policy_dir, options=PolicyOptions.of(config), groups=groups, platform=platform, num_steps=1000)
+        policy = Policy(policy_dir, options=PolicyOptions.of(config), ranks=ranks, platform=platform, num_steps=1000)
         policy.add_reference(reference_dir)
         model_config = Qwen2_5_VLConfig.from_hf(policy_dir)
         self.source = FixedSource([])

@@ -228,8 +228,8 @@ def _build_sides(sides: tuple[str, ...], models: Path, platform: Platform) -> di
     return built
 
 
-def _ours(models: Path, options: dict[str, Any], parallel: ParallelGroups, platform: Platform) -> OurStep:
-    return OurStep(models / "policy", models / "reference", groups=parallel, platform=platform, options=options)
+def _ours(models: Path, options: dict[str, Any], ranks: ParallelGroups, platform: Platform) -> OurStep:
+    return OurStep(models / "policy", models / "reference", ranks=ranks, platform=platform, options=options)
 
 
 def run_benchmark(

@@ -45,18 +45,18 @@ def raise_on_every_rank(failure: Exception | None, *, group: ProcessGroup | None
                 raise UserError(message)
 
 
-def on_every_rank(action: Callable[[], T], *, groups: ParallelGroups) -> T:
+def on_every_rank(action: Callable[[], T], *, ranks: ParallelGroups) -> T:
     """What ``action`` returns here. If it raises ``UserError`` on any rank, every rank of the world raises it."""
     failure, result = None, None
     try:
         result = action()
     except UserError as error:
         failure = error
-    raise_on_every_rank(failure, group=groups.world)
+    raise_on_every_rank(failure, group=ranks.world)
     return cast(T, result)
 
 
-def result_of_rank_zero(action: Callable[[], T], *, groups: ParallelGroups) -> T:
+def result_of_rank_zero(action: Callable[[], T], *, ranks: ParallelGroups) -> T:
     """What ``action`` returns on rank 0, on every rank of the world; the others do not run it."""
-    result: Any = on_every_rank(lambda: action() if groups.rank == 0 else None, groups=groups)
-    return broadcast_object(result, group=groups.world, source=0)
+    result: Any = on_every_rank(lambda: action() if ranks.rank == 0 else None, ranks=ranks)
+    return broadcast_object(result, group=ranks.world, source=0)

@@ -16,23 +16,23 @@ from megatron_ktr.sums import Metrics
 class ReplicaNumbers:
     """Collective counts and means of a class that has ``groups`` and ``platform``."""
 
-    groups: ParallelGroups
+    ranks: ParallelGroups
     platform: Platform
 
     def global_count(self, value: float) -> float:
         """Sum of a per-replica count over data-parallel replicas, equal on every rank."""
         total = torch.full((), float(value), dtype=torch.float64, device=self.platform.device)
-        return float(all_reduce_sum(total, self.groups.data))
+        return float(all_reduce_sum(total, self.ranks.data))
 
     def mean_over_replicas(self, metrics: Metrics) -> dict[str, float]:
         """Means of metrics that every rank of a replica holds alike, over replicas; equal on every rank."""
-        return reduce_metrics(metrics, self.groups.data).means()
+        return reduce_metrics(metrics, self.ranks.data).means()
 
     def sum_over_replicas(self, counts: Mapping[str, float]) -> dict[str, float]:
         """Sums by name of counts that every rank of a replica holds alike; replicas may know different names."""
-        return reduce_metrics(Metrics(dict(counts), dict.fromkeys(counts, 1.0)), self.groups.data).sums
+        return reduce_metrics(Metrics(dict(counts), dict.fromkeys(counts, 1.0)), self.ranks.data).sums
 
     def from_last_stage(self, value: Any) -> Any:
         """The last pipeline stage's ``value`` on every rank of the replica; small host objects only."""
-        source = torch.distributed.get_global_rank(self.groups.pipeline, self.groups.sizes.pipeline - 1)
-        return broadcast_object(value, group=self.groups.pipeline, source=source)
+        source = torch.distributed.get_global_rank(self.ranks.pipeline, self.ranks.sizes.pipeline - 1)
+        return broadcast_object(value, group=self.ranks.pipeline, source=source)

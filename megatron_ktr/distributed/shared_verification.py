@@ -23,12 +23,12 @@ T = TypeVar("T")
 class SharedVerification:
     """``verify`` and ``agree`` of ``run_directory.find_checkpoint``; collective over the world."""
 
-    def __init__(self, groups: ParallelGroups) -> None:
-        self.groups = groups
+    def __init__(self, ranks: ParallelGroups) -> None:
+        self.ranks = ranks
 
     def agree(self, action: Callable[[], T]) -> T:
         """What ``action`` returns on rank 0, on every rank."""
-        return result_of_rank_zero(action, groups=self.groups)
+        return result_of_rank_zero(action, ranks=self.ranks)
 
     def verify(self, checkpoint: Path) -> list[Damage]:
         """Of a checkpoint of a training."""
@@ -42,13 +42,13 @@ class SharedVerification:
 
     def find_damage(self, directory: Path) -> list[Damage]:
         """As ``checksums.find_damage``, of all files, on every rank."""
-        shares = self.agree(lambda: _shares(directory, self.groups.world_size))
+        shares = self.agree(lambda: _shares(directory, self.ranks.world_size))
         if isinstance(shares, Damage):
             return [shares]
         mine = on_every_rank(
-            lambda: find_damage(directory, names=shares[self.groups.rank]) if shares else [], groups=self.groups
+            lambda: find_damage(directory, names=shares[self.ranks.rank]) if shares else [], ranks=self.ranks
         )
-        found = gather_objects(mine, group=self.groups.world)
+        found = gather_objects(mine, group=self.ranks.world)
         reported = {damage.file: rank for rank, damages in enumerate(found) for damage in damages}
         return self.agree(lambda: _confirmed(directory, reported)) if reported else []
 

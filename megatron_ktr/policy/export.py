@@ -16,7 +16,7 @@ from models.qwen2_5_vl.model import Qwen2_5_VLModel
 def export_weights(
     chunks: Sequence[Qwen2_5_VLModel],
     *,
-    groups: ParallelGroups,
+    ranks: ParallelGroups,
     tensor_of: Callable[[Tensor], Tensor | None] | None,
     gather_to: GatherTo,
     with_vision: bool,
@@ -27,7 +27,7 @@ def export_weights(
     left_out = {id(parameter) for encoder in encoders for parameter in encoder.parameters()}
     yield from export_hf_tensors(
         chunks,
-        groups=groups,
+        ranks=ranks,
         tensor_of=lambda parameter: None if id(parameter) in left_out else value_of(parameter),
         gather_to=gather_to,
     )
@@ -37,7 +37,7 @@ def save_export(
     chunks: Sequence[Qwen2_5_VLModel],
     directory: Path,
     *,
-    groups: ParallelGroups,
+    ranks: ParallelGroups,
     hf_source_dir: Path,
     lora: LoraSettings | None,
     only_adapters: bool,
@@ -45,6 +45,6 @@ def save_export(
     """A directory that transformers and vLLM load: the whole model, adapters merged, with all other files of
     ``hf_source_dir``; or the adapters alone, to be loaded beside that model."""
     if lora is not None and only_adapters:
-        save_adapters(chunks, directory, settings=lora, groups=groups, base=hf_source_dir)
+        save_adapters(chunks, directory, settings=lora, ranks=ranks, base=hf_source_dir)
     else:
-        save_hf(chunks, directory, groups=groups, hf_source_dir=hf_source_dir, tensor_of=merged_weights(chunks))
+        save_hf(chunks, directory, ranks=ranks, hf_source_dir=hf_source_dir, tensor_of=merged_weights(chunks))

@@ -23,11 +23,11 @@ from models.qwen2_5_vl.weight_map import weight_specs
 
 
 @torch.no_grad()
-def require_finite_weights(chunks: Sequence[torch.nn.Module], *, hf_dir: Path, groups: ParallelGroups) -> None:
+def require_finite_weights(chunks: Sequence[torch.nn.Module], *, hf_dir: Path, ranks: ParallelGroups) -> None:
     """Raises ``UserError``, on every rank, naming the first tensor of ``hf_dir`` that is not finite in the model."""
     hf_names = {spec.name: spec.hf_names for spec in weight_specs(model_config(chunks))}
     damaged = [name for name, parameter in named_model_parameters(chunks) if not _is_finite(plain_tensor(parameter))]
-    names = sorted({name for part in gather_objects(damaged, group=groups.world) for name in part})
+    names = sorted({name for part in gather_objects(damaged, group=ranks.world) for name in part})
     if names:
         more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
         with same_on_every_rank():

@@ -62,10 +62,10 @@ class Policy(ReplicaNumbers):
     """
 
     def __init__(
-        self, hf_dir: str | Path, *, options: PolicyOptions, groups: ParallelGroups, platform: Platform, num_steps: int
+        self, hf_dir: str | Path, *, options: PolicyOptions, ranks: ParallelGroups, platform: Platform, num_steps: int
     ) -> None:
         self.options = options
-        self.groups = groups
+        self.ranks = ranks
         self.platform = platform
         self.hf_dir = Path(hf_dir)
         self.model_config = Qwen2_5_VLConfig.from_hf(self.hf_dir)
@@ -76,7 +76,7 @@ class Policy(ReplicaNumbers):
         freeze_parts(chunks, options.model.freeze)
         self.lora = LoraSettings.of(options.model, seed=options.seed)
         if self.lora is not None:
-            add_adapters(chunks, self.lora, groups=groups)
+            add_adapters(chunks, self.lora, ranks=ranks)
         drop_initial_values(p for chunk in chunks for p in chunk.parameters() if not p.requires_grad)
         self.transformer_config = get_model_config(chunks[0])
         self.chunks = wrap_in_ddp(
@@ -95,15 +95,15 @@ class Policy(ReplicaNumbers):
         self.vision = PolicyVision(
             self.bare_chunks[0].vision,
             parallel=options.parallel,
-            groups=groups,
+            ranks=ranks,
             hf_dir=self.hf_dir,
             device=platform.device,
         )
 
     def _load_model(self, hf_dir: Path) -> list[Qwen2_5_VLModel]:
-        chunks = build_model(self.model_config, groups=self.groups, options=self.options.build, dtype=self.dtype)
-        load_hf_weights(chunks, hf_dir, groups=self.groups)
-        require_finite_weights(chunks, hf_dir=hf_dir, groups=self.groups)
+        chunks = build_model(self.model_config, ranks=self.ranks, options=self.options.build, dtype=self.dtype)
+        load_hf_weights(chunks, hf_dir, ranks=self.ranks)
+        require_finite_weights(chunks, hf_dir=hf_dir, ranks=self.ranks)
         return chunks
 
     def _connect_schedule_hooks(self) -> None:
@@ -203,7 +203,7 @@ class Policy(ReplicaNumbers):
         if not items:
             return []
         # The interleaved schedule takes whole rounds of the stages only; what fills the last one is dropped.
-        num_missing = -len(items) % self.groups.sizes.pipeline if len(chunks) > 1 else 0
+        num_missing = -len(items) % self.ranks.sizes.pipeline if len(chunks) > 1 else 0
         padded = [*items, *[items[-1]] * num_missing]
         in_use = reference.in_use() if reference else contextlib.nullcontext()
         precision_of = pass_precision(self.transformer_config, precision, section=self.options.model)
@@ -221,7 +221,7 @@ class Policy(ReplicaNumbers):
         if not result.has_gradient:
             return result
         if not math.isfinite(result.loss) and (reason := objective.reason_to_skip(result.metrics)):
-            if self.groups.rank == 0:
+            if self.ranks.rank == 0:
                 _log.warning("no optimizer step: the loss is %s, because %s", result.loss, reason)
             return result
         require_finite("loss", result.loss)
@@ -276,11 +276,11 @@ class Policy(ReplicaNumbers):
         self._is_gather_pending = self.options.parallel.overlap_param_gather
         metrics = Metrics()
         # Tensor- and context-parallel ranks hold the same numbers; one of them speaks for all.
-        speaks = self.groups.tensor_rank == self.groups.context_rank == 0
+        speaks = self.ranks.tensor_rank == self.ranks.context_rank == 0
         for batch_metrics, _, _ in outputs if speaks else ():
             metrics.merge(batch_metrics)
         # The one place where the host waits for what the update has computed.
-        metrics = reduce_metrics(metrics, self.groups.world)
+        metrics = reduce_metrics(metrics, self.ranks.world)
         # Already divided by global counts: the parts of the loss add up, they are not averaged.
         names = ("loss", "has_gradient", "num_not_finite")
         loss, has_gradient, num_not_finite = (metrics.pop_sum(name) for name in names)
@@ -322,7 +322,7 @@ class Policy(ReplicaNumbers):
         """
         self.wait_for_parameters()
         yield from export_weights(
-            self.bare_chunks, groups=self.groups, tensor_of=tensor_of, gather_to=gather_to, with_vision=with_vision
+            self.bare_chunks, ranks=self.ranks, tensor_of=tensor_of, gather_to=gather_to, with_vision=with_vision
         )
 
     def save_hf(self, directory: Path) -> None:
@@ -333,7 +333,7 @@ class Policy(ReplicaNumbers):
         save_export(
             self.bare_chunks,
             directory,
-            groups=self.groups,
+            ranks=self.ranks,
             hf_source_dir=self.hf_dir,
             lora=self.lora,
             only_adapters=only_adapters,

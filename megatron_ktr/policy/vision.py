@@ -32,12 +32,12 @@ class PolicyVision:
         encoder: VisionEncoder | None,
         *,
         parallel: ParallelSection,
-        groups: ParallelGroups,
+        ranks: ParallelGroups,
         hf_dir: Path,
         device: torch.device,
     ) -> None:
         """``encoder`` is the policy's, None on stages without one."""
-        self._parallel, self._groups, self._device = parallel, groups, device
+        self._parallel, self._ranks, self._device = parallel, ranks, device
         self._media = media_spec(
             Qwen2_5_VLConfig.from_hf(hf_dir), patchify=PreprocessSettings.from_model(hf_dir).patchify
         )
@@ -79,7 +79,7 @@ class PolicyVision:
     def sum_gradients(self) -> None:
         """After the reduction over data-parallel ranks: frames were split over the tensor ranks, so gradients are."""
         if self._encoder is not None and self._parallel.vision_parallel == "frame":
-            sum_gradients(self._encoder.parameters(), group=self._groups.tensor)
+            sum_gradients(self._encoder.parameters(), group=self._ranks.tensor)
 
     def after_step(self) -> None:
         """The optimizer has changed the policy's weights."""
@@ -97,8 +97,8 @@ class PolicyVision:
         """Units (temporal patches) that this replica's encoders ran over since the last call, on every rank of it."""
         passes = {id(found): found for found in self._passes.values() if found is not None}
         counts = sum(found.take_counts() for found in passes.values())
-        source = torch.distributed.get_global_rank(self._groups.model, 0)
-        return broadcast_object(counts, group=self._groups.model, source=source)
+        source = torch.distributed.get_global_rank(self._ranks.model, 0)
+        return broadcast_object(counts, group=self._ranks.model, source=source)
 
     def _pass(self, encoder: VisionEncoder | None) -> VisionPass | None:
         if encoder is None:
@@ -112,6 +112,6 @@ class PolicyVision:
             cache_bytes=round(parallel.vision_cache_gb * 1e9),
             is_trainable=any(parameter.requires_grad for parameter in encoder.parameters()),
             recompute=parallel.recompute_vision,
-            split_over=self._groups.tensor_context if is_split else None,
-            sum_gradient_over=self._groups.context if is_split else None,
+            split_over=self._ranks.tensor_context if is_split else None,
+            sum_gradient_over=self._ranks.context if is_split else None,
         )

@@ -36,23 +36,23 @@ from megatron_ktr.rollout.source import ReplicaSource, Sampler
 
 
 def build_local_source(
-    config: Config, *, groups: ParallelGroups, tokenizer: Tokenizer, vocab_size: int
+    config: Config, *, ranks: ParallelGroups, tokenizer: Tokenizer, vocab_size: int
 ) -> DatasetSource | None:
     """What ``config`` asks the reading rank of each replica to draw; None on the other ranks.
 
     ``vocab_size`` is the model's: it has more ids than its tokenizer knows, and a sampler may have drawn them.
     """
-    if not groups.is_source:
+    if not ranks.is_source:
         return None
     data, trainer = config.data, config.trainer
-    questions = read_questions(config, tokenizer=tokenizer, vocab_size=vocab_size, is_spokesman=groups.data_rank == 0)
+    questions = read_questions(config, tokenizer=tokenizer, vocab_size=vocab_size, is_spokesman=ranks.data_rank == 0)
     dataset = PromptDataset(
         questions.records,
         loader=questions.loader,
         seed=trainer.seed,
         shuffle=data.shuffle_data,
-        rank=groups.data_rank,
-        size=groups.data_size,
+        rank=ranks.data_rank,
+        size=ranks.data_size,
         skips=SkipCounter(max_skip_share=data.max_skip_share),
         left_out=questions.left_out,
     )
@@ -61,7 +61,7 @@ def build_local_source(
     return SupervisedSource(dataset) if config.objective.is_supervised else DatasetSource(dataset)
 
 
-def build_sampler(config: Config, *, groups: ParallelGroups, tokenizer: Tokenizer, media: MediaSpec) -> Sampler | None:
+def build_sampler(config: Config, *, ranks: ParallelGroups, tokenizer: Tokenizer, media: MediaSpec) -> Sampler | None:
     """The engine ``rollout.engine`` names, with the run's sampling settings and rewards; None on ranks without one."""
     rollout = config.rollout
     if config.objective.is_supervised or rollout.engine == "replay":
@@ -84,13 +84,13 @@ def build_sampler(config: Config, *, groups: ParallelGroups, tokenizer: Tokenize
             config.model,
             data=config.data,
             rollout=rollout,
-            groups=groups,
+            ranks=ranks,
             tokenizer=tokenizer,
             media=media,
             sampling=sampling,
         )
         return Sampler(engine, rewards=rewards, answer_protocol=config.reward.answer_protocol)
-    if not groups.is_source:
+    if not ranks.is_source:
         return None
     if rollout.engine == "vllm_server":
         from megatron_ktr.rollout.server.engine import server_engine
@@ -99,7 +99,7 @@ def build_sampler(config: Config, *, groups: ParallelGroups, tokenizer: Tokenize
             config.model.model,
             rollout=rollout,
             run_dir=Path(config.trainer.run_dir),
-            data_group=groups.data,
+            data_group=ranks.data,
             tokenizer=tokenizer,
             media=media,
             sampling=sampling,
@@ -141,7 +141,7 @@ def build_sampler_check(
         seconds_per_grid=config.objective.fixed_seconds_per_grid,
     )
     prompts = make(max_prompt_length=max_length)
-    if (left_out := [name for name in make() if name not in prompts]) and policy.groups.rank == 0:
+    if (left_out := [name for name in make() if name not in prompts]) and policy.ranks.rank == 0:
         what = f"not compared for {', '.join(left_out)}" if prompts else "not compared at all"
         print(f"sampler and trainer are {what}: such prompts exceed --max-prompt-length {max_length}", flush=True)
     if not prompts:
@@ -165,5 +165,5 @@ def build_sampler_check(
             pad_to_multiple=row_multiple(config),
         ),
         send_weights=send_weights,
-        worst=partial(worst_of_replicas, groups=policy.groups),
+        worst=partial(worst_of_replicas, ranks=policy.ranks),
     )

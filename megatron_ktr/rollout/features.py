@@ -35,7 +35,7 @@ class FeatureSender:
     """Gives prompts the trainer's features; every rank of a replica calls it with the same prompts."""
 
     encode: Encode
-    groups: ParallelGroups
+    ranks: ParallelGroups
     media: MediaSpec
     feature_size: int
     """D."""
@@ -46,7 +46,7 @@ class FeatureSender:
 
     def __call__(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         features = self.encode(prompts)
-        if self.to_every_stage and self.groups.sizes.pipeline > 1:
+        if self.to_every_stage and self.ranks.sizes.pipeline > 1:
             features = self._over_pipeline(prompts, features)
         if features is None:
             return list(prompts)
@@ -65,7 +65,7 @@ class FeatureSender:
                 else:
                     shape = (self.media.num_visual_tokens(medium), self.feature_size)
                     feature_TD = torch.empty(shape, dtype=self.dtype, device=self.device)
-                found.append(_from_first(feature_TD, self.groups.pipeline).cpu())
+                found.append(_from_first(feature_TD, self.ranks.pipeline).cpu())
             received.append(tuple(found))
         return received
 
@@ -76,7 +76,7 @@ def build_feature_sender(rollout: RolloutSection, *, policy: Policy, media: Medi
         return None
     return FeatureSender(
         encode=policy.vision_features,
-        groups=policy.groups,
+        ranks=policy.ranks,
         media=media,
         feature_size=policy.model_config.vision.out_hidden_size,
         dtype=policy.dtype,

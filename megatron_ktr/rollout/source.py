@@ -64,18 +64,18 @@ class ReplicaSource:
         self,
         local: DatasetSource | None,
         *,
-        groups: ParallelGroups,
+        ranks: ParallelGroups,
         sampler: Sampler | None = None,
         lag: int = 0,
         prepare: Callable[[Sequence[Prompt]], list[Prompt]] | None = None,
     ) -> None:
         """``prepare`` makes of drawn prompts what the engine is shown; collective, on every rank."""
-        if (local is not None) != groups.is_source:
+        if (local is not None) != ranks.is_source:
             raise ValueError("exactly the source rank of each replica must hold a source")
         self.local = local
         self.sampler = sampler
         self.lag = lag
-        self._groups = groups
+        self._ranks = ranks
         self._prepare = prepare
         self._num_skipped = 0
         self._counts: Mapping[str, int] = {}
@@ -104,7 +104,7 @@ class ReplicaSource:
                 for _ in named_tensors:
                     pass
 
-        on_every_rank(load, groups=self._groups)
+        on_every_rank(load, ranks=self._ranks)
 
     def begin(self, num_prompts: int, *, step: int) -> None:
         """Draws ``num_prompts`` prompts for this replica; with ``lag`` their responses are sampled meanwhile."""
@@ -112,7 +112,7 @@ class ReplicaSource:
         def read() -> tuple[dict[str, Any], list[RolloutGroup]] | None:
             return None if self.local is None else (self.local.state_dict(), self.local.next(num_prompts))
 
-        state, groups = self._from_local(on_every_rank(read, groups=self._groups))
+        state, groups = self._from_local(on_every_rank(read, ranks=self._ranks))
         self._drawn = _Draw(step, groups, asked=self._asked(groups), state_before=state)
         if self._background is not None:
             self._drawn.answers = self._background.submit(self._answer, self._drawn)
@@ -142,7 +142,7 @@ class ReplicaSource:
             shown = [group.prompt for group in asked]
             return [group.rollouts for group in self.sampler.engine.generate(shown, step=step, sampling=sampling)]
 
-        rollouts = self._from_local(on_every_rank(ask, groups=self._groups))
+        rollouts = self._from_local(on_every_rank(ask, ranks=self._ranks))
         return [RolloutGroup(prompt, found) for prompt, found in zip(prompts, rollouts, strict=True)]
 
     @property
@@ -169,7 +169,7 @@ class ReplicaSource:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         pending = state.get("pending", {})
         self._recorded = {name: tuple(Rollout(**_tuples(value)) for value in found) for name, found in pending.items()}
-        on_every_rank(lambda: self.local and self.local.load_state_dict(state), groups=self._groups)
+        on_every_rank(lambda: self.local and self.local.load_state_dict(state), ranks=self._ranks)
 
     def close(self) -> None:
         """Ends the engine; groups that have begun are dropped."""
@@ -194,7 +194,7 @@ class ReplicaSource:
                 drawn.answers.set_result(self._answer(drawn))
             return drawn.answers.result()
 
-        return on_every_rank(wait, groups=self._groups)
+        return on_every_rank(wait, ranks=self._ranks)
 
     def _answer(self, drawn: _Draw) -> list[RolloutGroup]:
         if self.sampler is None:
@@ -216,8 +216,8 @@ class ReplicaSource:
         self._num_skipped, self._counts = self._from_local(found)
 
     def _from_local(self, value: Any) -> Any:
-        source = torch.distributed.get_global_rank(self._groups.model, 0)
-        return broadcast_object(value, group=self._groups.model, source=source)
+        source = torch.distributed.get_global_rank(self._ranks.model, 0)
+        return broadcast_object(value, group=self._ranks.model, source=source)
 
 
 @dataclasses.dataclass

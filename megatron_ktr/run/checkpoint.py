@@ -90,7 +90,7 @@ class Checkpoints:
         self.options = options
         self.policy = policy
         self.source = source
-        self.groups = policy.groups
+        self.ranks = policy.ranks
         self._pending: tuple[int, BackgroundSave] | None = None
         self._digests: dict[str, Digest] = {}
         """Of what ``_prepare`` wrote."""
@@ -122,7 +122,7 @@ class Checkpoints:
         common = self._common_of_all(common)
         self._on_rank_zero(f"save step {step} to", lambda: self._prepare(scratch, training, random_states, common))
         self._on_each_rank(f"save step {step} to", lambda: _require_shared(scratch))
-        self._pending = (step, BackgroundSave(sharded, scratch, data_group=self.groups.data_context))
+        self._pending = (step, BackgroundSave(sharded, scratch, data_group=self.ranks.data_context))
 
     def save_and_wait(self, step: int) -> None:
         """A complete checkpoint of the state after ``step``, also where none is due."""
@@ -143,7 +143,7 @@ class Checkpoints:
         training = self._on_each_rank("read", lambda: _read_training_state(checkpoint))
         with _as_user_error(checkpoint / TRAINING_FILE):
             # Before the weights: other data is noticed early.
-            groups = self.groups
+            groups = self.ranks
             position = reshard_states(training["sources"], rank=groups.data_rank, size=groups.data_size)
             self.source.load_state_dict(position)
         self._on_each_rank("read", lambda: self._check_tensors(checkpoint))
@@ -161,26 +161,26 @@ class Checkpoints:
     def _set_random_state(self, states: list[dict[str, Any]], path: Path) -> None:
         with _as_user_error(path):
             try:
-                self.policy.platform.set_rng_state(states[self.groups.rank])
+                self.policy.platform.set_rng_state(states[self.ranks.rank])
             except RuntimeError as error:  # torch's, for a state of another length
                 raise ValueError(str(error)) from error
 
     def _check_tensors(self, checkpoint: Path) -> None:
         reader = TorchDistReader(checkpoint)
         files = sorted(path.name for path in checkpoint.glob("*.distcp"))
-        check_chunks(checkpoint, files=files[self.groups.rank :: self.groups.world_size])
+        check_chunks(checkpoint, files=files[self.ranks.rank :: self.ranks.world_size])
         if self.policy.lora is None:
             locate_tensors(reader, config=self.policy.model_config)
 
     # State
 
     def _layout(self) -> dict[str, Any]:
-        layout = dataclasses.asdict(self.groups.sizes)
-        return {**layout, "world": self.groups.world_size, "platform": self.policy.platform.name}
+        layout = dataclasses.asdict(self.ranks.sizes)
+        return {**layout, "world": self.ranks.world_size, "platform": self.policy.platform.name}
 
     def _training_state(self, step: int) -> dict[str, Any]:
-        sources: list[Any] = [None] * self.groups.data_size
-        torch.distributed.all_gather_object(sources, self.source.state_dict(), group=self.groups.data)
+        sources: list[Any] = [None] * self.ranks.data_size
+        torch.distributed.all_gather_object(sources, self.source.state_dict(), group=self.ranks.data)
         return {
             "version": FORMAT_VERSION,
             "step": step,
@@ -191,14 +191,14 @@ class Checkpoints:
 
     def _common_of_all(self, common: dict[str, Any]) -> dict[str, Any]:
         """On rank 0, which writes them: the optimizer's settings are of the first rank that trains something."""
-        settings = [None] * self.groups.world_size if self.groups.rank == 0 else None
+        settings = [None] * self.ranks.world_size if self.ranks.rank == 0 else None
         trains = any(p.requires_grad for chunk in self.policy.chunks for p in chunk.parameters())
         torch.distributed.gather_object(common.get("optimizer") if trains else None, settings, dst=0)
         found = next((one for one in settings or [] if one is not None), None)
         return common if found is None else common | {"optimizer": found}
 
     def _gather_random_states(self) -> list[Any] | None:
-        states = [None] * self.groups.world_size if self.groups.rank == 0 else None
+        states = [None] * self.ranks.world_size if self.ranks.rank == 0 else None
         torch.distributed.gather_object(self.policy.platform.rng_state(), states, dst=0)
         return states
 
@@ -238,7 +238,7 @@ class Checkpoints:
             results = save.gather_results()
             self._on_rank_zero(what, lambda: self._publish(step, save, results))
         except UserError:
-            if self.groups.rank == 0:
+            if self.ranks.rank == 0:
                 shutil.rmtree(save.directory, ignore_errors=True)
             raise
 
@@ -259,7 +259,7 @@ class Checkpoints:
     # Errors
 
     def _on_rank_zero(self, what: str, action: Callable[[], Any]) -> None:
-        self._on_each_rank(what, lambda: action() if self.groups.rank == 0 else None)
+        self._on_each_rank(what, lambda: action() if self.ranks.rank == 0 else None)
 
     def _on_each_rank(self, what: str, action: Callable[[], Any]) -> Any:
         """``on_every_rank`` with errors of the file system as one line for the user."""
@@ -275,7 +275,7 @@ class Checkpoints:
                 intact = f"the last complete checkpoint is {kept[-1][1]}" if kept else "there is no older checkpoint"
                 raise UserError(f"checkpoints: cannot {what} {self.directory}: {reason}; {intact}") from error
 
-        return on_every_rank(guarded, groups=self.groups)
+        return on_every_rank(guarded, ranks=self.ranks)
 
 
 def sharded_state(policy: Policy, *, is_loading: bool = False) -> dict[str, Any]:
@@ -314,9 +314,9 @@ def load_sharded_state(policy: Policy, checkpoint: Path) -> None:
         require_plain_tensors(state, checkpoint)
         require_tensors(checkpoint, {key for part in shards for key in stored_keys(part)})
 
-    on_every_rank(require_plain, groups=policy.groups)
+    on_every_rank(require_plain, ranks=policy.ranks)
     try:
-        strategy = FullyParallelLoadStrategyWrapper(load_strategy(str(checkpoint)), policy.groups.data_context)
+        strategy = FullyParallelLoadStrategyWrapper(load_strategy(str(checkpoint)), policy.ranks.data_context)
         loaded: Any = dist_checkpointing.load(state, str(checkpoint), sharded_strategy=strategy)
     except (CheckpointingException, CheckpointException, OSError, *UNREADABLE) as error:
         raise UserError(f"--resume: {checkpoint} cannot be loaded: {error}") from error
@@ -335,7 +335,7 @@ def load_sharded_state(policy: Policy, checkpoint: Path) -> None:
             with _as_user_error(checkpoint / COMMON_FILE):
                 load_optimizer_state(optimizer, loaded["optimizer"], shards=shards, checkpoint=checkpoint)
 
-    on_every_rank(load_optimizer, groups=policy.groups)
+    on_every_rank(load_optimizer, ranks=policy.ranks)
 
 
 def _read_training_state(checkpoint: Path) -> dict[str, Any]:

@@ -20,55 +20,55 @@ from megatron_ktr.step.balance import Placement, balance_replicas
 from megatron_ktr.types import RolloutGroup
 
 
-def agree_on_placement(costs: Sequence[float], *, parallel: ParallelGroups, keep_counts: bool) -> Placement:
+def agree_on_placement(costs: Sequence[float], *, ranks: ParallelGroups, keep_counts: bool) -> Placement:
     """Of all replicas' groups, given the costs of this replica's; collective, the same on every rank."""
-    of_replica: list[list[float]] = [[] for _ in range(parallel.data_size)]
-    torch.distributed.all_gather_object(of_replica, list(costs), group=parallel.data)
+    of_replica: list[list[float]] = [[] for _ in range(ranks.data_size)]
+    torch.distributed.all_gather_object(of_replica, list(costs), group=ranks.data)
     return balance_replicas(of_replica, keep_counts=keep_counts)
 
 
 def exchange_groups(
-    groups: Sequence[RolloutGroup], placement: Placement, *, parallel: ParallelGroups
+    groups: Sequence[RolloutGroup], placement: Placement, *, ranks: ParallelGroups
 ) -> list[RolloutGroup]:
     """What this replica trains on, on each of its ranks, given what it drew; every rank calls it."""
-    replica = parallel.data_rank
+    replica = ranks.data_rank
     known = dict(zip(placement.drawn[replica], groups, strict=True))
     moves = placement.moves
     # Replicas of which nothing comes or goes take no part.
     arrived: dict[int, list[RolloutGroup]] = {}
-    if parallel.is_source:
+    if ranks.is_source:
         outgoing = {
             to: [known[index] for index in indices] for (origin, to), indices in moves.items() if origin == replica
         }
         sources = [origin for origin, to in moves if to == replica]
-        arrived = _send_and_receive(outgoing, sources=sources, parallel=parallel)
+        arrived = _send_and_receive(outgoing, sources=sources, ranks=ranks)
     if incoming := {origin: indices for (origin, to), indices in moves.items() if to == replica}:
-        source = torch.distributed.get_global_rank(parallel.model, 0)
-        arrived = broadcast_object(arrived, group=parallel.model, source=source)
+        source = torch.distributed.get_global_rank(ranks.model, 0)
+        arrived = broadcast_object(arrived, group=ranks.model, source=source)
         for origin, indices in incoming.items():
             known |= dict(zip(indices, arrived[origin], strict=True))
     return [known[index] for index in placement.groups_of[replica]]
 
 
 def _send_and_receive(
-    outgoing: Mapping[int, list[RolloutGroup]], *, sources: Sequence[int], parallel: ParallelGroups
+    outgoing: Mapping[int, list[RolloutGroup]], *, sources: Sequence[int], ranks: ParallelGroups
 ) -> dict[int, list[RolloutGroup]]:
     """On reading ranks, whose data-parallel group holds the reading ranks: groups by the replica they came from."""
     device = current().device
     sent = {to: pack_object(groups).to(device) for to, groups in outgoing.items()}
     sizes = {to: torch.tensor([len(payload)], device=device) for to, payload in sent.items()}
     lengths = {origin: torch.zeros(1, dtype=torch.int64, device=device) for origin in sources}
-    _transfer(sizes, lengths, parallel=parallel)
+    _transfer(sizes, lengths, ranks=ranks)
     received = {
         origin: torch.empty(int(length), dtype=torch.uint8, device=device) for origin, length in lengths.items()
     }
-    _transfer(sent, received, parallel=parallel)
+    _transfer(sent, received, ranks=ranks)
     return {origin: unpack_object(payload.cpu()) for origin, payload in received.items()}
 
 
-def _transfer(sent: Mapping[int, Tensor], received: Mapping[int, Tensor], *, parallel: ParallelGroups) -> None:
+def _transfer(sent: Mapping[int, Tensor], received: Mapping[int, Tensor], *, ranks: ParallelGroups) -> None:
     """Point to point, all at once: nobody waits for a partner that waits for somebody else."""
-    group = parallel.data
+    group = ranks.data
     operations = [
         torch.distributed.P2POp(function, tensor, torch.distributed.get_global_rank(group, replica), group)
         for function, tensors in ((torch.distributed.isend, sent), (torch.distributed.irecv, received))

@@ -35,7 +35,7 @@ class StepBatching:
         self._model_config = policy.model_config
         self._policy = policy
         self._work = settings_of(options, objective)
-        sizes = policy.groups.sizes
+        sizes = policy.ranks.sizes
         # An interleaved pipeline takes whole rounds of its stages.
         self._multiple = sizes.pipeline if (sizes.virtual_pipeline or 1) > 1 else 1
         self._values: dict[str, float] = {}
@@ -43,18 +43,18 @@ class StepBatching:
 
     def balanced(self, groups: list[RolloutGroup]) -> list[RolloutGroup]:
         """This replica's share of all replicas' groups, of nearly the same work for each."""
-        parallel = self._policy.groups
+        parallel = self._policy.ranks
         if not self._settings.balance_replicas or parallel.data_size == 1:
             return groups
         # Whole rounds of an interleaved pipeline can be filled under any bound on tokens only as long as the number of
         # groups is a multiple of its stages, as it was drawn.
-        placement = agree_on_placement(self._costs(groups), parallel=parallel, keep_counts=self._multiple > 1)
+        placement = agree_on_placement(self._costs(groups), ranks=parallel, keep_counts=self._multiple > 1)
         self._values |= {
             "flops_imbalance/before": placement.imbalance_before,
             "flops_imbalance/after": placement.imbalance_after,
             "groups_moved": float(sum(map(len, placement.moves.values()))),
         }
-        return exchange_groups(groups, placement, parallel=parallel)
+        return exchange_groups(groups, placement, ranks=parallel)
 
     def plan(self, groups: Sequence[RolloutGroup]) -> list[tuple[RolloutGroup, ...]]:
         """Groups by micro-batch."""
@@ -66,7 +66,7 @@ class StepBatching:
         num_oversized = count_oversized(num_tokens, max_tokens=max_tokens)
         counts = {"num_micro_batches": float(len(parts)), "oversized_groups": float(num_oversized)}
         self._values |= self._policy.sum_over_replicas(counts)
-        if num_oversized and self._policy.groups.is_source and not self._has_warned:
+        if num_oversized and self._policy.ranks.is_source and not self._has_warned:
             self._has_warned = True
             logger.warning(
                 "groups of up to %d tokens exceed --max-tokens-per-microbatch %d: each is a micro-batch of its own, "

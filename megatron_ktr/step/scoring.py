@@ -58,7 +58,7 @@ class ScoringPasses:
             media=self.media,
             pad_to_multiple=self.options.row_multiple,
             permutations=permutations,
-            vision="media" if self.policy.groups.is_first_stage else "none",
+            vision="media" if self.policy.ranks.is_first_stage else "none",
         )
 
     def _orders(self, groups: Sequence[RolloutGroup], *, step: int, draw: int) -> list[tuple[Tensor | None, ...]]:
@@ -180,7 +180,7 @@ class ScoringPasses:
         return cache(partial(self.pack, part, view, step=step, draw=draw))
 
     def _over_whole_batch(self, logprob_R: Tensor | None, batch: PackedBatch, kept: Sequence[bool]) -> Tensor | None:
-        if not self.policy.groups.is_last_stage or all(kept):
+        if not self.policy.ranks.is_last_stage or all(kept):
             return logprob_R
         spread_R = torch.full((len(batch.target_ids_R),), float("nan"), device=self.policy.platform.device)
         if logprob_R is not None:

@@ -72,7 +72,7 @@ def _table_name(model: nn.Module, name: str) -> str:
 
 
 @torch.no_grad()
-def load_hf_weights(model: nn.Module | Sequence[nn.Module], hf_dir: Path | str, *, groups: Any = None) -> None:
+def load_hf_weights(model: nn.Module | Sequence[nn.Module], hf_dir: Path | str, *, ranks: Any = None) -> None:
     """Fills this rank's parameters in place from a Hugging Face directory; padding becomes zero.
 
     Every rank checks the whole directory, so that all fail alike, and reads only its own slices. An optimizer that
@@ -80,7 +80,7 @@ def load_hf_weights(model: nn.Module | Sequence[nn.Module], hf_dir: Path | str, 
 
     Args:
         model: the model or its virtual-pipeline chunks, wrapped or not.
-        groups: ``ParallelGroups``; None means one process.
+        ranks: ``ParallelGroups``; None means one process.
 
     Raises:
         UserError: missing, extra or misshapen tensors, named; damaged files.
@@ -89,7 +89,7 @@ def load_hf_weights(model: nn.Module | Sequence[nn.Module], hf_dir: Path | str, 
     config = model_config(chunks)
     reader = open_hf_weights(hf_dir, config=config)
     specs = {spec.name: spec for spec in weight_specs(config)}
-    layout = _Layout.of(groups)
+    layout = _Layout.of(ranks)
     for name, parameter in named_model_parameters(chunks):
         spec, shape = specs[name], tuple(parameter.shape)
         index, count = layout.shard(spec, shape)
@@ -108,16 +108,16 @@ class _Layout:
     pipeline_rank: int = 0
 
     @classmethod
-    def of(cls, groups: Any) -> _Layout:
-        if groups is None:
+    def of(cls, ranks: Any) -> _Layout:
+        if ranks is None:
             return cls()
         return cls(
-            tensor=groups.tensor,
-            pipeline=groups.pipeline,
-            tensor_size=groups.sizes.tensor,
-            tensor_rank=groups.tensor_rank,
-            pipeline_size=groups.sizes.pipeline,
-            pipeline_rank=groups.pipeline_rank,
+            tensor=ranks.tensor,
+            pipeline=ranks.pipeline,
+            tensor_size=ranks.sizes.tensor,
+            tensor_rank=ranks.tensor_rank,
+            pipeline_size=ranks.sizes.pipeline,
+            pipeline_rank=ranks.pipeline_rank,
         )
 
     @property
@@ -134,7 +134,7 @@ class _Layout:
 def export_hf_tensors(
     model: nn.Module | Sequence[nn.Module],
     *,
-    groups: Any = None,
+    ranks: Any = None,
     tensor_of: TensorOf | None = None,
     gather_to: GatherTo = "all",
     adapters: Sequence[WeightSpec] | None = None,
@@ -147,7 +147,7 @@ def export_hf_tensors(
 
     Args:
         model: the model or its virtual-pipeline chunks, wrapped or not.
-        groups: ``ParallelGroups``; None means one process.
+        ranks: ``ParallelGroups``; None means one process.
         tensor_of: what to export for a parameter, in the parameter's shape: by default the parameter itself. Pass
             e.g. ``lambda p: p.main_grad`` to get gradients under Hugging Face names (complete only after
             ``finalize_model_grads``). Where it returns None the parameter is left out.
@@ -155,7 +155,7 @@ def export_hf_tensors(
             pipeline rank 0); the others take part and yield nothing.
         adapters: a table of adapters, to be exported in place of the model (``lora.py``).
     """
-    layout = _Layout.of(groups)
+    layout = _Layout.of(ranks)
     tensor_of = tensor_of or (lambda parameter: parameter)
     local = dict(named_model_parameters(model, adapters=adapters is not None))
     specs = weight_specs(model_config(model)) if adapters is None else adapters
@@ -240,7 +240,7 @@ def save_hf(
     model: nn.Module | Sequence[nn.Module],
     out_dir: Path | str,
     *,
-    groups: Any = None,
+    ranks: Any = None,
     hf_source_dir: Path | str,
     tensor_of: TensorOf | None = None,
     max_shard_bytes: int = 5_000_000_000,
@@ -254,12 +254,12 @@ def save_hf(
     Raises:
         UserError: on every rank: ``out_dir`` exists, or the disk is full.
     """
-    layout = _Layout.of(groups)
-    takes_part = groups is None or groups.data_rank == groups.context_rank == 0
+    layout = _Layout.of(ranks)
+    takes_part = ranks is None or ranks.data_rank == ranks.context_rank == 0
     failure: Exception | None = None
     if takes_part:
         infos = _export_infos(model, layout)
-        tensors = export_hf_tensors(model, groups=groups, tensor_of=tensor_of, gather_to="source")
+        tensors = export_hf_tensors(model, ranks=ranks, tensor_of=tensor_of, gather_to="source")
         if layout.is_source:
             try:
                 _write_hf_directory(Path(out_dir), tensors, infos, Path(hf_source_dir), max_shard_bytes=max_shard_bytes)
@@ -268,7 +268,7 @@ def save_hf(
         # After a failure the other ranks still wait in the collectives of the tensors that were not written.
         for _ in tensors:
             pass
-    raise_on_every_rank(failure, group=None if groups is None else groups.world)
+    raise_on_every_rank(failure, group=None if ranks is None else ranks.world)
 
 
 def _export_infos(model: nn.Module | Sequence[nn.Module], layout: _Layout) -> list[TensorInfo]:

@@ -97,7 +97,7 @@ class LoraSettings:
         return self.alpha / self.rank
 
 
-def add_adapters(chunks: Sequence[nn.Module], settings: LoraSettings, *, groups: ParallelGroups) -> None:
+def add_adapters(chunks: Sequence[nn.Module], settings: LoraSettings, *, ranks: ParallelGroups) -> None:
     """Freezes the whole model and puts trainable adapters on it; before it is wrapped for data parallelism."""
     for chunk in chunks:
         chunk.requires_grad_(False)
@@ -110,7 +110,7 @@ def add_adapters(chunks: Sequence[nn.Module], settings: LoraSettings, *, groups:
                 place = f"language.decoder.layers.{layer.layer_number - 1}.{PLACES[target]}"
                 module = layer.get_submodule(PLACES[target])
                 module.__class__ = _with_adapter(type(module))
-                module.init_adapter(settings, group=groups.tensor, target=target, place=place)
+                module.init_adapter(settings, group=ranks.tensor, target=target, place=place)
 
 
 @cache
@@ -258,7 +258,7 @@ def export_adapters(
     chunks: Sequence[nn.Module],
     settings: LoraSettings,
     *,
-    groups: Any = None,
+    ranks: Any = None,
     tensor_of: TensorOf | None = None,
     gather_to: GatherTo = "all",
 ) -> Iterator[tuple[str, Tensor]]:
@@ -269,7 +269,7 @@ def export_adapters(
     config = model_config(chunks)
     specs = adapter_specs(config, settings)
     shares = {a.hf_names[0]: [name.replace("lora_B", "lora_A") for name in b.hf_names] for a, b in _pairs(specs)}
-    tensors = export_hf_tensors(chunks, groups=groups, tensor_of=tensor_of, gather_to=gather_to, adapters=specs)
+    tensors = export_hf_tensors(chunks, ranks=ranks, tensor_of=tensor_of, gather_to=gather_to, adapters=specs)
     for name, tensor in tensors:
         for shared_name in shares.get(name, [name]):
             yield shared_name, tensor
@@ -284,7 +284,7 @@ def save_adapters(
     out_dir: Path | str,
     *,
     settings: LoraSettings,
-    groups: ParallelGroups,
+    ranks: ParallelGroups,
     base: Path | str,
 ) -> None:
     """Writes the adapters as a directory that PEFT and vLLM load beside the base model ``base``.
@@ -295,17 +295,16 @@ def save_adapters(
         UserError: on every rank: ``out_dir`` exists, or the disk is full.
     """
     failure: Exception | None = None
-    if groups.data_rank == groups.context_rank == 0:
+    if ranks.data_rank == ranks.context_rank == 0:
         tensors = [
-            (name, tensor.cpu())
-            for name, tensor in export_adapters(chunks, settings, groups=groups, gather_to="source")
+            (name, tensor.cpu()) for name, tensor in export_adapters(chunks, settings, ranks=ranks, gather_to="source")
         ]
-        if groups.is_source:
+        if ranks.is_source:
             try:
                 _write_adapters(Path(out_dir), tensors, settings, base=base)
             except Exception as error:
                 failure = error
-    raise_on_every_rank(failure, group=None if groups is None else groups.world)
+    raise_on_every_rank(failure, group=None if ranks is None else ranks.world)
 
 
 def _write_adapters(

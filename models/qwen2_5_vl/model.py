@@ -291,7 +291,7 @@ def _with_tensor_group(
 def build_model(
     model_config: Qwen2_5_VLConfig,
     *,
-    groups: ParallelGroups,
+    ranks: ParallelGroups,
     options: ModelOptions | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> list[Qwen2_5_VLModel]:
@@ -306,18 +306,18 @@ def build_model(
     Raises:
         UserError: a layout that does not fit the model's sizes.
     """
-    transformer_config = language_transformer_config(model_config, sizes=groups.sizes, dtype=dtype, options=options)
-    process_groups = copy.copy(groups.process_groups)
+    transformer_config = language_transformer_config(model_config, sizes=ranks.sizes, dtype=dtype, options=options)
+    process_groups = copy.copy(ranks.process_groups)
     setattr(process_groups, "cp", OneRank())  # noqa: B010  # core declares a group of torch's
     num_chunks = transformer_config.virtual_pipeline_model_parallel_size
-    pipeline_group = groups.process_groups.pp
+    pipeline_group = ranks.process_groups.pp
     chunks = []
     for vp_stage in range(num_chunks) if num_chunks else [None]:
         chunk = Qwen2_5_VLModel(
             model_config,
             transformer_config=transformer_config,
             process_groups=process_groups,
-            context_group=groups.context,
+            context_group=ranks.context,
             transformer_impl=options.model.transformer_impl if options else "auto",
             attention_impl=options.model.attention_impl if options else "auto",
             pre_process=is_pp_first_stage(pipeline_group) and vp_stage in (None, 0),
@@ -325,7 +325,7 @@ def build_model(
             vp_stage=vp_stage,
             statistics_impl=options.model.token_statistics_impl if options else "auto",
             accumulate_into_main_grad=options is not None and options.model.gradient_accumulation_fusion is not False,
-            whole_vision_group=groups.alone if options and options.parallel.vision_parallel == "frame" else None,
+            whole_vision_group=ranks.alone if options and options.parallel.vision_parallel == "frame" else None,
             row_multiple=options.row_multiple if options else None,
             fp8_vision=options is not None and options.model.fp8_vision,
         )

@@ -224,7 +224,7 @@ def parameters_of_rank(context: Any, *, hf_dir: Path, sizes: Any) -> tuple[int, 
 
     groups = context.init(sizes)
     config = Qwen2_5_VLConfig.from_hf(hf_dir)
-    chunks = build_model(config, groups=groups)
+    chunks = build_model(config, ranks=groups)
     held = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
     layout = Layout(tensor=sizes.tensor, pipeline=sizes.pipeline)
     return held, count_parameters(config, layout, rank=groups.pipeline_rank).total, groups.pipeline_rank

@@ -28,7 +28,7 @@ def test_engines_answer_alike_also_where_a_step_of_vllm_does_not_hold_all_prompt
     platform = start("cpu")
     groups = init_parallel(ParallelSizes(), platform=platform)
     lengths = Lengths(least=3, most=12, mean=6)
-    work = Workload(tmp_path, num_prompts=2, num_samples=4, lengths=lengths, groups=groups, platform=platform)
+    work = Workload(tmp_path, num_prompts=2, num_samples=4, lengths=lengths, ranks=groups, platform=platform)
     engines = work.engines()
     try:
         assert work.num_visual_tokens >= 256

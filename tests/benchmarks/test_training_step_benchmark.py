@@ -50,7 +50,7 @@ def test_all_sides_take_the_same_steps(models: Path, one_rank: ParallelGroups, o
 
     directories = (models / "policy", models / "reference")
     weak, strong = WeakBaseline(*directories), StrongBaseline(*directories)
-    ours = OurStep(*directories, groups=one_rank, platform=current(), options=options)
+    ours = OurStep(*directories, ranks=one_rank, platform=current(), options=options)
     # Two seconds between temporal patches: the video lasts longer than it is wide, which decides where text goes on.
     sizes = SyntheticSizes(8, 56, 84, 20, (12,) * 4, seconds_per_grid=2.0)
     for index in range(2):

@@ -49,7 +49,7 @@ def build(folder: Path, records: list[Any], *, groups: Any = None, **values: Any
         dict(model=str(folder), engine="hf", data_path=str(path), media_root=str(folder)) | values
     )
     groups = groups or SimpleNamespace(is_source=True, data_rank=0, data_size=1)
-    return build_local_source(config, groups=groups, tokenizer=tiny_tokenizer(), vocab_size=VOCAB_SIZE)
+    return build_local_source(config, ranks=groups, tokenizer=tiny_tokenizer(), vocab_size=VOCAB_SIZE)
 
 
 BAD: list[tuple[dict[str, Any], dict[str, Any], str]] = [
@@ -211,7 +211,7 @@ def test_the_quick_look_at_files_answers_as_the_file_system_does(
 def bad_on_one_rank(context: Any, folder: str) -> str:
     groups = context.init(ParallelSizes(tensor=2))
     try:
-        on_every_rank(lambda: build(Path(folder), [good(1, video="gone.mp4")], groups=groups), groups=groups)
+        on_every_rank(lambda: build(Path(folder), [good(1, video="gone.mp4")], groups=groups), ranks=groups)
     except UserError as error:
         return str(error)
     return "nothing"

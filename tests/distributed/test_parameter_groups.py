@@ -54,7 +54,7 @@ def hf_dir(tmp_path_factory) -> Path:
 def build(hf_dir: Path, run_dir: Path, groups: Any, values: dict[str, Any]) -> Policy:
     defaults = dict(model=str(hf_dir), run_dir=str(run_dir), lr_warmup_steps=0, train_steps=8, prompts_per_step=2)
     config = config_from_values(defaults | values)
-    return Policy(hf_dir, options=PolicyOptions.of(config), groups=groups, platform=current(), num_steps=8)
+    return Policy(hf_dir, options=PolicyOptions.of(config), ranks=groups, platform=current(), num_steps=8)
 
 
 def noise_step(policy: Policy, seed: int) -> None:

@@ -73,9 +73,9 @@ def test_round_trip_keeps_bfloat16(tmp_path):
 
 def load_and_export(context, *, hf_dir: str, megatron_dir: str, sizes: ParallelSizes) -> dict[str, torch.Tensor]:
     groups = context.init(sizes)
-    model = build_model(Qwen2_5_VLConfig.from_hf(hf_dir), groups=groups)
+    model = build_model(Qwen2_5_VLConfig.from_hf(hf_dir), ranks=groups)
     load_megatron_weights(model, megatron_dir)
-    return {name: t.clone() for name, t in export_hf_tensors(model, groups=groups)}
+    return {name: t.clone() for name, t in export_hf_tensors(model, ranks=groups)}
 
 
 LAYOUTS = [
@@ -96,8 +96,8 @@ def test_converted_checkpoint_loads_into_any_layout(ranks, hf_dirs, megatron_dir
 
 def save_live_model(context, *, hf_dir: str, out_dir: str, sizes: ParallelSizes) -> None:
     groups = context.init(sizes)
-    model = build_model(Qwen2_5_VLConfig.from_hf(hf_dir), groups=groups)
-    load_hf_weights(model, hf_dir, groups=groups)
+    model = build_model(Qwen2_5_VLConfig.from_hf(hf_dir), ranks=groups)
+    load_hf_weights(model, hf_dir, ranks=groups)
     save_megatron_weights(model, out_dir)
 
 

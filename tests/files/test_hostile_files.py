@@ -135,7 +135,7 @@ def shorten_torch_state(path: Path) -> None:
 def test_hostile_checkpoints_cost_a_line_and_run_nothing(one_rank, hf_dir, tmp_path):
     run_dir, ran = tmp_path / "run", tmp_path / "ran"
     config = config_from_values(dict(model=str(hf_dir), run_dir=str(run_dir), resume=True, lr=1e-3))
-    policy = Policy(hf_dir, options=PolicyOptions.of(config), groups=one_rank, platform=current(), num_steps=4)
+    policy = Policy(hf_dir, options=PolicyOptions.of(config), ranks=one_rank, platform=current(), num_steps=4)
     checkpoints = Checkpoints(run_dir, policy=policy, source=NoSource(), options=CheckpointOptions.of(config))
     checkpoints.save_and_wait(1)
     clean = run_dir / "checkpoints/step_00000001"

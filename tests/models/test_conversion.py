@@ -41,15 +41,15 @@ def differing_tensors(actual: dict[str, torch.Tensor], expected: dict[str, torch
 
 
 def loaded_model(hf_dir: Path | str, groups):
-    model = build_model(Qwen2_5_VLConfig.from_hf(hf_dir), groups=groups)
-    load_hf_weights(model, hf_dir, groups=groups)
+    model = build_model(Qwen2_5_VLConfig.from_hf(hf_dir), ranks=groups)
+    load_hf_weights(model, hf_dir, ranks=groups)
     return model
 
 
 def load_and_export(context, *, hf_dir: str, sizes: ParallelSizes, gather_to: str) -> dict[str, torch.Tensor]:
     groups = context.init(sizes)
     model = loaded_model(hf_dir, groups)
-    return {name: t.clone() for name, t in export_hf_tensors(model, groups=groups, gather_to=gather_to)}
+    return {name: t.clone() for name, t in export_hf_tensors(model, ranks=groups, gather_to=gather_to)}
 
 
 LAYOUTS = [
@@ -120,7 +120,7 @@ def test_gradients_come_out_under_hf_names_and_absent_ones_are_left_out(one_rank
     for _, parameter in named_model_parameters(model):
         parameter.grad = 2 * parameter.detach()
     model[0].vision.patch_embed.weight.grad = None
-    exported = dict(export_hf_tensors(model, groups=one_rank, tensor_of=lambda parameter: parameter.grad))
+    exported = dict(export_hf_tensors(model, ranks=one_rank, tensor_of=lambda parameter: parameter.grad))
     expected = {name: 2 * t for name, t in load_file(hf_dirs["untied"] / "model.safetensors").items()}
     del expected["visual.patch_embed.proj.weight"]
     assert differing_tensors(exported, expected) == []
@@ -212,7 +212,7 @@ def test_in_memory_names_of_transformers_5_load_too(one_rank, hf_dirs, tmp_path)
         nested[new] = tensor
     rewrite(hf_dirs["untied"], tmp_path / "nested", nested)
     model = loaded_model(tmp_path / "nested", one_rank)
-    assert differing_tensors(dict(export_hf_tensors(model, groups=one_rank)), tensors) == []
+    assert differing_tensors(dict(export_hf_tensors(model, ranks=one_rank)), tensors) == []
 
 
 # Errors
@@ -278,7 +278,7 @@ def save_shards(context, *, hf_dir: str, out_dir: str) -> str | None:
     groups = context.init(ParallelSizes(tensor=2))
     model = loaded_model(hf_dir, groups)
     try:
-        save_hf(model, out_dir, groups=groups, hf_source_dir=hf_dir, max_shard_bytes=200_000)
+        save_hf(model, out_dir, ranks=groups, hf_source_dir=hf_dir, max_shard_bytes=200_000)
     except UserError as error:
         return str(error)
     return None

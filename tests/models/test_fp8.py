@@ -149,7 +149,7 @@ def test_a_run_that_finds_itself_on_cpu_says_why_it_stops(one_rank, tmp_path: Pa
 
     save_tiny_hf(tmp_path, num_layers=1)
     with pytest.raises(UserError, match=r"--fp8-recipe tensorwise: FP8 products need .* this platform is cpu"):
-        build_model(Qwen2_5_VLConfig.from_hf(tmp_path), groups=one_rank, options=ModelOptions.of(Config(model=FP8)))
+        build_model(Qwen2_5_VLConfig.from_hf(tmp_path), ranks=one_rank, options=ModelOptions.of(Config(model=FP8)))
 
 
 # What megatron-core is told
@@ -234,7 +234,7 @@ def precision_of_passes(context: RankContext, *, hf_dir: Path) -> dict[str, Any]
             model=dataclasses.replace(base.model, **model),
             objective=dataclasses.replace(base.objective, **objective_),
         )
-        policy = Policy(hf_dir, options=PolicyOptions.of(config), groups=parallel, platform=current(), num_steps=1)
+        policy = Policy(hf_dir, options=PolicyOptions.of(config), ranks=parallel, platform=current(), num_steps=1)
         objective = build_objective(config.objective, reward=config.reward)
         scoring = ScoringPasses(options=StepOptions.of(config), policy=policy, objective=objective, media=media)
         item = MicroBatch(groups, scoring.pack(groups, "intact"))
@@ -315,7 +315,7 @@ def weights_that_passes_see(context: RankContext, *, hf_dir: Path, recompute_vis
     config = dataclasses.replace(base, model=dataclasses.replace(base.model, **options))
     platform = SimpleNamespace(**{**vars(HOPPER), "device": current().device})
     with te_layers(), patch.object(fp8, "current", lambda: platform):
-        policy = Policy(hf_dir, options=PolicyOptions.of(config), groups=parallel, platform=current(), num_steps=1)
+        policy = Policy(hf_dir, options=PolicyOptions.of(config), ranks=parallel, platform=current(), num_steps=1)
     objective = build_objective(config.objective, reward=config.reward)
     media = media_spec(Qwen2_5_VLConfig.from_hf(hf_dir), patchify=PreprocessSettings().patchify)
     scoring = ScoringPasses(options=StepOptions.of(config), policy=policy, objective=objective, media=media)
@@ -483,8 +483,8 @@ def test_export_hands_out_plain_numbers_of_parameters_in_fp8(one_rank, tmp_path:
     from models.qwen2_5_vl.model import build_model
 
     save_tiny_hf(tmp_path, num_layers=1, vision_depth=1, fullatt_block_indexes=(0,))
-    model = build_model(Qwen2_5_VLConfig.from_hf(tmp_path), groups=one_rank)
-    load_hf_weights(model, tmp_path, groups=one_rank)
+    model = build_model(Qwen2_5_VLConfig.from_hf(tmp_path), ranks=one_rank)
+    load_hf_weights(model, tmp_path, ranks=one_rank)
     local = dict(named_model_parameters(model))
     weight = local["language.decoder.layers.0.mlp.linear_fc2.weight"]
     weight.data = in_e4m3(weight.data)
@@ -492,7 +492,7 @@ def test_export_hands_out_plain_numbers_of_parameters_in_fp8(one_rank, tmp_path:
     def as_fp8(parameter: Tensor) -> Tensor:
         return parameter.data.as_subclass(Rounded) if parameter is weight else parameter
 
-    exported = dict(export_hf_tensors(model, groups=one_rank, tensor_of=as_fp8))
+    exported = dict(export_hf_tensors(model, ranks=one_rank, tensor_of=as_fp8))
     assert not any(isinstance(tensor, Rounded) for tensor in exported.values())
     assert torch.equal(exported["model.layers.0.mlp.down_proj.weight"], weight.data)
 

@@ -122,34 +122,34 @@ def run_cases(context: RankContext, *, cases: list[Case], layouts: list[Layout])
     for layout in layouts:
         groups = context.init(layout.sizes)
         for case in cases:
-            differences.append(_run_case(case, layout, groups=groups))
+            differences.append(_run_case(case, layout, ranks=groups))
     return differences
 
 
-def _run_case(case: Case, layout: Layout, *, groups: ParallelGroups) -> Difference:
+def _run_case(case: Case, layout: Layout, *, ranks: ParallelGroups) -> Difference:
     from models.qwen2_5_vl.conversion import export_hf_tensors, load_hf_weights
     from models.qwen2_5_vl.model import build_model
 
-    chunks = build_model(Qwen2_5_VLConfig.from_hf(case.hf_dir), groups=groups)
-    load_hf_weights(chunks, case.hf_dir, groups=groups)
+    chunks = build_model(Qwen2_5_VLConfig.from_hf(case.hf_dir), ranks=ranks)
+    load_hf_weights(chunks, case.hf_dir, ranks=ranks)
     wrapped = _wrap(chunks, overlap=layout.num_replicas > 1)
     padding = layout.sizes.tensor if layout.sizes.sequence_parallel else 1
     batches = [(pack(mb, pad_to_multiple=padding), weights_R(mb)) for mb in case.micro_batches]
     if layout.num_replicas > 1:
         # core reduces without overlap in the first step and learns from it what to wait for: run one with the
         # micro-batches the other way round before the one that is compared.
-        _forward_backward(wrapped, batches[1 - groups.data_rank :: layout.num_replicas])
-        batches = batches[groups.data_rank :: layout.num_replicas]
+        _forward_backward(wrapped, batches[1 - ranks.data_rank :: layout.num_replicas])
+        batches = batches[ranks.data_rank :: layout.num_replicas]
     logprobs = _forward_backward(wrapped, batches)
-    gradients = dict(export_hf_tensors(chunks, groups=groups, tensor_of=lambda p: p.main_grad))
+    gradients = dict(export_hf_tensors(chunks, ranks=ranks, tensor_of=lambda p: p.main_grad))
 
     expected = case.logprob_R
     if layout.num_replicas > 1:  # rank 0 holds the first micro-batch only
         expected = expected[: len(batches[0][1])]
     # Only the last stage has log-probs; the largest difference over all ranks is everybody's.
-    difference = torch.tensor([float((logprobs - expected).abs().max()) if groups.is_last_stage else 0.0])
-    if groups.data_rank == 0:
-        torch.distributed.all_reduce(difference, op=torch.distributed.ReduceOp.MAX, group=groups.model)
+    difference = torch.tensor([float((logprobs - expected).abs().max()) if ranks.is_last_stage else 0.0])
+    if ranks.data_rank == 0:
+        torch.distributed.all_reduce(difference, op=torch.distributed.ReduceOp.MAX, group=ranks.model)
     return Difference(
         case.name, layout, logprob=float(difference), gradient=max_relative_difference(gradients, case.gradients)
     )
@@ -227,6 +227,6 @@ def test_the_comparison_notices_a_wrong_position(cases: list[Case], one_rank: Pa
     case = cases[0]
     shifted = replace(case.micro_batches[0][1], next_position=case.micro_batches[0][1].next_position - 8)
     broken = replace(case, micro_batches=((case.micro_batches[0][0], shifted), case.micro_batches[1]))
-    difference = _run_case(broken, LAYOUTS[1][0], groups=one_rank)
+    difference = _run_case(broken, LAYOUTS[1][0], ranks=one_rank)
     assert difference.logprob > 100 * LOGPROB_TOLERANCE
     assert difference.gradient > 100 * GRADIENT_TOLERANCE

@@ -48,12 +48,12 @@ def run(hf_dir: Path, one_rank: ParallelGroups) -> Iterator[Callable]:
     from models.qwen2_5_vl.model import build_model
 
     def forward_backward(batch: PackedBatch, weight_R: Tensor, **options: object) -> SimpleNamespace:
-        chunks = build_model(Qwen2_5_VLConfig.from_hf(hf_dir), groups=one_rank, **options)
-        load_hf_weights(chunks, hf_dir, groups=one_rank)
+        chunks = build_model(Qwen2_5_VLConfig.from_hf(hf_dir), ranks=one_rank, **options)
+        load_hf_weights(chunks, hf_dir, ranks=one_rank)
         model = chunks[0].train()
         logprob_R = model.response_statistics(model(batch), batch).logprob_R
         (-(weight_R * logprob_R).sum()).backward()
-        gradients = dict(export_hf_tensors(chunks, groups=one_rank, tensor_of=lambda p: p.grad))
+        gradients = dict(export_hf_tensors(chunks, ranks=one_rank, tensor_of=lambda p: p.grad))
         return SimpleNamespace(logprob_R=logprob_R.detach(), gradients=gradients, model=model)
 
     yield forward_backward
@@ -170,19 +170,19 @@ def test_unsupported_requests_are_refused(hf_dir: Path, one_rank: ParallelGroups
     model_config = Qwen2_5_VLConfig.from_hf(hf_dir)
     with pytest.raises(UserError, match="Transformer Engine"):
         build_model(
-            model_config, groups=one_rank, options=ModelOptions.of(Config(model=ModelSection(transformer_impl="te")))
+            model_config, ranks=one_rank, options=ModelOptions.of(Config(model=ModelSection(transformer_impl="te")))
         )
     for name, message in [("te", "--transformer-impl te"), ("varlen", "CUDA only")]:
         with pytest.raises(UserError, match=message):
             build_model(
-                model_config, groups=one_rank, options=ModelOptions.of(Config(model=ModelSection(attention_impl=name)))
+                model_config, ranks=one_rank, options=ModelOptions.of(Config(model=ModelSection(attention_impl=name)))
             )
     for sizes, message in [
         (ParallelSizes(tensor=3), "must divide the 4 attention heads"),
         (ParallelSizes(pipeline=2), "must divide the 3 layers"),
     ]:
         with pytest.raises(UserError, match=message):
-            build_model(model_config, groups=dataclasses.replace(one_rank, sizes=sizes))
+            build_model(model_config, ranks=dataclasses.replace(one_rank, sizes=sizes))
 
 
 def test_visual_rows_without_patches_are_refused(hf_dir: Path, run: Callable) -> None:

@@ -86,7 +86,7 @@ def random_b(add_adapters: Any, chunks: Any, settings: Any, *, groups: Any) -> N
     from models.qwen2_5_vl.conversion import named_model_parameters
     from models.qwen2_5_vl.lora import adapter_specs
 
-    add_adapters(chunks, settings, groups=groups)
+    add_adapters(chunks, settings, ranks=groups)
     specs = {spec.name: spec for spec in adapter_specs(chunks[0].model_config, settings)}
     with torch.no_grad():
         for name, parameter in named_model_parameters(chunks, adapters=True):
@@ -106,11 +106,11 @@ def _slice(whole: dict[str, Tensor], name: str, axis: int, start: int, length: i
     return whole[name].narrow(axis, start, length)
 
 
-def run_with_adapters(parallel: ParallelGroups, **options: Any) -> list[StepRecord]:
+def run_with_adapters(ranks: ParallelGroups, **options: Any) -> list[StepRecord]:
     from models.qwen2_5_vl.lora import add_adapters
 
     with patch("megatron_ktr.policy.policy.add_adapters", partial(random_b, add_adapters)):
-        return run_steps(parallel, rollout_groups=example_groups(*GROUPS), **options)
+        return run_steps(ranks, rollout_groups=example_groups(*GROUPS), **options)
 
 
 def steps_in_layouts(
@@ -169,9 +169,9 @@ class Run:
         self.initial = _published(save_tiny_hf(self.hf_dir, tie_word_embeddings=True))
         self.records: list[StepRecord] = []
 
-    def train(self, parallel: ParallelGroups, **values: Any) -> None:
+    def train(self, ranks: ParallelGroups, **values: Any) -> None:
         self.records = run_with_adapters(
-            parallel,
+            ranks,
             hf_dir=self.hf_dir,
             values={**LORA, **values},
             num_steps=2,
@@ -184,7 +184,7 @@ class Run:
 
         policy.save_hf(self.folder / f"{name} merged")
         path = self.folder / f"{name} adapter"
-        save_adapters(policy.bare_chunks, path, settings=policy.lora, groups=policy.groups, base=self.hf_dir)
+        save_adapters(policy.bare_chunks, path, settings=policy.lora, ranks=policy.ranks, base=self.hf_dir)
 
     def adapters(self, name: str) -> dict[str, Tensor]:
         return load_file(self.folder / f"{name} adapter" / "adapter_model.safetensors")
@@ -305,7 +305,7 @@ ADAM: dict[str, Any] = dict(LORA, objective="grpo", optimizer="adam", lr=0.01, u
 def adapters_of(policy: Any) -> dict[str, Tensor]:
     from models.qwen2_5_vl.lora import export_adapters
 
-    return {name: t.clone() for name, t in export_adapters(policy.bare_chunks, policy.lora, groups=policy.groups)}
+    return {name: t.clone() for name, t in export_adapters(policy.bare_chunks, policy.lora, ranks=policy.ranks)}
 
 
 def save_and_resume(context: RankContext, *, hf_dir: Path, path: Path) -> dict[str, Any]:

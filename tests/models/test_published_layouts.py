@@ -116,7 +116,7 @@ def chunks_of_stage(case: Case, stage: int) -> list[Any]:
         stack.enter_context(patch.object(parallel_state, "_MPU_PIPELINE_MODEL_PARALLEL_RANK", stage))
         stack.enter_context(torch.device("meta"))
         return model.build_model(
-            PUBLISHED_CONFIGS[case.size], groups=groups, options=ModelOptions.of(config), dtype=torch.bfloat16
+            PUBLISHED_CONFIGS[case.size], ranks=groups, options=ModelOptions.of(config), dtype=torch.bfloat16
         )
 
 

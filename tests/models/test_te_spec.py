@@ -40,13 +40,13 @@ def both_specs(context: RankContext, *, hf_dir: Path, sizes: ParallelSizes, fold
     with te_layers():
         models = {
             impl: build_model(
-                config, groups=groups, options=ModelOptions.of(Config(model=ModelSection(transformer_impl=impl)))
+                config, ranks=groups, options=ModelOptions.of(Config(model=ModelSection(transformer_impl=impl)))
             )
             for impl in ("local", "te")
         }
         for impl, model in models.items():
-            load_hf_weights(model, hf_dir, groups=groups)
-            exported = {name: tensor.clone() for name, tensor in export_hf_tensors(model, groups=groups)}
+            load_hf_weights(model, hf_dir, ranks=groups)
+            exported = {name: tensor.clone() for name, tensor in export_hf_tensors(model, ranks=groups)}
             names = [name for name, _ in model[0].named_parameters()]
             found[impl] = {"exported": exported, "stored": stored_tensors(model), "names": names}
         for source, target in (("local", "te"), ("te", "local")):
@@ -59,7 +59,7 @@ def both_specs(context: RankContext, *, hf_dir: Path, sizes: ParallelSizes, fold
                 for parameter in models[target][0].parameters():
                     parameter.zero_()
             load_megatron_weights(models[target], directory)
-            found[target]["read"] = {n: t.clone() for n, t in export_hf_tensors(models[target], groups=groups)}
+            found[target]["read"] = {n: t.clone() for n, t in export_hf_tensors(models[target], ranks=groups)}
     if sizes.model == 1:
         group = [make_group(config, media=MEDIA, response_lengths=(4, 1, 6), seed=5)]
         for impl, model in models.items():
@@ -73,7 +73,7 @@ def forward_backward(chunks: list[Any], batch: Any, weight_R: Tensor, *, groups:
     model = chunks[0]
     logprob_R = model.response_statistics(model(batch), batch).logprob_R
     (-(weight_R * logprob_R).sum()).backward()
-    gradients = dict(export_hf_tensors(chunks, groups=groups, tensor_of=lambda p: p.grad))
+    gradients = dict(export_hf_tensors(chunks, ranks=groups, tensor_of=lambda p: p.grad))
     return {"logprob": logprob_R.detach(), "gradients": gradients}
 
 

@@ -196,9 +196,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     return Models.save(tmp_path_factory.mktemp("policy"), tmp_path_factory.mktemp("reference"))
 
 
-def _run(models: Models, parallel: ParallelGroups, **values: Any) -> StepRecord:
+def _run(models: Models, ranks: ParallelGroups, **values: Any) -> StepRecord:
     (record,) = run_steps(
-        parallel,
+        ranks,
         hf_dir=models.policy_dir,
         reference_dir=models.reference_dir,
         rollout_groups=example_groups(*NAMES),

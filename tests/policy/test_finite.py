@@ -52,7 +52,7 @@ def refusals(context: RankContext, *, damaged_dir: Path, hf_dir: Path, sizes: Pa
     config = make_config(damaged_dir, {}, num_prompts=2, sizes=sizes)
     note(
         "disk",
-        lambda: Policy(damaged_dir, options=PolicyOptions.of(config), groups=groups, platform=current(), num_steps=1),
+        lambda: Policy(damaged_dir, options=PolicyOptions.of(config), ranks=groups, platform=current(), num_steps=1),
     )
 
     def spoil(policy: Any) -> None:

@@ -155,7 +155,7 @@ def test_in_bf16_weights_take_two_bytes_and_logprobs_stay_near_those_of_fp32(eng
     values = dict(model=engine.model.config._name_or_path, engine="hf", data_path="none.jsonl", params_dtype="bf16")
     config = config_from_values(values | dict(num_generations=3, max_response_length=40))
     groups = SimpleNamespace(is_source=True)
-    sampler = build_sampler(config, groups=groups, tokenizer=engine.tokenizer, media=engine.media)
+    sampler = build_sampler(config, ranks=groups, tokenizer=engine.tokenizer, media=engine.media)
     half = sampler.engine
     sent = {name: tensor.bfloat16() for name, tensor in engine._parameters.items()}
     half.load_weights(iter(sent.items()))

@@ -91,7 +91,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     platform = start("cpu")
     groups = init_parallel(ParallelSizes(), platform=platform)
     config = config_from_values({"model": str(folder / "model"), "temperature": TEMPERATURE})
-    policy = Policy(folder / "model", options=PolicyOptions.of(config), groups=groups, platform=platform, num_steps=1)
+    policy = Policy(folder / "model", options=PolicyOptions.of(config), ranks=groups, platform=platform, num_steps=1)
     yield Pair(
         model_dir=folder / "model",
         other_dir=folder / "other",
@@ -251,7 +251,7 @@ def vllm_engine(pair: Pair) -> Iterator[Any]:
 
     engine = ColocatedEngine(
         pair.model_dir,
-        groups=pair.policy.groups,
+        ranks=pair.policy.ranks,
         tokenizer=pair.tokenizer,
         media=pair.media,
         # The log-probs of an engine are exact for the settings it was built with.

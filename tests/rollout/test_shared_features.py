@@ -146,7 +146,7 @@ def use_shards(
     parallel = context.init(sizes)
     values = {"engine": "vllm_colocated", "share_vision_features": True, "data_path": "unread.json", **values}
     config = config_from_values({"model": str(model_dir), **values})
-    policy = Policy(model_dir, options=PolicyOptions.of(config), groups=parallel, platform=current(), num_steps=1)
+    policy = Policy(model_dir, options=PolicyOptions.of(config), ranks=parallel, platform=current(), num_steps=1)
     media = make_media(model_dir)
     sender = build_feature_sender(config.rollout, policy=policy, media=media)
     exported = {name: tensor.clone() for name, tensor in policy.export(gather_to="source", with_vision=False)}
@@ -182,7 +182,7 @@ def test_only_the_first_stage_has_them_where_the_engine_is_elsewhere() -> None:
         groups = SimpleNamespace(sizes=ParallelSizes(pipeline=2), pipeline=None)  # any communication would fail
         return FeatureSender(
             encode=lambda prompts: features,
-            groups=groups,
+            ranks=groups,
             media=MEDIA,
             feature_size=3,
             dtype=torch.float32,

@@ -43,7 +43,7 @@ READER = SimpleNamespace(is_source=True, data_rank=0, data_size=1)
 
 
 def build(config: Config) -> Any:
-    return build_local_source(config, groups=READER, tokenizer=tiny_tokenizer(), vocab_size=VOCAB_SIZE)
+    return build_local_source(config, ranks=READER, tokenizer=tiny_tokenizer(), vocab_size=VOCAB_SIZE)
 
 
 def write_jsonl(path: Path, *records: dict[str, Any]) -> str:
@@ -201,7 +201,7 @@ def share_one_source(context) -> tuple[str, int, dict[str, int], dict[str, int],
     groups = context.init(ParallelSizes(tensor=2))
     local = NumberedSource() if groups.is_source else None
     sampler = Sampler(FailingEngine(), rewards=(f"{__name__}:length_reward",)) if groups.is_source else None
-    source = ReplicaSource(local, groups=groups, sampler=sampler)
+    source = ReplicaSource(local, ranks=groups, sampler=sampler)
     before = dict(source.counts)
 
     def gathered() -> Iterator[tuple[str, torch.Tensor]]:
@@ -246,7 +246,7 @@ class GatedEngine(FailingEngine):
 
 def lagged(engine: RolloutEngine, groups: Any, local: Any = None) -> ReplicaSource:
     sampler = Sampler(engine, rewards=(f"{__name__}:length_reward",))
-    return ReplicaSource(local or NumberedSource(), groups=groups, sampler=sampler, lag=1)
+    return ReplicaSource(local or NumberedSource(), ranks=groups, sampler=sampler, lag=1)
 
 
 def overlap_and_resume(context) -> dict[str, Any]:
@@ -316,7 +316,7 @@ def begun_and_resumed(context, *, folder: Path, size: int, new_size: int) -> lis
     def sources(number: int) -> list[ReplicaSource]:
         replicas = [SimpleNamespace(is_source=True, data_rank=rank, data_size=number) for rank in range(number)]
         locals_ = [
-            build_local_source(config, groups=replica, tokenizer=tiny_tokenizer(), vocab_size=VOCAB_SIZE)
+            build_local_source(config, ranks=replica, tokenizer=tiny_tokenizer(), vocab_size=VOCAB_SIZE)
             for replica in replicas
         ]
         return [lagged(EchoEngine(), groups, local) for local in locals_]
@@ -361,7 +361,7 @@ def test_ids_that_repeat_are_said_once(tmp_path: Path, caplog: pytest.LogCapture
     config = config_from_values(dict(model=str(tmp_path), engine="hf", data_path=question_file(tmp_path)))
     for rank in range(2):
         reader = SimpleNamespace(is_source=True, data_rank=rank, data_size=2)
-        assert build_local_source(config, groups=reader, tokenizer=tiny_tokenizer(), vocab_size=VOCAB_SIZE)
+        assert build_local_source(config, ranks=reader, tokenizer=tiny_tokenizer(), vocab_size=VOCAB_SIZE)
     (message,) = (record.getMessage() for record in caplog.records)
     assert "repeated.jsonl: 4 of 8 records share their problem_id" in message
     assert "records 3 and 4 are both '2'" in message

@@ -119,7 +119,7 @@ class Side:
         from megatron_ktr.rollout.build import build_sampler
 
         config = config_from_values({**flat(self.config), **changes})
-        sampler = build_sampler(config, groups=self.policy.groups, tokenizer=self.tokenizer, media=self.media)
+        sampler = build_sampler(config, ranks=self.policy.ranks, tokenizer=self.tokenizer, media=self.media)
         return sampler.engine
 
     def difference(self, groups: Sequence[RolloutGroup] | None) -> Tensor | None:
@@ -127,9 +127,9 @@ class Side:
         reading rank has the groups."""
         from megatron_ktr.distributed.collectives import broadcast_object
 
-        model = self.policy.groups.model
+        model = self.policy.ranks.model
         groups = broadcast_object(groups, group=model, source=torch.distributed.get_global_rank(model, 0))
-        vision = "media" if self.policy.groups.is_first_stage else "none"
+        vision = "media" if self.policy.ranks.is_first_stage else "none"
         batch = pack_groups(groups, view="intact", media=self.media, vision=vision)
         (statistics,) = self.policy.score([batch])
         if statistics is None:
@@ -174,7 +174,7 @@ def make_side(config: Config, groups: Any) -> Side:
     )
     return Side(
         config=config,
-        policy=Policy(directory, options=PolicyOptions.of(config), groups=groups, platform=current(), num_steps=1),
+        policy=Policy(directory, options=PolicyOptions.of(config), ranks=groups, platform=current(), num_steps=1),
         tokenizer=tokenizer,
         media=media_spec(
             Qwen2_5_VLConfig.from_hf(directory), patchify=PreprocessSettings.from_model(directory).patchify
@@ -432,7 +432,7 @@ def test_on_a_gpu_the_engine_sleeps_except_while_it_loads_and_generates(lone, mo
     monkeypatch.setattr(vllm_colocated, "current", Gpu)
     sleeper = vllm_colocated.ColocatedEngine(
         side.config.model.model,
-        groups=side.policy.groups,
+        ranks=side.policy.ranks,
         tokenizer=side.tokenizer,
         media=side.media,
         sampling=engine.sampling,
@@ -495,7 +495,7 @@ def in_four_ranks(context: Any, *, inputs: Path, out: Path) -> dict[str, Any]:
         engine = side.engine(rollout_tensor_parallel_size=engine_size)
         engine.load_weights(side.policy.export(gather_to=engine.gather_weights_to))
         groups = engine.generate(side.prompts)
-        assert bool(groups) == side.policy.groups.is_source
+        assert bool(groups) == side.policy.ranks.is_source
         found[name] = {
             "problems": [group.prompt.problem_id for group in groups],
             "responses": sum(len(group.rollouts) for group in groups),
@@ -587,7 +587,7 @@ def test_the_export_of_a_run_is_a_model_vllm_starts_from(four_ranks, lone, monke
     out, _ = four_ranks
     side, _ = lone
     export = out / "run" / "export"
-    load_hf_weights(side.policy.bare_chunks, export, groups=side.policy.groups)
+    load_hf_weights(side.policy.bare_chunks, export, ranks=side.policy.ranks)
     side.policy.vision.forget()
     engine = side.engine(model=str(export))  # no weights are sent: it has them from the directory
     check(side.difference(engine.generate(side.prompts)))

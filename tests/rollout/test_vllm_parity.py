@@ -116,7 +116,7 @@ class Pair:
         """The same stored weights on both sides."""
         from models.qwen2_5_vl.conversion import load_hf_weights
 
-        load_hf_weights(self.policy.bare_chunks, directory, groups=self.policy.groups)
+        load_hf_weights(self.policy.bare_chunks, directory, ranks=self.policy.ranks)
         self.policy.vision.forget()
         load_weights(self.llm, directory)
 
@@ -189,7 +189,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     policy = Policy(
         initial_dir,
         options=PolicyOptions.of(config_from_values({"model": str(initial_dir)})),
-        groups=groups,
+        ranks=groups,
         platform=platform,
         num_steps=1,
     )

@@ -107,25 +107,25 @@ def split(config: Config) -> ParallelSizes:
     )
 
 
-def train(config: Config, groups: ParallelGroups) -> dict[str, Any]:
+def train(config: Config, ranks: ParallelGroups) -> dict[str, Any]:
     """As train.py does it; what came out of it."""
-    start = broadcast_object(open_run_directory(config) if groups.rank == 0 else None, group=groups.world, source=0)
+    start = broadcast_object(open_run_directory(config) if ranks.rank == 0 else None, group=ranks.world, source=0)
     model_dir = config.model.model
     model_config = Qwen2_5_VLConfig.from_hf(model_dir)
     media = media_spec(model_config, patchify=PreprocessSettings.from_model(model_dir).patchify)
     vocab_size = model_config.text.vocab_size
     tokenizer = load_tokenizer(model_dir)
-    local = build_local_source(config, groups=groups, tokenizer=tokenizer, vocab_size=vocab_size)
-    source = ReplicaSource(local, groups=groups)
+    local = build_local_source(config, ranks=ranks, tokenizer=tokenizer, vocab_size=vocab_size)
+    source = ReplicaSource(local, ranks=ranks)
     num_steps = config.trainer.train_steps
-    policy = Policy(model_dir, options=PolicyOptions.of(config), groups=groups, platform=current(), num_steps=num_steps)
+    policy = Policy(model_dir, options=PolicyOptions.of(config), ranks=ranks, platform=current(), num_steps=num_steps)
     objective = build_objective(config.objective, reward=config.reward)
     policy.add_reference()
     trainer = Trainer(options=StepOptions.of(config), policy=policy, source=source, objective=objective, media=media)
     checkpoints = Checkpoints(start.run_dir, policy=policy, source=source, options=CheckpointOptions.of(config))
     if start.checkpoint:
         assert checkpoints.load(start.checkpoint) == start.step
-    writer = MetricsWriter(start.run_dir if groups.rank == 0 else None, first_step=start.step + 1)
+    writer = MetricsWriter(start.run_dir if ranks.rank == 0 else None, first_step=start.step + 1)
     losses, problems = {}, {}
     for step in range(start.step + 1, num_steps + 1):
         report = trainer.train_step(step)
@@ -275,9 +275,7 @@ def test_auto_resume_goes_back_to_the_checkpoint_before_the_damaged_one(ranks, r
 
 def score(context, *, config: Config, checkpoint: Path, group: Any) -> torch.Tensor:
     groups = context.init(split(config))
-    policy = Policy(
-        config.model.model, options=PolicyOptions.of(config), groups=groups, platform=current(), num_steps=4
-    )
+    policy = Policy(config.model.model, options=PolicyOptions.of(config), ranks=groups, platform=current(), num_steps=4)
     load_sharded_state(policy, checkpoint)
     (statistics,) = policy.score([pack([group])])
     return policy.from_last_stage(statistics.logprob_R if statistics is not None else None)
@@ -343,7 +341,7 @@ def save_reload_save(context, *, hf_dir: Path, folder: Path, layouts: list[dict[
         sizes = split(config)
         sizes = ParallelSizes(tensor=sizes.tensor, pipeline=sizes.pipeline, virtual_pipeline=virtual)
         policy = Policy(
-            hf_dir, options=PolicyOptions.of(config), groups=context.init(sizes), platform=current(), num_steps=5
+            hf_dir, options=PolicyOptions.of(config), ranks=context.init(sizes), platform=current(), num_steps=5
         )
         if previous is None:
             step_on_noise(policy, 1)
@@ -415,9 +413,9 @@ def whole(reader: TorchDistReader, key: str) -> torch.Tensor:
 # Failures
 
 
-def lone_policy(data_dir: Path, run_dir: Path, groups: ParallelGroups, **values: Any) -> Policy:
+def lone_policy(data_dir: Path, run_dir: Path, ranks: ParallelGroups, **values: Any) -> Policy:
     config = run_config(data_dir, run_dir, **values)
-    return Policy(config.model.model, options=PolicyOptions.of(config), groups=groups, platform=current(), num_steps=4)
+    return Policy(config.model.model, options=PolicyOptions.of(config), ranks=ranks, platform=current(), num_steps=4)
 
 
 @pytest.mark.parametrize("call", ["save_tensor", "save_config"])

@@ -46,7 +46,7 @@ class Saved:
 
 def save_twice(context, *, hf_dir: Path, config: Config) -> None:
     policy = Policy(
-        hf_dir, options=PolicyOptions.of(config), groups=context.init(ParallelSizes()), platform=current(), num_steps=4
+        hf_dir, options=PolicyOptions.of(config), ranks=context.init(ParallelSizes()), platform=current(), num_steps=4
     )
     run_dir = Path(config.trainer.run_dir)
     checkpoints = Checkpoints(run_dir, policy=policy, source=NoData(), options=CheckpointOptions.of(config))

@@ -393,7 +393,7 @@ def fail_on_last_rank(context) -> str:
             raise UserError("this rank's disk is full")
 
     try:
-        on_every_rank(action, groups=groups)
+        on_every_rank(action, ranks=groups)
     except UserError as error:
         return str(error)
     return "no error"

@@ -201,8 +201,8 @@ def exchanged(context: RankContext, *, sizes: Any, groups: list[RolloutGroup], k
 
     parallel = context.init(sizes)
     mine = groups[parallel.data_rank :: parallel.data_size]
-    placement = agree_on_placement([g.num_tokens for g in mine], parallel=parallel, keep_counts=keep_counts)
-    found = exchange_groups(mine, placement, parallel=parallel)
+    placement = agree_on_placement([g.num_tokens for g in mine], ranks=parallel, keep_counts=keep_counts)
+    found = exchange_groups(mine, placement, ranks=parallel)
     assert found == [] or placement.imbalance_after < placement.imbalance_before
     return [
         (

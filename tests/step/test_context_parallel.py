@@ -168,7 +168,7 @@ def kept_bytes(context: RankContext, *, hf_dir: Path, context_size: int, recompu
     full = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     groups = context.init(sizes_of(cp=context_size))
     config = Config(parallel=ParallelSection(**(full if recompute else {})))
-    (model,) = build_model(Qwen2_5_VLConfig.from_hf(hf_dir), groups=groups, options=ModelOptions.of(config))
+    (model,) = build_model(Qwen2_5_VLConfig.from_hf(hf_dir), ranks=groups, options=ModelOptions.of(config))
     model.train().vision.requires_grad_(False)
     known = {p.untyped_storage().data_ptr() for p in model.parameters()}
     storages: dict[int, tuple[int, Tensor]] = {}

@@ -227,7 +227,7 @@ def build_trainer(context: RankContext, model: Path, values: dict[str, Any]) -> 
     groups = example_groups(*NAMES)
     adam = {"optimizer": "adam", "lr": 1e-3, "use_distributed_optimizer": True, "platform": "auto"}
     config = make_config(model, {**adam, **values}, num_prompts=len(groups), sizes=parallel.sizes)
-    policy = Policy(model, options=PolicyOptions.of(config), groups=parallel, platform=current(), num_steps=4)
+    policy = Policy(model, options=PolicyOptions.of(config), ranks=parallel, platform=current(), num_steps=4)
     policy.add_reference()
     source = FixedSource(groups[parallel.data_rank :: parallel.data_size])
     source.state_dict, source.load_state_dict = lambda: {"rank": 0, "size": 1}, lambda state: None

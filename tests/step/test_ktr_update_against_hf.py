@@ -101,9 +101,9 @@ def _masks(record: StepRecord) -> list[list[Tensor]]:
     return [[torch.tensor(response) for response in record.key_tokens[name]] for name in NAMES]
 
 
-def _ours(models: Models, parallel: ParallelGroups, values: Mapping[str, Any]) -> StepRecord:
+def _ours(models: Models, ranks: ParallelGroups, values: Mapping[str, Any]) -> StepRecord:
     return run_steps(
-        parallel,
+        ranks,
         hf_dir=models.policy_dir,
         reference_dir=models.reference_dir,
         rollout_groups=example_groups(*NAMES),

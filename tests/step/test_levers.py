@@ -190,7 +190,7 @@ def save_in_layout(context: RankContext, *, hf_dir: Path, out_dir: Path, sizes: 
 
     groups = context.init(sizes)
     model = _build(hf_dir, groups=groups, values=values)
-    load_hf_weights(model, hf_dir, groups=groups)
+    load_hf_weights(model, hf_dir, ranks=groups)
     save_megatron_weights(model, out_dir)
 
 
@@ -203,7 +203,7 @@ def load_in_layout(
     groups = context.init(sizes)
     model = _build(hf_dir, groups=groups, values=values)
     load_megatron_weights(model, checkpoint)
-    return {name: tensor.clone() for name, tensor in export_hf_tensors(model, groups=groups)}
+    return {name: tensor.clone() for name, tensor in export_hf_tensors(model, ranks=groups)}
 
 
 def _build(hf_dir: Path, *, groups: Any, values: dict[str, Any]) -> list[torch.nn.Module]:
@@ -212,7 +212,7 @@ def _build(hf_dir: Path, *, groups: Any, values: dict[str, Any]) -> list[torch.n
     from models.qwen2_5_vl.model import build_model
 
     return build_model(
-        Qwen2_5_VLConfig.from_hf(hf_dir), groups=groups, options=ModelOptions.of(config_from_values(values))
+        Qwen2_5_VLConfig.from_hf(hf_dir), ranks=groups, options=ModelOptions.of(config_from_values(values))
     )
 
 

@@ -43,7 +43,7 @@ def scored(context: RankContext, *, hf_dir: Path) -> dict[str, Any]:
     def make(**values: Any) -> tuple[ScoringPasses, MicroBatch]:
         values = {"num_shuffles": 3, "kl_beta": 0.0, **values}
         config = make_config(hf_dir, values, num_prompts=3, sizes=parallel.sizes)
-        policy = Policy(hf_dir, options=PolicyOptions.of(config), groups=parallel, platform=current(), num_steps=1)
+        policy = Policy(hf_dir, options=PolicyOptions.of(config), ranks=parallel, platform=current(), num_steps=1)
         objective = build_objective(config.objective, reward=config.reward)
         scoring = ScoringPasses(options=StepOptions.of(config), policy=policy, objective=objective, media=media)
         return scoring, MicroBatch(groups, scoring.pack(groups, "intact"))

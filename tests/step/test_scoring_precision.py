@@ -177,7 +177,7 @@ def _score(case: Case, precision: Precision, *, sizes: ParallelSizes, groups: An
         layers = te_layers()
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, transformer_impl="te"))
     with layers:
-        policy = Policy(case.hf_dir, options=PolicyOptions.of(config), groups=groups, platform=current(), num_steps=1)
+        policy = Policy(case.hf_dir, options=PolicyOptions.of(config), ranks=groups, platform=current(), num_steps=1)
     emulated = contextlib.nullcontext()
     if precision.fp8_recipe:
         linears = language_linears(policy.bare_chunks[0])

@@ -63,14 +63,14 @@ class Harness:
             sizes=parallel.sizes,
         )
         self.policy = Policy(
-            hf_dir, options=PolicyOptions.of(self.config), groups=parallel, platform=current(), num_steps=10
+            hf_dir, options=PolicyOptions.of(self.config), ranks=parallel, platform=current(), num_steps=10
         )
         self.objective = build_objective(self.config.objective, reward=self.config.reward)
         self.media = media_spec(Qwen2_5_VLConfig.from_hf(hf_dir), patchify=PreprocessSettings().patchify)
         self.groups = list(groups)
 
     def pack(self, view: str = "intact") -> list[Any]:
-        sizes = self.policy.groups.sizes
+        sizes = self.policy.ranks.sizes
         permutations = [[torch.randperm(len(m.frames_FCHW)) for m in g.prompt.media] for g in self.groups]
         return [
             pack_groups(
@@ -79,7 +79,7 @@ class Harness:
                 media=self.media,
                 pad_to_multiple=sizes.tensor if sizes.sequence_parallel else 1,
                 permutations=[order] if view == "shuffled" else None,
-                vision="media" if self.policy.groups.is_first_stage else "none",
+                vision="media" if self.policy.ranks.is_first_stage else "none",
             )
             for group, order in zip(self.groups, permutations, strict=True)
         ]
@@ -92,7 +92,7 @@ class Harness:
         self.policy.backward(
             items,
             objective=self.objective,
-            denominators=Denominators(num_responses=num_responses * self.policy.groups.data_size),
+            denominators=Denominators(num_responses=num_responses * self.policy.ranks.data_size),
         )
 
 

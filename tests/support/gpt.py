@@ -37,7 +37,7 @@ class Norm(torch.nn.LayerNorm):
 class Trainee:
     """One rank's model, ready to step."""
 
-    groups: ParallelGroups
+    ranks: ParallelGroups
     config: TransformerConfig
     chunks: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
@@ -46,7 +46,7 @@ class Trainee:
 
 
 def make_trainee(
-    groups: ParallelGroups,
+    ranks: ParallelGroups,
     *,
     optimizer: str = "adam",
     distributed_optimizer: bool | None = None,
@@ -56,7 +56,7 @@ def make_trainee(
     **overrides: Any,
 ) -> Trainee:
     """Builds the model with layout-independent weights. ``overrides`` go to ``TransformerConfig``."""
-    sizes = groups.sizes
+    sizes = ranks.sizes
     if distributed_optimizer is None:
         # megatron-core's distributed optimizer asserts that it is Adam.
         distributed_optimizer = optimizer == "adam"
@@ -89,7 +89,7 @@ def make_trainee(
     )
     chunks = [
         DistributedDataParallel(config=config, ddp_config=ddp_config, module=_wrap(config, chunk))
-        for chunk in _build_chunks(config, groups)
+        for chunk in _build_chunks(config, ranks)
     ]
     optimizer_config = OptimizerConfig(
         optimizer=optimizer,
@@ -111,7 +111,7 @@ def make_trainee(
     # threads.
     scaling = weakref.ref(made)
     config.grad_scale_func = lambda loss: scaling().scale_loss(loss)
-    trainee = Trainee(groups=groups, config=config, chunks=chunks, optimizer=made)
+    trainee = Trainee(ranks=ranks, config=config, chunks=chunks, optimizer=made)
     if lengths is not None:
         trainee.lengths = lengths
     return trainee
@@ -123,18 +123,18 @@ def _wrap(config: TransformerConfig, chunk: GPTModel) -> torch.nn.Module:
     return Float16Module(config, chunk) if config.bf16 else chunk
 
 
-def _build_chunks(config: TransformerConfig, groups: ParallelGroups) -> list[GPTModel]:
+def _build_chunks(config: TransformerConfig, ranks: ParallelGroups) -> list[GPTModel]:
     from megatron.core import parallel_state
 
     layer = get_gpt_layer_local_spec()
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
-    num_chunks = groups.sizes.virtual_pipeline or 1
+    num_chunks = ranks.sizes.virtual_pipeline or 1
     chunks = []
     for stage in range(num_chunks):
         vp_stage = stage if num_chunks > 1 else None
-        is_first = groups.is_first_stage and stage == 0
-        is_last = groups.is_last_stage and stage == num_chunks - 1
-        per_chunk = LAYERS // (groups.sizes.pipeline * num_chunks)
+        is_first = ranks.is_first_stage and stage == 0
+        is_last = ranks.is_last_stage and stage == num_chunks - 1
+        per_chunk = LAYERS // (ranks.sizes.pipeline * num_chunks)
         if vp_stage is not None:
             parallel_state.set_virtual_pipeline_model_parallel_rank(vp_stage)
         block = TransformerBlockSubmodules(layer_specs=[layer] * per_chunk, layer_norm=Norm)
@@ -150,16 +150,16 @@ def _build_chunks(config: TransformerConfig, groups: ParallelGroups) -> list[GPT
             parallel_output=True,
             vp_stage=vp_stage,
         )
-        _fill_weights(model, groups)
+        _fill_weights(model, ranks)
         chunks.append(model)
     return chunks
 
 
-def _fill_weights(model: GPTModel, groups: ParallelGroups) -> None:
+def _fill_weights(model: GPTModel, ranks: ParallelGroups) -> None:
     """Fills each parameter with this rank's slice of a tensor drawn from a seed made of its global name."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(_slice_of_full(_global_name(model, name), parameter, groups))
+            parameter.copy_(_slice_of_full(_global_name(model, name), parameter, ranks))
 
 
 def _global_name(model: GPTModel, name: str) -> str:
@@ -171,22 +171,22 @@ def _global_name(model: GPTModel, name: str) -> str:
     return re.sub(r"layers\.(\d+)\.", globalise, name)
 
 
-def _slice_of_full(name: str, parameter: Tensor, groups: ParallelGroups) -> Tensor:
+def _slice_of_full(name: str, parameter: Tensor, ranks: ParallelGroups) -> Tensor:
     shape = list(parameter.shape)
     axis = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
     if axis is not None:
-        shape[axis] *= groups.sizes.tensor
+        shape[axis] *= ranks.sizes.tensor
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     full = torch.randn(shape, generator=generator) * 0.2
     if "layernorm" in name and name.endswith("weight"):
         full += 1.0
-    return full if axis is None else full.chunk(groups.sizes.tensor, dim=axis)[groups.tensor_rank]
+    return full if axis is None else full.chunk(ranks.sizes.tensor, dim=axis)[ranks.tensor_rank]
 
 
 def _micro_batches(trainee: Trainee) -> Iterator[tuple[Tensor, Tensor]]:
     """This replica's share of the global batch: micro-batch i goes to data rank i modulo the data size."""
     for index, length in enumerate(trainee.lengths):
-        if index % trainee.groups.data_size == trainee.groups.data_rank:
+        if index % trainee.ranks.data_size == trainee.ranks.data_rank:
             generator = torch.Generator().manual_seed(1000 + index)
             tokens = torch.randint(0, VOCAB, (1, length + 1), generator=generator)
             yield tokens[:, :-1], tokens[:, 1:]
@@ -216,12 +216,12 @@ def accumulate_gradients(trainee: Trainee) -> float:
         forward_step_func=_forward_step,
         data_iterator=iterators if num_chunks > 1 else iterators[0],
         model=trainee.chunks if num_chunks > 1 else trainee.chunks[0],
-        num_microbatches=len(trainee.lengths) // trainee.groups.data_size,
+        num_microbatches=len(trainee.lengths) // trainee.ranks.data_size,
         seq_length=SEQUENCE,
         micro_batch_size=1,
     )
     loss = torch.tensor(float(sum(output["loss"] for output in outputs)))
-    groups = trainee.groups
+    groups = trainee.ranks
     if groups.tensor_rank != 0:
         loss.zero_()
     torch.distributed.all_reduce(loss)

@@ -79,7 +79,7 @@ def _policy(context: Any, *, hf_dir: Path, run_dir: Path, values: dict[str, Any]
     from megatron_ktr.policy.policy import Policy
 
     config = config_from_values(dict(model=str(hf_dir), run_dir=str(run_dir), params_dtype="bf16") | values)
-    policy = Policy(hf_dir, options=PolicyOptions.of(config), groups=context.init(), platform=current(), num_steps=5)
+    policy = Policy(hf_dir, options=PolicyOptions.of(config), ranks=context.init(), platform=current(), num_steps=5)
     prepare_optimizer_for_load(policy.optimizer)  # moments, as after a step
     return policy
 

@@ -206,7 +206,7 @@ def make_config(hf_dir: Path, values: Mapping[str, Any], *, num_prompts: int, si
 
 
 def run_steps(
-    parallel: ParallelGroups,
+    ranks: ParallelGroups,
     *,
     hf_dir: Path,
     rollout_groups: Sequence[RolloutGroup],
@@ -232,12 +232,12 @@ def run_steps(
     from models.qwen2_5_vl.config import Qwen2_5_VLConfig
     from models.qwen2_5_vl.media import media_spec
 
-    config = make_config(hf_dir, values or {}, num_prompts=len(rollout_groups), sizes=parallel.sizes)
+    config = make_config(hf_dir, values or {}, num_prompts=len(rollout_groups), sizes=ranks.sizes)
     with _small_buckets(bucket_size):
         policy = _watched_policy(
             hf_dir,
             options=PolicyOptions.of(config),
-            groups=parallel,
+            ranks=ranks,
             platform=current(),
             num_steps=config.trainer.train_steps,
         )
@@ -251,7 +251,7 @@ def run_steps(
     trainer = Trainer(
         options=StepOptions.of(config),
         policy=policy,
-        source=FixedSource(rollout_groups[parallel.data_rank :: parallel.data_size]),
+        source=FixedSource(rollout_groups[ranks.data_rank :: ranks.data_size]),
         objective=objective,
         media=media_spec(Qwen2_5_VLConfig.from_hf(hf_dir), patchify=PreprocessSettings().patchify),
     )
@@ -313,7 +313,7 @@ def _gradients(policy: Any) -> dict[str, Tensor]:
     if policy.lora is not None:
         from models.qwen2_5_vl.lora import export_adapters
 
-        found |= _cloned(export_adapters(policy.bare_chunks, policy.lora, groups=policy.groups, tensor_of=tensor_of))
+        found |= _cloned(export_adapters(policy.bare_chunks, policy.lora, ranks=policy.ranks, tensor_of=tensor_of))
     return found
 
 

@@ -232,20 +232,20 @@ def trainer_logprobs(
             media=media,
             pad_to_multiple=pad_to_multiple,
             seconds_per_grid=seconds_per_grid,
-            vision="media" if policy.groups.is_first_stage else "none",
+            vision="media" if policy.ranks.is_first_stage else "none",
         )
         for group in groups
     ]
     # An interleaved schedule takes micro-batches by the round, one for every stage.
-    fill = [batches[-1]] * (-len(batches) % policy.groups.sizes.pipeline)
+    fill = [batches[-1]] * (-len(batches) % policy.ranks.sizes.pipeline)
     found = policy.score(batches + fill, temperature=temperature)[: len(batches)]
     known = [statistics.logprob_R.tolist() for statistics in found if statistics is not None]
     return policy.from_last_stage(known)
 
 
-def worst_of_replicas(gaps: dict[str, Gap], *, groups: ParallelGroups) -> dict[str, Gap]:
+def worst_of_replicas(gaps: dict[str, Gap], *, ranks: ParallelGroups) -> dict[str, Gap]:
     """The largest of all ranks' gaps, by name; one that is no number is the largest."""
-    found = gather_objects(gaps, group=groups.world)
+    found = gather_objects(gaps, group=ranks.world)
     return {
         name: max((part[name] for part in found), key=lambda gap: (math.isnan(gap.mean), gap.mean)) for name in gaps
     }

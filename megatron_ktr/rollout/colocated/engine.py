@@ -95,7 +95,7 @@ class ColocatedEngine(RolloutEngine):
         self,
         model_dir: Path | str,
         *,
-        groups: ParallelGroups,
+        ranks: ParallelGroups,
         tokenizer: Tokenizer,
         media: MediaSpec,
         sampling: SamplingSettings,
@@ -104,17 +104,17 @@ class ColocatedEngine(RolloutEngine):
     ) -> None:
         self.tokenizer, self.media, self.sampling, self.settings = tokenizer, media, sampling, settings
         self.end_token_ids = end_token_ids(model_dir, tokenizer)
-        self._groups = groups
-        every_group = share_groups(groups.sizes, world_size=groups.world_size, engine_size=settings.engine_size)
-        self._share = next(group for group in every_group if groups.rank in group.ranks)
-        self._engine = self._share.engine_of(groups.rank)
+        self._ranks = ranks
+        every_group = share_groups(ranks.sizes, world_size=ranks.world_size, engine_size=settings.engine_size)
+        self._share = next(group for group in every_group if ranks.rank in group.ranks)
+        self._engine = self._share.engine_of(ranks.rank)
         self._mode: LogprobsMode = logprobs_mode(sampling)
         self.runs_vision_encoder = not settings.takes_features
         names = stored_names(model_dir)
         self._weight_names = names if self.runs_vision_encoder else _without_encoder(names)
         self._can_sleep = current().name != "cpu"
         self._asleep: set[str] = set()
-        self._process_group = _process_group([group.ranks for group in every_group], groups=groups)
+        self._process_group = _process_group([group.ranks for group in every_group], groups=ranks)
         start = start or (start_vllm_on_gpu if self._can_sleep else start_vllm_on_cpu)
         try:
             self._llm = start(model_dir, **self._options())
@@ -140,7 +140,7 @@ class ColocatedEngine(RolloutEngine):
             # Published directories ask for a repetition penalty and more: another distribution than the trainer's.
             "generation_config": "vllm",
         }
-        if self._groups.world_size > 1:
+        if self._ranks.world_size > 1:
             options["distributed_executor_backend"] = "external_launcher" if self._can_sleep else EXECUTOR_IN_RANKS
         if settings.engine_size > 1:
             # The encoder whole on every rank, media split over them: its sizes need not divide by the engine's.
@@ -177,7 +177,7 @@ class ColocatedEngine(RolloutEngine):
             raise RuntimeError("the engine gave its weights' memory back after the last rollout: load_weights first")
         prompts_of_reader = self._prompts_of_share(prompts)
         everyone = [prompt for found in prompts_of_reader.values() for prompt in found]
-        own = GroupCollector(prompts_of_reader, rank=self._groups.rank, num_samples=sampling.num_generations)
+        own = GroupCollector(prompts_of_reader, rank=self._ranks.rank, num_samples=sampling.num_generations)
         work = split_work(
             [len(prompt.token_ids) for prompt in everyone],
             num_samples=sampling.num_generations,
@@ -273,12 +273,12 @@ class ColocatedEngine(RolloutEngine):
         readers = self._share.reading_ranks
         if len(readers) == 1:
             return {readers[0]: list(prompts)}
-        parts = self._gathered(list(prompts) if self._groups.rank in readers else None)
+        parts = self._gathered(list(prompts) if self._ranks.rank in readers else None)
         return {rank: parts[self._share.ranks.index(rank)] for rank in readers}
 
     def _answers_of_others(self, answers: list[Answer], failure: Exception | None) -> list[Answer]:
         """What the other engines of the share group answered; raises the failure of any rank on all of them."""
-        speaks = self._share.is_first_of_engine(self._groups.rank)
+        speaks = self._share.is_first_of_engine(self._ranks.rank)
         problem = None if failure is None else (isinstance(failure, UserError), f"{type(failure).__name__}: {failure}")
         parts = self._gathered((answers if speaks else [], problem))
         if failure is not None:
@@ -327,7 +327,7 @@ def colocated_engine(
     *,
     data: DataSection,
     rollout: RolloutSection,
-    groups: ParallelGroups,
+    ranks: ParallelGroups,
     tokenizer: Tokenizer,
     media: MediaSpec,
     sampling: SamplingSettings,
@@ -355,7 +355,7 @@ def colocated_engine(
         takes_features=rollout.share_vision_features,
     )
     return ColocatedEngine(
-        model.model, groups=groups, tokenizer=tokenizer, media=media, sampling=sampling, settings=settings
+        model.model, ranks=ranks, tokenizer=tokenizer, media=media, sampling=sampling, settings=settings
     )
 
 
