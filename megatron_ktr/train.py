@@ -67,25 +67,25 @@ def _train(config: Config, *, platform: Platform, leave: LeaveRequest) -> bool:
         require_intact(config.model.model, option="--model", names=("config.json",))
         sizes, objective = check_run(config, world_size=world_size_from_environment())
         model_config = Qwen2_5_VLConfig.from_hf(config.model.model)
-    groups = init_parallel(
+    ranks = init_parallel(
         sizes,
         platform=platform,
         seed=config.trainer.seed,
         timeout_minutes=config.trainer.distributed_timeout_minutes,
     )
     platform.seed(config.trainer.seed)
-    SharedVerification(groups).require_intact(Path(config.model.model), option="--model")
+    SharedVerification(ranks).require_intact(Path(config.model.model), option="--model")
     vocab_size = model_config.text.vocab_size
     with same_on_every_rank():
         tokenizer = load_tokenizer(config.model.model)
         check_vocabulary(tokenizer, vocab_size=vocab_size)
     local_source = on_every_rank(
-        lambda: build_local_source(config, ranks=groups, tokenizer=tokenizer, vocab_size=vocab_size), ranks=groups
+        lambda: build_local_source(config, ranks=ranks, tokenizer=tokenizer, vocab_size=vocab_size), ranks=ranks
     )
-    given, config = config, _with_steps(config, local_source, groups)
-    start = _open_run_directory(given, groups, num_steps=num_steps_of(config.trainer))
+    given, config = config, _with_steps(config, local_source, ranks)
+    start = _open_run_directory(given, ranks, num_steps=num_steps_of(config.trainer))
     trainer = build_trainer(
-        config, ranks=groups, platform=platform, objective=objective, tokenizer=tokenizer, local_source=local_source
+        config, ranks=ranks, platform=platform, objective=objective, tokenizer=tokenizer, local_source=local_source
     )
     # Also when a step fails: an engine may hold processes and devices that outlive this one.
     with contextlib.closing(trainer.source):
@@ -95,7 +95,7 @@ def _train(config: Config, *, platform: Platform, leave: LeaveRequest) -> bool:
     if not is_finished:
         return False
     trainer.policy.save_hf(start.run_dir / "export")
-    if groups.rank == 0:
+    if ranks.rank == 0:
         print(f"exported the trained model to {start.run_dir / 'export'}", flush=True)
     return True
 
@@ -151,29 +151,29 @@ def _run_steps(
 
     False: asked to leave before the last step; what was done is saved.
     """
-    options, groups, run_dir = trainer.options.trainer, trainer.policy.ranks, start.run_dir
+    options, ranks, run_dir = trainer.options.trainer, trainer.policy.ranks, start.run_dir
     num_steps = num_steps_of(options)
     assert isinstance(trainer.source, ReplicaSource)  # as ``build_trainer`` made it
     checkpoints = Checkpoints(run_dir, policy=trainer.policy, source=trainer.source, options=checkpointing)
     if start.checkpoint is not None:
         checkpoints.load(start.checkpoint)
-    writer = MetricsWriter(run_dir if groups.rank == 0 else None, first_step=start.step + 1)
+    writer = MetricsWriter(run_dir if ranks.rank == 0 else None, first_step=start.step + 1)
     asked_by = None
     for step in range(start.step + 1, num_steps + 1):
-        if asked_by := leave.agreed(groups.world):
+        if asked_by := leave.agreed(ranks.world):
             _leave(checkpoints, step=step - 1, is_new=step - 1 > start.step, asked_by=asked_by)
             break
         report = trainer.train_step(step)
         writer.write(step, report.values)
-        if groups.rank == 0 and (line := check_line(report.values)):
+        if ranks.rank == 0 and (line := check_line(report.values)):
             print(line, flush=True)
         is_last = step == num_steps
         if is_last:
             _ = report.selections  # rank 0 shows one: every rank takes part in gathering them
-        if groups.rank == 0 and (step % options.log_interval == 0 or is_last):
+        if ranks.rank == 0 and (step % options.log_interval == 0 or is_last):
             _show(report, num_steps=num_steps, decode=tokenizer.decode)
         if _is_due(step, options.rollout_log_interval):
-            _log_rollouts(report, run_dir=run_dir, ranks=groups)
+            _log_rollouts(report, run_dir=run_dir, ranks=ranks)
         checkpoints.after_step(step)
     checkpoints.close()
     writer.close()

@@ -217,13 +217,13 @@ def _join(config: Config, options: argparse.Namespace, platform: Platform) -> tu
             number = data_size * sizes.pipeline * config.trainer.micro_batch_groups
         config = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, prompts_per_step=number))
         check_micro_batches(config, sizes=sizes, data_size=data_size)
-    groups = init_parallel(
+    ranks = init_parallel(
         sizes,
         platform=platform,
         seed=config.trainer.seed,
         timeout_minutes=config.trainer.distributed_timeout_minutes,
     )
-    return groups, config
+    return ranks, config
 
 
 def _build_trainer(
@@ -253,7 +253,7 @@ def _measure(
     trainer: Trainer, source: FixedSource, config: Config, options: argparse.Namespace
 ) -> tuple[list[StepTiming], float]:
     """Every measured step, and the largest peak of memory over ranks in bytes."""
-    groups, platform = trainer.policy.ranks, trainer.policy.platform
+    ranks, platform = trainer.policy.ranks, trainer.policy.platform
     timings: list[StepTiming] = []
     for step in range(1, options.warm_up + options.steps + 1):
         if step == options.warm_up + 1:
@@ -264,16 +264,16 @@ def _measure(
             continue
         own = {phase: values[f"seconds/{phase}"] for phase in PHASES}
         # The metric is a rate over this rank's own seconds.
-        operations = values["tflops_per_gpu"] * 1e12 * groups.world_size * sum(own.values())
-        slowest = reduce_metrics(Metrics(maxima={**own, "total": sum(own.values())}), groups.world).maxima
+        operations = values["tflops_per_gpu"] * 1e12 * ranks.world_size * sum(own.values())
+        slowest = reduce_metrics(Metrics(maxima={**own, "total": sum(own.values())}), ranks.world).maxima
         timings.append(StepTiming(slowest, slowest.pop("total"), operations))
     memory = Metrics(maxima={"peak": float(platform.peak_memory_bytes())})
-    return timings, reduce_metrics(memory, groups.world).maxima["peak"]
+    return timings, reduce_metrics(memory, ranks.world).maxima["peak"]
 
 
 def _groups_of(step: int, trainer: Trainer, config: Config, options: argparse.Namespace) -> list[Any]:
     """This replica's groups of a step."""
-    groups = trainer.policy.ranks
+    ranks = trainer.policy.ranks
     model_config = trainer.policy.model_config
     lengths = options.response_length
     sizes = SyntheticSizes(
@@ -284,9 +284,9 @@ def _groups_of(step: int, trainer: Trainer, config: Config, options: argparse.Na
         response_lengths=tuple(lengths[i % len(lengths)] for i in range(config.rollout.num_generations)),
     )
     tokens = TokenIds.of(model_config)
-    first = step * config.trainer.prompts_per_step + groups.data_rank
-    number = config.trainer.prompts_per_replica(groups.data_size)
-    return [synthetic_group(sizes, tokens=tokens, seed=first + i * groups.data_size) for i in range(number)]
+    first = step * config.trainer.prompts_per_step + ranks.data_rank
+    number = config.trainer.prompts_per_replica(ranks.data_size)
+    return [synthetic_group(sizes, tokens=tokens, seed=first + i * ranks.data_size) for i in range(number)]
 
 
 def summarise(
@@ -299,11 +299,11 @@ def summarise(
     options: argparse.Namespace,
 ) -> dict[str, Any]:
     """Everything that is reported, ready for JSON."""
-    groups = trainer.policy.ranks
-    sizes = groups.sizes
+    ranks = trainer.policy.ranks
+    sizes = ranks.sizes
     prompts = config.trainer.prompts_per_step
     seconds = statistics.median(timing.total for timing in timings)
-    rate = statistics.median(timing.operations / timing.total for timing in timings) / groups.world_size / 1e12
+    rate = statistics.median(timing.operations / timing.total for timing in timings) / ranks.world_size / 1e12
     return {
         "model": Path(options.model).name,
         "num_parameters": trainer.policy.model_config.num_parameters,
@@ -311,12 +311,12 @@ def summarise(
         "params_dtype": config.model.params_dtype,
         "objective": config.objective.objective,
         "device": trainer.policy.platform.name,
-        "num_gpus": groups.world_size,
+        "num_gpus": ranks.world_size,
         "layout": {
             "tensor": sizes.tensor,
             "pipeline": sizes.pipeline,
             "context": sizes.context,
-            "data": groups.data_size,
+            "data": ranks.data_size,
             "virtual_pipeline": sizes.virtual_pipeline or 1,
             "sequence_parallel": sizes.sequence_parallel,
             "vision_parallel": config.parallel.vision_parallel,

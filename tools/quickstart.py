@@ -130,8 +130,8 @@ class Quickstart:
         loader = prompt_loader(config, tokenizer=tokenizer)
         self._held_out = [loader.load(record) for record in read_records(self.data / "eval.json")]
         media = media_spec(Qwen2_5_VLConfig.from_hf(self.model), patchify=loader.settings.patchify)
-        groups = init_parallel(ParallelSizes(), platform=platform.current())
-        sampler = build_sampler(config, ranks=groups, tokenizer=tokenizer, media=media)
+        ranks = init_parallel(ParallelSizes(), platform=platform.current())
+        sampler = build_sampler(config, ranks=ranks, tokenizer=tokenizer, media=media)
         assert sampler is not None, "this process is the only rank"
         self._engine = sampler.engine
 

@@ -164,23 +164,23 @@ def verify(options: argparse.Namespace) -> bool:
     platform = platforms.start(options.platform)
     model_config = _check_paths(options)
     config = _config(options)
-    groups = init_parallel(
+    ranks = init_parallel(
         parallel_sizes(config, num_layers=model_config.text.num_hidden_layers),
         platform=platform,
         timeout_minutes=options.distributed_timeout_minutes,
     )
     # Refuses a layout that does not fit now, not after minutes of Hugging Face.
-    language_transformer_config(model_config, sizes=groups.sizes, dtype=torch.float32, options=ModelOptions.of(config))
+    language_transformer_config(model_config, sizes=ranks.sizes, dtype=torch.float32, options=ModelOptions.of(config))
 
     def prepare() -> VerificationInput | None:
-        return _read_input(options, model_config) if groups.rank == 0 else None
+        return _read_input(options, model_config) if ranks.rank == 0 else None
 
-    item = broadcast_object(on_every_rank(prepare, ranks=groups), group=groups.world, source=0)
-    comparison = _compare(item.group, options, config=config, model_config=model_config, ranks=groups)
+    item = broadcast_object(on_every_rank(prepare, ranks=ranks), group=ranks.world, source=0)
+    comparison = _compare(item.group, options, config=config, model_config=model_config, ranks=ranks)
     if comparison is not None:
         _print_report(comparison, item, options)
     is_within = None if comparison is None else comparison.is_within(options)
-    return broadcast_object(is_within, group=groups.world, source=0)
+    return broadcast_object(is_within, group=ranks.world, source=0)
 
 
 def _check_paths(options: argparse.Namespace) -> Qwen2_5_VLConfig:

@@ -157,14 +157,14 @@ def summarise(entries: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 def set_up(root: Path, model: Path, options: argparse.Namespace) -> tuple[Step, Step, Parts]:
     """The step in fp32 and in bf16 on the same responses, and the micro-batches to warm up on."""
-    groups = init_parallel(ParallelSizes(), platform=start("cpu"), seed=options.seed)
+    ranks = init_parallel(ParallelSizes(), platform=start("cpu"), seed=options.seed)
     flags = ["--config", EXAMPLES / "video_ktr.yaml", "--model", model, "--data-path", root / "data" / "train.json"]
     flags += ["--prompt-template", root / "model" / "prompt_template.txt", "--run-dir", root / "unused"]
     num_prompts = options.prompts + options.warm_up
     flags += ["--prompts-per-step", num_prompts, "--seed", options.seed]
     media = media_spec(Qwen2_5_VLConfig.from_hf(model), patchify=PreprocessSettings.from_model(model).patchify)
     configs = [load_config([str(flag) for flag in [*flags, *more]]) for more in ((), ("--bf16",))]
-    policies = [_policy(model, config=config, ranks=groups) for config in configs]
+    policies = [_policy(model, config=config, ranks=ranks) for config in configs]
     rollouts = sample(configs[0], policies[0], media=media, num_prompts=num_prompts)
     size = configs[0].trainer.micro_batch_groups
     parts, warm_up = (

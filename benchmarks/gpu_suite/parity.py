@@ -79,9 +79,9 @@ def run_parity(part: Part) -> None:
             return {"bf16_from_fp32": distances(reference["bf16"], reference["fp32"])}
 
         part.entry("reference on CPU", compute_reference)
-        groups = init_parallel(ParallelSizes(), platform=part.platform)
+        ranks = init_parallel(ParallelSizes(), platform=part.platform)
         for name, values in VARIANTS.items():
-            part.entry(name, lambda values=values: _compare(part, groups, models, values, reference))
+            part.entry(name, lambda values=values: _compare(part, ranks, models, values, reference))
         destroy_parallel()
 
 
@@ -116,9 +116,9 @@ def reference_in_own_process(models: Path, *, is_tiny: bool, seconds: float) -> 
 
 
 def write_reference(out: Path, models: Path, *, platform: Platform, is_tiny: bool) -> None:
-    groups = init_parallel(ParallelSizes(), platform=platform)
+    ranks = init_parallel(ParallelSizes(), platform=platform)
     numbers = {
-        dtype: step_numbers(models, {"params_dtype": dtype}, ranks=groups, platform=platform, is_tiny=is_tiny)
+        dtype: step_numbers(models, {"params_dtype": dtype}, ranks=ranks, platform=platform, is_tiny=is_tiny)
         for dtype in ("fp32", "bf16")
     }
     torch.save(numbers, out)

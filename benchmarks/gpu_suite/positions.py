@@ -61,9 +61,9 @@ def run_positions(part: Part) -> None:
             return {"bf16_error_by_quarter": quarters(exact["torch.bfloat16"] - exact["torch.float32"])}
 
         part.entry("hugging face", reference)
-        groups = init_parallel(ParallelSizes(), platform=part.platform)
+        ranks = init_parallel(ParallelSizes(), platform=part.platform)
         for name, values in VARIANTS.items():
-            part.entry(name, lambda values=values: _compare(part, groups, hf_dir, group, values, exact))
+            part.entry(name, lambda values=values: _compare(part, ranks, hf_dir, group, values, exact))
         destroy_parallel()
 
 

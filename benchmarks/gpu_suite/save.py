@@ -34,8 +34,8 @@ class _SavedSource(FixedSource):
 
 def run_save(part: Part) -> None:
     leave_kernels_untuned(part.platform)
-    groups = init_parallel(ParallelSizes(), platform=part.platform)
-    part.entry("one checkpoint", lambda: _save(part, groups))
+    ranks = init_parallel(ParallelSizes(), platform=part.platform)
+    part.entry("one checkpoint", lambda: _save(part, ranks))
     destroy_parallel()
 
 

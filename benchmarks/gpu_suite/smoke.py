@@ -91,11 +91,11 @@ def _matmul(part: Part) -> dict[str, Any]:
 
 
 def _process_group(part: Part) -> dict[str, Any]:
-    groups = init_parallel(ParallelSizes(), platform=part.platform)
+    ranks = init_parallel(ParallelSizes(), platform=part.platform)
     try:
         ones = torch.ones(4, device=part.platform.device)
-        torch.distributed.all_reduce(ones, group=groups.world)
-        total = float(all_reduce_sum(ones, groups.tensor).sum())
+        torch.distributed.all_reduce(ones, group=ranks.world)
+        total = float(all_reduce_sum(ones, ranks.tensor).sum())
         return checked({"backend": part.platform.backend, "within": total == 4.0})
     finally:
         destroy_parallel()

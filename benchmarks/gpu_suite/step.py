@@ -63,7 +63,7 @@ NUM_TRAINING_STEPS = 10
 
 def measure_steps(part: Part) -> None:
     leave_kernels_untuned(part.platform)
-    groups = init_parallel(ParallelSizes(), platform=part.platform)
+    ranks = init_parallel(ParallelSizes(), platform=part.platform)
     has_te = resolve_transformer_impl("auto") == "te"
     for size in ("3B", "7B"):
         for frames in (32, 64):
@@ -72,16 +72,16 @@ def measure_steps(part: Part) -> None:
                 def measure(size: str = size, frames: int = frames, values: Mapping[str, Any] = values) -> Any:
                     if values and not has_te:
                         raise Skipped("FP8 needs Transformer Engine")
-                    return _with_fewer_layers(part, groups, size=size, frames=frames, values=values)
+                    return _with_fewer_layers(part, ranks, size=size, frames=frames, values=values)
 
                 part.entry(f"{size} {frames} frames {precision}", measure)
-    part.entry("baseline 3B 32 frames", lambda: _against_baseline(part, groups))
+    part.entry("baseline 3B 32 frames", lambda: _against_baseline(part, ranks))
 
 
 def run_training(part: Part) -> None:
     leave_kernels_untuned(part.platform)
-    groups = init_parallel(ParallelSizes(), platform=part.platform)
-    part.entry("3B 10 steps", lambda: _train(part, groups))
+    ranks = init_parallel(ParallelSizes(), platform=part.platform)
+    part.entry("3B 10 steps", lambda: _train(part, ranks))
 
 
 @dataclass(frozen=True)

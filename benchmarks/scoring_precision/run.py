@@ -94,13 +94,13 @@ def sample(
     config: Config, policy: Policy, *, media: Any, num_prompts: int, at_once: int | None = None
 ) -> list[RolloutGroup]:
     """Rewarded responses of ``policy`` to the first questions, ``at_once`` in a batch: the same ones however many."""
-    groups = policy.ranks
+    ranks = policy.ranks
     vocab_size = policy.model_config.text.vocab_size
     tokenizer = load_tokenizer(policy.hf_dir)
     source = ReplicaSource(
-        build_local_source(config, ranks=groups, tokenizer=tokenizer, vocab_size=vocab_size),
-        ranks=groups,
-        sampler=build_sampler(config, ranks=groups, tokenizer=tokenizer, media=media),
+        build_local_source(config, ranks=ranks, tokenizer=tokenizer, vocab_size=vocab_size),
+        ranks=ranks,
+        sampler=build_sampler(config, ranks=ranks, tokenizer=tokenizer, media=media),
     )
     source.load_weights(policy.export(gather_to=source.gather_weights_to))
     found = []
@@ -135,7 +135,7 @@ def write_wording(path: Path, *, base: Path, tokenizer: Any, num_tokens: int) ->
 def sample_and_score(root: Path, model: Path, *, num_prompts: int, num_preamble: int, seed: int) -> list[Scored]:
     """Responses of ``model`` to training questions of the quickstart in ``root``, scored in both precisions."""
     platform = start("cpu")
-    groups = init_parallel(ParallelSizes(), platform=platform, seed=seed)
+    ranks = init_parallel(ParallelSizes(), platform=platform, seed=seed)
     wording = root / f"wording_{num_preamble}.txt"
     base = root / "model" / "prompt_template.txt"
     write_wording(wording, base=base, tokenizer=load_tokenizer(model), num_tokens=num_preamble)
@@ -144,7 +144,7 @@ def sample_and_score(root: Path, model: Path, *, num_prompts: int, num_preamble:
     config = load_config([str(flag) for flag in [*flags, "--prompts-per-step", num_prompts, "--seed", seed]])
     model_config = Qwen2_5_VLConfig.from_hf(model)
     media = media_spec(model_config, patchify=PreprocessSettings.from_model(model).patchify)
-    policy = Policy(model, options=PolicyOptions.of(config), ranks=groups, platform=platform, num_steps=1)
+    policy = Policy(model, options=PolicyOptions.of(config), ranks=ranks, platform=platform, num_steps=1)
     # Together, generate would hold a mask of prompt x prompt for every response to every prompt.
     sampled = sample(config, policy, media=media, num_prompts=num_prompts, at_once=1 if num_preamble else None)
     parts = plan_micro_batches(sampled, groups_per_micro_batch=config.trainer.micro_batch_groups)

@@ -169,7 +169,7 @@ def _trainer(
             max_response_length=arguments.length,
         )
     )
-    groups: ParallelGroups = init_parallel(ParallelSizes(), platform=platform)
+    ranks: ParallelGroups = init_parallel(ParallelSizes(), platform=platform)
     optimizer = SimpleNamespace(
         param_groups=[{"lr": 0.0}], step=lambda: (True, 1.0, 0), zero_grad=lambda: None, scale_loss=lambda loss: loss
     )
@@ -177,9 +177,7 @@ def _trainer(
         mock.patch("megatron_ktr.policy.policy.build_optimizer", lambda *_, **__: optimizer),
         mock.patch("megatron_ktr.policy.policy.build_scheduler", lambda *_, **__: mock.Mock()),
     ):
-        policy = RandomPolicy(
-            scratch, options=PolicyOptions.of(config), ranks=groups, platform=platform, num_steps=1000
-        )
+        policy = RandomPolicy(scratch, options=PolicyOptions.of(config), ranks=ranks, platform=platform, num_steps=1000)
     objective = build_objective(config.objective, reward=config.reward)
     if objective.needs_reference:
         policy.add_reference()

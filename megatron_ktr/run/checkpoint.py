@@ -143,8 +143,8 @@ class Checkpoints:
         training = self._on_each_rank("read", lambda: _read_training_state(checkpoint))
         with _as_user_error(checkpoint / TRAINING_FILE):
             # Before the weights: other data is noticed early.
-            groups = self.ranks
-            position = reshard_states(training["sources"], rank=groups.data_rank, size=groups.data_size)
+            ranks = self.ranks
+            position = reshard_states(training["sources"], rank=ranks.data_rank, size=ranks.data_size)
             self.source.load_state_dict(position)
         self._on_each_rank("read", lambda: self._check_tensors(checkpoint))
         load_sharded_state(self.policy, checkpoint)
@@ -154,7 +154,7 @@ class Checkpoints:
         if training["layout"] == self._layout():
             states = self._on_each_rank("read", lambda: read_random_states(checkpoint))
             self._on_each_rank("read", lambda: self._set_random_state(states, checkpoint / RANDOM_STATES))
-        elif groups.rank == 0:
+        elif ranks.rank == 0:
             _log.info("the layout changed since %s was saved: random states start from the seed", checkpoint)
         return int(training["step"])
 
