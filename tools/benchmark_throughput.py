@@ -42,7 +42,6 @@ warnings.filterwarnings("ignore", message="Please use DTensor instead")
 logging.getLogger("megatron").setLevel(logging.ERROR)
 
 from megatron_ktr.config import Config, load_config  # noqa: E402
-from megatron_ktr.config.command_line import Parser, whole  # noqa: E402
 from megatron_ktr.config.part_options import PolicyOptions, StepOptions  # noqa: E402
 from megatron_ktr.config.run_length import num_steps_of  # noqa: E402
 from megatron_ktr.data.preprocess import PreprocessSettings  # noqa: E402
@@ -56,7 +55,7 @@ from megatron_ktr.distributed.groups import (  # noqa: E402
     world_size_from_environment,
 )
 from megatron_ktr.distributed.platform import Platform  # noqa: E402
-from megatron_ktr.errors import UserError, run_cli, same_on_every_rank  # noqa: E402
+from megatron_ktr.errors import Parser, UserError, run_cli, same_on_every_rank, whole  # noqa: E402
 from megatron_ktr.files.json_files import to_json  # noqa: E402
 from megatron_ktr.objectives import build_objective  # noqa: E402
 from megatron_ktr.policy.policy import Policy  # noqa: E402

@@ -26,7 +26,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from megatron_ktr.config.command_line import Parser  # noqa: E402
 from megatron_ktr.doctor.check import Check, as_text, error_of_import, merge_nodes  # noqa: E402
 from megatron_ktr.doctor.requirements import (  # noqa: E402
     check_core_import,
@@ -34,7 +33,11 @@ from megatron_ktr.doctor.requirements import (  # noqa: E402
     check_versions,
     declared_requirements,
 )
-from megatron_ktr.errors import UserError, run_cli  # noqa: E402
+from megatron_ktr.errors import (  # noqa: E402
+    Parser,  # noqa: E402
+    UserError,
+    run_cli,
+)
 
 
 def check_node(*, run_dir: Path) -> list[Check]:

@@ -24,9 +24,8 @@ from megatron_ktr.accounting.links import Machine  # noqa: E402
 from megatron_ktr.accounting.planner import GB, PIXELS_PER_TOKEN, Plan, Request, find_plans  # noqa: E402
 from megatron_ktr.accounting.saved import FUSED, TORCH_GPU  # noqa: E402
 from megatron_ktr.accounting.work import StepSettings  # noqa: E402
-from megatron_ktr.config.command_line import Parser, number, whole  # noqa: E402
 from megatron_ktr.config.words import SHUFFLE_UNITS, VISION_PARALLELS  # noqa: E402
-from megatron_ktr.errors import UserError, run_cli  # noqa: E402
+from megatron_ktr.errors import Parser, UserError, number, run_cli, whole  # noqa: E402
 from megatron_ktr.files.json_files import to_json  # noqa: E402
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig  # noqa: E402
 from models.qwen2_5_vl.published import PUBLISHED_CONFIGS  # noqa: E402

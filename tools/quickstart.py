@@ -22,14 +22,13 @@ from typing import Any
 
 from megatron_ktr.config import config_from_values
 from megatron_ktr.config.cli import LARGEST_INTEGER
-from megatron_ktr.config.command_line import Parser, whole
 from megatron_ktr.data.records import read_records
 from megatron_ktr.data.synthetic import corpus, make_dataset
 from megatron_ktr.data.template import load_tokenizer
 from megatron_ktr.data.tiny_model import save_tiny_model
 from megatron_ktr.distributed import platform
 from megatron_ktr.distributed.groups import ParallelSizes, destroy_parallel, init_parallel
-from megatron_ktr.errors import UserError, run_cli
+from megatron_ktr.errors import Parser, UserError, run_cli, whole
 from megatron_ktr.evaluation.accuracy import Accuracy, Control, evaluate
 from megatron_ktr.files.hf_files import SafetensorsReader, published_name
 from megatron_ktr.files.json_files import to_json

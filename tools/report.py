@@ -17,8 +17,7 @@ from pathlib import Path
 # `python tools/X.py` puts tools/ on the path, not the repository.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_ktr.config.command_line import Parser, whole  # noqa: E402
-from megatron_ktr.errors import UserError, run_cli  # noqa: E402
+from megatron_ktr.errors import Parser, UserError, run_cli, whole  # noqa: E402
 from megatron_ktr.files.json_files import read_json_object  # noqa: E402
 from megatron_ktr.report.html import Most, write_report  # noqa: E402
 

@@ -50,7 +50,6 @@ from torch import Tensor  # noqa: E402
 from megatron_ktr.batch.micro_batch import Denominators, MicroBatch  # noqa: E402
 from megatron_ktr.batch.packing import pack_groups  # noqa: E402
 from megatron_ktr.config import Config, config_from_values  # noqa: E402
-from megatron_ktr.config.command_line import Parser, number, whole  # noqa: E402
 from megatron_ktr.config.part_options import ModelOptions, PolicyOptions  # noqa: E402
 from megatron_ktr.config.sections import DataSection  # noqa: E402
 from megatron_ktr.config.words import TRANSFORMER_IMPLS  # noqa: E402
@@ -61,7 +60,7 @@ from megatron_ktr.distributed import platform as platforms  # noqa: E402
 from megatron_ktr.distributed.agreement import on_every_rank  # noqa: E402
 from megatron_ktr.distributed.collectives import broadcast_object  # noqa: E402
 from megatron_ktr.distributed.groups import ParallelGroups, destroy_parallel, init_parallel  # noqa: E402
-from megatron_ktr.errors import UserError, run_cli  # noqa: E402
+from megatron_ktr.errors import Parser, UserError, number, run_cli, whole  # noqa: E402
 from megatron_ktr.evaluation.hf_parity import (  # noqa: E402
     NUM_RESPONSE_TOKENS,
     GradientDifference,

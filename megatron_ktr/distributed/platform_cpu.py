@@ -242,7 +242,7 @@ def _repair_megatron() -> None:
 
     # megatron-core 0.19 hands recomputed storages over with C++ that it compiles at the first use: seconds, a compiler,
     # ninja. 0.16 copied, which is as right; it has no such name and never reads it.
-    setattr(tracker, "_get_share_storage", lambda: _copy_storage)  # noqa: B010  # of 0.19 only
+    tracker._get_share_storage = lambda: _copy_storage  # pyright: ignore[reportAttributeAccessIssue]  # of 0.19 only
     # The originals queue the change until CUDA starts, that is for ever.
     tracker._get_cuda_rng_state = get_state
     tracker._set_cuda_rng_state = set_state

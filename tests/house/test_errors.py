@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from megatron_ktr.config.command_line import Parser, number, whole
-from megatron_ktr.errors import UserError, run_cli, same_on_every_rank
+from megatron_ktr.errors import Parser, UserError, number, run_cli, same_on_every_rank, whole
 from tests.support.paths import REPOSITORY
 from tests.support.patience import PATIENCE_SECONDS, wait_until
 

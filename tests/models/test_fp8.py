@@ -165,19 +165,21 @@ def test_the_options_reach_the_transformer_configuration(one_rank, recipe: str) 
     section = dataclasses.replace(
         FP8, fp8_recipe=recipe, first_last_layers_bf16=keeps_ends, num_layers_at_end_in_bf16=2, fp8_param_gather=True
     )
-    options = dict(sizes=one_rank.sizes, dtype=torch.bfloat16, config=Config(model=section))
+    options = dict(sizes=one_rank.sizes, dtype=torch.bfloat16, options=ModelOptions.of(Config(model=section)))
     with patch.object(fp8, "current", lambda: HOPPER):
         with pytest.raises(UserError, match="Transformer Engine's, which is not installed"):
             language_transformer_config(PUBLISHED_CONFIGS["3B"], **options)
     with patch.object(fp8, "current", lambda: HOPPER), patch.object(fp8, "resolve_transformer_impl", lambda impl: "te"):
         found = language_transformer_config(PUBLISHED_CONFIGS["3B"], **options)
         vision = dataclasses.replace(section, fp8_vision=True)
-        language_transformer_config(PUBLISHED_CONFIGS["3B"], **{**options, "config": Config(model=vision)})
+        language_transformer_config(
+            PUBLISHED_CONFIGS["3B"], **{**options, "options": ModelOptions.of(Config(model=vision))}
+        )
         odd = dataclasses.replace(
             PUBLISHED_CONFIGS["3B"], vision=vision_config(vision_hidden_size=40, vision_num_heads=2)
         )
         with pytest.raises(UserError, match="vision encoder cannot take it: the hidden size is 40 .* --fp8-vision"):
-            language_transformer_config(odd, **{**options, "config": Config(model=vision)})
+            language_transformer_config(odd, **{**options, "options": ModelOptions.of(Config(model=vision))})
     assert (found.fp8, found.fp8_recipe, found.fp8_param) == ("hybrid", recipe, True)
     assert found.tp_only_amax_red, "replicas may run different numbers of micro-batches"
     assert (found.fp8_amax_history_len, found.fp8_amax_compute_algo) == (1024, "max")
