@@ -20,6 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,24 +90,18 @@ def measure_shard(
     target_R = torch.randint(0, num_columns, (num_rows,), device=platform.device)
     is_key_row = torch.zeros(num_rows, dtype=torch.bool, device=platform.device)
     is_key_row[torch.randperm(num_rows, device=platform.device)[: max(round(num_rows * key_share), 1)]] = True
-    grad_R = normal(num_rows) * is_key_row
+    grad_R, head = normal(num_rows) * is_key_row, HeadOptions(impl=arguments.impl)
 
     def forward(*counterfactuals: Tensor) -> Any:
         return linear_token_statistics(
-            hidden_RD,
-            weight_VD,
-            target_R,
-            counterfactual_hidden_RD=counterfactuals,
-            head=HeadOptions(impl=arguments.impl),
+            hidden_RD, weight_VD, target_R, counterfactual_hidden_RD=counterfactuals, head=head
         )
 
     def backward(result: Any) -> tuple[Tensor, ...]:
         outputs = (result.logprob_R, result.entropy_R)
         return torch.autograd.grad(outputs, (hidden_RD, weight_VD), (grad_R, grad_R), retain_graph=True)
 
-    def measure(function: Callable[[], Any]) -> float:
-        return milliseconds(function, platform, budget=arguments.milliseconds)
-
+    measure = partial(milliseconds, platform=platform, budget=arguments.milliseconds)
     result = forward()
     times = {
         "forward": measure(forward),

@@ -88,9 +88,7 @@ class WeakBaseline:
             self.optimizer,
             logprob_GR,
             entropy_GR=entropy_GR,
-            hidden_GR=hidden_GR,
-            shuffled_GR=shuffled_GR,
-            reference_GR=reference_GR,
+            others=OtherLogprobs(hidden_GR, shuffled_GR, reference_GR),
             rewards=[rollout.reward for rollout in group.rollouts],
             settings=self.settings,
             tied=tied,
@@ -132,22 +130,29 @@ class WeakBaseline:
         return torch.stack(logprobs), torch.stack(entropies)
 
 
+@dataclass(frozen=True)
+class OtherLogprobs:
+    """Log-probs of the responses, [G, R], beside the policy's own on the intact video."""
+
+    hidden_GR: Tensor
+    shuffled_GR: Tensor
+    reference_GR: Tensor
+
+
 def finish_step(
     model: HFModel,
     optimizer: torch.optim.Optimizer,
     logprob_GR: Tensor,
     *,
     entropy_GR: Tensor,
-    hidden_GR: Tensor,
-    shuffled_GR: Tensor,
-    reference_GR: Tensor,
+    others: OtherLogprobs,
     rewards: list[float],
     settings: StepSettings,
     tied: Selected | None,
 ) -> StepNumbers:
     """From log-probs to the changed weights."""
     known_GR = logprob_GR.detach()
-    scores = {"entropy": entropy_GR, "visual": known_GR - hidden_GR, "temporal": known_GR - shuffled_GR}
+    scores = {"entropy": entropy_GR, "visual": known_GR - others.hidden_GR, "temporal": known_GR - others.shuffled_GR}
     selected, num_ties = {}, 0
     for name, score_GR in scores.items():
         above_GR = score_GR - torch.quantile(score_GR, 1 - settings.selection_ratio)
@@ -158,7 +163,7 @@ def finish_step(
     is_key_GR = torch.stack(list(selected.values())).any(dim=0)
     reward_G = torch.tensor(rewards)
     advantage_G = (reward_G - reward_G.mean()) / (reward_G.std() + 1e-4)
-    difference_GR = (reference_GR - logprob_GR).clamp(-10, 10)
+    difference_GR = (others.reference_GR - logprob_GR).clamp(-10, 10)
     k3_GR = difference_GR.exp() - difference_GR - 1
     gain_GR = (logprob_GR - known_GR).exp() * advantage_G[:, None] - settings.kl_beta * k3_GR
     loss = -((gain_GR * is_key_GR).sum(1) / is_key_GR.sum(1).clamp(min=1)).mean()

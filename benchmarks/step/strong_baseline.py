@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration as HFModel
 
 from benchmarks.step.baseline import (
+    OtherLogprobs,
     Selected,
     StepNumbers,
     WeakBaseline,
@@ -53,9 +54,7 @@ class StrongBaseline(WeakBaseline):
             self.optimizer,
             logprob_GR,
             entropy_GR=entropy_GR,
-            hidden_GR=hidden_GR,
-            shuffled_GR=shuffled_GR,
-            reference_GR=reference_GR,
+            others=OtherLogprobs(hidden_GR, shuffled_GR, reference_GR),
             rewards=[rollout.reward for rollout in group.rollouts],
             settings=self.settings,
             tied=tied,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,12 +39,24 @@ from models.qwen2_5_vl.attention import OneRank, PrefixSeqParams
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.context import ContextRanks
 from models.qwen2_5_vl.language import LanguageModel
-from models.qwen2_5_vl.layer_specs import AttentionImpl, TransformerImpl
 from models.qwen2_5_vl.transformer_config import language_transformer_config
 from models.qwen2_5_vl.vision import VisionEncoder
 
 if TYPE_CHECKING:
     from megatron_ktr.config.part_options import ModelOptions
+from megatron_ktr.config.sections import ModelSection
+
+
+@dataclass(frozen=True)
+class ChunkPlace:
+    """Where a chunk of the model stands in the pipeline."""
+
+    is_first: bool = True
+    """It holds the vision encoder and the embedding."""
+    is_last: bool = True
+    """It holds the final norm and the vocabulary head."""
+    vp_stage: int | None = None
+    """Its number among this rank's chunks; None where the rank has one."""
 
 
 class Qwen2_5_VLModel(MegatronModule):
@@ -60,45 +73,38 @@ class Qwen2_5_VLModel(MegatronModule):
         *,
         transformer_config: TransformerConfig,
         process_groups: ProcessGroupCollection,
-        transformer_impl: TransformerImpl = "auto",
-        attention_impl: AttentionImpl = "auto",
-        pre_process: bool = True,
-        post_process: bool = True,
-        vp_stage: int | None = None,
-        statistics_impl: TokenStatisticsImpl = "auto",
+        chunk: ChunkPlace,
         context_group: torch.distributed.ProcessGroup | None = None,
-        accumulate_into_main_grad: bool = False,
         whole_vision_group: torch.distributed.ProcessGroup | None = None,
-        row_multiple: int | None = None,
-        fp8_vision: bool = False,
+        options: ModelOptions | None = None,
     ) -> None:
         """``whole_vision_group``, of this rank alone, makes the vision encoder whole on every tensor rank
-        (``vision_parallel: frame``) instead of splitting its weights. ``row_multiple``: what the rows T of a context
-        rank are a multiple of; None asks for what sequence parallelism needs."""
+        (``vision_parallel: frame``) instead of splitting its weights. ``options`` None: the defaults, without a wrapper
+        that has gradient buffers to accumulate into."""
         super().__init__(config=transformer_config)
         self.model_config = model_config
-        self.pre_process = pre_process
-        self.post_process = post_process
-        self.vp_stage = vp_stage
+        self.pre_process, self.post_process = chunk.is_first, chunk.is_last
+        self.vp_stage = chunk.vp_stage
         self.tensor_group = process_groups.tp
         sequence_shares = transformer_config.tensor_model_parallel_size if transformer_config.sequence_parallel else 1
-        self.row_multiple = row_multiple or sequence_shares
+        self.row_multiple = sequence_shares if options is None else options.row_multiple
         self.context = None
         if context_group is not None and context_group.size() > 1:
             self.context = ContextRanks(context_group, multiple=self.row_multiple)
-        self.statistics_impl: TokenStatisticsImpl = statistics_impl
-        self.accumulate_into_main_grad = accumulate_into_main_grad
+        section = ModelSection() if options is None else options.model
+        self.statistics_impl: TokenStatisticsImpl = section.token_statistics_impl
+        self.accumulate_into_main_grad = options is not None and section.gradient_accumulation_fusion is not False
         self.share_embeddings_and_output_weights = model_config.tie_word_embeddings
         self.keeps_graph = False
         """Whether the first layer's input belongs to the graph of backward even where nothing before it is trained."""
         self.vision: VisionEncoder | None = None
-        if pre_process:
+        if chunk.is_first:
             self.vision = VisionEncoder(
                 model_config.vision,
                 transformer_config=transformer_config,
                 process_groups=_with_tensor_group(process_groups, whole_vision_group or process_groups.tp),
-                transformer_impl=transformer_impl,
-                fp8=fp8_vision,
+                transformer_impl=section.transformer_impl,
+                fp8=section.fp8_vision,
             )
             if whole_vision_group is not None:
                 for parameter in self.vision.parameters():
@@ -109,11 +115,11 @@ class Qwen2_5_VLModel(MegatronModule):
             model_config,
             config=transformer_config,
             process_groups=process_groups,
-            transformer_impl=transformer_impl,
-            attention_impl=attention_impl,
-            pre_process=pre_process,
-            post_process=post_process,
-            vp_stage=vp_stage,
+            transformer_impl=section.transformer_impl,
+            attention_impl=section.attention_impl,
+            pre_process=chunk.is_first,
+            post_process=chunk.is_last,
+            vp_stage=chunk.vp_stage,
         )
         self.model_type = self.language.model_type
 
@@ -317,17 +323,14 @@ def build_model(
             model_config,
             transformer_config=transformer_config,
             process_groups=process_groups,
+            chunk=ChunkPlace(
+                is_first=is_pp_first_stage(pipeline_group) and vp_stage in (None, 0),
+                is_last=is_pp_last_stage(pipeline_group) and (num_chunks is None or vp_stage == num_chunks - 1),
+                vp_stage=vp_stage,
+            ),
             context_group=ranks.context,
-            transformer_impl=options.model.transformer_impl if options else "auto",
-            attention_impl=options.model.attention_impl if options else "auto",
-            pre_process=is_pp_first_stage(pipeline_group) and vp_stage in (None, 0),
-            post_process=is_pp_last_stage(pipeline_group) and (num_chunks is None or vp_stage == num_chunks - 1),
-            vp_stage=vp_stage,
-            statistics_impl=options.model.token_statistics_impl if options else "auto",
-            accumulate_into_main_grad=options is not None and options.model.gradient_accumulation_fusion is not False,
             whole_vision_group=ranks.alone if options and options.parallel.vision_parallel == "frame" else None,
-            row_multiple=options.row_multiple if options else None,
-            fp8_vision=options is not None and options.model.fp8_vision,
+            options=options,
         )
         chunks.append(chunk.to(current().device))
     return chunks

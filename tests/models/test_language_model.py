@@ -100,7 +100,7 @@ def test_recomputation_changes_nothing(hf_dir: Path, run: Callable, parallel: Pa
     groups = groups_of(hf_dir, media=MEDIA)
     batch = pack(groups)
     stored = run(batch, weights_R(groups))
-    recomputed = run(batch, weights_R(groups), config=Config(parallel=parallel))
+    recomputed = run(batch, weights_R(groups), options=ModelOptions.of(Config(parallel=parallel)))
     assert recomputed.model.config.recompute_granularity == parallel.recompute_granularity
     # The same operations on the same numbers, twice.
     torch.testing.assert_close(recomputed.logprob_R, stored.logprob_R, rtol=0, atol=0)
@@ -116,7 +116,7 @@ def test_attention_implementations_give_the_same_model(hf_dir: Path, run: Callab
         config = Config(
             model=ModelSection(attention_impl=impl), parallel=ParallelSection(recompute_granularity=granularity)
         )
-        found[impl] = run(batch, weights_R(groups), config=config)
+        found[impl] = run(batch, weights_R(groups), options=None if config is None else ModelOptions.of(config))
         layers = found[impl].model.language.decoder.layers
         assert {layer.self_attention.core_attention.impl for layer in layers} == {impl}
     # fp32 rounding through three layers, sums in another order.

@@ -75,13 +75,14 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Serv
     urls = [server.url for server in servers]
     engine = ServerEngine(
         tmp_path,
-        urls=urls,
         tokenizer=tiny_tokenizer(),
         media=MEDIA,
         sampling=SAMPLING,
         transfer=BroadcastTransfer(owned_urls=urls, timeout_seconds=PATIENCE_SECONDS, connect=connect),
         replicas=Replicas(),
-        settings=PoolSettings(timeout_seconds=PATIENCE_SECONDS, backoff_seconds=0.01, probe_seconds=0.05),
+        settings=PoolSettings(
+            urls=tuple(urls), timeout_seconds=PATIENCE_SECONDS, backoff_seconds=0.01, probe_seconds=0.05
+        ),
     )
     yield engine, servers, recorders
     engine.close()

@@ -50,13 +50,12 @@ def make_engine(servers: list[FakeServer], folder: Path, *, replicas: Replicas |
     urls = [server.url for server in servers]
     return ServerEngine(
         model_dir,
-        urls=urls,
         tokenizer=tiny_tokenizer(),
         media=MEDIA,
         sampling=SAMPLING,
         transfer=DirectoryTransfer(folder / "weights", owned_urls=replicas.own(urls), replicas=replicas),
         replicas=replicas,
-        settings=PoolSettings(**{"timeout_seconds": PATIENCE_SECONDS, **FAST, **settings}),
+        settings=PoolSettings(**{"urls": tuple(urls), "timeout_seconds": PATIENCE_SECONDS, **FAST, **settings}),
     )
 
 
@@ -428,13 +427,12 @@ def sample_as_replica(context, *, urls: list[str], folder: Path) -> tuple[list, 
     replicas = Replicas(groups.data)
     engine = ServerEngine(
         folder / "model",
-        urls=urls,
         tokenizer=tiny_tokenizer(),
         media=MEDIA,
         sampling=SAMPLING,
         transfer=DirectoryTransfer(folder / "weights", owned_urls=replicas.own(urls), replicas=replicas),
         replicas=replicas,
-        settings=PoolSettings(timeout_seconds=PATIENCE_SECONDS, **FAST),
+        settings=PoolSettings(urls=tuple(urls), timeout_seconds=PATIENCE_SECONDS, **FAST),
     )
     found = []
     for value in (1.0, 2.0):

@@ -70,14 +70,16 @@ class Served:
         transfer = settings.pop("transfer", None)
         engine = ServerEngine(
             self.model_dir,
-            urls=urls,
             tokenizer=self.tokenizer,
             media=self.media,
             sampling=SAMPLING,
             transfer=transfer or DirectoryTransfer(self.folder / "weights", owned_urls=urls, replicas=replicas),
             replicas=replicas,
             settings=PoolSettings(
-                timeout_seconds=PATIENCE_SECONDS, in_flight_updates=settings.pop("in_flight", False), **settings
+                urls=tuple(urls),
+                timeout_seconds=PATIENCE_SECONDS,
+                in_flight_updates=settings.pop("in_flight", False),
+                **settings,
             ),
         )
         try:

@@ -48,7 +48,7 @@ from megatron_ktr.types import Prompt, RolloutGroup
 
 
 class ServerEngine(RolloutEngine):
-    """Generation by the servers at ``urls``. Made, given weights and closed on every reading rank alike.
+    """Generation by the servers that ``settings`` names. Made, given weights and closed on every reading rank alike.
 
     Raises:
         UserError: no server answers, or one is not set up for training.
@@ -58,7 +58,6 @@ class ServerEngine(RolloutEngine):
         self,
         model_dir: Path | str,
         *,
-        urls: Sequence[str],
         tokenizer: Tokenizer,
         media: MediaSpec,
         sampling: SamplingSettings,
@@ -82,7 +81,7 @@ class ServerEngine(RolloutEngine):
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm servers", daemon=True)
         self._thread.start()
-        self.pool = self._run(self._make_pool(urls, settings)).result()
+        self.pool = self._run(self._make_pool(settings)).result()
         try:
             self._run(self.pool.start()).result()
         except UserError:
@@ -194,10 +193,10 @@ class ServerEngine(RolloutEngine):
                 return replace(sample, token_ids=sample.token_ids[:length], logprobs=logprobs, finish_reason="stop")
         return sample
 
-    async def _make_pool(self, urls: Sequence[str], settings: PoolSettings) -> ServerPool:
+    async def _make_pool(self, settings: PoolSettings) -> ServerPool:
         clients = [
             ServerClient(url, max_requests=settings.max_requests, timeout_seconds=settings.timeout_seconds)
-            for url in urls
+            for url in settings.urls
         ]
         return ServerPool(clients, settings=settings, check_facts=self._problem_with)
 
@@ -248,13 +247,13 @@ def server_engine(
         transfer = BroadcastTransfer(owned_urls=owned_urls, timeout_seconds=rollout.server_timeout_seconds)
     return ServerEngine(
         model_dir,
-        urls=urls,
         tokenizer=tokenizer,
         media=media,
         sampling=sampling,
         transfer=transfer,
         replicas=replicas,
         settings=PoolSettings(
+            urls=tuple(urls),
             max_requests=rollout.server_max_requests,
             max_retries=rollout.server_max_retries,
             timeout_seconds=rollout.server_timeout_seconds,

@@ -49,6 +49,10 @@ class TakenOut(ServerProblem):
 
 @dataclass(frozen=True)
 class PoolSettings:
+    """How the servers are asked."""
+
+    urls: tuple[str, ...]
+    """Their addresses, each once."""
     max_requests: int = 64
     max_retries: int = 4
     timeout_seconds: float = 600.0
