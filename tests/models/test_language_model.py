@@ -116,7 +116,7 @@ def test_attention_implementations_give_the_same_model(hf_dir: Path, run: Callab
         config = Config(
             model=ModelSection(attention_impl=impl), parallel=ParallelSection(recompute_granularity=granularity)
         )
-        found[impl] = run(batch, weights_R(groups), options=None if config is None else ModelOptions.of(config))
+        found[impl] = run(batch, weights_R(groups), options=ModelOptions.of(config))
         layers = found[impl].model.language.decoder.layers
         assert {layer.self_attention.core_attention.impl for layer in layers} == {impl}
     # fp32 rounding through three layers, sums in another order.
