@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.harness import allocated_peak_bytes
 from benchmarks.step import run as training_step
-from benchmarks.step.baseline import PAPER, StepNumbers, WeakBaseline, finish_step
+from benchmarks.step.baseline import PAPER, OtherLogprobs, StepNumbers, WeakBaseline, finish_step
 from benchmarks.step.ours import OurStep, frame_order, numbers_of, save_random_model, token_ids_of
 from benchmarks.step.run import POINTS, RECOMPUTED, TOLERANCE, compare, summarise
 from benchmarks.step.strong_baseline import StrongBaseline
@@ -75,7 +75,7 @@ def test_only_ties_follow_the_other_side() -> None:
 
     def select(tied: dict | None) -> StepNumbers:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        views = dict(entropy_GR=score_GR, hidden_GR=zeros_GR, shuffled_GR=zeros_GR, reference_GR=zeros_GR)
+        views: dict = dict(entropy_GR=score_GR, others=OtherLogprobs(zeros_GR, zeros_GR, zeros_GR))
         logprob_GR = model.weight.reshape(2, 5) * 0
         return finish_step(model, optimizer, logprob_GR, rewards=[0.0, 1.0], settings=loose, tied=tied, **views)
 
