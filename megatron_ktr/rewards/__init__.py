@@ -108,8 +108,8 @@ def _value_of(name: str, function: RewardFunction, rollout: Rollout, prompt: Pro
     except UserError:
         raise
     except Exception as error:
-        if function in BUILT_IN.values():
-            raise
+        if isinstance(function, functools.partial) and function.func in BUILT_IN.values():
+            raise  # a mistake of ours, not of the user's function
         # A user's own function: its last line says where.
         *_, last = traceback.extract_tb(error.__traceback__)
         raise UserError(

@@ -105,6 +105,7 @@ def build_sampler(config: Config, *, ranks: ParallelGroups, tokenizer: Tokenizer
             sampling=sampling,
         )
         return Sampler(engine, rewards=rewards, answer_protocol=config.reward.answer_protocol)
+    assert rollout.engine == "hf", f"--engine {rollout.engine} has no branch here"
     from megatron_ktr.policy.policy import DTYPES
     from megatron_ktr.rollout.hf import HFEngine
 
