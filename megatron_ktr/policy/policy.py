@@ -124,8 +124,7 @@ class Policy(ReplicaNumbers):
             config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
 
     def add_reference(self, hf_dir: str | Path | None = None) -> None:
-        """Adds the frozen model of the KL term, with the weights in ``hf_dir``; by default the policy's initial
-        ones."""
+        """Adds the frozen model of the KL term, with the weights in ``hf_dir``, by default the initial ones."""
         if self.lora is not None and hf_dir is None:
             self.reference = ReferenceModel.without_adapters(self.bare_chunks)
         else:
@@ -297,8 +296,7 @@ class Policy(ReplicaNumbers):
 
     @torch.no_grad()
     def prepare_vision(self, batches: Sequence[PackedBatch]) -> None:
-        """Runs the vision encoder over the media of ``batches``, ahead of the passes without gradient that need
-        them."""
+        """Encodes the media of ``batches`` ahead of the passes without gradient that need their features."""
         self.wait_for_parameters()
         self.vision.prepare(batches)
 
@@ -368,8 +366,8 @@ class Policy(ReplicaNumbers):
         forward_only: bool,
         model: ModelRole = ModelRole.POLICY,
     ) -> list[Any]:
-        """Runs megatron-core's schedule over ``items``. Returns ``finish``'s data per item on the last stage, [] on
-        others."""
+        """Runs megatron-core's schedule over ``items``. Returns ``finish``'s data by item on the last stage, else
+        []."""
         if not items:
             raise ValueError("a step needs at least one micro-batch on every data-parallel rank")
 

@@ -1,7 +1,7 @@
 """The vision encoders of policy and reference model, which supply the model's passes with vision features.
 
-The object exists on every rank. Only ranks of the first pipeline stage hold encoders; on others it returns None or
-leaves batches as they are.
+The object exists on every rank, but only ranks of the first pipeline stage hold encoders. On other ranks batches stay
+as they are and ``features`` returns None.
 """
 
 from __future__ import annotations
