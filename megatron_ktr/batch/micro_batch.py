@@ -55,8 +55,7 @@ class MicroBatch:
     random order (views other than ``shuffled`` have one order). The next intact pass compares the distributions of all
     views in its own pass over the vocabulary, so that no logits are kept."""
     divergence_R: Tensor | None = None
-    """The divergence between the responses of a group. The first intact pass computes it for objectives that need
-    it."""
+    """The divergence between the responses of a group, from the first intact pass; for objectives that need it."""
     reference_logprob_R: Tensor | None = None
     behaviour_logprob_R: Tensor | None = None
     is_selected_R: Mapping[str, Tensor] | None = None

@@ -1,8 +1,8 @@
 """Checks that refuse a run before any process waits for another and before any weight is read.
 
 ``config/checks.py`` holds the rules between options. This file checks options against the model's sizes and the number
-of ranks. The checks need only arithmetic and the model's small files, so every rank gets the same answer by itself.
-They also work before the ranks exist: ``world_size`` is an argument.
+of ranks. The checks need only arithmetic, the model's small files and the headers of its weights, so every rank gets
+the same answer by itself. They also work before the ranks exist, because ``world_size`` is an argument.
 """
 
 from __future__ import annotations
@@ -38,8 +38,7 @@ def check_layout(config: Config, model_config: Qwen2_5_VLConfig, *, world_size: 
     """The run's parallel sizes. The platform has been started.
 
     Raises:
-        UserError: the ranks, layers, heads or prompts of a step cannot be split by the sizes, or a kernel or a
-        precision
+        UserError: the ranks, layers, heads or prompts of a step cannot be split by the sizes, or a kernel or precision
             is not available here.
     """
     sizes = parallel_sizes(config, num_layers=model_config.text.num_hidden_layers)
@@ -67,8 +66,8 @@ def check_micro_batches(config: Config, *, sizes: ParallelSizes, data_size: int)
 
 
 def check_run(config: Config, *, world_size: int) -> tuple[ParallelSizes, Objective]:
-    """Runs all checks: those above, the model's files, the objective, and the rewards, which may be the user's own
-    code.
+    """Runs all checks: those above, and those of the model's files, the objective and the rewards. Loading the rewards
+    may run the user's own code.
 
     Raises:
         UserError: names the first thing that is wrong.

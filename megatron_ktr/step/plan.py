@@ -1,7 +1,7 @@
 """From the groups a replica drew to the micro-batches it trains on.
 
-    balanced    distributes the groups of all replicas anew, so that no replica waits for the one with the longest
-    videos plan        splits this replica's groups into micro-batches
+    balanced    redistributes the groups of all replicas, so that no replica waits for the one with the longest videos
+    plan        splits this replica's groups into micro-batches
 
 Where a group ends up does not change the result. Losses are divided by counts of the global batch. Nothing in a step
 pairs the micro-batches of two replicas, and one replica may have more of them than another. (Gradients are reduced
