@@ -1,4 +1,4 @@
-"""Options of the run itself: a section of ``sections.py``, which says what holds for all of them."""
+"""The options of the run itself. They are one section of ``sections.py``, whose docstring applies to all sections."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Refuses settings that megatron-core accepts and then gets wrong, or for which its own errors are hard to understand.
-"""
+"""Refuses settings that megatron-core accepts and then gets wrong, or for which its own errors are hard to read."""
 
 from __future__ import annotations
 
