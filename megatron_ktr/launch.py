@@ -44,9 +44,8 @@ LEFT_TO_TORCHRUN = "SIGINT,SIGHUP,SIGQUIT"
 
 
 class _Forwarding:
-    """Forwards ``LEAVE_SIGNALS`` to the ranks, from a thread. The thread is needed because Python runs no signal
-    handler while the main thread waits inside C++ for other nodes; the wake-up descriptor, however, is written to at
-    once."""
+    """Forwards ``LEAVE_SIGNALS`` to the ranks, from a thread. While the main thread waits inside C++ for other nodes,
+    Python runs no signal handler, but it writes to the wake-up descriptor at once, which the thread reads."""
 
     def __init__(self) -> None:
         self.was_asked = False

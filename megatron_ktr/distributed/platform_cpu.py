@@ -241,8 +241,8 @@ def _repair_megatron() -> None:
     def set_state(new_state: Tensor, device: Any = -1, graph_safe: bool = False) -> None:
         torch.set_rng_state(new_state)
 
-    # megatron-core 0.19 hands recomputed storages over in C++, which it compiles at the first use: that takes seconds,
-    # a compiler and ninja. 0.16 copied storages, which is equally correct; it does not have or read this name.
+    # megatron-core 0.19 hands recomputed storages over with C++ that it compiles at the first use: seconds, a compiler,
+    # ninja. 0.16 copied, which is as right; it has no such name and never reads it.
     setattr(tracker, "_get_share_storage", lambda: _copy_storage)  # noqa: B010  # of 0.19 only
     # The originals queue the change until CUDA starts, that is for ever.
     tracker._get_cuda_rng_state = get_state
