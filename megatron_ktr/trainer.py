@@ -125,9 +125,9 @@ class Trainer:
         return groups
 
     def _room_for_engine(self) -> AbstractContextManager:
-        """Makes room on the device for an engine, with ``offload_during_rollout``: optimizer state and gradients are
-        off the device from before the engine takes its memory (to receive weights) until it has given that memory
-        back."""
+        """Makes room on the device for an engine, with ``offload_during_rollout``. Optimizer state and gradients leave
+        the device before the engine takes its memory (to receive weights), and return after it has freed that memory.
+        """
         if not self.options.offload_during_rollout:
             return contextlib.nullcontext()
         policy = self.policy

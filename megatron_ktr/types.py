@@ -89,8 +89,8 @@ class Prompt:
 
     @property
     def identity(self) -> str:
-        """A string that identifies this draw of this record in the whole run. Seeds and kept responses are looked up by
-        it.
+        """A string that identifies this draw of this record in the whole run. Seeds are derived from it, and kept
+        responses are found by it.
 
         ``problem_id`` alone is not enough: published files repeat ids, and a small data set may give one record several
         times in a step. The number of a draw never repeats in a run. It is the same for every number of replicas, in
@@ -287,8 +287,7 @@ class TokenStreams:
     """Numbers that the objective counted along the way; the loss passes them on."""
 
     def detach(self) -> TokenStreams:
-        """These streams without the autograd graph that ``weight_R`` may hold if the objective differentiates
-        weights."""
+        """These streams without the autograd graph that ``weight_R`` has if the objective differentiates weights."""
         return dataclasses.replace(self, weight_R=self.weight_R.detach())
 
 

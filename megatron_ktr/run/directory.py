@@ -55,8 +55,8 @@ MAY_CHANGE = frozenset(
     "rollout_memory_share rollout_kv_cache_gb rollout_max_num_seqs rollout_eager offload_during_rollout".split()
 )
 """The options that a resumed run may change, besides the parallel ones: where things are, how long and how fast it
-runs. A change of any other option would make it another run and is refused; that includes new options until they are
-named here."""
+runs. A change of any other option would make it another run and is refused. A new option is refused until it is listed
+here."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,7 @@ def rollout_file(run_dir: Path, *, step: int, replica: int) -> Path:
 
 
 def list_checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
-    """(step, directory) of every checkpoint, oldest first. ``files/intact_checkpoint.py`` tells whether it is
-    intact."""
+    """(step, directory) of every checkpoint, oldest first. ``files/intact_checkpoint.py`` tells which are intact."""
     found = []
     for path in (run_dir / CHECKPOINTS).glob("step_*"):
         match = STEP_NAME.fullmatch(path.name)
