@@ -1,15 +1,18 @@
-"""torchrun for runs that are asked to leave: ``python -m megatron_ktr.launch`` takes torchrun's arguments.
+"""A launcher like torchrun that lets runs save before they end: ``python -m megatron_ktr.launch`` takes the arguments
+of torchrun.
 
-Four things differ from torchrun:
+It differs from torchrun in four ways:
 
-- SIGUSR1 and SIGTERM go to the ranks of this node, which save after their step (``run/interruption.py``), and the
-  launcher waits for them. torchrun dies of the first, and 30 seconds after the second kills the ranks.
-- The exit code is the ranks': torchrun turns every one of them into 1, also the 75 of "saved, start me again".
-- A rank that fails is one line. Its own messages stand above; torchrun adds its traceback to them.
-- A node that cannot reach node 0 says so in one line, after ten minutes (``--rdzv-conf timeout=SECONDS`` for another
-  time); torchrun takes up to 1.7 times as long and writes C++ stack traces.
+- It forwards SIGUSR1 and SIGTERM to the ranks of this node, which save after their step (``run/interruption.py``), and
+  waits for them. torchrun dies of SIGUSR1, and kills the ranks 30 seconds after SIGTERM.
+- It exits with the exit code of the ranks. torchrun turns every failure into 1, even the 75 that means "saved, start me
+  again".
+- It reports a failed rank in one line, below the messages of that rank. torchrun adds a traceback of its own.
+- If a node cannot reach node 0, it says so in one line after ten minutes (``--rdzv-conf timeout=SECONDS`` sets another
+  time). torchrun takes up to 1.7 times as long and writes C++ stack traces.
 
-Asked while no rank runs, or before the ranks can catch signals, it also exits with 75: there was nothing to save.
+It also exits with 75 if the signal comes while no rank runs, or before the ranks can catch signals: there was nothing
+to save.
 """
 
 from __future__ import annotations
@@ -41,8 +44,8 @@ LEFT_TO_TORCHRUN = "SIGINT,SIGHUP,SIGQUIT"
 
 
 class _Forwarding:
-    """Hands ``LEAVE_SIGNALS`` on to the ranks, from a thread: while the main thread waits inside C++ for other nodes,
-    Python runs no handler, but the wake-up descriptor is written to at once."""
+    """Forwards ``LEAVE_SIGNALS`` to the ranks, from a thread. While the main thread waits inside C++ for other nodes,
+    Python runs no signal handler, but it writes to the wake-up descriptor at once, which the thread reads."""
 
     def __init__(self) -> None:
         self.was_asked = False
@@ -70,9 +73,9 @@ class _Forwarding:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = torchrun.parse_args(list(sys.argv[1:] if argv is None else argv))
     arguments.signals_to_handle = LEFT_TO_TORCHRUN
-    # Older torch reads the variable and knows no such argument.
+    # Older versions of torch have no such argument and read this variable instead.
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = LEFT_TO_TORCHRUN
-    # What it logs of ranks that end is in our own line, and is no error where they were asked to.
+    # It logs an error for every rank that ends. Our own line reports failures, and ending on request is none.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     _check_arguments(arguments)
     forwarding = _Forwarding()
@@ -121,14 +124,14 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
 
 
 def _find_node_0(arguments: argparse.Namespace) -> None:
-    """Waits until node 0's launcher can be reached, and on node 0 makes sure that it can.
+    """Waits until the launcher of node 0 can be reached; on node 0, checks that others can reach it.
 
-    torchrun would wait inside C++, longer than it says and with stack traces on the error stream.
+    torchrun would do this inside C++: it would wait longer than it says, and write stack traces to the error stream.
     """
     if arguments.standalone or arguments.rdzv_backend != "static":
         return
     if not arguments.rdzv_endpoint and arguments.master_port is None and arguments.nnodes in ("1", "1:1"):
-        return  # it takes a free port of this machine
+        return  # torchrun takes a free port of this machine
     endpoint = arguments.rdzv_endpoint or f"{arguments.master_addr}:{arguments.master_port or 29500}"
     address, port = parse_rendezvous_endpoint(endpoint, default_port=29500)
     seconds = torchrun.config_from_args(arguments)[0].rdzv_configs["timeout"]
@@ -140,7 +143,7 @@ def _find_node_0(arguments: argparse.Namespace) -> None:
 
 
 def _report(error: ChildFailedError, *, was_asked: bool) -> int:
-    """The exit code of the launcher; says which rank failed, unless all of them left as they were asked to."""
+    """Returns the exit code of the launcher. It also prints which rank failed, unless all ranks left on request."""
     codes = {failure.exitcode for failure in error.failures.values()}
     unsaved = {-number for number in LEAVE_SIGNALS} if was_asked else set()
     if codes <= {EXIT_SAVED} | unsaved:

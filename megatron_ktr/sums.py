@@ -1,4 +1,4 @@
-"""Numbers of a step that add up over micro-batches and ranks, also while they are still on a device."""
+"""Numbers of a step that add up over micro-batches and ranks, even while they are still on a device."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor
 
 
 class Metrics:
-    """Sums and counts that reduce over ranks by addition, and maxima that reduce by maximum; ``means()`` divides at the
-    very end.
+    """Sums and counts, which ranks reduce by addition, and maxima, which they reduce by maximum. ``means()`` divides
+    sums by counts at the very end.
 
-    What a device has computed is added by ``add_later``, and read when somebody asks for a number: in one transfer all
-    that was added and merged until then, so that the host waits once for an update rather than for each number.
+    ``add_later`` adds numbers that are still on a device. They are read when a number is first asked for, all that were
+    added and merged until then in one transfer. So the host waits once per update and not for each number.
     """
 
     def __init__(
@@ -49,15 +49,17 @@ class Metrics:
 
     def add_max(self, name: str, value: float) -> None:
         largest, value = self._maxima.get(name, -math.inf), float(value)
-        # Not ``max``, with which NaN stays or goes by the order.
+        # The built-in ``max`` would keep or lose NaN depending on the order of its arguments.
         self._maxima[name] = value if value > largest or math.isnan(value) else largest
 
     def add_later(
         self, names: Sequence[str], values_n: Tensor, *, count: float | Tensor = 1.0, are_maxima: bool = False
     ) -> None:
-        """``add`` (or ``add_max``) of ``values_n`` [n], whatever its dtype and device, once it is read.
+        """Adds ``values_n`` [n], of any dtype and on any device, under ``names``. This acts like ``add`` (or
+        ``add_max``) for each value, but the device is read later.
 
-        ``count``: of each of them; a tensor of one element where a device knows it. The tensors are kept, not copied.
+        ``count`` is the count of each value; a tensor of one element if it is still on a device. The tensors are kept,
+        not copied.
         """
         if values_n.numel() != len(names):
             raise ValueError(f"{len(names)} names ({', '.join(names)}) for {values_n.numel()} numbers")
@@ -85,7 +87,8 @@ class Metrics:
     __hash__ = None  # type: ignore[assignment]
 
     def __getstate__(self) -> dict[str, Any]:
-        """To be pickled: a rank sends numbers, not what another rank would have to read from this one's device."""
+        """The state for pickling. Numbers on a device are read first, since another rank could not read them from this
+        rank's device."""
         self._read()
         return vars(self)
 
@@ -93,7 +96,7 @@ class Metrics:
         return f"Metrics(sums={self.sums}, counts={self.counts}, maxima={self.maxima})"
 
     def _read(self) -> None:
-        """Adds what is on a device, in the order in which it was given."""
+        """Reads the numbers that are still on a device and adds them, in the order in which they were given."""
         if not self._unread:
             return
         unread, self._unread = self._unread, []

@@ -1,8 +1,8 @@
 """Entry point of training: ``torchrun ... -m megatron_ktr.train --config FILE [flags]``.
 
 Parses the config, starts platform and process groups, builds policy, objective and source of groups, runs the
-steps, and ends with a Hugging Face export that vLLM and transformers load. Asked to leave by SIGUSR1 or SIGTERM it
-saves a checkpoint after the step instead and exits with code 75 (``run/interruption.py``).
+steps, and ends with a Hugging Face export that vLLM and transformers load. A run that receives SIGUSR1 or SIGTERM
+saves a checkpoint after the current step instead and exits with code 75 (``run/interruption.py``).
 """
 
 from __future__ import annotations
@@ -52,9 +52,10 @@ from models.qwen2_5_vl.media import media_spec
 
 
 def train(config: Config) -> int:
-    """One run, on every rank; returns its exit code: 0, or ``EXIT_SAVED`` where it was asked to leave."""
+    """Trains; every rank calls it. Returns the exit code: 0, or ``EXIT_SAVED`` if the run was asked to leave early."""
     platform = platforms.start(config.trainer.platform)
-    # Plain SGD below fp32 has state that no checkpoint holds (config/checks.py): such a run ends as any process does.
+    # Plain SGD below fp32 has state that no checkpoint holds (config/checks.py). Such a run cannot save, so signals end
+    # it as they end any process.
     can_save = config.optimizer.optimizer != "sgd" or config.model.params_dtype == "fp32"
     with LeaveRequest(LEAVE_SIGNALS if can_save else (), device=platform.device) as leave:
         is_finished = _train(config, platform=platform, leave=leave)
@@ -63,7 +64,7 @@ def train(config: Config) -> int:
 
 def _train(config: Config, *, platform: Platform, leave: LeaveRequest) -> bool:
     with same_on_every_rank():
-        # Sizes follow from one file of the model; the rest is verified by all ranks together, below.
+        # The sizes need only config.json. All ranks together verify the model's other files below.
         require_intact(config.model.model, option="--model", names=("config.json",))
         sizes, objective = check_run(config, world_size=world_size_from_environment())
         model_config = Qwen2_5_VLConfig.from_hf(config.model.model)
@@ -87,7 +88,7 @@ def _train(config: Config, *, platform: Platform, leave: LeaveRequest) -> bool:
     trainer = build_trainer(
         config, ranks=ranks, platform=platform, objective=objective, tokenizer=tokenizer, local_source=local_source
     )
-    # Also when a step fails: an engine may hold processes and devices that outlive this one.
+    # The source is closed also when a step fails: an engine may hold processes and devices that outlive this process.
     with contextlib.closing(trainer.source):
         is_finished = _run_steps(
             trainer, start=start, checkpointing=CheckpointOptions.of(config), tokenizer=tokenizer, leave=leave
@@ -101,7 +102,8 @@ def _train(config: Config, *, platform: Platform, leave: LeaveRequest) -> bool:
 
 
 def _with_steps(config: Config, local_source: DatasetSource | None, ranks: ParallelGroups) -> Config:
-    """``config`` with its length in steps, the same on every rank; what epochs come to is said."""
+    """``config`` with its length given in steps, the same on every rank. If the length was given in epochs, rank 0
+    prints how many steps they are."""
     num_records = None if local_source is None else local_source.dataset.num_kept
     num_records = broadcast_object(num_records, group=ranks.world, source=0)
     if ranks.rank == 0 and (line := length_line(config, num_records=num_records)):
@@ -119,7 +121,8 @@ def build_trainer(
     tokenizer: Tokenizer,
     local_source: DatasetSource | None,
 ) -> Trainer:
-    """Policy, sampler and its check, put together around the source; an error on one rank is raised on all."""
+    """Builds policy, sampler, sampler check and source, and connects them in a trainer. If building the sampler fails
+    on one rank, every rank raises the error."""
     model_config = Qwen2_5_VLConfig.from_hf(config.model.model)
     media = media_spec(model_config, patchify=PreprocessSettings.from_model(config.model.model).patchify)
     sampler = on_every_rank(lambda: build_sampler(config, ranks=ranks, tokenizer=tokenizer, media=media), ranks=ranks)
@@ -147,9 +150,10 @@ def build_trainer(
 def _run_steps(
     trainer: Trainer, *, start: RunStart, checkpointing: CheckpointOptions, tokenizer: Tokenizer, leave: LeaveRequest
 ) -> bool:
-    """From the checkpoint the run starts at, if any, to the last step, with everything that is written on the way.
+    """Runs all steps, from the checkpoint that the run starts at (if any) to the last, and writes metrics, rollouts and
+    checkpoints on the way.
 
-    False: asked to leave before the last step; what was done is saved.
+    Returns False if the run was asked to leave before the last step; its state is then saved.
     """
     options, ranks, run_dir = trainer.options.trainer, trainer.policy.ranks, start.run_dir
     num_steps = num_steps_of(options)
@@ -169,7 +173,7 @@ def _run_steps(
             print(line, flush=True)
         is_last = step == num_steps
         if is_last:
-            _ = report.selections  # rank 0 shows one: every rank takes part in gathering them
+            _ = report.selections  # rank 0 shows one, and gathering them is collective: every rank takes part
         if ranks.rank == 0 and (step % options.log_interval == 0 or is_last):
             _show(report, num_steps=num_steps, decode=tokenizer.decode)
         if _is_due(step, options.rollout_log_interval):
@@ -181,7 +185,7 @@ def _run_steps(
 
 
 def _leave(checkpoints: Checkpoints, *, step: int, is_new: bool, asked_by: str) -> None:
-    """Saves the state after ``step`` where this run has moved it."""
+    """Saves the state after ``step``, unless this run has done no step yet."""
     if is_new:
         checkpoints.save_and_wait(step)
     if checkpoints.ranks.rank == 0:
@@ -194,8 +198,8 @@ def _is_due(step: int, interval: int) -> bool:
 
 
 def _log_rollouts(report: StepReport, *, run_dir: Path, ranks: ParallelGroups) -> None:
-    """Every replica's reading rank writes its groups to a file of its own."""
-    selections = report.selections  # every rank takes part
+    """Writes the step's groups: the reading rank of each replica writes a file of its own."""
+    selections = report.selections  # collective: every rank takes part
 
     def write() -> None:
         if ranks.is_source:
@@ -206,7 +210,7 @@ def _log_rollouts(report: StepReport, *, run_dir: Path, ranks: ParallelGroups) -
 
 
 def _show(report: StepReport, *, num_steps: int, decode: Callable[[Sequence[int]], str]) -> None:
-    """The step's line and, on the last step, one response with its key tokens."""
+    """Prints the step's line and, on the last step, one response with its key tokens."""
     print(step_line(report.step, num_steps, report.values), flush=True)
     if report.step < num_steps or not report.selections:
         return

@@ -4,12 +4,12 @@
     scores  <- policy without gradient on the hidden and the shuffled view, reference model on the intact view
     update  <- one intact forward; key tokens chosen from the scores; backward through key tokens; optimizer step
 
-Key tokens are chosen inside the update, between its forward and its backward (``Policy.backward``). Where they must
-be known before, an intact pass without gradient chooses them first (``ScoringPasses.with_selection``): denominators
-that count key tokens, and several updates on one selection.
+Key tokens are normally chosen inside the update, between its forward and its backward (``Policy.backward``). Two
+settings need them before the update starts: loss denominators that count key tokens, and several updates on one
+selection. An extra intact pass without gradient then chooses them (``ScoringPasses.with_selection``).
 
 This file knows neither Megatron nor any algorithm by name. Sources give groups (recorded, or freshly generated
-and rewarded), objectives say which views they need and turn scores into per-token streams.
+and rewarded). Objectives say which views they need, and turn scores into per-token streams.
 """
 
 from __future__ import annotations
@@ -43,21 +43,24 @@ from megatron_ktr.types import ResponseSelection, RolloutGroup, TokenScores, Tok
 
 @dataclass(frozen=True)
 class StepReport:
-    """One step for logs and reports."""
+    """The results of one training step, for logs and reports."""
 
     step: int
     values: dict[str, float]
     groups: tuple[RolloutGroup, ...]
-    """What this replica trained on, in the order of its micro-batches: each group of the step is on one replica."""
+    """The groups this replica trained on, in the order of its micro-batches. Every group of the step is trained on
+    exactly one replica."""
     gather_selections: Callable[[], tuple[tuple[ResponseSelection, ...], ...]]
 
     @cached_property
     def selections(self) -> tuple[tuple[ResponseSelection, ...], ...]:
-        """Per group, per response. Empty where no group had unequal rewards and there is no KL term: nothing to learn,
-        no optimizer step was taken.
+        """The selected tokens, by group and by response.
 
-        Gathered at the first look, on every rank of a replica: a number for each token and signal is not read from the
-        device for a step that nobody writes down.
+        It is empty when the step took no optimizer step because there was nothing to learn: no group had unequal
+        rewards and there is no KL term.
+
+        The first access gathers the selections and is collective: every rank of the replica must make it. Gathering
+        is lazy so that a step that nobody logs need not copy its marks for every token and signal from the device.
         """
         return self.gather_selections()
 
@@ -75,7 +78,7 @@ class Trainer:
         self.batching = StepBatching(options=options, policy=policy, objective=objective)
         self.scoring = ScoringPasses(options=options, policy=policy, objective=objective, media=media)
         self.sampler_check: SamplerCheck | None = None
-        """Run once, with the weights of the first step."""
+        """A check that runs once, with the weights of the first step."""
         self._check_values: dict[str, float] = {}
         self.timer = PhaseTimer(policy.platform.synchronize)
         self.prompts_per_rank = options.trainer.prompts_per_replica(policy.ranks.data_size)
@@ -105,10 +108,11 @@ class Trainer:
         return self._report(step, groups, results=results)
 
     def _rollouts(self, step: int) -> list[RolloutGroup]:
-        """This step's groups, sampled from the weights the last step left.
+        """This step's groups, sampled from the weights that the previous step left.
 
-        With ``lag`` 1 they were begun before the last update, and the next step's begin here, to be sampled while this
-        step trains: one step off-policy, which the objective's importance weights correct.
+        With ``lag`` 1, sampling runs one step ahead. This step's groups were begun before the previous update, and the
+        next step's groups are begun here, so that the engine samples them while this step trains. The responses are
+        then one step off-policy, which the objective's importance weights correct.
         """
         with self._room_for_engine():
             if self.source.pending_step != step:
@@ -121,7 +125,9 @@ class Trainer:
         return groups
 
     def _room_for_engine(self) -> AbstractContextManager:
-        """From before an engine takes its memory, for the weights it is sent, until it has given that back."""
+        """Makes room on the device for an engine, with ``offload_during_rollout``. Optimizer state and gradients leave
+        the device before the engine takes its memory (to receive weights), and return after it has freed that memory.
+        """
         if not self.options.offload_during_rollout:
             return contextlib.nullcontext()
         policy = self.policy
@@ -141,38 +147,43 @@ class Trainer:
             self.source.begin(self.prompts_per_rank, step=step)
 
     def send_weights(self) -> None:
-        """The policy's weights to the engine; collective."""
+        """Sends the policy's weights to the engine; collective."""
         source = self.source
         source.load_weights(
             self.policy.export(gather_to=source.gather_weights_to, with_vision=source.needs_vision_weights)
         )
 
     def _check_sampler(self) -> None:
-        """Leaves every random state as it was: the run goes on as if there had been no check."""
+        """Runs the sampler check, if it has not run yet. Every random state is restored afterwards, so that the run
+        goes on as if there had been no check."""
         check, self.sampler_check = self.sampler_check, None
         if check is None:
             return
         with self.timer.phase("check"):
             state = self.policy.platform.rng_state()
-            # Not the step's own update: an engine that sleeps while the ranks train drops its weights after sampling.
+            # The step sends the weights again later: an engine that sleeps while the ranks train drops them after
+            # sampling, so the check cannot share this transfer with the step.
             self.send_weights()
             self._check_values = check.run()
-            self.policy.vision.take_counts()  # its prompts are not the step's
+            self.policy.vision.take_counts()  # the check's prompts do not count for the step
             self.policy.platform.set_rng_state(state)
 
     def _denominators(self, micro_batches: Sequence[MicroBatch]) -> Denominators:
-        """Counted over all micro-batches and replicas before the first forward, so that losses simply add up."""
+        """The counts that losses are divided by. They are taken over all micro-batches and replicas before the first
+        forward, so that the losses of micro-batches and ranks simply add up."""
         num_responses = self.policy.global_count(sum(item.batch.num_responses for item in micro_batches))
         if self.options.objective.loss_aggregation == "sequence":
             return Denominators(num_responses=round(num_responses))
         num_tokens = sum(self.objective.num_loss_tokens(item.batch, item.is_selected_R or {}) for item in micro_batches)
-        # Only the last stage knows the selection and only it reads the count; reduced over its replicas alone.
+        # Only the last pipeline stage knows the selection, and only the last stage reads this count. The sum therefore
+        # runs over the data-parallel ranks of each stage alone.
         return Denominators(num_responses=round(num_responses), num_tokens=round(self.policy.global_count(num_tokens)))
 
     def _anything_to_learn(self, groups: Sequence[RolloutGroup]) -> bool:
-        """False only if certainly no group of any replica has a gradient; then no pass is worth running.
+        """False only if it is certain that no group of any replica has a gradient; then no pass is worth running.
 
-        A length bonus is known after selection at the earliest; the update itself has the last word.
+        True is no promise: a length bonus, for example, is known after selection at the earliest. The update itself
+        decides in the end.
         """
         objective = self.objective
         if not objective.learns_from_rewards or objective.needs_reference or self.options.has_length_bonus:
@@ -223,7 +234,8 @@ class Trainer:
         )
 
     def _vision_counts(self, groups: Sequence[RolloutGroup]) -> dict[str, float]:
-        """Runs of a vision encoder per prompt, the temporal patches of its media being one run; {} without media."""
+        """How often the vision encoder ran for each prompt. Encoding all temporal patches of a prompt's media once
+        counts as one run. Empty without media."""
         shown = [medium.grid_thw[0] for group in groups for medium in group.prompt.media]
         num_units = self.policy.global_count(sum(shown))
         num_encoded = self.policy.global_count(self.policy.vision.take_counts())
@@ -232,7 +244,8 @@ class Trainer:
     def _selections(
         self, groups: Sequence[RolloutGroup], result: UpdateResult | None
     ) -> tuple[tuple[ResponseSelection, ...], ...]:
-        """The update's selection by group and response, on every rank; the last stage tells the others."""
+        """The update's selection by group and response, on every rank. Only the last pipeline stage has it at first and
+        sends it to the others."""
         if result is None:
             return ()
         parts = [_selection_tensors(*found) for found in zip(result.streams, result.scores, strict=True)]
@@ -260,7 +273,7 @@ class Trainer:
 
 
 def _selection_tensors(streams: TokenStreams, scores: TokenScores) -> tuple[Tensor, Tensor, Tensor]:
-    """Of one micro-batch: key tokens [R], log-probs [R], marks of every signal [signals, R]."""
+    """The selection of one micro-batch: key tokens [R], log-probs [R], marks of every signal [signals, R]."""
     marks = list(streams.is_selected_R.values())
     is_key_R = streams.is_key_token_R
     marks_SR = torch.stack(marks) if marks else is_key_R.new_zeros((0, len(is_key_R)))

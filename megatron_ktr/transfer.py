@@ -1,8 +1,8 @@
-"""From host memory to a device without waiting.
+"""Copies tensors from host memory to a device without making the host wait.
 
-A copy from ordinary memory makes the host wait until it is done, and before that for the work the device has been
-given. From pinned memory it takes its place behind that work, and the host goes on: hence whatever a pass needs is sent
-by ``send``, never by ``.to``.
+When a tensor in ordinary memory is copied to a device, the host waits for all work queued on the device and then for
+the copy. A copy from pinned memory is queued behind that work, and the host goes on at once. Hence everything that a
+pass needs is sent by ``send``, never by ``.to``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from torch import Tensor
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """``tensor`` on ``device``; itself where it is there. torch keeps the pinned copy until the device has read it."""
+    """``tensor`` on ``device``; the tensor itself if it is there already. torch keeps the pinned copy alive until the
+    device has read it."""
     if tensor.device == device:
         return tensor
     if tensor.device.type == "cpu":

@@ -1,6 +1,7 @@
-"""The data that flows through one training step, and the project's one shape legend.
+"""The data that flows through one training step, and the legend of tensor shapes for the whole project.
 
-Shape suffixes (logical sizes, never shard sizes, unless a docstring says otherwise):
+A tensor's name ends with its shape, one letter per dimension. Sizes are logical sizes, never those of a rank's shard,
+unless a docstring says otherwise:
 
     P  prompts, or groups of a packed sequence   V  vocabulary
     G  responses per prompt                      D  hidden size
@@ -14,10 +15,10 @@ Shape suffixes (logical sizes, never shard sizes, unless a docstring says otherw
     B  rows that are generated together          C, H, W  channels, height and width of a picture
     X  parts of the vocabulary, or words of one
 
-A digit is a dimension of that size: 3 axes of M-RoPE in ``position_ids_3T``, the 1 of megatron-core's batch in
-``hidden_T1D``. H is a height only where C, F or W stand beside it (``frames_FCHW``). In ``ops/token_statistics*.py``,
-which know no attention, N counts the statistics of a row and K the hidden rows that are compared (the intact one
-first).
+A digit is a dimension of that size: 3 axes of M-RoPE in ``position_ids_3T``, megatron-core's batch dimension of 1 in
+``hidden_T1D``. H is a height only where C, F or W stand beside it (``frames_FCHW``). The files
+``ops/token_statistics*.py`` have no attention: there N counts the statistics of a row, and K counts the hidden rows
+that are compared (the intact one first).
 
 ``logprob_R[r]`` belongs to ``target_ids_R[r]``: the log-probability of response token ``r``, computed from
 the hidden row ``predicting_rows_R[r]``, which is the row *before* that token.
@@ -62,10 +63,10 @@ class VisualInput:
     seconds_per_grid: float = 0.0
     """Seconds between two temporal patches (temporal_patch_size / sampled fps). 0 for images."""
     source: str = ""
-    """Path it came from, for logs only."""
+    """The path of the file, for logs only."""
     features: Tensor | None = None
-    """[visual tokens, D] on the host, from the trainer's vision encoder and its weights of the moment. Only in prompts
-    on their way to a rollout engine that runs no encoder of its own (``rollout/features.py``)."""
+    """[visual tokens, D] in host memory, computed by the trainer's vision encoder with its current weights. Set only in
+    prompts that are sent to a rollout engine without a vision encoder of its own (``rollout/features.py``)."""
 
 
 @dataclass(frozen=True)
@@ -82,15 +83,18 @@ class Prompt:
     record: Mapping[str, Any] = field(default_factory=dict)
     """The dataset record (problem_type, solution, options, path ...), read by rewards and reports."""
     draw_number: int = 0
-    """Which draw of the run's data this is: the element's place in the endless sequence of records that all replicas
-    walk through (``data/dataset.py``). 0 for prompts that no data set drew; then ``problem_id`` tells them apart."""
+    """Which draw of the run's data this is: its position in the endless sequence of records that all replicas
+    walk through (``data/dataset.py``). Prompts that do not come from a data set have 0; their ``problem_id`` then tells
+    them apart."""
 
     @property
     def identity(self) -> str:
-        """This draw of this record, told from every other: what seeds and kept responses go by.
+        """A string that identifies this draw of this record in the whole run. Seeds are derived from it, and kept
+        responses are found by it.
 
-        Problem ids repeat in published files, and a small data set gives one record several times in a step; a draw's
-        number never repeats in a run. It is the same for every number of replicas, in every engine, and after a resume.
+        ``problem_id`` alone is not enough: published files repeat ids, and a small data set may give one record several
+        times in a step. The number of a draw never repeats in a run. It is the same for every number of replicas, in
+        every engine, and after a resume.
         """
         return f"{self.draw_number} {self.problem_id}"
 
@@ -101,13 +105,15 @@ class Rollout:
 
     token_ids: tuple[int, ...]
     sampler_logprobs: tuple[float, ...] | None = None
-    """log-softmax(logits / temperature) over the full vocabulary, before top-p; None if not recorded."""
+    """The engine's log-softmax(logits / temperature) of each token, over the full vocabulary and before top-p; None if
+    not recorded."""
     text: str = ""
     is_finished: bool = True
     rewards: Mapping[str, float] = field(default_factory=dict)
     """Named parts of the reward, e.g. {"accuracy": 1.0, "format": 1.0}; their sum is the reward."""
     is_trained: tuple[bool, ...] | None = None
-    """By token: False where a given conversation has a user's turn, which may carry no loss; None = all may."""
+    """For each token, whether it may carry loss. It is False in the user's turns of a conversation that was given as
+    training data. None: every token may."""
 
     @property
     def reward(self) -> float:
@@ -116,7 +122,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class RolloutGroup:
-    """G responses to one prompt; the unit that is packed, scored and selected together, never split."""
+    """G responses to one prompt. A group is packed, scored and selected as a whole; it is never split."""
 
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
@@ -127,7 +133,7 @@ class RolloutGroup:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the packed group: the prompt once, and every response."""
+        """The number of tokens of the packed group: the prompt counts once, and so does every response."""
         return len(self.prompt.token_ids) + self.num_response_tokens
 
 
@@ -171,7 +177,7 @@ class PackedLayout:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """One micro-batch for one view: everything the model and the loss need, on any pipeline stage."""
+    """One micro-batch in one view, with everything that the model and the loss need on any pipeline stage."""
 
     view: View
     layout: PackedLayout
@@ -191,19 +197,19 @@ class PackedBatch:
     visual_rows: Tensor
     """int64 [number of visual tokens]: rows of T that receive vision features, in order of occurrence."""
     patches_SD: Tensor | None
-    """float32 [S, C * temporal_patch * patch * patch], media concatenated in order of occurrence; None where
-    the view has no media, or comes with ``features_ED``. Only the first pipeline stage reads it."""
+    """float32 [S, C * temporal_patch * patch * patch], the patches of all media in order of occurrence. None if the
+    view has no media or brings ``features_ED`` instead. Only the first pipeline stage reads it."""
     grid_thw_M3: Tensor
     """int64 [M, 3]; empty where the view has no media."""
     media: tuple[VisualInput, ...] = ()
-    """The media as this view shows them, in order of occurrence; only on the first pipeline stage."""
+    """The media as this view shows them, in order of occurrence; empty except on the first pipeline stage."""
     features_ED: Tensor | None = None
-    """[visual tokens, D]: what the vision encoder gives for ``media``, where it has run before
+    """[visual tokens, D]: the vision encoder's output for ``media``, if the encoder has run before the model does
     (``policy/vision_pass.py``)."""
     is_trained_R: Tensor | None = None
-    """bool [R]: False on tokens that are context inside a response (``Rollout.is_trained``); None = nowhere."""
+    """bool [R]: False on tokens that are context inside a response (``Rollout.is_trained``). None: there are none."""
     left_behind: PackedBatch | None = field(default=None, repr=False, compare=False)
-    """The batch in host memory that this one, on a device, was made of."""
+    """The batch in host memory that this batch, on a device, was copied from; None if this batch is not such a copy."""
 
     @property
     def num_responses(self) -> int:
@@ -211,11 +217,12 @@ class PackedBatch:
 
     @property
     def on_host(self) -> PackedBatch:
-        """The same tokens and rows in host memory, where plans are made of them: reading a device would be waiting."""
+        """The same tokens and rows in host memory. Code that plans on the host reads this batch, because reading a
+        tensor on the device would wait for the device."""
         return self.left_behind or self
 
     def to(self, device: torch.device) -> PackedBatch:
-        """Sends every tensor to ``device``; nobody waits."""
+        """Sends every tensor to ``device``; the host does not wait for the copies."""
         moved = {
             f.name: send(value, device)
             for f in dataclasses.fields(self)
@@ -226,10 +233,11 @@ class PackedBatch:
 
 @dataclass(frozen=True)
 class TokenScores:
-    """What is known about the response tokens of one PackedBatch, without gradient unless said; fp32 [R] each.
+    """What is known about the response tokens of one PackedBatch. Each field is fp32 [R], without gradient unless its
+    docstring says otherwise.
 
-    A field is None when no enabled part of the objective asked for it. Counterfactual values on tokens of a
-    prompt with nothing to hide or to shuffle mean nothing; ``attribution/signals.py`` discards them.
+    A field is None when no enabled part of the objective asked for it. On tokens whose prompt has nothing to hide or to
+    shuffle, counterfactual values have no meaning; ``attribution/signals.py`` discards them.
     """
 
     policy_logprob_R: Tensor
@@ -239,18 +247,19 @@ class TokenScores:
     hidden_kl_R: Tensor | None = None
     """KL(p_intact || p_hidden) over the whole vocabulary; only for ``shift: kl``."""
     shuffled_kl_R: Tensor | None = None
-    """KL(p_intact || p_shuffled), likewise."""
+    """KL(p_intact || p_shuffled) over the whole vocabulary; only for ``shift: kl``."""
     divergence_R: Tensor | None = None
-    """Between the G next-token distributions at the token's position in its group (``ops/group_divergence.py``); with
-    gradient where the objective asks for it (``needs_divergence_gradient``)."""
+    """The divergence between the G next-token distributions at the token's position in its group
+    (``ops/group_divergence.py``). It has a gradient if the objective asks for one (``needs_divergence_gradient``)."""
     reference_logprob_R: Tensor | None = None
     behaviour_logprob_R: Tensor | None = None
-    """Old policy of a clipped ratio: None means one update per rollout, ratio = exp(logp - stopgrad(logp))."""
+    """Log-probs of the old policy, for a clipped ratio. None means one update per rollout; then the current policy is
+    the old one, and ratio = exp(logp - stopgrad(logp))."""
     sampler_logprob_R: Tensor | None = None
-    """As the rollout engine recorded them (``Rollout.sampler_logprobs``); None if any response has none."""
+    """Log-probs as the rollout engine recorded them (``Rollout.sampler_logprobs``); None if any response has none."""
 
     def detach(self) -> TokenScores:
-        """Without the graph that ``divergence_R`` may hold."""
+        """These scores without the autograd graph that ``divergence_R`` may hold."""
         return self if self.divergence_R is None else dataclasses.replace(self, divergence_R=self.divergence_R.detach())
 
 
@@ -265,18 +274,20 @@ class TokenStreams:
     """
 
     advantage_R: Tensor
-    """Times the importance weight, where a mismatch of sampler and trainer is corrected."""
+    """The advantage of each token; multiplied by the importance weight if a mismatch of sampler and trainer is
+    corrected."""
     weight_R: Tensor
-    """0 on every token that gets no gradient, key token or not."""
+    """The weight of each token in the loss. It is 0 on every token that gets no gradient, whether key token or not."""
     is_key_token_R: Tensor
     """bool [R]: True on tokens that were chosen to carry the loss."""
     is_selected_R: Mapping[str, Tensor] = field(default_factory=dict)
-    """bool [R] by signal name; their union is ``is_key_token_R`` where signals are used."""
+    """bool [R] by name of the signal: the tokens that the signal selected. If signals are used, the union of them is
+    ``is_key_token_R``."""
     metrics: Metrics = field(default_factory=Metrics)
-    """What the objective counted on the way; the loss passes it on."""
+    """Numbers that the objective counted along the way; the loss passes them on."""
 
     def detach(self) -> TokenStreams:
-        """Without the graph that ``weight_R`` may hold, where weights are differentiated too."""
+        """These streams without the autograd graph that ``weight_R`` has if the objective differentiates weights."""
         return dataclasses.replace(self, weight_R=self.weight_R.detach())
 
 
@@ -286,5 +297,5 @@ class ResponseSelection:
 
     is_key_token: tuple[bool, ...]
     is_selected: Mapping[str, tuple[bool, ...]] = field(default_factory=dict)
-    """By signal name."""
+    """The tokens that each signal selected, by name of the signal."""
     policy_logprobs: tuple[float, ...] = ()

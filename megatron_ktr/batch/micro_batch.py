@@ -1,4 +1,4 @@
-"""What goes into one update and what comes out of it; the policy runs it, the trainer fills and reads it."""
+"""Input and result of one update. The trainer makes the input and reads the result; the policy runs the update."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from megatron_ktr.transfer import send
 from megatron_ktr.types import PackedBatch, RolloutGroup, TokenScores, TokenStreams, View
 
 Packed = PackedBatch | Callable[[], PackedBatch]
-"""A batch, or what packs it when it is looked at and keeps it: host work that a device need not wait for."""
+"""A batch, or a function that packs it on the first call and keeps it. The function defers packing, which is work of
+the host, until the device is busy with an earlier batch."""
 
 
 def ready(packed: Packed) -> PackedBatch:
@@ -24,13 +25,13 @@ def ready(packed: Packed) -> PackedBatch:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One micro-batch of the update: its groups, packed intact, and what earlier passes found out about it.
+    """One micro-batch of the update: its groups, their packed intact view, and the results of earlier passes over it.
 
     ===========================  ============================  ===========================================
     field                        set by                        read by
     ===========================  ============================  ===========================================
-    counterfactual_logprob_R     scoring, one pass a view;     ``scores``
-                                 with KL the intact pass
+    counterfactual_logprob_R     scoring, one pass per view;   ``scores``
+                                 for KL, the intact pass
     counterfactual_hidden_RD     scoring, for KL               the next intact pass, which empties it
     counterfactual_kl_R          that intact pass              ``scores``
     divergence_R                 the first intact pass         ``scores`` (TW-GRPO)
@@ -39,35 +40,35 @@ class MicroBatch:
     is_selected_R                where there is one            selects inside the update
     ===========================  ============================  ===========================================
 
-    What passes find is on the last pipeline stage only.
+    The results of passes exist on the last pipeline stage only.
     """
 
     groups: tuple[RolloutGroup, ...]
     packed: Packed
-    """View ``intact``; a function packs it at the first look, once."""
+    """The view ``intact``. If it is a function, the first call packs the batch and later calls return the same one."""
     counterfactual_logprob_R: dict[View, Tensor | None] = field(default_factory=dict)
-    """From ``score`` on the other views; None on every stage but the last."""
+    """The responses' log-probs in the other views, from ``score``; None on every stage but the last."""
     counterfactual_kl_R: dict[View, Tensor] = field(default_factory=dict)
-    """KL(intact || view), where an intact pass has met ``counterfactual_hidden_RD``."""
+    """KL(intact || view), once an intact pass has used ``counterfactual_hidden_RD``."""
     counterfactual_hidden_RD: dict[View, tuple[Tensor | None, ...]] = field(default_factory=dict)
-    """By random order, of which views other than ``shuffled`` have one. From ``hidden_rows`` on the other views, for
-    objectives that need the KL: the next intact pass compares whole distributions of all views in its own pass over the
-    vocabulary, and no logits are kept."""
+    """The hidden rows of the other views, from ``hidden_rows``, for objectives that need the KL. There is one entry per
+    random order (views other than ``shuffled`` have one order). The next intact pass compares the distributions of all
+    views in its own pass over the vocabulary, so that no logits are kept."""
     divergence_R: Tensor | None = None
-    """Between the responses of a group, for objectives that need it, once an intact pass has found it."""
+    """The divergence between the responses of a group, from the first intact pass; for objectives that need it."""
     reference_logprob_R: Tensor | None = None
     behaviour_logprob_R: Tensor | None = None
     is_selected_R: Mapping[str, Tensor] | None = None
-    """Set where the selection is made before the update (several updates per rollout, denominators that count key
-    tokens); otherwise the objective selects inside the update, right after the intact forward."""
+    """The selected tokens by signal, if they are chosen before the update (several updates per rollout, or denominators
+    that count key tokens). None: the objective selects inside the update, right after the intact forward."""
 
     @property
     def batch(self) -> PackedBatch:
-        """View ``intact``."""
+        """The packed batch in view ``intact``."""
         return ready(self.packed)
 
     def with_hidden_rows(self, view: View, rows_by_draw: tuple[Tensor | None, ...]) -> MicroBatch:
-        """This micro-batch with what a pass over ``view`` found, for objectives that need the KL to it."""
+        """This micro-batch with the hidden rows of ``view``, for objectives that need the KL to that view."""
         known = self.counterfactual_hidden_RD
         return dataclasses.replace(self, counterfactual_hidden_RD={**known, view: rows_by_draw})
 
@@ -77,7 +78,7 @@ class MicroBatch:
         return dataclasses.replace(self, counterfactual_logprob_R={**known, view: logprob_R})
 
     def scores(self, statistics: TokenStatistics) -> TokenScores:
-        """All scores of the micro-batch, given an intact pass."""
+        """All scores of the micro-batch, given the statistics of an intact pass."""
         return TokenScores(
             policy_logprob_R=statistics.logprob_R.detach(),
             entropy_R=statistics.entropy_R.detach(),
@@ -105,7 +106,7 @@ class Denominators:
 
     num_responses: int
     num_tokens: int | None = None
-    """Tokens that carry the loss, for token-mean aggregation; None for the mean over responses."""
+    """The number of tokens that carry the loss, for token-mean aggregation; None for the mean over responses."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class UpdateResult:
     """What one optimizer step did. ``streams`` and ``scores`` are per micro-batch, on the last stage only."""
 
     loss: float
-    """Of the global batch."""
+    """The loss of the global batch."""
     has_gradient: bool
     """Whether any token of the global batch has a gradient. Without one ``update`` takes no optimizer step: Adam's
     momentum and weight decay would move the weights on no evidence."""
@@ -122,19 +123,20 @@ class UpdateResult:
     """Response tokens of the global batch whose log-prob is NaN or infinite."""
     has_stepped: bool = False
     grad_norm: float = 0.0
-    """Before clipping."""
+    """The norm before clipping."""
     streams: tuple[TokenStreams, ...] = ()
     scores: tuple[TokenScores, ...] = ()
 
     @property
     def is_skipped(self) -> bool:
-        """There was a gradient and no step: its norm was above ``grad_norm_skip_threshold``, it overflowed under the
-        loss scale of fp16, or the loss was NaN where the objective allows that."""
+        """Whether there was a gradient but no step was taken. There are three causes: the norm was above
+        ``grad_norm_skip_threshold``, the gradient overflowed under the loss scale of fp16, or the loss was NaN and the
+        objective allows that."""
         return self.has_gradient and not self.has_stepped
 
 
 def mean_by_view(views: Sequence[View], values_KR: Tensor) -> dict[View, Tensor]:
-    """The rows of ``values_KR``, of which ``views`` names the view, averaged where a view has several."""
+    """The rows of ``values_KR`` by view; ``views`` names the view of each row. Rows of the same view are averaged."""
     rows: dict[View, list[Tensor]] = {}
     for view, value_R in zip(views, values_KR, strict=True):
         rows.setdefault(view, []).append(value_R)
@@ -142,7 +144,7 @@ def mean_by_view(views: Sequence[View], values_KR: Tensor) -> dict[View, Tensor]
 
 
 def measures(loss: Tensor, streams: TokenStreams, scores: TokenScores, *, has_kl: bool) -> Metrics:
-    """What ``UpdateResult`` says of the update, as a micro-batch's part of the sums; nothing is read here."""
+    """One micro-batch's part of the numbers that ``UpdateResult`` reports. They are not read from the device here."""
     found = Metrics()
     num_not_finite = (~scores.policy_logprob_R.isfinite()).sum()
     has_gradient = any_gradient(streams, scores if has_kl else None)
@@ -152,8 +154,8 @@ def measures(loss: Tensor, streams: TokenStreams, scores: TokenScores, *, has_kl
 
 
 def any_gradient(streams: TokenStreams, scores: TokenScores | None) -> Tensor:
-    """bool []: whether any token that carries the loss has an advantage, or (``scores`` given: there is a KL term) has
-    left the reference model."""
+    """bool []: whether any token that carries the loss has a nonzero advantage, or a log-prob that differs from the
+    reference model's. The latter counts only if ``scores`` are given, which means that there is a KL term."""
     is_pulled_R = streams.advantage_R != 0
     if scores is not None and scores.reference_logprob_R is not None:
         is_pulled_R = is_pulled_R | (scores.reference_logprob_R != scores.policy_logprob_R)

@@ -1,12 +1,13 @@
-"""Packing: groups of responses become one sequence per micro-batch, every prompt stored once.
+"""Packing: the groups of a micro-batch become one sequence, in which every prompt is stored once.
 
-Rows of a packed sequence, groups back to back, padding last:
+The rows of a packed sequence are the groups back to back, then padding:
 
     [prompt 1 | response 1.1 | .. | response 1.G | prompt 2 | response 2.1 | .. | padding]
 
-Pure planning, no model. What holds for every ``PackedBatch`` made here, in every view (the tests assert it):
+This is planning only; no model runs. Every ``PackedBatch`` made here has these properties, in every view (the tests
+assert them):
 
-1. the groups' spans tile rows 0 .. T - num_padding; T is a multiple of ``pad_to_multiple``, by the fewest
+1. the groups' spans tile rows 0 .. T - num_padding; T is a multiple of ``pad_to_multiple``, reached with the fewest
    padding rows;
 2. ``target_ids_R`` is the responses' tokens in order, the same in all three views: token r of one view is token r
    of the others, so scores subtract element by element;
@@ -43,7 +44,7 @@ from megatron_ktr.types import (
 )
 
 PAD_TOKEN_ID = 0
-"""Any valid id: padding rows are computed and never read."""
+"""The token of padding rows. Any valid id would do: padding rows are computed but never read."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class MediaSpec:
     """``positions(token_ids, *, grid_thw, kinds, seconds_per_grid) -> (int64 [3, T], next_position)``."""
     patchify: Callable[[Tensor, VisualInput], Tensor]
     """``patchify(frames_FCHW, visual_input) -> float32 [S, C * temporal_patch * patch * patch]``, normalised;
-    ``visual_input`` tells kind and grid, its own frames are not read."""
+    ``visual_input`` gives kind and grid only; its own frames are not read."""
 
     def token_id(self, medium: VisualInput) -> int:
         return self.image_token_id if medium.kind == "image" else self.video_token_id
@@ -82,21 +83,21 @@ def pack_groups(
     seconds_per_grid: float | None = None,
     vision: Literal["patches", "media", "none"] = "patches",
 ) -> PackedBatch:
-    """One micro-batch of whole groups in one view.
+    """Packs one micro-batch of whole groups in one view.
 
     Args:
         groups: at least one; every response has at least one token.
         view: ``hidden`` drops the visual tokens and the media; ``shuffled`` reorders the videos' frames.
         pad_to_multiple: T becomes a multiple of it (sequence parallelism, FP8).
-        permutations: for ``shuffled``: per group, per medium, the new frame order or None for "as it is"
+        permutations: only for ``shuffled``: the new frame order of each medium by group, or None to keep the order
             (``attribution.counterfactuals.draw_permutations``).
-        seconds_per_grid: overrides every video's own; only the sampler check's experiments set it.
-        vision: what the batch carries of its media: ``patches`` that the model encodes itself, the ``media`` alone
-            where features come from a ``VisionPass``, or nothing, for ranks without the vision encoder.
+        seconds_per_grid: overrides every video's own value; only the sampler check's experiments set it.
+        vision: what the batch holds of its media. ``patches``: patches, which the model encodes itself. ``media``: the
+            media alone, because a ``VisionPass`` computes features. ``none``: nothing, for ranks without the encoder.
 
     Raises:
-        ValueError: no group, an empty response, media that do not match the prompt's placeholders, a missing
-            permutation, or a prompt of which the hidden view would keep nothing.
+        ValueError: there is no group, a response is empty, media do not match the prompt's placeholders, a permutation
+            is missing, or the hidden view would keep nothing of a prompt.
     """
     _check_request(groups, view=view, pad_to_multiple=pad_to_multiple, permutations=permutations)
     builder = _Builder()
@@ -130,8 +131,10 @@ def pack_groups(
 
 
 def shuffled_view(intact: PackedBatch, permutations: Sequence[Sequence[Tensor | None]]) -> PackedBatch:
-    """``pack_groups(groups, view="shuffled", permutations=permutations)`` from the same groups' intact view, packed
-    with the media alone or with nothing of them: rows, tokens and positions are the same tensors.
+    """The shuffled view, made from the intact view of the same groups without packing them again.
+
+    The result equals ``pack_groups(groups, view="shuffled", permutations=permutations)``. It shares the tensors of
+    rows, tokens and positions with ``intact``, which must have been packed with ``vision`` "media" or "none".
 
     Raises:
         ValueError: the intact view holds patches, or has another number of media.
@@ -150,8 +153,8 @@ def shuffled_view(intact: PackedBatch, permutations: Sequence[Sequence[Tensor | 
 def plan_micro_batches(
     groups: Sequence[RolloutGroup], *, groups_per_micro_batch: int
 ) -> list[tuple[RolloutGroup, ...]]:
-    """Consecutive runs of at most ``groups_per_micro_batch`` whole groups, in order. (Under a bound on tokens instead:
-    ``step/balance.py``.)"""
+    """Splits the groups, in order, into micro-batches of at most ``groups_per_micro_batch`` whole groups.
+    (``step/balance.py`` splits them under a bound on tokens instead.)"""
     if groups_per_micro_batch < 1:
         raise ValueError(f"micro_batch_groups must be at least 1, got {groups_per_micro_batch}")
     return [
@@ -160,7 +163,7 @@ def plan_micro_batches(
 
 
 class _Builder:
-    """Collects rows group by group; Python lists, because sequences are thousands of tokens, not millions."""
+    """Collects rows group by group. Python lists are fast enough: sequences are thousands of tokens, not millions."""
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
@@ -259,7 +262,7 @@ def _check_request(
 
 
 def _check_placeholders(prompt: Prompt, media: MediaSpec) -> None:
-    """Refuses a prompt whose placeholders are not exactly its media's visual tokens, in order."""
+    """Refuses a prompt unless its placeholders are exactly the visual tokens of its media, in order."""
     found = [token for token in prompt.token_ids if media.is_visual(token)]
     expected = [media.token_id(medium) for medium in prompt.media for _ in range(media.num_visual_tokens(medium))]
     if found != expected:

@@ -1,8 +1,8 @@
-"""The options of a run: what there is (``sections.py``), what goes together (``checks.py``), how it is read
-(``load.py``: defaults, then a YAML file, then flags).
+"""The options of a run. ``sections.py`` lists them, ``checks.py`` has the rules between them, and ``load.py`` reads
+them (defaults, then a YAML file, then flags).
 
-``Config`` holds every section. It stops at the door: entry points and builders take it apart, and what they build
-receives its own section, or facts worked out once.
+``Config`` holds every section. Only entry points and builders see the whole of it. They take it apart, so that each
+part of the program receives its own section, or facts that are derived once (``part_options.py``).
 """
 
 from megatron_ktr.config.load import (

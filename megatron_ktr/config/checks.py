@@ -1,6 +1,6 @@
-"""Rules between options, and what is not available yet: refused here with one sentence, never ignored.
+"""Rules between options. A value that breaks a rule, or is not available yet, is refused with one sentence.
 
-An option joins a run only when it works; until then its value stands in ``_not_available`` and is refused.
+An option is accepted only once it works. Until then ``_not_available`` refuses its values.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def _required(config: Config) -> Iterator[str]:
 
 
 def _not_available(config: Config) -> Iterator[str]:
-    """What the interface already names but no code serves yet."""
-    objective_entry(config.objective.objective)  # raises where there is no such objective
+    """Refuses options that already have a name but no code yet."""
+    objective_entry(config.objective.objective)  # raises if there is no such objective
     if config.trainer.eval_interval:
         yield "--eval-interval: evaluation during training is not available yet"
 
@@ -123,7 +123,7 @@ def _rollout(config: Config) -> Iterator[str]:
     if rollout.rollout_tensor_parallel_size > 1 and rollout.engine != "vllm_colocated":
         yield f"--rollout-tensor-parallel-size is not read by --engine {rollout.engine}"
     if is_vllm and rollout.temperature != 1 and (rollout.top_p < 1 or rollout.top_k):
-        # Its raw log-probs know no temperature, its processed ones are renormalised over the nucleus.
+        # vLLM's raw log-probs ignore the temperature, and its processed ones are renormalised over the nucleus.
         yield "vLLM's log-probs are exact with --temperature 1, or with --top-p 1 --top-k 0, not with both changed"
 
 
@@ -200,8 +200,7 @@ def _optimizer(config: Config) -> Iterator[str]:
         require_core_0_19("--grad-norm-skip-threshold")
     if max(section.adam_beta1, section.adam_beta2) >= 1:
         yield "--adam-beta1 and --adam-beta2 must be below 1"
-    # With train_epochs the steps are not known yet; the rules are checked again when they are
-    # (``config/run_length.py``).
+    # With train_epochs the number of steps is not known yet; ``config/run_length.py`` checks the rules again later.
     num_updates = (config.trainer.train_steps or math.inf) * config.objective.updates_per_rollout
     if section.lr_warmup_steps > num_updates:
         yield f"--lr-warmup-steps {section.lr_warmup_steps} exceeds the {num_updates} optimizer steps of the run"

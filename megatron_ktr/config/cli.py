@@ -1,4 +1,4 @@
-"""From frozen dataclasses to YAML keys, command-line flags, help text and a reference page; knows no option by name.
+"""Makes YAML keys, command-line flags, help text and a reference page from frozen dataclasses; knows no option by name.
 
 A configuration class is a frozen dataclass of sections; a section is a frozen dataclass of fields made with
 ``option``. Field names are unique over all sections, so ``lr`` is the flag ``--lr`` and, in a YAML file, either
@@ -25,7 +25,7 @@ from megatron_ktr.errors import UserError
 
 LARGEST_INTEGER = 2**31 - 1
 SMALLEST_NUMBER, LARGEST_NUMBER = 2.0**-126, 2.0**127
-"""What every option keeps to, beside its own limits: numbers end up in 32 bits, in torch and in libraries behind it."""
+"""The limits of every number, besides an option's own: torch and the libraries behind it store numbers in 32 bits."""
 
 
 def option(
@@ -37,20 +37,21 @@ def option(
     high: float | None = None,
     choices: Callable[[], tuple[str, ...]] | None = None,
 ):
-    """A documented field. ``low <= value <= high`` and ``value > above`` hold for each number given. ``choices`` is
-    asked for the accepted values whenever they are needed; a field whose values never change has a ``Literal`` type."""
+    """Makes a documented field. Values must satisfy ``low <= value <= high`` and ``value > above``, as far as these are
+    given. ``choices`` is called whenever the accepted values are needed; a field with fixed values has a ``Literal``
+    type instead."""
     metadata = {"doc": doc, "low": low, "above": above, "high": high, "find_choices": choices}
     return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class Option:
-    """What is known about one field: where it stands, its type taken apart, its default and limits."""
+    """Everything known about one field: its section and name, the parts of its type, its default and its limits."""
 
     section: str
     name: str
     kind: type
-    """str, int, float or bool; of the elements where ``is_list``."""
+    """str, int, float or bool; for a list, the type of its elements."""
     fixed_choices: tuple[str, ...]
     """The values of a ``Literal`` type; empty for any other."""
     is_list: bool
@@ -64,7 +65,7 @@ class Option:
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The accepted values; empty where any value of the kind is accepted."""
+        """The accepted values; empty if every value of the kind is accepted."""
         return self.find_choices() if self.find_choices else self.fixed_choices
 
     @property
@@ -93,7 +94,7 @@ class Option:
 
 
 def options_of(config_class: type) -> dict[str, Option]:
-    """Every field of every section by field name. A name used twice is a mistake of ours, hence the assertion."""
+    """Every field of every section, by field name. The assertion catches our own mistake of using a name twice."""
     found: dict[str, Option] = {}
     for section_name, section_class in typing.get_type_hints(config_class).items():
         hints = typing.get_type_hints(section_class)
@@ -133,7 +134,8 @@ def did_you_mean(name: str, candidates: Iterable[str], *, cutoff: float = 0.0) -
 
 
 def convert(option: Option, value: Any, *, source: str) -> Any:
-    """``value`` (YAML value or flag text) as the field's type, checked; ``source`` says where it came from."""
+    """Converts ``value`` (a YAML value or the text of a flag) to the field's type and checks it. Messages name
+    ``source`` as its origin."""
     if value is None or (option.is_optional and _is_none_word(value)):
         if option.is_optional:
             return None
@@ -167,7 +169,7 @@ def _convert_one(option: Option, value: Any, *, source: str) -> Any:
         # YAML 1.1 reads 2e-6 (no dot) as text, so numbers are accepted as text from files too.
         try:
             result = option.kind(value) if isinstance(value, str) or option.kind is float else value
-        except (ValueError, OverflowError):  # also a number of too many digits
+        except (ValueError, OverflowError):  # no number, or one with too many digits
             _refuse(option, value, source=source)
         if option.kind is int and not isinstance(result, int):
             _refuse(option, value, source=source)
@@ -248,7 +250,7 @@ def read_yaml(path: Path, *, options: Mapping[str, Option], notes: Mapping[str, 
         raise UserError(f"--config: cannot read {path}: {error.strerror}") from error
     except RecursionError:
         raise UserError(f"{path}: not a valid YAML file: nested too deeply") from None
-    except (yaml.YAMLError, UserError, ValueError) as error:  # ValueError: no text, or no possible name of a file
+    except (yaml.YAMLError, UserError, ValueError) as error:  # ValueError: not text, or not a possible file name
         raise UserError(f"{path}: not a valid YAML file: {error}") from error
     if content is None:
         return {}
@@ -269,7 +271,7 @@ def read_yaml(path: Path, *, options: Mapping[str, Option], notes: Mapping[str, 
 
 
 def _flatten(content: dict, *, path: Path, options: Mapping[str, Option]) -> list[tuple[str, Any, str | None]]:
-    """(field name, value, section or None at the top level) for everything in the file."""
+    """(field name, value, section) for everything in the file; the section is None for keys at the top level."""
     sections = {option.section for option in options.values()}
     rows: list[tuple[str, Any, str | None]] = []
     for key, value in content.items():
@@ -300,7 +302,7 @@ class _Parser(argparse.ArgumentParser):
 def build_parser(
     options: Mapping[str, Option], *, prog: str, section_docs: Mapping[str, str]
 ) -> argparse.ArgumentParser:
-    """A parser with one flag per option, grouped by section, that leaves values as text for ``convert``."""
+    """A parser with one flag per option, grouped by section. It leaves values as text, which ``convert`` converts."""
     parser = _Parser(
         prog=prog,
         usage=f"{prog} [--config FILE] [--option VALUE ...]",
@@ -329,7 +331,8 @@ def build_parser(
 def read_flags(
     parser: argparse.ArgumentParser, argv: Sequence[str], *, options: Mapping[str, Option], notes: Mapping[str, str]
 ) -> dict[str, Any]:
-    """What the command line sets, by field name, converted; other arguments of ``parser`` come back untouched."""
+    """The converted values that the command line sets, by field name. Other arguments of ``parser`` are returned as
+    they are."""
     parsed, unknown = parser.parse_known_args(list(argv))
     if unknown:
         flag = unknown[0].split("=")[0]

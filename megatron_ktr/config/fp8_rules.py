@@ -1,6 +1,8 @@
-"""What FP8 asks of a run, as plain rules: rows per rank, device, sizes of matrices. No model, no megatron.
+"""The requirements of FP8 on a run: rows per rank, device and sizes of matrices. These are plain rules, without a model
+or megatron.
 
-Transformer Engine, 2.11 and 2.17 alike, quantises the inputs of a linear layer by one of four recipes:
+Transformer Engine (2.11 and 2.17 alike) quantises the inputs of a linear layer by one of four recipes. The table gives
+the number that the packed rows T must be a multiple of, and the compute capability that the recipe needs.
 
     recipe      scales                               rows of T          the same under           device
                                                      without SP         sequence parallelism
@@ -9,11 +11,12 @@ Transformer Engine, 2.11 and 2.17 alike, quantises the inputs of a linear layer 
     blockwise   one per 1 x 128 (weights 128 x 128)  16                 128 per rank             9.0, CUDA 12.9
     mxfp8       one per 1 x 32, powers of two        32                 32 per rank              10.0 and 10.x
 
-Where the rows come from: forward asks for a multiple of 8, but the weights' gradient sums over the rows, and a row of
-the transposed operand must have a multiple of 16 numbers; whole blocks of 32 for mxfp8. Under sequence parallelism
-each rank quantises its own rows before they are gathered: whole blocks again, now of 128 for blockwise. (What is not
-made of whole blocks 2.11 refuses; 2.17 gathers it unquantised, with a warning at every layer. Per-tensor recipes would
-take 8 per rank there; megatron-core aligns to 16 everywhere, and so do we.) 128 per rank serves all.
+The reasons for the multiples: the forward needs a multiple of 8 rows only. The weights' gradient, however, sums over
+the rows, so rows are the inner dimension of its transposed operand, which must be a multiple of 16 (whole blocks of 32
+for mxfp8). Under sequence parallelism each rank quantises its own rows before they are gathered, which again takes
+whole blocks, now of 128 rows for blockwise. (Rows that are no whole blocks are refused by 2.11; 2.17 gathers them
+unquantised, with a warning at every layer. Per-tensor recipes would accept 8 per rank there; megatron-core aligns to 16
+everywhere, and so do we.) 128 rows per rank satisfy every recipe.
 """
 
 from __future__ import annotations
@@ -23,31 +26,33 @@ import math
 from megatron_ktr.config.words import Fp8Recipe
 
 NUMBERS_PER_ROW = {"tensorwise": 16, "delayed": 16, "blockwise": 16, "mxfp8": 32}
-"""Every size of a matrix on one rank is a multiple of this: each is the inner size of some product."""
+"""Every dimension of a matrix on one rank must be a multiple of this, because each is the inner dimension of some
+product."""
 GATHERED_BLOCK = {"tensorwise": 1, "delayed": 1, "blockwise": 128, "mxfp8": 32}
-"""Rows of a rank, and their numbers, are whole blocks of this side when quantised before they are gathered."""
+"""When rows are quantised before they are gathered, both the number of rows on a rank and the numbers in a row must be
+multiples of this block side."""
 DEVICE_NEEDED: dict[Fp8Recipe, tuple[int, int]] = {
     "tensorwise": (8, 9),
     "delayed": (8, 9),
     "blockwise": (9, 0),
     "mxfp8": (10, 0),
 }
-"""Least compute capability."""
+"""The least compute capability of each recipe."""
 
 
 def rows_per_rank(recipe: Fp8Recipe, *, sequence_parallel: bool) -> int:
-    """The least multiple that rows of one rank must be, padding included."""
+    """The number that the rows of one rank, padding included, must be a multiple of."""
     return math.lcm(NUMBERS_PER_ROW[recipe], GATHERED_BLOCK[recipe] if sequence_parallel else 1)
 
 
 def why_not_on_device(
     recipe: Fp8Recipe, *, capability: tuple[int, int] | None, toolkit: tuple[int, int] | None
 ) -> str | None:
-    """Why the recipe cannot run, in words; None where it can.
+    """Why the recipe cannot run on a device, in words; None if it can.
 
     Args:
-        capability: compute capability of the device; None on CPU.
-        toolkit: version of CUDA that torch was built with; None on CPU.
+        capability: the compute capability of the device; None on CPU.
+        toolkit: the version of CUDA that torch was built with; None on CPU.
     """
     if capability is None:
         return "FP8 products need Transformer Engine on a GPU, and this platform is cpu"
@@ -62,11 +67,11 @@ def why_not_on_device(
 
 
 def why_not_of_sizes(recipe: Fp8Recipe, *, sizes: dict[str, int], hidden_size: int, gathers: bool) -> str | None:
-    """The first size that the recipe cannot quantise, in words; None where all fit.
+    """Names the first size that the recipe cannot quantise, in words; None if all sizes fit.
 
     Args:
-        sizes: name -> size on one tensor rank, of every matrix that would be in FP8.
-        hidden_size: numbers of a row that is gathered.
+        sizes: every dimension on one tensor rank, by name, of the matrices that would be in FP8.
+        hidden_size: how many numbers a gathered row has.
         gathers: whether rows are quantised before they are gathered (sequence parallelism).
     """
     multiple = NUMBERS_PER_ROW[recipe]

@@ -1,7 +1,8 @@
-"""Configuration of a training run: typed, frozen, documented; every option is in ``config/sections.py``.
+"""Loads the configuration of a training run. It is typed, frozen and documented; ``sections.py`` has the options.
 
-``load_config(argv)``: defaults < YAML file (``--config FILE``) < flags. ``check`` holds the rules that relate options
-to each other. ``python -m megatron_ktr.config --markdown`` prints docs/configuration.md.
+``load_config(argv)`` starts from the defaults; a YAML file (``--config FILE``) overrides them, and flags override the
+file. ``check`` applies the rules that relate options to each other. ``python -m megatron_ktr.config --markdown`` prints
+docs/configuration.md.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from megatron_ktr.files.atomic import write_atomically
 
 @dataclass(frozen=True)
 class Config:
-    """All options of a run. ``Config()`` has the paper's algorithm, no model and no data; ``check`` validates."""
+    """All options of a run. ``Config()`` has the paper's algorithm, but no model and no data. ``check`` validates
+    it."""
 
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
@@ -91,12 +93,13 @@ def load_config(argv: Sequence[str], *, prog: str = "megatron-ktr-train") -> Con
 
 
 def read_saved(path: Path) -> Config:
-    """What ``save_resolved`` wrote, by whatever stack: its rules were kept there, and are not asked again here."""
+    """Reads what ``save_resolved`` wrote. It is not checked again: it was valid for the library versions of the run
+    that wrote it, which may differ from those installed here."""
     return config_from_values(read_yaml(path, options=OPTIONS, notes=ABSENT_OPTIONS))
 
 
 def resolved_text(config: Config) -> str:
-    """Every option as YAML; ``load_config(["--config", path])`` of a file with it gives an equal Config."""
+    """Every option as YAML. ``load_config(["--config", path])`` of a file with this text gives an equal Config."""
     content = {
         section: {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
         for section, fields in dataclasses.asdict(config).items()
@@ -105,7 +108,7 @@ def resolved_text(config: Config) -> str:
 
 
 def save_resolved(config: Config, path: str | Path) -> None:
-    """Writes ``resolved_text``, whole or not at all."""
+    """Writes ``resolved_text`` atomically: the whole file or nothing."""
     try:
         write_atomically(path, resolved_text(config))
     except OSError as error:

@@ -1,9 +1,9 @@
-"""Which objectives there are, and what the other wings must know of each without knowing it by name.
+"""The objectives that exist, and what other parts of the program must know of each without knowing it by name.
 
-An objective's file (``megatron_ktr/objectives/NAME.py``) calls ``register`` when it is imported; its name in
-``BUILT_IN`` is the only other line it needs. Names are known here without importing any objective, because the files
-import torch. A file is imported when somebody first asks about its objective: when a configuration is checked, when
-the objective is built, or when the reference page is written.
+An objective's file (``megatron_ktr/objectives/NAME.py``) calls ``register`` when it is imported. Besides that, an
+objective needs only its name in ``BUILT_IN``. Names are listed here so that they are known without importing the
+files, which import torch. A file is imported when its objective is first asked for: when a configuration is checked,
+when the objective is built, or when the reference page is written.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What the parts of a run receive of its options: their own sections, and facts that several options decide together.
+"""The options that each part of a run receives: its own sections, and facts that follow from several options together.
 
-``Config`` is taken apart here, once, at the start. So each rule that joins options (how many rows a rank must hold,
-whether any pass is in FP8) is worked out in one place, and a part can be built without a whole configuration.
+``Config`` is taken apart here, once, at the start. So every rule that combines options (how many rows a rank must hold,
+whether any pass is in FP8) is in one place, and a part can be built without a whole configuration.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def uses_fp8(config: Config) -> bool:
 
 
 def row_multiple(config: Config) -> int:
-    """What the number of packed rows T (of one context rank) must be a multiple of: sequence parallelism shares rows
-    out over the tensor ranks, and FP8 wants whole blocks on each."""
+    """The number that the packed rows T of one context rank must be a multiple of. Sequence parallelism splits the rows
+    over the tensor ranks, and FP8 needs whole blocks of rows on each."""
     parallel = config.parallel
     num_shares = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
     if not uses_fp8(config):
@@ -36,14 +36,14 @@ def row_multiple(config: Config) -> int:
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """What building a model takes. Without options a model has the defaults, and no data-parallel wrapper."""
+    """The options for building a model. By default they are those of a model without a data-parallel wrapper."""
 
     model: ModelSection = field(default_factory=ModelSection)
     parallel: ParallelSection = field(default_factory=ParallelSection)
     uses_fp8: bool = False
-    """Whether any pass of the run is in FP8: the layers must then be able to."""
+    """Whether any pass of the run is in FP8; the layers must then support it."""
     row_multiple: int = 1
-    """Rows of one context rank come in multiples of it."""
+    """The packed rows of one context rank are a multiple of it."""
 
     @classmethod
     def of(cls, config: Config) -> ModelOptions:
@@ -52,14 +52,14 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class PolicyOptions:
-    """What the policy takes: its model's options, its optimizer's, and what the head divides logits by."""
+    """The options of the policy: those of its model and its optimizer, and the temperature that divides logits."""
 
     build: ModelOptions = field(default_factory=ModelOptions)
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     temperature: float = 1.0
-    """Log-probs everywhere are of logits / temperature."""
+    """All log-probs are computed from logits / temperature."""
     seed: int = 0
-    """Of the first values of LoRA adapters."""
+    """The seed for the initial values of LoRA adapters."""
 
     @property
     def model(self) -> ModelSection:
@@ -76,7 +76,7 @@ class PolicyOptions:
 
 @dataclass(frozen=True)
 class StepOptions:
-    """What a training step takes: how it scores, how it is split into micro-batches, what it reports."""
+    """The options of a training step: how it scores, how it is split into micro-batches, what it reports."""
 
     objective: ObjectiveSection = field(default_factory=ObjectiveSection)
     trainer: TrainerSection = field(default_factory=TrainerSection)
@@ -103,16 +103,16 @@ class StepOptions:
 
 @dataclass(frozen=True)
 class CheckpointOptions:
-    """When a run's checkpoints are written, how many stay, and what they say of the run."""
+    """The options of checkpoints: when they are written, how many are kept, and what they record of the run."""
 
     resolved: str
-    """Every option of the run, as YAML: a resumed run is compared with it."""
+    """Every option of the run, as YAML; a resumed run is compared with it."""
     num_steps: int | None = None
-    """Of the whole run; a checkpoint follows the last one."""
+    """The steps of the whole run. A checkpoint is written after the last one."""
     save_interval: int = 0
-    """Steps; 0 = none."""
+    """Steps between two checkpoints; 0 = no checkpoints."""
     keep_checkpoints: int = 0
-    """The newest ones that stay; 0 = all."""
+    """How many of the newest checkpoints are kept; 0 = all."""
 
     @classmethod
     def of(cls, config: Config) -> CheckpointOptions:

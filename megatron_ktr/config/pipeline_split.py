@@ -1,9 +1,9 @@
-"""How many language layers each pipeline chunk holds, also where stages are not alike.
+"""Computes how many language layers each pipeline chunk holds, even if stages differ.
 
-Pure arithmetic, with the meaning Megatron gives its options. Three ways to leave the even split:
+This is arithmetic only, and the options mean what they mean in Megatron. There are three ways to an uneven split:
 
-    --decoder-first-pipeline-num-layers F      the first stage has F layers, the last one L, the others share what is
-    --decoder-last-pipeline-num-layers L       left evenly; a stage's layers are spread evenly over its chunks
+    --decoder-first-pipeline-num-layers F      the first stage has F layers, the last one L, and the others share the
+    --decoder-last-pipeline-num-layers L       rest evenly; a stage's layers are spread evenly over its chunks
     --account-for-embedding-in-pipeline-split  embedding and head count as one layer each of the first and last chunk
     --account-for-loss-in-pipeline-split
     --account-for-vision-in-pipeline-split V   the vision encoder counts as V layers, taken from the first stage's
@@ -20,14 +20,15 @@ from megatron_ktr.config.sections import ParallelSection
 from megatron_ktr.errors import UserError
 
 Split = tuple[tuple[int, ...], ...]
-"""Layers by stage and chunk of the stage. Chunk c of stage s comes after all stages' chunks below c."""
+"""The number of layers by stage, and by chunk within the stage. Data passes through the chunks c of all stages before
+it reaches any chunk c + 1."""
 
 
 def split_layers(num_layers: int, *, pipeline: int, virtual: int = 1, options: ParallelSection | None = None) -> Split:
     """The layers of every chunk.
 
     Raises:
-        UserError: the layers cannot be split so.
+        UserError: the layers cannot be split as the options ask.
     """
     options = options or ParallelSection()
     if options.decoder_first_pipeline_num_layers or options.decoder_last_pipeline_num_layers:
@@ -61,7 +62,7 @@ def is_even(split: Split) -> bool:
 
 
 def chunk_layout(split: Split) -> list[list[str]]:
-    """The split as megatron-core's ``pipeline_model_parallel_layout``: what each chunk holds, in order."""
+    """The split as megatron-core's ``pipeline_model_parallel_layout``: the contents of each chunk, in order."""
     pipeline, virtual = len(split), len(split[0])
     layout = [["decoder"] * split[stage][chunk] for chunk in range(virtual) for stage in range(pipeline)]
     layout[0].insert(0, "embedding")
@@ -70,7 +71,7 @@ def chunk_layout(split: Split) -> list[list[str]]:
 
 
 def virtual_stages(num_layers: int, *, options: ParallelSection) -> int | None:
-    """Chunks of each stage as the options ask for; None without interleaving.
+    """The number of chunks of each stage that the options ask for; None without interleaving.
 
     Raises:
         UserError: the chunks do not make up a stage.
@@ -90,10 +91,10 @@ def virtual_stages(num_layers: int, *, options: ParallelSection) -> int | None:
 
 
 def check_recomputation(split: Split, *, options: ParallelSection) -> None:
-    """Raises ``UserError`` where layers are recomputed in groups of N and some chunk is not made of whole groups:
-    megatron-core 0.16 then looks for layers behind the chunk's last one.
+    """Raises ``UserError`` if layers are recomputed in blocks of N and some chunk is not a whole number of blocks;
+    megatron-core 0.16 would then look for layers beyond the last one of the chunk.
 
-    The reference model is split alike. The vision encoder has groups of its own (``vision.py``).
+    The reference model is split in the same way. The vision encoder has its own blocks (``vision.py``).
     """
     if options.recompute_method != "uniform" or not options.recompute_num_layers:
         return
@@ -114,7 +115,7 @@ def _largest_divisor(split: Split, limit: int) -> int:
 
 
 def problems(options: ParallelSection) -> Iterator[str]:
-    """What is wrong with the options on their own, whatever the model."""
+    """The problems of the options that do not depend on the model."""
     ends = [
         f"--{name.replace('_', '-')}"
         for name in ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
@@ -141,7 +142,7 @@ def problems(options: ParallelSection) -> Iterator[str]:
 
 
 def _counted_beside_layers(options: ParallelSection) -> tuple[int, int]:
-    """Layers that other parts count as, on the first and on the last stage."""
+    """How many layers the parts beside the layers count as, on the first and on the last stage."""
     first = options.account_for_vision_in_pipeline_split + options.account_for_embedding_in_pipeline_split
     return first, int(options.account_for_loss_in_pipeline_split)
 

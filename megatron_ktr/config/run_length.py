@@ -1,16 +1,16 @@
-"""How long a run is: a number of steps, given (``train_steps``) or made of epochs (``train_epochs``).
+"""The length of a run: a number of steps, either given (``train_steps``) or derived from epochs (``train_epochs``).
 
     steps = ceil(train_epochs x records / prompts_per_step)
 
-with the records that are kept, after ``problem_types`` and all checks of the file. The ranks walk through one endless
-sequence, the epochs' orders back to back (``data/dataset.py``), so after that many steps every record was drawn at
-least floor(train_epochs) times, in every layout; where the last step is not filled, it goes on into the next epoch. A
-prompt that is skipped on drawing is replaced by the one after it: the run has the same number of steps, and draws a
-little more of the sequence. (Records left out by the checks may lie unevenly on several replicas: one of them then
-comes to its next epoch a few records before another.)
+Only records that remain after ``problem_types`` and all checks of the file count. The ranks walk through one endless
+sequence, which is the orders of all epochs back to back (``data/dataset.py``). After that many steps every record was
+therefore drawn at least floor(train_epochs) times, in every layout. If an epoch does not fill the last step, the step
+continues into the next epoch. A prompt that is skipped when drawn is replaced by the next one, so the number of steps
+stays the same and the run draws a little more of the sequence. (Records left out by the checks may be spread unevenly
+over replicas; one replica then reaches its next epoch a few records before another.)
 
-The number is known before anything is trained. The learning rate's schedule ends with it, ``lag`` begins no rollouts
-after it, and a resumed run counts it anew: from the same records the same, from other epochs another.
+The number is known before training starts. The learning-rate schedule ends with it, and ``lag`` begins no rollouts
+after it. A resumed run computes it anew: the same records give the same number, another ``train_epochs`` another one.
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ from megatron_ktr.config.sections import TrainerSection
 
 
 def steps_of_epochs(epochs: float, *, num_records: int, prompts_per_step: int) -> int:
-    """ceil(epochs x records / prompts), of the decimal number as it was written: 0.7 x 10 is 7, not a little more."""
+    """ceil(epochs x records / prompts), computed exactly with the decimal number as it was written: 0.7 x 10 is 7, not
+    a little more."""
     return math.ceil(Fraction(repr(float(epochs))) * num_records / prompts_per_step)
 
 
 def with_steps(config: Config, *, num_records: int) -> Config:
-    """``config`` with its length as ``train_steps``.
+    """``config`` with its length given as ``train_steps``.
 
     Raises:
-        UserError: the steps break a rule (a warm-up that is longer than the run).
+        UserError: the steps break a rule, for example a warm-up that is longer than the run.
     """
     trainer = config.trainer
     if trainer.train_epochs is None:
@@ -46,7 +47,7 @@ def with_steps(config: Config, *, num_records: int) -> Config:
 
 
 def length_line(config: Config, *, num_records: int) -> str:
-    """What ``train_epochs`` comes to, for the console; empty where the run's length was given in steps."""
+    """A console line that says how many steps ``train_epochs`` are; empty if the length was given in steps."""
     epochs, prompts = config.trainer.train_epochs, config.trainer.prompts_per_step
     if epochs is None:
         return ""
@@ -57,6 +58,6 @@ def length_line(config: Config, *, num_records: int) -> str:
 
 
 def num_steps_of(trainer: TrainerSection) -> int:
-    """The length of a run whose epochs have been counted (``with_steps`` or ``--train-steps``)."""
+    """The length of a run in steps. It must be known: from ``--train-steps``, or because ``with_steps`` has run."""
     assert trainer.train_steps is not None, "epochs are counted before the first step"
     return trainer.train_steps

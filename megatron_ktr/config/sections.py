@@ -305,7 +305,7 @@ class ObjectiveSection:
 
     @property
     def fixed_seconds_per_grid(self) -> float | None:
-        """Of every video in every pass, sampling included; None = each video's own."""
+        """The ``seconds_per_grid`` of every video in every pass, sampling included; None = each video's own value."""
         return 1.0 if self.original_compat else None
 
     @property
@@ -318,7 +318,7 @@ class ObjectiveSection:
 
     @property
     def ratio_of_signal(self) -> dict[str, float]:
-        """Selected share by signal, with a single ``selection_ratio`` applied to every signal."""
+        """The share of tokens that each signal selects. A single ``selection_ratio`` applies to every signal."""
         ratios = self.selection_ratio * (len(self.signals) if len(self.selection_ratio) == 1 else 1)
         return dict(zip(self.signals, ratios, strict=True))
 

@@ -1,4 +1,4 @@
-"""Options of the run itself: a section of ``sections.py``, which says what holds for all of them."""
+"""The options of the run itself. They are one section of ``sections.py``, whose docstring applies to all sections."""
 
 from __future__ import annotations
 
@@ -64,13 +64,13 @@ class TrainerSection:
     )
 
     def __post_init__(self) -> None:
-        """A length is always given: in steps, or in epochs, which ``config/run_length.py`` counts once records are
-        known."""
+        """Sets the default number of steps if neither steps nor epochs are given, so that a run always has a length.
+        (``config/run_length.py`` converts epochs to steps once the records are known.)"""
         if self.train_steps is None and self.train_epochs is None:
             object.__setattr__(self, "train_steps", DEFAULT_STEPS)
 
     def prompts_per_replica(self, data_parallel_size: int) -> int:
-        """P: prompts of one data-parallel rank per step, a whole number of micro-batches."""
+        """P, the number of prompts of one data-parallel rank per step; they make a whole number of micro-batches."""
         unit = data_parallel_size * self.micro_batch_groups
         if self.prompts_per_step % unit:
             raise UserError(

@@ -12,10 +12,10 @@ from typing import Literal, get_args
 TransformerImpl = Literal["auto", "te", "local"]
 TRANSFORMER_IMPLS: tuple[TransformerImpl, ...] = get_args(TransformerImpl)
 PrefixImpl = Literal["auto", "torch", "merged", "varlen"]
-"""Shared-prefix attention as ``ops/prefix_attention.py`` computes it."""
+"""Implementations of shared-prefix attention in ``ops/prefix_attention.py``."""
 PREFIX_IMPLS: tuple[PrefixImpl, ...] = get_args(PrefixImpl)
 AttentionImpl = Literal["auto", "torch", "merged", "varlen", "te"]
-"""The same, or Transformer Engine's attention."""
+"""The implementations of ``PrefixImpl``, or Transformer Engine's attention."""
 TokenStatisticsImpl = Literal["auto", "triton", "chunked", "naive"]
 TOKEN_STATISTICS_IMPLS: tuple[TokenStatisticsImpl, ...] = get_args(TokenStatisticsImpl)
 Precision = Literal["fp32", "bf16", "fp16"]

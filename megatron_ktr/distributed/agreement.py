@@ -1,10 +1,11 @@
-"""What happens on one rank and must be known on all: an error, or the result of an action that one rank takes.
+"""Tells all ranks what happened on one of them: an error, or the result of an action that only one rank takes.
 
-A rank that raises alone leaves the others waiting in their next collective for ever. So whatever may fail on some ranks
-only (a file that one of them cannot read, a server that one of them talks to) goes through ``on_every_rank``. An error
-that every rank raises alike needs no message between them; ``errors.same_on_every_rank`` marks it.
+If one rank alone raises, the others wait for it for ever in their next collective. So every action that may fail on
+some ranks only (one rank cannot read a file, one rank talks to a server) goes through ``on_every_rank``. An error that
+every rank raises alike needs no messages between ranks; ``errors.same_on_every_rank`` marks it.
 
-Everything here is collective: every rank of the group calls it, in the same order. ``group=None`` is a lone process.
+Every function here is collective: all ranks of the group call it, in the same order. ``group=None`` means a single
+process.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ T = TypeVar("T")
 
 
 def gather_objects(value: T, *, group: ProcessGroup | None) -> list[T]:
-    """Every rank's ``value``, by rank, on every rank. Small values only: they travel pickled."""
+    """Gives every rank the values of all ranks, in rank order. For small values only, since they are pickled."""
     if group is None or group.size() == 1:
         return [value]
     values = cast(list[T], [None] * group.size())
@@ -32,9 +33,9 @@ def gather_objects(value: T, *, group: ProcessGroup | None) -> list[T]:
 
 
 def raise_on_every_rank(failure: Exception | None, *, group: ProcessGroup | None) -> None:
-    """If any rank hands over a failure, every rank raises: a ``UserError`` with the first rank's message.
+    """If any rank passes a failure, every rank raises a ``UserError`` with the message of the first rank that failed.
 
-    A rank whose failure is no ``UserError`` raises that one, with its own traceback.
+    A rank whose own failure is not a ``UserError`` raises that failure instead, with its traceback.
     """
     messages = gather_objects(None if failure is None else str(failure), group=group)
     if failure is not None and not isinstance(failure, UserError):
@@ -46,7 +47,8 @@ def raise_on_every_rank(failure: Exception | None, *, group: ProcessGroup | None
 
 
 def on_every_rank(action: Callable[[], T], *, ranks: ParallelGroups) -> T:
-    """What ``action`` returns here. If it raises ``UserError`` on any rank, every rank of the world raises it."""
+    """Runs ``action`` on every rank and returns its result on this one. If it raises ``UserError`` on any rank, every
+    rank of the world raises that error."""
     failure, result = None, None
     try:
         result = action()
@@ -57,6 +59,6 @@ def on_every_rank(action: Callable[[], T], *, ranks: ParallelGroups) -> T:
 
 
 def result_of_rank_zero(action: Callable[[], T], *, ranks: ParallelGroups) -> T:
-    """What ``action`` returns on rank 0, on every rank of the world; the others do not run it."""
+    """Runs ``action`` on rank 0 only and returns its result on every rank of the world."""
     result: Any = on_every_rank(lambda: action() if ranks.rank == 0 else None, ranks=ranks)
     return broadcast_object(result, group=ranks.world, source=0)

@@ -1,15 +1,15 @@
-"""Writes megatron-core's sharded state in the background: snapshot now, files by a thread, metadata at the end.
+"""Writes megatron-core's sharded state in the background: a snapshot first, the files in a thread, metadata at the end.
 
 megatron-core's own asynchronous saving forks the training process (once per save and once per file) and spawns a
 manager that imports the main script again. A fork of a process that runs gloo, NCCL or OpenMP threads may hang, and
-the manager costs every rank seconds. Here a save is
+the manager costs every rank seconds. Here a save has three parts:
 
     snapshot   collective: plan who writes what, copy this rank's part to host memory      (training waits)
     write      a thread appends the copies to ``__<rank>_0.distcp``, hashed on the way     (training goes on)
     finish     collective: results of all ranks become ``.metadata`` and ``metadata.json`` (training waits, briefly)
 
-The files are those of megatron-core's ``torch_dist`` format; its loader reads them. Tensors that data-parallel ranks
-hold alike are written by one of them each, spread evenly.
+The files have megatron-core's ``torch_dist`` format, so its loader reads them. A tensor that several data-parallel
+ranks hold is written by one of them; these tensors are spread evenly over the ranks.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ from megatron_ktr.files.torch_dist_checks import METADATA_FILE
 from megatron_ktr.files.torch_dist_files import save_tensor
 
 Written = tuple[list[WriteResult], dict[str, Digest]]
-"""What a rank wrote: the place of each chunk, and the checksum of its file by name."""
+"""What a rank has written: the position of each chunk, and the checksum of the rank's file by name."""
 
 
 class _RankWriter(FileSystemWriter):
-    """This rank's file: ``prepare_write_data`` copies, ``write`` (from any thread) writes."""
+    """Writes this rank's file. ``prepare_write_data`` copies the data; ``write``, in any thread, writes it."""
 
     can_run_decentralized_global_plan = True
 
@@ -67,7 +67,7 @@ class _RankWriter(FileSystemWriter):
         return dataclasses.replace(plan, storage_data=self._prefix)
 
     def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
-        # Copies, on the host: training changes these tensors in place while the thread writes.
+        # These are copies on the host, because training changes the tensors in place while the thread writes.
         self._items = [(item, _copy(item, planner.resolve_data(item))) for item in plan.items]
 
     def write(self) -> Written:
@@ -97,10 +97,11 @@ def _copy(item: WriteItem, data: Any) -> Any:
 
 
 class BackgroundSave:
-    """One save under way. Construction is the snapshot, collective over the world; the thread starts at once."""
+    """One save in progress. The constructor takes the snapshot (collective over the world) and starts the thread."""
 
     def __init__(self, state: ShardedStateDict, directory: Path, *, data_group: ProcessGroup) -> None:
-        """``state`` holds sharded tensors only; ``directory`` exists, is empty of tensors and seen by every rank."""
+        """``state`` must hold sharded tensors only. ``directory`` must exist without tensor files, and be seen by every
+        rank."""
         self.directory = directory
         strategy = get_default_save_sharded_strategy()
         self._format = CheckpointingConfig(strategy.backend, strategy.version)
@@ -115,8 +116,8 @@ class BackgroundSave:
         )
         self._written: Written = ([], {})
         self.error: Exception | None = None
-        """Why this rank could not write; valid once the thread has ended."""
-        # A daemon: a run that fails must not wait for a checkpoint that nobody will complete.
+        """The reason why this rank could not write, or None; valid once the thread has ended."""
+        # It is a daemon thread: a run that fails must not wait for a checkpoint that nobody will complete.
         self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -128,26 +129,26 @@ class BackgroundSave:
 
     @property
     def is_written(self) -> bool:
-        """Whether this rank's part is on disk, or has failed."""
+        """Whether the thread has ended: this rank's part is on disk, or has failed."""
         return not self._thread.is_alive()
 
     def wait(self) -> None:
         self._thread.join()
 
     def gather_results(self) -> list[Written]:
-        """What every rank wrote, on every rank; collective, after every rank's ``wait``."""
+        """Gives every rank what all ranks wrote. Collective; every rank must have called ``wait``."""
         gathered: list[Written] = [([], {})] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(gathered, self._written)
         return gathered
 
     def finish(self, written: list[Written]) -> dict[str, Digest]:
-        """On rank 0: writes the metadata, which makes the directory a checkpoint.
+        """Writes the metadata, which makes the directory a checkpoint. Only rank 0 calls it.
 
-        Returns the checksums that were taken while files were written, by name.
+        Returns the checksums that were computed while the files were written, by name.
         """
         metadata = self._metadata
         assert metadata is not None, "rank 0 received it when the plan was made"
-        # Kept for a cache of plans that is not used here; its size grows with ranks x tensors.
+        # This field serves a cache of plans that is not used here, and grows with ranks x tensors.
         metadata.__dict__.pop("all_local_plans", None)
         metadata.version, metadata.storage_meta = CURRENT_DCP_VERSION, StorageMeta()
         metadata.storage_data = {result.index: result.storage_data for results, _ in written for result in results}

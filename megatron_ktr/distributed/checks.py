@@ -1,4 +1,4 @@
-"""Refusals of settings that megatron-core accepts and then gets wrong, or reports where nobody understands it."""
+"""Refuses settings that megatron-core accepts and then gets wrong, or for which its own errors are hard to read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_ktr.errors import UserError
 def check_transformer_config(config: TransformerConfig) -> None:
     """Raises ``UserError`` for settings under which gradients are silently wrong or backward never ends.
 
-    Our own configurations never hold them (``groups.pipeline_comm_settings``); this guards those made otherwise.
+    Our own configurations never have such settings (``groups.pipeline_comm_settings``); this check guards others.
     """
     is_interleaved = (config.virtual_pipeline_model_parallel_size or 1) > 1
     if is_interleaved and config.batch_p2p_comm:
@@ -28,7 +28,7 @@ def check_transformer_config(config: TransformerConfig) -> None:
         raise UserError("--sequence-parallel needs --tensor-model-parallel-size of at least 2, got 1")
     recomputed = config.recompute_modules or ()
     if config.recompute_granularity == "selective" and "mlp" in recomputed and config.add_bias_linear:
-        # The bias leaves the recomputed region as an output: its node in the graph then leads back to itself.
+        # The bias is an output of the recomputed region, so its node in the autograd graph leads back to itself.
         raise UserError(
             "selective recomputation of 'mlp' needs an MLP without biases (add_bias_linear=False): with them backward "
             "recomputes for ever; use --recompute-granularity full"
@@ -47,14 +47,13 @@ def check_optimizer_config(config: OptimizerConfig, *, platform: Platform) -> No
 
 
 def check_every_rank_skips(optimizer: MegatronOptimizer) -> None:
-    """Raises ``UserError``, on every rank alike, where ``grad_norm_skip_threshold`` would make ranks diverge:
-    megatron-core compares the norm only on ranks that have parameters to clip. A rank without any (a stage frozen
-    whole; a model smaller than its shards) does not skip: it steps, and waits for the others in a collective that they
-    never join.
+    """Raises ``UserError``, on every rank alike, if ``grad_norm_skip_threshold`` would make ranks diverge.
 
-    Collective over the world.
+    megatron-core compares the norm only on ranks that have parameters to clip. A rank without any (its stage is frozen,
+    or the model is smaller than its shards) does not skip the step. It steps, and waits for the others in a collective
+    that they never join. This check is collective over the world.
     """
-    # Its members, stepped one by one, know no threshold.
+    # The threshold works in the chained optimizer only; its members, stepped one by one, do not know it.
     assert isinstance(optimizer, ChainedOptimizer), type(optimizer)
     num_here = sum(1 for part in optimizer.chained_optimizers if part.get_parameters())
     has_none = torch.tensor(int(num_here == 0), device=current().device)
@@ -68,6 +67,6 @@ def check_every_rank_skips(optimizer: MegatronOptimizer) -> None:
 
 
 def check_checkpoint_packages() -> None:
-    """Raises ``UserError`` where saving a distributed checkpoint would hang: its writer wants psutil, silently."""
+    """Raises ``UserError`` if psutil is missing: the writer of distributed checkpoints would then hang silently."""
     if importlib.util.find_spec("psutil") is None:
         raise UserError("saving checkpoints needs the package psutil (pip install psutil): without it saving hangs")

@@ -1,4 +1,4 @@
-"""The few collectives the rest of the program needs. ``group=None`` means one process: nothing to do."""
+"""The few collectives that the rest of the program needs. ``group=None`` means a single process: they do nothing."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def all_reduce_sum(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
 
 
 def broadcast_object(value: Any, *, group: ProcessGroup | None, source: int) -> Any:
-    """Returns ``value`` of world rank ``source`` on every rank of ``group``; tensors come as copies, on the host.
+    """Returns ``value`` of world rank ``source`` on every rank of ``group``. Its tensors arrive as copies on the host.
 
-    Other ranks' ``value`` is ignored. Tensors travel as bytes (``object_bytes.py``), through ``_CHUNK_BYTES`` of the
-    device at a time.
+    The ``value`` of other ranks is ignored. Tensors are sent as bytes (``object_bytes.py``), in chunks that take at
+    most ``_CHUNK_BYTES`` on the device.
     """
     if group is None or group.size() == 1:
         return value
@@ -46,20 +46,20 @@ def broadcast_object(value: Any, *, group: ProcessGroup | None, source: int) -> 
 
 
 def reduce_metrics(metrics: Metrics, group: ProcessGroup | None) -> Metrics:
-    """Adds sums and counts over ``group`` and takes the largest maxima, into new metrics. Ranks may hold different
-    names: a missing name counts as nothing."""
+    """New metrics with the sums and counts added up over ``group``, and with the largest maxima. Ranks may hold
+    different names; a missing name contributes nothing."""
     parts: list[Metrics] = [metrics]
     if group is not None and group.size() > 1:
         parts = parts * group.size()
         torch.distributed.all_gather_object(parts, metrics, group=group)
     total = Metrics()
-    # In rank order on every rank: floating-point sums come out the same everywhere.
+    # Every rank adds in rank order, so that floating-point sums are the same everywhere.
     for part in parts:
         total.merge(part)
     return total
 
 
 def barrier() -> None:
-    """Waits for every rank of the world; nothing in a lone process."""
+    """Waits for every rank of the world; does nothing in a single process."""
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         torch.distributed.barrier()

@@ -1,7 +1,7 @@
-"""Process groups as one explicit object, made once from the sizes of every parallel dimension.
+"""All process groups of a rank in one object, made once from the sizes of every parallel dimension.
 
-Ranks are ordered tensor, context, (expert,) data, pipeline, fastest first: megatron-core's default. Example with
-8 ranks, tensor 2, pipeline 2: rank 5 = tensor rank 1, data rank 0, pipeline rank 1.
+Ranks are numbered as megatron-core does by default: tensor varies fastest, then context, (expert,) data, and pipeline.
+Example with 8 ranks, tensor 2 and pipeline 2: rank 5 is tensor rank 1, data rank 0, pipeline rank 1.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megatron_ktr.errors import UserError
 
 @dataclass(frozen=True)
 class ParallelSizes:
-    """How the ranks are split; the data-parallel size is what is left of the world size."""
+    """The size of every parallel dimension. The data-parallel size is the world size divided by ``model``."""
 
     tensor: int = 1
     pipeline: int = 1
@@ -35,13 +35,14 @@ class ParallelSizes:
 
     @property
     def model(self) -> int:
-        """Ranks of one replica."""
+        """The number of ranks of one replica."""
         return self.tensor * self.pipeline * self.context
 
 
 @dataclass(frozen=True)
 class ParallelGroups:
-    """This rank's groups. Groups of one rank exist too, so that one process runs the same code."""
+    """The process groups that this rank belongs to. A group exists even if it has one rank only, so that a single
+    process runs the same code."""
 
     sizes: ParallelSizes
     rank: int
@@ -54,9 +55,9 @@ class ParallelGroups:
     alone: ProcessGroup
     """This rank by itself, for modules that are whole on every rank."""
     data: ProcessGroup
-    """Same tensor, pipeline and context rank, other replicas."""
+    """The ranks with the same tensor, pipeline and context rank in all replicas."""
     data_context: ProcessGroup
-    """``data`` x ``context``: the group gradients are reduced over."""
+    """``data`` x ``context``: the group that gradients are reduced over."""
     model: ProcessGroup
     """All ranks of this replica: tensor x context x pipeline."""
     world: ProcessGroup
@@ -66,11 +67,11 @@ class ParallelGroups:
     data_rank: int
     data_size: int
     process_groups: ProcessGroupCollection
-    """The same groups as megatron-core passes them around."""
+    """The same groups in the object that megatron-core passes around."""
 
     @property
     def is_first_stage(self) -> bool:
-        """First pipeline rank. (With interleaving this rank also holds later chunks.)"""
+        """Whether this is the first pipeline rank. (With interleaving it also holds later chunks.)"""
         return self.pipeline_rank == 0
 
     @property
@@ -79,12 +80,12 @@ class ParallelGroups:
 
     @property
     def is_source(self) -> bool:
-        """The one rank of its replica that reads data and reports for it."""
+        """Whether this is the reading rank: the one rank of its replica that reads data and reports results."""
         return self.tensor_rank == self.pipeline_rank == self.context_rank == 0
 
 
 def check_sizes(sizes: ParallelSizes, *, world_size: int) -> None:
-    """Raises ``UserError`` for sizes that cannot work or that megatron-core would accept and get wrong."""
+    """Raises ``UserError`` for sizes that cannot work, or that megatron-core would accept and get wrong."""
     options = {
         "--tensor-model-parallel-size": sizes.tensor,
         "--pipeline-model-parallel-size": sizes.pipeline,
@@ -102,7 +103,7 @@ def check_sizes(sizes: ParallelSizes, *, world_size: int) -> None:
             f"--context-parallel-size {sizes.context} = {sizes.model}"
         )
     if sizes.sequence_parallel and sizes.tensor == 1:
-        # megatron-core only warns and goes on without; memory estimates and norms would silently differ.
+        # megatron-core only warns and continues without sequence parallelism; memory estimates and norms would differ.
         raise UserError("--sequence-parallel needs --tensor-model-parallel-size of at least 2, got 1")
     if (sizes.virtual_pipeline or 1) > 1 and sizes.pipeline == 1:
         raise UserError(
@@ -118,12 +119,14 @@ def init_parallel(
     timeout_minutes: float = 10.0,
     rendezvous_minutes: float = rendezvous.RENDEZVOUS_MINUTES,
 ) -> ParallelGroups:
-    """Joins the world (RANK, WORLD_SIZE as torchrun sets them; none = a lone process) and splits it.
+    """Joins the world and splits it into groups. torchrun sets RANK and WORLD_SIZE; without them the process is alone.
 
-    A second call in one process replaces the first split. ``seed`` seeds megatron-core's tracked random states
-    (same over data-parallel ranks, different over tensor ranks inside tensor-parallel regions).
-    Raises ``UserError`` for bad sizes before any collective runs, so that every rank stops with the same line, and
-    where the ranks do not find each other within ``rendezvous_minutes``.
+    A second call in one process replaces the first split. ``seed`` seeds megatron-core's tracked random states. They
+    are the same on all data-parallel ranks, and differ between tensor ranks inside tensor-parallel regions.
+
+    Raises:
+        UserError: the sizes are bad (raised before any collective runs, so that every rank stops with the same line),
+            or the ranks do not find each other within ``rendezvous_minutes``.
     """
     world_size = world_size_from_environment()
     check_sizes(sizes, world_size=world_size)
@@ -138,7 +141,7 @@ def init_parallel(
         context_parallel_size=sizes.context,
         expert_model_parallel_size=sizes.expert,
         distributed_timeout_minutes=max(1, round(timeout_minutes)),
-        # Twins of the data-parallel groups for the old checkpoint formats; ours does not use them.
+        # They would duplicate the data-parallel groups for old checkpoint formats, which are not used here.
         create_gloo_process_groups=False,
     )
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
@@ -167,17 +170,18 @@ def init_parallel(
 
 
 def destroy_parallel() -> None:
-    """Leaves all groups and the world. Collective: every rank calls it. Safe to call when nothing was started."""
+    """Leaves all groups and the world. Collective: every rank calls it. It is safe to call if nothing was started."""
     parallel_state.destroy_model_parallel()
     parallel_state.destroy_global_memory_buffer()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    # Models that are done with still hold the groups, in cycles; each group keeps threads that wake up for ever.
+    # Models that are no longer used still hold the groups in reference cycles, and each group keeps threads that wake
+    # up for ever. Collecting garbage frees both.
     gc.collect()
 
 
 def pipeline_comm_settings(sizes: ParallelSizes, *, variable_lengths: bool = True) -> dict[str, Any]:
-    """Keyword arguments for ``TransformerConfig`` under which the pipeline's point-to-point messages are right.
+    """Keyword arguments for ``TransformerConfig`` with which the pipeline's point-to-point messages are correct.
 
     - Interleaved stages use separate sends and receives: with batched ones and two stages, both directions share
       one pair of ranks, and megatron-core swaps the messages without an error: gradients are silently wrong.
@@ -192,9 +196,9 @@ def pipeline_comm_settings(sizes: ParallelSizes, *, variable_lengths: bool = Tru
 
 
 def _leave_groups() -> None:
-    """Closes every group of an earlier split but the world; megatron-core only forgets them, and each keeps threads
-    that wake up for ever. Models of that split cannot communicate afterwards."""
-    # A rank whose groups are made may come here while another is still connecting to it.
+    """Closes every group of an earlier split except the world. megatron-core only forgets groups, and each keeps
+    threads that wake up for ever. Models of that split cannot communicate afterwards."""
+    # A rank that has made its groups may get here while another rank is still connecting to it.
     torch.distributed.barrier()
     parallel_state.destroy_model_parallel()
     for group in list(torch.distributed.distributed_c10d._world.pg_map):
@@ -205,7 +209,7 @@ def _leave_groups() -> None:
 
 
 def world_size_from_environment() -> int:
-    """Of the process group that is there, or will be."""
+    """The size of the default process group: of the existing one, or of the one that will be made."""
     if torch.distributed.is_initialized():
         return torch.distributed.get_world_size()
     place = rendezvous.read_place()
@@ -216,7 +220,7 @@ def _join_world(platform: Platform, *, timeout_minutes: float, rendezvous_minute
     if not torch.distributed.is_initialized():
         rendezvous.join_world(
             platform.backend,
-            # A backend that knows its device makes its connections at once; gloo has no device.
+            # Given its device, a backend connects at once; gloo has no device.
             device=platform.device if platform.device.index is not None else None,
             timeout_minutes=timeout_minutes,
             rendezvous_minutes=rendezvous_minutes,
@@ -224,14 +228,15 @@ def _join_world(platform: Platform, *, timeout_minutes: float, rendezvous_minute
 
 
 def world_group() -> ProcessGroup:
-    """Every rank; ``torch.distributed`` must have been started."""
+    """The group of all ranks; ``torch.distributed`` must have been started."""
     world = torch.distributed.group.WORLD
     assert world is not None, "torch.distributed has not been started"
     return world
 
 
 def _member(group: ProcessGroup | int | None) -> ProcessGroup:
-    """A group this rank belongs to: torch gives a number to those outside, and core's signatures repeat that."""
+    """``group`` with the type of a group that this rank belongs to. (torch gives ranks outside a group a number
+    instead, and megatron-core's signatures repeat that.)"""
     assert group is not None and not isinstance(group, int), "this rank is not in the group"
     return group
 
@@ -239,12 +244,13 @@ def _member(group: ProcessGroup | int | None) -> ProcessGroup:
 def _group_of_one() -> ProcessGroup:
     if torch.distributed.get_world_size() == 1:
         return world_group()
-    # Local: only its own member makes it, so that a thousand ranks do not make a thousand groups each.
+    # With local synchronization only the member itself makes the group. Otherwise each of a thousand ranks would make a
+    # thousand groups.
     return _member(torch.distributed.new_group([torch.distributed.get_rank()], use_local_synchronization=True))
 
 
 def _model_group(sizes: ParallelSizes, *, world_size: int) -> ProcessGroup:
-    """Tensor x context x pipeline ranks of this replica; megatron-core's own model group leaves context out."""
+    """The group of tensor x context x pipeline ranks of this replica. megatron-core's own model group lacks context."""
     if sizes.context == 1:
         return _member(parallel_state.get_model_parallel_group())
     stage = world_size // sizes.pipeline

@@ -1,13 +1,14 @@
-"""NVIDIA's apex, told by what it has: fused kernels for where Transformer Engine is absent.
+"""Finds NVIDIA's apex, whose fused kernels are used where Transformer Engine is absent, and hides unusable packages of
+that name.
 
-The package called ``apex`` on the public Python index is an unrelated project. megatron-core tells apex by that name
-(``import apex``, ``from apex.optimizers import FusedAdam``): the unrelated one, or an apex built without its CUDA
-extensions, would make it choose classes that cannot be made, or break its import. So before megatron-core is imported,
-what goes by the name without being able to serve is hidden, and core falls back to torch by its own rules.
+The package called ``apex`` on the public Python index is an unrelated project. megatron-core recognises apex by its
+name alone (``import apex``, ``from apex.optimizers import FusedAdam``). With the unrelated package, or with an apex
+built without its CUDA extensions, it would choose classes that cannot be constructed, or fail to import. So before
+megatron-core is imported, an ``apex`` that is unusable is hidden; megatron-core then falls back to torch.
 
-What core then does itself: FusedAdam (``megatron/core/optimizer/__init__.py``), and fused scaling and norms of
-gradients (``optimizer.py``, ``clip_grads.py``); Transformer Engine's first, then apex's, then torch's. Its fused norm
-is a LayerNorm only; this model's RMSNorm asks here.
+megatron-core itself uses a usable apex for FusedAdam (``megatron/core/optimizer/__init__.py``), and for fused scaling
+and norms of gradients (``optimizer.py``, ``clip_grads.py``). It prefers Transformer Engine, then apex, then torch. Its
+fused norm layer is a LayerNorm only, so this model's RMSNorm calls ``fused_rms_norm`` here.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from typing import Any
 
 
 def hide_unusable_apex() -> bool:
-    """Makes ``import apex`` fail in this process, as if nothing were installed, unless what is installed can serve
-    megatron-core; true where something was hidden. Imports nothing; too late once something else has imported it."""
+    """Makes ``import apex`` fail in this process, as if it were not installed, unless megatron-core can use the
+    installed one. Returns whether something was hidden. It imports nothing, and has no effect once apex has been
+    imported."""
     if "apex" in sys.modules:
         return False
     spec = importlib.util.find_spec("apex")
@@ -31,13 +33,13 @@ def hide_unusable_apex() -> bool:
         _has(spec, "optimizers/fused_adam.py", "multi_tensor_apply/__init__.py") and _is_built("amp_C")
     ):
         return False
-    # The import system's own way to say that a module is not there.
+    # None in ``sys.modules`` is the import system's own sign for a module that is absent.
     sys.modules["apex"] = None  # type: ignore[assignment]
     return True
 
 
 def fused_rms_norm() -> Callable[..., Any] | None:
-    """``f(x, weight, shape, eps)`` of NVIDIA's apex; None without it, or where Transformer Engine is installed."""
+    """apex's function ``f(x, weight, shape, eps)``; None without apex, or if Transformer Engine is installed."""
     hide_unusable_apex()
     spec = importlib.util.find_spec("apex")
     is_there = (

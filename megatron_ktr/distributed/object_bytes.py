@@ -1,9 +1,10 @@
-"""Python objects as one tensor of bytes: the tensors in them as they lie in memory, everything else pickled.
+"""Converts Python objects to one tensor of bytes. Tensors inside them are copied as raw memory; the rest is pickled.
 
     [length of the pickle, int64 | pickle | padding | tensor 0 | padding | tensor 1 | ..]
 
-torch pickles a tensor by writing its storage to a file in memory, whole where the tensor is a view of it, and copies
-that several times; frames are most of what ranks tell each other, so they are copied once here.
+torch would pickle a tensor by writing its storage to a file in memory, the whole storage even if the tensor is a view
+of a part, and would copy that several times. Most of the data that ranks send each other are frames, so this format
+copies every tensor only once.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _HEAD_BYTES = 8
 
 
 def pack_object(value: Any) -> Tensor:
-    """uint8 [n] in host memory. A tensor that occurs twice is there once."""
+    """``value`` as uint8 [n] in host memory. A tensor that occurs several times is stored once."""
     file = io.BytesIO()
     pickler = _Pickler(file)
     pickler.dump(value)
@@ -39,7 +40,8 @@ def pack_object(value: Any) -> Tensor:
 
 
 def unpack_object(payload: Tensor) -> Any:
-    """What ``pack_object`` was given, from a rank of this run; its tensors are parts of ``payload``, on the host."""
+    """The object that ``pack_object`` packed. Its tensors are views of ``payload``, on the host. ``payload`` must come
+    from a rank of this run, because unpickling runs code."""
     length = int(payload[:_HEAD_BYTES].view(torch.int64))
     pickled = payload[_HEAD_BYTES : _HEAD_BYTES + length].numpy().tobytes()
     return _Unpickler(io.BytesIO(pickled), payload, start=_aligned(_HEAD_BYTES + length)).load()
@@ -58,7 +60,7 @@ class _Pickler(pickle.Pickler):
     def persistent_id(self, obj: Any) -> Any:
         if type(obj) is not Tensor or obj.layout is not torch.strided:
             return None
-        if id(obj) not in self._known:  # kept with its number, so that its id stays its own
+        if id(obj) not in self._known:  # the object is kept with its number, so that no other object can get its id
             self._known[id(obj)] = len(self.tensors), obj
             self.tensors.append(obj.detach().cpu().contiguous())
         return self._known[id(obj)][0], obj.dtype, tuple(obj.shape)
@@ -73,7 +75,7 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> Tensor:
         number, dtype, shape = pid
-        if number == len(self._tensors):  # numbered as they were met
+        if number == len(self._tensors):  # tensors are numbered in the order in which they were met
             num_bytes = torch.Size(shape).numel() * dtype.itemsize
             part = self._payload[self._end : self._end + num_bytes]
             self._tensors.append(part.view(dtype).view(shape))

@@ -1,8 +1,8 @@
-"""Data-parallel wrapping, optimizer and learning-rate schedule, all megatron-core's own.
+"""Builds megatron-core's data-parallel wrapper, optimizer and learning-rate schedule.
 
-Scale of gradients: the loss handed to backward is already divided by the *global* number of responses (or
-tokens), so data-parallel ranks must add, not average. ``calculate_per_token_loss`` in the transformer
-configuration makes megatron-core's DDP do exactly that (gradient scaling factor 1).
+The scale of gradients: the loss that backward starts from is already divided by the *global* number of responses (or
+tokens). Data-parallel ranks must therefore add gradients, not average them. ``calculate_per_token_loss`` in the
+transformer configuration makes megatron-core's DDP do exactly that (gradient scaling factor 1).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from megatron_ktr.errors import UserError
 
 
 def freeze_parts(chunks: Sequence[MegatronModule], parts: Sequence[str]) -> None:
-    """Stops the gradient of ``vision`` (the encoder without its merger), ``merger`` or ``language``."""
+    """Freezes parts of the model: ``vision`` (the encoder without its merger), ``merger`` or ``language``."""
     prefixes = {"vision": "vision.", "merger": "vision.merger.", "language": "language."}
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
@@ -49,7 +49,7 @@ def wrap_in_ddp(
     optimizer: OptimizerSection,
     parallel: ParallelSection,
 ) -> list[DistributedDataParallel]:
-    """Wraps the pipeline chunks of one rank; parameters frozen before this call stay outside every buffer."""
+    """Wraps the pipeline chunks of one rank in DDP. Parameters that are frozen before this call get no buffers."""
     check_transformer_config(config)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -63,7 +63,8 @@ def wrap_in_ddp(
         DistributedDataParallel(
             config=config,
             ddp_config=ddp_config,
-            # No Float16Module: parameters are built in their dtype, and it would turn the head's input to fp32.
+            # There is no Float16Module in between: parameters already have their dtype, and it would convert the
+            # head's input to fp32.
             module=chunk,
             # Later chunks must not be bucketed: their parameter gathers would be launched out of order.
             disable_bucketing=index > 0,
@@ -79,14 +80,15 @@ def build_optimizer(
     dtype: torch.dtype,
     overlap_param_gather: bool,
 ) -> MegatronOptimizer:
-    """Adam or SGD behind megatron-core's (distributed) mixed-precision optimizer; fp32 main parameters under bf16.
+    """Builds Adam or SGD inside megatron-core's (distributed) mixed-precision optimizer, which keeps fp32 main
+    parameters for bf16 weights.
 
-    Vision parameters get their own learning rate where ``vision_lr`` is set; biases carry no weight decay, and norms
+    Vision parameters get their own learning rate if ``vision_lr`` is set. Biases have no weight decay; norms have it
     only with ``weight_decay_norms``.
 
     Raises:
-        UserError: SGD with the distributed optimizer, which megatron-core does not know how to checkpoint;
-            ``grad_norm_skip_threshold`` where a rank has no parameters to update.
+        UserError: SGD is combined with the distributed optimizer, which megatron-core cannot checkpoint, or
+            ``grad_norm_skip_threshold`` is set and a rank has no parameters to update.
     """
     model_config = get_model_config(ddp_chunks[0])
     config = OptimizerConfig(
@@ -126,7 +128,7 @@ def build_optimizer(
 
 
 def _skips(section: OptimizerSection) -> dict[str, Any]:
-    # 0.16 has no such field: there ``config/checks.py`` has already refused the option.
+    # megatron-core 0.16 has no such field; there ``config/checks.py`` has already refused the option.
     threshold = section.grad_norm_skip_threshold
     return {} if threshold is None else {"grad_norm_skip_threshold": threshold}
 
@@ -134,7 +136,7 @@ def _skips(section: OptimizerSection) -> dict[str, Any]:
 def build_scheduler(
     optimizer: MegatronOptimizer, *, section: OptimizerSection, num_steps: int
 ) -> OptimizerParamScheduler:
-    """Linear warm-up, then cosine, linear or constant decay to ``min_lr`` at ``num_steps``."""
+    """A schedule of linear warm-up, then cosine, linear or constant decay, down to ``min_lr`` at ``num_steps``."""
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

@@ -1,21 +1,22 @@
-"""A rank's shard of the distributed optimizer's state in a checkpoint: written and read by itself, never gathered.
+"""Saves and loads the distributed optimizer's state by shard: every rank writes and reads its own; none is gathered.
 
-megatron-core's distributed optimizer keeps of every parameter a range of its flattened elements, [start, stop), cut
-wherever the buckets of the gradient buffer are cut. A distributed checkpoint stores boxes of tensors. So a range
-becomes the few boxes it consists of, for a matrix the rest of a row, whole rows, and the beginning of a row:
+On each rank, megatron-core's distributed optimizer keeps a range of the flattened elements of a parameter, [start,
+stop), cut wherever the buckets of the gradient buffer are cut. A distributed checkpoint, however, stores boxes of
+tensors. So a range is split into the few boxes it consists of. For a matrix these are the rest of a row, whole rows,
+and the beginning of a row:
 
     . . . x x      range 3 .. 18 of a 5 x 5 matrix: boxes [0:1, 3:5], [1:3, 0:5] and [3:4, 0:3]
     x x x x x
     x x x x x
     x x x . .
 
-each at its place in the tensor of the whole model, as whoever saves whole parameters would write it. What is stored
-does not depend on the layout, then; only its division into chunks does. Saving copies 12 bytes / data-parallel ranks a
-parameter to the host and nothing on the device; loading reads into the shard, one stored chunk at a time.
+Each box is stored at its position in the tensor of the whole model, as if whole parameters had been saved. So the
+stored values do not depend on the layout; only their division into chunks does. Per parameter, saving copies 12 bytes /
+data-parallel ranks to the host and nothing on the device. Loading reads into the shard, one stored chunk at a time.
 
-megatron-core has three formats, in 0.16 and in 0.19. The one that describes such ranges ("fully_sharded_model_space")
-is refused by its own ``ShardedTensor``; one keeps the buffers as they are ("dp_reshardable"), so that the layout could
-not change; and "fully_reshardable" gathers everything on every rank.
+None of megatron-core's three formats (in 0.16 and in 0.19) would do. "fully_sharded_model_space" describes such ranges,
+but megatron-core's own ``ShardedTensor`` refuses it. "dp_reshardable" keeps the buffers as they are, so that the layout
+could not change. "fully_reshardable" gathers everything on every rank.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ PREFIX = "optimizer.state"
 
 @dataclass(frozen=True)
 class Box:
-    """Part of a tensor: its first element and its size along each axis."""
+    """A box within a tensor: the index of its first element, and its size along each axis."""
 
     start: Shape
     shape: Shape
@@ -49,22 +50,22 @@ class Box:
 
 @dataclass(frozen=True)
 class Piece:
-    """A box of a parameter's shard, and its place in the stored tensor."""
+    """A box of a parameter's shard, and its position in the stored tensor."""
 
     elements: slice
-    """Of the flat shard; they are ``view`` when they have its shape."""
+    """The elements of the flat shard that make up the box; ``view`` is their shape."""
     view: Shape
     inner: Box
-    """The part of ``view`` that is stored: all of it, but for padding and for parameters that are stored in parts."""
+    """The part of ``view`` that is stored: all of it, except for padding and for parameters stored in parts."""
     key: str
     offset: Shape
     global_shape: Shape
     is_padded: bool
-    """Whether layouts may store it with more rows than another."""
+    """Whether the tensor may have more rows in one layout than in another."""
     replica_id: tuple[int, int, int]
 
     def of(self, shard: Tensor) -> Tensor:
-        """The stored part, with as many axes as the stored tensor; a view."""
+        """The part of ``shard`` that is stored, as a view with as many axes as the stored tensor."""
         box = shard.detach()[self.elements].view(self.view)
         for axis, (start, length) in enumerate(zip(self.inner.start, self.inner.shape, strict=True)):
             box = box.narrow(axis, start, length)
@@ -73,15 +74,15 @@ class Piece:
 
 @dataclass(frozen=True)
 class Shard:
-    """One parameter's share of this rank."""
+    """This rank's share of one parameter."""
 
     parameter: torch.nn.Parameter
     pieces: tuple[Piece, ...]
 
 
 def locate_shards(part: DistributedOptimizer, model_state: dict[str, Any]) -> list[Shard]:
-    """Where this rank's state of ``part`` belongs; ``model_state`` is the model's sharded state, with the parameters
-    themselves as data."""
+    """Where this rank's state of ``part`` belongs in the checkpoint. ``model_state`` is the model's sharded state, with
+    the parameters themselves as data."""
     stored = {
         id(value.data): value
         for value in nested_values(model_state)
@@ -99,7 +100,7 @@ def locate_shards(part: DistributedOptimizer, model_state: dict[str, Any]) -> li
 
 
 def sharded_tensors(part: DistributedOptimizer, shards: Sequence[Shard]) -> list[ShardedTensor]:
-    """What this rank saves of ``part``: views of its state."""
+    """The tensors that this rank saves of ``part``; they are views of its state."""
     found = []
     for shard in shards:
         state = part._get_main_param_and_optimizer_states(shard.parameter)
@@ -122,16 +123,17 @@ def sharded_tensors(part: DistributedOptimizer, shards: Sequence[Shard]) -> list
 
 
 def stored_keys(shards: Sequence[Shard]) -> set[str]:
-    """Of the tensors that ``read_shards`` reads."""
+    """The keys of the tensors that ``read_shards`` reads."""
     return {f"{PREFIX}.{kind}.{piece.key}" for shard in shards for piece in shard.pieces for kind in KINDS}
 
 
 @torch.no_grad()
 def read_shards(part: DistributedOptimizer, shards: Sequence[Shard], reader: TorchDistReader) -> None:
-    """Fills this rank's state of ``part`` from a checkpoint of any layout that has ``stored_keys``; padding is zero.
+    """Fills this rank's state of ``part`` from a checkpoint of any layout, which must have ``stored_keys``. Padding is
+    set to zero.
 
     Raises:
-        UserError: state of another model, or damaged.
+        UserError: the state is that of another model, or damaged.
     """
     regions = []
     for shard in shards:
@@ -149,7 +151,7 @@ def read_shards(part: DistributedOptimizer, shards: Sequence[Shard], reader: Tor
 
 
 def _stored_part(piece: Piece, shard: Tensor, *, key: str, reader: TorchDistReader) -> Region | None:
-    """None where the layout that saved had no such rows: they are padding."""
+    """The stored part that fills ``piece``; None if the layout that saved had no such rows (they are padding)."""
     size = tuple(reader.tensors[key].size)
     target = piece.of(shard)
     if size != piece.global_shape:
@@ -163,7 +165,8 @@ def _stored_part(piece: Piece, shard: Tensor, *, key: str, reader: TorchDistRead
 
 
 def _pieces(stored: Any, shape: Shape, *, start: int, stop: int) -> Iterator[Piece]:
-    """The boxes of elements ``start`` to ``stop`` of a parameter, cut where it is stored in parts."""
+    """The boxes of elements ``start`` to ``stop`` of a parameter. If the parameter is stored in parts, boxes are cut at
+    their borders."""
     parts = list(_stored_parts(stored, tuple(shape)))
     for box in split_range(tuple(shape), start, stop):
         first = _flat(box.start, shape) - start
@@ -183,18 +186,19 @@ def _pieces(stored: Any, shape: Shape, *, start: int, stop: int) -> Iterator[Pie
                 offset=offset,
                 global_shape=tuple(part.global_shape),
                 is_padded=part.allow_shape_mismatch,
-                # Of all data-parallel ranks this one alone has it.
+                # No other data-parallel rank has this piece.
                 replica_id=(part.replica_id[0], part.replica_id[1], 0),
             )
 
 
 def _stored_parts(stored: Any, shape: Shape) -> Iterator[tuple[Box, ShardedTensor]]:
-    """(box of the parameter, how it is stored): one, or several where megatron-core stores a parameter in parts (gate
-    and up apart; the vision MLP without its padding)."""
+    """Pairs of a box of the parameter and the tensor that it is stored as. There is one pair, or several if
+    megatron-core stores the parameter in parts (gate and up separately; the vision MLP without its padding)."""
     if isinstance(stored, ShardedTensor):
         yield Box((0,) * len(shape), shape), stored
         return
-    # What it does with a parameter it does with its shape alone: parts are views, whose place says which.
+    # megatron-core's factory is run on a tensor without data. The parts it returns are views, and their offset and
+    # strides tell which box of the parameter each of them is.
     whole = torch.empty(shape, device="meta")
     for part in nested_values(dataclasses.replace(stored, data=whole).build()):
         size = tuple(part.data.shape)[-len(shape) :]
@@ -209,7 +213,7 @@ def _stored_parts(stored: Any, shape: Shape) -> Iterator[tuple[Box, ShardedTenso
 
 
 def split_range(shape: Shape, start: int, stop: int) -> Iterator[Box]:
-    """Elements ``start`` to ``stop`` of a flattened tensor as boxes of it, in order; each is contiguous."""
+    """Splits elements ``start`` to ``stop`` of a flattened tensor into contiguous boxes of the tensor, in order."""
     if start >= stop:
         return
     if len(shape) == 1:

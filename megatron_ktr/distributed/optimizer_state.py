@@ -1,5 +1,5 @@
-"""Makes optimizers loadable from a distributed checkpoint, above all those of plain torch (no Transformer Engine, no
-apex).
+"""Makes optimizers loadable from a distributed checkpoint. This is needed above all for those of plain torch (without
+Transformer Engine and apex).
 
 megatron-core (0.16 and 0.19) is written for FusedAdam, which keeps one step count per parameter group. torch's AdamW
 keeps a step *tensor per parameter*, and loading goes wrong in three ways:
@@ -7,11 +7,11 @@ keeps a step *tensor per parameter*, and loading goes wrong in three ways:
 1. before the first step there is no state: ``state_dict`` asserts that it finds exactly one step count, and the
    loaded shards have no place to go;
 2. the non-distributed optimizers make moments without ``step``: the next update raises ``KeyError: 'step'``;
-3. the distributed optimizer hands **one** tensor to all parameters. Each parameter then adds one to it in turn,
-   Adam's bias correction sees the step jump by the number of parameters, and training goes on, silently wrong.
+3. the distributed optimizer gives **one** step tensor to all parameters. Each parameter then adds one to it in turn, so
+   that the step jumps by the number of parameters in every update. Adam's bias correction is then silently wrong.
 
-FusedAdam has no state before its first step either (a first step that was skipped for its gradients counts as none):
-a checkpoint of then would have no moments to gather, and none to load.
+FusedAdam has no state before its first step either (a first step that was skipped because of its gradients does not
+count). A checkpoint made at that time would have no moments to gather or to load.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from megatron.core.optimizer import MegatronOptimizer
 
 
 def prepare_optimizer_for_load(optimizer: MegatronOptimizer) -> None:
-    """Call once on a new optimizer, before its ``sharded_state_dict`` (for loading, or for saving at step 0).
+    """Gives every parameter zero moments and a step tensor of its own, and keeps step tensors separate in later loads.
 
-    Gives every parameter zero moments and a step tensor of its own, and keeps step tensors apart in later loads.
-    State that exists is kept. SGD has none (and no distributed optimizer) and is left alone; FusedAdam, Transformer
-    Engine's or apex's, gets moments by megatron-core's own rule, and counts its steps by group.
+    Call it once on a new optimizer, before its ``sharded_state_dict`` (for loading, or for saving at step 0). Existing
+    state is kept. SGD has no state (and no distributed optimizer) and is left as it is. FusedAdam, Transformer Engine's
+    or apex's, gets its moments from megatron-core's own function, and counts its steps by group.
     """
     for part in _fused_optimizers(optimizer):
         part.init_state_fn(part.optimizer, part.config)
@@ -50,7 +50,7 @@ def _torch_optimizers(optimizer: MegatronOptimizer) -> Iterator[torch.optim.Opti
 def _fused_optimizers(optimizer: MegatronOptimizer) -> Iterator[MegatronOptimizer]:
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         is_torch = isinstance(part.optimizer, torch.optim.Adam)
-        # SGD has no such rule.
+        # SGD has no such function.
         if part.optimizer is not None and not is_torch and part.init_state_fn is not None:
             yield part
 

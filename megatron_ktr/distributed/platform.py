@@ -1,7 +1,8 @@
-"""Where the program runs: CPU with gloo, or CUDA with NCCL, behind one contract. Nothing else names either.
+"""One interface for the two kinds of machines the program runs on: CPU with gloo, or CUDA with NCCL. No other file
+names either.
 
-On CUDA the contract is a thin layer over ``torch.cuda``. On CPU megatron-core, which asks for ``cuda`` devices,
-streams and random states by name, has to be helped: see ``platform_cpu.py``.
+On CUDA it is a thin layer over ``torch.cuda``. On CPU, megatron-core needs help, because it asks for ``cuda`` devices,
+streams and random states by name: see ``platform_cpu.py``.
 """
 
 from __future__ import annotations
@@ -24,19 +25,19 @@ from megatron_ktr.errors import UserError
 
 
 class Platform(ABC):
-    """One kind of machine. Made by ``start``; the base class holds what both kinds share."""
+    """One kind of machine; ``start`` makes it. The base class holds what both kinds share."""
 
     name: str
     device: torch.device
     backend: str
-    """torch.distributed backend of every process group."""
+    """The torch.distributed backend of every process group."""
     compute_capability: tuple[int, int] | None = None
-    """Of the GPU; None on CPU."""
+    """The compute capability of the GPU; None on CPU."""
     toolkit_version: tuple[int, int] | None = None
-    """CUDA that torch was built with; None on CPU."""
+    """The version of CUDA that torch was built with; None on CPU."""
 
     def seed(self, seed: int) -> None:
-        """Seeds Python, numpy and torch (host and device). Megatron's tracked states: ``init_parallel``."""
+        """Seeds Python, numpy and torch (host and device). ``init_parallel`` seeds Megatron's tracked states."""
         random.seed(seed)
         numpy.random.seed(seed % 2**32)
         torch.manual_seed(seed)
@@ -47,19 +48,19 @@ class Platform(ABC):
 
     @abstractmethod
     def stream(self) -> Any:
-        """What work is queued on; None where nothing is queued."""
+        """The stream that work is queued on; None on CPU, where nothing is queued."""
 
     @abstractmethod
     def empty_cache(self) -> None:
-        """Gives cached device memory back."""
+        """Returns cached device memory to the driver."""
 
     @abstractmethod
     def peak_memory_bytes(self) -> int:
-        """CUDA: peak of allocated tensors since the last reset. CPU: peak resident set of the whole process."""
+        """On CUDA, the peak of allocated tensors since the last reset; on CPU, the peak resident set of the process."""
 
     @abstractmethod
     def reset_peak_memory(self) -> None:
-        """The peak is counted from here; where a system does not allow that on CPU, it stays the process's."""
+        """Starts counting the peak anew. If the system does not allow that on CPU, the peak of the process remains."""
 
     def rng_state(self) -> dict[str, Any]:
         """Every random state of this rank, to be pickled: Python, numpy, torch, device, Megatron's tracker."""
@@ -123,13 +124,13 @@ class _CpuPlatform(Platform):
         redirect_cuda_to_cpu()
 
     def synchronize(self) -> None:
-        """Nothing runs behind the host's back."""
+        """Does nothing: no work runs asynchronously on CPU."""
 
     def stream(self) -> Any:
         return None
 
     def empty_cache(self) -> None:
-        """The host's allocator keeps its own."""
+        """Does nothing: the host's allocator manages its own cache."""
 
     def peak_memory_bytes(self) -> int:
         return host_peak_bytes()
@@ -139,10 +140,10 @@ class _CpuPlatform(Platform):
 
 
 def host_peak_bytes() -> int:
-    """Peak resident set of this process since ``reset_host_peak``."""
+    """The peak resident set of this process, in bytes, since ``reset_host_peak``."""
     status = Path("/proc/self/status")
     if status.exists():
-        # Not getrusage first: its value survives exec, so a child starts with its parent's peak.
+        # getrusage is only the fallback: its value survives exec, so a child starts with its parent's peak.
         for line in status.read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
@@ -151,7 +152,7 @@ def host_peak_bytes() -> int:
 
 
 def reset_host_peak() -> None:
-    """The peak is what is resident now; where a system does not allow that, it stays the process's."""
+    """Sets the peak to what is resident now. If the system does not allow that, the peak of the process remains."""
     # "5" is the resident-set peak (Linux).
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
@@ -161,11 +162,11 @@ _platform: Platform | None = None
 
 
 def start(name: str = "auto") -> Platform:
-    """Chooses and prepares the platform; idempotent. Call before any Megatron object is built.
+    """Chooses and prepares the platform; idempotent. Call it before any Megatron object is built.
 
-    ``name`` is "auto" (CUDA if there is one), "cpu" or "cuda". On CPU, every *thread* that builds or runs
-    Megatron modules calls it once: torch-function modes are thread local. Raises ``UserError`` for an unknown
-    name, for "cuda" without a GPU, and for a second platform in one process.
+    ``name`` is "auto" (CUDA if there is a GPU), "cpu" or "cuda". On CPU, every *thread* that builds or runs Megatron
+    modules must call it once, because torch-function modes are thread local. Raises ``UserError`` for an unknown name,
+    for "cuda" without a GPU, and for a second platform in one process.
     """
     global _platform
     if name not in PLATFORM_NAMES:
@@ -185,5 +186,5 @@ def start(name: str = "auto") -> Platform:
 
 
 def current() -> Platform:
-    """The started platform; starts "auto" where nobody did."""
+    """The started platform. If none was started, it starts "auto"."""
     return start("auto")

@@ -1,11 +1,11 @@
-"""What lets megatron-core, which asks for ``cuda`` by name, run on CPU. Installed by ``platform.start``.
+"""Lets megatron-core, which asks for ``cuda`` by name, run on CPU. ``platform.start`` installs three things:
 
 1. ``CudaToCpu``: a torch-function mode (one per thread) that reads ``cuda`` as ``cpu`` in tensor calls;
 2. ``_redirect_torch_cuda``, ``_redirect_distributed``: replacements for functions that would raise without a GPU;
-3. ``_repair_megatron``: a few megatron-core names.
+3. ``_repair_megatron``: replacements for a few names of megatron-core.
 
-What is left alone: ``torch.cuda.is_available()`` stays False, ``device_count()`` 0, ``is_initialized()`` False
-and ``Tensor.is_cuda`` False, so that other libraries in the process (transformers, vLLM) keep choosing CPU.
+Some answers of torch are left alone, so that other libraries in the process (transformers, vLLM) keep choosing CPU:
+``torch.cuda.is_available()`` stays False, ``device_count()`` 0, ``is_initialized()`` False, ``Tensor.is_cuda`` False.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from torch.overrides import TorchFunctionMode
 
 
 def redirect_cuda_to_cpu() -> None:
-    """Installs the replacements for the whole process; once. Threads then call ``CudaToCpu.push_once``."""
+    """Installs the replacements for the whole process; call it once. Each thread then calls ``CudaToCpu.push_once``."""
     _redirect_torch_cuda()
     _redirect_distributed()
     _repair_megatron()
 
 
 def _cpu_if_cuda(device: Any) -> Any:
-    """Reads "cuda", "cuda:3", torch.device("cuda") and integer ordinals as the CPU; all else unchanged."""
+    """Maps "cuda", "cuda:3", torch.device("cuda") and integer ordinals to the CPU; everything else is unchanged."""
     if isinstance(device, str):
         return "cpu" if device.startswith("cuda") else device
     if isinstance(device, torch.device):
@@ -43,17 +43,17 @@ def _cpu_if_cuda(device: Any) -> Any:
 
 
 class CudaToCpu(TorchFunctionMode):
-    """Maps ``cuda`` to ``cpu`` in ``device=``, ``.to``, ``.cuda`` and drops memory pinning.
+    """Maps ``cuda`` to ``cpu`` in ``device=``, ``.to`` and ``.cuda``, and drops memory pinning.
 
-    ``Tensor.type()`` answers ``torch.cuda.FloatTensor`` and the like, but only to callers in ``megatron``:
-    its optimizers sort parameters by these names and refuse any other.
+    ``Tensor.type()`` returns ``torch.cuda.FloatTensor`` and the like, but only to callers in ``megatron``, whose
+    optimizers sort parameters by these names and refuse any other.
     """
 
     _threads = threading.local()
 
     @classmethod
     def push_once(cls) -> None:
-        """Installs the mode for the calling thread, for good."""
+        """Installs the mode for the calling thread, for the rest of its life."""
         if not getattr(cls._threads, "is_pushed", False):
             cls._threads.is_pushed = True
             cls().__enter__()
@@ -146,7 +146,7 @@ class _Event:
 
 
 def _redirect_torch_cuda() -> None:
-    """Replaces what megatron-core calls in ``torch.cuda`` and what would raise without a GPU."""
+    """Replaces the functions of ``torch.cuda`` that megatron-core calls and that would raise without a GPU."""
     stream = _Stream()
 
     def nothing() -> Callable[..., None]:
@@ -160,7 +160,7 @@ def _redirect_torch_cuda() -> None:
         torch.set_rng_state(new_state)
 
     replacements = {
-        # A device, not the ordinal 0: it stays right where no mode is active (other threads).
+        # This is a device and not the ordinal 0, so that it is right even in threads where no mode is active.
         "current_device": lambda: torch.device("cpu"),
         "set_device": nothing(),
         "synchronize": nothing(),
@@ -172,7 +172,7 @@ def _redirect_torch_cuda() -> None:
         "set_stream": nothing(),
         "stream": lambda stream: contextlib.nullcontext(),
         "is_current_stream_capturing": lambda: False,
-        # The one CPU generator plays the device generator: dropout on CPU draws from it.
+        # The CPU generator serves as the device generator, because dropout on CPU draws from it.
         "get_rng_state": get_rng_state,
         "set_rng_state": set_rng_state,
         "manual_seed": lambda seed: torch.default_generator.manual_seed(int(seed)) and None,
@@ -196,7 +196,7 @@ def _redirect_torch_cuda() -> None:
 
 
 def _redirect_distributed() -> None:
-    """``barrier(device_ids=...)`` raises on gloo; megatron-core passes it in parallel_state."""
+    """Makes ``barrier`` ignore ``device_ids``, which megatron-core's parallel_state passes and on which gloo raises."""
     barrier = torch.distributed.barrier
 
     def barrier_without_devices(group: Any = None, async_op: bool = False, device_ids: Any = None) -> Any:
@@ -212,18 +212,19 @@ def _copy_storage(target: Tensor, source: Tensor) -> None:
 
 
 def _repair_megatron() -> None:
-    """Names that megatron-core leaves undefined, or binds too early to be redirected, without CUDA and TE."""
+    """Replaces names that megatron-core, without CUDA and TE, leaves undefined or binds too early to be redirected."""
     is_imported = "megatron.core" in sys.modules
     compile_function = torch.compile
     if not is_imported:
-        # Where it is installed, on a GPU machine that runs on CPU this once: core would take its optimizers, which are
-        # kernels for GPUs, and its import may want a driver. With None in its place it is not there.
+        # Transformer Engine may be installed if this is a GPU machine. megatron-core would then use its optimizers,
+        # which are GPU kernels, and its import may need a driver. None in ``sys.modules`` makes it count as absent.
         sys.modules.setdefault("transformer_engine", None)  # type: ignore[arg-type]
-        # megatron-core decorates its fused activations with torch.compile: seconds per rank, and a C++ compiler.
+        # megatron-core decorates its fused activations with torch.compile, which costs seconds per rank and needs a C++
+        # compiler.
         torch.compile = lambda model=None, **kwargs: model if model is not None else (lambda function: function)
     try:
         with warnings.catch_warnings():
-            # Four notices that Transformer Engine and apex are absent: on CPU they cannot be there.
+            # megatron-core warns four times that Transformer Engine and apex are absent, which is normal on CPU.
             warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
             import megatron.core.tensor_parallel.random as tracker
             from megatron.core.jit import disable_jit_fuser
@@ -231,7 +232,7 @@ def _repair_megatron() -> None:
         torch.compile = compile_function
     disable_jit_fuser()
     if is_imported:
-        # Already decorated: run compiled functions of this process eagerly.
+        # The functions are decorated already, so compiled functions of this process are run eagerly instead.
         torch.compiler.set_stance("force_eager")
 
     def get_state(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> Tensor:
@@ -246,10 +247,10 @@ def _repair_megatron() -> None:
     # The originals queue the change until CUDA starts, that is for ever.
     tracker._get_cuda_rng_state = get_state
     tracker._set_cuda_rng_state = set_state
-    # Each tracked region draws from the CPU generator, by construction: the notice would come at every fork.
+    # Every tracked region draws from the CPU generator on purpose; the warning about it would come at every fork.
     logging.getLogger(tracker.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
     if not tracker.HAVE_TE:
-        # Recomputing layer norms asks Transformer Engine whether FP8 is on, without checking that it is there.
+        # Recomputation of layer norms asks Transformer Engine whether FP8 is on, without checking that it is installed.
         class _NoFP8:
             is_fp8_enabled = staticmethod(lambda: False)
             get_fp8_recipe = staticmethod(lambda: None)

@@ -1,6 +1,7 @@
-"""What GPUs a machine has and how fast its ranks talk, for ``tools/doctor.py``. Changes nothing and builds no model.
+"""Finds out which GPUs a machine has and how fast its ranks communicate, for ``tools/doctor.py``. It changes nothing
+and builds no model.
 
-Unlike ``platform.py`` it redirects nothing, and it answers on machines where half of what training needs is broken.
+Unlike ``platform.py`` it redirects nothing. It also works on machines where much of what training needs is broken.
 """
 
 from __future__ import annotations
@@ -25,28 +26,28 @@ class Gpu:
 
 @dataclass(frozen=True)
 class GpuFacts:
-    """What nvidia-smi and torch say; either may know of GPUs that the other does not see."""
+    """What nvidia-smi and torch report. Either may see GPUs that the other does not."""
 
     listed: tuple[str, ...] = ()
-    """Names, from nvidia-smi."""
+    """The names of the GPUs that nvidia-smi lists."""
     driver: str | None = None
     torch_version: str | None = None
     toolkit: tuple[int, int] | None = None
-    """CUDA that torch was built with; None: a CPU build."""
+    """The version of CUDA that torch was built with; None for a CPU build."""
     seen: tuple[Gpu, ...] = ()
     torch_error: str = ""
-    """Why torch could not be asked."""
+    """The reason why torch could not be asked; empty if it could."""
     is_restricted: bool = False
-    """CUDA_VISIBLE_DEVICES hides some on purpose."""
+    """Whether CUDA_VISIBLE_DEVICES is set, which may hide some GPUs on purpose."""
 
     @property
     def has_gpu(self) -> bool:
-        """Whether this is a GPU machine, working or not."""
+        """Whether this machine has a GPU, working or not."""
         return bool(self.listed or self.seen)
 
 
 def read_gpus() -> GpuFacts:
-    """Opens a context on each visible GPU for a moment, to read its free memory."""
+    """Reads the facts. To read free memory, it opens a context on each visible GPU."""
     listed, driver = _nvidia_smi()
     restricted = "CUDA_VISIBLE_DEVICES" in os.environ
     try:
@@ -58,14 +59,14 @@ def read_gpus() -> GpuFacts:
             free, total = torch.cuda.mem_get_info(index)
             name, capability = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
             seen.append(Gpu(name, capability, total, free))
-    except Exception as error:  # whatever a broken installation raises is the finding
+    except Exception as error:  # whatever a broken installation raises is reported
         return GpuFacts(listed, driver, torch_error=f"{type(error).__name__}: {error}", is_restricted=restricted)
     major_minor = tuple(int(part) for part in toolkit.split(".")[:2]) if toolkit else None
     return GpuFacts(listed, driver, torch.__version__, major_minor, tuple(seen), is_restricted=restricted)  # type: ignore[arg-type]
 
 
 def machine_has_gpu() -> bool:
-    """``GpuFacts.has_gpu`` without opening a context: eight ranks that each read eight GPUs would fill them."""
+    """``GpuFacts.has_gpu`` without opening contexts: eight ranks with a context on each GPU would fill its memory."""
     return bool(_nvidia_smi()[0]) or torch_sees_gpu()
 
 
@@ -95,7 +96,7 @@ def _nvidia_smi() -> tuple[tuple[str, ...], str | None]:
 
 
 def join_world(*, has_gpu: bool, timeout_minutes: float) -> None:
-    """The process group of a torchrun, over what training would use on such a machine."""
+    """Joins the process group of a torchrun, with the backend that training would use on such a machine."""
     import torch
 
     from megatron_ktr.distributed import rendezvous
@@ -113,14 +114,14 @@ def join_world(*, has_gpu: bool, timeout_minutes: float) -> None:
 
 
 def measure_all_reduce(*, has_gpu: bool, num_bytes: int, repeats: int = 5) -> tuple[float, bool]:
-    """(median seconds of one all-reduce of fp32, whether the sum was right), over the world that was joined."""
+    """Measures an fp32 all-reduce over the joined world. Returns (median seconds, whether the sum was right)."""
     import torch
 
     device = torch.device("cuda", torch.cuda.current_device()) if has_gpu else torch.device("cpu")
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     seconds = []
     values = torch.empty(num_bytes // 4, device=device)
-    for _ in range(repeats + 2):  # the first ones make connections
+    for _ in range(repeats + 2):  # the first two set up connections and are not counted
         values.fill_(rank + 1)
         torch.distributed.barrier()
         if has_gpu:

@@ -1,4 +1,4 @@
-"""``rng.json``: the random states of every rank as plain data, so that reading them back runs nothing.
+"""``rng.json``: the random states of every rank as plain data, so that reading them runs no code.
 
 [{"python": [3, [624 numbers and the position], null], "numpy": ["MT19937", [624 numbers], 624, 0, 0.0],
   "torch": "<base64 of its bytes>", "device": "<…>", "tracker": {"model-parallel-rng": "<…>"}}, …]      by rank
@@ -21,19 +21,20 @@ from megatron_ktr.files.safe_pickle import load_torch_object
 
 RANDOM_STATES = "rng.json"
 OLD_RANDOM_STATES = "rng.pt"
-"""A ``torch.save`` of the list of states: checkpoints that have no checksums either."""
+"""The file of older checkpoints, which have no checksums either: a ``torch.save`` of the list of states."""
 
 
 def random_states_to_json(states: Sequence[dict[str, Any]]) -> str:
-    """Of ``Platform.rng_state`` of all ranks."""
+    """The text of ``rng.json``. ``states`` are the results of ``Platform.rng_state``, by rank."""
     return json.dumps([_plain(state) for state in states], separators=(",", ":")) + "\n"
 
 
 def read_random_states(checkpoint: Path) -> list[dict[str, Any]]:
-    """What ``Platform.set_rng_state`` takes, by rank.
+    """The states that ``Platform.set_rng_state`` takes, by rank.
 
     Raises:
-        UserError: the file is not one of random states. OSError as it comes.
+        UserError: the file does not hold random states.
+        OSError: the file cannot be read.
     """
     path = checkpoint / RANDOM_STATES
     try:
@@ -78,7 +79,7 @@ def _from_text(text: str) -> Tensor:
 
 
 def _read_old(path: Path) -> list[dict[str, Any]]:
-    # numpy's state is an array: rebuilding one calls nothing but numpy.
+    # numpy's state is an array. Unpickling an array calls nothing but these functions of numpy.
     array_parts = [numpy.empty(0).__reduce__()[0], numpy.ndarray, numpy.dtype, type(numpy.dtype(numpy.uint32))]
     with torch.serialization.safe_globals(array_parts):
         states = load_torch_object(path)

@@ -1,14 +1,14 @@
-"""Where the processes of a run meet: rank 0 (or its launcher) opens a port, the others connect, all are counted.
+"""Brings the processes of a run together: rank 0 (or its launcher) opens a port, the others connect, all are counted.
 
-    read_place         RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, checked
-    check_own_address  on rank 0: the port is free, and the address that the others are given leads here
+    read_place         reads and checks RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT
+    check_own_address  on rank 0: checks that the port is free, and that the address given to the others leads here
     connect            on the others: waits until a store answers there
-    meet               both, then a roll call: every rank is there once, and all count alike
-    join_world         torch's process group of those who met
+    meet               does both, then a roll call: every rank is there once, and all expect the same number of ranks
+    join_world         makes torch's process group of these ranks
 
-torch would find most of this out too, but later: its client waits in C++, where no signal reaches it, for up to 1.7
-times its timeout, writes stack traces to the error stream, and a rank that never comes is waited for as long as the
-slowest collective may take. Here the wait is Python's, ``RENDEZVOUS_MINUTES`` long, and ends with one line.
+torch would notice most problems too, but later. Its client waits in C++, where no signal reaches it, for up to 1.7
+times its timeout, and writes stack traces to the error stream. It would wait for a rank that never comes as long as the
+slowest collective may take. Here Python waits, for ``RENDEZVOUS_MINUTES``, and a failure is reported in one line.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from megatron_ktr.errors import UserError
 RENDEZVOUS_MINUTES = 10.0
 """How long the processes of a run wait for each other at the start."""
 _PATIENCE_SECONDS = 15.0
-"""After so long one line says who is waited for."""
+"""After this time, one line says who is waited for."""
 _TRY_SECONDS = 5.0
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where this process stands in the run, and where the run meets."""
+    """The rank of this process in the run, and the address at which the processes meet."""
 
     rank: int
     world_size: int
@@ -49,7 +49,7 @@ class Place:
 
 
 class Deadline:
-    """When waiting ends."""
+    """The time at which waiting ends."""
 
     def __init__(self, minutes: float) -> None:
         self.minutes = minutes
@@ -67,7 +67,8 @@ def read_number(name: str, *, low: int, high: int, default: int | None = None) -
     """The whole number in the environment variable ``name``.
 
     Raises:
-        UserError: not set (and no ``default``), no whole number, or outside ``low`` .. ``high``.
+        UserError: the variable is not set (and there is no ``default``), no whole number, or not in ``low`` ..
+        ``high``.
     """
     text = os.environ.get(name, "").strip()
     if not text and default is not None:
@@ -82,15 +83,15 @@ def read_number(name: str, *, low: int, high: int, default: int | None = None) -
 
 
 def read_place() -> Place | None:
-    """What torchrun, or a scheduler, has set; None for a process by itself.
+    """Reads the variables that torchrun or a scheduler has set; None for a single process.
 
     Raises:
-        UserError: some variables are missing, or hold what cannot be.
+        UserError: some variables are missing or hold impossible values.
     """
     given = [name for name in _VARIABLES if os.environ.get(name, "").strip()]
     if "WORLD_SIZE" not in given:
         if "RANK" in given:
-            # Alone, every process of the run would train a model of its own.
+            # Taken for a single process, every process of the run would train a model of its own.
             raise UserError(f"RANK={os.environ['RANK']} is set but WORLD_SIZE is not: start with torchrun, or set both")
         return None
     world_size = read_number("WORLD_SIZE", low=1, high=2**20)
@@ -108,15 +109,16 @@ def read_place() -> Place | None:
 
 
 def meet(place: Place, *, minutes: float = RENDEZVOUS_MINUTES) -> Any:
-    """The store of the run (``torch.distributed.Store``), on every rank, once all ranks have come.
+    """Waits until all ranks have come, and returns the store of the run (``torch.distributed.Store``).
 
     Raises:
-        UserError: the meeting place cannot be opened or reached, or somebody is missing, double, or counts otherwise.
+        UserError: the port cannot be opened or reached, a rank is missing or there twice, or ranks expect different
+            numbers of ranks.
     """
     import torch.distributed as dist
 
     deadline = Deadline(minutes)
-    # torchrun's launcher on node 0 has opened the port, and every rank is a guest.
+    # Under torchrun the launcher on node 0 has opened the port already, and every rank connects to it.
     is_host = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
     if is_host:
         check_own_address(place.address, place.port, deadline=deadline)
@@ -144,14 +146,14 @@ def join_world(
     timeout_minutes: float,
     rendezvous_minutes: float = RENDEZVOUS_MINUTES,
 ) -> None:
-    """torch's default process group, of all ranks of the run or of this process alone.
+    """Makes torch's default process group, of all ranks of the run or of this process alone.
 
-    ``timeout_minutes`` is for the collectives that follow. Raises ``UserError`` where the ranks do not come together.
+    ``timeout_minutes`` is for later collectives. Raises ``UserError`` if the ranks do not come together.
     """
     import torch.distributed as dist
 
     place = read_place()
-    # Alone: a store inside the process, no port to collide with another run on this machine.
+    # A single process gets a store in its own memory, without a port that another run on this machine might use.
     store = dist.HashStore() if place is None else meet(place, minutes=rendezvous_minutes)
     rank, world_size = (0, 1) if place is None else (place.rank, place.world_size)
     timeout = datetime.timedelta(minutes=timeout_minutes)
@@ -169,17 +171,17 @@ def join_world(
 
 
 def connect(address: str, port: int, *, deadline: Deadline) -> Any:
-    """A guest's connection to the store at ``address``, as soon as one answers there.
+    """Connects to the store at ``address``, as soon as one answers there.
 
     Raises:
-        UserError: none does before the deadline; with what stood in the way.
+        UserError: none answers before the deadline; the message has the reason of the last attempt.
     """
     import torch.distributed as dist
 
     reason, patience = "", Deadline(_PATIENCE_SECONDS / 60)
     while True:
         try:
-            # A plain connection first: torch's own would wait for it in C++.
+            # A plain connection is tried first, because torch's own would wait in C++.
             socket.create_connection((address, port), timeout=_TRY_SECONDS).close()
             with _without_native_messages():
                 return dist.TCPStore(
@@ -205,10 +207,10 @@ def connect(address: str, port: int, *, deadline: Deadline) -> Any:
 
 
 def check_own_address(address: str, port: int, *, deadline: Deadline) -> None:
-    """On rank 0's machine: ``port`` is free, and whoever calls ``address`` reaches this machine.
+    """Checks on rank 0's machine that ``port`` is free, and that ``address`` leads to this machine.
 
     Raises:
-        UserError: it is taken, or the address leads elsewhere or nowhere.
+        UserError: the port is taken, or the address leads elsewhere or nowhere.
     """
     reason, patience = "", Deadline(_PATIENCE_SECONDS / 60)
     with _open_port(port) as listener:
@@ -259,7 +261,7 @@ def _leads_here(address: str, port: int, listener: socket.socket) -> bool:
                 guest, _ = listener.accept()
             except TimeoutError:
                 return False
-            # Guests of other nodes come and go, too; they say nothing.
+            # Other nodes may connect at the same time; they send nothing, and their connections are ignored.
             with guest, contextlib.suppress(OSError):
                 guest.settimeout(0.5)
                 if guest.recv(len(token)) == token:
@@ -268,10 +270,10 @@ def _leads_here(address: str, port: int, listener: socket.socket) -> bool:
 
 
 def _call_roll(store: Any, place: Place, *, deadline: Deadline) -> Any:
-    """Waits until every rank has come, once each."""
+    """Waits until every rank has registered, each exactly once."""
     import torch.distributed as dist
 
-    # A launcher's store outlives the ranks it restarts.
+    # The store of a launcher outlives the ranks that it restarts, so every restart uses names of its own.
     name = f"meeting_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     roll = dist.PrefixStore(name, store)
     where = f"{socket.gethostname()}, process {os.getpid()}"
@@ -301,7 +303,7 @@ def _call_roll(store: Any, place: Place, *, deadline: Deadline) -> Any:
 
 def _wait_for_all(roll: Any, place: Place, *, deadline: Deadline) -> None:
     patience = Deadline(_PATIENCE_SECONDS / 60)
-    # In Python, by short looks, so that signals are heard.
+    # This polls in Python, with short pauses, so that signals are handled.
     pause = 0.01
     while not roll.check(["complete"]):
         if deadline.seconds_left:
@@ -310,7 +312,7 @@ def _wait_for_all(roll: Any, place: Place, *, deadline: Deadline) -> None:
             if place.rank == 0:
                 patience = _say_once(patience, f"waiting for {_missing(roll, place)}")
             continue
-        # A thousand ranks that all ask for the names of the others would be a load.
+        # Only rank 0 asks which ranks are missing: if a thousand ranks asked, the store would be overloaded.
         who = _missing(roll, place) if place.rank == 0 else "some ranks (rank 0 says which)"
         raise UserError(
             f"{place}: after {deadline} {who} had not come: are NNODES and the processes per node the same everywhere, "
@@ -325,7 +327,7 @@ def _missing(roll: Any, place: Place) -> str:
 
 
 def _say_once(patience: Deadline | None, line: str) -> Deadline | None:
-    """Prints ``line`` when the patience has run out, and then no more."""
+    """Prints ``line`` once ``patience`` has run out. Returns the patience for the next call; None after printing."""
     if patience is None or patience.seconds_left:
         return patience
     print(line, file=sys.stderr, flush=True)
@@ -334,7 +336,8 @@ def _say_once(patience: Deadline | None, line: str) -> Deadline | None:
 
 @contextlib.contextmanager
 def _without_native_messages() -> Iterator[None]:
-    """Drops what C++ writes to the error stream: of a failed connection a stack trace; the exception tells it, too."""
+    """Drops what C++ writes to the error stream. For a failed connection that is a stack trace, which adds nothing to
+    the exception."""
     try:
         kept = os.dup(2)
     except OSError:  # there is no error stream

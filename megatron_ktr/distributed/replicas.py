@@ -1,4 +1,4 @@
-"""Numbers that ranks of a replica, or replicas, have to agree on."""
+"""Numbers that the ranks of a replica, or all replicas, must agree on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_ktr.sums import Metrics
 
 
 class ReplicaNumbers:
-    """Collective counts and means of a class that has ``groups`` and ``platform``."""
+    """Base class with collective counts and means, for a class that has ``ranks`` and ``platform``."""
 
     ranks: ParallelGroups
     platform: Platform
@@ -25,11 +25,12 @@ class ReplicaNumbers:
         return float(all_reduce_sum(total, self.ranks.data))
 
     def mean_over_replicas(self, metrics: Metrics) -> dict[str, float]:
-        """Means of metrics that every rank of a replica holds alike, over replicas; equal on every rank."""
+        """The means over all replicas, equal on every rank. All ranks of a replica must hold the same ``metrics``."""
         return reduce_metrics(metrics, self.ranks.data).means()
 
     def sum_over_replicas(self, counts: Mapping[str, float]) -> dict[str, float]:
-        """Sums by name of counts that every rank of a replica holds alike; replicas may know different names."""
+        """The sums over all replicas, by name. All ranks of a replica must hold the same ``counts``; replicas may have
+        different names."""
         return reduce_metrics(Metrics(dict(counts), dict.fromkeys(counts, 1.0)), self.ranks.data).sums
 
     def from_last_stage(self, value: Any) -> Any:

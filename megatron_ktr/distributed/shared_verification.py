@@ -1,8 +1,8 @@
-"""Verifying checksums by all ranks together, each a share of the files, which all of them see.
+"""Verifies checksums with all ranks together. Every rank checks a share of the files; all ranks must see all files.
 
-Every rank comes to the same list, or raises the same error: nobody waits for a rank that has gone. What one rank finds
-is looked at again by rank 0 before it counts: a directory that only some ranks see is no damaged directory, and must
-not be set aside as one.
+Every rank gets the same list of damage, or raises the same error, so that no rank waits for one that has gone. Damage
+found by one rank counts only once rank 0 has confirmed it. Otherwise a directory that only some ranks see would be
+taken for a damaged one and set aside.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ T = TypeVar("T")
 
 
 class SharedVerification:
-    """``verify`` and ``agree`` of ``run_directory.find_checkpoint``; collective over the world."""
+    """Provides ``verify`` and ``agree`` for ``find_checkpoint`` (``run/directory.py``); collective over the world."""
 
     def __init__(self, ranks: ParallelGroups) -> None:
         self.ranks = ranks
 
     def agree(self, action: Callable[[], T]) -> T:
-        """What ``action`` returns on rank 0, on every rank."""
+        """Runs ``action`` on rank 0 and returns its result on every rank."""
         return result_of_rank_zero(action, ranks=self.ranks)
 
     def verify(self, checkpoint: Path) -> list[Damage]:
-        """Of a checkpoint of a training."""
+        """The damage of a training checkpoint: files that are missing, or that differ from their checksums."""
         return self.agree(lambda: incompleteness(checkpoint)) or self.find_damage(checkpoint)
 
     def require_intact(self, directory: Path, *, option: str) -> None:
-        """Raises ``UserError`` on every rank where a directory has checksums and a file differs from them."""
+        """Raises ``UserError`` on every rank if the directory has checksums and a file differs from its own."""
         if damage := self.find_damage(directory):
             with same_on_every_rank():
                 raise UserError(damage_line(directory, damage, option=option))
 
     def find_damage(self, directory: Path) -> list[Damage]:
-        """As ``checksums.find_damage``, of all files, on every rank."""
+        """The result of ``checksums.find_damage`` for all files, on every rank."""
         shares = self.agree(lambda: _shares(directory, self.ranks.world_size))
         if isinstance(shares, Damage):
             return [shares]
@@ -54,7 +54,8 @@ class SharedVerification:
 
 
 def _shares(directory: Path, num_ranks: int) -> list[list[str]] | Damage:
-    """Files by rank, the largest first to whoever has least to read; [] where there are no checksums."""
+    """Divides the files among the ranks: each file, the largest first, goes to the rank with the fewest bytes to read.
+    Empty if there are no checksums."""
     try:
         digests = read_manifest(directory)
     except DamagedManifest as error:

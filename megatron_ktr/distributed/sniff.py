@@ -1,4 +1,4 @@
-"""Every GPU's products and messages, timed by megatron-core's own test of them (0.19, ``gpu_sniff_test``)."""
+"""Times matrix products and messages of every GPU, with megatron-core's own test (0.19, ``gpu_sniff_test``)."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from megatron_ktr.stack import require_core_0_19
 
 
 def load_sniff_test() -> ModuleType:
-    """megatron-core's module, from its file: imported by its name it would bring the whole training program along,
-    which wants packages that nothing here needs.
+    """Loads megatron-core's test module from its file. Importing it by name would import the whole training program,
+    which needs packages that nothing here needs.
 
     Raises:
-        UserError: a megatron-core that has none.
+        UserError: this megatron-core has no such module.
     """
     require_core_0_19("--sniff")
     try:
@@ -39,8 +39,9 @@ def load_sniff_test() -> ModuleType:
 
 
 def measure(test: ModuleType) -> list[tuple[str, float]]:
-    """(what and in which unit, this rank's value, NaN where it took no part), the same list on every rank; collective
-    over a world that was joined. Messages of experts, which this model has none of, are left out."""
+    """Runs the test and returns (name and unit, this rank's value) for each measurement. The names are the same on
+    every rank; the value is NaN if this rank took no part. Collective over the joined world. Messages of experts are
+    left out, because this model has no experts."""
     world = world_group()
     found = [*test.bench_gemms(), *test.bench_all_reduce(world)]
     found += test.bench_reduce_scatter(_group_of_node(world))
@@ -48,11 +49,11 @@ def measure(test: ModuleType) -> list[tuple[str, float]]:
 
 
 def _group_of_node(world: ProcessGroup) -> ProcessGroup | None:
-    """Where tensor parallelism lives; none where nodes have unequal numbers of ranks."""
+    """The ranks of this node, over which tensor parallelism runs; None if nodes have unequal numbers of ranks."""
     size = rendezvous.read_number("LOCAL_WORLD_SIZE", low=1, high=2**10, default=1)
     if size == world.size():
         return world
-    # The same decision on every rank: making a group is collective.
+    # Every rank must decide alike, because making a group is collective.
     sizes: list[int] = [0] * world.size()
     torch.distributed.all_gather_object(sizes, size)
     if len(set(sizes)) > 1 or world.size() % size:

@@ -1,14 +1,14 @@
-"""One cuDNN in a process with Transformer Engine: the wheel's, whole, before anything else is found.
+"""Loads the whole cuDNN of the wheel before Transformer Engine can find another one, so that a process has one version.
 
-cuDNN 9 is a dispatcher and sub-libraries that find each other by bare name. Transformer Engine's kernel library names
-seven of them and no folder, and looks for the dispatcher on the system before it looks beside torch
-(``transformer_engine/common/__init__.py``, ``_load_cuda_library``). torch has loaded the wheel's dispatcher by then. So
-where the machine has a cuDNN of its own, parts of two versions end up in one process, and the first attention fails
-with CUDNN_STATUS_SUBLIBRARY_VERSION_MISMATCH. ``CUDNN_HOME`` alone does not help: it names the dispatcher and leaves
-the sub-libraries to the loader, which takes the system's, or none where there are none.
+cuDNN 9 consists of a dispatcher and sub-libraries that find each other by bare name. Transformer Engine's kernel
+library names seven of them without a folder, and looks for the dispatcher on the system before it looks beside torch
+(``transformer_engine/common/__init__.py``, ``_load_cuda_library``). By then torch has loaded the wheel's dispatcher. So
+if the machine has a cuDNN of its own, parts of two versions end up in one process, and the first attention fails with
+CUDNN_STATUS_SUBLIBRARY_VERSION_MISMATCH. ``CUDNN_HOME`` alone does not help: it names the dispatcher but leaves the
+sub-libraries to the loader, which takes those of the system, or finds none.
 
-What is loaded already is not searched for. So the wheel's sub-libraries are loaded here, each by its path, in an order
-in which none has to look for another.
+The loader does not search for a library that is loaded already. So this file loads the wheel's sub-libraries, each by
+its path, in an order in which none has to look for another.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 LOADED_FIRST = ("libcudnn_graph.so", "libcudnn_ops.so")
-"""All others need the first, and two of them the second."""
+"""The libraries that others need: all others need the first one, and two of them need the second."""
 NAMED_BY_GRAPH = re.compile(rb"libcudnn_[a-z_]+\.so")
 
 
 def use_wheels_cudnn(*, load: Callable[[Path], object] | None = None) -> list[Path]:
-    """Loads the wheel's cuDNN, where it and Transformer Engine are installed; gives what was loaded. To be called
-    before Transformer Engine's import.
+    """Loads the wheel's cuDNN, if it and Transformer Engine are installed, and returns the loaded files. Call it before
+    Transformer Engine is imported.
 
-    Children are told by ``CUDNN_HOME`` and ``LD_LIBRARY_PATH`` together, which says the same to those that do not call
-    this. A ``CUDNN_HOME`` that names another folder is a person's choice: nothing is done. A library that does not
-    load is named in a warning; what needs it will say more.
+    ``CUDNN_HOME`` and ``LD_LIBRARY_PATH`` are set for child processes; together they have the same effect in children
+    that do not call this function. If ``CUDNN_HOME`` names another folder, that is the user's choice and nothing is
+    done. A library that cannot be loaded is named in a warning; the code that needs it will fail with details.
     """
     folder = wheels_folder()
     if folder is None or importlib.util.find_spec("transformer_engine") is None:
@@ -54,7 +54,8 @@ def use_wheels_cudnn(*, load: Callable[[Path], object] | None = None) -> list[Pa
 
 
 def wheels_folder() -> Path | None:
-    """``lib`` of the package ``nvidia-cudnn-cu13`` (or another CUDA's); None where torch brought none."""
+    """The folder ``lib`` of the package ``nvidia-cudnn-cu13`` (or that of another CUDA); None if it is not
+    installed."""
     try:
         spec = importlib.util.find_spec("nvidia.cudnn")
     except ModuleNotFoundError:
@@ -64,14 +65,15 @@ def wheels_folder() -> Path | None:
 
 
 def libraries(folder: Path) -> list[Path]:
-    """Every cuDNN library in ``folder``, in the order in which they can be loaded; the dispatcher last."""
+    """Every cuDNN library in ``folder``, in an order in which they can be loaded; the dispatcher is last."""
     found = sorted(folder.glob("libcudnn*.so.[0-9]*"))
     rank = {name: place - len(LOADED_FIRST) for place, name in enumerate(LOADED_FIRST)}
     return sorted(found, key=lambda path: (rank.get(_base(path), 0), _base(path) == "libcudnn.so", path.name))
 
 
 def missing_libraries(folder: Path) -> list[str]:
-    """What the folder's graph library will look for and not find beside itself: then a system's copy is taken."""
+    """The libraries that the folder's graph library needs and that are not beside it. The loader would take the
+    system's copies of them."""
     by_base = {_base(path): path for path in libraries(folder)}
     if "libcudnn_graph.so" not in by_base:
         return []

@@ -1,4 +1,4 @@
-"""What a policy hands out: weights to engines, and the directory a run ends with."""
+"""What a policy exports: weights for rollout engines, and the directory that is written at the end of a run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def export_weights(
     gather_to: GatherTo,
     with_vision: bool,
 ) -> Iterator[tuple[str, Tensor]]:
-    """``export_hf_tensors`` of the bare chunks, adapters merged, with or without the vision encoder."""
+    """Streams the weights of the bare chunks (``export_hf_tensors``) with adapters merged, with or without the vision
+    encoder."""
     value_of = tensor_of or merged_weights(chunks)
     encoders = [chunk.vision for chunk in chunks if chunk.vision is not None and not with_vision]
     left_out = {id(parameter) for encoder in encoders for parameter in encoder.parameters()}
@@ -42,8 +43,8 @@ def save_export(
     lora: LoraSettings | None,
     only_adapters: bool,
 ) -> None:
-    """A directory that transformers and vLLM load: the whole model, adapters merged, with all other files of
-    ``hf_source_dir``; or the adapters alone, to be loaded beside that model."""
+    """Writes a directory that transformers and vLLM load. It holds the whole model with adapters merged, and all other
+    files of ``hf_source_dir``. With ``only_adapters`` it holds the adapters alone, to be loaded beside that model."""
     if lora is not None and only_adapters:
         save_adapters(chunks, directory, settings=lora, ranks=ranks, base=hf_source_dir)
     else:

@@ -1,8 +1,9 @@
-"""Numbers that are not finite end a run with one line, on every rank, before anything is learned from or saved of them.
+"""Checks that end a run when a number is NaN or infinite, before the run learns from it or saves it.
 
-NaN hides: a comparison with it is false, so that a token with a NaN score is no key token, and a loss without key
-tokens is a perfect 0. Hence it is looked for where it enters: in the weights that a run starts from, in the log-probs
-of the sampler, and in those of the trainer (``Policy.update``).
+Every rank then raises the same error of one line. The checks are needed because NaN hides: every comparison with NaN is
+false, so a token with a NaN score is never a key token, and the loss of a batch without key tokens is a perfect 0.
+Hence NaN is looked for where it can enter: in the weights that a run starts from, in the log-probs of the sampler, and
+in the log-probs of the trainer (``Policy.update``).
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ def require_finite_samples(
 
 
 def require_finite(name: str, value: float) -> None:
-    """Raises ``UserError`` unless ``value``, the same on every rank, is finite: before a checkpoint or an export could
-    hold what follows from it."""
+    """Raises ``UserError`` unless ``value`` is finite, so that no checkpoint or export can hold what would follow from
+    it. ``value`` must be the same on every rank."""
     if not math.isfinite(value):
         with same_on_every_rank():
             raise UserError(
@@ -68,5 +69,6 @@ def require_finite(name: str, value: float) -> None:
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
-    """Without a mask as large as the tensor; NaN goes through the minimum."""
+    """Whether every number is finite. Minimum and maximum tell, since NaN propagates through them; a mask as large as
+    the tensor is not needed."""
     return not tensor.numel() or all(bool(bound.isfinite()) for bound in torch.aminmax(tensor))

@@ -1,6 +1,7 @@
-"""What lives in host memory and visits the device while it is used: frozen weights, an optimizer's moments.
+"""Tensors that live in host memory and are on the device only while they are used: frozen weights and the moments of
+an optimizer.
 
-What leaves the device while an engine generates is in ``policy/rollout_offload.py``.
+The opposite case, tensors that leave the device while an engine generates, is in ``policy/rollout_offload.py``.
 """
 
 from __future__ import annotations
@@ -20,17 +21,18 @@ MOMENTS = frozenset({"exp_avg", "exp_avg_sq"})
 
 
 class HostWeights:
-    """Frozen modules' parameters, on the host outside ``on_device()``.
+    """Keeps the parameters of frozen modules in host memory; they are on the device within ``on_device()`` only.
 
-    Whole modules move at once: a pass without gradient needs all weights and little else, and it is the update, with
-    its activations, that needs the room. Nothing is copied back, the weights do not change. Host memory is pinned, so
-    that copies run at the bus's speed, in order with the kernels that wait for them.
+    All modules move at once. A pass without gradient needs all weights and little else, so they fit then; the memory is
+    freed for the update, which needs it for activations. Nothing is copied back to the host, because the weights do not
+    change. Host memory is pinned, so that copies run at the bus's speed and are ordered before the kernels that need
+    them.
     """
 
     def __init__(self, modules: Sequence[nn.Module], *, to_host: Move, to_device: Move) -> None:
         """
         Raises:
-            ValueError: a parameter that is trained: its optimizer would not find it.
+            ValueError: a parameter is trained; its optimizer would not find it after it was replaced.
         """
         self._to_device = to_device
         self._places = [(owner, name) for module in modules for owner in module.modules() for name in owner._parameters]
@@ -44,12 +46,12 @@ class HostWeights:
 
     @classmethod
     def on(cls, modules: Sequence[nn.Module], *, platform: Platform) -> HostWeights:
-        """Between the host and ``platform``'s device; on CPU nothing moves."""
+        """Weights that move between the host and ``platform``'s device; on CPU nothing moves."""
         return cls(modules, **moves(platform))
 
     @contextlib.contextmanager
     def on_device(self) -> Iterator[None]:
-        """Within it every weight is on the device; afterwards the copies there are free."""
+        """Puts every weight on the device while the context is open; the copies there are freed afterwards."""
         self._put([_moved(parameter, self._to_device) for parameter in self._at_home])
         try:
             yield
@@ -57,7 +59,8 @@ class HostWeights:
             self._put(self._at_home)
 
     def _put(self, parameters: Sequence[nn.Parameter | None]) -> None:
-        # New Parameter objects, not ``.data``: torch lets that change device between some kinds of devices only.
+        # Parameter objects are replaced. Assigning to ``.data`` would not do: torch allows a change of device there
+        # only between some kinds of devices.
         for (owner, name), parameter in zip(self._places, parameters, strict=True):
             owner._parameters[name] = parameter
 
@@ -72,11 +75,12 @@ def moves(platform: Platform) -> dict[str, Move]:
 
 @contextlib.contextmanager
 def moments_on_device(optimizer: Any, *, to_host: Move, to_device: Move) -> Iterator[None]:
-    """The moments of an Adam behind megatron-core's optimizer are on the device within it, on the host afterwards.
+    """Puts Adam's moments on the device while the context is open, and back on the host afterwards.
 
-    Only an optimizer step needs them, when no activations are there; they are 8 of the 12 bytes a parameter that main
-    weights and moments take. Host copies are new ones each time: a checkpoint in the background may still be reading
-    the last. What an optimizer has not made yet, before its first step, is made on the device.
+    ``optimizer`` is megatron-core's. Only an optimizer step needs the moments, and no activations exist at that time.
+    Moments take 8 of the 12 bytes per parameter that main weights and moments take together. Every return makes new
+    copies on the host, because a checkpoint that is written in the background may still be reading the previous ones.
+    Before its first step an optimizer has no moments; it then creates them on the device.
     """
     inner = [part.optimizer for part in getattr(optimizer, "chained_optimizers", [optimizer])]
     states = [one.state for one in inner if one is not None]
@@ -95,7 +99,8 @@ def _move_moments(states: Sequence[Mapping[Any, dict[str, Any]]], move: Move) ->
 
 
 def pinned_copy(tensor: Tensor) -> Tensor:
-    """On the host. In order with the kernels before it, and complete when it returns: the device's copy may go."""
+    """A copy in pinned host memory. It runs after all kernels launched before it and is complete on return, so that the
+    device's tensor may be freed at once."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
 
 
@@ -108,6 +113,6 @@ def _moved(parameter: nn.Parameter | None, move: Move) -> nn.Parameter | None:
         return None
     with torch.no_grad():
         moved = nn.Parameter(move(parameter.detach()), requires_grad=False)
-    # Marks of tensor and sequence parallelism.
+    # The attributes by which tensor and sequence parallelism mark parameters move, too.
     vars(moved).update(vars(parameter))
     return moved

@@ -3,9 +3,9 @@
 This file drives megatron-core: pipeline schedule, data-parallel gradients, optimizer. It knows no algorithm by
 name: an objective turns scores into per-token streams, and the loss consumes the streams.
 
-One micro-batch holds whole groups (a group is never split). The head runs on the last pipeline stage only, on
-the predicting rows only; its outputs stay there. Every rank runs every forward and backward, also when all
-advantages of its micro-batch are zero: the collectives inside would otherwise wait for it for ever.
+One micro-batch holds whole groups (a group is never split). The head runs on the last pipeline stage only, and there
+on the predicting rows only; its outputs stay on that stage. Every rank runs every forward and backward, even if all
+advantages of its micro-batch are zero: other ranks would otherwise wait for it for ever in a collective.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Policy(ReplicaNumbers):
-    """Policy model, optional frozen reference model, optimizer and schedule of one rank.
+    """One rank's part of the policy model, its optimizer and schedule, and an optional frozen reference model.
 
     ``hf_dir`` gives sizes and initial weights. ``num_steps`` is the length of the learning-rate schedule.
     """
@@ -108,8 +108,8 @@ class Policy(ReplicaNumbers):
 
     def _connect_schedule_hooks(self) -> None:
         config = self.transformer_config
-        # Weak: layers hold this config, autograd nodes of the distributed optimizer's views of fp32 parameters hold the
-        # layers; back to the optimizer it would be a cycle through C++: nothing, threads of groups too, is ever freed.
+        # Weak: a strong reference would make a cycle through C++ that leaks weights and the groups' threads. (Layers
+        # hold this config; autograd nodes of the distributed optimizer's views of fp32 parameters hold the layers.)
         policy = weakref.proxy(self)
 
         def finalize(model: list[torch.nn.Module], num_tokens: Tensor | None = None, **options: Any) -> None:
@@ -124,7 +124,7 @@ class Policy(ReplicaNumbers):
             config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
 
     def add_reference(self, hf_dir: str | Path | None = None) -> None:
-        """Gives the KL term its frozen model: the weights in ``hf_dir``, by default the initial ones."""
+        """Adds the frozen model of the KL term, with the weights in ``hf_dir``, by default the initial ones."""
         if self.lora is not None and hf_dir is None:
             self.reference = ReferenceModel.without_adapters(self.bare_chunks)
         else:
@@ -143,8 +143,8 @@ class Policy(ReplicaNumbers):
     ) -> list[TokenStatistics | None]:
         """Log-prob and entropy of every response token, without gradient; None on every stage but the last.
 
-        A batch that comes as a function is packed when its turn has come: the device works on the one before.
-        ``temperature`` replaces the run's own. ``precision`` is the language model's: same, bf16 or fp8.
+        A batch given as a function is packed only when its turn comes, while the device works on the batch before it.
+        ``temperature`` replaces the run's own. ``precision`` is that of the language model: same, bf16 or fp8.
         """
 
         def statistics(chunk: torch.nn.Module, _: Any, batch: PackedBatch, hidden_RD: Tensor) -> TokenStatistics:
@@ -155,15 +155,15 @@ class Policy(ReplicaNumbers):
         return self._forward_only(batches, batch_of=ready, finish=statistics, model=model, precision=precision)
 
     def hidden_rows(self, batches: Sequence[Packed], *, precision: str = "same") -> list[Tensor | None]:
-        """Hidden states [R, D] that predict the response tokens, without a pass over the vocabulary and without
-        gradient; None on every stage but the last."""
+        """Hidden states [R, D] of the rows that predict the response tokens, without gradient; None on every stage but
+        the last. The head does not run."""
         return self._forward_only(batches, batch_of=ready, finish=lambda *found: found[-1].clone(), precision=precision)
 
     def score_intact(
         self, items: Sequence[MicroBatch], *, objective: Objective
     ) -> list[tuple[MicroBatch, TokenScores] | None]:
-        """An intact pass without gradient: all scores of every micro-batch, and the micro-batch with what was found
-        (which later passes then use as it is); None on every stage but the last."""
+        """An intact pass without gradient. For every micro-batch it returns all scores, and the micro-batch with what
+        the pass found (later passes use that and do not compute it again); None on every stage but the last."""
 
         def scores_of(
             chunk: torch.nn.Module, item: MicroBatch, batch: PackedBatch, hidden_RD: Tensor
@@ -184,15 +184,15 @@ class Policy(ReplicaNumbers):
         model: ModelRole = ModelRole.POLICY,
         precision: str = "same",
     ) -> list[Any]:
-        """A forward pass without gradient; ``finish(chunk, item, batch on the device, hidden_RD)`` by item, None before
-        the last stage."""
+        """A forward pass without gradient. Returns ``finish(chunk, item, batch on the device, hidden_RD)`` for every
+        item, or None on every stage but the last."""
         reference = self.reference if model is ModelRole.REFERENCE else None
         if model is ModelRole.REFERENCE and reference is None:
             raise ValueError("no reference model: call add_reference() first")
         chunks = self.chunks if reference is None else reference.chunks
         if reference is None or reference.is_policy:
-            # Left to the forward, a replica whose batch has no media would not gather the vision encoder, and the
-            # others would wait for it for ever. (With gradient, the encoder always runs.)
+            # Gathering cannot be left to the forward: a replica whose batch has no media would not gather the vision
+            # encoder, and the others would wait for it for ever. (With gradient, the encoder always runs.)
             self.wait_for_parameters()
 
         def keep(
@@ -202,7 +202,7 @@ class Policy(ReplicaNumbers):
 
         if not items:
             return []
-        # The interleaved schedule takes whole rounds of the stages only; what fills the last one is dropped.
+        # The interleaved schedule needs a multiple of the stages; results of the repeated last item are dropped below.
         num_missing = -len(items) % self.ranks.sizes.pipeline if len(chunks) > 1 else 0
         padded = [*items, *[items[-1]] * num_missing]
         in_use = reference.in_use() if reference else contextlib.nullcontext()
@@ -216,7 +216,7 @@ class Policy(ReplicaNumbers):
     ) -> UpdateResult:
         """One optimizer step: ``backward``, then clipping, optimizer and learning-rate schedule."""
         result = self.backward(micro_batches, objective=objective, denominators=denominators)
-        # A token whose scores are NaN is no key token, and without key tokens the loss is 0.
+        # A finite loss is no proof: a token with NaN scores is no key token, and without key tokens the loss is 0.
         require_finite("policy's log-prob of response tokens", math.nan if result.num_not_finite else 0.0)
         if not result.has_gradient:
             return result
@@ -240,7 +240,8 @@ class Policy(ReplicaNumbers):
     def backward(
         self, micro_batches: Sequence[MicroBatch], *, objective: Objective, denominators: Denominators
     ) -> UpdateResult:
-        """Forward, key tokens chosen on the last stage, backward; gradients reduced over all ranks, no step taken."""
+        """Runs the forward, chooses key tokens on the last stage, and runs the backward. Gradients are then reduced
+        over all ranks; no optimizer step is taken."""
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
@@ -275,13 +276,13 @@ class Policy(ReplicaNumbers):
         )
         self._is_gather_pending = self.options.parallel.overlap_param_gather
         metrics = Metrics()
-        # Tensor- and context-parallel ranks hold the same numbers; one of them speaks for all.
+        # Tensor- and context-parallel ranks hold the same numbers; only one of them reports, so that none counts twice.
         speaks = self.ranks.tensor_rank == self.ranks.context_rank == 0
         for batch_metrics, _, _ in outputs if speaks else ():
             metrics.merge(batch_metrics)
         # The one place where the host waits for what the update has computed.
         metrics = reduce_metrics(metrics, self.ranks.world)
-        # Already divided by global counts: the parts of the loss add up, they are not averaged.
+        # The parts of the loss are already divided by global counts: they are added, not averaged.
         names = ("loss", "has_gradient", "num_not_finite")
         loss, has_gradient, num_not_finite = (metrics.pop_sum(name) for name in names)
         return UpdateResult(
@@ -295,7 +296,7 @@ class Policy(ReplicaNumbers):
 
     @torch.no_grad()
     def prepare_vision(self, batches: Sequence[PackedBatch]) -> None:
-        """Runs the encoder over the media of ``batches`` before the passes without gradient that show them."""
+        """Encodes the media of ``batches`` ahead of the passes without gradient that need their features."""
         self.wait_for_parameters()
         self.vision.prepare(batches)
 
@@ -326,8 +327,8 @@ class Policy(ReplicaNumbers):
         )
 
     def save_hf(self, directory: Path) -> None:
-        """Writes a directory that transformers and vLLM load: the model and all other files of the initial one, or
-        adapters alone (``--lora-export adapter``)."""
+        """Writes a directory that transformers and vLLM load: the model with all other files of the initial model, or
+        the adapters alone (``--lora-export adapter``)."""
         self.wait_for_parameters()
         only_adapters = self.options.model.lora_export == "adapter"
         save_export(
@@ -340,8 +341,8 @@ class Policy(ReplicaNumbers):
         )
 
     def wait_for_parameters(self) -> None:
-        """With overlapped gathering, every rank holds but its own shard of what the last optimizer step changed, until
-        the next forward gathers the rest, module by module; this gathers it at once, on all ranks."""
+        """Gathers all new weights now; collective. With overlapped gathering, a rank holds only its own shard of the
+        new weights after an optimizer step, and the next forward would gather the rest module by module."""
         if self._is_gather_pending:
             for chunk in self.chunks:
                 chunk.start_param_sync(force_sync=True)
@@ -365,7 +366,8 @@ class Policy(ReplicaNumbers):
         forward_only: bool,
         model: ModelRole = ModelRole.POLICY,
     ) -> list[Any]:
-        """Runs megatron-core's schedule over ``items``; returns ``finish``'s data per item (last stage), else []."""
+        """Runs megatron-core's schedule over ``items``. Returns ``finish``'s data by item on the last stage, else
+        []."""
         if not items:
             raise ValueError("a step needs at least one micro-batch on every data-parallel rank")
 
@@ -383,7 +385,7 @@ class Policy(ReplicaNumbers):
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=list(chunks),
             num_microbatches=len(items),
-            # Shapes travel with the activations (variable_seq_lengths); these two are not read.
+            # The schedule does not read these two, because stages exchange shapes (variable_seq_lengths).
             seq_length=1,
             micro_batch_size=1,
             forward_only=forward_only,

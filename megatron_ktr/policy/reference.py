@@ -1,8 +1,8 @@
-"""The frozen model that the KL term compares with: where its weights are, and when.
+"""The frozen reference model that the KL term compares with. Its weights can be kept in three ways:
 
 =====================  ==================================================================================
 copy                   a second model beside the policy
-offloaded copy         the same, in host memory but for its pass (``--offload-reference``)
+offloaded copy         the same, but in host memory except during its pass (``--offload-reference``)
 policy without         the policy itself with its adapters switched off (``--lora-rank``): no second model
 adapters
 =====================  ==================================================================================
@@ -25,7 +25,7 @@ from models.qwen2_5_vl.lora import adapters_off
 
 
 class ReferenceModel:
-    """``chunks`` may be run within ``in_use()``."""
+    """The chunks of the reference model. They may be run only while the context ``in_use()`` is open."""
 
     def __init__(
         self,
@@ -41,7 +41,8 @@ class ReferenceModel:
 
     @classmethod
     def copy(cls, chunks: Sequence[torch.nn.Module], *, offload_on: Platform | None = None) -> ReferenceModel:
-        """Another model's chunks, of which no weight is trained; kept on the host of ``offload_on`` between passes."""
+        """A reference made of a second model's chunks; their weights are frozen here. With ``offload_on`` they are kept
+        in host memory between passes."""
         for chunk in chunks:
             drop_initial_values(chunk.requires_grad_(False).parameters())
         if offload_on is None:
@@ -50,5 +51,5 @@ class ReferenceModel:
 
     @classmethod
     def without_adapters(cls, policy_chunks: Sequence[torch.nn.Module]) -> ReferenceModel:
-        """The policy's bare chunks, as they were before adapters were put on them."""
+        """A reference that is the policy itself with its adapters switched off: the model as it was before training."""
         return cls(policy_chunks, in_use=lambda: adapters_off(policy_chunks), is_policy=True)

@@ -1,25 +1,27 @@
-"""What an update alone needs leaves the device while an engine generates there (``--offload-during-rollout``).
+"""Frees device memory while an engine generates there (``--offload-during-rollout``): everything that only the update
+needs leaves the device for that time.
 
     gradient buffers   freed: every update starts them from zero             4 bytes a trainable parameter
-    main weights       copied to host memory and back; in 16 bits only       4 bytes / data x context ranks
-    Adam's moments     likewise, unless ``--offload-optimizer-states`` has   8 bytes / data x context ranks
-                       them there anyway
+    main weights       copied to host memory and back (they exist only if    4 bytes / data x context ranks
+                       the model is in 16 bits)
+    Adam's moments     copied likewise, unless they are on the host anyway   8 bytes / data x context ranks
+                       (``--offload-optimizer-states``)
 
-The weights stay: the engine is sent them. On CPU, where host and device are one, the buffers are freed and nothing is
-copied.
+The model's weights stay on the device, because they are sent to the engine. On CPU, where host and device are one, the
+buffers are freed and nothing is copied.
 
-The buffers are megatron-core's ``offload_grad_buffers``. Its ``optimizer.offload_to_cpu`` is not used (0.16 and 0.19
-are the same; ``tests/policy/test_rollout_offload.py`` shows it):
+megatron-core's ``offload_grad_buffers`` frees the gradient buffers. Its ``optimizer.offload_to_cpu`` is not used for
+the rest, for three reasons (the same in 0.16 and 0.19; ``tests/policy/test_rollout_offload.py`` shows them):
 
-1. It moves every parameter of the inner optimizer. In fp32 these are the model's own weights, or views of them: with
-   the distributed optimizer nothing is freed, and from the first return on each rank has a second copy of its shard on
-   the device; without it the weights themselves are gone when the engine is to be sent them.
-2. Its ``restore_from_cpu`` brings all state to the device, also moments that ``--offload-optimizer-states`` keeps on
-   the host, and torch's step counts, which belong there.
-3. Its copies are in pageable memory, at a fraction of the bus's speed.
+1. It moves every parameter of the inner optimizer. In fp32 these are the model's own weights, or views of them. With
+   the distributed optimizer this frees nothing, and from the first return on each rank has a second copy of its shard
+   on the device. Without it the weights themselves are gone when they must be sent to the engine.
+2. Its ``restore_from_cpu`` brings all state to the device. That includes moments that ``--offload-optimizer-states``
+   keeps on the host, and torch's step counts, which belong there.
+3. Its copies are in pageable memory, which is copied at a fraction of the bus's speed.
 
-So storages are emptied here, as megatron-core does with the buffers: tensors, and whatever views them, stay the objects
-they were. Only storages that belong to the optimizer alone are touched.
+Instead, this file empties the storages, as megatron-core does with the buffers: tensors and the views of them stay the
+same objects. Only storages that belong to the optimizer alone are touched.
 """
 
 from __future__ import annotations
@@ -45,11 +47,12 @@ def optimizer_off_device(
     platform: Platform,
     phase: Callable[[], AbstractContextManager] = contextlib.nullcontext,
 ) -> Iterator[None]:
-    """Within it the device holds no gradients of ``chunks`` (megatron-core's DDP) and no state of ``optimizer``;
-    afterwards all is as it was, gradients zero. ``phase`` is entered for each of the two moves.
+    """While the context is open, the device holds no gradients of ``chunks`` (megatron-core's DDP) and no state of
+    ``optimizer``. Afterwards everything is as it was, except that gradients are zero. ``phase`` is a context that is
+    entered for each of the two moves.
 
-    If what runs within it raises, that error goes on. The state is restored first, unless the device has no room for it
-    because the engine has not freed its own.
+    An error raised within the context propagates. The state is restored first, unless the device has no room for it
+    because the engine has not freed its memory.
     """
     state = _Storages(optimizer_tensors(optimizer))
 
@@ -78,14 +81,16 @@ def optimizer_off_device(
 
 
 def optimizer_tensors(optimizer: Any) -> list[Tensor]:
-    """Main weights and state of megatron-core's optimizer: what no other part of a run reads or holds.
+    """The tensors that belong to megatron-core's optimizer alone (no other part of a run reads or holds them): its main
+    weights and its state.
 
-    Before its first step an optimizer has no state; a rank without trained parameters has one around None.
+    Before its first step an optimizer has no state. On a rank without trained parameters the inner optimizer is None.
     """
     found: list[Tensor] = []
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        # By name, and not the inner optimizer's parameters: among these fp32 weights of the model are, too. The first
-        # name is the distributed optimizer's, the second the other's for 16 bits; the one for fp32 has neither.
+        # Main weights are found by attribute name. The inner optimizer's parameters would not do: the model's own fp32
+        # weights are among them. The distributed optimizer has the first attribute, the plain one for 16 bits the
+        # second, and the one for fp32 neither.
         for name in ("shard_fp32_from_float16_groups", "fp32_from_float16_groups"):
             found += [main for group in getattr(part, name, ()) for main in group if main is not None]
         entries = part.optimizer.state.values() if part.optimizer is not None else ()
@@ -94,10 +99,10 @@ def optimizer_tensors(optimizer: Any) -> list[Tensor]:
 
 
 class _Storages:
-    """The storages of some tensors, on the device or, emptied there, as pinned copies on the host."""
+    """The storages of some tensors. They are either on the device, or empty there with pinned copies on the host."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        # Each storage once, as bytes: several tensors may view it. What is on the host stays there.
+        # Each storage is kept once, as bytes, because several tensors may view it. Tensors on the host stay there.
         seen: dict[int, Tensor] = {}
         for tensor in tensors:
             if tensor.device.type != "cpu":
@@ -113,7 +118,7 @@ class _Storages:
             whole.untyped_storage().resize_(0)
 
     def restore(self) -> None:
-        """Of those that are away; may be called again where memory was lacking."""
+        """Restores the storages that are on the host. If memory runs out, it may be called again for the rest."""
         for index, copy in enumerate(self._on_host):
             if copy is not None:
                 self._on_device[index].untyped_storage().resize_(copy.numel())
@@ -123,7 +128,7 @@ class _Storages:
 
 @contextlib.contextmanager
 def _without_advice() -> Iterator[None]:
-    """megatron-core asks for typed storages, of which torch says every time that they will go one day."""
+    """Silences torch's warning that typed storages, which megatron-core asks for, are deprecated."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
         yield

@@ -1,4 +1,4 @@
-"""What an intact pass finds out about its tokens, beside their log-probs."""
+"""What an intact pass computes for its tokens: statistics such as log-probs, and comparisons of distributions."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ def compared(
     objective: Objective,
     temperature: float,
 ) -> tuple[TokenStatistics, MicroBatch]:
-    """Statistics of the intact rows, and the item with everything that compares whole distributions: with the hidden
-    rows of other views it kept, in the same pass over the vocabulary, and within its groups.
+    """The statistics of the intact rows, and the item with all comparisons of whole distributions filled in.
 
-    ``batch`` is the item's, on the device.
+    There are two kinds of comparison: the KL to other views, whose hidden rows the item has kept (computed in the same
+    pass over the vocabulary), and the divergence between the responses of a group. ``batch`` is the item's batch on the
+    device.
     """
     model = unwrap_model(chunk)
     views: list[tuple[View, Tensor]] = [

@@ -1,6 +1,7 @@
-"""The vision encoders of policy and reference model, as the policy uses them: what feeds features into its passes.
+"""The vision encoders of policy and reference model, which supply the model's passes with vision features.
 
-Lives on every rank; only those of the first pipeline stage hold encoders, and the others answer with nothing.
+The object exists on every rank, but only ranks of the first pipeline stage hold encoders. On other ranks batches stay
+as they are and ``features`` returns None.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from models.qwen2_5_vl.vision import VisionEncoder
 
 
 class PolicyVision:
-    """Two vision passes, or one that both models share."""
+    """The vision passes of the policy and the reference model: one each, or one that both models share."""
 
     def __init__(
         self,
@@ -36,7 +37,7 @@ class PolicyVision:
         hf_dir: Path,
         device: torch.device,
     ) -> None:
-        """``encoder`` is the policy's, None on stages without one."""
+        """``encoder`` is the policy's vision encoder; None on pipeline stages without one."""
         self._parallel, self._ranks, self._device = parallel, ranks, device
         self._media = media_spec(
             Qwen2_5_VLConfig.from_hf(hf_dir), patchify=PreprocessSettings.from_model(hf_dir).patchify
@@ -46,20 +47,22 @@ class PolicyVision:
         self._passes = {ModelRole.POLICY: self._pass(encoder), ModelRole.REFERENCE: None}
 
     def add_reference(self, encoder: VisionEncoder | None, *, is_policy_copy: bool) -> None:
-        """``is_policy_copy``: it starts with the policy's weights; while those are frozen, one pass serves both."""
+        """Adds the reference model's encoder. ``is_policy_copy`` says that it starts with the policy's weights; if
+        these are frozen, both models then share one pass and its cache."""
         policy = self._passes[ModelRole.POLICY]
         is_shared = is_policy_copy and policy is not None and not policy.is_trainable
         self._passes[ModelRole.REFERENCE] = policy if is_shared else self._pass(encoder)
 
     def with_features(self, batch: PackedBatch, *, model: ModelRole) -> PackedBatch:
-        """The batch with the features of its media, for the chunk that embeds them."""
+        """The batch with the features of its media, for the model chunk that embeds them."""
         vision = self._passes[model]
         if vision is None or not batch.media:
             return batch
         return dataclasses.replace(batch, features_ED=vision.features(batch.media))
 
     def prepare(self, batches: Sequence[PackedBatch]) -> None:
-        """Encodes media now that passes without gradient show before the update, whose gradient takes the same run."""
+        """Runs the encoder over the batches' media before the first pass needs them. Passes without gradient then find
+        the features ready, and so does the update, whose gradient can flow back through this same run."""
         vision = self._passes[ModelRole.POLICY]
         if vision is None:
             return
@@ -68,8 +71,8 @@ class PolicyVision:
 
     @torch.no_grad()
     def features(self, prompts: Sequence[Prompt]) -> list[tuple[Tensor, ...]] | None:
-        """Of each prompt's media, in order. One medium at a time: the encoder's activations take far more memory than
-        its result."""
+        """Features [visual tokens, D] of each prompt's media, in order; None without an encoder. Media are encoded one
+        at a time, because the encoder's activations take far more memory than its result."""
         vision = self._passes[ModelRole.POLICY]
         if vision is None:
             return None
@@ -77,24 +80,26 @@ class PolicyVision:
         return [tuple(feature_TD for feature_TD in features if feature_TD is not None) for features in found]
 
     def sum_gradients(self) -> None:
-        """After the reduction over data-parallel ranks: frames were split over the tensor ranks, so gradients are."""
+        """Adds up the encoder's gradients over the tensor ranks where frames were split over them: each rank then has a
+        part of the sum only. Call it after the reduction over data-parallel ranks."""
         if self._encoder is not None and self._parallel.vision_parallel == "frame":
             sum_gradients(self._encoder.parameters(), group=self._ranks.tensor)
 
     def after_step(self) -> None:
-        """The optimizer has changed the policy's weights."""
+        """Drops kept features that the optimizer step has made stale: those of a trained policy encoder."""
         vision = self._passes[ModelRole.POLICY]
         if vision is not None and vision.is_trainable:
             vision.forget()
 
     def forget(self) -> None:
-        """Weights were put in from outside, frozen ones too: no kept feature is theirs."""
+        """Drops all kept features. Call it when weights were replaced from outside, frozen ones included."""
         for vision in self._passes.values():
             if vision is not None:
                 vision.forget()
 
     def take_counts(self) -> int:
-        """Units (temporal patches) that this replica's encoders ran over since the last call, on every rank of it."""
+        """The number of units (temporal patches) that this replica's encoders have encoded since the last call. Every
+        rank of the replica calls it and gets the same number."""
         passes = {id(found): found for found in self._passes.values() if found is not None}
         counts = sum(found.take_counts() for found in passes.values())
         source = torch.distributed.get_global_rank(self._ranks.model, 0)

@@ -1,20 +1,23 @@
-"""Vision features, each content encoded once.
+"""Vision features from a cache, so that the encoder runs only once over the same content.
 
-The encoder attends within one temporal patch of a video (a *unit*: two frames, or an image) and never across, so a unit
-is what is encoded, kept and shared. Features are looked up by content: the intact view in every pass over it, the
-reference model while the encoder is frozen, a video seen again in the next epoch (frozen), or a shuffled view that
-moves whole units (``shuffle_unit: temporal_patch``) cost nothing; frames shuffled one by one are new units, once.
+The encoder attends within one temporal patch of a video (a *unit*: two frames, or an image) and never across units.
+Hence units are encoded, cached and shared one by one. Features are looked up by content, so the encoder need not run
+again for: another pass over the intact view; the reference model, while the encoder is frozen; a video that comes again
+in the next epoch, while the encoder is frozen; a shuffled view that moves whole units (``shuffle_unit:
+temporal_patch``). Frames that are shuffled one by one make new units, which are encoded once.
 
-    no gradient             features from the cache, missing units encoded together
+    no gradient             features come from the cache; missing units are encoded together
     gradient (trainable)    the encoder runs inside the graph. ``prepare`` may have run it before, so that passes
-                            without gradient share the one run; with ``recompute`` only the features are kept, and
-                            backward runs the encoder again, of one micro-batch at a time
+                            without gradient share that run. With ``recompute`` only the features are kept, and backward
+                            runs the encoder again, for one micro-batch at a time
     ``split_over``          ``vision_parallel: frame``: each rank of the group encodes a share of the units with the
-                            whole encoder, without communication; one all-gather of features follows. Backward: each
+                            whole encoder, without communication; one all-gather of features follows. In backward each
                             rank continues from its own units' gradient, so parameter gradients are partial sums;
-                            ``policy/vision.py`` adds them up over the tensor ranks once (over context ranks DDP does)
+                            ``policy/vision.py`` adds them up over the tensor ranks once (DDP does it over context
+                            ranks)
 
-The cache is bounded in bytes, least recently used units go first, and it is emptied when the encoder's weights change.
+The size of the cache is bounded in bytes; the least recently used units are dropped first. It is emptied when the
+encoder's weights change.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ from megatron_ktr.transfer import send
 from megatron_ktr.types import VisualInput
 
 Encoder = Callable[[Tensor | None, Tensor], Tensor]
-"""(patches [S, ...], grids int64 [M, 3]) -> features [S / merge^2, D]."""
+"""Maps (patches [S, ...], grids int64 [M, 3]) to features [S / merge^2, D]."""
 
 
 @dataclass(frozen=True)
@@ -47,16 +50,16 @@ class VisionUnit:
     """One temporal patch of one medium."""
 
     key: bytes
-    """Digest of kind, size and pixels."""
+    """A digest of kind, size and pixels, by which the cache finds the unit."""
     medium: VisualInput
-    """Holds just this unit's frames; its grid is (1, height, width)."""
+    """This unit's frames only; the grid is (1, height, width)."""
 
 
 class VisionPass:
     """Features of media from one encoder, for the ranks of the first pipeline stage.
 
-    Every rank of ``split_over`` (and every tensor rank) asks for the same media in the same order: the caches then hold
-    the same units, and collectives meet.
+    Every rank of ``split_over`` (and every tensor rank) must ask for the same media in the same order. Their caches
+    then hold the same units, so that all ranks enter the same collectives.
     """
 
     def __init__(
@@ -74,8 +77,8 @@ class VisionPass:
         """
         Args:
             is_trainable: whether any parameter of the encoder has a gradient.
-            split_over: ranks that share the units out; None: this rank encodes all of them.
-            sum_gradient_over: ranks that each bring a part of the features' gradient (context parallel); only with
+            split_over: the ranks that share the units among them; None: this rank encodes all units.
+            sum_gradient_over: the ranks that each hold a part of the features' gradient (context parallel); only with
                 ``split_over``.
         """
         self.is_trainable = is_trainable
@@ -94,8 +97,8 @@ class VisionPass:
         self._units: dict[int, tuple[VisualInput, list[VisionUnit]]] = {}
 
     def features(self, media: Sequence[VisualInput]) -> Tensor | None:
-        """[visual tokens, D] of the media, in order; None without media. In the graph where gradients are enabled and
-        the encoder is trained, otherwise without gradient."""
+        """Features [visual tokens, D] of the media, in order; None without media. They are part of the autograd graph
+        if gradients are enabled and the encoder is trained, and have no gradient otherwise."""
         if not media:
             return None
         units = [unit for medium in media for unit in self.units_of(medium)]
@@ -113,7 +116,8 @@ class VisionPass:
         return whole if rows is None else whole.index_select(0, rows)
 
     def prepare(self, media: Sequence[VisualInput]) -> None:
-        """Encodes media that passes without gradient will show before the one with gradient does."""
+        """Encodes media ahead of time. Call it if passes without gradient will show the media before the pass with
+        gradient does: all of them then share this run of the encoder."""
         if not media:
             return
         units = [unit for medium in media for unit in self.units_of(medium)]
@@ -128,20 +132,21 @@ class VisionPass:
                 self._graphs[keys] = self._encode_for_gradient(distinct)
 
     def forget(self) -> None:
-        """The encoder's weights have changed: drops all features."""
+        """Drops all features. Call it when the encoder's weights have changed."""
         self._cache.clear()
         self._graphs.clear()
         self._cached_bytes = 0
 
     def take_counts(self) -> int:
-        """``num_encoded``, which starts again from zero; digests of this step's media are dropped."""
+        """Returns ``num_encoded`` and sets it to zero. The digests of this step's media are dropped, too."""
         self._units.clear()
         taken, self.num_encoded = self.num_encoded, 0
         return taken
 
     def units_of(self, medium: VisualInput) -> list[VisionUnit]:
         """The temporal patches of a medium; a last incomplete one repeats the last frame, as preprocessing does."""
-        # Views of one step ask again and again; the medium is kept with its answer, so that its id stays its own.
+        # The views of one step ask for the same media many times. The medium is kept with its answer, so that no other
+        # object can get its id.
         known = self._units.get(id(medium.frames_FCHW))
         if known is None:
             known = (medium, self._split(medium))
@@ -158,8 +163,8 @@ class VisionPass:
         units = []
         for part in frames.split(size):
             part = part.contiguous()
-            # 128 bits that no accident brings about twice; at 7 times the speed of a cryptographic hash, which would
-            # guard against media made to be taken for one another, by whoever may write the data anyway.
+            # 128 bits do not collide by accident. A cryptographic hash would be 7 times as slow. It would guard only
+            # against media made to collide on purpose, by people who can write the data anyway.
             digest = xxhash.xxh3_128(f"{medium.kind} {tuple(part.shape)} {num_h} {num_w}".encode())
             digest.update(part.numpy().data)
             unit = dataclasses.replace(medium, frames_FCHW=part, grid_thw=(1, num_h, num_w))
@@ -167,7 +172,8 @@ class VisionPass:
         return units
 
     def _distinct(self, units: Sequence[VisionUnit]) -> tuple[list[VisionUnit], Tensor | None]:
-        """Units without repetition, and the rows that put their features back in order (None: nothing repeats)."""
+        """The units without repetition, and the index of feature rows that restores the given order; the index is None
+        if no unit repeats."""
         distinct = list({unit.key: unit for unit in units}.values())
         if len(distinct) == len(units):
             return distinct, None
@@ -179,7 +185,7 @@ class VisionPass:
         return distinct, send(torch.cat([rows_of[unit.key] for unit in units]), self._device)
 
     def _cached(self, units: Sequence[VisionUnit]) -> list[Tensor]:
-        """Features of each unit without gradient; those that are missing are encoded in one call."""
+        """Features of each unit, without gradient. Units that are not in the cache are encoded in one call."""
         found = {unit.key: self._cache[unit.key] for unit in units if unit.key in self._cache}
         missing = [unit for unit in self._distinct(units)[0] if unit.key not in found]
         if missing:
@@ -198,7 +204,8 @@ class VisionPass:
         return features
 
     def _keep(self, units: Sequence[VisionUnit], features: Tensor) -> dict[bytes, Tensor]:
-        """Puts units into the cache, as copies that do not hold the whole batch, and returns them."""
+        """Puts the features of units into the cache and returns them. They are copies: views would keep the features of
+        the whole batch in memory."""
         parts = features.split([self._num_tokens(unit) for unit in units])
         kept = {unit.key: part.clone() for unit, part in zip(units, parts, strict=True)}
         for key, part in kept.items():
@@ -211,7 +218,7 @@ class VisionPass:
         return kept
 
     def _encode(self, units: Sequence[VisionUnit]) -> Tensor:
-        """Features of the units, one after the other, on every rank of the group."""
+        """Features of the units, concatenated in order; every rank of the group gets all of them."""
         if self._group is None:
             return self._run(units)
         sizes = [self._num_tokens(unit) for unit in units]
@@ -228,7 +235,7 @@ class VisionPass:
             return self._encoder(None, grids)
         patches = []
         for _, run in itertools.groupby(units, key=lambda unit: (unit.medium.kind, unit.medium.frames_FCHW.shape)):
-            # Bytes travel to the device, not floats; units of one size are cut into patches together.
+            # Frames are sent to the device as bytes, not as floats. Units of one size are cut into patches together.
             alike = list(run)
             frames = send(torch.cat([unit.medium.frames_FCHW for unit in alike]), self._device)
             batches = frames.split(1) if alike[0].medium.kind == "image" else (frames,)
@@ -240,8 +247,11 @@ class VisionPass:
 
 
 def share_units(sizes: Sequence[int], *, num_ranks: int) -> list[int]:
-    """Bounds ``[0, .., len(sizes)]`` of consecutive shares, as even in tokens as cutting between units allows: rank r
-    takes the units whose middle lies in the r-th of ``num_ranks`` equal parts."""
+    """Splits units into one run of consecutive units per rank, as even in tokens as cutting between units allows.
+
+    ``sizes`` are tokens by unit. Returns the bounds ``[0, .., len(sizes)]`` of the runs: rank r takes the units whose
+    middle lies in the r-th of ``num_ranks`` equal parts of all tokens.
+    """
     total = sum(sizes)
     bounds, done, index = [0], 0, 0
     for rank in range(1, num_ranks):
@@ -253,8 +263,9 @@ def share_units(sizes: Sequence[int], *, num_ranks: int) -> list[int]:
 
 
 def sum_gradients(parameters: Iterable[torch.nn.Parameter], *, group: ProcessGroup) -> None:
-    """Adds up the main gradients of an encoder that is whole on every rank of ``group`` and saw a share of the units
-    on each; after the reduction over data-parallel ranks, of which every tensor rank holds the same shard."""
+    """Adds up the main gradients of an encoder over ``group``. Every rank of the group holds the whole encoder and has
+    run it over a share of the units. Call it after the reduction over data-parallel ranks; every tensor rank then holds
+    the same shard of the gradients."""
     gradients = [main_gradient(parameter) for parameter in parameters if parameter.requires_grad]
     if group.size() == 1 or not gradients:
         return
@@ -265,9 +276,11 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter], *, group: ProcessGro
 
 
 class _Recomputed(torch.autograd.Function):
-    """Known features in the graph; backward runs the encoder again, with gradient, and goes on through it.
+    """Puts known features into the autograd graph. Backward runs the encoder again, with gradient, and continues
+    through it.
 
-    ``anchor`` is an empty tensor that requires a gradient: without one, backward would not come by.
+    ``anchor`` is an empty tensor that requires a gradient. Autograd calls this function's backward only because one of
+    its inputs requires a gradient.
     """
 
     @staticmethod
@@ -284,10 +297,10 @@ class _Recomputed(torch.autograd.Function):
 
 
 class _GatherFeatures(torch.autograd.Function):
-    """[rows of this rank, D] -> [all rows, D] on every rank; backward takes this rank's rows of the gradient.
+    """Gathers [rows of this rank, D] to [all rows, D] on every rank. Backward takes this rank's rows of the gradient.
 
-    The gradient is whole on every tensor rank, and a part on each context rank (its own rows of the sequence), where it
-    is summed first.
+    Every tensor rank holds the whole gradient. Each context rank holds a part of it (from its own rows of the
+    sequence), so backward first sums the gradient over the context ranks.
     """
 
     @staticmethod

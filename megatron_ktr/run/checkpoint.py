@@ -1,4 +1,4 @@
-"""Checkpoints of a running training: everything a run needs to go on, loadable in any layout.
+"""Checkpoints of a running training. They hold everything a run needs to continue, and load in any parallel layout.
 
     step_00000010/
         __<rank>_0.distcp, .metadata, metadata.json   weights (or adapters) and optimizer state, megatron-core's
@@ -7,16 +7,17 @@
         training.json                                 step, layout, learning-rate schedule, data positions
         rng.json                                      random states of each rank
         config.yaml, hf/                              resolved options; config, tokenizer, ... of the model
-        checksums.json                                of all other files (``files/checksums.py``)
+        checksums.json                                checksums of all other files (``files/checksums.py``)
 
-Saving is asynchronous: ``save`` copies each rank's part to host memory, a thread writes, and a later step boundary (or
-``close``) completes the checkpoint by renaming its directory. So a directory ``step_*`` is always complete, and a run
-that dies while saving leaves the older ones as they were. Every rank must see the run directory (a shared file system).
-What became of the files afterwards is found out before one is used (``files/intact_checkpoint.py``).
+Saving is asynchronous. ``save`` copies each rank's part to host memory, a thread writes the files, and a later step
+boundary (or ``close``) completes the checkpoint by renaming its directory. So a directory ``step_*`` is always
+complete, and a run that dies while saving leaves the older checkpoints as they were. Every rank must see the run
+directory (a shared file system). Files may still be damaged after they were written; they are checked before a
+checkpoint is used (``files/intact_checkpoint.py``).
 
-Resuming in the layout that saved continues bit for bit. In another layout weights, optimizer and schedule are the
-same, data-parallel ranks share the remaining data anew, and random states start from the seed (no part of a training
-step depends on them: rollouts and shuffles are seeded by step).
+A run that resumes in the layout that saved continues bit for bit. In another layout, weights, optimizer and schedule
+are the same, data-parallel ranks divide the remaining data anew, and random states start from the seed. No part of a
+training step depends on these random states: rollouts and shuffles are seeded by step.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ _log = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """Saves and resumes one run; every method is collective over the world.
+    """Saves and resumes one run. Every method is collective over the world.
 
     Example, in a training loop::
 
@@ -93,11 +94,12 @@ class Checkpoints:
         self.ranks = policy.ranks
         self._pending: tuple[int, BackgroundSave] | None = None
         self._digests: dict[str, Digest] = {}
-        """Of what ``_prepare`` wrote."""
+        """The checksums of the files that ``_prepare`` wrote, by name."""
         self._on_rank_zero("clear", self._remove_leftovers)
 
     def after_step(self, step: int) -> None:
-        """Completes a save whose files are written; starts one every ``save_interval`` steps and after the last."""
+        """Completes the pending save if its files are written. Starts a save every ``save_interval`` steps and after
+        the last step."""
         if self._pending is not None and self._is_written_everywhere():
             self._complete()
         interval = self.options.save_interval
@@ -105,7 +107,7 @@ class Checkpoints:
             self.save(step)
 
     def save(self, step: int) -> None:
-        """Starts a checkpoint of the state after ``step``; one that is still being written is completed first.
+        """Starts a checkpoint of the state after ``step``. A checkpoint that is still being written is completed first.
 
         Raises:
             UserError: on every rank, if the disk is full or cannot be written; older checkpoints stay as they are.
@@ -115,7 +117,8 @@ class Checkpoints:
         training = self._training_state(step)
         random_states = self._gather_random_states()
         state = sharded_state(self.policy)
-        # After the optimizer's state was found by its parameters: weights kept in FP8 are written as plain numbers.
+        # Weights kept in FP8 are written as plain numbers. Replacing them must come after ``sharded_state``, which
+        # finds the optimizer's state by the parameters themselves.
         force_all_tensors_to_non_fp8(state)
         sharded, common = save_preprocess(state, validate_access_integrity=False)
         assert isinstance(sharded, dict), type(sharded)  # as the state that it is made of
@@ -125,24 +128,24 @@ class Checkpoints:
         self._pending = (step, BackgroundSave(sharded, scratch, data_group=self.ranks.data_context))
 
     def save_and_wait(self, step: int) -> None:
-        """A complete checkpoint of the state after ``step``, also where none is due."""
+        """Saves the state after ``step`` and waits until the checkpoint is complete, even if no checkpoint is due."""
         if self._pending is None or self._pending[0] != step:
             self.save(step)
         self._complete()
 
     def close(self) -> None:
-        """Waits for the checkpoint under way and completes it."""
+        """Waits for the pending checkpoint, if any, and completes it."""
         self._complete()
 
     def load(self, checkpoint: Path) -> int:
         """Restores everything from an intact checkpoint, saved in any layout; returns its step.
 
         Raises:
-            UserError: of another model or other data, or not what a run writes.
+            UserError: the checkpoint is of another model or of other data, or holds something else than a run writes.
         """
         training = self._on_each_rank("read", lambda: _read_training_state(checkpoint))
         with _as_user_error(checkpoint / TRAINING_FILE):
-            # Before the weights: other data is noticed early.
+            # The source comes before the weights, so that a checkpoint of other data is refused early.
             ranks = self.ranks
             position = reshard_states(training["sources"], rank=ranks.data_rank, size=ranks.data_size)
             self.source.load_state_dict(position)
@@ -162,7 +165,7 @@ class Checkpoints:
         with _as_user_error(path):
             try:
                 self.policy.platform.set_rng_state(states[self.ranks.rank])
-            except RuntimeError as error:  # torch's, for a state of another length
+            except RuntimeError as error:  # torch raises it for a state of another length
                 raise ValueError(str(error)) from error
 
     def _check_tensors(self, checkpoint: Path) -> None:
@@ -190,7 +193,8 @@ class Checkpoints:
         }
 
     def _common_of_all(self, common: dict[str, Any]) -> dict[str, Any]:
-        """On rank 0, which writes them: the optimizer's settings are of the first rank that trains something."""
+        """The common state for rank 0 to write. Its optimizer settings come from the first rank that trains something,
+        because ranks that train nothing have none to save."""
         settings = [None] * self.ranks.world_size if self.ranks.rank == 0 else None
         trains = any(p.requires_grad for chunk in self.policy.chunks for p in chunk.parameters())
         torch.distributed.gather_object(common.get("optimizer") if trains else None, settings, dst=0)
@@ -227,7 +231,8 @@ class Checkpoints:
         return int(is_waiting) == 0
 
     def _complete(self) -> None:
-        """Waits for the files of all ranks; metadata, rename, then the oldest ones go."""
+        """Waits for the files of all ranks. Rank 0 then writes the metadata, renames the directory and removes the
+        oldest checkpoints."""
         if self._pending is None:
             return
         (step, save), self._pending = self._pending, None
@@ -247,10 +252,10 @@ class Checkpoints:
         write_manifest(save.directory, known=self._digests | digests, is_known_synced=True)
         target = self.directory / step_name(step)
         if target.exists():
-            # An incomplete one would not have been resumed from; a complete one cannot be ahead of this run.
+            # Nobody needs it: a run resumes from the newest intact checkpoint, so no intact one is ahead of this run.
             _remove(target)
         os.rename(save.directory, target)
-        # The rename itself reaches the disk.
+        # Makes sure that the rename itself reaches the disk.
         sync(self.directory)
         keep = self.options.keep_checkpoints
         for _, path in list_checkpoints(self.directory.parent)[: -keep if keep else 0]:
@@ -262,7 +267,7 @@ class Checkpoints:
         self._on_each_rank(what, lambda: action() if self.ranks.rank == 0 else None)
 
     def _on_each_rank(self, what: str, action: Callable[[], Any]) -> Any:
-        """``on_every_rank`` with errors of the file system as one line for the user."""
+        """Runs ``on_every_rank``, and turns errors of the file system into one line for the user."""
 
         def guarded() -> Any:
             try:
@@ -279,22 +284,23 @@ class Checkpoints:
 
 
 def sharded_state(policy: Policy, *, is_loading: bool = False) -> dict[str, Any]:
-    """Weights and optimizer state as megatron-core's sharded state, the same tensors whatever the layout; each rank's
-    own part, nothing copied.
+    """This rank's part of weights and optimizer state, as megatron-core's sharded state; nothing is copied. All ranks
+    together describe the same tensors in every layout.
 
-    Of a model with adapters only these are in it: the rest is what the run started from.
+    If the model has adapters, only the adapters are included; the other weights are those that the run started from.
     """
     policy.wait_for_parameters()
     state = model_sharded_state_dict(policy.chunks)
     has_optimizer_state = policy.options.optimizer.optimizer != "sgd"
-    # Also where this rank has nothing to train: it is agreed on by all.
+    # ``agreed_steps`` is collective: a rank with nothing to train calls it, too.
     num_steps = agreed_steps(policy.optimizer) if has_optimizer_state else None
     if has_optimizer_state and not getattr(policy.optimizer, "is_stub_optimizer", False):
         state["optimizer"] = optimizer_sharded_state(
             policy.optimizer, dict(state), num_steps=num_steps, is_loading=is_loading
         )
     for part in [name for name in state if name.startswith("model")]:
-        # Objects are empty on plain torch layers, histories of FP8 on Transformer Engine's: not needed.
+        # Sharded objects are not needed: they are empty on plain torch layers, and on those of Transformer Engine they
+        # hold the history of FP8 scales.
         state[part] = {
             name: value
             for name, value in state[part].items()
@@ -305,7 +311,7 @@ def sharded_state(policy: Policy, *, is_loading: bool = False) -> dict[str, Any]
 
 @torch.no_grad()
 def load_sharded_state(policy: Policy, checkpoint: Path) -> None:
-    """Fills weights and optimizer from a checkpoint of any layout; data-parallel ranks read a part each."""
+    """Fills weights and optimizer from a checkpoint of any layout. Each data-parallel rank reads a part of it."""
     state = sharded_state(policy, is_loading=True)
     parts = [name for name in state if name.startswith("model")]
     shards = optimizer_shards(policy.optimizer, {name: state[name] for name in parts}) if "optimizer" in state else []
@@ -330,7 +336,7 @@ def load_sharded_state(policy: Policy, checkpoint: Path) -> None:
     optimizer = policy.optimizer
 
     def load_optimizer() -> None:
-        # A rank may have nothing to train.
+        # A rank that has nothing to train has no optimizer state.
         if "optimizer" in state:
             with _as_user_error(checkpoint / COMMON_FILE):
                 load_optimizer_state(optimizer, loaded["optimizer"], shards=shards, checkpoint=checkpoint)
@@ -352,7 +358,7 @@ def _read_training_state(checkpoint: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _as_user_error(path: Path) -> Iterator[None]:
-    """For a file that has its checksum and still may hold anything."""
+    """Turns errors of reading ``path`` into ``UserError``. A file that matches its checksum may still hold anything."""
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
@@ -370,7 +376,7 @@ def _raise_error(error: Exception | None) -> None:
 
 
 def _remove(checkpoint: Path) -> None:
-    """Takes the name away first, so that a checkpoint is never half there."""
+    """Removes a checkpoint. It is renamed first, so that no directory named ``step_*`` is ever incomplete."""
     doomed = checkpoint.with_name(f".{checkpoint.name}.removed")
     os.rename(checkpoint, doomed)
     shutil.rmtree(doomed, ignore_errors=True)

@@ -4,17 +4,17 @@ config.yaml                        the options the run started with
 config_from_step_00000011.yaml     those of a part that was resumed at that step (the next such part: ..._2.yaml)
 metrics.jsonl, tensorboard/        every step once
 rollouts/step_00000010.jsonl       rollouts of some steps, with their key tokens
-rollouts/step_00000010_replica_0001.jsonl  those of further data-parallel replicas
-rollouts/abandoned_after_step_00000010/    those of later steps that an earlier part had done and a resumed one repeats
+rollouts/step_00000010_replica_0001.jsonl  rollouts of further data-parallel replicas
+rollouts/abandoned_after_step_00000010/    rollouts of later steps, which an earlier part did and a resumed part repeats
 checkpoints/step_00000010/         a complete checkpoint: the name appears by a rename, after everything is written
-checkpoints/damaged_step_00000030/ one whose files are not what was written: set aside, a run went on from an older one
-checkpoints/.step_00000020         one that was being written when the run stopped; ignored, later removed
+checkpoints/damaged_step_00000030/ a checkpoint whose files have changed since; a run set it aside and used an older one
+checkpoints/.step_00000020         a checkpoint that was being written when the run stopped; ignored and later removed
 export/                            the trained model in Hugging Face format
-export_until_step_00000020/        the export of an earlier part, which had ended at that step
-abandoned_start/                   what a start without a complete checkpoint had left when --auto-resume began anew
+export_until_step_00000020/        the export of an earlier part, which ended at that step
+abandoned_start/                   files of a start that came to no checkpoint, set aside when --auto-resume began anew
 
-A resumed run overwrites no file of an earlier part: what stands in its way gets another name. Only the metrics of steps
-that are done again are dropped, so that every step appears once; that file is replaced as a whole.
+A resumed run overwrites no file of an earlier part; a file that is in its way is renamed. The one exception is the file
+of metrics: it is replaced as a whole, without the steps that are done again, so that every step appears once.
 """
 
 from __future__ import annotations
@@ -54,8 +54,9 @@ MAY_CHANGE = frozenset(
     "eval_interval log_interval rollout_log_interval platform distributed_timeout_minutes rollout_tensor_parallel_size "
     "rollout_memory_share rollout_kv_cache_gb rollout_max_num_seqs rollout_eager offload_during_rollout".split()
 )
-"""Options a resumed run may set anew, besides the parallel ones: where things are, how long and how fast it runs.
-Whatever else differs would make it another run; an option added later is refused until it is named here."""
+"""The options that a resumed run may change, besides the parallel ones: where things are, how long and how fast it
+runs. A change of any other option would make it another run and is refused. A new option is refused until it is listed
+here."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,9 @@ class RunStart:
 
     run_dir: Path
     checkpoint: Path | None = None
-    """The one to continue from; None: a new run."""
+    """The checkpoint to continue from; None for a new run."""
     step: int = 0
-    """The last step done."""
+    """The last step that is done already."""
 
 
 def step_name(step: int) -> str:
@@ -84,8 +85,7 @@ def rollout_file(run_dir: Path, *, step: int, replica: int) -> Path:
 
 
 def list_checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
-    """(step, directory) of every checkpoint, oldest first; whether it is intact, ``files/intact_checkpoint.py`` finds
-    out."""
+    """(step, directory) of every checkpoint, oldest first. ``files/intact_checkpoint.py`` tells which are intact."""
     found = []
     for path in (run_dir / CHECKPOINTS).glob("step_*"):
         match = STEP_NAME.fullmatch(path.name)
@@ -95,7 +95,7 @@ def list_checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
 
 
 class Agree(Protocol):
-    """Runs an action on one rank and gives every rank what it returned, or its error."""
+    """Runs an action on one rank and gives every rank its result or its error."""
 
     def __call__(self, action: Callable[[], T], /) -> T: ...
 
@@ -110,10 +110,10 @@ def find_checkpoint(
     verify: Verify = checkpoint_damage,
     agree: Agree = _alone,
 ) -> Path | None:
-    """The newest intact checkpoint of the run that ``config`` continues; None: a new run.
+    """The newest intact checkpoint of the run that ``config`` continues; None for a new run.
 
-    On several ranks: ``distributed/shared_verification.py`` has ``verify``, and ``agree``, which runs an action on one
-    of them.
+    With several ranks, ``verify`` and ``agree`` are those of ``distributed/shared_verification.py``; ``agree`` runs an
+    action on one rank.
 
     Raises:
         UserError: there is nothing to resume, or no checkpoint is intact.
@@ -131,15 +131,16 @@ def find_checkpoint(
 
 
 def open_run_directory(config: Config, *, checkpoint: Path | None = None, num_steps: int | None = None) -> RunStart:
-    """Creates ``trainer.run_dir`` and saves the resolved config in it; or goes on from ``checkpoint``, by default what
-    ``find_checkpoint`` finds.
+    """Creates ``trainer.run_dir`` for a new run, or prepares it for a run that continues from ``checkpoint``; saves the
+    resolved config in it. By default ``checkpoint`` is what ``find_checkpoint`` finds.
 
-    ``auto_resume`` does the second where there is a checkpoint and else the first: what a start that came to no
-    checkpoint left behind is moved aside. ``num_steps`` is what ``train_epochs`` comes to, None where the config has
-    ``train_steps``.
+    With ``auto_resume`` the run continues if there is a checkpoint, and is new otherwise; files of an earlier start
+    without a checkpoint are then moved aside. ``num_steps`` is the length of a run with ``train_epochs``, in steps; it
+    is None if the config has ``train_steps``.
 
-    Raises UserError if it holds anything and the run is not a resumed one, if there is nothing to resume, if an option
-    that makes the run what it is has changed, or if it cannot be written.
+    Raises:
+        UserError: the directory is not empty and the run is not resumed, there is nothing to resume, an option that a
+            resumed run cannot change has changed, or the directory cannot be written.
     """
     run_dir = Path(config.trainer.run_dir)
     if run_dir.exists() and not run_dir.is_dir():
@@ -200,13 +201,14 @@ def _show(value: Any) -> str:
 
 
 def _set_aside_export(export: Path, step: int) -> None:
-    """The run will export again; what the part before it exported stays, under another name."""
+    """Renames the export of an earlier part, because the run will export again."""
     if export.exists():
         rename_path(export, unused_path(export.with_name(f"{export.name}_until_{step_name(step)}")))
 
 
 def _set_aside_start(run_dir: Path) -> None:
-    """``config.yaml`` says that the files are a run's: any other directory that is not empty is refused."""
+    """Moves the files of a start without a checkpoint aside. The caller has found ``config.yaml``, which shows that
+    they are a run's; any other directory that is not empty is refused."""
     left = [path for path in sorted(run_dir.iterdir()) if not path.name.startswith(ABANDONED_START)]
     folder = unused_path(run_dir / ABANDONED_START)
     try:
@@ -218,8 +220,8 @@ def _set_aside_start(run_dir: Path) -> None:
 
 
 def _set_aside_rollouts(rollouts: Path, step: int) -> None:
-    """Rollouts of steps after ``step`` belong to a branch that ends here: the run samples those steps anew, perhaps
-    records others of them, and reports take the files in ``rollouts`` for one run."""
+    """Moves the rollouts of steps after ``step`` aside. The resumed run samples those steps again and may record
+    different ones, while reports take all files in ``rollouts`` for those of one run."""
     abandoned = [
         path
         for path in sorted(rollouts.glob("step_*.jsonl"))

@@ -1,8 +1,9 @@
-"""A run that is asked to leave: SIGUSR1 or SIGTERM to any of its ranks ends it after the step, saved.
+"""Early exit on request: when any rank gets SIGUSR1 or SIGTERM, the run saves after the current step and ends.
 
 Schedulers send a signal some time before they take a machine away. The rank that gets it only remembers it. Before each
-step all ranks compare what they have seen, one integer each, so that they stop after the same step whichever of
-them was asked; the trainer then saves a checkpoint and exits with ``EXIT_SAVED``. ``--resume`` goes on from there.
+step all ranks compare the signals they have received, one integer each, so that all of them stop after the same step,
+whichever got the signal. The trainer then saves a checkpoint and exits with ``EXIT_SAVED``. ``--resume`` continues from
+there.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ LEAVE_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
 
 class LeaveRequest:
-    """Catches ``signals`` while it is open, in the main thread; ``agreed`` is collective.
+    """A context that catches ``signals`` while it is open; enter it in the main thread. ``agreed`` is collective.
 
-    A second signal changes nothing: a launcher ends the ranks of a node with SIGTERM when the first of them is gone,
-    and the others must still get to their own end. Whoever will not wait sends SIGINT or SIGKILL.
+    A second signal changes nothing. A launcher sends SIGTERM to the ranks of a node as soon as the first of them has
+    exited, and the others must still finish. To end a run at once, send SIGINT or SIGKILL.
     """
 
     def __init__(self, signals: Sequence[signal.Signals], *, device: torch.device) -> None:
@@ -46,7 +47,7 @@ class LeaveRequest:
         self._received = self._received or number
 
     def agreed(self, group: ProcessGroup | None) -> str | None:
-        """The name of a signal that some rank of ``group`` has received, the same on every rank; None: none has."""
+        """The name of a signal that some rank of ``group`` has received, or None; the same on every rank."""
         received = self._received
         if group is not None and group.size() > 1:
             flag = torch.tensor(received, device=self._device)

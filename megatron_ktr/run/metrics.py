@@ -1,16 +1,20 @@
-"""Where numbers of a run go: one line per step on the console, ``metrics.jsonl`` and TensorBoard events.
+"""Writes the numbers of a run: one line per step on the console, ``metrics.jsonl`` and TensorBoard events.
 
-Keys are stable: reward_mean, reward/<name>, key_token_ratio, key_token_ratio/<signal>, loss, kl, grad_norm,
-learning_rate, num_skipped, num_prompts, tokens_per_second, tflops_per_gpu, mfu (``accounting/rates.py``),
-seconds/<phase>; where the sampler's log-probs are known sampler_trainer_logprob_gap, importance_ratio_mean,
-importance_ratio_max and clipped_fraction (``objectives/importance.py``); in a run's first record sampler_check/gap_mean
-and sampler_check/gap_max, in nats (``rollout/check/sampler.py``); with several replicas flops_imbalance/before,
-flops_imbalance/after and groups_moved, under a bound on tokens num_micro_batches and oversized_groups
-(``step/plan.py``); counted since the run began: skipped/<kind>, decoder/<name>,
-"decoder/pyav: <why not decord>", repeated_frames, substituted_media. With original_compat also
-responses_without_key_tokens, a share of the step's responses.
+The names of the numbers are stable:
 
-Numbers in the file have 8 significant digits. One that is not finite is null there.
+- of every step, as far as the run has them: reward_mean, reward/<name>, key_token_ratio, key_token_ratio/<signal>,
+  loss, kl, grad_norm, learning_rate, num_skipped, num_prompts, tokens_per_second, tflops_per_gpu, mfu
+  (``accounting/rates.py``), seconds/<phase>
+- if the sampler's log-probs are known: sampler_trainer_logprob_gap, importance_ratio_mean, importance_ratio_max and
+  clipped_fraction (``objectives/importance.py``)
+- in the first record of a run: sampler_check/gap_mean and sampler_check/gap_max, in nats (``rollout/check/sampler.py``)
+- with several replicas: flops_imbalance/before, flops_imbalance/after and groups_moved (``step/plan.py``)
+- under a bound on tokens: num_micro_batches and oversized_groups (``step/plan.py``)
+- counted since the run began: skipped/<kind>, decoder/<name>, "decoder/pyav: <why not decord>", repeated_frames,
+  substituted_media
+- with original_compat: responses_without_key_tokens, a share of the step's responses
+
+Numbers in the file have 8 significant digits. A number that is not finite is null there.
 """
 
 from __future__ import annotations
@@ -27,9 +31,10 @@ from megatron_ktr.files.json_files import to_json
 
 
 class PhaseTimer:
-    """Wall seconds by phase of the current step; phases do not nest.
+    """Measures the wall seconds of each phase of the current step. Phases do not nest.
 
-    ``synchronize`` waits for the device: what a phase has launched counts as its own, not as that of the next.
+    ``synchronize`` waits for the device at the end of a phase, so that work the phase has launched counts for it and
+    not for the next phase.
     """
 
     def __init__(self, synchronize: Callable[[], None] = lambda: None) -> None:
@@ -46,7 +51,7 @@ class PhaseTimer:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
     def pop(self) -> dict[str, float]:
-        """The seconds so far as ``{"seconds/<phase>": value}``, starting again from zero."""
+        """Returns the seconds so far as ``{"seconds/<phase>": value}``, and starts again from zero."""
         taken, self.seconds = self.seconds, {}
         return {f"seconds/{name}": value for name, value in taken.items()}
 
@@ -54,8 +59,8 @@ class PhaseTimer:
 class MetricsWriter:
     """Writes one record per step; does nothing on ranks that do not report (``run_dir`` None).
 
-    A resumed run first drops the records of steps at or after the one it starts from, so that every step appears
-    once; the file is replaced by a rename, so that a crash meanwhile leaves the old one.
+    A resumed run first drops the records of ``first_step`` and later steps, so that every step appears once. The file
+    is replaced by a rename, so that a crash meanwhile leaves the old file.
     """
 
     def __init__(self, run_dir: Path | None, *, first_step: int = 0) -> None:

@@ -1,8 +1,8 @@
-"""What a run is refused for before any process waits for another and before any weight is read.
+"""Checks that refuse a run before any process waits for another and before any weight is read.
 
-``config/checks.py`` holds the rules between options; here they meet the model's sizes and the number of ranks. Pure
-arithmetic and a look at config.json: every rank comes to the same answer by itself, also for a world that is not there
-yet (``world_size``).
+``config/checks.py`` holds the rules between options. This file checks options against the model's sizes and the number
+of ranks. The checks need only arithmetic, the model's small files and the headers of its weights, so every rank gets
+the same answer by itself. They also work before the ranks exist, because ``world_size`` is an argument.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def check_layout(config: Config, model_config: Qwen2_5_VLConfig, *, world_size: 
     """The run's parallel sizes. The platform has been started.
 
     Raises:
-        UserError: sizes that the ranks, the layers, the heads or the prompts of a step cannot be split by, or a kernel
-            or a precision that is not to be had here.
+        UserError: the ranks, layers, heads or prompts of a step cannot be split by the sizes, or a kernel or precision
+            is not available here.
     """
     sizes = parallel_sizes(config, num_layers=model_config.text.num_hidden_layers)
     check_sizes(sizes, world_size=world_size)
@@ -52,8 +52,8 @@ def check_layout(config: Config, model_config: Qwen2_5_VLConfig, *, world_size: 
 
 
 def check_micro_batches(config: Config, *, sizes: ParallelSizes, data_size: int) -> None:
-    """Refuses prompts that do not make whole micro-batches, and what megatron-core's interleaved schedule would refuse
-    inside the first step."""
+    """Refuses prompts that do not make whole micro-batches, and numbers of micro-batches that megatron-core's
+    interleaved schedule would refuse in the first step."""
     prompts = config.trainer.prompts_per_replica(data_size)
     number = -(-prompts // config.trainer.micro_batch_groups)
     if (sizes.virtual_pipeline or 1) > 1 and number % sizes.pipeline:
@@ -66,15 +66,16 @@ def check_micro_batches(config: Config, *, sizes: ParallelSizes, data_size: int)
 
 
 def check_run(config: Config, *, world_size: int) -> tuple[ParallelSizes, Objective]:
-    """Everything above, the model's files, the objective, and the rewards, which may be the user's own code.
+    """Runs all checks: those above, and those of the model's files, the objective and the rewards. Loading the rewards
+    may run the user's own code.
 
     Raises:
-        UserError: the first thing that is wrong.
+        UserError: names the first thing that is wrong.
     """
     model_config = Qwen2_5_VLConfig.from_hf(config.model.model)
     sizes = check_layout(config, model_config, world_size=world_size)
     check_micro_batches(config, sizes=sizes, data_size=world_size // sizes.model)
-    # Names and shapes, from the files' headers.
+    # This checks the tensors' names and shapes, from the headers of the files.
     open_hf_weights(config.model.model, config=model_config)
     _check_patches(PreprocessSettings.from_model(config.model.model), model_config.vision)
     if config.samples:
@@ -83,7 +84,7 @@ def check_run(config: Config, *, world_size: int) -> tuple[ParallelSizes, Object
 
 
 def _check_patches(settings: PreprocessSettings, vision: VisionConfig) -> None:
-    """The encoder reads patches as it was built for them, whatever a processor file says."""
+    """Refuses patch sizes in the preprocessor files that differ from those the encoder was built for."""
     names = {"patch_size": "patch_size", "temporal_patch_size": "temporal_patch_size"}
     names |= {"merge_size": "spatial_merge_size"}
     for ours, theirs in names.items():

@@ -1,22 +1,23 @@
 """Which groups train together: replicas with equal work, and micro-batches under a bound on their tokens.
 
-Pure planning on numbers. Nothing here changes what a step computes: losses are divided by counts of the global batch,
-so that groups may stand anywhere. Both plans start from an arrangement and even it out: the fullest part gives a group
-to another part, or swaps one for a cheaper one, while that makes it less full. So a plan moves few groups, which over
-replicas means few videos.
+This file only plans with numbers. Nothing here changes what a step computes: losses are divided by counts of the
+global batch, so that a group may be on any replica and in any micro-batch. Both plans start from an arrangement and
+even it out. As long as it helps, the fullest part gives a group to another part, or swaps it for a cheaper one. So a
+plan moves few groups; between replicas that means that few videos are sent.
 
-What holds for ``pack_by_tokens`` (the tests assert it):
+``pack_by_tokens`` guarantees (the tests assert it):
 
 1. every group is in exactly one micro-batch, and no micro-batch is empty;
-2. two or more groups together never have more than ``max_tokens`` tokens; a group of more is alone;
+2. two or more groups together never have more than ``max_tokens`` tokens; a larger group is alone in its micro-batch;
 3. there are as many micro-batches as first-fit decreasing needs, which is at most 11/9 of the fewest possible + 1,
    raised to a multiple of ``multiple_of``;
-4. the most costly micro-batch is at most as costly as that of the first fit;
+4. the most costly micro-batch costs at most as much as the most costly one of first-fit decreasing;
 5. the same numbers give the same plan, on every rank; the micro-batch of most tokens comes first, so that memory
    reaches its peak, or its limit, at once.
 
-And for ``balance_replicas``: every group is on exactly one replica; none is left without a group; with ``keep_counts``
-every replica keeps the number of its groups; nothing moves where no replica has more than ``TOLERANCE`` above the mean.
+``balance_replicas`` guarantees: every group is on exactly one replica; no replica is left without a group; with
+``keep_counts`` every replica keeps its number of groups; nothing moves if no replica's work is more than ``TOLERANCE``
+above the mean.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 TOLERANCE = 0.02
-"""Work above the mean, as a share of it, for which no further group is moved: a video costs more to send."""
+"""Groups are moved only while the busiest replica's work exceeds the mean by more than this share of the mean. Below
+that, sending a video costs more than it saves."""
 
 
 def pack_by_tokens(
@@ -34,8 +36,8 @@ def pack_by_tokens(
     """Indices of groups by micro-batch.
 
     Args:
-        num_tokens: of each group.
-        costs: of each group, above 0, in any unit; micro-batches of one cost keep a pipeline full.
+        num_tokens: the tokens of each group.
+        costs: the cost of each group, above 0, in any unit. Micro-batches of equal cost keep a pipeline full.
         multiple_of: the number of micro-batches is a multiple of it (interleaved pipeline stages).
 
     Raises:
@@ -52,7 +54,7 @@ def pack_by_tokens(
             f"tokens, raised to a multiple of {multiple_of}"
         )
     while len(parts) < number:
-        # One of several groups exists: there are more groups than parts.
+        # Some part has several groups, because there are more groups than parts.
         fullest = max((part for part in parts if len(part) > 1), key=lambda part: sum(costs[i] for i in part))
         parts.append([fullest.pop()])
 
@@ -64,21 +66,21 @@ def pack_by_tokens(
 
 
 def count_oversized(num_tokens: Sequence[int], *, max_tokens: int) -> int:
-    """Groups that alone have more than ``max_tokens``."""
+    """The number of groups that alone have more than ``max_tokens``."""
     return sum(1 for number in num_tokens if number > max_tokens)
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where each group of the step trains; groups are counted over replicas, in the order they were drawn.
+    """The replica on which each group of the step trains. Groups are numbered over all replicas, in the order drawn.
 
     Example: two replicas drew groups 0 1 and 2 3; ``groups_of == ((0, 3), (1, 2))`` swaps groups 1 and 3.
     """
 
     drawn: tuple[tuple[int, ...], ...]
-    """By replica: what it drew."""
+    """The groups that each replica drew."""
     groups_of: tuple[tuple[int, ...], ...]
-    """By replica: what it trains on, ascending."""
+    """The groups that each replica trains on, ascending."""
     imbalance_before: float
     """Work of the busiest replica / mean work."""
     imbalance_after: float
@@ -96,7 +98,7 @@ class Placement:
 
 
 def balance_replicas(costs: Sequence[Sequence[float]], *, keep_counts: bool = False) -> Placement:
-    """Evens out the work of data-parallel replicas, given the costs (above 0) of what each drew."""
+    """Evens out the work of data-parallel replicas. ``costs`` are those of each replica's groups, all above 0."""
     drawn, start = [], 0
     for of_replica in costs:
         drawn.append(tuple(range(start, start + len(of_replica))))
@@ -135,12 +137,12 @@ def _even_out(
     may_move: bool = True,
     fits: Callable[[Sequence[int]], bool] = lambda part: True,
 ) -> list[list[int]]:
-    """``parts`` after exchanges between the most costly one and another, which strictly lower the larger of the two:
-    loads, sorted, only ever decrease, so this ends."""
+    """``parts`` after exchanges between the most costly part and another one. Every exchange strictly lowers the larger
+    cost of the two, so the sorted list of costs only ever decreases, and the loop ends."""
     parts = [list(part) for part in parts]
     mean = sum(costs[index] for part in parts for index in part) / len(parts)
     while True:
-        # Summed anew in one order: the same parts have the same load whatever way led to them.
+        # Loads are summed anew in a fixed order, so that rounding does not depend on the exchanges made before.
         loads = [sum(costs[index] for index in sorted(part)) for part in parts]
         fullest = max(range(len(parts)), key=lambda at: loads[at])
         if loads[fullest] <= (1 + tolerance) * mean:
@@ -165,12 +167,12 @@ def _best_exchange(
     may_move: bool,
     fits: Callable[[Sequence[int]], bool],
 ) -> tuple[list[int], list[int]] | None:
-    """Both parts after the one exchange that leaves the least to the fuller of them; None where none helps."""
+    """Both parts after the exchange that leaves the least cost to the fuller of them; None if no exchange helps."""
     load, other_load = (sum(costs[index] for index in sorted(part)) for part in (full, other))
-    # A hair less is rounding, not progress.
+    # A tiny improvement is rounding, not progress.
     best, found = load * (1 - 1e-9), None
     for given in full:
-        # A plain move comes before swaps of the same result.
+        # Trying the plain move first prefers it to swaps with the same result.
         for taken in [None, *other] if may_move and len(full) > 1 else other:
             moved = costs[given] - (0.0 if taken is None else costs[taken])
             larger = max(load - moved, other_load + moved)

@@ -1,8 +1,9 @@
-"""Groups change replicas between rollout and training, so that no replica waits for the one with the longest videos.
+"""Moves groups between replicas after the rollout, so that no replica waits for the one with the longest videos.
 
-All replicas tell each other what their groups cost (a few numbers) and work out the same placement
-(``step/balance.py``). A group that moves, frames and all, travels once: from one reading rank to the other, then to the
-other ranks of its new replica. Groups that stay are on every rank of their replica already.
+All replicas tell each other what their groups cost (a few numbers), and each works out the same placement
+(``step/balance.py``). A group that moves is sent once, with its frames: from the reading rank of its old replica to the
+reading rank of its new one, and from there to the other ranks of that replica. Groups that stay are on every rank of
+their replica already.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from megatron_ktr.types import RolloutGroup
 
 
 def agree_on_placement(costs: Sequence[float], *, ranks: ParallelGroups, keep_counts: bool) -> Placement:
-    """Of all replicas' groups, given the costs of this replica's; collective, the same on every rank."""
+    """The placement of all replicas' groups, given the costs of this replica's groups. Collective; every rank gets the
+    same placement."""
     of_replica: list[list[float]] = [[] for _ in range(ranks.data_size)]
     torch.distributed.all_gather_object(of_replica, list(costs), group=ranks.data)
     return balance_replicas(of_replica, keep_counts=keep_counts)
@@ -30,11 +32,12 @@ def agree_on_placement(costs: Sequence[float], *, ranks: ParallelGroups, keep_co
 def exchange_groups(
     groups: Sequence[RolloutGroup], placement: Placement, *, ranks: ParallelGroups
 ) -> list[RolloutGroup]:
-    """What this replica trains on, on each of its ranks, given what it drew; every rank calls it."""
+    """The groups that this replica trains on, given those it drew. Every rank calls it, and every rank of a replica
+    gets the same groups."""
     replica = ranks.data_rank
     known = dict(zip(placement.drawn[replica], groups, strict=True))
     moves = placement.moves
-    # Replicas of which nothing comes or goes take no part.
+    # Replicas that neither send nor receive a group take no part.
     arrived: dict[int, list[RolloutGroup]] = {}
     if ranks.is_source:
         outgoing = {
@@ -53,7 +56,8 @@ def exchange_groups(
 def _send_and_receive(
     outgoing: Mapping[int, list[RolloutGroup]], *, sources: Sequence[int], ranks: ParallelGroups
 ) -> dict[int, list[RolloutGroup]]:
-    """On reading ranks, whose data-parallel group holds the reading ranks: groups by the replica they came from."""
+    """Sends ``outgoing`` groups and returns the received ones, by the replica they came from. Only reading ranks call
+    it; their data-parallel group consists of the reading ranks of all replicas."""
     device = current().device
     sent = {to: pack_object(groups).to(device) for to, groups in outgoing.items()}
     sizes = {to: torch.tensor([len(payload)], device=device) for to, payload in sent.items()}
@@ -67,7 +71,8 @@ def _send_and_receive(
 
 
 def _transfer(sent: Mapping[int, Tensor], received: Mapping[int, Tensor], *, ranks: ParallelGroups) -> None:
-    """Point to point, all at once: nobody waits for a partner that waits for somebody else."""
+    """Runs all point-to-point messages in one batch. One by one they could deadlock, since a rank may wait for a
+    partner that waits for a third rank."""
     group = ranks.data
     operations = [
         torch.distributed.P2POp(function, tensor, torch.distributed.get_global_rank(group, replica), group)

@@ -1,11 +1,11 @@
 """From the groups a replica drew to the micro-batches it trains on.
 
-    balanced    groups of all replicas are placed anew, so that none waits for the one with the longest videos
-    plan        this replica's groups by micro-batch
+    balanced    redistributes the groups of all replicas, so that no replica waits for the one with the longest videos
+    plan        splits this replica's groups into micro-batches
 
-Where a group ends up changes no result: losses are divided by counts of the global batch, nothing in a step pairs the
-micro-batches of two replicas, and a replica may have more of them than another. (Gradients are reduced once, after or
-during each replica's last backward; parameters are gathered in its first forward.)
+Where a group ends up does not change the result. Losses are divided by counts of the global batch. Nothing in a step
+pairs the micro-batches of two replicas, and one replica may have more of them than another. (Gradients are reduced
+once, after or during each replica's last backward; parameters are gathered in its first forward.)
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ logger = logging.getLogger(__name__)
 
 
 class StepBatching:
-    """Every rank of a replica comes to the same answers; ``balanced`` and ``plan`` are collective."""
+    """Plans the micro-batches of a step. ``balanced`` and ``plan`` are collective; every rank of a replica gets the
+    same result."""
 
     def __init__(self, *, options: StepOptions, policy: Policy, objective: Objective) -> None:
         self._settings = options.trainer
@@ -36,18 +37,18 @@ class StepBatching:
         self._policy = policy
         self._work = settings_of(options, objective)
         sizes = policy.ranks.sizes
-        # An interleaved pipeline takes whole rounds of its stages.
+        # An interleaved pipeline needs a number of micro-batches that is a multiple of its stages.
         self._multiple = sizes.pipeline if (sizes.virtual_pipeline or 1) > 1 else 1
         self._values: dict[str, float] = {}
         self._has_warned = False
 
     def balanced(self, groups: list[RolloutGroup]) -> list[RolloutGroup]:
-        """This replica's share of all replicas' groups, of nearly the same work for each."""
+        """This replica's share of all replicas' groups. Every replica's share is nearly the same amount of work."""
         parallel = self._policy.ranks
         if not self._settings.balance_replicas or parallel.data_size == 1:
             return groups
-        # Whole rounds of an interleaved pipeline can be filled under any bound on tokens only as long as the number of
-        # groups is a multiple of its stages, as it was drawn.
+        # An interleaved pipeline keeps each replica's number of groups, which was drawn as a multiple of the stages:
+        # only then can a multiple of the stages be filled with micro-batches under any bound on tokens.
         placement = agree_on_placement(self._costs(groups), ranks=parallel, keep_counts=self._multiple > 1)
         self._values |= {
             "flops_imbalance/before": placement.imbalance_before,
@@ -57,7 +58,7 @@ class StepBatching:
         return exchange_groups(groups, placement, ranks=parallel)
 
     def plan(self, groups: Sequence[RolloutGroup]) -> list[tuple[RolloutGroup, ...]]:
-        """Groups by micro-batch."""
+        """This replica's groups by micro-batch."""
         max_tokens = self._settings.max_tokens_per_microbatch
         if max_tokens is None:
             return plan_micro_batches(groups, groups_per_micro_batch=self._settings.micro_batch_groups)
@@ -77,11 +78,11 @@ class StepBatching:
         return [tuple(groups[index] for index in part) for part in parts]
 
     def take_values(self) -> dict[str, float]:
-        """What the last step's placement and plan were like, by metric name; the same on every rank."""
+        """Metrics of the last step's placement and plan, by name; the same on every rank. They are then forgotten."""
         taken, self._values = self._values, {}
         return taken
 
     def _costs(self, groups: Sequence[RolloutGroup]) -> list[float]:
-        """FLOPs of each group in all passes of a step."""
+        """The cost of each group: its FLOPs in all passes of a step."""
         config = self._model_config
         return [count_step(config, [GroupWork.of(group, config=config)], settings=self._work).total for group in groups]

@@ -1,13 +1,13 @@
 """The passes without gradient before an update: other views, reference model, early selection.
 
-    with_counterfactuals    the same responses where the video is hidden, and where its frames are in random order;
-                            groups without media, or without an order to lose, are left out of the pass
-    with_reference          log-probs of the frozen reference model
-    with_selection          key tokens, where inside the update would be too late
+    with_counterfactuals    scores the same responses with the video hidden, and with its frames in random order. Groups
+                            to which a view does not apply (no media; no order to lose) are left out of the pass
+    with_reference          adds the log-probs of the frozen reference model
+    with_selection          chooses key tokens, if inside the update would be too late
 
-Each takes and returns micro-batches that know more. What no pass has to see twice runs once: vision features come from
-``policy/vision_pass.py``, the head sees predicting rows only, and distributions are compared in the update's own pass
-over the vocabulary (``needs_kl``).
+Each method takes micro-batches and returns them with its results added. No work is done twice: vision features come
+from the cache of ``policy/vision_pass.py``, the head runs on the predicting rows only, and whole distributions are
+compared in the update's own pass over the vocabulary (``needs_kl``).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _APPLIES = {"hidden": can_hide, "shuffled": can_shuffle}
 
 
 class ScoringPasses:
-    """Stateless but for what it was made from."""
+    """The scoring passes of a training step. The object keeps no state between calls."""
 
     def __init__(self, *, options: StepOptions, policy: Policy, objective: Objective, media: MediaSpec) -> None:
         self.options = options
@@ -50,7 +50,7 @@ class ScoringPasses:
         step: int = 0,
         draw: int = 0,
     ) -> PackedBatch:
-        """One micro-batch in one view; ``draw`` counts the random orders of a step."""
+        """Packs one micro-batch in one view. ``draw`` numbers the random frame orders of a step."""
         permutations = self._orders(groups, step=step, draw=draw) if view == "shuffled" else None
         return pack_groups(
             groups,
@@ -76,15 +76,16 @@ class ScoringPasses:
         ]
 
     def prepare_vision(self, micro_batches: Sequence[MicroBatch]) -> None:
-        """The vision encoder's one run over media that passes without gradient will show before the update does."""
+        """Runs the vision encoder once over the media that passes without gradient will show before the update does."""
         self.policy.prepare_vision([item.batch for item in micro_batches if self._is_seen_before_update(item)])
 
     def with_counterfactuals(self, micro_batches: list[MicroBatch], *, step: int) -> list[MicroBatch]:
-        """Of each view the objective reads: log-probs, or the hidden rows behind them where it compares whole
-        distributions. Several random orders (``num_shuffles``) are averaged: their log-probs, or their KLs."""
+        """Adds the scores of every view that the objective reads: the log-probs, or, if the objective compares whole
+        distributions, the hidden rows they come from. With several random orders (``num_shuffles``) the log-probs, or
+        the KLs, are averaged."""
         for view in sorted(self.objective.views):
             draws = self.options.objective.num_shuffles if view == "shuffled" else 1
-            # Found by draw, then by micro-batch; zip turns that round.
+            # Scores are computed by draw, then by micro-batch; zip transposes them to micro-batch, then draw.
             score = self._hidden_rows if self.objective.needs_kl else self._logprobs
             found = zip(*(score(micro_batches, view, step=step, draw=draw) for draw in range(draws)), strict=True)
             if self.objective.needs_kl:
@@ -109,10 +110,10 @@ class ScoringPasses:
         ]
 
     def with_selection(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
-        """Chooses key tokens before the update where inside it would be too late; costs one more scoring pass.
+        """Chooses key tokens before the update, if inside the update would be too late. It costs one more scoring pass.
 
-        That is: denominators that count key tokens of the global batch, and several updates on the same responses (the
-        selection and the old policy stay those of the first).
+        There are two such cases: loss denominators that count the key tokens of the global batch, and several updates
+        on the same responses (selection and old policy are then those of the first update).
         """
         is_reused = self.options.objective.updates_per_rollout > 1
         if not self._selects_first:
@@ -134,7 +135,8 @@ class ScoringPasses:
         return self.objective.selects_before_update(self.options.objective.updates_per_rollout)
 
     def _is_seen_before_update(self, item: MicroBatch) -> bool:
-        """Whether a pass without gradient shows intact temporal patches; all of an image beside a shuffled video is."""
+        """Whether a pass without gradient shows intact temporal patches of the item. A shuffled view does if it moves
+        whole patches, or if the prompt has an image (which is one intact patch) beside the shuffled video."""
         if self._selects_first:
             return True
         if "shuffled" not in self.objective.views:
@@ -152,7 +154,7 @@ class ScoringPasses:
     def _logprobs(
         self, micro_batches: Sequence[MicroBatch], view: View, *, step: int, draw: int
     ) -> list[Tensor | None]:
-        """[R] by micro-batch on the last stage, NaN on tokens of groups to which the view does not apply."""
+        """Log-probs [R] by micro-batch, on the last stage; NaN on tokens of groups to which the view does not apply."""
         kept = [[_APPLIES[view](group.prompt) for group in item.groups] for item in micro_batches]
         parts = [
             [group for group, is_kept in zip(item.groups, marks, strict=True) if is_kept]
@@ -173,9 +175,9 @@ class ScoringPasses:
     def _packed(
         self, item: MicroBatch, part: Sequence[RolloutGroup], view: View, *, step: int, draw: int
     ) -> Callable[[], PackedBatch]:
-        """Packs ``part`` of the item's groups, once it is looked at."""
+        """A function that packs ``part`` of the item's groups when it is first called, and keeps the batch."""
         if view == "shuffled" and len(part) == len(item.groups):
-            # Only the order of its frames is another one.
+            # The shuffled view differs from the intact one only in the order of frames: reuse the packed rows.
             return cache(lambda: shuffled_view(item.batch, self._orders(part, step=step, draw=draw)))
         return cache(partial(self.pack, part, view, step=step, draw=draw))
 
@@ -184,7 +186,7 @@ class ScoringPasses:
             return logprob_R
         spread_R = torch.full((len(batch.target_ids_R),), float("nan"), device=self.policy.platform.device)
         if logprob_R is not None:
-            # Their rows are found on the host: a mask would be counted on the device, and waited for.
+            # Row indices are computed on the host. A mask on the device would make the host wait for its count.
             rows_R = torch.tensor(kept)[batch.group_R].nonzero()[:, 0]
             spread_R[send(rows_R, spread_R.device)] = logprob_R.to(spread_R.dtype)
         return spread_R
@@ -195,7 +197,7 @@ def _logprob(statistics: TokenStatistics | None) -> Tensor | None:
 
 
 def _mean(values: Sequence[Tensor | None]) -> Tensor | None:
-    """Over draws; None before the last stage."""
+    """The mean over draws; None on every stage but the last."""
     if len(values) == 1 or values[0] is None:
         return values[0]
     return torch.stack([value for value in values if value is not None]).mean(dim=0)
