@@ -34,7 +34,7 @@ class Request:
     config: Qwen2_5_VLConfig
     num_gpus: int
     gpu_memory_gb: float
-    """10^9 bytes."""
+    """The memory of one GPU, in 10^9 bytes."""
     num_frames: int
     pixels_per_frame: int = 128 * PIXELS_PER_TOKEN
     text_length: int = 200

@@ -85,9 +85,10 @@ def gather_rows(rows_RD: Tensor, *, owner_R: Tensor, group: dist.ProcessGroup) -
 
 
 def _places(owner_R: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, int]:
-    """Each token's place in the concatenation of the ranks' shares, each padded to the longest share; and its length.
+    """Returns each token's place in the gathered tensor, and the length of the longest share.
 
-    A share holds the tokens of one rank.
+    A share holds the tokens of one rank. The gathered tensor is the concatenation of the ranks' shares, each padded to
+    the length of the longest.
     """
     mine_of = [(owner_R == rank).nonzero()[:, 0] for rank in range(group.size())]
     longest = max(len(index_R) for index_R in mine_of)

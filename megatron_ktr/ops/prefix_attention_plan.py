@@ -201,7 +201,7 @@ class VarlenCall:
     kv_rows: Tensor | None
     """int64 [sum of key lengths]"""
     cu_seqlens_q: Tensor
-    """int32 [calls + 1]"""
+    """int32 [segments + 1]"""
     cu_seqlens_kv: Tensor
     max_seqlen_q: int
     """Rounded up, as ``max_seqlen_kv`` is. Both are Python numbers, so that nobody has to read them from the device."""

@@ -43,7 +43,7 @@ class HeadOptions:
     """The size of the vocabulary without padding. Weight rows from there on are padding: they are ignored and get zero
     gradient. None: no shard has padding."""
     temperature: float = 1.0
-    """Divides the logits."""
+    """The number by which the logits are divided."""
     reduce_hidden_grad: bool = True
     """True: backward sums the gradient of the hidden rows over ``group``. False: it returns this shard's part, for a
     caller that sums the parts itself (the reduce-scatter of sequence parallelism)."""

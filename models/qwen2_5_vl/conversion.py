@@ -187,7 +187,7 @@ def export_hf_tensors(
 def _stage_and_dtype(
     local: dict[str, nn.Parameter], tensor_of: TensorOf, layout: _Layout
 ) -> dict[str, tuple[int, torch.dtype]]:
-    """Which pipeline stage holds each exported tensor, and its dtype; the same on every stage."""
+    """The pipeline stage that holds each exported tensor, and the tensor's dtype; every stage gets the same result."""
     mine = {name: tensor.dtype for name, p in local.items() if (tensor := tensor_of(p)) is not None}
     stages: list[dict[str, torch.dtype]] = [mine] * layout.pipeline_size
     if layout.pipeline_size > 1:

@@ -35,7 +35,7 @@ FUSED_NAMES = {plain: fused for fused, plain in TE_NAMES.items()}
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a Megatron tensor lies in a distributed checkpoint."""
+    """The place of a Megatron tensor in a distributed checkpoint."""
 
     key: str
     layer: int | None
@@ -52,7 +52,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What a conversion did."""
+    """The result of a conversion."""
 
     num_tensors: int
     num_bytes: int

@@ -1,8 +1,8 @@
 """Reads a Hugging Face ``config.json`` of Qwen2.5-VL, and refuses what the model does not support.
 
-Three layouts exist and all are read: the published one (text fields at the top level, ``rope_scaling``,
-``in_chans``), the one transformers 5 saves (``text_config``, ``rope_parameters``, ``in_channels``), and what late
-transformers 4 saved (both at once; ``text_config`` counts).
+It reads all three layouts that exist: the published one (text fields at the top level, ``rope_scaling``,
+``in_chans``), that of transformers 5 (``text_config``, ``rope_parameters``, ``in_channels``), and that of late
+transformers 4, which has both at once (``text_config`` takes precedence).
 """
 
 from __future__ import annotations

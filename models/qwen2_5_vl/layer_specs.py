@@ -1,4 +1,4 @@
-"""Which module plays which part in a language layer: the local specification and the Transformer Engine one.
+"""The modules of a language layer, in the local specification and in the Transformer Engine one.
 
 =====================  ======================================  ==========================================
 part                   local (CPU, CUDA without TE)            Transformer Engine

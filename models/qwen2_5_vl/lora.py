@@ -79,7 +79,7 @@ CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """Which layers have adapters, and of which size."""
+    """Says which layers have adapters, and which size the adapters have."""
 
     rank: int
     alpha: float

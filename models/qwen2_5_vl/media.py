@@ -1,4 +1,4 @@
-"""What packing must know about Qwen2.5-VL's images and videos."""
+"""The facts about Qwen2.5-VL's images and videos that packing needs."""
 
 from __future__ import annotations
 

@@ -45,6 +45,9 @@ class RMSNorm(torch.nn.Module):
 
 
 def parameter_device(config: TransformerConfig) -> torch.device | None:
-    """Where megatron-core's own layers put new parameters: the host (or the default device) on request, else the
-    platform's device."""
+    """The device on which megatron-core's own layers create parameters.
+
+    It is the platform's device; if ``use_cpu_initialization`` is set, it is None, which is the host or torch's default
+    device.
+    """
     return None if config.use_cpu_initialization else current().device
