@@ -103,25 +103,25 @@ SIZES = {**{name.lower(): config for name, config in PUBLISHED_CONFIGS.items()},
 
 @dataclass(frozen=True)
 class StepTiming:
-    """One step, the same on every rank."""
+    """The measurements of one step; they are the same on every rank."""
 
     seconds: dict[str, float]
-    """By phase, of the rank that was slowest in it."""
+    """For each phase, the seconds of the rank that was slowest in it."""
     total: float
-    """Seconds of the slowest rank."""
+    """The seconds of the slowest rank for the whole step."""
     operations: float
-    """Of all ranks."""
+    """The operations of all ranks."""
 
 
 class RandomPolicy(Policy):
-    """A policy whose weights, and the reference model's, are those the layers start with."""
+    """A policy whose weights are the layers' random initial values, as are the reference model's."""
 
     def _load_model(self, hf_dir: Path) -> list[Qwen2_5_VLModel]:
         return build_model(self.model_config, ranks=self.ranks, options=self.options.build, dtype=self.dtype)
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """Our own options, and the rest, which are the trainer's."""
+    """Returns this tool's own options, and the remaining flags, which are the trainer's."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--model", required=True, help=f"{', '.join(SIZES)}, or a Hugging Face directory")
     parser.add_argument(
@@ -179,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 @contextlib.contextmanager
 def _model_directory(options: argparse.Namespace) -> Iterator[tuple[Path, bool]]:
-    """A directory with the model's config.json, and whether it has the weights to go with it."""
+    """Returns a directory with the model's config.json, and whether the directory also has the weights."""
     with same_on_every_rank():
         if options.model.lower() in SIZES:
             model_config, has_weights = SIZES[options.model.lower()], False
@@ -201,13 +201,13 @@ def _model_directory(options: argparse.Namespace) -> Iterator[tuple[Path, bool]]
 
 
 def _load_config(options: argparse.Namespace, flags: list[str], *, hf_dir: Path) -> Config:
-    # No recording is read: the source of groups is ours.
+    # The replay path is never read, because this tool makes the groups itself.
     own = ["--model", str(hf_dir), "--replay-path", "synthetic", "--train-steps", str(options.warm_up + options.steps)]
     return load_config([*flags, *own], prog="benchmark_throughput.py")
 
 
 def _join(config: Config, options: argparse.Namespace, platform: Platform) -> tuple[ParallelGroups, Config]:
-    """The process groups; without ``--prompts-per-step`` every replica has one micro-batch for each pipeline stage."""
+    """Creates the process groups. Without ``--prompts-per-step`` a replica gets one micro-batch per pipeline stage."""
     with same_on_every_rank():
         world_size = world_size_from_environment()
         sizes = check_layout(config, Qwen2_5_VLConfig.from_hf(config.model.model), world_size=world_size)
@@ -251,7 +251,7 @@ def _build_trainer(
 def _measure(
     trainer: Trainer, source: FixedSource, config: Config, options: argparse.Namespace
 ) -> tuple[list[StepTiming], float]:
-    """Every measured step, and the largest peak of memory over ranks in bytes."""
+    """Runs the steps; returns the measured ones, and the largest peak of memory of all ranks, in bytes."""
     ranks, platform = trainer.policy.ranks, trainer.policy.platform
     timings: list[StepTiming] = []
     for step in range(1, options.warm_up + options.steps + 1):
@@ -262,7 +262,7 @@ def _measure(
         if step <= options.warm_up:
             continue
         own = {phase: values[f"seconds/{phase}"] for phase in PHASES}
-        # The metric is a rate over this rank's own seconds.
+        # The metric is a rate over this rank's own seconds, so multiply by these to get the operations.
         operations = values["tflops_per_gpu"] * 1e12 * ranks.world_size * sum(own.values())
         slowest = reduce_metrics(Metrics(maxima={**own, "total": sum(own.values())}), ranks.world).maxima
         timings.append(StepTiming(slowest, slowest.pop("total"), operations))
@@ -271,7 +271,7 @@ def _measure(
 
 
 def _groups_of(step: int, trainer: Trainer, config: Config, options: argparse.Namespace) -> list[Any]:
-    """This replica's groups of a step."""
+    """Makes this replica's groups for one step."""
     ranks = trainer.policy.ranks
     model_config = trainer.policy.model_config
     lengths = options.response_length
@@ -297,7 +297,7 @@ def summarise(
     config: Config,
     options: argparse.Namespace,
 ) -> dict[str, Any]:
-    """Everything that is reported, ready for JSON."""
+    """The report as a dictionary for JSON."""
     ranks = trainer.policy.ranks
     sizes = ranks.sizes
     prompts = config.trainer.prompts_per_step
@@ -337,7 +337,7 @@ def summarise(
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report for people."""
+    """The report as text."""
     layout = ", ".join(f"{name} {value}" for name, value in report["layout"].items())
     mfu = "" if report["mfu"] is None else f", MFU {report['mfu']:.1%}"
     lines = [
@@ -365,7 +365,7 @@ def _heading(report: dict[str, Any]) -> str:
 
 
 def draw(report: dict[str, Any]) -> str:
-    """SVG: one stacked bar of phases a step."""
+    """An SVG chart with one bar per step, in which the phases are stacked."""
     label, bar, line = 80, 480, 24
     longest = max(sum(step.values()) for step in report["steps"])
     title = f"{_heading(report)}, {report['tokens_per_second']:,.0f} tokens/s; seconds by phase"

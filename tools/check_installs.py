@@ -31,8 +31,8 @@ from megatron_ktr.errors import (  # noqa: E402
 
 TOKEN = re.compile(r"\s+('[^'\n]+'|--?[a-z][a-z-]*|\.(?=[\s`)]|$)|[A-Za-z][\w.\[\],=<>-]*\w)")
 NOT_RESOLVED = ("--force-reinstall", "--upgrade", "--quiet", "--no-deps", "--no-cache-dir")
-"""Options that say what to do with what is installed, or with dependencies: here nothing counts as installed, and all
-is resolved."""
+"""Options about installed packages or about dependencies. They are dropped, because the dry run regards nothing as
+installed and resolves everything."""
 SHOWN = ("torch", "megatron-core", "vllm", "transformers", "transformer-engine", "av")
 
 
@@ -40,12 +40,14 @@ SHOWN = ("torch", "megatron-core", "vllm", "transformers", "transformer-engine",
 class Install:
     place: str
     arguments: tuple[str, ...]
-    """What follows ``pip install``."""
+    """The arguments after ``pip install``."""
 
 
 def installs_of(text: str, *, place: str) -> list[Install]:
-    """The commands in a page, a Dockerfile or a remedy. A command ends where prose begins: at a word after a comma, a
-    bracket, the end of a line that does not go on with a backslash."""
+    """Finds the ``pip install`` commands in a page, a Dockerfile or a remedy.
+
+    A command ends where prose begins: after a comma, at a bracket, or at the end of a line without a backslash.
+    """
     text = text.replace("\\\n", " ")
     found = []
     for match in re.finditer(r"(?<!\w)pip install(?= )", text):
@@ -63,7 +65,7 @@ def installs_of(text: str, *, place: str) -> list[Install]:
 
 
 def remedies() -> list[str]:
-    """What the doctor advises on a machine that lacks everything."""
+    """The remedies that the doctor gives on a machine that lacks everything."""
     from megatron_ktr.doctor import requirements, software
 
     declared = requirements.declared_requirements(ROOT / "setup.py")
@@ -80,11 +82,11 @@ def remedies() -> list[str]:
 
 
 def find_installs() -> list[Install]:
-    """Every one once, in the order of the pages."""
+    """Finds every install command once, in the order of the pages."""
     pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "Dockerfile"]
     found: dict[tuple[str, ...], Install] = {}
     for path in pages:
-        # What a clone builds (NVIDIA's apex) is not on any index.
+        # A package that is built from a clone (NVIDIA's apex) is not on any index, so its commands are removed.
         text = re.sub(r"RUN git clone(?:.*\\\n)*.*\n", "", path.read_text(encoding="utf-8"))
         for install in installs_of(text, place=path.name):
             found.setdefault(install.arguments, install)
@@ -95,18 +97,18 @@ def find_installs() -> list[Install]:
 
 
 def resolve(install: Install) -> tuple[bool, str]:
-    """Whether pip finds a set of versions, and the ones that matter or pip's last words."""
+    """Whether pip finds a set of versions; and the most important of them, or else pip's error."""
     arguments = [argument for argument in install.arguments if argument not in NOT_RESOLVED]
     with tempfile.TemporaryDirectory(prefix="check-installs-") as folder:
         report = Path(folder) / "report.json"
         command = [sys.executable, "-m", "pip", "install", "--dry-run", "--report", str(report)]
-        # What is built without isolation is built beside the torch that is there.
+        # A build without isolation needs the installed torch, so installed packages must not be ignored.
         if "--no-build-isolation" not in arguments:
             command.append("--ignore-installed")
         done = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
             lines = [line.strip(" |") for line in done.stderr.splitlines()]
-            # A build's own exception says more than what pip makes of it.
+            # The exception of a failed build says more than pip's own message about it.
             found = [line for line in lines if re.match(r"\w*Error: ", line)] or [ln for ln in lines if "ERROR" in ln]
             return False, (found or ["no words"])[-1][:200]
         entries = json.loads(report.read_text(encoding="utf-8"))["install"]

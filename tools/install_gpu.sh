@@ -19,8 +19,8 @@
 set -euo pipefail
 
 TORCH_CUDA=13  # of torch's wheels; Transformer Engine's extra in setup.py says the same
-CUDNN=9.21.1.3  # the first after 9.20.0.48 that is whole
-MIN_GB=25 MIN_GB_TE=4  # free where packages go: torch with CUDA is 5 GB; vLLM's kernels and pip's copies are estimated
+CUDNN=9.21.1.3  # the first version after 9.20.0.48 that is complete
+MIN_GB=25 MIN_GB_TE=4  # free space for packages: torch with CUDA is 5 GB; vLLM's kernels and pip's copies are estimated
 
 fail() { echo "error: $1" >&2; exit 2; }
 mode=${1-all}
@@ -31,7 +31,7 @@ esac
 [ $# -le 1 ] || fail "one option at a time: $*"
 
 python=${PYTHON:-python}
-# Not resolved further: an environment's Python is a link, and what it points to knows nothing of the environment.
+# Do not resolve links: an environment's Python is a link to a Python that does not know the environment.
 [[ $python != */* || $python == /* ]] || python=$PWD/$python
 repository=$(realpath "$(dirname "$0")/..")
 ask() { "$python" -c "import os, sys, sysconfig; print($1)"; }
@@ -82,7 +82,7 @@ trap 'rm -rf "$scratch"' EXIT
 free=$(free_gb "$scratch")
 ((free >= MIN_GB_TE)) || fail "$(dirname "$scratch") has $free GB free; $MIN_GB_TE are needed: set TMPDIR"
 
-# The smallest of all the packages; a whole resolution takes minutes. --no-deps: nothing else is asked for.
+# Ask for the smallest of the packages only, because resolving all takes minutes; --no-deps asks for nothing else.
 words=$(pip install --dry-run --no-deps --ignore-installed --retries 1 --timeout 20 "transformer-engine==$te" 2>&1) ||
     fail "pip finds no transformer-engine==$te (no network? an index without it?): $(grep ERROR <<< "$words" | tail -n 1)"
 
@@ -118,8 +118,8 @@ if [ ! -e "$site/nvidia/cudnn/lib/libcudnn_engines_tensor_ir.so.9" ]; then
     pip install --no-deps --no-cache-dir "nvidia-cudnn-cu$TORCH_CUDA==$CUDNN"
 fi
 
-# pip keeps a wheel it has built, whatever torch it was built against: no cache. The toolkit's own headers come first;
-# torch's packages have what it may lack: cuDNN and NCCL, and cuBLAS, cuSOLVER, cuSPARSE where the toolkit is small.
+# Use no cache, because pip would reuse a wheel built against another torch. The toolkit's own headers come first;
+# torch's packages have those that it may lack: cuDNN and NCCL, and in a small toolkit cuBLAS, cuSOLVER and cuSPARSE.
 cu=$site/nvidia
 export CUDA_HOME NVTE_PYTORCH_FORCE_BUILD=TRUE
 export CPATH=$cu/cudnn/include:$cu/nccl/include:$cu/cu$TORCH_CUDA/include${CPATH:+:$CPATH}
@@ -137,7 +137,7 @@ for name in transformer-engine "transformer-engine-cu$TORCH_CUDA" transformer-en
 done
 # A container may have the driver's library without the driver.
 if "$python" -c 'import ctypes, sys; sys.exit(ctypes.CDLL("libcuda.so.1").cuInit(0))' 2> /dev/null; then
-    # torch first: it brings CUDA's libraries. The project's own import makes them find one cuDNN.
+    # Import torch first, which loads CUDA's libraries. The project's own import makes them find one cuDNN.
     (cd "$repository" && "$python" -c 'import torch, megatron_ktr, transformer_engine.pytorch, megatron.core, vllm') ||
         fail "what was installed does not import; see above"
     echo "installed, and it imports; now: $python tools/doctor.py"

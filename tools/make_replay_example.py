@@ -22,7 +22,7 @@ from megatron_ktr.rewards import BUILT_IN
 
 
 def recorded_responses(scene, *, number: int, rng: random.Random) -> list[str]:
-    """Right answers, guesses, and now and then one without the answer block."""
+    """Draws ``number`` responses: right answers, guesses, and a few without the answer block."""
     texts = []
     for _ in range(number):
         kind = rng.random()

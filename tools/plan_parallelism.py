@@ -221,7 +221,7 @@ def _as_text(request: Request, plans: list[Plan], *, num_shown: int, num_best: i
 
 
 def _rollout_line(plan: Plan, request: Request) -> str:
-    """The phase in which a colocated engine is awake."""
+    """A line about memory in the rollout phase, in which a colocated engine is awake."""
     found = plan.rollout
     if request.engine == "hf":
         fits = found.peak_with_offload <= request.gpu_memory_gb * GB
@@ -231,7 +231,7 @@ def _rollout_line(plan: Plan, request: Request) -> str:
             + ("" if fits else "; this fits in neither way")
         )
     shares = [1 - (kept - found.engine) / GB / request.gpu_memory_gb for kept in (found.peak, found.peak_with_offload)]
-    # Rounded down: it is to fit.
+    # Round the shares down, so that they fit.
     without, offloaded = (f"a share of {int(100 * share) / 100:g}" if share > 0 else "no engine" for share in shares)
     return (
         f"rollout, an engine awake in {request.engine_share:g} of the GPU: {found.peak / GB:.1f} GB, with "

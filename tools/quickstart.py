@@ -45,7 +45,7 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "quickstart"
 SAMPLED = SamplingSettings(num_generations=1, max_response_length=24)
 GREEDY = dataclasses.replace(SAMPLED, temperature=0.0)
 ENGINES = {"hf": "hf", "vllm": "vllm_colocated"}
-"""Of --rollout: the training option --engine."""
+"""For each value of --rollout, the value of the training option --engine."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Stage:
     config: str
     data: str
     steps: int | None = None
-    """None = as the config file says."""
+    """None: the number in the config file."""
 
 
 class Quickstart:
@@ -100,7 +100,7 @@ class Quickstart:
         return run_dir / "export"
 
     def evaluate(self, model: Path, *, sampling: SamplingSettings = SAMPLED, control: Control = "intact") -> Accuracy:
-        """Accuracy on the held-out questions."""
+        """Measures the accuracy of ``model`` on the held-out questions."""
         if self._engine is None:
             self._start_engine()
         assert self._engine is not None
@@ -109,7 +109,10 @@ class Quickstart:
         return evaluate(self._engine, self._held_out, control=control, sampling=sampling)
 
     def _start_engine(self) -> None:
-        """One engine for all evaluations, given each model's weights in turn, and the questions it is asked."""
+        """Loads the held-out questions and starts one engine for all evaluations.
+
+        The engine gets the weights of each evaluated model in turn.
+        """
         config = config_from_values(
             {
                 "model": str(self.model),
@@ -135,7 +138,7 @@ class Quickstart:
         self._engine = sampler.engine
 
     def close(self) -> None:
-        """Ends the engine."""
+        """Stops the engine."""
         if self._engine is not None:
             self._engine.close()
             destroy_parallel()
@@ -149,7 +152,7 @@ class Quickstart:
 
 
 def run(quickstart: Quickstart) -> dict[str, Any]:
-    """All stages and evaluations; returns the summary."""
+    """Runs all stages and evaluations and returns the summary."""
     started = time.perf_counter()
     quickstart.make_inputs()
     initial = quickstart.evaluate(quickstart.model)
@@ -198,12 +201,12 @@ def run(quickstart: Quickstart) -> dict[str, Any]:
 
 
 def _step_seconds(steps: list[dict[str, float]]) -> float:
-    """Mean wall seconds of a step, all phases."""
+    """The mean wall-clock seconds of a step, over all phases."""
     return sum(v for step in steps for name, v in step.items() if name.startswith("seconds/")) / len(steps)
 
 
 def _mean(steps: list[dict[str, float]], name: str) -> float | None:
-    """Mean over the steps that report ``name``; None if none does."""
+    """The mean of ``name`` over the steps that report it; None if no step does."""
     values = [step[name] for step in steps if name in step]
     return sum(values) / len(values) if values else None
 

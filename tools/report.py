@@ -45,7 +45,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def read_summary(path: Path | None, run_dirs: list[Path]) -> dict | None:
-    """The object in ``path``, or in the first run directory that has a summary.json; None without one."""
+    """Reads ``path``, or summary.json of the first run directory that has one; None if there is neither."""
     if path is None:
         path = next((run_dir / "summary.json" for run_dir in run_dirs if (run_dir / "summary.json").is_file()), None)
     if path is None:

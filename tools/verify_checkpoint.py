@@ -36,7 +36,7 @@ from typing import Any
 # `python tools/X.py` puts tools/ on the path, not the repository.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-# Before torch, whose import takes seconds: ctrl-C is then one word.
+# Import this before torch, whose import takes seconds, so that ctrl-C prints one word instead of a traceback.
 import megatron_ktr  # noqa: E402, F401
 
 # Advice about speed that core and torch.distributed give on import and on every rank.
@@ -92,12 +92,12 @@ from models.qwen2_5_vl.transformer_config import language_transformer_config  # 
 LOGPROB_TOLERANCE = 1e-4
 GRADIENT_TOLERANCE = 1e-3
 REPORT_SECONDS = 10.0
-"""How long another rank leaves the report of an error to rank 0; torchrun usually ends it within one."""
+"""How long other ranks leave the report of an error to rank 0; torchrun usually ends them within one second."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Both numbers, complete on rank 0."""
+    """The two differences that are reported; they are complete only on rank 0."""
 
     logprob_diff: float
     gradient_diff: GradientDifference
@@ -145,7 +145,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 class _AppendMedia(argparse.Action):
-    """Keeps (kind, path) over --video and --image in the order of the command line."""
+    """Collects (kind, path) of --video and --image in the order of the command line."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         kind = str(option_string).lstrip("-")
@@ -159,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def verify(options: argparse.Namespace) -> bool:
-    """Compares, reports on rank 0, and returns whether the differences are within the limits, on every rank."""
+    """Compares the models and reports on rank 0; every rank returns whether the differences are within the limits."""
     platform = platforms.start(options.platform)
     model_config = _check_paths(options)
     config = _config(options)
@@ -168,7 +168,8 @@ def verify(options: argparse.Namespace) -> bool:
         platform=platform,
         timeout_minutes=options.distributed_timeout_minutes,
     )
-    # Refuses a layout that does not fit now, not after minutes of Hugging Face.
+    # Build the configuration here, so that a layout that does not fit is refused now and not after minutes of running
+    # Hugging Face's model.
     language_transformer_config(model_config, sizes=ranks.sizes, dtype=torch.float32, options=ModelOptions.of(config))
 
     def prepare() -> VerificationInput | None:
@@ -183,18 +184,18 @@ def verify(options: argparse.Namespace) -> bool:
 
 
 def _check_paths(options: argparse.Namespace) -> Qwen2_5_VLConfig:
-    """Everything that can be refused without reading weights; the same answer on every rank."""
+    """Refuses everything that can be refused without reading weights, in the same way on every rank."""
     for flag, directory in (("--hf", options.hf), ("--megatron", options.megatron)):
         if directory is not None and not directory.is_dir():
             raise UserError(f"{flag} {directory}: no such directory")
     if options.dump is not None and (options.dump.is_dir() or not options.dump.absolute().parent.is_dir()):
         raise UserError(f"--dump {options.dump}: expected a file in an existing directory")
-    if int(os.environ.get("RANK", "0")) == 0:  # The others read the same files.
+    if int(os.environ.get("RANK", "0")) == 0:  # One rank is enough, because all ranks read the same files.
         require_intact(options.hf, option="--hf")
         if options.megatron is not None:
             require_intact_checkpoint(options.megatron, option="--megatron")
     model_config = Qwen2_5_VLConfig.from_hf(options.hf)
-    # transformers would fill missing tensors with random numbers.
+    # Check that no tensor is missing, because transformers would fill missing ones with random numbers.
     open_hf_weights(options.hf, config=model_config)
     if options.megatron is not None:
         locate_tensors(TorchDistReader(options.megatron), config=model_config)
@@ -207,7 +208,7 @@ def _config(options: argparse.Namespace) -> Config:
             "model": str(options.hf),
             "transformer_impl": options.transformer_impl,
             "params_dtype": "fp32",
-            # Gradients stay whole on every replica, where the comparison reads them.
+            # Keep gradients whole on every replica, because the comparison reads them there.
             "use_distributed_optimizer": False,
             "tensor_model_parallel_size": options.tensor_model_parallel_size,
             "pipeline_model_parallel_size": options.pipeline_model_parallel_size,
@@ -218,7 +219,7 @@ def _config(options: argparse.Namespace) -> Config:
 
 
 def _read_input(options: argparse.Namespace, model_config: Qwen2_5_VLConfig) -> VerificationInput:
-    """Media sampled and resized by the training's defaults."""
+    """Loads the media, sampled and resized with the defaults of training."""
     data = DataSection()
     settings = PreprocessSettings.from_model(options.hf, **pixel_limits(data))
     sampling = FrameSampling(fps=data.video_fps, max_frames=data.video_max_frames)
@@ -252,7 +253,7 @@ def _compare(
     model_config: Qwen2_5_VLConfig,
     ranks: ParallelGroups,
 ) -> Comparison | None:
-    """Hugging Face on rank 0 first, freed before this model is built; None on the other ranks."""
+    """Runs Hugging Face's model on rank 0 and frees it before our model is built; returns None on other ranks."""
     patchify = PreprocessSettings.from_model(options.hf).patchify
     batch = pack_groups(
         [group],
@@ -278,7 +279,7 @@ def _compare(
     ours_R = _forward_backward(policy, group, batch)
     gradients = export_hf_tensors(policy.bare_chunks, ranks=ranks, tensor_of=main_gradient, gather_to="source")
     if ranks.rank != 0:
-        for _ in gradients:  # takes part in the gathering
+        for _ in gradients:  # every rank must take part in the gathering
             pass
         return None
     if options.dump is not None:
@@ -291,7 +292,7 @@ def _compare(
 
 @torch.no_grad()
 def _replace_weights(policy: Policy, directory: Path) -> None:
-    # Whatever the checkpoint failed to fill must not pass for Hugging Face's weight.
+    # A weight that the checkpoint fails to fill must not be mistaken for Hugging Face's weight.
     for chunk in policy.bare_chunks:
         for parameter in chunk.parameters():
             parameter.zero_()
@@ -299,9 +300,10 @@ def _replace_weights(policy: Policy, directory: Path) -> None:
 
 
 def _forward_backward(policy: Policy, group: RolloutGroup, batch: PackedBatch) -> Tensor:
-    """Log-probs [R] of the response, on every rank; leaves the gradients of their sum in ``main_grad``."""
+    """Returns the log-probs [R] of the response on every rank; the gradients of their sum are then in ``main_grad``."""
     sizes = policy.ranks.sizes
-    # The interleaved schedule needs a micro-batch for every pipeline rank. Copies, and replicas, share the loss.
+    # The interleaved schedule needs one micro-batch per pipeline rank, so the batch is copied. Each copy, and each
+    # replica, contributes its share of the loss.
     num_copies = sizes.pipeline if (sizes.virtual_pipeline or 1) > 1 else 1
     result = policy.backward(
         [MicroBatch((group,), batch)] * num_copies,
@@ -317,7 +319,7 @@ def _print_report(comparison: Comparison, item: VerificationInput, options: argp
     logprob, gradient = comparison.logprob_diff, comparison.gradient_diff
     if options.json:
         values = {
-            # JSON has no infinity: null, and exit code 1.
+            # JSON has no infinity, so write null; the exit code is 1.
             "max_abs_logprob_diff": logprob if math.isfinite(logprob) else None,
             "max_rel_grad_diff": gradient.value if math.isfinite(gradient.value) else None,
             "num_response_tokens": NUM_RESPONSE_TOKENS,
@@ -347,8 +349,10 @@ def _print_report(comparison: Comparison, item: VerificationInput, options: argp
 
 
 def _main_of_rank() -> int:
-    """Rank 0 alone reports bad input, which all ranks find alike. Another rank waits until torchrun ends it; one that
-    is still there then has found something of its own, and says it."""
+    """Reports bad input on rank 0 only, because all ranks find the same.
+
+    Another rank waits until torchrun ends it. If it is not ended, it has found an error of its own, and reports that.
+    """
     try:
         return main()
     except UserError:

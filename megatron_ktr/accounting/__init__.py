@@ -1,7 +1,7 @@
-"""FLOPs, memory and time of a training step on paper: plain arithmetic, no torch, for any model size and layout.
+"""Estimates FLOPs, memory and time of a training step by plain arithmetic, without torch, for any model and layout.
 
-``work`` says what a step has to compute, ``flops`` counts its arithmetic, ``layout`` and ``pipeline`` place it on
-ranks, ``saved`` and ``memory`` say what a rank holds (``rollout_memory``: while an engine generates there), ``timing``
-how long a step takes, ``planner`` which layouts fit and which are best; ``rates`` turns a real step's seconds into
-metrics.
+``work`` describes what a step has to compute, and ``flops`` counts its operations. ``layout`` and ``pipeline`` place
+the work on ranks. ``saved`` and ``memory`` estimate the memory of a rank while it trains, ``rollout_memory`` while a
+rollout engine generates on it. ``timing`` estimates the time of a step, and ``planner`` finds the layouts that fit and
+the best of them. ``rates`` turns the measured seconds of a real step into metrics.
 """

@@ -1,17 +1,18 @@
-"""What the ranks of a step tell each other: every message by kind, ranks and bytes.
+"""Lists all messages between the ranks in a step, with their kind, ranks and bytes.
 
-Per micro-batch and language layer, T rows of this context rank (padded to a multiple of tp under sequence parallelism),
-b bytes a number; D hidden size, A, K widths of all queries and keys, AR all-reduce, AG all-gather, RS reduce-scatter:
+Letters: T rows of this context rank (padded to a multiple of tp under sequence parallelism), b bytes per number,
+D hidden size, A and K the widths of all queries and keys; AR all-reduce, AG all-gather, RS reduce-scatter. The messages
+per micro-batch and language layer are
 
     tensor    forward           2 AR of T D b                  sequence parallel: 2 AG + 2 RS of T D b
               backward          2 AR of T D b                  4 AG + 2 RS (the inputs are gathered once more for the
-                                                               weights' gradients; 2 AG where these are frozen)
+                                                               weights' gradients; 2 AG if the weights are frozen)
               fewer key/value heads than tp                    1 AG of T (A + 2 K) b, in backward 1 RS
     context   forward           1 AG of cp T 2 K / tp b        keys and values of all context ranks
-              backward          1 RS of the same, and 1 AG where the attention did not keep what it gathered
-    recompute ``full``: forward's messages of the layer again; ``selective``: those of context
+              backward          1 RS of the same, and 1 AG if the attention did not keep what it gathered
+    recompute ``full``: all of the layer's forward messages again; ``selective``: those of context again
 
-and beside the layers, per micro-batch:
+outside the layers, per micro-batch:
 
     tensor    first chunk       1 AR of T D b (embedding); sequence parallel, backward: 1 AG
               last chunk        sequence parallel: 1 AG of T D b, backward 1 RS
@@ -32,10 +33,11 @@ and once per update, P trainable parameters of the rank (padded as buckets are):
     vision    frame: 1 AR over tensor ranks of the encoder's gradients, 4 bytes each
     embedding tied, with a pipeline: 1 AR of 4 V / tp D between first and last stage
 
-Forward-only passes (hidden, shuffled, reference, selection) have forward's messages. Not counted: scalars (gradient
-norm, counts), shapes that travel before activations (24 bytes each), pickled metrics, and TW-GRPO's divergence.
+Passes without backward (hidden, shuffled, reference, selection) have only the forward messages. Not counted are scalars
+(gradient norm, counts), shapes that are sent before activations (24 bytes each), pickled metrics, and TW-GRPO's
+divergence.
 
-Equal to the byte to what a rank sends in a world of 256 (``tests/accounting/test_scaling.py``).
+These counts equal, to the byte, what a rank sends in a world of 256 (``tests/accounting/test_scaling.py``).
 """
 
 from __future__ import annotations
@@ -59,25 +61,25 @@ PARTS: tuple[Part, ...] = ("tensor", "context", "head", "vision", "pipeline", "d
 
 @dataclass(frozen=True)
 class Message:
-    """``calls`` alike messages of one rank."""
+    """``calls`` equal messages of one rank. A ``send`` goes to the group ``next`` or ``previous``."""
 
     part: Part
     operation: Operation
     group: Group
     num_bytes: float
-    """Of one call: what an all-reduce or a send carries, the whole that an all-gather makes or a reduce-scatter takes;
-    of ``send`` to ``next`` or ``previous``."""
+    """The bytes of one call: the tensor of an all-reduce or a send, the whole result of an all-gather, or the whole
+    input of a reduce-scatter."""
     calls: float = 1.0
 
     def crossed(self, layout: Layout, *, rank: int, gpus_per_node: int) -> Crossed:
-        """Bytes of all calls that ``rank`` sends, by link."""
+        """The bytes that ``rank`` sends for all calls, by link."""
         ranks = group_ranks(layout, rank, self.group)
         return crossed(self.operation, self.calls * self.num_bytes, ranks=ranks, gpus_per_node=gpus_per_node)
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Of one chunk and micro-batch."""
+    """The messages of one chunk for one micro-batch."""
 
     forward: tuple[Message, ...]
     backward: tuple[Message, ...] = ()
@@ -125,9 +127,9 @@ def chunk_messages(
     context_rank: int = 0,
     regathers_keys: bool = True,
 ) -> Traffic:
-    """Messages of chunk ``number`` of all p v chunks for one micro-batch of a pass.
+    """The messages of chunk ``number`` of all p v chunks for one micro-batch of a pass.
 
-    ``regathers_keys``: attention keeps its own rows' keys and values and gathers the others' again in backward.
+    ``regathers_keys``: attention keeps only its own rows' keys and values, and gathers the others' again in backward.
     """
     b = bytes_per_number
     rows = share_rows(config, one.groups, layout, context_rank=context_rank)
@@ -170,7 +172,7 @@ def _layer(
         backward.append(Message("tensor", "reduce_scatter", "tensor", whole))
     keys = layout.context * rows.on_context_rank * 2 * max(1, kv_heads // tp) * size * b
     gathered = Message("context", "all_gather", "context", keys)
-    # In backward the attention's part runs again under both kinds of recomputation.
+    # Both kinds of recomputation run the attention again in backward, which gathers the keys once more.
     num_gathers = regathers_keys + (settings.recompute != "none")
     backward += [replace(gathered, calls=num_gathers), replace(gathered, operation="reduce_scatter")]
     if settings.recompute == "full":
@@ -202,7 +204,7 @@ def _head(
 
 
 def _vision(config: Qwen2_5_VLConfig, one: StepPass, layout: Layout, *, settings: StepSettings, b: int) -> Traffic:
-    """The encoder's run; a trained one is part of the pass with gradient alone."""
+    """The messages of the encoder's run. A trained encoder has backward messages only in the pass with gradient."""
     vision, times = config.vision, one.encodings
     if not one.encoded or not times:
         return Traffic(())
@@ -229,7 +231,7 @@ def _vision(config: Qwen2_5_VLConfig, one: StepPass, layout: Layout, *, settings
 
 
 def most_in_a_share(sizes: Sequence[int], num_shares: int) -> int:
-    """The largest of ``num_shares`` consecutive shares: a unit goes to the share in which its middle lies."""
+    """The size of the largest of ``num_shares`` consecutive shares; a unit belongs to the share that has its middle."""
     shares, done, total = [0] * num_shares, 0, sum(sizes)
     for size in sizes:
         shares[(2 * done + size) * num_shares // (2 * total)] += size
@@ -240,12 +242,12 @@ def most_in_a_share(sizes: Sequence[int], num_shares: int) -> int:
 def update_messages(
     config: Qwen2_5_VLConfig, layout: Layout, *, stage: int, settings: StepSettings, bytes_per_number: int = 2
 ) -> list[Message]:
-    """Once per update, of a rank of pipeline stage ``stage``: gradients, and the weights that the optimizer changed."""
+    """The messages of one update, for a rank of pipeline stage ``stage``: gradients, and the updated weights."""
     found: list[Message] = []
     frozen, text = settings.frozen, config.text
     multiple = math.lcm(layout.data * layout.context, 128)
     for number in range(stage, layout.num_chunks, layout.pipeline):
-        # A gradient bucket: parameters start at multiples of 64 numbers, its end divides evenly.
+        # In a gradient buffer, parameters start at multiples of 64 numbers, and the end is padded to divide evenly.
         sizes = chunk_parameters(config, layout, number=number).trainable(frozen)
         total = -(-sum(-(-size // 64) * 64 for size in sizes) // multiple) * multiple
         if layout.uses_distributed_optimizer:
@@ -267,7 +269,7 @@ def update_messages(
 
 
 def seconds_of(messages: Iterable[Message], layout: Layout, *, rank: int, machine: Machine) -> float:
-    """One message after the other, each at the speed of the slowest link on its way."""
+    """The seconds of these messages one after another, each at the speed of the slowest link on its way."""
     return sum(
         message.crossed(layout, rank=rank, gpus_per_node=machine.gpus_per_node).seconds(machine) for message in messages
     )
@@ -278,7 +280,7 @@ def _times(count: float, messages: Iterable[Message]) -> Iterator[Message]:
 
 
 def _sent(messages: Iterable[Message], layout: Layout) -> tuple[Message, ...]:
-    """Without what groups of one rank, empty tensors and calls that do not happen would be."""
+    """Only the messages that are really sent: not those in groups of one rank, of empty tensors, or with no calls."""
     sizes: dict[Group, int] = {
         "tensor": layout.tensor,
         "context": layout.context,

@@ -1,10 +1,10 @@
-"""Arithmetic of a training step in floating-point operations, by pass and by part.
+"""Counts the floating-point operations of a training step, by pass and by part.
 
-Convention: a multiply-add is 2 operations; only matrix products count (norms, softmax, rotary embedding and
-activations are below a percent); looking up embeddings is 0. Attention counts the pairs of rows that attend each
-other, exactly: a causal sequence of n rows has n (n + 1) / 2 pairs, each 4 H operations a head forward (q . k and
-p v) and 8 H backward. ``EXECUTED`` counts what kernels without a causal shortcut run instead: whole blocks, masked
-pairs included.
+Conventions: a multiply-add is 2 operations. Only matrix products count (norms, softmax, rotary embedding and
+activations are below a percent), and looking up embeddings is 0. Attention counts exactly the pairs of rows that
+attend each other: a causal sequence of n rows has n (n + 1) / 2 pairs, each with 4 H operations per head in forward
+(q . k and p v) and 8 H in backward. ``EXECUTED`` instead counts what kernels without a causal shortcut run: whole
+blocks, masked pairs included.
 
     linear layer of the language model, one row, forward    2 (D (A + 2 K) + A D + 3 D F)
     vision layer, one patch, forward                        2 (4 W^2 + 3 W I)
@@ -14,9 +14,9 @@ pairs included.
     head, one row, forward                                  2 D V
 
 D hidden size, A query heads x head size, K key heads x head size, F MLP size, V vocabulary; W, I the encoder's widths.
-Backward is twice forward where inputs and weights need gradients, once where one of them does. The streamed head makes
-its logits again in backward, for key rows only: 3 x forward of those. Parallel layouts do not change these numbers
-(padding, replicated work and recomputation other than the stated are no arithmetic of the step).
+Backward costs twice forward if inputs and weights both need gradients, and once forward if only one of them does. The
+streamed head recomputes its logits in backward, for key rows only, which makes 3 x forward of those rows. Parallel
+layouts do not change these numbers: padding, replicated work and any other recomputation do not count.
 
 Parts: ``vision``, ``prompt`` and ``response`` (linear layers on those rows), ``attention_prompt``,
 ``attention_response``, ``head``, ``embedding``. Passes: ``policy_forward``, ``policy_recompute``, ``policy_backward``,
@@ -38,12 +38,12 @@ PARTS: tuple[Part, ...] = get_args(Part)
 
 @dataclass(frozen=True)
 class AttentionCount:
-    """How attention is counted. ``PAIRS`` is arithmetic; ``EXECUTED`` is what plain torch runs."""
+    """How attention is counted: ``PAIRS`` counts what the step needs, ``EXECUTED`` what plain torch runs."""
 
     has_masked_pairs: bool = False
-    """Whole blocks of queries x keys, as kernels without a causal shortcut compute them."""
+    """Count whole blocks of queries x keys, as kernels without a causal shortcut compute them."""
     backward_products: int = 4
-    """Products of the size of the scores in backward: 4, or 5 where a fused kernel makes the scores again."""
+    """The number of products of the size of the scores in backward: 4, or 5 if a fused kernel recomputes the scores."""
 
 
 PAIRS = AttentionCount()
@@ -73,7 +73,7 @@ class Flops:
         return self._sums(0)
 
     def of(self, *passes: str, parts: Iterable[str] = PARTS) -> float:
-        """Sum over these passes (all if none is named) and parts."""
+        """The sum over these passes (all if none is named) and parts."""
         wanted = set(parts)
         return sum(v for (name, part), v in self.cells.items() if part in wanted and (not passes or name in passes))
 
@@ -91,7 +91,7 @@ def count_step(
     settings: StepSettings = EACH_ONCE,
     attention: AttentionCount = PAIRS,
 ) -> Flops:
-    """Operations of one step on ``groups``, over all ranks that share them. Micro-batches do not change them."""
+    """Operations of one step on ``groups``, summed over all ranks; they do not depend on micro-batches."""
     flops = Flops()
     for group in groups:
         flops.merge(_count_group(config, group, settings=settings, attention=attention))
@@ -109,7 +109,7 @@ def _count_group(
 
     updates = settings.num_updates
     flops.add("policy_forward", intact, times=updates)
-    # Weights that do not change give features that do not change.
+    # Frozen weights give the same features in every update.
     flops.add("policy_forward", {"vision": vision}, times=1 if is_once and settings.is_vision_frozen else updates)
     if settings.is_policy_trained:
         backward, again = _backward(config, group, intact, settings=settings, attention=attention, copies=copies)
@@ -144,7 +144,7 @@ def _backward(
     attention: AttentionCount,
     copies: int,
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """(gradients, forward work done again) of the policy pass, by part."""
+    """(operations for gradients, recomputed forward operations) of the policy pass, by part."""
     frozen = settings.frozen
     has_input_grad = "language" not in frozen or not settings.is_vision_frozen or settings.has_adapters
     linear = has_input_grad + ("language" not in frozen)
@@ -174,7 +174,7 @@ def _vision_backward(
     merger = run.merger * (2 if "merger" not in settings.frozen else 1)
     if "vision" in settings.frozen:
         return merger, run.total * settings.recompute_vision
-    # Pixels need no gradient: one product for the patch embedding.
+    # Pixels need no gradient, so the patch embedding's backward has only one product.
     layers = 2 * run.linear + attention.backward_products / 2 * run.attention
     again = {"none": 0.0, "selective": run.attention, "full": run.linear + run.attention}[settings.recompute]
     return run.patch_embed + layers + merger, again + run.total * settings.recompute_vision
@@ -183,7 +183,7 @@ def _vision_backward(
 def count_language(
     config: Qwen2_5_VLConfig, group: GroupWork, *, settings: StepSettings, attention: AttentionCount = PAIRS
 ) -> dict[str, float]:
-    """One forward of the language model on a group's rows, by part, the head included."""
+    """Operations of one forward of the language model, with its head, on a group's rows; by part."""
     text = config.text
     prompt, lengths = group.prompt_length(config), group.response_lengths
     prompt_rows = prompt * (1 if settings.has_shared_prefix else len(lengths))
@@ -203,7 +203,7 @@ def count_language(
 
 
 def layer_flops_per_row(config: Qwen2_5_VLConfig) -> float:
-    """Linear layers of one language layer, one row, forward."""
+    """Forward operations of the linear layers of one language layer, for one row."""
     text = config.text
     width, kv_width = text.num_attention_heads * text.head_size, text.num_key_value_heads * text.head_size
     return 2 * text.hidden_size * (2 * width + 2 * kv_width + 3 * text.intermediate_size)
@@ -212,7 +212,7 @@ def layer_flops_per_row(config: Qwen2_5_VLConfig) -> float:
 def language_pairs(
     prompt: int, lengths: Sequence[int], *, settings: StepSettings, attention: AttentionCount = PAIRS
 ) -> tuple[float, float]:
-    """(query, key) pairs whose query is a prompt row, and whose query is a response row; of one layer and head."""
+    """The numbers of (query, key) pairs whose query is a prompt row, and a response row; of one layer and head."""
     copies = 1 if settings.has_shared_prefix else len(lengths)
     if not attention.has_masked_pairs:
         return copies * prompt * (prompt + 1) / 2, sum(n * prompt + n * (n + 1) / 2 for n in lengths)
@@ -224,7 +224,7 @@ def language_pairs(
 
 @dataclass(frozen=True)
 class VisionFlops:
-    """One run of the encoder."""
+    """Operations of one run of the encoder."""
 
     patch_embed: float
     linear: float
@@ -237,7 +237,10 @@ class VisionFlops:
 
 
 def count_vision(vision: VisionConfig, grids: Sequence[Grid]) -> VisionFlops:
-    """One forward of encoder and merger. Its attention has no mask: pairs and executed products are the same."""
+    """Operations of one forward of encoder and merger.
+
+    The encoder's attention has no mask, so the pairs that count and the pairs that are executed are the same.
+    """
     patches, width = num_patches(grids), vision.hidden_size
     num_full = len(set(vision.fullatt_block_indexes))
     pairs = sum(
@@ -258,7 +261,7 @@ def _frame_pairs(grid: Grid) -> int:
 
 
 def window_pairs(vision: VisionConfig, grid: Grid) -> int:
-    """Pairs within attention windows of ``window_side`` units, those at the edges cut off."""
+    """The number of pairs within attention windows of ``window_side`` units; windows at the edges are cut off."""
     t, h, w = grid
     squares = [
         sum(size * size for size in _pieces(side // vision.spatial_merge_size, vision.window_side)) for side in (h, w)

@@ -1,4 +1,4 @@
-"""How a model is laid out over ranks, and what of it lies on each rank."""
+"""How a model is divided among ranks, and which parameters lie on each rank."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of every parallel dimension, and what else decides memory and time."""
+    """The size of every parallel dimension, and the other choices that decide memory and time."""
 
     tensor: int = 1
     pipeline: int = 1
     context: int = 1
     data: int = 1
     virtual: int = 1
-    """Pipeline chunks of a rank."""
+    """The number of pipeline chunks on a rank."""
     sequence_parallel: bool = False
     recompute: Recompute = "none"
-    """``full`` means uniformly, layer by layer."""
+    """``full`` means that every layer is recomputed by itself (``uniform``, one layer)."""
     recompute_vision: bool = False
     mlp_chunks: int = 1
-    """Parts of the rows that the language model's MLPs run on one after another."""
+    """The number of parts of the rows that the language model's MLPs process one after another."""
     vision_parallel: VisionParallel = "tensor"
     uses_distributed_optimizer: bool = True
 
@@ -34,7 +34,7 @@ class Layout:
 
     @property
     def num_chunks(self) -> int:
-        """Over all pipeline ranks."""
+        """The number of chunks over all pipeline ranks."""
         return self.pipeline * self.virtual
 
     def is_first_chunk(self, rank: int, chunk: int) -> bool:
@@ -45,17 +45,17 @@ class Layout:
 
     @property
     def vision_shards(self) -> int:
-        """Ranks over which the encoder's weights are split."""
+        """The number of ranks over which the encoder's weights are split."""
         return self.tensor if self.vision_parallel == "tensor" else 1
 
     @property
     def vision_frames_split(self) -> int:
-        """Ranks over which temporal patches are split."""
+        """The number of ranks over which temporal patches are split."""
         return self.tensor * self.context if self.vision_parallel == "frame" else 1
 
 
 def why_not(config: Qwen2_5_VLConfig, layout: Layout) -> str | None:
-    """The divisibility rule of the model that ``layout`` breaks, in words; None if it breaks none."""
+    """The model's divisibility rule that ``layout`` breaks, in words; None if it breaks none."""
     text, vision, tensor = config.text, config.vision, layout.tensor
     if text.num_attention_heads % tensor or text.intermediate_size % tensor:
         return (
@@ -79,14 +79,14 @@ def why_not(config: Qwen2_5_VLConfig, layout: Layout) -> str | None:
 
 @dataclass(frozen=True)
 class Parameters:
-    """Numbers of parameters on one rank, by part; they sum to what the rank's modules hold."""
+    """The numbers of parameters on one rank, by part; their sum is what the rank's modules hold."""
 
     layers: int
     embedding: int
     head: int
-    """Output weight, or the last stage's copy of a tied embedding; and the final norm."""
+    """The output weight, or the last stage's copy of a tied embedding; and the final norm."""
     vision: int
-    """Encoder without merger."""
+    """The encoder without its merger."""
     merger: int
 
     @property
@@ -99,7 +99,7 @@ class Parameters:
 
 
 def count_parameters(config: Qwen2_5_VLConfig, layout: Layout, *, rank: int) -> Parameters:
-    """Parameters on pipeline rank ``rank`` (and any tensor rank), padding included.
+    """The numbers of parameters on pipeline rank ``rank``, on each tensor rank, padding included.
 
     layer       D ((A + 2 K) + A + 3 F) / tp + (A + 2 K) / tp + 2 D
     embedding   ceil(V / tp) D on the first stage, again on the last: the output weight, or the tied copy
@@ -124,8 +124,9 @@ def count_parameters(config: Qwen2_5_VLConfig, layout: Layout, *, rank: int) -> 
 
 
 def count_product_weights(config: Qwen2_5_VLConfig, layout: Layout, *, rank: int) -> tuple[int, int]:
-    """(language, vision): numbers in the matrices of the layers' linear products on pipeline rank ``rank``: what may be
-    in FP8.
+    """(language, vision): the numbers of weights of the layers' linear products on pipeline rank ``rank``.
+
+    These are the weights that may be in FP8.
 
     language    layers / pp x D ((A + 2 K) + A + 3 F) / tp
     vision      on the first stage: depth x (4 W W + 3 W F) / tp

@@ -1,6 +1,7 @@
-"""Which ranks talk to each other, over which links, and what of a message crosses each of them.
+"""Says which ranks communicate over which links, and how many bytes of a message cross each link.
 
-Ranks are numbered tensor, context, data, pipeline, fastest first, and fill nodes of ``gpus_per_node`` in that order:
+Ranks are numbered along the axes tensor, context, data, pipeline, where tensor varies fastest. They fill nodes of
+``gpus_per_node`` in that order:
 
     tensor            tp ranks in a row                      inside a node (tp divides its GPUs)
     context           cp ranks, tp apart                     inside a node while tp cp fits one
@@ -8,13 +9,13 @@ Ranks are numbered tensor, context, data, pipeline, fastest first, and fill node
                       stage, tp apart
     next, previous    the neighbouring stage, tp cp dp away  over the network as soon as that exceeds a node
 
-What a rank sends for a collective over n ranks, by the ring algorithm, of S bytes (all-reduce: the tensor; all-gather:
-the whole that is made; reduce-scatter: the whole that is taken):
+For a collective of S bytes over n ranks with the ring algorithm, a rank sends the following. (S is the tensor of an
+all-reduce, the whole result of an all-gather, or the whole input of a reduce-scatter.)
 
     all-reduce 2 (n - 1) / n S      all-gather, reduce-scatter (n - 1) / n S      send S
 
-Of a ring with g ranks in each node one edge in g leaves the node, and the node's g network cards share it: each GPU
-sends 1 / g of those bytes over the network, the rest inside the node.
+In a ring with g ranks in each node, one of g edges leaves the node, and the node's g network cards share its traffic.
+So each GPU sends 1 / g of those bytes over the network, and the rest inside the node.
 """
 
 from __future__ import annotations
@@ -30,33 +31,36 @@ Group = Literal["tensor", "context", "tensor_context", "data_context", "next", "
 
 @dataclass(frozen=True)
 class Machine:
-    """What layouts are timed on. Bandwidths are of one GPU in one direction, as measured rather than as sold."""
+    """The machine for which times are estimated.
+
+    Bandwidths are those of one GPU in one direction, as measured rather than as advertised.
+    """
 
     peak_tflops: float = 989.0
-    """Of one GPU, dense bf16."""
+    """The peak of one GPU, for dense bf16."""
     efficiency: float = 0.45
-    """Share of the peak that the kernels of a busy rank reach."""
+    """The share of the peak that the kernels of a busy rank reach."""
     gpus_per_node: int = 8
     link_gb_per_second: float = 350.0
-    """Inside a node, 10^9 bytes a second."""
+    """The bandwidth inside a node, in 10^9 bytes per second."""
     network_gb_per_second: float = 40.0
 
 
 @dataclass(frozen=True)
 class Crossed:
-    """Bytes that one rank sends, by link."""
+    """The bytes that one rank sends, by link."""
 
     node: float
-    """Inside the node."""
+    """Sent inside the node."""
     network: float
 
     def seconds(self, machine: Machine) -> float:
-        """Both at the same time: a ring moves all of its pieces at once."""
+        """The seconds for both links, which work at the same time, because a ring moves all of its pieces at once."""
         return max(self.node / (1e9 * machine.link_gb_per_second), self.network / (1e9 * machine.network_gb_per_second))
 
 
 def group_ranks(layout: Layout, rank: int, group: Group) -> tuple[int, ...]:
-    """World ranks of ``rank``'s group, in order; of ``next`` and ``previous`` this rank and that one."""
+    """The world ranks of ``rank``'s group, in order; for ``next`` and ``previous``, this rank and its neighbour."""
     tp, cp, dp, pp = layout.tensor, layout.context, layout.data, layout.pipeline
     t, c, d, p = rank % tp, rank // tp % cp, rank // (tp * cp) % dp, rank // (tp * cp * dp)
 
@@ -81,7 +85,7 @@ def group_ranks(layout: Layout, rank: int, group: Group) -> tuple[int, ...]:
 
 
 def sent_bytes(operation: Operation, num_bytes: float, *, num_ranks: int) -> float:
-    """What each rank of the group sends, by the ring algorithm."""
+    """The bytes that each rank of the group sends with the ring algorithm."""
     if num_ranks == 1:
         return 0.0
     if operation == "send":
@@ -90,7 +94,7 @@ def sent_bytes(operation: Operation, num_bytes: float, *, num_ranks: int) -> flo
 
 
 def crossed(operation: Operation, num_bytes: float, *, ranks: tuple[int, ...], gpus_per_node: int) -> Crossed:
-    """One rank's sent bytes by link, of a group of these world ranks."""
+    """The bytes that one rank sends, by link, in a group of these world ranks."""
     sent = sent_bytes(operation, num_bytes, num_ranks=len(ranks))
     nodes = {rank // gpus_per_node for rank in ranks}
     if len(nodes) == 1:

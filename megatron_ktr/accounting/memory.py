@@ -7,19 +7,19 @@
     reference    parameters x b, where there is a KL term
     fp8_caches   weights of FP8 products, quantised, which Transformer Engine keeps beside 16-bit parameters: 2 a weight
                  of a policy trained in FP8, 1 of its reference model, 1 of a policy scored in FP8 alone
-    activations  language layers: what the micro-batches in flight keep at the worst moment of the schedule
-                 (``saved.py`` has the layer, ``pipeline.py`` the schedule)
-    vision       the encoder's share of that, first stage only, and the cache of features; of all micro-batches at once
-                 where a pass before the update shares the run that carries the gradient
-    head         hidden rows and final norm, last stage only
-    working      what the running backward needs beside it: a recomputed layer, gradients of activations, the head's
-                 weight gradient; and the buffer that sequence parallelism gathers into
-    saving       what a checkpoint needs on the device beyond what a step does (``save_memory.py``)
-    engine       a colocated rollout engine, asleep: as the caller says (awake: ``rollout_memory.py``)
+    activations  what the language layers keep for the micro-batches in flight at the worst moment of the schedule
+                 (``saved.py`` counts one layer, ``pipeline.py`` has the schedule)
+    vision       what the encoder keeps then, on the first stage only, and the cache of features; for all micro-batches
+                 at once if a pass before the update shares the encoder's run that carries the gradient
+    head         hidden rows and final norm, on the last stage only
+    working      what else the running backward needs: a recomputed layer, gradients of activations, the head's
+                 weight gradient; and the buffer into which sequence parallelism gathers
+    saving       what saving a checkpoint needs on the device beyond what a step needs (``save_memory.py``)
+    engine       a colocated rollout engine that sleeps, as the caller says (``rollout_memory.py``: awake)
     reserved     what else the caller sets aside: device context, communication buffers, fragmentation
 
-Units: bytes. Inputs on the host, the optimizer's temporaries and passes without gradient need less than backward does
-and are no part of the peak.
+Units: bytes. Inputs are in host memory. The optimizer's temporaries and passes without gradient need less than backward
+does, so they are not part of the peak.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank."""
+    """The peak memory of one rank, by part, in bytes (see the module)."""
 
     weights: float
     gradients: float
@@ -65,18 +65,18 @@ class Memory:
 
     @property
     def of_step(self) -> float:
-        """What exists during forward and backward only."""
+        """The memory that exists only during forward and backward."""
         return self.activations + self.vision + self.head + self.working
 
 
 @dataclass(frozen=True)
 class BytesBeside:
-    """What lies on the device beside the model's training."""
+    """Memory on the device that training the model does not account for."""
 
     vision_cache: float = 1e9
-    """Bound of the features kept for the step's other passes (``--vision-cache-gb``)."""
+    """The bound of the cache of features for the step's other passes (``--vision-cache-gb``)."""
     engine: float = 0.0
-    """Of a rollout engine on the same device."""
+    """The memory of a rollout engine on the same device."""
     reserved: float = 0.0
 
 
@@ -94,7 +94,7 @@ def estimate_memory(
     kernels: Kernels = FUSED,
     beside: BytesBeside = NOTHING_BESIDE,
 ) -> Memory:
-    """Peak of pipeline rank ``rank``. ``groups`` are one micro-batch, the largest."""
+    """The peak of pipeline rank ``rank``; ``groups`` are the largest micro-batch."""
     parameters = count_parameters(config, layout, rank=rank)
     chunks = [
         _chunk_bytes(config, groups, layout, rank=rank, chunk=chunk, settings=settings, kernels=kernels)
@@ -105,14 +105,14 @@ def estimate_memory(
         return peak_in_flight(
             layout,
             rank=rank,
-            # The schedule is periodic after at most 2 p micro-batches.
+            # The schedule is periodic after at most 2 p micro-batches, so 3 p are enough to find the peak.
             num_micro_batches=min(num_micro_batches, 3 * layout.pipeline),
             saved_bytes=[sum(getattr(chunk, name) for name in names) for chunk in chunks],
             extra_bytes=[chunk.extra if extra else 0.0 for chunk in chunks],
             forward_bytes=[chunk.forward if extra else 0.0 for chunk in chunks],
         )
 
-    # One peak, whose parts are those of its moment as far as they can be told apart.
+    # There is one peak; attribute it to its parts at that moment, as far as they can be told apart.
     whole = peak("language", "vision", "head", extra=True)
     kept = peak("language", "vision", "head")
     vision = min(peak("vision"), kept)
@@ -144,7 +144,7 @@ def estimate_memory(
 def state_bytes(
     parameters: Parameters, layout: Layout, *, settings: StepSettings, kernels: Kernels
 ) -> dict[str, float]:
-    """What exists between steps: weights, gradients, optimizer, reference."""
+    """The memory that exists between steps: weights, gradients, optimizer, reference."""
     b = kernels.bytes_per_number
     trainable = parameters.trainable(settings.frozen)
     shards = layout.data * layout.context if layout.uses_distributed_optimizer else 1
@@ -157,7 +157,10 @@ def state_bytes(
 
 
 def fp8_cache_bytes(config: Qwen2_5_VLConfig, layout: Layout, *, rank: int, settings: StepSettings) -> float:
-    """Of scales per tensor (Hopper), or per block of 128 x 128; mxfp8's take another 1/32."""
+    """The bytes of Transformer Engine's quantised copies of weights on pipeline rank ``rank``.
+
+    They are right for recipes with one scale per tensor (Hopper) or per block of 128 x 128; mxfp8 needs another 1/32.
+    """
     language, vision = count_product_weights(config, layout, rank=rank)
     return float(sum(settings.fp8_bytes) * (language + vision * settings.has_fp8_vision))
 
@@ -169,7 +172,7 @@ class _ChunkBytes:
     head: float
     extra: float
     forward: float = 0.0
-    """Most of what forward needs before its end."""
+    """The most that forward needs before its end."""
 
 
 def _chunk_bytes(
@@ -182,7 +185,7 @@ def _chunk_bytes(
     settings: StepSettings,
     kernels: Kernels,
 ) -> _ChunkBytes:
-    """What one micro-batch keeps of one chunk, and needs in the chunk's backward."""
+    """The bytes that one micro-batch keeps on one chunk, and those that it needs in the chunk's backward."""
     b, hidden = kernels.bytes_per_number, config.text.hidden_size
     rows, own_rows = count_rows(config, groups, layout)
     is_first, is_last = layout.is_first_chunk(rank, chunk), layout.is_last_chunk(rank, chunk)
@@ -190,18 +193,18 @@ def _chunk_bytes(
     layer = language_layer(config, groups, layout, kernels)
     language = num_layers * layer.saved
     if not is_last:
-        language += own_rows * hidden * b  # the pipeline holds on to what it sent
+        language += own_rows * hidden * b  # the pipeline keeps the activation that it sent
     if not is_first and not kernels.norm_keeps_input:
-        language += own_rows * hidden * b  # and to what it received, of which the norm made an fp32 copy
+        language += own_rows * hidden * b  # and the one that it received, because the norm kept only an fp32 copy
     extra = layer.again + layer.extra
     vision = forward = 0.0
     if is_first:
         run = vision_pass(config, groups, layout, kernels, settings)
-        # Its backward starts when the language layers' is over.
+        # The encoder's backward starts when that of the language layers is over and their memory is free.
         extra = max(extra, run.extra - language)
         vision, forward = run.saved, run.forward
         if settings.is_vision_kept_for_update:
-            vision, forward = 0.0, 0.0  # counted for all micro-batches at once
+            vision, forward = 0.0, 0.0  # the caller counts it for all micro-batches at once
     head_saved = 0.0
     if is_last:
         found = head(config, groups, layout, kernels, settings)

@@ -1,4 +1,4 @@
-"""Sizes of every parameter of one chunk, one by one: what gradient buckets are made of."""
+"""The sizes of all parameters of one chunk, one by one, from which the sizes of gradient buckets follow."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 
 @dataclass(frozen=True)
 class ChunkParameters:
-    """Numbers of elements on one tensor rank, one entry a parameter."""
+    """The number of elements of each parameter on one tensor rank."""
 
     language: tuple[int, ...]
     vision: tuple[int, ...] = ()
-    """Encoder without merger."""
+    """The encoder without its merger."""
     merger: tuple[int, ...] = ()
 
     def trainable(self, frozen: frozenset[str] = frozenset()) -> tuple[int, ...]:
@@ -23,7 +23,7 @@ class ChunkParameters:
 
 
 def chunk_parameters(config: Qwen2_5_VLConfig, layout: Layout, *, number: int) -> ChunkParameters:
-    """Of chunk ``number`` of all p v; summed over a rank's chunks they are ``count_parameters``."""
+    """The parameters of chunk ``number`` of all p v chunks; over a rank's chunks they sum to ``count_parameters``."""
     text, tp = config.text, layout.tensor
     hidden, ffn = text.hidden_size, text.intermediate_size
     width, qkv = (n * text.head_size for n in (text.num_attention_heads, _num_qkv_heads(config)))

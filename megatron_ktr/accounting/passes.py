@@ -1,4 +1,4 @@
-"""The passes of a step, in the order of their run: what each shows, how often, and on what the encoder runs."""
+"""The passes of a step: which groups each pass shows, how often it runs, and which media the encoder processes."""
 
 from __future__ import annotations
 
@@ -10,25 +10,28 @@ from megatron_ktr.accounting.work import GroupWork, StepSettings
 
 @dataclass(frozen=True)
 class StepPass:
-    """One run of one micro-batch through the pipeline."""
+    """One pass of one micro-batch through the pipeline."""
 
     flops: tuple[str, ...]
-    """Its names in ``Flops``: of forward, then of backward."""
+    """The names of its passes in ``Flops``: forward's name first, then the names that run in backward."""
     times: int
-    """How often a step runs it."""
+    """How often a step runs this pass."""
     groups: tuple[GroupWork, ...]
-    """As this view shows them."""
+    """The groups, with the media that this view shows."""
     encoded: tuple[GroupWork, ...] = ()
-    """Groups whose media the encoder runs on."""
+    """The groups whose media the encoder processes."""
     encodings: float = 0.0
-    """Runs of the encoder per run of the pass: below 1 where features outlive an update."""
+    """Runs of the encoder per run of the pass; below 1 if the features are reused in later updates."""
     num_views: int = 0
-    """Views whose rows the head compares in this pass; 0: hidden rows only."""
+    """The number of views whose rows the head processes in this pass; 0: the pass ends with the hidden rows."""
     has_backward: bool = False
 
 
 def step_passes(groups: Sequence[GroupWork], settings: StepSettings) -> list[StepPass]:
-    """Of a micro-batch of ``groups``, prompts stored once; runs of the encoder as ``flops.py`` counts them."""
+    """The passes of a micro-batch of ``groups``, in which prompts are stored once.
+
+    Runs of the encoder are counted as in ``flops.py``.
+    """
     intact = tuple(groups)
     is_once, is_frozen = settings.has_vision_once, settings.is_vision_frozen
     num_shuffles = settings.num_shuffles if settings.shuffle_unit else 0
@@ -36,7 +39,8 @@ def step_passes(groups: Sequence[GroupWork], settings: StepSettings) -> list[Ste
     seen = intact if settings.is_hidden_masked else text
     videos = tuple(GroupWork(g.text_length, g.response_lengths, video_grids=g.video_grids) for g in groups)
     is_encoded_anew = settings.shuffle_unit == "frame" or not is_once
-    # Distributions are compared where the intact view's are made first; log-probs are made in each view's own pass.
+    # Distributions are compared in the first pass that computes those of the intact view. Log-probabilities are
+    # computed in each view's own pass.
     compared = settings.has_hidden + num_shuffles if settings.compares_distributions else 0
     of_view = 0 if settings.compares_distributions else 1
     passes = [

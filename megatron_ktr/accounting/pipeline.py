@@ -1,6 +1,7 @@
-"""The pipeline's schedule, megatron-core's 1F1B with or without interleaved chunks: what is in flight, how long it is.
+"""megatron-core's pipeline schedule, 1F1B with or without interleaved chunks: what is in flight, and how long it takes.
 
-A *chunk* is a part of the stack of layers; chunk c of rank r is number c p + r of all p v of them.
+A *chunk* is a part of the stack of layers. With p pipeline ranks and v chunks per rank, chunk c of rank r is number
+c p + r of all p v chunks.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from megatron_ktr.accounting.layout import Layout
 
 
 def schedule(layout: Layout, *, rank: int, num_micro_batches: int) -> Iterator[tuple[str, int]]:
-    """Forward ("F") and backward ("B") of chunks on one pipeline rank, in order: 1F1B, interleaved with chunks.
+    """Yields (direction, chunk) of one pipeline rank in order, where the direction is "F" (forward) or "B" (backward).
 
-    Warm-up forwards: p - rank - 1 without virtual stages, else 2 (p - rank - 1) + (v - 1) p; then one forward and one
-    backward in turn; then the remaining backwards.
+    The schedule is 1F1B; with several chunks per rank it is interleaved. First come the warm-up forwards, p - rank - 1
+    without virtual stages, else 2 (p - rank - 1) + (v - 1) p. Then forwards and backwards alternate. The remaining
+    backwards come last.
     """
     order = list(_chunk_order(layout, num_micro_batches))
     if layout.pipeline == 1:
@@ -34,13 +36,13 @@ def schedule(layout: Layout, *, rank: int, num_micro_batches: int) -> Iterator[t
 
 @lru_cache(maxsize=4096)
 def _schedule(pipeline: int, virtual: int, rank: int, num_micro_batches: int) -> tuple[tuple[str, int], ...]:
-    """``schedule``, remembered: planning asks for the same few again and again."""
+    """``schedule``, cached, because planning asks for the same few schedules again and again."""
     layout = Layout(pipeline=pipeline, virtual=virtual)
     return tuple(schedule(layout, rank=rank, num_micro_batches=num_micro_batches))
 
 
 def _chunk_order(layout: Layout, num_micro_batches: int) -> Iterator[int]:
-    """Chunk of every forward: groups of p micro-batches go through all of a rank's chunks before the next group."""
+    """Yields the chunk of every forward: p micro-batches go through all of a rank's chunks before the next p."""
     group = layout.pipeline if layout.virtual > 1 else num_micro_batches
     for start in range(0, num_micro_batches, group):
         for chunk in range(layout.virtual):
@@ -56,9 +58,10 @@ def peak_in_flight(
     extra_bytes: Sequence[float],
     forward_bytes: Sequence[float] = (),
 ) -> float:
-    """Largest sum of what all micro-batches in flight keep on a rank, and what the running backward needs beside it.
+    """The largest sum of what all micro-batches in flight keep on a rank and what the running operation needs besides.
 
-    All bytes are by chunk of the rank, of one micro-batch; ``forward_bytes`` is the most forward needs before its end.
+    All arguments are bytes of one micro-batch, by chunk of the rank. ``saved_bytes`` are kept until backward,
+    ``extra_bytes`` is what backward needs besides, and ``forward_bytes`` is the most that forward needs before its end.
     """
     kept = peak = 0.0
     for direction, chunk in _schedule(layout.pipeline, layout.virtual, rank, num_micro_batches):
@@ -75,14 +78,17 @@ def peak_in_flight(
 def pipeline_seconds(
     layout: Layout, *, num_micro_batches: int, forward: Sequence[float], backward: Sequence[float] | None
 ) -> float:
-    """From the first operation's start to the last one's end, by events: every rank works through its schedule in
-    order, an operation starts when its rank is free and the neighbour's result is there.
+    """The seconds from the start of the first operation to the end of the last one, by simulation.
+
+    Every rank works through its schedule in order. An operation starts as soon as its rank is free and the neighbour's
+    result has arrived.
 
     Args:
-        forward, backward: seconds of one micro-batch by chunk number; ``backward`` None: a pass without gradient.
+        forward: seconds of one micro-batch, by chunk number.
+        backward: the same for backward; None for a pass without gradient.
     """
     p = layout.pipeline
-    # Beyond the first three rounds every further micro-batch costs the slowest rank's time.
+    # Simulate about three rounds; every further micro-batch costs as much as the slowest rank needs for it.
     simulated = min(num_micro_batches, 3 * p + num_micro_batches % p)
     busy = [sum((forward[i] + (backward[i] if backward else 0.0)) for i in range(r, len(forward), p)) for r in range(p)]
     has_backward = backward is not None
@@ -114,7 +120,7 @@ def pipeline_seconds(
 def _operations(
     pipeline: int, virtual: int, rank: int, num_micro_batches: int, has_backward: bool
 ) -> list[tuple[str, int, int]]:
-    """(direction, chunk number, micro-batch) of one rank in order."""
+    """The operations of one rank in order: (direction, chunk number, micro-batch)."""
     layout = Layout(pipeline=pipeline, virtual=virtual)
     steps = schedule(layout, rank=rank, num_micro_batches=num_micro_batches)
     if not has_backward:

@@ -1,4 +1,4 @@
-"""Which layouts of a model fit a number of GPUs, and which are fastest on paper."""
+"""Finds the parallel layouts of a model that fit a number of GPUs, and estimates which are fastest."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class Request:
-    """A training step to be placed. Every prompt has one video; every micro-batch one group."""
+    """A training step to place on GPUs. Every prompt has one video, and every micro-batch has one group."""
 
     config: Qwen2_5_VLConfig
     num_gpus: int
     gpu_memory_gb: float
-    """10^9 bytes."""
+    """The memory of one GPU, in 10^9 bytes."""
     num_frames: int
     pixels_per_frame: int = 128 * PIXELS_PER_TOKEN
     text_length: int = 200
@@ -47,9 +47,9 @@ class Request:
     vision_parallel: Literal["tensor", "frame"] = "tensor"
     engine: Literal["vllm_colocated", "hf"] = "vllm_colocated"
     engine_gb: float = 2.0
-    """A colocated vLLM keeps this while it sleeps."""
+    """The memory that a colocated vLLM keeps while it sleeps."""
     engine_share: float = 0.5
-    """Of a GPU's memory, for vLLM while it is awake (``--rollout-memory-share``)."""
+    """The share of a GPU's memory that vLLM uses while it is awake (``--rollout-memory-share``)."""
     reserved_gb: float = 4.0
     """Device context, communication buffers, fragmentation."""
 
@@ -65,11 +65,11 @@ class Request:
 
     @cached_property
     def useful_flops(self) -> float:
-        """Of one prompt group, nothing recomputed."""
+        """The operations of one prompt's group, without recomputation."""
         return count_step(self.config, [self.group], settings=self.settings).total
 
     def engine_bytes(self, layout: Layout, *, rank: int) -> tuple[float, float]:
-        """(asleep, awake), on pipeline rank ``rank``."""
+        """The engine's bytes on pipeline rank ``rank`` while it is (asleep, awake)."""
         if self.engine == "vllm_colocated":
             return self.engine_gb * GB, self.engine_share * self.gpu_memory_gb * GB
         if rank > 0:
@@ -86,7 +86,7 @@ class Request:
         return {}
 
     def flops(self, settings: StepSettings) -> Flops:
-        """Of one prompt group."""
+        """The operations of one prompt's group."""
         if settings not in self._counted:
             self._counted[settings] = count_step(self.config, [self.group], settings=settings)
         return self._counted[settings]
@@ -94,20 +94,20 @@ class Request:
 
 @dataclass(frozen=True)
 class Plan:
-    """One layout, judged."""
+    """One layout with its estimated memory and time."""
 
     layout: Layout
     memory: Memory
-    """Of the fullest rank, while it trains."""
+    """The memory of the fullest rank while it trains."""
     rollout: RolloutMemory
-    """Of the fullest rank, while its engine generates; a plan is listed whether this fits or not."""
+    """The memory of the fullest rank while its engine generates; a plan is listed even if this does not fit."""
     save: SaveMemory
-    """Of the rank that writes most."""
+    """The memory for saving on the rank that writes most."""
     time: StepTime
     flags: str
-    """Options of ``megatron_ktr.train``."""
+    """The layout as options of ``megatron_ktr.train``."""
     tflops_per_gpu: float
-    """Arithmetic without recomputation / step seconds / GPUs."""
+    """Operations without recomputation / step seconds / GPUs, in 10^12."""
     mfu: float
 
     @property
@@ -116,10 +116,12 @@ class Plan:
 
 
 def find_plans(request: Request) -> list[Plan]:
-    """The fitting layouts, fastest first; of those with equal tensor, pipeline, context and data sizes the best one.
+    """The layouts that fit, fastest first.
+
+    Of several layouts with the same tensor, pipeline, context and data sizes, only the best one is returned.
 
     Raises:
-        UserError: nothing fits; the message says what is nearest.
+        UserError: no layout fits; the message names the nearest.
     """
     sizes = [(memory_of(request, layout), layout) for layout in layouts(request)]
     if not sizes:
@@ -136,7 +138,10 @@ def find_plans(request: Request) -> list[Plan]:
 
 
 def layouts(request: Request) -> Iterator[Layout]:
-    """Every layout the trainer accepts for the request: tensor groups inside a node, whole micro-batches."""
+    """Yields every layout that the trainer accepts for the request.
+
+    Tensor-parallel groups stay inside a node, and micro-batches divide evenly among replicas.
+    """
     config, num_gpus = request.config, request.num_gpus
     num_layers = config.text.num_hidden_layers
     vision_choices = (False,) if request.settings.is_vision_frozen else (False, True)
@@ -167,7 +172,11 @@ def layouts(request: Request) -> Iterator[Layout]:
 
 
 def memory_of(request: Request, layout: Layout) -> Memory:
-    """Of the fullest rank: the first, with the encoder and most in flight, or the last, with the head."""
+    """The memory of the fullest rank.
+
+    That is the first pipeline rank, which has the encoder and the most micro-batches in flight, or the last, which has
+    the head.
+    """
     found = [
         estimate_memory(
             request.config,
@@ -185,7 +194,7 @@ def memory_of(request: Request, layout: Layout) -> Memory:
 
 
 def rollout_memory_of(request: Request, layout: Layout) -> RolloutMemory:
-    """Of the fullest rank, with a colocated engine awake."""
+    """The memory of the fullest rank while a colocated engine is awake."""
     found = [
         estimate_rollout_memory(
             request.config,
@@ -202,7 +211,7 @@ def rollout_memory_of(request: Request, layout: Layout) -> RolloutMemory:
 
 
 def judge(request: Request, layout: Layout, *, memory: Memory | None = None) -> Plan:
-    """Memory, time of the whole step and flags of one layout."""
+    """Estimates memory and time of the whole step for one layout, and gives its command-line options."""
     settings = request.settings_for(layout)
     time = estimate_time(
         request.config,
@@ -235,7 +244,7 @@ def judge(request: Request, layout: Layout, *, memory: Memory | None = None) -> 
 
 
 def flags_of(request: Request, layout: Layout) -> str:
-    """Options of ``megatron_ktr.train`` for a layout and the request's sizes."""
+    """The options of ``megatron_ktr.train`` for a layout and the request's sizes."""
     per_chunk = request.config.text.num_hidden_layers // layout.num_chunks
     prompt_length = request.group.prompt_length(request.config)
     flags = [
@@ -268,7 +277,7 @@ def flags_of(request: Request, layout: Layout) -> str:
 
 
 def _nothing_divides(request: Request) -> str:
-    """What is nearest where no layout's sizes multiply to the number of GPUs."""
+    """The error message if no layout's sizes multiply to the number of GPUs; it names the nearest numbers that work."""
 
     def works(num_gpus: int) -> bool:
         return any(True for _ in layouts(dataclasses.replace(request, num_gpus=num_gpus)))

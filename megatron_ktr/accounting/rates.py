@@ -1,4 +1,4 @@
-"""Arithmetic of a real step over its time: the metrics ``tflops_per_gpu`` and ``mfu``."""
+"""Divides the operations of a real step by its time: the metrics ``tflops_per_gpu`` and ``mfu``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NOT_TRAINING = frozenset({"seconds/rollout", "seconds/weights", "seconds/offload
 
 
 def settings_of(options: StepOptions, objective: Objective, *, key_share: float = 1.0) -> StepSettings:
-    """The passes a run's steps need, each piece of work done once and nothing recomputed but the streamed head."""
+    """The passes that a run's steps need. No work is done twice, and recomputation does not count."""
     section = options.objective
     return StepSettings(
         has_hidden="hidden" in objective.views,
@@ -42,12 +42,14 @@ def step_rates(
     global_sum: Callable[[float], float],
     key_share: float = 1.0,
 ) -> dict[str, float]:
-    """``tflops_per_gpu``: arithmetic of the step's passes / seconds of training / ranks; ``mfu``: its share of
-    ``--peak-tflops``, where that is given.
+    """The metrics ``tflops_per_gpu`` and, if ``--peak-tflops`` is given, ``mfu``. Collective: every rank calls this.
 
-    Arithmetic that the step needs: work a layout repeats or recomputes is not credited. Seconds are all phases but
-    sampling and handing weights to the sampler. ``groups`` are this replica's; ``global_sum`` adds over replicas
-    (collective: every rank calls this). ``key_share`` is the share of response tokens with a gradient.
+    ``tflops_per_gpu`` is the operations of the step's passes / seconds of training / ranks; ``mfu`` is its share of
+    ``--peak-tflops``. Only operations that the step needs count, not those that a layout repeats or recomputes. The
+    seconds are those of all phases except sampling, offloading and handing weights to the sampler.
+
+    ``groups`` are this replica's groups, and ``global_sum`` sums over replicas. ``key_share`` is the share of response
+    tokens that have a gradient.
     """
     works = [GroupWork.of(group, config=model_config) for group in groups]
     flops = count_step(model_config, works, settings=settings_of(options, objective, key_share=key_share)).total

@@ -1,14 +1,14 @@
-"""What one rank's GPU holds while a colocated engine generates, and how much of it ``--offload-during-rollout`` frees.
+"""Estimates the memory of a GPU while a colocated engine generates, and what ``--offload-during-rollout`` frees of it.
 
-    stays      weights; the reference model; FP8's caches of both; cached vision features, which outlive a step where
-               the encoder is frozen; what is reserved
-    leaves     gradient buffers, 4 bytes a trainable parameter, and optimizer state as in ``memory.py``
-    engine     awake: its share of the GPU (``--rollout-memory-share``), weights and key-value cache together;
-               transformers' (``--engine hf``), on the first rank of a replica: a whole model in the policy's precision,
-               which stays while the trainer trains, and a batch's keys and values: see ``hf_engine_bytes``
+    stays      weights; the reference model; FP8's caches of both; cached vision features, which are kept between steps
+               if the encoder is frozen; what is reserved
+    leaves     gradient buffers, 4 bytes per trainable parameter, and optimizer state as in ``memory.py``
+    engine     vLLM while it is awake: its share of the GPU (``--rollout-memory-share``), for weights and key-value
+               cache together. ``--engine hf``, on the first rank of a replica: a whole model in the policy's precision,
+               which stays during training too, and the keys and values of a batch (``hf_engine_bytes``)
 
-    peak without the option = stays + leaves + engine, with it = stays + engine
-    over the bus in a step  = the optimizer state out and in again; gradients are freed and start from zero
+    The peak is stays + leaves + engine without the option, and stays + engine with it. In each step the option moves
+    the optimizer state over the bus to the host and back; gradients are freed and start from zero.
 
 Units: bytes.
 """
@@ -27,23 +27,24 @@ from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 
 @dataclass(frozen=True)
 class HFEngineBytes:
-    """On the rank that generates for its replica."""
+    """The bytes of ``--engine hf`` on the rank that generates for its replica."""
 
     weights: float
-    """Always: it does not sleep."""
+    """Held always, because this engine does not sleep."""
     batch: float
-    """While it generates."""
+    """Held only while it generates."""
 
 
 def hf_engine_bytes(
     config: Qwen2_5_VLConfig, group: GroupWork, *, num_prompts: int, kernels: Kernels = FUSED
 ) -> HFEngineBytes:
-    """Of ``--engine hf`` for ``num_prompts`` prompts of a step, each as ``group``, which go in batches.
+    """The bytes of ``--engine hf`` for ``num_prompts`` prompts of a step, each like ``group``, which run in batches.
 
     weights   all parameters x b
-    batch     S responses (n prompts x G, at most 256 or one prompt's) of P prompt and R response tokens, the larger of
+    batch     for S responses (n prompts x G: at most 256, or those of one prompt) of P prompt and R response tokens,
+              the larger of
               decoding  S (P + R) x 2 layers K b             keys and values
-              prefill   S P x (2 layers K + 3 F) b           and the inner rows of one MLP
+              prefill   S P x (2 layers K + 3 F) b           keys and values, and the inner rows of one MLP
     """
     text, b, samples = config.text, kernels.bytes_per_number, len(group.response_lengths)
     per_batch = max(1, HF_BATCH_RESPONSES // samples)
@@ -57,7 +58,7 @@ def hf_engine_bytes(
 
 @dataclass(frozen=True)
 class RolloutMemory:
-    """Bytes of one rank while its engine is awake."""
+    """The bytes of one rank while its engine is awake, by part (see the module)."""
 
     stays: float
     gradients: float
@@ -66,12 +67,12 @@ class RolloutMemory:
 
     @property
     def peak(self) -> float:
-        """Without ``--offload-during-rollout``."""
+        """The peak without ``--offload-during-rollout``."""
         return self.peak_with_offload + self.gradients + self.optimizer
 
     @property
     def peak_with_offload(self) -> float:
-        """``optimizer`` then goes over the bus twice a step: out and in again."""
+        """The peak with ``--offload-during-rollout``; ``optimizer`` then crosses the bus twice per step."""
         return self.stays + self.engine
 
 
@@ -86,7 +87,7 @@ def estimate_rollout_memory(
     engine_bytes: float = 0.0,
     reserved_bytes: float = 0.0,
 ) -> RolloutMemory:
-    """Of pipeline rank ``rank``; ``engine_bytes`` awake."""
+    """The memory of pipeline rank ``rank``; ``engine_bytes`` is the memory of the engine while it is awake."""
     states = state_bytes(count_parameters(config, layout, rank=rank), layout, settings=settings, kernels=kernels)
     caches = fp8_cache_bytes(config, layout, rank=rank, settings=settings)
     features = vision_cache_bytes if rank == 0 and settings.is_vision_frozen else 0.0

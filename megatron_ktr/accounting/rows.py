@@ -1,4 +1,4 @@
-"""Rows of a micro-batch on one rank: what context parallelism and sequence parallelism make of the packed sequence."""
+"""The number of rows of a micro-batch on one rank, under context parallelism and sequence parallelism."""
 
 from __future__ import annotations
 
@@ -13,22 +13,25 @@ from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 
 @dataclass(frozen=True)
 class Rows:
-    """Of one micro-batch on one context rank."""
+    """The numbers of rows of one micro-batch on one context rank."""
 
     on_context_rank: int
     """T, padding included."""
     on_tensor_rank: int
-    """Of norms and residuals: T / tp under sequence parallelism."""
+    """The rows of norms and residuals on a tensor rank: T / tp under sequence parallelism, else T."""
     predicted: int
-    """Response tokens whose predicting rows lie on this context rank."""
+    """The number of response tokens whose predicting rows lie on this context rank."""
     most_predicted: int
-    """On any."""
+    """The largest ``predicted`` of all context ranks."""
 
 
 def share_rows(config: Qwen2_5_VLConfig, groups: Sequence[GroupWork], layout: Layout, *, context_rank: int = 0) -> Rows:
-    """As ``megatron_ktr/ops/context_shard.py`` shares them out: prompts in 2 cp chunks, of which rank r has r and
-    2 cp - 1 - r, responses whole, longest first, to the rank with the fewest rows (ties: the last); a prompt's last
-    row, which predicts the first token of each response, is rank 0's."""
+    """Counts rows as ``megatron_ktr/ops/context_shard.py`` distributes them over the context ranks.
+
+    A prompt is cut into 2 cp chunks, of which rank r keeps r and 2 cp - 1 - r. A response is not cut; the longest
+    first, each goes to the rank with the fewest response rows so far (of several such ranks to the last). A prompt's
+    last row, which predicts the first token of each response, lies on rank 0.
+    """
     multiple = layout.tensor if layout.sequence_parallel else 1
     prompts = tuple(group.prompt_length(config) for group in groups)
     lengths = tuple(length for group in groups for length in group.response_lengths)

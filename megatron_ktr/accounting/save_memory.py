@@ -1,8 +1,8 @@
-"""What one save of a training checkpoint takes beside what training holds (``run/checkpoint.py``), on one rank.
+"""Estimates the extra memory of one rank for saving a training checkpoint (``run/checkpoint.py``).
 
-    host     what the rank will write, until it is written: 12 a trainable parameter (fp32 main weights, two moments)
-             and b a parameter, which data x context ranks share among them
-    device   nothing where parameters are 16- or 32-bit numbers; 2 a weight that is kept in FP8, which is made plain
+    host     what the rank will write, until it is written: 12 per trainable parameter (fp32 main weights, two moments)
+             and b per parameter; data x context ranks share the writing
+    device   nothing if parameters are 16- or 32-bit numbers; 2 per weight that is kept in FP8, for its 16-bit copy
 
 Units: bytes.
 """
@@ -19,7 +19,7 @@ from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 
 @dataclass(frozen=True)
 class SaveMemory:
-    """Bytes of one rank, beside its own."""
+    """The bytes of one rank, in addition to what training holds."""
 
     host: float
     device: float
@@ -33,7 +33,7 @@ def estimate_save_memory(
     settings: StepSettings = EACH_ONCE,
     kernels: Kernels = FUSED,
 ) -> SaveMemory:
-    """Of pipeline rank ``rank``."""
+    """The extra memory of pipeline rank ``rank``."""
     parameters = count_parameters(config, layout, rank=rank)
     language, vision = count_product_weights(config, layout, rank=rank)
     written = 12 * parameters.trainable(settings.frozen) + kernels.bytes_per_number * parameters.total

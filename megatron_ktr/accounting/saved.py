@@ -1,23 +1,23 @@
-"""Bytes that forward keeps for backward, layer by layer, and what backward needs beside them.
+"""Counts the bytes that forward keeps for backward, layer by layer, and those that backward needs besides.
 
-Sizes of one micro-batch on one rank: T rows of the packed sequence (its context-parallel share), t = T / tp under
-sequence parallelism, else T; A, K, F widths of queries, keys and MLP on this tensor rank; S patches, W the encoder's
-width; b bytes a number. What a language layer keeps:
+The letters are sizes of one micro-batch on one rank: T rows of the packed sequence (its context-parallel share),
+t = T / tp under sequence parallelism, else T; A, K, F the widths of queries, keys and MLP on this tensor rank;
+S patches, W the encoder's width; b bytes per number. A language layer keeps
 
     norms        2 x n t D          n = 12 in fp32 (input, normalised, result); 8 in 16 bits in plain torch (fp32 copy
                                     of the input, normalised, result); 2 b with fused norms (input, result)
     q, k, v      T (2 A + 3 K) b    after the rotation, and the projection's output, which the values are a view of
     rotation     4 T H b            cosine and sine, for queries and for keys
-    attention    2 T A b + 4 T N    its output twice (for its own backward, for the projection's); log-sum-exp; where
-                                    an implementation makes them: copies of keys and values per response, masks;
+    attention    2 T A b + 4 T N    its output twice (for its own backward and for the projection's); log-sum-exp; if
+                                    an implementation makes them, copies of keys and values per response, and masks;
                                     under context parallelism the keys and values of all ranks
     MLP          s T F b            s = 5: gate and up, silu(gate), up + offset, product; 3 with fused SwiGLU
 
-Parts of the rows that the MLP runs on one after another keep as much together; its backward then has the inner rows'
-gradients, 2 T F b, of one part at a time.
+If the MLP processes the rows in several parts, the parts together keep as much. Its backward then holds the gradients
+of the inner rows, 2 T F b, for one part at a time.
 
-Selective recomputation drops the attention's inner part, full recomputation keeps t D b a layer, and one layer's all
-in turn in backward.
+Selective recomputation drops the attention's inner part. Full recomputation keeps only t D b per layer; in backward it
+holds everything of one layer at a time.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from megatron_ktr.accounting.work import GroupWork, StepSettings, num_patches
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 
 TILE_BYTES = 64 * 2**20
-"""Working memory of the streamed head: its budget, which small heads do not reach."""
+"""The working memory of the streamed head. This is its budget; small heads need less."""
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """What an implementation keeps. ``TORCH_CPU`` is what CPU runs; ``FUSED`` Transformer Engine's layers."""
+    """What an implementation keeps: ``TORCH_CPU`` runs on CPU, and ``FUSED`` stands for Transformer Engine's layers."""
 
     bytes_per_number: int = 2
     has_fused_norm: bool = False
@@ -44,18 +44,18 @@ class Kernels:
     gathers_keys: bool = False
     """Every response has its own copy of the prompt's keys and values."""
     has_masks: bool = False
-    """Responses attend under an explicit mask, in the activations' precision."""
+    """Responses attend with an explicit mask, which is in the activations' precision."""
 
     @property
     def norm_bytes(self) -> int:
-        """Kept per number of a norm's input, input and result included."""
+        """The bytes kept per number of a norm's input, including input and result."""
         if self.has_fused_norm:
             return 2 * self.bytes_per_number
         return 12 if self.bytes_per_number == 4 else 8
 
     @property
     def norm_keeps_input(self) -> bool:
-        """Rather than an fp32 copy of it."""
+        """Whether a norm keeps its input itself, rather than an fp32 copy of it."""
         return self.has_fused_norm or self.bytes_per_number == 4
 
     @property
@@ -70,18 +70,18 @@ FUSED = Kernels(has_fused_norm=True, has_fused_swiglu=True, gathers_keys=True)
 
 @dataclass(frozen=True)
 class LayerBytes:
-    """One layer, one micro-batch."""
+    """The bytes of one layer for one micro-batch."""
 
     saved: float
-    """Kept until its backward, under the layout's recomputation."""
+    """Kept until the layer's backward, under the layout's recomputation."""
     again: float
-    """Made again in backward: what full recomputation did not keep."""
+    """Recomputed in backward, because recomputation did not keep it."""
     extra: float
-    """Largest amount that its backward needs beside what is kept: gradients of the MLP's inner rows."""
+    """The most that the layer's backward needs besides: gradients of the MLP's inner rows."""
 
 
 def count_rows(config: Qwen2_5_VLConfig, groups: Sequence[GroupWork], layout: Layout) -> tuple[int, int]:
-    """(T, t): rows on a context rank, and of norms and residuals on a tensor rank."""
+    """(T, t): the rows on a context rank, and the rows of norms and residuals on a tensor rank."""
     rows = share_rows(config, groups, layout)
     return rows.on_context_rank, rows.on_tensor_rank
 
@@ -107,7 +107,7 @@ def language_layer(
     everything = norms + qkv + inner + rows * width * b + mlp
     num_parts = layout.mlp_chunks
     gathered = rows * hidden * b / num_parts if layout.sequence_parallel else 0.0
-    of_rows = 2 if num_parts == 1 else 3  # gradients of the parts are joined
+    of_rows = 2 if num_parts == 1 else 3  # several parts need one more, to join their gradients
     extra = max(
         2 * rows * ffn * b / num_parts + of_rows * own_rows * hidden * b + gathered,
         2 * hidden * ffn * b,  # gradient of the first MLP weight, before it is added to the buffer
@@ -122,7 +122,7 @@ def language_layer(
 
 
 def vision_layer(config: Qwen2_5_VLConfig, groups: Sequence[GroupWork], layout: Layout, kernels: Kernels) -> LayerBytes:
-    """As a language layer's, without sequence parallelism and grouped queries: every patch has its own keys."""
+    """Like a language layer, but without sequence parallelism and grouped queries: every head has its own keys."""
     vision, shards, b = config.vision, layout.vision_shards, kernels.bytes_per_number
     patches = count_patches(groups, layout)
     width = vision.hidden_size
@@ -143,7 +143,7 @@ def vision_layer(config: Qwen2_5_VLConfig, groups: Sequence[GroupWork], layout: 
 
 
 def vision_ends(config: Qwen2_5_VLConfig, groups: Sequence[GroupWork], layout: Layout, kernels: Kernels) -> float:
-    """Kept around the encoder's layers: patches for the embedding, the merger's norm and GELU, the features."""
+    """The bytes kept outside the encoder's layers: patches for the embedding, the merger's norm and GELU, features."""
     vision, b = config.vision, kernels.bytes_per_number
     patches = count_patches(groups, layout)
     merged = vision.merged_hidden_size / layout.vision_shards
@@ -154,17 +154,17 @@ def vision_ends(config: Qwen2_5_VLConfig, groups: Sequence[GroupWork], layout: L
 
 @dataclass(frozen=True)
 class VisionBytes:
-    """The encoder's run over one micro-batch's media."""
+    """The bytes of the encoder's run over one micro-batch's media."""
 
     saved: float
-    """Kept until its backward; with ``recompute_vision`` the features alone."""
+    """Kept until the encoder's backward; with ``recompute_vision`` only the features."""
     features: float
-    """Of all media, which the cache keeps for the step's other passes."""
+    """The features of all media, which the cache keeps for the step's other passes."""
     extra: float
-    """Needed in its backward beside what is kept."""
+    """Needed in the encoder's backward, besides what is kept."""
     forward: float
-    """Most of what forward needs, ``saved`` included: patches, made on the device in fp32 and joined (two copies), one
-    more in 16 bits, and the inner rows of a layer."""
+    """The most that forward needs, ``saved`` included: the patches in fp32, made on the device and joined (two copies),
+    one more copy in 16 bits, and the inner rows of a layer."""
 
 
 def vision_pass(
@@ -183,7 +183,7 @@ def vision_pass(
     once = layer.again + layer.extra
     passing = layer.extra
     if layout.recompute == "full" or settings.recompute_vision or "vision" in settings.frozen:
-        # Forward without a graph: two rows of the encoder's width, its norm, all of the MLP and a bias.
+        # Forward without a graph needs two rows of the encoder's width, their norm, everything in the MLP, and a bias.
         ffn = vision.padded_intermediate_size(layout.vision_shards) / layout.vision_shards
         passing = count_patches(groups, layout) * b * (3 * vision.hidden_size + (kernels.mlp_copies + 2) * ffn)
     if settings.recompute_vision and not settings.is_vision_frozen:
@@ -195,7 +195,7 @@ def vision_pass(
 
 
 def count_patches(groups: Sequence[GroupWork], layout: Layout) -> float:
-    """Patches on a rank; whole temporal patches where they are split."""
+    """The number of patches on a rank; if ranks share the patches, each gets whole temporal patches."""
     split = layout.vision_frames_split
     if split == 1:
         return sum(num_patches(group.grids) for group in groups)
@@ -206,9 +206,9 @@ def count_patches(groups: Sequence[GroupWork], layout: Layout) -> float:
 @dataclass(frozen=True)
 class HeadBytes:
     saved: float
-    """Hidden rows that predict response tokens, three numbers a row, and the final norm."""
+    """Kept until backward: hidden rows that predict response tokens, three numbers per row, and the final norm."""
     extra: float
-    """In backward: the weight gradient, gradients of the rows, and tiles of logits."""
+    """Needed in backward: the weight gradient, gradients of the rows, and tiles of logits."""
 
 
 def head(

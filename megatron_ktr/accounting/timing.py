@@ -1,22 +1,24 @@
-"""Seconds of a training step, without the rollout, from arithmetic and bytes; and where they go.
+"""Estimates the seconds of a training step, without the rollout, from operations and bytes, and what they are spent on.
 
-A chunk's time for one micro-batch of a pass is
+The time of a chunk for one micro-batch of a pass, forward and backward separately, is
 
     operations of the chunk / (ranks that share them x peak x efficiency) + its messages / bandwidth of their links
 
-forward and backward apart. Operations: language layers are split evenly over chunks and tensor ranks, over context
-ranks as rows are (responses stay whole: some ranks may have more); the encoder is the first chunk's, the head the
-last's. A pass takes what the pipeline's schedule takes with these times (``pipeline.py``); passes (policy, hidden,
-each shuffled, reference, selection) follow one another. Messages are those of ``communication.py``, one after another,
-each at the speed of the slowest link on its way (``links.py``); by their ranks they are
+The operations of the language layers are split evenly over chunks and tensor ranks. Over context ranks they are split
+as rows are (responses are not cut, so some ranks may have more). The encoder belongs to the first chunk, the head to
+the last. The time of a pass follows from these times and the pipeline's schedule (``pipeline.py``). The passes (policy,
+hidden, each shuffled, reference, selection) run one after another.
 
-    tensor    of the tensor ranks: layers, encoder, statistics of the head; once an update the norms' gradients
-    context   of the context ranks (and tensor x context: features): keys and values
+The messages are those of ``communication.py``. They run one after another, each at the speed of the slowest link on its
+way (``links.py``). They are counted under
+
+    tensor    between tensor ranks: layers, encoder, statistics of the head; once per update the norms' gradients
+    context   between context ranks: keys and values (and between tensor x context ranks: features)
     pipeline  activations and their gradients
-    data      gradients and weights once an update; hidden behind the backward of the last and the forward of the first
-              micro-batch as far as those last
+    data      gradients and weights once per update, as far as they take longer than the backward of the last and the
+              forward of the first micro-batch, behind which they are hidden
 
-Only the data part counts on overlap.
+Only the data part assumes overlap.
 """
 
 from __future__ import annotations
@@ -48,12 +50,12 @@ COUNTED_UNDER: dict[Group, str] = {
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds; the parts add up to the total."""
+    """The seconds of a step; the parts add up to the total."""
 
     compute: float
-    """Of an average rank."""
+    """The time that an average rank computes."""
     bubble: float
-    """An average rank waits for others: fill, drain and unequal chunks."""
+    """The time that an average rank waits for others: fill, drain and unequal chunks."""
     tensor: float
     context: float
     pipeline: float
@@ -70,7 +72,7 @@ class StepTime:
 
 @dataclass(frozen=True)
 class _ChunkTime:
-    """Seconds of one direction of one micro-batch."""
+    """The seconds of one chunk for one direction (forward or backward) of one micro-batch."""
 
     compute: float
     tensor: float
@@ -93,7 +95,10 @@ def estimate_time(
     machine: Machine,
     bytes_per_number: int = 2,
 ) -> StepTime:
-    """A step of ``num_micro_batches`` micro-batches like ``groups`` on each replica; ``flops`` are of one of them."""
+    """The time of a step of ``num_micro_batches`` micro-batches like ``groups`` on each replica.
+
+    ``flops`` are the operations of one micro-batch.
+    """
     m, b, p = num_micro_batches, bytes_per_number, layout.pipeline
     sums = dict.fromkeys(("compute", "bubble", "tensor", "context", "pipeline"), 0.0)
     first_forward = last_backward = 0.0
@@ -125,7 +130,10 @@ def _all_chunk_times(
     machine: Machine,
     b: int,
 ) -> list[tuple[_ChunkTime, _ChunkTime]]:
-    """By number. Where stages fill whole nodes, those between the first and the last chunk are alike."""
+    """The times of all chunks, by chunk number.
+
+    If every stage fills whole nodes, all chunks between the first and the last take the same time.
+    """
     fills_nodes = layout.num_ranks // layout.pipeline % machine.gpus_per_node == 0
     known: dict[tuple[bool, bool, int], tuple[_ChunkTime, _ChunkTime]] = {}
     found = []
@@ -150,13 +158,13 @@ def _chunk_times(
     machine: Machine,
     b: int,
 ) -> tuple[_ChunkTime, _ChunkTime]:
-    """(forward, backward) of one micro-batch on one of all p v chunks."""
+    """(forward, backward) times of one micro-batch on chunk ``number`` of all p v chunks."""
     traffic = chunk_messages(config, one, layout, number=number, settings=settings, bytes_per_number=b)
     rows = share_rows(config, one.groups, layout).on_context_rank
     ranks: float = layout.tensor * layout.context
     if layout.context > 1:
         ranks = layout.tensor * _num_rows(config, one) / rows
-    # Stages are alike but for their place; ranks of a stage but for the context ranks' shares of the head.
+    # Take the stage's first rank: the ranks of a stage differ only in the context ranks' shares of the head.
     rank = number % layout.pipeline * (layout.num_ranks // layout.pipeline)
     forward, backward = (
         _direction(
@@ -176,7 +184,10 @@ def _num_rows(config: Qwen2_5_VLConfig, one: StepPass) -> int:
 
 
 def _operations(flops: Flops, name: str, times: int, layout: Layout, number: int, ranks: float) -> float:
-    """Of the rank with the most rows in one run of the pass; ``ranks`` share those of a language layer."""
+    """The operations of the rank with the most rows in one run of the pass.
+
+    ``ranks`` is the number of ranks that share the operations of a language layer.
+    """
     operations = flops.of(name, parts=LANGUAGE_PARTS) / layout.num_chunks / ranks
     if number == layout.num_chunks - 1:
         operations += flops.of(name, parts=("head",)) / ranks
@@ -197,7 +208,10 @@ def _direction(
 def _update_seconds(
     config: Qwen2_5_VLConfig, layout: Layout, *, settings: StepSettings, machine: Machine, b: int
 ) -> tuple[float, float, float]:
-    """(summing gradients, gathering weights, sums over tensor ranks) of the slowest stage, nothing hidden."""
+    """The seconds of the slowest stage for (summing gradients, gathering weights, sums over tensor ranks).
+
+    Overlap with computation is not yet subtracted.
+    """
     found = []
     for stage in {0, layout.pipeline - 1}:
         messages = update_messages(config, layout, stage=stage, settings=settings, bytes_per_number=b)

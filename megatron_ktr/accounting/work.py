@@ -1,4 +1,4 @@
-"""What one training step has to compute, described without tensors: groups of tokens and patches, and which passes.
+"""Describes what one training step has to compute, without tensors: groups of tokens and patches, and the passes.
 
 Units: rows and tokens are counts, grids are patches (time, height, width) before merging.
 """
@@ -46,7 +46,7 @@ class GroupWork:
 
     @classmethod
     def of(cls, group: Any, *, config: Qwen2_5_VLConfig) -> GroupWork:
-        """From a ``RolloutGroup``."""
+        """The work of a ``RolloutGroup``."""
         media = group.prompt.media
         videos = tuple(tuple(medium.grid_thw) for medium in media if medium.kind == "video")
         images = tuple(tuple(medium.grid_thw) for medium in media if medium.kind != "video")
@@ -61,77 +61,81 @@ class GroupWork:
 
 @dataclass(frozen=True)
 class StepSettings:
-    """Which passes a step runs, and how. The defaults do each piece of work once; ``ORIGINAL`` repeats everything."""
+    """The passes that a step runs, and how. The defaults do no work twice; ``ORIGINAL`` repeats everything."""
 
     is_policy_trained: bool = True
-    """False: the intact pass is a forward alone."""
+    """False: the intact pass is only a forward."""
     has_hidden: bool = True
     shuffle_unit: ShuffleUnit | None = "frame"
     """None: no shuffled pass."""
     num_shuffles: int = 1
     has_reference: bool = True
     has_selection: bool = False
-    """One more intact pass without gradient, before the update."""
+    """Whether one more intact pass without gradient runs before the update."""
     num_updates: int = 1
     compares_distributions: bool = False
-    """``shift: kl``: hidden rows of all views meet in one pass over the vocabulary; False: each view's log-probs."""
+    """True (``shift: kl``): one pass over the vocabulary compares the hidden rows of all views. False: each view's own
+    pass computes log-probabilities."""
     recompute: Recompute = "none"
-    """``full``: every layer's forward again in backward. ``selective``: the core attention's."""
+    """``full``: backward runs every layer's forward again. ``selective``: only the core attention's."""
     recompute_vision: bool = False
-    """Keep features only, and run a trained encoder again in backward."""
+    """Keep only the features, and run a trained encoder again in backward."""
     frozen: frozenset[str] = frozenset()
-    """Some of vision (the encoder without its merger), merger, language."""
+    """The frozen parts: any of vision (the encoder without its merger), merger, language."""
     has_adapters: bool = False
-    """A frozen language model whose activations have gradients nevertheless, for adapters on it."""
+    """The language model is frozen, but its activations have gradients, because adapters on it are trained."""
     has_vision_once: bool = True
-    """Features of the intact view are shared by all passes with the same encoder weights and content; False: every
+    """True: all passes with the same encoder weights and content share the features of the intact view. False: every
     pass that shows media runs the encoder."""
     has_shared_prefix: bool = True
-    """The prompt's rows once per group; False: once per response (and with them its media)."""
+    """True: the prompt's rows are computed once per group. False: once per response, together with its media."""
     is_hidden_masked: bool = False
-    """The hidden view keeps its visual tokens (and encodes them), masked; False: they are removed."""
+    """True: the hidden view keeps (and encodes) its visual tokens, but masks them. False: it removes them."""
     has_head_everywhere: bool = False
-    """Logits of every row; False: of the rows that predict response tokens."""
+    """True: logits are computed for every row. False: only for the rows that predict response tokens."""
     key_share: float = 1.0
-    """Share of the response rows that have a gradient, which is all that the head's backward touches."""
+    """The share of response rows that have a gradient; the head's backward computes only these."""
     has_streamed_head: bool = True
-    """The head keeps no logits and makes them again in backward."""
+    """The head keeps no logits and recomputes them in backward."""
     trains_in_fp8: bool = False
-    """Products of the language layers; of the reference model, too."""
+    """The products of the language layers, and of the reference model's, are in FP8."""
     scores_in_fp8: bool = False
-    """Those of the counterfactual passes alone."""
+    """Only the products of the counterfactual passes are in FP8."""
     keeps_fp8_weights: bool = False
-    """The parameters of these products are in FP8 themselves (``--fp8-param-gather``)."""
+    """The weights of these products are stored in FP8 (``--fp8-param-gather``)."""
     has_fp8_vision: bool = False
-    """The encoder's products, too."""
+    """The encoder's products are in FP8 as well."""
 
     @property
     def is_vision_kept_for_update(self) -> bool:
-        """Passes without gradient read features of the intact view before the update does, from the run that carries
-        the encoder's gradient: its activations stay until then."""
+        """Whether the encoder's activations are kept from before the update until the update's backward.
+
+        That is so if passes without gradient need features of the intact view before the update: they take them from
+        the same run of the encoder that later carries its gradient.
+        """
         reads_before = self.has_selection or self.shuffle_unit == "temporal_patch"
         return self.has_vision_once and reads_before and not self.recompute_vision and not self.is_vision_frozen
 
     @property
     def fp8_bytes(self) -> tuple[int, int]:
-        """(policy, reference): bytes a weight of what Transformer Engine quantises products' weights to and keeps from
-        one micro-batch, and one pass, to the next.
+        """(policy, reference): bytes per weight of the quantised copies that Transformer Engine caches.
 
-        1 for the weight, 1 for its transpose where the pass has a gradient (2.17.1: ``module/layernorm_linear.py``
-        asks for both, ``module/base.py:quantize_weight`` makes them, ``_fp8_workspaces`` holds them). A parameter that
-        is in FP8 itself is its own; with its transpose it is as large as one in 16 bits, as which it is counted.
+        It keeps them from one micro-batch, and one pass, to the next: 1 byte for the weight, and 1 for its transpose if
+        the pass has a gradient. (In 2.17.1, ``module/layernorm_linear.py`` asks for both,
+        ``module/base.py:quantize_weight`` makes them, and ``_fp8_workspaces`` holds them.) A parameter that is itself
+        in FP8 needs no copy; with its transpose it is as large as a 16-bit parameter, and it is counted as one.
         """
         if self.keeps_fp8_weights:
             return 0, 0
         if self.trains_in_fp8:
-            # With adapters the reference is the policy.
+            # With adapters, the reference model is the policy with its adapters off, and needs no copies.
             return 2 if self.is_policy_trained else 1, int(self.has_reference and not self.has_adapters)
         has_counterfactuals = self.has_hidden or self.shuffle_unit is not None
         return int(self.scores_in_fp8 and has_counterfactuals), 0
 
     @property
     def is_vision_frozen(self) -> bool:
-        """Encoder and merger: only then are the reference model's features the policy's."""
+        """Whether encoder and merger are both frozen; only then can the reference model use the policy's features."""
         return {"vision", "merger"} <= self.frozen
 
 
@@ -146,9 +150,9 @@ ORIGINAL = StepSettings(
     has_head_everywhere=True,
     has_streamed_head=False,
 )
-"""The usual implementation on Hugging Face's model: prompt and media repeated for every response, full logits, the
-video masked rather than removed, four passes (policy, hidden, shuffled, reference), gradient checkpointing of the
-layers."""
+"""The usual implementation on Hugging Face's model. It repeats prompt and media for every response, computes full
+logits, masks the video rather than removing it, runs four passes (policy, hidden, shuffled, reference), and uses
+gradient checkpointing of the layers."""
 
 
 def num_patches(grids: Sequence[Grid]) -> int:
@@ -156,9 +160,9 @@ def num_patches(grids: Sequence[Grid]) -> int:
 
 
 def video_grid(num_frames: int, *, tokens_per_frame: int, vision: VisionConfig) -> Grid:
-    """The grid of ``num_frames`` frames of ``tokens_per_frame`` squares of 28 x 28 pixels, as square as can be.
+    """The grid of ``num_frames`` frames of ``tokens_per_frame`` squares of 28 x 28 pixels, as square as possible.
 
-    Frames go in pairs: 32 frames of 128 squares -> (16, 16, 32), 16 x 128 = 2048 visual tokens.
+    Two frames make one temporal patch: 32 frames of 128 squares give (16, 16, 32), or 16 x 128 = 2048 visual tokens.
     """
     units_h = max(1, int(tokens_per_frame**0.5))
     while tokens_per_frame % units_h:

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whenever the process is killed."""
+"""Writes files so that they exist whole or not at all, whenever the process is killed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ def write_atomically(path: str | Path, content: bytes | str) -> None:
     """Writes a file beside ``path`` and renames it over ``path``; text is UTF-8. Nothing is left behind on an error.
 
     Raises:
-        OSError: the directory is not there or not writable, or the disk is full.
+        OSError: the directory does not exist or is not writable, or the disk is full.
     """
     path = Path(path)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")

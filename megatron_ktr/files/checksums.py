@@ -1,17 +1,18 @@
 """Checksums of every file of a directory: a checkpoint, a converted checkpoint, an export.
 
-``checksums.json`` lies in the directory and is written last, before the directory gets its name:
+``checksums.json`` lies in the directory and is written last, before the directory gets its final name:
 
     {"algorithm": "xxh3_128",
      "files": {"__0_0.distcp": {"bytes": 1518297, "digest": "…"}, "hf/config.json": {…}, …},
-     "digest": "…"}                     of "files" itself: damage to this file is not taken for damage to the others
+     "digest": "…"}                     of "files" itself, so that damage to this file is not taken for damage to others
 
-What is large is hashed in memory, on its way to the file (``HashingFile``): the digest is of what was meant to be
-written. Taken from the file afterwards it would bless whatever a full or failing disk had made of it, and it would be
-read from the page cache, not from the disk. Small files that other libraries write are hashed as they are read back.
-XXH3 finds accidents, at more than the speed of a disk (``benchmarks/checkpoint/checksums.py``). It is no signature: who
-can write the directory can write its checksums too. Against that stands ``files/safe_pickle.py``: no file is run as
-code.
+Large files are hashed in memory while they are written (``HashingFile``), so that the digest is of the intended
+content. A digest taken from the file afterwards would approve whatever a full or failing disk had made of it, and would
+read the page cache rather than the disk. Small files that other libraries write are read back and hashed.
+
+XXH3 detects accidental damage and is faster than a disk (``benchmarks/checkpoint/checksums.py``). It is not a
+signature: whoever can write the directory can also write its checksums. The protection against hostile files is
+``files/safe_pickle.py``, which makes sure that no file is run as code.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ _BLOCK_BYTES = 4_000_000
 
 @dataclass(frozen=True)
 class Digest:
-    """Of one file."""
+    """The size and checksum of one file."""
 
     num_bytes: int
     value: str
-    """XXH3 of 128 bits, in hexadecimal."""
+    """The 128-bit XXH3, in hexadecimal."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Damage:
     """What is wrong with one file."""
 
     file: str
-    """Relative to the directory."""
+    """Its name relative to the directory."""
     reason: str
 
     def __str__(self) -> str:
@@ -55,7 +56,7 @@ class Damage:
 
 
 class HashingFile:
-    """A file opened for writing that hashes what it is given, before the bytes leave memory. Written front to back."""
+    """Wraps a file opened for writing and hashes the bytes before they leave memory; writing must be sequential."""
 
     def __init__(self, file: Any) -> None:
         self._file = file
@@ -64,7 +65,7 @@ class HashingFile:
 
     def write(self, data: Any) -> int:
         view = memoryview(data)
-        if not view.nbytes:  # A tensor without elements, which cannot be cast.
+        if not view.nbytes:  # A tensor without elements cannot be cast.
             return 0
         view = view.cast("B")
         self._hash.update(view)
@@ -81,7 +82,7 @@ class HashingFile:
         self._file.flush()
 
     def sync(self) -> None:
-        """What was written is on the disk, not only in the system's memory."""
+        """Waits until everything written is on the disk, not only in the system's memory."""
         self._file.flush()
         os.fsync(self._file.fileno())
 
@@ -91,7 +92,7 @@ class HashingFile:
 
 
 def write_hashed(path: Path, content: bytes) -> Digest:
-    """Writes a whole file; the digest of ``content``, whatever the disk makes of it."""
+    """Writes a whole file and returns the digest of ``content``, whatever the disk makes of it."""
     with open(path, "wb") as file:
         hashing = HashingFile(file)
         hashing.write(content)
@@ -111,10 +112,10 @@ def file_digest(path: Path) -> Digest:
 def write_manifest(
     directory: Path, *, known: Mapping[str, Digest] | None = None, is_known_synced: bool = False
 ) -> None:
-    """Writes the checksums of all files in ``directory``, and everything in it reaches the disk.
+    """Writes the checksums of all files in ``directory``, and waits until everything in it is on the disk.
 
-    ``known``: digests of files, by relative name, that were taken while these were written. With ``is_known_synced``
-    these files, which may be thousands, are on the disk already.
+    ``known`` holds digests, by relative name, of files that were hashed while they were written. With
+    ``is_known_synced`` these files, which may be thousands, are already on the disk and need no wait.
     """
     digests = dict(known or {})
     for path in sorted(directory.rglob("*")):
@@ -133,10 +134,10 @@ def write_manifest(
 
 
 def read_manifest(directory: Path) -> dict[str, Digest] | None:
-    """Digests by relative name; None where the directory has no ``checksums.json``.
+    """The digests by relative name; None if the directory has no ``checksums.json``.
 
     Raises:
-        DamagedManifest: it is there and cannot be what was written.
+        DamagedManifest: the file exists, but cannot be what was written.
     """
     try:
         text = (directory / MANIFEST).read_bytes()
@@ -163,13 +164,14 @@ class DamagedManifest(Exception):
 
 
 def find_damage(directory: Path, *, names: Iterable[str] | None = None) -> list[Damage]:
-    """What differs from the checksums, of all files or of ``names`` (those that have one).
+    """Compares files with their checksums and returns the differences.
 
-    Without checksums there is nothing to differ from: [], unless ``names`` says that there must be some. Sizes are
-    compared first: a cut file is found without reading it.
+    It checks all files, or those of ``names`` that have a checksum. Without ``checksums.json`` it returns [], unless
+    ``names`` is given, because then there must be checksums. It compares sizes first, so that a truncated file is found
+    without reading it.
 
     Raises:
-        UserError: a file is there and cannot be read for a reason that is no damage, such as its permissions.
+        UserError: a file exists but cannot be read for a reason other than damage, such as its permissions.
     """
     try:
         digests = _unless_unreadable(directory / MANIFEST, lambda: read_manifest(directory))
@@ -189,10 +191,10 @@ def find_damage(directory: Path, *, names: Iterable[str] | None = None) -> list[
 
 
 def require_intact(directory: Path | str, *, option: str, names: Iterable[str] | None = None) -> bool:
-    """Verifies a directory that has checksums; False where it has none: it may be anybody's.
+    """Verifies a directory that has checksums; returns False if it has none, which is allowed.
 
     Raises:
-        UserError: one line that names the first file that is not what was written.
+        UserError: a file differs from what was written; the message, of one line, names the first such file.
     """
     directory = Path(directory)
     if not (directory / MANIFEST).exists():
@@ -230,7 +232,7 @@ def _wrong_content(directory: Path, name: str, expected: Digest) -> Damage | Non
 
 
 def _unless_unreadable(path: Path, action: Callable[[], Any], *, name: str = MANIFEST) -> Any:
-    """The action's result; ``Damage`` where the file is gone or the disk cannot read it."""
+    """The action's result, or ``Damage`` if the file is missing or the disk cannot read it."""
     try:
         return action()
     except FileNotFoundError:
@@ -238,7 +240,7 @@ def _unless_unreadable(path: Path, action: Callable[[], Any], *, name: str = MAN
     except OSError as error:
         if error.errno in (errno.EIO, errno.EISDIR, errno.ENOTDIR, errno.ELOOP):
             return Damage(name, f"cannot be read: {error.strerror}")
-        # Says nothing about its content: permissions, a file server that is away.
+        # Other errors say nothing about the content: missing permissions, an unreachable file server.
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
 
 

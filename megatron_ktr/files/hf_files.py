@@ -1,7 +1,7 @@
 """Hugging Face model directories on disk: lazy reading of safetensors shards, streamed writing, side files.
 
-Nothing here holds more than one tensor: the reader hands out slices of memory-mapped files, and the writer
-lays out every shard's header from names, shapes and dtypes alone, then appends tensors as they come.
+Nothing here holds more than one tensor in memory. The reader returns slices of memory-mapped files. The writer makes
+every shard's header from names, shapes and dtypes alone, then appends tensors as they come.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from megatron_ktr.files.json_files import read_json_object
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 SIDE_FILE_PATTERNS = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*")
-"""Config, tokenizer, processor, chat template, generation config; weights and their index are left out."""
+"""Patterns of the side files: config, tokenizer, processor, chat template, generation config, licence. The weights'
+index also matches, but ``copy_side_files`` leaves it out."""
 
 DTYPE_NAMES = {
     "F64": torch.float64,
@@ -48,7 +49,7 @@ SAFETENSORS_NAMES = {dtype: name for name, dtype in DTYPE_NAMES.items()}
 
 
 def published_name(name: str) -> str:
-    """HF's in-memory parameter name as it is written in published checkpoints, and exported by the trainer."""
+    """Converts Hugging Face's in-memory parameter name to the name in published checkpoints and in our exports."""
     return re.sub(r"^model\.language_model\.", "model.", re.sub(r"^model\.visual\.", "visual.", name))
 
 
@@ -74,7 +75,8 @@ class SafetensorsReader:
     ``rename`` maps a stored name to the canonical one. Every file is opened (headers only) at construction.
 
     Raises:
-        UserError: no weights, a file named by the index is missing, a damaged file, a tensor stored twice.
+        UserError: there are no weights, a file that the index names is missing, a file is damaged, or a tensor is
+            stored twice.
     """
 
     def __init__(self, directory: Path | str, *, rename=lambda name: name) -> None:
@@ -99,7 +101,7 @@ class SafetensorsReader:
         self._location[name] = (path, stored)
 
     def read(self, name: str, axis: int = 0, start: int = 0, length: int | None = None) -> Tensor:
-        """``tensor.narrow(axis, start, length)``; only these bytes are read."""
+        """Returns ``tensor.narrow(axis, start, length)`` and reads only these bytes."""
         path, stored = self._location[name]
         with _reporting_damage(path):
             piece = self._open_files[path].get_slice(stored)
@@ -149,7 +151,7 @@ class SafetensorsWriter:
         )
 
     def write(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Digest]:
-        """Consumes exactly the announced tensors; checks names, shapes and dtypes as they pass.
+        """Writes ``tensors``, which must be exactly the announced ones; it checks their names, shapes and dtypes.
 
         Returns the checksums of the shards, by name.
         """
@@ -175,9 +177,9 @@ class SafetensorsWriter:
 
 
 def write_shard(path: Path, tensors: Sequence[tuple[str, Tensor]]) -> Digest:
-    """One safetensors file of tensors on any device, copied to the host one at a time; its checksum.
+    """Writes tensors on any device to one safetensors file and returns its checksum; copies one at a time to the host.
 
-    For a stream whose length is not known: ``SafetensorsWriter`` wants every name announced.
+    It is for a stream of tensors whose names are not known in advance; ``SafetensorsWriter`` needs all names first.
     """
     infos = [TensorInfo(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors]
     with open(path, "wb") as opened:
@@ -209,7 +211,7 @@ def _split_shards(infos: Sequence[TensorInfo], *, max_shard_bytes: int) -> list[
 
 
 def _shard_header(shard: Sequence[TensorInfo]) -> bytes:
-    """Safetensors: 8 bytes of header length (little endian), JSON padded with blanks to 8 bytes, then the data."""
+    """The header of a safetensors file: 8 bytes of length (little endian), then JSON padded with blanks to 8 bytes."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for info in shard:
@@ -225,8 +227,10 @@ def _shard_header(shard: Sequence[TensorInfo]) -> bytes:
 
 
 def copy_side_files(source: Path | str, target: Path | str) -> None:
-    """Copies everything but weights and checksums: config, tokenizer, processor, chat template, generation config,
-    licence."""
+    """Copies everything except weights and checksums.
+
+    These are config, tokenizer, processor, chat template, generation config and licence.
+    """
     source, target = Path(source), Path(target)
     target.mkdir(parents=True, exist_ok=True)
     for pattern in SIDE_FILE_PATTERNS:
@@ -240,10 +244,10 @@ def copy_side_files(source: Path | str, target: Path | str) -> None:
 
 @contextlib.contextmanager
 def new_directory(target: Path | str, *, option: str, need_bytes: int = 0) -> Iterator[Path]:
-    """A scratch directory beside ``target`` that becomes ``target`` at the end, or vanishes on any error.
+    """A scratch directory beside ``target``; it is renamed to ``target`` at the end and deleted on any error.
 
     Raises:
-        UserError: ``target`` exists, its parent cannot be written, or the disk is (or would get) full.
+        UserError: ``target`` exists, its parent is not writable, or the disk is full or too small for ``need_bytes``.
     """
     target = Path(os.path.abspath(target))
     if target.exists() or target.is_symlink():

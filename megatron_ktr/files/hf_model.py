@@ -1,4 +1,4 @@
-"""The one door to transformers' model classes: beside vLLM they import torchvision, which has to be helped on CPU."""
+"""The only place that imports transformers' model classes. They import torchvision, which needs help on CPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TORCHVISION_SCHEMAS = {
     "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 }
 _LIBRARIES: list[torch.library.Library] = []
-"""Kept alive: an operator disappears with the library object that declared it."""
+"""The library objects, kept alive because an operator disappears with the object that declared it."""
 
 
 def hf_model_class() -> Any:
@@ -30,10 +30,10 @@ def hf_model_class() -> Any:
 
 @contextlib.contextmanager
 def reading_model(model_dir: Path | str) -> Iterator[None]:
-    """For what transformers does with a user's files: it raises whatever it stumbles over.
+    """A context for calls in which transformers reads a user's files, because it may then raise any exception.
 
     Raises:
-        UserError: names the directory, and what transformers said.
+        UserError: transformers raised an exception; the message names the directory and quotes transformers.
     """
     try:
         yield
@@ -47,11 +47,13 @@ def reading_model(model_dir: Path | str) -> Iterator[None]:
 
 
 def make_torchvision_importable() -> None:
-    """Declares torchvision's operators where its own native library cannot: the public index has CUDA builds only,
-    whose library does not load beside a CPU torch. Nothing happens where it does, or where there is no torchvision.
+    """Declares torchvision's operators if its own native library cannot.
 
-    Call before the first import of torchvision, or of a transformers model, which imports it. Declared operators have
-    no implementation; what is plain torch inside torchvision, such as resizing, works.
+    The public index has only CUDA builds of torchvision, whose library does not load with a CPU build of torch. If the
+    library loads, or if torchvision is not installed, nothing is declared.
+
+    Call this before the first import of torchvision, or of a transformers model, which imports it. The declared
+    operators have no implementation; the parts of torchvision that are plain torch, such as resizing, work.
     """
     spec = importlib.util.find_spec("torchvision")
     if _LIBRARIES or spec is None or not spec.submodule_search_locations:

@@ -1,7 +1,8 @@
-"""Which checkpoint a run goes on from: the newest one whose files are what was written.
+"""Chooses the checkpoint from which a run continues: the newest one whose files are what was written.
 
-Newer ones that are not are set aside, ``step_00000030`` as ``damaged_step_00000030``: nothing is deleted, and the next
-start does not find them again. Where none is intact nothing is touched and nothing starts: weeks of work may be in it.
+Newer, damaged checkpoints are renamed, ``step_00000030`` to ``damaged_step_00000030``. Nothing is deleted, and the next
+start does not find them again. If no checkpoint is intact, nothing is changed and the run does not start, because the
+files may hold weeks of work.
 """
 
 from __future__ import annotations
@@ -20,26 +21,27 @@ _log = logging.getLogger(__name__)
 TRAINING_FILE, CONFIG_FILE = "training.json", "config.yaml"
 REQUIRED_FILES = ("metadata.json", ".metadata", TRAINING_FILE, CONFIG_FILE)
 FORMAT_VERSION = 2
-"""In ``training.json``. 1, or none: checkpoints without checksums, their random states pickled."""
+"""The version in ``training.json``. Checkpoints of version 1, or without a version, have no checksums, and their random
+states are pickled."""
 
 Verify = Callable[[Path], list[Damage]]
-"""What is wrong with a checkpoint; [] if nothing is."""
+"""A function that returns what is wrong with a checkpoint; [] if nothing is."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """On the checkpoints of a run, newest first, up to the first intact one."""
+    """The result of checking a run's checkpoints, newest first, up to the first intact one."""
 
     intact: Path | None
     damaged: tuple[tuple[Path, Damage], ...]
-    """Newer ones, and the first thing that is wrong with each."""
+    """The newer checkpoints, each with the first thing that is wrong with it."""
 
 
 def newest_intact(checkpoints: Sequence[Path], *, verify: Verify) -> Verdict:
-    """``checkpoints`` oldest first.
+    """Finds the newest intact one of ``checkpoints``, which are given oldest first.
 
     Raises:
-        UserError: there are some and none is intact; it names each with its damage.
+        UserError: there are checkpoints, but none is intact; the message names each with its damage.
     """
     damaged: list[tuple[Path, Damage]] = []
     for path in reversed(checkpoints):
@@ -57,7 +59,7 @@ def newest_intact(checkpoints: Sequence[Path], *, verify: Verify) -> Verdict:
 
 
 def set_aside(verdict: Verdict) -> None:
-    """Renames the damaged ones and says, in a line each, why and where the run goes on."""
+    """Renames the damaged checkpoints, and logs for each why, and from which checkpoint the run continues."""
     for path, damage in verdict.damaged:
         aside = unused_path(path.with_name(f"damaged_{path.name}"))
         rename_path(path, aside)
@@ -71,20 +73,20 @@ def set_aside(verdict: Verdict) -> None:
 
 
 def checkpoint_damage(checkpoint: Path) -> list[Damage]:
-    """What is wrong with a checkpoint of a training, all files verified by this process."""
+    """What is wrong with a training checkpoint; this process verifies all files."""
     return incompleteness(checkpoint) or find_damage(checkpoint)
 
 
 def incompleteness(checkpoint: Path) -> list[Damage]:
-    """What is wrong before any content is verified: files that are missing, checksums among them.
+    """What is wrong with a checkpoint before any content is verified: files, or their checksums, are missing.
 
-    Checkpoints of versions that wrote no checksums have none; their ``training.json`` tells them from one that lost
-    them. They are used as they are (and read by the same unpicklers that run no code).
+    Earlier versions wrote checkpoints without checksums. The version in ``training.json`` distinguishes these from a
+    checkpoint that lost its checksums. They are used as they are, and read by the same unpicklers, which run no code.
     """
     try:
         manifest = read_manifest(checkpoint)
     except (DamagedManifest, OSError):
-        return []  # ``find_damage`` says what is wrong with it.
+        return []  # ``find_damage`` reports a damaged ``checksums.json``.
     if manifest is not None:
         return [Damage(name, f"not in {MANIFEST}") for name in REQUIRED_FILES if name not in manifest]
     missing = [Damage(name, "missing") for name in REQUIRED_FILES if not (checkpoint / name).is_file()]
@@ -101,10 +103,10 @@ def _is_without_checksums(training_file: Path) -> bool:
 
 
 def require_intact_checkpoint(directory: Path, *, option: str) -> None:
-    """Before anything of a distributed checkpoint is used, be it a training's or a converted one.
+    """Verifies a distributed checkpoint, of a training or converted, before anything of it is used.
 
     Raises:
-        UserError: one line that names the first file that is not what was written.
+        UserError: a file differs from what was written; the message, of one line, names the first such file.
     """
     is_training = (directory / TRAINING_FILE).exists()
     if damage := checkpoint_damage(directory) if is_training else find_damage(directory):
@@ -114,7 +116,7 @@ def require_intact_checkpoint(directory: Path, *, option: str) -> None:
 
 
 def unused_path(path: Path) -> Path:
-    """``path``, or where that exists the first of name_2, name_3, ... that does not."""
+    """``path`` if it does not exist, else the first of name_2, name_3, ... that does not."""
     number, unused = 1, path
     while unused.exists():
         number += 1

@@ -1,5 +1,4 @@
-"""JSON, read and written. Whatever is wrong with a user's file is a ``ValueError``, or a ``UserError`` that names
-it."""
+"""Reads and writes JSON. Anything wrong with a user's file raises ``ValueError``, or ``UserError`` naming the file."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ from megatron_ktr.errors import UserError
 
 
 def parse_json(text: str) -> Any:
-    """``json.loads``, whose every refusal is a ``ValueError``: also of what is nested too deeply for Python."""
+    """``json.loads`` that raises only ``ValueError``, even for JSON that is nested too deeply for Python."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -21,10 +20,10 @@ def parse_json(text: str) -> Any:
 
 
 def read_json(path: Path | str, *, option: str = "") -> Any:
-    """The value in a file; ``option`` is the one that names it, for the message.
+    """Reads the value in a file; ``option`` is the command-line option that names the file, for the error message.
 
     Raises:
-        UserError: it cannot be read, or is not JSON.
+        UserError: the file cannot be read, or is not JSON.
     """
     try:
         return parse_json(Path(path).read_text(encoding="utf-8"))
@@ -33,7 +32,7 @@ def read_json(path: Path | str, *, option: str = "") -> Any:
 
 
 def read_json_object(path: Path | str, *, option: str = "") -> dict[str, Any]:
-    """Likewise, of a file that holds one object."""
+    """Reads a file that must hold one JSON object; otherwise like ``read_json``."""
     value = read_json(path, option=option)
     if not isinstance(value, dict):
         raise UserError(f"{option and f'{option}: '}expected one JSON object in {path}, got {type(value).__name__}")
@@ -45,8 +44,9 @@ def _words(error: Exception) -> str:
 
 
 def to_json(value: Any, **options: Any) -> str:
-    """JSON that every reader takes: ``json.dumps`` with null for numbers that are not finite, without Python's own
-    words NaN and Infinity, which JSON does not have.
+    """Like ``json.dumps``, but with null for numbers that are not finite, so that every JSON reader accepts it.
+
+    Python's own NaN and Infinity are not part of JSON.
 
     >>> to_json({"loss": float("nan"), "steps": [1, float("inf")]})
     '{"loss": null, "steps": [1, null]}'

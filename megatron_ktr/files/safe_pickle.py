@@ -1,13 +1,14 @@
-"""Reading pickles that somebody else may have written: named globals are allowed, nothing else is looked up.
+"""Reads pickles that somebody else may have written; only globals on a list are allowed.
 
-A pickle is a program: it may name any function of any module and call it. PyTorch's formats are pickles all the same,
-so whatever is read from a checkpoint passes one of three gates before megatron-core or PyTorch touch it:
+A pickle is a program: it can name any function of any module and call it. PyTorch's file formats are pickles
+nevertheless. So everything that is read from a checkpoint passes one of three checks before megatron-core or PyTorch
+read it:
 
-    load_metadata        ``.metadata``, a plain pickle, which PyTorch itself loads without any check
-    load_torch_object    a file of ``torch.save``, by PyTorch's ``weights_only`` unpickler
-    check_torch_object   the same without loading, for one chunk of a larger file
+    load_metadata        loads ``.metadata``, a plain pickle, which PyTorch itself would load without any check
+    load_torch_object    loads a file of ``torch.save``, with PyTorch's ``weights_only`` unpickler
+    check_torch_object   checks one chunk of a larger file in the same way, without loading it
 
-Checksums do not replace them: who writes a hostile file can write its checksum.
+Checksums do not replace these checks: whoever writes a hostile file can also write its checksum.
 """
 
 from __future__ import annotations
@@ -31,19 +32,19 @@ METADATA_GLOBALS = frozenset(
         *((_DCP, name) for name in ("TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata")),
         (_DCP, "_MEM_FORMAT_ENCODING"),
         ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-        # megatron-core's own saving adds every rank's plan, to use it again.
+        # megatron-core also saves every rank's plan, to reuse it.
         ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"),
         *((_PLANS, name) for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData")),
         ("torch.serialization", "_get_layout"),
         ("torch", "Size"),
         ("collections", "OrderedDict"),
-        # Where the checkpoint was saved: a name, which nothing opens.
+        # The path where the checkpoint was saved; nothing opens it.
         ("pathlib", "PosixPath"),
         ("pathlib", "PurePosixPath"),
         ("pathlib._local", "PosixPath"),
     }
 )
-"""What the description of a distributed checkpoint consists of, besides torch's dtypes."""
+"""The (module, name) of every global that a distributed checkpoint's ``.metadata`` may name, besides torch's dtypes."""
 
 UNREADABLE = (
     pickle.UnpicklingError,
@@ -58,11 +59,11 @@ UNREADABLE = (
     TypeError,
     ValueError,
 )
-"""What unpicklers raise on bytes that nobody pickled."""
+"""The exceptions that unpicklers raise on bytes that are not a pickle."""
 
 
 class ForbiddenGlobal(pickle.UnpicklingError):
-    """The pickle names something that is not on the list."""
+    """The pickle names a global that is not on the list."""
 
 
 class _ListedGlobals(pickle.Unpickler):
@@ -74,10 +75,11 @@ class _ListedGlobals(pickle.Unpickler):
 
 
 def load_metadata(path: Path) -> Any:
-    """The object in a distributed checkpoint's ``.metadata``; what it contains is for the caller to check.
+    """Loads the object in a distributed checkpoint's ``.metadata``; the caller must check what it contains.
 
     Raises:
-        UserError: it names a forbidden global, or is not a pickle. OSError as it comes.
+        UserError: the pickle names a forbidden global, or the file is not a pickle.
+        OSError: the file cannot be read.
     """
     with open(path, "rb") as file:
         try:
@@ -89,10 +91,11 @@ def load_metadata(path: Path) -> Any:
 
 
 def load_torch_object(path: Path) -> Any:
-    """What ``torch.save`` wrote, if it is tensors, numbers, text and collections of them (and numpy arrays).
+    """Loads what ``torch.save`` wrote: tensors, numbers, text, collections of them, and numpy arrays.
 
     Raises:
-        UserError: it names a forbidden global, or is not such a file. OSError as it comes.
+        UserError: the file names a forbidden global, or is not a file of ``torch.save``.
+        OSError: the file cannot be read.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -103,10 +106,10 @@ def load_torch_object(path: Path) -> Any:
 
 
 def check_torch_object(file: Any, *, where: str) -> None:
-    """Refuses what ``weights_only`` would refuse, without loading tensors; ``file`` is seekable.
+    """Refuses what ``weights_only`` would refuse, without loading tensors; ``file`` must be seekable.
 
     Raises:
-        UserError: beginning with ``where``.
+        UserError: the object is refused or damaged; the message begins with ``where``.
     """
     try:
         forbidden = get_unsafe_globals_in_checkpoint(file)
@@ -122,5 +125,5 @@ def _refusal(where: Path | str, name: str) -> str:
 
 def _first_line(error: BaseException) -> str:
     text = str(error).strip()
-    # PyTorch explains at length how to load such a file nevertheless.
+    # Keep the first line only, because PyTorch goes on to explain at length how to load such a file nevertheless.
     return text.splitlines()[0][:200] if text else type(error).__name__

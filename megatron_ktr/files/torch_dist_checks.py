@@ -1,7 +1,7 @@
-"""What a distributed checkpoint must be before megatron-core or PyTorch read it.
+"""Checks a distributed checkpoint before megatron-core or PyTorch read it.
 
-Both unpickle ``.metadata``, and whatever ``.metadata`` calls bytes, without asking what is in it. So nothing of such a
-directory reaches them that has not passed here: ``read_metadata`` and ``check_chunks`` for whoever reads chunks himself
+Both unpickle ``.metadata``, and everything that ``.metadata`` calls bytes, without any check. So the directory must
+pass these checks first: ``read_metadata`` and ``check_chunks`` before our own code reads chunks
 (``files/torch_dist_files.py``), ``require_tensors`` before megatron-core loads.
 """
 
@@ -28,10 +28,11 @@ COMMON_FILE, METADATA_FILE = "common.pt", ".metadata"
 
 
 def read_metadata(directory: Path) -> Metadata:
-    """What ``.metadata`` says of every tensor and where its chunks lie, without running what the file may contain.
+    """Reads ``.metadata``, which describes every tensor and the places of its chunks, without running code in it.
 
     Raises:
-        UserError: it names a forbidden global, or is not such a description. OSError as it comes.
+        UserError: the file names a forbidden global, or does not describe a checkpoint.
+        OSError: the file cannot be read.
     """
     path = directory / METADATA_FILE
     metadata = load_metadata(path)
@@ -45,7 +46,7 @@ def read_metadata(directory: Path) -> Metadata:
 
 
 def _is_sound(metadata: Any) -> bool:
-    """Types only, and that chunks lie in files of this directory: readers follow these names without looking."""
+    """Whether all types are right and all chunks lie in files of this directory; readers open these names unchecked."""
     entries, places = metadata.state_dict_metadata, metadata.storage_data
     return (
         isinstance(metadata, Metadata)
@@ -77,16 +78,17 @@ def _is_sound_place(place: Any) -> bool:
 
 
 def check_chunks(directory: Path, *, files: Collection[str] | None = None) -> None:
-    """Refuses stored objects that PyTorch would have to unpickle freely, in all ``*.distcp`` files or in ``files``.
+    """Refuses tensors whose pickle may run code, in all ``*.distcp`` files or in ``files``.
 
     Raises:
-        UserError: naming file and tensor. OSError as it comes.
+        UserError: a chunk is refused or damaged; the message names file and tensor.
+        OSError: a file cannot be read.
     """
     metadata = read_metadata(directory)
     by_file: dict[str, list[tuple[MetadataIndex, _StorageInfo]]] = {}
     for index, place in metadata.storage_data.items():
         is_tensor = isinstance(metadata.state_dict_metadata.get(index.fqn), TensorStorageMetadata)
-        # Byte objects are left alone: ``require_tensors`` keeps anybody from asking for one.
+        # Objects stored as bytes are not checked, because ``require_tensors`` makes sure that nobody reads one.
         if is_tensor and (files is None or place.relative_path in files):
             by_file.setdefault(place.relative_path, []).append((index, place))
     for name, chunks in by_file.items():
@@ -97,18 +99,19 @@ def check_chunks(directory: Path, *, files: Collection[str] | None = None) -> No
 
 
 def require_tensors(directory: Path, keys: Collection[str]) -> None:
-    """Before megatron-core loads ``keys``: what it would read of them are tensors, and ``common.pt`` is plain data.
+    """Checks, before megatron-core loads ``keys``, that all of them are tensors and that ``common.pt`` is plain data.
 
-    PyTorch unpickles whatever ``.metadata`` calls bytes, also where a tensor was asked for.
+    PyTorch unpickles everything that ``.metadata`` calls bytes, even if a tensor was asked for.
 
     Raises:
-        UserError: a key that is missing or holds bytes; a forbidden global. OSError as it comes.
+        UserError: a key is missing or holds bytes, or a file names a forbidden global.
+        OSError: a file cannot be read.
     """
     stored = read_metadata(directory).state_dict_metadata
     if missing := sorted(key for key in keys if key not in stored):
         raise UserError(f"{directory}: {len(missing)} tensors missing: {', '.join(missing[:4])}")
     if wrong := sorted(key for key in keys if not isinstance(stored[key], TensorStorageMetadata)):
         raise UserError(f"{directory / METADATA_FILE}: refused: {wrong[0]} holds pickled bytes, expected a tensor")
-    # Version 0.19 of megatron-core writes none.
+    # megatron-core 0.19 does not write ``common.pt``.
     if (directory / COMMON_FILE).exists() and not isinstance(load_torch_object(directory / COMMON_FILE), dict):
         raise UserError(f"{directory / COMMON_FILE}: damaged: expected a dictionary")

@@ -1,12 +1,12 @@
-"""megatron-core's distributed checkpoint directories, read and written tensor by tensor without a process group.
+"""Reads and writes megatron-core's distributed checkpoints tensor by tensor, without a process group.
 
 A ``torch_dist`` directory is a PyTorch distributed checkpoint (``.metadata``: shapes and the place of every chunk;
-``*.distcp``: chunks, each a ``torch.save``) with two files of megatron-core beside it (``metadata.json``: the format,
-``common.pt``: what is not a tensor). Which ranks wrote the chunks does not matter for reading.
+``*.distcp``: chunks, each written by ``torch.save``) plus two files of megatron-core (``metadata.json``: the format,
+``common.pt``: everything that is not a tensor). Any rank may have written a chunk; that does not matter for reading.
 
-PyTorch's own ``FileSystemWriter`` resolves data lazily but keeps every tensor of a file until the file is closed
-(torch 2.13), and its loader fills whole tensors, of which one may be all layers stacked. Hence this file: chunks
-out as they come, any region in.
+PyTorch's own code needs too much memory. Its ``FileSystemWriter`` resolves data lazily, but keeps every tensor of a
+file until the file is closed (torch 2.13). Its loader fills whole tensors, and one tensor may be all layers stacked.
+The writer in this file writes each chunk as it comes, and the reader can read any region of a tensor.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class TorchDistWriter:
     """Appends chunks to ``__0_N.distcp`` files; ``finish`` makes the directory a checkpoint.
 
     Args:
-        directory: exists and is empty.
+        directory: an existing, empty directory.
         max_file_bytes: a new file starts when the current one has reached this size.
     """
 
@@ -68,12 +68,12 @@ class TorchDistWriter:
         self._open_file: Any = None
         self._num_files = 0
         self.digests: dict[str, Digest] = {}
-        """Of every file, by name, after ``finish``."""
+        """The digest of every file, by name; complete after ``finish``."""
 
     def write(self, key: str, tensor: Tensor, *, offset: Shape, global_shape: Shape) -> None:
         """Stores ``tensor`` as the chunk of tensor ``key`` that starts at ``offset``.
 
-        ``offset`` and ``global_shape`` may have more (leading) axes than the tensor: one layer of a stack.
+        ``offset`` and ``global_shape`` may have more leading axes than the tensor, which is then one layer of a stack.
         """
         file = self._current_file()
         start = file.tell()
@@ -95,7 +95,7 @@ class TorchDistWriter:
         metadata = Metadata(dict(self._tensors), storage_data=self._places, storage_meta=StorageMeta(), version="1.0.0")
         self._write_whole(METADATA_FILE, pickle.dumps(metadata))
         self._write_whole(COMMON_FILE, torch_saved({}))
-        # Last: megatron-core takes a directory with this file for a complete checkpoint.
+        # Write this file last, because megatron-core regards a directory that has it as a complete checkpoint.
         self._write_whole(FORMAT_FILE, json.dumps(FORMAT).encode())
 
     def close(self) -> None:
@@ -123,18 +123,21 @@ class TorchDistWriter:
 
 
 def torch_saved(value: Any) -> bytes:
-    """What ``torch.save`` would write; by way of memory, because writing to a file it makes of a full disk a
-    RuntimeError."""
+    """The bytes that ``torch.save`` writes.
+
+    They are written to memory first, because ``torch.save`` to a file turns the error of a full disk into a
+    RuntimeError.
+    """
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()
 
 
 def save_tensor(tensor: Tensor, file: Any) -> None:
-    """``torch.save`` that lets an ``OSError`` through: its zip writer turns a full disk into a RuntimeError."""
-    guarded: Any = _GuardedFile(file)  # of a file it has what torch's zip writer calls
+    """``torch.save`` that raises ``OSError`` for a full disk, which torch's zip writer turns into a RuntimeError."""
+    guarded: Any = _GuardedFile(file)  # it has the methods of a file that torch's zip writer calls
     try:
-        # A view of a larger tensor would be saved with all of it.
+        # ``torch.save`` of a view would save all of the larger tensor, so copy a view first.
         torch.save(tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone(), guarded)
     except Exception:
         if guarded.error is not None:
@@ -162,19 +165,20 @@ class _GuardedFile:
 
 @dataclass(frozen=True)
 class Region:
-    """A part of a stored tensor, and what it is read into."""
+    """A part of a stored tensor, and the tensor into which it is read."""
 
     key: str
     offset: Shape
     target: Tensor
-    """As many axes as the stored tensor; any dtype and device."""
+    """It has as many axes as the stored tensor, and any dtype and device."""
 
 
 class TorchDistReader:
     """Random access to the tensors of a distributed checkpoint, whatever layout wrote it.
 
     Raises:
-        UserError: not a distributed checkpoint (names checkpoints inside it, if any), or damaged.
+        UserError: the directory is not a distributed checkpoint (the message names checkpoints inside it, if any), or
+            it is damaged.
     """
 
     def __init__(self, directory: Path | str) -> None:
@@ -191,10 +195,10 @@ class TorchDistReader:
         }
 
     def read(self, key: str, *, offset: Shape, shape: Shape) -> Tensor:
-        """The region of tensor ``key`` from ``offset``.
+        """Reads the region of tensor ``key`` that has this ``shape`` and starts at ``offset``.
 
-        A region that is one stored chunk is all that is in memory; one put together from several has one chunk at a
-        time beside it.
+        If the region is exactly one stored chunk, only that chunk is in memory. If it is assembled from several chunks,
+        the region and one chunk at a time are in memory.
         """
         region = ChunkStorageMetadata(offsets=torch.Size(offset), sizes=torch.Size(shape))
         items = create_read_items_for_chunk_list(key, self.tensors[key], [region])
@@ -205,12 +209,12 @@ class TorchDistReader:
             place = self._metadata.storage_data[items[0].storage_index]
             if region in self.tensors[key].chunks and not place.transform_descriptors:
                 return self._read_chunk(place)
-            target: Any = _RegionTarget(shape, self.tensors[key].properties.dtype)  # of a planner it has what is called
+            target: Any = _RegionTarget(shape, self.tensors[key].properties.dtype)  # stands in for a load planner
             self._reader.read_data(LoadPlan(items), target)
             return target.tensor
 
     def fill(self, regions: Sequence[Region]) -> None:
-        """Reads into all regions; each stored chunk is read once, and one chunk at a time is in memory beside them."""
+        """Reads all regions; each stored chunk is read once, and only one chunk at a time is in memory besides them."""
         by_key: dict[str, list[Region]] = {}
         for region in regions:
             by_key.setdefault(region.key, []).append(region)
@@ -252,7 +256,7 @@ class TorchDistReader:
 
 
 class _RegionTarget:
-    """The part of a load planner that ``FileSystemReader.read_data`` talks to."""
+    """The part of a load planner's interface that ``FileSystemReader.read_data`` uses."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype) -> None:
         self.tensor = torch.empty(shape, dtype=dtype)
@@ -261,11 +265,11 @@ class _RegionTarget:
         return _narrowed(self.tensor, item.dest_offsets, item.lengths)
 
     def commit_tensor(self, item: ReadItem, tensor: Tensor) -> None:
-        """Copied in place already."""
+        """Does nothing, because the data has already been copied into place."""
 
 
 def _number_of(index: MetadataIndex) -> int:
-    """The place of a chunk in its tensor's list, which torch allows an index to leave out and ours never do."""
+    """The place of a chunk in its tensor's list of chunks; torch lets an index leave it out, but ours never do."""
     assert index.index is not None, index
     return index.index
 

@@ -1,21 +1,22 @@
-"""Context parallelism, planned: which rows of a packed sequence each of c ranks keeps, and what they attend.
+"""Plans context parallelism: which rows of a packed sequence each of c ranks keeps, and which keys they attend.
 
-Every rank keeps query rows, and gets the keys and values of all rows before it attends (``ops/key_exchange.py``):
+Every rank keeps some of the query rows. Before attention it gathers the keys and values of all rows
+(``ops/key_exchange.py``). The rows are distributed as follows:
 
-    prompt of a group   cut into 2c chunks; rank r keeps chunks r and 2c - 1 - r ("zig-zag": causal attention grows
-                        along the prompt, and the two chunks of every rank add up to the same work)
-    responses           whole, the longest first, each to the rank with the fewest response rows so far
+    prompt of a group   cut into 2c chunks; rank r keeps chunks r and 2c - 1 - r ("zig-zag": the work of causal
+                        attention grows along the prompt, and the two chunks of every rank add up to the same work)
+    responses           never cut; the longest first, each goes to the rank with the fewest response rows so far
 
-Pure planning, no communication: every rank works out everybody's share. What holds (the tests assert it):
+This file only plans and does not communicate: every rank computes the shares of all ranks. The tests assert that
 
-1. every row that is not padding lies on exactly one rank; the layout's own padding lies on none;
-2. all ranks keep the same number of rows ``num_rows``, a multiple of ``multiple`` (sequence parallelism, FP8), by the
-   fewest padding rows; padding attends nothing and nobody attends it;
+1. every row that is not padding lies on exactly one rank, and the layout's own padding lies on none;
+2. all ranks keep the same number of rows ``num_rows``, a multiple of ``multiple`` (for sequence parallelism and FP8),
+   with as few padding rows as possible; padding rows attend nothing, and no row attends them;
 3. a rank's segments, in its own row order, attend exactly the keys that those rows attend in the whole layout;
 4. a prompt's last row, which predicts the first token of every response, lies on rank 0;
-5. which rank predicts response token r depends on the responses' lengths alone: the same in every view of a
-   micro-batch, so that hidden rows of two views can be compared without moving them. (A response's work, rows *
-   (model + prompt length + rows / 2), is nearly proportional to its rows anyway.)
+5. the rank that predicts response token r depends only on the responses' lengths. It is therefore the same in every
+   view of a micro-batch, and hidden rows of two views can be compared without moving them. (Balancing rows also nearly
+   balances work: a response's work, rows * (model + prompt length + rows / 2), is nearly proportional to its rows.)
 """
 
 from __future__ import annotations
@@ -34,24 +35,29 @@ from megatron_ktr.types import PackedBatch, PackedLayout
 
 @dataclass(frozen=True)
 class ContextShard:
-    """One rank's share of a layout. Example: prompt 5, responses 1 and 2, two ranks: the prompt's chunks are rows
-    0 | 1 | 2 | 3 4; rank 0 keeps rows 0, 3, 4 and response 1 (row 5), rank 1 rows 1, 2 and response 2 (rows 6, 7)."""
+    """One rank's share of a layout.
+
+    Example: a prompt of 5 rows, responses of 1 and 2 rows, two ranks. The prompt's chunks are rows 0 | 1 | 2 | 3 4.
+    Rank 0 keeps rows 0, 3, 4 and response 1 (row 5); rank 1 keeps rows 1, 2 and response 2 (rows 6, 7).
+    """
 
     size: int
     rank: int
     num_rows: int
-    """Rows of every rank, padding included."""
+    """The number of rows on every rank, padding included."""
     rows: Tensor
-    """int64: the row of the packed sequence behind each of this rank's rows, padding left out."""
+    """int64: for each of this rank's rows except padding, its row in the packed sequence."""
     place: Tensor
-    """int64 [rows of the layout without padding]: where that row lies when the ranks' ``num_rows`` are put one behind
-    the other: ``owner * num_rows + local row``."""
+    """int64 [rows of the layout without padding]: each row's place when the rows of all ranks are concatenated, which
+    is ``owner * num_rows + local row``."""
     plan: AttentionPlan
-    """Local query rows against the keys of the whole layout, in its row order, without padding."""
+    """How this rank's query rows attend the keys of the whole layout, which are in the layout's order, unpadded."""
 
     def take(self, batch: PackedBatch) -> LocalRows:
-        """This rank's rows of ``batch``, on its device. Which ones is found on the host: their number would have to be
-        read from a device."""
+        """This rank's rows of ``batch``, on the batch's device.
+
+        The host selects them, because on the device their number would have to be read back.
+        """
         device, host = batch.token_ids_T.device, batch.on_host
         rows = send(self.rows, device)
         num_padding = self.num_rows - len(rows)
@@ -76,27 +82,27 @@ class ContextShard:
 
 @dataclass(frozen=True)
 class LocalRows:
-    """What the model reads of a batch on one context rank; T and R count this rank's rows."""
+    """The part of a batch that the model reads on one context rank; T and R count this rank's rows."""
 
     token_ids_T: Tensor
     position_ids_3T: Tensor
     visual_rows: Tensor
-    """int64: local rows that receive vision features ..."""
+    """int64: the local rows that receive vision features."""
     visual_index: Tensor | None
-    """int64: ... and which of the batch's features; None: all."""
+    """int64: for each of ``visual_rows``, the index of its feature in the batch's features; None: all, in order."""
     predicting_rows_R: Tensor
-    """int64: local rows that predict response tokens, in the order of the batch's response tokens."""
+    """int64: the local rows that predict response tokens, in the order of the batch's response tokens."""
 
     @classmethod
     def whole(cls, batch: PackedBatch) -> LocalRows:
-        """Without context parallelism: all of them."""
+        """All rows of the batch, for a model without context parallelism."""
         rows = (batch.token_ids_T, batch.position_ids_3T, batch.visual_rows)
         return cls(*rows, visual_index=None, predicting_rows_R=batch.predicting_rows_R)
 
 
 @lru_cache(maxsize=16)
 def shard_layout(layout: PackedLayout, *, size: int, rank: int, multiple: int = 1) -> ContextShard:
-    """The share of context rank ``rank`` of ``size``; ``num_rows`` becomes a multiple of ``multiple``."""
+    """The share of rank ``rank`` of ``size`` context ranks; ``num_rows`` becomes a multiple of ``multiple``."""
     if not 0 <= rank < size or multiple < 1:
         raise ValueError(f"expected 0 <= rank < size and multiple >= 1, got {rank=}, {size=}, {multiple=}")
     owner_of = _assign_responses([length for group in layout.groups for length in group.response_lengths], size=size)
@@ -112,8 +118,10 @@ def shard_layout(layout: PackedLayout, *, size: int, rank: int, multiple: int = 
 
 
 def _assign_responses(lengths: Sequence[int], *, size: int) -> list[int]:
-    """The rank of each response: longest first, to the rank with the fewest rows so far (ties: the last such rank,
-    because rank 0 has the prompts' last rows to predict from as well)."""
+    """The rank of each response: longest first, each goes to the rank with the fewest rows so far.
+
+    Of several such ranks it is the last one, because rank 0 also predicts from the prompts' last rows.
+    """
     loads = [0] * size
     owner_of = [0] * len(lengths)
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -154,5 +162,5 @@ def _rows(segments: Sequence[Segment]) -> Tensor:
 
 
 def _padded(values: Tensor, num_padding: int) -> Tensor:
-    """Zeros behind the last axis: token 0 at position 0, computed and never read."""
+    """Appends zeros along the last axis: padding is token 0 at position 0, which is computed and never read."""
     return torch.nn.functional.pad(values, (0, num_padding))

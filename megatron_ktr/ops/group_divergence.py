@@ -5,20 +5,20 @@ At position t of a group of G responses, with l_i the log-softmax that predicts 
 
     m = mean_i l_i      d_i = clamp(m - l_i, -11, 11)      D_t = (1/G) sum_i sum_v (exp(d_i) - d_i - 1)
 
-``l_i`` needs log Z of every row before the first term. The intact pass (``token_statistics``) has it and every rank of
-the vocabulary's group knows it, so one more pass over the shard is enough, and one more collective: tiles of positions
-x G x columns, the logits again, the sum over responses and columns, ONE all-reduce of a float a position. A tile holds
-all G responses of its positions, because the mean over responses sits inside the exponent. Neither logits nor hidden
-states move.
+``l_i`` needs log Z of every row before the first term can be computed. ``token_statistics`` has already computed it, on
+every rank that shares the vocabulary. So one more pass over the shard and one more collective are enough: the pass
+recomputes the logits in tiles of positions x G x columns and sums over responses and columns; then ONE all-reduce sums
+one float per position. A tile holds all G responses of its positions, because the mean over responses is inside the
+exponent. Neither logits nor hidden states are communicated.
 
-D_t becomes a token weight. By default it is a constant. ``with_gradient`` differentiates it, as TW-GRPO's release does:
-with g the incoming gradient of D_t, h_i = exp(d_i) - 1 where the clamp does not act, else 0, and z the logits,
+D_t becomes a token weight, which is a constant by default. ``with_gradient`` differentiates it, as TW-GRPO's release
+does. With g the incoming gradient of D_t, h_i = exp(d_i) - 1 where the clamp is not active, else 0, and z the logits,
 
     d l_j = (g/G) (mean_i h_i - h_j)      d z_j = d l_j - p_j sum_v d l_j      sum_v d l_j = (g/G) (mean_i H_i - H_j)
 
-Forward then adds H_i = sum_v h_i up beside D_t, G floats more a position in the same all-reduce, so that backward is
-one more pass over the shard (logits again, two products) and sends nothing but the hidden gradient. Positions without
-an incoming gradient are dropped before the first product.
+With gradient, forward also sums H_i = sum_v h_i, which adds G floats per position to the same all-reduce. Backward is
+then one more pass over the shard (it recomputes the logits and has two more products), and it communicates only the
+gradient of the hidden rows. Positions without an incoming gradient are dropped before the first product.
 """
 
 from __future__ import annotations
@@ -50,27 +50,27 @@ def group_divergence(
     with_gradient: bool = False,
     has_gradient_R: Tensor | None = None,
 ) -> Tensor:
-    """D_t of the module's header for every response token: fp32 [R] (fp64 for fp64 inputs), nats.
+    """Computes D_t (see the module) for every response token: fp32 [R] (fp64 for fp64 inputs), in nats.
 
-    Tokens at the same position of one group share the same number. ``group_divergence_reference`` is the same formula
+    Tokens at the same position of one group have the same value. ``group_divergence_reference`` is the same formula
     with full logits and ordinary autograd.
 
     Args:
-        hidden_RD: [R, D], the rows that predict the response tokens, group-major, then response, then position.
+        hidden_RD: [R, D], the rows that predict the response tokens, ordered by group, then response, then position.
         weight_VD: this rank's shard of the output weight, as for ``linear_token_statistics``.
-        log_normalizer_R: ``TokenStatistics.log_normalizer_R`` of the same rows, weight and temperature; the gradient
-            through it is part of ``hidden_RD``'s and ``weight_VD``'s.
-        layout: whose response tokens the rows predict.
-        head: as for ``linear_token_statistics``; its group is the vocabulary's, not the group of responses.
-        with_gradient: differentiable with respect to ``hidden_RD`` and ``weight_VD``.
-        has_gradient_R: bool [R], the rows that pass gradients on, to ``hidden_RD`` and to ``weight_VD``; None = all.
-            Under context parallelism each rank names its own, so that the ranks' gradients are parts of one sum.
+        log_normalizer_R: ``TokenStatistics.log_normalizer_R`` of the same rows, weight and temperature. The gradients
+            of ``hidden_RD`` and ``weight_VD`` include the gradient through it.
+        layout: the packed sequence whose response tokens the rows predict.
+        head: as for ``linear_token_statistics``; its process group shares the vocabulary, not the responses.
+        with_gradient: make the result differentiable with respect to ``hidden_RD`` and ``weight_VD``.
+        has_gradient_R: bool [R], the rows that propagate gradients, to ``hidden_RD`` and ``weight_VD``; None: all.
+            Under context parallelism each rank names its own rows, so that the ranks' gradients are parts of one sum.
 
-    Collectives: one all-reduce of a float a position forward, 1 + G with gradient; backward at most one of (positions
-    with a gradient) x G x D, also where there are none.
+    Collectives: in forward one all-reduce of one float per position (1 + G with gradient); in backward at most one
+    all-reduce of (positions with a gradient) x G x D, which runs even if there are no such positions.
 
     Raises:
-        ValueError: R that differs from the layout's number of response tokens, or options out of range.
+        ValueError: R differs from the layout's number of response tokens, or options are out of range.
     """
     table = PositionTable.of(layout, device=hidden_RD.device)
     if not hidden_RD.shape[0] == log_normalizer_R.shape[0] == table.num_rows:
@@ -119,7 +119,7 @@ class _GroupDivergence(torch.autograd.Function):
         hidden_RD, weight_VD, log_normalizer_R, slope_QG = ctx.saved_tensors
         needs_hidden_grad, needs_weight_grad = ctx.needs_input_grad[:2]
         call: _Call = ctx.call
-        active = grad_Q.nonzero().squeeze(1)  # the one host count of a call
+        active = grad_Q.nonzero().squeeze(1)  # the only device synchronisation of a call
         table = call.table.at(active)
         rows = table.row_QG.flatten()
         dtype = accumulation_dtype(hidden_RD)
@@ -133,8 +133,9 @@ class _GroupDivergence(torch.autograd.Function):
         _add_gradients(hidden_RD, weight_VD, log_normalizer_R, table, call.plan, gradient, hidden_grad, destination)
         if hidden_grad is not None:
             if call.group is not None and call.reduce_hidden_grad:
-                dist.all_reduce(hidden_grad, group=call.group)  # also with no position: the others wait
-            # A row stands at one position; ended responses all point at the row that is cut off, with zeros.
+                dist.all_reduce(hidden_grad, group=call.group)  # even without positions, because the other ranks wait
+            # Each row belongs to one position. All ended responses point at the extra last row, which only gets zeros
+            # and is cut off.
             padded_RD = hidden_RD.new_zeros(hidden_RD.shape[0] + 1, hidden_RD.shape[1])
             hidden_grad = padded_RD.index_add_(0, rows, hidden_grad.to(hidden_RD.dtype))[:-1]
         return hidden_grad, weight_grad, None, None
@@ -143,7 +144,7 @@ class _GroupDivergence(torch.autograd.Function):
 def _divergence(
     hidden_RD: Tensor, weight_VD: Tensor, log_normalizer_R: Tensor, call: _Call, *, with_slopes: bool
 ) -> Tensor:
-    """[Q, 1] or, with slopes, [Q, 1 + G]: D, then H of every response, over all shards."""
+    """Computes D over all shards, [Q, 1]; with slopes [Q, 1 + G], D followed by H of every response."""
     num_positions, width = call.table.row_QG.shape
     found = log_normalizer_R.new_zeros(num_positions, 1 + width * with_slopes)
     for tile in divergence_tiles(hidden_RD, weight_VD, log_normalizer_R, call.table, call.plan):
@@ -153,7 +154,7 @@ def _divergence(
             found[tile.here, 1:] += slopes_QGV.sum(dim=2)
             del slopes_QGV
         difference_QGV.clamp_(-CLAMP, CLAMP)
-        # expm1, because d is mostly small and exp(d) - 1 would leave it no digits.
+        # Use expm1, because d is mostly small and exp(d) - 1 would lose its digits.
         terms_QGV = torch.expm1(difference_QGV).sub_(difference_QGV).mul_(tile.is_member_QG1)
         found[tile.here, 0] += terms_QGV.sum(dim=(1, 2)) / tile.num_members_Q1[:, 0]
     if call.group is not None:
@@ -200,8 +201,8 @@ def _add_gradients(
             multiply_into(part, z_grad, tile.weight, scale=plan.scale, accumulate=True)
         if weight_grad is not None:
             destination = weight_grad[tile.columns]
-            # Where the destination is as precise as the sum, the sum is formed there; otherwise beside it, rounded once
-            # when the last positions have been added.
+            # If the destination is as precise as the sum, the sum is formed in it. Otherwise it is formed in a separate
+            # tensor and rounded once, when the last positions have been added.
             if tile.here.start == 0:
                 sum_VD = destination if destination.dtype == dtype else destination.to(dtype)
             multiply_into(sum_VD, z_grad.t(), tile.hidden, scale=plan.scale, accumulate=True)
@@ -217,7 +218,7 @@ def group_divergence_reference(
     vocab_size: int | None = None,
     temperature: float = 1.0,
 ) -> Tensor:
-    """The formula of the module's header with full logits, one position of one group at a time, on one process."""
+    """The module's formula with full logits, one position of one group at a time, on one process."""
     logits_RV = F.linear(hidden_RD, weight_VD[:vocab_size])
     logprobs_RV = F.log_softmax(logits_RV.to(accumulation_dtype(logits_RV)) / temperature, dim=-1)
     divergence_R = logprobs_RV.new_zeros(len(logprobs_RV))

@@ -1,4 +1,4 @@
-"""What ``group_divergence`` streams over: positions, G responses deep, against columns of a vocabulary shard."""
+"""The tiles over which ``group_divergence`` iterates: positions x G responses x columns of a vocabulary shard."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ from megatron_ktr.transfer import send
 from megatron_ktr.types import PackedLayout
 
 CLAMP = 11.0
-"""Bound of d, in nats: where one response is sure and another is not, exp would drown every other token."""
+"""The bound of d, in nats. Without it, a token of which one response is sure and another is not would have an exp(d)
+that drowns the terms of all other tokens."""
 
 
 @dataclass(frozen=True)
 class PositionTable:
-    """Which rows stand at the same position of the same group. Q positions over all groups, G the largest group."""
+    """The rows at the same position of the same group: Q positions over all groups, G the size of the largest group."""
 
     row_QG: Tensor
-    """int64: row of R; ``num_rows`` where the response has ended, or where the group has no such response."""
+    """int64: the row in R; ``num_rows`` if the response has ended, or if the group has fewer responses."""
     is_member_QG: Tensor
-    """bool: the group has such a response (ended or not)."""
+    """bool: whether the group has such a response (ended or not)."""
     position_R: Tensor
-    """int64 [R]: index in Q of each row."""
+    """int64 [R]: each row's index in Q."""
 
     def at(self, positions: Tensor) -> PositionTable:
-        """The table of some positions alone; ``position_R`` stays that of all."""
+        """The table of only these positions; ``position_R`` stays that of the full table."""
         return PositionTable(self.row_QG[positions], self.is_member_QG[positions], self.position_R)
 
     @property
@@ -40,7 +41,7 @@ class PositionTable:
 
     @classmethod
     def of(cls, layout: PackedLayout, *, device: torch.device) -> PositionTable:
-        """Built on the host, from what the host knows, and moved in one copy each."""
+        """Builds the table on the host, from the layout, and sends each tensor to ``device`` in one copy."""
         lengths = [group.response_lengths for group in layout.groups]
         num_rows, width = sum(map(sum, lengths)), max(map(len, lengths), default=0)
         num_positions = sum(max(group, default=0) for group in lengths)
@@ -65,14 +66,14 @@ class DivergenceTile:
 
     columns: slice
     here: slice
-    """Of the positions."""
+    """The positions of this tile."""
     weight: Tensor
     hidden: Tensor
     """[positions * G, D]"""
     logprobs_QGV: Tensor
-    """0 where the group has no such response."""
+    """The log-probabilities; 0 if the group has no such response."""
     difference_QGV: Tensor
-    """Mean over the responses minus the log-prob, not clamped."""
+    """The mean log-probability of the responses minus each log-probability: d before it is clamped."""
     is_member_QG1: Tensor
     num_members_Q1: Tensor
 
@@ -80,11 +81,14 @@ class DivergenceTile:
 def divergence_tiles(
     hidden_RD: Tensor, weight_VD: Tensor, log_normalizer_R: Tensor, table: PositionTable, plan: ShardPlan
 ) -> Iterator[DivergenceTile]:
-    """Columns in the outer loop, positions in the inner one. Callers may overwrite what they are given."""
+    """Yields the tiles, columns in the outer loop and positions in the inner one.
+
+    Callers may overwrite the tensors of a tile.
+    """
     num_positions, width = table.row_QG.shape
     if num_positions == 0:
         return
-    # One row more, which every ended response points at; its logits are replaced before they are read.
+    # Add a row for all ended responses to point at; its logits are replaced before they are read.
     padded_RD = F.pad(hidden_RD, (0, 0, 0, 1))
     padded_log_normalizer_R = F.pad(log_normalizer_R, (0, 1))
     is_member_QG1 = table.is_member_QG[:, :, None]
@@ -118,13 +122,18 @@ def divergence_tiles(
 
 
 def slopes_of(difference_QGV: Tensor, is_member_QG1: Tensor) -> Tensor:
-    """h of ``group_divergence``: the derivative of exp(d) - d - 1 through the clamp, which passes on its bounds."""
+    """h of ``group_divergence``: the derivative of exp(d) - d - 1 through the clamp.
+
+    Exactly on the bounds, the clamp lets the derivative through.
+    """
     is_free = (difference_QGV.abs() <= CLAMP) & is_member_QG1
     return torch.expm1(difference_QGV.clamp(-CLAMP, CLAMP)).mul_(is_free)
 
 
 def _tile_sizes(width: int, plan: ShardPlan, *, hidden_size: int, itemsize: int) -> tuple[int, int]:
-    """(columns, positions) of a tile: four tensors positions x G x columns and the hidden rows fit the budget; at least
-    one position."""
+    """(columns, positions) of a tile; at least one position.
+
+    The budget must hold four tensors of positions x G x columns and the hidden rows.
+    """
     columns = max(min(plan.num_columns, 1024), 1)
     return columns, max(1, TILE_BUDGET_BYTES // (width * (4 * columns + hidden_size) * itemsize))

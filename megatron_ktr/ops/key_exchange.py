@@ -1,15 +1,16 @@
-"""What context-parallel ranks tell each other: keys and values before attention, token statistics after the head.
+"""Collectives of context parallelism: keys and values are exchanged before attention, statistics after the head.
 
 ``KeyExchange``        forward   all-gather of this rank's keys and values, put into the row order of the whole layout
                        backward  reduce-scatter: a row's gradient is the sum over the ranks whose queries attended it
 ``gather_statistics``  forward   all-gather of this rank's R_c numbers of each kind into R, the same on every rank
                        backward  this rank's entries of the incoming gradient, nothing summed
 
-Every rank computes the same loss from the gathered statistics, so the incoming gradient is the whole one on every rank,
-and each sends its own rows' part down its own rows. Parameter gradients are then parts that sum over the context group,
-as they do over the data-parallel group; summing the statistics' gradient as well would count everything c times.
+Every rank computes the same loss from the gathered statistics, so every rank gets the full gradient of them. Each rank
+propagates only its own rows' part of it. The ranks' parameter gradients are then parts of a sum over the context
+group, as they are over the data-parallel group. Summing the statistics' gradient as well would count everything c
+times.
 
-Both run their collectives on every rank, also with no row or no token: the others would wait for it for ever.
+A rank runs these collectives even if it has no row or no token; otherwise the other ranks would wait forever.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from megatron_ktr.transfer import send
 
 
 class KeyExchange:
-    """Keys and values of one packed sequence that lies on the ranks of ``group`` as ``shard`` says.
+    """Exchanges keys and values of one packed sequence whose rows are distributed over ``group`` as ``shard`` says.
 
-    ``exchange(k, v)`` is differentiable and keeps what it gathered for as long as backward needs it; an attention that
-    calls ``gather`` and ``reduce`` itself may keep its own rows instead and gather the rest again.
+    ``exchange(k, v)`` is differentiable; the gathered keys and values stay in memory for as long as backward needs
+    them. To save memory, an attention can call ``gather`` and ``reduce`` itself, keep only this rank's rows and gather
+    the rest again in backward.
     """
 
     def __init__(self, shard: ContextShard, *, group: dist.ProcessGroup) -> None:
@@ -40,15 +42,19 @@ class KeyExchange:
 
     def gather(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """[local rows, K, H] each -> [rows of the whole layout without padding, K, H] each."""
-        local = torch.stack([k, v], dim=1)  # rows first: the gathered tensor is one rank's rows after the other's
+        local = torch.stack([k, v], dim=1)  # rows come first, because the all-gather concatenates the ranks' rows
         gathered = local.new_empty(self._group.size() * local.shape[0], *local.shape[1:])
         dist.all_gather_into_tensor(gathered, local, group=self._group)
-        # Sent by the first layer of a forward, for all layers and backward.
+        # The first layer of a forward sends the index to the device; all other layers and backward reuse it.
         self._place = place = send(self._place, k.device)
         return gathered[:, 0].index_select(0, place), gathered[:, 1].index_select(0, place)
 
     def reduce(self, grad_k: Tensor, grad_v: Tensor, *, num_rows: int) -> tuple[Tensor, Tensor]:
-        """Gradients of all rows from this rank's queries -> of this rank's ``num_rows`` rows from everybody's."""
+        """Sums the gradients of keys and values over the ranks.
+
+        The input is this rank's part of the gradients of all rows, which comes from its own queries. The result is the
+        full gradient, from all ranks' queries, of this rank's ``num_rows`` rows.
+        """
         gathered = grad_k.new_zeros(self._group.size() * num_rows, 2, *grad_k.shape[1:])
         gathered[self._place, 0], gathered[self._place, 1] = grad_k, grad_v
         local = gathered.new_empty(num_rows, *gathered.shape[1:])
@@ -57,17 +63,20 @@ class KeyExchange:
 
 
 def gather_statistics(*values_R: Tensor, owner_R: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, ...]:
-    """This rank's numbers [R_c] of each kind -> everybody's [R], the same on every rank; differentiable (see above).
+    """Gathers this rank's numbers [R_c] of each kind into all ranks' numbers [R]; differentiable (see the module).
 
-    ``owner_R``, in host memory, is the rank of ``group`` that holds each number, equal everywhere; a rank's numbers
-    keep their order. One collective for all kinds. A kind that needs no gradient on one rank needs none on any.
+    ``owner_R``, in host memory and equal on all ranks, is the rank of ``group`` that holds each number. A rank's
+    numbers keep their order. One collective gathers all kinds. A kind must need a gradient on all ranks or on none.
     """
     return _GatherStatistics.apply(owner_R, group, *values_R)
 
 
 @torch.no_grad()
 def gather_rows(rows_RD: Tensor, *, owner_R: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """This rank's rows [R_c, D] -> everybody's [R, D], the same on every rank; no gradient. ``owner_R`` as above."""
+    """Gathers this rank's rows [R_c, D] into all ranks' rows [R, D], without gradient.
+
+    ``owner_R`` is as in ``gather_statistics``.
+    """
     place_R, longest = _places(owner_R, group)
     padded = torch.nn.functional.pad(rows_RD, (0, 0, 0, longest - rows_RD.shape[0])).contiguous()
     gathered = padded.new_empty(group.size() * longest, *rows_RD.shape[1:])
@@ -76,8 +85,11 @@ def gather_rows(rows_RD: Tensor, *, owner_R: Tensor, group: dist.ProcessGroup) -
 
 
 def _places(owner_R: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, int]:
-    """Where each token lies when the ranks' tokens, padded to the longest share, are put one behind the other; and the
-    longest share."""
+    """Returns each token's place in the gathered tensor, and the length of the longest share.
+
+    A share holds the tokens of one rank. The gathered tensor is the concatenation of the ranks' shares, each padded to
+    the length of the longest.
+    """
     mine_of = [(owner_R == rank).nonzero()[:, 0] for rank in range(group.size())]
     longest = max(len(index_R) for index_R in mine_of)
     place_R = torch.empty_like(owner_R)
@@ -107,7 +119,7 @@ class _GatherStatistics(torch.autograd.Function):
         dist.all_gather_into_tensor(gathered, padded, group=group)
         by_kind = gathered.unflatten(0, (group.size(), -1)).transpose(0, 1).flatten(1)
         ctx.mine_R = send((owner_R == group.rank()).nonzero()[:, 0], mine.device)
-        # None, not zeros, for what nobody uses: the head then skips the entropy's gradient.
+        # An unused output then gets the gradient None instead of zeros, and the head skips the entropy's gradient.
         ctx.set_materialize_grads(False)
         outputs = by_kind.index_select(1, send(place_R, mine.device)).unbind()
         outputs = tuple(row.clone() for row in outputs)

@@ -1,16 +1,17 @@
-"""The language model's attention over packed sequences, a prompt stored once with its G responses. None of the
-implementations builds a ``[T, T]`` mask. (The vision encoder's: ``segment_attention.py``.)
+"""The language model's attention over packed sequences, in which a prompt is stored once, before its G responses.
 
-    impl      runs on           how a response sees the prompt
+No implementation builds a ``[T, T]`` mask. (``segment_attention.py`` has the vision encoder's attention.)
+
+    impl      runs on           how a response attends the prompt
     torch     everything        the reference: a loop over segments, each with its own copy of ``[prompt | response]``
-    merged    CPU, CUDA flash   prompt keys read once by all responses, parts merged by log-sum-exp
-                                (``prefix_attention_merged.py``)
+    merged    CPU, CUDA flash   all responses read the prompt's keys once; the parts of the attention are merged by
+                                log-sum-exp (``prefix_attention_merged.py``)
     varlen    CUDA flash        one variable-length call, bottom-right causal, keys and values gathered per response
-    te        CUDA with TE      as varlen, in Transformer Engine's kernels; a module of its own in the model's layers
+    te        CUDA with TE      as varlen, in Transformer Engine's kernels; a separate module (``layer_specs.py``)
 
-Gradients of the prompt's keys and values sum over the G responses, as they do for G separate sequences. Nothing is
-shared between ranks here: heads may be split over tensor-parallel ranks beforehand, query rows over context-parallel
-ranks that hold all keys (``prefix_attention_plan.py`` describes both).
+Gradients of the prompt's keys and values sum over the G responses, as they do for G separate sequences. These functions
+work on one rank and do not communicate, except through ``exchange``. The caller may have split heads over
+tensor-parallel ranks, and query rows over context-parallel ranks (``prefix_attention_plan.py``).
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ def prefix_attention(
 ) -> Tensor:
     """out[i] = sum_j softmax_j(scale * q[i] . k[j]) v[j] over the keys j that ``plan`` lets row i attend.
 
-    With ``AttentionPlan.of_layout``: row i may attend row j <= i iff both lie in the same group and j is in the
-    group's prompt or in i's own response. Equal, forward and backward, to G separate causal sequences
-    ``prompt + response``. Padding rows give zeros.
+    With ``AttentionPlan.of_layout``, row i may attend row j <= i iff both lie in the same group and j is in the
+    group's prompt or in i's own response. Forward and backward are then equal to those of G separate causal sequences
+    ``prompt + response``. The output of padding rows is zero.
 
     Args:
         q_TNH: queries [T, N, H]; T must be ``plan.num_queries``.
@@ -51,15 +52,15 @@ def prefix_attention(
             head n // (N / K)).
         v_JKH: values [J, K, H].
         scale: factor on the scores; ``H ** -0.5`` when None.
-        impl: see the module; "auto" is ``choose_impl``.
-        exchange: with context parallelism. Then k and v are this rank's [T, K, H], the plan's keys those of all ranks,
-            and every rank must call this and its backward.
+        impl: see the module; "auto" means that ``choose_impl`` chooses.
+        exchange: gathers keys and values under context parallelism, else None. With it, k and v are this rank's rows
+            [T, K, H], the plan's keys are those of all ranks, and every rank must call this function and its backward.
 
     Returns:
         [T, N, H] in the dtype of ``q_TNH``.
 
     Raises:
-        ValueError: sizes that do not fit together, an unknown ``impl``, or one that cannot take these tensors.
+        ValueError: sizes do not fit together, ``impl`` is unknown, or ``impl`` cannot process these tensors.
     """
     check_heads(q_TNH, k_JKH, v_JKH)
     expected = (plan.num_queries, plan.num_keys if exchange is None else plan.num_queries)
@@ -82,8 +83,11 @@ def prefix_attention(
 
 
 def attend_nothing(q_TNH: Tensor, k_JKH: Tensor, v_JKH: Tensor) -> Tensor:
-    """Attention where all T rows are padding: zeros like q that stay connected to keys and values. Under context
-    parallelism their gradient takes part in a collective, which a rank without rows must join like the others."""
+    """Attention of T rows that are all padding: zeros like q, still connected to keys and values in the graph.
+
+    Under context parallelism the gradient of keys and values goes through a collective, which a rank without rows must
+    join like the others.
+    """
     return _Nothing.apply(q_TNH, k_JKH, v_JKH)
 
 
@@ -99,9 +103,10 @@ class _Nothing(torch.autograd.Function):
 
 
 def choose_impl(q_TNH: Tensor, impl: PrefixImpl = "auto", *, shares_keys: bool = False) -> PrefixImpl:
-    """``impl`` if it can take ``q_TNH``; "auto": merged on CPU, varlen where CUDA's flash kernel runs, else torch.
+    """Resolves "auto": merged on CPU, varlen if CUDA's flash kernel can process ``q_TNH``, otherwise torch.
 
-    With ``shares_keys`` (context parallelism) merged instead of varlen: it keeps no copy of other ranks' keys.
+    Any other ``impl`` is returned if it can process ``q_TNH``. With ``shares_keys`` (context parallelism), "auto"
+    becomes merged instead of varlen, because merged keeps no copy of other ranks' keys for backward.
     """
     if impl not in PREFIX_IMPLS:
         raise ValueError(f"prefix_attention: impl must be one of {PREFIX_IMPLS}, got {impl!r}")
@@ -120,7 +125,7 @@ def choose_impl(q_TNH: Tensor, impl: PrefixImpl = "auto", *, shares_keys: bool =
 
 
 def loop_attention(q: Tensor, k: Tensor, v: Tensor, *, plan: AttentionPlan, scale: float) -> Tensor:
-    """The reference: one softmax attention per segment, over its own copy of its prefix; padding left out."""
+    """The reference: one softmax attention per segment, over its own copy of its prefix; returns no padding rows."""
     outputs = []
     for segment in plan.segments:
         if not segment.prefix_length:

@@ -1,8 +1,8 @@
-"""The two flash attention kernels the merged form is built from, as torch's own operators: one on CPU, one on CUDA.
+"""The two flash attention kernels from which merged attention is built, one for CPU and one for CUDA.
 
-Both return the log-sum-exp of every row's scores, and both take it in backward, together with the output. That is what
-the merged form needs: backward computes exp(score - lse) and grad_out . out, so a part of an attention that is given
-the *whole* attention's output and log-sum-exp yields exactly its share of the whole gradient.
+Both are operators of torch. Both return the log-sum-exp of every row's scores, and both take it in backward, together
+with the output. That is what merged attention needs: backward computes exp(score - lse) and grad_out . out, so a part
+of an attention that is given the *whole* attention's output and log-sum-exp yields exactly its part of the gradient.
 
     q [L, N, H], k and v [J, K, H], N a multiple of K   ->   out [L, N, H], lse [N, L] in at least fp32
 
@@ -28,11 +28,14 @@ def can_flash_varlen(q: Tensor) -> bool:
 def host_forward(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float, is_causal: bool, count: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """CPU: ``count`` consecutive attentions of equal size over the given rows, as one batch. Any head size, fp64,
-    fp32 and half precision. Causal means aligned at the top left, here with as many keys as rows.
+    """CPU: ``count`` consecutive attentions of equal size over the given rows, as one batch.
 
-    Query heads that share a key head lie along the batch, where the keys have stride 0: no copy. (The operator takes
-    grouped heads too, but then adds up the key gradients of half precision in half precision: three times the error.)
+    It supports any head size, fp64, fp32 and half precision. Causal means aligned at the top left; there must then be
+    as many keys as rows.
+
+    Query heads that share a key head are put along the batch axis, along which the keys have stride 0 and need no copy.
+    (The operator supports grouped heads too, but then it sums key gradients of half precision in half precision, which
+    triples the error.)
     """
     repeats = q.shape[1] // k.shape[1]
     if count > 1 and repeats > 1:
@@ -75,7 +78,7 @@ def host_backward(
         is_causal,
         scale=scale,
     )
-    if repeats > 1:  # count is 1: the batch is the query heads of one key head, summed in fp32
+    if repeats > 1:  # count is 1, so the batch axis holds the query heads of one key head; sum them in fp32
         grad_k, grad_v = (x.sum(0, keepdim=True, dtype=lse.dtype).to(k.dtype) for x in (grad_k, grad_v))
     return _rows(grad_q, repeats), _rows(grad_k, 1), _rows(grad_v, 1)
 
@@ -83,8 +86,10 @@ def host_backward(
 def varlen_forward(
     q: Tensor, k: Tensor, v: Tensor, *, call: VarlenCall, scale: float, is_causal: bool
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """CUDA: every call of ``call`` in one launch; causal means aligned at the bottom right. The last value is what
-    ``varlen_backward`` wants to see again."""
+    """CUDA: all segments of ``call`` in one launch. Causal means aligned at the bottom right.
+
+    The last value returned must be passed on to ``varlen_backward``.
+    """
     out, lse, *state, _ = torch.ops.aten._flash_attention_forward(
         q, k, v, *_bounds(call), 0.0, is_causal, False, scale=scale
     )
@@ -118,7 +123,7 @@ def _each(count: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
 
 
 def _queries(x: Tensor, repeats: int, count: int) -> Tensor:
-    """[count * L, N, H] -> [count * repeats, N / repeats, L, H] without a copy; one of the two factors is 1."""
+    """[count * L, N, H] -> [count * repeats, N / repeats, L, H] without a copy; ``count`` or ``repeats`` is 1."""
     if repeats > 1:
         return x.unflatten(1, (-1, repeats)).permute(2, 1, 0, 3)
     return x.unflatten(0, (count, -1)).transpose(1, 2)
@@ -130,7 +135,7 @@ def _keys(x: Tensor, repeats: int, count: int) -> Tensor:
 
 
 def _rows(x: Tensor, repeats: int) -> Tensor:
-    """The way back from ``_queries``."""
+    """The inverse of ``_queries``."""
     if repeats > 1:
         return x.permute(2, 1, 0, 3).flatten(1, 2)
     return x.transpose(1, 2).flatten(0, 1)

@@ -1,21 +1,23 @@
-"""Shared-prefix attention that reads every prefix once: flash calls whose parts are merged by log-sum-exp.
+"""Shared-prefix attention that reads every prefix once: it merges the results of flash calls by log-sum-exp.
 
-Story, for rows that attend a prefix A (the prompt) and their own rows B, all inside one autograd function:
+For rows that attend a prefix A (the prompt) and their own rows B, one autograd function does the following:
 
 1. *own*: every segment attends itself causally                              -> out_B, lse_B
 2. *prefix*: all responses of a group attend the prompt as one dense block    -> out_A, lse_A
 3. merge:   lse = log(exp(lse_A) + exp(lse_B)),   out = exp(lse_A - lse) out_A + exp(lse_B - lse) out_B
 
-A softmax over the union of two key sets is that weighted sum, exactly. Prompts attend nothing but themselves and end
-after step 1; a context-parallel rank's prompt chunk is a segment whose prefix is the prompt before it.
+The attention over the union of two key sets is exactly that weighted sum. Prompts attend only themselves, so they are
+done after step 1. A prompt chunk of a context-parallel rank is a segment whose prefix is the prompt before it.
 
-Backward runs each call again with the *merged* out and lse in place of its own: the kernels compute
-p = exp(score - lse) and grad_score = p (grad_out . v - grad_out . out), where those two are the whole attention's.
-So each call yields its share of the exact gradient, and the shares add up. Saved: q, k, v, out, and lse in fp32. No
-copy of the prompt's keys per response, no mask. The merge is in fp32; under bf16, out_A and out_B were rounded before.
+Backward runs each call's backward kernel with the *merged* out and lse in place of the call's own. The kernels compute
+p = exp(score - lse) and grad_score = p (grad_out . v - grad_out . out). With out and lse of the whole attention, each
+call yields exactly its part of the gradient, and the parts add up.
 
-With context parallelism k and v are this rank's rows, and what is saved; forward and backward both gather the others'
-(one more all-gather a layer), so that what a rank keeps shrinks with the number of ranks.
+Forward saves q, k, v, out, and lse in fp32. There is no copy of the prompt's keys per response and no mask. The merge
+is in fp32; in bf16, out_A and out_B have already been rounded before it.
+
+With context parallelism k and v are this rank's rows, and only these are saved. Forward and backward both gather the
+other ranks' rows (one more all-gather per layer), so that the memory of a rank shrinks with the number of ranks.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from megatron_ktr.ops.prefix_attention_plan import AttentionPlan
 
 
 def can_merge(q: Tensor) -> bool:
-    """On CPU always; on CUDA where the flash kernel takes the tensors."""
+    """Whether this implementation can run: always on CPU; on CUDA if the flash kernel accepts ``q``."""
     return can_flash_varlen(q) if q.is_cuda else True
 
 
@@ -54,14 +56,14 @@ def _all_keys(ctx: Any, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _gradients(ctx: Any, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, *, num_rows: int) -> tuple[Tensor | None, ...]:
-    """What backward returns, the keys' gradients brought back to their ranks."""
+    """The return values of backward; under context parallelism the keys' gradients go back to the keys' ranks."""
     if ctx.exchange is not None:
         grad_k, grad_v = ctx.exchange.reduce(grad_k, grad_v, num_rows=num_rows)
     return grad_q, grad_k, grad_v, None, None, None
 
 
 class _HostMerged(torch.autograd.Function):
-    """One kernel call per run of equal segments and per prefix block: slices, no gather."""
+    """For CPU: one kernel call per run of equal segments and per prefix block, on slices, without a gather."""
 
     @staticmethod
     def forward(
@@ -86,7 +88,7 @@ class _HostMerged(torch.autograd.Function):
         k, v = _all_keys(ctx, *mine)
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for rows, keys, count in _own_calls(ctx.plan):
-            # Own keys belong to one segment: assigned, not added.
+            # Own keys belong to exactly one segment, so their gradients are assigned rather than added.
             grad_q[rows], grad_k[keys], grad_v[keys] = host_backward(
                 grad_out[rows], q[rows], k[keys], v[keys], (out[rows], lse[:, rows]),
                 scale=ctx.scale, is_causal=True, count=count,
@@ -111,7 +113,7 @@ def _own_calls(plan: AttentionPlan) -> list[tuple[slice, slice, int]]:
 
 
 class _DeviceMerged(torch.autograd.Function):
-    """Two launches whatever the number of segments: all own parts, and all prefix blocks."""
+    """For CUDA: two kernel launches for any number of segments, one for all own parts and one for all prefix blocks."""
 
     @staticmethod
     def forward(
@@ -165,7 +167,7 @@ def _taken(x: Tensor, rows: Tensor | None) -> Tensor:
 
 
 def _merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over two key sets from the attentions over each: out [L, N, H], lse [N, L]."""
+    """Merges the attentions over two key sets into the attention over their union: out [L, N, H], lse [N, L]."""
     lse = torch.logaddexp(lse_a, lse_b)
     weight_a, weight_b = ((part - lse).exp().T[..., None] for part in (lse_a, lse_b))
     out = out_a.to(lse.dtype).mul_(weight_a) if out_a.dtype != lse.dtype else out_a * weight_a

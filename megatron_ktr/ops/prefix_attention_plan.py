@@ -1,6 +1,7 @@
-"""Which rows attend which: packed attention as a list of segments, on one rank or on one of several context ranks.
+"""Describes which rows attend which, as a list of segments, on a single rank or on one of several context ranks.
 
-A segment is a run of query rows that sees a prefix of keys as a whole and its own keys causally:
+A segment is a run of consecutive query rows. Each of them attends all keys of a prefix, and the segment's own keys
+causally:
 
     row i of a segment attends  keys[prefix_start : prefix_start + prefix_length]  and  keys[own_start : own_start + i]
 
@@ -9,11 +10,12 @@ A segment is a run of query rows that sees a prefix of keys as a whole and its o
     rows a .. b of a prompt                 prompt rows 0 .. a     prompt rows a .. b
     a response                              the whole prompt       the response
 
-So one process and a context-parallel rank that holds some of the query rows and all keys differ in the list alone.
+A context-parallel rank holds some of the query rows and all keys. Its plan differs from that of a single rank only in
+the list of segments.
 
-Invariants (the tests assert them): segments tile the query rows from 0 on, in order, without gaps; none is empty;
-padding rows follow them and attend nothing: their output is zero, and nobody attends them. ``prefix_blocks`` joins
-neighbouring segments with the same prefix: all responses of a group read the prompt's keys as one dense block.
+Invariants (the tests assert them): segments cover the query rows from 0 on, in order, without gaps, and none is empty.
+Padding rows follow them; they attend nothing, their output is zero, and no row attends them. ``prefix_blocks`` joins
+neighbouring segments with the same prefix, so that all responses of a group read the prompt's keys as one dense block.
 """
 
 from __future__ import annotations
@@ -32,12 +34,12 @@ from megatron_ktr.types import PackedLayout
 
 Placed = TypeVar("Placed", "VarlenCall", RowCopies)
 SEQLEN_BUCKET = 128
-"""Maximum lengths are rounded up to this: fused kernels cache a plan per maximum length."""
+"""Maximum lengths are rounded up to a multiple of this, because fused kernels cache a plan per maximum length."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """``length`` query rows from ``start`` on, and what they attend (see the module)."""
+    """``length`` query rows from ``start`` on, and the keys that they attend (see the module)."""
 
     start: int
     length: int
@@ -70,9 +72,10 @@ class AttentionPlan:
     @classmethod
     @lru_cache(maxsize=16)
     def of_layout(cls, layout: PackedLayout) -> AttentionPlan:
-        """All rows on one rank: the plain meaning of ``PackedLayout``. Key rows are the layout's rows.
+        """The plan of a rank that holds all rows of ``layout``; key rows are the layout's rows.
 
-        The last plans are kept: several passes of a step show one layout, and its indices are on the device then.
+        The latest plans are cached. Several passes of a step use the same layout, and its indices are then already on
+        the device.
         """
         segments = []
         for group in layout.groups:
@@ -86,7 +89,7 @@ class AttentionPlan:
 
     @property
     def num_attending(self) -> int:
-        """Query rows that are not padding."""
+        """The number of query rows that are not padding."""
         return self.segments[-1].rows.stop if self.segments else 0
 
     @property
@@ -95,7 +98,7 @@ class AttentionPlan:
 
     @cached_property
     def prefix_blocks(self) -> tuple[tuple[slice, slice], ...]:
-        """(query rows, key rows) of every prefix that is not empty, each dense: no mask inside."""
+        """(query rows, key rows) of every prefix that is not empty; each block is dense and needs no mask."""
         blocks: list[tuple[slice, slice]] = []
         for segment in self.segments:
             if not segment.prefix_length:
@@ -108,7 +111,7 @@ class AttentionPlan:
 
     @cached_property
     def own_runs(self) -> tuple[tuple[Segment, int], ...]:
-        """Neighbouring segments of one length whose own keys are neighbours too: (the first, how many)."""
+        """Runs of neighbouring segments of equal length whose own keys are neighbours too: (first, count)."""
         runs: list[tuple[Segment, int]] = []
         for segment in self.segments:
             if runs:
@@ -124,30 +127,40 @@ class AttentionPlan:
             runs.append((segment, 1))
         return tuple(runs)
 
-    # The same attention as variable-length calls, whose keys must lie back to back, as indices on a device. Built and
-    # moved on first use: all layers of a forward share them. Example: prompt 2, responses 1 and 2.
+    # The methods below describe the same attention as variable-length calls, in the form of indices on a device. The
+    # keys of such a call must lie back to back. The indices are built and moved on first use, and all layers of a
+    # forward share them. The examples are for a prompt of 2 rows and responses of 1 and 2 rows.
 
     def whole_call(self, device: torch.device) -> VarlenCall:
-        """One bottom-right causal call, every segment with its own copy of its prefix (``whole_copies``):
-        ``cu_seqlens_q == [0, 2, 3, 5]``, ``cu_seqlens_kv == [0, 2, 5, 9]``."""
+        """One bottom-right causal call, in which every segment has its own copy of its prefix (``whole_copies``).
+
+        Example: ``cu_seqlens_q == [0, 2, 3, 5]``, ``cu_seqlens_kv == [0, 2, 5, 9]``.
+        """
         return self._placed("whole", device, self._plan_whole)
 
     def whole_copies(self, device: torch.device) -> RowCopies:
-        """The key rows of ``whole_call``, ``[0, 1, 0, 1, 2, 0, 1, 3, 4]``, and how to sum the gradients of a row's
-        copies."""
+        """The key rows of ``whole_call``, and how to sum the gradients of a row's copies.
+
+        Example: the rows are ``[0, 1, 0, 1, 2, 0, 1, 3, 4]``.
+        """
         return self._placed("whole copies", device, self._plan_whole_copies)
 
     def own_call(self, device: torch.device) -> VarlenCall:
-        """Every segment on its own keys, causal: ``cu_seqlens_q == cu_seqlens_kv == [0, 2, 3, 5]``."""
+        """One causal call, in which every segment attends its own keys only.
+
+        Example: ``cu_seqlens_q == cu_seqlens_kv == [0, 2, 3, 5]``.
+        """
         return self._placed("own", device, self._plan_own)
 
     def prefix_call(self, device: torch.device) -> VarlenCall | None:
-        """The prefix blocks, dense, every prefix once: ``q_rows == [2, 3, 4]``, ``kv_rows == [0, 1]``. None: no
-        segment has a prefix."""
+        """One dense call of the prefix blocks, which holds every prefix once; None if no segment has a prefix.
+
+        Example: ``q_rows == [2, 3, 4]``, ``kv_rows == [0, 1]``.
+        """
         return self._placed("prefix", device, self._plan_prefix) if self.prefix_blocks else None
 
     def own_and_prefix_copies(self, device: torch.device) -> RowCopies:
-        """The key rows of ``own_call``, then those of ``prefix_call``."""
+        """The key rows of ``own_call`` followed by those of ``prefix_call``."""
         return self._placed("own and prefix copies", device, self._plan_own_and_prefix_copies)
 
     def _placed(self, name: str, device: torch.device, make: Callable[[], Placed]) -> Placed:
@@ -182,23 +195,23 @@ class AttentionPlan:
 
 @dataclass(frozen=True)
 class VarlenCall:
-    """Query and key rows of one variable-length call; all of them where the index is None."""
+    """The query and key rows of one variable-length call; an index of None means all rows."""
 
     q_rows: Tensor | None
     kv_rows: Tensor | None
     """int64 [sum of key lengths]"""
     cu_seqlens_q: Tensor
-    """int32 [calls + 1]"""
+    """int32 [segments + 1]"""
     cu_seqlens_kv: Tensor
     max_seqlen_q: int
-    """Rounded up, like the next; as host numbers, so that nobody has to ask the device."""
+    """Rounded up, as ``max_seqlen_kv`` is. Both are Python numbers, so that nobody has to read them from the device."""
     max_seqlen_kv: int
 
     @classmethod
     def of_lengths(
         cls, q_rows: Tensor | None, kv_rows: Tensor | None, lengths_q: Sequence[int], lengths_kv: Sequence[int]
     ) -> VarlenCall:
-        """Calls of these numbers of query and key rows, one behind the other; at least one call."""
+        """The call whose segments have these numbers of query and key rows; there must be at least one segment."""
         return cls(
             q_rows=q_rows,
             kv_rows=kv_rows,

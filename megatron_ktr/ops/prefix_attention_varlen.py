@@ -1,8 +1,8 @@
 """Shared-prefix attention as one variable-length flash call on CUDA, for models without Transformer Engine.
 
-Queries stay in place; keys and values are gathered so that every segment finds its prefix and its own rows back to
-back, and the kernel's bottom-right causal alignment is exactly the lower part of ordinary causal attention. What the
-copies of the prompt's keys received is summed in fp32 (``row_copies.py``).
+Queries stay in place. Keys and values are gathered so that the keys of every segment, its prefix and its own rows, lie
+back to back. The kernel's bottom-right causal alignment is then exactly the lower part of ordinary causal attention.
+The gradients of the copies of the prompt's keys and values are summed in fp32 (``row_copies.py``).
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, *, plan: AttentionPlan, sc
 
 
 def varlen_call(q: Tensor, k: Tensor, v: Tensor, *, call: VarlenCall, scale: float, is_causal: bool) -> Tensor:
-    """Attention of ``call``, whose rows are those of q, k and v in order; see ``can_flash_varlen`` for what runs.
+    """The attention of ``call``, whose rows are those of q, k and v in order.
 
-    Causal means aligned at the bottom right.
+    The tensors must satisfy ``can_flash_varlen``. Causal means aligned at the bottom right.
     """
     return _Varlen.apply(q, k, v, call, scale, is_causal)
 

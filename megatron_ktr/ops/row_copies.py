@@ -1,9 +1,9 @@
-"""Rows taken several times, with a gradient that adds their copies up in fp32 and in one order.
+"""Copies rows several times; the gradients of a row's copies are summed in fp32 and in a fixed order.
 
-A prompt's keys and values stand before each of its G responses, so a row of them has G + 1 gradients. The backward of
-``index_select`` adds them in the rows' own precision, in bf16 with G roundings one after the other, and on a GPU with
-atomics, in whatever order they come: another result in every run. Here the copies are gathered and summed, and rounded
-once.
+A prompt's keys and values are copied before each of its G responses, so each of these rows gets G + 1 gradients. The
+backward of ``index_select`` would sum them in the rows' own precision: in bf16 that is G roundings in a row. On a GPU
+it also uses atomics, so that the order and hence the result differ from run to run. Here the gradients of the copies
+are gathered, summed and rounded once.
 """
 
 from __future__ import annotations
@@ -20,18 +20,20 @@ from torch import Tensor
 from megatron_ktr.transfer import send
 
 Part = tuple[int, Tensor, Tensor]
-"""Rows with c copies each: (c, the n rows, int64, places of their copies, int64 [c * n], all first copies before all
-second ones)."""
+"""All rows that have c copies each: (c, rows, places).
+
+``rows`` is int64 [n]. ``places`` is int64 [c * n], the places of their copies: all first copies, then all second ones,
+and so on."""
 
 
 @dataclass(frozen=True)
 class RowCopies:
-    """Runs of rows, one behind the other, in which a row may be several times."""
+    """A concatenation of runs of rows, in which a row may occur several times."""
 
     runs: tuple[slice, ...]
     num_rows: int
     rows: Tensor
-    """int64 [copies]: all runs."""
+    """int64 [copies]: the rows of all runs."""
     _parts: dict[torch.device, list[Part]] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
@@ -48,8 +50,11 @@ class RowCopies:
         return _Take.apply(x, self)
 
     def sum(self, gradients: Tensor | Sequence[Tensor]) -> Tensor:
-        """[copies, ...], or pieces of it one after the other, -> [rows, ...]: the sum over each row's copies, in at
-        least fp32, from the first to the last, rounded once; zeros for rows without one. No atomics."""
+        """[copies, ...] -> [rows, ...]: the sum over each row's copies; zeros for rows without a copy.
+
+        It sums in at least fp32, from the first copy to the last, rounds once, and uses no atomics. ``gradients`` may
+        also be a sequence of pieces, which are concatenated.
+        """
         copies = gradients if isinstance(gradients, Tensor) else torch.cat(list(gradients))
         total = copies.new_zeros(self.num_rows, *copies.shape[1:])
         for number, rows, places in self.parts(copies.device):
@@ -61,8 +66,11 @@ class RowCopies:
         return total
 
     def parts(self, device: torch.device) -> list[Part]:
-        """All rows with a copy, by their number of copies: of the runs 0:2, 0:2, 2:3 ``[(2, [0, 1], [0, 1, 2, 3]), (1,
-        [2], [4])]``. Made for the first backward, and kept for those of the other layers."""
+        """All rows that have a copy, grouped by their number of copies.
+
+        Example: the runs 0:2, 0:2, 2:3 give ``[(2, [0, 1], [0, 1, 2, 3]), (1, [2], [4])]``. The first backward makes
+        the parts; the backwards of the other layers reuse them.
+        """
         if device not in self._parts:
             self._parts[device] = [
                 (number, send(rows, device), send(places, device)) for number, rows, places in self._parts_on_host()
@@ -70,7 +78,8 @@ class RowCopies:
         return self._parts[device]
 
     def _parts_on_host(self) -> list[Part]:
-        # Between two neighbouring bounds all rows have the same copies, each at a fixed distance.
+        # All rows between two neighbouring bounds occur in the same runs, so the distance from a row to each of its
+        # copies is the same for all of them.
         bounds = sorted({bound for run in self.runs for bound in (run.start, run.stop)})
         distances: list[list[int]] = [[] for _ in bounds]
         place = 0

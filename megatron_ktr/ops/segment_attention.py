@@ -2,9 +2,9 @@
 
     runs on                how
     CUDA, half precision   one variable-length call of the flash kernel over all segments
-    everything else        segments of equal length as one batch: windows are mostly of one size
+    everything else        segments of equal length as one batch (most windows are of one size)
 
-No mask in either. What a call needs of the segments, ``SegmentPlan`` makes once for all layers of a pass.
+Neither builds a mask. ``SegmentPlan`` prepares the indices once for all layers of a pass.
 """
 
 from __future__ import annotations
@@ -24,15 +24,18 @@ from megatron_ktr.transfer import send
 
 @dataclass(frozen=True)
 class SegmentBatches:
-    """Segments by length. Example: bounds 0 2 3 5: ``lengths == (2, 1)``, ``rows == ([0, 1, 3, 4], [2])``,
-    ``order == [0, 1, 4, 2, 3]``."""
+    """Segments grouped by their length.
+
+    Example: the bounds 0 2 3 5 give ``lengths == (2, 1)``, ``rows == ([0, 1, 3, 4], [2])`` and
+    ``order == [0, 1, 4, 2, 3]``.
+    """
 
     lengths: tuple[int, ...]
     rows: tuple[Tensor, ...]
-    """int64 by length: the rows of its segments, one segment after the other. Empty where there is one length only:
-    all rows, in order."""
+    """int64, one tensor per length: the rows of its segments, one segment after the other. The tuple is empty if there
+    is only one length, because then it is all rows in order."""
     order: Tensor | None
-    """int64 [S]: puts the results back; None where there is one length only."""
+    """int64 [S]: the index that puts the results back in order; None if there is only one length."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class SegmentPlan:
     """Segments ``[bounds[i], bounds[i + 1])`` of S rows; empty ones are allowed.
 
     Raises:
-        ValueError: bounds that do not begin at 0, or decrease.
+        ValueError: the bounds do not begin at 0, or they decrease.
     """
 
     bounds: tuple[int, ...]
@@ -60,13 +63,13 @@ class SegmentPlan:
         return self.bounds[-1]
 
     def call(self, device: torch.device) -> VarlenCall:
-        """All segments as one variable-length call; sent to ``device`` once."""
+        """All segments as one variable-length call; it is sent to ``device`` only once."""
         if device not in self._calls:
             self._calls[device] = VarlenCall.of_lengths(None, None, self.lengths, self.lengths).to(device)
         return self._calls[device]
 
     def batches(self, device: torch.device) -> SegmentBatches:
-        """The same by length, likewise."""
+        """All segments grouped by length; the indices are sent to ``device`` only once."""
         if device not in self._batches:
             self._batches[device] = self._planned_batches(device)
         return self._batches[device]
@@ -101,7 +104,7 @@ def segment_attention(
         [S, N, H].
 
     Raises:
-        ValueError: numbers of rows or of heads that do not fit.
+        ValueError: the numbers of rows or of heads do not fit together.
     """
     check_heads(q_SNH, k_SNH, v_SNH)
     if not len(q_SNH) == len(k_SNH) == segments.num_rows:
@@ -115,7 +118,7 @@ def segment_attention(
         given = q_SNH.shape[-1] ** -0.5 if scale is None else scale
         return varlen_call(q_SNH, k_SNH, v_SNH, call=segments.call(q_SNH.device), scale=given, is_causal=False)
     batches = segments.batches(q_SNH.device)
-    if batches.order is None:  # all segments alike: already in order, no gather needed
+    if batches.order is None:  # all segments have one length, so the rows are in order and need no gather
         return _attend_batch(q_SNH, k_SNH, v_SNH, length=batches.lengths[0], scale=scale)
     outputs = [
         _attend_batch(q_SNH[rows], k_SNH[rows], v_SNH[rows], length=length, scale=scale)

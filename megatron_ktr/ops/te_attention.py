@@ -1,8 +1,9 @@
-"""Where Transformer Engine's attention over packed sequences has a fused kernel, as a plain rule; nothing is imported.
+"""Says where Transformer Engine has a fused kernel for attention over packed sequences, without importing it.
 
-Without one Transformer Engine falls back, without a word, to an attention that unpacks the rows and keeps all scores:
-memory of the longest sequence squared. Its own choice is ``get_attention_backend`` (2.17.1,
-``attention/dot_product_attention/utils.py``; cuDNN's part ``nvte_get_fused_attn_backend``, in ``fused_attn.cpp``):
+Where it has none, Transformer Engine silently falls back to an attention that unpacks the rows and keeps all scores,
+which takes memory in proportion to the square of the longest sequence. Transformer Engine 2.17.1 makes this choice in
+``get_attention_backend`` (``attention/dot_product_attention/utils.py``), for cuDNN's kernel in
+``nvte_get_fused_attn_backend`` (``fused_attn.cpp``):
 
 =====================  ==============================  ============================================
 kernel                 numbers                         device, for packed rows (``thd``)
@@ -21,16 +22,16 @@ import re
 CUDNN_CAPABILITY = (9, 0)
 FLASH_CAPABILITY = (8, 0)
 FLASH_ATTN_RANGE = ((2, 1, 1), (2, 8, 3))
-"""Lowest and highest version that Transformer Engine 2.17.1 takes."""
+"""The lowest and the highest version of flash-attn that Transformer Engine 2.17.1 accepts."""
 
 
 def why_not_fused(*, capability: tuple[int, int] | None, is_half: bool, flash_attn: str | None) -> str | None:
-    """Why packed attention would not be fused, in words; None where it is, or where no GPU is asked about.
+    """The reason, in words, why packed attention would not be fused; None if it is fused, or on CPU.
 
     Args:
         capability: compute capability of the device; None on CPU.
         is_half: whether queries, keys and values have 16 bits.
-        flash_attn: version of the package flash-attn; None where it is not installed.
+        flash_attn: version of the package flash-attn; None if it is not installed.
     """
     if capability is None:
         return None
@@ -51,7 +52,7 @@ def why_not_fused(*, capability: tuple[int, int] | None, is_half: bool, flash_at
 
 
 def flash_attn_version() -> str | None:
-    """Of the package flash-attn, as Transformer Engine asks for it; None where it is not installed."""
+    """The version of the package flash-attn, queried as Transformer Engine does; None if it is not installed."""
     try:
         return importlib.metadata.version("flash-attn")
     except importlib.metadata.PackageNotFoundError:

@@ -1,33 +1,33 @@
-"""Statistics of next-token distributions straight from hidden states: the full logits never exist.
+"""Computes statistics of next-token distributions directly from hidden states; the full logits never exist.
 
-One call replaces ``log_softmax(hidden @ weight^T)``: log-probability of the target and entropy of each row, and
-against each of K counterfactual hidden rows its log-probability and KL(intact || counterfactual). The vocabulary lies
-in shards (tensor parallel, one a rank). Four parts, each in one place:
+One call replaces ``log_softmax(hidden @ weight^T)``. It computes the target's log-probability and the entropy of each
+row and, for each of K counterfactual hidden rows of the same token, the target's log-probability under that row and
+KL(intact || counterfactual). The vocabulary is split into shards, one per tensor-parallel rank. There are four steps:
 
-1. Forward, one pass over the shard: an ``Implementation`` reduces it to N = 4 + 4 K numbers a row
+1. Forward makes one pass over the shard: an ``Implementation`` reduces it to N = 4 + 4 K numbers per row
    (``token_statistics_interface.py`` defines them).
 
-2. ONE all-gather of these N R floats joins the shards. With capitals for the joined values,
+2. ONE all-gather of these N R floats joins the shards. With capital letters for the joined values,
 
        logprob = (t - M) - log S     entropy = log S - U / S     KL = W / S - log S + log S'     log Z = M + log S
 
-   All are differences of shifted numbers, so logits of 1e4 cost no digits and equal logits give exactly log V. Every
-   rank joins the same gathered numbers in the same order: the results are equal bit for bit over the group.
+   All of these are differences of shifted numbers, so logits of 1e4 lose no digits and equal logits give exactly log V.
+   Every rank joins the same gathered numbers in the same order, so the results are bitwise equal over the group.
 
-3. Backward recomputes the logits (saved: the inputs and three floats a row). With x = z - M, incoming gradients g of
-   logprob and e of entropy, and p = exp(x) / S,
+3. Backward recomputes the logits (forward saves the inputs and three floats per row). With x = z - M, the incoming
+   gradients g of logprob and e of entropy, and p = exp(x) / S,
 
        d z = g (1[target] - p) - e p (log p + entropy) = g 1[target] - exp(x) ((g - e U/S) + e x) / S
 
-   Rows where g and e are both zero (no key token) are dropped before the first product. If nobody uses the entropy's
-   gradient the pass without ``e`` runs. The hidden gradient is a sum over shards: one all-reduce over the group, of the
-   remaining rows only, in fp32; left out with ``reduce_hidden_grad=False``. A counterfactual has no gradient: its
-   statistics are scores, never a loss.
+   Rows where g and e are both zero (no key token) are dropped before the first product. If the entropy's gradient is
+   not needed, the terms with ``e`` are not computed. The gradient of the hidden rows is a sum over shards: one
+   all-reduce over the group, of the remaining rows only, in fp32. ``reduce_hidden_grad=False`` leaves it out.
+   Counterfactuals get no gradient: their statistics are scores and never part of a loss.
 
-4. The weight gradient is added to Megatron's fp32 ``main_grad`` where the caller says so, without a copy beside it.
+4. If the caller asks for it, the weight gradient is added to Megatron's fp32 ``main_grad``, without a second buffer.
 
-Accumulation is fp32 (fp64 for fp64 inputs): a bf16 sum over 152,064 exponentials would stall after 256 equal terms,
-and bf16 logits are off by up to 0.06 at 20.
+Accumulation is in fp32 (fp64 for fp64 inputs). A bf16 sum over 152,064 exponentials would stop growing after 256 equal
+terms, and bf16 logits near 20 are off by up to 0.06.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ DEFAULT_HEAD = HeadOptions()
 class TokenStatistics:
     """Statistics of the next-token distribution of each row, equal on every rank of the group.
 
-    fp32 (fp64 for fp64 inputs), [R] or [K, R], K counterfactuals in the order they were given; in nats.
+    The tensors are [R] or [K, R] in fp32 (fp64 for fp64 inputs), with the K counterfactuals in the order in which they
+    were given. The unit is nats.
     """
 
     logprob_R: Tensor
@@ -72,11 +73,11 @@ class TokenStatistics:
     entropy_R: Tensor
     """-sum_v p log p over the whole vocabulary."""
     counterfactual_logprob_KR: Tensor
-    """log q(target), q from a counterfactual hidden row; no gradient."""
+    """log q(target), where q comes from a counterfactual hidden row; no gradient."""
     kl_KR: Tensor
     """KL(p || q) = sum_v p (log p - log q), never negative; no gradient."""
     log_normalizer_R: Tensor
-    """log sum_v exp(logit), logits already divided by the temperature; no gradient."""
+    """log sum_v exp(logit), where the logits are already divided by the temperature; no gradient."""
 
 
 def linear_token_statistics(
@@ -87,8 +88,11 @@ def linear_token_statistics(
     counterfactual_hidden_RD: Sequence[Tensor] = (),
     head: HeadOptions = DEFAULT_HEAD,
 ) -> TokenStatistics:
-    """log p = log_softmax(hidden @ weight^T / temperature), log q likewise from each set of counterfactual hidden rows;
-    returns per row log p[target], -sum p log p, and for each q log q[target] and sum p (log p - log q).
+    """Computes the statistics of each hidden row (see the module).
+
+    Let log p = log_softmax(hidden @ weight^T / temperature), and log q the same for each set of counterfactual hidden
+    rows. The result has log p[target] and -sum p log p for each row, and for each q also log q[target] and
+    sum p (log p - log q).
 
     ``logprob_R`` and ``entropy_R`` are differentiable with respect to ``hidden_RD`` and ``weight_VD``.
     ``token_statistics_reference`` is the same formula with full logits and ordinary autograd.
@@ -97,18 +101,18 @@ def linear_token_statistics(
         hidden_RD: [R, D], fp64, fp32, bf16 or fp16; R may be 0. Equal on every rank of the head's group.
         weight_VD: this rank's shard [Vs, D] of the output weight, same dtype; rank k holds rows k Vs .. (k+1) Vs - 1.
         target_R: int64 [R], ids in the whole vocabulary, 0 <= id < vocab_size. Equal on every rank of the group.
-        counterfactual_hidden_RD: K times [R, D], the same tokens' hidden rows in other views; read without gradient.
+        counterfactual_hidden_RD: K tensors [R, D], the same tokens' hidden rows in other views; they get no gradient.
         head: group, vocabulary, temperature and implementation.
 
-    Products of R x D x V/tp: 1 + K forward (``triton``: 2 K where K > 0), 3 of the remaining rows backward.
+    Matrix products of R x D x V/tp: forward 1 + K (``triton``: 2 K if K > 0), backward 3, of the remaining rows only.
 
-    Collectives: one all-gather of (4 + 4 K) R floats forward; at most one all-reduce of (remaining rows) x D backward.
-    They run for R = 0 too. The incoming gradients must be equal on every rank of ``group``, as they are when each rank
-    computes the same loss: the sum over shards and the choice of remaining rows both rest on it.
+    Collectives: one all-gather of (4 + 4 K) R floats in forward; at most one all-reduce of (remaining rows) x D in
+    backward. They run for R = 0 too. The incoming gradients must be equal on every rank of ``group``, as they are when
+    each rank computes the same loss: the sum over shards and the choice of remaining rows both rely on it.
 
     Raises:
-        ValueError: shapes, dtypes, temperature, chunk sizes or ``impl`` that do not fit; on CPU also a target outside
-            the vocabulary. Elsewhere that check would stall the device: such a row's log-probability is NaN instead.
+        ValueError: shapes, dtypes, temperature, chunk sizes or ``impl`` are invalid; on CPU also if a target is outside
+            the vocabulary. On a GPU that check would stall the device, so such a row's log-probability is NaN instead.
     """
     _check_inputs(hidden_RD, weight_VD, target_R, counterfactual_hidden_RD)
     plan = shard_plan(weight_VD, head=head)
@@ -138,7 +142,7 @@ def find_implementation(impl: TokenStatisticsImpl, *, like: Tensor) -> Implement
 
 
 def shard_plan(weight_VD: Tensor, *, head: HeadOptions) -> ShardPlan:
-    """Which part of the vocabulary ``weight_VD`` is on this rank, and how to cut it."""
+    """Says which part of the vocabulary ``weight_VD`` is, and how to cut it into chunks."""
     num_shards = 1 if head.group is None else dist.get_world_size(head.group)
     shard = 0 if head.group is None else dist.get_rank(head.group)
     shard_size = weight_VD.shape[0]
@@ -163,7 +167,7 @@ class _Call:
     main_grad_of: Tensor | None
     """The parameter whose ``main_grad`` receives the weight gradient; None: autograd receives it."""
     others: tuple[Tensor, ...]
-    """Counterfactual rows: read by forward, without gradient, and not kept for backward."""
+    """The counterfactual rows. Only forward reads them; they get no gradient and are not kept for backward."""
 
 
 class _TokenStatistics(torch.autograd.Function):
@@ -176,7 +180,7 @@ class _TokenStatistics(torch.autograd.Function):
             joined_NR[index::NUM_STATISTICS] for index in range(NUM_STATISTICS, 2 * NUM_STATISTICS)
         )
         mean_R = shifted_sum_R / sum_R
-        # The rows of the other views would otherwise live until backward.
+        # Drop the rows of the other views, which would otherwise stay in memory until backward.
         ctx.call = dataclasses.replace(call, others=())
         ctx.save_for_backward(hidden_RD, weight_VD, target_R, max_R, sum_R, mean_R)
         # An unused output arrives in backward as None, not as zeros: that is how the entropy's work is skipped.
@@ -184,7 +188,7 @@ class _TokenStatistics(torch.autograd.Function):
         log_sum_R, other_log_sum_KR = sum_R.log(), other_sum_KR.log()
         logprob_R, entropy_R = (target_logit_R - max_R) - log_sum_R, log_sum_R - mean_R
         other_logprob_KR = (other_target_logit_KR - other_max_KR) - other_log_sum_KR
-        # Not below 0 but for rounding: a negative score would order tokens by noise.
+        # A KL is negative only by rounding. Negative scores would order tokens by noise, so clamp them to 0.
         kl_KR = (difference_KR / sum_R - log_sum_R + other_log_sum_KR).clamp_min(0)
         scores = (other_logprob_KR, kl_KR, max_R + log_sum_R)
         ctx.mark_non_differentiable(*scores)
@@ -204,7 +208,7 @@ class _TokenStatistics(torch.autograd.Function):
             slope_R = -entropy_grad_R / sum_R
             offset_R = offset_R - slope_R * mean_R
             is_active_R = is_active_R | (entropy_grad_R != 0)
-        rows = is_active_R.nonzero().squeeze(1)  # the one host count of a call
+        rows = is_active_R.nonzero().squeeze(1)  # the only device synchronisation of a call
         gradient = LogitGradient(
             target=target_R[rows],
             grad=logprob_grad_R[rows],
@@ -227,7 +231,7 @@ class _TokenStatistics(torch.autograd.Function):
         hidden_grad = None
         if sums.hidden_RD is not None:
             if call.group is not None and call.reduce_hidden_grad:
-                dist.all_reduce(sums.hidden_RD, group=call.group)  # also with no rows: the others wait
+                dist.all_reduce(sums.hidden_RD, group=call.group)  # even without rows, because the other ranks wait
             hidden_grad = sums.hidden_RD.to(hidden_RD.dtype)
             if is_compact:
                 hidden_grad = torch.zeros_like(hidden_RD).index_copy_(0, rows, hidden_grad)
@@ -235,27 +239,27 @@ class _TokenStatistics(torch.autograd.Function):
 
 
 def join_shards(statistics_NR: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The statistics of the whole vocabulary from those of the shards, [N, R], by one all-gather.
+    """Joins the statistics of the shards into those of the whole vocabulary, [N, R], by one all-gather.
 
-    ``statistics_NR`` holds the 4 + 4 K of ``token_statistics_interface``.
+    ``statistics_NR`` holds this shard's 4 + 4 K statistics, as ``token_statistics_interface`` defines them.
     """
     if group is None:
         return statistics_NR
     num_shards, size = dist.get_world_size(group), statistics_NR.shape[0]
-    # Concatenated along the first dimension, the only layout every backend accepts.
+    # Gather along the first dimension, the only layout that every backend accepts.
     gathered = statistics_NR.new_empty(num_shards * size, statistics_NR.shape[1])
     dist.all_gather_into_tensor(gathered, statistics_NR, group=group)
-    # By shard, then intact (0) or counterfactual, then statistic.
+    # The axes are: shard; intact (0) or counterfactual; statistic; row.
     shards_XKNR = gathered.view(num_shards, size // NUM_STATISTICS, NUM_STATISTICS, -1)
     max_XKR, sum_XKR, third_XKR, target_logit_XKR = shards_XKNR.unbind(2)
     max_KR = max_XKR.amax(dim=0)
     step_XKR = max_XKR - max_KR
     decay_XKR = step_XKR.exp()
     intact_step_XKR = step_XKR[:, :1]
-    # x of the shard's own maximum becomes x of the common one: u grows by s step, w by s (step - step').
+    # Each shard computed x with its own maximum. Change to the common one: u grows by s step, w by s (step - step').
     shift_XKR = torch.cat([intact_step_XKR, intact_step_XKR - step_XKR[:, 1:]], dim=1)
     third_KR = (decay_XKR[:, :1] * (third_XKR + sum_XKR[:, :1] * shift_XKR)).sum(dim=0)
-    # One shard holds the target, the others hold 0.
+    # Only one shard holds the target's logit; the others hold 0.
     joined = (max_KR, (decay_XKR * sum_XKR).sum(dim=0), third_KR, target_logit_XKR.sum(dim=0))
     return torch.stack(joined, dim=1).flatten(0, 1)
 

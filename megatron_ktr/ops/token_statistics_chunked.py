@@ -1,14 +1,14 @@
-"""``linear_token_statistics`` in torch, tile by tile: the path on CPU, and the fallback elsewhere.
+"""``linear_token_statistics`` in torch, tile by tile: used on CPU, and as the fallback elsewhere.
 
-The shard is cut into tiles of ``vocab_chunk`` columns by ``row_chunk`` rows, small enough to stay in cache and to fit
-``vocab_tiles.TILE_BUDGET_BYTES`` whatever rows and vocabulary are. A row's running numbers are corrected whenever its
-maximum grows; backward makes each tile's logits again.
+The shard is cut into tiles of ``vocab_chunk`` columns by ``row_chunk`` rows. A tile is small enough to stay in cache
+and to fit ``vocab_tiles.TILE_BUDGET_BYTES``, however many rows and columns there are. Forward keeps running statistics
+of each row and corrects them whenever the row's maximum grows. Backward recomputes each tile's logits.
 
-The vocabulary loop is the outer one, so that a weight tile is read (and, on CPU, widened to fp32) once, and its
-gradient is complete, rounded and stored once, when the inner loop over rows ends.
+The loop over the vocabulary is the outer one, so that each weight tile is read (and, on CPU, widened to fp32) once. Its
+gradient is complete when the inner loop over rows ends, and is then rounded and stored once.
 
-Products: 1 + K forward, for all K counterfactuals of a tile meet the tile's intact logits while they are there, one
-after the other in the same buffer. 3 backward.
+Forward has 1 + K products: the K counterfactuals of a tile are compared one after another, in the same buffer, with the
+tile's intact logits while those are still in memory. Backward has 3 products.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class ChunkedTokenStatistics:
             weight_tile = operand(weight_VD[columns])
             for rows in tiles.rows():
                 target = locate(target_R[rows], columns, plan)
-                old_sum = intact[1, rows].clone() if others else intact[1, rows]  # the others read it only
+                old_sum = intact[1, rows].clone() if others else intact[1, rows]  # only counterfactuals read it
                 x, step = _shift(intact[:, rows], tiles.logits(0, hidden_RD[rows], weight_tile), target)
                 exp_x = _absorb(intact[:, rows], x, step, tiles)
                 for other_RD, statistics in zip(others, of_others, strict=True):
@@ -68,8 +68,8 @@ class ChunkedTokenStatistics:
         for columns in tiles.columns():
             weight_tile = operand(weight_VD[columns])
             if sums.weight_VD is not None:
-                # Where the destination is as precise as the sum, the sum is formed there; otherwise beside it,
-                # rounded once.
+                # If the destination is as precise as the sum, the sum is formed in it; otherwise the sum is formed in
+                # a separate tensor and rounded once.
                 destination = sums.weight_VD[columns]
                 weight_grad_tile = destination if destination.dtype == dtype else destination.to(dtype)
             for rows in tiles.rows():
@@ -88,7 +88,10 @@ IMPLEMENTATION = ChunkedTokenStatistics()
 
 
 def _shift(statistics: Tensor, z: Tensor, target: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """(x = z - new maximum, in place of z; old maximum - new maximum); keeps the maximum and the target's logit."""
+    """Returns x = z - new maximum (in place of z) and old maximum - new maximum.
+
+    It also updates the running maximum and stores the target's logit.
+    """
     index, is_here = target
     maximum, target_logit = statistics[0], statistics[3]
     target_logit.copy_(torch.where(is_here, z.gather(1, index[:, None]).squeeze(1), target_logit))

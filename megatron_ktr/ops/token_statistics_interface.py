@@ -1,20 +1,20 @@
-"""What an implementation of ``linear_token_statistics`` computes: one shard's running numbers, and their gradient.
+"""The interface of implementations of ``linear_token_statistics``: one shard's statistics, and their gradient.
 
-Everything around it is shared (``token_statistics.py``): joining the shards, dropping rows without gradient, reducing
-the hidden gradient, Megatron's ``main_grad``. An implementation sees one shard and never communicates.
+``token_statistics.py`` does for all implementations what surrounds that: it joins the shards, drops rows without
+gradient, reduces the gradient of the hidden rows, and manages Megatron's ``main_grad``. An implementation sees one
+shard and never communicates.
 
-A module ``token_statistics_<name>.py`` offers itself as ``IMPLEMENTATION``, an object with the two methods of
-``Implementation``.
+Each module ``token_statistics_<name>.py`` has an object ``IMPLEMENTATION`` with the two methods of ``Implementation``.
 
-The numbers of a row, over the real columns of a shard, with z = scale hidden . weight and x = z - m:
+The statistics of a row, over the columns of a shard without padding, with z = scale hidden . weight and x = z - m, are
 
     m = max z      s = sum exp(x)      u = sum exp(x) x      t = z[target], 0 if the target lies in another shard
 
-With K counterfactual hidden rows, z' each on the same weights, x' = z' - m', four more for each:
+With K counterfactual hidden rows there are four more for each, with z' on the same weights and x' = z' - m':
 
     m' = max z'    s' = sum exp(x')    w = sum exp(x) (x - x')    t' = z'[target], 0 if elsewhere
 
-All of them are sums of shifted numbers, so that neither logits of 1e4 nor equal logits cost digits.
+All of them are sums of shifted numbers, so that neither logits of 1e4 nor equal logits lose digits.
 """
 
 from __future__ import annotations
@@ -30,49 +30,50 @@ from torch.distributed import ProcessGroup
 from megatron_ktr.config.words import TokenStatisticsImpl
 
 NUM_STATISTICS = 4
-"""Of the intact rows: m, s, u, t; and of each counterfactual: m', s', w, t'. N = 4 + 4 K numbers a row."""
+"""The statistics per row: m, s, u, t of the intact row, and m', s', w, t' of each counterfactual; N = 4 + 4 K."""
 
 
 @dataclass(frozen=True)
 class HeadOptions:
-    """How a rank computes with its shard of the vocabulary, whichever rows it is given."""
+    """Options of a rank's computations on its shard of the vocabulary; they do not depend on the rows."""
 
     group: ProcessGroup | None = None
-    """Tensor-parallel group; None means that the weight is the whole vocabulary."""
+    """The tensor-parallel group; None means that the weight is the whole vocabulary."""
     vocab_size: int | None = None
-    """True size; weight rows from there on are padding, count nowhere and get zero gradient. None: every row of every
-    shard is real."""
+    """The size of the vocabulary without padding. Weight rows from there on are padding: they are ignored and get zero
+    gradient. None: no shard has padding."""
     temperature: float = 1.0
-    """Divides the logits."""
+    """The number by which the logits are divided."""
     reduce_hidden_grad: bool = True
-    """True sums the hidden gradient over ``group``. False leaves this shard's part, for a caller that reduces it itself
-    (the reduce-scatter of sequence parallelism)."""
+    """True: backward sums the gradient of the hidden rows over ``group``. False: it returns this shard's part, for a
+    caller that sums the parts itself (the reduce-scatter of sequence parallelism)."""
     accumulate_into_main_grad: bool = False
-    """Backward adds to the weight's ``main_grad``, where it is fp32, sets ``grad_added_to_main_grad`` and leaves
-    autograd a gradient that means nothing, of zeros for a tied embedding (``main_grad.py``)."""
+    """Whether backward adds the weight gradient to the weight's ``main_grad`` (if that is fp32) and sets
+    ``grad_added_to_main_grad``. It then returns a meaningless gradient to autograd, or zeros for a tied embedding
+    (``main_grad.py``)."""
     impl: TokenStatisticsImpl = "auto"
-    """``naive`` makes the shard's full logits; ``chunked`` is torch in tiles; ``triton`` fuses them. ``auto`` is
-    ``triton`` where it runs, else ``chunked``."""
+    """``naive`` makes the shard's full logits, ``chunked`` works in tiles in torch, and ``triton`` uses fused kernels.
+    ``auto`` is ``triton`` where that runs, else ``chunked``."""
     row_chunk: int | None = None
     vocab_chunk: int | None = None
-    """Tile sizes of ``chunked``; None: by ``vocab_tiles.TILE_BUDGET_BYTES``."""
+    """Tile sizes of ``chunked``; None: chosen to fit ``vocab_tiles.TILE_BUDGET_BYTES``."""
 
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """Everything about one call on one shard that is not a tensor."""
+    """The parameters of one call on one shard that are not tensors."""
 
     first_id: int
-    """Vocabulary id of this shard's first row."""
+    """The vocabulary id of this shard's first row."""
     num_columns: int
-    """Rows of this shard that are real; its padding, always at the end, is never read. Can be 0."""
+    """The number of this shard's rows without padding; may be 0. Padding is always at the end and is never read."""
     vocab_size: int
-    """True size of the whole vocabulary."""
+    """The size of the whole vocabulary without padding."""
     scale: float
     """1 / temperature."""
     row_chunk: int | None = None
     vocab_chunk: int | None = None
-    """Tile size asked for; None leaves it to the implementation. Implementations without tiles ignore both."""
+    """Requested tile sizes; None: the implementation chooses. Implementations without tiles ignore both."""
 
 
 @dataclass(frozen=True)
@@ -85,22 +86,22 @@ class LogitGradient:
     target: Tensor
     grad: Tensor
     maximum: Tensor
-    """Over the whole vocabulary, not over the shard."""
+    """The maximum logit over the whole vocabulary, not over the shard."""
     offset: Tensor
     slope: Tensor | None
-    """None: nobody asked for the entropy's gradient."""
+    """None: the entropy's gradient is not needed."""
 
 
 @dataclass(frozen=True)
 class GradientSums:
-    """Where backward adds its results, in place; None: nobody needs it."""
+    """The tensors to which backward adds its results in place; None: that gradient is not needed."""
 
     hidden_RD: Tensor | None
-    """[R, D], accumulation dtype, dense: this shard's part of the hidden gradient."""
+    """[R, D], accumulation dtype, dense: this shard's part of the gradient of the hidden rows."""
     weight_VD: Tensor | None
-    """Like the weight shard, dense: fp32 whatever the weight's dtype when it is Megatron's ``main_grad``, else zeros in
-    the weight's dtype. A sum over rows is formed in the accumulation dtype and rounded once. Padding rows are left
-    alone."""
+    """In the shape of the weight shard, dense. It is Megatron's ``main_grad``, whose dtype is fp32 for every dtype of
+    the weight, or else zeros in the weight's dtype. An implementation sums over rows in the accumulation dtype, rounds
+    once, and leaves padding rows unchanged."""
 
 
 class Implementation(Protocol):
@@ -109,19 +110,21 @@ class Implementation(Protocol):
     def forward(
         self, hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor, plan: ShardPlan, others: Sequence[Tensor] = ()
     ) -> Tensor:
-        """[N, R]: m, s, u, t, then m', s', w, t' of each of the counterfactual rows ``others`` ([R, D] each);
-        accumulation dtype, contiguous.
+        """Returns the statistics [N, R], contiguous, in the accumulation dtype.
 
-        A shard without real columns answers m = m' = ``lowest(dtype)`` and zeros. A target outside the vocabulary
-        makes t (and t') NaN. No autograd is recorded.
+        These are m, s, u, t, then m', s', w, t' of each of the counterfactual rows ``others`` ([R, D] each). A shard
+        that is all padding returns m = m' = ``lowest(dtype)`` and zeros for the rest. A target outside the vocabulary
+        makes t (and t') NaN. Autograd does not record this method.
         """
         ...
 
     def backward(
         self, hidden_RD: Tensor, weight_VD: Tensor, gradient: LogitGradient, plan: ShardPlan, sums: GradientSums
     ) -> None:
-        """Adds the gradients to ``sums``. ``hidden_RD`` and ``gradient`` hold the rows with a gradient only, possibly
-        none."""
+        """Adds the gradients to ``sums``.
+
+        ``hidden_RD`` and ``gradient`` hold only the rows that have a gradient, possibly none.
+        """
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:
@@ -129,13 +132,16 @@ def accumulation_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def lowest(dtype: torch.dtype) -> float:
-    """Below any real logit, yet finite: with -inf the corrections of a first tile and of an all-padding shard would be
-    0 * inf. A quarter, so that differences cannot overflow."""
+    """A finite number below any real logit, the initial value of a maximum.
+
+    With -inf, the corrections of a first tile and of an all-padding shard would be 0 * inf. It is a quarter of the
+    lowest number, so that differences cannot overflow.
+    """
     return torch.finfo(dtype).min / 4
 
 
 def empty_statistics(hidden_RD: Tensor, target_R: Tensor, plan: ShardPlan, *, num_others: int = 0) -> Tensor:
-    """What ``Implementation.forward`` answers before it has seen a column."""
+    """The statistics before the first column: the result of ``Implementation.forward`` for an all-padding shard."""
     dtype, size = accumulation_dtype(hidden_RD), NUM_STATISTICS * (1 + num_others)
     statistics_NR = torch.zeros(size, hidden_RD.shape[0], dtype=dtype, device=hidden_RD.device)
     statistics_NR[0::NUM_STATISTICS] = lowest(dtype)
@@ -144,7 +150,7 @@ def empty_statistics(hidden_RD: Tensor, target_R: Tensor, plan: ShardPlan, *, nu
 
 
 def locate(target: Tensor, columns: slice, plan: ShardPlan) -> tuple[Tensor, Tensor]:
-    """(column of each target in the tile, or any valid one; whether the target is in the tile at all)."""
+    """For each target, its column in the tile (or any valid column), and whether the target is in the tile at all."""
     index = target - (plan.first_id + columns.start)
     last = columns.stop - columns.start - 1
     return index.clamp(0, last), (index >= 0) & (index <= last)

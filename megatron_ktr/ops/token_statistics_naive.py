@@ -1,6 +1,6 @@
-"""``linear_token_statistics`` with the shard's full logits, in plain torch: what the other implementations replace.
+"""``linear_token_statistics`` with the shard's full logits, in plain torch, which the other implementations avoid.
 
-Every product is a linear layer's: rounded to the inputs' dtype. Memory: several R x V/tp tensors.
+Like a linear layer, it rounds every product to the inputs' dtype. It needs memory for several R x V/tp tensors.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def _logits(hidden_RD: Tensor, weight_VD: Tensor, plan: ShardPlan) -> Tensor:
 
 
 def _shifted(z_RV: Tensor, target_R: Tensor, plan: ShardPlan, *, max_R: Tensor, target_logit_R: Tensor) -> Tensor:
-    """z - max z; writes the maximum and, where the target is here, its logit."""
+    """Returns z - max z; writes the maximum and, if the target is in this shard, the target's logit."""
     index, is_here = locate(target_R, slice(0, plan.num_columns), plan)
     target_logit_R.copy_(torch.where(is_here, z_RV.gather(1, index[:, None]).squeeze(1), target_logit_R))
     max_R.copy_(z_RV.amax(dim=1))

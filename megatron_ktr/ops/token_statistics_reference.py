@@ -1,6 +1,6 @@
 """The formula that ``linear_token_statistics`` computes, with full logits and ordinary autograd, on one process.
 
-For tests and for reading; it shares no line with the implementations. Memory: several R x V tensors.
+It is for tests and for reading, and shares no code with the implementations. It needs memory for several R x V tensors.
 """
 
 from __future__ import annotations
@@ -23,11 +23,14 @@ def token_statistics_reference(
     temperature: float = 1.0,
     counterfactual_hidden_RD: Sequence[Tensor] = (),
 ) -> TokenStatistics:
-    """log p = log_softmax(hidden @ weight^T / temperature), log q likewise from each set of counterfactual hidden rows;
-    returns per row log p[target], -sum p log p, and for each q log q[target] and sum p (log p - log q).
+    """Computes the statistics of each hidden row.
+
+    Let log p = log_softmax(hidden @ weight^T / temperature), and log q the same for each set of counterfactual hidden
+    rows. The result has log p[target] and -sum p log p for each row, and for each q also log q[target] and
+    sum p (log p - log q).
 
     ``weight_VD`` is the whole vocabulary [V padded, D]; rows from ``vocab_size`` on are padding. The product is
-    rounded to the inputs' dtype, as a linear layer does; what follows is at least fp32.
+    rounded to the inputs' dtype, as in a linear layer; everything after it is at least fp32.
     """
 
     def logits(hidden_RD: Tensor) -> Tensor:

@@ -1,23 +1,23 @@
-"""``linear_token_statistics`` fused in Triton: the launches around ``token_statistics_triton_kernels.py``.
+"""``linear_token_statistics`` in fused Triton kernels; this file launches ``token_statistics_triton_kernels.py``.
 
-Forward: ``statistics_kernel`` (one pass over the shard, logits in registers), then ``join_kernel``. Backward, for each
-chunk of the vocabulary: ``logit_gradient_kernel`` (logits again, turned into their gradient), then ``product_kernel``
-for d hidden and for d weight. The four products are all the multiplications there are. Working memory beside inputs and
-results: partial statistics of 16 or 32 bytes for each row and split (at most 4,096 columns a split; fewer where few
-rows would leave a device idle), and a chunk of ``CHUNK_BUDGET_BYTES``.
+Forward runs ``statistics_kernel`` (one pass over the shard, logits in registers), then ``join_kernel``. Backward runs,
+for each chunk of the vocabulary, ``logit_gradient_kernel`` (it recomputes the logits and turns them into their
+gradient), then ``product_kernel`` for d hidden and for d weight. These are four matrix products in all. Besides inputs
+and results they need memory for partial statistics, 16 or 32 bytes for each row and split of the vocabulary, and for a
+chunk of ``CHUNK_BUDGET_BYTES``. (A split has at most 4,096 columns, and fewer if few rows would leave a device idle.)
 
-With a counterfactual, ``statistics_kernel`` forms both products on the same weight tile: 2 for one. Each further
-counterfactual runs it again, with the intact rows beside it, and only its own four numbers are kept: K counterfactuals
-cost 2 K products where 1 + K would do. Two are the most that anybody asks for (3 products against 4); a kernel with a
-third accumulator would have to halve its tiles to fit the registers.
+With one counterfactual, ``statistics_kernel`` computes both products on the same weight tile: 2 products. For each
+further counterfactual it runs again, together with the intact rows, and only the counterfactual's own four numbers are
+kept. So K counterfactuals cost 2 K products, although 1 + K would be enough. Nobody uses more than two (4 products
+instead of 3), and a kernel with a third accumulator would have to halve its tiles to fit the registers.
 
-Every kernel is tuned once per process, input dtype, hidden size and power of two of the number of rows. Which tile size
-wins may differ between processes, and with it the order of fp32 sums; within a process the results are the same bits
-for the same inputs, for there are no atomics.
+Every kernel is tuned once for each process, input dtype, hidden size and power of two of the number of rows. The best
+tile size may differ between processes, and with it the order of fp32 sums. Within a process the same inputs give the
+same bits, because there are no atomics.
 
 Inputs: fp32, bf16 or fp16, any number of rows, columns and hidden dimensions (loads are wide where the hidden size is a
-multiple of 16). fp32 products follow ``torch.set_float32_matmul_precision``. fp16: d z is stored in fp16 like any fp16
-gradient, so scale the loss.
+multiple of 16). fp32 products follow ``torch.set_float32_matmul_precision``. With fp16 inputs, d z is stored in fp16
+like any fp16 gradient, so scale the loss.
 
 With TRITON_INTERPRET=1 in the environment before this module is imported, the same kernels run on CPU tensors, with
 small tiles so that a small problem has many.
@@ -41,19 +41,20 @@ from megatron_ktr.ops.token_statistics_interface import (
 )
 
 CHUNK_BUDGET_BYTES = 64 * 2**20
-"""Of the gradient of the logits, [rows, columns of a chunk]."""
+"""The memory for the gradient of the logits of one chunk, [rows, columns of the chunk]."""
 MAX_BLOCK_COLUMNS = 256
-"""Splits and chunks are multiples of it, so that every ``BLOCK_V`` of the configurations divides them."""
+"""Splits and chunks are multiples of this, so that every ``BLOCK_V`` of the configurations divides them."""
 ENOUGH_PROGRAMS = 1024
-"""About eight waves on a device of 132 multiprocessors: the last, partly idle one then costs little."""
+"""About eight waves on a device of 132 multiprocessors, so that the last, partly idle wave costs little."""
 
 IS_INTERPRETED = not isinstance(kernels.statistics_kernel, triton.JITFunction)
 
 
 def tile_configs(names: tuple[str, str, str, str], sizes: tuple[tuple[int, ...], ...]) -> list[triton.Config]:
-    """``sizes``: (rows, columns, inner, group, warps, stages) each.
+    """The configurations to tune over; each of ``sizes`` is (rows, columns, inner, group, warps, stages).
 
-    One that does not fit a device's shared memory loses the tuning by not launching (all fit those of sm_80 to sm_100).
+    A configuration that does not fit a device's shared memory fails to launch and so loses the tuning. (All of them fit
+    the devices from sm_80 to sm_100.)
     """
     if IS_INTERPRETED:
         sizes = ((32, 64, 32, 2, 4, 1),)
@@ -70,7 +71,7 @@ HALF_SIZES = (
     (64, 256, 64, 8, 4, 4),
     (64, 128, 64, 8, 4, 4),
 )
-"""16-bit inputs: 128 x 256 fp32 sums are half of a multiprocessor's registers."""
+"""Sizes for 16-bit inputs: 128 x 256 fp32 sums take half of a multiprocessor's registers."""
 HALF_SIZES_OF_TWO_PRODUCTS = (
     (128, 128, 64, 8, 8, 3),
     (128, 128, 64, 8, 8, 4),
@@ -89,20 +90,20 @@ def _tuned(kernel, names: tuple[str, str, str, str], sizes: tuple[tuple[int, ...
     return triton.autotune(configs=tile_configs(names, sizes), key=["row_bucket", "D"], **options)(kernel)
 
 
-# By (inputs are 16-bit, with a counterfactual).
+# The keys are (inputs are 16-bit, there is a counterfactual).
 _STATISTICS = {
     (True, False): _tuned(kernels.statistics_kernel, TILE_NAMES, HALF_SIZES),
     (True, True): _tuned(kernels.statistics_kernel, TILE_NAMES, HALF_SIZES_OF_TWO_PRODUCTS),
     (False, False): _tuned(kernels.statistics_kernel, TILE_NAMES, FP32_SIZES),
     (False, True): _tuned(kernels.statistics_kernel, TILE_NAMES, FP32_SIZES_OF_TWO_PRODUCTS),
 }
-# By (inputs are 16-bit).
+# The key says whether inputs are 16-bit.
 _LOGIT_GRADIENT = {
     True: _tuned(kernels.logit_gradient_kernel, TILE_NAMES, HALF_SIZES),
     False: _tuned(kernels.logit_gradient_kernel, TILE_NAMES, FP32_SIZES),
 }
-# By (inputs are 16-bit, d weight): the two products differ in their sizes, so one's best tile is not the other's.
-# Tuning runs a kernel many times; what it accumulates into is put back after each.
+# The keys are (inputs are 16-bit, product is d weight): the two products differ in size and so in their best tile.
+# Tuning runs a kernel many times; the tensor into which it accumulates is restored after each run.
 _PRODUCT = {
     (is_half, is_weight_grad): _tuned(
         kernels.product_kernel, PRODUCT_NAMES, HALF_SIZES if is_half else FP32_SIZES, restore_value=["out_ptr"]
@@ -113,8 +114,11 @@ _PRODUCT = {
 
 
 def leave_untuned() -> None:
-    """Every kernel runs in its first configuration from now on: right, and within some tens of percent of the best,
-    without the minute that compiling all of them takes. For checks and short measurements of other things."""
+    """Makes every kernel run in its first configuration from now on, for checks and for measurements of other things.
+
+    The results stay right, and the time is within some tens of percent of the best. It saves the minute that compiling
+    all configurations takes.
+    """
     for tuner in (*_STATISTICS.values(), *_LOGIT_GRADIENT.values(), *_PRODUCT.values()):
         tuner.configs = tuner.configs[:1]
 
@@ -144,7 +148,7 @@ class TritonTokenStatistics:
         if num_rows == 0 or plan.num_columns == 0 or (sums.hidden_RD is None and sums.weight_VD is None):
             return
         hidden_RD, weight_VD = hidden_RD.contiguous(), weight_VD.contiguous()
-        # dense: the kernels compute addresses from the hidden size alone
+        # The sums must be dense, because the kernels compute addresses from the hidden size alone.
         assert all(grad is None or grad.is_contiguous() for grad in (sums.hidden_RD, sums.weight_VD))
         chunk_columns = choose_chunk_columns(num_rows, plan.num_columns, itemsize=hidden_RD.itemsize)
         chunk_buffer = hidden_RD.new_empty(num_rows, chunk_columns)
@@ -162,12 +166,16 @@ IMPLEMENTATION = TritonTokenStatistics()
 
 
 def row_bucket(num_rows: int) -> int:
-    """Key of the tuning: a training run sees a new number of rows each step and must not tune for each."""
+    """The number of rows as a key for tuning. It is rounded, because a training run has a new number of rows in each
+    step and must not tune again."""
     return min(max(triton.next_power_of_2(num_rows), 64), 8192)
 
 
 def choose_split_columns(num_rows: int, num_columns: int) -> int:
-    """Columns a program of the forward pass walks: many (fewer partial results) if there are programs enough."""
+    """The number of columns that one program of the forward pass processes.
+
+    More columns mean fewer partial results, but there must be enough programs to fill the device.
+    """
     if IS_INTERPRETED:
         return 128
     row_blocks = triton.cdiv(num_rows, 128)
@@ -178,7 +186,7 @@ def choose_split_columns(num_rows: int, num_columns: int) -> int:
 
 
 def choose_chunk_columns(num_rows: int, num_columns: int, *, itemsize: int) -> int:
-    """Columns whose gradient fits the budget, though never under one tile."""
+    """The number of columns whose gradient fits the budget, but at least one tile."""
     block = 64 if IS_INTERPRETED else MAX_BLOCK_COLUMNS
     budget = 2**14 if IS_INTERPRETED else CHUNK_BUDGET_BYTES
     columns = max(budget // (num_rows * itemsize) // block, 1) * block
@@ -259,7 +267,7 @@ def write_logit_gradient(
 def add_product(
     out_MD: Tensor, chunk_RX: Tensor, factor_ND: Tensor, *, num_rows: int, is_weight_grad: bool = False
 ) -> None:
-    """out += chunk @ factor (d hidden: factor is the weight), or chunk^T @ factor (d weight: it is the hidden)."""
+    """Adds chunk @ weight (d hidden) or chunk^T @ hidden (d weight) to ``out``; the second operand is ``factor``."""
     num_out, hidden_size = out_MD.shape
     _PRODUCT[_is_half(factor_ND), is_weight_grad][
         lambda meta: (triton.cdiv(num_out, meta["BLOCK_M"]) * triton.cdiv(hidden_size, meta["BLOCK_D"]),)
@@ -278,7 +286,7 @@ def add_product(
 
 
 def _arithmetic(tensor: Tensor) -> dict[str, object]:
-    """UPCAST and PRECISION of the kernels' products."""
+    """The kernels' options UPCAST and PRECISION for these inputs."""
     is_exact = _is_half(tensor) or torch.get_float32_matmul_precision() == "highest"
     return {
         "UPCAST": IS_INTERPRETED and tensor.dtype == torch.bfloat16,

@@ -3,37 +3,39 @@
 Letters: R rows, Vs real vocabulary rows of this shard, D hidden size. All matrices are row-major and dense. Every sum
 is fp32: a bf16 sum over 152,064 exponentials would stall after 256 equal terms, and bf16 logits are off by 0.06 at 20.
 
-1. ``statistics_kernel``: one program walks ``BLOCK_R`` rows over ``SPLIT_COLUMNS`` vocabulary rows. For each tile of
-   ``BLOCK_V`` it multiplies over D (the logits live in registers only) and folds the tile into four running numbers a
-   row (eight with a counterfactual, whose product reads the same weight tile):
+1. ``statistics_kernel``: one program processes ``BLOCK_R`` rows and ``SPLIT_COLUMNS`` vocabulary rows. For each tile of
+   ``BLOCK_V`` vocabulary rows it multiplies over D (the logits exist in registers only) and updates four running
+   numbers per row (eight with a counterfactual, whose product reads the same weight tile):
 
        m = max z                   s = sum exp(z - m)        u = sum exp(z - m) (z - m)     t = z[target], else 0
        m' = max z'                 s' = sum exp(z' - m')     t' = z'[target], else 0
        w = sum exp(z - m) ((z - m) - (z' - m'))
 
-   Splits of the vocabulary write separate partial results, which ``join_kernel`` joins: enough programs for few rows,
-   no atomics, the same bits in every run. Nothing else is written: 4 or 8 floats for each row and split.
+   Splits of the vocabulary write separate partial results, which ``join_kernel`` joins. So there are enough programs
+   even for few rows, there are no atomics, and every run gives the same bits. Only these 4 or 8 floats for each row and
+   split are written.
 
-2. ``logit_gradient_kernel``: the tile's product again, and instead of statistics the gradient of the logits
+2. ``logit_gradient_kernel``: recomputes the tile's product and turns it into the gradient of the logits
 
        d z = scale (g 1[target] + exp(z - m) (offset + slope (z - m)))
 
-   stored in the inputs' dtype, for one chunk of the vocabulary that fits a memory budget. d hidden of a row (D fp32
-   numbers) fits neither registers nor shared memory, and every way without the buffer costs more: recomputing the
-   logits for each slice of D is D / slice times the work, adding tile after tile into d hidden moves 8 bytes for each
-   BLOCK_V terms of a sum. The chunk is written once and read twice, 2 bytes a logit; no product is formed again.
+   It stores d z in the inputs' dtype, for one chunk of the vocabulary that fits a memory budget. d hidden of a row
+   (D fp32 numbers) fits neither registers nor shared memory, and every way without this buffer costs more. Recomputing
+   the logits for each slice of D takes D / slice times the work. Adding tile after tile into d hidden moves 8 bytes for
+   each BLOCK_V terms of a sum. The chunk is written once and read twice, with 2 bytes per logit, and no product is
+   computed again.
 
-3. ``product_kernel``: out += a @ b of a chunk: d hidden [R, D] = sum over chunks of d z @ W, in fp32; d weight of the
-   chunk = d z^T @ hidden, complete in one pass over the rows, so it is rounded once (where it goes into the fp32
-   ``main_grad``, not at all). Each output tile belongs to one program: no atomics.
+3. ``product_kernel``: computes out += a @ b for a chunk. d hidden [R, D] is the sum over chunks of d z @ W, in fp32.
+   d weight of the chunk is d z^T @ hidden; it is complete after one pass over the rows, so it is rounded once (or not
+   at all, if it goes into the fp32 ``main_grad``). Each output tile belongs to one program, so there are no atomics.
 
-Rows and vocabulary rows beyond the end read the last one instead (no mask inside the product) and are masked after it.
-Pointers into matrices start from 64-bit offsets per tile: R D, Vs D and R chunk may exceed 2^31. Column ids and targets
-are 32-bit.
+Rows and vocabulary rows beyond the end read the last row instead, so that the product needs no mask; they are masked
+after it. Pointers into matrices start from 64-bit offsets per tile, because R D, Vs D and R chunk may exceed 2^31.
+Column ids and targets are 32-bit.
 
-``UPCAST`` is for bf16 in Triton's interpreter, which multiplies it wrongly and cuts digits off instead of rounding.
-``PRECISION`` is that of fp32 products: "ieee" or "tf32". ``row_bucket`` is read by nobody: it is the autotuner's key
-for the number of rows.
+``UPCAST`` is for bf16 in Triton's interpreter, which multiplies bf16 wrongly and truncates instead of rounding.
+``PRECISION`` is the precision of fp32 products: "ieee" or "tf32". No kernel reads ``row_bucket``; it is the autotuner's
+key for the number of rows.
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ import triton
 import triton.language as tl
 
 LOWEST = tl.constexpr(-8.0e37)
-"""Below any real logit yet finite, as in the chunked implementation: differences neither overflow nor give 0 * inf."""
+"""A finite number below any real logit, as in the chunked implementation; differences neither overflow nor give
+0 * inf."""
 
 
 @triton.jit

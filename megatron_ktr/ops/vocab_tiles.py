@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_ktr.ops.token_statistics_interface import ShardPlan, accumulation_dtype
 
 TILE_BUDGET_BYTES = 64 * 2**20
-"""Working memory of one call beside its inputs, outputs and gradients."""
+"""The working memory of one call, besides its inputs, outputs and gradients."""
 
 
 def tile_sizes(
@@ -23,10 +23,11 @@ def tile_sizes(
     num_buffers: int = 2,
     budget_bytes: int = TILE_BUDGET_BYTES,
 ) -> tuple[int, int]:
-    """(rows, columns) of a tile whose working memory fits ``budget_bytes``, though never under 16 x 128.
+    """(rows, columns) of a tile whose working memory fits ``budget_bytes``, but at least 16 x 128.
 
-    Half goes to the columns (a widened weight tile and its gradient, 2 D numbers a column), half to the rows
-    (``num_buffers`` tile-wide buffers and a widened hidden row, ``num_buffers`` columns + D numbers a row).
+    Half of the budget is for the columns: a widened weight tile and its gradient, 2 D numbers per column. The other
+    half is for the rows: ``num_buffers`` buffers as wide as the tile, and a widened hidden row, which together are
+    ``num_buffers`` x columns + D numbers per row.
     """
     half = budget_bytes // 2 // itemsize
     columns = max(128, min(num_columns, half // (2 * hidden_size) // 128 * 128, 2048))
@@ -36,7 +37,10 @@ def tile_sizes(
 
 @dataclass(frozen=True)
 class Tiles:
-    """How one call cuts its shard, and the buffers all of its tiles share: fresh ones would cost page faults."""
+    """The tiles into which one call cuts its shard, and their buffers.
+
+    All tiles share the buffers, because new ones for each tile would cause page faults.
+    """
 
     plan: ShardPlan
     num_rows: int
@@ -66,13 +70,16 @@ class Tiles:
         return self.buffers[index][: shape[0] * shape[1]].view(shape)
 
     def logits(self, index: int, hidden: Tensor, weight_tile: Tensor) -> Tensor:
-        """The logits of ``hidden`` (as given) on ``weight_tile`` (an ``operand``), in buffer ``index``."""
+        """Computes the logits of ``hidden`` on ``weight_tile`` in buffer ``index``.
+
+        ``weight_tile`` must already be an ``operand``; ``hidden`` is converted here.
+        """
         out = self.buffer(index, (hidden.shape[0], weight_tile.shape[0]))
         return multiply_into(out, operand(hidden), weight_tile.t(), scale=self.plan.scale)
 
 
 def multiply_into(out: Tensor, a: Tensor, b: Tensor, *, scale: float, accumulate: bool = False) -> Tensor:
-    """out = scale a @ b (+ out), with the precision of ``out`` whatever the operands' precision."""
+    """Computes out = scale a @ b (+ out), in the precision of ``out`` whatever the operands' precision is."""
     if a.dtype == out.dtype:
         return torch.addmm(out, a, b, beta=1 if accumulate else 0, alpha=scale, out=out)
     product = torch.mm(a, b, out_dtype=out.dtype)
@@ -80,7 +87,10 @@ def multiply_into(out: Tensor, a: Tensor, b: Tensor, *, scale: float, accumulate
 
 
 def operand(tensor: Tensor) -> Tensor:
-    """What a tile product reads: CPU products of 16-bit numbers also round their result to 16 bits, so widen."""
+    """``tensor`` as an operand of a tile product: on CPU it is widened to fp32 (fp64 stays).
+
+    CPU products of 16-bit operands would also round their result to 16 bits.
+    """
     return tensor.to(accumulation_dtype(tensor)) if tensor.device.type == "cpu" else tensor
 
 

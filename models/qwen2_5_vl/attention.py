@@ -1,11 +1,15 @@
 """Packed attention behind megatron-core's ``core_attention`` interface, and the parameters that steer it.
 
 megatron-core hands a ``PackedSeqParams`` through every layer untouched, so a subclass of it can carry what our
-attention needs. Its own fields describe one sequence ``[0, T]``: with as many rotary frequencies as rows, core then
-rotates row i by frequency i, whatever its M-RoPE position, instead of counting rows from 0 in every segment.
-That one-sequence description stays in host memory on purpose: core reads it as Python numbers in every layer, which
-would otherwise be a device synchronisation per layer. Only Transformer Engine's rotation, one kernel that core calls
-with ``apply_rope_fusion``, reads it on the device, and nobody else then does.
+attention needs.
+
+The inherited fields describe the packed batch as one sequence ``[0, T]``. The model computes one rotary angle for each
+row, from the row's M-RoPE position. With one sequence, core rotates row i by angle i, as it should; with several
+segments core would count rows from 0 in each of them.
+
+These fields stay in host memory on purpose: core reads them as Python numbers in every layer, and on the device every
+such read would be a synchronisation. The exception is Transformer Engine's rotation kernel, which core calls with
+``apply_rope_fusion``: it reads the fields on the device, and then nothing else reads them.
 """
 
 from __future__ import annotations
@@ -30,10 +34,10 @@ from models.qwen2_5_vl.products import product_dtype
 
 @dataclass
 class PrefixSeqParams(PackedSeqParams):
-    """Attention of the language model: ``plan`` says who may attend whom.
+    """Parameters of the language model's attention: ``plan`` says which rows may attend which.
 
-    With context parallelism the queries are this rank's rows and the plan's keys are everybody's: ``exchange`` gets
-    them.
+    With context parallelism the queries are this rank's rows, and the keys of the plan are all ranks' rows;
+    ``exchange`` gathers those keys.
     """
 
     plan: AttentionPlan | None = None
@@ -41,7 +45,11 @@ class PrefixSeqParams(PackedSeqParams):
 
     @classmethod
     def from_layout(cls, layout: PackedLayout, *, bounds_on: torch.device | None = None) -> PrefixSeqParams:
-        """``bounds_on``: the device whose kernel rotates; None: core's own code does."""
+        """Makes the parameters of a batch that lies whole on this rank.
+
+        ``bounds_on`` is the device of the sequence bounds if Transformer Engine's kernel rotates; it is None if core's
+        own code rotates.
+        """
         return cls(plan=AttentionPlan.of_layout(layout), **_one_sequence(layout.num_tokens, bounds_on))
 
     @classmethod
@@ -53,8 +61,11 @@ class PrefixSeqParams(PackedSeqParams):
 
 
 class OneRank:
-    """Stands in for the context group wherever megatron-core would cut sequences or frequencies itself: rows are
-    shared out before the first layer, and core's layers work on what one rank has as if it were everything."""
+    """A stand-in for the context-parallel group that keeps megatron-core from cutting sequences and rotary angles.
+
+    We distribute the rows over the context ranks before the first layer; core's layers then work on one rank's rows as
+    if they were the whole sequence.
+    """
 
     def size(self) -> int:
         return 1
@@ -66,7 +77,7 @@ class OneRank:
 class PrefixCoreAttention(torch.nn.Module):
     """``prefix_attention`` as megatron-core's core attention; heads are already split over tensor ranks.
 
-    ``impl`` comes with the layer specification and chooses among the implementations.
+    The layer specification sets ``impl``, which chooses among the implementations of ``prefix_attention``.
     """
 
     def __init__(
@@ -94,7 +105,7 @@ class PrefixCoreAttention(torch.nn.Module):
         packed_seq_params: PrefixSeqParams,
         **_: Any,
     ) -> Tensor:
-        """[T, N, H], [T, K, H], [T, K, H] -> [T, N * H]; mask arguments are unused, the plan says it all."""
+        """[T, N, H], [T, K, H], [T, K, H] -> [T, N * H]; the plan replaces the mask arguments, which are unused."""
         assert packed_seq_params.plan is not None, "``from_layout`` and ``from_shard`` make one"
         lower = product_dtype(self.config) or query.dtype
         out_TNH = prefix_attention(

@@ -1,4 +1,4 @@
-"""The context group of one model chunk: rows shared out before its first layer, results brought back after the head.
+"""Context parallelism of one model chunk: distributes rows before its first layer, gathers results after the head.
 
 Plans come from ``megatron_ktr/ops/context_shard.py``, collectives from ``megatron_ktr/ops/key_exchange.py``.
 """
@@ -17,23 +17,29 @@ from models.qwen2_5_vl.attention import PrefixSeqParams
 
 
 class ContextRanks:
-    """This rank among those that share each sequence. ``multiple``: every rank's rows become a multiple of it."""
+    """The context-parallel ranks, which share each packed sequence, seen from this rank.
+
+    The number of rows of every rank is padded to a multiple of ``multiple``.
+    """
 
     def __init__(self, group: ProcessGroup, *, multiple: int) -> None:
         self.group = group
         self.multiple = multiple
 
     def share(self, batch: PackedBatch, *, bounds_on: torch.device | None = None) -> tuple[LocalRows, PrefixSeqParams]:
-        """This rank's rows of the batch, and what they attend (``bounds_on``: ``PrefixSeqParams``)."""
+        """This rank's rows of the batch, and the keys they attend. ``bounds_on``: see ``PrefixSeqParams``."""
         shard = self._shard(batch)
         return shard.take(batch), PrefixSeqParams.from_shard(shard, group=self.group, bounds_on=bounds_on)
 
     def mine(self, batch: PackedBatch) -> Tensor:
-        """int64 in host memory: the response tokens, as indices in R, whose predicting rows lie on this rank."""
+        """Indices in R of the response tokens whose predicting rows lie on this rank: int64, in host memory."""
         return (self._owners(batch) == self.group.rank()).nonzero()[:, 0]
 
     def gather_statistics(self, mine: TokenStatistics, batch: PackedBatch) -> TokenStatistics:
-        """Of all response tokens from those of this rank, on every rank, in one collective; differentiable."""
+        """Gathers the statistics of all response tokens on every rank, in one collective; differentiable.
+
+        ``mine`` holds the statistics of this rank's response tokens.
+        """
         owner_R = self._owners(batch)
         found = vars(mine)
         flat = [row for value in found.values() for row in (value if value.dim() == 2 else (value,))]
@@ -48,7 +54,10 @@ class ContextRanks:
         return TokenStatistics(**whole)
 
     def gather_hidden(self, hidden_RD: Tensor, batch: PackedBatch) -> Tensor:
-        """Rows of all response tokens from those of this rank, on every rank; without gradient."""
+        """Gathers the hidden rows of all response tokens on every rank, without gradient.
+
+        ``hidden_RD`` holds the rows of this rank's response tokens.
+        """
         return gather_rows(hidden_RD.detach(), owner_R=self._owners(batch), group=self.group)
 
     def _owners(self, batch: PackedBatch) -> Tensor:

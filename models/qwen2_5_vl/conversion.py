@@ -1,7 +1,7 @@
-"""Hugging Face weights into a live Megatron model, and out of it again, in any layout.
+"""Loads Hugging Face weights into a live Megatron model and exports them again, in any parallel layout.
 
-Both directions walk the table of ``weight_map``: every rank reads only its own slices, and export moves one tensor
-at a time. The offline converter (``dist_checkpoint.py``) walks the same table.
+Both directions follow the table in ``weight_map``: every rank reads only its own slices, and export moves one tensor
+at a time. The offline converter (``dist_checkpoint.py``) follows the same table.
 """
 
 from __future__ import annotations
@@ -32,15 +32,17 @@ if TYPE_CHECKING:
 TensorOf = Callable[[nn.Parameter], Tensor | None]
 GatherTo = Literal["all", "source"]
 ADAPTERS = ("lora_a", "lora_b")
-"""Parameters that ``lora.py`` adds to layers: no part of the published model, hence of no other table."""
+"""The names of the parameters that ``lora.py`` adds to layers. They are not part of the published model, so the table
+in ``weight_map`` does not list them."""
 
 
 def named_model_parameters(
     model: nn.Module | Sequence[nn.Module], *, adapters: bool = False
 ) -> Iterator[tuple[str, nn.Parameter]]:
-    """Parameters of a model (or of its virtual-pipeline chunks) under the table's names; or those of its adapters.
+    """Yields the parameters of a model (or of its virtual-pipeline chunks) under the names of the weight table.
 
-    Unwraps DDP, counts layers over the whole model, and gives Transformer Engine's fused norms their plain name.
+    It unwraps DDP, numbers layers over the whole model, and gives Transformer Engine's fused norms their plain names.
+    With ``adapters`` it yields the parameters of the adapters instead.
     """
     for chunk in model if isinstance(model, Sequence) else (model,):
         inner = unwrap_model(chunk)
@@ -50,7 +52,7 @@ def named_model_parameters(
 
 
 def model_config(model: nn.Module | Sequence[nn.Module]) -> Qwen2_5_VLConfig:
-    """The architecture a model (or its first chunk) was built from."""
+    """The architecture from which a model (or its first chunk) was built."""
     return unwrap_model(model[0] if isinstance(model, Sequence) else model).model_config
 
 
@@ -75,15 +77,16 @@ def _table_name(model: nn.Module, name: str) -> str:
 def load_hf_weights(model: nn.Module | Sequence[nn.Module], hf_dir: Path | str, *, ranks: Any = None) -> None:
     """Fills this rank's parameters in place from a Hugging Face directory; padding becomes zero.
 
-    Every rank checks the whole directory, so that all fail alike, and reads only its own slices. An optimizer that
-    keeps its own copy of the parameters (fp32 main parameters) must be made, or reload them, afterwards.
+    Every rank checks the whole directory, so that all ranks fail together, but reads only its own slices of tensors.
+    An optimizer that keeps its own copy of the parameters (fp32 main parameters) must be created afterwards, or must
+    reload them afterwards.
 
     Args:
         model: the model or its virtual-pipeline chunks, wrapped or not.
         ranks: ``ParallelGroups``; None means one process.
 
     Raises:
-        UserError: missing, extra or misshapen tensors, named; damaged files.
+        UserError: tensors are missing, unexpected or of the wrong shape (the message names them), or files are damaged.
     """
     chunks = model if isinstance(model, Sequence) else (model,)
     config = model_config(chunks)
@@ -98,7 +101,7 @@ def load_hf_weights(model: nn.Module | Sequence[nn.Module], hf_dir: Path | str, 
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where this rank stands; the groups are None in one process."""
+    """This rank's place in the tensor and pipeline groups; the groups are None if there is only one process."""
 
     tensor: dist.ProcessGroup | None = None
     pipeline: dist.ProcessGroup | None = None
@@ -125,7 +128,7 @@ class _Layout:
         return self.tensor_rank == self.pipeline_rank == 0
 
     def shard(self, spec: WeightSpec, local_shape: tuple[int, ...]) -> tuple[int, int]:
-        """(index, count) of this rank's shard; (0, 1) where the module is not split."""
+        """(index, count) of this rank's shard of a tensor; (0, 1) if the tensor is not split."""
         count = spec.num_shards(local_shape, tensor_size=self.tensor_size)
         return (self.tensor_rank, count) if count > 1 else (0, 1)
 
@@ -141,19 +144,19 @@ def export_hf_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yields (published Hugging Face name, whole tensor) one by one: vision, embedding, layers, norm, head.
 
-    Collective over the tensor and pipeline groups: every rank of a replica must exhaust the iterator. One tensor
-    and its shards are in memory beside the model, never more. A tied head is not exported. Parameters kept in FP8
-    come out in their nominal dtype, as the numbers the model multiplies with.
+    Collective over the tensor and pipeline groups: every rank of a replica must exhaust the iterator. Besides the
+    model, at most one tensor and its shards are in memory. A tied head is not exported. Parameters kept in FP8 are
+    exported in their nominal dtype, with the values that the model multiplies with.
 
     Args:
         model: the model or its virtual-pipeline chunks, wrapped or not.
         ranks: ``ParallelGroups``; None means one process.
-        tensor_of: what to export for a parameter, in the parameter's shape: by default the parameter itself. Pass
-            e.g. ``lambda p: p.main_grad`` to get gradients under Hugging Face names (complete only after
-            ``finalize_model_grads``). Where it returns None the parameter is left out.
-        gather_to: "all": every rank gets every tensor. "source": only the replica's source rank does (tensor and
-            pipeline rank 0); the others take part and yield nothing.
-        adapters: a table of adapters, to be exported in place of the model (``lora.py``).
+        tensor_of: returns the tensor to export for a parameter, in the parameter's shape; the default is the parameter
+            itself. Pass e.g. ``lambda p: p.main_grad`` to get gradients under Hugging Face names (they are complete
+            only after ``finalize_model_grads``). A parameter for which it returns None is left out.
+        gather_to: "all": every rank gets every tensor. "source": only the replica's source rank (tensor and pipeline
+            rank 0) gets them; the other ranks take part in the collectives and yield nothing.
+        adapters: a table of adapters, which are exported instead of the model (``lora.py``).
     """
     layout = _Layout.of(ranks)
     tensor_of = tensor_of or (lambda parameter: parameter)
@@ -184,7 +187,7 @@ def export_hf_tensors(
 def _stage_and_dtype(
     local: dict[str, nn.Parameter], tensor_of: TensorOf, layout: _Layout
 ) -> dict[str, tuple[int, torch.dtype]]:
-    """Which pipeline stage holds each exported tensor, and its dtype; the same on every stage."""
+    """The pipeline stage that holds each exported tensor, and the tensor's dtype; every stage gets the same result."""
     mine = {name: tensor.dtype for name, p in local.items() if (tensor := tensor_of(p)) is not None}
     stages: list[dict[str, torch.dtype]] = [mine] * layout.pipeline_size
     if layout.pipeline_size > 1:
@@ -221,14 +224,14 @@ def _gather_shards(
 def _move_over_pipeline(
     hf_tensors: tuple[Tensor, ...] | None, stage: int, layout: _Layout, *, gather_to: GatherTo
 ) -> None:
-    """From the stage that holds them to all stages, or to the first one."""
+    """Sends tensors from the pipeline stage that holds them to all stages ("all") or to the first one ("source")."""
     if layout.pipeline_size == 1 or hf_tensors is None:
         return
     if gather_to == "all":
         for tensor in hf_tensors:
             dist.broadcast(tensor, group=layout.pipeline, group_src=stage)
     elif stage != 0:
-        # Point to point: only the two ranks concerned wait for each other.
+        # Send and receive, so that only the two ranks concerned wait for each other.
         for tensor in hf_tensors:
             if layout.pipeline_rank == stage:
                 dist.send(tensor, group=layout.pipeline, group_dst=0)
@@ -245,14 +248,14 @@ def save_hf(
     tensor_of: TensorOf | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Writes a directory that transformers and ``vllm serve`` load: weights, and every side file of the source.
+    """Writes a directory that transformers and ``vllm serve`` load: the weights, and every side file of the source.
 
-    Collective over the world. The first replica's source rank writes, tensor by tensor, into a scratch directory
-    that is renamed at the end. ``dtype`` in config.json becomes that of the written weights. ``tensor_of`` as for
-    ``export_hf_tensors``, in the parameters' dtype.
+    Every rank must call this. The first replica's source rank writes tensor by tensor into a scratch directory, which
+    is renamed at the end. ``dtype`` in config.json becomes the dtype of the written weights. ``tensor_of`` is as in
+    ``export_hf_tensors``, and must return the parameters' dtype.
 
     Raises:
-        UserError: on every rank: ``out_dir`` exists, or the disk is full.
+        UserError: ``out_dir`` exists, or the disk is full; raised on every rank.
     """
     layout = _Layout.of(ranks)
     takes_part = ranks is None or ranks.data_rank == ranks.context_rank == 0
@@ -265,7 +268,8 @@ def save_hf(
                 _write_hf_directory(Path(out_dir), tensors, infos, Path(hf_source_dir), max_shard_bytes=max_shard_bytes)
             except Exception as error:
                 failure = error
-        # After a failure the other ranks still wait in the collectives of the tensors that were not written.
+        # After a failed write the other ranks still wait in the collectives of the remaining tensors, so go through
+        # all of them.
         for _ in tensors:
             pass
     raise_on_every_rank(failure, group=None if ranks is None else ranks.world)
@@ -300,7 +304,7 @@ def _write_hf_directory(
 
 
 def _set_config_dtype(path: Path, dtype: torch.dtype) -> None:
-    """A run in bf16 may start from an fp32 directory; loaders trust config.json."""
+    """Sets the dtype in config.json: a bf16 run may start from an fp32 directory, and loaders trust config.json."""
     config = json.loads(path.read_text(encoding="utf-8"))
     name = str(dtype).removeprefix("torch.")
     for section in (config, config.get("text_config"), config.get("vision_config")):
@@ -311,8 +315,10 @@ def _set_config_dtype(path: Path, dtype: torch.dtype) -> None:
 
 
 def _complete_processor_files(directory: Path) -> None:
-    """Writes down mean and deviation of pixels where a processor file leaves them to transformers' defaults: by such a
-    file ``vllm serve`` would not normalise, without a word."""
+    """Adds the pixels' mean and standard deviation to processor files that rely on transformers' defaults for them.
+
+    With a file that lacks them, ``vllm serve`` would silently skip the normalisation.
+    """
     values = PreprocessSettings.from_model(directory)
     for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
         path = directory / name

@@ -1,9 +1,11 @@
 """Offline conversion between Hugging Face directories and Megatron distributed checkpoints, one tensor at a time.
 
 The checkpoint holds whole tensors, unpadded, under the keys that the live model's ``sharded_state_dict`` asks for,
-so that any tensor x pipeline layout loads it. ``hf/`` inside it keeps the side files (config, tokenizer, processor,
-...): the checkpoint alone is enough to go back. Needs no process group, no GPU, and no more memory than one tensor
-and a slice of it. What is written has checksums; what is read is verified first where it has them.
+so that any tensor x pipeline layout can load it. Its subdirectory ``hf/`` keeps the side files (config, tokenizer,
+processor, ...), so that the checkpoint alone can be converted back.
+
+Conversion needs no process group, no GPU, and no more memory than one tensor and a slice of it. It writes checksums
+for its output, and first verifies the checksums of its input if there are any.
 """
 
 from __future__ import annotations
@@ -26,18 +28,18 @@ from models.qwen2_5_vl.hf_weights import list_some, open_hf_weights
 from models.qwen2_5_vl.weight_map import TE_NAMES, Shape, WeightSpec, weight_specs
 
 SIDE_FILES = "hf"
-"""Subdirectory of a Megatron checkpoint with the Hugging Face side files."""
+"""The subdirectory of a Megatron checkpoint that holds the Hugging Face side files."""
 LAYER_NAME = re.compile(r"(?P<block>(language|vision)\.decoder\.layers)\.(?P<layer>\d+)\.(?P<rest>.*)")
 FUSED_NAMES = {plain: fused for fused, plain in TE_NAMES.items()}
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a Megatron tensor lies in a distributed checkpoint."""
+    """The place of a Megatron tensor in a distributed checkpoint."""
 
     key: str
     layer: int | None
-    """Index on the stacked leading axis; None: stored by itself."""
+    """The tensor's index on the leading axis along which layers are stacked; None: the tensor is stored by itself."""
     num_layers: int = 1
 
     def offset(self, shape: Shape) -> Shape:
@@ -50,7 +52,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What a conversion did."""
+    """The result of a conversion."""
 
     num_tensors: int
     num_bytes: int
@@ -58,7 +60,11 @@ class ConversionReport:
 
 
 def stored_tensor(spec: WeightSpec, config: Qwen2_5_VLConfig) -> StoredTensor:
-    """megatron-core stacks the layers of a block under one key; the language model's norms carry TE's names there."""
+    """The place of a tensor in a checkpoint.
+
+    megatron-core stacks all layers of a block under one key. The language model's norms have Transformer Engine's
+    names there.
+    """
     match = LAYER_NAME.fullmatch(spec.name)
     if match is None:
         return StoredTensor(spec.name, None)
@@ -73,7 +79,7 @@ def _stored_specs(config: Qwen2_5_VLConfig) -> list[WeightSpec]:
 
 
 def convert_to_megatron(hf_dir: Path | str, out_dir: Path | str) -> ConversionReport:
-    """Writes a Megatron distributed checkpoint of the weights of a Hugging Face directory, in their dtype.
+    """Writes the weights of a Hugging Face directory, in their dtype, as a Megatron distributed checkpoint.
 
     Raises:
         UserError: bad input (see ``open_hf_weights``), existing target, full disk.
@@ -121,12 +127,12 @@ def convert_to_hf(
 ) -> ConversionReport:
     """Writes a Hugging Face directory from a Megatron checkpoint that any layout may have saved.
 
-    Optimizer and random states in the checkpoint are left alone; padding is dropped.
+    Optimizer and random states in the checkpoint are ignored; padding is dropped.
 
     Args:
         megatron_dir: the checkpoint.
         out_dir: new directory.
-        side_files_dir: where config.json, tokenizer, ... come from; default: ``hf/`` in the checkpoint.
+        side_files_dir: the directory of config.json, tokenizer, ...; default: ``hf/`` in the checkpoint.
         max_shard_bytes: size of one safetensors file.
 
     Raises:
@@ -173,10 +179,11 @@ def _stored_shape(place: StoredTensor, reader: TorchDistReader) -> Shape:
 
 
 def locate_tensors(reader: TorchDistReader, *, config: Qwen2_5_VLConfig) -> dict[str, StoredTensor]:
-    """Where each Megatron tensor lies (layers stacked, or one key per layer), by its name in the table.
+    """The place of each Megatron tensor, by its name in the table; layers are stacked, or have one key each.
 
     Raises:
-        UserError: missing, extra or misshapen tensors, named. Other tensors (optimizer state) are not looked at.
+        UserError: tensors of the model are missing, unexpected or of the wrong shape; the message names them. Other
+            tensors (optimizer state) are not checked.
     """
     specs = _stored_specs(config)
     places: dict[str, StoredTensor] = {}
@@ -208,7 +215,7 @@ def locate_tensors(reader: TorchDistReader, *, config: Qwen2_5_VLConfig) -> dict
 
 
 def _single_key(spec: WeightSpec, config: Qwen2_5_VLConfig) -> str:
-    """The key of a checkpoint saved with ``non_homogeneous_layers``."""
+    """The key of the tensor in a checkpoint saved with ``non_homogeneous_layers`` (one key per layer)."""
     place = stored_tensor(spec, config)
     return place.key if place.layer is None else place.key.replace(".layers.", f".layers.{place.layer}.")
 
@@ -218,7 +225,7 @@ def _check_shape(spec: WeightSpec, place: StoredTensor, reader: TorchDistReader)
     expected = place.global_shape(spec.shape)
     if size == expected:
         return
-    # A layout whose tensor-parallel size does not divide an axis saves it with padding.
+    # If a layout's tensor-parallel size does not divide an axis, the axis is saved with padding.
     axis = spec.concat_axis + (place.layer is not None)
     padded = tuple(max(n, size[i]) if i == axis else n for i, n in enumerate(expected)) if len(size) > axis else ()
     if size != padded or not spec.is_padded:

@@ -1,4 +1,4 @@
-"""The live model's side of a Megatron distributed checkpoint: layout-independent sharded state, loading, saving."""
+"""Saves and loads the weights of a live model as a Megatron distributed checkpoint, independent of the layout."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ VISION_MLP = "vision.decoder.layers.mlp."
 def model_sharded_state_dict(model: nn.Module | Sequence[nn.Module]) -> dict[str, Any]:
     """megatron-core's sharded state of one chunk (``{"model": ...}``) or several (``{"model0": ..., ...}``).
 
-    What a checkpoint holds must not depend on the layout, but core stores the vision MLP as padded for this
-    tensor-parallel size: here each rank contributes the true part of its shard only. (The vocabulary's padding core
-    handles itself.)
+    The contents of a checkpoint must not depend on the layout, but core would store the vision MLP with the padding
+    for this tensor-parallel size. So each rank contributes only the unpadded part of its shard. (Core itself handles
+    the padding of the vocabulary.)
     """
     chunks = list(model) if isinstance(model, Sequence) else [model]
     states = {}
@@ -55,7 +55,7 @@ def model_sharded_state_dict(model: nn.Module | Sequence[nn.Module]) -> dict[str
 
 
 def _mark_copies(state: dict[str, Any], *, tensor_rank: int) -> None:
-    """An encoder that is whole on every tensor rank: the first rank's copy is the one to save."""
+    """Marks the encoder's tensors as copies, if every tensor rank holds the whole encoder; rank 0's copy is saved."""
     for value in state.values():
         if isinstance(value, ShardedTensor | ShardedTensorFactory) and value.key.startswith("vision."):
             assert isinstance(value.replica_id, tuple), "core numbers copies of a tensor by three axes"
@@ -87,9 +87,10 @@ def _layer_offset(value: ShardedTensor | ShardedTensorFactory) -> tuple[int, int
 def _trimmed(
     value: ShardedTensor | ShardedTensorFactory, *, layer: tuple[int, int], true_size: int, part: str, rank: int
 ) -> ShardedTensorFactory:
-    """A factory of the shard's true rows (gate and up apart) or columns; loading puts zeros where padding was.
+    """A factory that saves the shard's unpadded rows (gate and up separately) or columns; loading restores the zeros.
 
-    Shards are then of unequal size, which core supports only without prepended axes: the layer axis is spelled out.
+    The shards are then of unequal size. Core supports that only without prepended axes, so this function makes the
+    layer axis a normal axis of the tensor.
     """
     axis = 1 if part == "linear_fc2.weight" else 0
     halves = 1 if axis == 1 else 2
@@ -97,7 +98,10 @@ def _trimmed(
     assert data is not None, f"{value.key} has no tensor"
 
     def pieces_of(tensor: Tensor) -> list[tuple[Tensor, int]]:
-        """(true part of a half of the shard, where it starts on the global axis); none if all is padding."""
+        """For each half of the shard: its unpadded part, and where that starts on the global axis.
+
+        The list is empty if the shard is all padding.
+        """
         shard_size = tensor.shape[axis] // halves
         start = rank * shard_size
         length = min(shard_size, true_size - start)
@@ -128,14 +132,14 @@ def _trimmed(
         return built
 
     def merge(loaded: list[Tensor]) -> Tensor:
-        # Not the parameter's dtype: optimizer state of half-precision parameters is stored in fp32.
+        # Use the loaded dtype, not the parameter's: the fp32 optimizer state of half-precision parameters passes here.
         whole = torch.zeros_like(data, dtype=loaded[0].dtype if loaded else None)
         for (target, _), piece in zip(pieces_of(whole), loaded, strict=True):
             target.copy_(piece[0])
         return whole
 
-    # megatron-core's annotations name a state dictionary; a list of shards and of what was loaded for them is what its
-    # own factories hand over too.
+    # megatron-core's annotations say that the two functions exchange a state dictionary. Its own factories also
+    # exchange a list of shards and a list of what was loaded for them.
     return ShardedTensorFactory(value.key, data, cast(Any, build), cast(Any, merge), value.replica_id)
 
 
@@ -143,18 +147,19 @@ def _trimmed(
 def load_megatron_weights(model: nn.Module | Sequence[nn.Module], directory: Path | str) -> None:
     """Fills this rank's parameters from a distributed checkpoint, converted or trained, saved in any layout.
 
-    Collective over the world. Optimizer state in the checkpoint is not read; an optimizer that keeps its own copy of
-    the parameters must reload them afterwards.
+    Every rank must call this. It does not read optimizer state; an optimizer that keeps its own copy of the parameters
+    must reload them afterwards.
 
     Raises:
-        UserError: not a checkpoint, missing or misshapen tensors.
+        UserError: ``directory`` is not a checkpoint, or tensors are missing or of the wrong shape.
     """
     chunks = list(model) if isinstance(model, Sequence) else [model]
     states = model_sharded_state_dict(chunks)
     locate_tensors(TorchDistReader(directory), config=model_config(chunks))
     check_chunks(Path(directory))
     for state in states.values():
-        # Empty on the local layers, FP8 scaling history on TE's: a converted checkpoint has neither.
+        # These objects are empty in the local layers and hold FP8 scaling history in TE's. A converted checkpoint has
+        # neither.
         for name in [name for name, value in state.items() if isinstance(value, ShardedObject)]:
             del state[name]
     require_plain_tensors(states, Path(directory))
@@ -170,10 +175,12 @@ def load_megatron_weights(model: nn.Module | Sequence[nn.Module], directory: Pat
 
 
 def require_plain_tensors(states: dict[str, Any], directory: Path) -> None:
-    """To be called before megatron-core loads ``states``: nothing it would unpickle freely is among them.
+    """Checks, before megatron-core loads ``states``, that all of them are stored as tensors.
+
+    Anything else would be unpickled, which can run arbitrary code.
 
     Raises:
-        UserError: on every rank alike, naming the file.
+        UserError: some are stored otherwise; the message names the file. Raised on every rank.
     """
     values = [value for value in nested_values(states) if isinstance(value, ShardedBase)]
     factories = [value for value in values if isinstance(value, ShardedTensorFactory)]
@@ -183,7 +190,7 @@ def require_plain_tensors(states: dict[str, Any], directory: Path) -> None:
 
 
 def save_megatron_weights(model: nn.Module | Sequence[nn.Module], directory: Path | str) -> None:
-    """Writes the model alone as a distributed checkpoint to an existing empty directory; collective over the world."""
+    """Writes only the model as a distributed checkpoint to an existing empty directory; every rank must call this."""
     check_checkpoint_packages()
     states = model_sharded_state_dict(model)
     force_all_tensors_to_non_fp8(states)

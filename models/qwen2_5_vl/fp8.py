@@ -1,8 +1,8 @@
 """FP8 in megatron-core's and Transformer Engine's terms: configuration, single passes, parameters kept in FP8.
 
 Only the four linear layers of a decoder layer run in FP8 (qkv, proj, fc1, fc2); attention, norms, residuals,
-embedding, vocabulary head and, by default, the vision encoder stay in bf16. Which rows and sizes that takes is in
-``megatron_ktr/config/fp8_rules.py``.
+embedding, vocabulary head and, by default, the vision encoder stay in bf16. ``megatron_ktr/config/fp8_rules.py`` says
+which numbers of rows and which layer sizes FP8 accepts.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def used_recipe(config: TransformerConfig) -> Fp8Recipe:
-    """The recipe of a configuration in FP8; ours never name megatron-core's "custom"."""
+    """The recipe of an FP8 configuration; it is never megatron-core's "custom", which we do not offer."""
     assert config.fp8_recipe is not None and config.fp8_recipe != "custom", config.fp8_recipe
     return config.fp8_recipe
 
@@ -38,10 +38,10 @@ def used_recipe(config: TransformerConfig) -> Fp8Recipe:
 def fp8_settings(
     model_config: Qwen2_5_VLConfig, *, sizes: ParallelSizes, options: ModelOptions | None
 ) -> dict[str, Any]:
-    """Fields of the language model's ``TransformerConfig``; empty where training is not in FP8.
+    """The FP8 fields of the language model's ``TransformerConfig``; empty if training is not in FP8.
 
     Raises:
-        UserError: FP8 in any pass where the device, a missing package or a size of the model does not allow it.
+        UserError: some pass uses FP8, but the device, a missing package or a size of the model does not allow it.
     """
     if options is None or not options.uses_fp8:
         return {}
@@ -68,7 +68,7 @@ def fp8_settings(
 
 
 def training_fields(section: ModelSection) -> dict[str, Any]:
-    """``TransformerConfig``'s fields for training in FP8, whatever the device."""
+    """``TransformerConfig``'s fields for training in FP8, without any check of the device."""
     return dict(
         fp8=section.fp8_format,
         fp8_recipe=section.fp8_recipe,
@@ -76,30 +76,35 @@ def training_fields(section: ModelSection) -> dict[str, Any]:
         first_last_layers_bf16=section.first_last_layers_bf16,
         num_layers_at_start_in_bf16=section.num_layers_at_start_in_bf16,
         num_layers_at_end_in_bf16=section.num_layers_at_end_in_bf16,
-        # Delayed scales are agreed on after every forward, among ranks that must all run as many. Replicas may not
-        # (micro-batches packed by tokens): agreeing with them would hang.
+        # With delayed scaling, ranks exchange their maxima after every forward, so all ranks of that group must run the
+        # same number of forwards. Replicas may run different numbers, because micro-batches are packed by tokens;
+        # exchanging maxima with other replicas would hang.
         tp_only_amax_red=True,
-        # Delayed scales: Transformer Engine's own window. Core's default is the last step's maximum alone, with which
-        # the gradient's cosine with fp32 was 0.907 on the tiny model, 0.975 with the window (docs/numerics.md).
+        # With delayed scaling, use Transformer Engine's default window of maxima. Core's default is the last step's
+        # maximum alone. On the tiny model, the gradient's cosine similarity with fp32 was 0.907 with core's default and
+        # 0.975 with the window (docs/numerics.md).
         fp8_amax_history_len=1024,
         fp8_amax_compute_algo="max",
     )
 
 
 def vision_fields(base: TransformerConfig, *, is_on: bool) -> dict[str, Any]:
-    """The vision encoder's: as the language model's, without its rule for first and last layers; empty where off."""
+    """The vision encoder's FP8 fields: the language model's, without the rule for first and last layers.
+
+    They are empty if FP8 is off for the encoder.
+    """
     names = ("fp8", "fp8_recipe", "fp8_param", "tp_only_amax_red", "fp8_amax_history_len", "fp8_amax_compute_algo")
     return {name: getattr(base, name) for name in names} if is_on else {}
 
 
 @contextlib.contextmanager
 def pass_precision(transformer_config: LanguageConfig, precision: str, *, section: ModelSection) -> Iterator[None]:
-    """Within it, forward passes of the language model run in ``precision``: ``same``, ``bf16`` or ``fp8``.
+    """A context in which forward passes of the language model run in ``precision``: ``same``, ``bf16`` or ``fp8``.
 
-    The fields of the layers' shared configuration are switched, rather than an autocast wrapped around the pass:
-    torch's would lower more than products (``products.py``), and Transformer Engine's would leave out what core does as
-    in training (which layers stay in bf16, and quantising the weights anew in a schedule's first micro-batch, without
-    which a second scoring pass would see the weights of the first).
+    It switches fields of the configuration that all layers share. An autocast around the pass would not do. torch's
+    autocast would lower more than products (``products.py``). Transformer Engine's would bypass what core does in
+    training: core keeps some layers in bf16, and quantises the weights anew in a schedule's first micro-batch. Without
+    the latter, a second scoring pass would use the weights of the first.
     """
     wanted: dict[str, Any] = {}
     if precision == "fp8" and transformer_config.fp8 is None:
@@ -118,17 +123,17 @@ def pass_precision(transformer_config: LanguageConfig, precision: str, *, sectio
 
 
 def plain_tensor(tensor: Tensor) -> Tensor:
-    """``tensor`` itself, or its numbers in bf16 where a parameter is kept in FP8 (``--fp8-param-gather``)."""
+    """``tensor`` itself, or its values in bf16 if it is a parameter kept in FP8 (``--fp8-param-gather``)."""
     return dequantize_fp8_tensor(tensor) if is_float8tensor(tensor) else tensor
 
 
 @torch.no_grad()
 def set_parameter(parameter: torch.nn.Parameter, value: Tensor) -> None:
-    """Copies ``value`` into the parameter, quantised where the parameter is, and exact where its fp32 main copy will
-    be taken from.
+    """Copies ``value`` into the parameter, and into the high-precision copy that a parameter in FP8 also carries.
 
-    A parameter made in FP8 carries its first values in high precision, for the optimizer: those are the random
-    initialisation. Left alone, the optimizer's first step would bring it back and undo the loading.
+    The optimizer will make its fp32 main copy from that high-precision copy, which first holds the random
+    initialisation. If it were left alone, the optimizer's first step would bring the initialisation back and undo the
+    loading.
     """
     parameter.copy_(value)
     first = initial_values(parameter)
@@ -137,13 +142,13 @@ def set_parameter(parameter: torch.nn.Parameter, value: Tensor) -> None:
 
 
 def initial_values(parameter: torch.nn.Parameter) -> Tensor | None:
-    """The values in high precision (on the host) that a parameter in FP8 was made from, until they are dropped."""
+    """The high-precision values, in host memory, from which a parameter in FP8 was made; None once they are dropped."""
     getter = getattr(parameter, "get_high_precision_init_val", None)
     return None if getter is None else getter()
 
 
 def drop_initial_values(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Frees those of parameters that no optimizer will read: a whole model in host memory otherwise."""
+    """Frees the initial values of parameters that no optimizer will read; they fill host memory with a whole model."""
     for parameter in parameters:
         if initial_values(parameter) is not None:
             getattr(parameter, "clear_high_precision_init_val")()  # noqa: B009  # of Transformer Engine's parameters
@@ -160,7 +165,7 @@ def _language_sizes(text: TextConfig, tensor_size: int) -> dict[str, int]:
 
 
 def _why_not_vision(vision: VisionConfig, *, section: ModelSection, tensor_size: int) -> str | None:
-    # Its MLP (3420 in 3B and 7B) is padded with zeros to what fits, exactly.
+    # The MLP's size (3420 in 3B and 7B) needs no check: it is padded with zeros to a size that fits, which is exact.
     problem = why_not_of_sizes(
         section.fp8_recipe,
         sizes={

@@ -1,8 +1,8 @@
 """Reads a Hugging Face ``config.json`` of Qwen2.5-VL, and refuses what the model does not support.
 
-Three layouts exist and all are read: the published one (text fields at the top level, ``rope_scaling``,
-``in_chans``), the one transformers 5 saves (``text_config``, ``rope_parameters``, ``in_channels``), and what late
-transformers 4 saved (both at once; ``text_config`` counts).
+It reads all three layouts that exist: the published one (text fields at the top level, ``rope_scaling``,
+``in_chans``), that of transformers 5 (``text_config``, ``rope_parameters``, ``in_channels``), and that of late
+transformers 4, which has both at once (``text_config`` takes precedence).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from models.qwen2_5_vl.config import Qwen2_5_VLConfig, TextConfig, VisionConfig
 LARGEST_SIZE = 2**31 - 1
 LARGEST_NUMBER = 2.0**127
 MOST_LAYERS = 4096
-"""Beyond these a config.json is damaged: sizes end up in 32 bits, and tables have a row for each layer."""
+"""A config.json with greater values is damaged: sizes must fit in 32 bits, and tables have a row for each layer."""
 
 
 def read_hf_config(source: Path | str | Mapping[str, Any]) -> Qwen2_5_VLConfig:
@@ -42,7 +42,7 @@ def read_hf_config(source: Path | str | Mapping[str, Any]) -> Qwen2_5_VLConfig:
         video_token_id=_token_id(raw, "video_token_id", default=151656, where=where),
         vision_start_token_id=_token_id(raw, "vision_start_token_id", default=151652, where=where),
         vision_end_token_id=_token_id(raw, "vision_end_token_id", default=151653, where=where),
-        # Saves older than transformers 5 may have it inside text_config only; Hugging Face reads both.
+        # Files written before transformers 5 may have this field only inside text_config; Hugging Face reads both.
         tie_word_embeddings=bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
     )
     _validate(config, where=where)
@@ -60,7 +60,7 @@ def _load(source: Path | str | Mapping[str, Any]) -> tuple[Mapping[str, Any], st
 
 
 def _object(raw: Mapping[str, Any], name: str, *, where: str) -> Mapping[str, Any]:
-    """The part of config.json called ``name``; empty where there is none."""
+    """The section ``name`` of config.json; empty if there is none."""
     value = raw.get(name) or {}
     if not isinstance(value, Mapping):
         raise UserError(f"{where}: expected an object in {name} of config.json, got {value!r}")
@@ -132,7 +132,7 @@ def _text_config(raw: Mapping[str, Any], *, where: str) -> TextConfig:
 
 def _vision_config(raw: Mapping[str, Any], *, where: str) -> VisionConfig:
     sizes = _require(raw, ("depth", "hidden_size", "intermediate_size", "num_heads", "out_hidden_size"), where=where)
-    # What an older config.json leaves out has the same default in every transformers release.
+    # An older config.json may leave these out; every transformers release has the same defaults for them.
     optional = ("patch_size", "temporal_patch_size", "spatial_merge_size", "window_size")
     sizes |= _require(raw, tuple(name for name in optional if name in raw), where=where)
     options: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""A Hugging Face directory's weights, held against the table of ``weight_map`` before anything is read."""
+"""Opens a Hugging Face directory's weights and checks them against the table of ``weight_map`` before any is read."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.weight_map import weight_specs
 
 DERIVED_TENSORS = (".rotary_emb.inv_freq", ".rotary_pos_emb.inv_freq")
-"""Old releases stored these constants; the model computes them."""
+"""Endings of the names of constants that old releases stored; the model computes them."""
 
 
 def canonical_hf_name(name: str) -> str:
-    """The published name of a tensor: transformers 5 nests both halves under ``model.`` in memory.
+    """The published name of a tensor: in memory, transformers 5 nests vision and language model under ``model.``.
 
     >>> canonical_hf_name("model.language_model.layers.0.input_layernorm.weight")
     'model.layers.0.input_layernorm.weight'
@@ -28,10 +28,11 @@ def canonical_hf_name(name: str) -> str:
 
 
 def open_hf_weights(directory: Path | str, *, config: Qwen2_5_VLConfig) -> SafetensorsReader:
-    """Opens a directory's weights and holds them against the table: names and shapes must match exactly.
+    """Opens a directory's weights and checks them against the table: names and shapes must match exactly.
 
     Raises:
-        UserError: missing, extra or misshapen tensors (names them), or a tied head that differs from the embedding.
+        UserError: tensors are missing, unexpected or of the wrong shape (the message names them), or the head of a tied
+            model differs from the embedding.
     """
     reader = SafetensorsReader(directory, rename=canonical_hf_name)
     expected = {
@@ -68,7 +69,7 @@ def _hint(missing: Sequence[str]) -> str:
 
 
 def _require_equal_head(reader: SafetensorsReader, rows: int = 8192) -> None:
-    """A tied model's stored head is redundant; a different one means that config.json is wrong."""
+    """Checks that a tied model's stored head, which is redundant, equals the embedding; else config.json is wrong."""
     shape = reader.infos["model.embed_tokens.weight"].shape if "model.embed_tokens.weight" in reader.infos else None
     num_rows = shape[0] if shape is not None and reader.infos["lm_head.weight"].shape == shape else None
     same = num_rows is not None

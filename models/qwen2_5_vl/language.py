@@ -26,8 +26,9 @@ from models.qwen2_5_vl.transformer_config import padded_vocab_size
 class LanguageModel(GPTModel):
     """GPTModel with M-RoPE that takes packed batches and returns hidden states instead of logits.
 
-    The output weight lives here (``output_layer``, or the embedding where both are tied and on one stage), but the
-    head is applied outside, to the few rows that predict response tokens: full logits never exist.
+    This class owns the output weight: ``output_layer``'s, or the embedding's if the two are tied and on one stage. Its
+    ``forward`` does not apply the head. The caller applies it to the few rows that predict response tokens, so that
+    full logits never exist.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class LanguageModel(GPTModel):
             share_embeddings_and_output_weights=model_config.tie_word_embeddings,
             position_embedding_type="mrope",
             rotary_base=text.rope_theta,  # pyright: ignore[reportArgumentType]  # core declares int, computes in floats
-            # Vision features are put between the word embeddings first; ``embed`` scatters afterwards.
+            # ``embed`` scatters the rows over the tensor ranks itself, after it has inserted the vision features.
             scatter_embedding_sequence_parallel=False,
             pg_collection=process_groups,
             vp_stage=vp_stage,
@@ -70,12 +71,13 @@ class LanguageModel(GPTModel):
             self.output_layer.__class__ = StatisticsHead
 
     def embed(self, token_ids_T: Tensor, *, visual_rows: Tensor, features: Tensor | None) -> Tensor:
-        """Word embeddings with ``features`` in place of ``visual_rows``: the input of the first layer.
+        """The input of the first layer: word embeddings, with ``features`` in the rows ``visual_rows``.
 
         Args:
             token_ids_T: int64 [T].
             visual_rows: int64 [n], rows that receive features, in order of occurrence.
-            features: [n, D], equal on all tensor-parallel ranks; each gets its full gradient. None: no media.
+            features: [n, D], equal on all tensor-parallel ranks; backward gives every rank the full gradient of them.
+                None: no media.
 
         Returns:
             [T, 1, D], or this rank's [T / tp, 1, D] under sequence parallelism.
@@ -84,8 +86,8 @@ class LanguageModel(GPTModel):
         if features is not None:
             hidden_T1D = hidden_T1D.index_copy(0, visual_rows, features[:, None].to(hidden_T1D.dtype))
         if self.config.sequence_parallel:
-            # Backward gathers, so that embedding and vision encoder see the gradient of every row on every rank.
-            # The copy frees the full tensor, of which the scattered rows are a view.
+            # Backward of this scatter is an all-gather, so that embedding and vision encoder see the gradient of every
+            # row on every rank. The scattered rows are a view of the full tensor; copying them lets it be freed.
             hidden_T1D = scatter_to_sequence_parallel_region(hidden_T1D, group=self.tp_group).clone()
         return hidden_T1D
 
@@ -108,7 +110,7 @@ class LanguageModel(GPTModel):
         )
 
     def output_weight(self) -> Tensor:
-        """[padded V / tp, D]: this rank's shard of the output weight; last stage only."""
+        """This rank's shard [padded V / tp, D] of the output weight; last stage only."""
         if self.share_embeddings_and_output_weights:
             weight = self.shared_embedding_or_output_weight()
         else:
@@ -118,20 +120,22 @@ class LanguageModel(GPTModel):
 
 
 class RotaryAngles(MultimodalRotaryEmbedding):
-    """The rotary embedding GPTModel built: angle = position * frequency, multiplied element by element in fp32.
+    """Replaces the class of GPTModel's rotary embedding: angle = position * frequency, element by element in fp32.
 
-    megatron-core's own is a matrix product, and matrix products are what autocast and TF32 lower: the angle 3,000 would
-    be off by 8 in bf16 and by 1 in TF32, and the rotation by anything.
+    megatron-core computes the angles as a matrix product, and autocast and TF32 reduce the precision of matrix
+    products. An angle of 3,000 rad would then be off by 8 rad in bf16 and by 1 rad in TF32, which makes the rotation
+    arbitrary.
     """
 
     def forward(self, position_ids_31T: Tensor, mrope_section: list[int], cp_group: Any = None) -> Tensor:
         """[3, 1, T] positions along time, height and width -> angles [T, 1, 1, H] in fp32.
 
-        Channels of the first half of a head take their axis by section; the second half are their partners. Rows of
-        context ranks are shared out before (``attention.OneRank``), so that ``cp_group`` has nothing to cut.
+        ``mrope_section`` says how many channels of a head's first half follow each of the three axes. The second half
+        repeats the first, because it holds the partners of the rotated pairs. ``cp_group`` is unused: rows are
+        distributed over the context ranks before the first layer (``attention.OneRank``).
         """
         frequencies = send(self.inv_freq, position_ids_31T.device)
-        # Sections by their sizes: an index would have to be sent to the device.
+        # The sections are expanded from their sizes, because an index tensor would have to be sent to the device.
         sections = zip(position_ids_31T.float().split(1), mrope_section, strict=True)
         positions_T1H = torch.cat([axis_11T.expand(size, -1, -1) for axis_11T, size in sections]).permute(2, 1, 0)
         angles_T1H = positions_T1H * frequencies
@@ -139,10 +143,10 @@ class RotaryAngles(MultimodalRotaryEmbedding):
 
 
 class StatisticsHead(ColumnParallelLinear):
-    """The output layer GPTModel built, answering with statistics of the logits instead of the logits.
+    """Replaces the class of GPTModel's output layer: it returns statistics of the logits instead of the logits.
 
-    It stays a module of its own, and is called as one, because megatron-core's DDP hangs its overlapped parameter
-    gathering on module calls: a weight read behind its module's back may still be the last step's.
+    The head stays a module and is called as a module, because megatron-core's DDP waits for its overlapped parameter
+    all-gather in module hooks. Code that reads the weight without calling the module may read the previous step's.
     """
 
     def forward(
@@ -154,7 +158,7 @@ class StatisticsHead(ColumnParallelLinear):
         weight: Tensor | None = None,
         counterfactual_hidden_RD: Sequence[Tensor] = (),
     ) -> TokenStatistics:
-        """``linear_token_statistics`` on this layer's weight shard, or on ``weight`` (a shared embedding's)."""
+        """Applies ``linear_token_statistics`` to this layer's weight shard, or to ``weight`` (a tied embedding's)."""
         weight_VD = self.weight if weight is None else weight
         assert weight_VD is not None, "an output layer without a weight of its own is given the embedding's"
         return linear_token_statistics(

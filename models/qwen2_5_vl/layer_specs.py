@@ -1,4 +1,4 @@
-"""Which module plays which part in a language layer: the local specification and the Transformer Engine one.
+"""The modules of a language layer, in the local specification and in the Transformer Engine one.
 
 =====================  ======================================  ==========================================
 part                   local (CPU, CUDA without TE)            Transformer Engine
@@ -13,14 +13,15 @@ linear_fc2             ``RowLinear``                           TERowParallelLine
 final norm             ``RMSNorm``                             TENorm
 =====================  ======================================  ==========================================
 
-``products.py`` has the linear layers on the left, and what lowers those on the right.
-(*) ``attention_impl`` chooses: "te" is Transformer Engine's, and the default there where it has a fused kernel
-(``megatron_ktr/ops/te_attention.py``); torch, merged and varlen are ``PrefixCoreAttention`` with that implementation,
-in either column.
+``products.py`` defines the linear layers of the left column, and the wrapper that lowers the precision of those in the
+right column.
+(*) ``attention_impl`` chooses the attention. "te" is Transformer Engine's; it is the default of the right column where
+Transformer Engine has a fused kernel (``megatron_ktr/ops/te_attention.py``). "torch", "merged" and "varlen" are
+``PrefixCoreAttention`` with that implementation, in either column.
 
-Both keep the same keys in a distributed checkpoint. Only this file may import Transformer Engine, and only once it
-is known to be there: it is importable, and a CPU run never asks for it. The vision encoder's layers, on the same
-modules, are in ``vision_layer_spec.py``.
+Both specifications write the same keys to a distributed checkpoint. Only this file may import Transformer Engine, and
+only after a check that it is installed and that the run is not on CPU. ``vision_layer_spec.py`` builds the vision
+encoder's layers from the same modules.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ from models.qwen2_5_vl.residual import RESIDUAL_ADDITION
 
 
 def resolve_transformer_impl(impl: TransformerImpl) -> Literal["local", "te"]:
-    """ "auto" is "te" where Transformer Engine is installed and the platform can run it, otherwise "local".
+    """Resolves "auto": to "te" if Transformer Engine is installed and the platform can run it, otherwise to "local".
 
     Raises:
         UserError: an unknown name, or "te" where it cannot run.
@@ -77,8 +78,8 @@ def language_layer_spec(
     """One layer of the language model: grouped-query attention over a shared prefix, gated MLP.
 
     Raises:
-        UserError: attention by Transformer Engine in layers without it, or where it has no fused kernel for ``dtype``;
-            varlen on CPU.
+        UserError: Transformer Engine's attention is asked for in layers without Transformer Engine, or it has no fused
+            kernel for ``dtype`` on this device; or varlen is asked for on CPU.
     """
     uses_te = resolve_transformer_impl(impl) == "te"
     if attention_impl == "varlen" and current().name == "cpu":
@@ -105,7 +106,7 @@ def language_block_spec(
     vp_stage: int | None = None,
     pp_rank: int | None = None,
 ) -> TransformerBlockSubmodules:
-    """The layers of this (virtual) pipeline stage and the final norm; core would choose its own norm otherwise."""
+    """The layers of this (virtual) pipeline stage, and the final norm (else core would choose a norm of its own)."""
     num_layers = get_num_layers_to_build(config, vp_stage, pp_rank)
     layer = language_layer_spec(impl, attention_impl, dtype=config.params_dtype)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm_class(impl))
@@ -117,7 +118,7 @@ def rotates_in_one_kernel(impl: TransformerImpl) -> bool:
 
 
 def norm_class(impl: TransformerImpl) -> Any:
-    """Norm outside fused layers: of the block's end."""
+    """The class of the norm at the end of the block, the only norm that is never fused into a linear layer."""
     return te_modules().norm if resolve_transformer_impl(impl) == "te" else RMSNorm
 
 
@@ -138,7 +139,8 @@ def _local_layer(core_attention: Any) -> ModuleSpec:
             pre_mlp_layernorm=RMSNorm,
             mlp=mlp_submodule(ColumnLinear, RowLinear),
             mlp_bda=RESIDUAL_ADDITION,
-            # TE keeps these norms inside the linear layer that follows; one checkpoint serves both.
+            # TE keeps these norms inside the linear layer that follows. The local layers use TE's keys, so that one
+            # checkpoint serves both.
             sharded_state_dict_keys_map={
                 "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
                 "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
@@ -171,12 +173,12 @@ def _te_layer(core_attention: Any) -> ModuleSpec:
 
 
 def _with_padding_rows(out: Tensor, num_padding: int) -> Tensor:
-    """Padding rows attend nothing; their output is zero, whatever the shape Transformer Engine answers in."""
+    """Appends the output of the padding rows, which attend nothing: zeros. ``out`` may have any number of axes."""
     return pad(out, (0, 0) * (out.dim() - 1) + (0, num_padding)) if num_padding else out
 
 
 def _packed_params(call: VarlenCall) -> PackedSeqParams:
-    """The segments of a call as megatron-core hands them to Transformer Engine."""
+    """The segments of ``call``, in the form in which megatron-core hands them to Transformer Engine."""
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=call.cu_seqlens_q,
@@ -188,7 +190,7 @@ def _packed_params(call: VarlenCall) -> PackedSeqParams:
 
 @cache
 def te_modules() -> SimpleNamespace:
-    """Transformer Engine's modules as megatron-core wraps them; defined on demand because they need TE to exist."""
+    """Transformer Engine's modules as megatron-core wraps them; imported here because TE may not be installed."""
     from megatron.core.extensions.transformer_engine import (
         TEDotProductAttention,
         TELayerNormColumnParallelLinear,
@@ -199,9 +201,9 @@ def te_modules() -> SimpleNamespace:
     class TEPrefixCoreAttention(TEDotProductAttention):
         """Shared-prefix attention: keys and values gathered per response, bottom-right causal inside each segment.
 
-        Core's ``AttnMaskType`` has no name for that mask, and core passes only ``mask.name`` on to TE: a stand-in
-        with the right name does. It is put in here, not by the caller, because selective recomputation rebuilds the
-        caller's mask type as an enumeration member.
+        Core's ``AttnMaskType`` has no member for that mask. Core passes only ``mask.name`` on to TE, so an object with
+        the right name is enough. This class makes that object itself, because selective recomputation turns the
+        caller's mask type back into an enumeration member.
         """
 
         def forward(  # type: ignore[override]
@@ -223,7 +225,7 @@ def te_modules() -> SimpleNamespace:
                 key, value = packed_seq_params.exchange(key, value)
             plan = packed_seq_params.plan
             if not plan.segments:
-                # A context rank may own none of a short sequence; its kernels need at least one.
+                # A context rank may own no segment of a short sequence, and TE's kernels need at least one.
                 return attend_nothing(query, key, value).flatten(1).to(own_dtype)
             call, copies = plan.whole_call(query.device), plan.whole_copies(query.device)
             mask: Any = SimpleNamespace(name="padding_causal_bottom_right")

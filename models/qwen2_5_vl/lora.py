@@ -9,14 +9,16 @@ linear_proj            split as W, axis 1       whole on every rank   forward: A
 linear_fc2                                                            summed and scattered); backward: gathered there
 =====================  =======================  ====================  =================================================
 
-So rank numbers a row travel, never a row. Under sequence parallelism a part that is whole on every rank sees that
-rank's rows only, and megatron-core adds its gradients up, as it does for norms (``sequence_parallel``).
+So ranks exchange only ``rank`` numbers per row (the size of A x), never a whole row. Under sequence parallelism a
+matrix that is whole on every rank sees that rank's rows only. It carries the mark ``sequence_parallel``, so that
+megatron-core sums its gradients over the tensor ranks, as it does for norms.
 
-One A serves q, k and v, and one serves gate and up, because Megatron computes them in one product; separate export
-writes it once for each (PEFT has a pair of matrices for every Hugging Face module), which is the same function.
+q, k and v share one A, and so do gate and up, because Megatron computes them in one product. PEFT has a pair of
+matrices for every Hugging Face module, so the export of adapters writes the shared A once for each module; that is the
+same function.
 
-Adapters are parameters of the layer they sit on, so that megatron-core's hooks, checkpoints and optimizers see them
-where they see W. With ``adapters_off`` the model is the one it started from: the reference model, without a copy.
+Adapters are parameters of the layer they extend, so that megatron-core's hooks, checkpoints and optimizers treat them
+like W. Under ``adapters_off`` the model is the one that training started from: the reference model, without a copy.
 """
 
 from __future__ import annotations
@@ -69,25 +71,26 @@ PLACES = {
     "linear_fc1": "mlp.linear_fc1",
     "linear_fc2": "mlp.linear_fc2",
 }
-"""Where the layers that can have adapters are in a decoder layer."""
+"""The places in a decoder layer of the linear layers that can have adapters."""
 IS_COLUMN_PARALLEL = {"linear_qkv": True, "linear_proj": False, "linear_fc1": True, "linear_fc2": False}
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-"""What PEFT and vLLM call the files of an adapter."""
+"""The names that PEFT and vLLM give to the files of an adapter."""
 
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """Which layers have adapters, and of which size."""
+    """Says which layers have adapters, and which size the adapters have."""
 
     rank: int
     alpha: float
     targets: tuple[str, ...]
     seed: int = 0
-    """Of A's first values, which are the same in every layout. B starts at zero: the first step is the base model's."""
+    """The seed of A's initial values, which are the same in every layout. B starts at zero, so that training starts
+    from the base model."""
 
     @classmethod
     def of(cls, section: ModelSection, *, seed: int) -> LoraSettings | None:
-        """None: training without adapters."""
+        """The settings of a run; None if it trains without adapters."""
         if not section.lora_rank:
             return None
         return cls(section.lora_rank, section.lora_alpha, section.lora_targets, seed=seed)
@@ -98,10 +101,10 @@ class LoraSettings:
 
 
 def add_adapters(chunks: Sequence[nn.Module], settings: LoraSettings, *, ranks: ParallelGroups) -> None:
-    """Freezes the whole model and puts trainable adapters on it; before it is wrapped for data parallelism."""
+    """Freezes the whole model and adds trainable adapters to it. Call it before the model is wrapped in DDP."""
     for chunk in chunks:
         chunk.requires_grad_(False)
-        # Recomputed layers, and stages without a layer, need a graph that begins before them.
+        # Recomputed layers, and pipeline stages without a layer, need an input that requires a gradient.
         model = unwrap_model(chunk)
         model.keeps_graph = True
         layers: Any = model.language.decoder.layers
@@ -119,7 +122,10 @@ def _with_adapter(layer_class: type) -> type:
 
 
 class _Adapter(LinearBase):
-    """Before a column- or row-parallel linear layer (local or Transformer Engine's) in the order of its bases."""
+    """A mix-in that adds an adapter to a column- or row-parallel linear layer (local or Transformer Engine's).
+
+    It is the first base, before the layer's class.
+    """
 
     config: LanguageConfig
     weight: nn.Parameter
@@ -151,7 +157,7 @@ class _Adapter(LinearBase):
         group, is_split = self.adapter_group, self.config.sequence_parallel
         norm = getattr(self, "layer_norm_weight", None)
         if norm is not None:
-            # Transformer Engine fuses the norm into this layer; what it multiplies with does not come out of it.
+            # Transformer Engine fuses the norm into this layer and does not return the normalised rows.
             input_ = rms_norm(input_, norm.shape, norm, self.config.layernorm_epsilon)
         inner = linear(input_, self.lora_a) * self.adapter_settings.scale
         if self.is_column_parallel and is_split:
@@ -165,7 +171,7 @@ class _Adapter(LinearBase):
         return linear(inner, self.lora_b)
 
     def merged_weight(self) -> Tensor:
-        """W + scale B A: this rank's shard, of which it has both factors; added in fp32, rounded once."""
+        """This rank's shard of W + scale B A, added in fp32 and rounded once; the rank holds both factors it needs."""
         weight = self.weight.detach()
         delta = self.lora_b.detach().float() @ self.lora_a.detach().float()
         return (weight.float() + self.adapter_settings.scale * delta).to(weight.dtype)
@@ -176,7 +182,7 @@ class _Adapter(LinearBase):
         assert metadata is not None, "core hands it from layer to layer"
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         name, axis = ("lora_b", 0) if self.is_column_parallel else ("lora_a", 1)
-        # The layer itself knows its weight's axes only and takes the rest for copies.
+        # The layer's own method knows only its weight's axes; it would treat every other parameter as a copy.
         split = make_sharded_tensors_for_checkpoint(
             {name: getattr(self, name)},
             prefix,
@@ -191,13 +197,13 @@ class _Adapter(LinearBase):
 
 
 def adapted_layers(chunks: Sequence[nn.Module]) -> list[_Adapter]:
-    """The layers that have adapters, of wrapped or bare chunks."""
+    """The layers of wrapped or bare chunks that have adapters."""
     return [module for chunk in chunks for module in unwrap_model(chunk).modules() if isinstance(module, _Adapter)]
 
 
 @contextlib.contextmanager
 def adapters_off(chunks: Sequence[nn.Module]) -> Iterator[None]:
-    """Within it the model computes what it computed before adapters were put on it."""
+    """A context in which the model computes what it computed before adapters were added."""
     layers = adapted_layers(chunks)
     for layer in layers:
         layer.adapter_is_on = False
@@ -209,7 +215,7 @@ def adapters_off(chunks: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def merged_weights(chunks: Sequence[nn.Module]) -> TensorOf:
-    """What ``export_hf_tensors`` asks for to export one model with the adapters in it."""
+    """The ``tensor_of`` that makes ``export_hf_tensors`` export one model with the adapters merged into it."""
     layers = {id(layer.weight): layer for layer in adapted_layers(chunks)}
 
     def tensor_of(parameter: nn.Parameter) -> Tensor:
@@ -223,7 +229,7 @@ def merged_weights(chunks: Sequence[nn.Module]) -> TensorOf:
 
 
 def adapter_specs(config: Any, settings: LoraSettings) -> list[WeightSpec]:
-    """The adapters as rows of the table of weights; B is put together from Hugging Face's parts as W is."""
+    """The adapters' rows of the weight table. A fused B is assembled from Hugging Face's parts in the same way as W."""
     targets = {PLACES[target]: target for target in settings.targets}
     specs = []
     for spec in weight_specs(config):
@@ -262,9 +268,9 @@ def export_adapters(
     tensor_of: TensorOf | None = None,
     gather_to: GatherTo = "all",
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yields (PEFT's name, whole matrix) of every adapter; collective and with options like ``export_hf_tensors``.
+    """Yields (PEFT's name, whole matrix) of every adapter. Collective; the options are those of ``export_hf_tensors``.
 
-    The A of a fused layer comes once per Hugging Face module, the same tensor each time.
+    The A of a fused layer is yielded once per Hugging Face module, each time as the same tensor.
     """
     config = model_config(chunks)
     specs = adapter_specs(config, settings)
@@ -289,10 +295,10 @@ def save_adapters(
 ) -> None:
     """Writes the adapters as a directory that PEFT and vLLM load beside the base model ``base``.
 
-    Collective over the world; the first replica's source rank writes.
+    Every rank must call this; the first replica's source rank writes.
 
     Raises:
-        UserError: on every rank: ``out_dir`` exists, or the disk is full.
+        UserError: ``out_dir`` exists, or the disk is full; raised on every rank.
     """
     failure: Exception | None = None
     if ranks.data_rank == ranks.context_rank == 0:
@@ -322,7 +328,7 @@ def _write_adapters(
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        # An expression: the vision encoder has modules of the same names.
+        # A regular expression, because the vision encoder has modules of the same names.
         "target_modules": rf".*language_model\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(modules)})",
     }
     with new_directory(out_dir, option="--run-dir", need_bytes=num_bytes) as scratch:

@@ -1,4 +1,4 @@
-"""What packing must know about Qwen2.5-VL's images and videos."""
+"""The facts about Qwen2.5-VL's images and videos that packing needs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from models.qwen2_5_vl.mrope import mrope_positions
 
 
 def media_spec(config: Qwen2_5_VLConfig, *, patchify: Callable[[Tensor, VisualInput], Tensor]) -> MediaSpec:
-    """Placeholders, patch sizes and M-RoPE positions of ``config``; ``patchify`` comes from the preprocessing."""
+    """Placeholder ids, patch sizes and M-RoPE positions of ``config``; the caller provides ``patchify``."""
     return MediaSpec(
         image_token_id=config.image_token_id,
         video_token_id=config.video_token_id,

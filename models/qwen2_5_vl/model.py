@@ -1,11 +1,11 @@
 """Qwen2.5-VL: vision encoder on the first pipeline stage, language model over all stages.
 
     first stage   patches -> vision encoder -> features;  token ids -> embeddings, features in place of placeholders
-    every stage   its layers
-    last stage    final norm -> the rows that predict response tokens -> (outside) the vocabulary-parallel head
+    every stage   its share of the decoder layers
+    last stage    final norm -> the rows that predict response tokens -> (separate call) the vocabulary-parallel head
 
-The model takes one ``PackedBatch`` and knows nothing of objectives; the head turns hidden rows into log-probs and
-entropy without ever making full logits (``ops/token_statistics``).
+The model takes one ``PackedBatch`` and knows nothing of training objectives. The head turns hidden rows into
+log-probabilities and entropies without ever materialising the full logits (``ops/token_statistics``).
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ class ChunkPlace:
 class Qwen2_5_VLModel(MegatronModule):
     """One pipeline chunk of the model. ``vision`` is None on all but the first chunk of the first stage.
 
-    ``pre_process``, ``post_process``, ``share_embeddings_and_output_weights``, ``shared_embedding_or_output_weight``,
-    ``set_input_tensor``, ``model_type`` and ``vp_stage`` are what megatron-core's schedules and gradient finalisation
-    ask a model chunk for.
+    megatron-core's pipeline schedules and gradient finalisation read these members of a chunk: ``pre_process``,
+    ``post_process``, ``share_embeddings_and_output_weights``, ``shared_embedding_or_output_weight``,
+    ``set_input_tensor``, ``model_type`` and ``vp_stage``.
     """
 
     def __init__(
@@ -78,9 +78,12 @@ class Qwen2_5_VLModel(MegatronModule):
         whole_vision_group: torch.distributed.ProcessGroup | None = None,
         options: ModelOptions | None = None,
     ) -> None:
-        """``whole_vision_group``, of this rank alone, makes the vision encoder whole on every tensor rank
-        (``vision_parallel: frame``) instead of splitting its weights. ``options`` None: the defaults, without a wrapper
-        that has gradient buffers to accumulate into."""
+        """
+        Args (those that the names do not explain):
+            whole_vision_group: a process group of this rank alone. If given, every tensor rank keeps the whole vision
+                encoder (``vision_parallel: frame``); otherwise its weights are split.
+            options: None means the defaults, without a data-parallel wrapper whose gradient buffers could be added to.
+        """
         super().__init__(config=transformer_config)
         self.model_config = model_config
         self.pre_process, self.post_process = chunk.is_first, chunk.is_last
@@ -96,7 +99,7 @@ class Qwen2_5_VLModel(MegatronModule):
         self.accumulate_into_main_grad = options is not None and section.gradient_accumulation_fusion is not False
         self.share_embeddings_and_output_weights = model_config.tie_word_embeddings
         self.keeps_graph = False
-        """Whether the first layer's input belongs to the graph of backward even where nothing before it is trained."""
+        """If True, the first layer's input requires a gradient even when nothing before that layer is trained."""
         self.vision: VisionEncoder | None = None
         if chunk.is_first:
             self.vision = VisionEncoder(
@@ -108,8 +111,9 @@ class Qwen2_5_VLModel(MegatronModule):
             )
             if whole_vision_group is not None:
                 for parameter in self.vision.parameters():
-                    # Layers split over one rank claim their weights as that rank's own shard. They are copies, to be
-                    # counted once in gradient norms, with gradients that are parts of a sum (``sum_vision_gradients``).
+                    # Tensor-parallel layers mark their weights as shards, even in a group of one rank. These weights
+                    # are copies: gradient norms must count them once, and each rank's gradient is one part of the sum
+                    # that ``sum_vision_gradients`` computes.
                     setattr(parameter, "tensor_model_parallel", False)  # noqa: B010  # a mark that core reads
         self.language = LanguageModel(
             model_config,
@@ -125,30 +129,32 @@ class Qwen2_5_VLModel(MegatronModule):
 
     @property
     def vocab_size(self) -> int:
-        """True vocabulary size; rows of the output weight beyond it are padding."""
+        """The vocabulary size without padding; rows of the output weight beyond it are padding."""
         return self.model_config.text.vocab_size
 
     def output_weight(self) -> Tensor:
-        """[padded V / tp, D]: this rank's shard of the output weight (the embedding's, if tied); last stage only."""
+        """This rank's shard [padded V / tp, D] of the output weight (the embedding's, if tied); last stage only."""
         return self.language.output_weight()
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
-        """The tied weight of this chunk, which core keeps equal on the first and the last stage."""
+        """This chunk's copy of the tied weight; megatron-core keeps the first and the last stage's copies equal."""
         return self.language.shared_embedding_or_output_weight()
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor] | None) -> None:
-        """The previous stage's activation, set by the pipeline schedule before ``forward``."""
+        """Stores the previous stage's activation; the pipeline schedule calls this before ``forward``."""
         self.language.set_input_tensor(input_tensor)  # pyright: ignore[reportArgumentType]  # the schedule's list of one
 
     def forward(self, batch: PackedBatch) -> Tensor:
-        """Hidden rows ``[R, D]`` that predict the response tokens on the last stage; before it, the activation
-        ``[T, 1, D]`` for the next stage (``[T / tp, 1, D]`` under sequence parallelism).
+        """Runs this chunk on one packed batch.
 
-        ``batch`` must lie on this rank's device, equal on all tensor and context ranks. Under context parallelism T
-        and R count the rows that this context rank keeps (``megatron_ktr/ops/context_shard.py``).
+        The last stage returns the hidden rows ``[R, D]`` that predict the response tokens. Every other stage returns
+        the activation for the next stage: ``[T, 1, D]``, or ``[T / tp, 1, D]`` under sequence parallelism.
+
+        ``batch`` must be on this rank's device, and must be equal on all tensor and context ranks. Under context
+        parallelism T and R count the rows that this context rank keeps (``megatron_ktr/ops/context_shard.py``).
 
         Raises:
-            ValueError: T that sequence parallelism cannot split, or visual rows without patches and features.
+            ValueError: sequence parallelism cannot split T, or there are visual rows but neither patches nor features.
         """
         self._check(batch)
         rotating = batch.token_ids_T.device if self.config.apply_rope_fusion else None
@@ -162,12 +168,12 @@ class Qwen2_5_VLModel(MegatronModule):
         if not self.post_process:
             return hidden_T1D
         if self.config.sequence_parallel:
-            # Predicting rows may lie on any rank. Backward: every rank's partial gradient of all rows is summed and
-            # scattered (see ``_head``).
+            # The rows that predict response tokens may lie on any tensor rank, so all rows are gathered. Backward sums
+            # the ranks' partial gradients of all rows and scatters the result (see ``_head``).
             hidden_T1D = gather_from_sequence_parallel_region(
                 hidden_T1D, tensor_parallel_output_grad=True, group=self.tensor_group
             )
-        # The prompt's last row appears once per response: backward sums over the group.
+        # A prompt's last row is selected once per response, so backward sums its gradient over the group of responses.
         return hidden_T1D[:, 0].index_select(0, local.predicting_rows_R)
 
     def response_statistics(
@@ -178,11 +184,14 @@ class Qwen2_5_VLModel(MegatronModule):
         temperature: float = 1.0,
         counterfactual_hidden_RD: Sequence[Tensor] = (),
     ) -> TokenStatistics:
-        """Log-probability and entropy of all response tokens of ``batch``, on every context rank, from ``forward``'s
-        rows; last stage only. With other views' rows of the same tokens, also their log-probabilities there and the KL
-        to each view.
+        """Computes log-probability and entropy of all response tokens of ``batch``; last stage only.
 
-        ``batch`` may lie on the host. Every context rank must compute the same loss from them and call backward.
+        ``hidden_RD`` is what ``forward`` returned. ``counterfactual_hidden_RD`` holds the rows of the same tokens in
+        other views of the batch; with them, the result also has the tokens' log-probabilities in each such view and
+        the KL divergence to it.
+
+        Every context rank gets the statistics of all tokens; each must compute the same loss from them and call
+        backward. ``batch`` may be in host memory.
         """
         targets_R = send(batch.target_ids_R, hidden_RD.device)
         if self.context is not None:
@@ -209,13 +218,14 @@ class Qwen2_5_VLModel(MegatronModule):
 
         With gradient, every context rank must compute the same loss from it and call backward.
 
-        To be called after ``response_statistics`` of the same pass, where ``log_normalizer_R`` comes from: that call
-        brings the last optimizer step's weights here if their gathering overlaps (``StatisticsHead``).
+        Call this after ``response_statistics`` of the same pass, which also gives ``log_normalizer_R``. If the
+        all-gather of updated parameters overlaps with computation, only that earlier call waits until the output
+        weight of the last optimizer step has arrived (``StatisticsHead``).
         """
         has_gradient_R = None
         if self.context is not None:
-            # Responses of a group lie on different ranks, and their distributions are compared whole. Each rank's own
-            # rows pass its part of the gradient on, as in ``gather_statistics``.
+            # The responses of a group lie on different ranks, and the divergence compares all of them, so every rank
+            # gathers all rows. Gradient flows back only through a rank's own rows, as in ``gather_statistics``.
             own_RD, mine = hidden_RD, send(self.context.mine(batch), hidden_RD.device)
             hidden_RD = self.context.gather_hidden(own_RD, batch)
             if with_gradient:
@@ -233,28 +243,29 @@ class Qwen2_5_VLModel(MegatronModule):
         )
 
     def _head(self, temperature: float) -> HeadOptions:
-        """How this rank's vocabulary shard is computed with."""
+        """The options with which this rank's vocabulary shard is computed."""
         return HeadOptions(
             group=self.tensor_group,
             vocab_size=self.vocab_size,
             temperature=temperature,
-            # Each tensor rank knows only its vocabulary shard's part of the hidden gradient. Under sequence parallelism
-            # the rows were gathered just before the head, and the backward of that gather sums while it scatters:
-            # summing twice would be wrong.
+            # Each tensor rank computes only its vocabulary shard's part of the hidden rows' gradient, so the parts must
+            # be summed. Under sequence parallelism the backward of the gather just before the head already sums them
+            # (it is a reduce-scatter); summing twice would be wrong.
             reduce_hidden_grad=not self.config.sequence_parallel,
             accumulate_into_main_grad=self.accumulate_into_main_grad,
             impl=self.statistics_impl,
         )
 
     def _embed(self, batch: PackedBatch, local: LocalRows) -> Tensor:
-        # The encoder runs before the embedding, always: backward then reaches them in the opposite order, always.
+        # The encoder always runs before the embedding, so that backward always reaches them in the opposite order.
         features = batch.features_ED
         if features is None and (batch.patches_SD is not None or self._needs_vision_gradients()):
             assert self.vision is not None, "only the first stage embeds"
             features = self.vision(batch.patches_SD, batch.grid_thw_M3)
         if features is not None and local.visual_index is not None:
-            # Every context rank encodes all frames and keeps its rows' features: each sends back its rows' gradient
-            # alone, and the parameters' gradients add up over the ranks as the language model's do.
+            # Every context rank encodes all frames, then keeps the features of its own rows. Backward gives each rank
+            # the gradient of its own rows only; parameter gradients then add up over the context ranks, as the
+            # language model's do.
             features = features.index_select(0, local.visual_index)
         hidden_T1D = self.language.embed(local.token_ids_T, visual_rows=local.visual_rows, features=features)
         if self.keeps_graph and torch.is_grad_enabled() and not hidden_T1D.requires_grad:
@@ -264,11 +275,12 @@ class Qwen2_5_VLModel(MegatronModule):
     def _needs_vision_gradients(self) -> bool:
         """Whether backward must reach the vision encoder even if this micro-batch has no media.
 
-        Overlapped data-parallel reduction sends a bucket of gradients as soon as all of its parameters have one, and
-        replicas must send the same buckets in the same order. A replica without media that left the encoder out would
-        stall the others; zeros from a mere anchor would come at another moment of backward, and pair one bucket with
-        another. So the encoder runs on a single dummy unit, whose (empty) result is connected to every parameter:
-        same graph, same order, zero gradients.
+        Overlapped data-parallel reduction sends a bucket of gradients as soon as all of its parameters have a
+        gradient, and all replicas must send the same buckets in the same order. If a replica without media skipped the
+        encoder, the other replicas would wait for its buckets forever. If it only added the parameters times zero to
+        the loss, their gradients would come at another moment of backward, and different buckets would be summed with
+        each other. So the encoder runs on a single dummy unit, and its (empty) result is connected to every parameter:
+        the graph and the order of gradients are the same, and the gradients are zero.
         """
         assert self.vision is not None, "only the first stage embeds"
         return torch.is_grad_enabled() and any(p.requires_grad for p in self.vision.parameters())
@@ -288,7 +300,7 @@ class Qwen2_5_VLModel(MegatronModule):
 def _with_tensor_group(
     process_groups: ProcessGroupCollection, group: torch.distributed.ProcessGroup
 ) -> ProcessGroupCollection:
-    """The same groups, with ``group`` for tensor parallelism."""
+    """Returns a copy of ``process_groups`` that uses ``group`` for tensor parallelism."""
     changed = copy.copy(process_groups)
     changed.tp = group
     return changed
@@ -301,16 +313,18 @@ def build_model(
     options: ModelOptions | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> list[Qwen2_5_VLModel]:
-    """This rank's model chunks, randomly initialised, on the platform's device: one, or one per virtual stage.
+    """Builds this rank's model chunks, randomly initialised, on the platform's device.
+
+    A rank has one chunk, or one per virtual pipeline stage.
 
     Args:
-        model_config: architecture.
-        groups: placement.
-        options: the run's (implementations, recomputation); None means the defaults, for use without DDP.
-        dtype: of parameters and activations.
+        model_config: the architecture.
+        ranks: the process groups, which say which part of the model this rank holds.
+        options: the run's options (implementations, recomputation); None: the defaults, for use without DDP.
+        dtype: the dtype of parameters and activations.
 
     Raises:
-        UserError: a layout that does not fit the model's sizes.
+        UserError: the parallel layout does not fit the model's sizes.
     """
     transformer_config = language_transformer_config(model_config, sizes=ranks.sizes, dtype=dtype, options=options)
     process_groups = copy.copy(ranks.process_groups)

@@ -33,7 +33,7 @@ def mrope_positions(
     seconds_per_grid: Sequence[float],
     config: Qwen2_5_VLConfig,
 ) -> tuple[Tensor, int]:
-    """Positions of a prompt and the first position of what follows it.
+    """The positions of a prompt's tokens, and the position of the first token after the prompt.
 
     Args:
         token_ids: the prompt with every visual placeholder expanded: a medium of n visual tokens is a run of
@@ -101,8 +101,8 @@ def _medium_positions(
         )
     positions = np.indices((num_t, num_h // merge, num_w // merge), dtype=np.int64)
     if kind == "video":
-        # The sampler holds the seconds as fp32 and multiplies in fp64; anything else moves an index by one
-        # where the product is close to an integer (0.1 s in fp32 is a little more than 0.1).
+        # The sampler holds the seconds in fp32 and multiplies in fp64, so we do the same. Any other precision can move
+        # a position by one where the product is close to an integer (0.1 s in fp32 is a little more than 0.1).
         interval = float(np.float32(seconds_per_grid)) * config.vision.tokens_per_second
         if not interval > 0 and num_t > 1:
             raise UserError(f"medium {index}: a video needs seconds_per_grid > 0, got {seconds_per_grid}")

@@ -13,13 +13,14 @@ from megatron_ktr.distributed.platform import current
 class RMSNorm(torch.nn.Module):
     """``y = weight * x / sqrt(mean(x**2, -1) + eps)``, statistics in fp32 (fp64 for fp64 inputs).
 
-    Like Hugging Face, the normalised value is rounded to the input's dtype before the weight multiplies it.
-    megatron-core's wrapper around ``torch.nn.RMSNorm`` refuses sequence parallelism, hence this one: under it
-    every tensor rank norms its own tokens, so the weight is marked and ``finalize_model_grads`` sums its
-    gradient over the tensor group.
+    As in Hugging Face's code, the normalised value is rounded to the input's dtype before the weight multiplies it.
 
-    On a GPU with NVIDIA's apex and without Transformer Engine one fused kernel does it; it multiplies by the weight
-    before it rounds, which is a difference of one rounding in 16 bits.
+    This class exists because megatron-core's wrapper around ``torch.nn.RMSNorm`` refuses sequence parallelism. Under
+    sequence parallelism every tensor rank normalises its own tokens, so the weight carries the mark that makes
+    ``finalize_model_grads`` sum its gradient over the tensor group.
+
+    On a GPU with NVIDIA's apex and without Transformer Engine, one fused kernel computes the norm. It multiplies by
+    the weight before it rounds, so that 16-bit results differ by one rounding.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_unused) -> None:
@@ -44,6 +45,9 @@ class RMSNorm(torch.nn.Module):
 
 
 def parameter_device(config: TransformerConfig) -> torch.device | None:
-    """Where megatron-core's own layers put new parameters: the host (or the default device) on request, else the
-    platform's device."""
+    """The device on which megatron-core's own layers create parameters.
+
+    It is the platform's device; if ``use_cpu_initialization`` is set, it is None, which is the host or torch's default
+    device.
+    """
     return None if config.use_cpu_initialization else current().device

@@ -21,7 +21,10 @@ def _published(
     vision_intermediate_size: int = 3420,
     tie_word_embeddings: bool = False,
 ) -> Qwen2_5_VLConfig:
-    """What the sizes share: heads of 128, the vision encoder but for its MLP, token ids, rotary base."""
+    """A configuration with the values that all sizes share: the vision encoder except its MLP, token ids, rotary base.
+
+    (All sizes also have attention heads of 128, which follows from the arguments.)
+    """
     return Qwen2_5_VLConfig(
         text=TextConfig(
             vocab_size=vocab_size,

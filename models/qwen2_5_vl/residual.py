@@ -1,4 +1,4 @@
-"""The sum behind attention and MLP, in the place of megatron-core's fused bias, dropout and residual."""
+"""The residual addition after attention and MLP; it replaces megatron-core's fused bias, dropout and residual."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ Addition = Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]
 
 
 def add_residual(training: bool, fused: bool) -> Addition:
-    """``f((x, bias), residual, 0.0)``: residual + (x + bias), without dropout, which these models have none of.
+    """Returns ``f((x, bias), residual, 0.0)``, which computes residual + (x + bias). These models have no dropout.
 
-    megatron-core's is compiled, once for every combination of trained and frozen operands, with and without bias, rows
-    and widths that vary: more than the 8 forms of a function after which torch runs the rest as they are written, with
-    the dropout kernel. (The limit can be raised for the thread that asks only; layers run again in backward's.)
-    Without dropout the language model's is a single addition, which there is nothing to fuse with.
+    megatron-core's function goes through ``torch.compile``, once for every combination of trained and frozen operands,
+    bias or no bias, and sizes. These are more than the 8 variants of a function that torch compiles; it runs any
+    further variant uncompiled, with the dropout kernel. The limit can be raised only for the calling thread, and
+    recomputed layers run in the thread of backward. Without dropout and bias, the language model's function is a single
+    addition anyway, so there is nothing to fuse.
     """
     return _added
 
@@ -28,4 +29,4 @@ def _added(x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout:
 
 
 RESIDUAL_ADDITION: Any = add_residual
-"""As a layer's specification takes it: megatron-core declares a class there, and builds functions as well."""
+"""``add_residual`` typed for a layer specification: megatron-core declares a class there but accepts a function."""

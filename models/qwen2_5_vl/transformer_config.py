@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 def language_transformer_config(
     model_config: Qwen2_5_VLConfig, *, sizes: ParallelSizes, dtype: torch.dtype, options: ModelOptions | None = None
 ) -> LanguageConfig:
-    """The language model's ``TransformerConfig``; ``options`` add recomputation, everything else follows the sizes.
+    """The language model's ``TransformerConfig`` for parallel sizes and a run's options (None: defaults, without DDP).
 
     Raises:
-        UserError: sizes that the layout cannot split, a layout that the model does not support, or kernels that are
-            not to be had here.
+        UserError: the model's sizes cannot be split in this layout, the model does not support the layout, or a kernel
+            that the options ask for is not available here.
     """
     _check_layout(model_config, sizes, dtype=dtype, options=options)
     split = split_layers(
@@ -88,16 +88,18 @@ def _placement(sizes: ParallelSizes, *, split: Split, dtype: torch.dtype) -> dic
         tensor_model_parallel_size=sizes.tensor,
         pipeline_model_parallel_size=sizes.pipeline,
         virtual_pipeline_model_parallel_size=_num_chunks(sizes) if _num_chunks(sizes) > 1 else None,
-        # Core has options for single kinds of uneven stages; this one says all of them, and layer offsets follow it.
+        # Core's other options cover single kinds of uneven stages. This one describes every kind, and core derives the
+        # layer offsets from it.
         pipeline_model_parallel_layout=None if is_even(split) else chunk_layout(split),
-        # Rows are shared out before the first layer and keys gathered in the attention: core's own stays off.
+        # We distribute the rows ourselves before the first layer and gather the keys in the attention, so core's own
+        # context parallelism stays off.
         context_parallel_size=1,
         sequence_parallel=sizes.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
-        # The loss that arrives is already divided by the global denominator: core must only add up.
+        # The loss that core gets is already divided by the global denominator, so core must only add it up.
         calculate_per_token_loss=True,
     )
 
@@ -108,13 +110,13 @@ def _num_chunks(sizes: ParallelSizes) -> int:
 
 def _kernels(options: ModelOptions | None) -> dict[str, Any]:
     return dict(
-        # It is compiled, which on CPU costs minutes and gains nothing.
+        # Core compiles this fusion, which on CPU takes minutes and gains nothing.
         bias_activation_fusion=current().name != "cpu",
         # ``residual.py`` says why.
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
-        # Transformer Engine's kernel takes the frequency of a row's place in its segment. Ours is one segment with a
-        # frequency for each row (``attention.py``), so that M-RoPE's are right.
+        # Transformer Engine's kernel rotates a row by the angle at the row's place in its segment. We pass one segment
+        # that holds all rows, and one angle per row (``attention.py``), so that M-RoPE is right.
         apply_rope_fusion=rotates_in_one_kernel(options.model.transformer_impl if options else "auto"),
         fuses_weight_gradients=_fuses_weight_gradients(options),
         **no_cuda_graphs(),
@@ -122,10 +124,10 @@ def _kernels(options: ModelOptions | None) -> dict[str, Any]:
 
 
 def _fuses_weight_gradients(options: ModelOptions | None) -> bool:
-    """Whether decoder layers add their weight gradients to the fp32 buffer themselves; by default where they can. The
-    vocabulary head, which needs no kernel for it, does unless the option is off.
+    """Whether decoder layers add their weight gradients to the fp32 buffer ``main_grad`` themselves.
 
-    Without a run's options there is no wrapper with that buffer either.
+    By default they do where a kernel for it exists. The vocabulary head needs no kernel and does so unless the option
+    is off. Without a run's options there is no DDP wrapper, and so no such buffer.
     """
     if options is None or options.model.gradient_accumulation_fusion is False:
         return False
@@ -146,7 +148,7 @@ def _recompute(options: ModelOptions | None) -> dict[str, Any]:
     parallel = options.parallel
     is_selective = parallel.recompute_granularity == "selective"
     if is_selective and "layernorm" in parallel.recompute_modules and current().name != "cpu":
-        # Core recomputes norms with Transformer Engine's help, whose layers have them inside the linear ones.
+        # Core needs Transformer Engine to recompute norms, but Transformer Engine's linear layers contain the norms.
         raise UserError(
             "--recompute-modules layernorm: on CUDA there is no norm to recompute, Transformer Engine fuses it into "
             "the linear layer behind it; use core_attn or mlp"
@@ -160,7 +162,7 @@ def _recompute(options: ModelOptions | None) -> dict[str, Any]:
 
 
 def _mlp_chunks(options: ModelOptions | None) -> dict[str, Any]:
-    # 0.16 has no such field: there ``config/checks.py`` has already refused the option.
+    # megatron-core 0.16 has no such field; ``config/checks.py`` has already refused the option there.
     if options is None or options.parallel.mlp_chunks == 1:
         return {}
     return {"mlp_chunks_for_training": options.parallel.mlp_chunks}

@@ -29,14 +29,14 @@ from models.qwen2_5_vl.vision_layout import plan_vision
 
 
 class VisionEncoder(MegatronModule):
-    """Encoder and merger; lives whole on the first pipeline stage, split over the tensor-parallel ranks.
+    """Encoder and merger. The first pipeline stage holds all of it, split over the tensor-parallel ranks.
 
-    Every tensor rank gets the same patches and returns the same features. Backward expects the whole gradient of
-    the features on every tensor rank (what scattering to a sequence-parallel region gives), and leaves identical
-    gradients of the replicated parameters (``patch_embed``, norms, row-parallel biases) on all of them.
+    Every tensor rank gets the same patches and returns the same features. Backward expects the full gradient of the
+    features on every tensor rank, as the backward of scattering to a sequence-parallel region provides it. It leaves
+    identical gradients of the replicated parameters (``patch_embed``, norms, row-parallel biases) on all tensor ranks.
 
-    Parameters: ``patch_embed.weight``, ``decoder.layers.N.*``, ``merger.{ln_q, linear_fc1, linear_fc2}.*``. In the
-    order of flattened patches, ``patch_embed.weight`` is the published convolution's weight, flattened. QKV rows
+    Parameters: ``patch_embed.weight``, ``decoder.layers.N.*``, ``merger.{ln_q, linear_fc1, linear_fc2}.*``.
+    ``patch_embed.weight`` is the published convolution's weight, flattened in the same order as a patch. QKV rows
     are ordered head by head (q, k, v of head 0, then of head 1, ...), as everywhere in megatron-core.
     """
 
@@ -51,11 +51,12 @@ class VisionEncoder(MegatronModule):
     ) -> None:
         """
         Args:
-            config: architecture.
-            transformer_config: the language model's; gives precision, initialisation and recomputation.
-            process_groups: needs ``tp``, ``pp`` and ``cp``.
-            transformer_impl: whose linear layers and norms; attention and merger are the same in both.
-            fp8: layers in FP8 where the language model's are.
+            config: the encoder's architecture.
+            transformer_config: the language model's configuration; it gives precision, initialisation and
+                recomputation.
+            process_groups: ``tp``, ``pp`` and ``cp`` must be set.
+            transformer_impl: whose linear layers and norms to use; attention and merger are the same in both.
+            fp8: run the encoder's layers in FP8 if the language model's layers do.
 
         Raises:
             UserError: the tensor-parallel size does not divide the number of heads.
@@ -72,7 +73,7 @@ class VisionEncoder(MegatronModule):
         super().__init__(config=block_config)
         self.vision_config = config
         self.tensor_group = process_groups.tp
-        """Ranks that split the weights; this rank alone where the encoder is whole on each."""
+        """The ranks that split the weights; this rank alone if every rank holds the whole encoder."""
         self.patch_embed = torch.nn.Linear(
             config.patch_dim,
             config.hidden_size,
@@ -94,16 +95,16 @@ class VisionEncoder(MegatronModule):
             grid_thw_M3: int64 [M, 3]: patches along time, height and width of each medium.
 
         Returns:
-            [S / merge_unit, out_hidden_size] in the parameters' dtype. Without media an empty result that is still
-            connected to every parameter: backward then fills in zero gradients, so that ranks with and without
-            media run the same collectives and no data-parallel bucket waits for a gradient that never comes.
+            [S / merge_unit, out_hidden_size] in the parameters' dtype. Without media the result is empty, but still
+            connected to every parameter: backward then fills in zero gradients. Ranks with and without media thus
+            run the same collectives, and no data-parallel bucket waits for a gradient that never comes.
 
         Raises:
             ValueError: patches and grids disagree.
         """
-        # Transformer Engine keeps a layer's weight in FP8 until it hears of a step's first micro-batch, which
-        # megatron-core's schedules tell. The encoder also runs before them, for engines, and in backward: left alone it
-        # would encode with the last step's weights. Every run takes the weights as they are.
+        # Transformer Engine caches a layer's FP8 weight until it is told that a step's first micro-batch begins, and
+        # megatron-core's schedules tell it so. The encoder also runs outside the schedules: before them, for rollout
+        # engines, and in backward. It would then encode with the last step's weights, so every run refreshes the cache.
         self.set_is_first_microbatch()
         grids = [tuple(grid) for grid in grid_thw_M3.tolist()]
         weight = self.patch_embed.weight
@@ -119,13 +120,15 @@ class VisionEncoder(MegatronModule):
     def _encode(self, patches_SD: Tensor, grids: list[tuple[int, int, int]]) -> Tensor:
         layout = plan_vision(grids, config=self.vision_config).to(patches_SD.device)
         unit = self.vision_config.merge_unit
-        # The embedding acts on each patch alone, so patches can be put in window order before it, while narrow.
+        # The embedding acts on each patch alone, so the patches can be put in window order before it, while their
+        # rows are still narrow.
         ordered_SD = patches_SD.unflatten(0, (-1, unit))[layout.unit_order].flatten(0, 1)
         hidden_S1D = self.patch_embed(ordered_SD)[:, None].contiguous()
         num_patches = len(hidden_S1D)
         num_padding = -num_patches % self.row_multiple
         if num_padding:
-            # FP8 takes rows by the block. Rows of zeros attend nothing and are dropped before the merger.
+            # FP8 needs a number of rows that is a multiple of its block size. The added rows of zeros attend nothing
+            # and are dropped before the merger.
             hidden_S1D = pad(hidden_S1D, (0, 0, 0, 0, 0, num_padding))
         hidden_S1D = self.decoder(hidden_S1D, None, packed_seq_params=VisionSeqParams.from_layout(layout))
         return self.merger(hidden_S1D[:num_patches].squeeze(1))[layout.unit_position]
@@ -175,19 +178,22 @@ def vision_transformer_config(
 ) -> TransformerConfig:
     """megatron-core's configuration of the encoder: the language model's training options, the encoder's sizes.
 
-    Neither pipeline, context nor sequence parallel: the encoder is whole on the first stage and its features are
-    replicated. FP8 only on request, and gradients are accumulated by autograd (``products.fuses_weight_gradients``).
+    The encoder is neither pipeline, context nor sequence parallel: the first stage holds all of it, and its features
+    are replicated. It uses FP8 only on request. Autograd accumulates its gradients; its layers do not
+    (``products.fuses_weight_gradients`` says why).
     """
     recomputed_layers = None
     if base.recompute_num_layers is not None:
         recomputed_layers = min(base.recompute_num_layers, config.depth)
-        # Groups of at most as many layers, all of one size: the option is chosen to fit the language model.
+        # The option was chosen for the language model's number of layers. Uniform recomputation needs blocks of equal
+        # size, so take the largest block size up to the option that divides the encoder's depth.
         while base.recompute_method == "uniform" and config.depth % recomputed_layers:
             recomputed_layers -= 1
     ffn_multiple = NUMBERS_PER_ROW[used_recipe(base)] if fp8 and base.fp8 else 1
     modules = base.recompute_modules or []
     if base.recompute_granularity == "selective":
-        # Not its MLP: with biases, core's selective recomputation of it never ends (``check_transformer_config``).
+        # The encoder's MLP is left out: with biases, core's selective recomputation of an MLP never ends
+        # (``check_transformer_config``).
         modules = [name for name in modules if name != "mlp"]
     return TransformerConfig(
         num_layers=config.depth,

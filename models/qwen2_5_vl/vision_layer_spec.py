@@ -1,8 +1,8 @@
 """The vision encoder's transformer layer in megatron-core's terms, and its core attention.
 
-Linear layers and norms are megatron-core's own or, as in the language model, Transformer Engine's; a distributed
-checkpoint has the same keys with both (the plain ones, as long as they have been written). The attention is ours with
-both (``ops/segment_attention.py``), and it rotates in fp32.
+As in the language model, linear layers and norms are either megatron-core's own or Transformer Engine's. Both use the
+same keys in a distributed checkpoint: those of the plain layers, as every checkpoint so far has been written. The
+attention is ours in both cases (``ops/segment_attention.py``), and it rotates in fp32.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from models.qwen2_5_vl.vision_layout import VisionLayout
 
 @dataclass
 class VisionSeqParams(PackedSeqParams):
-    """Carries the layout through megatron-core's layers, which hand their ``packed_seq_params`` to the attention."""
+    """Carries the layout through megatron-core's layers: they pass ``packed_seq_params`` on to the attention."""
 
     layout: VisionLayout | None = None
 
     @classmethod
     def from_layout(cls, layout: VisionLayout) -> VisionSeqParams:
-        """``thd`` makes core drop the batch axis of q, k and v, and restore it on the output."""
+        """Makes the parameters; ``thd`` makes core drop the batch axis of q, k and v, and restore it on the output."""
         return cls(qkv_format="thd", layout=layout)
 
 
@@ -98,7 +98,10 @@ def rotate(x_SNH: Tensor, *, cos_SH: Tensor, sin_SH: Tensor) -> Tensor:
 
 @cache
 def _compiled_rotate() -> Any:
-    """One kernel in place of eight. Any number of patches: it is compiled once with and once without gradient."""
+    """``rotate`` compiled to one kernel instead of eight.
+
+    The number of patches is dynamic, so it is compiled only twice: once with and once without gradient.
+    """
     return torch.compile(rotate, dynamic=True)
 
 
@@ -106,7 +109,8 @@ def vision_layer_spec(impl: TransformerImpl = "auto") -> ModuleSpec:
     """Pre-norm attention and gated MLP; the biases come from ``add_bias_linear`` of the configuration."""
     if resolve_transformer_impl(impl) == "te":
         te = te_modules()
-        # Transformer Engine keeps these norms inside the linear layer that follows; one checkpoint serves both.
+        # Transformer Engine keeps these norms inside the linear layer that follows. They are stored under the plain
+        # layers' keys, so that one checkpoint serves both.
         stored_as = {
             "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
             "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",

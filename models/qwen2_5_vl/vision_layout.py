@@ -51,7 +51,7 @@ class VisionLayout:
     """0-based layers that attend over frames; all others attend over windows."""
 
     def segments(self, layer: int) -> SegmentPlan:
-        """What 0-based ``layer`` attends within: one plan for all layers of a kind."""
+        """The segments within which 0-based ``layer`` attends; all layers of a kind share one plan."""
         return self._frames if layer in self.full_attention_layers else self._windows
 
     @cached_property
@@ -63,7 +63,7 @@ class VisionLayout:
         return SegmentPlan(tuple(self.frame_bounds.tolist()))
 
     def to(self, device: torch.device) -> VisionLayout:
-        """Sends what the device computes with; the bounds stay in host memory, where they are read as numbers."""
+        """Sends the tensors that the device needs; the bounds stay in host memory, where they are read as numbers."""
         names = ("unit_order", "unit_position", "cos_SH", "sin_SH")
         return dataclasses.replace(self, **{name: send(getattr(self, name), device) for name in names})
 

@@ -1,9 +1,9 @@
-"""The one table of weight names: Megatron's tensors, Hugging Face's tensors, and what lies between them.
+"""The one table of weight names: Megatron's tensors, Hugging Face's tensors, and how to convert between them.
 
 Every Megatron tensor is a concatenation of slices of Hugging Face tensors along one axis (plus zeros where a
-size was padded for tensor parallelism). A rule names the slices; reading a shard and writing it back are the
-same list of slices walked in either direction, so that the round trip is exact by construction. Loading,
-export of weights and of gradients, and the offline converter all derive from this file.
+size was padded for tensor parallelism). A rule names the slices. Reading a shard and writing it back use the same
+list of slices in opposite directions, so that the round trip is exact by construction. Loading, export of weights
+and of gradients, and the offline converter all use this file.
 
 Transforms, with N heads, K key-value heads of size H, F the MLP's inner size:
 
@@ -42,7 +42,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class WeightSpec:
-    """One Megatron tensor of a concrete model: its unsharded, unpadded shape and where its numbers come from."""
+    """One Megatron tensor of a concrete model: its unsharded, unpadded shape and the source of its values."""
 
     name: str
     hf_names: tuple[str, ...]
@@ -65,10 +65,10 @@ class WeightSpec:
         return self.transform in ("pad", "gate_up")
 
     def num_shards(self, local_shape: Shape, *, tensor_size: int) -> int:
-        """``tensor_size``, or 1 where the module keeps the whole tensor on every rank.
+        """The number of shards: ``tensor_size``, or 1 if the module keeps the whole tensor on every rank.
 
         Raises:
-            ValueError: the local shape fits neither; the model was built for another configuration.
+            ValueError: the local shape fits neither, because the model was built for another configuration.
         """
         if tuple(local_shape) == self.shape:
             return 1
@@ -126,7 +126,8 @@ class WeightSpec:
                     raise TypeError(f"{', '.join(self.hf_names)}: expected one dtype, got {shard.dtype}, {piece.dtype}")
                 shard.narrow(axis, offset, segment.length).copy_(piece)
             offset += segment.length
-        # A shard that is padding only: the last ranks where a tiny size meets a large tensor-parallel size.
+        # No slice was read, so the shard is all padding. That happens on the last ranks if a tensor is small and the
+        # tensor-parallel size is large.
         return torch.zeros(local_shape) if shard is None else shard
 
     def write_shard(self, shard: Tensor, hf_tensors: tuple[Tensor, ...], *, index: int = 0, count: int = 1) -> None:
@@ -140,7 +141,7 @@ class WeightSpec:
             offset += segment.length
 
     def split(self, whole: Tensor) -> tuple[Tensor, ...]:
-        """The Hugging Face tensors of a whole (perhaps padded) Megatron tensor; views where nothing is reordered."""
+        """The Hugging Face tensors of a whole (perhaps padded) Megatron tensor; a view if nothing is reordered."""
         if self.transform in ("copy", "pad"):
             return (whole.narrow(self.concat_axis, 0, self.shape[self.concat_axis]).reshape(self.hf_shapes[0]),)
         hf_tensors = tuple(whole.new_empty(shape) for shape in self.hf_shapes)
@@ -168,7 +169,7 @@ class WeightRule:
     hf: tuple[str, ...]
     transform: Transform = "copy"
     axis: int | None = None
-    """Axis that tensor parallelism shards; None: every rank holds the whole tensor."""
+    """The axis that tensor parallelism splits; None: every rank holds the whole tensor."""
 
 
 def _rule(megatron: str, *hf: str, transform: Transform = "copy", axis: int | None = None) -> WeightRule:
@@ -191,7 +192,7 @@ VISION_LAYER = (
     _rule("mlp.linear_fc2.weight", "mlp.down_proj.weight [D F]", transform="pad", axis=1),
     _rule("mlp.linear_fc2.bias", "mlp.down_proj.bias [D]"),
 )
-"""Under ``vision.decoder.layers.n`` and ``visual.blocks.n``."""
+"""Rules of one vision layer; the prefixes are ``vision.decoder.layers.n`` and ``visual.blocks.n``."""
 
 MERGER = (
     _rule("vision.merger.ln_q.weight", "visual.merger.ln_q.weight [D]"),
@@ -230,7 +231,7 @@ LANGUAGE_LAYER = (
     ),
     _rule("mlp.linear_fc2.weight", "mlp.down_proj.weight [D F]", axis=1),
 )
-"""Under ``language.decoder.layers.n`` and ``model.layers.n``."""
+"""Rules of one language layer; the prefixes are ``language.decoder.layers.n`` and ``model.layers.n``."""
 
 FINAL_NORM = _rule("language.decoder.final_layernorm.weight", "model.norm.weight [D]")
 HEAD = _rule("language.output_layer.weight", "lm_head.weight [V D]", transform="pad", axis=0)
@@ -239,7 +240,7 @@ TE_NAMES = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
-"""Transformer Engine fuses a norm into the linear layer behind it and names the weight there."""
+"""Transformer Engine's names of the norms that it fuses into the linear layers after them, and their plain names."""
 
 
 def weight_specs(config: Qwen2_5_VLConfig) -> list[WeightSpec]:
