@@ -81,12 +81,12 @@ LAYOUTS: dict[int, list[Layout]] = {
 }
 
 
-def random_b(add_adapters: Any, chunks: Any, settings: Any, *, groups: Any) -> None:
+def random_b(add_adapters: Any, chunks: Any, settings: Any, *, ranks: Any) -> None:
     """Adapters as in training, then B from numbers that depend on Hugging Face's name alone."""
     from models.qwen2_5_vl.conversion import named_model_parameters
     from models.qwen2_5_vl.lora import adapter_specs
 
-    add_adapters(chunks, settings, ranks=groups)
+    add_adapters(chunks, settings, ranks=ranks)
     specs = {spec.name: spec for spec in adapter_specs(chunks[0].model_config, settings)}
     with torch.no_grad():
         for name, parameter in named_model_parameters(chunks, adapters=True):
