@@ -93,8 +93,8 @@ def random_b(add_adapters: Any, chunks: Any, settings: Any, *, ranks: Any) -> No
             spec, shape = specs[name], tuple(parameter.shape)
             if name.endswith("lora_b"):
                 whole = dict(zip(spec.hf_names, map(_random, spec.hf_names, spec.hf_shapes), strict=True))
-                count = spec.num_shards(shape, tensor_size=groups.sizes.tensor)
-                index = groups.tensor_rank if count > 1 else 0
+                count = spec.num_shards(shape, tensor_size=ranks.sizes.tensor)
+                index = ranks.tensor_rank if count > 1 else 0
                 parameter.copy_(spec.read_shard(partial(_slice, whole), shape, index=index, count=count))
 
 
