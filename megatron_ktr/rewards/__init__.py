@@ -1,5 +1,4 @@
-"""Rewards: pure functions of (response text, dataset record), each with a name. Their sum is the reward of a response.
-"""
+"""Rewards: named pure functions of (response text, dataset record). Their sum is the reward of a response."""
 
 from __future__ import annotations
 
@@ -33,8 +32,7 @@ def accuracy_reward(response: str, record: Mapping[str, Any], *, protocol: Proto
 
 
 def soft_choice_reward(response: str, record: Mapping[str, Any], *, protocol: Protocol = STANDARD) -> float:
-    """``accuracy``, except that multiple choice with several right letters is paid in parts (``standard.soft_choice``).
-    """
+    """``accuracy``, except that multiple choice with several right letters pays in parts (``standard.soft_choice``)."""
     return accuracy_reward(response, record, protocol=with_soft_choice(protocol))
 
 
@@ -93,8 +91,7 @@ def reward_groups(
 
 
 def load_rewards(names: Sequence[str], *, protocol: str = "standard") -> dict[str, RewardFunction]:
-    """The functions by short name. Two functions with the same short name raise UserError, as one would hide the other.
-    """
+    """The functions by short name; UserError if two have the same short name, because one would hide the other."""
     functions: dict[str, RewardFunction] = {}
     for name in names:
         short_name, function = load_reward(name, protocol=protocol)

@@ -39,6 +39,5 @@ def accuracy(
 
 
 def with_soft_choice(protocol: Protocol) -> Protocol:
-    """The same protocol, except that multiple-choice answers with several letters are paid in parts (``soft_choice``).
-    """
+    """The same protocol, except that multiple choice with several right letters pays in parts (``soft_choice``)."""
     return dataclasses.replace(protocol, judges={**protocol.judges, "multiple choice": standard.soft_choice})

@@ -36,8 +36,7 @@ def label_of(number: int) -> str:
 
 
 def read_label(answer: str) -> str:
-    """The answer without the decoration that may surround a letter: brackets, emphasis, LaTeX, or a full stop after it.
-    """
+    """The answer without the decoration that may surround a letter: brackets, emphasis, LaTeX, a final full stop."""
     return bare(answer, trailing=_TRAILING).strip("(). ")
 
 
