@@ -1,16 +1,17 @@
 """The two counterfactual inputs of Video-KTR: the video hidden, and the video in random order.
 
-Hidden: the visual tokens are removed from the prompt, a forward over text alone (``batch/packing.py``). Every prompt
-with media has one.
+The hidden view: the visual tokens are removed from the prompt, and the forward runs over text alone
+(``batch/packing.py``). Every prompt with media has this view.
 
-Shuffled: each video's units change places. A unit is a decoded ``frame``, moved before frames are paired into
-temporal patches (the authors' choice and the default), or a ``temporal_patch``, a pair that moves as a whole, so
-that the vision features are only re-ordered. Images have no order; a video of a single temporal patch has none
-either, nor has one whose frames are all alike.
+The shuffled view: the units of each video change places. The unit is either a ``frame`` or a ``temporal_patch``. Frames
+are moved before they are paired into temporal patches; this is the authors' choice and the default. A temporal patch is
+such a pair and moves as a whole, so that the vision features are only re-ordered. Some media have no order to lose:
+images, videos of a single temporal patch, and videos whose frames are all alike.
 
-One order per prompt and step, shared by its G responses: scores of a group are compared with one another, so
-they must ask about the same counterfactual. It depends on seed, step and the prompt's identity (``types.Prompt``)
-alone, not on the rank or the micro-batch the prompt landed in, so every parallel layout sees the same one.
+One order is drawn per prompt and step, and all G responses share it: their scores are compared with one another, so
+they must refer to the same counterfactual. The order depends only on the seed, the step and the prompt's identity
+(``types.Prompt``). It does not depend on the rank or the micro-batch of the prompt, so that every parallel layout sees
+the same order.
 """
 
 from __future__ import annotations
@@ -31,22 +32,23 @@ def can_hide(prompt: Prompt) -> bool:
 
 
 def can_shuffle(prompt: Prompt) -> bool:
-    """Whether the shuffled view differs from the intact one: some video has at least two temporal patches, and frames
-    that differ."""
+    """Whether the shuffled view differs from the intact one: some video has at least two temporal patches and frames
+    that are not all alike."""
     return any(_has_order(medium) for medium in prompt.media)
 
 
 def draw_permutation(
     num_units: int, *, seed: int, step: int, identity: str, medium: int = 0, draw: int = 0
 ) -> Tensor | None:
-    """A uniformly random order of ``num_units`` other than the identity; None where there is no other order.
+    """A uniformly random order of ``num_units`` units, int64 [num_units], that is never the identity; None for fewer
+    than two units. Place i of the shuffled video shows unit ``order[i]``.
 
-    ``medium`` counts the prompt's media and ``draw`` the shuffles of one step (``num_shuffles``). int64
-    [num_units]; place i of the shuffled video shows unit ``order[i]``.
+    ``medium`` is the index of the medium in the prompt, and ``draw`` the index of the shuffle within the step
+    (``num_shuffles``).
     """
     if num_units < 2:
         return None
-    # A cryptographic hash, because Python's own differs between processes.
+    # A cryptographic hash, because Python's own hash of a string differs between processes.
     key = "\x1f".join((str(seed), str(step), identity, str(medium), str(draw)))
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
@@ -60,10 +62,10 @@ def draw_permutation(
 def draw_permutations(
     prompt: Prompt, *, unit: ShuffleUnit = "frame", seed: int, step: int, draw: int = 0, temporal_patch_size: int = 2
 ) -> tuple[Tensor | None, ...]:
-    """The frame order of each medium of a prompt, for ``packing.pack_groups``; None where nothing moves.
+    """The frame order of each medium of a prompt, for ``packing.pack_groups``; None for a medium where nothing moves.
 
-    Always in frames, whatever the unit: ``temporal_patch`` moves runs of ``temporal_patch_size`` frames, after
-    the last frame was repeated to fill the last run.
+    The order always lists frames, whatever the unit. The unit ``temporal_patch`` moves runs of
+    ``temporal_patch_size`` frames; where the last run is incomplete, the last frame is repeated to fill it.
     """
     if unit not in SHUFFLE_UNITS:
         raise ValueError(f"shuffle_unit must be one of {SHUFFLE_UNITS}, got {unit!r}")
@@ -83,13 +85,17 @@ def draw_permutations(
 
 
 def shuffle_frames(medium: VisualInput, order: Tensor) -> VisualInput:
-    """The medium with frame ``order[i]`` in place i; same grid and timing."""
+    """The medium with frame ``order[i]`` in place i; grid and timing stay the same."""
     return dataclasses.replace(medium, frames_FCHW=medium.frames_FCHW[order])
 
 
 def _has_order(medium: VisualInput) -> bool:
-    """Not where all frames are alike: a difference of log-probs would be that of two computations of the same, which is
-    not even 0 where they differ in precision or packing. Of most videos only the first two frames are compared."""
+    """Whether the medium is a video that changes when its units are moved.
+
+    A video whose frames are all alike has no order. Both passes would see the same input, and the difference of their
+    log-probs would only be rounding noise from other precision or packing. For most videos the first two frames already
+    differ, and no others are compared.
+    """
     if medium.kind != "video" or medium.grid_thw[0] < 2:
         return False
     first, *others = medium.frames_FCHW

@@ -3,14 +3,14 @@
     threshold = quantile of the group's finite scores at 1 - ratio, linear interpolation, as torch.quantile
     selected  = score >= threshold
 
-The quantile runs over all response tokens of the G responses together, so a response may have many key tokens
-or none. Ties at the threshold are all kept. A degenerate group, without finite scores or with all of them
-equal, says nothing about which tokens matter and selects none (quantile and >= would select all).
+The quantile is taken over the response tokens of all G responses together, so that a response may have many key tokens
+or none. All tokens tied at the threshold are selected. A group is degenerate if it has no finite scores or if they are
+all equal. Its scores do not say which tokens matter, so none is selected (quantile and >= alone would select all).
 
-``like_release`` (the objective's ``original_compat``) applies quantile and >= to whatever there is, as the release of
-Video-KTR does: equal scores select all, +inf is selected, and the threshold, the fp32 quantile of the finite scores, is
-rounded to the scores' dtype before the comparison, as torch does with a scalar. In bf16 that may round it down to a
-value below, and all ties there are selected.
+``like_release`` (the objective's ``original_compat``) applies quantile and >= without these exceptions, as the release
+of Video-KTR does: equal scores select all tokens, and +inf is selected. The threshold is the fp32 quantile of the
+finite scores, rounded to the scores' dtype before the comparison, as torch does with a scalar. In bf16 this may round
+the threshold down to a score just below, and all tokens with that score are then selected.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ def select_top_share(
     """bool [R]: True on tokens at or above their group's quantile at ``1 - ratio``.
 
     Args:
-        score_R: fp32 or fp64, with ``like_release`` also bf16; non-finite scores are left out of the quantile, and
-            never selected, but for +inf with ``like_release``.
+        score_R: fp32 or fp64; with ``like_release`` also bf16. Non-finite scores are left out of the quantile and are
+            never selected; the exception is +inf with ``like_release``.
         group_R: int64 in 0 .. num_groups - 1, in any order.
         ratio: in (0, 1].
     """
     check_ratio(ratio)
     is_finite_R = score_R.isfinite()
-    # A rank in bf16 would be off by whole tokens.
+    # bf16 cannot represent ranks among many tokens exactly; a rank in bf16 would be off by whole tokens.
     precise_R = score_R.float() if score_R.dtype == torch.bfloat16 else score_R
     threshold_P, is_degenerate_P = _thresholds(
         precise_R, group_R, is_finite_R, quantile=1 - ratio, num_groups=num_groups
@@ -42,7 +42,7 @@ def select_top_share(
     is_above_R = score_R >= threshold_P.to(score_R.dtype)[group_R]
     if not like_release:
         return is_finite_R & is_above_R & ~is_degenerate_P[group_R]
-    # Without any finite score there is no quantile; the release stops there with an exception.
+    # A group without finite scores has no quantile and selects nothing; the release raises an exception there.
     return is_above_R & (_count(is_finite_R.to(torch.int64), group_R, num_groups) > 0)[group_R]
 
 
@@ -73,11 +73,11 @@ def check_ratio(ratio: float) -> None:
 def _thresholds(
     score_R: Tensor, group_R: Tensor, is_finite_R: Tensor, *, quantile: float, num_groups: int
 ) -> tuple[Tensor, Tensor]:
-    """Threshold and degeneracy of each group, [num_groups] both.
+    """The threshold of each group, and whether the group is degenerate; both [num_groups].
 
-    All groups at once: two stable sorts order the tokens by (group, score) with the non-finite ones at each
-    group's end, and the interpolation repeats torch.quantile's arithmetic, the rank included, in the scores'
-    own precision. No loop over tokens or groups, and no data leaves the device.
+    All groups are handled at once, without a loop over tokens or groups, and no data leaves the device. Two stable
+    sorts order the tokens by (group, score), with non-finite scores at the end of each group. The interpolation repeats
+    the arithmetic of torch.quantile, including that of the rank, in the scores' own precision.
     """
     by_score = score_R.masked_fill(~is_finite_R, float("inf")).argsort(stable=True)
     order = by_score[group_R[by_score].argsort(stable=True)]
@@ -89,7 +89,7 @@ def _thresholds(
     last_P = (num_finite_P - 1).clamp(min=0)
     rank_P = torch.full((), quantile, dtype=score_R.dtype, device=score_R.device) * last_P
     below_P, above_P = rank_P.to(torch.int64), rank_P.ceil().to(torch.int64)
-    # A group without tokens may start past the end; its value is never read.
+    # A group without tokens may start past the end. The clamp below keeps its index valid; its value is never used.
     end = max(len(sorted_R) - 1, 0)
 
     def at(place_P: Tensor) -> Tensor:

@@ -4,15 +4,17 @@
     visual    s_t = logp_t(intact) - logp_t(hidden)        how much the answer token owes to seeing the video
     temporal  s_t = logp_t(intact) - logp_t(shuffled)      how much it owes to the order of the frames
 
-``shift`` says how the last two measure the difference: ``signed`` as above, ``absolute`` |s_t|, or ``kl`` =
+``shift`` says how the last two measure the difference: ``signed`` is s_t as above, ``absolute`` is |s_t|, and ``kl`` is
 KL(p_intact || p_counterfactual) over the whole vocabulary.
 
-A signal does not apply to tokens whose prompt has nothing to hide (text only: no visual score) or nothing to
-shuffle (images, one temporal patch: no temporal score). Their score is NaN, which selection ignores. It is not
-0: the two forwards of an unchanged input may differ in the last bit, and noise must not pick tokens.
+The visual signal does not apply to tokens whose prompt has nothing to hide (text only). The temporal signal does not
+apply where there is nothing to shuffle (images, a single temporal patch, frames all alike). The score is then NaN,
+which selection ignores. It is not the computed difference, because two forwards of the same input may differ in the
+last bit, and such noise must not select tokens.
 
-The release of Video-KTR scores such tokens all the same (``scored_as_zero``): 0, as both passes see one input. In its
-precision, bf16, log-probs are rounded before they are subtracted, and the difference once more (``dtype``).
+The release of Video-KTR gives such tokens the score 0, because both of its passes see the same input
+(``scored_as_zero``). It computes in bf16: log-probs are rounded before they are subtracted, and the difference is
+rounded once more (``dtype``).
 """
 
 from __future__ import annotations
@@ -43,12 +45,12 @@ def signal_scores(
 
     Args:
         applies_R: bool [R] for each signal wanted (``signal_applies``).
-        zero_R: bool [R] by signal: 0 in place of NaN (``scored_as_zero``).
-        dtype: of the scores, and of the log-probs they are differences of.
+        zero_R: bool [R] by signal; the score is 0 instead of NaN where it is True (``scored_as_zero``).
+        dtype: the dtype of the result. bf16 also rounds the log-probs before they are subtracted.
 
     Raises:
-        ValueError: the scores lack the entropy or the log-probs a wanted signal needs.
-        UserError: ``shift`` is ``kl`` and the scores carry no KL.
+        ValueError: ``scores`` lacks the entropy or the log-probs that a wanted signal needs.
+        UserError: ``shift`` is ``kl`` and ``scores`` contains no KL.
     """
     if shift not in SHIFTS:
         raise ValueError(f"shift must be one of {SHIFTS}, got {shift!r}")
@@ -86,10 +88,11 @@ def signal_applies(
 def scored_as_zero(
     batch: PackedBatch, groups: Sequence[RolloutGroup], *, signals: Sequence[Signal]
 ) -> dict[Signal, Tensor]:
-    """bool [R] for each of ``signals``: the release scores the token, though both of its passes see the same input.
+    """bool [R] for each of ``signals``: whether the release scores the token although both of its passes see the same
+    input.
 
-    visual: prompts without media. temporal: prompts with a video whose order cannot be lost. The release gives images
-    no temporal score.
+    For the visual signal these are the tokens of prompts without media. For the temporal signal they are those of
+    prompts with a video that shuffling does not change; prompts with images only get no temporal score in the release.
     """
 
     def has_fixed_video(prompt: Prompt) -> bool:

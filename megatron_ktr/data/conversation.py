@@ -3,9 +3,10 @@
     [system] user ... user | assistant user ... | assistant
              question        earlier turns        final answer
 
-A final assistant turn is never part of what is asked. Where responses are sampled or recorded, it is dropped, and it is
-the solution of a record that has none. Where given responses are imitated, the question ends before the first assistant
-turn, and that turn and everything after it is the reply: the loss is on its assistant turns, not on the users' between.
+A final assistant turn is never part of the question. If responses are sampled or recorded, this turn is dropped; if the
+record has no solution, the turn becomes its solution. In supervised fine-tuning, the question ends before the first
+assistant turn. That turn and all later ones are the reply, whose assistant turns carry the loss and whose user turns do
+not.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _REFUSED_IN_MESSAGE = (
     "prefix",
     "name",
 )
-"""Keys of a message that would change what is asked or learnt, and are not followed."""
+"""Keys of a message that would change what is asked or learnt. They are not supported, so such records are refused."""
 _PART_KEYS = ("type", "text", "image", "video", *HONOURED, *SYNONYMS)
 Message = Mapping[str, Any]
 
@@ -47,10 +48,10 @@ class PlacedMedia:
 
 
 def messages_of(raw: Mapping[str, Any]) -> list[Message] | None:
-    """The conversation of a record in the form of ``messages``, its structure checked; None where it has none.
+    """The conversation of a record in the form of ``messages``, with its structure checked; None if there is none.
 
     Raises:
-        ValueError: not a conversation, or one whose turns cannot be told apart.
+        ValueError: the value is not a conversation, or the order of its turns is wrong.
     """
     messages, turns = raw.get("messages"), raw.get("conversations")
     if turns is not None:
@@ -68,7 +69,8 @@ def messages_of(raw: Mapping[str, Any]) -> list[Message] | None:
 
 
 def media_in_parts(messages: Sequence[Message]) -> list[PlacedMedia]:
-    """The media that parts name by path, in order; a part without a path takes the record's next medium of its kind."""
+    """The media that parts of messages name by path, in order. A part without a path is not among them: it stands for
+    the record's next medium of its kind."""
     found = []
     for message in messages:
         for part in parts_of(message):
@@ -83,7 +85,7 @@ def media_in_parts(messages: Sequence[Message]) -> list[PlacedMedia]:
 
 
 def parts_of(message: Message) -> list[dict[str, Any]]:
-    """Content as parts, a plain text being one."""
+    """The content of a message as a list of parts; plain text becomes a single part."""
     content = message["content"]
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
@@ -98,7 +100,8 @@ def has_media(messages: Sequence[Message]) -> bool:
 
 
 def split_conversation(messages: Sequence[Message], *, at_first_answer: bool) -> tuple[list[Message], list[Message]]:
-    """(what is asked, what answers it): cut before the first assistant turn, or before a final one.
+    """(messages of the question, messages of the answer). The cut is before the first assistant turn with
+    ``at_first_answer``, else before a final assistant turn.
 
     >>> turns = [{"role": role} for role in ("user", "assistant", "user", "assistant")]
     >>> [len(part) for flag in (True, False) for part in split_conversation(turns, at_first_answer=flag)]
@@ -149,14 +152,14 @@ def _check_message(message: Any) -> None:
             raise ValueError(
                 f"expected images and videos in users' turns, got a {kind} in one of the {message['role']}"
             )
-        # Data sets stored as tables give every part every key, most of them empty.
+        # Data sets that are stored as tables give every key to every part; empty ones are allowed.
         for name in part:
             if part[name] is not None and (name not in _PART_KEYS or (name in ("image", "video") and name != kind)):
                 raise ValueError(f"key '{name}' of a {kind} part is not followed: remove it")
 
 
 def _check_order(roles: Sequence[str]) -> None:
-    """System text first; every assistant turn answers a user's."""
+    """Raises ValueError unless the system text comes first and every assistant turn follows a user's turn."""
     if "user" not in roles:
         raise ValueError("expected messages with a user's turn")
     for number, (before, role) in enumerate(zip(["", *roles], roles, strict=False), start=1):

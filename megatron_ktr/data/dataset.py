@@ -1,11 +1,13 @@
-"""Prompts for training: which record comes next on this rank, loaded, skipped where unusable, resumable.
+"""The stream of training prompts: draws records in order, loads them, skips unusable ones, and can be resumed.
 
-All ranks walk through one endless sequence, the epochs' orders back to back; data-parallel rank r of n takes
-elements r, r + n, r + 2n, ... So the prompts of a step are the same set whatever n is (as long as nothing is
-skipped), no epoch loses its tail, and the whole state is one number: how many elements this rank has drawn.
+All ranks share one endless sequence of records, which consists of the orders of all epochs, one after the other.
+Data-parallel rank r of n takes the elements r, r + n, r + 2n, ... The prompts of a step are therefore the same set for
+every n (as long as nothing is skipped), no epoch loses its tail, and the state is a single number: how many elements
+this rank has drawn.
 
-An element's place in the sequence is the ``draw_number`` of its prompt. Seeds and kept responses go by it, not by the
-problem id, which may stand on several records, nor by the record, which may be drawn several times in a step.
+The place of an element in the sequence is the ``draw_number`` of its prompt. Seeds and stored responses are identified
+by it. The problem id cannot serve for this, because several records may have the same one; nor can the record, because
+it may be drawn several times in a step.
 """
 
 from __future__ import annotations
@@ -28,19 +30,20 @@ from megatron_ktr.types import Prompt
 
 _log = logging.getLogger(__name__)
 _MAX_FRUITLESS_DRAWS = 1000
-"""So many samples in a row without a usable one stop the run, even if each was rejected for its length."""
+"""The run stops after this many unusable samples in a row, even if each was rejected for its length only."""
 
 
 class SkipCounter:
-    """Counts samples drawn and skipped, and stops the run when too large a share is unusable.
+    """Counts samples drawn and skipped, and stops the run if too large a share is unusable.
 
-    Over-long prompts are counted, but not in that share: leaving them out is a choice, not a defect of the data.
+    Over-long prompts are counted but do not belong to that share: leaving them out is a choice, not a defect of the
+    data.
     """
 
     def __init__(self, *, max_skip_share: float = 0.1, min_drawn: int = 20) -> None:
         self.max_skip_share = max_skip_share
         self.min_drawn = min_drawn
-        """The share means something only after so many samples."""
+        """The share is checked only after this many samples, as it means little before."""
         self.num_drawn = 0
         self.by_kind: Counter[str] = Counter()
         self.last: UnusableSample | None = None
@@ -53,7 +56,7 @@ class SkipCounter:
         self.num_drawn += 1
 
     def count_skip(self, error: UnusableSample, *, number: object = None) -> None:
-        """Logs path and reason, and ``number``, the record's in its file.
+        """Counts a skipped sample and logs its path, the reason, and ``number``, the record's number in its file.
 
         Raises:
             UserError: more than ``max_skip_share`` of at least ``min_drawn`` samples are unusable.
@@ -91,8 +94,9 @@ class PromptDataset:
         skips: SkipCounter | None = None,
         left_out: Collection[int] = (),
     ) -> None:
-        """``left_out``: places in ``records`` that are passed over. They keep their place, so that the order of the
-        others, and where a resumed run goes on, do not depend on what can be used today."""
+        """``left_out`` are indices of ``records`` that are passed over. They keep their place in the sequence. So the
+        order of the others, and the place where a resumed run continues, do not depend on which records are usable now.
+        """
         if len(left_out) >= len(records):
             raise UserError("data_path: no records to draw prompts from")
         if not 0 <= rank < size:
@@ -106,12 +110,12 @@ class PromptDataset:
         self.skips = skips or SkipCounter()
         self.left_out = frozenset(left_out)
         self.position = 0
-        """Samples drawn by this rank so far, skipped ones included."""
+        """The number of samples that this rank has drawn so far, including skipped ones."""
         self._order: tuple[int, list[int]] | None = None
 
     @property
     def num_kept(self) -> int:
-        """Records of an epoch, without those that are passed over."""
+        """The number of records in an epoch, without those that are passed over."""
         return len(self.records) - len(self.left_out)
 
     @property
@@ -120,7 +124,7 @@ class PromptDataset:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Over the whole run, for the metrics: the loader's counts, and ``skipped/<kind>`` for each kind of skip."""
+        """Counts over the whole run, for the metrics: the loader's, and ``skipped/<kind>`` for each kind of skip."""
         return dict(self.loader.counts) | {f"skipped/{kind}": number for kind, number in self.skips.by_kind.items()}
 
     @property
@@ -132,7 +136,7 @@ class PromptDataset:
         """The next ``num_prompts`` usable prompts; each skipped sample is replaced by the one after it.
 
         Raises:
-            UserError: too large a share of samples is unusable, or none is.
+            UserError: too large a share of the samples is unusable, or there is no usable sample.
         """
         prompts: list[Prompt] = []
         fruitless = 0
@@ -151,7 +155,7 @@ class PromptDataset:
         return prompts
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers and text: where this rank stands, and its counts."""
+        """The position and the counts of this rank, as plain numbers and text."""
         return {
             "position": self.position,
             "epoch": self.epoch,
@@ -170,8 +174,8 @@ class PromptDataset:
         """Continues exactly where ``state_dict`` was taken.
 
         Raises:
-            UserError: taken with other data, seed, shuffling or number of data-parallel ranks (for the last, see
-                ``reshard_states``).
+            UserError: the state is from a run with other data, another seed or shuffling, or another number of
+                data-parallel ranks (see ``reshard_states`` for the latter).
         """
         ours = {"num_records": len(self.records), "seed": self.seed, "shuffle": self.shuffle}
         ours |= {"rank": self.rank, "size": self.size}
@@ -187,7 +191,8 @@ class PromptDataset:
 
     @cached_property
     def records_digest(self) -> str:
-        """Of the records in their order: those that are drawn, whatever else the file holds (``--problem-types``)."""
+        """A digest of the records in their order. It covers only the records in use, not those of the file that
+        ``--problem-types`` excludes."""
         digests = (record.get("record_digest") or record_digest(record) for record in self.records)
         return xxhash.xxh3_128("".join(digests).encode()).hexdigest()
 
@@ -207,7 +212,7 @@ class PromptDataset:
         return self.rank + position * self.size
 
     def _draw(self) -> tuple[int, Record]:
-        """The next usable element's place in the sequence, and its record."""
+        """(place in the sequence, record) of the next element that is not left out."""
         for _ in range(len(self.records) + _MAX_FRUITLESS_DRAWS):
             element = self._element(self.position)
             place = self._place_of(element)
@@ -223,19 +228,20 @@ class PromptDataset:
         if not self.shuffle:
             return offset
         if self._order is None or self._order[0] != epoch:
-            # Seeded by the sum of two far-apart streams: a generator takes one number, epochs and seeds are small.
+            # A generator takes one number as its seed. The large factor keeps pairs of seed and epoch apart, because
+            # both are small numbers.
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self._order = (epoch, torch.randperm(len(self.records), generator=generator).tolist())
         return self._order[1][offset]
 
 
 def reshard_states(states: Iterable[Mapping[str, Any]], *, rank: int, size: int) -> dict[str, Any]:
-    """State of rank ``rank`` of ``size`` from the states of all data-parallel ranks of a saved run.
+    """The state of rank ``rank`` of ``size``, from the states of all data-parallel ranks of a saved run.
 
-    Same size: that rank's own state, exact. Another size: all ranks continue after the furthest sample that any rank
-    has drawn, so none is seen twice; where ranks had skipped different numbers of samples, a few are passed over.
-    Counts are kept once, on rank 0. Responses that were pending (``pending``, by ``Prompt.identity``) go to every rank:
-    it draws some of their prompts again.
+    With the same size it is the saved state of that rank. With another size all ranks continue after the furthest
+    sample that any rank has drawn, so that no sample is seen twice; if the ranks had skipped different numbers of
+    samples, a few samples are passed over. The sum of all counts goes to rank 0. Pending responses (``pending``, by
+    ``Prompt.identity``) go to every rank, because each draws some of their prompts again.
     """
     saved = sorted(states, key=lambda state: state["rank"])
     old_size = int(saved[0]["size"])

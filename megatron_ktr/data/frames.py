@@ -1,10 +1,10 @@
-"""The frames of an image or a video: the one way in, for training, the report, the doctor and the tools.
+"""Reads the frames of an image or a video. Training, the report, the doctor and the tools all use ``read_frames``.
 
 read_frames
     an image file        read_image       Pillow
     a list of pictures   read_pictures    Pillow, one picture at a time
-    a video file         read_video       decord in a child process, PyAV behind it
-DecodedVideo             the one way out
+    a video file         read_video       decord in a child process, else PyAV
+DecodedVideo             the result in all cases
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ def read_frames(
     transform: Callable[[Tensor, int], Tensor] | None = None,
     backend: Backend = "auto",
 ) -> DecodedVideo:
-    """The sampled frames of one image or video, upright. An image is a video of one frame that takes no time.
+    """The sampled frames of one image or video, upright. An image is treated as a video of one frame and no duration.
 
     Args:
-        files: one file, or a video given as a list of pictures.
-        sampling: not read for an image.
-        pictures_fps: at which a list of pictures is shown; None = ``sampling.fps``.
+        files: one file, or a list of pictures that form a video.
+        sampling: not used for an image.
+        pictures_fps: the frame rate of a list of pictures; None means ``sampling.fps``.
         transform: applied to frames as they are decoded; see ``read_video``.
-        backend: which decoder a video file is for; see ``read_video``.
+        backend: the decoder of a video file; see ``read_video``.
 
     Raises:
-        UnusableMedia: missing, damaged, in a codec no decoder has, or without a frame in the span that is asked for.
+        UnusableMedia: a file is missing or damaged, no decoder has its codec, or it has no frame in the span asked for.
     """
     if not isinstance(files, Path | str):
         fps = pictures_fps or sampling.fps

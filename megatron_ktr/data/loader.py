@@ -1,4 +1,4 @@
-"""From a record to its prompt: media below the media root, resized frames kept for the next draw, tokens."""
+"""Loads a record as a prompt: reads and resizes its media, keeps them in a cache, and tokenises its text."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ from megatron_ktr.types import Prompt, VisualInput
 _log = logging.getLogger(__name__)
 
 MediaKey = tuple[tuple[Path, ...], str, bool, MediaRequest]
-"""Files, kind, whether they are the pictures of one video, and what the record asks for."""
+"""(files, kind, whether the files are the pictures of one video, what the record asks for)."""
 
 
 class MediaCache:
-    """Resized media by files, kind and how they are read; least recently used ones are dropped beyond ``max_bytes``.
+    """A cache of resized media, by files, kind and the way they are read. Beyond ``max_bytes`` the least recently used
+    ones are dropped.
 
-    Files are taken not to change during a run.
+    The cache assumes that files do not change during a run.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -66,8 +67,9 @@ class PromptLoader:
         cache_bytes: int = 0,
         substitutes: Mapping[MediaKind, str | None] | None = None,
     ) -> None:
-        """``substitutes``: by kind, the file (as records write it) that is shown in place of media that cannot be used.
-        The model then learns to answer about what it does not see: only to reproduce the authors' release.
+        """``substitutes`` names, for a kind, the file (as records write it) that is shown in place of media that cannot
+        be used. The model then learns to answer about media that it does not see, so this is only for reproducing the
+        authors' release.
 
         Raises:
             UserError: a substitute cannot be used itself.
@@ -100,7 +102,8 @@ class PromptLoader:
         substitutes: Mapping[MediaKind, str | None] | None = None,
         **preprocessing: float | None,
     ) -> PromptLoader:
-        """Everything read from a Hugging Face directory; ``preprocessing`` are ``PreprocessSettings`` fields."""
+        """A loader with tokenizer and settings read from a Hugging Face directory. ``preprocessing`` overrides fields
+        of ``PreprocessSettings``."""
         if not Path(media_root).is_dir():
             raise UserError(f"media_root: {media_root} is not a directory")
         settings = PreprocessSettings.from_model(model_dir, **preprocessing)
@@ -123,15 +126,17 @@ class PromptLoader:
 
     @property
     def wording_digest(self) -> str:
-        """Of the template that words the questions."""
+        """A digest of the template that words the questions."""
         return xxhash.xxh3_128(self.builder.wording.text.encode()).hexdigest()
 
     def load(self, record: Mapping[str, Any]) -> Prompt:
-        """The prompt of one record; its ``record`` names under ``substituted_media`` what was shown in place of what.
+        """The prompt of one record. If media were substituted, the prompt's ``record`` maps each to its substitute
+        under ``substituted_media``.
 
         Raises:
-            UnusableSample: the record must be skipped (``UnusableMedia``, ``PromptTooLong`` or its text).
-            UserError: a path leads out of the media root, or template and model do not fit.
+            UnusableSample: the record must be skipped: its media (``UnusableMedia``), its length (``PromptTooLong``) or
+                its text.
+            UserError: a path leads out of the media root, or template and model do not fit together.
         """
         media, substituted = [], {}
         for source in media_sources(record):

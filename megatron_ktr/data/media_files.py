@@ -1,4 +1,4 @@
-"""The files that records name: below the media root, and there."""
+"""Checks that the media files which records name exist and lie below the media root."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from megatron_ktr.data.unusable import UnusableMedia
 from megatron_ktr.errors import UserError
 
 _UNUSUAL = re.compile(r"[\\:\0]|\.\.|/\.?/|/\.?$|^\.?$|^\./\.|^\s*$")
-"""Spellings that want a closer look: schemes, drives, steps upwards, doubled separators, folders."""
+"""Spellings of paths that need a closer look: schemes, drives, "..", doubled separators, folders."""
 _LOOKUPS_BEFORE_LISTING = 32
-"""So many files of a folder are asked for one by one before the folder is listed: a listing answers for all the others,
-but a folder may hold millions of files that no record names."""
+"""After this many lookups of single files in a folder, the folder is listed, and all further lookups use the listing.
+It is not listed at once, because a folder may hold millions of files that no record names."""
 
 
 def resolve_media_path(media_root: Path | str, written: str) -> Path:
@@ -37,7 +37,7 @@ def resolve_media_path(media_root: Path | str, written: str) -> Path:
 
 
 class MediaFiles:
-    """Tells for very many paths whether they are files, with few questions to the file system."""
+    """Checks for a large number of paths whether they are files, with few calls to the file system."""
 
     def __init__(self, media_root: Path | str) -> None:
         self._media_root = media_root
@@ -45,7 +45,7 @@ class MediaFiles:
         self._folders: dict[str, _Folder] = {}
 
     def check(self, written: str) -> None:
-        """Raises ``UserError`` as ``resolve_media_path``, ``UnusableMedia`` where there is no such file."""
+        """Raises ``UserError`` as ``resolve_media_path`` does, and ``UnusableMedia`` if there is no such file."""
         path = self._quickly_below(written)
         parent, _, name = path.rpartition("/")
         folder = self._folders.get(parent)
@@ -61,7 +61,7 @@ class MediaFiles:
             raise UnusableMedia(_short(written), "no such file below media_root")
 
     def _quickly_below(self, written: str) -> str:
-        """``_written_below`` for the usual spellings without the cost of its path objects."""
+        """Returns what ``_written_below`` does, for usual spellings without the cost of its path objects."""
         is_usual = _UNUSUAL.search(written) is None and not written[-1:].isspace()
         if not is_usual or (written.startswith("/") and written.startswith(str(self._root))):
             return str(_written_below(self._root, written, media_root=self._media_root))
@@ -73,14 +73,14 @@ class _Folder:
         self._path = path
         self._num_lookups = 0
         self._listing: dict[str, str] | None = None
-        # Where a link leads out of the root, or in a circle, every file is looked at by itself.
+        # If a link leads out of the root, or in a circle, every file of the folder is resolved by itself.
         try:
             self._is_plain = Path(path).resolve().is_relative_to(root)
         except (OSError, RuntimeError):
             self._is_plain = False
 
     def kind_of(self, name: str) -> str:
-        """file, folder, link or nothing."""
+        """Returns "file", "folder", "link" or "nothing"."""
         if not self._is_plain:
             return "link"
         self._num_lookups += 1
@@ -108,7 +108,7 @@ class _Folder:
 
 
 def _written_below(root: Path, written: str, *, media_root: Path | str) -> Path:
-    """The path below the resolved ``root`` that ``written`` says, links not followed."""
+    """The path below the resolved ``root`` that ``written`` names, without following links."""
     plain = written.removeprefix("file://")
     parts = PurePosixPath(plain.replace("\\", "/")).parts
     if not plain.strip() or "\0" in plain or ".." in parts or any(":" in part for part in parts[:1]):

@@ -1,9 +1,9 @@
-"""What a record says about its media: which files, and how they are to be read.
+"""Reads what a record says about its media: the files, and the fields that say how to read them.
 
-A record, or one part of its ``messages``, may carry the fields that qwen-vl-utils reads. Every one of them is honoured
-(``HONOURED``) or makes the record unusable (``REFUSED``); none is passed over. The run's own limits hold as well: a
-record may ask for less than they allow, or for what lies between them, and what contradicts them is refused.
-``docs/data.md`` says what each field means.
+A record, or one part of its ``messages``, may have the fields that qwen-vl-utils reads. Each field is either followed
+(``HONOURED``) or makes the record unusable (``REFUSED``); none is silently ignored. The run's own limits hold as well:
+a record may ask for values within them, and a record that contradicts them is refused. ``docs/data.md`` explains each
+field.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from megatron_ktr.data.preprocess import PreprocessSettings
 
 PICTURE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"))
-"""What is one picture. A GIF is one under ``image`` and an animation under ``video``."""
+"""The suffixes of files that are one picture. A GIF is a picture under ``image`` and an animation under ``video``."""
 _VIDEO_SUFFIXES = frozenset((".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv"))
 
 _CLIP = "it is the clip to watch in some data sets and the answer in others: name a clip video_start and video_end"
@@ -36,28 +36,29 @@ REFUSED: Mapping[str, str] = {
     **dict.fromkeys(("loss_weight", "sample_weight"), "records have no weights"),
     "mm_processor_kwargs": "name its fields in the record",
 }
-"""Fields that look like instructions and are not followed, with the reason or the way out."""
+"""Fields that look like instructions but are not followed, each with the reason or a remedy."""
 SYNONYMS: Mapping[str, str] = {"start": "video_start", "end": "video_end"}
-"""MVBench's names of the clip that a question is about. Where a data set has the answer there: --ignore-fields."""
+"""MVBench's names for the clip that a question is about. Data sets that store the answer in these fields need
+--ignore-fields."""
 MEDIA_LOOKALIKES = frozenset(
     "frames frame_paths video_path video_paths video_file video_url video_urls image_path image_paths image_file "
     "image_url image_urls img file_name media".split()
 )
-"""Names under which other data sets keep media. A record that has one of them, and no medium under a name read here,
-would be asked without its media."""
+"""Field names under which other data sets store media. They are not read here. A record that has only such a field is
+refused, because the question would be asked without its media."""
 
 
 @dataclass(frozen=True)
 class MediaRequest:
-    """How one image or video is to be read, where a record says so; None = as the run's options say.
+    """How a record asks for one image or video to be read. None means that the run's options decide.
 
-    Field names are the record's.
+    The field names are those of records.
     """
 
     fps: float | None = None
-    """Frames to take per second of video. Of a list of pictures: how many of them are a second."""
+    """The number of frames to take per second of a video file; for a list of pictures, their frame rate."""
     sample_fps: float | None = None
-    """The same, for a list of pictures only."""
+    """The frame rate of a list of pictures; not allowed for a video file."""
     nframes: int | None = None
     min_frames: int | None = None
     max_frames: int | None = None
@@ -66,10 +67,10 @@ class MediaRequest:
     total_pixels: int | None = None
     video_start: float | None = None
     video_end: float | None = None
-    """Seconds from the video's beginning: only frames of this span are seen."""
+    """Start and end of the clip in seconds from the video's beginning. Only frames of the clip are used."""
 
     def given(self) -> dict[str, Any]:
-        """What is not None, by field name."""
+        """The fields that are not None, by name."""
         return {name: value for name in HONOURED if (value := getattr(self, name)) is not None}
 
     @property
@@ -77,10 +78,10 @@ class MediaRequest:
         return self.fps if self.sample_fps is None else self.sample_fps
 
     def sampling(self, run: FrameSampling, *, is_pictures: bool) -> FrameSampling:
-        """``run`` with what is asked for here.
+        """The run's frame sampling, changed as this request asks.
 
         Raises:
-            ValueError: it exceeds the run's most frames, or contradicts itself.
+            ValueError: the request exceeds the run's limit of frames, or contradicts itself.
         """
         most = run.max_frames if self.max_frames is None else min(self.max_frames, run.max_frames)
         least = run.min_frames if self.min_frames is None else self.min_frames
@@ -91,7 +92,7 @@ class MediaRequest:
             raise ValueError(f"max_frames {most} is less than one temporal patch, {run.multiple} frames")
         num_frames = run.num_frames if self.nframes is None else self.nframes
         if self.fps is not None and not is_pictures:
-            num_frames = None  # a rate in place of the run's fixed number
+            num_frames = None  # the requested rate replaces the run's fixed number
         return replace(
             run,
             fps=run.fps if self.fps is None or is_pictures else self.fps,
@@ -103,10 +104,10 @@ class MediaRequest:
         )
 
     def settings(self, run: PreprocessSettings, *, kind: MediaKind) -> PreprocessSettings:
-        """``run`` with what is asked for here.
+        """The run's preprocessing settings, changed as this request asks.
 
         Raises:
-            ValueError: no size satisfies both.
+            ValueError: no size satisfies both the run's limits and the request.
         """
         low_name, high_name = f"{kind}_min_pixels", f"{kind}_max_pixels"
         low = max(getattr(run, low_name), self.min_pixels or 0)
@@ -126,7 +127,7 @@ NOTHING_ASKED = MediaRequest()
 HONOURED: tuple[str, ...] = tuple(field.name for field in dataclasses.fields(MediaRequest))
 _OF_IMAGES = frozenset(("min_pixels", "max_pixels", "total_pixels"))
 _SMALLEST, _LARGEST = 1e-6, 1e9
-"""Beyond these a rate, a time or a size is a mistake, and seconds per frame would overflow."""
+"""The smallest and largest rate, time or size. Values outside are mistakes, and seconds per frame would overflow."""
 _WHOLE = ("nframes", "min_frames", "max_frames", "min_pixels", "max_pixels", "total_pixels")
 
 
@@ -136,7 +137,7 @@ class MediaSource:
 
     kind: MediaKind
     written: str | tuple[str, ...]
-    """Path as the record has it; several: the pictures that are the frames of one video, in order."""
+    """The path as the record has it. A tuple of paths names the pictures that are the frames of one video, in order."""
     request: MediaRequest = NOTHING_ASKED
 
     @property
@@ -149,7 +150,7 @@ class MediaSource:
 
     @property
     def name(self) -> str:
-        """For logs and reports, with the clip where there is one."""
+        """The name of the medium for logs and reports, with its clip if it has one."""
         return media_name(self.written, self.request)
 
 
@@ -164,7 +165,7 @@ def media_name(written: object, request: MediaRequest = NOTHING_ASKED) -> str:
 
 
 def media_sources(record: Mapping[str, Any]) -> list[MediaSource]:
-    """The media of a record that ``check_record`` has seen, in the order of its ``media``."""
+    """The media of a record from ``check_record``, in the order of its field ``media``."""
     media = record.get("media", ())
     requests = record.get("media_requests") or [{}] * len(media)
     return [
@@ -174,10 +175,10 @@ def media_sources(record: Mapping[str, Any]) -> list[MediaSource]:
 
 
 def read_request(raw: Mapping[str, Any], *, ignored: Collection[str] = ()) -> dict[str, Any]:
-    """The fields of ``HONOURED`` that a record or a message part sets, checked.
+    """The fields of ``HONOURED`` that a record or a message part sets, with their values checked.
 
     Raises:
-        ValueError: a value that no video or picture can have, two that contradict each other, a field of ``REFUSED``.
+        ValueError: a value is impossible, two values contradict each other, or there is a field of ``REFUSED``.
     """
     for name in REFUSED:
         if name in raw and name not in ignored and not _is_empty(raw[name]):
@@ -221,12 +222,12 @@ def _check_request(found: Mapping[str, Any]) -> None:
 
 
 def fields_for(kind: str, of_record: Mapping[str, Any]) -> dict[str, Any]:
-    """What a record's own fields say about its media of this kind: rates and clips are about videos alone."""
+    """Those fields of a record that apply to its media of this kind. Rates and clips apply to videos only."""
     return {name: value for name, value in of_record.items() if kind == "video" or name in _OF_IMAGES}
 
 
 def check_request_fits(source: MediaSource) -> None:
-    """Raises ``ValueError`` where a field has no meaning for this medium."""
+    """Raises ``ValueError`` if a field has no meaning for this medium."""
     request = source.request
     if source.kind == "image" and (others := request.given().keys() - _OF_IMAGES):
         raise ValueError(f"'{min(others)}' is about a video, and {source.name} is an image")
@@ -235,12 +236,13 @@ def check_request_fits(source: MediaSource) -> None:
 
 
 def group_files(kind: MediaKind, value: Any, *, key: str) -> list[tuple[MediaKind, str | tuple[str, ...]]]:
-    """The media that ``value``, one path or a list, names under ``key``.
+    """The media that the field ``key`` of a record names; its ``value`` is one path or a list.
 
-    Images: one per path. Videos: one per file, and one for a list of pictures, alone or inside a list of videos.
+    Each path of an image is one image. Each path of a video file is one video. A list of pictures is one video; it may
+    be the whole value or an element of it.
 
     Raises:
-        ValueError: what is named cannot be meant.
+        ValueError: the value does not fit the kind.
     """
     if value is None or value == "" or value == []:
         return []

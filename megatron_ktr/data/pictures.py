@@ -1,4 +1,4 @@
-"""A video that is given as a list of pictures, its frames in order."""
+"""Reads a video that is given as a list of pictures, which are its frames in order."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def read_pictures(
 ) -> DecodedVideo:
     """The sampled frames of the video whose frame ``i`` is picture ``i``, shown at ``i / pictures_fps`` seconds.
 
-    Sampled as any video is (``select_frames``); pictures that are not sampled are not read. ``transform`` as for
-    ``read_video``, one picture at a time.
+    Frames are sampled as from any video (``select_frames``). Pictures that are not sampled are not read. ``transform``
+    is applied as in ``read_video``, to one picture at a time.
 
     Raises:
-        UnusableMedia: a picture is missing or damaged, sizes differ, or none lies in the span of time asked for.
+        UnusableMedia: a picture is missing or damaged, sizes differ, or no picture lies in the span of time asked for.
     """
     try:
         selection = select_frames(len(paths), native_fps=pictures_fps, sampling=sampling)

@@ -1,10 +1,10 @@
-"""From decoded frames to what the vision encoder reads: one resize, then patches.
+"""Converts decoded frames to the input of the vision encoder: resizes them once, then cuts them into patches.
 
-Frames are resized once, to their final uint8 size, and that is what every consumer gets: our encoder, the HF
-oracle and vLLM (whose processors then find nothing left to resize, see ``PreprocessSettings.passthrough_size``).
-Sizes are those of qwen-vl-utils, which Qwen2.5-VL was trained with (where they are not, ``docs/preprocessing.md`` says
-why), including the share of a total pixel budget per frame that HF's processor leaves out by default; patches come in
-exactly the order of HF's processors:
+Frames are resized once, to uint8 frames of their final size. All consumers get these frames: our encoder, the Hugging
+Face model it is compared with, and vLLM, whose processors then have nothing left to resize (see
+``PreprocessSettings.passthrough_size``). Sizes are those of qwen-vl-utils, with which Qwen2.5-VL was trained;
+``docs/preprocessing.md`` explains the exceptions. They include the budget of pixels that all frames of a video share,
+which Hugging Face's processor leaves out by default. Patches have exactly the order of Hugging Face's processors:
 
     frames [F, C, H, W] -> pad F to a multiple of tp by repeating the last frame
     -> [F/tp, tp, C, H/(m p), m, p, W/(m p), m, p] -> permute to (F/tp, H/(m p), W/(m p), m, m, C, tp, p, p)
@@ -39,12 +39,12 @@ from megatron_ktr.types import MediaKind, VisualInput
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _RESIZE_PIXELS = 1 << 24
-"""Input pixels per interpolation call: bounds the float32 copy at 200 MB."""
+"""Input pixels per interpolation call. This bounds the fp32 copy of a call to 200 MB."""
 
 
 @dataclass(frozen=True)
 class PreprocessSettings:
-    """Sizes and limits, in pixels of one frame unless said; defaults are Qwen2.5-VL's.
+    """Sizes and limits of preprocessing, in pixels of one frame unless noted. The defaults are Qwen2.5-VL's.
 
     Worked example, 640 x 360, 16 frames, ``video_max_pixels`` = 128 * 28 * 28: resized to 420 x 224, grid
     (8, 16, 30), 8 * 16 * 30 / 4 = 960 visual tokens.
@@ -59,12 +59,12 @@ class PreprocessSettings:
     image_max_pixels: int = 16384 * 28 * 28
     video_min_pixels: int = 128 * 28 * 28
     video_max_pixels: int = 768 * 28 * 28
-    """Cap of one frame."""
+    """The upper limit of one frame of a video."""
     video_total_pixels: int = int(128000 * 28 * 28 * 0.9)
-    """Budget of a whole video, in pixels of temporal patches: F / temporal_patch_size frames share it."""
+    """The budget of a whole video, which its F / temporal_patch_size temporal patches share."""
     fixed_seconds_per_grid: float | None = None
-    """In place of every video's own seconds between two temporal patches; None = its own. ``original_compat`` sets 1.0:
-    whatever reads the prompt, sampler or trainer, then sees the release's timing."""
+    """If set, it replaces every video's own seconds between two temporal patches. ``original_compat`` sets 1.0, so that
+    sampler and trainer both see the release's timing."""
 
     def __post_init__(self) -> None:
         for kind in ("image", "video"):
@@ -82,16 +82,18 @@ class PreprocessSettings:
 
     @property
     def factor(self) -> int:
-        """Height and width of a frame are multiples of this: the side of one visual token."""
+        """The side of one visual token in pixels. Height and width of a frame are multiples of it."""
         return self.patch_size * self.merge_size
 
     @classmethod
     def from_model(cls, model_dir: Path | str, **overrides: float | None) -> PreprocessSettings:
-        """Settings of a Hugging Face directory; ``overrides`` (the data options; None = not set) win.
+        """The settings of a Hugging Face directory. ``overrides`` are the data options; None means not set.
 
-        Read, later ones winning: patch sizes of ``config.json``, ``processor_config.json`` (its ``image_processor``
-        and ``video_processor``), ``preprocessor_config.json``, ``video_preprocessor_config.json``. Without any of them,
-        Qwen2.5-VL's. An override of one limit alone moves the other out of its way.
+        Values are read from these files in this order, and later ones override earlier ones: ``config.json`` (patch
+        sizes), ``processor_config.json`` (its ``image_processor`` and ``video_processor``),
+        ``preprocessor_config.json``, ``video_preprocessor_config.json``. ``overrides`` come last. Values that no file
+        gives are Qwen2.5-VL's. If only one of the limits min and max is overridden, the other is moved where it would
+        contradict it.
         """
         directory = Path(model_dir)
         path = directory / "config.json"
@@ -116,16 +118,16 @@ class PreprocessSettings:
         return cls(**{**values, **given})
 
     def passthrough_size(self) -> dict[str, int]:
-        """``size`` for HF's and vLLM's processors under which frames of a final size are not resized again."""
+        """The ``size`` for Hugging Face's and vLLM's processors with which they do not resize final frames again."""
         return {"shortest_edge": self.factor**2, "longest_edge": 1 << 40}
 
     def frame_size(self, height: int, width: int, *, kind: MediaKind, num_frames: int = 1) -> tuple[int, int]:
-        """Final (height, width). A video's cap per frame is
+        """The final (height, width) of a frame. The upper limit of pixels of a video's frame is
         min(max(min(video_max_pixels, video_total_pixels / F * tp), int(1.05 * video_min_pixels)), video_max_pixels).
 
-        So a long video's share of the budget never presses its frames below 1.05 times the minimum, and no rule raises
-        the cap above what the user gave. qwen-vl-utils has 768 tokens in place of the first video_max_pixels, and thus
-        lowers a larger one to that.
+        The budget of a long video therefore never lowers this limit below 1.05 times the minimum, and the limit never
+        exceeds the user's ``video_max_pixels``. qwen-vl-utils has 768 tokens in place of the first video_max_pixels,
+        and thus lowers any larger value to that.
 
         Raises:
             ValueError: aspect ratio above 200.
@@ -139,21 +141,22 @@ class PreprocessSettings:
                 max_pixels=self.image_max_pixels,
             )
         low, cap = self.video_min_pixels, self.video_max_pixels
-        # Not rounded: where a side falls just short of a multiple of the factor, a fraction of a pixel decides.
+        # The share is not rounded, because a fraction of a pixel can decide whether a side reaches the next multiple of
+        # the factor.
         share = self.video_total_pixels / num_frames * self.temporal_patch_size
         high = min(max(min(cap, share), int(low * 1.05)), cap)
         return smart_resize(height, width, factor=self.factor, min_pixels=low, max_pixels=high)
 
     def max_frame_tokens(self, kind: MediaKind) -> int:
-        """No image, or frame of a video, has more visual tokens than this, whatever its size.
+        """The largest number of visual tokens that an image, or a frame of a video, can have, whatever its size.
 
-        A record may ask for any minimum up to the run's maximum.
+        The minimum is taken equal to the maximum here, because a record may ask for any minimum up to it.
         """
         high = getattr(self, f"{kind}_max_pixels")
         return most_tokens(factor=self.factor, min_pixels=high, max_pixels=high)
 
     def grid_thw(self, frames_FCHW: Tensor) -> tuple[int, int, int]:
-        """Patches along time, height and width of frames of a final size."""
+        """The number of patches along time, height and width, for frames of their final size."""
         num_frames, _, height, width = frames_FCHW.shape
         return -(-num_frames // self.temporal_patch_size), height // self.patch_size, width // self.patch_size
 
@@ -167,7 +170,7 @@ class PreprocessSettings:
         return self.temporal_patch_size / sampled_fps
 
     def patchify(self, frames_FCHW: Tensor, visual: VisualInput | None = None) -> Tensor:
-        """``patchify`` with these sizes; the second argument is what ``packing.MediaSpec`` hands over, not read."""
+        """``patchify`` with these sizes. ``packing.MediaSpec`` passes the second argument, which is not used here."""
         del visual
         return patchify(
             frames_FCHW,
@@ -180,13 +183,14 @@ class PreprocessSettings:
 
 
 def pixel_limits(data: DataSection) -> dict[str, int]:
-    """The pixel options of a run, as ``PreprocessSettings.from_model`` takes them."""
+    """The pixel options of a run, as keyword arguments for ``PreprocessSettings.from_model``."""
     names = (field.name for field in fields(PreprocessSettings) if field.name.endswith("_pixels"))
     return {name: getattr(data, name) for name in names}
 
 
 def resize_frames(frames_FCHW: Tensor, size: tuple[int, int]) -> Tensor:
-    """uint8 [F, C, H, W] at (height, width) ``size``: antialiased bicubic in fp32, rounded and clamped to uint8."""
+    """Frames resized to ``size`` (height, width), uint8 [F, C, H, W]. The interpolation is antialiased bicubic in fp32;
+    values are rounded and clamped to uint8."""
     if tuple(frames_FCHW.shape[-2:]) == tuple(size):
         return frames_FCHW.contiguous()
     step = max(1, _RESIZE_PIXELS // (frames_FCHW.shape[-2] * frames_FCHW.shape[-1]))
@@ -208,10 +212,11 @@ def patchify(
     mean: tuple[float, ...] = CLIP_MEAN,
     std: tuple[float, ...] = CLIP_STD,
 ) -> Tensor:
-    """fp32 patches [S, C * tp * p * p] of uint8 frames, value (x / 255 - mean) / std, in HF's order (see the header).
+    """fp32 patches [S, C * tp * p * p] of uint8 frames. A value is (x / 255 - mean) / std, and the order is that of
+    Hugging Face (see the module's docstring).
 
     Raises:
-        ValueError: not uint8 [F, C, H, W], or H or W no multiple of patch * merge.
+        ValueError: frames are not uint8 [F, C, H, W], or H or W is not a multiple of patch * merge.
     """
     if frames_FCHW.dtype != torch.uint8 or frames_FCHW.ndim != 4:
         raise ValueError(
@@ -244,11 +249,11 @@ def patchify(
 
 @dataclass(frozen=True)
 class LoadedMedia:
-    """One image or video ready for the model, and what must be counted about it."""
+    """One image or video ready for the model, with facts about its decoding that are counted in the metrics."""
 
     visual: VisualInput
     backend: str
-    """decord, pyav or pillow."""
+    """The decoder: decord, pyav or pillow."""
     num_repeated_frames: int = 0
     fallback_reason: str = ""
 
@@ -261,12 +266,14 @@ def load_media(
     sampling: FrameSampling,
     request: MediaRequest = NOTHING_ASKED,
 ) -> LoadedMedia:
-    """Reads, samples and resizes one file, or one video given as a list of pictures; ``request`` is the record's wish.
+    """Reads, samples and resizes one file, or one video given as a list of pictures. ``request`` says how the record
+    asks for it to be read.
 
-    Pictures without a rate of their own are shown at the run's frames per second.
+    The frame rate of pictures for which the record names no rate is the run's frames per second.
 
     Raises:
-        UnusableMedia: it cannot be read, its aspect ratio exceeds 200, or the request contradicts the run's limits.
+        UnusableMedia: the medium cannot be read, its aspect ratio exceeds 200, or the request contradicts the run's
+            limits.
     """
     pictures = None if isinstance(path, Path | str) else tuple(path)
     source = media_name(str(path) if pictures is None else tuple(map(str, pictures)), request)
@@ -305,7 +312,7 @@ def _vision_sizes(config: Mapping[str, Any], *, path: Path) -> dict[str, int]:
 
 
 def _processor_values(processor: Mapping[str, Any], *, kind: MediaKind, path: Path) -> dict[str, Any]:
-    """Values of one HF processor file under our names; ``size`` is its newer spelling of the pixel limits."""
+    """The values of one Hugging Face processor file under our names. Newer files have the pixel limits in ``size``."""
     values: dict[str, Any] = {}
     for name in ("patch_size", "temporal_patch_size", "merge_size"):
         if processor.get(name) is not None:

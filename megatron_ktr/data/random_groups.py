@@ -1,6 +1,7 @@
-"""Groups made of random tokens and frames, and a source that hands the same ones out in every step: for measurements.
+"""Groups of random tokens and frames for measurements, and a source that returns the same groups in every step.
 
-Nothing is read, sampled or rewarded; a step on them costs what a step on recorded responses of these sizes costs.
+Nothing is read, sampled or rewarded. A step on such groups costs as much as one on recorded responses of the same
+sizes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from megatron_ktr.types import Prompt, Rollout, RolloutGroup, VisualInput
 
 @dataclass(frozen=True)
 class SyntheticSizes:
-    """One prompt with one video, and its responses. The patch sizes are Qwen2.5-VL's.
+    """The sizes of one prompt with one video, and of its responses. The patch sizes are Qwen2.5-VL's.
 
     Example: 32 frames of 224 x 448 are 16 x 8 x 16 = 2,048 visual tokens.
     """
@@ -26,9 +27,9 @@ class SyntheticSizes:
     num_frames: int
     height: int
     width: int
-    """Of a frame in pixels, multiples of 28."""
+    """Height and width of a frame in pixels; multiples of 28."""
     text_length: int
-    """Prompt tokens that are not visual, the two that enclose the video included."""
+    """The number of prompt tokens that are not visual, including the two that enclose the video."""
     response_lengths: tuple[int, ...]
     seconds_per_grid: float = 1.0
 
@@ -50,7 +51,7 @@ class SyntheticSizes:
 
 @dataclass(frozen=True)
 class TokenIds:
-    """What of a vocabulary has a meaning."""
+    """The size of a vocabulary, and the ids of its tokens with a special meaning."""
 
     vocab_size: int
     vision_start: int
@@ -60,13 +61,14 @@ class TokenIds:
 
     @classmethod
     def of(cls, config: Any) -> TokenIds:
-        """Of a model's configuration (``Qwen2_5_VLConfig``)."""
+        """Reads them from a model's configuration (``Qwen2_5_VLConfig``)."""
         names = ("vision_start", "vision_end", "image", "video")
         return cls(config.text.vocab_size, *(getattr(config, f"{name}_token_id") for name in names))
 
 
 def synthetic_group(sizes: SyntheticSizes, *, tokens: TokenIds, seed: int) -> RolloutGroup:
-    """A group by number; the same in every process. Rewards differ within it, so that it has a gradient."""
+    """A random group that depends only on its sizes, the vocabulary and ``seed``, so that every process makes the same
+    one. Its rewards differ, so that it has a gradient."""
     generator = torch.Generator().manual_seed(seed)
     grid = (sizes.num_frames // 2, sizes.height // 14, sizes.width // 14)
     frames_FCHW = _frames(sizes.num_frames, sizes.height, sizes.width, generator)
@@ -89,7 +91,7 @@ def synthetic_group(sizes: SyntheticSizes, *, tokens: TokenIds, seed: int) -> Ro
 
 
 class FixedSource:
-    """Hands out ``groups``, this replica's, in every step; in place of a ``ReplicaSource``."""
+    """A source that returns this replica's ``groups`` in every step. It takes the place of a ``ReplicaSource``."""
 
     num_skipped = 0
     counts: Mapping[str, int] = {}
@@ -110,7 +112,7 @@ class FixedSource:
         return self.groups
 
     def load_weights(self, named_tensors: Iterator[tuple[str, Tensor]]) -> None:
-        """Nothing samples from them."""
+        """Exhausts the iterator. Nothing samples from the weights."""
         for _ in named_tensors:
             pass
 
@@ -119,7 +121,7 @@ class FixedSource:
 
 
 def _words(number: int, tokens: TokenIds, generator: torch.Generator) -> list[int]:
-    """Random tokens other than placeholders, whose number media decide."""
+    """Random tokens without visual placeholders, because the number of placeholders must match the media."""
     drawn = torch.randint(0, tokens.vocab_size - 2, (number,), generator=generator)
     for placeholder in sorted((tokens.image, tokens.video)):
         drawn = drawn + (drawn >= placeholder)
@@ -127,7 +129,7 @@ def _words(number: int, tokens: TokenIds, generator: torch.Generator) -> list[in
 
 
 def _frames(num_frames: int, height: int, width: int, generator: torch.Generator) -> Tensor:
-    """Coarse random pictures that change from frame to frame, so that their order matters."""
+    """Random frames with coarse patterns. They differ from frame to frame, so that their order matters."""
     cells = torch.randint(0, 256, (num_frames, 3, height // 14, width // 14), generator=generator)
     pictures = cells.to(torch.uint8).repeat_interleave(14, 2).repeat_interleave(14, 3)
     noise = torch.randint(0, 40, pictures.shape, generator=generator, dtype=torch.uint8)

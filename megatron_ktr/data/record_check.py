@@ -1,7 +1,8 @@
-"""Everything that can be known of the records without decoding their media, before a model is built.
+"""Checks all records before a model is built, as far as that is possible without decoding their media.
 
-What is found here is told at once (``RecordProblems``), with counts and the numbers of the first records. What only
-decoding tells, a damaged video or a prompt that is too long, is skipped where it is drawn (``SkipCounter``).
+The problems found here are reported all together (``RecordProblems``), with counts and the numbers of the first
+records. Problems that only decoding reveals, such as a damaged video or a prompt that is too long, cause a skip when
+the record is drawn (``SkipCounter``).
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ def check_questions(
     loader: PromptLoader,
     checks: Sequence[Callable[[Record], None]] = (),
 ) -> None:
-    """Adds to ``problems`` the records that ``loader`` could not make a prompt of: paths that lead out of the media
-    root or to no file, fields that contradict the run's limits, texts with control tokens or with other markers than
-    media, wordings that fail; and those that one of ``checks`` refuses by a ``ValueError``.
+    """Adds to ``problems`` the records that cannot be used.
+
+    These are the records that ``loader`` could not turn into a prompt: a path leads out of the media root or to no
+    file, a field contradicts the run's limits, a text contains control tokens or markers that do not match the media,
+    or the wording template fails. They are also the records for which one of ``checks`` raises ``ValueError``.
     """
     files = MediaFiles(loader.media_root)
     is_conversation_seen = False
@@ -52,7 +55,8 @@ def check_questions(
             continue
         if len(record.get("reply_turns", ())) > 1 and not is_conversation_seen:
             is_conversation_seen = True
-            # Whether the chat template can be split into turns: an error of the model's files, not of this record.
+            # This tests once whether the chat template allows a conversation to be split into turns. A failure is an
+            # error of the model's files, not of this record, and stops the run.
             build_reply(record, kinds=kinds, builder=loader.builder)
 
 
@@ -65,5 +69,5 @@ def _check_source(source: MediaSource, *, files: MediaFiles, loader: PromptLoade
         try:
             files.check(written)
         except UnusableMedia:
-            if source.kind not in loader.substitutes:  # which is shown instead
+            if source.kind not in loader.substitutes:  # a substitute would be shown instead
                 raise

@@ -1,4 +1,4 @@
-"""What is wrong with the records of a file: collected over all of them, told at once."""
+"""Collects what is wrong with the records of a file, to report all problems together."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ _NUM_KINDS = 6
 
 @dataclass
 class RecordProblems:
-    """Records that cannot be used; ``settle`` ends the run or names them.
+    """The records that cannot be used. ``settle`` either stops the run or names them in a warning.
 
-    Reasons that differ only in what is quoted or counted in them are one kind.
+    Reasons that differ only in their quotations or numbers count as one kind.
     """
 
     option: str
     path: Path
     places: set[int] = field(default_factory=set)
-    """Where they stand in the list of records, from 0."""
+    """The indices of these records in the list of records."""
     _by_kind: dict[str, list[str]] = field(default_factory=dict)
     _counts: dict[str, int] = field(default_factory=dict)
 
     def add(self, place: int, *, number: int, problem_id: str | None, reason: object) -> None:
-        """One reason for the record at ``place``, which is number ``number`` of the file; the first one counts."""
+        """Adds the reason why the record at index ``place``, which is record ``number`` of the file, cannot be used.
+        Only the first reason of a record counts."""
         if place in self.places:
             return
         self.places.add(place)
@@ -39,14 +40,14 @@ class RecordProblems:
         examples = self._by_kind.setdefault(kind, [])
         if len(examples) < _NUM_EXAMPLES:
             named = f"record {number}" if problem_id is None else f"record {number} (problem_id {problem_id})"
-            # The first of a kind in full, of the others the number.
+            # The first record of a kind is shown with its reason, the others only with their number.
             examples.append(f"{named}: {text}" if not examples else named)
 
     def settle(self, num_records: int, *, max_share: float, is_spokesman: bool = True) -> frozenset[int]:
-        """The places to leave out; with ``is_spokesman`` a warning names them.
+        """The indices of the records to leave out. With ``is_spokesman`` a warning names them.
 
         Raises:
-            UserError: they are more than ``max_share`` of the records, or all of them.
+            UserError: more than ``max_share`` of the records, or all of them, cannot be used.
         """
         num_bad = len(self.places)
         if not num_bad:

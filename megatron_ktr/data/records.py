@@ -1,19 +1,19 @@
-"""Question files: Video-R1 style JSON or JSONL, checked once. ``docs/data.md`` is the reference.
+"""Reads and checks question files: JSON or JSONL in the style of Video-R1. ``docs/data.md`` is the reference.
 
-A record after reading has all its own fields and, normalised,
+A record that was read has all its own fields, and these normalised ones:
 
-    problem_id    text; the record's number where the file gives none
-    problem       text of the question (absent where ``messages`` are given)
-    messages      what is asked, where a conversation is given, without the answer (``conversation.py``)
-    reply_turns   the turns to imitate, where given responses are imitated; the first and the last are the assistant's
+    problem_id    text; the record's number if the file gives no id
+    problem       the question as text; absent if ``messages`` are given
+    messages      the question as a conversation without the answer, if a conversation is given (``conversation.py``)
+    reply_turns   in supervised fine-tuning the turns to imitate; the first and the last are the assistant's
     system_text   text of the system's turn, or None
     data_type     "video", "image" or "text"
-    problem_type  text, e.g. "multiple choice"; ""
-    options       list of text; []
-    media         list of (kind, path as written, or a list of paths: the pictures of one video)
-    media_requests  for each of them the fields that say how to read it (``media_source.py``)
-    record_number where it stands in the file, from 1 (in JSONL the line); set by ``read_records``
-    record_digest of what the file says, to notice other data on resuming; set by ``read_records``
+    problem_type  text, e.g. "multiple choice"; "" if there is none
+    options       list of text; empty if there are none
+    media         list of (kind, path as written); a list of paths names the pictures of one video
+    media_requests  for each of the media the fields that say how to read it (``media_source.py``)
+    record_number place in the file, from 1 (in JSONL the line); set by ``read_records``
+    record_digest digest of the record in the file, to notice other data on resuming; set by ``read_records``
 """
 
 from __future__ import annotations
@@ -47,9 +47,11 @@ __all__ = ["Record", "check_record", "read_records", "resolve_media_path"]
 
 Record = dict[str, Any]
 NORMALISED = ("media", "media_requests", "reply_turns", "system_text", "record_number", "record_digest")
-"""Fields that ``check_record`` and ``read_records`` add; a record that is written is read again without them."""
+"""Fields that ``check_record`` and ``read_records`` add. If a record with them is read again, they are dropped and
+computed anew."""
 _DATA_TYPE_SYNONYMS = {"frame": "video"}
-"""MVBench in Video-R1's release marks videos that were joined from single frames; the path is a video all the same."""
+"""MVBench in Video-R1's release marks videos that were joined from single frames in this way. The path is nevertheless
+that of a video."""
 _PATH_FIELDS = frozenset({"path", "image", "images", "video", "videos"})
 
 
@@ -63,16 +65,16 @@ def read_records(
     ignored: Collection[str] = (),
     problems: RecordProblems | None = None,
 ) -> list[Record]:
-    """All records of a JSON array or a JSONL file, checked; only those of ``problem_types``, if any are given.
+    """All records of a JSON array or a JSONL file, checked. If ``problem_types`` are given, only those of these types.
 
     Args:
         needs_solution, needs_reply, ignored: as in ``check_record``.
-        problems: receives the records that are not usable as a question, which keep their place in the list with
-            their number and nothing else; None = they are an error.
+        problems: collects the records that are not usable as a question. They keep their place in the list, but hold
+            hardly more than their number. None means that such records are an error.
 
     Raises:
-        UserError: file missing, not JSON, empty, or a record that is not usable as a question; the message has
-            the records' numbers (from 1; in JSONL the line) and what is wrong.
+        UserError: the file is missing, not JSON or empty, or a record is not usable as a question. The message has the
+            records' numbers (from 1; in JSONL the line) and what is wrong.
     """
     path = Path(path)
     found = RecordProblems(option, path) if problems is None else problems
@@ -83,7 +85,7 @@ def read_records(
         problem_type = raw.get("problem_type") if isinstance(raw, dict) else None
         if isinstance(problem_type, str) or problem_type is None:
             found_types.add(problem_type or "")
-        # One that cannot be used and does not say its type may be of a type that is wanted.
+        # A record without a valid type is not left out here, because it may be meant to be of a wanted type.
         if kept_types and isinstance(problem_type, str) and problem_type not in kept_types:
             continue
         try:
@@ -117,12 +119,13 @@ def check_record(
     """One normalised record.
 
     Args:
-        needs_solution: the right answer must be there, in ``solution`` or as the final assistant turn.
-        needs_reply: responses are imitated: one must be there, and the question ends where the first one begins.
-        ignored: fields that are data here although they look like instructions.
+        needs_solution: whether the record must have the right answer, in ``solution`` or as the final assistant turn.
+        needs_reply: for supervised fine-tuning: the record must have a response, and the question ends before the
+            first assistant turn.
+        ignored: fields that are only data although they look like instructions.
 
     Raises:
-        ValueError: with what was expected and got, without file and number.
+        ValueError: the record is unusable. The message says what was expected and found, without file and number.
     """
     if not isinstance(raw, dict):
         raise ValueError(f"expected an object, got {type(raw).__name__}")
@@ -154,7 +157,7 @@ def check_record(
 
 
 def describe_repeated_ids(records: Sequence[Record]) -> str | None:
-    """Which problem ids stand on several records, in words; None where each stands on one."""
+    """A sentence about problem ids that several records share; None if every id is unique."""
     numbers: dict[str, list[int]] = {}
     for record in records:
         numbers.setdefault(record["problem_id"], []).append(record["record_number"])
@@ -170,12 +173,13 @@ def describe_repeated_ids(records: Sequence[Record]) -> str | None:
 
 
 def record_digest(raw: Any) -> str:
-    """Of everything a record says, recorded responses and rewards included, however its JSON is laid out.
+    """A digest of a record's whole content, including recorded responses and rewards. The layout of its JSON does not
+    matter.
 
-    Of a file it names only the last part of its path counts: data may be moved between two parts of a run.
+    Only the last part of a media path counts, because data may be moved before a run is resumed.
     """
     content = json.dumps(_without_directories(raw), sort_keys=True, ensure_ascii=False)
-    # Records with half a character (a lone surrogate) are unusable, but have their place in the list.
+    # Records with half a character (a lone surrogate) are unusable, but still have a place in the list and a digest.
     return xxhash.xxh3_128(content.encode(errors="surrogatepass")).hexdigest()
 
 
@@ -188,7 +192,8 @@ def _without_directories(value: Any, *, is_path: bool = False) -> Any:
 
 
 def _take_conversation(record: Record, messages: list[conversation.Message], *, needs_reply: bool) -> None:
-    """Sets ``messages`` to what is asked; the rest is the reply, or the solution where the record has none."""
+    """Sets ``messages`` to the question. The rest becomes the reply with ``needs_reply``; without, it becomes the
+    solution if the record has none."""
     record.pop("conversations", None)
     asked, rest = conversation.split_conversation(messages, at_first_answer=needs_reply)
     record["messages"] = asked
@@ -207,7 +212,8 @@ def _take_conversation(record: Record, messages: list[conversation.Message], *, 
 
 
 def _response_text(record: Mapping[str, Any]) -> str:
-    """The response to imitate: ``response``, or ``process`` and ``solution`` (Video-R1's chain-of-thought files)."""
+    """The response to imitate: ``response``, or else ``process`` followed by ``solution``, as in Video-R1's
+    chain-of-thought files."""
     response = record.get("response")
     if isinstance(response, str) and response.strip():
         return response
@@ -220,8 +226,8 @@ def _response_text(record: Mapping[str, Any]) -> str:
 
 
 def _read_raw(path: Path, *, option: str) -> tuple[list[tuple[int, Any]], bool]:
-    """(number, value) of each record, and whether some may fail ``_check_writable``; a file whose first character is
-    "[" is one JSON array, else JSONL."""
+    """(number, value) of each record, and whether some records may fail ``_check_writable``. A file that begins with
+    "[" is one JSON array; any other is JSONL."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -249,8 +255,8 @@ _MAY_NOT_BE_WRITABLE = re.compile(r"\\u[dD]|NaN|Infinity|\d[eE]\+?\d{3}")
 
 
 def _check_writable(raw: Any) -> None:
-    """Raises ``ValueError`` for what a run cannot write into its rollouts: Python reads halves of characters, and NaN,
-    from JSON that it does not write."""
+    """Raises ``ValueError`` for values that Python reads from JSON but cannot write again as valid JSON: lone
+    surrogates, NaN and infinity. A run must be able to write its records into its rollouts."""
     try:
         json.dumps(raw, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except ValueError as error:
@@ -260,7 +266,7 @@ def _check_writable(raw: Any) -> None:
 def _media_of(
     raw: Mapping[str, Any], messages: list[conversation.Message] | None, *, ignored: Collection[str]
 ) -> list[MediaSource]:
-    """The media that the record names, in parts of its messages or in fields of its own, and how to read them."""
+    """The media that the record names, in parts of its messages or in its own fields, and how to read them."""
     of_record = read_request(raw, ignored=ignored)
     media: list[tuple[MediaKind, str | tuple[str, ...]]] = [
         (kind, found) for kind in ("image", "video") for key in (kind, f"{kind}s") for found in _named(raw, kind, key)
@@ -291,7 +297,8 @@ def _named(raw: Mapping[str, Any], kind: MediaKind, key: str) -> list[str | tupl
 
 
 def _media_in_path(raw: Mapping[str, Any]) -> list[tuple[MediaKind, str | tuple[str, ...]]]:
-    """``path`` names media of the declared type; without one, pictures are images."""
+    """The media in the field ``path``. They are of the declared type; if no type is declared, pictures are images and
+    all other files videos."""
     value, declared = raw.get("path"), _declared_type(raw)
     if declared in ("image", "video"):
         return group_files(declared, value, key="path")
@@ -305,7 +312,7 @@ def _media_in_path(raw: Mapping[str, Any]) -> list[tuple[MediaKind, str | tuple[
 
 
 def _check_clip(of_record: Mapping[str, Any], sources: list[MediaSource]) -> None:
-    """A clip of the record itself is of its one video."""
+    """Raises ValueError if the record's own fields name a clip but it does not have exactly one video."""
     if not {"video_start", "video_end"} & of_record.keys():
         return
     num_videos = sum(source.kind == "video" for source in sources)
@@ -314,7 +321,7 @@ def _check_clip(of_record: Mapping[str, Any], sources: list[MediaSource]) -> Non
 
 
 def _system_text(raw: Mapping[str, Any], messages: list[conversation.Message] | None) -> str | None:
-    """Text of ``system``, or of the conversation's first message where that is the system's."""
+    """The text of the field ``system``, or of the conversation's first message if its role is system."""
     given = raw.get("system")
     if given is not None and not isinstance(given, str):
         raise ValueError(f"expected system to be text, got {given!r}")

@@ -1,9 +1,9 @@
-"""The response that a record asks to imitate, as tokens: one answer, or a conversation from its first answer on.
+"""Tokenises the response that a record gives for imitation: one answer, or a conversation from its first answer on.
 
     prompt: .. user <assistant>   reply: answer 1 <end>   <user> .. <end> <assistant>   answer 2 <end>
                                   loss:     1       1              0                       1       1
 
-A conversation is one response: its users' turns are context for the later answers and carry no loss.
+A conversation is a single response. Its user turns are context for the later answers and carry no loss.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from megatron_ktr.types import Rollout
 
 
 def check_reply(record: Mapping[str, Any], *, builder: PromptBuilder) -> None:
-    """Raises ``UnusableSample`` where a turn of ``reply_turns`` has a control token, an answer is empty, or a user's
-    turn places a medium.
+    """Raises ``UnusableSample`` if a turn of ``reply_turns`` has a control token, an answer is empty, or a user's turn
+    places a medium.
 
-    An end token at the very end of an answer is the one that it gets anyway.
+    An end token at the very end of an answer is allowed, because the answer gets one anyway.
     """
     for turn in record["reply_turns"]:
         is_answer = turn["role"] == "assistant"
@@ -36,10 +36,10 @@ def check_reply(record: Mapping[str, Any], *, builder: PromptBuilder) -> None:
 
 
 def build_reply(record: Mapping[str, Any], *, kinds: Sequence[str], builder: PromptBuilder) -> Rollout:
-    """The record's ``reply_turns`` as one response, end tokens included; ``kinds`` are those of its media.
+    """The record's ``reply_turns`` as one response with end tokens. ``kinds`` are the kinds of its media.
 
     Raises:
-        UnusableSample: as ``check_reply``.
+        UnusableSample: as in ``check_reply``.
         UserError: the chat template does not let a conversation be split into its turns.
     """
     check_reply(record, builder=builder)
@@ -51,9 +51,9 @@ def build_reply(record: Mapping[str, Any], *, kinds: Sequence[str], builder: Pro
 
 
 def _conversation(asked: Sequence[Message], turns: Sequence[Message], builder: PromptBuilder) -> Rollout:
-    """``turns`` from the first answer to the last, in the chat format that the prompt of ``asked`` has.
+    """``turns`` from the first answer to the last as one response, in the chat format of the prompt of ``asked``.
 
-    Every answer follows the opened turn directly, as it does when the model is asked.
+    Every answer directly follows the opened assistant turn, as it does when the model generates.
     """
     end = builder.tokenizer.eos_token
     history, opened, answer, text = list(asked), "", "", ""
@@ -66,7 +66,8 @@ def _conversation(asked: Sequence[Message], turns: Sequence[Message], builder: P
         before, opened = opened, builder.render(history)
         between = _between(before, opened, answer=answer, end=end) if token_ids else ""
         answer = _answer(turn, builder)
-        # Tokenised apart, as they are when the model is asked: its answer starts after the tokens of the turn's head.
+        # Context and answer are tokenised separately. This matches generation, where the answer begins after the tokens
+        # of the opened turn.
         context, spoken = _ids(between, builder), [*_ids(answer, builder), builder.tokenizer.eos_token_id]
         token_ids += context + spoken
         is_trained += [False] * len(context) + [True] * len(spoken)
@@ -76,10 +77,11 @@ def _conversation(asked: Sequence[Message], turns: Sequence[Message], builder: P
 
 
 def _between(before: str, opened: str, *, answer: str, end: str) -> str:
-    """What the chat format writes after ``answer``, the end token of its turn left out, until the next answer begins.
+    """The text that the chat format writes between ``answer`` with its end token and the next answer.
 
-    ``before`` is the conversation until ``answer`` begins, ``opened`` until the next one does. Blanks around the answer
-    are the template's affair: some write one before it that the opened turn lacks, or strip its own.
+    ``before`` is the conversation up to the beginning of ``answer``, ``opened`` the one up to the beginning of the next
+    answer. Blanks around the answer are ignored: some templates write a blank before it that the opened turn lacks, or
+    strip those of the answer.
     """
     shown = opened[len(before) :].lstrip()
     if opened.startswith(before) and shown.startswith(answer.strip()):

@@ -1,6 +1,7 @@
-"""What size a picture gets: whole visual tokens, about its own shape, an area between two limits; qwen-vl-utils' rule.
+"""Computes the size to which a picture is resized, by the rule of qwen-vl-utils.
 
-Nothing here knows files, options or tensors.
+The size consists of whole visual tokens, about keeps the picture's aspect ratio, and has an area between two limits.
+These are pure functions of numbers, without files, options or tensors.
 """
 
 from __future__ import annotations
@@ -13,16 +14,17 @@ MAX_ASPECT_RATIO = 200
 def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_pixels: float) -> tuple[int, int]:
     """(height, width) in multiples of ``factor`` with an area near [min_pixels, max_pixels]; qwen-vl-utils' rule.
 
-    Round each side, to ``factor`` at least; if the area is then too large (small), scale both true sides by the square
-    root of the excess and round down (up). Rounding may leave the area below the minimum (640 x 360 at 100,352 to
-    105,369 pixels: 420 x 224) or above the maximum (100 x 100: 336 x 336).
+    First each side is rounded to a multiple of ``factor``, at least one. If the area is then too large (small), both
+    original sides are divided (multiplied) by the square root of the excess and rounded down (up). By rounding the area
+    may still be below the minimum (640 x 360 with limits 100,352 and 105,369 becomes 420 x 224) or above the maximum
+    (100 x 100 becomes 336 x 336).
 
-    A picture so long that its short side would round down to 0 gets one token there and at most max_pixels / factor on
-    the other side; qwen-vl-utils gives it no pixels, HF more than max_pixels. HF does not round short sides up first:
-    10 x 1000 pixels become 28 x 560 there, 28 x 1008 here.
+    If a picture is so long that its short side would be rounded down to 0, this side gets one token and the other at
+    most max_pixels / factor pixels. qwen-vl-utils would give it no pixels, Hugging Face more than max_pixels. Hugging
+    Face does not round short sides up first: 10 x 1000 pixels become 28 x 560 there, 28 x 1008 here.
 
     Raises:
-        ValueError: one side more than 200 times the other, or empty.
+        ValueError: one side is more than 200 times as long as the other, or the picture is empty.
     """
     if min(height, width) < 1 or max(height, width) > MAX_ASPECT_RATIO * min(height, width):
         raise ValueError(f"{width} x {height} pixels: sides may differ at most {MAX_ASPECT_RATIO}-fold")
@@ -44,14 +46,15 @@ def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_p
 
 
 def most_tokens(*, factor: int, min_pixels: int, max_pixels: float) -> int:
-    """No result of ``smart_resize`` with these limits has more tokens (squares of ``factor``) than this.
+    """An upper bound of the number of tokens (squares of ``factor``) that ``smart_resize`` gives with these limits.
 
-    max_pixels in tokens, or what small and long pictures are enlarged to where that is more: sides a <= b with
-    a b = min_pixels become i and j tokens, and b is at most min_pixels / ((i - 1) factor) and sqrt(200 min_pixels).
-    Example: at 100,352 to 105,369 pixels (134 tokens) 10 x 1271 pixels become 56 x 3584, 256 tokens.
+    It is max_pixels in tokens, or the size to which small long pictures are enlarged, if that is more. These have sides
+    a <= b with a b = min_pixels, which become i and j tokens; then b is at most min_pixels / ((i - 1) factor) and at
+    most sqrt(200 min_pixels). Example: with limits 100,352 and 105,369 pixels (134 tokens), 10 x 1271 pixels become
+    56 x 3584, which is 256 tokens.
     """
     most = int(max_pixels // factor**2)
-    if min_pixels <= factor**2:  # what every picture has
+    if min_pixels <= factor**2:  # every picture has one token, so none is enlarged
         return most
     longest = math.sqrt(MAX_ASPECT_RATIO * min_pixels)
     for short in range(1, math.ceil(math.sqrt(min_pixels) / factor) + 1):

@@ -1,4 +1,4 @@
-"""What one reading rank draws: questions of a data set, with or without responses."""
+"""The sources that a reading rank draws from: questions of a data set, with or without responses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_ktr.types import Prompt, RolloutGroup
 
 
 class DatasetSource:
-    """The prompts of a data set as groups without responses, for an engine to answer."""
+    """The prompts of a data set, as groups without responses, which an engine will answer."""
 
     def __init__(self, dataset: PromptDataset) -> None:
         self.dataset = dataset
@@ -28,11 +28,11 @@ class DatasetSource:
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """What the data loader met so far, by metric name: decoder/<name>, repeated_frames, skipped/<kind>, ..."""
+        """The data loader's counts so far, by metric name: decoder/<name>, repeated_frames, skipped/<kind>, ..."""
         return self.dataset.counts
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers and text."""
+        """The place in the data, as plain numbers and text."""
         return self.dataset.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -40,7 +40,8 @@ class DatasetSource:
 
 
 class SupervisedSource(DatasetSource):
-    """A data set's own responses, each a group of one, with the end token (``data/reply.py``)."""
+    """The responses that a data set itself contains. Each is a group of its own and ends with the end token
+    (``data/reply.py``)."""
 
     def next(self, num_prompts: int) -> list[RolloutGroup]:
         return [self._group(prompt) for prompt in self.dataset.next(num_prompts)]

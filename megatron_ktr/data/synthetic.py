@@ -1,6 +1,6 @@
-"""Synthetic video questions: coloured shapes in real mp4 files, for demos, tests and controls.
+"""Makes synthetic questions about videos of coloured shapes, in real mp4 files, for demos, tests and controls.
 
-Each task needs something else from the video:
+Each task needs another kind of information from the video:
 
     colour   one shape on dark ground: which colour is it?                       what is seen
     count    one to four shapes of one colour: how many?  (numerical answer)     what is seen
@@ -10,9 +10,9 @@ Each task needs something else from the video:
     motion   a shape moves: left, right, up or down?                             when it is seen
     shape    one shape: circle, square or triangle?                              what is seen
 
-colour, count and order are learnable by the tiny model of ``tiny_model.py`` in minutes on one core; motion and shape
-were not in that time and are off by default. Every record carries ``reasoning``, a short text for supervised
-fine-tuning. Train and held-out questions never share a scene.
+The tiny model of ``tiny_model.py`` learns colour, count and order in minutes on one core. It did not learn motion and
+shape in that time, so these are off by default. Every record has a field ``reasoning``, a short text for supervised
+fine-tuning. Training questions and held-out questions never share a scene.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ GROUND = (24, 24, 28)
 
 @dataclass(frozen=True)
 class Blob:
-    """One shape: centre and radius as shares of the frame, shown in frames first .. last; ``drift`` per frame."""
+    """One shape. Centre and radius are shares of the frame's side; the shape is shown from ``first_frame`` to
+    ``last_frame`` and moves by ``drift`` per frame."""
 
     kind: str
     colour: str
@@ -82,7 +83,8 @@ class Scene:
     def response(self, *, answer: str | None = None, reasoning: str | None = None) -> str:
         """A complete response that ends in ``answer`` (default: the right one) after ``reasoning``.
 
-        The letter stands right behind the answer word: looking it up is then one step, not two.
+        The option's letter directly follows the answer word, so that the model can look it up in one step instead of
+        two.
         """
         word = self.answer if answer is None else answer
         symbol = LETTERS[self.options.index(word)] if self.options else word
@@ -130,7 +132,7 @@ def write_video(path: Path, frames: np.ndarray, *, fps: int = 2) -> None:
 
 
 GUESS_SHARE = 0.6
-"""Of the responses of ``sft_guess.json`` that name an option without looking."""
+"""The share of responses in ``sft_guess.json`` that name an option without looking at the video."""
 
 
 def make_dataset(
@@ -150,10 +152,10 @@ def make_dataset(
         eval.json         held-out questions; no scene of them is in any other file
         sft_lookup.json   text only: which letter stands before a word (the skill the others build on)
         sft.json          the training questions with right reasoning, and some look-ups
-        sft_guess.json    the same, but ``GUESS_SHARE`` of the responses guess: what the reinforcement unlearns
+        sft_guess.json    the same, but ``GUESS_SHARE`` of the responses guess; reinforcement learning unlearns this
 
-    ``order_share`` of the questions are order questions where that task is enabled; the others share the rest.
-    Raises UserError if ``out_dir`` already holds a data set, or where the tasks have too few different scenes.
+    If the task order is enabled, ``order_share`` of the questions are order questions; the other tasks share the rest.
+    Raises UserError if ``out_dir`` already holds a data set, or if the tasks have too few different scenes.
     """
     if any((out_dir / name).exists() for name in ("train.json", "eval.json", "videos")):
         raise UserError(f"{out_dir} already holds a data set; choose another directory")
@@ -185,7 +187,7 @@ def guess(scene: Scene, rng: random.Random) -> str:
 
 
 def lookup_record(rng: random.Random, *, number: int) -> dict[str, Any]:
-    """A question without video: the letter of a word among the options."""
+    """A question without video, which asks for the letter of a word among the options."""
     words = rng.choice((list(COLOURS), list(SHAPES), list(DIRECTIONS)))
     word = rng.choice(words)
     scene = Scene("lookup", f"which letter is {word}", word, _options(rng, [word], words), f"i see {word}", ())
@@ -237,7 +239,8 @@ def _distinct_scenes(
             return scenes
         is_order = "order" in tasks and (not others or rng.random() < order_share)
         scene = draw_scene("order" if is_order else rng.choice(others), rng, num_frames=num_frames)
-        # Options do not change the picture: a held-out question must not show a scene that was trained on.
+        # Scenes that differ only in their options have the same picture and count as the same scene, because a held-out
+        # question must not show a picture that was trained on.
         picture = dataclasses.replace(scene, options=(), problem="", answer="", reasoning="")
         if picture not in seen:
             seen.add(picture)

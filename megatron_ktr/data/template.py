@@ -1,11 +1,11 @@
-"""From a record to a tokenised prompt: wording, chat format, expanded visual placeholders.
+"""Turns a record into a tokenised prompt: words the question, applies the chat format, expands visual placeholders.
 
     record --wording template--> user's text --chat template--> one string --tokenizer--> ids --expand--> Prompt
 
-The wording is a Jinja file that the user can replace (``data/templates/think_answer.jinja`` is the built-in one and
-documents its variables). The chat format is the tokenizer's own ``chat_template``, or Qwen2.5-VL's where the tokenizer
-has none. Each image or video is one placeholder in the string, where a marker ``<image>`` or ``<video>`` stands in the
-text, or before the text; it becomes as many token ids as it has visual tokens.
+The wording is a Jinja file that the user can replace. The built-in one is ``data/templates/think_answer.jinja``, which
+documents its variables. The chat format is the tokenizer's own ``chat_template``, or Qwen2.5-VL's if the tokenizer has
+none. Each image or video has one placeholder in the string, at its marker ``<image>`` or ``<video>`` in the text, or
+before the text if there are no markers. The placeholder becomes as many token ids as the medium has visual tokens.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from megatron_ktr.types import Prompt, VisualInput
 
 BUILT_IN_WORDING = Path(__file__).parent / "templates" / "think_answer.jinja"
 _MARKER = re.compile(r"<(image|video)>")
-"""Where a medium stands in a question, as LLaVA's and ShareGPT's records say it."""
+"""The marker for the place of a medium in a question, as in the records of LLaVA and ShareGPT."""
 DEFAULT_SYSTEM = "You are a helpful assistant."
 _VISUAL_NAMES = {
     "vision_start": "<|vision_start|>",
@@ -52,10 +52,10 @@ class VisualTokens:
 
     @classmethod
     def from_model(cls, model_dir: Path | str, tokenizer: Tokenizer) -> VisualTokens:
-        """Ids of ``config.json`` (their text as the tokenizer spells it), Qwen's names where it gives none.
+        """The tokens with the ids in ``config.json``, or with Qwen's names if the file gives no ids.
 
         Raises:
-            UserError: the tokenizer lacks one of them, or would not read it back as that one token.
+            UserError: the tokenizer lacks one of them, or would not read its text as that single token.
         """
         config_path = Path(model_dir) / "config.json"
         config = read_json_object(config_path, option="model") if config_path.is_file() else {}
@@ -87,20 +87,20 @@ class VisualTokens:
         return cls(**texts, image_id=ids["image"], video_id=ids["video"])
 
     def placeholder(self, kind: str) -> str:
-        """One image or video in the chat string."""
+        """The text that stands for one image or video in the chat string."""
         return f"{self.vision_start}{self.image if kind == 'image' else self.video}{self.vision_end}"
 
 
 @dataclass(frozen=True)
 class Wording:
-    """What a wording template rendered. ``system`` is None where the template sets none."""
+    """The texts that a wording template has rendered. ``system`` is None if the template sets none."""
 
     user: str
     system: str | None = None
 
 
 class WordingTemplate:
-    """A Jinja file that words the question; rendered in a sandbox, undefined variables are errors."""
+    """A Jinja file that words the question. It is rendered in a sandbox, and undefined variables are errors."""
 
     def __init__(self, path: Path | str | None = None) -> None:
         self.path = Path(path) if path is not None else BUILT_IN_WORDING
@@ -112,7 +112,7 @@ class WordingTemplate:
             raise UserError(f"prompt_template: {self.path} cannot be used: {error}") from error
 
     def render(self, record: Mapping[str, Any]) -> Wording:
-        """The user's text (and the template's ``system``, if it sets one) for one record."""
+        """The user's text for one record, and the template's ``system`` if it sets one."""
         variables = {
             "problem": record.get("problem", ""),
             "options": list(record.get("options") or ()),
@@ -146,11 +146,11 @@ class PromptBuilder:
         self._control = control_tokens(tokenizer, visual_tokens)
 
     def build(self, record: Mapping[str, Any], media: Sequence[VisualInput] = ()) -> Prompt:
-        """The prompt of one record. Media stand where parts of ``messages`` or markers in the text say, else before the
-        question.
+        """The prompt of one record. Media are placed at the parts of ``messages`` or the markers in the text; if there
+        are none, they come before the question.
 
         Raises:
-            UnusableSample: the record's text contains control tokens, or places other media than it has.
+            UnusableSample: the record's text contains control tokens, or has places for other media than it names.
         """
         messages, order = self.messages(record, [medium.kind for medium in media])
         placed = [media[index] for index in order]
@@ -167,7 +167,7 @@ class PromptBuilder:
         return self.render(self.messages(record, kinds)[0])
 
     def render(self, messages: Sequence[Mapping[str, str]], *, is_asking: bool = True) -> str:
-        """``messages`` in the model's chat format; ``is_asking``: the assistant's turn is opened at the end."""
+        """``messages`` in the model's chat format. With ``is_asking`` the text ends with the opened assistant turn."""
         if getattr(self.tokenizer, "chat_template", None):
             try:
                 return str(
@@ -178,11 +178,12 @@ class PromptBuilder:
         return _qwen_chat(messages, is_asking=is_asking)
 
     def messages(self, record: Mapping[str, Any], kinds: Sequence[str]) -> tuple[list[dict[str, str]], list[int]]:
-        """What is asked as messages of plain text with placeholders, and the places in ``kinds`` of the media in the
-        order in which they stand there.
+        """The question as messages of plain text with placeholders, and the order of its media.
+
+        The order lists indices of ``kinds``, in the order in which the media occur in the text.
 
         Raises:
-            UnusableSample: as ``build``.
+            UnusableSample: as in ``build``.
         """
         system = record.get("system_text")
         if record.get("messages"):
@@ -210,7 +211,8 @@ class PromptBuilder:
         return messages, placer.order
 
     def refuse_control_tokens(self, text: str, record: Mapping[str, Any]) -> None:
-        """Text of a data set must not open another role's turn or stand for media that are not there."""
+        """Raises UnusableSample for text with a control token. With it, the text of a data set could open the turn of
+        another role, or stand for media that do not exist."""
         if (token := self.control_token_in(text)) is not None:
             raise UnusableSample(f"record {record['problem_id']}", f"its text contains the control token {token}")
 
@@ -237,7 +239,7 @@ class PromptBuilder:
 
 
 class _MediaPlacer:
-    """Gives every part and every marker of a conversation the record's next medium of its kind."""
+    """Assigns to every part and every marker of a conversation the record's next medium of its kind."""
 
     def __init__(self, kinds: Sequence[str], *, tokens: VisualTokens, source: str) -> None:
         self.source = source
@@ -248,16 +250,17 @@ class _MediaPlacer:
         self._num_places: Counter[str] = Counter()
 
     def place(self, part: Mapping[str, Any]) -> str:
-        """Text of one part of a user's turn."""
+        """The text of one part of a user's turn, with placeholders for its media."""
         if part["type"] != "text":
             return self._next(part["type"])
         return _MARKER.sub(lambda marker: self._next(marker.group(1)), part["text"])
 
     def finish(self) -> str:
-        """What goes before the first user's text: all media, where nothing places any.
+        """The text to put before the first user's text: placeholders of all media if no part or marker places any,
+        else nothing.
 
         Raises:
-            UnusableSample: of some kind there are more places than media, or fewer.
+            UnusableSample: the numbers of places and of media of a kind differ.
         """
         if not self._num_places:
             self.order = list(range(len(self._kinds)))
@@ -284,21 +287,21 @@ def has_marker(text: str) -> bool:
 
 
 def control_tokens(tokenizer: Tokenizer, visual_tokens: VisualTokens | None = None) -> re.Pattern[str]:
-    """Matches every text that the tokenizer reads as one token with a meaning of its own, and ``visual_tokens``, which
-    a model may have among its ordinary ones."""
+    """A pattern that matches all control tokens: every text that the tokenizer reads as one token with a special
+    meaning. It also matches ``visual_tokens``, which may be ordinary tokens in some models."""
     tokens = {"<|im_start|>", "<|im_end|>", *_VISUAL_NAMES.values()}
     tokens |= {str(token) for token in tokenizer.all_special_tokens}
     if visual_tokens is not None:
         tokens |= {visual_tokens.vision_start, visual_tokens.vision_end, visual_tokens.image, visual_tokens.video}
     for token in tokenizer.added_tokens_decoder.values():
-        # Others are ordinary text that has one id, such as <tool_call>.
+        # All other added tokens are ordinary text with an id of its own, such as <tool_call>.
         if token.special or str(token).startswith("<|"):
             tokens.add(str(token))
     return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True) if token))
 
 
 def check_vocabulary(tokenizer: Tokenizer, *, vocab_size: int) -> None:
-    """Raises ``UserError`` for a tokenizer that knows ids which the model has no embedding for."""
+    """Raises ``UserError`` if the tokenizer has ids for which the model has no embedding."""
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest >= vocab_size:
         raise UserError(
@@ -308,7 +311,8 @@ def check_vocabulary(tokenizer: Tokenizer, *, vocab_size: int) -> None:
 
 
 def load_tokenizer(model_dir: Path | str) -> Tokenizer:
-    """The HF tokenizer of a model directory, with the chat template of ``chat_template.json`` if it carries none.
+    """The Hugging Face tokenizer of a model directory. If it has no chat template, it gets that of
+    ``chat_template.json``.
 
     Raises:
         UserError: there is no tokenizer that transformers can load.
@@ -326,7 +330,7 @@ def load_tokenizer(model_dir: Path | str) -> Tokenizer:
 
 
 def _qwen_chat(messages: Sequence[Mapping[str, str]], *, is_asking: bool) -> str:
-    """Qwen2.5-VL's chat format, with the generation prompt where ``is_asking``."""
+    """``messages`` in Qwen2.5-VL's chat format, followed by the generation prompt with ``is_asking``."""
     text = ""
     if messages[0]["role"] != "system":
         text += f"<|im_start|>system\n{DEFAULT_SYSTEM}<|im_end|>\n"

@@ -1,8 +1,8 @@
-"""A tiny random Qwen2.5-VL with its own tokenizer, in Hugging Face format: the laptop demo's model.
+"""Makes the model of the laptop demo: a tiny random Qwen2.5-VL with its own tokenizer, in Hugging Face format.
 
-The shape and three settings are what makes it learn in minutes on one core: ``initializer_range`` 0.08, ``rope_theta``
-100 and a temporal step of one or two positions. With the stock 0.02 and 10,000 it never learned to look an option
-letter up.
+It learns in minutes on one core thanks to its shape and three settings: ``initializer_range`` 0.08, ``rope_theta`` 100,
+and one or two positions per temporal patch. With the usual 0.02 and 10,000 it never learned to look up an option's
+letter.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
 )
 WORDING = "{{ problem }}{% for option in options %} {{ option }}{% endfor %}"
-"""Prompt wording for the demo: this model knows a few dozen words, the default template needs hundreds."""
+"""The prompt wording of the demo. This model knows a few dozen words, but the default template needs hundreds."""
 
 
 @dataclass(frozen=True)
 class TinySizes:
-    """Of the language model, of the vision encoder, and of its frames in pixels."""
+    """The sizes of the language model and of the vision encoder, and the side of a frame in pixels."""
 
     num_layers: int = 3
     hidden_size: int = 128
@@ -61,8 +61,8 @@ def save_tiny_model(
     seed: int = 0,
     **sizes: int,
 ) -> None:
-    """Trains a tokenizer on ``corpus`` and writes it with a randomly initialised model; ``sizes`` are fields of
-    ``TinySizes``.
+    """Trains a tokenizer on ``corpus`` and writes it together with a randomly initialised model. ``sizes`` are fields
+    of ``TinySizes``.
 
     The directory is complete: config, weights, generation config, tokenizer (``tokenizer.model`` of sentencepiece
     and the same as ``tokenizer.json``), chat template, preprocessor config, ``prompt_template.txt``.
@@ -97,8 +97,8 @@ def save_tiny_model(
         "patch_size": 14,
         "temporal_patch_size": 2,
         "merge_size": 2,
-        # As in published checkpoints. HF has them as defaults, but vLLM normalises by what this file says: without
-        # them its encoder gets raw bytes, in silence.
+        # Mean and deviation are given, as in published checkpoints. Hugging Face has them as defaults, but vLLM uses
+        # only this file: without them its encoder would silently get raw bytes.
         "image_mean": CLIP_MEAN,
         "image_std": CLIP_STD,
         **limits,
@@ -115,10 +115,10 @@ def _save_tokenizer(directory: Path, corpus: Sequence[str]) -> dict[str, int]:
     from transformers import PreTrainedTokenizerFast
 
     model = io.BytesIO()
-    # Tags are whole tokens of their own; sentencepiece sees the words between them.
+    # Tags are added as whole tokens below, so sentencepiece is trained only on the words between them.
     sentences = [" ".join(word for word in line.split() if word not in TAG_TOKENS) for line in corpus]
     sentencepiece.SentencePieceTrainer.train(
-        # Single characters spell whatever is not in the corpus.
+        # Single characters are added, so that words that are not in the corpus can be spelled.
         sentence_iterator=iter([*sentences, *string.ascii_letters, *string.digits, *string.punctuation]),
         model_writer=model,
         model_type="unigram",
@@ -144,7 +144,7 @@ def _save_tokenizer(directory: Path, corpus: Sequence[str]) -> dict[str, int]:
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    # Added tokens swallow the blanks around them, so that "<think> i" and "<think>i" are the same tokens.
+    # Added tokens absorb the blanks around them, so that "<think> i" and "<think>i" give the same tokens.
     tokenizer.add_special_tokens([AddedToken(t, special=True, lstrip=True, rstrip=True) for t in SPECIAL_TOKENS])
     tokenizer.add_tokens([AddedToken(t, special=False, lstrip=True, rstrip=True) for t in TAG_TOKENS])
     fast = PreTrainedTokenizerFast(
@@ -173,7 +173,8 @@ def _save_model(directory: Path, token_ids: dict[str, int], *, seed: int, text: 
     config = Qwen2_5_VLConfig(
         text_config=dict(
             text,
-            # Room for a multiple of every small tensor-parallel size, as published vocabularies have.
+            # The vocabulary is padded to a multiple of 64, so that small tensor-parallel sizes divide it. Published
+            # vocabularies are padded, too.
             vocab_size=-(-token_ids["size"] // 64) * 64,
             max_position_embeddings=4096,
             rope_parameters={

@@ -1,4 +1,4 @@
-"""What the code asks of a tokenizer: transformers' have it all, and so does any stand-in with these names."""
+"""The interface of tokenizers in this code. Those of transformers have it, and so may any stand-in."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class Tokenizer(Protocol):
     """A tokenizer as ``load_tokenizer`` returns it (Hugging Face's ``PreTrainedTokenizerBase``)."""
 
     chat_template: Any
-    """Jinja text of the chat format, or None."""
+    """The chat format as Jinja text, or None."""
 
     @property
     def all_special_tokens(self) -> Sequence[Any]: ...
@@ -24,16 +24,16 @@ class Tokenizer(Protocol):
 
     @property
     def eos_token_id(self) -> Any:
-        """An id, or None where the tokenizer knows no end of a text."""
+        """The id of the end token, or None if the tokenizer has none."""
 
     @property
     def unk_token_id(self) -> Any:
-        """An id, or None where every text has tokens of its own."""
+        """The id for unknown text, or None if the tokenizer can represent every text."""
 
     def __len__(self) -> int: ...
 
     def __call__(self, text: Any, *, add_special_tokens: bool = ...) -> Mapping[str, Any]:
-        """``input_ids`` of a text."""
+        """A mapping with the ``input_ids`` of a text."""
         ...
 
     def apply_chat_template(

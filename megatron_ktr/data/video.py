@@ -1,11 +1,11 @@
-"""Videos and images as frames: which frames of a video, and their pixels, upright.
+"""Reads videos and images: chooses the frames of a video and decodes them upright.
 
-decord decodes first, in a child process (``video_decord.py``); PyAV stands behind it (``video_pyav.py``) for codecs
-that decord does not have (AV1), for files whose frame numbering decord gets wrong, and for machines without decord.
-Both give the same frames. Why PyAV was needed is said once per reason and returned with every video, to be counted.
+decord is tried first, in a child process (``video_decord.py``). PyAV (``video_pyav.py``) decodes the codecs that decord
+lacks (AV1), files whose frames decord numbers wrongly, and everything on machines without decord. Both give the same
+frames. Each reason for using PyAV is logged once, and returned with every video to be counted.
 
-Sampling is qwen-vl-utils' (fps or a fixed count, an even number, evenly spaced, both ends included), which is what
-Qwen2.5-VL was trained with; see ``select_frames``.
+Frames are sampled as in qwen-vl-utils, with which Qwen2.5-VL was trained: by fps or as a fixed number, an even number,
+evenly spaced, including both ends; see ``select_frames``.
 """
 
 from __future__ import annotations
@@ -43,9 +43,10 @@ __all__ = [
 _log = logging.getLogger(__name__)
 
 DECORD_TIMEOUT_SECONDS = 120.0
-"""For one chunk of frames. Beyond it decord is taken to hang; its process is replaced and PyAV decodes."""
+"""The time limit for one chunk of frames. After it decord is assumed to hang; its process is replaced, and PyAV decodes
+the video."""
 _CHUNK_BYTES = 256 << 20
-"""Full-size frames in memory at once (at least one), when they are resized as they come."""
+"""The most bytes of full-size frames in memory at once, but at least one frame. Frames are resized chunk by chunk."""
 
 Backend = Literal["auto", "decord", "pyav"]
 
@@ -54,21 +55,21 @@ Backend = Literal["auto", "decord", "pyav"]
 class FrameSampling:
     """How many frames to take from a video.
 
-    Worked example: 10 s at 30 fps with ``fps=2, max_frames=16``: 20 frames wished, 16 taken, 1.6 frames a second.
+    Worked example: of 10 s at 30 fps, ``fps=2, max_frames=16`` asks for 20 frames and takes 16, or 1.6 a second.
     """
 
     fps: float = 2.0
-    """Frames per second of video. Not read where ``num_frames`` is given."""
+    """Frames per second of video. Not used if ``num_frames`` is given."""
     num_frames: int | None = None
-    """Fixed number of frames, whatever the length of the video."""
+    """A fixed number of frames, whatever the length of the video."""
     min_frames: int = 4
-    """Fewest frames under fps sampling, as far as the video has that many."""
+    """The lowest number of frames when sampling by fps, if the video has that many."""
     max_frames: int = 768
     multiple: int = 2
     """The temporal patch size: the number of frames is a multiple of it."""
     start_seconds: float | None = None
     end_seconds: float | None = None
-    """Only frames of this span of the video; None = from its beginning, to its end."""
+    """Only frames of this span of the video are taken. None means from its beginning, or to its end."""
 
     def __post_init__(self) -> None:
         if not self.fps > 0 or self.multiple < 1 or self.max_frames < self.multiple:
@@ -82,13 +83,14 @@ class FrameSampling:
 
 @dataclass(frozen=True)
 class FrameSelection:
-    """Which frames were taken. Example: 3 frames, 8 wanted: ``indices == (0, 1, 2, 2)``, ``num_repeated == 1``."""
+    """The frames to take. Example: of a video with 3 frames 8 are wanted: ``indices == (0, 1, 2, 2)``,
+    ``num_repeated == 1``."""
 
     indices: tuple[int, ...]
     sampled_fps: float
-    """Frames taken per second of video: what the seconds of a temporal patch are computed from."""
+    """Frames taken per second of video. The seconds of a temporal patch are computed from it."""
     num_repeated: int = 0
-    """How often the last frame was repeated, because the video has fewer frames than wanted or than a patch."""
+    """How often the last frame is repeated, because the video has fewer frames than wanted or than a patch."""
 
 
 @dataclass(frozen=True)
@@ -104,22 +106,22 @@ class DecodedVideo:
     num_repeated: int
     backend: Literal["decord", "pyav", "pillow"]
     fallback_reason: str = ""
-    """Why decord did not decode this video; empty if it did, or was not asked."""
+    """The reason why decord did not decode this video; empty if it did, or was not meant to."""
 
 
 def select_frames(total_frames: int, *, native_fps: float, sampling: FrameSampling) -> FrameSelection:
-    """Frame numbers, evenly spaced from the first to the last frame.
+    """The numbers of the frames to take, evenly spaced from the first to the last frame.
 
     fps:    n = floor_m(min(max(total / native_fps * fps, ceil_m(min_frames)), floor_m(max_frames), floor_m(total)))
     fixed:  n = min(round_m(num_frames), floor_m(max_frames))
     index_k = round(k * (total - 1) / (n - 1)),   sampled_fps = n / total * native_fps
 
-    where x_m rounds to a multiple of ``sampling.multiple``. A video with fewer frames than one temporal patch, or
-    than the fixed count, gives all its frames, the last one repeated up to a multiple; no ValueError as in
-    qwen-vl-utils. With a span of time, total counts its frames and indices begin at its first one.
+    where x_m rounds to a multiple of ``sampling.multiple``. If a video has fewer frames than one temporal patch or than
+    the fixed number, all its frames are taken, and the last one is repeated up to a multiple; qwen-vl-utils raises
+    ValueError here. With a span of time, total is the number of its frames, and indices begin at its first frame.
 
     Raises:
-        ValueError: no frame lies in the span.
+        ValueError: the span contains no frame.
     """
     multiple = sampling.multiple
     first, total_frames = _frames_of_span(total_frames, native_fps=native_fps, sampling=sampling)
@@ -134,13 +136,14 @@ def select_frames(total_frames: int, *, native_fps: float, sampling: FrameSampli
         num_repeated = -total_frames % multiple
         indices = [*range(first, first + total_frames), *[first + total_frames - 1] * num_repeated]
         return FrameSelection(indices=tuple(indices), sampled_fps=native_fps, num_repeated=num_repeated)
-    # torch's float32 linspace and half-to-even rounding on purpose: the frames that qwen-vl-utils would take.
+    # torch's float32 linspace and its rounding of halves to even are used on purpose, as qwen-vl-utils uses them.
     spaced = torch.linspace(first, first + total_frames - 1, num_frames).round().long()
     return FrameSelection(indices=tuple(spaced.tolist()), sampled_fps=num_frames / total_frames * native_fps)
 
 
 def _frames_of_span(total_frames: int, *, native_fps: float, sampling: FrameSampling) -> tuple[int, int]:
-    """(number of the first frame, how many): frame i is shown at i / native_fps; qwen-vl-utils' rounding, inwards."""
+    """(number of the first frame, number of frames) of the span. Frame i is shown at i / native_fps. The ends of the
+    span are rounded inwards, as in qwen-vl-utils."""
     start, end = sampling.start_seconds, sampling.end_seconds
     first = 0 if start is None else math.ceil(start * native_fps)
     last = total_frames - 1 if end is None else min(math.floor(end * native_fps), total_frames - 1)
@@ -162,13 +165,13 @@ def read_video(
     """Decodes the sampled frames of the best video stream, upright.
 
     Args:
-        transform: ``transform(frames_FCHW, num_frames)`` is applied chunk by chunk as frames are decoded (resizing),
-            so that full-size frames of a long video never lie in memory together.
-        backend: "decord" and "pyav" insist on one decoder (tests); "auto" is decord with PyAV behind it.
+        transform: ``transform(frames_FCHW, num_frames)`` is applied chunk by chunk as frames are decoded, for instance
+            to resize them, so that the full-size frames of a long video are never all in memory.
+        backend: "decord" and "pyav" allow only that decoder (tests); "auto" tries decord and then PyAV.
 
     Raises:
-        UnusableMedia: missing, not a video, damaged, cut off, in a codec no decoder has, or without a frame in the
-            span of time that is asked for.
+        UnusableMedia: the file is missing, not a video, damaged or cut off, no decoder has its codec, or it has no
+            frame in the span of time asked for.
     """
     path = regular_file(path)
     index = index_video(path)
@@ -204,8 +207,10 @@ def read_video(
 def _decode(
     index: VideoIndex, wanted: list[int], *, backend: Backend, collect: Callable[[Iterator[np.ndarray]], Tensor]
 ) -> tuple[Tensor, Literal["decord", "pyav"], str]:
-    """(what ``collect`` makes of the chunks, the decoder that gave them, why decord did not): decord where it may
-    decode the file, PyAV otherwise."""
+    """(result of ``collect`` for the decoded chunks, decoder used, reason why it was not decord).
+
+    decord is used where it can decode the file correctly, PyAV otherwise.
+    """
     reason = _why_not_decord(index) if backend == "auto" else ""
     if backend == "decord" or (backend == "auto" and not reason):
         try:
@@ -223,10 +228,11 @@ def _decode(
 
 
 def read_image(path: Path | str) -> Tensor:
-    """uint8 [1, 3, H, W], RGB, turned as its EXIF orientation says, transparency over white.
+    """The image as uint8 [1, 3, H, W], RGB. It is rotated by its EXIF orientation, and transparent parts are put on
+    white.
 
     Raises:
-        UnusableMedia: missing, damaged, cut off, or so large that decoding it looks like an attack (Pillow's limit).
+        UnusableMedia: the image is missing, damaged, cut off, or larger than Pillow's limit against malicious files.
     """
     path = regular_file(path)
     try:
@@ -263,7 +269,7 @@ def regular_file(path: Path | str) -> Path:
 
 
 def _why_not_decord(index: VideoIndex) -> str:
-    """Why decord must not decode this file; empty where it may."""
+    """The reason why decord must not decode this file; empty if it may."""
     if not _has_decord():
         return "decord is not installed"
     if index.codec in _CODECS_WITHOUT_DECORD:
@@ -278,7 +284,8 @@ def _why_not_decord(index: VideoIndex) -> str:
 
 
 def _explain(index: VideoIndex, error: DecordFailed) -> str:
-    """A reason in few kinds, so that saying each once does not flood the log; details go to the debug log."""
+    """The reason for a failure, as one of a few kinds, so that logging each kind once does not flood the log. Details
+    go to the debug log."""
     _log.debug("decord, %s: %s", index.path, error)
     if error.stage == "open":
         return "decord counts other frames" if "counts" in str(error) else f"decord cannot open {index.codec}"
@@ -312,7 +319,7 @@ def _chunks(index: VideoIndex, wanted: list[int]) -> Iterator[list[int]]:
 
 
 _CODECS_WITHOUT_DECORD: set[str] = set()
-"""Learnt from failures to open: each such codec costs one attempt per process, not one per video."""
+"""The codecs that decord has failed to open. Each costs one attempt per process, not one per video."""
 _REASONS_SAID: set[str] = set()
 
 
@@ -323,7 +330,8 @@ def _has_decord() -> bool:
 
 @functools.cache
 def _decord_process(process_id: int) -> DecordProcess:
-    """One child per process: after a fork the pipe would be shared with the parent and answers would mix."""
+    """The decord child of this process. Each process has its own, because a pipe that is shared with the parent after a
+    fork would mix their answers."""
     del process_id
     return DecordProcess()
 

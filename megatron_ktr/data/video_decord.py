@@ -1,17 +1,17 @@
-"""decord in a process of its own.
+"""Runs decord in a separate process.
 
-decord is quick, but it is native code of 2021: on some files it spins for ever inside ``get_batch`` and no Python
-timeout reaches it there, and a crash would take the training rank with it. So one child per rank runs this file
-as a script (it imports decord and numpy only); the parent asks it for frames over a pipe, waits no longer than a
-deadline, and starts a fresh child after a hang or a crash.
+decord is fast, but it is native code from 2021. On some files it loops for ever inside ``get_batch``, where no Python
+timeout can interrupt it, and a crash would end the training rank. So each rank has one child process that runs this
+file as a script (it imports decord and numpy only). The parent asks it for frames over a pipe, waits no longer than a
+deadline, and starts a new child after a hang or a crash.
 
 Protocol: the parent writes one JSON line ``{"path", "frames", "num_frames", "size", "is_last"}``; the child answers
 with one JSON line ``{"shape"}`` followed by that many bytes of uint8 RGB, or ``{"error", "stage"}``. It keeps the
 file open between the requests for one video, until ``is_last``.
 
-decord conceals damage: it returns a neighbouring or half-grey picture without an error. But its FFmpeg complains on
-the error stream, so frames during which anything was written there are not delivered, and PyAV, which can tell
-which frames are damaged, decides.
+decord conceals damage: it returns a neighbouring or half-grey picture without an error. Its FFmpeg, however, writes to
+the error stream. If anything was written there, the child returns an error instead of the frames, and PyAV decodes
+them, because it can tell which frames are damaged.
 """
 
 from __future__ import annotations
@@ -42,9 +42,10 @@ class DecordFailed(Exception):
 
 
 class DecordProcess:
-    """Asks a child process for frames; one request at a time (not for several threads), kept for a whole run.
+    """Asks a child process for frames, one request at a time. It is not safe for several threads. The child is kept for
+    the whole run.
 
-    ``command`` is what to run as the child: this file, unless a test puts something that hangs or crashes there.
+    ``command`` runs the child. By default it runs this file; tests replace it by something that hangs or crashes.
     """
 
     def __init__(self, command: Sequence[str] | None = None) -> None:
@@ -56,7 +57,7 @@ class DecordProcess:
 
     @staticmethod
     def is_installed() -> bool:
-        """False on aarch64 and macOS, for which decord has no wheels."""
+        """Whether decord is installed. It is not on aarch64 and macOS, for which it has no wheels."""
         return importlib.util.find_spec("decord") is not None
 
     def read_frames(
@@ -69,10 +70,10 @@ class DecordProcess:
         is_last: bool,
         timeout_seconds: float,
     ) -> np.ndarray:
-        """uint8 [F, H, W, 3] of the given frame numbers (upright: decord applies rotation itself).
+        """The frames with the given numbers, uint8 [F, H, W, 3]. They are upright, because decord applies rotation.
 
-        ``num_frames`` and ``size`` (height, width, upright) are what the packet index found; a file that decord
-        sees differently fails with stage "open", because its numbering would not be ours.
+        ``num_frames`` and ``size`` (upright height and width) come from the packet index. If decord counts another
+        number of frames, its numbering differs from ours, and the request fails with stage "open".
         """
         child = self._start()
         request = {
@@ -101,7 +102,7 @@ class DecordProcess:
             raise DecordFailed("crash", f"its process ended with code {code}") from None
 
     def close(self) -> int | None:
-        """Ends the child, if any, and returns its exit code."""
+        """Ends the child, if there is one, and returns its exit code."""
         child, self._child, self._pending = self._child, None, b""
         if child is None or os.getpid() != self._owner:  # a fork must not end its parent's child
             return None
@@ -156,7 +157,7 @@ def _open_reader(request: dict[str, Any]) -> Any:
     import decord
 
     decord.logging.set_level(decord.logging.ERROR)
-    # fault_tol 0: no neighbouring frame, silently, in place of one that cannot be decoded.
+    # fault_tol 0: decord must not silently replace a frame that cannot be decoded by a neighbouring one.
     reader = decord.VideoReader(request["path"], num_threads=2, fault_tol=0)
     if len(reader) != request["num_frames"]:
         raise ValueError(f"decord counts {len(reader)} frames, the packets say {request['num_frames']}")
@@ -165,7 +166,8 @@ def _open_reader(request: dict[str, Any]) -> Any:
 
 def _serve() -> None:
     """The child: answers requests until the parent closes the pipe."""
-    # A scheduler's request to leave goes to every process of a job; the rank finishes its step first, and needs us.
+    # A cluster's scheduler sends its signal to stop to every process of a job. The rank finishes its step first and
+    # needs this child for it, so the child ignores the signal.
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "wb")

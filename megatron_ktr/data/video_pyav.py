@@ -1,15 +1,16 @@
-"""What is in a video file, and its frames by number, with PyAV.
+"""Indexes a video file and decodes its frames by number, with PyAV.
 
-Three facts make frame numbers trustworthy here:
+Frames are identified reliably, for these reasons:
 
-1. One pass over the packets (nothing but the first picture is decoded) gives the presentation times of all
-   frames; frame ``i`` is the i-th of them in time. Packets that an edit list discards are no frames.
-2. A wanted frame is decoded from the last key frame shown at or before it and recognised by its time, so seeking
-   cannot shift the numbering. Files without usable times are decoded from the start and counted instead.
-3. The display matrix is applied: rotated and mirrored recordings come out upright.
+1. One pass over the packets gives the presentation times of all frames; only the first picture is decoded. Frame ``i``
+   is the i-th of them in time. Packets that an edit list discards do not count as frames.
+2. To decode a wanted frame, decoding starts at the last key frame shown at or before it, and the frame is recognised by
+   its time. So seeking cannot shift the numbering. Files without usable times are decoded from the start, and frames
+   are counted.
+3. The display matrix is applied, so that rotated and mirrored recordings come out upright.
 
-A decoding error between that key frame and a wanted frame makes the file unusable, and so does a frame there that
-is flagged as damaged: training on pictures invented by error concealment would go unnoticed.
+A decoding error between that key frame and a wanted frame makes the file unusable. So does a frame there that is
+flagged as damaged; otherwise, training on pictures invented by error concealment would go unnoticed.
 """
 
 from __future__ import annotations
@@ -32,27 +33,28 @@ try:
 
     _ERRORS: tuple[type[Exception], ...] = (av.error.FFmpegError, OSError, ValueError, EOFError, RuntimeError)
 except ModuleNotFoundError:
-    # Training on recorded tensors and measuring need no video files: only opening one does.
+    # PyAV is needed only when a video file is opened. Runs without video files work without it.
     av, _ERRORS = None, ()
 
 _PLAYLIST_FORMATS = ("hls", "dash", "concat", "concatf", "imf", "sdp", "rtsp", "webm_dash_manifest")
-"""Formats that name other files or hosts: following them would lead outside the media root."""
+"""Formats of files that refer to other files or hosts. Following them would lead outside the media root."""
 _CONTAINER_OPTIONS = {"protocol_whitelist": "file"}
 _OPEN_TIMEOUT_SECONDS = (30.0, 30.0)
 _DECODER_THREADS = 2
-# Titles and comments in odd encodings make no file unusable. PyAV 19 never raises for them, and has no such argument.
+# Titles and comments in odd encodings must not make a file unusable. PyAV 19 never raises for them, and lacks the
+# argument.
 _LENIENT: dict[str, Any] = (
     {} if av is None or int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "ignore"}
 )
 
 
 class _FrameNotFound(Exception):
-    """The expected presentation time never came out of the decoder (hidden packets, wrong times)."""
+    """The decoder returned no frame with the expected presentation time (hidden packets, wrong times)."""
 
 
 @dataclass(frozen=True)
 class VideoIndex:
-    """Everything needed to choose frames and to find them again.
+    """Everything that is needed to choose frames of a video and to find them again.
 
     Example: 10 frames of 0.1 s, key frames 0 and 6, frame 5 stored after key frame 6 (an open group of pictures):
     ``pts == (0, 1, .., 9)``, ``key_pts == (0, 6)``, ``has_open_groups``.
@@ -63,16 +65,16 @@ class VideoIndex:
     num_frames: int
     native_fps: float
     pts: tuple[int, ...] | None
-    """Sorted presentation times in stream ticks; None where the file has no usable ones."""
+    """Sorted presentation times in stream ticks; None if the file has no usable ones."""
     key_pts: tuple[int, ...]
     key_dts: tuple[int, ...]
-    """Decoding time of each key frame: what a seek must aim at. Same order as ``key_pts``."""
+    """The decoding time of each key frame, which is the target of a seek. It has the order of ``key_pts``."""
     has_open_groups: bool
-    """Some frame is stored after a key frame but shown before it. decord, which counts frames from key frames on,
-    returns wrong pictures all over such a file (usual in HEVC)."""
+    """Whether some frame is stored after a key frame but shown before it, which is usual in HEVC. decord counts frames
+    from key frames on, and returns wrong pictures throughout such a file."""
     height: int
     width: int
-    """Size as stored, before rotation."""
+    """The size as stored, before rotation."""
     quarter_turns: int
     """Clockwise quarter turns that make the picture upright, applied after mirroring."""
     is_mirrored: bool
@@ -86,7 +88,8 @@ def index_video(path: Path) -> VideoIndex:
     """Reads all packet headers of the best video stream and decodes its first frame.
 
     Raises:
-        UnusableMedia: not a video, no decoder, damaged beyond the first frame, or shorter than it declares.
+        UnusableMedia: the file is not a video, has no decoder, no frame of it can be decoded, or it is shorter than it
+            declares.
     """
     try:
         with _open(path) as container:
@@ -140,7 +143,7 @@ def _open(path: Path) -> Any:
 
 
 def _best_stream(path: Path, container: Any) -> Any:
-    """The stream FFmpeg ranks first (of several: default flag, then size), which is also decord's choice."""
+    """The stream that FFmpeg ranks first (by default flag, then size); decord chooses the same."""
     assert av is not None, "a container was opened with it"
     stream = container.streams.best("video")
     if stream is None:
@@ -169,7 +172,7 @@ def _index_stream(path: Path, container: Any, stream: Any) -> VideoIndex:
                 first_error = error
     if first_frame is None:
         raise UnusableMedia(path, f"no frame can be decoded: {first_error or 'the stream is empty'}")
-    # Only the mov family counts its samples in a table; elsewhere the declared number is an estimate.
+    # Only formats of the mov family declare an exact number of frames; in others it is an estimate.
     if "mov" in container.format.name and stream.frames > num_stored:
         raise UnusableMedia(path, f"is cut off: {num_stored} of the {stream.frames} declared frames are there")
     pts, keys, has_open_groups = _order_frames(times)
@@ -197,8 +200,10 @@ def _index_stream(path: Path, container: Any, stream: Any) -> VideoIndex:
 def _order_frames(
     times: list[tuple[int | None, int | None, bool]],
 ) -> tuple[tuple[int, ...] | None, list[tuple[int, int]], bool]:
-    """Sorted presentation times, (pts, dts) of the key frames, whether groups of pictures are open; (None, [], False)
-    where times are missing or repeated or no key frame is marked."""
+    """(sorted presentation times, (pts, dts) of each key frame, whether groups of pictures are open).
+
+    The result is (None, [], False) if times are missing or repeated, or if no key frame is marked.
+    """
     pts = tuple(sorted(time for time, _, _ in times if time is not None))
     has_key = any(is_key for _, _, is_key in times)
     if len(pts) < len(times) or len(set(pts)) < len(pts) or not has_key:
@@ -215,13 +220,13 @@ def _order_frames(
 
 
 def _count_frames(path: Path) -> int:
-    """Number of frames that come out of the decoder, the only truth where packets carry no times."""
+    """The number of frames that the decoder returns. It is the only reliable count if packets have no times."""
     with _open(path) as container:
         return sum(1 for _ in container.decode(_best_stream(path, container)))
 
 
 def _frames_by_time(index: VideoIndex, container: Any, stream: Any, wanted: Sequence[int]) -> Iterator[Any]:
-    """Frames recognised by presentation time, seeking over key frames that need not be decoded."""
+    """Yields the wanted frames, recognised by presentation time. It seeks past frames that need not be decoded."""
     assert index.pts is not None
     frames: Iterator[Any] | None = None
     latest = None
@@ -232,7 +237,8 @@ def _frames_by_time(index: VideoIndex, container: Any, stream: Any, wanted: Sequ
             frames = _decode_from_key(index, container, stream, seek_to=index.key_dts[key] if key else None)
             first = next(frames, None)
             if first is not None and first.pts is not None and first.pts > target:
-                # The container landed on a later key frame: its index is not by decoding time.
+                # The seek ended at a later key frame, because the container's index is not by decoding time. Decoding
+                # then starts from the beginning.
                 frames = _decode_from_key(index, container, stream, seek_to=None, rewind=True)
                 first = next(frames, None)
             frame = first
@@ -249,26 +255,29 @@ def _frames_by_time(index: VideoIndex, container: Any, stream: Any, wanted: Sequ
 def _decode_from_key(
     index: VideoIndex, container: Any, stream: Any, *, seek_to: int | None, rewind: bool = False
 ) -> Iterator[Any]:
-    """Decoded frames in order of time from a key frame (None: from where a fresh container stands)."""
+    """Yields decoded frames in order of time, from the key frame at ``seek_to``. None means from the current position
+    of the container, or from the beginning with ``rewind``."""
     if seek_to is not None or rewind:
         start = stream.start_time or 0
         container.seek(seek_to if seek_to is not None else min(start, 0), stream=stream, backward=True)
     first_key: int | None = None
     for packet in container.demux(stream):
-        # After a seek some containers start between key frames; those pictures would lack their references.
+        # After a seek some containers start between key frames. Pictures before the next key frame lack their reference
+        # frames and are skipped.
         if first_key is None and packet.is_keyframe:
             first_key = packet.pts
         if first_key is None:
             continue
         for frame in packet.decode():
-            # Frames shown before the key frame lack references after a seek; nobody wants them from here.
+            # Damaged frames that are shown before the key frame are ignored: they lack references only because of the
+            # seek, and no wanted frame is among them.
             if frame.is_corrupt and frame.pts is not None and frame.pts >= first_key:
                 raise UnusableMedia(index.path, f"a frame at {float(frame.time or 0):.2f} s is damaged")
             yield frame
 
 
 def _frames_by_count(index: VideoIndex, container: Any, stream: Any, wanted: Sequence[int]) -> Iterator[Any]:
-    """Frames recognised by counting everything that is decoded."""
+    """Yields the wanted frames, recognised by counting all decoded frames."""
     remaining = iter(wanted)
     number = next(remaining, None)
     for position, frame in enumerate(container.decode(stream)):
@@ -284,7 +293,7 @@ def _frames_by_count(index: VideoIndex, container: Any, stream: Any, wanted: Seq
 
 
 def _orientation(frame: Any) -> tuple[int, bool]:
-    """(clockwise quarter turns, mirrored first?) from the display matrix of a decoded frame.
+    """(clockwise quarter turns, whether it is mirrored first), from the display matrix of a decoded frame.
 
     The matrix maps stored to shown points as row vectors with y downwards: x' = a x + c y, y' = b x + d y.
     """

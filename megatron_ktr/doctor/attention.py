@@ -1,10 +1,10 @@
-"""One packed attention of every implementation on the device that is there, and the cuDNN that it took.
+"""Tries every implementation of packed attention once on this machine's device, and finds the cuDNN that was loaded.
 
-    python -m megatron_ktr.doctor.attention      one JSON object: what each of them came to, and what was loaded
+    python -m megatron_ktr.doctor.attention      prints one JSON object: the result of each, and the libraries loaded
 
-In a process of its own: a kernel that fails may take the process with it, and what is loaded shows once all have run.
-Output and gradients are compared with the loop over segments in fp64. On CPU the implementations run that have a CPU
-form.
+This runs in a separate process, because a kernel that fails may crash its process. The libraries are listed after all
+implementations have run. Output and gradients are compared with those of the loop over segments in fp64. On CPU only
+the implementations with a CPU form run.
 """
 
 from __future__ import annotations
@@ -27,17 +27,19 @@ IMPLEMENTATIONS = ("torch", "merged", "varlen", "te")
 NOT_HERE = "not here: "
 MASK = "padding_causal_bottom_right"
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.02}
-"""Relative, of output and each gradient: some units of the last place, and of sums of a hundred of them."""
+"""The largest relative error of the output and of each gradient: some units in the last place, or in that of sums of a
+hundred values."""
 
 
 @dataclass(frozen=True)
 class AttentionFacts:
-    """What the process said, or why it said nothing."""
+    """The results of the process, or the reason why there are none."""
 
     problems: dict[str, str]
-    """By implementation: empty where its numbers are right; ``NOT_HERE`` and why where this machine cannot run it."""
+    """The problem of each implementation. It is empty if the numbers are right, and ``NOT_HERE`` with a reason if this
+    machine cannot run the implementation."""
     cudnn: tuple[str, ...] = ()
-    """Files of cuDNN that were loaded when all had run."""
+    """The files of cuDNN that were loaded after all implementations had run."""
     error: str = ""
 
 
@@ -47,7 +49,7 @@ def read_attention(*, timeout_seconds: float = 600.0) -> AttentionFacts:
     command = [sys.executable, "-m", "megatron_ktr.doctor.attention"]
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout_seconds)
-        # Libraries may have their say before and after it.
+        # Libraries may print other lines before and after the JSON object.
         found = json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
     except subprocess.TimeoutExpired:
         return AttentionFacts({}, error=f"no answer within {timeout_seconds:.0f} s")
@@ -72,7 +74,8 @@ def check_attention(facts: AttentionFacts) -> Check:
 
 
 def check_cudnn(loaded: Sequence[str], *, lacking: Sequence[str] = ()) -> Check:
-    """``lacking``: libraries that the wheel's cuDNN looks for and does not bring."""
+    """Checks that only one cuDNN is loaded. ``lacking`` are libraries that the wheel's cuDNN looks for but does not
+    contain."""
     if not loaded:
         return Check("cudnn", True, "none is loaded")
     folders: dict[str, list[str]] = {}
@@ -95,7 +98,7 @@ def lacking_libraries() -> list[str]:
 
 
 def loaded_cudnn(maps: str = "/proc/self/maps") -> list[str]:
-    """Files of cuDNN mapped into this process; none where the system does not say."""
+    """The files of cuDNN that are mapped into this process. Empty if the system does not list them."""
     try:
         lines = Path(maps).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -108,7 +111,7 @@ def loaded_cudnn(maps: str = "/proc/self/maps") -> list[str]:
 
 
 def try_implementation(name: str, *, device: Any) -> str:
-    """Empty, or what is wrong; ``NOT_HERE`` and why."""
+    """The problem of one implementation, as in ``AttentionFacts.problems``."""
     import torch
 
     from megatron_ktr.ops.prefix_attention import choose_impl, loop_attention, prefix_attention
@@ -140,7 +143,7 @@ def try_implementation(name: str, *, device: Any) -> str:
         exact_out = loop_attention(*exact_inputs, plan=plan, scale=64**-0.5)
         exact = [exact_out, *torch.autograd.grad(exact_out, exact_inputs, weight.to(dtype).double())]
         off = [_relative(*pair) for pair in zip(found, exact, strict=True)]
-    except Exception as error:  # whatever a broken library raises is the finding
+    except Exception as error:  # a broken library may raise anything, and that is the result
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     limit = TOLERANCE[str(dtype).removeprefix("torch.")]
     return "" if max(off) <= limit else f"wrong numbers: off by {max(off):.1e} of the whole, expected {limit:g} at most"
@@ -152,8 +155,8 @@ def _relative(ours: Any, exact: Any) -> float:
 
 
 def transformer_engine_attention(q: Any, k: Any, v: Any, *, plan: Any) -> Any:
-    """``prefix_attention`` as the model's layers ask Transformer Engine for it: THD, causal from the bottom right,
-    every response behind its own copy of the prompt."""
+    """``prefix_attention`` by Transformer Engine, called as the model's layers call it: in THD layout, with a causal
+    mask aligned at the bottom right, and with every response behind its own copy of the prompt."""
     call, copies = plan.whole_call(q.device), plan.whole_copies(q.device)
     out = _engine_module(q.shape[1], k.shape[1], q.shape[2])(
         q,
@@ -170,7 +173,7 @@ def transformer_engine_attention(q: Any, k: Any, v: Any, *, plan: Any) -> Any:
 
 @cache
 def _engine_module(num_heads: int, num_key_heads: int, head_size: int) -> Any:
-    """Made once, so that timing its calls is timing its kernels."""
+    """Makes the module once, so that the time of a call is that of its kernels."""
     import transformer_engine.pytorch as te  # pyright: ignore[reportMissingImports]  # optional
 
     return te.DotProductAttention(

@@ -1,7 +1,7 @@
-"""What a check found, how the findings of several nodes become one, and how they are shown.
+"""The result of a check, the merging of results from several nodes, and their presentation.
 
-Every check is a pure function of facts; what reads the facts from the machine stands beside it. So a test can hand any
-machine to a check, also one that is broken in a way that none at hand is.
+Every check is a pure function of facts, and a separate function reads the facts from the machine. So a test can pass
+any facts to a check, also those of a machine that is broken in a way that no available machine is.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Check:
-    """One finding. ``remedy`` of a check that is ok is advice: it says what more there could be."""
+    """The result of one check. If the check is ok, ``remedy`` is advice on what could be improved."""
 
     name: str
     ok: bool
@@ -23,8 +23,11 @@ class Check:
 
 
 def merge_nodes(checks_by_node: Mapping[str, Sequence[Check]]) -> list[Check]:
-    """One check per name over all nodes, in the first node's order: ok if it is everywhere, else with the hosts where
-    it is not. Nodes that differ in what is fine (other versions, other GPUs) are told apart too."""
+    """Merges the checks of all nodes into one per name, in the first node's order.
+
+    A merged check is ok if it is ok on every node; otherwise it names the hosts where it failed. If nodes are ok with
+    different details (other versions, other GPUs), the details are listed by host.
+    """
     if len(checks_by_node) == 1:
         return list(*checks_by_node.values())
     names = dict.fromkeys(check.name for checks in checks_by_node.values() for check in checks)
@@ -48,7 +51,7 @@ def _hosts(hosts: Sequence[str], num_nodes: int) -> str:
 
 
 def as_text(checks: Sequence[Check]) -> str:
-    """A line per check, below each that failed what to do, and what it comes to."""
+    """The report as text: one line for each check, below it the remedy if there is one, and a summary at the end."""
     width = max(len(check.name) for check in checks)
     lines = []
     for check in checks:
@@ -61,7 +64,8 @@ def as_text(checks: Sequence[Check]) -> str:
 
 
 def error_of_import(module: str, *, timeout_seconds: float = 600.0) -> str:
-    """Why ``module`` cannot be imported, or nothing; in a process of its own, which a broken library may end."""
+    """The reason why ``module`` cannot be imported; empty if it can. The import runs in a separate process, because a
+    broken library may crash it."""
     try:
         done = subprocess.run(
             [sys.executable, "-c", f"import {module}"], capture_output=True, text=True, timeout=timeout_seconds

@@ -16,11 +16,11 @@ from megatron_ktr.doctor.check import Check
 
 GB = 10**9
 LEAST_DRIVER = {13: 580, 12: 525}
-"""Major version of CUDA -> oldest driver series that runs it."""
+"""Maps a major version of CUDA to the oldest driver series that supports it."""
 
 
 def check_gpus(facts: GpuFacts) -> Check:
-    """Whether torch sees the GPUs that nvidia-smi lists, all of one kind, and free."""
+    """Checks that torch sees all GPUs that nvidia-smi lists, that they are of one kind, and that memory is free."""
     if facts.torch_error:
         return Check("gpus", False, facts.torch_error, "reinstall torch; make setup does it for CPU")
     if not facts.has_gpu:
@@ -50,7 +50,7 @@ def check_gpus(facts: GpuFacts) -> Check:
 
 
 def check_driver(facts: GpuFacts) -> Check:
-    """Whether the driver is new enough for the CUDA that torch was built with."""
+    """Checks that the driver is new enough for the CUDA version with which torch was built."""
     if not facts.has_gpu:
         return Check("driver", True, "none; not needed on a CPU machine")
     if facts.driver is None:
@@ -74,12 +74,13 @@ class DiskFacts:
 
 
 def read_disk(directory: Path, *, num_bytes: int = 256 * 10**6) -> DiskFacts:
-    """Writes and removes one file, synchronised to the disk, in ``directory`` or the nearest parent that exists."""
+    """Measures the disk: writes one file in ``directory``, or in its nearest parent that exists, synchronises it to the
+    disk, and removes it."""
     place = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     try:
         free = shutil.disk_usage(place).free
         with tempfile.TemporaryFile(dir=place) as file:
-            # Not zeros: file systems compress them.
+            # Random bytes, because some file systems compress zeros.
             block = os.urandom(4 * 10**6)
             started = time.perf_counter()
             for _ in range(max(1, num_bytes // len(block))):
@@ -94,7 +95,8 @@ def read_disk(directory: Path, *, num_bytes: int = 256 * 10**6) -> DiskFacts:
 
 
 def check_disk(facts: DiskFacts, *, has_gpu: bool) -> Check:
-    """A checkpoint of the 7B model is 100 GB; at 200 MB/s its writing, in the background, takes 8 minutes."""
+    """Checks speed and free space of the disk. On GPU machines a checkpoint of the 7B model of 100 GB is the measure:
+    at 200 MB/s it is written, in the background, in 8 minutes."""
     if facts.error:
         remedy = "choose a directory that can be written, with --run-dir"
         return Check("disk", False, f"{facts.directory}: {facts.error}", remedy)
@@ -110,12 +112,12 @@ def check_disk(facts: DiskFacts, *, has_gpu: bool) -> Check:
 
 
 def read_shared_memory(path: str = "/dev/shm") -> int | None:
-    """Bytes; None where there is none, as on macOS."""
+    """The size of shared memory in bytes; None if the system has none, as on macOS."""
     return shutil.disk_usage(path).total if os.path.isdir(path) else None
 
 
 def check_shared_memory(num_bytes: int | None, *, num_gpus: int) -> Check:
-    """NCCL and vLLM exchange data between the processes of a machine through it."""
+    """Checks the size of shared memory, through which NCCL and vLLM exchange data between a machine's processes."""
     if num_bytes is None:
         return Check("/dev/shm", num_gpus == 0, "not there", "" if num_gpus == 0 else "mount a tmpfs on /dev/shm")
     needed = num_gpus * GB if num_gpus else 60 * 10**6
@@ -126,7 +128,7 @@ def check_shared_memory(num_bytes: int | None, *, num_gpus: int) -> Check:
 
 @dataclass(frozen=True)
 class LimitFacts:
-    """Soft limits; -1 is none."""
+    """Soft limits of this process. -1 means unlimited."""
 
     open_files: int
     locked_bytes: int
@@ -145,7 +147,8 @@ def read_limits() -> LimitFacts:
 
 
 def check_limits(facts: LimitFacts) -> Check:
-    """Connections and files of a rank; memory that InfiniBand locks."""
+    """Checks the limit of open files, which a rank needs for connections and files, and that of locked memory, which
+    InfiniBand needs."""
     detail = f"{'unlimited' if facts.open_files < 0 else facts.open_files} open files"
     if 0 <= facts.open_files < 1024:
         return Check("ulimit", False, detail, "ulimit -n 65536")
@@ -157,12 +160,13 @@ def check_limits(facts: LimitFacts) -> Check:
 
 
 def count_cores() -> int:
-    """Cores that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def check_threads(environment: Mapping[str, str], *, num_cores: int) -> Check:
-    """Every rank of a machine makes this many threads."""
+    """Checks that the threads of all ranks of this machine together do not exceed its cores. Every rank starts
+    ``OMP_NUM_THREADS`` threads."""
     ranks = int(environment.get("LOCAL_WORLD_SIZE", "1"))
     text = environment.get("OMP_NUM_THREADS")
     if text is None:
@@ -171,14 +175,15 @@ def check_threads(environment: Mapping[str, str], *, num_cores: int) -> Check:
     if not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text) >= 1):
         return Check("OMP_NUM_THREADS", False, f"{text!r} is no number of threads", "export OMP_NUM_THREADS=1")
     detail = f"{text} x {ranks} ranks on {num_cores} cores"
-    # Ranks may outnumber cores (a test of a layout), but then with one thread each.
+    # There may be more ranks than cores (to test a layout), but then with one thread each.
     is_fine = int(text) == 1 or int(text) * ranks <= num_cores
     remedy = "" if is_fine else f"export OMP_NUM_THREADS={max(1, num_cores // ranks)}"
     return Check("OMP_NUM_THREADS", is_fine, detail, remedy)
 
 
 def check_connections(environment: Mapping[str, str], *, facts: GpuFacts) -> Check:
-    """Up to Hopper kernels run in the order in which they were issued only with one connection."""
+    """Checks ``CUDA_DEVICE_MAX_CONNECTIONS``. On GPUs up to Hopper, kernels run in the order in which they were issued
+    only with a single connection."""
     name = "CUDA_DEVICE_MAX_CONNECTIONS"
     value = environment.get(name)
     if not facts.seen:

@@ -1,4 +1,4 @@
-"""Checks between the ranks of a torchrun: all-reduce, clocks, a directory that all of them see."""
+"""Checks between the ranks of a torchrun: the speed of all-reduce, their clocks, and a directory that all see."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from megatron_ktr.distributed.platform_probe import join_world, measure_all_redu
 from megatron_ktr.doctor.check import Check
 
 MOST_SKEW_SECONDS = 1.0
-"""More than this, and times of logs and of files on shared storage mislead."""
+"""The largest tolerable difference of clocks. With more, times in logs and of files on shared storage mislead."""
 CLOCK_ROUNDS = 7
 
 
 @dataclass(frozen=True)
 class WorldFacts:
-    """What the ranks found out together; the same on every rank."""
+    """The facts that the ranks found out together. They are the same on every rank."""
 
     size: int
     num_nodes: int
@@ -37,14 +37,15 @@ class WorldFacts:
 
     @property
     def bus_gb_per_second(self) -> float:
-        """Bytes that each rank sent and received, over the time: 2 (n - 1) / n of the tensor."""
+        """The bytes that each rank sent, divided by the time, in GB/s. All-reduce sends 2 (n - 1) / n of the tensor."""
         return 2 * (self.size - 1) / self.size * self.num_bytes / max(self.seconds, 1e-9) / 1e9
 
 
 def read_world(*, directory: Path, timeout_minutes: float = 5.0) -> WorldFacts:
-    """Collective over a torchrun; the process group stays open for ``gather``.
+    """Reads the facts. The call is collective over all ranks of a torchrun, and the process group stays open for
+    ``gather``.
 
-    Raises RuntimeError or ValueError where the ranks do not find each other.
+    Raises RuntimeError or ValueError if the ranks cannot connect to each other.
     """
     import torch
 
@@ -52,7 +53,7 @@ def read_world(*, directory: Path, timeout_minutes: float = 5.0) -> WorldFacts:
     join_world(has_gpu=has_gpu, timeout_minutes=timeout_minutes)
     size = torch.distributed.get_world_size()
     hosts = gather(socket.gethostname())
-    # As many as there are local rank 0s: hosts of two containers may have one name.
+    # Nodes are counted by their local rank 0, because the hosts of two containers may have the same name.
     num_nodes = sum(gather(os.environ.get("LOCAL_RANK", "0") == "0"))
     num_bytes = 512 * 2**20 if has_gpu else 4 * 2**20
     seconds, is_right = measure_all_reduce(has_gpu=has_gpu, num_bytes=num_bytes)
@@ -70,7 +71,7 @@ def read_world(*, directory: Path, timeout_minutes: float = 5.0) -> WorldFacts:
 
 
 def gather(value: Any) -> list[Any]:
-    """Every rank's ``value``, on every rank."""
+    """The ``value`` of every rank, in the order of ranks, on every rank."""
     import torch
 
     values: list[Any] = [None] * torch.distributed.get_world_size()
@@ -79,7 +80,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def by_node(own: Sequence[Check]) -> dict[str, Sequence[Check]]:
-    """What the process that looked at each node found, by the node's name; on every rank."""
+    """The checks of each node by its name, on every rank. One process of a node makes them; others pass none."""
     found: dict[str, Sequence[Check]] = {}
     for host, checks in gather((socket.gethostname(), own)):
         if checks:
@@ -88,7 +89,8 @@ def by_node(own: Sequence[Check]) -> dict[str, Sequence[Check]]:
 
 
 def _clock_offsets() -> tuple[float, ...]:
-    """Clocks are read on leaving a barrier; the median of several rounds forgets those that were held up there."""
+    """The offset of each rank's clock from rank 0's, in seconds. Clocks are read just after a barrier; the median over
+    several rounds discards rounds in which a rank was delayed."""
     import torch
 
     rounds = []
@@ -109,10 +111,10 @@ def _sees_directory(directory: Path) -> tuple[bool, ...]:
     try:
         if is_first:
             (place / name).touch()
-    except OSError:  # the check of the disk says so
+    except OSError:  # the check of the disk reports this
         pass
     torch.distributed.barrier()
-    # The absolute path of rank 0: what the others would be given on their command line.
+    # All ranks look below rank 0's absolute path, because this is the path they would get on their command line.
     seen = gather((Path(gather(str(place.absolute()))[0]) / name).exists())
     if is_first:
         (place / name).unlink(missing_ok=True)
@@ -120,13 +122,14 @@ def _sees_directory(directory: Path) -> tuple[bool, ...]:
 
 
 def no_connection(error: Exception) -> Check:
-    """In place of all checks between ranks."""
+    """The check that replaces all checks between ranks if they cannot connect."""
     remedy = "look at the addresses and interfaces first: docs/launching.md, When it hangs; NCCL_DEBUG=INFO shows them"
     return Check("all-reduce", False, f"the ranks cannot talk: {' '.join(str(error).split())[:300]}", remedy)
 
 
 def check_all_reduce(facts: WorldFacts | None) -> Check:
-    """Least speed on GPUs: PCIe inside a node, an RDMA network between nodes. On CPU only that it works."""
+    """Checks the result and speed of all-reduce. On GPUs the lowest speed is that of PCIe inside a node, and of an RDMA
+    network between nodes. On CPU any speed will do."""
     if facts is None:
         return Check("all-reduce", True, "one process; start the doctor with torchrun to measure it")
     megabytes = facts.num_bytes / 2**20
@@ -169,7 +172,7 @@ def check_shared_directory(facts: WorldFacts | None, *, directory: str) -> Check
 
 
 def commands_that_work(checks: Sequence[Check], *, has_gpu: bool) -> Check:
-    """On a CPU machine: which of the repository's commands still run."""
+    """Says which of the repository's commands work on this machine; on a CPU machine some do not."""
     if has_gpu:
         return Check("commands", True, "training and all commands of the README")
     needed = {"python", "disk", "pyav"}
@@ -178,6 +181,6 @@ def commands_that_work(checks: Sequence[Check], *, has_gpu: bool) -> Check:
     if blocking:
         remedy = f"mend {', '.join(blocking)} first"
         return Check("commands", False, f"on a CPU machine {commands} would work, but not here", remedy)
-    # Each makes its own environment, so versions in this one do not matter to them.
+    # Each command makes its own environment, so the versions in this one do not matter.
     detail = f"no GPU: {commands} work (they make their own environment); published sizes and FP8 need GPUs"
     return Check("commands", True, detail)

@@ -1,4 +1,4 @@
-"""Installed versions against those that setup.py asks for, read from its text: nothing has to be installed for that."""
+"""Compares installed versions with those that setup.py asks for. These are read from its text, without running it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from megatron_ktr.doctor.check import Check
 from megatron_ktr.errors import UserError
 
 OWN_LINES = ("torch", "megatron-core", "transformers")
-"""Packages with a line of their own; the others share one."""
+"""The packages that have a check of their own; all others share one."""
 LEAST_PYTHON = (3, 11)
 
 
 def declared_requirements(setup_py: Path) -> dict[str, list[str]]:
-    """Requirements by extra, ``""`` for those always installed.
+    """The requirements by extra; ``""`` has those that are always installed.
 
-    Constants are put together as Python would: names of text, f-strings of such names, and lists of both.
+    Constants in setup.py are evaluated as Python would: texts, names, f-strings of names, and lists and dicts of these.
     """
     try:
         tree = ast.parse(setup_py.read_text(encoding="utf-8"))
@@ -71,7 +71,7 @@ def _python_remedy(is_new: bool) -> str:
 def check_versions(
     requirements: list[str], *, installed: Callable[[str], str | None] = installed_version
 ) -> list[Check]:
-    """A check each for ``OWN_LINES``, and ``packages`` for all others that this machine needs."""
+    """One check for each package of ``OWN_LINES``, and the check ``packages`` for all others of this machine."""
     from packaging.requirements import Requirement
 
     checks, others, problems = [], 0, []
@@ -96,6 +96,6 @@ def check_versions(
 
 
 def check_core_import(error: str) -> Check:
-    """``error``: what importing megatron.core says, or nothing."""
+    """Checks that megatron.core can be imported. ``error`` is the message of its import; empty if it works."""
     remedy = "" if not error else "mend what the message names; on a CPU machine Transformer Engine breaks this import"
     return Check("megatron-core import", not error, error or "works", remedy)

@@ -1,4 +1,4 @@
-"""Whether one of many GPUs is slower than the others: megatron-core's test on every rank, compared here."""
+"""Finds GPUs that are slower than the others: runs megatron-core's sniff test on every rank and compares results."""
 
 from __future__ import annotations
 
@@ -12,24 +12,26 @@ from megatron_ktr.errors import UserError
 
 NAME = "sniff test"
 LEAST_SHORTFALL = 0.1
-"""megatron-core's own bound: a rank within this share of the median is like the others."""
+"""A rank that falls short of the median by less than this share counts as normal. The bound is megatron-core's own."""
 LEAST_RANKS = 3
-"""Of two that differ nobody can say which one is slow."""
+"""The lowest number of ranks to compare. If only two differ, it is unknown which one is slow."""
 
 
 @dataclass(frozen=True)
 class Measure:
-    """One quantity on every rank."""
+    """One measured quantity on every rank."""
 
     name: str
-    """With its unit, as megatron-core calls it: ``GEMM throughput (8192x8192x8192, bf16) [TFLOP/s/GPU]``."""
+    """megatron-core's name with the unit: ``GEMM throughput (8192x8192x8192, bf16) [TFLOP/s/GPU]``."""
     values: tuple[float, ...]
-    """By rank; more is better, NaN = took no part."""
+    """The values by rank. More is better, and NaN means that the rank took no part."""
 
 
 def read_measures_or_why(*, has_gpu: bool) -> tuple[Measure, ...] | str:
-    """Or why there are none: no GPU, or a megatron-core without the test. Collective over the world; the same on every
-    rank."""
+    """The measures, or the reason why there are none: no GPU, or a megatron-core without the test.
+
+    The call is collective over the world, and the result is the same on every rank.
+    """
     if not has_gpu:
         return "it times GPUs, and there is none here"
     from megatron_ktr.distributed import sniff
@@ -45,8 +47,8 @@ def read_measures_or_why(*, has_gpu: bool) -> tuple[Measure, ...] | str:
 
 
 def slow_ranks(measure: Measure) -> tuple[int, ...]:
-    """Ranks that fall short of the median by more than the median deviation, and by more than a tenth: megatron-core's
-    rule, but only for ranks that are too slow."""
+    """The ranks that fall short of the median by more than the median deviation and by more than a tenth of it. This is
+    megatron-core's rule, applied only to ranks that are too slow."""
     taking_part = [value for value in measure.values if not math.isnan(value)]
     if len(taking_part) < LEAST_RANKS:
         return ()
@@ -57,7 +59,7 @@ def slow_ranks(measure: Measure) -> tuple[int, ...]:
 
 
 def check_sniff(measures: tuple[Measure, ...] | str, *, world: WorldFacts | None) -> Check:
-    """``measures``: or why there are none."""
+    """Checks that no rank is slow. ``measures`` may also be the reason why there are none."""
     if world is None:
         return Check(NAME, False, "not run: it compares ranks", "start the doctor with torchrun, on all GPUs")
     if isinstance(measures, str):

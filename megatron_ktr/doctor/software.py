@@ -23,20 +23,23 @@ from megatron_ktr.ops.te_attention import why_not_fused
 
 TRITON_RANGE = ">=3.5"
 INSTALL_TE = "tools/install_gpu.sh --te"
-"""It is compiled against the torch that is installed, which a plain ``pip install`` would not do, and could replace."""
+"""The command that installs Transformer Engine. It compiles it against the installed torch; a plain ``pip install``
+would not, and might replace torch."""
 
 
 @dataclass(frozen=True)
 class Library:
-    """An optional library: there, in which version, and why it cannot be imported."""
+    """The state of an optional library: its version, and the reason why it cannot be imported, if it cannot."""
 
     version: str | None = None
-    """None: not installed. Empty: installed by other means than pip, version unknown."""
+    """None if it is not installed; empty if it was installed by other means than pip, so that the version is unknown.
+    """
     error: str = ""
 
 
 def read_library(module: str, *distributions: str, imports: str | None = None) -> Library:
-    """``imports``: what to import in place of ``module``, or the empty string for no import."""
+    """Reads the state of the library ``module``. ``imports`` is the module to import in its place; an empty string
+    means that nothing is imported."""
     if importlib.util.find_spec(module) is None:
         return Library()
     versions = (installed_version(name) for name in (module, *distributions))
@@ -52,7 +55,7 @@ def _is_in(version: str, wanted: str) -> bool:
 
 
 def check_transformer_engine(library: Library, *, has_gpu: bool, core: str | None = None) -> Check:
-    """``core``: version of megatron-core, else the one installed."""
+    """Checks Transformer Engine. ``core`` is the version of megatron-core; None means the installed one."""
     name = "transformer engine"
     stack = stacks.of_core(core) if core else stacks.installed()
     if library.version is None:
@@ -72,8 +75,8 @@ def check_transformer_engine(library: Library, *, has_gpu: bool, core: str | Non
 
 
 def _rebuild(version: str) -> str:
-    """Without dependencies, of which torch is one, and without pip's cache, where the extension for another torch may
-    lie."""
+    """The remedy that rebuilds Transformer Engine. It excludes dependencies, because torch is one of them, and pip's
+    cache, because that may hold the extension for another torch."""
     names = ("transformer-engine", "transformer-engine-cu13", "transformer-engine-torch")
     packages = " ".join(f"'{name}=={version}'" for name in names)
     options = "--force-reinstall --no-deps --no-cache-dir --no-build-isolation"
@@ -81,7 +84,7 @@ def _rebuild(version: str) -> str:
 
 
 def check_fp8(facts: GpuFacts, *, has_te: bool) -> Check:
-    """Which recipes run; never wrong in itself, unless the GPUs of a machine would differ."""
+    """Says which FP8 recipes run on this machine. The check fails only if its GPUs are of different generations."""
     capabilities = {gpu.capability for gpu in facts.seen}
     if not capabilities:
         return Check("fp8", True, "needs a GPU")
@@ -100,7 +103,7 @@ def check_fp8(facts: GpuFacts, *, has_te: bool) -> Check:
 
 
 def check_te_attention(facts: GpuFacts, *, has_te: bool, flash_attn: str | None) -> Check:
-    """Whether packed attention in 16 bits is Transformer Engine's; another implementation takes its place otherwise."""
+    """Says whether Transformer Engine computes packed attention in 16 bits; otherwise another implementation does."""
     name = "te attention"
     if not (has_te and facts.seen):
         return Check(name, True, "needs Transformer Engine and a GPU")
@@ -111,7 +114,8 @@ def check_te_attention(facts: GpuFacts, *, has_te: bool, flash_attn: str | None)
 
 
 def check_apex(is_usable: bool | None) -> Check:
-    """``is_usable``: whether it is NVIDIA's with its CUDA extensions; None: nothing of that name is installed."""
+    """Checks apex. ``is_usable`` says whether it is NVIDIA's, with its CUDA extensions; None means that no package of
+    that name is installed."""
     if is_usable is None:
         return Check("apex", True, "not installed; optional")
     if not is_usable:
@@ -123,7 +127,7 @@ def check_apex(is_usable: bool | None) -> Check:
 
 
 def read_apex() -> bool | None:
-    # Where it cannot serve, our package has hidden it on import: then its entry among the modules is None.
+    # Our package hides an unusable apex on import: its entry in ``sys.modules`` is then None.
     is_hidden = hide_unusable_apex() or sys.modules.get("apex", sys) is None
     return False if is_hidden else None if importlib.util.find_spec("apex") is None else True
 
@@ -141,8 +145,8 @@ def check_triton(library: Library, *, has_gpu: bool) -> Check:
 
 
 def read_decoder(backend: Literal["pyav", "decord"], folder: Path) -> str:
-    """Why ``backend`` cannot decode a clip that was just encoded, or nothing. decord counts as fine where it has no
-    wheels."""
+    """The reason why ``backend`` cannot decode a clip that was just encoded; empty if it can. For decord the reason may
+    be "not installed", which is no failure."""
     if backend == "decord" and not DecordProcess.is_installed():
         return "not installed"
     try:
@@ -150,7 +154,7 @@ def read_decoder(backend: Literal["pyav", "decord"], folder: Path) -> str:
         from megatron_ktr.data.synthetic import write_video
         from megatron_ktr.data.video import FrameSampling
 
-        # Every frame another grey: a wrong frame is off by 20, the encoder by 2.
+        # Every frame has another grey. A wrong frame is then off by 20 or more, while the encoder's error is about 2.
         frames = np.stack([np.full((64, 64, 3), 20 + 20 * number, dtype=np.uint8) for number in range(8)])
         path = folder / f"{backend}.mp4"
         write_video(path, frames)
@@ -169,7 +173,7 @@ def read_decoders() -> dict[str, str]:
 
 
 def check_decoders(errors: dict[str, str]) -> list[Check]:
-    """PyAV is needed, decord is quicker where it exists."""
+    """Checks the video decoders. PyAV is needed; decord is optional and faster."""
     pyav, decord = errors["pyav"], errors["decord"]
     remedy = "pip install --force-reinstall av"
     checks = [Check("pyav", not pyav, pyav or "decodes", remedy if pyav else "")]
@@ -181,7 +185,7 @@ def check_decoders(errors: dict[str, str]) -> list[Check]:
 
 
 def check_vllm(library: Library, *, wanted: Sequence[str]) -> Check:
-    """``wanted``: setup.py's extra for it, e.g. ``["vllm==0.32.0"]``."""
+    """Checks vLLM. ``wanted`` is the extra for it in setup.py, e.g. ``["vllm==0.32.0"]``."""
     specifier = wanted[0].removeprefix("vllm")
     if library.version is None:
         advice = f"pip install '{wanted[0]}' (CPU: make setup-vllm) for --engine vllm_colocated; servers have their own"

@@ -1,8 +1,8 @@
 """Accuracy of sampled or greedy responses on held-out questions, with controls that change only the video.
 
 intact     the video as it is
-shuffled   its frames in random order (seeded by the question's place, never the identity): what needs order is lost
-blank      every frame black: what needs the video is lost
+shuffled   its frames in random order (seeded by the question's place, never the identity), which removes their order
+blank      every frame black, which removes all that the video shows
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Control = Literal["intact", "shuffled", "blank"]
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Mean accuracy over questions, and by the record's ``task`` (or ``problem_type``)."""
+    """The mean accuracy over questions, in all and by the record's ``task`` (or ``problem_type``)."""
 
     mean: float
     standard_error: float
@@ -34,14 +34,14 @@ class Accuracy:
 
     @classmethod
     def of(cls, values: Sequence[float], *, by_task: dict[str, Accuracy] | None = None) -> Accuracy:
-        """Mean of per-question accuracies and its standard error (sample standard deviation / sqrt(n))."""
+        """The mean of the questions' accuracies, with its standard error (sample standard deviation / sqrt(n))."""
         mean = sum(values) / len(values)
         variance = sum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1)
         return cls(mean, math.sqrt(variance / len(values)), len(values), by_task or {})
 
 
 def apply_control(prompt: Prompt, control: Control, *, seed: int = 0) -> Prompt:
-    """The same question about a changed video; positions and lengths stay."""
+    """The same question about a changed video. Positions and lengths do not change."""
     if control == "intact":
         return prompt
     if control == "blank":
@@ -60,7 +60,7 @@ def apply_control(prompt: Prompt, control: Control, *, seed: int = 0) -> Prompt:
 def evaluate(
     engine: RolloutEngine, prompts: Sequence[Prompt], *, control: Control = "intact", step: int = 0, **options: Any
 ) -> Accuracy:
-    """Accuracy of the engine's first response to each prompt; ``options`` go to ``engine.generate``."""
+    """The accuracy of the engine's first response to each prompt. ``options`` are passed to ``engine.generate``."""
     numbered = [dataclasses.replace(prompt, draw_number=number) for number, prompt in enumerate(prompts)]
     shown = [apply_control(prompt, control) for prompt in numbered]
     groups = engine.generate(shown, step=step, **options)

@@ -1,10 +1,10 @@
-"""What ``tools/verify_checkpoint.py`` compares: the same inputs through Hugging Face and through this model.
+"""Runs the same inputs through Hugging Face's model and through ours, for ``tools/verify_checkpoint.py`` to compare.
 
     prompt with media + 32 random response tokens -> log-prob of each response token
     loss = sum of the 32 log-probs                -> gradient of every parameter
 
-Hugging Face always receives our ``position_ids``: its own rule differs for videos (see ``mrope.py``). Everything
-here runs on one process; the tool brings both sides together.
+Hugging Face's model always receives our ``position_ids``, because its own rule differs for videos (see ``mrope.py``).
+Everything here runs in one process; the tool compares the two results.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ NUM_RESPONSE_TOKENS = 32
 SEED = 0
 QUESTION = "What happens here, and in which order?"
 GRADIENT_FLOOR = 1e-3
-"""Share of the largest gradient norm below which a tensor's own norm no longer counts as the scale of its error:
-a gradient that cancels to nearly nothing would otherwise be judged by its rounding noise."""
+"""The error of a gradient is measured relative to its norm, or to this share of the largest gradient norm if that is
+more. Otherwise a gradient that cancels to nearly zero would be judged by its rounding noise."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
 @dataclass(frozen=True)
 class LogprobSum(Objective):
-    """Objective whose loss is the mean over responses of the sum of their log-probs: no reward, no selection."""
+    """An objective without rewards and selection. Its loss is the mean over responses of the sum of their log-probs."""
 
     name = "logprob_sum"
 
@@ -67,7 +67,7 @@ class VerificationInput:
 
     group: RolloutGroup
     note: str = ""
-    """Why the text around the media is random; empty where it is a question in the model's chat format."""
+    """The reason why the text around the media is random; empty if it is a question in the model's chat format."""
 
 
 def build_input(
@@ -82,10 +82,11 @@ def build_input(
 ) -> VerificationInput:
     """The media, a question in the model's chat format, and random response tokens (seed 0).
 
-    Where the directory has no tokenizer, or one that does not fit its config, random tokens stand for the text: the
-    comparison needs some text, not a particular one.
+    If the directory has no tokenizer, or one that does not fit its config, random tokens replace the text, because any
+    text serves for the comparison.
     """
-    # Media tokens would need media. Hugging Face's embedding drops the padding token's gradient, which is another loss.
+    # These tokens are not drawn: media tokens would need media, and Hugging Face's embedding drops the gradient of the
+    # padding token.
     reserved = {spec.image_token_id, spec.video_token_id, vision_start_id, vision_end_id, pad_id}
     generator = torch.Generator().manual_seed(SEED)
     allowed = torch.tensor([token for token in range(vocab_size) if token not in reserved])
@@ -93,7 +94,7 @@ def build_input(
     def random_tokens(number: int) -> list[int]:
         return allowed[torch.randint(len(allowed), (number,), generator=generator)].tolist()
 
-    # Drawn first: the response depends on the vocabulary only.
+    # The response is drawn first, so that it depends on the vocabulary only.
     response = Rollout(token_ids=tuple(random_tokens(NUM_RESPONSE_TOKENS)), is_finished=False)
     prompt, note = _chat_prompt(hf_dir, media=media, vocab_size=vocab_size, merge_size=spec.merge_size)
     if prompt is None:
@@ -108,7 +109,7 @@ def build_input(
 def _chat_prompt(
     hf_dir: Path | str, *, media: Sequence[VisualInput], vocab_size: int, merge_size: int
 ) -> tuple[Prompt | None, str]:
-    """(prompt, "") or (None, why there is none)."""
+    """(prompt, "") or (None, reason why there is no prompt)."""
     if not any((Path(hf_dir) / name).is_file() for name in TOKENIZER_FILES):
         return None, "no tokenizer in the directory"
     record = {"problem_id": "verification", "messages": [{"role": "user", "content": QUESTION}]}
@@ -124,10 +125,10 @@ def _chat_prompt(
 
 
 def draw_test_pattern(settings: PreprocessSettings) -> VisualInput:
-    """A video of four temporal patches, five tokens high and three wide: a bar wanders over moving gradients.
+    """A video of four temporal patches, five tokens high and three wide, in which a bar moves over moving gradients.
 
-    At 2.5 s per temporal patch its temporal positions reach 15 (at Qwen's two per second), far beyond its height and
-    width; the sides are odd, so that attention windows are ragged.
+    A temporal patch lasts 2.5 s. At Qwen's two positions per second the temporal positions reach 15, far more than
+    those of height and width. The sides are odd numbers of tokens, so that attention windows are incomplete.
     """
     num_frames = 4 * settings.temporal_patch_size
     height, width = 5 * settings.factor, 3 * settings.factor
@@ -142,7 +143,7 @@ def draw_test_pattern(settings: PreprocessSettings) -> VisualInput:
 
 @dataclass(frozen=True)
 class HFAnswer:
-    """Hugging Face's side, on the host."""
+    """The results of Hugging Face's model, on the host."""
 
     logprob_R: Tensor
     gradients: dict[str, Tensor]
@@ -152,11 +153,11 @@ class HFAnswer:
 def run_hugging_face(
     hf_dir: Path | str, batch: PackedBatch, *, kinds: Sequence[str], device: torch.device, rename: Callable[[str], str]
 ) -> HFAnswer:
-    """Loads the model in fp32, runs ``batch`` (one group of one response) forward and backward, frees the model.
+    """Loads the model in fp32, runs ``batch`` (one group of one response) forward and backward, and frees the model.
 
     Args:
-        kinds: "image" or "video" of each medium.
-        rename: from the name of a parameter in memory to its published name.
+        kinds: the kind of each medium, "image" or "video".
+        rename: maps the name of a parameter in memory to its published name.
 
     Raises:
         UserError: transformers cannot load the directory, or its log-probs are not finite.
@@ -176,11 +177,11 @@ def run_hugging_face(
             use_safetensors=True,
         )
     model = model.to(device).eval()
-    # Set, it would drop the gradient of the padding token's embedding wherever the prompt contains that token.
+    # A padding index would drop the gradient of that token's embedding if the prompt contains the token.
     model.get_input_embeddings().padding_idx = None
     inputs = {name: torch.from_numpy(value).to(device) for name, value in hf_inputs(batch, kinds=kinds).items()}
     targets_R = batch.target_ids_R.to(device)
-    # The patch embedding is a convolution there, and convolutions may use TF32 unless told not to.
+    # Hugging Face's patch embedding is a convolution, and convolutions use TF32 unless this is switched off.
     with torch.backends.cudnn.flags(allow_tf32=False), torch.enable_grad():
         logits = model(
             input_ids=inputs.pop("token_ids")[None],
@@ -198,10 +199,10 @@ def run_hugging_face(
 
 
 def hf_inputs(batch: PackedBatch, *, kinds: Sequence[str]) -> dict[str, np.ndarray]:
-    """Arrays of the one sequence in ``batch``, without padding, media under Hugging Face's argument names.
+    """The arrays of the one sequence in ``batch``, without padding, with media under Hugging Face's argument names.
 
-    ``token_ids`` [T], ``position_ids`` [3, T], and where there are such media ``pixel_values`` [S, C tp p p],
-    ``image_grid_thw`` [M, 3], ``pixel_values_videos``, ``video_grid_thw``.
+    These are ``token_ids`` [T] and ``position_ids`` [3, T]; for images ``pixel_values`` [S, C tp p p] and
+    ``image_grid_thw`` [M, 3]; for videos ``pixel_values_videos`` and ``video_grid_thw`` of the same shapes.
     """
     length = batch.layout.groups[-1].end
     arrays = {
@@ -220,7 +221,7 @@ def hf_inputs(batch: PackedBatch, *, kinds: Sequence[str]) -> dict[str, np.ndarr
 
 @dataclass(frozen=True)
 class GradientDifference:
-    """The largest difference, and the tensor that has it."""
+    """The largest difference of gradients, and the name of its tensor."""
 
     value: float
     name: str
@@ -253,14 +254,14 @@ def max_relative_difference(ours: Iterable[tuple[str, Tensor]], theirs: Mapping[
 
 
 def max_abs_difference(ours: Tensor, theirs: Tensor) -> float:
-    """Largest |ours - theirs|; inf where one of them is not finite."""
+    """The largest |ours - theirs|; inf if a value is not finite."""
     difference = float((ours.double() - theirs.double()).abs().max())
     return difference if math.isfinite(difference) else math.inf
 
 
 def write_dump(path: Path, batch: PackedBatch, *, kinds: Sequence[str], ours_R: Tensor, theirs_R: Tensor) -> None:
     """Writes ``hf_inputs`` with both sides' log-probs [R]; the last R of ``token_ids`` are the response."""
-    with path.open("wb") as file:  # numpy would append a suffix to a bare name
+    with path.open("wb") as file:  # given a path without suffix, numpy would append one
         arrays: dict[str, Any] = {
             **hf_inputs(batch, kinds=kinds),
             "logprobs": ours_R.cpu().numpy(),

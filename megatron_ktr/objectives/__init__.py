@@ -1,7 +1,7 @@
 """Objectives: what is optimised. ``build_objective`` makes the one that a configuration names.
 
-A new objective is one file here, which registers itself (``config/objective_registry.py``), and its name in
-``objective_registry.BUILT_IN``. Nothing else knows an objective by its name.
+To add an objective, write one file here that registers itself (``config/objective_registry.py``) and add its name to
+``objective_registry.BUILT_IN``. No other code refers to an objective by name.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def build_objective(section: ObjectiveSection, *, reward: RewardSection | None =
         reward: holds the length bonus; None for no bonus.
 
     Raises:
-        UserError: an unknown name (with the nearest known one) or a setting out of range.
+        UserError: the name is unknown (the message proposes the nearest known one) or a setting is out of range.
     """
     entry = objective_entry(section.objective)
     try:

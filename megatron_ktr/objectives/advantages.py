@@ -2,8 +2,8 @@
 
     A_i = (r_i - mean(r)) / (std(r) + 1e-4)        over the G responses of one prompt, std unbiased
 
-Deviation: where all rewards of a group are equal to 1e-6, A is exactly 0. Fractional rewards in fp32 otherwise
-leave tiny differences that the division blows up into advantages.
+Deviation: A is exactly 0 where the rewards of a group differ by at most 1e-6. Fractional rewards computed in fp32 can
+differ by rounding alone, and the division by std(r) would turn these tiny differences into large advantages.
 """
 
 from __future__ import annotations
@@ -24,19 +24,20 @@ CORRECT_ACCURACY = 0.1
 
 @dataclass(frozen=True)
 class LengthBonus:
-    """Reward for a correct response of moderate length, where the prompt is not too hard for the model."""
+    """Extra reward for a correct response of moderate length; paid only if the group has several correct responses."""
 
     bonus: float = 0.2
     min_length: int = 320
     max_length: int = 512
-    """Tokens, both ends included, end token counted."""
+    """Response lengths from ``min_length`` to ``max_length`` tokens earn the bonus. Both bounds are included, and the
+    end token counts."""
 
 
 def group_advantages(reward_PG: Tensor | Sequence[Sequence[float]] | Sequence[float]) -> Tensor:
-    """Advantages over the last dimension, float64 in the input's shape."""
+    """Advantages, float64 in the input's shape; the last dimension holds the responses of one group."""
     reward_PG = torch.as_tensor(reward_PG, dtype=torch.float64)
     spread_P1 = reward_PG.amax(-1, keepdim=True) - reward_PG.amin(-1, keepdim=True)
-    # One response has no unbiased deviation; it also has no spread, so the value below is not used.
+    # A single response has no unbiased standard deviation. Its spread is 0, so the result below does not use std.
     correction = 1 if reward_PG.shape[-1] > 1 else 0
     std_P1 = reward_PG.std(-1, keepdim=True, correction=correction)
     advantage_PG = (reward_PG - reward_PG.mean(-1, keepdim=True)) / (std_P1 + STD_FLOOR)
@@ -44,8 +45,11 @@ def group_advantages(reward_PG: Tensor | Sequence[Sequence[float]] | Sequence[fl
 
 
 def length_bonuses(accuracies: Sequence[float], lengths: Sequence[int], *, setting: LengthBonus) -> list[float]:
-    """The bonus of each response of one group: ``setting.bonus`` where its accuracy is above 0.1 and its length
-    within bounds, provided that more than one response of the group is that accurate."""
+    """The bonus of each response of one group.
+
+    A response earns ``setting.bonus`` if its accuracy is above 0.1 and its length is within the bounds. Nobody earns it
+    unless at least two responses of the group are that accurate.
+    """
     is_correct = [accuracy > CORRECT_ACCURACY for accuracy in accuracies]
     if sum(is_correct) <= 1:
         return [0.0] * len(accuracies)
@@ -60,7 +64,7 @@ def response_rewards(
 ) -> list[list[tuple[float, float]]]:
     """(reward, length bonus) of every response by group; the reward does not contain the bonus yet.
 
-    ``lengths`` counts over all responses of the groups in order; None for their token counts.
+    ``lengths`` has one length per response, over all groups in order; None means the responses' token counts.
     """
     remaining = iter(lengths) if lengths is not None else None
     found: list[list[tuple[float, float]]] = []

@@ -1,7 +1,8 @@
-"""What an objective is, and the two pieces all policy-gradient objectives share: rewards and token weights.
+"""The interface of an objective, and the token weights that all objectives share.
 
-An objective says which scores it needs and turns them into per-token streams; ``loss.py`` consumes the streams.
-The trainer and the policy know objectives by this class only.
+An objective declares which scores (log-probs, entropy, divergence) it needs. It turns them into per-token streams of
+advantages and weights, from which its loss is computed (``loss.py`` for policy gradients). The trainer and the policy
+know objectives by this class only.
 """
 
 from __future__ import annotations
@@ -19,8 +20,11 @@ from megatron_ktr.types import PackedBatch, RolloutGroup, TokenScores, TokenStre
 
 
 class Objective(ABC):
-    """An algorithm, from scores to loss. Implementations are frozen dataclasses without state and say only where they
-    differ from what stands here: one pass, no reference model, every response token carries the loss."""
+    """An algorithm, from scores to loss.
+
+    Implementations are frozen dataclasses without state. The defaults of this class describe the simplest case: a
+    single pass, no reference model, and every response token carries the loss. Implementations override what differs.
+    """
 
     name = ""
     views: frozenset[View] = frozenset()
@@ -30,32 +34,36 @@ class Objective(ABC):
     needs_divergence = False
     """Whether the scores must hold the divergence between the responses of a group."""
     needs_divergence_gradient = False
-    """Whether the loss is differentiated through that divergence."""
+    """Whether the gradient of the loss also flows through that divergence."""
     needs_reference = False
     """Whether the frozen reference model's log-probs must be in the scores (KL weight above 0)."""
     needs_selection_first = False
-    """Whether ``num_tokens_global`` counts *key* tokens: then every micro-batch of every replica must be scored and
-    selected (``select_tokens``) before the first forward of the update."""
+    """Whether ``num_tokens_global`` counts *key* tokens only. In that case key tokens must be selected
+    (``select_tokens``) in every micro-batch of every replica before the first forward of the update."""
     learns_from_rewards = True
-    """Whether a group of equal rewards has no gradient (but for the KL term); False for supervised objectives."""
+    """Whether the gradient comes from differences of reward, so that a group of equal rewards has none except for the
+    KL term; False for supervised objectives."""
 
     def selects_before_update(self, num_updates: int) -> bool:
-        """Whether key tokens are chosen in a pass of their own, before the update with its gradient.
+        """Whether key tokens are chosen in a separate pass without gradient, before the update.
 
-        ``num_updates`` is the number of optimizer steps on the same responses. From two on, selection and old policy
-        stay those of the first: they are found before any step.
+        ``num_updates`` is the number of optimizer steps on the same responses. With two or more, all of them use the
+        selection and the old policy's log-probs of the first, which must therefore be computed before any step.
         """
         return self.needs_selection_first or num_updates > 1
 
     def select_tokens(
         self, batch: PackedBatch, scores: TokenScores, group_data: Sequence[RolloutGroup]
     ) -> dict[str, Tensor]:
-        """bool [R] by signal; empty where every response token carries the loss."""
+        """The tokens that each signal selects, as a bool [R] mask by signal. Empty if the objective does not select,
+        so that every response token carries the loss."""
         return {}
 
     def num_loss_tokens(self, batch: PackedBatch, is_selected_R: Mapping[str, Tensor]) -> int:
-        """Tokens of the batch that carry the loss, given ``select_tokens``'s answer; without one (pipeline stages
-        that do not score) an objective that selects answers 0."""
+        """The number of tokens of the batch that carry the loss, given the result of ``select_tokens``.
+
+        Pipeline stages that do not score pass an empty result; an objective that selects then answers 0.
+        """
         return batch.target_ids_R.numel()
 
     @abstractmethod
@@ -72,16 +80,19 @@ class Objective(ABC):
         """Advantage, weight and mask of every response token.
 
         Args:
-            batch: the intact view, on any device; the streams live where the scores are.
+            batch: the intact view, on any device. The streams are created on the device of the scores.
             group_data: the groups packed in ``batch``, in order, with rewards.
-            num_responses_global: responses of the update over all micro-batches and replicas.
-            num_tokens_global: tokens that carry the loss over all of them; needed for token aggregation.
-            is_selected_R: a selection made earlier, used as it is (several updates per rollout; proofs).
+            num_responses_global: number of responses of the update, over all micro-batches and replicas.
+            num_tokens_global: number of tokens that carry the loss, over all micro-batches and replicas; needed for
+                token aggregation.
+            is_selected_R: a selection made earlier, used unchanged (several updates per rollout; proofs).
         """
 
     def reason_to_skip(self, metrics: Metrics) -> str | None:
-        """Why the update with these metrics, reduced over all ranks, has no gradient to step along though its loss is
-        not finite; None where nothing explains that, and the run must stop."""
+        """Why an update whose loss is not finite may be skipped; None if nothing explains it and the run must stop.
+
+        ``metrics`` are those of the update, reduced over all ranks.
+        """
         return None
 
     @abstractmethod
@@ -99,11 +110,12 @@ def token_weights(
     aggregation: LossAggregation,
     zero_division: bool = False,
 ) -> Tensor:
-    """``weight_R`` of ``TokenStreams``: mask and every denominator in one number, fp32 [R].
+    """``weight_R`` of ``TokenStreams``: one number per token, fp32 [R], that contains the mask and every denominator.
 
-    ``sequence``: mask / (key tokens of the token's response * responses of the global batch), GRPO's mean over
-    responses of means over tokens; ``token``: mask / tokens of the global batch (DAPO). A response without key
-    tokens adds zero; with ``zero_division`` it makes all its tokens' weights, and so the loss, NaN (0 / 0).
+    Aggregation ``sequence`` is GRPO's mean over responses of means over tokens: mask / (key tokens of the token's
+    response * responses of the global batch). Aggregation ``token`` is DAPO's mean: mask / tokens of the global batch.
+    A response without key tokens adds zero. With ``zero_division`` the weights of all its tokens are 0 / 0 = NaN
+    instead, and so is the loss.
     """
     mask_R = is_key_token_R.to(torch.float32)
     if aggregation == "token":

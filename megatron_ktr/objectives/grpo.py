@@ -3,10 +3,11 @@
     loss = -mean_i (1 / |o_i|) sum_t [ratio_it * A_i - beta * k3_it]            i over all responses of the batch
 
 Deviations:
-1. A is exactly 0 where a group's rewards are equal to 1e-6 (``advantages.py``).
+1. A is exactly 0 where the rewards of a group differ by at most 1e-6 (``advantages.py``).
 2. ``loss_aggregation: token`` averages over the tokens of the global batch instead (DAPO, arXiv 2503.14476).
-3. The log-ratio of the KL term is clamped to [-10, 10], so that one forgotten token cannot overflow.
-4. Where sampler and trainer differ, the policy-gradient term can be weighted (``importance.py``); off by default.
+3. The log-ratio of the KL term is clamped to [-10, 10]; a token that has become very improbable would overflow exp.
+4. The policy-gradient term can be weighted to correct for differences between the sampler's policy and the trainer's
+   (``importance.py``); off by default.
 """
 
 from __future__ import annotations
@@ -35,12 +36,13 @@ from megatron_ktr.transfer import send
 from megatron_ktr.types import PackedBatch, RolloutGroup, TokenScores, TokenStreams
 
 NO_KEY_TOKENS = "responses_without_key_tokens"
-"""Share of responses, counted with ``original_compat``."""
+"""Metric: share of responses without key tokens. It is counted only with ``original_compat``."""
 
 
 @dataclass(frozen=True)
 class GRPO(Objective):
-    """The base of every policy-gradient algorithm here: advantages, token weights and the loss, given key tokens."""
+    """The base of every policy-gradient algorithm here. Given the key tokens, it computes advantages, token weights and
+    the loss; without key tokens it is GRPO."""
 
     name = "grpo"
     kl_beta: float = 0.04
@@ -49,8 +51,9 @@ class GRPO(Objective):
     loss_aggregation: LossAggregation = "sequence"
     length_bonus: LengthBonus | None = None
     original_compat: bool = False
-    """Only matters with key tokens: length and length bonus count these alone, and having none divides by zero. The
-    loss is then NaN, and no step is taken (``reason_to_skip``): it would leave no weight but NaN."""
+    """Reproduces two traits of the authors' release; matters only with key tokens. First, the logged length and the
+    length bonus count key tokens alone. Second, a response without key tokens divides 0 by 0, so that the loss is NaN.
+    The step is then skipped (``reason_to_skip``), because it would turn every weight into NaN."""
     importance: ImportanceCorrection = ImportanceCorrection()
 
     def __post_init__(self) -> None:
@@ -73,7 +76,8 @@ class GRPO(Objective):
         num_tokens_global: int | None = None,
         is_selected_R: Mapping[str, Tensor] | None = None,
     ) -> TokenStreams:
-        """Only tokens selected by any signal carry the loss; without a selection every one does."""
+        """The streams of ``Objective.token_streams``. A token carries the loss if any signal selected it; without a
+        selection every token does."""
         if num_responses_global < batch.num_responses:
             raise ValueError(f"num_responses_global {num_responses_global} < {batch.num_responses} of one micro-batch")
         selected = dict(is_selected_R or {})
@@ -146,7 +150,7 @@ def build_grpo(section: ObjectiveSection, *, length_bonus: LengthBonus | None) -
 
 
 def _selection_metrics(is_key_token_R: Tensor, is_selected_R: Mapping[str, Tensor]) -> Metrics:
-    """Shares of response tokens."""
+    """Share of the response tokens that are key tokens, in all and by signal."""
     masks = {"key_token_ratio": is_key_token_R}
     masks |= {f"key_token_ratio/{signal}": mask_R for signal, mask_R in is_selected_R.items()}
     metrics = Metrics()

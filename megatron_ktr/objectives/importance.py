@@ -1,22 +1,25 @@
-"""Correction of the mismatch between the policy that sampled a response and the one that is trained.
+"""Importance weights that correct the mismatch between the policy that sampled a response and the one that is trained.
 
     d_t = logp_trainer(t) - logp_sampler(t)
     w_t = min(exp(d_t), cap)                            level token
     w_i = min(exp(sum over t of d_t), cap)              level sequence: all tokens of response i, key tokens or not
     loss = -sum_t weight_t [w * (policy-gradient term)_t - beta * k3_t]
 
-Truncated importance sampling (Ionides 2008, J. Comput. Graph. Stat. 17(2); IMPALA, arXiv 1802.01561): an untruncated
-sequence weight makes the expected gradient that of on-policy samples, at a variance that grows with length; a token
-weight ignores the prefix a token was sampled after; the cap trades variance for bias. The trainer's policy is the one
-the update starts from: the old policy of a clipped ratio where there are several updates, else the policy without
-gradient. The clipped ratio stays relative to it, and the weight multiplies it.
+This is truncated importance sampling (Ionides 2008, J. Comput. Graph. Stat. 17(2); IMPALA, arXiv 1802.01561). With an
+untruncated sequence weight the expected gradient equals that of on-policy samples, but its variance grows with the
+response's length. A token weight has less variance but ignores that the sampler also chose the token's prefix. The cap
+trades variance for bias.
 
-``mask`` leaves out tokens whose exp(d_t) lies outside two bounds, at any level (as IcePop, arXiv 2510.18855): they
-carry neither a policy gradient nor a KL term. They stay in every denominator, so that the other tokens weigh what they
-would have weighed.
+The trainer's policy in d_t is the policy at the start of the update. With several updates per rollout it is the old
+policy of the clipped ratio; with one it is the current policy without gradient. The clipped ratio is still taken
+relative to this policy, and the importance weight multiplies it.
 
-Both log-probs are of the full softmax of logits / temperature: the ratio measures other weights and other kernels, not
-the cut of top-p and top-k.
+``mask`` leaves out tokens whose exp(d_t) lies outside two bounds, at any level (as IcePop, arXiv 2510.18855). Such
+tokens carry neither a policy gradient nor a KL term. They still count in every denominator, so that the weights of the
+other tokens do not change.
+
+Both log-probs are those of the full softmax of logits / temperature, before top-p and top-k cut it. The ratio thus
+measures differences of weights and kernels, and not the effect of that cut.
 """
 
 from __future__ import annotations
@@ -34,7 +37,8 @@ from megatron_ktr.sums import Metrics
 from megatron_ktr.types import TokenScores, TokenStreams
 
 MAX_LOG_RATIO = 20.0
-"""Log ratios are cut to this before exp, 4.9e8: sums over long responses would overflow, and no cap is near it."""
+"""Upper bound of log ratios before exp, because sums over long responses would overflow. exp(20) is 4.9e8, far above
+any sensible cap."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class ImportanceCorrection:
     level: ImportanceLevel = "none"
     cap: float = 2.0
     mask: tuple[float, float] | None = None
-    """Lowest and highest exp(d_t) of tokens that carry the loss; None = any."""
+    """Lowest and highest exp(d_t) of tokens that carry the loss; None for no bounds."""
 
     def __post_init__(self) -> None:
         if self.level not in IMPORTANCE_LEVELS:
@@ -61,16 +65,19 @@ class ImportanceCorrection:
     def correct(
         self, streams: TokenStreams, scores: TokenScores, *, response_R: Tensor, num_responses: int
     ) -> TokenStreams:
-        """``streams`` with weighted advantages, without the weight of masked tokens, and with the metrics of the
-        mismatch: ``sampler_trainer_logprob_gap`` (mean |d_t|), ``importance_ratio_mean`` and ``_max`` (of exp(d) before
-        truncation, over tokens, over responses at level sequence), ``clipped_fraction`` (share of response tokens whose
-        weight was truncated or which were masked).
+        """A copy of ``streams`` in which advantages are multiplied by w and masked tokens have weight 0.
+
+        The copy's metrics also describe the mismatch:
+            sampler_trainer_logprob_gap: the mean of |d_t|.
+            importance_ratio_mean, importance_ratio_max: of exp(d) before truncation, taken over tokens, or over
+                responses at level sequence.
+            clipped_fraction: the share of response tokens whose weight was truncated or which were masked.
 
         Args:
             response_R: int64 [R], index of each token's response among ``num_responses``.
 
         Raises:
-            UserError: a correction is asked for and the rollouts came without sampler log-probs.
+            UserError: a correction is asked for, but the rollouts came without the sampler's log-probs.
         """
         if scores.sampler_logprob_R is None:
             if self.needs_sampler_logprobs:
@@ -81,7 +88,7 @@ class ImportanceCorrection:
                 )
             return streams
         trainer_R = scores.policy_logprob_R if scores.behaviour_logprob_R is None else scores.behaviour_logprob_R
-        # fp64: a response's sum of a thousand fp32 differences would carry their rounding into its weight.
+        # In fp64, because the rounding of a thousand fp32 differences would add up in the weight of a response.
         log_ratio_R = trainer_R.double() - scores.sampler_logprob_R.double()
         log_ratio = log_ratio_R
         if self.level == "sequence":

@@ -1,4 +1,4 @@
-"""The one policy-gradient loss; algorithms differ in the streams they hand to it.
+"""The policy-gradient loss that all algorithms share; they differ only in the streams they pass to it.
 
     loss      = -sum_r weight_r * (surrogate_r - kl_beta * k3_r)
     surrogate = ratio * A                 one update per rollout: ratio = exp(logp - stopgrad(logp))
@@ -6,8 +6,8 @@
                                           several updates: ratio = exp(logp - logp_behaviour)
     k3        = exp(x) - x - 1,   x = clamp(logp_reference - logp, -10, 10)
 
-``weight_R`` already holds the mask and every denominator of the global batch: losses of micro-batches and
-replicas add up to the global loss, and nothing here divides.
+``weight_R`` already contains the mask and every denominator of the global batch. The losses of micro-batches and
+replicas therefore add up to the global loss, and nothing here divides.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ def policy_gradient_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
 ) -> tuple[Tensor, Metrics]:
-    """The loss, a fp32 scalar differentiable in ``logprob_R``, and the metrics to reduce over ranks.
+    """The loss, an fp32 scalar differentiable in ``logprob_R``, and the metrics to reduce over ranks.
 
-    Tokens of weight 0 get a gradient of exactly 0, whatever their values, so that the vocabulary pass can skip
-    their rows. The loss stays connected to ``logprob_R`` also where no token carries weight: backward has
-    collectives every rank must reach. ``loss`` is not among the metrics: it is a sum over micro-batches, not a
-    mean.
+    Tokens of weight 0 get a gradient of exactly 0, whatever their values, so that the pass over the vocabulary can skip
+    their rows. Even if no token has weight, the loss stays connected to ``logprob_R``: the backward pass contains
+    collectives, and a rank that skipped them would leave the others waiting. ``loss`` is not among the metrics, because
+    it is a sum over micro-batches and not a mean.
 
     Raises:
         ValueError: ``kl_beta`` is above 0 and the scores have no reference log-probs.
     """
-    # NaN (original_compat's division by zero) counts as weight.
+    # A NaN weight (from original_compat's division by zero) also counts as carrying the loss.
     carries_R = streams.weight_R != 0
     logprob_R = torch.where(carries_R, logprob_R.float(), logprob_R.detach().float())
     surrogate_R, is_clipped_R = _surrogate(
@@ -54,7 +54,8 @@ def policy_gradient_loss(
         k3_R = k3_divergence(logprob_R, scores.reference_logprob_R.float())
         objective_R = surrogate_R - kl_beta * k3_R
         counted["kl"] = k3_R.detach()
-    # Values of tokens without weight may be infinite (a ratio of forgotten tokens): 0 * inf would be NaN.
+    # A token without weight may have an infinite value (the ratio of a token that became very improbable or probable),
+    # and 0 * inf would be NaN.
     objective_R = torch.where(carries_R, objective_R, torch.zeros_like(objective_R))
     loss = -(streams.weight_R * objective_R).sum()
     return loss, _metrics(streams, counted, scores)
@@ -80,7 +81,8 @@ def _surrogate(
 
 
 def _metrics(streams: TokenStreams, counted: dict[str, Tensor], scores: TokenScores) -> Metrics:
-    """Means over key tokens, plus what the objective counted; nothing is read here."""
+    """The objective's own metrics, the means of ``counted`` over key tokens, and the mean entropy over all response
+    tokens. No value is read from the device here, so that the host does not wait for it."""
     metrics = Metrics()
     metrics.merge(streams.metrics)
     is_key_R = streams.is_key_token_R

@@ -1,10 +1,11 @@
-"""Supervised fine-tuning: maximum likelihood of given responses, with the same packing and the same loss op.
+"""Supervised fine-tuning: maximum likelihood of given responses, with the packing and log-prob op of the RL objectives.
 
     loss = -(1 / N) sum_t logp_t          N = tokens t of the global batch (loss_aggregation token)
     loss = -mean_i (1 / |o_i|) sum_t logp_t                                (loss_aggregation sequence)
 
-A response is a group of one: an answer, or a conversation from its first answer on, of which t are the assistant's
-tokens alone. In the streams' terms these are key tokens of advantage 1; the ratio of the policy gradient is not used.
+Every response forms a group of its own. It is either one answer or a conversation from its first answer on; in a
+conversation, only the assistant's tokens t carry the loss. In terms of ``TokenStreams`` these are key tokens with
+advantage 1. The ratio of the policy gradient is not used.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from megatron_ktr.types import PackedBatch, RolloutGroup, TokenScores, TokenStre
 
 @dataclass(frozen=True)
 class SupervisedFineTuning(Objective):
-    """``loss_aggregation`` token weighs every token alike, sequence every response."""
+    """With ``loss_aggregation`` ``token`` every token weighs the same, with ``sequence`` every response does."""
 
     name = "sft"
     learns_from_rewards = False

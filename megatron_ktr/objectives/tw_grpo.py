@@ -4,15 +4,17 @@
     w_t  = 1 + (alpha - 1) (D_t - min D) / (max D - min D + 1e-8)             min and max over the group's positions
     D_t  = divergence of the G next-token distributions at position t         ``ops/group_divergence.py``
 
-All responses of a group share w_t at position t. w is between 1 and alpha, and 1 throughout a group whose responses
-all predict alike. N counts tokens, not weights. The paper's soft multi-choice reward is ``soft_choice`` (``rewards/``).
+All responses of a group share w_t at position t. w is between 1 and alpha. If the divergence is the same at all
+positions of a group, w is 1 there. N is the number of tokens, not the sum of their weights. The paper's soft
+multi-choice reward is ``soft_choice`` (``rewards/``).
 
-Deviations:
-1. N counts the whole global batch, over micro-batches and replicas; theirs, one prompt's responses at a time.
-2. Several updates per rollout keep the weights of the first, as they keep its old policy.
-3. w_t is a constant; theirs is not detached, and the gradient flows through D_t, its minimum and its maximum too
-   (``has_weight_gradient`` restores that: 2% of the gradient's norm, cosine 0.9997).
-4. The log-ratio of the KL term is clamped to 10 as everywhere here; theirs to 11.
+Deviations from the authors' code:
+1. N counts the tokens of the whole global batch, over micro-batches and replicas; theirs counts the responses of one
+   prompt at a time.
+2. With several updates per rollout, all of them use the weights w of the first, just as they use its old policy.
+3. w_t is a constant here. Theirs is not detached, so that the gradient also flows through D_t, its minimum and its
+   maximum. ``has_weight_gradient`` restores that; it changes the gradient by 2% of its norm (cosine 0.9997).
+4. The log-ratio of the KL term is clamped to 10, as everywhere in this package; theirs to 11.
 """
 
 from __future__ import annotations
@@ -35,12 +37,12 @@ from megatron_ktr.transfer import send
 from megatron_ktr.types import PackedBatch, RolloutGroup, TokenScores, TokenStreams
 
 SPREAD_FLOOR = 1e-8
-"""Nats: of max D - min D."""
+"""Added to the denominator max D - min D, in nats."""
 
 
 @dataclass(frozen=True)
 class TWGRPO(Objective):
-    """``base`` holds everything that is GRPO's; its loss must average over tokens."""
+    """GRPO with a weight for each position. ``base`` does everything that is plain GRPO; it must aggregate by token."""
 
     name = "tw_grpo"
     needs_divergence = True
@@ -48,7 +50,7 @@ class TWGRPO(Objective):
     alpha: float = 1.7
     """Weight of the position with the largest divergence, at least 1."""
     has_weight_gradient: bool = False
-    """Whether the loss is differentiated through w as well."""
+    """Whether the gradient of the loss also flows through w."""
 
     def __post_init__(self) -> None:
         if self.alpha < 1:
@@ -71,7 +73,7 @@ class TWGRPO(Objective):
         group_data: Sequence[RolloutGroup],
         **options: Any,
     ) -> TokenStreams:
-        """GRPO's streams with ``weight_R`` times w; the scores must hold the divergence."""
+        """GRPO's streams with ``weight_R`` multiplied by w. ``scores`` must contain the divergence."""
         if scores.divergence_R is None:
             raise ValueError("tw_grpo needs TokenScores.divergence_R, which was not computed")
         streams = self.base.token_streams(batch, scores, group_data, **options)
@@ -97,10 +99,10 @@ class TWGRPO(Objective):
 
 
 def position_weights(divergence_R: Tensor, group_R: Tensor, *, num_groups: int, alpha: float) -> Tensor:
-    """w of every token, [R]; ``group_R`` int64 in 0 .. num_groups - 1.
+    """The weight w of every token, [R]; ``group_R`` is int64 in 0 .. num_groups - 1.
 
-    The longest response of a group stands at each of its positions, so that minimum and maximum over a group's tokens
-    are those over its positions.
+    Minimum and maximum are taken over the tokens of a group. They equal those over its positions, because the longest
+    response has a token at every position.
     """
 
     def extreme(reduce: str) -> Tensor:

@@ -4,20 +4,21 @@
     K_i  = tokens of response i selected by any enabled signal of {entropy, visual, temporal}, each taking the top
            20% of the scores of the prompt's G responses together (``attribution/``)
 
-Any subset of the signals is the paper's ablation table; ``signals: [entropy]`` alone is the "80/20" recipe with the
-prompt as its scope.
+The subsets of the signals are the rows of the paper's ablation table. ``signals: [entropy]`` alone is the "80/20"
+recipe (train on the 20% of tokens with the highest entropy), with the top 20% taken within each prompt's group.
 
 Deviations from the authors' code (``original_compat`` restores 1 to 3 here, and 4 and 5 where prompts are loaded; the
 whole list: docs/deviations.md):
 1. A response without key tokens adds zero to the loss and still counts in the mean; theirs divides 0 by 0.
 2. The length bonus and the logged length count all tokens of a response; theirs count its key tokens.
-3. A degenerate signal (nothing to hide or shuffle, all scores equal) selects nothing, and neither does an infinite
-   score; theirs selects all tokens, and +inf. Scores are fp32; theirs are bf16 and tie (``scores_dtype``).
-4. Videos keep their timing; theirs counts 1.0 s per temporal patch in every pass, sampling included
+3. A degenerate signal (nothing to hide or shuffle, or all scores equal) selects nothing; theirs selects all tokens. An
+   infinite score is never selected; theirs selects +inf. Scores are fp32; theirs are bf16, where many scores tie
+   (``scores_dtype``).
+4. Videos keep their timing; theirs assumes 1.0 s per temporal patch in every pass, sampling included
    (``PreprocessSettings.fixed_seconds_per_grid``).
-5. A prompt whose video cannot be used is skipped and counted; theirs is asked about one fixed other file
-   (``PromptLoader(substitutes=...)``).
-6. The shuffled order is never the identity, and is one per prompt and step. Nothing restores theirs.
+5. A prompt whose video cannot be used is skipped and counted; theirs keeps the question and shows one fixed other
+   file in place of the video (``PromptLoader(substitutes=...)``).
+6. One shuffled order is drawn per prompt and step, and it is never the identity. No option restores their order.
 """
 
 from __future__ import annotations
@@ -49,13 +50,13 @@ from megatron_ktr.types import PackedBatch, RolloutGroup, TokenScores, TokenStre
 
 @dataclass(frozen=True)
 class VideoKTR(Objective):
-    """``base`` holds everything that is GRPO's, including ``original_compat``."""
+    """GRPO on key tokens. ``base`` does everything that is plain GRPO, and holds ``original_compat``."""
 
     name = "video_ktr"
     base: GRPO = field(default_factory=GRPO)
     signals: tuple[Signal, ...] = SIGNALS
     selection_ratio: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(SIGNALS, 0.2))
-    """Share of tokens by signal."""
+    """The share of a group's tokens that each signal selects."""
     shift: Shift = "signed"
     scores_dtype: torch.dtype = torch.float32
 

@@ -1,4 +1,4 @@
-"""One response with its key tokens marked, for the terminal."""
+"""Prints a response with its key tokens marked, for the terminal."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from collections.abc import Callable, Sequence
 from megatron_ktr.types import ResponseSelection, Rollout
 
 MAX_OPEN_TOKENS = 8
-"""After so many tokens that complete no character, their bytes are no text. A character has at most four bytes."""
+"""After this many tokens that complete no character, their bytes cannot be text, as a character has at most four."""
 
 
 def selected_tokens_text(
     rollout: Rollout, selection: ResponseSelection, *, decode: Callable[[Sequence[int]], str]
 ) -> str:
-    """The response with every key token as ``[text|SIGNALS]``; signals by first letter: Entropy, Visual, Temporal.
+    """The response with every key token as ``[text|SIGNALS]``. A signal is shown by its first letter: Entropy, Visual,
+    Temporal.
 
-    Where no signal selects (every token carries the loss), the plain text. ``decode`` turns token ids into text.
+    If no signal selects, so that every token carries the loss, this is the plain text. ``decode`` turns token ids into
+    text.
 
     >>> rollout = Rollout(token_ids=(1, 2))
     >>> selection = ResponseSelection(is_key_token=(False, True), is_selected={"visual": (False, True)})
@@ -34,8 +36,11 @@ def selected_tokens_text(
 
 
 def token_texts(token_ids: Sequence[int], *, decode: Callable[[Sequence[int]], str]) -> list[str]:
-    """What each token adds to the decoded text. Decoding tokens one by one would lose the blanks between words; a
-    token that completes no character yet adds nothing, and the one that completes it adds all of it."""
+    """The text that each token adds to the decoded response.
+
+    Tokens are not decoded one by one, because that would lose the blanks between words. A token that ends inside a
+    character adds nothing, and the one that completes the character adds all of it.
+    """
     texts: list[str] = []
     first = settled = 0  # the tokens before ``first`` are never looked at again: long responses take linear time
     for end in range(1, len(token_ids) + 1):

@@ -1,8 +1,8 @@
-"""Curves over steps as inline SVG: drawn here, no library, readable without colour and without sight.
+"""Draws curves over steps as inline SVG, without a library. The charts are readable without colour and without sight.
 
-Each chart is a figure of a title, the drawing, and a table with what the curves say in numbers (first, last, lowest,
-highest), which is its legend too. Lines differ in colour and dashes, areas in colour and hatching. More steps than
-``MAX_POINTS`` are averaged over equal stretches of steps, with a band from the lowest to the highest of each stretch.
+Each chart is a figure with a title, the drawing, and a table that gives the first, last, lowest and highest value of
+each curve and is also the legend. Lines differ in colour and dashes, areas in colour and hatching. If there are more
+than ``MAX_POINTS`` steps, equal stretches of steps are averaged, and a band shows the lowest and highest value of each.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ MAX_POINTS = 240
 WIDTH, HEIGHT = 380, 190
 LEFT, RIGHT, TOP, BOTTOM = 48, 8, 8, 24
 _MAX_HOVER = 60
-"""Strips under the pointer in one chart."""
+"""The largest number of strips in one chart that show values under the pointer."""
 _DASHES = ("", "7 3", "2 2.5", "9 3 2 3", "4 2", "1 3")
 NUM_STYLES = 6
-"""Classes s0 .. s5 of the style sheet; one more curve starts again."""
+"""The number of classes s0 .. s5 in the style sheet. A seventh curve uses s0 again."""
 
 
 @dataclass(frozen=True)
 class Series:
-    """One curve; NaN is a step without value."""
+    """One curve. NaN means that a step has no value."""
 
     label: str
     values: tuple[float, ...]
     style: int = 0
-    """Colour (and hatching), 0 .. NUM_STYLES - 1."""
+    """The number of the colour (and hatching), 0 .. NUM_STYLES - 1."""
     dash: int = 0
-    """Dashes, 0 (none) .. NUM_STYLES - 1."""
+    """The number of the dash pattern, 0 (solid) .. NUM_STYLES - 1."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """One stretch of steps (usually a single one): mean, lowest and highest finite value; NaN if there is none."""
+    """One stretch of steps, usually a single step, with its mean, lowest and highest finite value; NaN without any."""
 
     first_step: int
     last_step: int
@@ -52,7 +52,7 @@ class Point:
 
 
 def downsample(steps: Sequence[int], values: Sequence[float], *, max_points: int = MAX_POINTS) -> list[Point]:
-    """At most ``max_points`` points; all steps are covered and stretches differ in length by at most one step.
+    """At most ``max_points`` points that cover all steps. Their stretches differ in length by at most one step.
 
     >>> downsample([1, 2, 3, 4], [0.0, 2.0, 4.0, 8.0], max_points=2)[1]
     Point(first_step=3, last_step=4, mean=6.0, low=4.0, high=8.0)
@@ -68,7 +68,8 @@ def downsample(steps: Sequence[int], values: Sequence[float], *, max_points: int
 
 
 class Scale:
-    """Values on one axis -> pixels; logarithmic where all are positive and they span more than a factor of 100."""
+    """Maps values on one axis to pixels. The scale may be logarithmic if all values are positive and span more than a
+    factor of 100."""
 
     def __init__(self, values: Sequence[float], *, start: float, end: float, may_be_log: bool = False) -> None:
         finite = [value for value in values if math.isfinite(value)] or [0.0]
@@ -87,7 +88,7 @@ class Scale:
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
     def ticks(self, *, is_whole: bool = False) -> list[float]:
-        """A few round values inside the range."""
+        """A few round values inside the range, for the ticks of the axis."""
         span = self.high - self.low
         if self.is_log and span > 1.5:
             step = math.ceil(span / 4)
@@ -103,7 +104,8 @@ class Scale:
 def line_chart(
     title: str, steps: Sequence[int], series: Sequence[Series], *, note: str = "", from_zero: bool = False
 ) -> Html:
-    """Figure of lines over ``steps``; gaps where values are not finite, dots where a value stands alone."""
+    """A figure with lines over ``steps``. A line has gaps where values are not finite; a value between two gaps is a
+    dot."""
     drawn = [(item, downsample(steps, item.values)) for item in series]
     values = [value for _, points in drawn for point in points for value in (point.low, point.high)]
     y = Scale([*values, 0.0] if from_zero else values, start=HEIGHT - BOTTOM, end=TOP, may_be_log=not from_zero)
@@ -126,7 +128,7 @@ def line_chart(
 
 
 def stacked_chart(title: str, steps: Sequence[int], series: Sequence[Series], *, note: str = "", prefix: str) -> Html:
-    """Figure of areas on top of each other, the first series at the bottom; what is not finite counts as zero.
+    """A figure with areas on top of each other, the first series at the bottom. Values that are not finite count as 0.
 
     ``prefix`` makes the ids of the hatchings unique on the page.
     """
@@ -190,7 +192,7 @@ def _axes(x: Scale, y: Scale) -> list[Html]:
 
 
 def _hover(x: Scale, drawn: Sequence[tuple[Series, Sequence[Point]]]) -> list[Html]:
-    """Invisible strips that tell the values under the pointer."""
+    """Invisible strips that show the values under the pointer."""
     num_points = len(drawn[0][1])
     stride = -(-num_points // _MAX_HOVER)
     centres = [x(point.x) for point in drawn[0][1]][::stride]
@@ -244,7 +246,7 @@ def _hatching(name: str, style: int) -> Html:
 
 
 def _runs(points: Sequence[Point]) -> list[list[Point]]:
-    """Stretches of finite neighbours."""
+    """The longest runs of neighbouring points with finite values."""
     runs: list[list[Point]] = [[]]
     for point in points:
         if math.isfinite(point.mean):

@@ -1,4 +1,4 @@
-"""Small pictures of the media of a question, as data URIs inside the page."""
+"""Makes small pictures of the media of a question, as data URIs inside the page."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from megatron_ktr.errors import UserError
 from megatron_ktr.report.run_data import RunData
 
 LONG_SIDE = 128
-"""Pixels; smaller frames are kept as they are."""
+"""The longer side of a picture in pixels. Smaller frames are kept as they are."""
 _JPEG_QUALITY = 82
 
 
@@ -39,19 +39,19 @@ class Picture:
 
 @dataclass(frozen=True)
 class Strip:
-    """The frames of one image or video, or why there are none."""
+    """The frames of one image or video, or the reason why there are none."""
 
     kind: str
     source: str
     pictures: tuple[Picture, ...] = ()
     num_sampled: int = 0
-    """Frames that the run's settings take; ``pictures`` may be fewer, evenly chosen."""
+    """The number of frames that the run's settings take. ``pictures`` may be fewer, evenly chosen among them."""
     problem: str = ""
 
 
 @dataclass
 class FrameReader:
-    """Decodes each file once."""
+    """Reads the frames of media. Each file is decoded only once."""
 
     media_root: Path | None
     sampling: FrameSampling
@@ -60,7 +60,8 @@ class FrameReader:
 
     @classmethod
     def of_run(cls, run: RunData, *, media_root: Path | None, max_frames: int = 16) -> FrameReader:
-        """Sampling as in the run's config; media below ``media_root``, else as the run found them."""
+        """A reader that samples as the run's config says. Media lie below ``media_root``; None means where the run
+        found them."""
         if media_root is not None and not media_root.is_dir():
             raise UserError(f"--media-root {media_root} is not a directory")
         if media_root is None:
@@ -99,7 +100,7 @@ class FrameReader:
                 sampling=sampling,
                 pictures_fps=request.pictures_fps or self.sampling.fps,
                 transform=_small,
-                # PyAV alone: no second process, and the same frames as decord gives.
+                # Only PyAV is used: it needs no second process and gives the same frames as decord.
                 backend="pyav",
             )
         except (UnusableMedia, UserError, ValueError) as error:

@@ -1,9 +1,9 @@
-"""The report of a training: one HTML file with everything inside it, readable without network or scripts.
+"""Writes the report of a training: one HTML file that contains everything and needs no network and no scripts.
 
     write_report([("Supervised fine-tuning", sft_dir), ("Video-KTR", ktr_dir)], out=Path("report.html"), summary=...)
 
-Headline numbers, then per run curves over steps and some recorded rollouts with frames and key tokens, then the
-options. The same run directories give the same bytes: no clock, no random ids.
+The page has the headline numbers; for each run curves over steps and some recorded rollouts with frames and key tokens;
+and the options. The same run directories give the same bytes, because the page has no times and no random ids.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ _LINE_CHARTS = (
     ("Tokens a second", ("tokens_per_second",), ""),
     ("Learning rate", ("learning_rate",), ""),
 )
-"""Title, metrics (a name, or with "/" at its end a family), note."""
+"""Each chart as (title, metrics, note). A metric is a name; a name with "/" at its end means a family of metrics."""
 _LABELS = {"reward_mean": "total", "key_token_ratio": "any signal"}
 _CONTENT_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-"""Tells browsers to load nothing, whatever the page holds."""
+"""Forbids browsers to load anything from outside, whatever the page contains."""
 
 
 @dataclass(frozen=True)
 class StageReport:
-    """What the page shows of one run."""
+    """The parts of one run that the page shows."""
 
     title: str
     run_dir: str
@@ -61,12 +61,12 @@ class StageReport:
     num_responses: int
     num_frames: int
     notes: tuple[str, ...]
-    """What could not be shown, and why."""
+    """Notes on what could not be shown, and why."""
 
 
 @dataclass(frozen=True)
 class ReportWritten:
-    """The file, and what is in it."""
+    """The file that was written, and its contents."""
 
     out: str
     num_bytes: int
@@ -75,12 +75,12 @@ class ReportWritten:
 
 @dataclass(frozen=True)
 class Most:
-    """How much a report shows."""
+    """The limits of what a report shows."""
 
     groups: int = 4
-    """Questions of a run: half of the first, half of the last recorded step."""
+    """Questions of a run, half of them from the first recorded step and half from the last."""
     frames: int = 16
-    """Pictures of a video."""
+    """The most pictures of a video."""
 
 
 SHOWN_AT_MOST = Most()
@@ -97,18 +97,19 @@ def write_report(
     media_root: Path | str | None = None,
     most: Most = SHOWN_AT_MOST,
 ) -> ReportWritten:
-    """Writes the page in one rename.
+    """Writes the page. The file appears under its name only when it is complete.
 
     Args:
-        run_dirs: (title, run directory) in the order of the page; title None = by the run's objective.
-        summary: headline numbers, see ``summary.py``; None = no headline.
+        run_dirs: (title, run directory) in the order of the page. A title None means that of the run's objective.
+        summary: headline numbers, see ``summary.py``; None means no headline.
         notes: paragraphs below the title.
-        model: Hugging Face directory whose tokenizer splits responses; None = the run's export, else its model.
-        media_root: below which media are found; None = where the run found them.
-        most: how many questions and pictures.
+        model: Hugging Face directory whose tokenizer splits responses; None means the run's export, else its model.
+        media_root: the directory below which media lie; None means where the run found them.
+        most: the limits of questions and pictures.
 
     Raises:
-        UserError: a run directory that is none or is damaged, an option that does not fit, ``out`` not writable.
+        UserError: a directory is not a run directory or is damaged, an option does not fit, or ``out`` cannot be
+            written.
     """
     if not run_dirs:
         raise UserError("--run-dir: expected at least one run directory")
@@ -149,7 +150,7 @@ def _stage(
     decode: Decode | None,
     frames: FrameReader,
 ) -> tuple[Html, StageReport]:
-    """The section of one run, and what is in it."""
+    """The section of one run as HTML, and its contents."""
     notes = []
     if not run.steps:
         notes.append("No step was logged yet.")
@@ -246,7 +247,7 @@ def _series(name: str, run: RunData, index: int) -> Series:
 
 
 def _options(titles: Sequence[str], runs: Sequence[RunData]) -> Html | None:
-    """All options by section, one column per run; what differs from the default is marked."""
+    """A table of all options by section, with one column for each run. Values that are not the default are marked."""
     if not any(run.config for run in runs):
         return None
     defaults = _defaults()
@@ -274,7 +275,7 @@ def _options(titles: Sequence[str], runs: Sequence[RunData]) -> Html | None:
 
 
 def _defaults() -> dict[str, dict[str, Any]]:
-    """By section and option, as a run's file has them."""
+    """The default values by section and option, as in a run's config file."""
     found: dict[str, dict[str, Any]] = {}
     for name, option in OPTIONS.items():
         value = option.default
@@ -293,13 +294,14 @@ def _option_text(value: Any) -> str:
 
 
 def _default_title(run: RunData) -> str:
-    """The title of the run's objective; the folder's name where this version does not know the objective."""
+    """The title of the run's objective. If this version does not know the objective, it is the name of the folder."""
     objective = run.option("objective", "objective")
     return objective_entry(objective).title if objective in available_objectives() else run.path.name
 
 
 def _decoder(run: RunData, *, model: Path | str | None) -> Decode | None:
-    """The tokenizer's decode; a ``model`` given must have one, others are tried."""
+    """The ``decode`` of the tokenizer, or None. If ``model`` is given, it must have a tokenizer; otherwise the run's
+    own directories are tried."""
     if model is not None:
         if not Path(model).is_dir():
             raise UserError(f"--model {model} is not a directory")

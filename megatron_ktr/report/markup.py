@@ -1,7 +1,7 @@
-"""HTML built from elements; text is escaped by construction.
+"""Builds HTML from elements, so that all text is escaped.
 
-``element`` escapes every child and attribute that is not ``Html`` already, so what a model wrote can never become
-markup. Only this file and constants of this package make ``Html`` from plain strings.
+``element`` escapes every child and attribute that is not ``Html`` already, so that text from a model can never become
+markup. Only this file, and constants of this package, make ``Html`` from plain strings.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 
 _VOID = {"meta", "img", "br", "link", "path", "polyline", "polygon", "rect", "line", "circle"}
-"""Written without content; the SVG ones are closed as XML wants it, which HTML accepts."""
+"""Elements without content. Those of SVG are closed as in XML, which HTML accepts."""
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
@@ -35,7 +35,8 @@ def escape(text: str) -> Html:
 
 
 def join(children: Child) -> Html:
-    """Children back to back: ``Html`` as it is, text and numbers escaped, ``None`` nothing, iterables flattened."""
+    """All children, one after the other. ``Html`` is kept as it is, text and numbers are escaped, ``None`` is left out,
+    and iterables are flattened."""
     if children is None:
         return Html("")
     if isinstance(children, Html):
@@ -46,8 +47,8 @@ def join(children: Child) -> Html:
 
 
 def element(name: str, /, *children: Child, **attributes: str | int | float | bool | None) -> Html:
-    """One element. Attributes: ``_`` becomes ``-`` and a trailing one is dropped (``class_``); ``None`` and False are
-    left out, True is written without value.
+    """One element. In names of attributes ``_`` becomes ``-``, and a trailing ``_`` is dropped (``class_``). Attributes
+    that are ``None`` or False are left out; True is written without a value.
 
     >>> element("p", "a < b", class_="note")
     '<p class="note">a &lt; b</p>'
@@ -63,7 +64,8 @@ def element(name: str, /, *children: Child, **attributes: str | int | float | bo
 
 
 def format_number(value: float | None, *, digits: int = 4) -> str:
-    """``digits`` significant ones, no exponent where plain digits do; words for what is no number.
+    """A number with ``digits`` significant digits, if possible without an exponent. None is "-"; NaN and infinity are
+    written as words.
 
     >>> [format_number(value) for value in (0.123456, 1234567.0, 12.0, -2e-08, float("nan"), None)]
     ['0.1235', '1,234,567', '12', '-2e-08', 'NaN', '-']

@@ -1,7 +1,7 @@
-"""Recorded rollouts as HTML: the question, its frames, and each response with its key tokens marked by signal.
+"""Shows recorded rollouts as HTML: the question, its frames, and each response with its key tokens marked by signal.
 
-A signal is told by a letter behind the token and by its own bar below it (place, pattern and colour), so that neither
-colour nor a pointer is needed; log-probabilities are in the tooltip and in a table below the response.
+A signal is shown by a letter behind the token and by a bar below it, with its own place, pattern and colour. So neither
+colour nor a pointer is needed. Log-probabilities are in the tooltip and in a table below the response.
 """
 
 from __future__ import annotations
@@ -25,22 +25,23 @@ SIGNAL_MEANINGS = {
     "temporal": "whose probability depends most on the order of the frames (compared with shuffled frames)",
 }
 OPEN_RESPONSES = 4
-"""Further responses of a group are folded away."""
+"""The number of responses of a group that are visible at first. Further ones are folded."""
 Decode = Callable[[Sequence[int]], str]
 
 
 @dataclass(frozen=True)
 class SignalStyle:
-    """How tokens that a signal selected are marked."""
+    """The style of tokens that a signal has selected."""
 
     name: str
     letter: str
     style: int
-    """Class s0 .. s5 of the style sheet: colour, and for 0 .. 2 the bar's place and pattern."""
+    """The number of the class s0 .. s5 in the style sheet. It sets the colour, and the bar's place and pattern."""
 
 
 def signal_styles(names: Sequence[str]) -> dict[str, SignalStyle]:
-    """The known signals always look alike; others follow. Letters are the shortest that tell the signals apart.
+    """The style of each signal. Known signals come first and always have the same style. Letters are the shortest
+    beginnings of the names that distinguish the signals.
 
     >>> [style.letter for style in signal_styles(["visual", "value", "entropy"]).values()]
     ['E', 'Vi', 'Va']
@@ -59,7 +60,7 @@ def signal_styles(names: Sequence[str]) -> dict[str, SignalStyle]:
 
 
 def legend(styles: Mapping[str, SignalStyle]) -> Html | None:
-    """What the marks mean; nothing where no signal was logged."""
+    """The explanation of the marks; None if no signal was logged."""
     if not styles:
         return None
     items = [
@@ -203,7 +204,8 @@ def _response(
 
 
 def _texts(response: RecordedResponse, decode: Decode | None) -> list[str] | None:
-    """What each token adds; None without a tokenizer. Token by token where prefixes do not add up to the whole."""
+    """The text that each token adds; None without a tokenizer. If these do not add up to the response's text, tokens
+    are decoded one by one."""
     if decode is None or not response.token_ids:
         return None
     texts = token_texts(response.token_ids, decode=decode)
@@ -245,7 +247,7 @@ def _token_facts(response: RecordedResponse, index: int, chosen: Sequence[Signal
 def _token_table(
     response: RecordedResponse, texts: Sequence[str] | None, styles: Mapping[str, SignalStyle]
 ) -> Html | None:
-    """The key tokens' numbers for touch screens and screen readers."""
+    """A table with the numbers of the key tokens, for touch screens and screen readers."""
     rows = []
     for index, token in enumerate(response.token_ids):
         chosen = [style.name for name, style in styles.items() if name in response.signals_of(index)]

@@ -1,11 +1,11 @@
-"""What a run directory holds, read and checked for the report: config, metrics by step, recorded rollouts.
+"""Reads and checks the contents of a run directory for the report: config, metrics by step, recorded rollouts.
 
     run_dir/config.yaml                          the resolved options
     run_dir/metrics.jsonl                        one object per step
     run_dir/rollouts/step_XXXXXXXX.jsonl         groups of one step, as ``rollout/replay.py`` writes them; those of
                                                  further replicas in step_XXXXXXXX_replica_YYYY.jsonl
 
-A run that is still going may end in half a line; that line is left out, any other damage is an error.
+The files of a run that is still going may end in half a line. That line is left out; any other damage is an error.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _STEP_FILE = re.compile(r"step_(\d+)(?:_replica_\d+)?\.jsonl")
 
 @dataclass(frozen=True)
 class RecordedResponse:
-    """One response with what was logged about its tokens; every tuple has ``token_ids``' length or is empty."""
+    """One response with what was logged about its tokens. Every tuple has the length of ``token_ids`` or is empty."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -36,7 +36,8 @@ class RecordedResponse:
     is_finished: bool = True
     is_key_token: tuple[bool, ...] = ()
     is_selected: Mapping[str, tuple[bool, ...]] = field(default_factory=dict)
-    """By signal; empty where no signals choose and every token carries the loss, or none were logged."""
+    """Whether each token was selected, by signal. Empty if no signals were logged, or if the objective has none, so
+    that every token carries the loss."""
     policy_logprobs: tuple[float, ...] = ()
     sampler_logprobs: tuple[float, ...] = ()
 
@@ -45,7 +46,7 @@ class RecordedResponse:
         return sum(self.rewards.values())
 
     def signals_of(self, index: int) -> tuple[str, ...]:
-        """Signals that selected token ``index``."""
+        """The signals that selected token ``index``."""
         return tuple(name for name, marks in self.is_selected.items() if marks[index])
 
 
@@ -59,7 +60,7 @@ class RecordedGroup:
 
     @property
     def has_unequal_rewards(self) -> bool:
-        """Whether the group teaches anything: group-relative advantages are zero where all rewards are equal."""
+        """Whether the group teaches anything. If all its rewards are equal, all its advantages are zero."""
         return len({response.reward for response in self.responses}) > 1
 
 
@@ -69,12 +70,12 @@ class RunData:
 
     path: Path
     config: Mapping[str, Mapping[str, Any]]
-    """Sections of options; empty without config.yaml."""
+    """The options by section; empty if there is no config.yaml."""
     steps: tuple[int, ...]
     metrics: Mapping[str, tuple[float, ...]]
-    """Values by name over ``steps``; NaN where a step did not log the name."""
+    """The values of each metric over ``steps``; NaN if a step did not log it."""
     rollout_files: tuple[tuple[int, Path], ...]
-    """(step, file), by step."""
+    """(step, file) in the order of steps."""
 
     def option(self, section: str, name: str) -> Any:
         return self.config.get(section, {}).get(name)
@@ -88,10 +89,10 @@ class RunData:
 
 
 def read_run(run_dir: Path | str) -> RunData:
-    """Reads everything but the rollouts, which are read when asked for.
+    """Reads everything except the rollouts, which are read only when they are needed.
 
     Raises:
-        UserError: no run directory, or a file in it is damaged; names file and line.
+        UserError: this is not a run directory, or a file in it is damaged. The message names file and line.
     """
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
@@ -122,9 +123,10 @@ def read_run(run_dir: Path | str) -> RunData:
 
 
 def choose_groups(run: RunData, *, max_groups: int) -> list[RecordedGroup]:
-    """Up to ``max_groups`` groups to show: half of the first recorded step, half of the last, to be compared.
+    """Up to ``max_groups`` groups to show: half from the first recorded step and half from the last, for comparison.
 
-    Within a step those with unequal rewards come first (they teach), and kinds of questions take turns.
+    Within a step the groups with unequal rewards come first, because only these have advantages other than zero. The
+    kinds of questions alternate.
     """
     if not run.rollout_files or max_groups < 1:
         return []
@@ -195,7 +197,7 @@ def _numbers(item: Mapping[str, Any], name: str, num_tokens: int) -> list[float]
 
 
 def _read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number from 1, object) of each line; half a line at the end is not there yet."""
+    """Yields (number from 1, object) of each line. Half a line at the end is left out, as it is still being written."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: JSON text may contain U+2028
     except (OSError, UnicodeDecodeError) as error:
@@ -229,7 +231,7 @@ def _read_config(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _or_nan(value: Any) -> Any:
-    """A number that is not finite is null in our files."""
+    """The value, with None replaced by NaN: our files store numbers that are not finite as null."""
     return math.nan if value is None else value
 
 

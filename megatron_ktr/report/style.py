@@ -1,7 +1,7 @@
-"""The page's style sheet: light and dark by the reader's setting, one column on a phone, no fonts from outside.
+"""The page's style sheet: light or dark by the reader's setting, one column on a phone, no fonts from outside.
 
-Colours are those of Okabe and Ito's palette, darker on light and lighter on dark ground so that lines keep a contrast
-of at least 3:1. s0, s1, s2 are also the signals entropy, visual and temporal, in curves as in text.
+The colours are based on Okabe and Ito's palette. They are darker on a light ground and lighter on a dark one, so that
+lines have a contrast of at least 3:1. In curves and in text, s0, s1 and s2 stand for entropy, visual and temporal.
 """
 
 STYLE = """

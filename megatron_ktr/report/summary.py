@@ -1,6 +1,6 @@
-"""The headline of a demo run: accuracies with their errors, and in plain words what they show and what they do not.
+"""Writes the headline of a demo run: accuracies with their errors, and in words what they show and do not show.
 
-Read from a mapping (``summary.json``). All values are optional:
+The numbers come from a mapping (``summary.json``). All values are optional:
 
     accuracy_initial, accuracy_sft, accuracy_ktr      share of right answers, sampled at temperature 1
     accuracy_sft_greedy, accuracy_ktr_greedy          the same models, most likely tokens
@@ -12,7 +12,7 @@ Read from a mapping (``summary.json``). All values are optional:
                                                       accuracy_ktr
     num_eval, num_eval_order                          held-out questions; those of them on order
 
-Anything else is listed as it is.
+All other values are listed as they are.
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ class Measured:
 
 
 def read_accuracies(summary: Mapping[str, Any]) -> dict[str, Measured]:
-    """The accuracies a summary holds, by name.
+    """The accuracies in a summary, by name.
 
     Raises:
-        UserError: one of them is not a share between 0 and 1.
+        UserError: an accuracy is not a share between 0 and 1.
     """
     errors = summary.get("standard_error")
     errors = errors if isinstance(errors, Mapping) else {"accuracy_ktr": errors}
@@ -84,7 +84,7 @@ def read_accuracies(summary: Mapping[str, Any]) -> dict[str, Measured]:
 
 
 def summary_section(summary: Mapping[str, Any]) -> Html:
-    """Headline numbers, what they show, and everything else the summary holds."""
+    """The headline numbers, what they show, and all other values of the summary."""
     found = read_accuracies(summary)
     tiles = [
         element("div", element("b", format_number(summary[name], digits=digits)), element("span", text))
@@ -191,7 +191,7 @@ def _what_it_shows(found: Mapping[str, Measured]) -> Iterator[str]:
 
 
 def _is_clear(higher: Measured, lower: Measured) -> bool:
-    """Whether the difference exceeds two standard errors of itself (taken as 5 points where unknown)."""
+    """Whether the difference exceeds twice its standard error, or 5 points if that is unknown."""
     errors = [item.standard_error for item in (higher, lower) if item.standard_error is not None]
     spread = math.hypot(*errors) if len(errors) == 2 else 0.025
     return higher.value - lower.value > 2 * spread

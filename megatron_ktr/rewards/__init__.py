@@ -1,4 +1,4 @@
-"""Rewards: named pure functions of (response text, dataset record), summed into the reward of a response."""
+"""Rewards: named pure functions of (response text, dataset record). Their sum is the reward of a response."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_ktr.types import Prompt, Rollout, RolloutGroup
 
 RewardFunction = Callable[[str, Mapping[str, Any]], float]
 BuiltInReward = Callable[..., float]
-"""A ``RewardFunction`` that takes the ``protocol`` to read answers by as well."""
+"""A ``RewardFunction`` that also takes ``protocol``, which says how an answer is found and judged."""
 
 
 def accuracy_reward(response: str, record: Mapping[str, Any], *, protocol: Protocol = STANDARD) -> float:
@@ -32,7 +32,7 @@ def accuracy_reward(response: str, record: Mapping[str, Any], *, protocol: Proto
 
 
 def soft_choice_reward(response: str, record: Mapping[str, Any], *, protocol: Protocol = STANDARD) -> float:
-    """``accuracy``, but for multiple choice the right share of several letters (``standard.soft_choice``)."""
+    """``accuracy``, except that multiple choice with several right letters pays in parts (``standard.soft_choice``)."""
     return accuracy_reward(response, record, protocol=with_soft_choice(protocol))
 
 
@@ -54,8 +54,11 @@ DEFAULT_REWARDS = ("accuracy", "format")
 
 
 def load_reward(name: str, *, protocol: str = "standard") -> tuple[str, RewardFunction]:
-    """A built-in reward by name, reading answers by ``protocol`` (``PROTOCOLS``), or your own as ``module:function``,
-    which reads them itself; returns (short name, function)."""
+    """(short name, function) of the reward called ``name``.
+
+    ``name`` is either that of a built-in reward, which finds answers by ``protocol`` (one of ``PROTOCOLS``), or your
+    own function as ``module:function``, which finds them itself.
+    """
     if name in BUILT_IN:
         return name, functools.partial(BUILT_IN[name], protocol=PROTOCOLS[protocol])
     module_name, separator, function_name = name.partition(":")
@@ -63,7 +66,7 @@ def load_reward(name: str, *, protocol: str = "standard") -> tuple[str, RewardFu
         raise UserError(f"reward {name!r} is unknown, expected one of {sorted(BUILT_IN)} or 'module:function'")
     try:
         function: Any = getattr(importlib.import_module(module_name), function_name)
-    except Exception as error:  # what a user's module can raise has no end
+    except Exception as error:  # a user's module can raise anything
         raise UserError(f"reward {name!r} cannot be loaded: {type(error).__name__}: {error}") from error
     if not callable(function):
         raise UserError(f"reward {name!r} is no function but {type(function).__name__}")
@@ -88,7 +91,7 @@ def reward_groups(
 
 
 def load_rewards(names: Sequence[str], *, protocol: str = "standard") -> dict[str, RewardFunction]:
-    """The functions by short name; UserError if two have the same one, as one would hide the other."""
+    """The functions by short name; UserError if two have the same short name, because one would hide the other."""
     functions: dict[str, RewardFunction] = {}
     for name in names:
         short_name, function = load_reward(name, protocol=protocol)
@@ -110,7 +113,7 @@ def _value_of(name: str, function: RewardFunction, rollout: Rollout, prompt: Pro
     except Exception as error:
         if isinstance(function, functools.partial) and function.func in BUILT_IN.values():
             raise  # a mistake of ours, not of the user's function
-        # A user's own function: its last line says where.
+        # This is a user's own function: the innermost frame of the traceback says where it failed.
         *_, last = traceback.extract_tb(error.__traceback__)
         raise UserError(
             f"reward {name!r} failed for a response to problem {prompt.problem_id}: {type(error).__name__}: {error} "

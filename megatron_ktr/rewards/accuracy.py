@@ -1,8 +1,8 @@
 """Accuracy of a response by problem type, in [0, 1], under one of the protocols of ``protocols.py``.
 
-Questions with several right letters can be rewarded in parts (TW-GRPO, arXiv 2505.24718): with S the answer's letters
-and T the right ones, |S| / |T| if S is a subset of T, else 0. A single wrong letter costs everything, or naming all
-letters would pay.
+Questions with several right letters can be rewarded in parts (TW-GRPO, arXiv 2505.24718). With S the answer's letters
+and T the right ones, the reward is |S| / |T| if S is a subset of T, else 0. A single wrong letter costs the whole
+reward; otherwise it would pay to name all letters.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megatron_ktr.rewards.protocols import STANDARD, Judge, Protocol
 from megatron_ktr.rewards.truth import Truth
 
 ACCURACY_BY_TYPE: dict[str, Judge] = standard.JUDGES
-"""The known problem types; every protocol judges them all."""
+"""The known problem types. Every protocol can judge all of them."""
 
 
 def accuracy(
@@ -39,5 +39,5 @@ def accuracy(
 
 
 def with_soft_choice(protocol: Protocol) -> Protocol:
-    """The protocol with multiple choice paid in parts."""
+    """The same protocol, except that multiple choice with several right letters pays in parts (``soft_choice``)."""
     return dataclasses.replace(protocol, judges={**protocol.judges, "multiple choice": standard.soft_choice})

@@ -26,7 +26,7 @@ _LEAD_INS = tuple(
 
 
 def label_of(number: int) -> str:
-    """The label of the option at ``number`` from 0: A .. Z, AA, AB, ... as spreadsheets name columns."""
+    """The label of option ``number``, counted from 0: A .. Z, AA, AB, ... as spreadsheets name columns."""
     label = ""
     number += 1
     while number:
@@ -36,12 +36,13 @@ def label_of(number: int) -> str:
 
 
 def read_label(answer: str) -> str:
-    """The answer without what may surround a letter: brackets, emphasis, LaTeX, a full stop behind it."""
+    """The answer without the decoration that may surround a letter: brackets, emphasis, LaTeX, a final full stop."""
     return bare(answer, trailing=_TRAILING).strip("(). ")
 
 
 def read_letters(answer: str) -> frozenset[str]:
-    """The capital letters an answer lists ("B", "A, C", "AC", "(A) and (C)"); none if it says anything else."""
+    """The capital letters that an answer lists ("B", "A, C", "AC", "(A) and (C)"). The set is empty if the answer says
+    anything besides letters."""
     words = bare(answer).replace("\\text{and}", " ").translate(_LIST_SIGNS).split()
     for command in _LATEX:
         words = [word for word in words if word != command]
@@ -52,7 +53,11 @@ def read_letters(answer: str) -> frozenset[str]:
 
 
 def labelled_options(options: Sequence[str]) -> dict[str, str]:
-    """Label -> text without its label, where the options carry their labels in order; else they are labelled here."""
+    """The options as a mapping from label to text.
+
+    If the options carry their labels in order (A, B, ... or 1, 2, ...), these are used and removed from the texts.
+    Otherwise the options are labelled A, B, ... here.
+    """
     for labels in ([label_of(number) for number in range(len(options))], [str(n + 1) for n in range(len(options))]):
         split = [_without_label(option, label) for option, label in zip(options, labels, strict=True)]
         if options and all(text is not None for text in split):
@@ -63,7 +68,8 @@ def labelled_options(options: Sequence[str]) -> dict[str, str]:
 
 
 def named_labels(answer: str, options: Mapping[str, str]) -> frozenset[str]:
-    """``named_label``, or the letters of several options ("A, C"); empty where it names none."""
+    """The labels of all options that an answer names: the one of ``named_label``, or several letters ("A, C"). The set
+    is empty if it names none."""
     label = named_label(answer, options)
     if label is not None:
         return frozenset({label})
@@ -72,10 +78,11 @@ def named_labels(answer: str, options: Mapping[str, str]) -> frozenset[str]:
 
 
 def named_label(answer: str, options: Mapping[str, str]) -> str | None:
-    """The one option a loosely worded answer names, by label ("b", "B. the text", "the answer is (B)") or by text.
+    """The label of the one option that a loosely worded answer names.
 
-    None where it names none, or a label beside another option's text. ``options`` come from ``labelled_options``;
-    without any, one letter is a label.
+    The answer may name it by its label ("b", "B. the text", "the answer is (B)") or by its text. The result is None if
+    the answer names no option, or combines a label with the text of another option. ``options`` come from
+    ``labelled_options``; if there are none, any single letter counts as a label.
     """
     if len(answer) > _longest(options):
         return None
@@ -104,7 +111,8 @@ def named_label(answer: str, options: Mapping[str, str]) -> str | None:
 
 
 def _longest(options: Mapping[str, str]) -> int:
-    """Characters beyond which an answer restates no option; room for marks, emphasis and a lead-in."""
+    """The number of characters beyond which an answer cannot just restate an option. It leaves room for marks, emphasis
+    and a lead-in."""
     return 1000 + 10 * max(map(len, options.values()), default=0)
 
 
@@ -118,8 +126,8 @@ def _known_label(text: str, options: Mapping[str, str]) -> str | None:
 
 
 def _without_label(option: str, label: str) -> str | None:
-    """What follows ``label`` and the sign behind it ("(B) red", "B. red", "**B** red", "B - red"); None if the option
-    does not begin so."""
+    """The text of an option behind its label and the sign that follows it: "red" for "(B) red", "B. red", "**B** red"
+    or "B - red". None if the option does not begin with ``label`` and such a sign."""
     text = bare(option).lstrip(_BEFORE_LABEL)
     if not text.startswith(label):
         return None

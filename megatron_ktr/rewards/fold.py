@@ -1,11 +1,13 @@
-"""One spelling for texts that look the same: Unicode forms, letter case, digits, and what merely decorates an answer.
+"""Gives texts that look the same one spelling, so that they compare as equal.
+
+The functions unify Unicode forms, letter case and digits, and remove what merely decorates an answer:
 
     fold_forms    "Ｂ" -> "B", "ﬁ" -> "fi", "e" + acute -> "é"; "²", "½" and "₂" stay, for "10²" is not "102"
     fold_case     fold_forms, and "STRASSE" = "straße", "İ" = "I" = "ı" = "i"
     fold_number   fold_forms, digits of every script as 0..9, every dash as "-": "−５" -> "-5"
     bare          fold_forms without brackets, quotes, emphasis and LaTeX around the whole: "**\\boxed{B}**" -> "B"
 
-All take time linear in the length of the text, whatever it says.
+All of them take time linear in the length of the text, whatever the text contains.
 """
 
 from __future__ import annotations
@@ -16,11 +18,11 @@ import unicodedata
 from collections.abc import Mapping
 
 MAX_MARKS = 30
-"""Combining marks that are normalised together. Putting n marks into canonical order takes n^2 steps, and no writing
-has more than a few on one letter (Unicode's stream-safe text format has the same limit)."""
+"""The most combining marks in a row that are normalised together. Putting n marks into canonical order takes n^2 steps,
+and no script puts more than a few marks on one letter (Unicode's stream-safe text format has the same limit)."""
 _KEPT_FORMS = ("<super>", "<sub>", "<fraction>")
 _JOINER = "\u034f"
-"""Parts marks without being seen."""
+"""An invisible character (combining grapheme joiner); inserted into a long run of marks, it splits the run."""
 _FILLERS = _JOINER + "\u115f\u1160\u3164"
 _NUMBER_SIGNS = {
     "\u066c": ",",  # Arabic thousands separator
@@ -44,8 +46,8 @@ _COMMANDS = tuple(f"\\{name}" for name in ("boxed", "fbox", "textbf", "textit", 
 
 
 def fold_forms(text: str) -> str:
-    """NFKC without what changes a value (super- and subscripts, fractions); invisible characters are dropped, and a
-    zero-width space is a blank."""
+    """Unicode normal form NFKC, except that superscripts, subscripts and fractions stay, as NFKC would change their
+    value. Invisible characters are dropped, and a zero-width space becomes a blank."""
     if text.isascii():
         return text
     of_kind: dict[str, list[str]] = {}
@@ -61,7 +63,7 @@ def fold_forms(text: str) -> str:
 
 
 def fold_case(text: str) -> str:
-    """``fold_forms`` without upper case and typographic quotes and dashes."""
+    """``fold_forms``, then lower case, with typographic quotes and dashes replaced by plain ones."""
     if text.isascii():
         return text.lower()
     # Folding case can leave letters and marks apart; a dotted capital I would otherwise keep its dot.
@@ -69,7 +71,7 @@ def fold_case(text: str) -> str:
 
 
 def fold_number(text: str) -> str:
-    """``fold_forms`` with the digits and signs of every script as ASCII writes them."""
+    """``fold_forms``, with the digits and number signs of every script replaced by ASCII ones."""
     folded = fold_forms(text).replace("\\%", "%").replace("\\$", "$")
     if folded.isascii():
         return folded
@@ -77,7 +79,8 @@ def fold_number(text: str) -> str:
 
 
 def bare(text: str, *, trailing: str = "") -> str:
-    """``fold_forms`` of the text without blanks, paired decoration and ``trailing`` characters around it."""
+    """``fold_forms`` of the text, stripped of surrounding blanks, paired decoration, and ``trailing`` characters at its
+    end."""
     text = fold_forms(text)
     closed_at = _matching_brackets(text)
     start, end = 0, len(text)
@@ -102,7 +105,7 @@ def bare(text: str, *, trailing: str = "") -> str:
 
 
 def _replace(text: str, replacements: Mapping[str, str]) -> str:
-    """``str.translate`` for few characters, many times as fast on text that is not ASCII."""
+    """Does what ``str.translate`` does. For few replacements it is many times as fast on text that is not ASCII."""
     for old, new in replacements.items():
         if old != new:
             text = text.replace(old, new)
@@ -110,12 +113,13 @@ def _replace(text: str, replacements: Mapping[str, str]) -> str:
 
 
 def _command_length(text: str, start: int) -> int:
-    """Of the command before a brace that begins at ``start``, "\\boxed"; 0 without one."""
+    """The length of the LaTeX command, such as "\\boxed", that begins at ``start`` and is followed by a brace; 0 if no
+    such command begins there."""
     return next((len(name) for name in _COMMANDS if text.startswith(name + "{", start)), 0)
 
 
 def _matching_brackets(text: str) -> dict[int, int]:
-    """Place of each opening bracket -> place of the one that closes it."""
+    """Maps the place of each opening bracket to the place of the one that closes it."""
     closed_at: dict[int, int] = {}
     opened: dict[str, list[int]] = {opening: [] for opening in _BRACKETS}
     for match in _ANY_BRACKET.finditer(text):
@@ -128,7 +132,8 @@ def _matching_brackets(text: str) -> dict[int, int]:
 
 
 def _marked_length(text: str, start: int, end: int) -> int:
-    """How many marks like ``text[start]`` stand on both sides of the text; 0 if others are inside ("*A* or *C*")."""
+    """How many marks like ``text[start]`` enclose the text on both sides; 0 if the same mark also occurs inside, as in
+    "*A* or *C*"."""
     mark, length = text[start], 0
     while start < end - 1 and text[start] == text[end - 1] == mark:
         start, end, length = start + 1, end - 1, length + 1
@@ -137,7 +142,7 @@ def _marked_length(text: str, start: int, end: int) -> int:
 
 @functools.lru_cache(maxsize=1 << 16)
 def _kind(character: str) -> str:
-    """What ``fold_forms`` does with a character: mark, kept, ignored, or plain."""
+    """The class of a character for ``fold_forms``: mark, kept, ignored, or plain."""
     if character == "\u200b":
         return "plain"  # the blank that it stands for
     is_selector = "\ufe00" <= character <= "\ufe0f" or "\U000e0100" <= character <= "\U000e01ef"
@@ -145,7 +150,7 @@ def _kind(character: str) -> str:
         return "ignored"
     if unicodedata.decomposition(character).startswith(_KEPT_FORMS):
         return "kept"
-    # Some characters are no marks but decompose into them, as half-width voicing marks do.
+    # Some characters are not marks themselves but decompose into marks, such as half-width voicing marks.
     return "mark" if unicodedata.combining(unicodedata.normalize("NFKD", character)[0]) else "plain"
 
 

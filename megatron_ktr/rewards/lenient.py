@@ -1,8 +1,8 @@
-"""What a kind reader would accept: the right answer, however it is worded, wherever it stands.
+"""The protocol ``lenient`` accepts what a kind reader would: the right answer, however worded and wherever it stands.
 
-Letters may be small, named with their option's text ("B. red") or by that text alone; numbers may be worded
-(``worded_number.py``), with or without a decimal part. Tags may be in capitals, and the last one may be missing.
-Without any block the answer is what follows the reasoning.
+A letter may be lower case, and an option may be named with its text ("B. red") or by its text alone. A number may be
+worded (``worded_number.py``), with or without a decimal part. Tags may be in capitals, and the closing tag may be
+missing. In a response without an answer block, the answer is the text after the reasoning.
 """
 
 from __future__ import annotations
@@ -14,8 +14,12 @@ from megatron_ktr.rewards.worded_number import read_number
 
 
 def find_answer(response: str) -> str | None:
-    """The first answer block, its tags in any case, to the end of the response where it is not closed; without one,
-    what follows the last ``</think>``, else the whole response. None where that is empty."""
+    """The text of the answer; None if it is empty.
+
+    It is the content of the first answer block, whose tags may be in any case. A block that is not closed extends to
+    the end of the response. Without a block it is the text after the last ``</think>``, and without that tag the whole
+    response.
+    """
     tags = _ascii_lower(response)
     start = tags.find("<answer>")
     if start >= 0:
@@ -28,8 +32,8 @@ def find_answer(response: str) -> str | None:
 
 
 def multiple_choice(answer: str, truth: Truth) -> float:
-    """1 if the answer, or its last line, names the right option; several letters in any order where several are
-    right."""
+    """1 if the answer, or its last line, names the right option. Where several options are right, it must name all of
+    them, in any order."""
     options = labelled_options(truth.options)
     expected = named_labels(truth.text, options)
     if not expected:
@@ -38,7 +42,7 @@ def multiple_choice(answer: str, truth: Truth) -> float:
 
 
 def numerical(answer: str, truth: Truth) -> float:
-    """1 if the numbers agree to 2 decimals."""
+    """1 if the numbers agree to 2 decimals, or are written alike."""
     if standard.are_alike(standard.written_number(answer), standard.written_number(truth.text)):
         return 1.0
     value, expected = _number(answer), read_number(truth.text)
@@ -46,7 +50,7 @@ def numerical(answer: str, truth: Truth) -> float:
 
 
 def regression(answer: str, truth: Truth) -> float:
-    """1 - min(1, relative difference); a truth of 0 is matched only by 0."""
+    """1 - min(1, relative difference). If the truth is 0, only 0 is right."""
     if standard.are_alike(standard.written_number(answer), standard.written_number(truth.text)):
         return 1.0
     return standard.relative_score(_number(answer), read_number(truth.text))
@@ -58,13 +62,14 @@ def _number(answer: str) -> float | None:
 
 
 def _readings(answer: str) -> list[str]:
-    """The answer, then its last line: what a response without an answer block ends with."""
+    """The texts in which to look for the answer: the answer as a whole, then its last line. In a response without an
+    answer block, the last line often states the answer."""
     last = answer.rstrip().rpartition("\n")[2]
     return [answer] if last == answer else [answer, last]
 
 
 def _ascii_lower(text: str) -> str:
-    """Lower case with every character in its place: ``str.lower`` lengthens some."""
+    """Lower case in ASCII only, so that every character keeps its place; ``str.lower`` makes some characters longer."""
     return text.lower() if text.isascii() else "".join(c.lower() if c.isascii() else c for c in text)
 
 

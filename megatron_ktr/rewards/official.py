@@ -1,9 +1,13 @@
-"""The verdicts of the Video-KTR and Video-R1 releases, slips included, to compare with their numbers.
+"""The protocol ``official`` judges as the Video-KTR and Video-R1 releases do, mistakes included, to compare with their
+numbers.
 
-A response without an answer block has the empty answer, which is right where the truth is empty. Numbers are what
-Python's ``float`` reads, so "nan" is one, and its regression scores 1; a truth of 0 is matched by nothing. Letters must
-be equal to the character, OCR minds case, and ROUGE sees ASCII letters and digits only. The one exception: a
-``solution`` without ``<answer>`` tags is taken as it is, where the releases would read nothing from it.
+- A response without an answer block has the empty answer, which is right if the truth is empty.
+- A number is what Python's ``float`` reads. "nan" is therefore a number, and scores 1 in regression. There, no number
+  matches a truth of 0, not even 0.
+- Letters must be equal to the character, OCR minds case, and ROUGE sees ASCII letters and digits only.
+
+There is one difference from the releases: a ``solution`` without ``<answer>`` tags is taken as it is, while they would
+read nothing from it.
 """
 
 from __future__ import annotations
@@ -17,13 +21,13 @@ _EPSILON = 1e-9
 
 
 def find_answer(response: str) -> str:
-    """The first ``<answer>`` block, "" without one."""
+    """The content of the first ``<answer>`` block; "" if there is none."""
     return extract_answer(response) or ""
 
 
 def has_format(response: str) -> bool:
-    """Whether the response is ``<think>...</think>``, blanks, ``<answer>...</answer>``, and nothing around it; tags
-    inside may repeat."""
+    """Whether the response is ``<think>...</think>``, optional blanks, ``<answer>...</answer>``, with nothing around
+    it. The same tags may occur again inside."""
     if not (response.startswith("<think>") and response.endswith("</answer>")):
         return False
     end = response.find("</think>", len("<think>"))
@@ -38,12 +42,12 @@ def has_format(response: str) -> bool:
 
 
 def multiple_choice(answer: str, truth: Truth) -> float:
-    """Equality of the texts."""
+    """1 if the texts are equal."""
     return float(answer.strip() == truth.text.strip())
 
 
 def numerical(answer: str, truth: Truth) -> float:
-    """Equality after rounding to 2 decimals, where both or neither contain '.' or ','."""
+    """1 if the numbers are equal after rounding to 2 decimals, and both or neither text contains '.' or ','."""
     if ("." in answer or "," in answer) != ("." in truth.text or "," in truth.text):
         return 0.0
     value, expected = _number(answer), _number(truth.text)
@@ -51,7 +55,7 @@ def numerical(answer: str, truth: Truth) -> float:
 
 
 def ocr(answer: str, truth: Truth) -> float:
-    """1 - WER on words as they are written, clipped."""
+    """1 - word error rate, clipped to [0, 1]; words are compared as they are written."""
     return max(0.0, min(1.0, 1.0 - word_error_rate(answer.split(), truth.text.split())))
 
 
@@ -62,7 +66,11 @@ def free_form(answer: str, truth: Truth) -> float:
 
 
 def regression(answer: str, truth: Truth) -> float:
-    """1 - relative difference, both parts of it raised by 1e-9, clipped in the order that lets NaN through as 1."""
+    """1 - relative difference, clipped to [0, 1].
+
+    Numerator and denominator of the relative difference are raised by 1e-9. Because of the order of min and max, a NaN
+    scores 1.
+    """
     value, expected = _number(answer), _number(truth.text)
     if value is None or expected is None:
         return 0.0

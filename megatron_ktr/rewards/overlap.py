@@ -1,7 +1,8 @@
-"""How much two lists of words agree: ROUGE and the word error rate, the numbers of rouge-score and jiwer.
+"""How much two lists of words agree: ROUGE and the word error rate, with the same results as rouge-score and jiwer.
 
-Both compare every word with every other. ``MAX_WORDS`` bounds that: words beyond the first 16,384 of a text count as
-errors without being looked at. Longer texts that are equal still agree in full.
+Both measures compare every word of one text with every word of the other. ``MAX_WORDS`` bounds the time this takes:
+words beyond the first 16,384 of a text count as errors without being looked at. Longer texts that are equal still
+agree in full.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ def rouge_mean(answer: Sequence[str], truth: Sequence[str]) -> float:
 
 
 def word_error_rate(answer: Sequence[str], truth: Sequence[str]) -> float:
-    """Insertions, deletions and substitutions from ``truth`` to ``answer`` over the words of ``truth``."""
+    """The number of insertions, deletions and substitutions that turn ``truth`` into ``answer``, divided by the number
+    of words of ``truth``."""
     if answer == truth:
         return 0.0
     first, second = _as_numbers(answer, truth)
@@ -41,7 +43,7 @@ def _ngrams(words: Sequence[str], size: int) -> Counter[tuple[str, ...]]:
 
 
 def _lcs_f_measure(answer: Sequence[str], truth: Sequence[str]) -> float:
-    """From the longest common subsequence."""
+    """The F-measure of ROUGE-L, from the longest common subsequence."""
     if answer == truth:
         return _f_measure(len(truth), len(answer), len(truth))
     first, second = _as_numbers(answer, truth)
@@ -54,6 +56,7 @@ def _f_measure(num_common: int, num_found: int, num_expected: int) -> float:
 
 
 def _as_numbers(*texts: Sequence[str]) -> list[list[int]]:
-    """Equal words as equal numbers: comparing hashes of words could take different ones for equal."""
+    """The texts with each word replaced by a number; equal words, and only those, have equal numbers. (Comparing hashes
+    of words could take different words for equal.)"""
     numbers: dict[str, int] = {}
     return [[numbers.setdefault(word, len(numbers)) for word in words] for words in texts]

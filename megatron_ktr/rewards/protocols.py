@@ -1,9 +1,9 @@
-"""Ways to find and judge an answer; each is one file, chosen by name (``--answer-protocol``).
+"""Protocols: ways to find and judge an answer, chosen by name (``--answer-protocol``).
 
-official   the releases' verdicts, slips included
-strict     one answer block and no second; letters and numbers alone in it
-standard   the first answer block, judged as under strict: what training pays for, unless told otherwise
-lenient    the right answer however it is worded, with or without a block
+official   judges as the releases of Video-KTR and Video-R1 do, mistakes included
+strict     needs exactly one answer block, with nothing but the letter or number in it
+standard   takes the first answer block and judges it as strict does; the default, also for training
+lenient    accepts the right answer however it is worded, with or without a block
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ Judge = Callable[[str, Truth], float]
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a response becomes an answer, and an answer a number."""
+    """How the answer is found in a response, and how the answer is scored."""
 
     find_answer: Callable[[str], str | None]
-    """From a response; None means that it gives none, which is worth 0."""
+    """Finds the answer in a response. None means that the response gives no answer, which scores 0."""
     judges: Mapping[str, Judge]
-    """By problem type, each in [0, 1]."""
+    """The function that scores an answer, in [0, 1], for each problem type."""
     has_format: Callable[[str], bool] = has_reasoning_format
     """Whether a response gets the format reward."""
 

@@ -1,4 +1,4 @@
-"""How the training reward judges an answer, by problem type: pure functions of (answer, truth), each in [0, 1].
+"""Judges an answer by problem type, as training does by default: pure functions of (answer, truth), each in [0, 1].
 
     multiple choice   1 if the letters are equal
     numerical         1 if equal after rounding to 2 decimals, and both or neither have a decimal part
@@ -6,8 +6,8 @@
     free-form         mean F-measure of ROUGE-1, ROUGE-2 and ROUGE-L, with stemming; 1 for the same words
     regression        1 - min(1, |answer - truth| / |truth|)
 
-A "decimal part" means that the text contains '.' or ','. Texts that look the same are the same (``fold.py``), and an
-empty truth or answer is never right.
+A number has a "decimal part" if its text contains '.' or ','. Texts that look the same count as equal (``fold.py``).
+An empty truth or answer is never right.
 """
 
 from __future__ import annotations
@@ -21,20 +21,22 @@ from megatron_ktr.rewards.words import rouge_words, stem, written_words
 
 
 def multiple_choice(answer: str, truth: Truth) -> float:
-    """1 if the letters are equal; a trailing '.' or ')', brackets, emphasis, ``\\boxed`` and width do not matter."""
+    """1 if the letters are equal. A trailing '.' or ')', brackets, emphasis, ``\\boxed`` and full-width forms are
+    ignored."""
     label = read_label(answer)
     return float(bool(label) and label == read_label(truth.text))
 
 
 def soft_choice(answer: str, truth: Truth) -> float:
-    """|S| / |T| if the answer's letters S are a subset of the right ones T, else 0; "B", "A, C", "AC" and "(A) and (C)"
-    are letters, any other word makes the answer none."""
+    """|S| / |T| if the answer's letters S are a subset of the right ones T, else 0. Letters may be written as "B",
+    "A, C", "AC" or "(A) and (C)"; an answer with any other word has no letters."""
     letters, expected = read_letters(answer), read_letters(truth.text)
     return len(letters) / len(expected) if letters and letters <= expected else 0.0
 
 
 def numerical(answer: str, truth: Truth) -> float:
-    """1 if both are numbers, both or neither have a decimal part, and they agree to 2 decimals; 1 if written alike."""
+    """1 if both are numbers that agree to 2 decimals, and both or neither have a decimal part; also 1 if both are
+    written alike."""
     found, expected = written_number(answer), written_number(truth.text)
     if are_alike(found, expected):
         return 1.0
@@ -47,7 +49,8 @@ def numerical(answer: str, truth: Truth) -> float:
 
 
 def ocr(answer: str, truth: Truth) -> float:
-    """1 - WER on words without case, clipped; scripts without blanks by characters."""
+    """1 - word error rate, clipped to [0, 1], with case ignored. In scripts that put no blanks between words, each
+    character counts as a word."""
     found, expected = written_words(answer), written_words(truth.text)
     if not found or not expected:
         return 0.0
@@ -55,9 +58,10 @@ def ocr(answer: str, truth: Truth) -> float:
 
 
 def free_form(answer: str, truth: Truth) -> float:
-    """Mean F-measure of ROUGE-1, ROUGE-2 and ROUGE-L with stemming; 1 for the same words, however few."""
+    """Mean F-measure of ROUGE-1, ROUGE-2 and ROUGE-L with stemming. The same words score 1, even a single word, which
+    has no ROUGE-2."""
     found, expected = rouge_words(answer), rouge_words(truth.text)
-    if not found and not expected:  # signs only
+    if not found and not expected:  # the texts consist of signs only
         return float(fold_case(answer).split() == fold_case(truth.text).split() != [])
     if found == expected:
         return 1.0
@@ -65,13 +69,13 @@ def free_form(answer: str, truth: Truth) -> float:
 
 
 def regression(answer: str, truth: Truth) -> float:
-    """1 - min(1, relative difference); a truth of 0 is matched only by 0; 1 if written alike."""
+    """1 - min(1, relative difference); also 1 if both are written alike. If the truth is 0, only 0 is right."""
     found, expected = written_number(answer), written_number(truth.text)
     return 1.0 if are_alike(found, expected) else relative_score(parse_number(found), parse_number(expected))
 
 
 def relative_score(value: float | None, expected: float | None) -> float:
-    """``regression`` of two numbers, 0 where one of them is none."""
+    """The score of ``regression`` for two numbers; 0 if one of them is None."""
     if value is None or expected is None:
         return 0.0
     if expected == 0.0:
@@ -80,12 +84,13 @@ def relative_score(value: float | None, expected: float | None) -> float:
 
 
 def written_number(text: str) -> str:
-    """How a number is written, without what decorates it."""
+    """The text of a number, with digits and signs in ASCII and without decoration."""
     return bare(fold_number(text))
 
 
 def are_alike(found: str, expected: str) -> bool:
-    """Whether two texts from ``written_number`` are the same with a digit in it, number or not ("1/2", "3,14")."""
+    """Whether two texts from ``written_number`` are equal and contain a digit. They need not be numbers that
+    ``parse_number`` reads ("1/2", "3,14")."""
     return found == expected and any("0" <= character <= "9" for character in found)
 
 

@@ -1,7 +1,8 @@
-"""Reading a response: its answer block, its format, the number it consists of. Scanners, each one pass over the text.
+"""Reads a response: its answer block, its format, and the number that a text consists of.
 
-Nothing here is a regular expression with a choice of how far to match: a model that degenerates writes a hundred
-thousand blanks, digits or tags, and every rank waits for its reward.
+Each function scans the text in time linear in its length. None uses a regular expression that can backtrack: a model
+that degenerates may write a hundred thousand blanks, digits or tags, and every rank waits for the reward of its
+response.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def extract_answer(text: str) -> str | None:
 
 
 def extract_only_answer(text: str) -> str | None:
-    """``extract_answer`` of a response with exactly one ``<answer>`` and one ``</answer>``, else None."""
+    """``extract_answer`` for responses with exactly one ``<answer>`` and one ``</answer>``; None for all others."""
     is_single = text.count("<answer>") == 1 and text.count("</answer>") == 1
     return extract_answer(text) if is_single else None
 
@@ -38,11 +39,11 @@ def has_reasoning_format(text: str) -> bool:
 
 
 def parse_number(text: str | None) -> float | None:
-    """The finite number ``text`` consists of, or None.
+    """The finite number that ``text`` consists of; None if the text is anything else.
 
-    Digits, signs and separators of every script are read, currency and percent signs dropped, decoration
-    (``\\boxed{5}``, ``**5**``) too. Thousands may be parted by commas or apostrophes, in groups as they are written:
-    "1,200" and "1,00,000" are numbers, "3,14" is none.
+    Digits, signs and separators of every script are read. Currency signs, percent signs and decoration
+    (``\\boxed{5}``, ``**5**``) are dropped. Commas or apostrophes may separate the usual groups of digits: "1,200" and
+    "1,00,000" are numbers, "3,14" is not.
     """
     if text is None:
         return None
@@ -62,8 +63,8 @@ def without_unit_signs(text: str) -> str:
 
 
 def scan_number(text: str, start: int = 0, *, separators: str = _GROUP_SEPARATORS) -> tuple[float | None, int]:
-    """(value, place behind it) of the decimal number that begins at ``start`` in text from ``fold_number``; (None,
-    ``start``) where none begins or it is too large for a float."""
+    """(value, place behind it) of the decimal number that begins at ``start``. If no number begins there the result is
+    (None, ``start``); if it is too large for a float, that too. ``text`` comes from ``fold_number``."""
     place = start
     sign = ""
     if place < len(text) and text[place] in "+-":
@@ -89,8 +90,10 @@ def scan_number(text: str, start: int = 0, *, separators: str = _GROUP_SEPARATOR
 
 
 def _scan_whole(text: str, start: int, separators: str) -> tuple[str, int]:
-    """Digits before the decimal point, separators dropped: groups of two or three, the last of three, the first no
-    longer than three."""
+    """(digits before the decimal point without separators, place behind them).
+
+    Separated groups have two or three digits each. The first may have one, and the last must have three.
+    """
     end = _digits_end(text, start)
     groups, place = [text[start:end]], end
     if not 1 <= end - start <= 3:

@@ -1,4 +1,4 @@
-"""What an answer is judged against."""
+"""The right answer of a question, against which answers are judged."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ class Truth:
     """The right answer of one question."""
 
     text: str
-    """Without its ``<answer>`` tags; nothing is right where it is empty."""
+    """The right answer without its ``<answer>`` tags. If it is empty, no answer is right, except under ``official``."""
     options: tuple[str, ...] = ()
-    """Of a multiple-choice question, as the record lists them."""
+    """The options of a multiple-choice question, as the record lists them."""
     is_written: bool = True
-    """False for a JSON number, which says how much but not with how many digits to write it."""
+    """False if the record gives a JSON float: it states a value, but not with how many digits to write it."""
 
     @classmethod
     def of(cls, solution: str | int | float, *, options: Sequence[str] = ()) -> Truth:
-        """From a record's ``solution``: text with or without ``<answer>`` tags, or a JSON number."""
+        """Makes the truth from a record's ``solution``: text with or without ``<answer>`` tags, or a JSON number."""
         if isinstance(solution, str):
             inside = extract_answer(solution)
             return cls(solution.strip() if inside is None else inside, tuple(options))

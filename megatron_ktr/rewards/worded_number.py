@@ -1,4 +1,4 @@
-"""The number that a loosely worded answer states: "5 cm", "about 5", "x = 5", "1/2", "2½", "3 × 10⁸", LaTeX."""
+"""Reads the number that a loosely worded answer states: "5 cm", "about 5", "x = 5", "1/2", "2½", "3 × 10⁸", LaTeX."""
 
 from __future__ import annotations
 
@@ -16,24 +16,25 @@ _LATEX = (
 )
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 _MAX_LENGTH = 1_000
-"""Longer texts state more than one number with its unit."""
+"""In characters. Longer texts are not searched: they say more than one number with its unit."""
 
 
 def read_number(text: str) -> float | None:
-    """The one number in a text that says nothing else but its unit; None if there is none, or several."""
+    """The number in a text that consists of one number and possibly its unit; None if the text has no number or
+    several."""
     value = parse_number(text)
     if value is not None or len(text) > _MAX_LENGTH:
         return value
     text = _as_arithmetic(text)
     value, place = _scan_value(text)
     unit = text[place:].strip()
-    # "5 m²" is a length times a length, "5²" is no 5.
+    # In "5 m²" the ² belongs to the unit. In "5²" it belongs to the number, which is therefore not 5.
     is_unit = not unit or (unit[0] not in "²³^" and not any(map(_is_digit, unit.replace("²", "").replace("³", ""))))
     return value if is_unit else None
 
 
 def _as_arithmetic(text: str) -> str:
-    """Without decoration, lead-in and LaTeX: fractions as "a/b", products as "a*b"."""
+    """The text without decoration, lead-in and LaTeX; fractions are written "a/b" and products "a*b"."""
     text = bare(text, trailing=".,;:!")
     text = bare(fold_number("".join(map(_as_fraction, text))))
     for command, sign in _LATEX:
@@ -50,7 +51,7 @@ def _as_fraction(character: str) -> str:
 
 
 def _scan_value(text: str) -> tuple[float | None, int]:
-    """(value, place behind it) of ``a``, ``a/b``, ``a b/c`` or ``a*10^b`` at the beginning of the text."""
+    """(value, place behind it) of the number at the beginning of the text: ``a``, ``a/b``, ``a b/c`` or ``a*10^b``."""
     value, place = scan_number(text, separators=_SEPARATORS)
     if value is None:
         return None, 0
@@ -75,7 +76,7 @@ def _scan_power_of_ten(text: str, value: float, place: int, sign: int) -> tuple[
     if exponent is None or abs(exponent) > 400 or exponent != int(exponent):
         return None, 0
     digits, _, given = repr(value).partition("e")
-    result = float(f"{digits}e{int(given or 0) + int(exponent)}")  # rounded once, as "3e8" is
+    result = float(f"{digits}e{int(given or 0) + int(exponent)}")  # rounded only once, like the literal "3e8"
     return (result if math.isfinite(result) else None), end
 
 

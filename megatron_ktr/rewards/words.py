@@ -1,8 +1,8 @@
-"""Texts as lists of words, for ROUGE and for the word error rate.
+"""Splits texts into words, for ROUGE and for the word error rate.
 
-A word is a run of letters, digits and combining marks of any script. Scripts that put no blanks between words (Chinese,
-Japanese kana, Thai, Lao, Khmer, Burmese and others) count by characters, each with its marks; Korean has blanks. For
-English the words are those of the packages rouge-score and jiwer.
+A word is a run of letters, digits and combining marks of any script. In scripts that put no blanks between words
+(Chinese, Japanese kana, Thai, Lao, Khmer, Burmese and others) each character with its marks is a word; Korean has
+blanks. For English the words are those of the packages rouge-score and jiwer.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from bisect import bisect_right
 from megatron_ktr.rewards.fold import fold_case
 
 MAX_STEMMED_LETTERS = 64
-"""Longer words are no English; the stemmer would need time quadratic in their length."""
+"""Longer words are not stemmed: they are not English, and the stemmer would need time quadratic in their length."""
 ASCII_WORDS = re.compile("[a-z0-9]+")
 _SCRIPTS_WITHOUT_BLANKS = (
     (0x0E00, 0x0EFF, "Thai, Lao"),
@@ -43,13 +43,13 @@ _STARTS = [first for first, _, _ in _SCRIPTS_WITHOUT_BLANKS]
 
 
 def rouge_words(text: str) -> list[str]:
-    """The words, case folded; blanks, signs and punctuation part them."""
+    """The words, case folded. Blanks, signs and punctuation separate them."""
     folded = fold_case(text)
     return ASCII_WORDS.findall(folded) if folded.isascii() else _split(folded, keeps_punctuation=False)
 
 
 def written_words(text: str) -> list[str]:
-    """The words, case folded, with the punctuation that touches them; only blanks part them."""
+    """The words, case folded, with the punctuation that touches them. Only blanks separate them."""
     folded = fold_case(text).split()
     return [word for run in folded for word in ([run] if run.isascii() else _split(run, keeps_punctuation=True))]
 
@@ -74,13 +74,13 @@ def _split(text: str, *, keeps_punctuation: bool) -> list[str]:
 
 
 def stem(word: str) -> str:
-    """Porter's stem of an English word of more than three letters, as rouge-score has it; other words stay."""
+    """The Porter stem of an English word of more than three letters, as in rouge-score; other words are unchanged."""
     return _stem(word) if word.isascii() and 3 < len(word) <= MAX_STEMMED_LETTERS else word
 
 
 @functools.lru_cache(maxsize=1 << 16)
 def _kind(character: str) -> str:
-    """word, single (a word of its own), mark, or break."""
+    """The class of a character: word (part of a word), single (a word of its own), mark, or break."""
     category = unicodedata.category(character)[0]
     if category == "M":
         return "mark"

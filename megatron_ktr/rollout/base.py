@@ -1,4 +1,4 @@
-"""What a rollout engine is: prompts in, groups of responses out, weights in between."""
+"""The interface of rollout engines: they answer prompts with groups of responses and receive the policy's weights."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from megatron_ktr.types import Prompt, RolloutGroup
 class RolloutEngine(ABC):
     """Samples G responses per prompt. The same seed, step, weights and prompts give the same responses.
 
-    Where an engine lives is its own matter. By default one rank of each replica holds it, calls it and is given the
-    weights; the ranks around it know nothing of it. A *collective* engine (``is_collective``) has a part on every rank
-    of the world: all of them call every method in the same order, with the prompts of their replica, and each reading
-    rank is yielded its replica's groups.
+    By default only one rank of each replica, its *reading rank*, holds an engine, calls it and receives the weights. A
+    *collective* engine (``is_collective``) has a part on every rank of the world. All ranks then call every method in
+    the same order, with the prompts of their replica, and the groups of a replica are yielded to its reading rank.
     """
 
     is_collective = False
     runs_vision_encoder = True
-    """False: the prompts' media come with features, and ``load_weights`` without the vision encoder's tensors."""
+    """If False, the media of prompts carry the features that the trainer computed, and ``load_weights`` receives no
+    tensors of the vision encoder."""
 
     @abstractmethod
     def stream(
         self, prompts: Sequence[Prompt], *, step: int = 0, sampling: SamplingSettings | None = None
     ) -> Iterator[tuple[int, RolloutGroup]]:
-        """(index of the prompt, its group) as soon as all its responses are there, in any order.
+        """Yields (index of the prompt, its group) as soon as all responses of a group are complete, in any order.
 
         Rewards are empty unless the engine already knows them. ``sampling`` replaces the engine's own settings.
         """
@@ -43,17 +43,17 @@ class RolloutEngine(ABC):
 
     @abstractmethod
     def load_weights(self, named_tensors: Iterator[tuple[str, Tensor]]) -> None:
-        """Takes HF-named tensors, streamed; later calls of ``stream`` sample from them."""
+        """Takes new weights as a stream of tensors under Hugging Face's names; later calls of ``stream`` use them."""
 
     @property
     def gather_weights_to(self) -> Literal["all", "source"]:
-        """Which ranks must be yielded the full tensors of an export."""
+        """The ranks on which an export of weights must yield the full tensors: all ranks, or the reading ranks."""
         return "all" if self.is_collective else "source"
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """What the engine met since it started, by metric name; summed over replicas."""
+        """Counts of events since the engine started, such as retries, by metric name. They are summed over replicas."""
         return {}
 
     def close(self) -> None:  # noqa: B027 - most engines hold nothing that outlives them
-        """Frees devices and processes; the engine is not used afterwards."""
+        """Frees devices and processes. The engine must not be used afterwards."""

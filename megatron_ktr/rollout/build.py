@@ -1,8 +1,7 @@
-"""What a run's options ask for in rollouts, built: the source of prompts, the engine that answers them, what feeds and
-checks it.
+"""Builds the parts of a run that produce rollouts: the source of prompts, the engine that answers them, and its check.
 
-This is one of the few places that read the whole ``Config``; what is built here receives settings of its own. A new
-engine is one module and one branch of ``build_sampler``.
+This is one of the few places that read the whole ``Config``; the parts built here receive only their own settings. To
+add an engine, write one module and one branch of ``build_sampler``.
 """
 
 from __future__ import annotations
@@ -38,9 +37,10 @@ from megatron_ktr.rollout.source import ReplicaSource, Sampler
 def build_local_source(
     config: Config, *, ranks: ParallelGroups, tokenizer: Tokenizer, vocab_size: int
 ) -> DatasetSource | None:
-    """What ``config`` asks the reading rank of each replica to draw; None on the other ranks.
+    """The source from which the reading rank of each replica draws, according to ``config``; None on other ranks.
 
-    ``vocab_size`` is the model's: it has more ids than its tokenizer knows, and a sampler may have drawn them.
+    ``vocab_size`` is the model's, not the tokenizer's. The model has more ids than its tokenizer knows, and recorded
+    responses may contain them.
     """
     if not ranks.is_source:
         return None
@@ -62,7 +62,10 @@ def build_local_source(
 
 
 def build_sampler(config: Config, *, ranks: ParallelGroups, tokenizer: Tokenizer, media: MediaSpec) -> Sampler | None:
-    """The engine ``rollout.engine`` names, with the run's sampling settings and rewards; None on ranks without one."""
+    """The engine that ``rollout.engine`` names, with the run's sampling settings and rewards.
+
+    None on ranks that hold no engine, and in runs that sample nothing.
+    """
     rollout = config.rollout
     if config.objective.is_supervised or rollout.engine == "replay":
         return None
@@ -76,7 +79,7 @@ def build_sampler(config: Config, *, ranks: ParallelGroups, tokenizer: Tokenizer
         seed=config.trainer.seed,
     )
     rewards = config.reward.reward_functions or DEFAULT_REWARDS
-    # Imported here: an engine's package is needed only by runs that use it.
+    # Engines are imported here, because only runs that use an engine need its package.
     if rollout.engine == "vllm_colocated":
         from megatron_ktr.rollout.colocated.engine import colocated_engine
 
@@ -123,8 +126,11 @@ def build_sampler_check(
     tokenizer: Tokenizer,
     send_weights: Callable[[], None],
 ) -> SamplerCheck | None:
-    """The check of this run's engine against its policy; None where nothing is sampled, where it is off, and where the
-    run's prompts are too short for any of the check's: that, and what else is left out, is printed."""
+    """The check that this run's engine and its policy give the same log-probs.
+
+    None if nothing is sampled, if the check is off, or if all of its prompts exceed the run's ``max_prompt_length``.
+    Prompts of the check that are left out for their length are named on the console.
+    """
     rollout = config.rollout
     if not (rollout.check_sampler and source.needs_weights):
         return None

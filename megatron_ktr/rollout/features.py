@@ -1,11 +1,12 @@
-"""Prompts on their way to an engine that runs no vision encoder: the trainer encodes each medium once, for all.
+"""Adds the trainer's vision features to prompts for an engine that runs no vision encoder; each medium is encoded once.
 
     drawn prompts -> encoder on the first pipeline stage, all tensor ranks, current weights
                   -> features [visual tokens, D] on the host, one tensor per medium, beside the frames
                   -> (collective engines only) over the pipeline to the ranks of the other stages
 
-The reading rank is on the first stage, so an engine that lives there alone costs no communication. The features belong
-to the step: the trainer's own groups never carry them, as they are stale after the next update.
+The reading rank is on the first stage, so an engine on reading ranks alone needs no communication. The features are
+valid for one step only, because the next update changes the encoder. The trainer's own groups therefore never carry
+them.
 """
 
 from __future__ import annotations
@@ -32,17 +33,17 @@ Encode = Callable[[Sequence[Prompt]], list[tuple[Tensor, ...]] | None]
 
 @dataclasses.dataclass(frozen=True)
 class FeatureSender:
-    """Gives prompts the trainer's features; every rank of a replica calls it with the same prompts."""
+    """Adds the trainer's features to prompts. Every rank of a replica calls it with the same prompts."""
 
     encode: Encode
     ranks: ParallelGroups
     media: MediaSpec
     feature_size: int
-    """D."""
+    """The size D of a feature vector."""
     dtype: torch.dtype
     device: torch.device
     to_every_stage: bool = False
-    """False: only ranks of the first stage are given features, the others their prompts as they came."""
+    """If False, only ranks of the first stage get prompts with features; the others get their prompts unchanged."""
 
     def __call__(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         features = self.encode(prompts)
@@ -55,7 +56,8 @@ class FeatureSender:
     def _over_pipeline(
         self, prompts: Sequence[Prompt], features: list[tuple[Tensor, ...]] | None
     ) -> list[tuple[Tensor, ...]]:
-        """Tensor by tensor, so that no rank holds more than the result; sizes follow from the grids."""
+        """Sends the features from the first stage to all others. They go tensor by tensor, so that no rank holds more
+        than the result; receivers know the sizes from the grids."""
         received = []
         for index, prompt in enumerate(prompts):
             found = []
@@ -71,7 +73,7 @@ class FeatureSender:
 
 
 def build_feature_sender(rollout: RolloutSection, *, policy: Policy, media: MediaSpec) -> FeatureSender | None:
-    """``share_vision_features`` of a run; None where the engine encodes for itself."""
+    """The sender for a run with ``share_vision_features``; None if the engine runs its own vision encoder."""
     if not rollout.share_vision_features:
         return None
     return FeatureSender(
@@ -81,7 +83,7 @@ def build_feature_sender(rollout: RolloutSection, *, policy: Policy, media: Medi
         feature_size=policy.model_config.vision.out_hidden_size,
         dtype=policy.dtype,
         device=policy.platform.device,
-        # Colocated engines live on every rank, a client of servers on the reading rank alone.
+        # Colocated engines have a part on every rank; the client of servers is on the reading rank only.
         to_every_stage=rollout.engine == "vllm_colocated",
     )
 
@@ -92,7 +94,8 @@ def _from_first(tensor: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def _with_features(prompt: Prompt, features: Sequence[Tensor]) -> Prompt:
-    # Copies: slices of one encoder call would keep each other alive, and an engine may keep them for its cache.
+    # Features are copied, because the slices of one encoder call share memory: an engine that keeps one of them in its
+    # cache would keep the memory of all.
     media = [
         dataclasses.replace(medium, features=feature_TD.detach().to("cpu", copy=True))
         for medium, feature_TD in zip(prompt.media, features, strict=True)

@@ -1,10 +1,12 @@
-"""Rollout through Hugging Face ``generate``: the engine for CPUs and for debugging, exact and simple.
+"""Rollout with Hugging Face's ``generate``: a simple and exact engine for CPUs and for debugging.
 
-The model is HF's own, filled with the trainer's exported weights, in their precision: another would be a second copy of
-the model twice as large, and a sampler that is less the trainer. Positions, rotary angles and log-probs are fp32 in all
-of them. Each prompt's media are encoded once, its embeddings
-repeated for the G samples, and all samples of all prompts decoded as one left-padded batch with a key-value cache.
-Positions are ours, as in the trainer (``models/qwen2_5_vl/mrope.py``): HF's own differ on long videos.
+The model is Hugging Face's own class with the trainer's exported weights, in the trainer's precision. In fp32 a copy of
+a bf16 model would be twice as large, and the sampler would differ more from the trainer. Positions, rotary angles and
+log-probs are fp32 in any precision.
+
+Each prompt's media are encoded once, and its embeddings are repeated for the G samples. All samples of all prompts are
+decoded as one left-padded batch with a key-value cache. Positions are computed as in the trainer
+(``models/qwen2_5_vl/mrope.py``), because Hugging Face's differ on long videos.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from megatron_ktr.types import Prompt, Rollout, RolloutGroup
 
 
 class HFEngine(RolloutEngine):
-    """Generation by the HF model in ``model_dir`` (config and initial weights), of which it keeps a copy of its own."""
+    """Generates with a Hugging Face model that it loads from ``model_dir`` (config and initial weights)."""
 
     def __init__(
         self,
@@ -39,7 +41,7 @@ class HFEngine(RolloutEngine):
         sampling: SamplingSettings,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """``dtype`` of weights and arithmetic: the policy's."""
+        """``dtype`` is the type of weights and arithmetic; it should be the policy's."""
         from transformers import GenerationConfig
         from transformers.utils import logging
 
@@ -52,17 +54,18 @@ class HFEngine(RolloutEngine):
             self.model = hf_model_class().from_pretrained(model_dir, dtype=dtype, use_safetensors=True)
         self.model.to(self.device).eval().requires_grad_(False)
         self.end_token_ids = end_token_ids(model_dir, tokenizer)
-        # Published directories ask generate for a repetition penalty and more, applied before our sampler would see
-        # the logits: responses would come from, and log-probs be of, another distribution than the trainer's.
+        # The generation config of published models sets a repetition penalty and more, which ``generate`` applies to
+        # the logits before our sampler sees them. Responses and log-probs would then be those of another distribution
+        # than the trainer's. So only the end tokens are kept.
         self.model.generation_config = GenerationConfig(
             eos_token_id=list(self.end_token_ids), pad_token_id=self.end_token_ids[0], do_sample=False
         )
         self._parameters = {published_name(name): tensor for name, tensor in self.model.named_parameters()}
 
     def load_weights(self, named_tensors: Iterator[tuple[str, Tensor]]) -> None:
-        """Copies HF-named tensors in place, one at a time.
+        """Copies tensors under Hugging Face's names into the model, one at a time.
 
-        Raises UserError for a name or shape the model does not have, and if any of its weights did not come.
+        Raises UserError for a name or shape that the model does not have, and if a weight of the model is missing.
         """
         missing = set(self._parameters)
         with torch.no_grad():
@@ -81,7 +84,7 @@ class HFEngine(RolloutEngine):
     def stream(
         self, prompts: Sequence[Prompt], *, step: int = 0, sampling: SamplingSettings | None = None
     ) -> Iterator[tuple[int, RolloutGroup]]:
-        """Batch by batch; a prompt's responses do not depend on the other prompts."""
+        """Generates batch by batch. The responses to a prompt do not depend on the other prompts."""
         sampling = sampling or self.sampling
         per_batch = max(1, sampling.max_batch_size // sampling.num_generations)
         for start in range(0, len(prompts), per_batch):
@@ -141,7 +144,7 @@ class HFEngine(RolloutEngine):
         if prompt.media:
             patches = torch.cat([self.media.patchify(m.frames_FCHW, m) for m in prompt.media]).to(self.device)
             grids = torch.tensor([m.grid_thw for m in prompt.media], device=self.device)
-            # Images and videos go through the same encoder in the same way; one call takes them in order.
+            # Images and videos go through the encoder in the same way, so one call takes all of them in order.
             features = self.model.model.visual(patches, grid_thw=grids).pooler_output
             rows = (token_ids == self.media.image_token_id) | (token_ids == self.media.video_token_id)
             embeds_PD = embeds_PD.index_copy(0, rows.nonzero()[:, 0], features.to(embeds_PD.dtype))
@@ -156,8 +159,8 @@ class HFEngine(RolloutEngine):
         return embeds_PD, positions_3P.to(self.device)
 
     def _rollout(self, token_ids: list[int], logprobs: list[float], stop_length: int | None) -> Rollout:
-        """One row of ``generate``, cut where it ended: by an end token, or by the token that completed a stop string,
-        which stays in the text."""
+        """The response in one row of ``generate``, cut after its end token or after the token that completed a stop
+        string. The stop string stays in the text, the end token does not."""
         ends = [index for index, token in enumerate(token_ids) if token in self.end_token_ids]
         has_end_token = bool(ends) and (stop_length is None or ends[0] < stop_length)
         length = ends[0] + 1 if has_end_token else stop_length or len(token_ids)
@@ -173,16 +176,16 @@ class HFEngine(RolloutEngine):
 
 
 class _Stopper:
-    """A stopping criterion: rows end at stop strings; ``generate`` returns when all rows have ended."""
+    """A stopping criterion for ``generate`` that ends rows at stop strings."""
 
     def __init__(self, stop: Sequence[str], *, decode: Callable[[list[int]], str], num_rows: int) -> None:
         self._strings = StopStrings(stop, decode=decode, num_rows=num_rows)
         self.lengths: list[int | None] = [None] * num_rows
-        """Tokens of each row up to the one that completed a stop string; None without one."""
+        """The number of tokens of each row up to the one that completed a stop string; None if none was completed."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        # With embeddings as input, input_ids holds the generated tokens alone. Rows that an end token ended go on here
-        # with padding; what that spells does not matter, as their end token came first.
+        # With embeddings as input, input_ids holds only the generated tokens. A row that has reached its end token
+        # continues with padding. A stop string in the padding does no harm, as ``_rollout`` cuts at the end token.
         for row, token_id in enumerate(input_ids[:, -1].tolist()):
             if self.lengths[row] is None and self._strings.completed_by(row, token_id):
                 self.lengths[row] = input_ids.shape[1]
@@ -190,7 +193,7 @@ class _Stopper:
 
 
 class _Chooser:
-    """A logits processor that leaves ``generate`` only the sampler's choice."""
+    """A logits processor that masks all tokens but the sampler's choice, so that ``generate`` must take it."""
 
     def __init__(self, sampler: GumbelSampler) -> None:
         self._sampler = sampler

@@ -1,4 +1,4 @@
-"""The questions of a run, read and checked as a whole before its model is built."""
+"""Reads and checks all questions of a run before its model is built."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Questions:
-    """Records, what loads them, and their recorded responses, if any."""
+    """The records of a run, the loader that makes prompts of them, and their recorded responses, if any."""
 
     records: Sequence[Record]
     loader: PromptLoader
     left_out: frozenset[int]
-    """Places of records that cannot be used."""
+    """Indices of records that cannot be used."""
     engine: ReplayEngine | None = None
 
 
 def read_questions(config: Config, *, tokenizer: Tokenizer, vocab_size: int, is_spokesman: bool) -> Questions:
-    """The records of ``data_path`` or ``replay_path``, with those told and left out that cannot be used.
+    """The records of ``data_path`` or ``replay_path``. Those that cannot be used are reported and left out.
 
     Raises:
-        UserError: more than ``max_skip_share`` of them cannot, or the file as a whole.
+        UserError: more than ``max_skip_share`` of the records cannot be used, or the file as a whole cannot.
     """
     data = config.data
     is_supervised = config.objective.is_supervised
@@ -72,10 +72,11 @@ def read_questions(config: Config, *, tokenizer: Tokenizer, vocab_size: int, is_
 
 
 def prompt_loader(config: Config, *, tokenizer: Tokenizer) -> PromptLoader:
-    """Loads records as the data options say; media below ``media_root``, or beside the file that names them.
+    """A loader that makes prompts of records according to the data options.
 
-    With ``original_compat`` every video lasts 1.0 s per temporal patch, for whatever reads the prompt, and media that
-    cannot be used are replaced by ``substitute_video`` and ``substitute_image``, where these are given.
+    Media lie below ``media_root``, by default in the folder of the file that names them. With ``original_compat`` every
+    video lasts 1.0 s per temporal patch, for sampling and training alike. Media that cannot be used are then replaced
+    by ``substitute_video`` and ``substitute_image``, if these are given.
     """
     data = config.data
     is_replay = not config.objective.is_supervised and config.rollout.engine == "replay"
@@ -112,7 +113,7 @@ def _replay_engine(config: Config, *, tokenizer: Tokenizer, vocab_size: int, pro
 
 
 def _note_clips(records: Sequence[Record], *, problems: RecordProblems) -> None:
-    """Said once: data sets differ in what they call start and end."""
+    """Warns if records show only a clip of a video, because data sets differ in the meaning of 'start' and 'end'."""
     numbers = [
         record["record_number"]
         for record in records
@@ -131,8 +132,8 @@ def _note_clips(records: Sequence[Record], *, problems: RecordProblems) -> None:
 
 
 def _reward_checks(names: Sequence[str]) -> list[Callable[[Record], None]]:
-    """For each built-in reward that judges by problem type: whether it knows the record's."""
-    load_rewards(names)  # a name that is unknown is an error of its own
+    """One check for each built-in reward that judges by problem type: whether it knows the record's problem type."""
+    load_rewards(names)  # raises UserError for an unknown name
     return [_type_check(name, known=sorted(ACCURACY_BY_TYPE)) for name in names if name in READS_PROBLEM_TYPE]
 
 

@@ -1,4 +1,4 @@
-"""Recorded rollouts: a JSONL of questions with G responses and their rewards, trained on without sampling.
+"""Recorded rollouts: training without sampling, on a JSONL file of questions with G responses and their rewards.
 
 One line is one group:
 
@@ -7,11 +7,14 @@ One line is one group:
                    {"token_ids": [151667, 198, 151645], "logprobs": [-0.1, -0.7, 0.0],
                     "rewards": {"accuracy": 0.0, "format": 0.0}}]}
 
-The question is a Video-R1 record (``data/records.py``), or ``messages``. A response is text, to which the end token is
-added (unless ``"is_finished": false``: it was cut at the length limit), or token ids, taken as they are. Its reward is
-the sum of named parts, or one number, ``"reward": 0.0``. The length bonus, on by default, goes to correct responses and
-therefore needs the part ``accuracy`` of every response; files without it train with ``--length-bonus 0``.
-``write_rollouts`` writes what a run sampled in the same form.
+The question is a Video-R1 record (``data/records.py``), or ``messages``. A response is either text or token ids. Token
+ids are taken as they are. The end token is added to text, except with ``"is_finished": false``, which says that the
+response was cut at the length limit. The reward is the sum of the named parts; it may also be given as one number,
+``"reward": 0.0``.
+
+The length bonus is on by default and goes to correct responses. It therefore needs the part ``accuracy`` of every
+response; with files that lack it, use ``--length-bonus 0``. ``write_rollouts`` writes the responses that a run sampled
+in the same format.
 """
 
 from __future__ import annotations
@@ -42,26 +45,26 @@ from megatron_ktr.types import Prompt, ResponseSelection, Rollout, RolloutGroup
 _log = logging.getLogger(__name__)
 MAX_FLOAT = sys.float_info.max
 _LINE = "record_number"
-"""Field of a record that says which line its responses are on (problem ids may repeat over lines)."""
+"""The field of a record with the number of its line. It identifies the record's responses; problem ids may repeat."""
 
 
 @dataclass(frozen=True)
 class Required:
-    """What recorded responses must have."""
+    """What recorded responses must contain."""
 
     rewards: Sequence[str] = ()
-    """Reward parts."""
+    """The reward parts that every response must have."""
     because: str = ""
-    """Ends the message where one lacks them: what needs them, and the way out."""
+    """The end of the error message if a response lacks such a part: why it is needed, and what the user can do."""
     logprobs: bool = False
-    """Whether the sampler's log-probs."""
+    """Whether every response must have the sampler's log-probs."""
 
 
 NOTHING_REQUIRED = Required()
 
 
 class ReplayEngine(RolloutEngine):
-    """Answers each prompt with its recorded responses; weights change nothing."""
+    """Answers each prompt with its recorded responses, independently of the weights."""
 
     def __init__(
         self,
@@ -78,15 +81,15 @@ class ReplayEngine(RolloutEngine):
         """Reads and checks the whole file.
 
         Args:
-            num_generations: take this many responses of each group (the first ones); None = all that are recorded.
-            end_token_id: appended to responses given as text; None = the tokenizer's end token.
-            vocab_size: token ids must be below it; None = the tokenizer's length.
-            required: what every response taken must have.
+            num_generations: take the first ``num_generations`` responses of each group; None takes all.
+            end_token_id: appended to responses given as text; None means the tokenizer's end token.
+            vocab_size: token ids must be below it; None means the tokenizer's length.
+            required: what every response taken must contain.
             ignored: fields that are data although they look like instructions (``data/records.py``).
-            problems: receives the lines that cannot be used; None = they are an error.
+            problems: collects the lines that cannot be used; None means that such lines are an error.
 
         Raises:
-            UserError: naming the lines, and the response counted from 1.
+            UserError: lines cannot be used; the message names them, and the response, counted from 1.
         """
         self.path = Path(path)
         self.tokenizer = tokenizer
@@ -121,7 +124,7 @@ class ReplayEngine(RolloutEngine):
     def stream(
         self, prompts: Sequence[Prompt], *, step: int = 0, sampling: SamplingSettings | None = None
     ) -> Iterator[tuple[int, RolloutGroup]]:
-        """The recorded group of each prompt (a prompt built from one of ``records``)."""
+        """Yields the recorded group of each prompt. Every prompt must have been built from one of ``records``."""
         del step, sampling
         for index, prompt in enumerate(prompts):
             line = prompt.record.get(_LINE)
@@ -138,8 +141,8 @@ class ReplayEngine(RolloutEngine):
             yield index, RolloutGroup(prompt=prompt, rollouts=self._rollouts[line])
 
     def load_weights(self, named_tensors: Iterator[tuple[str, Tensor]]) -> None:
-        """Recorded responses do not depend on weights; the stream is read to its end, as its producers (collective
-        gathers on all ranks) must all finish."""
+        """Ignores the weights, on which recorded responses do not depend. The stream is still read to its end, because
+        it is produced by collective gathers that all ranks must finish."""
         for _ in named_tensors:
             pass
 
@@ -205,13 +208,15 @@ def write_rollouts(
     selections: Sequence[Sequence[ResponseSelection]] = (),
     append: bool = True,
 ) -> int:
-    """Writes groups as replay lines and returns how many. Lines are written whole, then flushed to disk.
+    """Writes groups as lines of a replay file, flushes them to disk, and returns their number.
 
-    Frames are not stored: the record's path is, and replaying samples them again with the settings of that run. Sorted
-    by ``draw_number`` the lines of a run's replicas are its data in the order drawn; frame orders then repeat, too.
-    With ``selections`` each response also tells its key tokens (``is_key_token``, ``is_selected`` by signal) and the
-    trainer's log-probs (``policy_logprobs``), for reports; replaying ignores them. Numbers that are not finite become
-    null. Raises UserError where the file cannot be written.
+    Frames are not stored, only the path in the record; a replay samples the frames again, with its own settings. Each
+    replica of a run writes its own lines. Sorted by ``draw_number`` they are the run's data in the order drawn, and a
+    replay in this order repeats the shuffled orders of frames, too.
+
+    With ``selections`` each response also contains its key tokens (``is_key_token``, ``is_selected`` by signal) and the
+    trainer's log-probs (``policy_logprobs``), for reports; a replay ignores them. Numbers that are not finite become
+    null. Raises UserError if the file cannot be written.
     """
     path = Path(path)
     num_written = 0
@@ -302,7 +307,7 @@ def _check_logprobs(rollouts: Sequence[Rollout]) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    # Compared, not converted: JSON has whole numbers that no float can hold.
+    # The value is compared and not converted, because JSON may contain whole numbers that no float can hold.
     return isinstance(value, int | float) and -MAX_FLOAT <= value <= MAX_FLOAT
 
 

@@ -1,4 +1,4 @@
-"""Seeded sampling: the same (seed, step, draw, sample) gives the same response, whatever the batch around it."""
+"""Seeded sampling: the same (seed, step, prompt identity, sample) gives the same response in any batch."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class SamplingSettings:
     top_p: float = 1.0
     top_k: int = 0
     stop: tuple[str, ...] = ()
-    """A response ends with the token that completes one of these strings; it counts as finished, and the string stays
-    in its text: trained tokens and text then say the same."""
+    """A response ends with the token that completes one of these strings, and counts as finished. The string stays in
+    its text, so that the text matches the trained tokens."""
     seed: int = 0
     max_batch_size: int = HF_BATCH_RESPONSES
-    """Responses decoded together; more are taken in turns, which changes no response."""
+    """The most responses decoded together. More are decoded in several batches, which changes no response."""
 
     def __post_init__(self) -> None:
         if "" in self.stop:
@@ -38,14 +38,16 @@ class SamplingSettings:
 
 
 def sample_seed(*, seed: int, step: int, identity: str, sample: int) -> int:
-    """A 63-bit seed for one response to the prompt of this ``Prompt.identity``; a cryptographic hash, as Python's own
-    differs between processes."""
+    """A 63-bit seed for one response; ``identity`` is the ``Prompt.identity`` of its prompt.
+
+    The seed is a cryptographic hash, because Python's own hash of a string differs between processes.
+    """
     key = "\x1f".join((str(seed), str(step), identity, str(sample)))
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") >> 1
 
 
 def end_token_ids(model_dir: Path | str, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The end tokens of the model's generation config; without any, the tokenizer's."""
+    """The end tokens that the model's generation config names; if it names none, the tokenizer's end token."""
     from transformers import AutoConfig, GenerationConfig
 
     from megatron_ktr.files.hf_model import reading_model
@@ -66,19 +68,20 @@ def end_token_ids(model_dir: Path | str, tokenizer: Tokenizer) -> tuple[int, ...
 
 
 MAX_OPEN_TOKENS = 8
-"""After so many tokens that complete no character, their bytes are no text (a character has at most four) and are taken
-up as they are: a model that writes lone bytes would otherwise have all of them decoded again at every token."""
+"""The number of tokens that may be held back because they do not complete a character. A character has at most four
+bytes, so this many tokens are not valid text, and they are taken as they are. Otherwise, if a model wrote lone bytes,
+all of them would be decoded again at every token."""
 
 
 class StopStrings:
-    """Says which token of which row completes a stop string, token by token.
+    """Detects, token by token, which token of a row completes a stop string.
 
-    Text is taken up once its last character is complete, as vLLM does it: a token that ends within a multi-byte
-    character counts with the token that completes it.
+    The text of a token is considered once its last character is complete, as in vLLM: a token that ends within a
+    multi-byte character is considered together with the token that completes the character.
     """
 
     def __init__(self, stop: Sequence[str], *, decode: Callable[[list[int]], str], num_rows: int) -> None:
-        """``decode`` gives the text of token ids without special tokens."""
+        """``decode`` returns the text of token ids and leaves out special tokens."""
         self._stop = tuple(stop)
         self._decode = decode
         self._num_kept = max(map(len, stop)) - 1
@@ -88,7 +91,8 @@ class StopStrings:
         """Whether ``token_id``, the next one of ``row``, completes a stop string."""
         state = self._rows[row]
         state.token_ids.append(token_id)
-        # A token's text may depend on the one before it (blanks), never on more: those two pieces are decoded again.
+        # A token's text may depend on the token before it (blanks) but never on earlier ones. So only the tokens taken
+        # up last and the new ones are decoded.
         before = self._decode(state.token_ids[: state.num_settled])
         text = self._decode(state.token_ids)
         is_open = len(text) <= len(before) or text.endswith("\N{REPLACEMENT CHARACTER}")
@@ -104,11 +108,11 @@ class StopStrings:
 
 @dataclass
 class _RowText:
-    """The end of one row's text: as much as a stop string could begin in."""
+    """The end of one row's text, as far back as an unfinished stop string could begin."""
 
     token_ids: list[int] = field(default_factory=list)
     num_settled: int = 0
-    """Of ``token_ids``, those whose text is in ``tail`` already."""
+    """The number of leading ``token_ids`` whose text is already in ``tail``."""
     tail: str = ""
 
 
@@ -117,11 +121,11 @@ class GumbelSampler:
 
         token = argmax_v (log p_v + g_v),  g_v ~ Gumbel(0, 1)  has exactly the distribution p
 
-    With one generator per row, a row's noise depends on nothing but its seed, while a multinomial draw over the batch
-    would depend on the rows above it. p is cut to top-k and top-p first; the remembered log-prob is that of the full
-    softmax of logits / temperature, before any cut, which is what the trainer computes.
+    Each row has its own random generator, so that its noise depends only on its seed; a multinomial draw over the batch
+    would depend on the rows above it. p is cut to top-k and top-p before the choice. The remembered log-prob is that of
+    the full softmax of logits / temperature before any cut, because this is what the trainer computes.
 
-    ``temperature`` 0 is greedy: no noise, log-probs at temperature 1.
+    ``temperature`` 0 is greedy: there is no noise, and log-probs are those at temperature 1.
     """
 
     def __init__(self, row_seeds: Sequence[int], *, temperature: float, top_p: float = 1.0, top_k: int = 0) -> None:
@@ -145,7 +149,7 @@ class GumbelSampler:
         if self.temperature == 0:
             return logprob_BV
         uniform = torch.stack([torch.rand(logprob_BV.shape[1], generator=g) for g in self._generators])
-        # A uniform of exactly 0 would give -log(-log 0) = -inf, one of 1 gives +inf; both are kept finite.
+        # Exactly 0 would give -log(-log 0) = -inf, and exactly 1 +inf; the clamp keeps both finite.
         uniform = uniform.clamp(torch.finfo(uniform.dtype).tiny, 1 - 2**-24)
         gumbel = -torch.log(-torch.log(uniform))
         return cut(logprob_BV, top_p=self.top_p, top_k=self.top_k) + gumbel.to(logprob_BV.device)

@@ -1,13 +1,14 @@
-"""Where the trainer's groups come from: one ``ReplicaSource`` on every rank.
+"""The source of the trainer's groups of responses: every rank holds one ``ReplicaSource``.
 
-One rank of each replica (``ParallelGroups.is_source``) reads files; what it draws (``data/source.py``, ``replay.py``)
-is handed to the others once, so that a video is decoded once per replica and a skipped sample is skipped everywhere.
-Where responses are to be sampled, an engine answers the prompts and rewards are computed while it still generates.
+One rank of each replica, its *reading rank* (``ParallelGroups.is_source``), reads files. It sends what it draws
+(``data/source.py``, ``replay.py``) to the other ranks of the replica. A video is thus decoded once per replica, and a
+skipped sample is skipped on all ranks. If responses are to be sampled, an engine answers the prompts, and rewards are
+computed while it still generates.
 
-    begin(step)     prompts drawn; with ``lag`` 1 generation starts, in a thread of the reading rank
-    finish()        the groups, rewarded, on every rank of the replica
+    begin(step)     draws the prompts; with ``lag`` 1 it also starts generation in a background thread
+    finish()        returns the groups with rewards, on every rank of the replica
 
-An error on one rank is the same error on every rank of the world (``on_every_rank``).
+An error on one rank is raised on every rank of the world (``on_every_rank``).
 """
 
 from __future__ import annotations
@@ -39,9 +40,10 @@ class Sampler:
     answer_protocol: str = "standard"
 
     def answer(self, groups: Sequence[RolloutGroup], *, step: int) -> list[RolloutGroup]:
-        """``groups`` with rewarded responses in place of none; where a collective engine yields nothing, as they came.
+        """``groups`` with responses and their rewards. A group that a collective engine does not yield on this rank is
+        returned unchanged.
 
-        A group is rewarded, in a thread beside, as soon as its last response is there.
+        The rewards of a group are computed in a separate thread as soon as its last response is complete.
         """
         answered = list(groups)
         with ThreadPoolExecutor(1, thread_name_prefix="rewards") as pool:
@@ -54,10 +56,11 @@ class Sampler:
 
 
 class ReplicaSource:
-    """What the trainer draws from, on every rank; ``local`` is None on all but each replica's reading rank.
+    """The source that the trainer draws from, on every rank.
 
-    ``sampler`` answers the drawn prompts: on reading ranks only, or on every rank where its engine is collective. The
-    reading rank's settings hold for all: the others need not know whether there is one.
+    ``local`` reads the data; it is None except on the reading rank of each replica. ``sampler`` answers the prompts
+    drawn. It exists on reading ranks only, or on every rank if its engine is collective. Its settings are taken from
+    the reading rank, so that the other ranks need not know whether there is a sampler.
     """
 
     def __init__(
@@ -69,7 +72,8 @@ class ReplicaSource:
         lag: int = 0,
         prepare: Callable[[Sequence[Prompt]], list[Prompt]] | None = None,
     ) -> None:
-        """``prepare`` makes of drawn prompts what the engine is shown; collective, on every rank."""
+        """``prepare`` turns the prompts drawn into those that the engine sees, for instance by adding vision features.
+        It is collective and called on every rank."""
         if (local is not None) != ranks.is_source:
             raise ValueError("exactly the source rank of each replica must hold a source")
         self.local = local
@@ -88,26 +92,27 @@ class ReplicaSource:
 
     @property
     def pending_step(self) -> int | None:
-        """The step whose groups have begun and are not taken yet."""
+        """The step for which ``begin`` was called and ``finish`` not yet; None if there is none."""
         return None if self._drawn is None else self._drawn.step
 
     def load_weights(self, named_tensors: Iterator[tuple[str, Tensor]]) -> None:
-        """Takes the policy's exported weights and exhausts the iterator, which is collective."""
+        """Gives the policy's exported weights to the engine. The iterator is collective and is always exhausted."""
 
         def load() -> None:
             try:
                 if self.sampler is not None:
                     self.sampler.engine.load_weights(named_tensors)
             finally:
-                # The other ranks take part in the gathering and are given nothing; also where the reading rank has
-                # failed, which they learn only after the last tensor.
+                # Ranks without an engine must iterate too, because each tensor is gathered by all ranks. So must a
+                # reading rank that has failed, because the others learn of it only after the last tensor.
                 for _ in named_tensors:
                     pass
 
         on_every_rank(load, ranks=self._ranks)
 
     def begin(self, num_prompts: int, *, step: int) -> None:
-        """Draws ``num_prompts`` prompts for this replica; with ``lag`` their responses are sampled meanwhile."""
+        """Draws ``num_prompts`` prompts for this replica. With ``lag`` 1, their responses are then sampled in the
+        background."""
 
         def read() -> tuple[dict[str, Any], list[RolloutGroup]] | None:
             return None if self.local is None else (self.local.state_dict(), self.local.next(num_prompts))
@@ -118,7 +123,7 @@ class ReplicaSource:
             self._drawn.answers = self._background.submit(self._answer, self._drawn)
 
     def finish(self) -> list[RolloutGroup]:
-        """The groups begun before, with responses and rewards, the same on all ranks of the replica."""
+        """The groups whose prompts ``begin`` drew, with responses and rewards. All ranks of a replica get the same."""
         assert self._drawn is not None, "finish() before begin()"
         drawn, self._drawn = self._drawn, None
         if not self.needs_weights:
@@ -130,9 +135,10 @@ class ReplicaSource:
         return [dataclasses.replace(group, rollouts=found) for group, found in zip(drawn.groups, rollouts, strict=True)]
 
     def sample(self, prompts: Sequence[Prompt], *, sampling: SamplingSettings, step: int = 0) -> list[RolloutGroup]:
-        """Unrewarded responses to ``prompts``, which the ranks of a replica hold alike, on all of them.
+        """Groups of responses to ``prompts`` without rewards, on all ranks of the replica.
 
-        Collective; neither draws from the data nor touches groups that have begun.
+        The call is collective, and all ranks of a replica pass the same prompts. It neither draws from the data nor
+        affects the step that has begun.
         """
         asked = self._asked([RolloutGroup(prompt, ()) for prompt in prompts])
 
@@ -151,14 +157,14 @@ class ReplicaSource:
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """The reading rank's, as of the last ``finish``: of its data loader and its engine, by metric name."""
+        """Counts of the reading rank's data loader and engine, by metric name, as of the last ``finish``."""
         return self._counts
 
     def state_dict(self) -> dict[str, Any]:
         """The reading rank's state, on every rank of the replica.
 
-        Of groups that have begun, the position before they were drawn and the responses: the weights these were
-        sampled from are gone when a run resumes.
+        If a step has begun, the state holds the place in the data before its prompts were drawn. With ``lag`` it also
+        holds the step's responses, because the weights that sampled them are gone when the run resumes.
         """
         if self._drawn is None:
             return self._from_local(None if self.local is None else self.local.state_dict())
@@ -172,21 +178,22 @@ class ReplicaSource:
         on_every_rank(lambda: self.local and self.local.load_state_dict(state), ranks=self._ranks)
 
     def close(self) -> None:
-        """Ends the engine; groups that have begun are dropped."""
+        """Ends the engine. The groups of a step that has begun are dropped."""
         if self._background is not None:
             self._background.shutdown(wait=True, cancel_futures=True)
         if self.sampler is not None:
             self.sampler.engine.close()
 
     def _asked(self, groups: list[RolloutGroup]) -> list[RolloutGroup]:
-        """``groups`` as the engine is shown them."""
+        """``groups`` with the prompts that the engine sees."""
         if self._prepare is None or not self.needs_weights:
             return groups
         prompts = self._prepare([group.prompt for group in groups])
         return [dataclasses.replace(group, prompt=prompt) for group, prompt in zip(groups, prompts, strict=True)]
 
     def _answers(self, drawn: _Draw) -> list[RolloutGroup]:
-        """Sampled once, here or in the background; any rank's error is every rank's."""
+        """The groups with responses. They are sampled once, either here or already in the background. An error on one
+        rank is raised on every rank."""
 
         def wait() -> list[RolloutGroup]:
             if drawn.answers is None:
@@ -225,14 +232,14 @@ class _Draw:
     step: int
     groups: list[RolloutGroup]
     asked: list[RolloutGroup]
-    """The same with the prompts as the engine is shown them."""
+    """The same groups with the prompts that the engine sees."""
     state_before: dict[str, Any]
-    """Of the local source, before these groups were drawn."""
+    """The state of the local source before these groups were drawn."""
     answers: Future[list[RolloutGroup]] | None = None
 
 
 def _plain(rollout: Rollout) -> dict[str, Any]:
-    """A rollout as JSON takes it."""
+    """A rollout as a dict that JSON can represent."""
     return {**dataclasses.asdict(rollout), "rewards": dict(rollout.rewards)}
 
 

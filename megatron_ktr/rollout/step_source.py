@@ -1,5 +1,7 @@
-"""What trainer and checkpoints ask of a source of responses; ``ReplicaSource`` answers both, ``FixedSource`` the
-trainer."""
+"""The interfaces of a source of responses: ``StepSource`` for the trainer, ``ResumableSource`` for checkpoints.
+
+``ReplicaSource`` implements both, ``FixedSource`` only the first.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +14,16 @@ from megatron_ktr.types import RolloutGroup
 
 
 class StepSource(Protocol):
-    """Hands each replica its groups of responses, step by step: ``begin``, then ``finish``, on every rank."""
+    """Gives each replica its groups of responses, step by step. Every rank calls ``begin`` and then ``finish``."""
 
     needs_weights: bool
-    """Whether an engine samples from the policy's weights, which it is sent after every update."""
+    """Whether an engine samples from the policy's weights. If so, it needs them after every update."""
     gather_weights_to: Literal["all", "source"]
-    """The ranks that an engine takes them on: all, or each replica's reading rank."""
+    """The ranks on which the engine takes the weights: all ranks, or the reading rank of each replica."""
     needs_vision_weights: bool
-    """Whether its engine runs the vision encoder."""
+    """Whether the engine runs the vision encoder itself."""
     lag: int
-    """1 where the next step's responses are sampled while a step trains, else 0."""
+    """1 if the responses of the next step are sampled while a step trains, else 0."""
 
     @property
     def pending_step(self) -> int | None:
@@ -34,29 +36,29 @@ class StepSource(Protocol):
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """What data and engine met so far on this rank, by metric name."""
+        """Counts of events in data and engine so far on this rank, by metric name."""
         ...
 
     def load_weights(self, named_tensors: Iterator[tuple[str, Tensor]]) -> None:
-        """Takes the policy's exported weights and exhausts the iterator, which is collective."""
+        """Takes the policy's exported weights. The iterator is collective and must be exhausted."""
 
     def begin(self, num_prompts: int, *, step: int) -> None:
-        """Draws the step's ``num_prompts`` prompts of this replica."""
+        """Draws the ``num_prompts`` prompts of this replica for the step."""
 
     def finish(self) -> list[RolloutGroup]:
         """The groups of the step that has begun, with rewarded responses."""
         ...
 
     def close(self) -> None:
-        """Frees what the source holds; it is not used afterwards."""
+        """Frees what the source holds. It must not be used afterwards."""
 
 
 class ResumableSource(Protocol):
     """A source whose place in the data is part of a checkpoint."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The place in the data, as JSON takes it; the same on every rank of a replica."""
+        """The place in the data, as a dict that JSON can represent; the same on every rank of a replica."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from that place."""
+        """Continues from the place in the data that ``state_dict`` returned."""

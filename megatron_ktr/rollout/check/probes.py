@@ -1,4 +1,4 @@
-"""The fixed prompts on which sampler and trainer are compared, each with one thing more that can go wrong.
+"""The fixed prompts on which sampler and trainer are compared. Each prompt adds one thing that can go wrong.
 
     TEXT      no media                                             weights, temperature
     IMAGE     one image                                            vision encoder, pixels
@@ -8,8 +8,8 @@
     LONG      longer in time than wide                             where text goes on after a video
     SIZED     frames as large as the run's own                     resizing, limits
 
-The first one that differs names the part (``rollout/check/sampler.py``). Frames are seeded noise: no flip, order or
-channel leaves them as they are.
+The first prompt on which they differ tells which part is wrong (``rollout/check/sampler.py``). Frames are seeded noise,
+so that any flip and any other order of frames or channels changes them.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ TEXT, IMAGE, PATCH, VIDEO, TIMING, LONG, SIZED = (
     "video longer than wide",
     "video of the run's size",
 )
-"""In this order."""
+"""The names of the prompts, in the order in which they are compared."""
 QUESTIONS = ("What comes first, and what comes last? Answer with a few words.", "Why?")
-"""The second where a prompt with the first would be too long."""
+"""The questions of the prompts. The second is used where a prompt with the first would be too long."""
 
 
 def probe_prompts(
@@ -108,7 +108,7 @@ def _timed(medium: VisualInput, seconds: float) -> VisualInput:
 
 
 def _run_size(max_pixels: int, *, unit: int) -> tuple[int, int]:
-    """Height and width of about 3 : 4 that fill ``max_pixels``, in whole units of at least one."""
+    """(height, width) in about the ratio 3 : 4 with an area of about ``max_pixels``, both in multiples of ``unit``."""
     num_units = max(1, max_pixels // unit**2)
     rows = max(1, math.isqrt(num_units * 3 // 4))
     return rows * unit, num_units // rows * unit

@@ -1,16 +1,16 @@
-"""Before the first step: do sampler and trainer give the same tokens the same log-probs? If not, which part differs?
+"""Checks before the first step that sampler and trainer give the same tokens the same log-probs, or tells what differs.
 
     1. the engine samples a few tokens after each fixed prompt (``rollout/check/probes.py``), with log-probs
     2. the trainer scores the same tokens
     3. a prompt whose mean |difference| exceeds the limit stops the run, with one line that names the part
 
-The prompts are ordered so that each adds one thing that can go wrong: the first one that differs says what it is. Where
-that leaves several causes, one more experiment decides: the trainer scores the same tokens at other temperatures, or
-with other seconds per temporal patch, or the weights are sent again.
+The prompts are ordered so that each adds one thing that can go wrong. The first prompt that differs therefore tells
+which part is wrong. If that leaves several causes, one more experiment decides: the trainer scores the same tokens at
+other temperatures or with other seconds per temporal patch, or the weights are sent again.
 
-``SamplerCheck`` is callables and numbers. What they stand for is collective: ``run`` is called on every rank, and its
-decisions come from numbers that ``worst`` made the same on all of them. ``build_sampler_check`` fills in trainer and
-engine.
+``SamplerCheck`` holds only numbers and callables, which ``build_sampler_check`` connects to trainer and engine. The
+callables are collective, so ``run`` is called on every rank. All ranks take the same decisions, because these depend
+only on numbers that ``worst`` has made equal on all ranks.
 """
 
 from __future__ import annotations
@@ -32,15 +32,16 @@ if TYPE_CHECKING:
     from megatron_ktr.policy.policy import Policy
 
 MAX_TOKENS = 16
-"""Per response: each adds a log-prob to the comparison, the first ones suffice to tell."""
+"""Tokens of one response. Each adds one log-prob to the comparison, and the first ones suffice to find a difference."""
 DEFAULT_LIMIT = {"fp32": 1e-3, "bf16": 0.05, "fp16": 0.05}
-"""Nats. In fp32 two exact implementations differ by 1e-6 to 1e-5 (other orders of summation); in 16 bits by about 0.01,
-and single tokens by ten times that. What is looked for costs tenths of nats and more."""
+"""The largest mean difference allowed, in nats, by the type of the parameters. Two correct implementations that sum in
+another order differ by 1e-6 to 1e-5 in fp32. In 16 bits they differ by about 0.01, and single tokens by ten times that.
+The errors that the check looks for cause differences of tenths of nats and more."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Gap:
-    """|sampler - trainer| log-prob over the tokens sampled after one prompt."""
+    """The difference |sampler - trainer| of log-probs, in nats, over the tokens sampled after one prompt."""
 
     mean: float
     max: float
@@ -55,14 +56,16 @@ class Score(Protocol):
         temperature: float | None = None,
         seconds_per_grid: float | None = None,
     ) -> list[list[float]]:
-        """The trainer's log-probs of all responses of each group, in order; None means the run's own temperature, and
-        each video's own seconds."""
+        """The trainer's log-probs of all responses of each group, in order.
+
+        ``temperature`` None means the run's own, ``seconds_per_grid`` None each video's own.
+        """
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplerCheck:
-    """The comparison, once; ``sample``, ``score``, ``send_weights`` and ``worst`` are called alike on every rank."""
+    """The comparison of sampler and trainer. ``sample``, ``score``, ``send_weights`` and ``worst`` are collective."""
 
     prompts: Mapping[str, Prompt]
     sampling: SamplingSettings
@@ -71,13 +74,14 @@ class SamplerCheck:
     score: Score
     send_weights: Callable[[], None]
     worst: Callable[[dict[str, Gap]], dict[str, Gap]] = lambda gaps: gaps
-    """Of the replicas' gaps by name, the largest."""
+    """Returns, for each prompt, the largest gap of all replicas."""
 
     def run(self) -> dict[str, float]:
         """The gaps as metrics: sampler_check/gap_mean, sampler_check/gap_max, both in nats per token.
 
         Raises:
-            UserError: on every rank, if a prompt's mean gap exceeds the limit; names the part that differs.
+            UserError: a prompt's mean gap exceeds the limit; raised on every rank. The message names the part that
+                differs.
         """
         groups = self._sampled(self.prompts)
         own = self._gaps(groups)
@@ -95,7 +99,7 @@ class SamplerCheck:
             )
 
     def _agrees(self, gap: Gap) -> bool:
-        return gap.mean <= self.limit  # a mean that is no number does not agree
+        return gap.mean <= self.limit  # False for NaN
 
     def _sampled(self, prompts: Mapping[str, Prompt]) -> dict[str, RolloutGroup]:
         return dict(zip(prompts, self.sample(list(prompts.values()), self.sampling), strict=True))
@@ -107,14 +111,14 @@ class SamplerCheck:
         temperature: float | None = None,
         seconds_per_grid: float | None = None,
     ) -> dict[str, Gap]:
-        """Of this replica."""
+        """The gaps of this replica, by prompt."""
         scored = self.score(list(groups.values()), temperature=temperature, seconds_per_grid=seconds_per_grid)
         return {name: measure(group, logprobs) for (name, group), logprobs in zip(groups.items(), scored, strict=True)}
 
     # --- which part ---------------------------------------------------------------------------------------------
 
     def _cause(self, groups: Mapping[str, RolloutGroup], own: Mapping[str, Gap], gaps: Mapping[str, Gap]) -> str:
-        """``own`` are this replica's gaps, ``gaps`` the worst of all replicas'."""
+        """What differs, in words. ``own`` are this replica's gaps, ``gaps`` the largest of all replicas'."""
         differ = [name for name, gap in gaps.items() if not self._agrees(gap)]
         first = differ[0]
         if first == TEXT:
@@ -128,14 +132,14 @@ class SamplerCheck:
         return found or _PARTS[first]
 
     def _would_agree(self, groups: Mapping[str, RolloutGroup], own: Mapping[str, Gap], **changes: float) -> bool:
-        """Whether the trainer would agree on ``groups``, scored with ``changes``, with the engines that differ."""
+        """Whether the trainer, scoring ``groups`` with ``changes``, would agree with the engines that differ now."""
         changed = self._gaps(groups, **changes)
-        # A replica whose engine is right has nothing to explain.
+        # Where the engine agrees already, its gap stays, because the changes need not explain it.
         changed = {name: own[name] if self._agrees(own[name]) else gap for name, gap in changed.items()}
         return all(self._agrees(gap) for gap in self.worst(changed).values())
 
     def _other_temperature(self, groups: Mapping[str, RolloutGroup], own: Mapping[str, Gap]) -> str | None:
-        """The temperature at which the trainer would agree."""
+        """Names the temperature at which the trainer would agree, if there is one."""
         ours = self.sampling.temperature or 1.0
         for other in sorted({1.0, ours**2, 0.5, 0.6, 0.7, 0.8, 0.9, 1.25, 1.5, 2.0} - {ours}):
             if self._would_agree({TEXT: groups[TEXT]}, own, temperature=other):
@@ -145,7 +149,8 @@ class SamplerCheck:
     def _other_seconds(
         self, groups: Mapping[str, RolloutGroup], own: Mapping[str, Gap], differ: Sequence[str]
     ) -> str | None:
-        """The seconds per temporal patch at which the trainer would agree, for all videos that differ."""
+        """Names the rule for seconds per temporal patch with which the trainer would agree on all videos that differ,
+        if there is one."""
         for rule, seconds_of in _OTHER_SECONDS.items():
             others = {name: seconds_of(groups[name].prompt.media[0].seconds_per_grid) for name in differ}
             if all(self._would_agree({name: groups[name]}, own, seconds_per_grid=others[name]) for name in differ):
@@ -153,7 +158,7 @@ class SamplerCheck:
         return None
 
     def _weights(self, name: str) -> str | None:
-        """Whether a second update mends it: then the first one did not arrive."""
+        """Sends the weights again. If sampler and trainer then agree, the first update did not arrive."""
         self.send_weights()
         gap = self.worst(self._gaps(self._sampled({name: self.prompts[name]})))[name]
         if not self._agrees(gap):
@@ -169,7 +174,7 @@ _PARTS = {
     LONG: "positions after a video that lasts longer than it is wide, as shorter ones agree",
     SIZED: "frames of the run's size: resized, or cut at a limit of the sampler's, as smaller ones agree",
 }
-"""Where the first prompt that differs says it all."""
+"""What differs, by the first prompt that differs, if that alone tells."""
 
 _OTHER_SECONDS: dict[str, Callable[[float], float]] = {
     "1 s for every one": lambda own: 1.0,
@@ -180,10 +185,11 @@ _OTHER_SECONDS: dict[str, Callable[[float], float]] = {
 
 
 def measure(group: RolloutGroup, trainer_logprobs: Sequence[float]) -> Gap:
-    """``trainer_logprobs`` of all responses of ``group``, one after the other, against the sampler's.
+    """Compares the trainer's log-probs with the sampler's. ``trainer_logprobs`` are those of all responses of
+    ``group``, one response after the other.
 
     Raises:
-        UserError: the sampler recorded none.
+        UserError: the sampler recorded no log-probs.
     """
     sampled: list[float] = []
     for rollout in group.rollouts:
@@ -191,13 +197,13 @@ def measure(group: RolloutGroup, trainer_logprobs: Sequence[float]) -> Gap:
             raise UserError("check_sampler: the engine records no log-probs; choose --no-check-sampler")
         sampled += rollout.sampler_logprobs
     gaps = [abs(ours - theirs) for ours, theirs in zip(trainer_logprobs, sampled, strict=True)]
-    # max() would skip a NaN that is not the first.
+    # max() ignores a NaN unless it comes first.
     largest = math.nan if any(map(math.isnan, gaps)) else max(gaps)
     return Gap(mean=sum(gaps) / len(gaps), max=largest, num_tokens=len(gaps))
 
 
 def describe(gaps: Mapping[str, Gap], *, limit: float) -> str:
-    """Every prompt with its mean gap, those that agree first."""
+    """A line of text with every prompt and its mean gap. Prompts that agree come first."""
     agree = [f"{name} ({gap.mean:.1e})" for name, gap in gaps.items() if gap.mean <= limit]
     differ = [f"{name} ({gap.mean:.2g} nats)" for name, gap in gaps.items() if not gap.mean <= limit]
     parts = [f"{', '.join(agree)} agree" if agree else "nothing agrees", f"{', '.join(differ)} differ"]
@@ -205,7 +211,7 @@ def describe(gaps: Mapping[str, Gap], *, limit: float) -> str:
 
 
 def check_line(values: Mapping[str, float]) -> str:
-    """The console line of a check that passed, from its metrics; empty where there was none."""
+    """The console line of a check that passed, from its metrics; empty if no check ran."""
     if "sampler_check/gap_mean" not in values:
         return ""
     mean, largest = values["sampler_check/gap_mean"], values["sampler_check/gap_max"]
@@ -224,7 +230,7 @@ def trainer_logprobs(
     temperature: float | None = None,
     seconds_per_grid: float | None = None,
 ) -> list[list[float]]:
-    """``Score`` by the policy, on every rank of the replica."""
+    """Implements ``Score`` with the policy. It is collective over the replica; all its ranks get the result."""
     batches = [
         pack_groups(
             [group],
@@ -236,7 +242,7 @@ def trainer_logprobs(
         )
         for group in groups
     ]
-    # An interleaved schedule takes micro-batches by the round, one for every stage.
+    # An interleaved pipeline schedule needs a multiple of the number of stages as its number of micro-batches.
     fill = [batches[-1]] * (-len(batches) % policy.ranks.sizes.pipeline)
     found = policy.score(batches + fill, temperature=temperature)[: len(batches)]
     known = [statistics.logprob_R.tolist() for statistics in found if statistics is not None]
@@ -244,7 +250,7 @@ def trainer_logprobs(
 
 
 def worst_of_replicas(gaps: dict[str, Gap], *, ranks: ParallelGroups) -> dict[str, Gap]:
-    """The largest of all ranks' gaps, by name; one that is no number is the largest."""
+    """The largest gap of all ranks, by prompt; NaN counts as the largest."""
     found = gather_objects(gaps, group=ranks.world)
     return {
         name: max((part[name] for part in found), key=lambda gap: (math.isnan(gap.mean), gap.mean)) for name in gaps

@@ -1,20 +1,21 @@
 """vLLM inside the training ranks: each rank holds a part of an engine, beside its part of the trainer.
 
-    load_weights    the policy's tensors, one full tensor at a time on every rank; each rank's worker keeps its shard
+    load_weights    takes the policy's tensors, one full tensor at a time on every rank; each worker keeps its shard
     stream          every engine answers its share of its replicas' prompts (``rollout/colocated/layout.py``)
 
-One process runs vLLM's ordinary in-process engine. Several run its ``external_launcher``: engines of consecutive ranks
-inside the process group that exists already, of any tensor-parallel size that fits, whatever the trainer's is. The
-ranks of one engine each schedule the same requests in the same order and so stay in step without talking about it.
+A single process runs vLLM's ordinary in-process engine. Several processes use vLLM's ``external_launcher``: each engine
+consists of consecutive ranks of the process group that exists already. Its tensor-parallel size may differ from the
+trainer's. All ranks of one engine schedule the same requests in the same order, and so stay in step without
+communicating about it.
 
-On GPUs the engine's memory goes back to the trainer between rollouts. Levels and tags are vLLM's:
+On GPUs the engine gives its memory back to the trainer between rollouts. The levels and tags below are vLLM's:
 
-    built, generated    sleep(level=2)                  weights and key-value cache dropped
-    load_weights        wake_up(["weights"])            room for the weights, which come new from the trainer
-    stream              wake_up(["kv_cache"])
+    after the start and after each ``stream``    sleep(level=2)          drops weights and key-value cache
+    load_weights                                 wake_up(["weights"])    makes room for the trainer's new weights
+    stream                                       wake_up(["kv_cache"])
 
-So on GPUs each ``stream`` needs a ``load_weights`` before it. The CPU build has no sleep; there the key-value cache is
-small and stays. What is proven without a GPU is the order of these calls; the engine has not run on one yet.
+On GPUs each ``stream`` therefore needs a ``load_weights`` before it. The CPU build cannot sleep; its key-value cache is
+small and stays. The engine has not run on a GPU yet; tests without one check the order of these calls.
 """
 
 from __future__ import annotations
@@ -57,36 +58,37 @@ if TYPE_CHECKING:
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 BATCHED_TOKENS = 8192
-"""Fewest tokens of one vLLM step; more where one medium is larger, as vLLM encodes a medium in one step."""
+"""The token limit of one vLLM step. It is raised to the size of the largest medium, because vLLM encodes each medium in
+one step."""
 
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What a colocated engine is built with, beside its model."""
+    """The settings of a colocated engine, apart from its model."""
 
     max_prompt_length: int
     max_response_length: int
     max_medium_tokens: int
     """Visual tokens of the largest image or video."""
     engine_size: int = 1
-    """Ranks of one engine: vLLM's tensor-parallel size."""
+    """The number of ranks of one engine, which is vLLM's tensor-parallel size."""
     dtype: str = "float32"
     max_num_seqs: int = 256
     memory_share: float = 0.5
-    """Of a GPU, while awake."""
+    """The share of a GPU's memory that the engine takes while it is awake."""
     kv_cache_bytes: int = 1 << 28
-    """On CPU."""
+    """The size of the key-value cache on CPU."""
     is_eager: bool = False
     takes_features: bool = False
-    """Media come as the trainer's vision features; the engine then has no encoder."""
+    """Whether media come as the trainer's vision features. The engine then has no vision encoder."""
 
 
 class ColocatedEngine(RolloutEngine):
-    """This rank's part of the engines; collective, see the module's text and ``RolloutEngine``.
+    """This rank's part of the engines. It is collective: see the module's docstring and ``RolloutEngine``.
 
-    ``stream`` must be exhausted on every rank. The reading rank is yielded a group as soon as it is complete, if its
-    own engine answers all of it; the others when every engine of the share group has finished. ``start`` builds the
-    ``vllm.LLM`` from keyword options of its own.
+    ``stream`` must be exhausted on every rank. A group that the reading rank's own engine answers alone is yielded as
+    soon as it is complete, other groups when every engine of the share group has finished. ``start`` is the function
+    that builds the ``vllm.LLM`` from keyword options.
     """
 
     is_collective = True
@@ -137,13 +139,15 @@ class ColocatedEngine(RolloutEngine):
             "max_num_batched_tokens": max(BATCHED_TOKENS, settings.max_medium_tokens),
             "enable_prefix_caching": True,
             "logprobs_mode": self._mode,
-            # Published directories ask for a repetition penalty and more: another distribution than the trainer's.
+            # vLLM's own defaults: the generation config of published models sets a repetition penalty and more, which
+            # would give another distribution than the trainer's.
             "generation_config": "vllm",
         }
         if self._ranks.world_size > 1:
             options["distributed_executor_backend"] = "external_launcher" if self._can_sleep else EXECUTOR_IN_RANKS
         if settings.engine_size > 1:
-            # The encoder whole on every rank, media split over them: its sizes need not divide by the engine's.
+            # Every rank holds the whole encoder, and the media are divided among the ranks. The encoder's sizes then
+            # need not be divisible by the engine's size.
             options["mm_encoder_tp_mode"] = "data"
         if settings.takes_features:
             options |= FEATURE_OPTIONS
@@ -155,10 +159,10 @@ class ColocatedEngine(RolloutEngine):
         return options
 
     def load_weights(self, named_tensors: Iterator[tuple[str, Tensor]]) -> None:
-        """Hands every full tensor to this rank's worker; exhausts the iterator, unless it raises.
+        """Gives every full tensor to this rank's worker. It exhausts the iterator, unless it raises.
 
         Raises:
-            UserError: a weight of the model is missing, or one came that vLLM does not know.
+            UserError: a weight of the model is missing, or vLLM does not know a weight.
         """
         self._wake("weights")
         load_weights(self._llm, named_tensors, expected=self._weight_names)
@@ -166,11 +170,11 @@ class ColocatedEngine(RolloutEngine):
     def stream(
         self, prompts: Sequence[Prompt], *, step: int = 0, sampling: SamplingSettings | None = None
     ) -> Iterator[tuple[int, RolloutGroup]]:
-        """See ``RolloutEngine``. Log-probs are None where ``sampling`` has a temperature (or a cut) for which the
-        engine's own mode gives no exact ones.
+        """See ``RolloutEngine``. Log-probs are None if ``sampling`` has a temperature, top-p or top-k for which the
+        engine's log-probs mode gives no exact ones.
 
         Raises:
-            UserError: a prompt that with the longest response exceeds the engine's length, or that vLLM refuses.
+            UserError: a prompt and its longest response exceed the engine's length, or vLLM refuses a prompt.
         """
         sampling = sampling or self.sampling
         if "weights" in self._asleep:
@@ -192,21 +196,21 @@ class ColocatedEngine(RolloutEngine):
                 answers.append(answer)
                 yield from own.add(answer)
             self._sleep()
-        except Exception as error:  # raised below, once the ranks that wait for these answers know
+        except Exception as error:  # raised below, after the ranks that wait for these answers have been told
             failure = error
         for answer in self._answers_of_others(answers, failure):
             yield from own.add(answer)
 
     def close(self) -> None:
-        """Ends this rank's engine; the trainer's process groups stay."""
+        """Ends this rank's engine. The trainer's process groups stay."""
         stop_vllm_in_process(self._llm)
         del self._llm
 
     def _generate(
         self, prompts: Sequence[Prompt], shares: Sequence[Share], *, step: int, sampling: SamplingSettings
     ) -> Iterator[Answer]:
-        """This engine's responses as they finish. Every rank of the engine submits the same requests in the same order
-        and takes the same steps."""
+        """Yields this engine's responses as they finish. Every rank of the engine submits the same requests in the same
+        order and takes the same steps."""
         engine = self._llm.llm_engine
         running: dict[str, GrowingResponse] = {}
         try:
@@ -232,7 +236,7 @@ class ColocatedEngine(RolloutEngine):
     def _submit(
         self, prompt: Prompt, share: Share, *, step: int, sampling: SamplingSettings
     ) -> dict[str, GrowingResponse]:
-        """The requests of one share, by name."""
+        """Submits one request for each sample of the share, and returns their responses by name of the request."""
         limit = self.settings.max_prompt_length + self.settings.max_response_length
         if len(prompt.token_ids) + sampling.max_response_length > limit:  # vLLM would cut the response short instead
             raise UserError(
@@ -242,7 +246,7 @@ class ColocatedEngine(RolloutEngine):
             )
         requests = {}
         try:
-            # Once for all samples: what it costs is hashing and preparing the media.
+            # Rendered once for all samples, because hashing and preparing the media is expensive.
             (request,) = self._llm.renderer.render_cmpl([engine_input(prompt, media=self.media)])
             for sample in share.samples:
                 seed = sample_seed(seed=sampling.seed, step=step, identity=prompt.identity, sample=sample)
@@ -258,7 +262,7 @@ class ColocatedEngine(RolloutEngine):
         from vllm.sampling_params import RequestOutputKind  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]  # optional
 
         values = sampling_values(sampling, seed=seed, end_token_ids=self.end_token_ids, mode=self._mode)
-        # Token by token only where somebody looks at the tokens.
+        # Tokens are delivered one by one only if stop strings must be looked for.
         kind = RequestOutputKind.DELTA if sampling.stop else RequestOutputKind.FINAL_ONLY
         return SamplingParams(**values, flat_logprobs=True, output_kind=kind)
 
@@ -269,7 +273,7 @@ class ColocatedEngine(RolloutEngine):
         return StopStrings(sampling.stop, decode=decode, num_rows=1)
 
     def _prompts_of_share(self, prompts: Sequence[Prompt]) -> dict[int, list[Prompt]]:
-        """The share group's prompts by reading rank. Every rank of a replica was given the replica's."""
+        """The prompts of the share group, by reading rank. Every rank knows only those of its own replica at first."""
         readers = self._share.reading_ranks
         if len(readers) == 1:
             return {readers[0]: list(prompts)}
@@ -277,7 +281,7 @@ class ColocatedEngine(RolloutEngine):
         return {rank: parts[self._share.ranks.index(rank)] for rank in readers}
 
     def _answers_of_others(self, answers: list[Answer], failure: Exception | None) -> list[Answer]:
-        """What the other engines of the share group answered; raises the failure of any rank on all of them."""
+        """The answers of the other engines of the share group. A failure on one rank is raised on all of them."""
         speaks = self._share.is_first_of_engine(self._ranks.rank)
         problem = None if failure is None else (isinstance(failure, UserError), f"{type(failure).__name__}: {failure}")
         parts = self._gathered((answers if speaks else [], problem))
@@ -291,7 +295,7 @@ class ColocatedEngine(RolloutEngine):
         return [answer for place, (found, _) in enumerate(parts) if place // size != self._engine for answer in found]
 
     def _gathered(self, value: Any) -> list[Any]:
-        """``value`` of every rank of the share group, in its order."""
+        """The ``value`` of every rank of the share group, in the order of ranks."""
         if len(self._share.ranks) == 1:
             return [value]
         parts: list[Any] = [None] * len(self._share.ranks)
@@ -300,7 +304,7 @@ class ColocatedEngine(RolloutEngine):
 
     def _wake(self, tag: str) -> None:
         if tag in self._asleep:
-            # What the trainer's allocator keeps without using it is what the engine is about to need.
+            # The trainer's allocator keeps unused memory in its cache; the engine needs that memory now.
             current().empty_cache()
             self._llm.wake_up(tags=[tag])
             self._asleep.discard(tag)
@@ -312,11 +316,11 @@ class ColocatedEngine(RolloutEngine):
 
 
 def start_vllm_on_gpu(model_dir: Path | str, **options: Any) -> Any:
-    """A ``vllm.LLM`` in this process, with sleep mode; ``options`` are its own and win."""
+    """A ``vllm.LLM`` in this process, with sleep mode. ``options`` are passed to it and override the defaults."""
     set_environment()
     from vllm import LLM  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]  # optional
 
-    # Normalised in HF's processor: see ``start_vllm_on_cpu``.
+    # Pixels are normalised in Hugging Face's processor; ``start_vllm_on_cpu`` says why.
     llm = LLM(str(model_dir), **{"enable_sleep_mode": True, "mm_device_do_normalize": False, **options})
     require_first_runner(llm)
     return llm
@@ -364,7 +368,7 @@ def _without_encoder(names: frozenset[str]) -> frozenset[str]:
 
 
 def _process_group(groups_of_ranks: Sequence[Sequence[int]], *, groups: ParallelGroups) -> Any:
-    """The process group of this rank's share group. Every rank makes all of them, in the same order."""
+    """The process group of this rank's share group. Every rank takes part in making all groups, in the same order."""
     if len(groups_of_ranks) == 1:
         return groups.world
     if len(groups_of_ranks) == groups.data_size:

@@ -1,13 +1,14 @@
-"""Our prompts as vLLM's inputs, so that it sees exactly the tokens, pixels and seconds that the trainer sees.
+"""Converts prompts to vLLM's inputs, so that vLLM sees exactly the tokens, pixels and seconds that the trainer sees.
 
-- Tokens: vLLM expands one placeholder per medium itself, so the expanded runs of ``Prompt.token_ids`` are folded back.
-- Pixels: frames go over as they are, uint8 at their final size; size limits that admit every size switch its own
-  resizing off, and ``do_sample_frames: False`` its sampling.
-- Seconds: vLLM derives the seconds of a temporal patch from metadata. A ``VisualInput`` is described as a video of
-  just its own frames, at the rate that gives its ``seconds_per_grid`` to the last bit of the fp32 that vLLM keeps.
+- Tokens: vLLM expands one placeholder per medium itself. Each run of placeholders in ``Prompt.token_ids`` is therefore
+  replaced by a single one.
+- Pixels: frames are passed unchanged, as uint8 at their final size. vLLM's own resizing is switched off by size limits
+  that admit every size, its frame sampling by ``do_sample_frames: False``.
+- Seconds: vLLM derives the seconds of a temporal patch from metadata. A ``VisualInput`` is therefore described as a
+  video of just its own frames, at the rate that gives its ``seconds_per_grid`` exactly in the fp32 that vLLM keeps.
 
-Where the media carry the trainer's features, these go over in place of the pixels, with grid and seconds as they are:
-without seconds vLLM would silently count one per temporal patch. The engine then needs ``FEATURE_OPTIONS``.
+If the media carry the trainer's features, these are passed in place of the pixels, together with grid and seconds;
+without seconds, vLLM would silently assume one second per temporal patch. The engine then needs ``FEATURE_OPTIONS``.
 
 Nothing here imports vLLM.
 """
@@ -27,7 +28,7 @@ from megatron_ktr.batch.packing import MediaSpec
 from megatron_ktr.types import Prompt, VisualInput
 
 FEATURE_OPTIONS: dict[str, Any] = {"enable_mm_embeds": True, "limit_mm_per_prompt": {"image": 0, "video": 0}}
-"""vLLM's options for media that come as features. No pixels are admitted, and the encoder is not even built."""
+"""vLLM's options for media that come as features. They admit no pixels, and vLLM then does not build the encoder."""
 
 
 def engine_input(prompt: Prompt, *, media: MediaSpec, response: Sequence[int] = ()) -> dict[str, Any]:
@@ -36,7 +37,8 @@ def engine_input(prompt: Prompt, *, media: MediaSpec, response: Sequence[int] = 
     if any(medium.features is not None for medium in prompt.media):
         request |= feature_data(prompt.media)
     elif prompt.media:
-        # Per request: as an engine option, limits without bound would size the engine's encoder cache and profiling.
+        # The limits are set per request. As an engine option, such large limits would also determine the size of the
+        # engine's encoder cache and its profiling run.
         side = media.patch_size * media.merge_size
         request["mm_processor_kwargs"] = {"size": {"shortest_edge": side**2, "longest_edge": 1 << 40}}
         data: dict[str, list[Any]] = {}
@@ -48,10 +50,10 @@ def engine_input(prompt: Prompt, *, media: MediaSpec, response: Sequence[int] = 
 
 
 def feature_data(media: Sequence[VisualInput]) -> dict[str, Any]:
-    """``multi_modal_data`` of media that carry features, and the identities vLLM's caches know them by.
+    """``multi_modal_data`` of media that carry features, and the identities under which vLLM's caches keep them.
 
-    Left to itself vLLM would identify a medium by features and grid: the same frames at another speed would be given
-    the keys and values computed at the first one's positions.
+    By default vLLM would identify a medium by features and grid only. The same frames at another speed have other
+    positions, but would get the keys and values that were cached for the first speed.
     """
     data: dict[str, dict[str, torch.Tensor]] = {}
     identities: dict[str, list[str]] = {}
@@ -76,16 +78,17 @@ def _features(medium: VisualInput) -> torch.Tensor:
 
 def _identity(medium: VisualInput) -> str:
     digest = hashlib.blake2b(repr((medium.kind, medium.grid_thw, medium.seconds_per_grid)).encode(), digest_size=16)
-    # As bytes: numpy has no bfloat16.
+    # Hashed as bytes, because numpy has no bfloat16.
     digest.update(_features(medium).contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def folded_token_ids(prompt: Prompt, *, media: MediaSpec) -> list[int]:
-    """``prompt.token_ids`` with the run of placeholders of each medium as one token; two media may stand back to back.
+    """``prompt.token_ids`` with each medium's run of placeholders replaced by one token. The runs of two media may be
+    adjacent.
 
     Raises:
-        ValueError: a placeholder stands where no medium is left, or the run of one is cut short.
+        ValueError: there are placeholders but no medium left, or a medium has too few placeholders.
     """
     folded: list[int] = []
     remaining = list(prompt.media)
@@ -123,11 +126,12 @@ def _video(medium: VisualInput, temporal_patch_size: int) -> tuple[np.ndarray, d
 
 
 def _frames_per_second(seconds_per_grid: float, temporal_patch_size: int) -> float:
-    """The rate from which ``temporal_patch_size / rate`` is ``seconds_per_grid`` after rounding to fp32."""
-    if not seconds_per_grid > 0:  # a lone temporal patch, whose seconds no position depends on
+    """The rate for which ``temporal_patch_size / rate``, rounded to fp32, equals ``seconds_per_grid`` in fp32."""
+    if not seconds_per_grid > 0:  # a single temporal patch: no position depends on its seconds
         return 1.0
     rate = temporal_patch_size / seconds_per_grid
-    # Two fp64 divisions may end one unit off, which matters where the fp32 rounding is just then decided.
+    # The two fp64 divisions may be off by one unit in the last place, which can change the result of rounding to fp32.
+    # So the neighbouring rates are tried, too.
     for candidate in (rate, math.nextafter(rate, math.inf), math.nextafter(rate, 0.0)):
         if np.float32(temporal_patch_size / candidate) == np.float32(seconds_per_grid):
             return candidate

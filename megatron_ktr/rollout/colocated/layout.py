@@ -1,9 +1,9 @@
-"""Which ranks form which colocated engine, and which engine answers which response. Pure numbers, no vLLM.
+"""Computes which ranks form which colocated engine, and which engine answers which response. Needs no vLLM.
 
-vLLM makes engines of ``engine_size`` consecutive ranks. Ours are ordered tensor, context, data, pipeline (fastest
-first), so an engine lies within one pipeline stage and covers part of a replica's ranks there, all of them, or those
-of several replicas. A *share group* is the smallest set of whole replicas that whole engines cover; its engines, of
-all pipeline stages, share the prompts of its replicas.
+vLLM makes engines of ``engine_size`` consecutive ranks. The trainer's ranks are ordered tensor, context, data, pipeline
+(fastest first). So an engine lies within one pipeline stage, and covers there a part of one replica's ranks, all of
+them, or those of several replicas. A *share group* is the smallest set of whole replicas that a set of whole engines
+covers. Its engines, in all pipeline stages, share the prompts of its replicas.
 
 Worked example, 8 ranks, tensor 2, pipeline 2 (replica 0 has ranks 0 1 4 5, replica 1 ranks 2 3 6 7):
 
@@ -23,12 +23,12 @@ from megatron_ktr.errors import UserError
 
 @dataclass(frozen=True)
 class ShareGroup:
-    """Replicas and engines on the same ranks."""
+    """A set of ranks that is made up of whole replicas and also of whole engines."""
 
     ranks: tuple[int, ...]
-    """World ranks, ascending: the engines one after the other."""
+    """World ranks in ascending order, that is, the ranks of one engine after those of the other."""
     reading_ranks: tuple[int, ...]
-    """Of each replica, the rank that reads its prompts and is yielded its groups."""
+    """For each replica, the rank that reads its prompts and to which its groups are yielded."""
     engine_size: int
 
     @property
@@ -40,12 +40,12 @@ class ShareGroup:
         return self.ranks.index(rank) // self.engine_size
 
     def is_first_of_engine(self, rank: int) -> bool:
-        """Whether ``rank`` speaks for its engine; all its ranks hold the same responses."""
+        """Whether ``rank`` reports its engine's responses. All ranks of an engine hold the same ones."""
         return self.ranks.index(rank) % self.engine_size == 0
 
 
 def share_groups(sizes: ParallelSizes, *, world_size: int, engine_size: int) -> list[ShareGroup]:
-    """Every share group of the world. Raises ``UserError`` where engines and replicas do not fit into each other."""
+    """All share groups of the world. Raises ``UserError`` if neither engines divide into replicas nor the reverse."""
     inner = sizes.tensor * sizes.context
     stage = world_size // sizes.pipeline
     replicas = stage // inner
@@ -80,8 +80,12 @@ class Share:
 def split_work(
     prompt_lengths: Sequence[int], *, num_samples: int, num_engines: int, max_response_length: int
 ) -> list[list[Share]]:
-    """What each engine answers: whole groups, so that a prompt is computed once, unless there are fewer prompts than
-    engines. Largest first to the engine with the least tokens; deterministic; in order of prompts."""
+    """The shares that each engine answers, in the order of prompts.
+
+    A share is a whole group, so that a prompt is computed only once; groups are divided only if there are fewer prompts
+    than engines. The shares are assigned in order of size, the largest first, each to the engine with the fewest tokens
+    so far. The result is deterministic, so that all ranks compute the same one.
+    """
     if not prompt_lengths:
         return [[] for _ in range(num_engines)]
     parts = min(num_samples, max(1, num_engines // len(prompt_lengths)))

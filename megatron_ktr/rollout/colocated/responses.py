@@ -1,4 +1,4 @@
-"""Responses of an in-process vLLM engine as they grow, and groups as they are completed by several engines.
+"""Collects the tokens of an in-process vLLM engine into responses, and the responses of several engines into groups.
 
 Nothing here imports vLLM.
 """
@@ -18,7 +18,7 @@ Answer = tuple[int, int, Rollout]
 
 
 class GrowingResponse:
-    """One response as it grows."""
+    """One response while it is being generated."""
 
     def __init__(self, prompt: int, sample: int, *, stop: StopStrings | None) -> None:
         self.prompt, self.sample = prompt, sample
@@ -28,7 +28,8 @@ class GrowingResponse:
         self._logprobs: list[float] | None = []
 
     def add(self, output: Any) -> None:
-        """What vLLM has generated since; tokens after the one that completes a stop string are dropped."""
+        """Adds the tokens that vLLM has generated since the last call. Tokens after the one that completes a stop
+        string are dropped."""
         token_ids = list(output.token_ids)
         self.finish_reason = output.finish_reason
         if self._stop is not None:
@@ -55,11 +56,11 @@ class GrowingResponse:
 
 
 class GroupCollector:
-    """Puts the responses to one reading rank's prompts together; other ranks' are ignored."""
+    """Collects the responses to one reading rank's prompts into groups. Responses to other prompts are ignored."""
 
     def __init__(self, prompts_of_reader: Mapping[int, Sequence[Prompt]], *, rank: int, num_samples: int) -> None:
         self._prompts: dict[int, tuple[int, Prompt]] = {}
-        """By index among all prompts: (index among the reader's own, prompt)."""
+        """Maps an index among all prompts to (index among the reader's own prompts, prompt)."""
         start = 0
         for reader, prompts in prompts_of_reader.items():
             if reader == rank:
@@ -69,7 +70,7 @@ class GroupCollector:
         self._rollouts: dict[int, dict[int, Rollout]] = {index: {} for index in self._prompts}
 
     def add(self, answer: Answer) -> Iterator[tuple[int, RolloutGroup]]:
-        """The group that ``answer`` completes, if it does."""
+        """Yields the group that ``answer`` completes, if it completes one."""
         index, sample, rollout = answer
         if index not in self._prompts:
             return

@@ -1,4 +1,4 @@
-"""New weights into a running vLLM engine, and everything forgotten that was computed with the old ones."""
+"""Loads new weights into a running vLLM engine, and resets all caches that were computed with the old ones."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from megatron_ktr.files.json_files import read_json_object
 def load_weights(
     llm: Any, weights: Iterator[tuple[str, Tensor]] | Path | str, *, expected: frozenset[str] = frozenset()
 ) -> None:
-    """Loads HF-named tensors, or a Hugging Face directory, into the workers of a ``vllm.LLM`` that has no request
-    running.
+    """Loads tensors under Hugging Face's names, or a Hugging Face directory, into the workers of a ``vllm.LLM``.
+    No request may be running.
 
-    vLLM takes a tensor at a time and keeps no more than one of its layers' beside the model. Its ``reload_weights``
-    empties the workers' encoder cache only. The scheduler still believes the media are there (the next request that
-    shows one of them fails with "Encoder cache miss"), and the prefix cache still holds the old weights' keys and
-    values; both are reset here.
+    vLLM takes one tensor at a time, and holds the tensors of at most one layer beside the model. Its ``reload_weights``
+    empties the encoder cache of the workers only. The scheduler would still believe that the media are cached there, so
+    that the next request with one of them would fail with "Encoder cache miss". The prefix cache would still hold keys
+    and values of the old weights. Both are therefore reset here.
 
     Raises:
-        UserError: vLLM does not know a name, or one of the ``expected`` names did not come (vLLM would only log it).
+        UserError: vLLM does not know a name, or one of the ``expected`` names is missing (vLLM would only log that).
     """
     if isinstance(weights, Path | str):
         request: dict[str, Any] = {"weights_path": str(weights)}
@@ -42,7 +42,8 @@ def load_weights(
 
 
 def stored_names(model_dir: Path | str) -> frozenset[str]:
-    """Published names of a Hugging Face directory's weights, as the trainer exports them: without a tied head."""
+    """The published names of the weights in a Hugging Face directory, as the trainer exports them. A head that is tied
+    to the embedding is not among them."""
     names = {published_name(name) for name in SafetensorsReader(model_dir).infos}
     config = read_json_object(Path(model_dir) / "config.json", option="model")
     if config.get("tie_word_embeddings", (config.get("text_config") or {}).get("tie_word_embeddings", False)):

@@ -1,24 +1,25 @@
-"""New weights to servers from GPU to GPU: vLLM's own weight transfer, packed, no file and no host copy.
+"""Sends new weights to servers from GPU to GPU with vLLM's own packed weight transfer, without files or host copies.
 
-Each rank that owns servers is sender (rank 0) of one communicator per server, whose other ranks are that server's
-workers. An update, all servers side by side:
+Each rank that owns servers has one communicator per server. The rank is its sender (rank 0), and the server's workers
+are its other ranks. An update runs as follows, for all servers at the same time:
 
     /start_weight_update
-    for every few hundred megabytes:   /update_weights says which tensors come; the sender broadcasts their bytes, one
-                                       tensor behind the other, in a single collective
+    for every few hundred megabytes:   /update_weights announces a chunk of tensors; the sender broadcasts their bytes,
+                                       one tensor after the other, in a single collective
     /finish_weight_update
 
-vLLM's receiver (``packed_nccl_broadcast_consumer``) cuts what is announced into buffers of a size that it is told when
-it joins: the size of our announcements, so that each is one buffer. It views the bytes as tensors where they lie. So an
-announcement holds tensors of one type: those of another would start between two of its numbers.
+vLLM's receiver (``packed_nccl_broadcast_consumer``) divides the announced bytes into buffers of a fixed size, which it
+is told when it joins. It is told the size of our chunks, so that each chunk is one buffer. The receiver views the bytes
+as tensors without moving them. A chunk therefore holds tensors of one type only; a tensor of another type might start
+at an address that is not aligned for it.
 
-The communicator is made at the first update and anew after a server has failed. A server that fails while tensors are
-on the way can leave the sender waiting in a collective that nobody else will enter: past the timeout the run stops with
-an error, to be resumed from its checkpoint. Servers that come back between updates wait for the next one, as the
-weights are nowhere but in the trainer.
+The communicator is made at the first update, and made anew after a server has failed. A server that fails while tensors
+are being sent can leave the sender waiting in a collective that nobody else will enter. After the timeout the run stops
+with an error, and can be resumed from its checkpoint. A server that comes back between two updates waits for the next
+one, because only the trainer has the weights.
 
-Needs vLLM in the training environment, for its communicator. Not yet run on GPUs: tests put stand-ins in the places of
-the communicator and the server.
+This needs vLLM in the training environment, for its communicator. It has not run on GPUs yet; tests replace the
+communicator and the server by stand-ins.
 """
 
 from __future__ import annotations
@@ -41,22 +42,23 @@ from megatron_ktr.rollout.server.pool import Give
 from megatron_ktr.rollout.server.weights import Outcome, StartUpdate
 
 CHUNK_BYTES = 1 << 28
-"""Tensors announced and sent together; a larger one goes alone. On the device of either side this much is taken while
-they are on the way."""
+"""The most bytes of tensors that are announced and sent together. A larger tensor is sent alone. Sender and receiver
+each need this much device memory during the transfer."""
 
 
 class Communicator(Protocol):
-    """vLLM's ``PyNcclCommunicator``, as far as it is used."""
+    """The part of vLLM's ``PyNcclCommunicator`` that is used here."""
 
     def broadcast(self, tensor: Tensor, src: int) -> None: ...
 
 
 Connect = Callable[[str, int, int], Communicator]
-"""(address, port, world size) -> communicator with this process as rank 0; waits for the server's workers."""
+"""Takes (address, port, world size), waits for the server's workers, and returns the communicator with this process as
+rank 0."""
 
 
 class _Feed:
-    """One update of one server: the main thread announces tensors, the server's coroutine passes it on."""
+    """One update of one server. The main thread announces tensors; the server's coroutine tells the server."""
 
     def __init__(self) -> None:
         self.begun: Future[None] = Future()
@@ -66,7 +68,8 @@ class _Feed:
         self._told: list[Future[None]] = [self.begun]
 
     def tell(self, update_info: dict[str, Any] | None) -> Future[None]:
-        """Announces a chunk (None: the end), once begun; the result is there when the server has it."""
+        """Announces a chunk; None announces the end. Call it only after ``begun``. The future is done once the server
+        has taken the chunk."""
         assert self._loop is not None
         done: Future[None] = Future()
         self._told.append(done)
@@ -93,7 +96,7 @@ class _Feed:
 
 
 class BroadcastTransfer:
-    """See the header. ``connect`` is for tests; by default vLLM's communicator."""
+    """See the module's docstring. ``connect`` is for tests; the default makes vLLM's communicator."""
 
     keeps_weights = False
 
@@ -149,7 +152,7 @@ class BroadcastTransfer:
         self._communicators.clear()
 
     async def _join(self, url: str, client: ServerClient) -> None:
-        """A communicator with the server's workers, unless there is one."""
+        """Makes the communicator with the server's workers, unless there is one already."""
         if url in self._communicators:
             return
         with contextlib.suppress(ServerProblem):  # what an earlier run, or a failed update, left there
@@ -164,8 +167,8 @@ class BroadcastTransfer:
         self._communicators[url], _ = await asyncio.gather(connecting, client.init_weight_transfer_engine(init_info))
 
     def _succeeded(self, futures: dict[str, Future[None]], label: str) -> list[str]:
-        """Those that came true; raises UserError where one does not settle in time."""
-        deadline = 2 * self.timeout_seconds  # a server first drains its requests, each of which may take that long
+        """The servers whose futures succeeded. Raises UserError if a future is not done in time."""
+        deadline = 2 * self.timeout_seconds  # a server first finishes its requests, which may take one timeout
         late = wait(futures.values(), timeout=deadline).not_done
         if late:
             urls = ", ".join(url for url, future in futures.items() if future in late)
@@ -187,13 +190,13 @@ def _chunks(named_tensors: Iterator[tuple[str, Tensor]]) -> Iterator[list[tuple[
 
 
 def _packed(tensors: Sequence[Tensor]) -> Tensor:
-    """uint8 [sum of bytes]: the numbers of every tensor in the order of its rows, as they lie in memory."""
+    """uint8 [sum of bytes]: the bytes of all contiguous tensors, one tensor after the other."""
     return torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors])
 
 
 class _OnCurrentStream:
-    """vLLM's communicator on the trainer's stream. By default it would give the calling thread a stream of its own, on
-    which the trainer would then go on."""
+    """vLLM's communicator, used on the trainer's current stream. By default it would set a new stream for the calling
+    thread, and the trainer would then continue on that stream."""
 
     def __init__(self, communicator: Any) -> None:
         self._communicator = communicator
@@ -203,7 +206,7 @@ class _OnCurrentStream:
 
 
 def vllm_connect() -> Connect:
-    """vLLM's own communicator on this rank's device; raises UserError where vLLM is not installed."""
+    """The function that makes vLLM's communicator on this rank's device. Raises UserError if vLLM is not installed."""
     try:
         from vllm.distributed.weight_transfer.nccl_common import stateless_init_process_group  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]  # optional
     except ImportError:
@@ -220,7 +223,7 @@ def vllm_connect() -> Connect:
 
 
 def _reachable_address(url: str) -> str:
-    """This machine's address on the way to ``url``; nothing is sent."""
+    """This machine's address on the network interface that leads to ``url``. Nothing is sent."""
     parts = urlsplit(url)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((parts.hostname, parts.port or 80))

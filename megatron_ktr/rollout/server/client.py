@@ -1,7 +1,8 @@
-"""The routes of one ``vllm serve`` process that training needs, and what can go wrong with each.
+"""The client of one ``vllm serve`` process: the HTTP routes that training needs, and their errors.
 
-Control routes exist where the server was started with ``VLLM_SERVER_DEV_MODE=1``, generation from token ids with
-``--enable-scale-out``. Nothing here decides what a failure means; ``rollout/server/pool.py`` does.
+The control routes exist only if the server was started with ``VLLM_SERVER_DEV_MODE=1``, and generation from token ids
+only with ``--enable-scale-out``. This module reports failures; ``rollout/server/pool.py`` decides what follows from
+them.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ import httpx
 from megatron_ktr.rollout.vllm.runner import runner_named_by
 
 CONTROL_SECONDS = 30.0
-"""How long a route may take that does no work, on a busy machine, too."""
+"""The time limit of routes that do no real work. It is generous, because the server's machine may be busy."""
 
 
 class ServerProblem(Exception):
-    """A server did not do what it was asked; the message says what came instead."""
+    """A server did not do what it was asked to do. The message says what happened instead."""
 
 
 class Unreachable(ServerProblem):
@@ -34,21 +35,22 @@ class TimedOut(ServerProblem):
 
 
 class Refused(ServerProblem):
-    """The server understood the request and will never take it (400, 413, 422): another server would say the same."""
+    """The server rejected the request as invalid (400, 413, 422). Another server would reject it, too."""
 
 
 @dataclass(frozen=True)
 class ServerFacts:
-    """What a server says of itself (``/server_info``), as far as sampling depends on it."""
+    """The settings that a server reports (``/server_info``), as far as sampling depends on them."""
 
     max_model_len: int
     logprobs_mode: str
     normalises_pixels: bool
-    """Whether the model normalises patches itself: ours are normalised already."""
+    """Whether the model normalises patches itself. It must not, because the trainer's patches are normalised already.
+    """
     has_encoder: bool
-    """False: it was started for features in place of pixels, which end its engine."""
+    """False if the server was started to take features in place of pixels. Pixels would then crash its engine."""
     runner: str
-    """Which model runner it was told to use: ``rollout/vllm/runner.py``."""
+    """The model runner that the server was told to use (``rollout/vllm/runner.py``)."""
 
     @classmethod
     def read(cls, info: Mapping[str, Any]) -> ServerFacts:
@@ -69,12 +71,13 @@ class ServerClient:
     def __init__(self, url: str, *, max_requests: int, timeout_seconds: float) -> None:
         self.url = url.rstrip("/")
         self.timeout_seconds = timeout_seconds
-        # Room for control requests while all places for generation are taken. Proxies of the environment are for the
-        # world outside, not for the nodes of a cluster.
+        # 8 connections are left for control requests while generation uses all others. ``trust_env=False`` ignores the
+        # environment's proxies, which are meant for the internet and not for the nodes of a cluster.
         limits = httpx.Limits(
             max_connections=max_requests + 8,
             max_keepalive_connections=max_requests + 8,
-            # Servers close idle connections after 5 s; a request that goes into one at that moment would be lost.
+            # Servers close idle connections after 5 s. A request sent into one at that moment would be lost, so the
+            # client closes them earlier.
             keepalive_expiry=2.0,
         )
         self._http = httpx.AsyncClient(base_url=self.url, timeout=None, limits=limits, trust_env=False)
@@ -83,7 +86,7 @@ class ServerClient:
         await self._http.aclose()
 
     async def generate(self, body: bytes) -> bytes:
-        """Sends what ``server_wire.encode_request`` made; the caller reads the answer."""
+        """Sends a body made by ``wire.encode_request`` and returns the raw answer, for ``wire.read_answer``."""
         return await self._send("POST", "/inference/v1/generate", content=body, seconds=self.timeout_seconds)
 
     async def check_health(self) -> None:
@@ -97,18 +100,19 @@ class ServerClient:
             raise ServerProblem(f"unreadable /server_info ({error!r})") from None
 
     async def weight_version(self) -> str:
-        """The label of the weights it samples from; "default" until somebody sets one."""
+        """The label of the weights that the server samples from; "default" until a label is set."""
         return str(await self._json("GET", "/weight_info", key="weight_version"))
 
     async def set_weight_version(self, label: str) -> None:
         await self._send("POST", "/update_weight_version", {"new_version": label})
 
     async def world_size(self) -> int:
-        """Its number of workers: tensor x pipeline x data parallel."""
+        """The server's number of workers: tensor x pipeline x data parallel."""
         return int(await self._json("GET", "/get_world_size", key="world_size"))
 
     async def pause(self, *, keep_requests: bool) -> None:
-        """Stops sampling: once running requests of all clients have ended, or at once, to go on with them later."""
+        """Pauses sampling. With ``keep_requests`` the server stops at once and continues the running requests later;
+        without, it first finishes the running requests of all clients."""
         mode = "keep" if keep_requests else "wait"
         await self._send("POST", f"/pause?mode={mode}", seconds=self.timeout_seconds)
 
@@ -116,28 +120,29 @@ class ServerClient:
         await self._send("POST", "/resume")
 
     async def reload_weights(self, directory: str) -> None:
-        """Its workers read safetensors from a directory that they see under the same path as we do."""
+        """Makes the server's workers load safetensors from a directory, which they must see under the same path."""
         call = {"method": "reload_weights", "kwargs": {"weights_path": directory}}
         await self._send("POST", "/collective_rpc", call, seconds=self.timeout_seconds)
 
     async def end_broken_reload(self) -> None:
-        """Makes the layers whole that a reload which broke off has left half-filled, so that the next one can begin.
+        """Completes the layers that an interrupted reload has left half-filled, so that the next reload can begin.
 
-        Until then vLLM loads nothing into them, and whatever is computed with them ends its engine; afterwards they
-        hold whatever was in memory. A reload of nothing does it: it ends what is open, and fails where that cannot be.
+        Before this call vLLM loads nothing into such layers, and computing with them crashes its engine. After it the
+        layers hold arbitrary values. The call reloads an empty list of weights, which ends the open reload, or fails if
+        that is impossible.
         """
         call = {"method": "reload_weights", "kwargs": {"weights_iterator": []}}
         await self._send("POST", "/collective_rpc", call, seconds=self.timeout_seconds)
 
     async def end_broken_update(self) -> None:
-        """``end_broken_reload`` for weights that came tensor by tensor."""
-        with contextlib.suppress(ServerProblem):  # open only if the sender left; refused otherwise
+        """Does what ``end_broken_reload`` does, for weights that were sent tensor by tensor."""
+        with contextlib.suppress(ServerProblem):  # refused if no update is open
             await self.finish_weight_update()
         await self.start_weight_update()
         await self.finish_weight_update()
 
     async def reset_caches(self) -> None:
-        """Forgets everything computed with earlier weights; running requests are computed again from their tokens."""
+        """Resets all caches computed with earlier weights. Running requests are computed again from their tokens."""
         await self._send("POST", "/reset_mm_cache")
         await self._send("POST", "/reset_encoder_cache")
         if not await self._json("POST", "/reset_prefix_cache?reset_running_requests=true", key="success"):
@@ -179,7 +184,7 @@ class ServerClient:
     ) -> bytes:
         headers = {} if content is None else {"Content-Type": "application/json"}
         try:
-            # The limit is on the whole exchange; httpx's own are on the silence between two pieces of it.
+            # This limits the whole exchange; httpx's own timeouts limit only the silence between two pieces of it.
             async with asyncio.timeout(seconds):
                 answer = await self._http.request(method, path, json=json, content=content, headers=headers)
         except TimeoutError:
@@ -201,7 +206,7 @@ def _admits_no_pixels(multimodal: Mapping[str, Any]) -> bool:
 
 
 def _message(body: bytes) -> str:
-    """vLLM's own words, where it gave some."""
+    """vLLM's error message, or else the start of the body."""
     try:
         found = json.loads(body)
         return str((found.get("error") or found).get("message") or found)[:300]

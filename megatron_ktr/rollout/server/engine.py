@@ -1,15 +1,17 @@
-"""Rollout by ``vllm serve`` processes on other GPUs or nodes: prompts over HTTP, weights by version.
+"""Rollout by ``vllm serve`` processes on other GPUs or nodes, with prompts sent over HTTP and weights in versions.
 
-Every replica's reading rank talks to all servers, from one asyncio loop in a thread, and sends each request to the one
-with the fewest (``rollout/server/pool.py`` has the rules: retries, servers that leave and come back). A request is one
-prompt with all its responses, so media are sent and encoded once (``rollout/server/wire.py``).
+The reading rank of every replica talks to all servers, from one asyncio loop in a thread. It sends each request to the
+server with the fewest requests; ``rollout/server/pool.py`` has the rules for retries and for servers that leave and
+come back. A request is one prompt with all its responses, so that its media are sent and encoded only once
+(``rollout/server/wire.py``).
 
-Weights: each server has one owner among the reading ranks, which gives it every new version
-(``rollout/server/weights.py``, ``rollout/server/broadcast.py``); then the owners tell the others which servers have it.
-A server drains its running requests first, whichever replica they belong to, so no response mixes two versions; with
-``in_flight_updates`` it only halts, and mixed responses are counted.
+Each server has one owner among the reading ranks, which gives it every new version of the weights
+(``rollout/server/weights.py``, ``rollout/server/broadcast.py``). The owners then tell the other ranks which servers
+have it. Before an update a server finishes its running requests, those of all replicas, so that no response mixes two
+versions. With ``in_flight_updates`` it only pauses them, and mixed responses are counted.
 
-How to start servers: see docs/rollouts.md; on a machine without GPU: ``python -m megatron_ktr.rollout.server.serve``.
+docs/rollouts.md says how to start servers. On a machine without GPU, use
+``python -m megatron_ktr.rollout.server.serve``.
 """
 
 from __future__ import annotations
@@ -48,10 +50,11 @@ from megatron_ktr.types import Prompt, RolloutGroup
 
 
 class ServerEngine(RolloutEngine):
-    """Generation by the servers that ``settings`` names. Made, given weights and closed on every reading rank alike.
+    """Generates with the servers that ``settings`` names. Every reading rank makes one, gives it weights and closes it
+    together with the others.
 
     Raises:
-        UserError: no server answers, or one is not set up for training.
+        UserError: no server answers, or a server is not set up for training.
     """
 
     def __init__(
@@ -73,7 +76,7 @@ class ServerEngine(RolloutEngine):
         self.transfer = transfer
         self.replicas = replicas
         self.mode: LogprobsMode = logprobs_mode(sampling)
-        self._runner = ""  # of the first server that says: rollout/vllm/runner.py
+        self._runner = ""  # the model runner of the first server that reports one (rollout/vllm/runner.py)
         self.end_token_ids = end_token_ids(model_dir, tokenizer)
         with reading_model(model_dir):
             self.vocab_size = AutoConfig.from_pretrained(model_dir).get_text_config().vocab_size
@@ -91,7 +94,8 @@ class ServerEngine(RolloutEngine):
     def stream(
         self, prompts: Sequence[Prompt], *, step: int = 0, sampling: SamplingSettings | None = None
     ) -> Iterator[tuple[int, RolloutGroup]]:
-        """Groups as servers finish them; a prompt's responses do not depend on the server, nor on the other prompts."""
+        """Yields groups as servers finish them. The responses to a prompt depend neither on the server nor on the other
+        prompts."""
         sampling = sampling or self.sampling
         if not records_logprobs(sampling, mode=self.mode) and records_logprobs(sampling, mode=logprobs_mode(sampling)):
             raise UserError(f"the servers' --logprobs-mode {self.mode} gives no log-probs at {sampling.temperature:g}")
@@ -111,10 +115,10 @@ class ServerEngine(RolloutEngine):
                 future.cancel()
 
     def load_weights(self, named_tensors: Iterator[tuple[str, Tensor]]) -> None:
-        """Gives servers new weights under a new label.
+        """Gives the servers new weights under a new label.
 
         Raises:
-            UserError: on every rank, if no server has them afterwards, or they could not be written.
+            UserError: no server has the weights afterwards, or they could not be written; raised on every rank.
         """
         self._num_updates += 1
         label = f"{self.replicas.run}-{self._num_updates}"
@@ -143,7 +147,7 @@ class ServerEngine(RolloutEngine):
         return {f"server/{name}": self.pool.counts[name] for name in COUNTS}
 
     def close(self) -> None:
-        """Ends the connections; the servers stay."""
+        """Closes the connections. The servers keep running."""
         if self._thread.is_alive():
             with contextlib.suppress(Exception):
                 self._run(self.pool.close()).result(timeout=10)
@@ -181,8 +185,11 @@ class ServerEngine(RolloutEngine):
         return index, RolloutGroup(prompt=prompt, rollouts=rollouts)
 
     def _until_stop(self, sample: Sample, stop: Sequence[str]) -> Sample:
-        """Up to the token that completes a stop string. Servers sample on to the end: their own stop strings need their
-        detokenizer, which fails on ids that the model has and its tokenizer does not know, and ends the server."""
+        """``sample`` up to the token that completes a stop string.
+
+        Servers do not stop there but sample on. Their own stop strings need their detokenizer, which fails on ids that
+        the model has and its tokenizer does not know, and such a failure ends the server.
+        """
         if not stop:
             return sample
         decode = partial(self.tokenizer.decode, skip_special_tokens=True)
@@ -201,7 +208,8 @@ class ServerEngine(RolloutEngine):
         return ServerPool(clients, settings=settings, check_facts=self._problem_with)
 
     def _problem_with(self, facts: ServerFacts) -> str | None:
-        """What would make its responses differ from what the trainer thinks they are."""
+        """Says which setting of a server would make its responses or log-probs wrong for the trainer; None if all are
+        right."""
         if facts.logprobs_mode != self.mode:
             return f"it was started with --logprobs-mode {facts.logprobs_mode}; this run needs {self.mode}"
         if facts.normalises_pixels:
@@ -230,8 +238,8 @@ def server_engine(
     media: MediaSpec,
     sampling: SamplingSettings,
 ) -> ServerEngine:
-    """The engine that ``rollout`` describes, on a reading rank; ``data_group`` holds all of them. Weights that travel
-    through files lie below ``run_dir``, unless an option names another directory."""
+    """The engine that ``rollout`` describes, for a reading rank; ``data_group`` is the process group of all reading
+    ranks. Weights that are sent through files lie below ``run_dir``, unless an option names another directory."""
     replicas = Replicas(data_group)
     urls = list(dict.fromkeys(url.rstrip("/") for url in rollout.server_urls))
     owned_urls = replicas.own(urls)
@@ -239,7 +247,7 @@ def server_engine(
     if rollout.weight_transfer == "directory" or (rollout.weight_transfer == "auto" and current().name == "cpu"):
         directory = Path(rollout.weight_directory or run_dir / "server_weights")
         if replicas.rank == 0 and rollout.weight_directory is None:
-            shutil.rmtree(directory, ignore_errors=True)  # of a run that was cut off
+            shutil.rmtree(directory, ignore_errors=True)  # left behind by a run that was cut off
         transfer = DirectoryTransfer(directory, owned_urls=owned_urls, replicas=replicas)
     else:
         from megatron_ktr.rollout.server.broadcast import BroadcastTransfer

@@ -1,18 +1,20 @@
-"""Several servers as one: bounded requests, retries, servers that leave and come back, weights by version.
+"""Uses several servers as one: limits requests, retries them, and keeps track of servers and their weights.
 
-A server is *in* while it answers and has the current weights; only such servers are asked.
+A server is *in* while it answers and has the current weights. Requests go only to servers that are in.
 
-    request fails            sent again, after a pause that doubles, to the server with the fewest requests
-    max_retries in a row,    the server is taken out, its other requests are sent to the rest; it comes back once it is
-    no health, no answer     healthy *and* has the current weights, which its owner gives it where they are kept on disk
-    in time, old weights
-    no server left           ``UserError`` naming each with its last error; so does a request that failed everywhere
+    a request fails           it is sent again, after a pause that doubles, to the server with the fewest requests
+    failures > max_retries    the server is taken out, and its requests are sent to other servers; the same happens if
+                              it is not healthy, does not answer in time, or has old weights
+    a server is out           it comes back once it is healthy *and* has the current weights; its owner gives them to it
+                              if they are kept on disk
+    no server is left         ``UserError`` names every server with its last error; a request that has failed everywhere
+                              raises it, too
 
-Weights carry labels. vLLM reports under which label each token was sampled, so a server that was restarted, or missed
-an update, shows in its first answer, whatever it says of its health. While a server loads, it is paused and its label
-is one that nobody accepts. An update that fails half-way leaves it so: weights that are neither old nor new answer
-nobody. The label outlives this run, and tells the next update, whoever makes it, that the last one broke off; what that
-left is put right first.
+Weights have labels, and vLLM reports under which label each token was sampled. The first answer of a server that was
+restarted or missed an update therefore shows it, even if the server seems healthy. While a server loads weights, it is
+paused and has a label that no rank accepts. If the update fails half-way, the server stays in this state, so that it
+never answers with weights that are neither old nor new. The server keeps this label after the run. It tells the next
+update, by any run, that the last one broke off; that update first repairs the server.
 
 Everything here runs in one asyncio loop.
 """
@@ -34,13 +36,13 @@ logger = logging.getLogger(__name__)
 
 COUNTS = ("retries", "resent", "taken_out", "malformed", "mixed_versions")
 LOADING = "-loading"
-"""Ends the label of a server that loads, or in which loading broke off."""
+"""The end of the label of a server that is loading weights, or in which loading broke off."""
 Give = Callable[[ServerClient, bool], Awaitable[None]]
-"""Makes one paused server load the weights of an update; True: an earlier one broke off in it."""
+"""Makes one paused server load the weights of an update. The flag says whether an earlier update broke off in it."""
 
 
 class OldWeights(ServerProblem):
-    """An answer sampled from other weights than the current ones."""
+    """An answer was sampled from other weights than the current ones."""
 
 
 class TakenOut(ServerProblem):
@@ -56,7 +58,7 @@ class PoolSettings:
     max_requests: int = 64
     max_retries: int = 4
     timeout_seconds: float = 600.0
-    """For the first server to appear; the clients have their own limits."""
+    """How long to wait for the first server. The clients have their own time limits."""
     in_flight_updates: bool = False
     backoff_seconds: float = 0.5
     probe_seconds: float = 2.0
@@ -69,12 +71,12 @@ class _Server:
     facts: ServerFacts | None = None
     num_requests: int = 0
     failures: int = 0
-    """In a row."""
+    """The number of failures in a row."""
     missed_probes: int = 0
     last_error: str = "never answered"
     running: set[asyncio.Task[bytes]] = field(default_factory=set)
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held while its weights or its membership are being settled."""
+    """Is held while the server gets weights, or while it is decided whether the server is in."""
 
     @property
     def url(self) -> str:
@@ -82,7 +84,8 @@ class _Server:
 
 
 class ServerPool:
-    """``start`` once, then ``ask`` as often and as concurrently as one likes; ``update`` and ``adopt`` give weights.
+    """The servers of a run. Call ``start`` once, then ``ask`` any number of times, also concurrently. ``update`` and
+    ``adopt`` give the servers new weights.
 
     ``check_facts`` returns what is wrong with a server's settings, or None.
     """
@@ -107,14 +110,14 @@ class ServerPool:
 
     @property
     def max_model_len(self) -> int:
-        """Of the servers seen so far, the smallest."""
+        """The smallest ``max_model_len`` of the servers seen so far."""
         return min(server.facts.max_model_len for server in self._servers if server.facts is not None)
 
     async def start(self) -> None:
-        """Waits for a first server; raises UserError if none comes, or if one is not set up for training."""
+        """Waits for the first server. Raises UserError if none comes, or if a server is not set up for training."""
         looks = 0
         deadline = time.monotonic() + self.settings.timeout_seconds
-        while not await self._probe_all():  # at least one look, so that there is something to say
+        while not await self._probe_all():  # at least one probe, so that an error message can name a reason
             self._refuse_wrong()
             if time.monotonic() > deadline:
                 raise UserError(f"--server-urls: no vLLM server answered: {self._errors()}")
@@ -142,9 +145,9 @@ class ServerPool:
     # --- requests ---------------------------------------------------------------------------------------------
 
     async def ask(self, encode: Callable[[], bytes], *, read: Callable[[bytes], list[Sample]], name: str) -> list:
-        """The answer to one request, from whichever server gives it; ``name`` is for errors.
+        """The answer to one request, from any server. ``name`` names the request in error messages.
 
-        ``encode`` runs in a thread, once, when a server has room; ``read`` raises ``MalformedAnswer``.
+        ``encode`` runs once, in a thread, when a server has room. ``read`` may raise ``MalformedAnswer``.
         """
         tries, body, last = 0, None, None
         while True:
@@ -188,7 +191,11 @@ class ServerPool:
         return samples
 
     def _check_versions(self, samples: Sequence[Sample], *, started_with: str | None) -> None:
-        """Counts mixed responses where updates in flight make them; anything else must be of one known version."""
+        """Raises OldWeights unless the responses were sampled from weights that are allowed.
+
+        With ``in_flight_updates`` a response may mix versions of this run, and such responses are counted. Without,
+        every response must have a single version: the one when the request started, or the current one.
+        """
         if started_with is None:
             return
         mixed = [sample.versions for sample in samples if len(set(sample.versions)) > 1]
@@ -200,7 +207,7 @@ class ServerPool:
         self.counts["mixed_versions"] += len(mixed)
 
     async def _acquire(self, *, avoid: _Server | None) -> _Server:
-        """A place on a server that is in; raises UserError where there is none and none comes back."""
+        """Reserves a place on a server that is in. Raises UserError if no server is in and none comes back."""
         while True:
             async with self._changed:
                 while self._is_updating or not self._free():
@@ -217,7 +224,7 @@ class ServerPool:
         return [s for s in self._servers if s.is_in and s.num_requests < self.settings.max_requests]
 
     async def _rescue(self) -> None:
-        """With no server in: a few more looks at all of them, then the end."""
+        """Is called when no server is in. It probes all servers a few more times and then raises UserError."""
         for look in range(self.settings.max_retries + 1):
             if any(server.is_in for server in self._servers) or await self._probe_all():
                 return
@@ -252,7 +259,7 @@ class ServerPool:
             task.cancel()
 
     async def _watch(self) -> None:
-        """Looks after servers that are out, and after those that requests are waiting for."""
+        """Probes the servers that are out, and those that are in and have running requests, again and again."""
         while True:
             await asyncio.sleep(self.settings.probe_seconds)
             if not self._is_updating:
@@ -260,7 +267,8 @@ class ServerPool:
                 await asyncio.gather(*(self._feel_pulse(s) for s in self._servers if s.is_in and s.running))
 
     async def _feel_pulse(self, server: _Server) -> None:
-        """Of a machine that vanished, no connection tells for many minutes."""
+        """Checks the health of a server with running requests. If its machine vanishes, the connections would show it
+        only after many minutes."""
         try:
             await server.client.check_health()
             server.missed_probes = 0
@@ -271,7 +279,7 @@ class ServerPool:
                 await self._notify()
 
     async def _probe_all(self) -> bool:
-        """Takes back what can be; True if any server is in afterwards."""
+        """Takes back all servers that can be in again. True if any server is in afterwards."""
         await asyncio.gather(*(self._try_return(server) for server in self._servers))
         await self._notify()
         return any(server.is_in for server in self._servers)
@@ -316,10 +324,11 @@ class ServerPool:
         again: bool,
         failed: Callable[[str, str], None] | None = None,
     ) -> dict[str, str | None]:
-        """Gives new weights to the servers in ``gives``, all at once; their problems by address, None where it worked.
+        """Gives new weights to the servers in ``gives``, all at the same time. Returns the problem of each server by
+        address; None where it worked.
 
-        No request starts before ``adopt`` says which servers have the weights. ``again`` keeps ``gives`` for servers
-        that come back later; ``failed`` is called as soon as a server has failed.
+        No request starts before ``adopt`` says which servers have the weights. With ``again``, ``gives`` is kept for
+        servers that come back later. ``failed`` is called as soon as a server has failed.
         """
         self._is_updating = True
         self._label = label
@@ -341,7 +350,7 @@ class ServerPool:
         return dict(zip([s.url for s in owned], await asyncio.gather(*(one(s) for s in owned)), strict=True))
 
     async def adopt(self, outcome: Mapping[str, str | None]) -> None:
-        """Lets requests start again, on the servers that have the weights by their owners' word."""
+        """Lets requests start again, on the servers whose owners report that they have the weights."""
         for server in self._servers:
             problem = outcome.get(server.url, "nobody gave it weights")
             if problem is not None:
@@ -353,7 +362,7 @@ class ServerPool:
         await self._notify()
 
     async def _give(self, server: _Server, label: str, give: Give) -> None:
-        """Raises ServerProblem; the server then stays paused until it is given whole weights."""
+        """Gives weights to one server. If it raises ServerProblem, the server stays paused until an update succeeds."""
         client = server.client
         broke_off = (await client.weight_version()).endswith(LOADING)
         await client.pause(keep_requests=self.settings.in_flight_updates)

@@ -1,4 +1,4 @@
-"""The reading ranks of all replicas, as far as they must agree about the servers they share."""
+"""Communication among the reading ranks of all replicas, which must agree about the servers that they share."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from megatron_ktr.errors import UserError
 
 
 class Replicas:
-    """Every reading rank holds one and calls its methods in the same order. ``group`` None: a lone replica.
+    """Every reading rank holds one and calls its methods in the same order. ``group`` is None for a single replica.
 
-    Ranks belong to ``group`` in the order of their replicas. ``run`` is a name for this run of the program, the same
-    on all of them: labels of an earlier run that a server still carries are nobody's current weights.
+    Ranks belong to ``group`` in the order of their replicas. ``run`` is a random name of this run of the program, the
+    same on all ranks. It is part of the labels of weights, so that a label which a server still carries from an earlier
+    run never matches.
     """
 
     def __init__(self, group: ProcessGroup | None = None) -> None:
@@ -25,13 +26,13 @@ class Replicas:
         self.run: str = self.gather(secrets.token_hex(4))[0]
 
     def gather(self, value: Any) -> list[Any]:
-        """Everybody's ``value``, by rank, on everybody."""
+        """The ``value`` of every rank, in the order of ranks, on every rank."""
         return gather_objects(value, group=self._group)
 
     def raise_any(self, problem: str | None) -> None:
-        """Raises on all ranks if any has a problem."""
+        """Raises UserError on all ranks if any rank has a problem."""
         raise_on_every_rank(None if problem is None else UserError(problem), group=self._group)
 
     def own(self, urls: list[str]) -> list[str]:
-        """Those this rank gives weights to: each server has one owner, and owners have about equally many."""
+        """The servers to which this rank sends weights. Each server has one owner; ranks own about equally many."""
         return urls[self.rank :: self.size]

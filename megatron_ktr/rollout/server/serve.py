@@ -1,9 +1,9 @@
 """``python -m megatron_ktr.rollout.server.serve MODEL --port N [...]``: ``vllm serve``, set up for training.
 
-Everything after the model goes to vLLM; what is named here are defaults, which the command line overrides. On a machine
-with GPUs this is the same as the ``vllm serve`` command in docs/rollouts.md. The CPU build needs help besides
-(``rollout/vllm/cpu.py`` says why), in the server and in the processes it starts: these import this module again, under
-the name ``__mp_main__``, before anything else.
+All options after the model are passed to vLLM. The options set here are defaults, which the command line overrides. On
+a machine with GPUs this is the same as the ``vllm serve`` command in docs/rollouts.md. The CPU build needs additional
+preparation (``rollout/vllm/cpu.py`` says why), in the server and in its child processes. Each child process first
+imports this module again, under the name ``__mp_main__``, and is prepared by that import.
 """
 
 from __future__ import annotations
@@ -22,17 +22,18 @@ from megatron_ktr.rollout.vllm.cpu import set_environment
 from megatron_ktr.rollout.vllm.runner import choose_runner
 
 TRAINING_FLAGS = {
-    # Generation from token ids and the model's own inputs.
+    # Opens the route that generates from token ids and the model's own inputs.
     "--enable-scale-out": None,
-    # Pixels arrive normalised.
+    # The pixels that arrive are normalised already.
     "--no-mm-device-do-normalize": None,
-    # Published directories ask for a repetition penalty and more: another distribution than the trainer's.
+    # vLLM's own defaults: the generation config of published models sets a repetition penalty and more, which would
+    # give another distribution than the trainer's.
     "--generation-config": "vllm",
-    # Log-probs before top-p; runs at another temperature need processed_logprobs.
+    # Log-probs before top-p and top-k. Runs at a temperature other than 0 and 1 need processed_logprobs.
     "--logprobs-mode": "raw_logprobs",
 }
 GPU_FLAGS = {
-    # Without it the server has no place for weights from GPU to GPU; NCCL is vLLM's default in it.
+    # Lets the server receive weights from GPU to GPU. An empty config selects NCCL, vLLM's default.
     "--weight-transfer-config": "{}",
 }
 CPU_FLAGS = {
@@ -47,7 +48,7 @@ CPU_FLAGS = {
 
 
 def arguments(argv: Sequence[str], *, on_cpu: bool) -> list[str]:
-    """What follows ``vllm serve``: ``argv``, and the defaults that it does not set."""
+    """The arguments of ``vllm serve``: ``argv``, followed by the defaults that it does not set."""
     if not argv or argv[0].startswith("-"):
         raise UserError("usage: python -m megatron_ktr.rollout.server.serve MODEL [--port N] [options of vllm serve]")
     given = {argument.split("=")[0].replace("_", "-") for argument in argv if argument.startswith("--")}
@@ -60,20 +61,20 @@ def arguments(argv: Sequence[str], *, on_cpu: bool) -> list[str]:
 
 
 def prepare(*, on_cpu: bool) -> None:
-    """Before vLLM is imported, in the server and in its child processes."""
+    """Sets up the process. Call it before vLLM is imported, in the server and in its child processes."""
     os.environ.setdefault("VLLM_SERVER_DEV_MODE", "1")
     choose_runner()
     if not on_cpu:
         return
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
     set_environment()
-    # The sampler's small functions would be compiled to C++ on first use: half a minute.
+    # Otherwise the sampler's small functions are compiled to C++ on first use, which takes half a minute.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     make_torchvision_importable()
     from vllm import ModelRegistry  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]  # optional
     from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]  # optional
 
-    # vLLM would inspect the class in a child process of its own, which imports none of this.
+    # Otherwise vLLM inspects the class in another child process, which does not import this module.
     ModelRegistry.register_model("Qwen2_5_VLForConditionalGeneration", Qwen2_5_VLForConditionalGeneration)
 
 
@@ -84,7 +85,8 @@ def main() -> None:
         raise UserError("vLLM is not installed here: make setup-vllm puts it in .venv-vllm")
     prepare(on_cpu=on_cpu)
     require_intact(argv[1], option="MODEL")
-    # Not vLLM's own main: it asks for the version of a package "vllm", which the CPU build is not called.
+    # vLLM's own ``main`` cannot be used: it asks for the version of the package "vllm", and the CPU build has another
+    # package name.
     from vllm.entrypoints.cli.serve import ServeSubcommand  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]  # optional
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]  # optional
     from vllm.utils.argparse_utils import FlexibleArgumentParser  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]  # optional

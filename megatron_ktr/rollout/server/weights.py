@@ -1,7 +1,8 @@
-"""New weights to servers through a directory that trainer and servers both see.
+"""Sends new weights to servers through a directory that trainer and servers both see.
 
-One rank streams the policy's tensors into safetensors files, a few hundred megabytes in memory at a time; each server
-reads them when its owner tells it to. The newest directory stays, for servers that come back; older ones are removed.
+One rank streams the policy's tensors into safetensors files, with a few hundred megabytes in memory at a time. Each
+server reads the files when its owner tells it to. The newest directory stays, for servers that come back later; older
+ones are removed.
 """
 
 from __future__ import annotations
@@ -21,15 +22,16 @@ from megatron_ktr.rollout.server.pool import Give
 from megatron_ktr.rollout.server.replicas import Replicas
 
 SHARD_BYTES = 1 << 28
-"""Tensors gathered before a file is written; one that is larger gets a file of its own."""
+"""The most bytes of tensors in one file. A larger tensor gets a file of its own."""
 
 Outcome = dict[str, str | None]
+"""The problem of each server's update by address; None where the update worked."""
 Failed = Callable[[str, str], None]
-"""(address, problem), once a server's update has failed."""
+"""Is called with (address, problem) as soon as a server's update has failed."""
 
 
 class StartUpdate(Protocol):
-    """Begins ``ServerPool.update`` in the pool's loop."""
+    """Starts ``ServerPool.update`` in the event loop of the pool."""
 
     def __call__(self, gives: Mapping[str, Give], failed: Failed | None = None) -> Future[Outcome]: ...
 
@@ -41,17 +43,17 @@ class WeightTransfer(Protocol):
     """Whether a server that comes back between two updates can be given the current weights."""
 
     def send(self, named_tensors: Iterator[tuple[str, Tensor]], *, label: str, start: StartUpdate) -> Outcome:
-        """Exhausts the tensors and gives them to the servers this rank owns; raises UserError on all ranks alike."""
+        """Exhausts the iterator and gives the tensors to the servers that this rank owns."""
         ...
 
     def settle(self) -> None:
-        """After all ranks have sent: what earlier updates left behind may go."""
+        """Removes what earlier updates left behind. It is called after all ranks have sent."""
 
     def close(self) -> None: ...
 
 
 class DirectoryTransfer:
-    """See the header. ``directory`` is made if need be; what is in it under other names is left alone."""
+    """See the module's docstring. ``directory`` is made if it does not exist. Other files in it are left alone."""
 
     keeps_weights = True
 
@@ -72,7 +74,7 @@ class DirectoryTransfer:
                 problem = f"--weight-directory: {error}"
         for _ in named_tensors:
             pass
-        # Nobody tells a server to read before all of it is there.
+        # All ranks wait here, so that no server is told to read before all files are written.
         self.replicas.raise_any(problem)
 
         async def give(client: ServerClient, broke_off: bool) -> None:
@@ -94,10 +96,10 @@ class DirectoryTransfer:
 
 
 def write_weights(directory: Path, named_tensors: Iterator[tuple[str, Tensor]]) -> None:
-    """Safetensors files in ``directory``, which appears under its name when all of them are complete.
+    """Writes safetensors files. ``directory`` appears under its name only when all files are complete.
 
     Raises:
-        UserError: it cannot be written, or the disk is full.
+        UserError: the directory cannot be written, or the disk is full.
     """
     with new_directory(directory, option="--weight-directory") as scratch:
         shard: list[tuple[str, Tensor]] = []

@@ -1,15 +1,15 @@
-"""What goes over the wire to a vLLM server and back: prompts as it takes them, answers checked to the last token.
+"""Encodes requests to a vLLM server, and decodes its answers and checks every token of them.
 
-The route is vLLM's token-in, token-out one (``/inference/v1/generate``). Tokens go over as they are, every visual
-placeholder expanded, and media as the model's own inputs: the trainer's fp32 patches, grid and seconds, so that nothing
-is decoded, resized, normalised or tokenised a second time. Media are sent once per prompt: one request asks for all G
-responses, and vLLM gives response i the seed ``seed + i``.
+The route is vLLM's token-in, token-out one (``/inference/v1/generate``). Tokens are sent as they are, with every visual
+placeholder expanded. Media are sent as the model's own inputs: the trainer's fp32 patches, grid and seconds. So nothing
+is decoded, resized, normalised or tokenised a second time. Media are sent once per prompt, because one request asks for
+all G responses; vLLM gives response i the seed ``seed + i``.
 
-A medium is base64 of msgpack, as vLLM's own ``/render`` route writes it:
+A medium is encoded as msgpack in base64, in the format of vLLM's own ``/render`` route:
 
     {"pixel_values_videos": {"data": [dtype, shape, bytes as extension 3], "field": [how to batch, {options}]}, ...}
 
-Nothing here imports vLLM; a test compares with what vLLM itself makes of the same frames.
+Nothing here imports vLLM. A test compares these inputs with those that vLLM itself makes of the same frames.
 """
 
 from __future__ import annotations
@@ -33,25 +33,26 @@ from megatron_ktr.rollout.vllm.sampling import LogprobsMode, records_logprobs, s
 from megatron_ktr.types import Prompt, VisualInput
 
 RAW_BYTES = 3
-"""vLLM's msgpack extension for the bytes of a tensor."""
+"""The number of vLLM's msgpack extension for the bytes of a tensor."""
 NO_LOGPROB = -9999.0
-"""What vLLM writes where it has no log-prob, or an infinite one."""
+"""The value that vLLM writes if a log-prob is missing or infinite."""
 
 
 class MalformedAnswer(Exception):
-    """An answer that is not what was asked for: not JSON, fields missing, too few log-probs, unknown tokens."""
+    """An answer is not what was asked for: it is not JSON, lacks fields or log-probs, or has unknown tokens."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One response as the server gave it."""
+    """One response as the server returned it."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...] | None
     finish_reason: str
-    """stop or length"""
+    """Either "stop" or "length"."""
     versions: tuple[str, ...]
-    """Labels of the weights its tokens were sampled from, in order; more than one where weights changed meanwhile."""
+    """The labels of the weights that its tokens were sampled from, in order. There are several if the weights changed
+    during the response."""
 
 
 def encode_request(
@@ -63,9 +64,9 @@ def encode_request(
     media: MediaSpec,
     end_token_ids: Sequence[int],
 ) -> bytes:
-    """The body of one request: all responses to one prompt. The same arguments give the same bytes."""
+    """The body of one request, which asks for all responses to one prompt. The same arguments give the same bytes."""
     seed = sample_seed(seed=sampling.seed, step=step, identity=prompt.identity, sample=0)
-    # vLLM adds the response's index; the sum must stay a signed 64-bit number.
+    # vLLM adds the response's index to the seed; the sum must fit into a signed 64-bit number.
     seed %= 2**63 - sampling.num_generations
     params = sampling_values(sampling, seed=seed, end_token_ids=end_token_ids, mode=mode)
     body: dict[str, Any] = {
@@ -79,7 +80,8 @@ def encode_request(
 
 
 def _num_asked(sampling: SamplingSettings) -> int:
-    """vLLM refuses several greedy responses, which would all be the same one."""
+    """The number of responses to ask for. It is 1 for greedy sampling, because vLLM refuses several greedy responses,
+    which would all be the same."""
     return 1 if sampling.temperature == 0 else sampling.num_generations
 
 
@@ -89,7 +91,7 @@ def read_answer(
     """The G responses of an answer to ``encode_request``, in order.
 
     Raises:
-        MalformedAnswer: it is anything else.
+        MalformedAnswer: the body is anything else.
     """
     try:
         answer = json.loads(body)
@@ -131,7 +133,7 @@ def _logprobs(choice: Mapping[str, Any], token_ids: Sequence[int]) -> tuple[floa
     if [entry["token_id"] for entry in content] != token_ids:
         raise MalformedAnswer(f"{len(token_ids)} tokens with the log-probs of {len(content)} tokens, or of others")
     logprobs = tuple(float(entry["logprob"]) for entry in content)
-    # Rounding may leave a certain token a little above 0.
+    # The log-prob of a token with probability 1 may be a little above 0 by rounding.
     if bad := [value for value in logprobs if not math.isfinite(value) or not NO_LOGPROB < value < 1e-3]:
         raise MalformedAnswer(f"a log-prob of {bad[0]}")
     return logprobs
@@ -141,10 +143,10 @@ def _logprobs(choice: Mapping[str, Any], token_ids: Sequence[int]) -> tuple[floa
 
 
 def placeholder_runs(prompt: Prompt, *, media: MediaSpec) -> list[tuple[int, int]]:
-    """(first row, length) of each medium's placeholders in ``prompt.token_ids``, in order of occurrence.
+    """(first index, length) of each medium's placeholders in ``prompt.token_ids``, in order of occurrence.
 
     Raises:
-        ValueError: a run fits no medium, or a medium has none.
+        ValueError: a run of placeholders fits no medium, or a medium has no placeholders.
     """
     runs: list[tuple[int, int]] = []
     row = 0
@@ -164,8 +166,8 @@ def placeholder_runs(prompt: Prompt, *, media: MediaSpec) -> list[tuple[int, int
 
 
 def medium_item(medium: VisualInput, *, media: MediaSpec) -> dict[str, Any]:
-    """The model's inputs of one image or video: patches, or the trainer's features where it carries them, with grid and
-    seconds per temporal patch."""
+    """The model's inputs for one image or video, with grid and seconds per temporal patch. Pixels are passed as
+    patches; if the medium carries the trainer's features, these are passed instead."""
     is_image = medium.kind == "image"
     if medium.features is not None:
         name, values = f"{medium.kind}_embeds", medium.features
@@ -178,7 +180,8 @@ def medium_item(medium: VisualInput, *, media: MediaSpec) -> dict[str, Any]:
         f"{medium.kind}_grid_thw": {"data": torch.tensor(medium.grid_thw), "field": per_item},
     }
     if not is_image:
-        # Without it vLLM takes 1.0 s. fp32 as there; of a lone temporal patch no position depends on it.
+        # Without this value vLLM assumes 1.0 s. It is fp32, as in vLLM. A single temporal patch has 0 seconds, but no
+        # position depends on the value then, so 1.0 is passed.
         seconds = torch.tensor(medium.seconds_per_grid or 1.0, dtype=torch.float32)
         item["second_per_grid_ts"] = {"data": seconds, "field": per_item}
     return item
@@ -190,7 +193,7 @@ def _features(prompt: Prompt, *, media: MediaSpec) -> dict[str, Any]:
     items: dict[str, list[str]] = {}
     for medium, (offset, length) in zip(prompt.media, placeholder_runs(prompt, media=media), strict=True):
         raw = pack(medium_item(medium, media=media))
-        # vLLM's caches trust this: the same hash must mean the same patches, grid and seconds.
+        # vLLM's caches rely on this hash: the same hash must mean the same patches, grid and seconds.
         hashes.setdefault(medium.kind, []).append(hashlib.blake2b(raw, digest_size=32).hexdigest())
         places.setdefault(medium.kind, []).append({"offset": offset, "length": length})
         items.setdefault(medium.kind, []).append(base64.b64encode(raw).decode("ascii"))
@@ -198,7 +201,8 @@ def _features(prompt: Prompt, *, media: MediaSpec) -> dict[str, Any]:
 
 
 def pack(value: Any) -> bytes:
-    """msgpack of maps, lists, text, numbers, None, and tensors as vLLM writes them."""
+    """``value`` as msgpack. It may consist of maps, lists, text, integers, booleans, None, and tensors, which are
+    written in vLLM's format."""
     parts: list[bytes] = []
     _pack(value, parts)
     return b"".join(parts)
@@ -232,7 +236,7 @@ def _pack(value: Any, parts: list[bytes]) -> None:
 
 
 def check_length(prompt: Prompt, *, sampling: SamplingSettings, max_model_len: int) -> None:
-    """Raises UserError where a server would cut the response short without a word, or refuse the prompt."""
+    """Raises UserError if a server would silently cut the response short, or would refuse the prompt."""
     needed = len(prompt.token_ids) + sampling.max_response_length
     if needed > max_model_len:
         raise UserError(

@@ -1,4 +1,4 @@
-"""vLLM's external launcher on CPU, with shared memory of its own for every engine."""
+"""vLLM's external launcher for CPU, with separate shared memory for every engine."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ SHARED_MEMORY = Path("/dev/shm")
 
 
 class CpuRanksExecutor(ExecutorWithExternalLauncher):
-    """Engines inside the ranks of a process group that exists already; every rank of the world makes its part at the
-    same time.
+    """Runs engines inside the ranks of a process group that exists already. All ranks of the world make one at the same
+    time.
 
-    The tensor-parallel ranks of an engine exchange through shared memory, named after where the process group would be
-    joined. vLLM's own launcher says the same place in every run: two runs on one machine would meet in the same
-    memory, and one that was killed leaves a name that no later run can take. Here names are random, and gone as soon
-    as every rank has opened the memory: it lasts as long as the processes.
+    The tensor-parallel ranks of an engine exchange data through shared memory. Its name is derived from the address at
+    which the process group would be joined, and vLLM's own launcher uses the same address in every run. Two runs on one
+    machine would therefore share memory, and a run that was killed would leave a name that no later run can take. Here
+    names are random. They are removed as soon as every rank has opened the memory, which lasts as long as its
+    processes.
     """
 
     def _init_executor(self) -> None:
@@ -32,5 +33,5 @@ class CpuRanksExecutor(ExecutorWithExternalLauncher):
 
     def _distributed_args(self) -> tuple[str, int, int]:
         _, rank, local_rank = super()._distributed_args()
-        # Nothing is joined there: the process group exists.
+        # No process group is joined at this address, because it exists already. It only names the shared memory.
         return f"file://{self._name}", rank, local_rank

@@ -1,19 +1,22 @@
-"""Which of vLLM's two model runners an engine uses: the first, in every engine and server that we start.
+"""Chooses one of vLLM's two model runners: every engine and server that we start uses the first.
 
-vLLM 0.32 takes its second one on GPUs unless it is told otherwise, and never on CPU, where it lacks Triton. So what our
-tests prove would be proven of another program than the one that runs. What they differ in (0.32.0, ``vllm/v1/worker``):
+By default vLLM 0.32 uses its second runner on GPUs but the first on CPU, where the second lacks Triton. The tests on
+CPU would then check another program than the one that runs on GPUs. The runners differ as follows (0.32.0,
+``vllm/v1/worker``):
 
-- After sleep at level 2 the second runner's M-RoPE positions hold whatever was in memory. They are made while the model
-  is loaded (``gpu/mm/rope.py``, ``gpu/model_runner.py``), thus in the pool "weights", which that level drops without a
-  copy; a step writes the rows of its tokens, and a CUDA graph reads those of its padding, too. The first runner makes
-  them before (``gpu_model_runner.py``). The colocated engine sleeps at level 2 between rollouts: refused there.
-- They draw random numbers differently: the first keeps a generator for each request, the second hashes seed, place and
-  token (``gpu/sample/gumbel.py``). Each repeats its own responses from a seed, and gives others than the other one.
-- The first draws for one response after the other, the second for all in one kernel. That is what the choice costs.
+- After sleep at level 2 the M-RoPE positions of the second runner are arbitrary. They are allocated while the model is
+  loaded (``gpu/mm/rope.py``, ``gpu/model_runner.py``), thus in the memory pool "weights", which this level drops
+  without a copy. A step writes only the rows of its tokens, but a CUDA graph also reads those of its padding. The first
+  runner allocates the positions earlier, outside the pool (``gpu_model_runner.py``). The colocated engine sleeps at
+  level 2 between rollouts, so the second runner is refused there.
+- They draw random numbers differently. The first keeps a generator for each request; the second hashes seed, place and
+  token (``gpu/sample/gumbel.py``). Each runner repeats its own responses from a seed, but not those of the other.
+- The first draws for one response after the other, the second for all responses in one kernel. This is the cost of our
+  choice.
 
-Equal in both, by reading: log-probs of the sampled token (fp32, before temperature or after, by ``logprobs_mode``), the
-order of temperature, top-k and top-p, features in place of pixels, prompt positions, reloading of weights and what it
-resets, weight transfer, stop tokens (the scheduler's).
+By reading the code, the following is equal in both: log-probs of the sampled token (fp32, before or after temperature,
+by ``logprobs_mode``), the order of temperature, top-k and top-p, features in place of pixels, prompt positions, the
+reloading of weights and what it resets, weight transfer, and stop tokens (which the scheduler handles).
 """
 
 from __future__ import annotations
@@ -24,18 +27,20 @@ from typing import Any
 from megatron_ktr.errors import UserError
 
 VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
-"""vLLM's own switch, read when an engine is configured. A value the user has set stays."""
+"""The environment variable that selects vLLM's runner. vLLM reads it when an engine is configured. A value that the
+user has set is kept."""
 
 
 def choose_runner() -> None:
-    """Call before an engine is made, in the process that makes it."""
+    """Selects the first runner. Call it before an engine is made, in the process that makes it."""
     os.environ.setdefault(VARIABLE, "0")
 
 
 def require_first_runner(llm: Any) -> None:
-    """
+    """Refuses the second runner for an engine that is going to sleep at level 2.
+
     Raises:
-        UserError: the engine, which is to sleep at level 2, runs the second.
+        UserError: the engine uses the second runner.
     """
     if llm.llm_engine.vllm_config.use_v2_model_runner:
         raise UserError(
@@ -45,6 +50,6 @@ def require_first_runner(llm: Any) -> None:
 
 
 def runner_named_by(environment: dict[str, Any]) -> str:
-    """What a server's ``vllm_env`` (of ``/server_info``) says; it leaves out what is not set."""
+    """The runner in words, from a server's ``vllm_env`` (in ``/server_info``), which omits unset variables."""
     value = environment.get(VARIABLE)
     return "vLLM's default" if value is None else "the second" if value else "the first"

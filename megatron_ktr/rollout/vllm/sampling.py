@@ -1,12 +1,14 @@
-"""Our sampling settings as vLLM's, and vLLM's responses as ours; for the engine in process and for servers.
+"""Converts our sampling settings to vLLM's, and vLLM's responses to ours, for the colocated engine and for servers.
 
-- Every response is a request of its own (n = 1) with its own seed, so that a response depends on nothing but
-  (seed, step, prompt, sample). vLLM's prefix cache computes the prompt once all the same.
-- End tokens are passed as stop tokens and vLLM's own idea of them is switched off: it knows one, and from elsewhere.
-- Stop strings are left to ``StopStrings``. vLLM's own need its detokenizer, and with log-probs that one fails on ids
-  which the model has and its tokenizer does not know; the request, and the engine with it, is lost.
-- Log-probs must be of logits / temperature over the full vocabulary. vLLM has one mode per engine: raw ones know no
-  temperature, processed ones are renormalised over top-p and top-k. Where neither fits, none are recorded.
+- Every response is a request of its own (n = 1) with its own seed, so that it depends only on (seed, step, prompt,
+  sample). Thanks to vLLM's prefix cache the prompt is still computed only once.
+- End tokens are passed as stop tokens. vLLM's own end token is switched off, because it knows only one, and takes it
+  from another source.
+- Stop strings are handled by ``StopStrings``. vLLM's own need its detokenizer. With log-probs the detokenizer fails on
+  ids that the model has and its tokenizer does not know, and such a failure ends the request and the engine.
+- Log-probs must be those of logits / temperature over the full vocabulary. vLLM has one mode for a whole engine: raw
+  log-probs ignore the temperature, processed ones are renormalised over top-p and top-k. If neither mode gives the
+  right log-probs, none are recorded.
 
 Nothing here imports vLLM.
 """
@@ -23,29 +25,29 @@ from megatron_ktr.types import Rollout
 
 LogprobsMode = Literal["raw_logprobs", "processed_logprobs"]
 TEMPERATURES = (0.01, 2.0)
-"""vLLM raises lower ones to 0.01, and refuses higher ones."""
+"""The lowest and highest temperature. vLLM silently raises lower ones to 0.01, and refuses higher ones."""
 
 
 def logprobs_mode(sampling: SamplingSettings) -> LogprobsMode:
-    """The engine option ``logprobs_mode`` under which responses sampled with ``sampling`` have exact log-probs."""
+    """The engine option ``logprobs_mode`` that gives exact log-probs of responses sampled with ``sampling``."""
     return "raw_logprobs" if sampling.temperature in (0, 1) else "processed_logprobs"
 
 
 def records_logprobs(sampling: SamplingSettings, *, mode: LogprobsMode) -> bool:
-    """Whether an engine in ``mode`` gives the log-probs that ``Rollout.sampler_logprobs`` means."""
+    """Whether an engine in ``mode`` gives log-probs as ``Rollout.sampler_logprobs`` needs them."""
     if mode == "raw_logprobs":
         return sampling.temperature in (0, 1)
-    # Greedy requests are not cut to top-p and top-k, and their temperature is 1.
+    # For greedy requests vLLM applies no top-p or top-k, and computes log-probs at temperature 1.
     return sampling.temperature == 0 or (sampling.top_p == 1 and sampling.top_k == 0)
 
 
 def sampling_values(
     sampling: SamplingSettings, *, seed: int, end_token_ids: Sequence[int], mode: LogprobsMode
 ) -> dict[str, Any]:
-    """Keywords of ``vllm.SamplingParams`` for one response; plain values, as JSON takes them too.
+    """The keyword arguments of ``vllm.SamplingParams`` for one response, as plain values that fit into JSON.
 
     Raises:
-        UserError: a temperature that vLLM would change in silence, or refuse.
+        UserError: vLLM would silently change the temperature, or refuse it.
     """
     temperature = sampling.temperature
     if temperature and not TEMPERATURES[0] <= temperature <= TEMPERATURES[1]:
@@ -65,7 +67,7 @@ def sampling_values(
     if temperature:
         values["seed"] = seed
     if records_logprobs(sampling, mode=mode):
-        values["logprobs"] = 0  # of the sampled token, and no others beside it
+        values["logprobs"] = 0  # only that of the sampled token, without the most likely others
     return values
 
 
@@ -77,10 +79,11 @@ def rollout_of(
     end_token_ids: Sequence[int],
     tokenizer: Tokenizer,
 ) -> Rollout:
-    """One response of vLLM: end token and stop string included, the end token not part of the text.
+    """One response of vLLM as a ``Rollout``. The tokens include the end token or the stop string; the text includes the
+    stop string, but not the end token.
 
     Raises:
-        RuntimeError: vLLM gave the request up; its response is not a sample of the model.
+        RuntimeError: vLLM gave up the request, so that its response is not a sample of the model.
     """
     if finish_reason not in ("stop", "length") or not token_ids:
         raise RuntimeError(f"vLLM ended a request after {len(token_ids)} tokens for the reason {finish_reason!r}")
