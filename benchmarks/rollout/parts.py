@@ -1,4 +1,4 @@
-"""What ``rollout.py`` measures: a tiny model, prompts with videos, two engines, and the trainer that feeds them.
+"""What ``run.py`` measures: a tiny model, prompts with videos, two engines, and the trainer that feeds them.
 
 Lengths of responses are natural ones (``response_length``), not the model's own: an untrained model ends at random. End
 tokens end nothing here. vLLM stops each response at its length. transformers' ``generate`` decodes one batch until the

@@ -1,6 +1,10 @@
 """Rules between options. A value that breaks a rule, or is not available yet, is refused with one sentence.
 
 An option is accepted only once it works. Until then ``_not_available`` refuses its values.
+
+One kind of option is read by some objectives and passed over by the others: those of selection (``signals``, ``shift``
+and so on), of clipping and of sampling. A comparison of algorithms changes one line of a run file, its objective, and
+the other lines must stay valid. What is refused is an option that would change the meaning of another objective's run.
 """
 
 from __future__ import annotations

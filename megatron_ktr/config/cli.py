@@ -127,9 +127,9 @@ def _describe(section: str, field: dataclasses.Field, *, hint: Any) -> Option:
 def did_you_mean(name: str, candidates: Iterable[str], *, cutoff: float = 0.0) -> str:
     """``"; did you mean X?"``: the shortest candidate with all words of ``name``, else the nearest spelling."""
     known = list(candidates)
-    words = [word for word in name.replace("_", "-").split("-") if word]
+    words = [word for word in name.lower().replace("_", "-").split("-") if word]
     with_words = [other for other in known if words and set(words) <= set(other.replace("_", "-").split("-"))]
-    near = sorted(with_words, key=len) or difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
+    near = sorted(with_words, key=len) or difflib.get_close_matches(name.lower(), known, n=1, cutoff=cutoff)
     return f"; did you mean {near[0]}?" if near else ""
 
 

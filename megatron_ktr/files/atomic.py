@@ -12,14 +12,14 @@ def write_atomically(path: str | Path, content: bytes | str) -> None:
     Raises:
         OSError: the directory does not exist or is not writable, or the disk is full.
     """
-    path = Path(path)
+    path, data = Path(path), content.encode("utf-8") if isinstance(content, str) else content
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with scratch.open("wb") as file:
-            file.write(content.encode("utf-8") if isinstance(content, str) else content)
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         scratch.replace(path)
-    except OSError:
+    except BaseException:  # ctrl-C too
         scratch.unlink(missing_ok=True)
         raise

@@ -66,7 +66,7 @@ def load_reward(name: str, *, protocol: str = "standard") -> tuple[str, RewardFu
         raise UserError(f"reward {name!r} is unknown, expected one of {sorted(BUILT_IN)} or 'module:function'")
     try:
         function: Any = getattr(importlib.import_module(module_name), function_name)
-    except Exception as error:  # a user's module can raise anything
+    except (Exception, SystemExit) as error:  # a user's module can raise anything
         raise UserError(f"reward {name!r} cannot be loaded: {type(error).__name__}: {error}") from error
     if not callable(function):
         raise UserError(f"reward {name!r} is no function but {type(function).__name__}")
@@ -110,7 +110,7 @@ def _value_of(name: str, function: RewardFunction, rollout: Rollout, prompt: Pro
         found = function(rollout.text, prompt.record)
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if isinstance(function, functools.partial) and function.func in BUILT_IN.values():
             raise  # a mistake of ours, not of the user's function
         # This is a user's own function: the innermost frame of the traceback says where it failed.
@@ -121,7 +121,7 @@ def _value_of(name: str, function: RewardFunction, rollout: Rollout, prompt: Pro
         ) from error
     try:
         value = float(found)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         value = math.nan
     if not math.isfinite(value):
         raise UserError(

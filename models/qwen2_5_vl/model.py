@@ -113,7 +113,7 @@ class Qwen2_5_VLModel(MegatronModule):
                 for parameter in self.vision.parameters():
                     # Tensor-parallel layers mark their weights as shards, even in a group of one rank. These weights
                     # are copies: gradient norms must count them once, and each rank's gradient is one part of the sum
-                    # that ``sum_vision_gradients`` computes.
+                    # that ``sum_gradients`` in ``policy/vision_pass.py`` computes.
                     setattr(parameter, "tensor_model_parallel", False)  # noqa: B010  # a mark that core reads
         self.language = LanguageModel(
             model_config,

@@ -22,5 +22,8 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, mon
         write_atomically(path, b"new")
     assert path.read_text(encoding="utf-8") == "old, with an é" and list(tmp_path.iterdir()) == [path]
     monkeypatch.undo()
+    with pytest.raises(UnicodeEncodeError):
+        write_atomically(path, "half of a pair: \ud83d")
+    assert list(tmp_path.iterdir()) == [path]
     write_atomically(path, b"new")
     assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]

@@ -59,6 +59,8 @@ DOUBLED = registry.ObjectiveEntry(
 
 @pytest.fixture
 def doubled(monkeypatch):
+    for name in registry.BUILT_IN:
+        registry.objective_entry(name)  # imported now, they register for good and not only for this test
     monkeypatch.setattr(registry, "_entries", dict(registry._entries))
     registry.register(DOUBLED)
 

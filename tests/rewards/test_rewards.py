@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 
@@ -134,6 +135,24 @@ def test_two_parts_of_one_name_and_a_reward_that_is_no_number_are_refused() -> N
         reward_groups([group], names=[f"{__name__}:shouting", f"{__name__}:shouting"])
     with pytest.raises(UserError, match="'broken' gave nan for a response to problem 7"):
         reward_groups([group], names=[f"{__name__}:broken"])
+
+
+def leaving(response: str, record: dict) -> float:
+    sys.exit(0)
+
+
+def endless(response: str, record: dict) -> int:
+    return 10**400
+
+
+def test_a_reward_that_leaves_or_overflows_is_the_users_error_and_ours_is_not() -> None:
+    group = RolloutGroup(Prompt("7", (1,)), (Rollout((3,), text="x"),))
+    with pytest.raises(UserError, match="'leaving' failed for a response to problem 7: SystemExit: 0"):
+        reward_groups([group], names=[f"{__name__}:leaving"])
+    with pytest.raises(UserError, match="'endless' gave 1000.* expected a finite number"):
+        reward_groups([group], names=[f"{__name__}:endless"])
+    with pytest.raises(KeyError, match="solution"):  # a record that the checks before a run would have refused
+        reward_groups([group], names=["accuracy"])
 
 
 def test_unknown_names_are_user_errors() -> None:

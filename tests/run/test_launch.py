@@ -358,7 +358,7 @@ def test_slurm_script_says_where_it_must_be_submitted(tmp_path):
 
 def run_files() -> list[Path]:
     found = sorted(LAUNCH.glob("*gpus.yaml"))
-    assert len(found) == 3
+    assert len(found) == 4
     return found
 
 

@@ -116,7 +116,7 @@ class ColocatedEngine(RolloutEngine):
         self._weight_names = names if self.runs_vision_encoder else _without_encoder(names)
         self._can_sleep = current().name != "cpu"
         self._asleep: set[str] = set()
-        self._process_group = _process_group([group.ranks for group in every_group], groups=ranks)
+        self._process_group = _process_group([group.ranks for group in every_group], own=ranks)
         start = start or (start_vllm_on_gpu if self._can_sleep else start_vllm_on_cpu)
         try:
             self._llm = start(model_dir, **self._options())
@@ -367,11 +367,11 @@ def _without_encoder(names: frozenset[str]) -> frozenset[str]:
     return frozenset(name for name in names if not name.startswith("visual."))
 
 
-def _process_group(groups_of_ranks: Sequence[Sequence[int]], *, groups: ParallelGroups) -> Any:
+def _process_group(groups_of_ranks: Sequence[Sequence[int]], *, own: ParallelGroups) -> Any:
     """The process group of this rank's share group. Every rank takes part in making all groups, in the same order."""
     if len(groups_of_ranks) == 1:
-        return groups.world
-    if len(groups_of_ranks) == groups.data_size:
-        return groups.model
+        return own.world
+    if len(groups_of_ranks) == own.data_size:
+        return own.model
     made = [torch.distributed.new_group(list(ranks)) for ranks in groups_of_ranks]
-    return next(group for group, ranks in zip(made, groups_of_ranks, strict=True) if groups.rank in ranks)
+    return next(group for group, ranks in zip(made, groups_of_ranks, strict=True) if own.rank in ranks)
