@@ -23,11 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from megatron_ktr.errors import (  # noqa: E402
-    Parser,  # noqa: E402
-    UserError,
-    run_cli,
-)
+from megatron_ktr.errors import Parser, UserError, run_cli  # noqa: E402
 
 TOKEN = re.compile(r"\s+('[^'\n]+'|--?[a-z][a-z-]*|\.(?=[\s`)]|$)|[A-Za-z][\w.\[\],=<>-]*\w)")
 NOT_RESOLVED = ("--force-reinstall", "--upgrade", "--quiet", "--no-deps", "--no-cache-dir")

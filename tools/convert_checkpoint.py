@@ -20,11 +20,7 @@ from pathlib import Path
 # `python tools/X.py` puts tools/ on the path, not the repository.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_ktr.errors import (  # noqa: E402
-    Parser,
-    number,
-    run_cli,  # noqa: E402
-)
+from megatron_ktr.errors import Parser, number, run_cli  # noqa: E402
 from models.qwen2_5_vl.dist_checkpoint import ConversionReport, convert_to_hf, convert_to_megatron  # noqa: E402
 
 

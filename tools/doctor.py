@@ -33,11 +33,7 @@ from megatron_ktr.doctor.requirements import (  # noqa: E402
     check_versions,
     declared_requirements,
 )
-from megatron_ktr.errors import (  # noqa: E402
-    Parser,  # noqa: E402
-    UserError,
-    run_cli,
-)
+from megatron_ktr.errors import Parser, UserError, run_cli  # noqa: E402
 
 
 def check_node(*, run_dir: Path) -> list[Check]:

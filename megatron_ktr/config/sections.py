@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from megatron_ktr.config.cli import option as _option
 from megatron_ktr.config.objective_registry import objective_choices, objective_entry
-from megatron_ktr.config.parallel import ParallelSection as ParallelSection  # a section in a file of its own
-from megatron_ktr.config.trainer import TrainerSection as TrainerSection
+from megatron_ktr.config.parallel_section import ParallelSection as ParallelSection  # a section in a file of its own
+from megatron_ktr.config.trainer_section import TrainerSection as TrainerSection
 from megatron_ktr.config.words import (
     LORA_TARGETS,
     SIGNALS,

@@ -30,9 +30,11 @@ def compared(
     device.
     """
     model = unwrap_model(chunk)
-    views: list[tuple[View, Tensor]] = [
-        (view, rows) for view, draws in item.counterfactual_hidden_RD.items() for rows in draws if rows is not None
-    ]
+    views: list[tuple[View, Tensor]] = []
+    for view, draws in item.counterfactual_hidden_RD.items():
+        for rows_RD in draws:
+            assert rows_RD is not None, "the last stage has the hidden rows of every view"
+            views.append((view, rows_RD))
     statistics = model.response_statistics(
         hidden_RD, batch, temperature=temperature, counterfactual_hidden_RD=tuple(rows for _, rows in views)
     )

@@ -19,7 +19,7 @@ from megatron_ktr.distributed.collectives import broadcast_object
 from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.policy.roles import ModelRole
 from megatron_ktr.policy.vision_pass import VisionPass, sum_gradients
-from megatron_ktr.types import PackedBatch, Prompt
+from megatron_ktr.types import PackedBatch, Prompt, VisualInput
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.media import media_spec
 from models.qwen2_5_vl.vision import VisionEncoder
@@ -76,8 +76,13 @@ class PolicyVision:
         vision = self._passes[ModelRole.POLICY]
         if vision is None:
             return None
-        found = [[vision.features([medium]) for medium in prompt.media] for prompt in prompts]
-        return [tuple(feature_TD for feature_TD in features if feature_TD is not None) for features in found]
+
+        def of_medium(medium: VisualInput) -> Tensor:
+            features_TD = vision.features([medium])
+            assert features_TD is not None, "a medium has features"
+            return features_TD
+
+        return [tuple(of_medium(medium) for medium in prompt.media) for prompt in prompts]
 
     def sum_gradients(self) -> None:
         """Adds up the encoder's gradients over the tensor ranks where frames were split over them: each rank then has a

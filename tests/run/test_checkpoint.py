@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ktr.config import Config, config_from_values, save_resolved
+from megatron_ktr.config import Config, config_from_values
 from megatron_ktr.config.part_options import CheckpointOptions, PolicyOptions, StepOptions
 from megatron_ktr.data.preprocess import PreprocessSettings
 from megatron_ktr.data.synthetic import DEFAULT_TASKS, corpus, draw_scene, record_of, render, write_video
@@ -30,7 +30,6 @@ from megatron_ktr.errors import UserError
 from megatron_ktr.files.torch_dist_files import TorchDistReader
 from megatron_ktr.objectives import build_objective
 from megatron_ktr.policy.policy import Policy
-from megatron_ktr.report.run_data import read_run
 from megatron_ktr.rollout.build import build_local_source
 from megatron_ktr.rollout.source import ReplicaSource
 from megatron_ktr.run.checkpoint import Checkpoints, load_sharded_state
@@ -464,103 +463,3 @@ def test_training_goes_on_while_the_snapshot_is_written(one_rank, data_dir, tmp_
     assert [step for step, _ in list_checkpoints(tmp_path / "run")] == [2], "keep_checkpoints 1"
     changed = {name: tensor.clone() for name, tensor in policy.export()}
     assert not any(torch.equal(saved[name], tensor) for name, tensor in changed.items() if tensor.ndim > 1)
-
-
-# The run directory
-
-
-def fake_checkpoint(run_dir: Path, config: Config, step: int) -> Path:
-    path = run_dir / "checkpoints" / step_name(step)
-    (path / "hf").mkdir(parents=True)
-    for name in ("metadata.json", ".metadata", "common.pt", "training.json"):
-        (path / name).write_text("{}")
-    save_resolved(config, path / "config.yaml")
-    shutil.copy(Path(config.model.model) / "config.json", path / "hf")
-    return path
-
-
-def test_resume_takes_the_newest_complete_checkpoint(data_dir, tmp_path):
-    config = run_config(data_dir, tmp_path / "run")
-    open_run_directory(config)
-    fake_checkpoint(tmp_path / "run", config, 1)
-    newest = fake_checkpoint(tmp_path / "run", config, 2)
-    (fake_checkpoint(tmp_path / "run", config, 3) / ".metadata").unlink()
-    (tmp_path / "run/export").mkdir()
-    start = open_run_directory(run_config(data_dir, tmp_path / "run", resume=True, train_steps=9, log_interval=3))
-    assert (start.checkpoint, start.step) == (newest, 2)
-    assert (tmp_path / "run/export_until_step_00000002").is_dir()
-
-
-def test_resuming_twice_at_one_step_overwrites_no_config(data_dir, tmp_path):
-    run_dir = tmp_path / "run"
-    open_run_directory(run_config(data_dir, run_dir))
-    fake_checkpoint(run_dir, run_config(data_dir, run_dir), 2)
-    for log_interval in (7, 8, 9):
-        open_run_directory(run_config(data_dir, run_dir, resume=True, log_interval=log_interval))
-    for suffix, log_interval in (("", 7), ("_2", 8), ("_3", 9)):
-        assert f"log_interval: {log_interval}\n" in (run_dir / f"config_from_step_00000003{suffix}.yaml").read_text()
-
-
-def test_rollouts_after_the_resumed_step_are_moved_aside_and_never_overwritten(data_dir, tmp_path):
-    """The new branch may record other steps: a file of the abandoned one would pass for this run's last."""
-    run_dir = tmp_path / "run"
-    open_run_directory(run_config(data_dir, run_dir))
-    fake_checkpoint(run_dir, run_config(data_dir, run_dir), 2)
-    (run_dir / "rollouts").mkdir()
-
-    def record(step: int, text: str) -> None:
-        (run_dir / "rollouts" / f"{step_name(step)}.jsonl").write_text(text)
-
-    def recorded() -> dict[str, str]:
-        files = (run_dir / "rollouts").rglob("*.jsonl")
-        return {str(path.relative_to(run_dir / "rollouts")): path.read_text() for path in files}
-
-    def resume() -> None:
-        open_run_directory(run_config(data_dir, run_dir, resume=True))
-
-    record(2, "kept")
-    resume()
-    assert recorded() == {"step_00000002.jsonl": "kept"} and len(list((run_dir / "rollouts").iterdir())) == 1
-    record(3, "first branch")
-    record(4, "first branch")
-    resume()
-    record(3, "second branch")
-    resume()
-    aside = "abandoned_after_step_00000002"
-    assert recorded() == {
-        "step_00000002.jsonl": "kept",
-        f"{aside}/step_00000003.jsonl": "first branch",
-        f"{aside}/step_00000004.jsonl": "first branch",
-        f"{aside}_2/step_00000003.jsonl": "second branch",
-    }
-    (run_dir / "metrics.jsonl").write_text("")
-    assert [step for step, _ in read_run(run_dir).rollout_files] == [2], "reports show this branch alone"
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (dict(objective="video_ktr"), "--objective was grpo"),
-        (dict(lr=1e-4), "--lr was 0.001"),
-        (dict(freeze=("vision",)), "--freeze was empty"),
-        (dict(use_distributed_optimizer=False), "--use-distributed-optimizer was True"),
-        (dict(train_steps=1), "--train-steps 1: the run is at step 2 already"),
-    ],
-)
-def test_resume_refuses_what_would_make_it_another_run(data_dir, tmp_path, change, message):
-    config = run_config(data_dir, tmp_path / "run")
-    fake_checkpoint(tmp_path / "run", config, 2)
-    with pytest.raises(UserError, match=message):
-        open_run_directory(run_config(data_dir, tmp_path / "run", resume=True, **change))
-
-
-def test_resume_without_a_checkpoint_is_refused(data_dir, tmp_path):
-    with pytest.raises(UserError, match="no complete checkpoint"):
-        open_run_directory(run_config(data_dir, tmp_path / "run", resume=True))
-
-
-def test_resume_refuses_another_model(data_dir, tmp_path):
-    fake_checkpoint(tmp_path / "run", run_config(data_dir, tmp_path / "run"), 2)
-    save_tiny_hf(tmp_path / "other", num_layers=1, vision_depth=1)
-    with pytest.raises(UserError, match="differs from the one of the model"):
-        open_run_directory(run_config(data_dir, tmp_path / "run", resume=True, model=str(tmp_path / "other")))

@@ -118,8 +118,12 @@ def differences_of(
 @pytest.mark.parametrize("world_size", LAYOUTS)
 def test_two_steps_are_the_same_in_every_layout(ranks: RankPool, cases: dict[str, Case], world_size: int) -> None:
     """Scores, loss, metrics, gradient norm, gradients and SGD weights, on every rank: replicas cannot drift apart."""
-    found = ranks(differences_of, world_size, layouts=LAYOUTS[world_size], cases=cases, groups=example_groups(*GROUPS))
-    for by_name in found:
+    assert_layouts_agree(ranks, world_size, layouts=LAYOUTS[world_size], cases=cases)
+
+
+def assert_layouts_agree(ranks: RankPool, world_size: int, *, layouts: list[Layout], cases: dict[str, Case]) -> None:
+    """Two steps of ``GROUPS`` in each layout are those of its case, as every rank sees them."""
+    for by_name in ranks(differences_of, world_size, layouts=layouts, cases=cases, groups=example_groups(*GROUPS)):
         for name, difference in by_name.items():
             _assert_small(name, difference)
 
