@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -210,13 +210,7 @@ def _set_aside_start(run_dir: Path) -> None:
     """Moves the files of a start without a checkpoint aside. The caller has found ``config.yaml``, which shows that
     they are a run's; any other directory that is not empty is refused."""
     left = [path for path in sorted(run_dir.iterdir()) if not path.name.startswith(ABANDONED_START)]
-    folder = unused_path(run_dir / ABANDONED_START)
-    try:
-        folder.mkdir()
-    except OSError as error:
-        raise UserError(f"--run-dir: cannot create {folder}: {error.strerror}") from error
-    for path in left:
-        rename_path(path, folder / path.name)
+    _move_into(run_dir / ABANDONED_START, left)
 
 
 def _set_aside_rollouts(rollouts: Path, step: int) -> None:
@@ -227,12 +221,16 @@ def _set_aside_rollouts(rollouts: Path, step: int) -> None:
         for path in sorted(rollouts.glob("step_*.jsonl"))
         if (match := ROLLOUT_NAME.fullmatch(path.stem)) and int(match[1]) > step
     ]
-    if not abandoned:
-        return
-    folder = unused_path(rollouts / f"abandoned_after_{step_name(step)}")
+    if abandoned:
+        _move_into(rollouts / f"abandoned_after_{step_name(step)}", abandoned)
+
+
+def _move_into(folder: Path, paths: Sequence[Path]) -> None:
+    """Moves ``paths`` into a new directory called ``folder``, or into the next free name; nothing is overwritten."""
+    folder = unused_path(folder)
     try:
         folder.mkdir()
     except OSError as error:
         raise UserError(f"--run-dir: cannot create {folder}: {error.strerror}") from error
-    for path in abandoned:
+    for path in paths:
         rename_path(path, folder / path.name)
