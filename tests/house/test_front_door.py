@@ -40,7 +40,12 @@ def test_the_readme_shows_the_table_of_the_committed_quickstart() -> None:
     names: dict[str, Any] = {"Any": Any}
     exec(compile(ast.Module(body=nodes, type_ignores=[]), "quickstart", "exec"), names)
     summary = json.loads((DOCS / "quickstart" / "summary_seed0.json").read_text(encoding="utf-8"))
-    assert names["_table"](summary) in (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert names["_table"](summary) in readme
+    with_two = json.loads((DOCS / "quickstart" / "summary_seed0_two_processes.json").read_text(encoding="utf-8"))
+    assert (summary["num_processes"], with_two["num_processes"]) == (1, 2)
+    assert f"ends at {summary['accuracy_ktr']:.3f} with one" in readme
+    assert f"at {with_two['accuracy_ktr']:.3f} with two" in readme
 
 
 def anchors(page: Path) -> set[str]:
