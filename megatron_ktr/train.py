@@ -16,7 +16,7 @@ from pathlib import Path
 from megatron_ktr.config import Config, load_config
 from megatron_ktr.config.part_options import CheckpointOptions, PolicyOptions, StepOptions
 from megatron_ktr.config.run_length import length_line, num_steps_of, with_steps
-from megatron_ktr.data.preprocess import PreprocessSettings
+from megatron_ktr.data.media.preprocess import PreprocessSettings
 from megatron_ktr.data.source import DatasetSource
 from megatron_ktr.data.template import check_vocabulary, load_tokenizer
 from megatron_ktr.data.tokenizer import Tokenizer

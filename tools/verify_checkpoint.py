@@ -53,9 +53,9 @@ from megatron_ktr.config import Config, config_from_values  # noqa: E402
 from megatron_ktr.config.part_options import ModelOptions, PolicyOptions  # noqa: E402
 from megatron_ktr.config.sections import DataSection  # noqa: E402
 from megatron_ktr.config.words import TRANSFORMER_IMPLS  # noqa: E402
-from megatron_ktr.data.preprocess import PreprocessSettings, load_media, pixel_limits  # noqa: E402
+from megatron_ktr.data.media.preprocess import PreprocessSettings, load_media, pixel_limits  # noqa: E402
+from megatron_ktr.data.media.video import FrameSampling  # noqa: E402
 from megatron_ktr.data.unusable import UnusableMedia  # noqa: E402
-from megatron_ktr.data.video import FrameSampling  # noqa: E402
 from megatron_ktr.distributed import platform as platforms  # noqa: E402
 from megatron_ktr.distributed.agreement import on_every_rank  # noqa: E402
 from megatron_ktr.distributed.collectives import broadcast_object  # noqa: E402

@@ -50,7 +50,7 @@ from benchmarks.scoring_precision.run import EXAMPLES, fine_tune, sample  # noqa
 from megatron_ktr.batch.packing import plan_micro_batches  # noqa: E402
 from megatron_ktr.config import Config, load_config  # noqa: E402
 from megatron_ktr.config.part_options import PolicyOptions  # noqa: E402
-from megatron_ktr.data.preprocess import PreprocessSettings  # noqa: E402
+from megatron_ktr.data.media.preprocess import PreprocessSettings  # noqa: E402
 from megatron_ktr.distributed.groups import ParallelGroups, ParallelSizes, destroy_parallel, init_parallel  # noqa: E402
 from megatron_ktr.distributed.platform import current, start  # noqa: E402
 from megatron_ktr.errors import UserError, run_cli  # noqa: E402

@@ -26,7 +26,7 @@ from benchmarks.gpu_suite.smoke import checked
 from benchmarks.step.ours import save_random_model
 from megatron_ktr.batch.micro_batch import Denominators, MicroBatch
 from megatron_ktr.config.part_options import PolicyOptions, StepOptions
-from megatron_ktr.data.preprocess import PreprocessSettings
+from megatron_ktr.data.media.preprocess import PreprocessSettings
 from megatron_ktr.distributed.groups import ParallelGroups, ParallelSizes, destroy_parallel, init_parallel
 from megatron_ktr.distributed.platform import Platform
 from megatron_ktr.errors import UserError

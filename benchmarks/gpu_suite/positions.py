@@ -23,7 +23,7 @@ from benchmarks.gpu_suite.parity import save_models
 from benchmarks.gpu_suite.smoke import checked
 from benchmarks.step.baseline import continued, patches, video_positions
 from megatron_ktr.config.part_options import PolicyOptions, StepOptions
-from megatron_ktr.data.preprocess import PreprocessSettings
+from megatron_ktr.data.media.preprocess import PreprocessSettings
 from megatron_ktr.data.random_groups import SyntheticSizes, TokenIds, synthetic_group
 from megatron_ktr.distributed.groups import ParallelGroups, ParallelSizes, destroy_parallel, init_parallel
 from megatron_ktr.objectives import build_objective

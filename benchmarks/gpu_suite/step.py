@@ -40,7 +40,7 @@ from megatron_ktr.accounting.saved import TORCH_GPU
 from megatron_ktr.accounting.work import GroupWork, StepSettings
 from megatron_ktr.batch.micro_batch import Denominators, MicroBatch
 from megatron_ktr.config.part_options import PolicyOptions, StepOptions
-from megatron_ktr.data.preprocess import PreprocessSettings
+from megatron_ktr.data.media.preprocess import PreprocessSettings
 from megatron_ktr.data.random_groups import FixedSource
 from megatron_ktr.distributed.groups import ParallelGroups, ParallelSizes, init_parallel
 from megatron_ktr.objectives import build_objective

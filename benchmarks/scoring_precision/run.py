@@ -42,7 +42,7 @@ from megatron_ktr.batch.micro_batch import MicroBatch  # noqa: E402
 from megatron_ktr.batch.packing import plan_micro_batches  # noqa: E402
 from megatron_ktr.config import Config, load_config  # noqa: E402
 from megatron_ktr.config.part_options import PolicyOptions, StepOptions  # noqa: E402
-from megatron_ktr.data.preprocess import PreprocessSettings  # noqa: E402
+from megatron_ktr.data.media.preprocess import PreprocessSettings  # noqa: E402
 from megatron_ktr.data.synthetic import corpus, make_dataset  # noqa: E402
 from megatron_ktr.data.template import load_tokenizer  # noqa: E402
 from megatron_ktr.data.tiny_model import save_tiny_model  # noqa: E402

@@ -42,7 +42,7 @@ from benchmarks.harness import write_report  # noqa: E402
 from benchmarks.machine import about_machine  # noqa: E402
 from megatron_ktr.config import config_from_values  # noqa: E402
 from megatron_ktr.config.part_options import PolicyOptions, StepOptions  # noqa: E402
-from megatron_ktr.data.preprocess import PreprocessSettings  # noqa: E402
+from megatron_ktr.data.media.preprocess import PreprocessSettings  # noqa: E402
 from megatron_ktr.data.random_groups import FixedSource, SyntheticSizes, TokenIds, synthetic_group  # noqa: E402
 from megatron_ktr.distributed.groups import ParallelGroups, ParallelSizes, init_parallel  # noqa: E402
 from megatron_ktr.distributed.platform import Platform, start  # noqa: E402

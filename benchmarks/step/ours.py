@@ -14,7 +14,7 @@ from benchmarks.step.baseline import PAPER, StepNumbers, StepSettings
 from megatron_ktr.attribution.counterfactuals import draw_permutations
 from megatron_ktr.config import config_from_values
 from megatron_ktr.config.part_options import PolicyOptions, StepOptions
-from megatron_ktr.data.preprocess import PreprocessSettings
+from megatron_ktr.data.media.preprocess import PreprocessSettings
 from megatron_ktr.data.random_groups import FixedSource, TokenIds
 from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.distributed.platform import Platform

@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_ktr.config.cli import option as _option
+from megatron_ktr.config.data_section import DataSection as DataSection  # a section in a file of its own
 from megatron_ktr.config.objective_registry import objective_choices, objective_entry
-from megatron_ktr.config.parallel_section import ParallelSection as ParallelSection  # a section in a file of its own
+from megatron_ktr.config.parallel_section import ParallelSection as ParallelSection
 from megatron_ktr.config.trainer_section import TrainerSection as TrainerSection
 from megatron_ktr.config.words import (
     LORA_TARGETS,
@@ -97,47 +98,6 @@ class ModelSection:
     lora_export: LoraExport = _option(
         "merged", "What a run ends with: the whole model with adapters merged into it, or adapters alone, as PEFT's"
     )
-
-
-@dataclass(frozen=True)
-class DataSection:
-    """Questions and their media. Media paths stay inside media_root."""
-
-    data_path: str | None = _option(None, "JSON or JSONL file of questions (Video-R1 records)")
-    media_root: str | None = _option(None, "Directory of the media; none = the directory of the questions' file")
-    prompt_template: str | None = _option(None, "File with the wording of the prompt; none = the built-in wording")
-    problem_types: tuple[str, ...] = _option((), "Keep only questions of these problem types; empty = all")
-    shuffle_data: bool = _option(True, "Visit the questions in a new seeded order in every epoch")
-    ignore_fields: tuple[str, ...] = _option(
-        (), "Fields of records that are only data here, although their names look like instructions (docs/data.md)"
-    )
-    max_skip_share: float = _option(
-        0.1,
-        "Stop when more than this share is unusable: of the records, before the model is built, for what is known "
-        "without decoding; then of the prompts drawn",
-        low=0,
-        high=1,
-    )
-    max_prompt_length: int = _option(16384, "Longest prompt in tokens; longer ones are skipped and counted", low=1)
-    media_cache_gb: float = _option(
-        0.5, "Resized media kept in memory between epochs on each reading rank, in 10^9 bytes; 0 = none", low=0
-    )
-    video_fps: float = _option(2.0, "Frames sampled per second of video", above=0)
-    video_num_frames: int | None = _option(None, "Fixed number of frames in place of video_fps; even", low=2)
-    video_max_frames: int = _option(16, "Most frames of one video; even", low=2)
-    video_min_pixels: int = _option(4 * 28 * 28, "Frames with fewer pixels are enlarged to it or just above it", low=1)
-    video_max_pixels: int = _option(128 * 28 * 28, "Frames with more pixels are reduced to it or just below it", low=1)
-    video_total_pixels: int = _option(
-        int(128000 * 28 * 28 * 0.9), "Pixels that all pairs of frames of a video share (docs/preprocessing.md)", low=1
-    )
-    image_min_pixels: int = _option(4 * 28 * 28, "Images with fewer pixels are enlarged to it or just above it", low=1)
-    image_max_pixels: int = _option(1280 * 28 * 28, "Images with more pixels are reduced to it or just below it", low=1)
-    substitute_video: str | None = _option(
-        None,
-        "With original_compat: a video below media_root that takes the place of every video that cannot be used, as in "
-        "the release; counted (substituted_media) and named; none = the question is skipped",
-    )
-    substitute_image: str | None = _option(None, "The same for images")
 
 
 HF_BATCH_RESPONSES = 256

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_ktr.data.media_source import HONOURED, SYNONYMS, group_files, read_request
+from megatron_ktr.data.media.request import HONOURED, SYNONYMS, group_files, read_request
 from megatron_ktr.types import MediaKind
 
 ROLES = ("system", "user", "assistant")

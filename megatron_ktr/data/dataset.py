@@ -19,64 +19,19 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-import torch
 import xxhash
 
 from megatron_ktr.data.loader import PromptLoader
+from megatron_ktr.data.order import EpochOrder
 from megatron_ktr.data.records import Record, record_digest
-from megatron_ktr.data.unusable import PromptTooLong, UnusableSample
+from megatron_ktr.data.skips import SkipCounter
+from megatron_ktr.data.unusable import UnusableSample
 from megatron_ktr.errors import UserError
 from megatron_ktr.types import Prompt
 
 _log = logging.getLogger(__name__)
 _MAX_FRUITLESS_DRAWS = 1000
 """The run stops after this many unusable samples in a row, even if each was rejected for its length only."""
-
-
-class SkipCounter:
-    """Counts samples drawn and skipped, and stops the run if too large a share is unusable.
-
-    Over-long prompts are counted but do not belong to that share: leaving them out is a choice, not a defect of the
-    data.
-    """
-
-    def __init__(self, *, max_skip_share: float = 0.1, min_drawn: int = 20) -> None:
-        self.max_skip_share = max_skip_share
-        self.min_drawn = min_drawn
-        """The share is checked only after this many samples, as it means little before."""
-        self.num_drawn = 0
-        self.by_kind: Counter[str] = Counter()
-        self.last: UnusableSample | None = None
-
-    @property
-    def num_skipped(self) -> int:
-        return sum(self.by_kind.values())
-
-    def count_drawn(self) -> None:
-        self.num_drawn += 1
-
-    def count_skip(self, error: UnusableSample, *, number: object = None) -> None:
-        """Counts a skipped sample and logs its path, the reason, and ``number``, the record's number in its file.
-
-        Raises:
-            UserError: more than ``max_skip_share`` of at least ``min_drawn`` samples are unusable.
-        """
-        self.by_kind[error.kind] += 1
-        self.last = error
-        _log.warning("skipped%s (%s): %s", "" if number is None else f" record {number}", error.kind, error)
-        num_unusable = self.num_skipped - self.by_kind[PromptTooLong.kind]
-        if self.num_drawn >= self.min_drawn and num_unusable > self.max_skip_share * self.num_drawn:
-            raise UserError(
-                f"{num_unusable} of {self.num_drawn} samples are unusable, more than max_skip_share "
-                f"{self.max_skip_share:g}; the last one: {error}"
-            )
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"num_drawn": self.num_drawn, "by_kind": dict(self.by_kind)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.num_drawn = int(state["num_drawn"])
-        self.by_kind = Counter({str(kind): int(count) for kind, count in state["by_kind"].items()})
 
 
 class PromptDataset:
@@ -111,7 +66,7 @@ class PromptDataset:
         self.left_out = frozenset(left_out)
         self.position = 0
         """The number of samples that this rank has drawn so far, including skipped ones."""
-        self._order: tuple[int, list[int]] | None = None
+        self._order = EpochOrder(len(records), seed=seed, shuffle=shuffle)
 
     @property
     def num_kept(self) -> int:
@@ -215,24 +170,13 @@ class PromptDataset:
         """(place in the sequence, record) of the next element that is not left out."""
         for _ in range(len(self.records) + _MAX_FRUITLESS_DRAWS):
             element = self._element(self.position)
-            place = self._place_of(element)
+            place = self._order.place_of(element)
             self.position += 1
             if place not in self.left_out:
                 self.skips.count_drawn()
                 return element, self.records[place]
         # Without shuffling a replica may see the same few places in every epoch.
         raise UserError(f"data-parallel replica {self.rank} of {self.size} draws only records that cannot be used")
-
-    def _place_of(self, element: int) -> int:
-        epoch, offset = divmod(element, len(self.records))
-        if not self.shuffle:
-            return offset
-        if self._order is None or self._order[0] != epoch:
-            # A generator takes one number as its seed. The large factor keeps pairs of seed and epoch apart, because
-            # both are small numbers.
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._order = (epoch, torch.randperm(len(self.records), generator=generator).tolist())
-        return self._order[1][offset]
 
 
 def reshard_states(states: Iterable[Mapping[str, Any]], *, rank: int, size: int) -> dict[str, Any]:

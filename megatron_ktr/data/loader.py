@@ -10,13 +10,13 @@ from typing import Any
 
 import xxhash
 
-from megatron_ktr.data.media_files import resolve_media_path
-from megatron_ktr.data.media_source import MediaKind, MediaRequest, MediaSource, media_sources
-from megatron_ktr.data.preprocess import LoadedMedia, PreprocessSettings, load_media
+from megatron_ktr.data.media.files import resolve_media_path
+from megatron_ktr.data.media.preprocess import LoadedMedia, PreprocessSettings, load_media
+from megatron_ktr.data.media.request import MediaKind, MediaRequest, MediaSource, media_sources
+from megatron_ktr.data.media.video import FrameSampling
 from megatron_ktr.data.template import PromptBuilder, VisualTokens, WordingTemplate, load_tokenizer
 from megatron_ktr.data.tokenizer import Tokenizer
 from megatron_ktr.data.unusable import PromptTooLong, UnusableMedia
-from megatron_ktr.data.video import FrameSampling
 from megatron_ktr.errors import UserError
 from megatron_ktr.types import Prompt, VisualInput
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from megatron_ktr.data.loader import PromptLoader
-from megatron_ktr.data.media_files import MediaFiles
-from megatron_ktr.data.media_source import NOTHING_ASKED, MediaSource, media_sources
+from megatron_ktr.data.media.files import MediaFiles
+from megatron_ktr.data.media.request import NOTHING_ASKED, MediaSource, media_sources
 from megatron_ktr.data.record_problems import RecordProblems
 from megatron_ktr.data.records import Record
 from megatron_ktr.data.reply import build_reply, check_reply

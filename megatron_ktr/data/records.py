@@ -11,7 +11,7 @@ A record that was read has all its own fields, and these normalised ones:
     problem_type  text, e.g. "multiple choice"; "" if there is none
     options       list of text; empty if there are none
     media         list of (kind, path as written); a list of paths names the pictures of one video
-    media_requests  for each of the media the fields that say how to read it (``media_source.py``)
+    media_requests  for each of the media the fields that say how to read it (``media/request.py``)
     record_number place in the file, from 1 (in JSONL the line); set by ``read_records``
     record_digest digest of the record in the file, to notice other data on resuming; set by ``read_records``
 """
@@ -27,8 +27,8 @@ from typing import Any
 import xxhash
 
 from megatron_ktr.data import conversation
-from megatron_ktr.data.media_files import resolve_media_path
-from megatron_ktr.data.media_source import (
+from megatron_ktr.data.media.files import resolve_media_path
+from megatron_ktr.data.media.request import (
     MEDIA_LOOKALIKES,
     MediaKind,
     MediaRequest,

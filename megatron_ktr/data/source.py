@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_ktr.data.dataset import PromptDataset
-from megatron_ktr.data.media_source import media_sources
+from megatron_ktr.data.media.request import media_sources
 from megatron_ktr.data.reply import build_reply
 from megatron_ktr.types import Prompt, RolloutGroup
 

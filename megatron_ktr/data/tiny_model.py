@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ktr.data.preprocess import CLIP_MEAN, CLIP_STD
+from megatron_ktr.data.media.preprocess import CLIP_MEAN, CLIP_STD
 from megatron_ktr.errors import UserError
 
 SPECIAL_TOKENS = (

@@ -14,7 +14,7 @@ import numpy as np
 
 from megatron_ktr import stack as stacks
 from megatron_ktr.config.fp8_rules import DEVICE_NEEDED, why_not_on_device
-from megatron_ktr.data.video_decord import DecordProcess
+from megatron_ktr.data.media.video_decord import DecordProcess
 from megatron_ktr.distributed.nvidia_apex import hide_unusable_apex
 from megatron_ktr.distributed.platform_probe import GpuFacts
 from megatron_ktr.doctor.check import Check, error_of_import
@@ -150,9 +150,9 @@ def read_decoder(backend: Literal["pyav", "decord"], folder: Path) -> str:
     if backend == "decord" and not DecordProcess.is_installed():
         return "not installed"
     try:
-        from megatron_ktr.data.frames import read_frames
+        from megatron_ktr.data.media.frames import read_frames
+        from megatron_ktr.data.media.video import FrameSampling
         from megatron_ktr.data.synthetic import write_video
-        from megatron_ktr.data.video import FrameSampling
 
         # Every frame has another grey. A wrong frame is then off by 20 or more, while the encoder's error is about 2.
         frames = np.stack([np.full((64, 64, 3), 20 + 20 * number, dtype=np.uint8) for number in range(8)])

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_ktr.batch.packing import MediaSpec
-from megatron_ktr.data.preprocess import PreprocessSettings
+from megatron_ktr.data.media.preprocess import PreprocessSettings
 from megatron_ktr.data.template import PromptBuilder, VisualTokens, load_tokenizer
 from megatron_ktr.errors import UserError
 from megatron_ktr.objectives.base import Objective

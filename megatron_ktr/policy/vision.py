@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_ktr.config.sections import ParallelSection
-from megatron_ktr.data.preprocess import PreprocessSettings
+from megatron_ktr.data.media.preprocess import PreprocessSettings
 from megatron_ktr.distributed.collectives import broadcast_object
 from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.policy.roles import ModelRole

@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from megatron_ktr.data.frames import read_frames
-from megatron_ktr.data.media_files import resolve_media_path
-from megatron_ktr.data.media_source import MediaSource, media_sources
-from megatron_ktr.data.preprocess import resize_frames
+from megatron_ktr.data.media.files import resolve_media_path
+from megatron_ktr.data.media.frames import read_frames
+from megatron_ktr.data.media.preprocess import resize_frames
+from megatron_ktr.data.media.request import MediaSource, media_sources
+from megatron_ktr.data.media.video import FrameSampling
 from megatron_ktr.data.unusable import UnusableMedia
-from megatron_ktr.data.video import FrameSampling
 from megatron_ktr.errors import UserError
 from megatron_ktr.report.run_data import RunData
 

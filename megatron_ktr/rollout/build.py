@@ -13,7 +13,8 @@ from pathlib import Path
 from megatron_ktr.batch.packing import MediaSpec
 from megatron_ktr.config import Config
 from megatron_ktr.config.part_options import row_multiple
-from megatron_ktr.data.dataset import PromptDataset, SkipCounter
+from megatron_ktr.data.dataset import PromptDataset
+from megatron_ktr.data.skips import SkipCounter
 from megatron_ktr.data.source import DatasetSource, SupervisedSource
 from megatron_ktr.data.template import PromptBuilder, VisualTokens
 from megatron_ktr.data.tokenizer import Tokenizer

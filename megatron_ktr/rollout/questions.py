@@ -9,13 +9,13 @@ from pathlib import Path
 
 from megatron_ktr.config import Config
 from megatron_ktr.data.loader import PromptLoader
-from megatron_ktr.data.media_source import SYNONYMS
-from megatron_ktr.data.preprocess import pixel_limits
+from megatron_ktr.data.media.preprocess import pixel_limits
+from megatron_ktr.data.media.request import SYNONYMS
+from megatron_ktr.data.media.video import FrameSampling
 from megatron_ktr.data.record_check import check_questions
 from megatron_ktr.data.record_problems import RecordProblems
 from megatron_ktr.data.records import Record, describe_repeated_ids, read_records
 from megatron_ktr.data.tokenizer import Tokenizer
-from megatron_ktr.data.video import FrameSampling
 from megatron_ktr.errors import UserError
 from megatron_ktr.rewards import DEFAULT_REWARDS, READS_PROBLEM_TYPE, load_rewards
 from megatron_ktr.rewards.accuracy import ACCURACY_BY_TYPE

@@ -10,7 +10,7 @@ from __future__ import annotations
 from megatron_ktr.config import Config
 from megatron_ktr.config.part_options import ModelOptions
 from megatron_ktr.config.pipeline_split import virtual_stages
-from megatron_ktr.data.preprocess import PreprocessSettings
+from megatron_ktr.data.media.preprocess import PreprocessSettings
 from megatron_ktr.distributed.groups import ParallelSizes, check_sizes
 from megatron_ktr.errors import UserError
 from megatron_ktr.objectives import Objective, build_objective

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_ktr.data.preprocess import PreprocessSettings
+from megatron_ktr.data.media.preprocess import PreprocessSettings
 from megatron_ktr.distributed.agreement import raise_on_every_rank
 from megatron_ktr.files.checksums import write_manifest
 from megatron_ktr.files.hf_files import SafetensorsWriter, TensorInfo, copy_side_files, new_directory

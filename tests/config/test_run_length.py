@@ -12,7 +12,8 @@ import torch
 
 from megatron_ktr.config import config_from_values, load_config
 from megatron_ktr.config.run_length import length_line, steps_of_epochs, with_steps
-from megatron_ktr.data.dataset import PromptDataset, SkipCounter
+from megatron_ktr.data.dataset import PromptDataset
+from megatron_ktr.data.skips import SkipCounter
 from megatron_ktr.data.synthetic import corpus
 from megatron_ktr.data.tiny_model import save_tiny_model
 from megatron_ktr.data.unusable import UnusableSample

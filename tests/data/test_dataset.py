@@ -11,12 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from megatron_ktr.data.dataset import PromptDataset, SkipCounter, reshard_states
+from megatron_ktr.data.dataset import PromptDataset, reshard_states
 from megatron_ktr.data.loader import PromptLoader
+from megatron_ktr.data.media.video import FrameSampling
 from megatron_ktr.data.records import check_record, read_records, resolve_media_path
+from megatron_ktr.data.skips import SkipCounter
 from megatron_ktr.data.template import PromptBuilder, VisualTokens, WordingTemplate
 from megatron_ktr.data.unusable import PromptTooLong, UnusableMedia, UnusableSample
-from megatron_ktr.data.video import FrameSampling
 from megatron_ktr.errors import UserError
 from tests.support.tiny import IMAGE_TOKEN_ID, VIDEO_TOKEN_ID, VISION_END_ID, VISION_START_ID
 from tests.support.tokenizer import save_tiny_tokenizer, tiny_tokenizer

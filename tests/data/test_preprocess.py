@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as hf_processing
 
-from megatron_ktr.data.preprocess import PreprocessSettings, load_media, patchify, resize_frames
-from megatron_ktr.data.smart_resize import most_tokens, smart_resize
+from megatron_ktr.data.media.preprocess import PreprocessSettings, load_media, patchify, resize_frames
+from megatron_ktr.data.media.smart_resize import most_tokens, smart_resize
+from megatron_ktr.data.media.video import FrameSampling
 from megatron_ktr.data.unusable import UnusableMedia
-from megatron_ktr.data.video import FrameSampling
 from megatron_ktr.errors import UserError
 from tests.support.videos import numbered_frames, shared_videos, write_video
 
@@ -148,7 +148,7 @@ def test_resizing_keeps_frames_apart_and_stays_in_range(monkeypatch: pytest.Monk
     assert together.dtype == torch.uint8 and together.shape == (5, 3, 28, 56)
     one_by_one = torch.cat([resize_frames(frame[None], (28, 56)) for frame in frames_FCHW])
     assert torch.equal(together, one_by_one)
-    monkeypatch.setattr("megatron_ktr.data.preprocess._RESIZE_PIXELS", 50 * 70 * 2)
+    monkeypatch.setattr("megatron_ktr.data.media.preprocess._RESIZE_PIXELS", 50 * 70 * 2)
     assert torch.equal(together, resize_frames(frames_FCHW, (28, 56)))
     assert torch.equal(resize_frames(frames_FCHW, (50, 70)), frames_FCHW), "the final size is left alone"
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ktr.data.preprocess import PreprocessSettings, resize_frames
+from megatron_ktr.data.media.preprocess import PreprocessSettings, resize_frames
 from tests.support.torchvision_ops import declare_torchvision_operators
 from tests.support.videos import numbered_frames
 

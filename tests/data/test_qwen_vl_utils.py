@@ -16,10 +16,10 @@ import pytest
 import torch
 from PIL import Image
 
-from megatron_ktr.data.preprocess import PreprocessSettings, load_media
+from megatron_ktr.data.media.preprocess import PreprocessSettings, load_media
+from megatron_ktr.data.media.video import FrameSampling, read_image, read_video, select_frames
+from megatron_ktr.data.media.video_pyav import index_video
 from megatron_ktr.data.unusable import UnusableMedia
-from megatron_ktr.data.video import FrameSampling, read_image, read_video, select_frames
-from megatron_ktr.data.video_pyav import index_video
 from tests.support.torchvision_ops import declare_torchvision_operators
 from tests.support.videos import numbered_frames, shared_videos, write_codec, write_video
 

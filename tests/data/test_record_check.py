@@ -14,7 +14,7 @@ import pytest
 from megatron_ktr.config import config_from_values
 from megatron_ktr.data.dataset import PromptDataset
 from megatron_ktr.data.loader import PromptLoader
-from megatron_ktr.data.media_files import MediaFiles, resolve_media_path
+from megatron_ktr.data.media.files import MediaFiles, resolve_media_path
 from megatron_ktr.data.records import check_record
 from megatron_ktr.data.unusable import UnusableMedia
 from megatron_ktr.distributed.agreement import on_every_rank
@@ -202,7 +202,7 @@ def test_the_quick_look_at_files_answers_as_the_file_system_does(
             raise UnusableMedia(name, "no file")
 
     for lookups in (0, 3, 1000):  # folders listed at once, after a few files, never
-        monkeypatch.setattr("megatron_ktr.data.media_files._LOOKUPS_BEFORE_LISTING", lookups)
+        monkeypatch.setattr("megatron_ktr.data.media.files._LOOKUPS_BEFORE_LISTING", lookups)
         files = MediaFiles(root)
         for name in random.Random(lookups).sample(names, len(names)):
             assert outcome(files.check, name) == outcome(slowly, name), name

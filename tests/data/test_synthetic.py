@@ -12,6 +12,7 @@ import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from megatron_ktr.data.loader import PromptLoader
+from megatron_ktr.data.media.video import FrameSampling, read_video
 from megatron_ktr.data.records import read_records
 from megatron_ktr.data.synthetic import (
     COLOURS,
@@ -27,7 +28,6 @@ from megatron_ktr.data.synthetic import (
 )
 from megatron_ktr.data.template import load_tokenizer
 from megatron_ktr.data.tiny_model import save_tiny_model
-from megatron_ktr.data.video import FrameSampling, read_video
 from megatron_ktr.errors import UserError
 from megatron_ktr.rewards import accuracy_reward, format_reward
 

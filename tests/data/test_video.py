@@ -15,11 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
-from megatron_ktr.data import video as video_module
+from megatron_ktr.data.media import video as video_module
+from megatron_ktr.data.media.video import DecodedVideo, FrameSampling, read_image, read_video, select_frames
+from megatron_ktr.data.media.video_decord import DecordFailed, DecordProcess
+from megatron_ktr.data.media.video_pyav import decode_frames, index_video
 from megatron_ktr.data.unusable import UnusableMedia
-from megatron_ktr.data.video import DecodedVideo, FrameSampling, read_image, read_video, select_frames
-from megatron_ktr.data.video_decord import DecordFailed, DecordProcess
-from megatron_ktr.data.video_pyav import decode_frames, index_video
 from megatron_ktr.errors import UserError
 from tests.support.patience import PATIENCE_SECONDS, wait_until
 from tests.support.videos import (
@@ -365,7 +365,7 @@ def test_a_decoder_that_hangs_or_crashes_is_replaced_and_pyav_decodes(
 @needs_decord
 def test_the_decoder_process_ends_with_its_parent(videos: dict[str, Path]) -> None:
     program = (
-        "import sys\nfrom megatron_ktr.data import video\n"
+        "import sys\nfrom megatron_ktr.data.media import video\n"
         "video.read_video(sys.argv[1], sampling=video.FrameSampling())\n"
         "import os; print(video._decord_process(os.getpid())._child.pid, flush=True)\nos._exit(0)"
     )

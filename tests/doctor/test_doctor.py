@@ -189,7 +189,7 @@ def test_decoders_are_tried_on_a_clip_and_wrong_pictures_are_seen(tmp_path, monk
     fails(broken[1], "crash", "uninstall decord")
     assert software.check_decoders({"pyav": "", "decord": "not installed"})[1].ok
 
-    import megatron_ktr.data.frames as frames
+    import megatron_ktr.data.media.frames as frames
 
     original = frames.read_frames
     mixed_up = lambda *a, **k: replace(read := original(*a, **k), frames_FCHW=read.frames_FCHW.flip(0))  # noqa: E731

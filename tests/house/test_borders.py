@@ -73,8 +73,8 @@ MAY_IMPORT = {
         "megatron_ktr/doctor/attention.py",  # likewise
     ),
     "apex": ("megatron_ktr/distributed/nvidia_apex.py",),
-    "decord": ("megatron_ktr/data/video*.py",),
-    "av": ("megatron_ktr/data/video*.py", "megatron_ktr/data/synthetic*.py"),
+    "decord": ("megatron_ktr/data/media/video*.py",),
+    "av": ("megatron_ktr/data/media/video*.py", "megatron_ktr/data/synthetic*.py"),
 }
 """Top-level package -> files (patterns) that may import it."""
 

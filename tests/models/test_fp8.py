@@ -130,7 +130,7 @@ def precision_of_passes(context: RankContext, *, hf_dir: Path) -> dict[str, Any]
     from megatron.core.transformer import transformer_block
 
     from megatron_ktr.batch.micro_batch import Denominators, MicroBatch
-    from megatron_ktr.data.preprocess import PreprocessSettings
+    from megatron_ktr.data.media.preprocess import PreprocessSettings
     from megatron_ktr.distributed.platform import current
     from megatron_ktr.objectives import build_objective
     from megatron_ktr.policy.policy import Policy
@@ -219,7 +219,7 @@ def weights_that_passes_see(context: RankContext, *, hf_dir: Path, recompute_vis
     """By what runs after the policy's weights have changed: whether it is what layers that keep nothing compute. The
     layers keep their weights as Transformer Engine's do in FP8."""
     from megatron_ktr.batch.micro_batch import Denominators, MicroBatch
-    from megatron_ktr.data.preprocess import PreprocessSettings
+    from megatron_ktr.data.media.preprocess import PreprocessSettings
     from megatron_ktr.distributed.platform import current
     from megatron_ktr.objectives import build_objective
     from megatron_ktr.policy.policy import Policy

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_ktr.batch.packing import MediaSpec
-from megatron_ktr.data.preprocess import PreprocessSettings
+from megatron_ktr.data.media.preprocess import PreprocessSettings
 from megatron_ktr.distributed.groups import ParallelSizes
 from megatron_ktr.policy.vision_pass import VisionPass, share_units
 from megatron_ktr.types import VisualInput

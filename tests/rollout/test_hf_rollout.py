@@ -90,7 +90,7 @@ def engine(tmp_path_factory) -> HFEngine:
 
 
 def _patchify(frames_FCHW: torch.Tensor, visual: VisualInput) -> torch.Tensor:
-    from megatron_ktr.data.preprocess import PreprocessSettings
+    from megatron_ktr.data.media.preprocess import PreprocessSettings
 
     return PreprocessSettings().patchify(frames_FCHW, visual)
 

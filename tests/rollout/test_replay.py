@@ -12,7 +12,7 @@ import torch
 
 from megatron_ktr.data.dataset import PromptDataset
 from megatron_ktr.data.loader import PromptLoader
-from megatron_ktr.data.video import FrameSampling
+from megatron_ktr.data.media.video import FrameSampling
 from megatron_ktr.errors import UserError
 from megatron_ktr.rollout import replay
 from megatron_ktr.rollout.base import RolloutEngine

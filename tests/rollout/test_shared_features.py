@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_ktr.batch.packing import MediaSpec
 from megatron_ktr.config import config_from_values
 from megatron_ktr.config.part_options import PolicyOptions
-from megatron_ktr.data.preprocess import PreprocessSettings
+from megatron_ktr.data.media.preprocess import PreprocessSettings
 from megatron_ktr.data.synthetic import corpus
 from megatron_ktr.data.template import PromptBuilder, VisualTokens, load_tokenizer
 from megatron_ktr.data.tiny_model import save_tiny_model

@@ -22,9 +22,10 @@ from torch import Tensor
 from megatron_ktr.batch.packing import MediaSpec, pack_groups
 from megatron_ktr.config import Config, config_from_values
 from megatron_ktr.config.part_options import PolicyOptions
-from megatron_ktr.data.dataset import PromptDataset, SkipCounter
-from megatron_ktr.data.preprocess import PreprocessSettings
+from megatron_ktr.data.dataset import PromptDataset
+from megatron_ktr.data.media.preprocess import PreprocessSettings
 from megatron_ktr.data.records import read_records
+from megatron_ktr.data.skips import SkipCounter
 from megatron_ktr.data.synthetic import corpus, make_dataset
 from megatron_ktr.data.template import load_tokenizer
 from megatron_ktr.data.tiny_model import save_tiny_model

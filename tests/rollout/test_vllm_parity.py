@@ -24,10 +24,10 @@ from megatron_ktr.batch.packing import MediaSpec, pack_groups
 from megatron_ktr.config import config_from_values
 from megatron_ktr.config.part_options import PolicyOptions
 from megatron_ktr.data import synthetic
-from megatron_ktr.data.preprocess import PreprocessSettings, load_media
+from megatron_ktr.data.media.preprocess import PreprocessSettings, load_media
+from megatron_ktr.data.media.video import FrameSampling
 from megatron_ktr.data.template import PromptBuilder, VisualTokens, WordingTemplate, load_tokenizer
 from megatron_ktr.data.tiny_model import save_tiny_model
-from megatron_ktr.data.video import FrameSampling
 from megatron_ktr.rollout.colocated.inputs import engine_input
 from megatron_ktr.rollout.colocated.weights import load_weights
 from megatron_ktr.types import Prompt, Rollout, RolloutGroup, VisualInput

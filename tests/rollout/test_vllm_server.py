@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_ktr.batch.packing import MediaSpec
 from megatron_ktr.config import config_from_values
-from megatron_ktr.data.preprocess import PreprocessSettings
+from megatron_ktr.data.media.preprocess import PreprocessSettings
 from megatron_ktr.data.synthetic import corpus, make_dataset
 from megatron_ktr.data.template import PromptBuilder, VisualTokens, WordingTemplate, load_tokenizer
 from megatron_ktr.data.tiny_model import save_tiny_model

@@ -19,7 +19,7 @@ import torch
 
 from megatron_ktr.config import Config, config_from_values
 from megatron_ktr.config.part_options import CheckpointOptions, PolicyOptions, StepOptions
-from megatron_ktr.data.preprocess import PreprocessSettings
+from megatron_ktr.data.media.preprocess import PreprocessSettings
 from megatron_ktr.data.synthetic import DEFAULT_TASKS, corpus, draw_scene, record_of, render, write_video
 from megatron_ktr.data.template import load_tokenizer
 from megatron_ktr.data.tiny_model import save_tiny_model

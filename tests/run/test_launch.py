@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from megatron_ktr.config import Config, config_from_values
+from megatron_ktr.data.media.video_decord import DecordProcess
+from megatron_ktr.data.media.video_pyav import index_video
 from megatron_ktr.data.synthetic import corpus
 from megatron_ktr.data.tiny_model import save_tiny_model
-from megatron_ktr.data.video_decord import DecordProcess
-from megatron_ktr.data.video_pyav import index_video
 from megatron_ktr.errors import UserError
 from megatron_ktr.run.directory import list_checkpoints, open_run_directory
 from megatron_ktr.run.interruption import EXIT_SAVED, LEAVE_SIGNALS

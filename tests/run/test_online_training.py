@@ -15,11 +15,11 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from megatron_ktr.config import Config, config_from_values
 from megatron_ktr.data.loader import PromptLoader
+from megatron_ktr.data.media.video import FrameSampling
 from megatron_ktr.data.records import check_record, read_records
 from megatron_ktr.data.synthetic import corpus, make_dataset
 from megatron_ktr.data.template import load_tokenizer
 from megatron_ktr.data.tiny_model import save_tiny_model
-from megatron_ktr.data.video import FrameSampling
 from megatron_ktr.distributed.agreement import on_every_rank
 from megatron_ktr.distributed.groups import ParallelSizes
 from megatron_ktr.errors import UserError

@@ -213,7 +213,7 @@ def test_a_checkpoint_brings_back_weights_moments_and_export(
 
 def build_trainer(context: RankContext, model: Path, values: dict[str, Any]) -> Any:
     from megatron_ktr.config.part_options import PolicyOptions, StepOptions
-    from megatron_ktr.data.preprocess import PreprocessSettings
+    from megatron_ktr.data.media.preprocess import PreprocessSettings
     from megatron_ktr.data.random_groups import FixedSource
     from megatron_ktr.distributed.platform import current
     from megatron_ktr.objectives import build_objective

@@ -28,7 +28,7 @@ def hf_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def scored(context: RankContext, *, hf_dir: Path) -> dict[str, Any]:
     """Counterfactual scores of a micro-batch of a text group and two videos, and of each pass by itself."""
     from megatron_ktr.batch.micro_batch import Denominators, MicroBatch
-    from megatron_ktr.data.preprocess import PreprocessSettings
+    from megatron_ktr.data.media.preprocess import PreprocessSettings
     from megatron_ktr.distributed.platform import current
     from megatron_ktr.objectives import build_objective
     from megatron_ktr.policy.policy import Policy

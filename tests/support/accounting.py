@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_ktr.batch.micro_batch import Denominators, MicroBatch
 from megatron_ktr.batch.packing import pack_groups
 from megatron_ktr.config.part_options import PolicyOptions
-from megatron_ktr.data.preprocess import PreprocessSettings
+from megatron_ktr.data.media.preprocess import PreprocessSettings
 from megatron_ktr.objectives import build_objective
 from megatron_ktr.types import Prompt, Rollout, RolloutGroup, VisualInput
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig

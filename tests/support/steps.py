@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_ktr.config import Config, config_from_values
 from megatron_ktr.config.part_options import PolicyOptions, StepOptions
-from megatron_ktr.data.preprocess import PreprocessSettings
+from megatron_ktr.data.media.preprocess import PreprocessSettings
 from megatron_ktr.data.random_groups import FixedSource
 from megatron_ktr.distributed.groups import ParallelGroups, ParallelSizes
 from megatron_ktr.objectives import build_objective

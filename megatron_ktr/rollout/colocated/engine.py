@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from megatron_ktr.batch.packing import MediaSpec
-from megatron_ktr.data.preprocess import PreprocessSettings, pixel_limits
+from megatron_ktr.data.media.preprocess import PreprocessSettings, pixel_limits
 from megatron_ktr.data.tokenizer import Tokenizer
 from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.distributed.platform import current

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatron_ktr.data.media_source import MediaKind
-from megatron_ktr.data.pictures import read_pictures
-from megatron_ktr.data.video import Backend, DecodedVideo, FrameSampling, read_image, read_video
+from megatron_ktr.data.media.pictures import read_pictures
+from megatron_ktr.data.media.request import MediaKind
+from megatron_ktr.data.media.video import Backend, DecodedVideo, FrameSampling, read_image, read_video
 
 
 def read_frames(

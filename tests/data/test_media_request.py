@@ -11,14 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from megatron_ktr.data import pictures as pictures_module
 from megatron_ktr.data.loader import PromptLoader
-from megatron_ktr.data.media_source import HONOURED, REFUSED, SYNONYMS, MediaRequest, media_sources
-from megatron_ktr.data.pictures import read_pictures
-from megatron_ktr.data.preprocess import LoadedMedia, PreprocessSettings, load_media
+from megatron_ktr.data.media import pictures as pictures_module
+from megatron_ktr.data.media.pictures import read_pictures
+from megatron_ktr.data.media.preprocess import LoadedMedia, PreprocessSettings, load_media
+from megatron_ktr.data.media.request import HONOURED, REFUSED, SYNONYMS, MediaRequest, media_sources
+from megatron_ktr.data.media.video import FrameSampling, read_image, read_video, select_frames
 from megatron_ktr.data.records import check_record
 from megatron_ktr.data.unusable import UnusableMedia, UnusableSample
-from megatron_ktr.data.video import FrameSampling, read_image, read_video, select_frames
 from megatron_ktr.report.frames import FrameReader
 from tests.support.tokenizer import save_tiny_tokenizer
 from tests.support.videos import numbered_frames, write_video

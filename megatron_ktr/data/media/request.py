@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from megatron_ktr.data.video import FrameSampling
+from megatron_ktr.data.media.video import FrameSampling
 from megatron_ktr.types import MediaKind
 
 if TYPE_CHECKING:
-    from megatron_ktr.data.preprocess import PreprocessSettings
+    from megatron_ktr.data.media.preprocess import PreprocessSettings
 
 PICTURE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"))
 """The suffixes of files that are one picture. A GIF is a picture under ``image`` and an animation under ``video``."""

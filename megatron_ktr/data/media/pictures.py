@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_ktr.data.media.video import DecodedVideo, FrameSampling, read_image, select_frames
 from megatron_ktr.data.unusable import UnusableMedia
-from megatron_ktr.data.video import DecodedVideo, FrameSampling, read_image, select_frames
 
 
 def read_pictures(

@@ -26,11 +26,11 @@ import torch
 from torch import Tensor
 
 from megatron_ktr.config.sections import DataSection
-from megatron_ktr.data.frames import read_frames
-from megatron_ktr.data.media_source import NOTHING_ASKED, MediaRequest, media_name
-from megatron_ktr.data.smart_resize import most_tokens, smart_resize
+from megatron_ktr.data.media.frames import read_frames
+from megatron_ktr.data.media.request import NOTHING_ASKED, MediaRequest, media_name
+from megatron_ktr.data.media.smart_resize import most_tokens, smart_resize
+from megatron_ktr.data.media.video import FrameSampling
 from megatron_ktr.data.unusable import UnusableMedia
-from megatron_ktr.data.video import FrameSampling
 from megatron_ktr.errors import UserError
 from megatron_ktr.files.json_files import read_json_object
 from megatron_ktr.transfer import send

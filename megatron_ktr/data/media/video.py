@@ -25,9 +25,9 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from megatron_ktr.data.media.video_decord import DecordFailed, DecordProcess
+from megatron_ktr.data.media.video_pyav import VideoIndex, decode_frames, index_video
 from megatron_ktr.data.unusable import UnusableMedia
-from megatron_ktr.data.video_decord import DecordFailed, DecordProcess
-from megatron_ktr.data.video_pyav import VideoIndex, decode_frames, index_video
 from megatron_ktr.errors import UserError
 
 __all__ = [
