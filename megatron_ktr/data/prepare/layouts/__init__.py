@@ -1,0 +1,1 @@
+"""The published layouts that ``convert`` reads: one file each."""
