@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from megatron_ktr.config import pipeline_split
 from megatron_ktr.config.objective_registry import objective_entry, options_of_others
-from megatron_ktr.config.sections import ObjectiveSection
+from megatron_ktr.config.sections import DataSection, ObjectiveSection
 from megatron_ktr.errors import UserError
 from megatron_ktr.stack import require_core_0_19
 
@@ -96,6 +96,11 @@ def _data(config: Config) -> Iterator[str]:
             yield "--engine replay needs --replay-path, a JSONL of recorded rollouts"
         if data.data_path is not None:
             yield "--data-path is not read by --engine replay: the questions come with --replay-path"
+    yield from media_rules(data)
+
+
+def media_rules(data: DataSection) -> Iterator[str]:
+    """What is wrong with the options for frames and pixels."""
     for name in ("video_num_frames", "video_max_frames"):
         value = getattr(data, name)
         if value is not None and value % 2:

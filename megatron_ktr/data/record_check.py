@@ -8,7 +8,7 @@ the record is drawn (``SkipCounter``).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from megatron_ktr.data.loader import PromptLoader
 from megatron_ktr.data.media.files import MediaFiles
@@ -20,6 +20,15 @@ from megatron_ktr.data.unusable import UnusableMedia, UnusableSample
 from megatron_ktr.errors import UserError
 
 
+@dataclass(frozen=True)
+class FoundProblem:
+    """Why a record cannot be used."""
+
+    reason: str
+    medium: str | None = None
+    """The path, as the record writes it, if the reason is about one of its media."""
+
+
 def check_questions(
     records: Sequence[Record],
     *,
@@ -27,47 +36,69 @@ def check_questions(
     loader: PromptLoader,
     checks: Sequence[Callable[[Record], None]] = (),
 ) -> None:
-    """Adds to ``problems`` the records that cannot be used.
-
-    These are the records that ``loader`` could not turn into a prompt: a path leads out of the media root or to no
-    file, a field contradicts the run's limits, a text contains control tokens or markers that do not match the media,
-    or the wording template fails. They are also the records for which one of ``checks`` raises ``ValueError``.
-    """
-    files = MediaFiles(loader.media_root)
-    is_conversation_seen = False
+    """Adds to ``problems`` the records that cannot be used; see ``RecordChecker``."""
+    checker = RecordChecker(loader, checks=checks)
     for place, record in enumerate(records):
         if place in problems.places:
             continue
+        if found := checker.find_problem(record):
+            problems.add(place, number=record["record_number"], problem_id=record["problem_id"], reason=found.reason)
+
+
+class RecordChecker:
+    """Finds the records that ``loader`` could not turn into a prompt, without decoding their media.
+
+    A path leads out of the media root or to no file, a field contradicts the run's limits, a text contains control
+    tokens or markers that do not match the media, or the wording template fails. Records for which one of ``checks``
+    raises ``ValueError`` are found too.
+    """
+
+    def __init__(self, loader: PromptLoader, *, checks: Sequence[Callable[[Record], None]] = ()) -> None:
+        self.loader = loader
+        self._checks = checks
+        self._files = MediaFiles(loader.media_root)
+        self._is_conversation_seen = False
+
+    def find_problem(self, record: Record) -> FoundProblem | None:
+        """The first reason why a record of ``records.check_record`` cannot be used; None if it can.
+
+        Raises:
+            UserError: the chat template does not let a conversation be split into its turns. That is an error of the
+                model's files, not of the record, and is tested with the first conversation of several answers.
+        """
+        sources = media_sources(record)
+        for source in sources:
+            if found := self._problem_of(source):
+                return found
         try:
-            sources = media_sources(record)
-            for source in sources:
-                _check_source(source, files=files, loader=loader)
-            kinds = [source.kind for source in sources]
-            loader.builder.messages(record, kinds)
+            self.loader.builder.messages(record, [source.kind for source in sources])
             if "reply_turns" in record:
-                check_reply(record, builder=loader.builder)
-            for check in checks:
+                check_reply(record, builder=self.loader.builder)
+            for check in self._checks:
                 check(record)
-        except (UnusableSample, UserError, ValueError) as error:
-            reason = f"{error.source}: {error.reason}" if isinstance(error, UnusableMedia) else error
-            reason = error.reason if isinstance(error, UnusableSample) and reason is error else reason
-            problems.add(place, number=record["record_number"], problem_id=record["problem_id"], reason=reason)
-            continue
-        if len(record.get("reply_turns", ())) > 1 and not is_conversation_seen:
-            is_conversation_seen = True
-            # This tests once whether the chat template allows a conversation to be split into turns. A failure is an
-            # error of the model's files, not of this record, and stops the run.
-            build_reply(record, kinds=kinds, builder=loader.builder)
+        except UnusableSample as error:
+            return FoundProblem(error.reason)
+        except (UserError, ValueError) as error:
+            return FoundProblem(str(error))
+        if len(record.get("reply_turns", ())) > 1 and not self._is_conversation_seen:
+            self._is_conversation_seen = True
+            build_reply(record, kinds=[source.kind for source in sources], builder=self.loader.builder)
+        return None
 
-
-def _check_source(source: MediaSource, *, files: MediaFiles, loader: PromptLoader) -> None:
-    if source.request != NOTHING_ASKED:
-        sampling = replace(loader.sampling, multiple=loader.settings.temporal_patch_size)
-        source.request.sampling(sampling, is_pictures=source.is_pictures)
-        source.request.settings(loader.settings, kind=source.kind)
-    for written in source.paths:
+    def _problem_of(self, source: MediaSource) -> FoundProblem | None:
         try:
-            files.check(written)
-        except UnusableMedia:
-            if source.kind not in loader.substitutes:  # a substitute would be shown instead
-                raise
+            if source.request != NOTHING_ASKED:
+                sampling = replace(self.loader.sampling, multiple=self.loader.settings.temporal_patch_size)
+                source.request.sampling(sampling, is_pictures=source.is_pictures)
+                source.request.settings(self.loader.settings, kind=source.kind)
+        except (UserError, ValueError) as error:
+            return FoundProblem(str(error))
+        for written in source.paths:
+            try:
+                self._files.check(written)
+            except UnusableMedia as error:
+                if source.kind not in self.loader.substitutes:  # a substitute would be shown instead
+                    return FoundProblem(f"{error.source}: {error.reason}", medium=written)
+            except (UserError, ValueError) as error:
+                return FoundProblem(str(error), medium=written)
+        return None

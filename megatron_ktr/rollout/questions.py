@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +15,10 @@ from megatron_ktr.data.media.video import FrameSampling
 from megatron_ktr.data.record_check import check_questions
 from megatron_ktr.data.record_problems import RecordProblems
 from megatron_ktr.data.records import Record, describe_repeated_ids, read_records
+from megatron_ktr.data.reward_checks import reward_checks
 from megatron_ktr.data.tokenizer import Tokenizer
 from megatron_ktr.errors import UserError
-from megatron_ktr.rewards import DEFAULT_REWARDS, READS_PROBLEM_TYPE, load_rewards
-from megatron_ktr.rewards.accuracy import ACCURACY_BY_TYPE
+from megatron_ktr.rewards import DEFAULT_REWARDS
 from megatron_ktr.rollout.replay import ReplayEngine, Required
 
 _log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def read_questions(config: Config, *, tokenizer: Tokenizer, vocab_size: int, is_
             ignored=data.ignore_fields,
             problems=problems,
         )
-        checks = [] if is_supervised else _reward_checks(config.reward.reward_functions or DEFAULT_REWARDS)
+        checks = [] if is_supervised else reward_checks(config.reward.reward_functions or DEFAULT_REWARDS)
     loader = prompt_loader(config, tokenizer=tokenizer)
     check_questions(records, problems=problems, loader=loader, checks=checks)
     left_out = problems.settle(len(records), max_share=data.max_skip_share, is_spokesman=is_spokesman)
@@ -129,20 +129,3 @@ def _note_clips(records: Sequence[Record], *, problems: RecordProblems) -> None:
             len(numbers),
             numbers[0],
         )
-
-
-def _reward_checks(names: Sequence[str]) -> list[Callable[[Record], None]]:
-    """One check for each built-in reward that judges by problem type: whether it knows the record's problem type."""
-    load_rewards(names)  # raises UserError for an unknown name
-    return [_type_check(name, known=sorted(ACCURACY_BY_TYPE)) for name in names if name in READS_PROBLEM_TYPE]
-
-
-def _type_check(name: str, *, known: Sequence[str]) -> Callable[[Record], None]:
-    def check(record: Record) -> None:
-        if record["problem_type"] not in known:
-            raise ValueError(
-                f"the reward {name} does not know problem_type {record['problem_type']!r}, only {known}; "
-                "choose with --problem-types, or name other --reward-functions"
-            )
-
-    return check
