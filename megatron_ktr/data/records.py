@@ -169,6 +169,17 @@ def describe_repeated_ids(records: Sequence[Record]) -> str | None:
     )
 
 
+def digest_of_records(records: Sequence[Record]) -> str:
+    """A digest of all records in their order. A store of records knows those of its records; otherwise they have them,
+    or get them from their content."""
+    if (known := getattr(records, "records_digest", None)) is not None:
+        return str(known)
+    together = xxhash.xxh3_128()
+    for record in records:
+        together.update((record.get("record_digest") or record_digest(record)).encode())
+    return together.hexdigest()
+
+
 def record_digest(raw: Any) -> str:
     """A digest of a record's whole content, including recorded responses and rewards. The layout of its JSON does not
     matter.
