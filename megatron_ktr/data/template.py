@@ -111,6 +111,10 @@ class WordingTemplate:
         except (OSError, UnicodeDecodeError, jinja2.TemplateError) as error:
             raise UserError(f"prompt_template: {self.path} cannot be used: {error}") from error
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Compiled templates cannot be sent to another process; it reads the file again."""
+        return WordingTemplate, (self.path,)
+
     def render(self, record: Mapping[str, Any]) -> Wording:
         """The user's text for one record, and the template's ``system`` if it sets one."""
         variables = {
@@ -215,6 +219,11 @@ class PromptBuilder:
         another role, or stand for media that do not exist."""
         if (token := self.control_token_in(text)) is not None:
             raise UnusableSample(f"record {record['problem_id']}", f"its text contains the control token {token}")
+
+    @property
+    def control_pattern(self) -> str:
+        """The regular expression that finds control tokens."""
+        return self._control.pattern
 
     def control_token_in(self, text: str) -> str | None:
         """The first control token that the tokenizer would read in ``text``."""
