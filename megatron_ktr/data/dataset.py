@@ -15,8 +15,10 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import xxhash
@@ -26,12 +28,24 @@ from megatron_ktr.data.order import EpochOrder
 from megatron_ktr.data.records import Record, record_digest
 from megatron_ktr.data.skips import SkipCounter
 from megatron_ktr.data.unusable import UnusableSample
+from megatron_ktr.data.workers.look_ahead import LookAhead, SampleMedia
+from megatron_ktr.data.workers.pool import WorkerPool
 from megatron_ktr.errors import UserError
 from megatron_ktr.types import Prompt
 
 _log = logging.getLogger(__name__)
 _MAX_FRUITLESS_DRAWS = 1000
 """The run stops after this many unusable samples in a row, even if each was rejected for its length only."""
+
+
+@dataclass(frozen=True)
+class Element:
+    """One element of the sequence, as the position of a rank leads to it."""
+
+    draw_number: int
+    record: Record
+    next_position: int
+    """The rank's position after it. Elements that are left out lie between."""
 
 
 class PromptDataset:
@@ -67,6 +81,31 @@ class PromptDataset:
         self.position = 0
         """The number of samples that this rank has drawn so far, including skipped ones."""
         self._order = EpochOrder(len(records), seed=seed, shuffle=shuffle)
+        self._pool: WorkerPool | None = None
+        self._ahead: LookAhead[Element] | None = None
+        self._prefetch_steps = 0
+        self._more_counts: list[Callable[[], Mapping[str, int]]] = []
+
+    def read_ahead(self, pool: WorkerPool, *, prefetch_steps: int = 1) -> None:
+        """Lets the workers of ``pool``, which ``close`` ends, load the media from now on. While the prompts of one step
+        are used, those of the next ``prefetch_steps`` are loading. Prompts and state stay the same."""
+        self._pool, self._prefetch_steps = pool, prefetch_steps
+        self._ahead = LookAhead(
+            element_at=self._element_at,
+            submit=lambda element: pool.submit(partial(self.loader.read_media, element.record)),
+        )
+        self.count_too(pool.counts)
+
+    def count_too(self, counts: Callable[[], Mapping[str, int]]) -> None:
+        """Adds counts to the metrics that depend on the machine, such as cache hits. They are not part of the state."""
+        self._more_counts.append(counts)
+
+    def close(self) -> None:
+        """Ends the workers. What they have read ahead is dropped."""
+        if self._ahead is not None:
+            self._ahead.drop()
+        if self._pool is not None:
+            self._pool.close()
 
     @property
     def num_kept(self) -> int:
@@ -79,8 +118,12 @@ class PromptDataset:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Counts over the whole run, for the metrics: the loader's, and ``skipped/<kind>`` for each kind of skip."""
-        return dict(self.loader.counts) | {f"skipped/{kind}": number for kind, number in self.skips.by_kind.items()}
+        """Counts for the metrics: the loader's and ``skipped/<kind>`` for each kind of skip, over the whole run; those
+        of caches and workers, since this process began."""
+        found = dict(self.loader.counts) | {f"skipped/{kind}": number for kind, number in self.skips.by_kind.items()}
+        for counts in self._more_counts:
+            found |= counts()
+        return found
 
     @property
     def epoch(self) -> int:
@@ -96,12 +139,12 @@ class PromptDataset:
         prompts: list[Prompt] = []
         fruitless = 0
         while len(prompts) < num_prompts:
-            draw_number, record = self._draw()
+            element, load = self._draw(num_prompts - len(prompts) + num_prompts * self._prefetch_steps)
             try:
-                prompts.append(dataclasses.replace(self.loader.load(record), draw_number=draw_number))
+                prompts.append(dataclasses.replace(load(), draw_number=element.draw_number))
                 fruitless = 0
             except UnusableSample as error:
-                self.skips.count_skip(error, number=record.get("record_number"))
+                self.skips.count_skip(error, number=element.record.get("record_number"))
                 fruitless += 1
                 if fruitless >= min(len(self.records) + self.skips.min_drawn, _MAX_FRUITLESS_DRAWS):
                     raise UserError(
@@ -166,15 +209,28 @@ class PromptDataset:
     def _element(self, position: int) -> int:
         return self.rank + position * self.size
 
-    def _draw(self) -> tuple[int, Record]:
-        """(place in the sequence, record) of the next element that is not left out."""
-        for _ in range(len(self.records) + _MAX_FRUITLESS_DRAWS):
-            element = self._element(self.position)
+    def _draw(self, num_wanted: int) -> tuple[Element, Callable[[], Prompt]]:
+        """The next element and what loads it. Workers then have ``num_wanted`` elements in hand, this one included."""
+        if self._ahead is None:
+            element = self._element_at(self.position)
+            load = partial(self.loader.load, element.record)
+        else:
+            element, media = self._ahead.take(self.position, num_wanted=num_wanted)
+            load = partial(self._load_read, element, media)
+        self.position = element.next_position
+        self.skips.count_drawn()
+        return element, load
+
+    def _load_read(self, element: Element, media: Future[SampleMedia]) -> Prompt:
+        return self.loader.load(element.record, media.result())
+
+    def _element_at(self, position: int) -> Element:
+        """The first element at or after a position that is not left out. It changes nothing."""
+        for later in range(position, position + len(self.records) + _MAX_FRUITLESS_DRAWS):
+            element = self._element(later)
             place = self._order.place_of(element)
-            self.position += 1
             if place not in self.left_out:
-                self.skips.count_drawn()
-                return element, self.records[place]
+                return Element(element, self.records[place], later + 1)
         # Without shuffling a replica may see the same few places in every epoch.
         raise UserError(f"data-parallel replica {self.rank} of {self.size} draws only records that cannot be used")
 

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ktr.config import Config
+from megatron_ktr.config.sections import DataSection
+from megatron_ktr.data.frame_cache import FrameCache
 from megatron_ktr.data.loader import PromptLoader
 from megatron_ktr.data.media.preprocess import pixel_limits
 from megatron_ktr.data.media.request import SYNONYMS
 from megatron_ktr.data.media.video import FrameSampling
+from megatron_ktr.data.media_reader import MediaReader
 from megatron_ktr.data.record_check import check_questions
 from megatron_ktr.data.record_problems import RecordProblems
 from megatron_ktr.data.records import Record, describe_repeated_ids, read_records
@@ -89,11 +92,19 @@ def prompt_loader(config: Config, *, tokenizer: Tokenizer) -> PromptLoader:
         prompt_template=data.prompt_template,
         max_prompt_length=data.max_prompt_length,
         tokenizer=tokenizer,
-        cache_bytes=round(data.media_cache_gb * 1e9),
+        reader=_media_reader(data),
         substitutes={"video": data.substitute_video, "image": data.substitute_image},
         fixed_seconds_per_grid=config.objective.fixed_seconds_per_grid,
         **pixel_limits(data),
     )
+
+
+def _media_reader(data: DataSection) -> MediaReader:
+    """The caches of media, which all loaders of a rank share."""
+    disk = None
+    if data.frame_cache_dir is not None:
+        disk = FrameCache(data.frame_cache_dir, max_bytes=round(data.frame_cache_gb * 1e9))
+    return MediaReader(memory_bytes=round(data.media_cache_gb * 1e9), disk=disk)
 
 
 def _replay_engine(config: Config, *, tokenizer: Tokenizer, vocab_size: int, problems: RecordProblems) -> ReplayEngine:
