@@ -44,6 +44,7 @@ class Element:
 
     draw_number: int
     record: Record
+    loader: PromptLoader
     next_position: int
     """The rank's position after it. Elements that are left out lie between."""
 
@@ -92,7 +93,7 @@ class PromptDataset:
         self._pool, self._prefetch_steps = pool, prefetch_steps
         self._ahead = LookAhead(
             element_at=self._element_at,
-            submit=lambda element: pool.submit(partial(self.loader.read_media, element.record)),
+            submit=lambda element: pool.submit(partial(element.loader.read_media, element.record)),
         )
         self.count_too(pool.counts)
 
@@ -213,16 +214,13 @@ class PromptDataset:
         """The next element and what loads it. Workers then have ``num_wanted`` elements in hand, this one included."""
         if self._ahead is None:
             element = self._element_at(self.position)
-            load = partial(self.loader.load, element.record)
+            load = partial(element.loader.load, element.record)
         else:
             element, media = self._ahead.take(self.position, num_wanted=num_wanted)
-            load = partial(self._load_read, element, media)
+            load = partial(_load_read, element, media)
         self.position = element.next_position
         self.skips.count_drawn()
         return element, load
-
-    def _load_read(self, element: Element, media: Future[SampleMedia]) -> Prompt:
-        return self.loader.load(element.record, media.result())
 
     def _element_at(self, position: int) -> Element:
         """The first element at or after a position that is not left out. It changes nothing."""
@@ -230,9 +228,14 @@ class PromptDataset:
             element = self._element(later)
             place = self._order.place_of(element)
             if place not in self.left_out:
-                return Element(element, self.records[place], later + 1)
+                return Element(element, self.records[place], self.loader, later + 1)
         # Without shuffling a replica may see the same few places in every epoch.
         raise UserError(f"data-parallel replica {self.rank} of {self.size} draws only records that cannot be used")
+
+
+def _load_read(element: Element, media: Future[SampleMedia]) -> Prompt:
+    """The prompt of media that a worker reads; waits until it has."""
+    return element.loader.load(element.record, media.result())
 
 
 def reshard_states(states: Iterable[Mapping[str, Any]], *, rank: int, size: int) -> dict[str, Any]:
