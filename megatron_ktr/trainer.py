@@ -194,7 +194,9 @@ class Trainer:
     def _report(self, step: int, groups: Sequence[RolloutGroup], *, results: Sequence[UpdateResult]) -> StepReport:
         result = results[-1] if results else None
         seconds = self.timer.pop()
+        step_seconds = max(sum(seconds.values()), 1e-9)
         metrics = Metrics()
+        metrics.add_max("data_wait_fraction", self.source.data_wait_seconds / step_seconds)
         for group in groups:
             for rollout in group.rollouts:
                 if rollout.rewards:
@@ -210,7 +212,7 @@ class Trainer:
         values["num_prompts"] = self.policy.global_count(len(groups))
         values |= self.policy.sum_over_replicas({"num_skipped": self.source.num_skipped, **self.source.counts})
         values |= self._vision_counts(groups)
-        values["tokens_per_second"] = num_tokens / max(sum(seconds.values()), 1e-9)
+        values["tokens_per_second"] = num_tokens / step_seconds
         values["has_stepped"] = float(result is not None and result.has_stepped)
         values["skipped_updates"] = float(sum(result.is_skipped for result in results))
         if result is not None:

@@ -42,6 +42,26 @@ class DataSection:
     media_cache_gb: float = _option(
         0.5, "Resized media kept in memory between epochs on each reading rank, in 10^9 bytes; 0 = none", low=0
     )
+    frame_cache_dir: str | None = _option(
+        None, "Directory of decoded frames, kept for other epochs, runs and nodes, which may share it; none = no cache"
+    )
+    frame_cache_gb: float = _option(100.0, "About the most that the frame cache takes, in 10^9 bytes", above=0)
+    data_workers: int | None = _option(
+        None,
+        "Processes on each reading rank that decode beside training; 0 = the training process decodes; none = 0 with "
+        "--platform cpu, else the cores for each rank of the node, at most 4",
+        low=0,
+        high=256,
+    )
+    prefetch_steps: int = _option(
+        1, "Steps whose media the workers load ahead of the present one; nothing is read ahead without workers", low=0
+    )
+    data_timeout_seconds: float = _option(
+        300.0, "Longest time for decoding the media of one question in a worker; then it is skipped", above=0
+    )
+    data_worker_memory_gb: float = _option(
+        8.0, "Most memory of one worker, in 10^9 bytes; a question that needs more is skipped", low=1
+    )
     video_fps: float = _option(2.0, "Frames sampled per second of video", above=0)
     video_num_frames: int | None = _option(None, "Fixed number of frames in place of video_fps; even", low=2)
     video_max_frames: int = _option(16, "Most frames of one video; even", low=2)

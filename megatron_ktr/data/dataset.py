@@ -17,8 +17,10 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import xxhash
@@ -28,12 +30,25 @@ from megatron_ktr.data.mixture import MixtureOrder, RecordSource
 from megatron_ktr.data.records import Record, digest_of_records
 from megatron_ktr.data.skips import SkipCounter
 from megatron_ktr.data.unusable import UnusableSample
+from megatron_ktr.data.workers.look_ahead import LookAhead, SampleMedia
+from megatron_ktr.data.workers.pool import WorkerPool
 from megatron_ktr.errors import UserError
 from megatron_ktr.types import Prompt
 
 _log = logging.getLogger(__name__)
 _MAX_FRUITLESS_DRAWS = 1000
 """The run stops after this many unusable samples in a row, even if each was rejected for its length only."""
+
+
+@dataclass(frozen=True)
+class Element:
+    """One element of the sequence, as the position of a rank leads to it."""
+
+    draw_number: int
+    source: RecordSource
+    record: Record
+    next_position: int
+    """The rank's position after it. Elements that are left out lie between."""
 
 
 class PromptDataset:
@@ -65,6 +80,10 @@ class PromptDataset:
         """The number of samples that this rank has drawn so far, including skipped ones."""
         self.num_given: Counter[str] = Counter()
         """The prompts given so far, by the name of their source."""
+        self._pool: WorkerPool | None = None
+        self._ahead: LookAhead[Element] | None = None
+        self._prefetch_steps = 0
+        self._more_counts: list[Callable[[], Mapping[str, int]]] = []
         self._use((RecordSource(records, loader, left_out),))
 
     @classmethod
@@ -108,6 +127,27 @@ class PromptDataset:
     def num_records(self) -> int:
         return sum(len(source.records) for source in self.sources)
 
+    def read_ahead(self, pool: WorkerPool, *, prefetch_steps: int = 1) -> None:
+        """Lets the workers of ``pool``, which ``close`` ends, load the media from now on. While the prompts of one step
+        are used, those of the next ``prefetch_steps`` are loading. Prompts and state stay the same."""
+        self._pool, self._prefetch_steps = pool, prefetch_steps
+        self._ahead = LookAhead(
+            element_at=self._element_at,
+            submit=lambda element: pool.submit(partial(element.source.loader.read_media, element.record)),
+        )
+        self.count_too(pool.counts)
+
+    def count_too(self, counts: Callable[[], Mapping[str, int]]) -> None:
+        """Adds counts to the metrics that depend on the machine, such as cache hits. They are not part of the state."""
+        self._more_counts.append(counts)
+
+    def close(self) -> None:
+        """Ends the workers. What they have read ahead is dropped."""
+        if self._ahead is not None:
+            self._ahead.drop()
+        if self._pool is not None:
+            self._pool.close()
+
     @property
     def num_kept(self) -> int:
         """The number of prompts in an epoch, without the records that are passed over. An epoch of a mixture is one
@@ -120,11 +160,14 @@ class PromptDataset:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Counts over the whole run, for the metrics: the loader's, ``skipped/<kind>`` for each kind of skip, and of a
-        mixture ``source/<name>``, the prompts given of each source."""
-        skipped = {f"skipped/{kind}": number for kind, number in self.skips.by_kind.items()}
-        given = {f"source/{source.name}": self.num_given[source.name] for source in self.sources if self.is_mixture}
-        return dict(self.loader.counts) | skipped | given
+        """Counts for the metrics. Over the whole run: the loader's, ``skipped/<kind>`` for each kind of skip, and of a
+        mixture ``source/<name>``, the prompts given of each source. Since this process began: those of caches and
+        workers."""
+        found = dict(self.loader.counts) | {f"skipped/{kind}": number for kind, number in self.skips.by_kind.items()}
+        found |= {f"source/{source.name}": self.num_given[source.name] for source in self.sources if self.is_mixture}
+        for counts in self._more_counts:
+            found |= counts()
+        return found
 
     @property
     def epoch(self) -> int:
@@ -140,15 +183,14 @@ class PromptDataset:
         prompts: list[Prompt] = []
         fruitless = 0
         while len(prompts) < num_prompts:
-            draw_number, source, record = self._draw()
+            element, load = self._draw(num_prompts - len(prompts) + num_prompts * self._prefetch_steps)
             try:
-                prompt = source.loader.load(record)
-                name = source.name if self.is_mixture else ""
-                prompts.append(dataclasses.replace(prompt, draw_number=draw_number, source=name))
+                name = element.source.name if self.is_mixture else ""
+                prompts.append(dataclasses.replace(load(), draw_number=element.draw_number, source=name))
                 self.num_given[name] += 1
                 fruitless = 0
             except UnusableSample as error:
-                self.skips.count_skip(error, number=record.get("record_number"))
+                self.skips.count_skip(error, number=element.record.get("record_number"))
                 fruitless += 1
                 if fruitless >= min(self._order.period + self.skips.min_drawn, _MAX_FRUITLESS_DRAWS):
                     raise UserError(
@@ -237,16 +279,26 @@ class PromptDataset:
     def _element(self, position: int) -> int:
         return self.rank + position * self.size
 
-    def _draw(self) -> tuple[int, RecordSource, Record]:
-        """(place in the sequence, source, record) of the next element that is not left out."""
-        for _ in range(self._order.period + _MAX_FRUITLESS_DRAWS):
-            element = self._element(self.position)
-            place = self._order.place_of(element)
+    def _draw(self, num_wanted: int) -> tuple[Element, Callable[[], Prompt]]:
+        """The next element and what loads it. Workers then have ``num_wanted`` elements in hand, this one included."""
+        if self._ahead is None:
+            element = self._element_at(self.position)
+            load = partial(element.source.loader.load, element.record)
+        else:
+            element, media = self._ahead.take(self.position, num_wanted=num_wanted)
+            load = partial(_load_read, element, media)
+        self.position = element.next_position
+        self.skips.count_drawn()
+        return element, load
+
+    def _element_at(self, position: int) -> Element:
+        """The first element at or after a position that is not left out. It changes nothing."""
+        for later in range(position, position + self._order.period + _MAX_FRUITLESS_DRAWS):
+            draw_number = self._element(later)
+            place = self._order.place_of(draw_number)
             source = self.sources[place.source]
-            self.position += 1
             if not source.is_left_out[place.record]:
-                self.skips.count_drawn()
-                return element, source, source.records[place.record]
+                return Element(draw_number, source, source.records[place.record], later + 1)
         # Without shuffling a replica may see the same few places in every epoch.
         raise UserError(f"data-parallel replica {self.rank} of {self.size} draws only records that cannot be used")
 
@@ -255,6 +307,11 @@ def _together(digests: Iterable[str]) -> str:
     """One digest of all; of a single one itself."""
     first, *others = digests
     return xxhash.xxh3_128("".join((first, *others)).encode()).hexdigest() if others else first
+
+
+def _load_read(element: Element, media: Future[SampleMedia]) -> Prompt:
+    """The prompt of media that a worker reads; waits until it has."""
+    return element.source.loader.load(element.record, media.result())
 
 
 def reshard_states(states: Iterable[Mapping[str, Any]], *, rank: int, size: int) -> dict[str, Any]:

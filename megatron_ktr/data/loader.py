@@ -1,19 +1,25 @@
-"""Loads a record as a prompt: reads and resizes its media, keeps them in a cache, and tokenises its text."""
+"""Loads a record as a prompt: reads and resizes its media, and tokenises its text.
+
+The two halves can be done apart. ``read_media`` changes nothing in the loader, so that threads may run it for coming
+records; ``load`` makes the prompt and counts what was met, in the order in which records are used.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections import Counter, OrderedDict
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from megatron_ktr.data.media.files import resolve_media_path
+from megatron_ktr.data.media.job import Decode, MediaJob
 from megatron_ktr.data.media.preprocess import LoadedMedia, PreprocessSettings, load_media
-from megatron_ktr.data.media.request import MediaKind, MediaRequest, MediaSource, media_sources
-from megatron_ktr.data.media.video import FrameSampling
+from megatron_ktr.data.media.request import MediaKind, MediaSource, media_sources
+from megatron_ktr.data.media.video import FrameSampling, say_fallback_once
+from megatron_ktr.data.media_reader import MediaReader
 from megatron_ktr.data.template import PromptBuilder, VisualTokens, WordingTemplate, load_tokenizer
 from megatron_ktr.data.tokenizer import Tokenizer
 from megatron_ktr.data.unusable import PromptTooLong, UnusableMedia
@@ -21,36 +27,6 @@ from megatron_ktr.errors import UserError
 from megatron_ktr.types import Prompt, VisualInput
 
 _log = logging.getLogger(__name__)
-
-MediaKey = tuple[tuple[Path, ...], str, bool, MediaRequest]
-"""(files, kind, whether the files are the pictures of one video, what the record asks for)."""
-
-
-class MediaCache:
-    """A cache of resized media, by files, kind and the way they are read. Beyond ``max_bytes`` the least recently used
-    ones are dropped.
-
-    The cache assumes that files do not change during a run.
-    """
-
-    def __init__(self, max_bytes: int) -> None:
-        self.max_bytes = max_bytes
-        self.num_bytes = 0
-        self._items: OrderedDict[MediaKey, LoadedMedia] = OrderedDict()
-
-    def get(self, key: MediaKey) -> LoadedMedia | None:
-        if key in self._items:
-            self._items.move_to_end(key)
-        return self._items.get(key)
-
-    def put(self, key: MediaKey, media: LoadedMedia) -> None:
-        if media.visual.frames_FCHW.nbytes > self.max_bytes:
-            return
-        self._items[key] = media
-        self.num_bytes += media.visual.frames_FCHW.nbytes
-        while self.num_bytes > self.max_bytes:
-            _, oldest = self._items.popitem(last=False)
-            self.num_bytes -= oldest.visual.frames_FCHW.nbytes
 
 
 class PromptLoader:
@@ -64,24 +40,27 @@ class PromptLoader:
         settings: PreprocessSettings,
         sampling: FrameSampling,
         max_prompt_length: int | None = None,
-        cache_bytes: int = 0,
+        reader: MediaReader | None = None,
         substitutes: Mapping[MediaKind, str | None] | None = None,
     ) -> None:
-        """``substitutes`` names, for a kind, the file (as records write it) that is shown in place of media that cannot
-        be used. The model then learns to answer about media that it does not see, so this is only for reproducing the
+        """``reader`` holds the caches of media, which loaders may share; None means no caches.
+
+        ``substitutes`` names, for a kind, the file (as records write it) that is shown in place of media that cannot be
+        used. The model then learns to answer about media that it does not see, so this is only for reproducing the
         authors' release.
 
         Raises:
             UserError: a substitute cannot be used itself.
         """
         self.builder = builder
-        self.cache = MediaCache(cache_bytes)
+        self.reader = reader or MediaReader()
         self.media_root = Path(media_root)
         self.settings = settings
         self.sampling = sampling
         self.max_prompt_length = max_prompt_length
         self.counts: Counter[str] = Counter()
-        """decoder/<name>, decoder/pyav: <why not decord>, repeated_frames, substituted_media."""
+        """decoder/<name>, decoder/pyav: <why not decord>, repeated_frames, substituted_media. They count the media
+        of the prompts made, whether decoded for them or found in a cache, so that they do not depend on caches."""
         self.substitutes: dict[MediaKind, tuple[str, VisualInput]] = {
             kind: (written, self._load_substitute(kind, written))
             for kind, written in (substitutes or {}).items()
@@ -98,7 +77,7 @@ class PromptLoader:
         prompt_template: Path | str | None = None,
         max_prompt_length: int | None = None,
         tokenizer: Tokenizer | None = None,
-        cache_bytes: int = 0,
+        reader: MediaReader | None = None,
         substitutes: Mapping[MediaKind, str | None] | None = None,
         **preprocessing: float | None,
     ) -> PromptLoader:
@@ -120,7 +99,7 @@ class PromptLoader:
             settings=settings,
             sampling=sampling or FrameSampling(),
             max_prompt_length=max_prompt_length,
-            cache_bytes=cache_bytes,
+            reader=reader,
             substitutes=substitutes,
         )
 
@@ -129,9 +108,28 @@ class PromptLoader:
         """A digest of the template that words the questions."""
         return xxhash.xxh3_128(self.builder.wording.text.encode()).hexdigest()
 
-    def load(self, record: Mapping[str, Any]) -> Prompt:
-        """The prompt of one record. If media were substituted, the prompt's ``record`` maps each to its substitute
-        under ``substituted_media``.
+    def read_media(
+        self, record: Mapping[str, Any], decode: Decode = MediaJob.load
+    ) -> list[LoadedMedia | UnusableMedia]:
+        """The media of a record in their order, or why one cannot be used. Where that makes the record unusable, the
+        list ends there.
+
+        Raises:
+            UserError: a path leads out of the media root.
+        """
+        found: list[LoadedMedia | UnusableMedia] = []
+        for source in media_sources(record):
+            try:
+                found.append(self.reader.read(self._job(source), decode))
+            except UnusableMedia as error:
+                found.append(error)
+                if source.kind not in self.substitutes:
+                    break
+        return found
+
+    def load(self, record: Mapping[str, Any], found: Sequence[LoadedMedia | UnusableMedia] | None = None) -> Prompt:
+        """The prompt of one record; ``found`` is what ``read_media`` returned for it, which is called if it is None.
+        If media were substituted, the prompt's ``record`` maps each to its substitute under ``substituted_media``.
 
         Raises:
             UnusableSample: the record must be skipped: its media (``UnusableMedia``), its length (``PromptTooLong``) or
@@ -139,17 +137,19 @@ class PromptLoader:
             UserError: a path leads out of the media root, or template and model do not fit together.
         """
         media, substituted = [], {}
-        for source in media_sources(record):
-            try:
-                media.append(self._load_media(source).visual)
-            except UnusableMedia as error:
-                if source.kind not in self.substitutes:
-                    raise
-                name = source.name
-                substituted[name], substitute = self.substitutes[source.kind]
-                media.append(substitute)
-                self.counts["substituted_media"] += 1
-                _log.warning("record %s is shown %s instead: %s", record["problem_id"], substituted[name], error)
+        found = self.read_media(record) if found is None else found
+        for source, one in zip(media_sources(record), found, strict=False):
+            if isinstance(one, LoadedMedia):
+                self._count(one)
+                media.append(one.visual)
+                continue
+            if source.kind not in self.substitutes:
+                raise one
+            name = source.name
+            substituted[name], substitute = self.substitutes[source.kind]
+            media.append(substitute)
+            self.counts["substituted_media"] += 1
+            _log.warning("record %s is shown %s instead: %s", record["problem_id"], substituted[name], one)
         if substituted:
             record = {**record, "substituted_media": substituted}
         prompt = self.builder.build(record, media)
@@ -167,21 +167,19 @@ class PromptLoader:
         except (UnusableMedia, UserError) as error:
             raise UserError(f"substitute_{kind}: {error}") from error
 
-    def _load_media(self, source: MediaSource) -> LoadedMedia:
-        paths = tuple(resolve_media_path(self.media_root, written) for written in source.paths)
-        key = paths, source.kind, source.is_pictures, source.request
-        loaded = self.cache.get(key)
-        if loaded is None:
-            loaded = load_media(
-                paths if source.is_pictures else paths[0],
-                kind=source.kind,
-                settings=self.settings,
-                sampling=self.sampling,
-                request=source.request,
-            )
-            self.cache.put(key, loaded)
-            self.counts[f"decoder/{loaded.backend}"] += 1
-            if loaded.fallback_reason:
-                self.counts[f"decoder/pyav: {loaded.fallback_reason}"] += 1
-            self.counts["repeated_frames"] += loaded.num_repeated_frames
-        return loaded
+    def _job(self, source: MediaSource) -> MediaJob:
+        return MediaJob(
+            paths=tuple(resolve_media_path(self.media_root, written) for written in source.paths),
+            kind=source.kind,
+            is_pictures=source.is_pictures,
+            request=source.request,
+            settings=self.settings,
+            sampling=self.sampling,
+        )
+
+    def _count(self, loaded: LoadedMedia) -> None:
+        self.counts[f"decoder/{loaded.backend}"] += 1
+        if loaded.fallback_reason:
+            self.counts[f"decoder/pyav: {loaded.fallback_reason}"] += 1
+            say_fallback_once(loaded.fallback_reason, loaded.visual.source)
+        self.counts["repeated_frames"] += loaded.num_repeated_frames

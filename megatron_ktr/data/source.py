@@ -38,6 +38,10 @@ class DatasetSource:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.dataset.load_state_dict(state)
 
+    def close(self) -> None:
+        """Ends the worker processes."""
+        self.dataset.close()
+
 
 class SupervisedSource(DatasetSource):
     """The responses that a data set itself contains. Each is a group of its own and ends with the end token

@@ -6,6 +6,7 @@ add an engine, write one module and one branch of ``build_sampler``.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,12 +14,16 @@ from pathlib import Path
 from megatron_ktr.batch.packing import MediaSpec
 from megatron_ktr.config import Config
 from megatron_ktr.config.part_options import row_multiple
+from megatron_ktr.config.sections import DataSection
 from megatron_ktr.data.dataset import PromptDataset
 from megatron_ktr.data.skips import SkipCounter
 from megatron_ktr.data.source import DatasetSource, SupervisedSource
 from megatron_ktr.data.template import PromptBuilder, VisualTokens
 from megatron_ktr.data.tokenizer import Tokenizer
+from megatron_ktr.data.workers.pool import WorkerPool
 from megatron_ktr.distributed.groups import ParallelGroups
+from megatron_ktr.distributed.platform import current
+from megatron_ktr.distributed.rendezvous import read_number
 from megatron_ktr.policy.policy import Policy
 from megatron_ktr.rewards import DEFAULT_REWARDS
 from megatron_ktr.rollout.base import RolloutEngine
@@ -56,9 +61,27 @@ def build_local_source(
         size=ranks.data_size,
         skips=SkipCounter(max_skip_share=data.max_skip_share),
     )
+    dataset.count_too(questions.sources[0].loader.reader.counts)
+    if num_workers := _num_data_workers(data):
+        pool = WorkerPool(
+            num_workers,
+            timeout_seconds=data.data_timeout_seconds,
+            memory_bytes=round(data.data_worker_memory_gb * 1e9),
+        )
+        dataset.read_ahead(pool, prefetch_steps=data.prefetch_steps)
     if questions.engine is not None:
         return ReplaySource(dataset, engine=questions.engine)
     return SupervisedSource(dataset) if config.objective.is_supervised else DatasetSource(dataset)
+
+
+def _num_data_workers(data: DataSection) -> int:
+    """``--data-workers``, or its default, which leaves every rank of the node a core of its own."""
+    if data.data_workers is not None:
+        return data.data_workers
+    if current().name == "cpu":
+        return 0
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(4, num_cores // read_number("LOCAL_WORLD_SIZE", low=1, high=2**20, default=1))
 
 
 def build_sampler(config: Config, *, ranks: ParallelGroups, tokenizer: Tokenizer, media: MediaSpec) -> Sampler | None:

@@ -26,6 +26,7 @@ from megatron_ktr.files.hf_files import published_name
 from megatron_ktr.files.hf_model import hf_model_class, reading_model
 from megatron_ktr.rollout.base import RolloutEngine
 from megatron_ktr.rollout.sampling import GumbelSampler, SamplingSettings, StopStrings, end_token_ids, sample_seed
+from megatron_ktr.transfer import send
 from megatron_ktr.types import Prompt, Rollout, RolloutGroup
 
 
@@ -142,7 +143,7 @@ class HFEngine(RolloutEngine):
         token_ids = torch.tensor(prompt.token_ids, device=self.device)
         embeds_PD = self.model.get_input_embeddings()(token_ids)
         if prompt.media:
-            patches = torch.cat([self.media.patchify(m.frames_FCHW, m) for m in prompt.media]).to(self.device)
+            patches = send(torch.cat([self.media.patchify(m.frames_FCHW, m) for m in prompt.media]), self.device)
             grids = torch.tensor([m.grid_thw for m in prompt.media], device=self.device)
             # Images and videos go through the encoder in the same way, so one call takes all of them in order.
             features = self.model.model.visual(patches, grid_thw=grids).pooler_output

@@ -10,9 +10,12 @@ from pathlib import Path
 
 from megatron_ktr.config import Config
 from megatron_ktr.config.data_sources import DataSource, draws_of_weights
+from megatron_ktr.config.sections import DataSection
+from megatron_ktr.data.frame_cache import FrameCache
 from megatron_ktr.data.loader import PromptLoader
 from megatron_ktr.data.media.preprocess import pixel_limits
 from megatron_ktr.data.media.video import FrameSampling
+from megatron_ktr.data.media_reader import MediaReader
 from megatron_ktr.data.mixture import RecordSource
 from megatron_ktr.data.record_check import check_questions
 from megatron_ktr.data.record_problems import RecordProblems
@@ -47,11 +50,12 @@ def read_questions(config: Config, *, tokenizer: Tokenizer, vocab_size: int, is_
         return _read_replay(config, tokenizer=tokenizer, vocab_size=vocab_size, is_spokesman=is_spokesman)
     stores = [_open_store(config, given, is_spokesman=is_spokesman) for given in config.data.sources]
     draws = _draws_of(config.data.sources, [len(store) for store in stores])
+    reader = media_reader(config.data)
     sources: list[RecordSource] = []
     for given, store, number in zip(config.data.sources, stores, draws, strict=True):
-        loader = source_loader(config, given, tokenizer=tokenizer)
-        if sources:  # one cache and one count for all
-            loader.cache, loader.counts = sources[0].loader.cache, sources[0].loader.counts
+        loader = source_loader(config, given, tokenizer=tokenizer, reader=reader)
+        if sources:  # one count for all
+            loader.counts = sources[0].loader.counts
         left_out = _check(config, given, store, loader=loader, is_spokesman=is_spokesman)
         sources.append(
             RecordSource(store, loader, left_out, name=given.label, draws=number, rewards=given.reward_functions)
@@ -65,8 +69,11 @@ def prompt_loader(config: Config, *, tokenizer: Tokenizer) -> PromptLoader:
     return source_loader(config, DataSource(file) if file else config.data.sources[0], tokenizer=tokenizer)
 
 
-def source_loader(config: Config, given: DataSource, *, tokenizer: Tokenizer) -> PromptLoader:
-    """A loader that makes prompts of the records of one file according to the data options.
+def source_loader(
+    config: Config, given: DataSource, *, tokenizer: Tokenizer, reader: MediaReader | None = None
+) -> PromptLoader:
+    """A loader that makes prompts of the records of one file according to the data options. ``reader`` holds the caches
+    of media, which the loaders of a mixture share; None means caches of its own.
 
     Media lie below ``media_root``, by default in the folder of the file that names them. With ``original_compat`` every
     video lasts 1.0 s per temporal patch, for sampling and training alike. Media that cannot be used are then replaced
@@ -80,7 +87,7 @@ def source_loader(config: Config, given: DataSource, *, tokenizer: Tokenizer) ->
         prompt_template=given.prompt_template or data.prompt_template,
         max_prompt_length=data.max_prompt_length,
         tokenizer=tokenizer,
-        cache_bytes=round(data.media_cache_gb * 1e9),
+        reader=reader or media_reader(data),
         substitutes={"video": data.substitute_video, "image": data.substitute_image},
         fixed_seconds_per_grid=config.objective.fixed_seconds_per_grid,
         **pixel_limits(data),
@@ -155,6 +162,14 @@ def _draws_of(sources: Sequence[DataSource], num_records: Sequence[int]) -> Sequ
         max(1, round(Fraction(repr(float(source.epochs or 1.0))) * number))
         for source, number in zip(sources, num_records, strict=True)
     ]
+
+
+def media_reader(data: DataSection) -> MediaReader:
+    """The caches of media that the options ask for."""
+    disk = None
+    if data.frame_cache_dir is not None:
+        disk = FrameCache(data.frame_cache_dir, max_bytes=round(data.frame_cache_gb * 1e9))
+    return MediaReader(memory_bytes=round(data.media_cache_gb * 1e9), disk=disk)
 
 
 def _replay_engine(config: Config, *, tokenizer: Tokenizer, vocab_size: int, problems: RecordProblems) -> ReplayEngine:

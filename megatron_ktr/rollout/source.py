@@ -14,6 +14,7 @@ An error on one rank is raised on every rank of the world (``on_every_rank``).
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -86,6 +87,8 @@ class ReplicaSource:
         self._prepare = prepare
         self._num_skipped = 0
         self._counts: Mapping[str, int] = {}
+        self._seconds_drawing = 0.0
+        self._data_wait_seconds = 0.0
         self._drawn: _Draw | None = None
         self._recorded: dict[str, tuple[Rollout, ...]] = {}
         engine = None if sampler is None else sampler.engine
@@ -118,7 +121,12 @@ class ReplicaSource:
         background."""
 
         def read() -> tuple[dict[str, Any], list[RolloutGroup]] | None:
-            return None if self.local is None else (self.local.state_dict(), self.local.next(num_prompts))
+            if self.local is None:
+                return None
+            before, started = self.local.state_dict(), time.perf_counter()
+            groups = self.local.next(num_prompts)
+            self._seconds_drawing = time.perf_counter() - started
+            return before, groups
 
         state, groups = self._from_local(on_every_rank(read, ranks=self._ranks))
         self._drawn = _Draw(step, groups, asked=self._asked(groups), state_before=state)
@@ -163,6 +171,12 @@ class ReplicaSource:
         """Counts of the reading rank's data loader and engine, by metric name, as of the last ``finish``."""
         return self._counts
 
+    @property
+    def data_wait_seconds(self) -> float:
+        """How long the reading rank took to draw the prompts of the last ``finish``: what waits for it does nothing
+        else."""
+        return self._data_wait_seconds
+
     def state_dict(self) -> dict[str, Any]:
         """The reading rank's state, on every rank of the replica.
 
@@ -181,9 +195,11 @@ class ReplicaSource:
         on_every_rank(lambda: self.local and self.local.load_state_dict(state), ranks=self._ranks)
 
     def close(self) -> None:
-        """Ends the engine. The groups of a step that has begun are dropped."""
+        """Ends the engine and the data workers. The groups of a step that has begun are dropped."""
         if self._background is not None:
             self._background.shutdown(wait=True, cancel_futures=True)
+        if self.local is not None:
+            self.local.close()
         if self.sampler is not None:
             self.sampler.engine.close()
 
@@ -222,8 +238,8 @@ class ReplicaSource:
         found = None
         if self.local is not None:
             engine = self.sampler.engine.counts if self.sampler is not None else {}
-            found = self.local.num_skipped, {**self.local.counts, **engine}
-        self._num_skipped, self._counts = self._from_local(found)
+            found = self.local.num_skipped, {**self.local.counts, **engine}, self._seconds_drawing
+        self._num_skipped, self._counts, self._data_wait_seconds = self._from_local(found)
 
     def _from_local(self, value: Any) -> Any:
         source = torch.distributed.get_global_rank(self._ranks.model, 0)

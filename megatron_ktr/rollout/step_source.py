@@ -39,6 +39,11 @@ class StepSource(Protocol):
         """Counts of events in data and engine so far on this rank, by metric name."""
         ...
 
+    @property
+    def data_wait_seconds(self) -> float:
+        """Seconds in which this replica waited for the data of the step that was finished last."""
+        ...
+
     def load_weights(self, named_tensors: Iterator[tuple[str, Tensor]]) -> None:
         """Takes the policy's exported weights. The iterator is collective and must be exhausted."""
 

@@ -7,12 +7,16 @@ The names of the numbers are stable:
   (``accounting/rates.py``), seconds/<phase>
 - if the sampler's log-probs are known: sampler_trainer_logprob_gap, importance_ratio_mean, importance_ratio_max and
   clipped_fraction (``objectives/importance.py``)
+- data_wait_fraction: the time in which the reading rank drew the step's prompts (with lag 1 during the step before),
+  as a share of the step's time; the largest of all replicas
 - in the first record of a run: sampler_check/gap_mean and sampler_check/gap_max, in nats (``rollout/check/sampler.py``)
 - with several replicas: flops_imbalance/before, flops_imbalance/after and groups_moved (``step/plan.py``)
 - under a bound on tokens: num_micro_batches and oversized_groups (``step/plan.py``)
 - counted since the run began: skipped/<kind>, decoder/<name>, "decoder/pyav: <why not decord>", repeated_frames,
   substituted_media
 - of a mixture: reward_mean/<source> of the step's prompts, and source/<source>, the prompts drawn since the run began
+- with data workers or a frame cache, counted since the process began: data_workers/replaced, "data_workers/replaced:
+  <why>" (``data/workers/pool.py``), frame_cache/<event> (``data/frame_cache.py``)
 - with original_compat: responses_without_key_tokens, a share of the step's responses
 
 Numbers in the file have 8 significant digits. A number that is not finite is null there.

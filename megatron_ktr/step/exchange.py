@@ -18,6 +18,7 @@ from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.distributed.object_bytes import pack_object, unpack_object
 from megatron_ktr.distributed.platform import current
 from megatron_ktr.step.balance import Placement, balance_replicas
+from megatron_ktr.transfer import send
 from megatron_ktr.types import RolloutGroup
 
 
@@ -59,7 +60,7 @@ def _send_and_receive(
     """Sends ``outgoing`` groups and returns the received ones, by the replica they came from. Only reading ranks call
     it; their data-parallel group consists of the reading ranks of all replicas."""
     device = current().device
-    sent = {to: pack_object(groups).to(device) for to, groups in outgoing.items()}
+    sent = {to: send(pack_object(groups), device) for to, groups in outgoing.items()}
     sizes = {to: torch.tensor([len(payload)], device=device) for to, payload in sent.items()}
     lengths = {origin: torch.zeros(1, dtype=torch.int64, device=device) for origin in sources}
     _transfer(sizes, lengths, ranks=ranks)

@@ -11,12 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
+from megatron_ktr.data.frame_cache import FrameCache
 from megatron_ktr.data.loader import PromptLoader
 from megatron_ktr.data.media import pictures as pictures_module
 from megatron_ktr.data.media.pictures import read_pictures
 from megatron_ktr.data.media.preprocess import LoadedMedia, PreprocessSettings, load_media
 from megatron_ktr.data.media.request import HONOURED, REFUSED, SYNONYMS, MediaRequest, media_sources
 from megatron_ktr.data.media.video import FrameSampling, read_image, read_video, select_frames
+from megatron_ktr.data.media_reader import MediaReader
 from megatron_ktr.data.records import check_record
 from megatron_ktr.data.unusable import UnusableMedia, UnusableSample
 from megatron_ktr.report.frames import FrameReader
@@ -354,9 +356,12 @@ def test_data_stays_data_and_null_is_nothing() -> None:
 # --- what is kept by medium -----------------------------------------------------------------------------------
 
 
-def test_the_cache_and_the_report_tell_readings_of_the_same_files_apart(folder: Path) -> None:
+@pytest.mark.parametrize("cache", ["memory", "disk"])
+def test_caches_and_the_report_tell_readings_of_the_same_files_apart(folder: Path, tmp_path: Path, cache: str) -> None:
+    disk = FrameCache(tmp_path, max_bytes=1 << 30) if cache == "disk" else None
+    media = MediaReader(memory_bytes=0 if disk else 1 << 30, disk=disk)
     loader = PromptLoader.from_model(
-        folder, media_root=folder, sampling=SAMPLING, video_min_pixels=784, image_min_pixels=784, cache_bytes=1 << 30
+        folder, media_root=folder, sampling=SAMPLING, video_min_pixels=784, image_min_pixels=784, reader=media
     )
     readings = [
         {"video": FRAMES[:2]},
@@ -379,7 +384,9 @@ def test_the_cache_and_the_report_tell_readings_of_the_same_files_apart(folder: 
             (strip,) = reader.strips_of(record)
             assert not strip.problem and strip.num_sampled == len(expected.visual.frames_FCHW)
     assert sum(number for name, number in loader.counts.items() if name.startswith("decoder/p")) >= 5
-    assert len(loader.cache._items) == len(readings)
+    known = len(media.memory._items) if disk is None else disk.counts()["frame_cache/misses"]
+    assert known == len(readings)
+    assert disk is None or disk.counts()["frame_cache/hits"] == len(readings)
 
 
 def test_thirty_two_bit_pictures_are_refused(tmp_path: Path) -> None:

@@ -135,7 +135,9 @@ def run_and_resume(context, *, inputs: Path, out: Path, lags: Sequence[int]) -> 
         if context.rank == 0:
             _copy_until_middle(whole, resumed)
         torch.distributed.barrier()
-        train(settings(inputs, resumed, resume=True, **changes))
+        # The second half has a worker, or a cache shared by its ranks, of which the first half knew nothing.
+        workers = {"data_workers": 1 if context.world_size == 1 else 0, "frame_cache_dir": str(out / "frames")}
+        train(settings(inputs, resumed, resume=True, **changes, **workers))
 
 
 def _copy_until_middle(run_dir: Path, target: Path) -> None:
@@ -146,7 +148,6 @@ def _copy_until_middle(run_dir: Path, target: Path) -> None:
 LOGGED = dict(
     train_steps=RUN_STEPS,
     save_interval=2,
-    media_cache_gb=0.0,  # decodes counted are then those of the steps done, not of the process
     rollout_log_interval=1,
     importance_sampling="token",
     lr=0.5,
@@ -201,12 +202,19 @@ def test_a_resumed_run_repeats_the_rollouts_of_the_uninterrupted_one(lagged, lag
     aside = resumed / "rollouts" / "abandoned_after_step_00000002"
     assert len(list(aside.iterdir())) == 2 * world_size, "files of every replica"
     assert _reproducible(resumed) == _reproducible(whole)
+    for run_dir in (whole, resumed):
+        assert all(0 < step["data_wait_fraction"] for step in metrics(run_dir)[2:])
+    last = metrics(resumed)[-1]
+    assert ("data_workers/replaced" in last) == (world_size == 1) and not last.get("data_workers/replaced")
+    assert last["frame_cache/hits"] + last["frame_cache/misses"] > 0 and last["frame_cache/off"] == 0
 
 
 def _reproducible(run_dir: Path) -> list[dict]:
-    """Metrics without what measures time, without the check of the sampler that each start makes, and without what
-    features of the frozen reference model, kept since the last epoch, save a run that was not interrupted."""
+    """Metrics without what measures time or depends on workers and caches, without the check of the sampler that each
+    start makes, and without what features of the frozen reference model, kept since the last epoch, save a run that was
+    not interrupted."""
     left_out = ("second", "tflops", "sampler_check", "vision_runs_per_prompt")
+    left_out += ("data_wait_fraction", "data_workers/", "frame_cache/")
     return [
         {name: value for name, value in step.items() if not any(part in name for part in left_out)}
         for step in metrics(run_dir)

@@ -221,7 +221,7 @@ def _decode(
             reason = _explain(index, error)
     frames_FCHW = collect(_pyav_chunks(index, wanted))
     if reason:
-        _say_once(reason, str(index.path))
+        say_fallback_once(reason, str(index.path))
         if reason.startswith("decord cannot open"):
             _CODECS_WITHOUT_DECORD.add(index.codec)
     return frames_FCHW, "pyav", reason
@@ -336,7 +336,8 @@ def _decord_process(process_id: int) -> DecordProcess:
     return DecordProcess()
 
 
-def _say_once(reason: str, example: str) -> None:
+def say_fallback_once(reason: str, example: str) -> None:
+    """Logs why decord does not decode some files, each reason once in a process."""
     if reason not in _REASONS_SAID:
         _REASONS_SAID.add(reason)
         _log.warning("decoding with PyAV: %s (first: %s; said once, counted in the metrics)", reason, example)

@@ -25,6 +25,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -153,6 +154,19 @@ class DecordProcess:
             filled += count
 
 
+def watch_parent(interval_seconds: float = 1.0) -> None:
+    """Ends this process soon after the process that started it has ended, also while native code hangs in it: a thread
+    looks whether the parent is still there. (The end of the pipe is seen only by a process that reads it.)"""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(interval_seconds)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="parent watch", daemon=True).start()
+
+
 def _open_reader(request: dict[str, Any]) -> Any:
     import decord
 
@@ -170,6 +184,7 @@ def _serve() -> None:
     # needs this child for it, so the child ignores the signal.
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    watch_parent()
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # native code that prints must not write into the answers
     complaints = tempfile.TemporaryFile()
