@@ -155,22 +155,36 @@ def test_small_files_leave_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mo
 
 OPEN = """
 import sys
+from pathlib import Path
+from megatron_ktr.data.record_problems import RecordProblems
+from megatron_ktr.data.store.check import check_store
 from megatron_ktr.data.store.record_store import RecordRules, open_store
-store = open_store(sys.argv[1], RecordRules(), directory=sys.argv[2])
-print(store.records_digest, store[len(store) - 1]["problem_id"])
+from tests.data.test_store import loader_of
+path, folder = Path(sys.argv[1]), Path(sys.argv[2])
+store, problems = open_store(path, RecordRules(), directory=sys.argv[3]), RecordProblems("data_path", path)
+check_store(store, problems=problems, loader=loader_of(folder, path), rewards=("accuracy",))
+print(store.records_digest, store[len(store) - 1]["problem_id"], problems.places)
 """
 
 
-def test_processes_that_start_together_share_one_store(tmp_path: Path) -> None:
-    path = write(tmp_path / "q.jsonl", [question(number) for number in range(9000)])
-    command = [sys.executable, "-c", OPEN, str(path), str(tmp_path / "store")]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(2)]
+def test_processes_that_start_together_share_one_store_and_one_check(tmp_path: Path, folder: Path) -> None:
+    """Different hash seeds, as any two processes have: whatever names the files must not depend on them."""
+    path = write(folder / "shared.jsonl", [question(number) for number in range(9000)])
+    command = [sys.executable, "-c", OPEN, str(path), str(folder), str(tmp_path / "store")]
+    started = [
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONHASHSEED": str(seed)},
+        )
+        for seed in (1, 3)
+    ]
     told = {process.communicate()[0] for process in started}
     assert [process.returncode for process in started] == [0, 0]
-    assert told == {f"{digest_of_records(read_records(path))} 8999\n"}
-    assert len(list((tmp_path / "store").glob("*.arrow"))) == 1
-    assert not list((tmp_path / "store").glob("*.arrow.[0-9]*"))
+    assert told == {f"{digest_of_records(read_records(path))} 8999 set()\n"}
+    names = sorted(path.name.split("-")[1] for path in (tmp_path / "store").glob("*.arrow"))
+    assert names == ["check", "v1.arrow"], "one store and one result"
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "emptied"])

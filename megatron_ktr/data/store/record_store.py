@@ -15,6 +15,7 @@ the same form, so that small runs leave nothing in the cache. The columns:
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -216,7 +217,7 @@ def progress(what: str, *, total: int | None, is_shown: bool) -> tqdm:
         total=total,
         unit=" records",
         delay=SECONDS_BEFORE_PROGRESS,
-        mininterval=1.0,
+        mininterval=1.0 if sys.stderr.isatty() else 30.0,
         disable=not is_shown,
     )
 
