@@ -52,6 +52,8 @@ computed anew."""
 _DATA_TYPE_SYNONYMS = {"frame": "video"}
 """MVBench in Video-R1's release marks videos that were joined from single frames in this way. The path is nevertheless
 that of a video."""
+MAX_NESTING = 200
+"""Levels of lists and objects in a record. How many Python itself bears depends on its version."""
 _PATH_FIELDS = frozenset({"path", "image", "images", "video", "videos"})
 
 
@@ -194,11 +196,16 @@ def record_digest(raw: Any) -> str:
     return xxhash.xxh3_128(content.encode(errors="surrogatepass")).hexdigest()
 
 
-def _without_directories(value: Any, *, is_path: bool = False) -> Any:
+def _without_directories(value: Any, *, is_path: bool = False, depth: int = 0) -> Any:
+    if depth > MAX_NESTING:
+        raise RecursionError(f"more than {MAX_NESTING} levels")
     if isinstance(value, dict):
-        return {name: _without_directories(inner, is_path=name in _PATH_FIELDS) for name, inner in value.items()}
+        return {
+            name: _without_directories(inner, is_path=name in _PATH_FIELDS, depth=depth + 1)
+            for name, inner in value.items()
+        }
     if isinstance(value, list):
-        return [_without_directories(inner, is_path=is_path) for inner in value]
+        return [_without_directories(inner, is_path=is_path, depth=depth + 1) for inner in value]
     return value.replace("\\", "/").rpartition("/")[2] if is_path and isinstance(value, str) else value
 
 
@@ -261,7 +268,9 @@ def write_down(raw: Any) -> WrittenRecord:
         digest = record_digest(raw)
         text = json.dumps(raw, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8")
     except RecursionError:
-        return WrittenRecord(b"", xxhash.xxh3_128(b"nested").hexdigest(), "expected less nesting in its fields")
+        return WrittenRecord(
+            b"", xxhash.xxh3_128(b"nested").hexdigest(), f"expected at most {MAX_NESTING} levels of nesting"
+        )
     except ValueError as error:
         return WrittenRecord(b"", digest, f"expected text in whole characters and finite numbers: {error}")
     return WrittenRecord(text, digest, None)

@@ -306,7 +306,9 @@ def control_tokens(tokenizer: Tokenizer, visual_tokens: VisualTokens | None = No
         # All other added tokens are ordinary text with an id of its own, such as <tool_call>.
         if token.special or str(token).startswith("<|"):
             tokens.add(str(token))
-    return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True) if token))
+    # The longest first, and in the same order in every process: the pattern names what a check of records found.
+    ordered = sorted(sorted(tokens), key=len, reverse=True)
+    return re.compile("|".join(re.escape(token) for token in ordered if token))
 
 
 def check_vocabulary(tokenizer: Tokenizer, *, vocab_size: int) -> None:

@@ -142,14 +142,14 @@ def build_sampler(config: Config, *, ranks: ParallelGroups, tokenizer: Tokenizer
 
 def _rewards_of(config: Config) -> Callable[[RolloutEngine], Sampler]:
     """Adds the run's rewards to an engine, and those of the files that have their own."""
-    first, *others = config.data.sources
-    if not others:
-        return partial(Sampler, rewards=rewards_of(config, first), answer_protocol=config.reward.answer_protocol)
+    sources = config.data.sources
+    if len(sources) == 1:
+        return partial(Sampler, rewards=rewards_of(config, sources[0]), answer_protocol=config.reward.answer_protocol)
     return partial(
         Sampler,
         rewards=config.reward.reward_functions or DEFAULT_REWARDS,
         answer_protocol=config.reward.answer_protocol,
-        rewards_of_source={source.label: rewards_of(config, source) for source in config.data.sources},
+        rewards_of_source={source.label: rewards_of(config, source) for source in sources},
     )
 
 

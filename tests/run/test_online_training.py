@@ -14,11 +14,13 @@ import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from megatron_ktr.config import Config, config_from_values
+from megatron_ktr.config.data_sources import DataSource
 from megatron_ktr.data.loader import PromptLoader
 from megatron_ktr.data.media.video import FrameSampling
+from megatron_ktr.data.mixture import MixtureOrder
 from megatron_ktr.data.records import check_record, read_records
 from megatron_ktr.data.synthetic import corpus, make_dataset
-from megatron_ktr.data.template import load_tokenizer
+from megatron_ktr.data.template import BUILT_IN_WORDING, load_tokenizer
 from megatron_ktr.data.tiny_model import save_tiny_model
 from megatron_ktr.distributed.agreement import on_every_rank
 from megatron_ktr.distributed.groups import ParallelSizes
@@ -295,6 +297,39 @@ def test_replaying_the_rollouts_of_a_run_repeats_its_numbers(
         for name in names:
             # One replica: the same sums, 1e-6 is their fp32 rounding; two: see above, several steps long.
             assert got[name] == pytest.approx(wanted[name], abs=1e-6 if world_size == 1 else 1e-4), name
+
+
+def test_a_mixture_goes_on_in_another_number_of_replicas(ranks, inputs, tmp_path) -> None:
+    """Two files with media, wording and rewards of their own: two replicas for two steps, then one."""
+    records = read_records(inputs / "data" / "train.json")
+    (tmp_path / "few.json").write_text((inputs / "data" / "train.json").read_text())
+    few = DataSource(
+        str(tmp_path / "few.json"),
+        weight=1.0,
+        media_root=str(inputs / "data"),
+        prompt_template=str(BUILT_IN_WORDING),
+        reward_functions=("format", f"{__name__}:uneven_reward"),
+    )
+    many = DataSource(str(inputs / "data" / "train.json"), weight=3.0, name="many")
+    changes = {**LOGGED, "data_path": (many, few), "train_steps": 2, "record_store_dir": str(tmp_path / "store")}
+    ranks(train_layouts, world_size=2, inputs=inputs, out=tmp_path, layouts={"run": changes})
+    changes |= {"train_steps": 3, "resume": True}
+    ranks(train_layouts, world_size=1, inputs=inputs, out=tmp_path, layouts={"run": changes})
+    order = MixtureOrder((3, 1), (len(records), len(records)), seed=0, shuffle=True)
+    of_steps = [[order.draw_of(element)[0] for element in range(4 * step, 4 * step + 4)] for step in range(3)]
+    for step, sources in enumerate(of_steps):
+        values = metrics(tmp_path / "run")[step]
+        drawn = list(itertools.chain(*of_steps[: step + 1]))
+        assert (values["source/many"], values["source/few"]) == (drawn.count(0), drawn.count(1)), "period 4: 3 and 1"
+        lines = rollout_lines(tmp_path / "run", steps=[step + 1], world_size=1 if step == 2 else 2)
+        assert {line["draw_number"] for line in lines} == set(range(4 * step, 4 * step + 4))
+        for name, index, parts in (("many", 0, 3), ("few", 1, 2)):
+            of_source = [line for line in lines if sources[line["draw_number"] - 4 * step] == index]
+            rewards = [response["rewards"] for line in of_source for response in line["responses"]]
+            assert {len(reward) for reward in rewards} == {parts}
+            mean = sum(sum(reward.values()) for reward in rewards) / len(rewards)
+            assert values[f"reward_mean/{name}"] == pytest.approx(mean, abs=1e-6)  # sums in fp32
+    assert len(list((tmp_path / "store").glob("*-v1.arrow"))) == 1, "both files have the same content"
 
 
 def test_supervised_fine_tuning_has_the_loss_and_gradient_of_hugging_face(ranks, inputs, tmp_path) -> None:

@@ -27,7 +27,7 @@ from megatron_ktr.data.store.sealed import open_sealed, sole_writer, write_seale
 PARALLEL_FROM = 20_000
 """Fewer records are checked in the process itself: starting others takes seconds."""
 MAX_PROCESSES = 32
-_SCHEMA = pa.schema([("media", pa.large_binary())])
+_SCHEMA = pa.schema([("media", pa.large_string())])
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def _chunks(store: RecordStore, job: CheckJob) -> Iterator[ChunkFindings]:
         yield from chunks_of_processes(job, num_processes=num_processes)
 
 
-def _sources_of(media: bytes) -> list[MediaSource]:
+def _sources_of(media: str) -> list[MediaSource]:
     return [
         MediaSource(kind, written if isinstance(written, str) else tuple(written))
         for kind, written in json.loads(media)

@@ -69,7 +69,7 @@ class ChunkFindings:
     start: int
     problems: list[tuple[int, int, str | None, str]]
     """(place, number in the file, problem id, reason) of the records that cannot be used."""
-    media: list[bytes | None]
+    media: list[str | None]
     """JSON of each record's media; null if there are none, or the record cannot be used."""
     clip_numbers: list[int]
 
@@ -89,7 +89,7 @@ def check_chunk(store: RecordStore, checker: RecordChecker, *, start: int) -> Ch
             if found is not None:
                 findings.problems.append((place, record["record_number"], record["problem_id"], found.reason))
             elif sources:
-                media = json.dumps([[source.kind, source.written] for source in sources]).encode()
+                media = json.dumps([[source.kind, source.written] for source in sources])
             if is_clip(record):
                 findings.clip_numbers.append(record["record_number"])
         findings.media.append(media)

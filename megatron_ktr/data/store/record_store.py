@@ -15,6 +15,7 @@ the same form, so that small runs leave nothing in the cache. The columns:
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,7 +25,6 @@ from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import xxhash
 from tqdm import tqdm
 
@@ -90,14 +90,14 @@ class RecordStore(Sequence[Record]):
         self.table = table
         self._rows: np.ndarray | None = None
         if rules.problem_types:
-            types = table.column("problem_type")
             # A record without a valid type is not left out, because it may be meant to be of a wanted type.
-            kept = pc.or_kleene(pc.is_in(types, pa.array(rules.problem_types, pa.string())), pc.is_null(types))
-            self._rows = np.flatnonzero(kept.to_numpy())
+            wanted = {*rules.problem_types, None}
+            types = (name for chunk in table.column("problem_type").chunks for name in chunk.to_pylist())
+            self._rows = np.flatnonzero(np.fromiter((name in wanted for name in types), bool, count=len(table)))
         if not len(self):
-            found = sorted(name for name in pc.unique(table.column("problem_type")).to_pylist() if name is not None)
-            wanted = f"none of problem_types {sorted(rules.problem_types)}; found {found}"
-            raise UserError(f"data_path: {path} has {wanted if len(table) else 'no records at all'}")
+            found = sorted(name for name in table.column("problem_type").unique().to_pylist() if name is not None)
+            none_of = f"none of problem_types {sorted(rules.problem_types)}; found {found}"
+            raise UserError(f"data_path: {path} has {none_of if len(table) else 'no records at all'}")
 
     def __len__(self) -> int:
         return len(self.table) if self._rows is None else len(self._rows)
@@ -199,7 +199,7 @@ def open_store(
 
 
 def _write(path: Path, file: StoreFile, *, show_progress: bool) -> None:
-    def write(writer: pa.RecordBatchWriter) -> None:
+    def write(writer: pa.ipc.RecordBatchFileWriter) -> None:
         with progress(f"reading {path.name}", total=None, is_shown=show_progress) as bar:
             for batch in _batches(path):
                 writer.write_batch(batch)
@@ -217,7 +217,7 @@ def progress(what: str, *, total: int | None, is_shown: bool) -> tqdm:
         total=total,
         unit=" records",
         delay=SECONDS_BEFORE_PROGRESS,
-        mininterval=1.0,
+        mininterval=1.0 if sys.stderr.isatty() else 30.0,
         disable=not is_shown,
     )
 
@@ -250,11 +250,8 @@ def _batch_of(numbered: Iterable[tuple[int, Any]]) -> pa.RecordBatch:
 
 def _problem_type(raw: Any) -> str | None:
     value = (raw.get("problem_type") or "") if isinstance(raw, dict) else None
-    try:
-        value.encode() if isinstance(value, str) else None
-    except UnicodeEncodeError:
-        return None
-    return value if isinstance(value, str) else None
+    # Half a character, which no column can hold, is written as a number: no wanted type has it either way.
+    return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else None
 
 
 def _id_hash(raw: Any, *, number: int) -> int:

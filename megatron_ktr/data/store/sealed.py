@@ -58,7 +58,7 @@ def sole_writer(directory: Path, name: str) -> Iterator[None]:
         ) from error
 
 
-def write_sealed(path: Path, *, schema: pa.Schema, write: Callable[[pa.RecordBatchWriter], None]) -> None:
+def write_sealed(path: Path, *, schema: pa.Schema, write: Callable[[pa.ipc.RecordBatchFileWriter], None]) -> None:
     """Writes an Arrow file whose batches ``write`` gives; ``path`` appears when it is complete. Call it inside
     ``sole_writer``.
 
