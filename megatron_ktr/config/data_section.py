@@ -54,13 +54,16 @@ class DataSection:
         high=256,
     )
     prefetch_steps: int = _option(
-        1, "Steps whose media the workers load ahead of the present one; nothing is read ahead without workers", low=0
+        1,
+        "Steps whose media the workers load ahead of the present one; nothing is read ahead without workers",
+        low=0,
+        high=1000,
     )
     data_timeout_seconds: float = _option(
         300.0, "Longest time for decoding the media of one question in a worker; then it is skipped", above=0
     )
     data_worker_memory_gb: float = _option(
-        8.0, "Most memory of one worker, in 10^9 bytes; a question that needs more is skipped", low=1
+        8.0, "Most memory of one worker, in 10^9 bytes; a question that needs more is skipped", low=1, high=1e6
     )
     video_fps: float = _option(2.0, "Frames sampled per second of video", above=0)
     video_num_frames: int | None = _option(None, "Fixed number of frames in place of video_fps; even", low=2)

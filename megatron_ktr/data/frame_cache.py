@@ -163,7 +163,7 @@ class FrameCache:
             if error.errno != errno.ESTALE:  # on NFS: removed by another node
                 self._fail(error, writing=False)
             return None
-        except (ValueError, TypeError, KeyError, EOFError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, EOFError, RecursionError, MemoryError) as error:
             self._count("damaged")
             _log.warning("frame_cache: %s is damaged (%s); its medium is decoded again", path, error)
             _unlink(path)
@@ -262,14 +262,14 @@ def _read_entry(file: Any, *, name: str, source: str) -> tuple[LoadedMedia, int]
         raise ValueError("its size or its head is wrong")
     written, frames = np.empty(num_facts, dtype=np.uint8), np.empty(num_frames, dtype=np.uint8)
     for part in (written, frames):
-        view = memoryview(part)
+        view = part.data
         while view:
             count = file.readinto(view)
             if not count:
                 raise EOFError("it is cut off")
             view = view[count:]
-    hasher = xxhash.xxh3_128(written)
-    hasher.update(frames)
+    hasher = xxhash.xxh3_128(written.data)
+    hasher.update(frames.data)
     if hasher.digest() != checksum:
         raise ValueError("its checksum is wrong")
     facts = json.loads(written.tobytes())

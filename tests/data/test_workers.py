@@ -243,14 +243,14 @@ if __name__ == "__main__":
     decode = [pool.submit(lambda decode: decode(video_job(video))) for _ in range(6)]
     [one.result() for one in decode]
     workers = [worker._process.pid for worker in pool._running()]
-    # One worker hangs; so does a decord child of this process, in native code: opening a pipe without a writer blocks.
+    # One worker hangs. So does a decord child of this process, or will as soon as it reads what was sent to it: in
+    # native code, because opening a pipe without a writer blocks.
     os.kill(workers[0], signal.SIGSTOP)
     decord = DecordProcess()
     if decord.is_installed():
         ask = dict(num_frames=12, size=(64, 96), is_last=True, timeout_seconds=3600.0)
+        decord.read_frames(video, [0], **ask)
         threading.Thread(target=decord.read_frames, args=(fifo, [0]), kwargs=ask, daemon=True).start()
-        while decord._child is None:
-            pass
         workers.append(decord._child.pid)
     print(*workers, flush=True)
     signal.pause()

@@ -180,6 +180,9 @@ class NumberedSource:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.num_skipped = state["num_skipped"]
 
+    def close(self) -> None:
+        """Nothing to close."""
+
 
 class FailingEngine(RolloutEngine):
     """Gives up after the first tensor."""

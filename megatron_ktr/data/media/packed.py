@@ -30,7 +30,7 @@ def pack_media(media: LoadedMedia) -> tuple[dict[str, Any], memoryview]:
     facts: dict[str, Any] = {"shape": list(frames.shape)}
     facts["visual"] = {name: getattr(media.visual, name) for name in _OF_VISUAL}
     facts["media"] = {name: getattr(media, name) for name in _OF_MEDIA}
-    return facts, memoryview(frames.numpy()).cast("B")
+    return facts, frames.numpy().data.cast("B")
 
 
 def num_frame_bytes(facts: dict[str, Any]) -> int:

@@ -87,21 +87,21 @@ class LookAhead(Generic[E]):
             self._pending.pop().media.cancel()
 
     def _fill(self, num_wanted: int) -> None:
-        while len(self._pending) < num_wanted and self._expected_bytes() < self._most_bytes:
+        sizes = [_num_bytes(one.media) for one in self._pending if one.media.done()]
+        self._largest = max(self._largest, *sizes, 0)
+        # Media that are not loaded yet count as the largest so far.
+        size = self._largest or _FIRST_GUESS_BYTES
+        expected = sum(sizes) + size * (len(self._pending) - len(sizes))
+        while len(self._pending) < num_wanted and expected < self._most_bytes:
             try:
                 self._append(self._pending[-1].element.next_position)
             except UserError:  # raised again when its turn comes
                 return
+            expected += size
 
     def _append(self, position: int) -> None:
         element = self._element_at(position)
         self._pending.append(_Pending(position, element, self._submit(element)))
-
-    def _expected_bytes(self) -> int:
-        """The bytes of all pending media; one that is not loaded yet counts as the largest so far."""
-        sizes = [_num_bytes(one.media) for one in self._pending if one.media.done()]
-        self._largest = max(self._largest, *sizes, 0)
-        return sum(sizes) + (self._largest or _FIRST_GUESS_BYTES) * (len(self._pending) - len(sizes))
 
 
 def _num_bytes(media: Future[SampleMedia]) -> int:

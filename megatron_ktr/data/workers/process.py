@@ -38,6 +38,9 @@ _START_ATTEMPTS = 3
 _LOOK_SECONDS = 0.2
 """Between two looks at the worker's memory."""
 _READ_BYTES = 1 << 24
+_MOST_ANSWER = 1 << 24
+_REAP_SECONDS = 10.0
+"""A process that waits for a file server which is gone cannot even be killed. It is then left behind."""
 _SIGNALS_OF_TRAINER = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 _ROOT = Path(__file__).resolve().parents[3]
 
@@ -97,8 +100,11 @@ class WorkerProcess:
             self._write(LENGTH.pack(len(request)) + request, deadline)
             answer = self._receive(deadline)
             if answer["kind"] == "media":
-                frames = np.empty(num_frame_bytes(answer["facts"]), dtype=np.uint8)
-                self._read_into(memoryview(frames), deadline)
+                num_bytes = num_frame_bytes(answer["facts"])
+                if num_bytes > self.memory_bytes:
+                    raise ValueError(f"{num_bytes} bytes of frames")
+                frames = np.empty(num_bytes, dtype=np.uint8)
+                self._read_into(frames.data, deadline)
                 return unpack_media(answer["facts"], frames, source=job.name)
             if answer["kind"] == "memory":
                 raise WorkerLost("memory", self._too_much())
@@ -108,6 +114,9 @@ class WorkerProcess:
         except WorkerLost:
             self._kill()
             raise
+        except (ValueError, TypeError, KeyError) as error:
+            self._kill()
+            raise WorkerLost("died", f"the worker gave a senseless answer ({error})") from None
         if answer["kind"] == "unusable":
             raise UnusableMedia(answer["source"], answer["reason"])
         if answer["kind"] == "user_error":
@@ -141,8 +150,9 @@ class WorkerProcess:
     def _reap(self) -> int:
         self._kill()
         assert self._process is not None
-        with self._lock:
-            return self._process.wait()
+        with self._lock, contextlib.suppress(subprocess.TimeoutExpired):
+            return self._process.wait(_REAP_SECONDS)
+        return -signal.SIGKILL
 
     def _launch(self) -> subprocess.Popen[bytes]:
         self._complaints = tempfile.TemporaryFile("ab+", buffering=0)
@@ -178,7 +188,10 @@ class WorkerProcess:
     def _receive(self, deadline: float) -> dict[str, Any]:
         head = bytearray(LENGTH.size)
         self._read_into(memoryview(head), deadline)
-        text = bytearray(LENGTH.unpack(head)[0])
+        (length,) = LENGTH.unpack(head)
+        if length > _MOST_ANSWER:
+            raise ValueError(f"an answer of {length} bytes")
+        text = bytearray(length)
         self._read_into(memoryview(text), deadline)
         return json.loads(bytes(text))
 
