@@ -87,7 +87,7 @@ def read_records(
         if kept_types and isinstance(problem_type, str) and problem_type not in kept_types:
             continue
         try:
-            _check_writable(raw)
+            check_writable(raw)
             record = check_record(
                 raw, number=number, needs_solution=needs_solution, needs_reply=needs_reply, ignored=ignored
             )
@@ -222,7 +222,7 @@ def _response_text(record: Mapping[str, Any]) -> str:
     )
 
 
-def _check_writable(raw: Any) -> None:
+def check_writable(raw: Any) -> None:
     """Raises ``ValueError`` for values that Python reads from JSON but cannot write again as valid JSON: lone
     surrogates, NaN and infinity. A run must be able to write its records into its rollouts."""
     try:

@@ -106,11 +106,11 @@ class FrameReader:
         except (UnusableMedia, UserError, ValueError) as error:
             return Strip(kind, name, problem=f"not shown: {error}")
         if kind == "image":
-            return Strip(kind, name, (_picture(video.frames_FCHW[0], caption="image"),), num_sampled=1)
+            return Strip(kind, name, (picture_of(video.frames_FCHW[0], caption="image"),), num_sampled=1)
         total = len(video.frame_indices)
         shown = sorted({round(index) for index in torch.linspace(0, total - 1, min(total, self.max_frames)).tolist()})
         pictures = tuple(
-            _picture(video.frames_FCHW[index], caption=f"{video.frame_indices[index] / video.native_fps:.1f} s")
+            picture_of(video.frames_FCHW[index], caption=f"{video.frame_indices[index] / video.native_fps:.1f} s")
             for index in shown
         )
         return Strip(kind, name, pictures, num_sampled=total)
@@ -122,7 +122,8 @@ def _small(frames_FCHW: Tensor, num_frames: int) -> Tensor:
     return resize_frames(frames_FCHW, (max(round(height * share), 1), max(round(width * share), 1)))
 
 
-def _picture(frame_CHW: Tensor, *, caption: str) -> Picture:
+def picture_of(frame_CHW: Tensor, *, caption: str) -> Picture:
+    """The frame as a JPEG inside the page, in its own size."""
     image = Image.fromarray(frame_CHW.permute(1, 2, 0).numpy())
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=_JPEG_QUALITY)

@@ -98,6 +98,19 @@ def index_video(path: Path) -> VideoIndex:
         raise UnusableMedia(path, f"cannot be opened as a video: {error}") from error
 
 
+def read_codec(path: Path) -> str:
+    """The codec of the best video stream, from the beginning of the file.
+
+    Raises:
+        UnusableMedia: the file is not a video, or has no decoder.
+    """
+    try:
+        with _open(path) as container:
+            return _best_stream(path, container).codec_context.codec.canonical_name
+    except _ERRORS as error:
+        raise UnusableMedia(path, f"cannot be opened as a video: {error}") from error
+
+
 def decode_frames(index: VideoIndex, wanted: Sequence[int]) -> Iterator[np.ndarray]:
     """Yields the frames ``wanted`` (sorted, without repeats) as uint8 [H, W, 3] RGB, upright.
 
