@@ -28,6 +28,7 @@ import xxhash
 
 from megatron_ktr.data import conversation
 from megatron_ktr.data.media.files import resolve_media_path
+from megatron_ktr.data.media.names import is_picture
 from megatron_ktr.data.media.request import (
     MEDIA_LOOKALIKES,
     MediaKind,
@@ -36,7 +37,6 @@ from megatron_ktr.data.media.request import (
     check_request_fits,
     fields_for,
     group_files,
-    is_picture,
     read_request,
 )
 from megatron_ktr.data.record_problems import RecordProblems
@@ -188,7 +188,7 @@ def _without_directories(value: Any, *, is_path: bool = False) -> Any:
         return {name: _without_directories(inner, is_path=name in _PATH_FIELDS) for name, inner in value.items()}
     if isinstance(value, list):
         return [_without_directories(inner, is_path=is_path) for inner in value]
-    return value.replace("\\", "/").rpartition("/")[2] if is_path and isinstance(value, str) else value
+    return value.replace("\\", "/").rstrip("/").rpartition("/")[2] if is_path and isinstance(value, str) else value
 
 
 def _take_conversation(record: Record, messages: list[conversation.Message], *, needs_reply: bool) -> None:

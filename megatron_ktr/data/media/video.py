@@ -25,6 +25,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from megatron_ktr.data.media.names import IS_FOLDER
 from megatron_ktr.data.media.video_decord import DecordFailed, DecordProcess
 from megatron_ktr.data.media.video_pyav import VideoIndex, decode_frames, index_video
 from megatron_ktr.data.unusable import UnusableMedia
@@ -258,7 +259,7 @@ def regular_file(path: Path | str) -> Path:
     except (OSError, ValueError) as error:
         raise UnusableMedia(path, getattr(error, "strerror", None) or error) from error
     if stat.S_ISDIR(status.st_mode):
-        raise UnusableMedia(path, "is a folder; the frames of a video are named as a list of pictures")
+        raise UnusableMedia(path, IS_FOLDER)
     if not stat.S_ISREG(status.st_mode):  # a pipe or a device would block or never end
         raise UnusableMedia(path, "is not a regular file")
     if status.st_size == 0:
