@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_ktr.config.cli import option as _option
+from megatron_ktr.config.words import FrameRule
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,16 @@ class DataSection:
     media_cache_gb: float = _option(
         0.5, "Resized media kept in memory between epochs on each reading rank, in 10^9 bytes; 0 = none", low=0
     )
+    frame_sampling: FrameRule | None = _option(
+        None,
+        "Rule by which frames are chosen (docs/preprocessing.md): fps = video_fps a second, at most video_max_frames; "
+        "fixed = video_num_frames; resampled = video_num_frames of those that fps takes; none = fixed where "
+        "video_num_frames is given, else fps",
+    )
     video_fps: float = _option(2.0, "Frames sampled per second of video", above=0)
-    video_num_frames: int | None = _option(None, "Fixed number of frames in place of video_fps; even", low=2)
+    video_num_frames: int | None = _option(
+        None, "Fixed number of frames, for the frame_sampling fixed and resampled; even", low=2
+    )
     video_max_frames: int = _option(16, "Most frames of one video; even", low=2)
     video_min_pixels: int = _option(4 * 28 * 28, "Frames with fewer pixels are enlarged to it or just above it", low=1)
     video_max_pixels: int = _option(128 * 28 * 28, "Frames with more pixels are reduced to it or just below it", low=1)

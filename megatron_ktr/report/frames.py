@@ -73,6 +73,7 @@ class FrameReader:
             fps=data.get("video_fps", FrameSampling.fps),
             num_frames=data.get("video_num_frames"),
             max_frames=data.get("video_max_frames", 16),
+            rule=data.get("frame_sampling"),
         )
         return cls(media_root, sampling, max_frames=max_frames)
 

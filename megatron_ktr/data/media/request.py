@@ -87,13 +87,16 @@ class MediaRequest:
                 raise ValueError(f"{name} {asked} exceeds the most frames of a video, {most}")
         if most < run.multiple:
             raise ValueError(f"max_frames {most} is less than one temporal patch, {run.multiple} frames")
-        num_frames = run.num_frames if self.nframes is None else self.nframes
-        if self.fps is not None and not is_pictures:
-            num_frames = None  # the requested rate replaces the run's fixed number
+        num_frames, rule = run.num_frames, run.rule
+        if self.nframes is not None:
+            num_frames, rule = self.nframes, "fixed"
+        elif self.fps is not None and not is_pictures:
+            num_frames, rule = None, "fps"  # the requested rate replaces the run's fixed number
         return replace(
             run,
             fps=run.fps if self.fps is None or is_pictures else self.fps,
             num_frames=num_frames,
+            rule=rule,
             min_frames=min(least, most),
             max_frames=most,
             start_seconds=self.video_start,
