@@ -46,6 +46,8 @@ INSTALL_REQUIRES = [
     "nltk",  # Porter's stemmer, as in rouge-score
     "rapidfuzz",  # edit distance and longest common subsequence of the rewards
     "xxhash>=3",
+    "pyarrow>=20",  # the store of records
+    "tqdm",
 ]
 
 EXTRAS_REQUIRE = {

@@ -199,6 +199,8 @@ class Trainer:
             for rollout in group.rollouts:
                 if rollout.rewards:
                     metrics.add("reward_mean", rollout.reward)
+                    if group.prompt.source:
+                        metrics.add(f"reward_mean/{group.prompt.source}", rollout.reward)
                 metrics.add("response_length", len(rollout.token_ids))
                 metrics.add("finished_share", rollout.is_finished)
                 for name, value in rollout.rewards.items():

@@ -86,6 +86,8 @@ class Prompt:
     """Which draw of the run's data this is: its position in the endless sequence of records that all replicas
     walk through (``data/dataset.py``). Prompts that do not come from a data set have 0; their ``problem_id`` then tells
     them apart."""
+    source: str = ""
+    """The name of the file in a mixture of several; "" in a run with one file. Rewards and metrics go by it."""
 
     @property
     def identity(self) -> str:

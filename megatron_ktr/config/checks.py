@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from megatron_ktr.config import pipeline_split
@@ -96,6 +96,13 @@ def _data(config: Config) -> Iterator[str]:
             yield "--engine replay needs --replay-path, a JSONL of recorded rollouts"
         if data.data_path is not None:
             yield "--data-path is not read by --engine replay: the questions come with --replay-path"
+        if data.record_store_dir is not None:
+            yield "--record-store-dir is not read by --engine replay: recorded rollouts are kept in memory"
+    if config.trainer.train_epochs is not None and any(source.weight is not None for source in data.sources):
+        yield (
+            "--train-epochs: files with weights have no common epoch: give --train-steps, or the files epochs in place "
+            "of weights"
+        )
     yield from media_rules(data)
 
 
@@ -107,6 +114,10 @@ def media_rules(data: DataSection) -> Iterator[str]:
             yield f"--{name.replace('_', '-')} must be even (two frames make one temporal patch), got {value}"
     if data.video_num_frames is not None and data.video_num_frames > data.video_max_frames:
         yield f"--video-num-frames {data.video_num_frames} exceeds --video-max-frames {data.video_max_frames}"
+    if data.frame_sampling == "fps" and data.video_num_frames is not None:
+        yield "--video-num-frames is not read by --frame-sampling fps: leave out one of them"
+    if data.frame_sampling in ("fixed", "resampled") and data.video_num_frames is None:
+        yield f"--frame-sampling {data.frame_sampling} needs --video-num-frames"
     for kind, low, high in (
         ("video", data.video_min_pixels, data.video_max_pixels),
         ("image", data.image_min_pixels, data.image_max_pixels),
@@ -156,15 +167,27 @@ def _reward(config: Config) -> Iterator[str]:
         yield "--reward-functions is not read by --engine replay: rewards come with the recorded rollouts"
     if config.reward.answer_protocol != "standard" and config.rollout.engine == "replay":
         yield "--answer-protocol is not read by --engine replay: rewards come with the recorded rollouts"
-    parts = [name.rpartition(":")[2] for name in config.reward.reward_functions]
     needs_accuracy = config.reward.length_bonus > 0 and not config.objective.is_supervised
-    if needs_accuracy and parts and "accuracy" not in parts:
+    if needs_accuracy and not _have_accuracy(config.reward.reward_functions):
         yield "--length-bonus goes to correct responses: add accuracy to --reward-functions, or set --length-bonus 0"
+    for source in config.data.sources:
+        if source.reward_functions and config.objective.is_supervised:
+            yield f"--data-path: {source.label} names reward_functions, which --objective sft does not read"
+        elif needs_accuracy and not _have_accuracy(source.reward_functions or ()):
+            yield (
+                f"--length-bonus goes to correct responses: add accuracy to the reward_functions of {source.label}, or "
+                "set --length-bonus 0"
+            )
     if config.reward.length_bonus_min > config.reward.length_bonus_max:
         yield (
             f"--length-bonus-min {config.reward.length_bonus_min} exceeds "
             f"--length-bonus-max {config.reward.length_bonus_max}"
         )
+
+
+def _have_accuracy(names: Sequence[str]) -> bool:
+    """Whether accuracy is among the reward parts; without names they are the default ones."""
+    return not names or "accuracy" in [name.rpartition(":")[2] for name in names]
 
 
 def _objective(config: Config) -> Iterator[str]:

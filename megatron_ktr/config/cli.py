@@ -36,11 +36,13 @@ def option(
     above: float | None = None,
     high: float | None = None,
     choices: Callable[[], tuple[str, ...]] | None = None,
+    parse: Callable[[Any], Any] | None = None,
 ):
     """Makes a documented field. Values must satisfy ``low <= value <= high`` and ``value > above``, as far as these are
     given. ``choices`` is called whenever the accepted values are needed; a field with fixed values has a ``Literal``
-    type instead."""
-    metadata = {"doc": doc, "low": low, "above": above, "high": high, "find_choices": choices}
+    type instead. ``parse`` makes the value of a flag or a file; it raises ``ValueError`` in words, and leaves values as
+    they are that it has made itself."""
+    metadata = {"doc": doc, "low": low, "above": above, "high": high, "find_choices": choices, "parse": parse}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -62,6 +64,7 @@ class Option:
     above: float | None
     high: float | None
     find_choices: Callable[[], tuple[str, ...]] | None
+    parse: Callable[[Any], Any] | None = None
 
     @property
     def choices(self) -> tuple[str, ...]:
@@ -106,7 +109,9 @@ def options_of(config_class: type) -> dict[str, Option]:
 
 def _describe(section: str, field: dataclasses.Field, *, hint: Any) -> Option:
     is_optional = typing.get_origin(hint) in (types.UnionType, typing.Union)
-    if is_optional:
+    if field.metadata["parse"] is not None:
+        hint = str
+    elif is_optional:
         (hint,) = [part for part in typing.get_args(hint) if part is not type(None)]
     is_list = typing.get_origin(hint) is tuple
     if is_list:
@@ -140,6 +145,11 @@ def convert(option: Option, value: Any, *, source: str) -> Any:
         if option.is_optional:
             return None
         _refuse(option, value, source=source)
+    if option.parse is not None:
+        try:
+            return option.parse(value)
+        except ValueError as error:
+            raise UserError(f"{source}: {option.key} ({option.flag}): {error}") from error
     if not option.is_list:
         return _convert_one(option, value, source=source)
     items = value.split(",") if isinstance(value, str) else value
@@ -324,7 +334,8 @@ def build_parser(
             metavar = {str: "TEXT", int: "N", float: "X"}[item.kind]
             metavar = "{" + ",".join(item.choices) + "}" if item.choices else metavar
             metavar = f"{metavar}[,...]" if item.is_list else metavar
-            group.add_argument(item.flag, action="append" if item.is_list else "store", metavar=metavar, help=text)
+            may_repeat = item.is_list or item.parse is not None
+            group.add_argument(item.flag, action="append" if may_repeat else "store", metavar=metavar, help=text)
     return parser
 
 
@@ -346,6 +357,8 @@ def read_flags(
         value = values[name]
         if options[name].is_list:
             value = ",".join(value)
+        elif options[name].parse is not None:
+            value = value[0] if len(value) == 1 else value
         values[name] = convert(options[name], value, source="command line")
     return values
 

@@ -5,19 +5,32 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_ktr.config.cli import option as _option
+from megatron_ktr.config.data_sources import DataSource, parse_data_path, sources_of
+from megatron_ktr.config.words import FrameRule
 
 
 @dataclass(frozen=True)
 class DataSection:
     """Questions and their media. Media paths stay inside media_root."""
 
-    data_path: str | None = _option(None, "JSON or JSONL file of questions (Video-R1 records)")
+    data_path: str | tuple[DataSource, ...] | None = _option(
+        None,
+        "JSON or JSONL file of questions (Video-R1 records), or several with weights, a.jsonl:0.7,b.jsonl:0.3; in a "
+        "run file a list of mappings with path, weight or epochs, name, media_root, prompt_template and "
+        "reward_functions (docs/data.md)",
+        parse=parse_data_path,
+    )
     media_root: str | None = _option(None, "Directory of the media; none = the directory of the questions' file")
     prompt_template: str | None = _option(None, "File with the wording of the prompt; none = the built-in wording")
     problem_types: tuple[str, ...] = _option((), "Keep only questions of these problem types; empty = all")
     shuffle_data: bool = _option(True, "Visit the questions in a new seeded order in every epoch")
     ignore_fields: tuple[str, ...] = _option(
         (), "Fields of records that are only data here, although their names look like instructions (docs/data.md)"
+    )
+    record_store_dir: str | None = _option(
+        None,
+        "Directory of this machine for the records of question files, which all runs and ranks share there; none = the "
+        "user's cache directory, for files of 8 MiB or more, and memory for smaller ones",
     )
     max_skip_share: float = _option(
         0.1,
@@ -30,8 +43,16 @@ class DataSection:
     media_cache_gb: float = _option(
         0.5, "Resized media kept in memory between epochs on each reading rank, in 10^9 bytes; 0 = none", low=0
     )
+    frame_sampling: FrameRule | None = _option(
+        None,
+        "Rule by which frames are chosen (docs/preprocessing.md): fps = video_fps a second, at most video_max_frames; "
+        "fixed = video_num_frames; resampled = video_num_frames of those that fps takes; none = fixed where "
+        "video_num_frames is given, else fps",
+    )
     video_fps: float = _option(2.0, "Frames sampled per second of video", above=0)
-    video_num_frames: int | None = _option(None, "Fixed number of frames in place of video_fps; even", low=2)
+    video_num_frames: int | None = _option(
+        None, "Fixed number of frames, for the frame_sampling fixed and resampled; even", low=2
+    )
     video_max_frames: int = _option(16, "Most frames of one video; even", low=2)
     video_min_pixels: int = _option(4 * 28 * 28, "Frames with fewer pixels are enlarged to it or just above it", low=1)
     video_max_pixels: int = _option(128 * 28 * 28, "Frames with more pixels are reduced to it or just below it", low=1)
@@ -46,3 +67,8 @@ class DataSection:
         "the release; counted (substituted_media) and named; none = the question is skipped",
     )
     substitute_image: str | None = _option(None, "The same for images")
+
+    @property
+    def sources(self) -> tuple[DataSource, ...]:
+        """The files of ``data_path``, with what each has of its own."""
+        return sources_of(self.data_path)

@@ -5,6 +5,8 @@ Data-parallel rank r of n takes the elements r, r + n, r + 2n, ... The prompts o
 every n (as long as nothing is skipped), no epoch loses its tail, and the state is a single number: how many elements
 this rank has drawn.
 
+With several files the sequence mixes them (``data/mixture.py``); each has its own order of epochs in it.
+
 The place of an element in the sequence is the ``draw_number`` of its prompt. Seeds and stored responses are identified
 by it. The problem id cannot serve for this, because several records may have the same one; nor can the record, because
 it may be drawn several times in a step.
@@ -22,8 +24,8 @@ from typing import Any
 import xxhash
 
 from megatron_ktr.data.loader import PromptLoader
-from megatron_ktr.data.order import EpochOrder
-from megatron_ktr.data.records import Record, record_digest
+from megatron_ktr.data.mixture import MixtureOrder, RecordSource
+from megatron_ktr.data.records import Record, digest_of_records
 from megatron_ktr.data.skips import SkipCounter
 from megatron_ktr.data.unusable import UnusableSample
 from megatron_ktr.errors import UserError
@@ -52,26 +54,65 @@ class PromptDataset:
         """``left_out`` are indices of ``records`` that are passed over. They keep their place in the sequence. So the
         order of the others, and the place where a resumed run continues, do not depend on which records are usable now.
         """
-        if len(left_out) >= len(records):
-            raise UserError("data_path: no records to draw prompts from")
         if not 0 <= rank < size:
             raise ValueError(f"expected a data-parallel rank in [0, {size}), got {rank}")
-        self.records = records
-        self.loader = loader
         self.seed = seed
         self.shuffle = shuffle
         self.rank = rank
         self.size = size
         self.skips = skips or SkipCounter()
-        self.left_out = frozenset(left_out)
         self.position = 0
         """The number of samples that this rank has drawn so far, including skipped ones."""
-        self._order = EpochOrder(len(records), seed=seed, shuffle=shuffle)
+        self.num_given: Counter[str] = Counter()
+        """The prompts given so far, by the name of their source."""
+        self._use((RecordSource(records, loader, left_out),))
+
+    @classmethod
+    def of_sources(cls, sources: Sequence[RecordSource], **options: Any) -> PromptDataset:
+        """The stream of a mixture. ``options`` are those of the class, without ``left_out``, which each source has."""
+        first = sources[0]
+        dataset = cls(first.records, loader=first.loader, left_out=first.left_out, **options)
+        dataset._use(tuple(sources))
+        return dataset
+
+    def _use(self, sources: tuple[RecordSource, ...]) -> None:
+        if any(len(source.left_out) >= len(source.records) for source in sources):
+            raise UserError("data_path: no records to draw prompts from")
+        self.sources = sources
+        self._order = MixtureOrder(
+            [source.draws for source in sources],
+            [len(source.records) for source in sources],
+            seed=self.seed,
+            shuffle=self.shuffle,
+        )
+
+    @property
+    def records(self) -> Sequence[Record]:
+        """The records of the only source, or of a mixture's first."""
+        return self.sources[0].records
+
+    @property
+    def loader(self) -> PromptLoader:
+        """The loader of the only source, or of a mixture's first; the loaders of a mixture count together."""
+        return self.sources[0].loader
+
+    def loader_of(self, prompt: Prompt) -> PromptLoader:
+        """The loader that made ``prompt``."""
+        return next(source.loader for source in self.sources if not self.is_mixture or source.name == prompt.source)
+
+    @property
+    def is_mixture(self) -> bool:
+        return len(self.sources) > 1
+
+    @property
+    def num_records(self) -> int:
+        return sum(len(source.records) for source in self.sources)
 
     @property
     def num_kept(self) -> int:
-        """The number of records in an epoch, without those that are passed over."""
-        return len(self.records) - len(self.left_out)
+        """The number of prompts in an epoch, without the records that are passed over. An epoch of a mixture is one
+        period of it."""
+        return sum(source.num_kept for source in self.sources)
 
     @property
     def num_skipped(self) -> int:
@@ -79,13 +120,16 @@ class PromptDataset:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Counts over the whole run, for the metrics: the loader's, and ``skipped/<kind>`` for each kind of skip."""
-        return dict(self.loader.counts) | {f"skipped/{kind}": number for kind, number in self.skips.by_kind.items()}
+        """Counts over the whole run, for the metrics: the loader's, ``skipped/<kind>`` for each kind of skip, and of a
+        mixture ``source/<name>``, the prompts given of each source."""
+        skipped = {f"skipped/{kind}": number for kind, number in self.skips.by_kind.items()}
+        given = {f"source/{source.name}": self.num_given[source.name] for source in self.sources if self.is_mixture}
+        return dict(self.loader.counts) | skipped | given
 
     @property
     def epoch(self) -> int:
         """The epoch of the next sample."""
-        return self._element(self.position) // len(self.records)
+        return self._element(self.position) // self._order.period
 
     def next(self, num_prompts: int) -> list[Prompt]:
         """The next ``num_prompts`` usable prompts; each skipped sample is replaced by the one after it.
@@ -96,14 +140,17 @@ class PromptDataset:
         prompts: list[Prompt] = []
         fruitless = 0
         while len(prompts) < num_prompts:
-            draw_number, record = self._draw()
+            draw_number, source, record = self._draw()
             try:
-                prompts.append(dataclasses.replace(self.loader.load(record), draw_number=draw_number))
+                prompt = source.loader.load(record)
+                name = source.name if self.is_mixture else ""
+                prompts.append(dataclasses.replace(prompt, draw_number=draw_number, source=name))
+                self.num_given[name] += 1
                 fruitless = 0
             except UnusableSample as error:
                 self.skips.count_skip(error, number=record.get("record_number"))
                 fruitless += 1
-                if fruitless >= min(len(self.records) + self.skips.min_drawn, _MAX_FRUITLESS_DRAWS):
+                if fruitless >= min(self._order.period + self.skips.min_drawn, _MAX_FRUITLESS_DRAWS):
                     raise UserError(
                         f"no usable prompt among the last {fruitless} samples; the last one: {error}"
                     ) from None
@@ -111,19 +158,31 @@ class PromptDataset:
 
     def state_dict(self) -> dict[str, Any]:
         """The position and the counts of this rank, as plain numbers and text."""
-        return {
+        state = {
             "position": self.position,
             "epoch": self.epoch,
             "seed": self.seed,
             "shuffle": self.shuffle,
             "rank": self.rank,
             "size": self.size,
-            "num_records": len(self.records),
+            "num_records": self.num_records,
             "records_digest": self.records_digest,
-            "wording_digest": self.loader.wording_digest,
+            "wording_digest": self.wording_digest,
             "skips": self.skips.state_dict(),
             "counts": dict(self.loader.counts),
         }
+        if self.is_mixture:
+            state |= {"mixture": self._mixture, "num_given": self._num_given()}
+        return state
+
+    @property
+    def _mixture(self) -> list[list[Any]]:
+        """What a resumed run must mix alike, as JSON reads it again: the draws in a period and reward parts of each
+        source."""
+        return [[source.draws, None if source.rewards is None else list(source.rewards)] for source in self.sources]
+
+    def _num_given(self) -> list[int]:
+        return [self.num_given[source.name] for source in self.sources]
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues exactly where ``state_dict`` was taken.
@@ -132,7 +191,12 @@ class PromptDataset:
             UserError: the state is from a run with other data, another seed or shuffling, or another number of
                 data-parallel ranks (see ``reshard_states`` for the latter).
         """
-        ours = {"num_records": len(self.records), "seed": self.seed, "shuffle": self.shuffle}
+        if list(state.get("mixture", [])) != (self._mixture if self.is_mixture else []):
+            raise UserError(
+                "resume: --data-path does not mix the files of the saved run in the same way (number, order, weights "
+                "or epochs, reward_functions); only their places and names may change"
+            )
+        ours = {"num_records": self.num_records, "seed": self.seed, "shuffle": self.shuffle}
         ours |= {"rank": self.rank, "size": self.size}
         for name, value in ours.items():
             if state[name] != value:
@@ -142,14 +206,21 @@ class PromptDataset:
         self._require_same_content(state)
         self.position = int(state["position"])
         self.skips.load_state_dict(state["skips"])
-        self.loader.counts = Counter({str(name): int(count) for name, count in state["counts"].items()})
+        self.loader.counts.clear()
+        self.loader.counts.update({str(name): int(count) for name, count in state["counts"].items()})
+        given = zip(self.sources, state.get("num_given", []), strict=False)
+        self.num_given = Counter({source.name: int(number) for source, number in given})
 
     @cached_property
     def records_digest(self) -> str:
         """A digest of the records in their order. It covers only the records in use, not those of the file that
         ``--problem-types`` excludes."""
-        digests = (record.get("record_digest") or record_digest(record) for record in self.records)
-        return xxhash.xxh3_128("".join(digests).encode()).hexdigest()
+        return _together(digest_of_records(source.records) for source in self.sources)
+
+    @property
+    def wording_digest(self) -> str:
+        """A digest of the templates that word the questions."""
+        return _together(source.loader.wording_digest for source in self.sources)
 
     def _require_same_content(self, state: Mapping[str, Any]) -> None:
         if "records_digest" not in state:
@@ -157,26 +228,33 @@ class PromptDataset:
             return
         if state["records_digest"] != self.records_digest:
             raise UserError(
-                f"resume: the {len(self.records)} records are not those of the saved run (same number, other content "
+                f"resume: the {self.num_records} records are not those of the saved run (same number, other content "
                 "or order): give --data-path or --replay-path the same questions, only their directory may change"
             )
-        if state["wording_digest"] != self.loader.wording_digest:
+        if state["wording_digest"] != self.wording_digest:
             raise UserError("resume: --prompt-template is not the text of the saved run; only its place may change")
 
     def _element(self, position: int) -> int:
         return self.rank + position * self.size
 
-    def _draw(self) -> tuple[int, Record]:
-        """(place in the sequence, record) of the next element that is not left out."""
-        for _ in range(len(self.records) + _MAX_FRUITLESS_DRAWS):
+    def _draw(self) -> tuple[int, RecordSource, Record]:
+        """(place in the sequence, source, record) of the next element that is not left out."""
+        for _ in range(self._order.period + _MAX_FRUITLESS_DRAWS):
             element = self._element(self.position)
             place = self._order.place_of(element)
+            source = self.sources[place.source]
             self.position += 1
-            if place not in self.left_out:
+            if not source.is_left_out[place.record]:
                 self.skips.count_drawn()
-                return element, self.records[place]
+                return element, source, source.records[place.record]
         # Without shuffling a replica may see the same few places in every epoch.
         raise UserError(f"data-parallel replica {self.rank} of {self.size} draws only records that cannot be used")
+
+
+def _together(digests: Iterable[str]) -> str:
+    """One digest of all; of a single one itself."""
+    first, *others = digests
+    return xxhash.xxh3_128("".join((first, *others)).encode()).hexdigest() if others else first
 
 
 def reshard_states(states: Iterable[Mapping[str, Any]], *, rank: int, size: int) -> dict[str, Any]:
@@ -202,7 +280,11 @@ def reshard_states(states: Iterable[Mapping[str, Any]], *, rank: int, size: int)
             counts.update(state["counts"])
     position = -(-(furthest - rank) // size) if furthest > rank else 0
     state = {**saved[0], "position": position, "rank": rank, "size": size}
-    state["epoch"] = (rank + position * size) // int(state["num_records"])
+    period = sum(draws for draws, _ in state["mixture"]) if "mixture" in state else int(state["num_records"])
+    state["epoch"] = (rank + position * size) // period
+    if "num_given" in state:
+        given = [sum(numbers) for numbers in zip(*(other["num_given"] for other in saved), strict=True)]
+        state["num_given"] = given if rank == 0 else [0] * len(given)
     pending = {name: found for other in saved for name, found in other.get("pending", {}).items()}
     if pending:
         state["pending"] = pending

@@ -10,7 +10,7 @@ from typing import Any
 
 import xxhash
 
-from megatron_ktr.data.media.files import resolve_media_path
+from megatron_ktr.data.media.files import files_of
 from megatron_ktr.data.media.preprocess import LoadedMedia, PreprocessSettings, load_media
 from megatron_ktr.data.media.request import MediaKind, MediaRequest, MediaSource, media_sources
 from megatron_ktr.data.media.video import FrameSampling
@@ -162,18 +162,19 @@ class PromptLoader:
 
     def _load_substitute(self, kind: MediaKind, written: str) -> VisualInput:
         try:
-            path = resolve_media_path(self.media_root, written)
-            return load_media(path, kind=kind, settings=self.settings, sampling=self.sampling).visual
+            files = files_of(MediaSource(kind, written), self.media_root)
+            return load_media(files, kind=kind, settings=self.settings, sampling=self.sampling).visual
         except (UnusableMedia, UserError) as error:
             raise UserError(f"substitute_{kind}: {error}") from error
 
     def _load_media(self, source: MediaSource) -> LoadedMedia:
-        paths = tuple(resolve_media_path(self.media_root, written) for written in source.paths)
+        files = files_of(source, self.media_root)
+        paths = (files,) if isinstance(files, Path) else files
         key = paths, source.kind, source.is_pictures, source.request
         loaded = self.cache.get(key)
         if loaded is None:
             loaded = load_media(
-                paths if source.is_pictures else paths[0],
+                files,
                 kind=source.kind,
                 settings=self.settings,
                 sampling=self.sampling,

@@ -27,6 +27,7 @@ import xxhash
 
 from megatron_ktr.data import conversation
 from megatron_ktr.data.media.files import resolve_media_path
+from megatron_ktr.data.media.names import is_picture
 from megatron_ktr.data.media.request import (
     MEDIA_LOOKALIKES,
     MediaKind,
@@ -35,7 +36,6 @@ from megatron_ktr.data.media.request import (
     check_request_fits,
     fields_for,
     group_files,
-    is_picture,
     read_request,
 )
 from megatron_ktr.data.raw_records import iter_raw_records
@@ -169,6 +169,17 @@ def describe_repeated_ids(records: Sequence[Record]) -> str | None:
     )
 
 
+def digest_of_records(records: Sequence[Record]) -> str:
+    """A digest of all records in their order. A store of records knows those of its records; otherwise they have them,
+    or get them from their content."""
+    if (known := getattr(records, "records_digest", None)) is not None:
+        return str(known)
+    together = xxhash.xxh3_128()
+    for record in records:
+        together.update((record.get("record_digest") or record_digest(record)).encode())
+    return together.hexdigest()
+
+
 def record_digest(raw: Any) -> str:
     """A digest of a record's whole content, including recorded responses and rewards. The layout of its JSON does not
     matter.
@@ -185,7 +196,7 @@ def _without_directories(value: Any, *, is_path: bool = False) -> Any:
         return {name: _without_directories(inner, is_path=name in _PATH_FIELDS) for name, inner in value.items()}
     if isinstance(value, list):
         return [_without_directories(inner, is_path=is_path) for inner in value]
-    return value.replace("\\", "/").rpartition("/")[2] if is_path and isinstance(value, str) else value
+    return value.replace("\\", "/").rstrip("/").rpartition("/")[2] if is_path and isinstance(value, str) else value
 
 
 def _take_conversation(record: Record, messages: list[conversation.Message], *, needs_reply: bool) -> None:

@@ -48,4 +48,5 @@ class SupervisedSource(DatasetSource):
 
     def _group(self, prompt: Prompt) -> RolloutGroup:
         kinds = [source.kind for source in media_sources(prompt.record)]
-        return RolloutGroup(prompt, (build_reply(prompt.record, kinds=kinds, builder=self.dataset.loader.builder),))
+        builder = self.dataset.loader_of(prompt).builder
+        return RolloutGroup(prompt, (build_reply(prompt.record, kinds=kinds, builder=builder),))

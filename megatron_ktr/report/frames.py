@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from megatron_ktr.data.media.files import resolve_media_path
+from megatron_ktr.data.media.files import files_of
 from megatron_ktr.data.media.frames import read_frames
 from megatron_ktr.data.media.preprocess import resize_frames
 from megatron_ktr.data.media.request import MediaSource, media_sources
@@ -73,6 +73,7 @@ class FrameReader:
             fps=data.get("video_fps", FrameSampling.fps),
             num_frames=data.get("video_num_frames"),
             max_frames=data.get("video_max_frames", 16),
+            rule=data.get("frame_sampling"),
         )
         return cls(media_root, sampling, max_frames=max_frames)
 
@@ -90,12 +91,12 @@ class FrameReader:
         if self.media_root is None:
             return Strip(kind, name, problem="not shown: no media root is known (--media-root)")
         try:
-            paths = [resolve_media_path(self.media_root, written) for written in source.paths]
+            files = files_of(source, self.media_root)
             sampling = self.sampling
             if kind == "video":
                 sampling = request.sampling(self.sampling, is_pictures=source.is_pictures)
             video = read_frames(
-                paths if source.is_pictures else paths[0],
+                files,
                 kind=kind,
                 sampling=sampling,
                 pictures_fps=request.pictures_fps or self.sampling.fps,

@@ -85,7 +85,12 @@ def prompt_loader(config: Config, *, tokenizer: Tokenizer) -> PromptLoader:
     return PromptLoader.from_model(
         config.model.model,
         media_root=data.media_root or Path(file).parent,
-        sampling=FrameSampling(fps=data.video_fps, num_frames=data.video_num_frames, max_frames=data.video_max_frames),
+        sampling=FrameSampling(
+            fps=data.video_fps,
+            num_frames=data.video_num_frames,
+            max_frames=data.video_max_frames,
+            rule=data.frame_sampling,
+        ),
         prompt_template=data.prompt_template,
         max_prompt_length=data.max_prompt_length,
         tokenizer=tokenizer,

@@ -38,6 +38,8 @@ class Sampler:
     engine: RolloutEngine
     rewards: tuple[str, ...] = DEFAULT_REWARDS
     answer_protocol: str = "standard"
+    rewards_of_source: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    """The reward parts of the sources of a mixture (``Prompt.source``) that have their own."""
 
     def answer(self, groups: Sequence[RolloutGroup], *, step: int) -> list[RolloutGroup]:
         """``groups`` with responses and their rewards. A group that a collective engine does not yield on this rank is
@@ -49,7 +51,8 @@ class Sampler:
         with ThreadPoolExecutor(1, thread_name_prefix="rewards") as pool:
             rewarded: dict[int, Future[list[RolloutGroup]]] = {}
             for index, group in self.engine.stream([group.prompt for group in groups], step=step):
-                rewarded[index] = pool.submit(reward_groups, [group], names=self.rewards, protocol=self.answer_protocol)
+                names = self.rewards_of_source.get(group.prompt.source, self.rewards)
+                rewarded[index] = pool.submit(reward_groups, [group], names=names, protocol=self.answer_protocol)
             for index, result in rewarded.items():
                 answered[index] = result.result()[0]
         return answered

@@ -12,6 +12,7 @@ The names of the numbers are stable:
 - under a bound on tokens: num_micro_batches and oversized_groups (``step/plan.py``)
 - counted since the run began: skipped/<kind>, decoder/<name>, "decoder/pyav: <why not decord>", repeated_frames,
   substituted_media
+- of a mixture: reward_mean/<source> of the step's prompts, and source/<source>, the prompts drawn since the run began
 - with original_compat: responses_without_key_tokens, a share of the step's responses
 
 Numbers in the file have 8 significant digits. A number that is not finite is null there.

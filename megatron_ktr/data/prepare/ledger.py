@@ -72,7 +72,7 @@ class Ledger:
             if found is None:
                 # A seeded shuffle that does not depend on the order of the file.
                 place = xxhash.xxh3_64(written.encode(errors="surrogatepass"), seed=self._seed).intdigest() >> 1
-                folder = source.paths[0].replace("\\", "/").rpartition("/")[0]
+                folder = source.paths[0].replace("\\", "/").rstrip("/").rpartition("/")[0]
                 found = self._database.execute(
                     "INSERT INTO media (digest, source, folder, place) VALUES (?, ?, ?, ?) RETURNING id",
                     (digest, written, folder, place),

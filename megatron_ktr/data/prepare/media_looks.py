@@ -6,16 +6,18 @@ import argparse
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from tqdm import tqdm
 
 from megatron_ktr.data.loader import PromptLoader
-from megatron_ktr.data.media.files import resolve_media_path
+from megatron_ktr.data.media.files import files_of
 from megatron_ktr.data.media.request import MediaSource
 from megatron_ktr.data.prepare.media_probe import Look, MediaFacts, MediaTask, look_at
 from megatron_ktr.data.prepare.media_state import MediaState
 from megatron_ktr.data.prepare.reasons import DECODING_CRASHES, DECODING_HANGS, DOES_NOT_DECODE
 from megatron_ktr.data.prepare.task_pool import TaskFailed, run_tasks
+from megatron_ktr.data.unusable import UnusableMedia
 from megatron_ktr.errors import UserError, number, whole
 
 _KIND_OF_FAILURE = {"hangs": DECODING_HANGS, "crashes": DECODING_CRASHES, "memory": DECODING_CRASHES}
@@ -126,13 +128,13 @@ def _task(
     medium: int, source: MediaSource, *, look: Look, loader: PromptLoader, measures_time: bool = False
 ) -> MediaTask | Seen:
     try:
-        paths = tuple(str(resolve_media_path(loader.media_root, written)) for written in source.paths)
-    except UserError as error:  # it was there a moment ago
+        files = files_of(source, loader.media_root)
+    except (UnusableMedia, UserError) as error:  # it was there a moment ago
         return Seen(medium, MediaFacts(look, source.kind, problem=str(error)), DOES_NOT_DECODE)
     return MediaTask(
         number=medium,
         source=source,
-        paths=paths,
+        paths=(str(files),) if isinstance(files, Path) else tuple(map(str, files)),
         sampling=replace(loader.sampling, multiple=loader.settings.temporal_patch_size),
         look=look,
         settings=loader.settings if measures_time else None,

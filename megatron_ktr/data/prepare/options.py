@@ -26,6 +26,7 @@ OF_PROMPTS = (
     "ignore_fields",
     "prompt_template",
     "max_prompt_length",
+    "frame_sampling",
     "video_fps",
     "video_num_frames",
     "video_max_frames",
@@ -40,6 +41,7 @@ OF_RUNS = (
     "data_path",
     "media_root",
     "shuffle_data",
+    "record_store_dir",
     "max_skip_share",
     "media_cache_gb",
     "substitute_video",
@@ -89,6 +91,7 @@ def add_reading_options(parser: argparse.ArgumentParser, *, model_is_required: b
     for name in OF_PROMPTS:
         option = OPTIONS[name]
         metavar = {str: "TEXT", int: "N", float: "X"}[option.kind] + ("[,...]" if option.is_list else "")
+        metavar = "{" + ",".join(option.choices) + "}" if option.choices else metavar
         text = f"{option.doc} (default: {show_value(option.default)})".replace("%", "%%")
         group.add_argument(
             option.flag, dest=name, metavar=metavar, help=text, action="append" if option.is_list else "store"
@@ -127,6 +130,7 @@ def build_loader(reading: ReadingOptions) -> PromptLoader:
         fps=reading.data.video_fps,
         num_frames=reading.data.video_num_frames,
         max_frames=reading.data.video_max_frames,
+        rule=reading.data.frame_sampling,
     )
     limits = pixel_limits(reading.data)
     if reading.model is not None:

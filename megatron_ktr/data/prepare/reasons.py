@@ -28,10 +28,10 @@ _KINDS: tuple[tuple[str, str], ...] = (
     ("unknown type", r"^the reward \w+ does not know problem_type"),
     ("answer not among options", r"^the right answer .* is not among its options"),
     ("missing file", r": no such file below media_root$"),
-    ("not a file", r": is a folder;"),
+    ("not a file", r": is a folder; where"),
     (
         "leaves the root",
-        r"^media path .*(: expected a path below media_root | leads by a link out of | below media_root )",
+        r"^media path .*(: expected a path below media_root | leads by a link out of media_root | below media_root )",
     ),
     ("field not followed", r"^(field|key) '.*' .*is not followed"),
     ("media not named", r"^it names no image or video but has a field"),
