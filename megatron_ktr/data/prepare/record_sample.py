@@ -29,6 +29,12 @@ class RecordSample:
     data_types: Counter[str] = field(default_factory=Counter)
     problems: Counter[str] = field(default_factory=Counter)
     """Kinds of problems of the records that cannot be used."""
+    seed: int = 0
+
+    def drawn(self, number: int) -> list[CheckedRecord]:
+        """``number`` of ``records``, drawn at random, in the order of the file."""
+        chosen = random.Random(self.seed).sample(self.records, min(number, len(self.records)))
+        return sorted(chosen, key=lambda checked: checked.number)
 
 
 def sample_records(reader: RecordReader, *, size: int, seed: int = 0, named: Collection[int] = ()) -> RecordSample:
@@ -38,7 +44,7 @@ def sample_records(reader: RecordReader, *, size: int, seed: int = 0, named: Col
         UserError: the file has no record of one of these numbers.
     """
     generator = random.Random(seed)
-    sample = RecordSample([])
+    sample = RecordSample([], seed=seed)
     for checked in reader:
         sample.num_records += 1
         if checked.number in named:
