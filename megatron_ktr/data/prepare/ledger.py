@@ -168,6 +168,12 @@ class Ledger:
     def num_records(self) -> int:
         return self._database.execute("SELECT COUNT(*) FROM records").fetchone()[0]
 
+    def num_only_opened(self) -> int:
+        """The number of media that open, and were not decoded."""
+        return self._database.execute(
+            "SELECT COUNT(*) FROM media WHERE look = ? AND json_extract(facts, '$.problem') = ''", (int(Look.HEADER),)
+        ).fetchone()[0]
+
     def num_media(self, *, at_least: Look | None = None) -> int:
         """The number of different media; with ``at_least``, of those that were looked at this closely."""
         return self._database.execute("SELECT COUNT(*) FROM media WHERE look >= ?", (int(at_least or 0),)).fetchone()[0]

@@ -28,6 +28,7 @@ _KINDS: tuple[tuple[str, str], ...] = (
     ("unknown type", r"^the reward \w+ does not know problem_type"),
     ("answer not among options", r"^the right answer .* is not among its options"),
     ("missing file", r": no such file below media_root$"),
+    ("wrong folder", r": (holds |is a folder without |is a file, and a path |'.*' and '.*' have the same place )"),
     ("not a file", r": is a folder; where"),
     (
         "leaves the root",

@@ -122,10 +122,8 @@ def not_checked(result: Validation) -> list[str]:
         )
     if result.media.decode == "none" and result.ledger.num_media():
         found.append("whether media can be decoded (--decode sample or all)")
-    if result.media.decode == "sample":
-        left = result.ledger.num_media() - result.ledger.num_media(at_least=Look.FRAMES)
-        if left:
-            found.append(f"whether {left} media, which were only opened, can be decoded (--decode all)")
+    if left := result.ledger.num_only_opened():
+        found.append(f"whether {left} media, which were only opened, can be decoded (--decode all)")
     if result.reading.purpose == "replay":
         found.append("the recorded responses, which training checks before it builds the model")
     return found
