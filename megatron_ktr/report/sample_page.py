@@ -147,13 +147,13 @@ def _strip(source: MediaSource, loaded: LoadedMedia) -> Html:
     shown = sorted(
         {round(place) for place in torch.linspace(0, num_frames - 1, min(num_frames, MOST_PICTURES)).tolist()}
     )
-    facts = [(f"{visual.kind} ", source.name)]
+    facts = [(visual.kind, source.name)]
     if visual.kind == "video":
-        facts.append(("frames ", f"{num_frames}" + (f" ({len(shown)} shown)" if len(shown) < num_frames else "")))
-        facts.append(("seconds a grid ", format_number(visual.seconds_per_grid)))
-    facts += [("size ", f"{width} x {height}"), ("grid ", f"{time} x {rows} x {columns}"), ("decoder ", loaded.backend)]
+        facts.append(("frames", f"{num_frames}" + (f" ({len(shown)} shown)" if len(shown) < num_frames else "")))
+        facts.append(("seconds a grid", format_number(visual.seconds_per_grid)))
+    facts += [("size", f"{width} x {height}"), ("grid", f"{time} x {rows} x {columns}"), ("decoder", loaded.backend)]
     if loaded.num_repeated_frames:
-        facts.append(("repeated frames ", f"{loaded.num_repeated_frames}"))
+        facts.append(("repeated frames", f"{loaded.num_repeated_frames}"))
     pictures = [picture_of(frames[place], caption=_caption(loaded, place)) for place in shown]
     return element(
         "div", _facts(facts), element("div", map(_figure, pictures), class_="pictures large"), class_="strip"

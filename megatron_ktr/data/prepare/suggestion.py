@@ -37,8 +37,10 @@ def suggest_options(prompts: Sequence[PromptFacts], rules: Rules, *, token_budge
     """
     most_taken = _most_frames(prompts, rules)
     factor = rules.settings.factor**2
-    smallest = rules.with_limits(max_frames=_FRAMES[0], max_pixels=_FRAME_TOKENS[0] * factor)
-    num_feasible = sum((count_tokens(prompt, smallest) or token_budget + 1) <= token_budget for prompt in prompts)
+    smallest = [rules.with_limits(max_frames=frames, max_pixels=_FRAME_TOKENS[0] * factor) for frames in _FRAMES]
+    num_feasible = sum(
+        any((count_tokens(prompt, few) or token_budget + 1) <= token_budget for few in smallest) for prompt in prompts
+    )
     num_wanted = max(1, math.ceil(_FITTING_SHARE * num_feasible))
     found = []
     for max_frames in _FRAMES:
