@@ -19,7 +19,6 @@ A record that was read has all its own fields, and these normalised ones:
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,9 +38,9 @@ from megatron_ktr.data.media.request import (
     is_picture,
     read_request,
 )
+from megatron_ktr.data.raw_records import iter_raw_records
 from megatron_ktr.data.record_problems import RecordProblems
 from megatron_ktr.errors import UserError
-from megatron_ktr.files.json_files import parse_json
 
 __all__ = ["Record", "check_record", "read_records", "resolve_media_path"]
 
@@ -80,8 +79,7 @@ def read_records(
     found = RecordProblems(option, path) if problems is None else problems
     kept_types, found_types = set(problem_types), set()
     kept: list[Record] = []
-    numbered, is_suspect = _read_raw(path, option=option)
-    for number, raw in numbered:
+    for number, raw in iter_raw_records(path, option=option):
         problem_type = raw.get("problem_type") if isinstance(raw, dict) else None
         if isinstance(problem_type, str) or problem_type is None:
             found_types.add(problem_type or "")
@@ -89,8 +87,7 @@ def read_records(
         if kept_types and isinstance(problem_type, str) and problem_type not in kept_types:
             continue
         try:
-            if is_suspect:
-                _check_writable(raw)
+            _check_writable(raw)
             record = check_record(
                 raw, number=number, needs_solution=needs_solution, needs_reply=needs_reply, ignored=ignored
             )
@@ -223,35 +220,6 @@ def _response_text(record: Mapping[str, Any]) -> str:
         "no response to imitate: expected 'response', or 'process' and 'solution', or messages that end with an "
         f"assistant's turn, got {response!r}"
     )
-
-
-def _read_raw(path: Path, *, option: str) -> tuple[list[tuple[int, Any]], bool]:
-    """(number, value) of each record, and whether some records may fail ``_check_writable``. A file that begins with
-    "[" is one JSON array; any other is JSONL."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{option}: {path} cannot be read: {error}") from error
-    if text.lstrip().startswith("["):
-        try:
-            numbered = list(enumerate(parse_json(text), start=1))
-        except ValueError as error:
-            raise UserError(f"{option}: {path} is not valid JSON: {error}") from error
-        return numbered, _MAY_NOT_BE_WRITABLE.search(text) is not None
-    numbered = []
-    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: JSON text may contain U+2028
-        if line.strip():
-            try:
-                numbered.append((number, parse_json(line)))
-            except ValueError as error:
-                raise UserError(
-                    f"{option}: {path}, line {number} is not valid JSON: {error}; "
-                    "expected a JSON array, or one object a line"
-                ) from error
-    return numbered, _MAY_NOT_BE_WRITABLE.search(text) is not None
-
-
-_MAY_NOT_BE_WRITABLE = re.compile(r"\\u[dD]|NaN|Infinity|\d[eE]\+?\d{3}")
 
 
 def _check_writable(raw: Any) -> None:
