@@ -17,8 +17,8 @@ from megatron_ktr.rewards.text import extract_answer
 MULTIPLE_CHOICE = "multiple choice"
 TEMPORAL_GROUNDING = "temporal grounding"
 MOST_OPTIONS = 26
-_OPTION_LINE = re.compile(r"\s*\(?([A-Z])(?:[.):]\s*|\s+)(\S.*)$")
-"""A line of a question that is one of its options: "A. red", "A) red", "(A) red", "A: red", "A red"."""
+_OPTION_LINES = (re.compile(r"\s*\(?([A-Z])[.):]\s*(\S.*)$"), re.compile(r"\s*([A-Z])\s+(\S.*)$"))
+"""A line of a question that is one of its options: "A. red", "A) red", "(A) red", "A: red"; or "A red"."""
 
 
 def option_texts(value: Any, *, name: str = "options") -> list[str]:
@@ -55,22 +55,24 @@ def without_letters(options: Sequence[str]) -> list[str]:
 def options_in_text(question: str) -> tuple[str, list[str], str]:
     """(question, options without letters, text behind them) of a question whose last lines are its options.
 
-    The options are the last lines in a row that begin with A, B, C, ...; without any, the list is empty.
+    The options are the last lines in a row that begin with A, B, C, ..., all in one of the two ways; without any, or
+    without a question before them, the list is empty.
 
     >>> options_in_text("Which colour?\\nA. red\\nB. blue\\nAnswer with a letter.")
     ('Which colour?', ['red', 'blue'], 'Answer with a letter.')
     """
     lines = question.split("\n")
-    matches = [_OPTION_LINE.match(line) for line in lines]
-    for first in range(len(lines) - 1, -1, -1):
-        texts: list[str] = []
-        for match in matches[first:]:
-            if match is None or len(texts) == MOST_OPTIONS or match.group(1) != label_of(len(texts)):
-                break
-            texts.append(match.group(2).strip())
-        if len(texts) >= 2:
-            behind = "\n".join(lines[first + len(texts) :]).strip()
-            return "\n".join(lines[:first]).strip(), texts, behind
+    for pattern in _OPTION_LINES:
+        matches = [pattern.match(line) for line in lines]
+        for first in range(len(lines) - 1, 0, -1):
+            texts: list[str] = []
+            for match in matches[first:]:
+                if match is None or len(texts) == MOST_OPTIONS or match.group(1) != label_of(len(texts)):
+                    break
+                texts.append(match.group(2).strip())
+            asked = "\n".join(lines[:first]).strip()
+            if len(texts) >= 2 and asked:
+                return asked, texts, "\n".join(lines[first + len(texts) :]).strip()
     return question.strip(), [], ""
 
 

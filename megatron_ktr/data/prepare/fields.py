@@ -53,13 +53,15 @@ def optional_text(raw: Mapping[str, Any], *names: str) -> str:
     return text(raw, *names)
 
 
-def plain_text(value: str, *, name: str) -> str:
+def plain_text(value: Any, *, name: str) -> str:
     """The text without blanks around it."""
     return whole_text(value, name=name).strip()
 
 
-def whole_text(value: str, *, name: str) -> str:
+def whole_text(value: Any, *, name: str) -> str:
     """The text as it is, which is not too long and has no control characters but line ends and tabs."""
+    if not isinstance(value, str):
+        raise ValueError(f"expected text in '{name}', got {short(value)}")
     if len(value) > MAX_TEXT:
         raise ValueError(f"'{name}' has {len(value)} characters, more than {MAX_TEXT}")
     if found := _CONTROL.search(value):

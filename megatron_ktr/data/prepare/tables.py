@@ -1,6 +1,6 @@
 """Reads tables row by row: parquet files, Arrow files, and folders of Hugging Face ``datasets``.
 
-    save_to_disk        state.json and data-00000-of-00002.arrow, ...; of several splits dataset_dict.json and a folder each
+    save_to_disk        state.json and data-00000-of-00002.arrow, ...; dataset_dict.json and a folder for each split
     snapshot of a hub   train-00000-of-00002.parquet, ... in the folder, or below data/ or the name of a configuration
 
 Batches of rows are read one after another, so that the size of a table does not matter.

@@ -44,11 +44,12 @@ def convert(raw: Any, options: Options) -> Record:
     fields = fields_of(raw)
     problem_type = text(fields, "problem_type")
     right = text(fields, "solution")
-    judged: dict[str, Any] = {"problem_type": problem_type, "solution": solution(right)}
     if problem_type == MULTIPLE_CHOICE:
         judged = choice(option_texts(fields.get("options")), right)
+    else:
+        judged = {"problem_type": problem_type, "solution": solution(right)}
     # The reasoning is imitated as it is written, with its line ends.
-    process = whole_text(fields["process"], name="process") if optional_text(fields, "process") else ""
+    process = whole_text(fields.get("process") or "", name="process")
     return {
         "problem_id": optional_text(fields, "problem_id"),
         "problem": text(fields, "problem"),
