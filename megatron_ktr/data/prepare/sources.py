@@ -20,6 +20,9 @@ from megatron_ktr.files.json_files import parse_json
 OPTION = "convert"
 _JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_MARK = b"\xef\xbb\xbf"
+"""The byte order mark of UTF-8."""
+_BEGINNING = 4096
 SUFFIXES = (*_JSON_SUFFIXES, *_DELIMITERS, ".txt", *tables.SUFFIXES)
 
 
@@ -63,6 +66,10 @@ def _is_one_object(path: Path) -> bool:
     """
     try:
         with path.open("rb") as file:
+            # An array may be one line of the whole file, which is not worth reading for its first character.
+            if file.read(_BEGINNING).removeprefix(_MARK).lstrip()[:1] not in (b"{", b""):
+                return False
+            file.seek(0)
             line = _first_line(file)
             if not line.startswith(b"{"):
                 return False
@@ -83,7 +90,7 @@ def _first_line(file: BinaryIO) -> bytes:
     """The next line that is not blank, or its first ``MAX_RECORD_CHARS`` bytes; empty at the end."""
     num_lines = 0
     while line := file.readline(MAX_RECORD_CHARS):
-        line = line.removeprefix(b"\xef\xbb\xbf").lstrip()
+        line = line.removeprefix(_MARK).lstrip()
         num_lines += 1
         if line or num_lines > MAX_RECORD_CHARS:
             return line
