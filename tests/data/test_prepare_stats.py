@@ -16,7 +16,7 @@ from megatron_ktr.data.prepare.options import ReadingOptions
 from megatron_ktr.data.prepare.prompt_lengths import Rules, count_tokens, effects_in_words
 from megatron_ktr.data.prepare.record_reader import RecordReader
 from megatron_ktr.data.prepare.record_sample import sample_records, sampled_prompts
-from megatron_ktr.data.prepare.suggestion import suggest_options
+from megatron_ktr.data.prepare.token_budget import suggest_options
 from megatron_ktr.data.records import read_records
 from tests.support.prepare import good_record, run_command, write_jsonl
 from tests.support.tokenizer import save_tiny_tokenizer

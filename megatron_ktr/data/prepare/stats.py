@@ -24,7 +24,7 @@ from megatron_ktr.data.prepare.options import ReadingOptions, add_reading_option
 from megatron_ktr.data.prepare.prompt_lengths import Rules, count_tokens, effects_in_words
 from megatron_ktr.data.prepare.record_reader import RecordReader
 from megatron_ktr.data.prepare.record_sample import RecordSample, SampledPrompts, sample_records, sampled_prompts
-from megatron_ktr.data.prepare.suggestion import Suggestion, suggest_options
+from megatron_ktr.data.prepare.token_budget import Suggestion, suggest_options
 from megatron_ktr.errors import whole
 from megatron_ktr.files.json_files import to_json
 

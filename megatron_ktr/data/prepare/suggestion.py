@@ -1,85 +1,102 @@
-"""Suggests --video-max-frames and --video-max-pixels with which prompts fit into a number of tokens."""
+"""The report of a conversion, and the options to train with the file it wrote."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-from megatron_ktr.data.prepare.prompt_lengths import Rules, count_tokens, frames_taken
-from megatron_ktr.data.prepare.record_sample import PromptFacts
+from megatron_ktr.data.prepare.embedded import EmbeddedMedia
+from megatron_ktr.data.prepare.layout import Layout
+from megatron_ktr.data.prepare.tally import Tally
+from megatron_ktr.data.prepare.unique_ids import UniqueIds
+from megatron_ktr.rewards.accuracy import ACCURACY_BY_TYPE
 
-_FRAMES = (4, 8, 16, 32, 64, 128, 256, 512, 768)
-_FRAME_TOKENS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768)
-"""Visual tokens of one pair of frames. Qwen2.5-VL was trained with 128 to 768."""
-_FITTING_SHARE = 0.99
-"""The share of prompts that must fit; a few very long questions should not decide for all."""
-
-
-@dataclass(frozen=True)
-class Suggestion:
-    """Options with which the prompts fit."""
-
-    video_max_frames: int
-    video_max_pixels: int
-    median_tokens: int
-    longest_tokens: int
-    num_fitting: int
-    fitting_share: float
-    """``num_fitting`` as a share of the sample's prompts."""
+_FOLDER = "MEDIA_ROOT"
+"""Stands in the suggested command for a folder that only the user knows."""
 
 
-def suggest_options(prompts: Sequence[PromptFacts], rules: Rules, *, token_budget: int) -> list[Suggestion]:
-    """For each number of frames that some video can give, the most pixels with which 99% of the prompts fit.
-
-    Prompts that no choice makes fit, because their text or images alone are too long, do not count for the 99%. Few
-    large frames come first, many small ones last. The list is empty if there is no video, or if nothing fits.
-    """
-    most_taken = _most_frames(prompts, rules)
-    factor = rules.settings.factor**2
-    smallest = [rules.with_limits(max_frames=frames, max_pixels=_FRAME_TOKENS[0] * factor) for frames in _FRAMES]
-    num_feasible = sum(
-        any((count_tokens(prompt, few) or token_budget + 1) <= token_budget for few in smallest) for prompt in prompts
-    )
-    num_wanted = max(1, math.ceil(_FITTING_SHARE * num_feasible))
-    found = []
-    for max_frames in _FRAMES:
-        if max_frames < rules.settings.temporal_patch_size:
-            continue
-        for frame_tokens in reversed(_FRAME_TOKENS):
-            fitted = _measure(prompts, rules, max_frames, frame_tokens * factor, token_budget=token_budget)
-            if fitted is not None and fitted.num_fitting >= num_wanted:
-                found.append(fitted)
-                break
-        if max_frames >= most_taken:  # no video has more to give
-            break
-    return found if most_taken else []
-
-
-def _measure(
-    prompts: Sequence[PromptFacts], rules: Rules, max_frames: int, max_pixels: int, *, token_budget: int
-) -> Suggestion | None:
-    changed = rules.with_limits(max_frames=max_frames, max_pixels=max_pixels)
-    lengths = sorted(length for prompt in prompts if (length := count_tokens(prompt, changed)) is not None)
-    if not lengths:
-        return None
-    return Suggestion(
-        video_max_frames=max_frames,
-        video_max_pixels=max_pixels,
-        median_tokens=lengths[len(lengths) // 2],
-        longest_tokens=lengths[-1],
-        num_fitting=sum(length <= token_budget for length in lengths),
-        fitting_share=sum(length <= token_budget for length in lengths) / len(prompts),
-    )
+def report_of(
+    *,
+    out: Path,
+    inputs: Sequence[Path],
+    layouts: Sequence[Layout],
+    tally: Tally,
+    ids: UniqueIds,
+    media: EmbeddedMedia,
+) -> dict[str, Any]:
+    """What a conversion did, as ``NAME.report.json`` has it."""
+    unjudged = [] if layouts[0].is_supervised else [t for t in tally.by_problem_type if t not in ACCURACY_BY_TYPE]
+    return {
+        "out": str(out),
+        "inputs": [str(path) for path in inputs],
+        "layouts": sorted({layout.name for layout in layouts}),
+        "num_read": tally.num_read,
+        "num_records": tally.num_written,
+        "by_problem_type": dict(tally.by_problem_type.most_common()),
+        "by_media": dict(tally.by_media.most_common()),
+        "num_clips": tally.num_clips,
+        "num_with_reasoning": tally.num_with_reasoning,
+        "num_several_right": tally.num_several_right,
+        "num_ids_changed": ids.num_changed,
+        "unjudged_problem_types": unjudged,
+        "num_skipped": tally.skipped.num,
+        "skipped": tally.skipped.as_json(),
+        "media_root": str(out.parent) if media.is_used else " / ".join({layout.media_root: None for layout in layouts}),
+        "num_media_files": media.num_files,
+        "num_media_bytes": media.num_bytes,
+        "options": _options(out, layouts=layouts, tally=tally, unjudged=unjudged, is_embedded=media.is_used),
+    }
 
 
-def _most_frames(prompts: Sequence[PromptFacts], rules: Rules) -> int:
-    """The most frames that any video gives at the run's frame rate; 0 without a video."""
-    free = rules.with_limits(max_frames=_FRAMES[-1])
-    most = 0
-    for source, facts in {shown for prompt in prompts for shown in prompt.media if shown[0].kind == "video"}:
-        try:
-            most = max(most, frames_taken(facts, source, free).num_frames)
-        except ValueError:
-            continue
-    return most
+def _options(
+    out: Path, *, layouts: Sequence[Layout], tally: Tally, unjudged: Sequence[str], is_embedded: bool
+) -> list[str]:
+    """The options of ``megatron_ktr.train`` for this file."""
+    options = ["--data-path", str(out)]
+    if set(tally.by_media) != {"text"}:
+        options += ["--media-root", str(out.parent) if is_embedded else _FOLDER]
+    if layouts[0].is_supervised:
+        return [*options, "--objective", "sft"]
+    judged = [problem_type for problem_type in tally.by_problem_type if problem_type in ACCURACY_BY_TYPE]
+    if not judged:
+        return [*options, "--reward-functions", "format,YOUR_MODULE:YOUR_REWARD", "--length-bonus", "0"]
+    if unjudged:
+        options += ["--problem-types", ",".join(sorted(judged))]
+    if tally.num_several_right:
+        options += ["--reward-functions", "soft_choice,format", "--length-bonus", "0"]
+    return options
+
+
+def text_of(report: Mapping[str, Any]) -> str:
+    """The report for people."""
+    lines = [
+        f"{', '.join(report['inputs'])} ({', '.join(report['layouts'])}) -> {report['out']}",
+        f"  {report['num_records']} of {report['num_read']} records; {_counts(report['by_problem_type'])}; "
+        f"{_counts(report['by_media'])}",
+    ]
+    facts = {
+        "ask about a clip": report["num_clips"],
+        "have reasoning in 'process', which --objective sft imitates": report["num_with_reasoning"],
+        "have several right letters, for which soft_choice pays in parts": report["num_several_right"],
+        "have an id that an earlier record has, and got '#' with their number behind it": report["num_ids_changed"],
+    }
+    lines += [f"  {num} {fact}" for fact, num in facts.items() if num]
+    if report["unjudged_problem_types"]:
+        lines.append(
+            f"  no built-in reward judges {', '.join(report['unjudged_problem_types'])}: leave them out with "
+            "--problem-types, or name your own reward (docs/rewards.md)"
+        )
+    if report["num_skipped"]:
+        lines.append(f"  skipped {report['num_skipped']}:")
+        lines += [f"    {kind['num_records']} x {kind['examples'][0]}" for kind in report["skipped"][:8]]
+    if report["num_media_files"]:
+        lines.append(f"  {report['num_media_files']} media unpacked, {report['num_media_bytes'] / 1e6:.1f} MB")
+    lines.append(f"  media root: {report['media_root']}")
+    lines.append(f"  train with: {shlex.join(report['options'])}")
+    return "\n".join(lines)
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in counts.items())
