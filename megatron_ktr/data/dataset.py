@@ -162,8 +162,8 @@ class PromptDataset:
             )
         if state["wording_digest"] != self.loader.wording_digest:
             raise UserError(
-                "resume: --prompt-template is not the text of the saved run, or --chat-template is not; only their place "
-                "may change"
+                "resume: --prompt-template is not the text of the saved run, or --chat-template is not; only "
+                "their place may change"
             )
 
     def _element(self, position: int) -> int:

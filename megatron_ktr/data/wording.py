@@ -65,7 +65,7 @@ class WordingTemplate:
             self._syntax = environment.parse(self.text)
         except (OSError, ValueError, jinja2.TemplateError, RecursionError) as error:
             raise UserError(
-                f"prompt_template: {self.path} cannot be used: {error} (expected a file or one of {', '.join(BUILT_IN)})"
+                f"prompt_template: {self.path} cannot be used: {error}; expected a file or one of {', '.join(BUILT_IN)}"
             ) from error
 
     def render(self, record: Mapping[str, Any]) -> Wording:
