@@ -21,7 +21,14 @@ class DataSection:
         parse=parse_data_path,
     )
     media_root: str | None = _option(None, "Directory of the media; none = the directory of the questions' file")
-    prompt_template: str | None = _option(None, "File with the wording of the prompt; none = the built-in wording")
+    prompt_template: str | None = _option(
+        None,
+        "Wording of the prompt: a Jinja file, or our own words for the instructions of video_r1, video_ktr, tw_grpo, "
+        "video_rts or video_holmes (docs/data.md#wording); none = think_answer, the built-in wording",
+    )
+    chat_template: str | None = _option(
+        None, "Jinja file with the chat format in place of the model's own; saved with checkpoints and the export"
+    )
     problem_types: tuple[str, ...] = _option((), "Keep only questions of these problem types; empty = all")
     shuffle_data: bool = _option(True, "Visit the questions in a new seeded order in every epoch")
     ignore_fields: tuple[str, ...] = _option(

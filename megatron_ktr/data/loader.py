@@ -14,9 +14,10 @@ from megatron_ktr.data.media.files import files_of
 from megatron_ktr.data.media.preprocess import LoadedMedia, PreprocessSettings, load_media
 from megatron_ktr.data.media.request import MediaKind, MediaRequest, MediaSource, media_sources
 from megatron_ktr.data.media.video import FrameSampling
-from megatron_ktr.data.template import PromptBuilder, VisualTokens, WordingTemplate, load_tokenizer
+from megatron_ktr.data.template import PromptBuilder, VisualTokens, load_tokenizer
 from megatron_ktr.data.tokenizer import Tokenizer
 from megatron_ktr.data.unusable import PromptTooLong, UnusableMedia
+from megatron_ktr.data.wording import WordingTemplate
 from megatron_ktr.errors import UserError
 from megatron_ktr.types import Prompt, VisualInput
 
@@ -80,6 +81,8 @@ class PromptLoader:
         self.settings = settings
         self.sampling = sampling
         self.max_prompt_length = max_prompt_length
+        self.chat_template: str | None = None
+        """The text of the chat template that the user gave ``builder.tokenizer`` in place of the model's own."""
         self.counts: Counter[str] = Counter()
         """decoder/<name>, decoder/pyav: <why not decord>, repeated_frames, substituted_media."""
         self.substitutes: dict[MediaKind, tuple[str, VisualInput]] = {
@@ -126,8 +129,11 @@ class PromptLoader:
 
     @property
     def wording_digest(self) -> str:
-        """A digest of the template that words the questions."""
-        return xxhash.xxh3_128(self.builder.wording.text.encode()).hexdigest()
+        """A digest of the template that words the questions, and of the chat template if the user gave one."""
+        digest = self.builder.wording.digest
+        if self.chat_template is not None:
+            digest = xxhash.xxh3_128(f"{digest}\0{self.chat_template}".encode()).hexdigest()
+        return digest
 
     def load(self, record: Mapping[str, Any]) -> Prompt:
         """The prompt of one record. If media were substituted, the prompt's ``record`` maps each to its substitute

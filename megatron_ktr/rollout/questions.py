@@ -82,7 +82,7 @@ def prompt_loader(config: Config, *, tokenizer: Tokenizer) -> PromptLoader:
     is_replay = not config.objective.is_supervised and config.rollout.engine == "replay"
     file = config.rollout.replay_path if is_replay else data.data_path
     assert file is not None, "the configuration's checks ask for it"
-    return PromptLoader.from_model(
+    loader = PromptLoader.from_model(
         config.model.model,
         media_root=data.media_root or Path(file).parent,
         sampling=FrameSampling(
@@ -99,6 +99,9 @@ def prompt_loader(config: Config, *, tokenizer: Tokenizer) -> PromptLoader:
         fixed_seconds_per_grid=config.objective.fixed_seconds_per_grid,
         **pixel_limits(data),
     )
+    if data.chat_template is not None:
+        loader.chat_template = str(tokenizer.chat_template)
+    return loader
 
 
 def _replay_engine(config: Config, *, tokenizer: Tokenizer, vocab_size: int, problems: RecordProblems) -> ReplayEngine:
