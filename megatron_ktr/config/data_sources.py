@@ -162,6 +162,11 @@ def _check_together(sources: Sequence[DataSource]) -> None:
     labels = [source.label for source in sources]
     if repeated := [label for label in labels if labels.count(label) > 1]:
         raise ValueError(f"two files are called {repeated[0]!r}: give each a name of its own (name: in a run file)")
+    if len(sources) == 1 and (sources[0].weight or sources[0].epochs):
+        raise ValueError(
+            f"a weight or epochs are of several files, and {sources[0].path} is alone (a path that ends in a colon and "
+            "a number stands under the key path in a run file)"
+        )
     weights = [source.weight for source in sources if source.weight is not None]
     if not weights:
         return

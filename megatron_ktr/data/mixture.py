@@ -121,4 +121,4 @@ class MixtureOrder:
 
 def _seed_of(what: str, seed: int) -> int:
     """A seed of its own for ``what``; small enough for ``EpochOrder``, which multiplies it."""
-    return xxhash.xxh3_64_intdigest(f"{what} of {seed}") >> 33
+    return xxhash.xxh3_64_intdigest(f"{what} of {seed}".encode()) >> 33

@@ -67,8 +67,12 @@ class RecordChecker:
                 model's files, not of the record, and is tested with the first conversation of several answers.
         """
         sources = media_sources(record)
+        return self.find_problem_of_files(sources) or self.find_problem_of_text(record, sources)
+
+    def find_problem_of_text(self, record: Record, sources: Sequence[MediaSource]) -> FoundProblem | None:
+        """The same, whatever files there are; ``sources`` are the record's media."""
         for source in sources:
-            if found := self._problem_of(source):
+            if source.request != NOTHING_ASKED and (found := self._problem_of_request(source)):
                 return found
         try:
             self.loader.builder.messages(record, [source.kind for source in sources])
@@ -85,20 +89,24 @@ class RecordChecker:
             build_reply(record, kinds=[source.kind for source in sources], builder=self.loader.builder)
         return None
 
-    def _problem_of(self, source: MediaSource) -> FoundProblem | None:
+    def find_problem_of_files(self, sources: Sequence[MediaSource]) -> FoundProblem | None:
+        """Whether a path leads out of the media root or to no file."""
+        for source in sources:
+            for written in source.paths:
+                try:
+                    self._files.check(written)
+                except UnusableMedia as error:
+                    if source.kind not in self.loader.substitutes:  # a substitute would be shown instead
+                        return FoundProblem(f"{error.source}: {error.reason}", medium=written)
+                except (UserError, ValueError) as error:
+                    return FoundProblem(str(error), medium=written)
+        return None
+
+    def _problem_of_request(self, source: MediaSource) -> FoundProblem | None:
         try:
-            if source.request != NOTHING_ASKED:
-                sampling = replace(self.loader.sampling, multiple=self.loader.settings.temporal_patch_size)
-                source.request.sampling(sampling, is_pictures=source.is_pictures)
-                source.request.settings(self.loader.settings, kind=source.kind)
+            sampling = replace(self.loader.sampling, multiple=self.loader.settings.temporal_patch_size)
+            source.request.sampling(sampling, is_pictures=source.is_pictures)
+            source.request.settings(self.loader.settings, kind=source.kind)
         except (UserError, ValueError) as error:
             return FoundProblem(str(error))
-        for written in source.paths:
-            try:
-                self._files.check(written)
-            except UnusableMedia as error:
-                if source.kind not in self.loader.substitutes:  # a substitute would be shown instead
-                    return FoundProblem(f"{error.source}: {error.reason}", medium=written)
-            except (UserError, ValueError) as error:
-                return FoundProblem(str(error), medium=written)
         return None

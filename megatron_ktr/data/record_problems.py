@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from megatron_ktr.errors import UserError
 
@@ -23,6 +25,8 @@ class RecordProblems:
 
     option: str
     path: Path
+    remedy: str = ""
+    """What the message tells to do, for example a command that shows all problems."""
     places: set[int] = field(default_factory=set)
     """The indices of these records in the list of records."""
     _by_kind: dict[str, list[str]] = field(default_factory=dict)
@@ -54,10 +58,24 @@ class RecordProblems:
             return frozenset()
         told = f"{self.option}: {self.path}, {num_bad} of {num_records} records cannot be used: {self._summary()}"
         if num_bad > max_share * num_records or num_bad == num_records:
-            raise UserError(f"{told}; --max-skip-share {max_share:g} is the share that may be left out")
+            raise UserError(f"{told}; --max-skip-share {max_share:g} is the share that may be left out{self._remedy}")
         if is_spokesman:
-            _log.warning("%s; they are left out (at most --max-skip-share %g)", told, max_share)
+            _log.warning("%s; they are left out (at most --max-skip-share %g)%s", told, max_share, self._remedy)
         return frozenset(self.places)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was added so far, as JSON can represent it."""
+        return {"places": sorted(self.places), "by_kind": self._by_kind, "counts": self._counts}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes what ``state_dict`` returned in place of what was added."""
+        self.places = set(state["places"])
+        self._by_kind = {kind: list(examples) for kind, examples in state["by_kind"].items()}
+        self._counts = dict(state["counts"])
+
+    @property
+    def _remedy(self) -> str:
+        return f"; {self.remedy}" if self.remedy else ""
 
     def _summary(self) -> str:
         kinds = sorted(self._by_kind, key=lambda kind: -self._counts[kind])

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,10 @@ def read_records(
         # A record without a valid type is not left out here, because it may be meant to be of a wanted type.
         if kept_types and isinstance(problem_type, str) and problem_type not in kept_types:
             continue
+        written = write_down(raw)
         try:
-            check_writable(raw)
+            if written.fault is not None:
+                raise ValueError(written.fault)
             record = check_record(
                 raw, number=number, needs_solution=needs_solution, needs_reply=needs_reply, ignored=ignored
             )
@@ -96,7 +99,7 @@ def read_records(
         except ValueError as error:
             found.add(len(kept), number=number, problem_id=None, reason=error)
             record = {"problem_id": str(number), "problem_type": "", "media": []}
-        kept.append({**record, "record_number": number, "record_digest": record_digest(raw)})
+        kept.append({**record, "record_number": number, "record_digest": written.digest})
     if not kept:
         reason = f"none of problem_types {sorted(kept_types)}; found {sorted(found_types)}" if found_types else ""
         raise UserError(f"{option}: {path} has {reason or 'no records at all'}")
@@ -235,11 +238,33 @@ def _response_text(record: Mapping[str, Any]) -> str:
 
 def check_writable(raw: Any) -> None:
     """Raises ``ValueError`` for values that Python reads from JSON but cannot write again as valid JSON: lone
-    surrogates, NaN and infinity. A run must be able to write its records into its rollouts."""
+    surrogates, NaN and infinity, endless nesting. A run must be able to write its records into its rollouts."""
+    if (fault := write_down(raw).fault) is not None:
+        raise ValueError(fault)
+
+
+@dataclass(frozen=True)
+class WrittenRecord:
+    """A record as it is stored."""
+
+    text: bytes
+    """Its JSON; empty if it has none."""
+    digest: str
+    """As ``record_digest``."""
+    fault: str | None
+    """Why it has no JSON, although it was read from JSON."""
+
+
+def write_down(raw: Any) -> WrittenRecord:
+    """A record, as it stands in its file, in the form in which it is stored."""
     try:
-        json.dumps(raw, ensure_ascii=False, allow_nan=False).encode("utf-8")
+        digest = record_digest(raw)
+        text = json.dumps(raw, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8")
+    except RecursionError:
+        return WrittenRecord(b"", xxhash.xxh3_128(b"nested").hexdigest(), "expected less nesting in its fields")
     except ValueError as error:
-        raise ValueError(f"expected text in whole characters and finite numbers: {error}") from error
+        return WrittenRecord(b"", digest, f"expected text in whole characters and finite numbers: {error}")
+    return WrittenRecord(text, digest, None)
 
 
 def _media_of(

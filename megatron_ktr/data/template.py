@@ -177,6 +177,11 @@ class PromptBuilder:
         if (token := self.control_token_in(text)) is not None:
             raise UnusableSample(f"record {record['problem_id']}", f"its text contains the control token {token}")
 
+    @property
+    def control_pattern(self) -> str:
+        """The regular expression that finds control tokens."""
+        return self._control.pattern
+
     def control_token_in(self, text: str) -> str | None:
         """The first control token that the tokenizer would read in ``text``."""
         found = self._control.search(text)

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from megatron_ktr.config.data_sources import parse_data_path, sources_of
 from megatron_ktr.data.media.files import files_of
 from megatron_ktr.data.media.frames import read_frames
 from megatron_ktr.data.media.preprocess import resize_frames
@@ -65,9 +66,7 @@ class FrameReader:
         if media_root is not None and not media_root.is_dir():
             raise UserError(f"--media-root {media_root} is not a directory")
         if media_root is None:
-            file = run.option("rollout", "replay_path") or run.option("data", "data_path")
-            written = run.option("data", "media_root") or (Path(file).parent if file else None)
-            media_root = Path(written) if written else None
+            media_root = _media_root_of(run)
         data: Mapping[str, Any] = run.config.get("data", {})
         sampling = FrameSampling(
             fps=data.get("video_fps", FrameSampling.fps),
@@ -115,6 +114,19 @@ class FrameReader:
             for index in shown
         )
         return Strip(kind, name, pictures, num_sampled=total)
+
+
+def _media_root_of(run: RunData) -> Path | None:
+    """Where all media of the run's files lie; None if that is unknown, or not the same for all files of a mixture."""
+    file = run.option("rollout", "replay_path") or run.option("data", "data_path")
+    try:
+        sources = sources_of(None if file is None else parse_data_path(file))
+    except ValueError as error:
+        raise UserError(f"{run.path}: data_path of its config.yaml: {error}") from error
+    default = run.option("data", "media_root")
+    roots = {source.media_root or default or str(Path(source.path).parent) for source in sources} or {default}
+    root = roots.pop()
+    return Path(root) if root and not roots else None
 
 
 def _small(frames_FCHW: Tensor, num_frames: int) -> Tensor:

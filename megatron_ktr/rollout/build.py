@@ -21,6 +21,7 @@ from megatron_ktr.data.tokenizer import Tokenizer
 from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.policy.policy import Policy
 from megatron_ktr.rewards import DEFAULT_REWARDS
+from megatron_ktr.rollout.base import RolloutEngine
 from megatron_ktr.rollout.check.probes import probe_prompts
 from megatron_ktr.rollout.check.sampler import (
     DEFAULT_LIMIT,
@@ -29,7 +30,7 @@ from megatron_ktr.rollout.check.sampler import (
     trainer_logprobs,
     worst_of_replicas,
 )
-from megatron_ktr.rollout.questions import read_questions
+from megatron_ktr.rollout.questions import read_questions, rewards_of
 from megatron_ktr.rollout.replay import ReplaySource
 from megatron_ktr.rollout.sampling import SamplingSettings
 from megatron_ktr.rollout.source import ReplicaSource, Sampler
@@ -47,15 +48,13 @@ def build_local_source(
         return None
     data, trainer = config.data, config.trainer
     questions = read_questions(config, tokenizer=tokenizer, vocab_size=vocab_size, is_spokesman=ranks.data_rank == 0)
-    dataset = PromptDataset(
-        questions.records,
-        loader=questions.loader,
+    dataset = PromptDataset.of_sources(
+        questions.sources,
         seed=trainer.seed,
         shuffle=data.shuffle_data,
         rank=ranks.data_rank,
         size=ranks.data_size,
         skips=SkipCounter(max_skip_share=data.max_skip_share),
-        left_out=questions.left_out,
     )
     if questions.engine is not None:
         return ReplaySource(dataset, engine=questions.engine)
@@ -79,7 +78,7 @@ def build_sampler(config: Config, *, ranks: ParallelGroups, tokenizer: Tokenizer
         stop=rollout.stop,
         seed=config.trainer.seed,
     )
-    rewards = config.reward.reward_functions or DEFAULT_REWARDS
+    with_rewards = _rewards_of(config)
     # Engines are imported here, because only runs that use an engine need its package.
     if rollout.engine == "vllm_colocated":
         from megatron_ktr.rollout.colocated.engine import colocated_engine
@@ -93,7 +92,7 @@ def build_sampler(config: Config, *, ranks: ParallelGroups, tokenizer: Tokenizer
             media=media,
             sampling=sampling,
         )
-        return Sampler(engine, rewards=rewards, answer_protocol=config.reward.answer_protocol)
+        return with_rewards(engine)
     if not ranks.is_source:
         return None
     if rollout.engine == "vllm_server":
@@ -108,14 +107,27 @@ def build_sampler(config: Config, *, ranks: ParallelGroups, tokenizer: Tokenizer
             media=media,
             sampling=sampling,
         )
-        return Sampler(engine, rewards=rewards, answer_protocol=config.reward.answer_protocol)
+        return with_rewards(engine)
     assert rollout.engine == "hf", f"--engine {rollout.engine} has no branch here"
     from megatron_ktr.policy.policy import DTYPES
     from megatron_ktr.rollout.hf import HFEngine
 
     dtype = DTYPES[config.model.params_dtype]
     engine = HFEngine(config.model.model, tokenizer=tokenizer, media=media, sampling=sampling, dtype=dtype)
-    return Sampler(engine, rewards=rewards, answer_protocol=config.reward.answer_protocol)
+    return with_rewards(engine)
+
+
+def _rewards_of(config: Config) -> Callable[[RolloutEngine], Sampler]:
+    """Adds the run's rewards to an engine, and those of the files that have their own."""
+    first, *others = config.data.sources
+    if not others:
+        return partial(Sampler, rewards=rewards_of(config, first), answer_protocol=config.reward.answer_protocol)
+    return partial(
+        Sampler,
+        rewards=config.reward.reward_functions or DEFAULT_REWARDS,
+        answer_protocol=config.reward.answer_protocol,
+        rewards_of_source={source.label: rewards_of(config, source) for source in config.data.sources},
+    )
 
 
 def build_sampler_check(

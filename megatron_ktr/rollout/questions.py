@@ -5,20 +5,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 from megatron_ktr.config import Config
+from megatron_ktr.config.data_sources import DataSource, draws_of_weights
 from megatron_ktr.data.loader import PromptLoader
 from megatron_ktr.data.media.preprocess import pixel_limits
-from megatron_ktr.data.media.request import SYNONYMS
 from megatron_ktr.data.media.video import FrameSampling
+from megatron_ktr.data.mixture import RecordSource
 from megatron_ktr.data.record_check import check_questions
 from megatron_ktr.data.record_problems import RecordProblems
-from megatron_ktr.data.records import Record, describe_repeated_ids, read_records
-from megatron_ktr.data.reward_checks import reward_checks
+from megatron_ktr.data.records import describe_repeated_ids
+from megatron_ktr.data.store.check import Clips, check_store, clips_of
+from megatron_ktr.data.store.record_store import RecordRules, RecordStore, open_store
 from megatron_ktr.data.tokenizer import Tokenizer
 from megatron_ktr.errors import UserError
-from megatron_ktr.rewards import DEFAULT_REWARDS
+from megatron_ktr.rewards import DEFAULT_REWARDS, READS_PROBLEM_TYPE, load_rewards
 from megatron_ktr.rollout.replay import ReplayEngine, Required
 
 _log = logging.getLogger(__name__)
@@ -26,12 +29,9 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Questions:
-    """The records of a run, the loader that makes prompts of them, and their recorded responses, if any."""
+    """The files of a run with their records and loaders, and recorded responses, if any."""
 
-    records: Sequence[Record]
-    loader: PromptLoader
-    left_out: frozenset[int]
-    """Indices of records that cannot be used."""
+    sources: tuple[RecordSource, ...]
     engine: ReplayEngine | None = None
 
 
@@ -39,59 +39,50 @@ def read_questions(config: Config, *, tokenizer: Tokenizer, vocab_size: int, is_
     """The records of ``data_path`` or ``replay_path``. Those that cannot be used are reported and left out.
 
     Raises:
-        UserError: more than ``max_skip_share`` of the records cannot be used, or the file as a whole cannot.
+        UserError: more than ``max_skip_share`` of the records of a file cannot be used, or a file as a whole cannot.
     """
-    data = config.data
-    is_supervised = config.objective.is_supervised
-    if is_supervised and tokenizer.eos_token is None:
+    if config.objective.is_supervised and tokenizer.eos_token is None:
         raise UserError("model: the tokenizer has no end token, which given responses need (eos_token)")
-    engine = None
-    if not is_supervised and config.rollout.engine == "replay":
-        problems = RecordProblems("replay_path", Path(str(config.rollout.replay_path)))
-        engine = _replay_engine(config, tokenizer=tokenizer, vocab_size=vocab_size, problems=problems)
-        records, checks = engine.records, []
-    else:
-        problems = RecordProblems("data_path", Path(str(data.data_path)))
-        records = read_records(
-            problems.path,
-            problem_types=data.problem_types,
-            needs_solution=not is_supervised,
-            needs_reply=is_supervised,
-            ignored=data.ignore_fields,
-            problems=problems,
+    if _is_replay(config):
+        return _read_replay(config, tokenizer=tokenizer, vocab_size=vocab_size, is_spokesman=is_spokesman)
+    stores = [_open_store(config, given, is_spokesman=is_spokesman) for given in config.data.sources]
+    draws = _draws_of(config.data.sources, [len(store) for store in stores])
+    sources: list[RecordSource] = []
+    for given, store, number in zip(config.data.sources, stores, draws, strict=True):
+        loader = source_loader(config, given, tokenizer=tokenizer)
+        if sources:  # one cache and one count for all
+            loader.cache, loader.counts = sources[0].loader.cache, sources[0].loader.counts
+        left_out = _check(config, given, store, loader=loader, is_spokesman=is_spokesman)
+        sources.append(
+            RecordSource(store, loader, left_out, name=given.label, draws=number, rewards=given.reward_functions)
         )
-        checks = [] if is_supervised else reward_checks(config.reward.reward_functions or DEFAULT_REWARDS)
-    loader = prompt_loader(config, tokenizer=tokenizer)
-    check_questions(records, problems=problems, loader=loader, checks=checks)
-    left_out = problems.settle(len(records), max_share=data.max_skip_share, is_spokesman=is_spokesman)
-    if is_spokesman:
-        _note_clips(records, problems=problems)
-        if found := describe_repeated_ids(records):
-            _log.warning("%s: %s: %s", problems.option, problems.path, found)
-    return Questions(records, loader, left_out, engine)
+    return Questions(tuple(sources))
 
 
 def prompt_loader(config: Config, *, tokenizer: Tokenizer) -> PromptLoader:
-    """A loader that makes prompts of records according to the data options.
+    """A loader that makes prompts of the records of the run's file, or of the first of a mixture."""
+    file = str(config.rollout.replay_path) if _is_replay(config) else None
+    return source_loader(config, DataSource(file) if file else config.data.sources[0], tokenizer=tokenizer)
+
+
+def source_loader(config: Config, given: DataSource, *, tokenizer: Tokenizer) -> PromptLoader:
+    """A loader that makes prompts of the records of one file according to the data options.
 
     Media lie below ``media_root``, by default in the folder of the file that names them. With ``original_compat`` every
     video lasts 1.0 s per temporal patch, for sampling and training alike. Media that cannot be used are then replaced
     by ``substitute_video`` and ``substitute_image``, if these are given.
     """
     data = config.data
-    is_replay = not config.objective.is_supervised and config.rollout.engine == "replay"
-    file = config.rollout.replay_path if is_replay else data.data_path
-    assert file is not None, "the configuration's checks ask for it"
     loader = PromptLoader.from_model(
         config.model.model,
-        media_root=data.media_root or Path(file).parent,
+        media_root=_media_root(config, given),
         sampling=FrameSampling(
             fps=data.video_fps,
             num_frames=data.video_num_frames,
             max_frames=data.video_max_frames,
             rule=data.frame_sampling,
         ),
-        prompt_template=data.prompt_template,
+        prompt_template=given.prompt_template or data.prompt_template,
         max_prompt_length=data.max_prompt_length,
         tokenizer=tokenizer,
         cache_bytes=round(data.media_cache_gb * 1e9),
@@ -102,6 +93,76 @@ def prompt_loader(config: Config, *, tokenizer: Tokenizer) -> PromptLoader:
     if data.chat_template is not None:
         loader.chat_template = str(tokenizer.chat_template)
     return loader
+
+
+def _is_replay(config: Config) -> bool:
+    return not config.objective.is_supervised and config.rollout.engine == "replay"
+
+
+def _media_root(config: Config, given: DataSource) -> Path:
+    return Path(given.media_root or config.data.media_root or Path(given.path).parent)
+
+
+def _read_replay(config: Config, *, tokenizer: Tokenizer, vocab_size: int, is_spokesman: bool) -> Questions:
+    problems = RecordProblems("replay_path", Path(str(config.rollout.replay_path)))
+    engine = _replay_engine(config, tokenizer=tokenizer, vocab_size=vocab_size, problems=problems)
+    loader = prompt_loader(config, tokenizer=tokenizer)
+    check_questions(engine.records, problems=problems, loader=loader)
+    left_out = problems.settle(len(engine.records), max_share=config.data.max_skip_share, is_spokesman=is_spokesman)
+    if is_spokesman:
+        _note_clips(clips_of(engine.records), problems=problems)
+        if found := describe_repeated_ids(engine.records):
+            _log.warning("%s: %s: %s", problems.option, problems.path, found)
+    return Questions((RecordSource(engine.records, loader, left_out),), engine)
+
+
+def _open_store(config: Config, given: DataSource, *, is_spokesman: bool) -> RecordStore:
+    is_supervised = config.objective.is_supervised
+    rules = RecordRules(
+        problem_types=config.data.problem_types,
+        needs_solution=not is_supervised,
+        needs_reply=is_supervised,
+        ignored=config.data.ignore_fields,
+    )
+    return open_store(given.path, rules, directory=config.data.record_store_dir, show_progress=is_spokesman)
+
+
+def _check(
+    config: Config, given: DataSource, store: RecordStore, *, loader: PromptLoader, is_spokesman: bool
+) -> frozenset[int]:
+    """The places of the records that cannot be used."""
+    command = f"python tools/prepare_dataset.py validate {given.path} --media-root {_media_root(config, given)}"
+    problems = RecordProblems("data_path", Path(given.path), remedy=f"all of them: {command}")
+    names = () if config.objective.is_supervised else rewards_of(config, given)
+    load_rewards(names)  # raises UserError for an unknown name
+    clips = check_store(
+        store,
+        problems=problems,
+        loader=loader,
+        rewards=[name for name in names if name in READS_PROBLEM_TYPE],
+        is_spokesman=is_spokesman,
+    )
+    left_out = problems.settle(len(store), max_share=config.data.max_skip_share, is_spokesman=is_spokesman)
+    if is_spokesman:
+        _note_clips(clips, problems=problems)
+        if found := store.describe_repeated_ids():
+            _log.warning("data_path: %s: %s", given.path, found)
+    return left_out
+
+
+def rewards_of(config: Config, given: DataSource) -> tuple[str, ...]:
+    """The reward parts of the responses to the questions of one file."""
+    return given.reward_functions or config.reward.reward_functions or DEFAULT_REWARDS
+
+
+def _draws_of(sources: Sequence[DataSource], num_records: Sequence[int]) -> Sequence[int]:
+    """How often each file is drawn in a period: by its weight, or ``epochs`` times its records, rounded."""
+    if sources[0].weight is not None:
+        return draws_of_weights([source.weight or 0.0 for source in sources])
+    return [
+        max(1, round(Fraction(repr(float(source.epochs or 1.0))) * number))
+        for source, number in zip(sources, num_records, strict=True)
+    ]
 
 
 def _replay_engine(config: Config, *, tokenizer: Tokenizer, vocab_size: int, problems: RecordProblems) -> ReplayEngine:
@@ -120,20 +181,14 @@ def _replay_engine(config: Config, *, tokenizer: Tokenizer, vocab_size: int, pro
     )
 
 
-def _note_clips(records: Sequence[Record], *, problems: RecordProblems) -> None:
+def _note_clips(clips: Clips, *, problems: RecordProblems) -> None:
     """Warns if records show only a clip of a video, because data sets differ in the meaning of 'start' and 'end'."""
-    numbers = [
-        record["record_number"]
-        for record in records
-        if SYNONYMS.keys() & record.keys()
-        and any(SYNONYMS[name] in request for request in record.get("media_requests", ()) for name in SYNONYMS)
-    ]
-    if numbers:
+    if clips.num_records:
         _log.warning(
             "%s: %s, %d records show only the clip from their 'start' to their 'end' (first: record %d); where these "
             "are the answer: --ignore-fields start,end",
             problems.option,
             problems.path,
-            len(numbers),
-            numbers[0],
+            clips.num_records,
+            clips.first_number,
         )

@@ -80,6 +80,8 @@ def check_run(config: Config, *, world_size: int) -> tuple[ParallelSizes, Object
     _check_patches(PreprocessSettings.from_model(config.model.model), model_config.vision)
     if config.samples:
         load_rewards(config.reward.reward_functions)
+        for source in config.data.sources:
+            load_rewards(source.reward_functions or ())
     return sizes, build_objective(config.objective, reward=config.reward)
 
 

@@ -190,14 +190,17 @@ def test_fuzzed_records_are_left_out_exactly_where_training_leaves_them_out(fold
     result = validate(reading, MediaOptions(decode="none"))
     numbers = {finding.number for finding in result.ledger.findings()}
     assert len(numbers) == sum(result.ledger.counts().values()) == result.num_records - result.num_usable
+    usable = {number for number, _, _ in result.ledger.records()}
     result.ledger.close()
     config = config_from_values(
         dict(model=str(folder / "model"), engine="hf", data_path=str(file), media_root=str(folder))
         | dict(problem_types=types, max_skip_share=1.0)
     )
     questions = read_questions(config, tokenizer=tiny_tokenizer(), vocab_size=VOCAB_SIZE, is_spokesman=False)
-    assert result.num_records == len(questions.records)
-    assert numbers == {questions.records[place]["record_number"] for place in questions.left_out}
+    (source,) = questions.sources
+    assert result.num_records == len(source.records)
+    kept = set(range(len(source.records))) - set(source.left_out)
+    assert usable == {source.records[place]["record_number"] for place in kept}
 
 
 def test_options_and_loader_are_those_of_training(folder) -> None:

@@ -18,13 +18,16 @@ from megatron_ktr.config.sections import DataSection
 from megatron_ktr.data.loader import PromptLoader
 from megatron_ktr.data.media.preprocess import PreprocessSettings, pixel_limits
 from megatron_ktr.data.media.video import FrameSampling
-from megatron_ktr.data.template import PromptBuilder, VisualTokens, WordingTemplate
+from megatron_ktr.data.template import PromptBuilder, VisualTokens, load_tokenizer
+from megatron_ktr.data.wording import WordingTemplate
 from megatron_ktr.errors import UserError
+from megatron_ktr.files.chat_template import read_chat_template
 
 OF_PROMPTS = (
     "problem_types",
     "ignore_fields",
     "prompt_template",
+    "chat_template",
     "max_prompt_length",
     "frame_sampling",
     "video_fps",
@@ -120,6 +123,8 @@ def read_reading_options(options: argparse.Namespace) -> ReadingOptions:
         raise UserError(f"--media-root {media_root} is not a directory")
     if options.model is not None and not options.model.is_dir():
         raise UserError(f"--model {options.model} is not a directory")
+    if data.chat_template is not None and options.model is None:
+        raise UserError("--chat-template needs --model, whose chat format it replaces")
     return ReadingOptions(options.file, media_root, data, options.model, options.purpose, rewards)
 
 
@@ -134,8 +139,12 @@ def build_loader(reading: ReadingOptions) -> PromptLoader:
     )
     limits = pixel_limits(reading.data)
     if reading.model is not None:
+        tokenizer = load_tokenizer(reading.model)
+        if reading.data.chat_template is not None:
+            tokenizer.chat_template = read_chat_template(reading.data.chat_template)
         return PromptLoader.from_model(
             reading.model,
+            tokenizer=tokenizer,
             media_root=reading.media_root,
             sampling=sampling,
             prompt_template=reading.data.prompt_template,

@@ -19,7 +19,7 @@ OTHER = "wrong field"
 
 _KINDS: tuple[tuple[str, str], ...] = (
     ("not a record", r"^expected an object, got"),
-    ("text not writable", r"^expected text in whole characters"),
+    ("text not writable", r"^expected text in whole characters|^expected less nesting"),
     ("no question", r"^expected a question as text"),
     ("no answer", r"^expected the right answer as text"),
     ("no response", r"^no response to imitate|^an answer is empty|^'response' differs"),
