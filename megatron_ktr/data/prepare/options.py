@@ -137,7 +137,7 @@ def build_loader(reading: ReadingOptions) -> PromptLoader:
         max_frames=reading.data.video_max_frames,
         rule=reading.data.frame_sampling,
     )
-    limits = pixel_limits(reading.data)
+    limits: dict[str, Any] = pixel_limits(reading.data)
     if reading.model is not None:
         tokenizer = load_tokenizer(reading.model)
         if reading.data.chat_template is not None:

@@ -17,6 +17,7 @@ from megatron_ktr.data.raw_records import iter_raw_records
 from megatron_ktr.data.record_check import FoundProblem, RecordChecker
 from megatron_ktr.data.records import Record, check_record, check_writable
 from megatron_ktr.data.reward_checks import reward_checks
+from megatron_ktr.data.store.record_store import problem_type_of
 from megatron_ktr.errors import UserError
 from megatron_ktr.rewards import DEFAULT_REWARDS
 from megatron_ktr.types import VisualInput
@@ -56,19 +57,16 @@ class RecordReader:
         found_types: set[str] = set()
         num_records = 0
         for number, raw in iter_raw_records(self.reading.file, option="FILE"):
-            problem_type = raw.get("problem_type") if isinstance(raw, dict) else None
-            if (problem_type is None or isinstance(problem_type, str)) and len(found_types) < _MOST_TYPES:
-                found_types.add((problem_type or "")[:80])
-            # A record without a valid type is not passed over at once, because it may be meant to be of a wanted type.
-            if wanted and isinstance(problem_type, str) and problem_type not in wanted:
-                self.num_other_types += 1
-                continue
-            checked = self._check(number, raw)
-            if wanted and checked.record is not None and checked.record["problem_type"] not in wanted:
-                self.num_other_types += 1
-                continue
+            problem_type = problem_type_of(raw)
+            if problem_type is not None:
+                if len(found_types) < _MOST_TYPES:
+                    found_types.add(problem_type[:80])
+                # A record without a valid type is not passed over, because it may be meant to be of a wanted type.
+                if wanted and problem_type not in wanted:
+                    self.num_other_types += 1
+                    continue
             num_records += 1
-            yield checked
+            yield self._check(number, raw)
         if not num_records:
             why = f"none of problem_types {sorted(wanted)}; found {sorted(found_types)}" if found_types else ""
             raise UserError(f"FILE: {self.reading.file} has {why or 'no records at all'}")
