@@ -23,11 +23,12 @@ from megatron_ktr.errors import one_line
 _TABLES = """
 CREATE TABLE records (number INTEGER PRIMARY KEY, text_tokens INTEGER);
 CREATE TABLE media (id INTEGER PRIMARY KEY, digest BLOB UNIQUE, source TEXT, folder TEXT, place INTEGER,
-                    codec TEXT, look INTEGER DEFAULT 0, facts TEXT);
+                    codec TEXT, look INTEGER DEFAULT 0, is_bad INTEGER DEFAULT 0, facts TEXT);
 CREATE TABLE uses (record INTEGER, medium INTEGER);
 CREATE TABLE findings (number INTEGER, path TEXT, kind TEXT, detail TEXT, is_warning INTEGER);
 CREATE TABLE ids (digest BLOB PRIMARY KEY, number INTEGER);
 CREATE INDEX uses_of_records ON uses (record);
+CREATE INDEX findings_in_order ON findings (is_warning, number);
 """
 
 
@@ -73,10 +74,11 @@ class Ledger:
                 # A seeded shuffle that does not depend on the order of the file.
                 place = xxhash.xxh3_64(written.encode(errors="surrogatepass"), seed=self._seed).intdigest() >> 1
                 folder = source.paths[0].replace("\\", "/").rstrip("/").rpartition("/")[0]
-                found = self._database.execute(
-                    "INSERT INTO media (digest, source, folder, place) VALUES (?, ?, ?, ?) RETURNING id",
+                added = self._database.execute(
+                    "INSERT INTO media (digest, source, folder, place) VALUES (?, ?, ?, ?)",
                     (digest, written, folder, place),
-                ).fetchone()
+                )
+                found = (added.lastrowid,)
             self._database.execute("INSERT INTO uses VALUES (?, ?)", (number, found[0]))
 
     def add_id(self, problem_id: str, number: int) -> int | None:
@@ -96,27 +98,25 @@ class Ledger:
 
     def set_facts(self, medium: int, facts: MediaFacts) -> None:
         self._database.execute(
-            "UPDATE media SET facts = ?, look = ?, codec = ? WHERE id = ?",
-            (json.dumps(facts.to_json()), int(facts.look), facts.codec, medium),
+            "UPDATE media SET facts = ?, look = ?, codec = ?, is_bad = ? WHERE id = ?",
+            (json.dumps(facts.to_json()), int(facts.look), facts.codec, bool(facts.problem), medium),
         )
 
     def media(self, *, unseen_at: Look) -> Iterator[tuple[int, MediaSource]]:
         """(id, source) of the media that were not looked at this closely and have no problem so far."""
-        return self._media_where(
-            "look < ? AND (facts IS NULL OR json_extract(facts, '$.problem') = '')", int(unseen_at)
-        )
+        return self._media_where("look < ? AND NOT is_bad", int(unseen_at))
 
     def sample(self, *, share: float, fewest: int) -> list[int]:
         """Ids of a seeded share of the media that open, at least ``fewest`` of each folder and codec."""
         chosen: list[int] = []
         groups = self._database.execute(
-            "SELECT folder, codec, COUNT(*) FROM media WHERE json_extract(facts, '$.problem') = '' "
+            "SELECT folder, codec, COUNT(*) FROM media WHERE look > 0 AND NOT is_bad "
             "GROUP BY folder, codec ORDER BY folder, codec"
         ).fetchall()
         for folder, codec, count in groups:
             wanted = max(fewest, -int(-count * share // 1))
             rows = self._database.execute(
-                "SELECT id FROM media WHERE folder = ? AND codec = ? AND json_extract(facts, '$.problem') = '' "
+                "SELECT id FROM media WHERE folder = ? AND codec = ? AND look > 0 AND NOT is_bad "
                 "ORDER BY place, id LIMIT ?",
                 (folder, codec, wanted),
             )
@@ -171,7 +171,7 @@ class Ledger:
     def num_only_opened(self) -> int:
         """The number of media that open, and were not decoded."""
         return self._database.execute(
-            "SELECT COUNT(*) FROM media WHERE look = ? AND json_extract(facts, '$.problem') = ''", (int(Look.HEADER),)
+            "SELECT COUNT(*) FROM media WHERE look = ? AND NOT is_bad", (int(Look.HEADER),)
         ).fetchone()[0]
 
     def num_media(self, *, at_least: Look | None = None) -> int:

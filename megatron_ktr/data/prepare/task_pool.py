@@ -13,11 +13,13 @@ import multiprocessing
 import os
 import resource
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any, Literal, TypeVar
 
@@ -54,9 +56,7 @@ def run_tasks(
     first = next(waiting, None)
     if first is None:
         return
-    context = multiprocessing.get_context("forkserver")
-    # The server imports the module, and torch with it, once. A process is then a fork away.
-    context.set_forkserver_preload([function.__module__])
+    context = _start_server(function.__module__)
     workers: list[_Worker] = []
     try:
         task: Task | None = first
@@ -85,6 +85,23 @@ def run_tasks(
             worker.close()
 
 
+def _start_server(module: str) -> Any:
+    """Starts the process that all others are forked from, unless it runs. It imports ``module``, and torch with it, so
+    that each of the others is only a fork away."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([module])
+    before = os.environ.get("PYTHONPATH")
+    # Python does not hand its search path to this server, which may then find another installation of this package.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    try:
+        forkserver.ensure_running()
+    finally:
+        del os.environ["PYTHONPATH"]
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
+    return context
+
+
 class _Worker:
     """One process, and the task that it works on."""
 
@@ -95,6 +112,12 @@ class _Worker:
         )
         self._process.start()
         theirs.close()
+        try:
+            self.connection.recv()
+        except (EOFError, OSError):
+            self._process.join(timeout=5)
+            ended = _how_it_ended(self._process.exitcode)
+            raise UserError(f"no process can be started to read media (--jobs): it {ended} at once") from None
         self._task: Any = None
         self._deadline = 0.0
         self._seconds = 0.0
@@ -155,12 +178,10 @@ def _serve(function: Callable[[Any], Any], connection: Connection, parent: int, 
     most = memory_bytes if hard == resource.RLIM_INFINITY else min(memory_bytes, hard)
     resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
     threading.Thread(target=_end_without, args=(parent,), daemon=True).start()
-    while True:
-        try:
-            task = connection.recv()
-        except (EOFError, OSError):
-            return
-        connection.send(_call(function, task, memory_bytes=memory_bytes))
+    with suppress(EOFError, OSError):
+        connection.send("ready")
+        while True:
+            connection.send(_call(function, connection.recv(), memory_bytes=memory_bytes))
 
 
 def _call(function: Callable[[Any], Any], task: Any, *, memory_bytes: int) -> Any:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sqlite3
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -67,9 +68,18 @@ def run(options: argparse.Namespace) -> int:
         state=options.state,
         limits=read_process_options(options),
     )
-    result = validate(reading, media)
     try:
-        if options.json:
+        return _report(validate(reading, media), is_json=options.json)
+    except sqlite3.Error as error:
+        raise UserError(
+            f"what was found cannot be kept in a temporary file: {error}; SQLITE_TMPDIR names its directory"
+        ) from error
+
+
+def _report(result: Validation, *, is_json: bool) -> int:
+    """Prints the result and returns the exit code."""
+    try:
+        if is_json:
             write_json(result, sys.stdout)
         else:
             for line in lines_for_people(result):
@@ -139,7 +149,7 @@ def lines_for_people(result: Validation) -> Iterator[str]:
     )
     yield from _kinds(result, warnings=False)
     if warnings := ledger.counts(warnings=True):
-        yield f"{sum(warnings.values()):,} warnings, which make no record unusable:"
+        yield f"Warnings, which make no record unusable ({sum(warnings.values()):,}):"
         yield from _kinds(result, warnings=True)
     opened, decoded = ledger.num_media(at_least=Look.HEADER), ledger.num_media(at_least=Look.FRAMES)
     yield f"Of {ledger.num_media():,} media of the other records {opened:,} were opened and {decoded:,} decoded."
