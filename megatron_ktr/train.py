@@ -11,6 +11,7 @@ import contextlib
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_ktr.config import Config, load_config
@@ -78,7 +79,7 @@ def _train(config: Config, *, platform: Platform, leave: LeaveRequest) -> bool:
     SharedVerification(ranks).require_intact(Path(config.model.model), option="--model")
     vocab_size = model_config.text.vocab_size
     with same_on_every_rank():
-        tokenizer = load_tokenizer(config.model.model)
+        tokenizer = load_tokenizer(config.model.model, chat_template=config.data.chat_template)
         check_vocabulary(tokenizer, vocab_size=vocab_size)
     local_source = on_every_rank(
         lambda: build_local_source(config, ranks=ranks, tokenizer=tokenizer, vocab_size=vocab_size), ranks=ranks
@@ -127,9 +128,10 @@ def build_trainer(
     media = media_spec(model_config, patchify=PreprocessSettings.from_model(config.model.model).patchify)
     sampler = on_every_rank(lambda: build_sampler(config, ranks=ranks, tokenizer=tokenizer, media=media), ranks=ranks)
     num_updates = num_steps_of(config.trainer) * config.objective.updates_per_rollout
-    policy = Policy(
-        config.model.model, options=PolicyOptions.of(config), ranks=ranks, platform=platform, num_steps=num_updates
-    )
+    options = PolicyOptions.of(config)
+    if config.data.chat_template is not None:
+        options = replace(options, chat_template=tokenizer.chat_template)
+    policy = Policy(config.model.model, options=options, ranks=ranks, platform=platform, num_steps=num_updates)
     if objective.needs_reference:
         policy.add_reference()
     source = ReplicaSource(

@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         # Only the module of the command that runs is imported: some need the model's tokenizer and a video decoder.
         if name == wanted:
-            modules[name] = importlib.import_module(f"{prepare.__name__}.{name}")
+            modules[name] = importlib.import_module(prepare.HOMES.get(name, f"{prepare.__name__}.{name}"))
             modules[name].add_arguments(subparser)
     options = parser.parse_args(arguments)
     return modules[options.command].run(options)

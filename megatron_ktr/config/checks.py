@@ -103,6 +103,11 @@ def _data(config: Config) -> Iterator[str]:
             "--train-epochs: files with weights have no common epoch: give --train-steps, or the files epochs in place "
             "of weights"
         )
+    if data.chat_template is not None and config.model.lora_rank and config.model.lora_export == "adapter":
+        yield (
+            "--chat-template cannot be saved with --lora-export adapter, whose directory has no tokenizer: choose "
+            "--lora-export merged"
+        )
     yield from media_rules(data)
 
 
@@ -114,6 +119,10 @@ def media_rules(data: DataSection) -> Iterator[str]:
             yield f"--{name.replace('_', '-')} must be even (two frames make one temporal patch), got {value}"
     if data.video_num_frames is not None and data.video_num_frames > data.video_max_frames:
         yield f"--video-num-frames {data.video_num_frames} exceeds --video-max-frames {data.video_max_frames}"
+    if data.frame_sampling == "fps" and data.video_num_frames is not None:
+        yield "--video-num-frames is not read by --frame-sampling fps: leave out one of them"
+    if data.frame_sampling in ("fixed", "resampled") and data.video_num_frames is None:
+        yield f"--frame-sampling {data.frame_sampling} needs --video-num-frames"
     for kind, low, high in (
         ("video", data.video_min_pixels, data.video_max_pixels),
         ("image", data.image_min_pixels, data.image_max_pixels),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from megatron_ktr.config.cli import option as _option
 from megatron_ktr.config.data_sources import DataSource, parse_data_path, sources_of
+from megatron_ktr.config.words import FrameRule
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,14 @@ class DataSection:
         parse=parse_data_path,
     )
     media_root: str | None = _option(None, "Directory of the media; none = the directory of the questions' file")
-    prompt_template: str | None = _option(None, "File with the wording of the prompt; none = the built-in wording")
+    prompt_template: str | None = _option(
+        None,
+        "Wording of the prompt: a Jinja file, or our own words for the instructions of video_r1, video_ktr, tw_grpo, "
+        "video_rts or video_holmes (docs/data.md#wording); none = think_answer, the built-in wording",
+    )
+    chat_template: str | None = _option(
+        None, "Jinja file with the chat format in place of the model's own; saved with checkpoints and the export"
+    )
     problem_types: tuple[str, ...] = _option((), "Keep only questions of these problem types; empty = all")
     shuffle_data: bool = _option(True, "Visit the questions in a new seeded order in every epoch")
     ignore_fields: tuple[str, ...] = _option(
@@ -65,8 +73,16 @@ class DataSection:
     data_worker_memory_gb: float = _option(
         8.0, "Most memory of one worker, in 10^9 bytes; a question that needs more is skipped", low=1, high=1e6
     )
+    frame_sampling: FrameRule | None = _option(
+        None,
+        "Rule by which frames are chosen (docs/preprocessing.md): fps = video_fps a second, at most video_max_frames; "
+        "fixed = video_num_frames; resampled = video_num_frames of those that fps takes; none = fixed where "
+        "video_num_frames is given, else fps",
+    )
     video_fps: float = _option(2.0, "Frames sampled per second of video", above=0)
-    video_num_frames: int | None = _option(None, "Fixed number of frames in place of video_fps; even", low=2)
+    video_num_frames: int | None = _option(
+        None, "Fixed number of frames, for the frame_sampling fixed and resampled; even", low=2
+    )
     video_max_frames: int = _option(16, "Most frames of one video; even", low=2)
     video_min_pixels: int = _option(4 * 28 * 28, "Frames with fewer pixels are enlarged to it or just above it", low=1)
     video_max_pixels: int = _option(128 * 28 * 28, "Frames with more pixels are reduced to it or just below it", low=1)

@@ -60,6 +60,8 @@ class PolicyOptions:
     """All log-probs are computed from logits / temperature."""
     seed: int = 0
     """The seed for the initial values of LoRA adapters."""
+    chat_template: str | None = None
+    """The text of the chat template that exports and checkpoints get in place of the model's own; None keeps that."""
 
     @property
     def model(self) -> ModelSection:

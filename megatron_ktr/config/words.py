@@ -28,6 +28,10 @@ LoraTarget = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 LORA_TARGETS: tuple[LoraTarget, ...] = get_args(LoraTarget)
 LoraExport = Literal["merged", "adapter"]
 
+# Data
+FrameRule = Literal["fps", "fixed", "resampled"]
+"""Rules by which frames of a video are chosen (``data/media/sampling.py``)."""
+
 # Rollout and reward
 Engine = Literal["replay", "hf", "vllm_colocated", "vllm_server"]
 WeightTransfer = Literal["auto", "nccl", "directory"]

@@ -274,7 +274,10 @@ class PromptDataset:
                 "or order): give --data-path or --replay-path the same questions, only their directory may change"
             )
         if state["wording_digest"] != self.wording_digest:
-            raise UserError("resume: --prompt-template is not the text of the saved run; only its place may change")
+            raise UserError(
+                "resume: --prompt-template is not the text of the saved run, or --chat-template is not; only "
+                "their place may change"
+            )
 
     def _element(self, position: int) -> int:
         return self.rank + position * self.size

@@ -14,15 +14,16 @@ from typing import Any
 
 import xxhash
 
-from megatron_ktr.data.media.files import resolve_media_path
+from megatron_ktr.data.media.files import files_of
 from megatron_ktr.data.media.job import Decode, MediaJob
 from megatron_ktr.data.media.preprocess import LoadedMedia, PreprocessSettings, load_media
 from megatron_ktr.data.media.request import MediaKind, MediaSource, media_sources
 from megatron_ktr.data.media.video import FrameSampling, say_fallback_once
 from megatron_ktr.data.media_reader import MediaReader
-from megatron_ktr.data.template import PromptBuilder, VisualTokens, WordingTemplate, load_tokenizer
+from megatron_ktr.data.template import PromptBuilder, VisualTokens, load_tokenizer
 from megatron_ktr.data.tokenizer import Tokenizer
 from megatron_ktr.data.unusable import PromptTooLong, UnusableMedia
+from megatron_ktr.data.wording import WordingTemplate
 from megatron_ktr.errors import UserError
 from megatron_ktr.types import Prompt, VisualInput
 
@@ -58,6 +59,8 @@ class PromptLoader:
         self.settings = settings
         self.sampling = sampling
         self.max_prompt_length = max_prompt_length
+        self.chat_template: str | None = None
+        """The text of the chat template that the user gave ``builder.tokenizer`` in place of the model's own."""
         self.counts: Counter[str] = Counter()
         """decoder/<name>, decoder/pyav: <why not decord>, repeated_frames, substituted_media. They count the media
         of the prompts made, whether decoded for them or found in a cache, so that they do not depend on caches."""
@@ -105,8 +108,11 @@ class PromptLoader:
 
     @property
     def wording_digest(self) -> str:
-        """A digest of the template that words the questions."""
-        return xxhash.xxh3_128(self.builder.wording.text.encode()).hexdigest()
+        """A digest of the template that words the questions, and of the chat template if the user gave one."""
+        digest = self.builder.wording.digest
+        if self.chat_template is not None:
+            digest = xxhash.xxh3_128(f"{digest}\0{self.chat_template}".encode()).hexdigest()
+        return digest
 
     def read_media(
         self, record: Mapping[str, Any], decode: Decode = MediaJob.load
@@ -162,14 +168,15 @@ class PromptLoader:
 
     def _load_substitute(self, kind: MediaKind, written: str) -> VisualInput:
         try:
-            path = resolve_media_path(self.media_root, written)
-            return load_media(path, kind=kind, settings=self.settings, sampling=self.sampling).visual
+            files = files_of(MediaSource(kind, written), self.media_root)
+            return load_media(files, kind=kind, settings=self.settings, sampling=self.sampling).visual
         except (UnusableMedia, UserError) as error:
             raise UserError(f"substitute_{kind}: {error}") from error
 
     def _job(self, source: MediaSource) -> MediaJob:
+        files = files_of(source, self.media_root)
         return MediaJob(
-            paths=tuple(resolve_media_path(self.media_root, written) for written in source.paths),
+            paths=(files,) if isinstance(files, Path) else files,
             kind=source.kind,
             is_pictures=source.is_pictures,
             request=source.request,

@@ -49,6 +49,47 @@ def iter_raw_records(path: Path | str, *, option: str = "data_path") -> Iterator
         raise UserError(f"{option}: {path} cannot be read: {error}") from error
 
 
+def iter_raw_entries(path: Path | str, *, option: str = "data_path") -> Iterator[tuple[str, Any]]:
+    """Yields (key, value) of each entry of a file that is one JSON object, in constant memory.
+
+    Raises:
+        UserError: as ``iter_raw_records`` does.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            yield from _object_entries(_Window(file), path=path, option=option)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{option}: {path} cannot be read: {error}") from error
+
+
+def _object_entries(window: _Window, *, path: Path, option: str) -> Iterator[tuple[str, Any]]:
+    number = 0
+    try:
+        window.require("{", missing="Expecting an object")
+        is_open = window.next_char() != "}"
+        while is_open:
+            number += 1
+            if window.next_char() != '"':
+                raise window.error("Expecting property name enclosed in double quotes", window.start)
+            key = window.take_value()
+            window.require(":", missing="Expecting ':' delimiter")
+            value = window.take_value()
+            yield key, value
+            is_open = window.next_char() != "}"
+            if is_open:
+                window.require(",", missing="Expecting ',' delimiter")
+        window.require("}", missing="Expecting value")
+        if window.next_char():
+            raise window.error("Extra data", window.start)
+    except _TooLongError:
+        raise UserError(f"{option}: {path}, entry {number} {_TOO_LONG}") from None
+    except UnicodeDecodeError:  # a ValueError, too
+        raise
+    except ValueError as error:
+        raise UserError(f"{option}: {path} is not valid JSON: {error}") from error
+
+
 def _lines(window: _Window, *, path: Path, option: str) -> Iterator[tuple[int, Any]]:
     while (line := window.take_line()) is not None:
         number = window.num_lines  # the line that was taken is the last of them

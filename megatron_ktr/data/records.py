@@ -28,6 +28,7 @@ import xxhash
 
 from megatron_ktr.data import conversation
 from megatron_ktr.data.media.files import resolve_media_path
+from megatron_ktr.data.media.names import is_picture
 from megatron_ktr.data.media.request import (
     MEDIA_LOOKALIKES,
     MediaKind,
@@ -36,7 +37,6 @@ from megatron_ktr.data.media.request import (
     check_request_fits,
     fields_for,
     group_files,
-    is_picture,
     read_request,
 )
 from megatron_ktr.data.raw_records import iter_raw_records
@@ -206,7 +206,7 @@ def _without_directories(value: Any, *, is_path: bool = False, depth: int = 0) -
         }
     if isinstance(value, list):
         return [_without_directories(inner, is_path=is_path, depth=depth + 1) for inner in value]
-    return value.replace("\\", "/").rpartition("/")[2] if is_path and isinstance(value, str) else value
+    return value.replace("\\", "/").rstrip("/").rpartition("/")[2] if is_path and isinstance(value, str) else value
 
 
 def _take_conversation(record: Record, messages: list[conversation.Message], *, needs_reply: bool) -> None:

@@ -2,10 +2,10 @@
 
     record --wording template--> user's text --chat template--> one string --tokenizer--> ids --expand--> Prompt
 
-The wording is a Jinja file that the user can replace. The built-in one is ``data/templates/think_answer.jinja``, which
-documents its variables. The chat format is the tokenizer's own ``chat_template``, or Qwen2.5-VL's if the tokenizer has
-none. Each image or video has one placeholder in the string, at its marker ``<image>`` or ``<video>`` in the text, or
-before the text if there are no markers. The placeholder becomes as many token ids as the medium has visual tokens.
+The wording is a Jinja file that the user can replace (``wording.py``). The chat format is the one that the user gives
+(``load_tokenizer``), else the tokenizer's own ``chat_template``, else Qwen2.5-VL's. Each image or video has one
+placeholder in the string, at its marker ``<image>`` or ``<video>`` in the text, or before the text if there are no
+markers. The placeholder becomes as many token ids as the medium has visual tokens.
 """
 
 from __future__ import annotations
@@ -17,17 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from megatron_ktr.data.conversation import parts_of, text_of
 from megatron_ktr.data.tokenizer import Tokenizer
 from megatron_ktr.data.unusable import UnusableSample
+from megatron_ktr.data.wording import WordingTemplate
 from megatron_ktr.errors import UserError
+from megatron_ktr.files.chat_template import read_chat_template
 from megatron_ktr.files.json_files import read_json_object
 from megatron_ktr.types import Prompt, VisualInput
 
-BUILT_IN_WORDING = Path(__file__).parent / "templates" / "think_answer.jinja"
 _MARKER = re.compile(r"<(image|video)>")
 """The marker for the place of a medium in a question, as in the records of LLaVA and ShareGPT."""
 DEFAULT_SYSTEM = "You are a helpful assistant."
@@ -89,47 +87,6 @@ class VisualTokens:
     def placeholder(self, kind: str) -> str:
         """The text that stands for one image or video in the chat string."""
         return f"{self.vision_start}{self.image if kind == 'image' else self.video}{self.vision_end}"
-
-
-@dataclass(frozen=True)
-class Wording:
-    """The texts that a wording template has rendered. ``system`` is None if the template sets none."""
-
-    user: str
-    system: str | None = None
-
-
-class WordingTemplate:
-    """A Jinja file that words the question. It is rendered in a sandbox, and undefined variables are errors."""
-
-    def __init__(self, path: Path | str | None = None) -> None:
-        self.path = Path(path) if path is not None else BUILT_IN_WORDING
-        environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=False)
-        try:
-            self.text = self.path.read_text(encoding="utf-8")
-            self._template = environment.from_string(self.text)
-        except (OSError, UnicodeDecodeError, jinja2.TemplateError) as error:
-            raise UserError(f"prompt_template: {self.path} cannot be used: {error}") from error
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Compiled templates cannot be sent to another process; it reads the file again."""
-        return WordingTemplate, (self.path,)
-
-    def render(self, record: Mapping[str, Any]) -> Wording:
-        """The user's text for one record, and the template's ``system`` if it sets one."""
-        variables = {
-            "problem": record.get("problem", ""),
-            "options": list(record.get("options") or ()),
-            "problem_type": record.get("problem_type", ""),
-            "data_type": record.get("data_type", "text"),
-            "record": dict(record),
-        }
-        try:
-            module = self._template.make_module(variables)
-        except Exception as error:  # a template can raise anything its expressions can
-            raise UserError(f"prompt_template: {self.path} failed: {type(error).__name__}: {error}") from error
-        system = getattr(module, "system", None)
-        return Wording(user=str(module).strip(), system=None if system is None else str(system))
 
 
 class PromptBuilder:
@@ -321,12 +278,13 @@ def check_vocabulary(tokenizer: Tokenizer, *, vocab_size: int) -> None:
         )
 
 
-def load_tokenizer(model_dir: Path | str) -> Tokenizer:
+def load_tokenizer(model_dir: Path | str, *, chat_template: Path | str | None = None) -> Tokenizer:
     """The Hugging Face tokenizer of a model directory. If it has no chat template, it gets that of
-    ``chat_template.json``.
+    ``chat_template.json``; ``chat_template`` is a Jinja file that takes the place of any.
 
     Raises:
-        UserError: there is no tokenizer that transformers can load.
+        UserError: there is no tokenizer that transformers can load, or ``chat_template`` is not a template that shows
+            what it is given.
     """
     from transformers import AutoTokenizer
 
@@ -334,10 +292,32 @@ def load_tokenizer(model_dir: Path | str) -> Tokenizer:
         tokenizer = AutoTokenizer.from_pretrained(str(model_dir), local_files_only=True)
     except Exception as error:  # transformers raises many kinds
         raise UserError(f"model: no usable tokenizer in {model_dir}: {error}") from error
+    if chat_template is not None:
+        tokenizer.chat_template = read_chat_template(chat_template)
+        _check_chat_template(tokenizer, chat_template)
+        return tokenizer
     side_file = Path(model_dir) / "chat_template.json"
     if not tokenizer.chat_template and side_file.is_file():
         tokenizer.chat_template = read_json_object(side_file, option="model").get("chat_template")
     return tokenizer
+
+
+def _check_chat_template(tokenizer: Tokenizer, path: Path | str) -> None:
+    """Raises ``UserError`` unless the template of ``path`` shows the texts and the roles of a short conversation."""
+    turns = [("system", "first probe"), ("user", "second probe"), ("assistant", "third probe"), ("user", "last probe")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    try:
+        shown, closed = (
+            str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks))
+            for asks in (True, False)
+        )
+    except Exception as error:  # a template can raise anything its expressions can
+        raise UserError(f"chat_template: {path} failed: {type(error).__name__}: {error}") from error
+    missing = next((content for _, content in turns if content not in shown), None)
+    if missing is not None:
+        raise UserError(f"chat_template: {path} does not show a turn of the conversation it is given ({missing!r})")
+    if shown == closed or not shown.startswith(closed):
+        raise UserError(f"chat_template: {path} opens no turn for the answer at its end (add_generation_prompt)")
 
 
 def _qwen_chat(messages: Sequence[Mapping[str, str]], *, is_asking: bool) -> str:

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_ktr.errors import UserError
+from megatron_ktr.files.chat_template import set_chat_template
 from megatron_ktr.files.checksums import MANIFEST, Digest, HashingFile
 from megatron_ktr.files.json_files import read_json_object
 
@@ -226,10 +227,11 @@ def _shard_header(shard: Sequence[TensorInfo]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def copy_side_files(source: Path | str, target: Path | str) -> None:
+def copy_side_files(source: Path | str, target: Path | str, *, chat_template: str | None = None) -> None:
     """Copies everything except weights and checksums.
 
-    These are config, tokenizer, processor, chat template, generation config and licence.
+    These are config, tokenizer, processor, chat template, generation config and licence. ``chat_template`` is the text
+    of a template that takes the place of the copied one.
     """
     source, target = Path(source), Path(target)
     target.mkdir(parents=True, exist_ok=True)
@@ -240,6 +242,8 @@ def copy_side_files(source: Path | str, target: Path | str) -> None:
     for name in ("additional_chat_templates", "chat_templates"):
         if (source / name).is_dir():
             shutil.copytree(source / name, target / name)
+    if chat_template is not None:
+        set_chat_template(target, chat_template)
 
 
 @contextlib.contextmanager

@@ -42,10 +42,19 @@ def save_export(
     hf_source_dir: Path,
     lora: LoraSettings | None,
     only_adapters: bool,
+    chat_template: str | None = None,
 ) -> None:
     """Writes a directory that transformers and vLLM load. It holds the whole model with adapters merged, and all other
-    files of ``hf_source_dir``. With ``only_adapters`` it holds the adapters alone, to be loaded beside that model."""
+    files of ``hf_source_dir``, whose chat template ``chat_template`` replaces. With ``only_adapters`` it holds the
+    adapters alone, to be loaded beside that model."""
     if lora is not None and only_adapters:
         save_adapters(chunks, directory, settings=lora, ranks=ranks, base=hf_source_dir)
     else:
-        save_hf(chunks, directory, ranks=ranks, hf_source_dir=hf_source_dir, tensor_of=merged_weights(chunks))
+        save_hf(
+            chunks,
+            directory,
+            ranks=ranks,
+            hf_source_dir=hf_source_dir,
+            tensor_of=merged_weights(chunks),
+            chat_template=chat_template,
+        )

@@ -338,6 +338,7 @@ class Policy(ReplicaNumbers):
             hf_source_dir=self.hf_dir,
             lora=self.lora,
             only_adapters=only_adapters,
+            chat_template=self.options.chat_template,
         )
 
     def wait_for_parameters(self) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from megatron_ktr.config.data_sources import parse_data_path, sources_of
-from megatron_ktr.data.media.files import resolve_media_path
+from megatron_ktr.data.media.files import files_of
 from megatron_ktr.data.media.frames import read_frames
 from megatron_ktr.data.media.preprocess import resize_frames
 from megatron_ktr.data.media.request import MediaSource, media_sources
@@ -72,6 +72,7 @@ class FrameReader:
             fps=data.get("video_fps", FrameSampling.fps),
             num_frames=data.get("video_num_frames"),
             max_frames=data.get("video_max_frames", 16),
+            rule=data.get("frame_sampling"),
         )
         return cls(media_root, sampling, max_frames=max_frames)
 
@@ -89,12 +90,12 @@ class FrameReader:
         if self.media_root is None:
             return Strip(kind, name, problem="not shown: no media root is known (--media-root)")
         try:
-            paths = [resolve_media_path(self.media_root, written) for written in source.paths]
+            files = files_of(source, self.media_root)
             sampling = self.sampling
             if kind == "video":
                 sampling = request.sampling(self.sampling, is_pictures=source.is_pictures)
             video = read_frames(
-                paths if source.is_pictures else paths[0],
+                files,
                 kind=kind,
                 sampling=sampling,
                 pictures_fps=request.pictures_fps or self.sampling.fps,
@@ -105,11 +106,11 @@ class FrameReader:
         except (UnusableMedia, UserError, ValueError) as error:
             return Strip(kind, name, problem=f"not shown: {error}")
         if kind == "image":
-            return Strip(kind, name, (_picture(video.frames_FCHW[0], caption="image"),), num_sampled=1)
+            return Strip(kind, name, (picture_of(video.frames_FCHW[0], caption="image"),), num_sampled=1)
         total = len(video.frame_indices)
         shown = sorted({round(index) for index in torch.linspace(0, total - 1, min(total, self.max_frames)).tolist()})
         pictures = tuple(
-            _picture(video.frames_FCHW[index], caption=f"{video.frame_indices[index] / video.native_fps:.1f} s")
+            picture_of(video.frames_FCHW[index], caption=f"{video.frame_indices[index] / video.native_fps:.1f} s")
             for index in shown
         )
         return Strip(kind, name, pictures, num_sampled=total)
@@ -134,7 +135,8 @@ def _small(frames_FCHW: Tensor, num_frames: int) -> Tensor:
     return resize_frames(frames_FCHW, (max(round(height * share), 1), max(round(width * share), 1)))
 
 
-def _picture(frame_CHW: Tensor, *, caption: str) -> Picture:
+def picture_of(frame_CHW: Tensor, *, caption: str) -> Picture:
+    """The frame as a JPEG inside the page, in its own size."""
     image = Image.fromarray(frame_CHW.permute(1, 2, 0).numpy())
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=_JPEG_QUALITY)

@@ -20,13 +20,12 @@ from megatron_ktr.config.objective_registry import available_objectives, objecti
 from megatron_ktr.config.words import SIGNALS
 from megatron_ktr.data.template import load_tokenizer
 from megatron_ktr.errors import UserError
-from megatron_ktr.files.atomic import write_atomically
 from megatron_ktr.report.curves import NUM_STYLES, Series, line_chart, stacked_chart
 from megatron_ktr.report.frames import FrameReader
-from megatron_ktr.report.markup import Html, element, format_number, join
+from megatron_ktr.report.markup import Html, element, format_number
+from megatron_ktr.report.page import whole_page, write_page
 from megatron_ktr.report.rollouts import Decode, group_section, legend, signal_styles
 from megatron_ktr.report.run_data import RecordedGroup, RunData, choose_groups, read_run
-from megatron_ktr.report.style import STYLE
 from megatron_ktr.report.summary import summary_section
 
 _log = logging.getLogger(__name__)
@@ -46,8 +45,6 @@ _LINE_CHARTS = (
 )
 """Each chart as (title, metrics, note). A metric is a name; a name with "/" at its end means a family of metrics."""
 _LABELS = {"reward_mean": "total", "key_token_ratio": "any signal"}
-_CONTENT_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-"""Forbids browsers to load anything from outside, whatever the page contains."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +133,7 @@ def write_report(
         element("main", summary_section(summary) if summary is not None else None, sections, _options(titles, runs)),
         element("footer", "Made by tools/report.py of Megatron-KTR. The page is complete in itself."),
     ]
-    page = _page(title, body)
-    num_bytes = _write(Path(out), page)
+    num_bytes = write_page(Path(out), whole_page(title, body))
     return ReportWritten(str(out), num_bytes, tuple(stages))
 
 
@@ -321,24 +317,3 @@ def _navigation(links: Sequence[tuple[str, str]]) -> Html:
         for anchor, text in (*links, ("configuration", "Configuration"))
     ]
     return element("nav", element("ul", items), aria_label="Sections")
-
-
-def _page(title: str, body: Sequence[Html]) -> str:
-    head = [
-        element("meta", charset="utf-8"),
-        element("meta", http_equiv="Content-Security-Policy", content=_CONTENT_POLICY),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("title", title),
-        Html(f"<style>{STYLE}</style>"),
-    ]
-    return f'<!DOCTYPE html>\n<html lang="en"><head>{join(head)}</head>\n<body>{join(body)}</body></html>\n'
-
-
-def _write(path: Path, page: str) -> int:
-    content = page.encode("utf-8")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, content)
-    except OSError as error:
-        raise UserError(f"--out {path} cannot be written: {error.strerror or error}") from error
-    return len(content)

@@ -58,6 +58,8 @@ summary { cursor: pointer; color: var(--c1); width: fit-content; }
 .accuracies .note { white-space: normal; }
 .track { fill: var(--fill); }
 .bar { fill: var(--c1); }
+.bar.beyond { fill: var(--warn); }
+.limit { stroke: var(--warn); stroke-width: 1.5; stroke-dasharray: 5 3; }
 .whisker { stroke: var(--text); stroke-width: 1.5; vector-effect: non-scaling-stroke; }
 .tiles { display: flex; flex-wrap: wrap; gap: 10px; margin: 14px 0; }
 .tiles div { background: var(--fill); border-radius: 8px; padding: 8px 16px; }
@@ -103,9 +105,13 @@ pattern circle { fill: var(--hatch); }
 .options li { border: 1px solid var(--edge); border-radius: 6px; padding: 1px 9px; }
 .options .right-option { border-color: var(--right); }
 .right { color: var(--right); font-size: .85rem; }
+.prompt { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate; background: var(--fill); margin: 0;
+  border-radius: 6px; padding: 8px 10px; font: .82rem/1.55 ui-monospace, "Liberation Mono", Menlo, monospace; }
+.special { color: var(--c2); font-weight: 600; }
 .pictures { display: flex; gap: 6px; overflow-x: auto; padding-bottom: 4px; }
 .pictures figure { margin: 0; flex: none; }
 .pictures img { display: block; width: auto; height: 72px; border-radius: 4px; border: 1px solid var(--edge); }
+.pictures.large img { height: 140px; }
 .pictures figcaption { font-size: .72rem; color: var(--soft); text-align: center; }
 .strip { margin: 0 0 8px; }
 .answer { border-top: 1px solid var(--edge); padding-top: 8px; margin-top: 8px; }

@@ -80,10 +80,15 @@ def source_loader(
     by ``substitute_video`` and ``substitute_image``, if these are given.
     """
     data = config.data
-    return PromptLoader.from_model(
+    loader = PromptLoader.from_model(
         config.model.model,
         media_root=_media_root(config, given),
-        sampling=FrameSampling(fps=data.video_fps, num_frames=data.video_num_frames, max_frames=data.video_max_frames),
+        sampling=FrameSampling(
+            fps=data.video_fps,
+            num_frames=data.video_num_frames,
+            max_frames=data.video_max_frames,
+            rule=data.frame_sampling,
+        ),
         prompt_template=given.prompt_template or data.prompt_template,
         max_prompt_length=data.max_prompt_length,
         tokenizer=tokenizer,
@@ -92,6 +97,9 @@ def source_loader(
         fixed_seconds_per_grid=config.objective.fixed_seconds_per_grid,
         **pixel_limits(data),
     )
+    if data.chat_template is not None:
+        loader.chat_template = str(tokenizer.chat_template)
+    return loader
 
 
 def _is_replay(config: Config) -> bool:

@@ -211,7 +211,7 @@ class Checkpoints:
     def _prepare(self, scratch: Path, training: dict[str, Any], random_states: Any, common: dict[str, Any]) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
-        copy_side_files(self.policy.hf_dir, scratch / SIDE_FILES)
+        copy_side_files(self.policy.hf_dir, scratch / SIDE_FILES, chat_template=self.policy.options.chat_template)
         texts = {
             CONFIG_FILE: self.options.resolved,
             TRAINING_FILE: json.dumps(training, indent=1) + "\n",

@@ -49,7 +49,7 @@ ROLLOUT_NAME = re.compile(r"step_(\d{8,})(?:_replica_\d{4,})?")
 
 MAY_CHANGE = frozenset(
     "model transformer_impl gradient_accumulation_fusion "
-    "data_path media_root prompt_template record_store_dir max_skip_share media_cache_gb replay_path "
+    "data_path media_root prompt_template chat_template record_store_dir max_skip_share media_cache_gb replay_path "
     "frame_cache_dir frame_cache_gb data_workers prefetch_steps data_timeout_seconds data_worker_memory_gb "
     "run_dir resume auto_resume train_steps train_epochs micro_batch_groups save_interval keep_checkpoints "
     "eval_interval log_interval rollout_log_interval platform distributed_timeout_minutes rollout_tensor_parallel_size "

@@ -247,12 +247,13 @@ def save_hf(
     hf_source_dir: Path | str,
     tensor_of: TensorOf | None = None,
     max_shard_bytes: int = 5_000_000_000,
+    chat_template: str | None = None,
 ) -> None:
     """Writes a directory that transformers and ``vllm serve`` load: the weights, and every side file of the source.
 
     Every rank must call this. The first replica's source rank writes tensor by tensor into a scratch directory, which
     is renamed at the end. ``dtype`` in config.json becomes the dtype of the written weights. ``tensor_of`` is as in
-    ``export_hf_tensors``, and must return the parameters' dtype.
+    ``export_hf_tensors``, and must return the parameters' dtype. ``chat_template`` takes the place of the source's.
 
     Raises:
         UserError: ``out_dir`` exists, or the disk is full; raised on every rank.
@@ -265,7 +266,11 @@ def save_hf(
         tensors = export_hf_tensors(model, ranks=ranks, tensor_of=tensor_of, gather_to="source")
         if layout.is_source:
             try:
-                _write_hf_directory(Path(out_dir), tensors, infos, Path(hf_source_dir), max_shard_bytes=max_shard_bytes)
+                with new_directory(
+                    out_dir, option="--run-dir", need_bytes=sum(info.num_bytes for info in infos)
+                ) as new:
+                    copy_side_files(hf_source_dir, new, chat_template=chat_template)
+                    _write_hf_directory(new, tensors, infos, max_shard_bytes=max_shard_bytes)
             except Exception as error:
                 failure = error
         # After a failed write the other ranks still wait in the collectives of the remaining tensors, so go through
@@ -287,20 +292,13 @@ def _export_infos(model: nn.Module | Sequence[nn.Module], layout: _Layout) -> li
 
 
 def _write_hf_directory(
-    out_dir: Path,
-    tensors: Iterator[tuple[str, Tensor]],
-    infos: list[TensorInfo],
-    source_dir: Path,
-    *,
-    max_shard_bytes: int,
+    directory: Path, tensors: Iterator[tuple[str, Tensor]], infos: list[TensorInfo], *, max_shard_bytes: int
 ) -> None:
-    num_bytes = sum(info.num_bytes for info in infos)
-    with new_directory(out_dir, option="--run-dir", need_bytes=num_bytes) as scratch:
-        copy_side_files(source_dir, scratch)
-        _set_config_dtype(scratch / "config.json", infos[-1].dtype)
-        _complete_processor_files(scratch)
-        digests = SafetensorsWriter(scratch, infos, max_shard_bytes=max_shard_bytes).write(tensors)
-        write_manifest(scratch, known=digests)
+    """Completes a directory that has all side files."""
+    _set_config_dtype(directory / "config.json", infos[-1].dtype)
+    _complete_processor_files(directory)
+    digests = SafetensorsWriter(directory, infos, max_shard_bytes=max_shard_bytes).write(tensors)
+    write_manifest(directory, known=digests)
 
 
 def _set_config_dtype(path: Path, dtype: torch.dtype) -> None:

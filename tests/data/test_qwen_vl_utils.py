@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from megatron_ktr.data.media.preprocess import PreprocessSettings, load_media
+from megatron_ktr.data.media.request import MediaRequest
 from megatron_ktr.data.media.video import FrameSampling, read_image, read_video, select_frames
 from megatron_ktr.data.media.video_pyav import index_video
 from megatron_ktr.data.unusable import UnusableMedia
@@ -53,7 +54,11 @@ def our_settings(options: dict[str, Any]) -> PreprocessSettings:
 
 def our_sampling(options: dict[str, Any]) -> FrameSampling:
     return FrameSampling(
-        fps=options.get("fps", 2.0), num_frames=options.get("nframes"), max_frames=options.get("max_frames", 768)
+        fps=options.get("fps", 2.0),
+        num_frames=options.get("nframes"),
+        max_frames=options.get("max_frames", 768),
+        start_seconds=options.get("video_start"),
+        end_seconds=options.get("video_end"),
     )
 
 
@@ -68,7 +73,8 @@ def their_video(library: Any, path: Path, options: dict[str, Any]) -> tuple[torc
 def check_same(library: Any, path: Path, options: dict[str, Any]) -> None:
     frames_FCHW, indices, sampled_fps = their_video(library, path, options)
     sampling = our_sampling(options)
-    ours = load_media(path, kind="video", settings=our_settings(options), sampling=sampling)
+    clip = MediaRequest(video_start=options.get("video_start"), video_end=options.get("video_end"))
+    ours = load_media(path, kind="video", settings=our_settings(options), sampling=sampling, request=clip)
     index = index_video(path)
     selection = select_frames(index.num_frames, native_fps=index.native_fps, sampling=sampling)
     assert list(selection.indices) == indices
@@ -104,6 +110,35 @@ def test_made_videos_have_the_librarys_frames_and_sizes(library: Any, tmp_path: 
         frames_FHWC = numbered_frames(num_frames, height=height, width=width)
         check_same(library, write_video(tmp_path / f"{num_frames}.mp4", frames_FHWC), options)
     check_same(library, write_codec(tmp_path, "vp9", numbered_frames(21)), options)
+
+
+def test_every_container_that_decord_opens_gives_the_librarys_frames(library: Any, tmp_path: Path) -> None:
+    for name in ("vp8 hidden frames", "mpeg4 avi", "mpeg2 ts", "h264 all-intra", "mjpeg mov"):
+        check_same(library, write_codec(tmp_path, name, numbered_frames(25)), {"fps": 4.0})
+    for name in ("sound.mp4", "sound.mkv", "late.mkv"):
+        times = [5000 + 100 * number for number in range(25)] if name == "late.mkv" else None
+        path = write_video(tmp_path / name, numbered_frames(25), audio="sound" in name, milliseconds=times)
+        check_same(library, path, {"fps": 4.0})
+
+
+CLIPS: list[dict[str, Any]] = [
+    {"video_start": 1.0},
+    {"video_end": 2.5},
+    {"video_start": 0.999, "video_end": 3.001},
+    {"video_start": 1.0, "video_end": 1000.0},
+    {"video_start": 0.5, "video_end": 4.0, "nframes": 4},
+]
+
+
+@pytest.mark.parametrize("clip", CLIPS, ids=str)
+def test_clips_of_real_videos_have_the_librarys_frames(library: Any, clip: dict[str, Any]) -> None:
+    videos = [
+        path for path in shared_videos() if path.name not in ("corrupted.mp4", "h265_video.mp4", "rotated_90.mov")
+    ]
+    if not videos:
+        pytest.skip("no real videos here")
+    for path in videos:
+        check_same(library, path, clip)
 
 
 def their_size(library: Any, shape: tuple[int, int, int], options: dict[str, Any], patch: Any) -> tuple[int, int]:
@@ -214,7 +249,96 @@ def test_frame_numbers_equal_the_librarys(library: Any, monkeypatch: pytest.Monk
     assert num_compared > 2500
 
 
+def numbers_of(library: Any, total: int, native: float, options: dict[str, Any], patch: Any) -> list[int]:
+    """The frame numbers that the library takes of a video that is nothing but a number of frames and a rate."""
+
+    class Numbers:
+        def __init__(self, path: str) -> None:
+            pass
+
+        def __len__(self) -> int:
+            return total
+
+        def get_avg_fps(self) -> float:
+            return native
+
+        def get_batch(self, indices: list[int]) -> Any:
+            return SimpleNamespace(asnumpy=lambda: np.zeros((len(indices), 1, 1, 3), dtype=np.uint8))
+
+    patch.setattr("decord.VideoReader", Numbers)
+    return library.VIDEO_READER_BACKENDS["decord"]({"video": "any", **options})[1]["frames_indices"]
+
+
+@pytest.mark.parametrize(("release", "most"), [("Video-R1, Video-KTR, TW-GRPO", 16), ("Video-RTS, evaluation", 128)])
+def test_the_rule_of_most_releases_is_the_librarys_with_another_constant(
+    library: Any, monkeypatch: pytest.MonkeyPatch, release: str, most: int
+) -> None:
+    """Their copies of the library change FPS_MAX_FRAMES and the limits of pixels, and set no option: our rule fps."""
+    monkeypatch.setattr(library, "FPS_MAX_FRAMES", most)
+    rng = random.Random(4)
+    for _ in range(300):
+        total, native = rng.randint(2, 5000), rng.choice([10.0, 23.976, 29.97, 60.0])
+        theirs = numbers_of(library, total, native, {}, monkeypatch)
+        ours = select_frames(total, native_fps=native, sampling=FrameSampling(max_frames=most, rule="fps"))
+        assert list(ours.indices) == theirs, (release, total, native)
+
+
+def test_the_rule_of_video_rts_is_resampled(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training there takes 32 of the frames that the library takes by default, at places that are cut off, not rounded:
+    short videos show frames several times."""
+    rng = random.Random(5)
+    num_repeating = 0
+    for _ in range(300):
+        total, native = (
+            rng.choice([rng.randint(2, 300), rng.randint(2, 60000)]),
+            rng.choice([10.0, 23.976, 29.97, 60.0]),
+        )
+        of_library = numbers_of(library, total, native, {}, monkeypatch)
+        theirs = [of_library[place] for place in torch.linspace(0, len(of_library) - 1, 32).long().tolist()]
+        ours = select_frames(
+            total, native_fps=native, sampling=FrameSampling(num_frames=32, max_frames=32, rule="resampled")
+        )
+        assert list(ours.indices) == theirs and ours.num_repeated == 32 - len(set(theirs)), (total, native)
+        assert ours.sampled_fps == pytest.approx(32 / total * native)
+        num_repeating += ours.num_repeated > 0
+    assert 30 < num_repeating < 270
+
+
 # Where ours differs on purpose
+
+
+def test_a_clip_of_one_frame_is_shown_where_the_library_refuses_it(library: Any, tmp_path: Path) -> None:
+    path = write_video(tmp_path / "ten.mp4", numbered_frames(30))
+    with pytest.raises(AttributeError):  # decord's reader raises ValueError, and the one tried next is not there
+        their_video(library, path, {"video_start": 1.0, "video_end": 1.05})
+    clip = FrameSampling(start_seconds=1.0, end_seconds=1.05)
+    assert read_video(path, sampling=clip).frame_indices == (10, 10)
+
+
+def test_pictures_of_a_video_are_sampled_and_resized_once(library: Any, tmp_path: Path) -> None:
+    """The library takes all of them, and resizes each to multiples of 56 before the size of the video is chosen."""
+    names = []
+    for number, picture in enumerate(numbered_frames(40, height=140, width=196)):
+        Image.fromarray(picture).save(tmp_path / f"{number}.png")
+        names.append(tmp_path / f"{number}.png")
+    options = {"min_pixels": 784, "max_pixels": 100352}
+    (theirs, _), _ = library.fetch_video(
+        {"video": [str(name) for name in names], **options},
+        return_video_sample_fps=True,
+        return_video_metadata=True,
+    )
+    ours = load_media(names, kind="video", settings=our_settings(options), sampling=FrameSampling(max_frames=16))
+    assert theirs.shape == (40, 3, 112, 224), "neither the number nor the aspect ratio of the pictures"
+    assert ours.visual.frames_FCHW.shape == (16, 3, 140, 196)
+
+
+def test_a_rate_that_the_times_of_frames_contradict_is_not_believed(library: Any, tmp_path: Path) -> None:
+    """200 frames in 20 s, in a file that says 100 a second: the library takes 4 frames, as of 2 s."""
+    times = [100 * number for number in range(200)]
+    path = write_video(tmp_path / "wrong.mkv", numbered_frames(200), fps=100, milliseconds=times)
+    _, indices, _ = their_video(library, path, {})
+    assert len(indices) == 4
+    assert len(read_video(path, sampling=FrameSampling()).frame_indices) == 40
 
 
 def test_a_video_of_fewer_frames_than_wanted_is_taken_whole(library: Any, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -76,17 +76,25 @@ def write_video(
     encoder: str = "libx264",
     options: dict[str, str] | None = None,
     audio: bool = False,
+    milliseconds: Sequence[int] | None = None,
 ) -> Path:
-    """Encodes ``frames_FHWC`` (uint8 RGB) and returns ``path``; its suffix chooses the container."""
+    """Encodes ``frames_FHWC`` (uint8 RGB) and returns ``path``; its suffix chooses the container.
+
+    ``milliseconds`` are the times at which the frames are shown; by default ``fps`` of them a second, from 0 on.
+    """
     with _own_priority(), av.open(str(path), "w") as container:
         stream = container.add_stream(encoder, rate=fps, options=options or {})
         stream.height, stream.width = frames_FHWC.shape[1:3]
         stream.pix_fmt = "yuvj420p" if encoder == "mjpeg" else "yuv420p"
         stream.thread_count = 1
+        if milliseconds is not None:
+            stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
         sound = container.add_stream("aac", rate=16000, layout="mono") if audio else None
         for number, picture_HWC in enumerate(frames_FHWC):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture_HWC), format="rgb24")
             frame.pts, frame.time_base = number, Fraction(1, fps)
+            if milliseconds is not None:
+                frame.pts, frame.time_base = milliseconds[number], Fraction(1, 1000)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
         if sound is not None:

@@ -6,6 +6,9 @@ import os
 import re
 from pathlib import Path, PurePosixPath
 
+from megatron_ktr.data.media.folder import list_pictures
+from megatron_ktr.data.media.names import IS_FOLDER, names_folder
+from megatron_ktr.data.media.request import MediaSource
 from megatron_ktr.data.unusable import UnusableMedia
 from megatron_ktr.errors import UserError
 
@@ -36,6 +39,19 @@ def resolve_media_path(media_root: Path | str, written: str) -> Path:
     return resolved
 
 
+def files_of(source: MediaSource, media_root: Path | str) -> Path | tuple[Path, ...]:
+    """The files of a medium, as ``read_frames`` takes them: one file, or the pictures of one video in their order.
+
+    Raises:
+        UserError: a path leads out of the media root.
+        UnusableMedia: a folder of pictures cannot be listed, or holds something else than pictures.
+    """
+    paths = tuple(resolve_media_path(media_root, written) for written in source.paths)
+    if source.is_folder:
+        return list_pictures(paths[0], root=Path(media_root).resolve())
+    return paths if source.is_pictures else paths[0]
+
+
 class MediaFiles:
     """Checks for a large number of paths whether they are files, with few calls to the file system."""
 
@@ -45,7 +61,10 @@ class MediaFiles:
         self._folders: dict[str, _Folder] = {}
 
     def check(self, written: str) -> None:
-        """Raises ``UserError`` as ``resolve_media_path`` does, and ``UnusableMedia`` if there is no such file."""
+        """Raises ``UserError`` as ``resolve_media_path`` does, and ``UnusableMedia`` if there is no such file.
+
+        A path that ends in "/" must be a folder of pictures. It is listed, but no picture is opened.
+        """
         path = self._quickly_below(written)
         parent, _, name = path.rpartition("/")
         folder = self._folders.get(parent)
@@ -55,10 +74,14 @@ class MediaFiles:
         if kind == "link":
             path = resolve_media_path(self._media_root, written)
             kind = "folder" if path.is_dir() else "file" if path.exists() else "nothing"
-        if kind == "folder":
-            raise UnusableMedia(_short(written), "is a folder; the frames of a video are named as a list of pictures")
         if kind == "nothing":
             raise UnusableMedia(_short(written), "no such file below media_root")
+        if kind == "folder":
+            if not names_folder(written):
+                raise UnusableMedia(_short(written), IS_FOLDER)
+            list_pictures(Path(path), root=self._root)
+        elif names_folder(written):
+            raise UnusableMedia(_short(written), "is a file, and a path that ends in '/' names a folder of pictures")
 
     def _quickly_below(self, written: str) -> str:
         """Returns what ``_written_below`` does, for usual spellings without the cost of its path objects."""

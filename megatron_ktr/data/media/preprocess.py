@@ -256,6 +256,8 @@ class LoadedMedia:
     """The decoder: decord, pyav or pillow."""
     num_repeated_frames: int = 0
     fallback_reason: str = ""
+    frame_seconds: tuple[float, ...] = ()
+    """When each frame is shown, from the beginning of the video; empty for an image."""
 
 
 def load_media(
@@ -297,7 +299,8 @@ def load_media(
         seconds_per_grid=settings.seconds_per_grid(decoded.sampled_fps) if kind == "video" else 0.0,
         source=source,
     )
-    return LoadedMedia(visual, decoded.backend, decoded.num_repeated, decoded.fallback_reason)
+    frame_seconds = tuple(index / decoded.native_fps for index in decoded.frame_indices) if kind == "video" else ()
+    return LoadedMedia(visual, decoded.backend, decoded.num_repeated, decoded.fallback_reason, frame_seconds)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -14,15 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from megatron_ktr.data.media.names import VIDEO_SUFFIXES, is_picture, names_folder
 from megatron_ktr.data.media.video import FrameSampling
 from megatron_ktr.types import MediaKind
 
 if TYPE_CHECKING:
     from megatron_ktr.data.media.preprocess import PreprocessSettings
-
-PICTURE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"))
-"""The suffixes of files that are one picture. A GIF is a picture under ``image`` and an animation under ``video``."""
-_VIDEO_SUFFIXES = frozenset((".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv"))
 
 _CLIP = "it is the clip to watch in some data sets and the answer in others: name a clip video_start and video_end"
 _PART_OF_AUDIO = "the model does not hear"
@@ -56,9 +53,9 @@ class MediaRequest:
     """
 
     fps: float | None = None
-    """The number of frames to take per second of a video file; for a list of pictures, their frame rate."""
+    """The number of frames to take per second of a video file; for a list or folder of pictures, their frame rate."""
     sample_fps: float | None = None
-    """The frame rate of a list of pictures; not allowed for a video file."""
+    """The frame rate of a list or folder of pictures; not allowed for a video file."""
     nframes: int | None = None
     min_frames: int | None = None
     max_frames: int | None = None
@@ -90,13 +87,16 @@ class MediaRequest:
                 raise ValueError(f"{name} {asked} exceeds the most frames of a video, {most}")
         if most < run.multiple:
             raise ValueError(f"max_frames {most} is less than one temporal patch, {run.multiple} frames")
-        num_frames = run.num_frames if self.nframes is None else self.nframes
-        if self.fps is not None and not is_pictures:
-            num_frames = None  # the requested rate replaces the run's fixed number
+        num_frames, rule = run.num_frames, run.rule
+        if self.nframes is not None:
+            num_frames, rule = self.nframes, "fixed"
+        elif self.fps is not None and not is_pictures:
+            num_frames, rule = None, "fps"  # the requested rate replaces the run's fixed number
         return replace(
             run,
             fps=run.fps if self.fps is None or is_pictures else self.fps,
             num_frames=num_frames,
+            rule=rule,
             min_frames=min(least, most),
             max_frames=most,
             start_seconds=self.video_start,
@@ -137,12 +137,18 @@ class MediaSource:
 
     kind: MediaKind
     written: str | tuple[str, ...]
-    """The path as the record has it. A tuple of paths names the pictures that are the frames of one video, in order."""
+    """The path as the record has it. A tuple of paths names the pictures that are the frames of one video, in order; a
+    path that ends in "/" names the folder that holds them."""
     request: MediaRequest = NOTHING_ASKED
 
     @property
+    def is_folder(self) -> bool:
+        return isinstance(self.written, str) and names_folder(self.written)
+
+    @property
     def is_pictures(self) -> bool:
-        return not isinstance(self.written, str)
+        """Whether it is a video that is given as single pictures."""
+        return not isinstance(self.written, str) or self.is_folder
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -232,14 +238,17 @@ def check_request_fits(source: MediaSource) -> None:
     if source.kind == "image" and (others := request.given().keys() - _OF_IMAGES):
         raise ValueError(f"'{min(others)}' is about a video, and {source.name} is an image")
     if source.kind == "video" and not source.is_pictures and request.sample_fps is not None:
-        raise ValueError("'sample_fps' is the rate of a list of pictures; for a video file say 'fps'")
+        raise ValueError(
+            "'sample_fps' is the rate of a list of pictures, or of a folder of them, whose path ends in '/'; for a "
+            "video file say 'fps'"
+        )
 
 
 def group_files(kind: MediaKind, value: Any, *, key: str) -> list[tuple[MediaKind, str | tuple[str, ...]]]:
     """The media that the field ``key`` of a record names; its ``value`` is one path or a list.
 
-    Each path of an image is one image. Each path of a video file is one video. A list of pictures is one video; it may
-    be the whole value or an element of it.
+    Each path of an image is one image. Each path of a video file is one video, and so is each folder of pictures, whose
+    path ends in "/". A list of pictures is one video; it may be the whole value or an element of it.
 
     Raises:
         ValueError: the value does not fit the kind.
@@ -255,10 +264,6 @@ def group_files(kind: MediaKind, value: Any, *, key: str) -> list[tuple[MediaKin
     if isinstance(value, list) and all(isinstance(written, str) and is_picture(written) for written in values):
         return [(kind, tuple(values))]
     return [(kind, _video_files(written, key=key, is_alone=len(values) == 1)) for written in values]
-
-
-def is_picture(written: str) -> bool:
-    return PurePosixPath(written.replace("\\", "/")).suffix.lower() in PICTURE_SUFFIXES
 
 
 def _video_files(written: Any, *, key: str, is_alone: bool) -> str | tuple[str, ...]:
@@ -281,7 +286,9 @@ def _video_files(written: Any, *, key: str, is_alone: bool) -> str | tuple[str, 
 def _image_path(written: Any, *, key: str) -> str:
     if isinstance(written, list):
         raise ValueError(f"expected a path (or a list of paths) in '{key}', got {_short(written)}")
-    if PurePosixPath(written).suffix.lower() in _VIDEO_SUFFIXES:
+    if names_folder(written):
+        raise ValueError(f"'{key}' names a folder, {written!r}: expected a picture (a folder of pictures is a video)")
+    if PurePosixPath(written).suffix.lower() in VIDEO_SUFFIXES:
         raise ValueError(f"'{key}' names a video, {written!r}: name it under 'video'")
     return written
 

@@ -4,15 +4,13 @@ decord is tried first, in a child process (``video_decord.py``). PyAV (``video_p
 lacks (AV1), files whose frames decord numbers wrongly, and everything on machines without decord. Both give the same
 frames. Each reason for using PyAV is logged once, and returned with every video to be counted.
 
-Frames are sampled as in qwen-vl-utils, with which Qwen2.5-VL was trained: by fps or as a fixed number, an even number,
-evenly spaced, including both ends; see ``select_frames``.
+Which frames are taken is decided by ``select_frames`` (``sampling.py``).
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-import math
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -25,10 +23,11 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from megatron_ktr.data.media.names import IS_FOLDER
+from megatron_ktr.data.media.sampling import FrameSampling, FrameSelection, select_frames
 from megatron_ktr.data.media.video_decord import DecordFailed, DecordProcess
 from megatron_ktr.data.media.video_pyav import VideoIndex, decode_frames, index_video
 from megatron_ktr.data.unusable import UnusableMedia
-from megatron_ktr.errors import UserError
 
 __all__ = [
     "DecodedVideo",
@@ -52,48 +51,6 @@ Backend = Literal["auto", "decord", "pyav"]
 
 
 @dataclass(frozen=True)
-class FrameSampling:
-    """How many frames to take from a video.
-
-    Worked example: of 10 s at 30 fps, ``fps=2, max_frames=16`` asks for 20 frames and takes 16, or 1.6 a second.
-    """
-
-    fps: float = 2.0
-    """Frames per second of video. Not used if ``num_frames`` is given."""
-    num_frames: int | None = None
-    """A fixed number of frames, whatever the length of the video."""
-    min_frames: int = 4
-    """The lowest number of frames when sampling by fps, if the video has that many."""
-    max_frames: int = 768
-    multiple: int = 2
-    """The temporal patch size: the number of frames is a multiple of it."""
-    start_seconds: float | None = None
-    end_seconds: float | None = None
-    """Only frames of this span of the video are taken. None means from its beginning, or to its end."""
-
-    def __post_init__(self) -> None:
-        if not self.fps > 0 or self.multiple < 1 or self.max_frames < self.multiple:
-            raise UserError(
-                f"expected video_fps > 0 and video_max_frames >= {max(self.multiple, 1)} (the temporal patch size), "
-                f"got video_fps {self.fps} and video_max_frames {self.max_frames}"
-            )
-        if self.num_frames is not None and self.num_frames < 1:
-            raise UserError(f"expected video_num_frames >= 1, got {self.num_frames}")
-
-
-@dataclass(frozen=True)
-class FrameSelection:
-    """The frames to take. Example: of a video with 3 frames 8 are wanted: ``indices == (0, 1, 2, 2)``,
-    ``num_repeated == 1``."""
-
-    indices: tuple[int, ...]
-    sampled_fps: float
-    """Frames taken per second of video. The seconds of a temporal patch are computed from it."""
-    num_repeated: int = 0
-    """How often the last frame is repeated, because the video has fewer frames than wanted or than a patch."""
-
-
-@dataclass(frozen=True)
 class DecodedVideo:
     """The sampled frames of one video, upright."""
 
@@ -107,52 +64,6 @@ class DecodedVideo:
     backend: Literal["decord", "pyav", "pillow"]
     fallback_reason: str = ""
     """The reason why decord did not decode this video; empty if it did, or was not meant to."""
-
-
-def select_frames(total_frames: int, *, native_fps: float, sampling: FrameSampling) -> FrameSelection:
-    """The numbers of the frames to take, evenly spaced from the first to the last frame.
-
-    fps:    n = floor_m(min(max(total / native_fps * fps, ceil_m(min_frames)), floor_m(max_frames), floor_m(total)))
-    fixed:  n = min(round_m(num_frames), floor_m(max_frames))
-    index_k = round(k * (total - 1) / (n - 1)),   sampled_fps = n / total * native_fps
-
-    where x_m rounds to a multiple of ``sampling.multiple``. If a video has fewer frames than one temporal patch or than
-    the fixed number, all its frames are taken, and the last one is repeated up to a multiple; qwen-vl-utils raises
-    ValueError here. With a span of time, total is the number of its frames, and indices begin at its first frame.
-
-    Raises:
-        ValueError: the span contains no frame.
-    """
-    multiple = sampling.multiple
-    first, total_frames = _frames_of_span(total_frames, native_fps=native_fps, sampling=sampling)
-    most = sampling.max_frames // multiple * multiple
-    if sampling.num_frames is not None:
-        num_frames = min(max(round(sampling.num_frames / multiple) * multiple, multiple), most)
-    else:
-        wanted = total_frames / native_fps * sampling.fps
-        wanted = min(max(wanted, math.ceil(sampling.min_frames / multiple) * multiple), most)
-        num_frames = max(int(min(wanted, total_frames) // multiple) * multiple, multiple)
-    if num_frames > total_frames:
-        num_repeated = -total_frames % multiple
-        indices = [*range(first, first + total_frames), *[first + total_frames - 1] * num_repeated]
-        return FrameSelection(indices=tuple(indices), sampled_fps=native_fps, num_repeated=num_repeated)
-    # torch's float32 linspace and its rounding of halves to even are used on purpose, as qwen-vl-utils uses them.
-    spaced = torch.linspace(first, first + total_frames - 1, num_frames).round().long()
-    return FrameSelection(indices=tuple(spaced.tolist()), sampled_fps=num_frames / total_frames * native_fps)
-
-
-def _frames_of_span(total_frames: int, *, native_fps: float, sampling: FrameSampling) -> tuple[int, int]:
-    """(number of the first frame, number of frames) of the span. Frame i is shown at i / native_fps. The ends of the
-    span are rounded inwards, as in qwen-vl-utils."""
-    start, end = sampling.start_seconds, sampling.end_seconds
-    first = 0 if start is None else math.ceil(start * native_fps)
-    last = total_frames - 1 if end is None else min(math.floor(end * native_fps), total_frames - 1)
-    if first > last:
-        raise ValueError(
-            f"no frame between {start or 0:g} s and {'the end' if end is None else f'{end:g} s'}: "
-            f"it has {total_frames} frames, {total_frames / native_fps:.2f} s"
-        )
-    return first, last - first + 1
 
 
 def read_video(
@@ -258,7 +169,7 @@ def regular_file(path: Path | str) -> Path:
     except (OSError, ValueError) as error:
         raise UnusableMedia(path, getattr(error, "strerror", None) or error) from error
     if stat.S_ISDIR(status.st_mode):
-        raise UnusableMedia(path, "is a folder; the frames of a video are named as a list of pictures")
+        raise UnusableMedia(path, IS_FOLDER)
     if not stat.S_ISREG(status.st_mode):  # a pipe or a device would block or never end
         raise UnusableMedia(path, "is not a regular file")
     if status.st_size == 0:

@@ -41,6 +41,8 @@ _PLAYLIST_FORMATS = ("hls", "dash", "concat", "concatf", "imf", "sdp", "rtsp", "
 _CONTAINER_OPTIONS = {"protocol_whitelist": "file"}
 _OPEN_TIMEOUT_SECONDS = (30.0, 30.0)
 _DECODER_THREADS = 2
+MOST_WRONG_RATE = 0.1
+"""A declared frame rate that is further than this share from the mean of the frames' times is not believed."""
 # Titles and comments in odd encodings must not make a file unusable. PyAV 19 never raises for them, and lacks the
 # argument.
 _LENIENT: dict[str, Any] = (
@@ -94,6 +96,19 @@ def index_video(path: Path) -> VideoIndex:
     try:
         with _open(path) as container:
             return _index_stream(path, container, _best_stream(path, container))
+    except _ERRORS as error:
+        raise UnusableMedia(path, f"cannot be opened as a video: {error}") from error
+
+
+def read_codec(path: Path) -> str:
+    """The codec of the best video stream, from the beginning of the file.
+
+    Raises:
+        UnusableMedia: the file is not a video, or has no decoder.
+    """
+    try:
+        with _open(path) as container:
+            return _best_stream(path, container).codec_context.codec.canonical_name
     except _ERRORS as error:
         raise UnusableMedia(path, f"cannot be opened as a video: {error}") from error
 
@@ -178,6 +193,8 @@ def _index_stream(path: Path, container: Any, stream: Any) -> VideoIndex:
     pts, keys, has_open_groups = _order_frames(times)
     num_frames = len(times) if pts is not None else _count_frames(path)
     native_fps = float(stream.average_rate or stream.guessed_rate or 0)
+    if "mov" not in container.format.name and pts is not None:
+        native_fps = _rate_by_times(native_fps, pts, tick_seconds=float(stream.time_base or 0))
     if native_fps <= 0:
         raise UnusableMedia(path, "has no frame rate")
     quarter_turns, is_mirrored = _orientation(first_frame)
@@ -195,6 +212,19 @@ def _index_stream(path: Path, container: Any, stream: Any) -> VideoIndex:
         quarter_turns=quarter_turns,
         is_mirrored=is_mirrored,
     )
+
+
+def _rate_by_times(declared_fps: float, pts: tuple[int, ...], *, tick_seconds: float) -> float:
+    """``declared_fps``, or the mean rate of the presentation times where the two differ by more than a tenth.
+
+    Matroska and WebM files state a nominal rate, or none, and FFmpeg then guesses one from the first frames: recordings
+    of browsers seem to have 1000 frames a second. A video would seem a second long and lose most of its frames.
+    """
+    seconds = (pts[-1] - pts[0]) * tick_seconds
+    if seconds <= 0:
+        return declared_fps
+    measured_fps = (len(pts) - 1) / seconds
+    return declared_fps if abs(declared_fps / measured_fps - 1) <= MOST_WRONG_RATE else measured_fps
 
 
 def _order_frames(

@@ -15,5 +15,11 @@ from collections.abc import Mapping
 
 COMMANDS: Mapping[str, str] = {
     "convert": "turn published files into question files for --data-path",
+    "validate": "check every record of a question file and the media it shows",
+    "preview": "write a page with some samples as the model will see them",
+    "stats": "measure media, prompts and decoding, and suggest options for a token budget",
 }
 """Subcommand -> what it does, in one line."""
+
+HOMES: Mapping[str, str] = {"preview": "megatron_ktr.report.preview"}
+"""Subcommands whose module is not in this folder: a page is made in ``report``, which may import this wing."""

@@ -243,12 +243,13 @@ def _batch_of(numbered: Iterable[tuple[int, Any]]) -> pa.RecordBatch:
         columns["text"].append(written.text)
         columns["fault"].append(written.fault)
         columns["digest"].append(bytes.fromhex(written.digest))
-        columns["problem_type"].append(_problem_type(raw))
+        columns["problem_type"].append(problem_type_of(raw))
         columns["id_hash"].append(_id_hash(raw, number=number))
     return pa.RecordBatch.from_pydict(columns, SCHEMA)
 
 
-def _problem_type(raw: Any) -> str | None:
+def problem_type_of(raw: Any) -> str | None:
+    """The type by which --problem-types chooses: "" where it is missing, None where it is no text."""
     value = (raw.get("problem_type") or "") if isinstance(raw, dict) else None
     # Half a character, which no column can hold, is written as a number: no wanted type has it either way.
     return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else None

@@ -1,0 +1,50 @@
+"""MVBench: one file per task; the answer is the text of a candidate, and some tasks ask about a clip.
+
+    {"video": "6H78U.mp4", "question": "What happened ...?", "candidates": ["a", "b", "c", "d"], "answer": "b",
+     "start": 11.1, "end": 19.6, "fps": 3}
+
+``start`` and ``end``, or ``bound`` with both, are the clip. ``fps`` is the rate of the frames that a folder of
+pictures has; it is kept as ``raw_fps``. The paths are below the folder of the task, so that ``--add-prefix`` names it.
+
+Seen in: OpenGVLab/MVBench, ``json/*.json``, and the loader of the release's notebook.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_ktr.data.prepare.answers import choice_by_text, option_texts
+from megatron_ktr.data.prepare.fields import clip, extras, fields_of, has_fields, media_path, optional_text, short, text
+from megatron_ktr.data.prepare.layout import Layout, Options, Record
+
+
+def recognises(raw: Any) -> bool:
+    return has_fields(raw, "video", "question", "candidates", "answer")
+
+
+def convert(raw: Any, options: Options) -> Record:
+    fields = fields_of(raw)
+    start, end, bound = fields.get("start"), fields.get("end"), fields.get("bound")
+    if isinstance(bound, list):
+        if len(bound) != 2:
+            raise ValueError(f"expected [start, end] in 'bound', got {short(bound)}")
+        start, end = bound
+    texts = option_texts(fields.get("candidates"), name="candidates")
+    return {
+        "problem_id": optional_text(fields, "question_id", "id"),
+        "problem": text(fields, "question"),
+        **choice_by_text(texts, text(fields, "answer")),
+        "data_type": "video",
+        "video": media_path(fields.get("video"), options, name="video"),
+        **clip(start, end, name="start, end"),
+        **extras(fields, ["subtitle", ("fps", "raw_fps"), ("task_type", "original_question_type")]),
+    }
+
+
+LAYOUT = Layout(
+    name="mvbench",
+    title="MVBench, one file per task",
+    media_root="the folder of the task's videos, or with --add-prefix star/Charades_v1_480 the folder above (video)",
+    recognises=recognises,
+    convert=convert,
+)

@@ -1,0 +1,54 @@
+"""NExT-QA (and NExT-GQA, IntentQA): a CSV file or table with five options, or with an answer in words.
+
+    video,frame_count,width,height,question,answer,qid,type,a0,a1,a2,a3,a4
+    4010069381,369,640,480,how do the two man play the instrument,0,6,CH,roll the handle,...
+
+``answer`` is the number of the right option, from 0; without a0 .. a4 (open-ended) it is the text, and the problem type
+is free-form. NExT-GQA calls the video ``video_id``. ``--video-map map_vid_vidorID.json`` gives the path in the release
+("1164/3238737531"); without it the videos lie in one folder by id.
+
+Seen in: doc-doc/NExT-QA and doc-doc/NExT-GQA, ``train.csv``, ``val.csv``, ``map_vid_vidorID.json``; the table is
+lmms-lab's NExTQA.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_ktr.data.prepare.answers import choice_by_number, option_texts, solution
+from megatron_ktr.data.prepare.fields import extras, fields_of, has_fields, text, video_of_id
+from megatron_ktr.data.prepare.layout import Layout, Options, Record
+
+_OPTIONS = ("a0", "a1", "a2", "a3", "a4")
+
+
+def recognises(raw: Any) -> bool:
+    return has_fields(raw, "question", "answer", "qid", "type") and ("video" in raw or "video_id" in raw)
+
+
+def convert(raw: Any, options: Options) -> Record:
+    fields = fields_of(raw)
+    video = text(fields, "video", "video_id")
+    if any(name in fields for name in _OPTIONS):
+        texts = option_texts([fields.get(name) for name in _OPTIONS], name="a0 .. a4")
+        judged = choice_by_number(texts, fields.get("answer"), name="answer")
+    else:
+        judged = {"problem_type": "free-form", "solution": solution(text(fields, "answer"))}
+    return {
+        "problem_id": f"{video}-{text(fields, 'qid')}",
+        "problem": text(fields, "question"),
+        **judged,
+        "data_type": "video",
+        "video": video_of_id(video, options, name="video"),
+        **extras(fields, [("type", "original_question_type")]),
+    }
+
+
+LAYOUT = Layout(
+    name="nextqa",
+    title="NExT-QA and NExT-GQA, multiple choice and open-ended",
+    media_root="the folder of the videos (NExTVideo with --video-map map_vid_vidorID.json)",
+    recognises=recognises,
+    convert=convert,
+    options=("video_map", "video_suffix"),
+)
