@@ -357,6 +357,8 @@ def test_report_names_the_options_to_train_with(capsys, tmp_path) -> None:
         (["--from", "video_r1", "{folder}/bad.arrow", "--out", "{out}"], "cannot be read as a table"),
         (["--from", "plain", "{folder}/quote.csv", "--out", "{out}"], "cannot be read behind row 1"),
         (["--from", "plain", "{folder}/latin.csv", "--out", "{out}"], "cannot be read behind row 0"),
+        (["--from", "auto", "{folder}/short.csv", "--out", "{out}"], "expected 3 columns as in the heading, got 2"),
+        (["--from", "video_r1", "{folder}/one.json", "--out", "{out}"], "got a file that is one object"),
         (["--from", "plain", "{folder}/twice.csv", "--out", "{out}"], "heading of different names"),
         (["--from", "plain", "{folder}/rows.xml", "--out", "{out}"], "expected a folder or a file that ends in"),
     ],
@@ -374,6 +376,8 @@ def test_misuse_is_one_line_and_leaves_nothing_behind(tmp_path, arguments, messa
         "latin.csv": b"video,question,answer\na.mp4,caf\xe9,1\n",
         "twice.csv": b"video,video\na,b\n",
         "rows.xml": b"<x/>",
+        "short.csv": b"video,question,answer\na.mp4,b\nb.mp4,c,d\n",
+        "one.json": b'{"video_7": {"x": 1}}',
     }.items():
         (tmp_path / name).write_bytes(content)
     (tmp_path / "videos").mkdir()

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 from megatron_ktr.data.prepare.embedded import EmbeddedMedia
 from megatron_ktr.data.prepare.fields import short
-from megatron_ktr.data.prepare.layout import Keyed, Layout, Options, Record
+from megatron_ktr.data.prepare.layout import Keyed, Layout, Options, Record, Unreadable
 from megatron_ktr.data.prepare.layouts import load_layouts
 from megatron_ktr.data.prepare.tally import Tally
 from megatron_ktr.data.prepare.unique_ids import UniqueIds
@@ -43,9 +43,9 @@ def recognise(rows: Rows, *, path: Path) -> tuple[Layout, Rows]:
     if not first:
         raise UserError(f"convert: {path} has no records at all")
     values = [value for _, value in first]
-    # Some records of a good file may be damaged: most of them decide.
+    # Some records of a good file may be damaged: half of them decide.
     for layout in load_layouts().values():
-        if sum(layout.recognises(value) for value in values) > len(values) / 2:
+        if sum(layout.recognises(value) for value in values) * 2 >= len(values):
             return layout, itertools.chain(first, rows)
     raise UserError(
         f"--from auto: {path} has the fields of no known layout ({_fields(values[0])}); see convert --list, "
@@ -90,6 +90,8 @@ class Conversion:
 
     def _parts(self, number: int, row: Any, *, tally: Tally) -> Iterable[Any]:
         try:
+            if isinstance(row, Unreadable):
+                raise ValueError(row.reason)
             return self.layout.split(self.media.take_out(row))
         except ValueError as error:
             tally.num_read += 1

@@ -115,7 +115,7 @@ class _Job:
 def _jobs(options: argparse.Namespace) -> list[_Job]:
     names = [options.merge] if options.merge is not None else [_name(path) for path in options.inputs]
     for name in names:
-        if not name or Path(name).name != name or name.startswith("."):
+        if not name or Path(name).name != name or name.startswith(".") or name.endswith(".jsonl"):
             raise UserError(f"--merge: expected the name of a file without folder and suffix, got {name[:80]!r}")
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"several inputs are called {', '.join(twice)}: convert them one by one, or --merge NAME")

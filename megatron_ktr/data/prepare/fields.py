@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from megatron_ktr.data.prepare.layout import Options
+from megatron_ktr.data.prepare.layout import Keyed, Options
 
 MAX_TEXT = 100_000
 """Characters of a question, an option or an answer. The longest prompts have about this many."""
@@ -23,6 +23,8 @@ _EXTRA_CHARS = 10_000
 
 
 def fields_of(raw: Any) -> Mapping[str, Any]:
+    if isinstance(raw, Keyed):
+        raise ValueError("expected an array of records or one a line, got a file that is one object")
     if not isinstance(raw, dict):
         raise ValueError(f"expected an object, got {type(raw).__name__}")
     return raw

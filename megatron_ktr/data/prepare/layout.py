@@ -16,6 +16,12 @@ class Keyed(NamedTuple):
     value: Any
 
 
+class Unreadable(NamedTuple):
+    """A row that its file does not hold whole."""
+
+    reason: str
+
+
 @dataclass(frozen=True)
 class Options:
     """What the user says about the published files beyond their layout."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_ktr.data.prepare import tables
-from megatron_ktr.data.prepare.layout import Keyed
+from megatron_ktr.data.prepare.layout import Keyed, Unreadable
 from megatron_ktr.data.raw_records import MAX_RECORD_CHARS, iter_raw_entries, iter_raw_records
 from megatron_ktr.errors import UserError
 from megatron_ktr.files.json_files import parse_json
@@ -110,7 +110,8 @@ def _csv_rows(path: Path, *, delimiter: str) -> Iterator[tuple[int, Any]]:
                 if row:
                     number += 1
                     # Not cut or filled up: a row of another length has lost a quote or a comma.
-                    yield number, dict(zip(heading, row, strict=True)) if len(row) == len(heading) else row
+                    lacks = Unreadable(f"expected {len(heading)} columns as in the heading, got {len(row)}")
+                    yield number, dict(zip(heading, row, strict=True)) if len(row) == len(heading) else lacks
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{OPTION}: {path} cannot be read behind row {number}: {error}") from error
 
