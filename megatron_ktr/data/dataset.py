@@ -83,6 +83,11 @@ class PromptDataset:
         return dict(self.loader.counts) | {f"skipped/{kind}": number for kind, number in self.skips.by_kind.items()}
 
     @property
+    def wordings(self) -> tuple[str, ...]:
+        """How questions are worded, one line for each wording in use."""
+        return (self.loader.describe_wording(),)
+
+    @property
     def epoch(self) -> int:
         """The epoch of the next sample."""
         return self._element(self.position) // len(self.records)

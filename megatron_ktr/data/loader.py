@@ -135,6 +135,15 @@ class PromptLoader:
             digest = xxhash.xxh3_128(f"{digest}\0{self.chat_template}".encode()).hexdigest()
         return digest
 
+    def describe_wording(self) -> str:
+        """One line that says how questions are worded: for the console, the configuration and the report."""
+        line = self.builder.wording.describe()
+        if self.chat_template is not None:
+            line += (
+                f"; the user's chat template, digest {xxhash.xxh3_128(self.chat_template.encode()).hexdigest()[:12]}"
+            )
+        return line
+
     def load(self, record: Mapping[str, Any]) -> Prompt:
         """The prompt of one record. If media were substituted, the prompt's ``record`` maps each to its substitute
         under ``substituted_media``.

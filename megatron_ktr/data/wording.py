@@ -68,6 +68,10 @@ class WordingTemplate:
                 f"prompt_template: {self.path} cannot be used: {error}; expected a file or one of {', '.join(BUILT_IN)}"
             ) from error
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Compiled templates cannot be sent to another process; it reads the file again."""
+        return WordingTemplate, (self.name,)
+
     def render(self, record: Mapping[str, Any]) -> Wording:
         """The user's text for one record, and the template's ``system`` if it sets one.
 
@@ -141,5 +145,5 @@ def lettered(options: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _short(value: Any) -> str:
-    text = " ".join(str(value).split())
+    text = "".join(character if character.isprintable() else " " for character in " ".join(str(value).split()))
     return text if len(text) <= 200 else text[:197] + "..."
