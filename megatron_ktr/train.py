@@ -85,7 +85,8 @@ def _train(config: Config, *, platform: Platform, leave: LeaveRequest) -> bool:
         lambda: build_local_source(config, ranks=ranks, tokenizer=tokenizer, vocab_size=vocab_size), ranks=ranks
     )
     given, config = config, _with_steps(config, local_source, ranks)
-    start = _open_run_directory(given, ranks, num_steps=num_steps_of(config.trainer))
+    notes = [] if local_source is None else [f"wording: {line}" for line in local_source.dataset.wordings]
+    start = _open_run_directory(given, ranks, num_steps=num_steps_of(config.trainer), notes=notes)
     trainer = build_trainer(
         config, ranks=ranks, platform=platform, objective=objective, tokenizer=tokenizer, local_source=local_source
     )
@@ -223,11 +224,15 @@ def _show(report: StepReport, *, num_steps: int, decode: Callable[[Sequence[int]
     print(text, flush=True)
 
 
-def _open_run_directory(config: Config, ranks: ParallelGroups, *, num_steps: int) -> RunStart:
+def _open_run_directory(config: Config, ranks: ParallelGroups, *, num_steps: int, notes: Sequence[str]) -> RunStart:
+    """Rank 0, which reads questions, prints ``notes`` and writes them into the run directory."""
     shared = SharedVerification(ranks)
     with same_on_every_rank():
         checkpoint = find_checkpoint(config, verify=shared.verify, agree=shared.agree)
-    return shared.agree(lambda: open_run_directory(config, checkpoint=checkpoint, num_steps=num_steps))
+    start = shared.agree(lambda: open_run_directory(config, checkpoint=checkpoint, num_steps=num_steps, notes=notes))
+    if ranks.rank == 0 and notes:
+        print("\n".join(notes), flush=True)
+    return start
 
 
 def main(argv: Sequence[str] | None = None) -> int:

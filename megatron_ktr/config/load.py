@@ -8,6 +8,7 @@ docs/configuration.md.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,8 @@ from megatron_ktr.config.sections import (
 )
 from megatron_ktr.errors import UserError
 from megatron_ktr.files.atomic import write_atomically
+
+_NOTE = "# "
 
 
 @dataclass(frozen=True)
@@ -107,12 +110,20 @@ def resolved_text(config: Config) -> str:
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
-def save_resolved(config: Config, path: str | Path) -> None:
-    """Writes ``resolved_text`` atomically: the whole file or nothing."""
+def save_resolved(config: Config, path: str | Path, *, notes: Sequence[str] = ()) -> None:
+    """Writes ``resolved_text`` atomically: the whole file or nothing. ``notes`` are lines that go before it, as
+    comments: what the options came to (``read_notes``)."""
+    comments = "".join(f"{_NOTE}{' '.join(note.split())}\n" for note in notes)
     try:
-        write_atomically(path, resolved_text(config))
+        write_atomically(path, comments + resolved_text(config))
     except OSError as error:
         raise UserError(f"cannot write the resolved configuration to {path}: {error.strerror}") from error
+
+
+def read_notes(text: str) -> list[str]:
+    """The ``notes`` of a file that ``save_resolved`` wrote."""
+    lines = itertools.takewhile(lambda line: line.startswith(_NOTE), text.split("\n"))
+    return [line.removeprefix(_NOTE) for line in lines]
 
 
 def configuration_page() -> str:

@@ -170,6 +170,11 @@ class PromptDataset:
         return found
 
     @property
+    def wordings(self) -> tuple[str, ...]:
+        """How questions are worded, one line for each wording in use."""
+        return (self.loader.describe_wording(),)
+
+    @property
     def epoch(self) -> int:
         """The epoch of the next sample."""
         return self._element(self.position) // self._order.period

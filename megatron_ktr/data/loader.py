@@ -114,6 +114,15 @@ class PromptLoader:
             digest = xxhash.xxh3_128(f"{digest}\0{self.chat_template}".encode()).hexdigest()
         return digest
 
+    def describe_wording(self) -> str:
+        """One line that says how questions are worded: for the console, the configuration and the report."""
+        line = self.builder.wording.describe()
+        if self.chat_template is not None:
+            line += (
+                f"; the user's chat template, digest {xxhash.xxh3_128(self.chat_template.encode()).hexdigest()[:12]}"
+            )
+        return line
+
     def read_media(
         self, record: Mapping[str, Any], decode: Decode = MediaJob.load
     ) -> list[LoadedMedia | UnusableMedia]:

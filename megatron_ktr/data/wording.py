@@ -103,8 +103,9 @@ class WordingTemplate:
     @cached_property
     def release(self) -> Mapping[str, Any]:
         """Where an imported text is from: ``name``, ``part``, ``file``, ``commit``, ...; empty for other files."""
-        for node in self._syntax.body:
-            if isinstance(node, jinja2.nodes.Assign) and getattr(node.target, "name", "") == RELEASE_VARIABLE:
+        for node in self._syntax.find_all(jinja2.nodes.Assign):
+            is_release = getattr(node.target, "name", "") == RELEASE_VARIABLE
+            if is_release and isinstance(node.node, jinja2.nodes.Expr):
                 try:
                     value = node.node.as_const()
                 except jinja2.nodes.Impossible:
@@ -145,5 +146,5 @@ def lettered(options: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _short(value: Any) -> str:
-    text = " ".join(str(value).split())
+    text = "".join(character if character.isprintable() else " " for character in " ".join(str(value).split()))
     return text if len(text) <= 200 else text[:197] + "..."

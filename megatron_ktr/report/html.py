@@ -266,8 +266,13 @@ def _options(titles: Sequence[str], runs: Sequence[RunData]) -> Html | None:
         table = element("table", element("thead", head), element("tbody", rows), class_="config")
         summary = element("summary", f"{section} ({len(names)} options, {num_changed} changed)")
         tables.append(element("details", summary, element("div", table, class_="scroll")))
-    note = element("p", "Values that differ from the default have a star.", class_="note")
-    return element("section", element("h2", "Configuration"), note, tables, id="configuration")
+    notes = [
+        element("p", f"{title}: {note}", class_="note")
+        for title, run in zip(titles, runs, strict=True)
+        for note in run.notes
+    ]
+    notes.append(element("p", "Values that differ from the default have a star.", class_="note"))
+    return element("section", element("h2", "Configuration"), notes, tables, id="configuration")
 
 
 def _defaults() -> dict[str, dict[str, Any]]:

@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from megatron_ktr.config import read_notes
 from megatron_ktr.data.records import Record, check_record
 from megatron_ktr.errors import UserError
 from megatron_ktr.files.json_files import parse_json
@@ -71,6 +72,8 @@ class RunData:
     path: Path
     config: Mapping[str, Mapping[str, Any]]
     """The options by section; empty if there is no config.yaml."""
+    notes: tuple[str, ...]
+    """What the run noted beside its options: how its questions were worded."""
     steps: tuple[int, ...]
     metrics: Mapping[str, tuple[float, ...]]
     """The values of each metric over ``steps``; NaN if a step did not log it."""
@@ -116,6 +119,7 @@ def read_run(run_dir: Path | str) -> RunData:
     return RunData(
         path=run_dir,
         config=_read_config(run_dir / "config.yaml"),
+        notes=_read_notes(run_dir / "config.yaml"),
         steps=steps,
         metrics={name: tuple(float(by_step[step].get(name, math.nan)) for step in steps) for name in names},
         rollout_files=tuple(sorted(found)),
@@ -228,6 +232,11 @@ def _read_config(path: Path) -> dict[str, dict[str, Any]]:
     if not isinstance(content, dict) or not all(isinstance(section, dict) for section in content.values()):
         raise UserError(f"{path}: expected sections of options")
     return content
+
+
+def _read_notes(path: Path) -> tuple[str, ...]:
+    """The notes of a file that ``_read_config`` has read."""
+    return tuple(read_notes(path.read_text(encoding="utf-8"))) if path.is_file() else ()
 
 
 def _or_nan(value: Any) -> Any:

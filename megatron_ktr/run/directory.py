@@ -131,13 +131,15 @@ def find_checkpoint(
     return verdict.intact
 
 
-def open_run_directory(config: Config, *, checkpoint: Path | None = None, num_steps: int | None = None) -> RunStart:
+def open_run_directory(
+    config: Config, *, checkpoint: Path | None = None, num_steps: int | None = None, notes: Sequence[str] = ()
+) -> RunStart:
     """Creates ``trainer.run_dir`` for a new run, or prepares it for a run that continues from ``checkpoint``; saves the
     resolved config in it. By default ``checkpoint`` is what ``find_checkpoint`` finds.
 
     With ``auto_resume`` the run continues if there is a checkpoint, and is new otherwise; files of an earlier start
     without a checkpoint are then moved aside. ``num_steps`` is the length of a run with ``train_epochs``, in steps; it
-    is None if the config has ``train_steps``.
+    is None if the config has ``train_steps``. ``notes`` are written with the config (``save_resolved``).
 
     Raises:
         UserError: the directory is not empty and the run is not resumed, there is nothing to resume, an option that a
@@ -148,10 +150,10 @@ def open_run_directory(config: Config, *, checkpoint: Path | None = None, num_st
         raise UserError(f"--run-dir {run_dir} is a file, expected a directory")
     checkpoint = checkpoint or find_checkpoint(config)
     if checkpoint is not None:
-        return _resume(config, run_dir, checkpoint, num_steps=num_steps)
+        return _resume(config, run_dir, checkpoint, num_steps=num_steps, notes=notes)
     if config.trainer.auto_resume and (run_dir / CONFIG_FILE).is_file():
         _set_aside_start(run_dir)
-        save_resolved(config, run_dir / CONFIG_FILE)
+        save_resolved(config, run_dir / CONFIG_FILE, notes=notes)
         return RunStart(run_dir)
     if run_dir.exists() and any(run_dir.iterdir()):
         raise UserError(f"--run-dir {run_dir} is not empty: choose another, or continue that run with --resume")
@@ -159,11 +161,13 @@ def open_run_directory(config: Config, *, checkpoint: Path | None = None, num_st
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--run-dir {run_dir} cannot be created: {error.strerror}") from error
-    save_resolved(config, run_dir / CONFIG_FILE)
+    save_resolved(config, run_dir / CONFIG_FILE, notes=notes)
     return RunStart(run_dir)
 
 
-def _resume(config: Config, run_dir: Path, checkpoint: Path, *, num_steps: int | None) -> RunStart:
+def _resume(
+    config: Config, run_dir: Path, checkpoint: Path, *, num_steps: int | None, notes: Sequence[str]
+) -> RunStart:
     step = step_of(checkpoint)
     check_same_run(config, checkpoint)
     trainer = config.trainer
@@ -175,7 +179,7 @@ def _resume(config: Config, run_dir: Path, checkpoint: Path, *, num_steps: int |
         raise UserError(f"{length}: the run is at step {step} already ({checkpoint}); raise it")
     _set_aside_export(run_dir / "export", step)
     _set_aside_rollouts(run_dir / ROLLOUTS, step)
-    save_resolved(config, unused_path(run_dir / f"config_from_{step_name(step + 1)}.yaml"))
+    save_resolved(config, unused_path(run_dir / f"config_from_{step_name(step + 1)}.yaml"), notes=notes)
     return RunStart(run_dir, checkpoint, step)
 
 

@@ -1,7 +1,7 @@
 """The wording of a release, read out of a checkout: the prompt's tokens are those of the release's chat call.
 
-The repositories are made up (``tests/support/releases.py``). What a release would send is found by running the
-functions of the made-up source here, which the importer never does.
+The repositories are made up (``tests/support/releases.py``). What a release would send is found by running functions
+of the made-up source here, which the importer never does.
 """
 
 from __future__ import annotations

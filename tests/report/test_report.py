@@ -284,6 +284,12 @@ def test_options_stand_side_by_side_and_changed_ones_are_marked(tmp_path):
     assert cells[at + 1 : at + 3] == ["0.125 *", "0.25 *"]
 
 
+def test_the_wording_of_each_run_is_named(tmp_path):
+    runs = [write_run(tmp_path / name) for name in ("a", "b")]
+    save_resolved(config_from_values({}), runs[1] / "config.yaml", notes=["wording: <b>tw_grpo</b>, digest 1"])
+    assert "wording: <b>tw_grpo</b>, digest 1" in page_of(*runs, out=tmp_path / "r.html").text
+
+
 def damaged(run: Path, name: str, content: str) -> None:
     (run / name).parent.mkdir(exist_ok=True)
     (run / name).write_text(content)

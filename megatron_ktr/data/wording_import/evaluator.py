@@ -131,11 +131,9 @@ class Evaluator:
                 inner[name] = (Fact(f"<{name} so far>"),)
         self.run(statement.body, inner)
         for name in changed:
-            value = inner.get(name)
-            start = (Fact(f"<{name} so far>"),)
-            is_appended = name in before and isinstance(value, tuple) and value[:1] == start
-            if items is not None and is_appended and "so far>" not in repr(value[1:]) and not statement.orelse:
-                names[name] = joined(before[name], (Each((variable,), items, value[1:]),))
+            added = _behind(inner.get(name), start=(Fact(f"<{name} so far>"),)) if name in before else None
+            if items is not None and added is not None and not statement.orelse:
+                names[name] = joined(before[name], (Each((variable,), items, added),))
             else:
                 names[name] = _unknown(statement, "it is made in a loop")
 
@@ -301,6 +299,13 @@ class Evaluator:
         if not _fits(*parts):
             raise NotUnderstood(f"line {node.lineno}: the text has more than {MOST_SIZE} characters")
         return joined(*parts)
+
+
+def _behind(value: Value | None, *, start: Pieces) -> Pieces | None:
+    """What a loop adds to a text that is ``start`` when it begins; None if it does something else with a text."""
+    if isinstance(value, tuple) and value[:1] == start and "so far>" not in repr(value[1:]):
+        return value[1:]
+    return None
 
 
 def _fits(*parts: Pieces) -> bool:
