@@ -172,7 +172,7 @@ class PromptDataset:
     @property
     def wordings(self) -> tuple[str, ...]:
         """How questions are worded, one line for each wording in use."""
-        return (self.loader.describe_wording(),)
+        return tuple(dict.fromkeys(source.loader.describe_wording() for source in self.sources))
 
     @property
     def epoch(self) -> int:

@@ -32,6 +32,7 @@ _log = logging.getLogger(__name__)
 
 _LINE_CHARTS = (
     ("Reward", ("reward_mean", "reward/"), "mean over responses"),
+    ("Reward by source", ("reward_mean/",), "mean over the responses to one file's questions"),
     ("Loss", ("loss",), ""),
     ("Share of key tokens", ("key_token_ratio", "key_token_ratio/"), "of all response tokens"),
     ("Gradient norm", ("grad_norm",), "before clipping"),
@@ -41,6 +42,7 @@ _LINE_CHARTS = (
     ("Response length", ("response_length",), "tokens"),
     ("Finished responses", ("finished_share",), "share that ends before the length limit"),
     ("Tokens a second", ("tokens_per_second",), ""),
+    ("Waiting for data", ("data_wait_fraction",), "share of the step, of the replica that waits longest"),
     ("Learning rate", ("learning_rate",), ""),
 )
 """Each chart as (title, metrics, note). A metric is a name; a name with "/" at its end means a family of metrics."""

@@ -99,6 +99,10 @@ class MetricsWriter:
             self._events.close()
 
 
+NOTEWORTHY_WAIT = 0.1
+"""The share of a step spent waiting for data from which the console mentions it. The first step always waits."""
+
+
 def step_line(step: int, num_steps: int, values: Mapping[str, float]) -> str:
     """The console line of one step, for people."""
     bar = "#" * round(10 * step / max(num_steps, 1))
@@ -115,6 +119,8 @@ def step_line(step: int, num_steps: int, values: Mapping[str, float]) -> str:
         parts.append(f"key tokens {values['key_token_ratio']:.2f}" + (f" ({signals})" if signals else ""))
     if "tokens_per_second" in values:
         parts.append(f"{values['tokens_per_second']:.0f} tokens/s")
+    if step > 1 and values.get("data_wait_fraction", 0.0) >= NOTEWORTHY_WAIT:
+        parts.append(f"waited {values['data_wait_fraction']:.0%} for data")
     if values.get("num_skipped"):
         parts.append(f"skipped {values['num_skipped']:.0f}")
     if values.get("skipped_updates"):

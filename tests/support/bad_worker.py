@@ -17,7 +17,7 @@ from megatron_ktr.data.workers.child import LENGTH
 FACTS: dict[str, Any] = {
     "shape": [2, 3, 28, 28],
     "visual": {"kind": "video", "grid_thw": [1, 2, 2], "seconds_per_grid": 1.0},
-    "media": {"backend": "pyav", "num_repeated_frames": 0, "fallback_reason": ""},
+    "media": {"backend": "pyav", "num_repeated_frames": 0, "fallback_reason": "", "frame_seconds": [0.0, 0.5]},
 }
 FRAMES = bytes(2 * 3 * 28 * 28)
 

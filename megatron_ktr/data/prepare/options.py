@@ -47,6 +47,12 @@ OF_RUNS = (
     "record_store_dir",
     "max_skip_share",
     "media_cache_gb",
+    "frame_cache_dir",
+    "frame_cache_gb",
+    "data_workers",
+    "prefetch_steps",
+    "data_timeout_seconds",
+    "data_worker_memory_gb",
     "substitute_video",
     "substitute_image",
 )
