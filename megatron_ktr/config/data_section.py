@@ -17,14 +17,14 @@ class DataSection:
         None,
         "JSON or JSONL file of questions (Video-R1 records), or several with weights, a.jsonl:0.7,b.jsonl:0.3; in a "
         "run file a list of mappings with path, weight or epochs, name, media_root, prompt_template and "
-        "reward_functions (docs/data.md)",
+        "reward_functions (docs/data_at_scale.md)",
         parse=parse_data_path,
     )
     media_root: str | None = _option(None, "Directory of the media; none = the directory of the questions' file")
     prompt_template: str | None = _option(
         None,
         "Wording of the prompt: a Jinja file, or our own words for the instructions of video_r1, video_ktr, tw_grpo, "
-        "video_rts or video_holmes (docs/data.md#wording); none = think_answer, the built-in wording",
+        "video_rts or video_holmes (docs/wording.md); none = think_answer, the built-in wording",
     )
     chat_template: str | None = _option(
         None, "Jinja file with the chat format in place of the model's own; saved with checkpoints and the export"
@@ -32,7 +32,7 @@ class DataSection:
     problem_types: tuple[str, ...] = _option((), "Keep only questions of these problem types; empty = all")
     shuffle_data: bool = _option(True, "Visit the questions in a new seeded order in every epoch")
     ignore_fields: tuple[str, ...] = _option(
-        (), "Fields of records that are only data here, although their names look like instructions (docs/data.md)"
+        (), "Fields of records that are only data here, although their names look like instructions (docs/records.md)"
     )
     record_store_dir: str | None = _option(
         None,

@@ -1,4 +1,4 @@
-"""Reads and checks question files: JSON or JSONL in the style of Video-R1. ``docs/data.md`` is the reference.
+"""Reads and checks question files: JSON or JSONL in the style of Video-R1. ``docs/records.md`` is the reference.
 
 A record that was read has all its own fields, and these normalised ones:
 

@@ -266,6 +266,45 @@ def test_video_map_gives_the_path_of_an_id(capsys, tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("heading", "row", "expected"),
+    [
+        ("video,question,answer,qid,type,a0,a1,a2,a3,a4", "7,why,1,6,CW,red,blue,c,d,e", "<answer>B</answer>"),
+        ("video_id,question,answer,qid,type,a0,a1,a2,a3,a4", "7,why,blue,6,CW,red,blue,c,d,e", "<answer>B</answer>"),
+        ("video_id,question,answer,qid,type,a0,a1,a2,a3,a4", "7,why,4,6,CW,red,blue,c,d,e", "<answer>E</answer>"),
+        ("video,question,answer,qid,type", "7,why,to play,6,CW", "<answer>to play</answer>"),
+    ],
+    ids=["NExT-QA", "NExT-GQA", "IntentQA", "NExT-OE"],
+)
+def test_the_data_sets_of_nextqa_name_the_right_answer_each_in_its_way(
+    capsys, tmp_path, heading, row, expected
+) -> None:
+    path = tmp_path / "val.csv"
+    path.write_text(f"{heading}\n{row}\n")
+    (report,) = convert(capsys, "--from", "auto", path, "--out", tmp_path / "out")
+    (record,) = lines(report["out"])
+    assert report["layouts"] == ["nextqa"] and record["solution"] == expected and record["problem_id"] == "7-6"
+    assert record["problem_type"] == ("multiple choice" if "a0" in heading else "free-form")
+
+
+def test_a_video_of_mvbench_without_a_suffix_is_a_folder_of_pictures(capsys, tmp_path) -> None:
+    asked = {
+        "question": "Which?",
+        "candidates": ["red", "blue"],
+        "answer": "blue ",
+        "start": 0.0,
+        "end": 25.4,
+        "fps": 3,
+    }
+    rows = [{**asked, "video": "s03e16_seg02_clip_04"}, {**asked, "video": "a.mp4"}]
+    (report,) = convert(
+        capsys, *["--from", "mvbench", put(tmp_path, rows), "--out", tmp_path / "out"], *["--add-prefix", "tvqa/frames"]
+    )
+    folder, file = lines(report["out"])
+    assert folder["video"] == "tvqa/frames/s03e16_seg02_clip_04/" and folder["fps"] == 3 and "raw_fps" not in folder
+    assert file["video"] == "tvqa/frames/a.mp4" and file["raw_fps"] == 3 and "fps" not in file
+
+
+@pytest.mark.parametrize(
     ("changes", "reason"),
     [
         ({"solution": "<answer>D</answer>"}, "not among the options A to C"),

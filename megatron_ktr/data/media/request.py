@@ -2,8 +2,8 @@
 
 A record, or one part of its ``messages``, may have the fields that qwen-vl-utils reads. Each field is either followed
 (``HONOURED``) or makes the record unusable (``REFUSED``); none is silently ignored. The run's own limits hold as well:
-a record may ask for values within them, and a record that contradicts them is refused. ``docs/data.md`` explains each
-field.
+a record may ask for values within them, and a record that contradicts them is refused. ``docs/records.md`` explains
+each field.
 """
 
 from __future__ import annotations

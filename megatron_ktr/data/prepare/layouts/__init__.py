@@ -1,6 +1,7 @@
 """The published layouts that ``convert`` reads: one file each, and one line of ``NAMES``.
 
-A file has the field names of its layout, with the repository and path where they were seen, and a ``LAYOUT``.
+A file has a ``LAYOUT``, and in its docstring the field names with the repository and path where they were seen, or the
+sentence that they were only seen in code that reads them.
 """
 
 from __future__ import annotations

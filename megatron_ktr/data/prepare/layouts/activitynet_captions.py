@@ -6,7 +6,9 @@
 
 A sentence whose times end beyond the video is cut there, because the annotations run over by fractions of a second.
 
-Seen in: the release of ActivityNet Captions (Krishna et al. 2017), ``train.json``, ``val_1.json``, ``val_2.json``.
+The files of the release (Krishna et al. 2017: ``train.json``, ``val_1.json``, ``val_2.json``) and the hub's table
+(friedrichor's ActivityNet_Captions) were not seen. Their fields are those that loaders of other projects quote and
+read.
 """
 
 from __future__ import annotations

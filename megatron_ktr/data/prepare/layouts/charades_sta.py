@@ -4,8 +4,9 @@
 
     {"video": "AO8RW.mp4", "caption": "a person ...", "timestamp": [0.0, 6.9]}
 
-Seen in: the loaders of ``charades_sta_train.txt`` and ``charades_sta_test.txt`` (jiyanggao/TALL); the table is
-lmms-lab's.
+The two files of the release (``charades_sta_train.txt`` and ``charades_sta_test.txt``, named by jiyanggao/TALL) and the
+hub's table (lmms-lab's charades_sta) were not seen. The form of the lines and the fields of the table are those that
+loaders of other projects read.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@
 
 Media are in ``image``, ``images``, ``video`` or ``videos``. LLaVA marks the place of a video with ``<image>``: where a
 record has videos alone, that becomes ``<video>``. Contents are texts; contents in parts are kept with text parts alone,
-because their media have paths of their own, which training reads directly (docs/data.md).
+because their media have paths of their own, which training reads directly (docs/records.md).
 
 Seen in: hiyouga/LLaMA-Factory, ``data/dataset_info.json`` (formats sharegpt and its tags); tulerfeng/OneThinker,
 ``LLaMA-Factory/data/dataset_info.json``; LLaVA's training files.

@@ -8,7 +8,8 @@
 A pair with options in its text becomes multiple choice, without the instruction behind them; every other pair becomes
 free-form. ``--from conversations`` keeps the conversations whole for fine-tuning.
 
-Seen in: lmms-lab/LLaVA-Video-178K, ``*_mc_*.json`` and ``*_oe_*.json``, as quoted by loaders of the data set.
+The files of lmms-lab's LLaVA-Video-178K on the hub (``*_mc_*.json``, ``*_oe_*.json``) were not seen. Their fields are
+those that loaders of other projects quote.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from megatron_ktr.data.prepare.answers import choice, options_in_text, solution
 from megatron_ktr.data.prepare.fields import extras, fields_of, has_fields, media_path, short, text
 from megatron_ktr.data.prepare.layout import Layout, Options, Record
 
-_INSTRUCTION = "Please "
+_INSTRUCTIONS = ("Please ", "Answer ")
 """How the line behind the options begins. Our wording has its own instruction."""
 
 
@@ -46,7 +47,7 @@ def convert(raw: Any, options: Options) -> Record:
         raise ValueError(f"expected a turn of human and one of gpt, got {short(fields['turns'])}")
     written = text(asked, "value").replace("<image>", "").replace("<video>", "")
     question, texts, behind = options_in_text(written.strip())
-    if behind and not behind.startswith(_INSTRUCTION):
+    if behind and not behind.startswith(_INSTRUCTIONS):
         raise ValueError(f"expected an instruction behind the options, got {short(behind)}")
     answer = text(answered, "value")
     judged = choice(texts, answer) if texts else {"problem_type": "free-form", "solution": solution(answer)}

@@ -13,7 +13,7 @@ Fine-tuning files (``onethinker_sft_image.json``, ``onethinker_sft_video.json``)
 ``videos``: see ``conversations``.
 
 Seen in: tulerfeng/OneThinker, ``EasyR1/verl/utils/dataset.py``, ``EasyR1/verl/reward_function/onethinker_reward.py``
-and ``LLaMA-Factory/data/dataset_info.json``.
+and ``LLaMA-Factory/data/dataset_info.json``, which read the files; the files themselves were not seen.
 """
 
 from __future__ import annotations

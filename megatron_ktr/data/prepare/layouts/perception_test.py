@@ -6,7 +6,9 @@
 
     {"video_name": "video_1234", "question_id": "0", "question": "What ...?", "options": [...], "answer_id": "1", ...}
 
-Seen in: google-deepmind/perception_test, ``mc_question_train.json`` as its baselines read it; the table is lmms-lab's.
+Seen in: google-deepmind/perception_test, its README and notebooks, which describe ``mc_question_train.json``. The hub's
+table (lmms-lab's PerceptionTest_Val) was not seen; its fields are those that EvolvingLMMs-Lab/lmms-eval,
+``lmms_eval/tasks/perceptiontest/val/utils.py``, reads.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     {"question_id": "Interaction_T1_13", "question": "Which object ...?", "video_id": "6H78U", "start": 11.1,
      "end": 19.6, "answer": "The closet/cabinet.", "choices": [{"choice_id": 0, "choice": "The blanket."}, ...]}
 
-Seen in: csbobby/STAR_Benchmark, ``STAR_train.json`` and ``STAR_val.json``. Tables may hold ``choices`` as an object
-of lists.
+Seen in: csbobby/STAR, ``data/sel_examples.json``, examples on the benchmark's page; ``STAR_train.json`` and
+``STAR_val.json`` themselves were not seen. Tables may hold ``choices`` as an object of lists.
 """
 
 from __future__ import annotations

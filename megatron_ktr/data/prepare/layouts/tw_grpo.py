@@ -5,7 +5,8 @@
      "problem": "why didn't ...\\nA unwrap it\\nB playing with toy train\\nC gesture something",
      "answer": "(B),(C)", "solution": "<answer>B,C</answer>", "type": "CW", "is_negated": true}
 
-CLEVRER's file is read by its trainer through ``problem``, with the options in the text, ``solution`` and ``video``.
+CLEVRER's file (``clevrer_counterfactual_train.json``) was not seen. Its trainer reads ``problem``, which has the
+options in its text, ``solution`` and ``video``, and so does this.
 
 Seen in: longmalongma/TW-GRPO, ``data/evaluation/nextgqa_val_mixed.json``, ``data/question_answer_inverse/``,
 ``src/open_r1/grpo.py`` and ``src/open_r1/trainer/grpo_trainer.py``.
