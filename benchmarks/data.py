@@ -58,8 +58,6 @@ from megatron_ktr.data.workers.pool import WorkerPool  # noqa: E402
 from megatron_ktr.distributed.platform import start  # noqa: E402
 from megatron_ktr.errors import UserError, run_cli  # noqa: E402
 from megatron_ktr.rollout.questions import read_questions  # noqa: E402
-from tests.support.tiny import save_tiny_hf  # noqa: E402
-from tests.support.tokenizer import save_tiny_tokenizer  # noqa: E402
 from tests.support.videos import numbered_frames, write_video  # noqa: E402
 
 PARTS = ("records", "decode", "wait")
@@ -317,6 +315,10 @@ def main() -> None:
     parts = arguments.part or list(PARTS)
     report: dict[str, Any] = {"machine": {**about_machine(start("cpu")), "cores": os.cpu_count()}}
     report["settings"] = {"prompts_of_step": PROMPTS_OF_STEP, "steps": arguments.steps, "repeats": arguments.repeats}
+    # Not at the top: the process beside qwen-vl-utils must make torchvision importable before transformers is used.
+    from tests.support.tiny import save_tiny_hf
+    from tests.support.tokenizer import save_tiny_tokenizer
+
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save_tiny_hf(folder / "model")
