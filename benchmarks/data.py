@@ -65,13 +65,20 @@ SIZES = dict(video_min_pixels=784, video_max_pixels=128 * 784)
 SAMPLING = FrameSampling(fps=2.0, max_frames=16)
 PROMPTS_OF_STEP = 2
 WARM_UP_STEPS = 3
+NUM_CLIPS = 10_000
 
 
 # --- records --------------------------------------------------------------------------------------------------
 
 
 def write_questions(path: Path, number: int) -> None:
-    """Questions of the length of Video-R1's, with options; each tenth shares its video with the one before."""
+    """Questions of about the length of Video-R1's, with options, on ``NUM_CLIPS`` videos beside the file."""
+    clips = path.parent / "clips"
+    if not clips.is_dir():
+        clips.mkdir()
+        write_video(clips / "0.mp4", numbered_frames(8), fps=4)
+        for number_of_clip in range(1, NUM_CLIPS):
+            os.link(clips / "0.mp4", clips / f"{number_of_clip}.mp4")
     options = [
         f"{letter}. The {colour} ball is moved behind the box" for letter, colour in zip("ABCD", "rgby", strict=True)
     ]
@@ -81,7 +88,8 @@ def write_questions(path: Path, number: int) -> None:
                 "problem_id": place,
                 "problem": f"In question {place}, what happens after the hand has left the table? "
                 + "Look closely. " * 20,
-                "data_type": "text",
+                "data_type": "video",
+                "path": f"./clips/{place % NUM_CLIPS}.mp4",
                 "problem_type": "multiple choice",
                 "options": options,
                 "process": "",
