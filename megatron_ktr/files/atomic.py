@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 
 def write_atomically(path: str | Path, content: bytes | str) -> None:
@@ -12,11 +15,17 @@ def write_atomically(path: str | Path, content: bytes | str) -> None:
     Raises:
         OSError: the directory does not exist or is not writable, or the disk is full.
     """
-    path, data = Path(path), content.encode("utf-8") if isinstance(content, str) else content
+    with written_whole(Path(path)) as file:
+        file.write(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[BinaryIO]:
+    """A file to write in pieces, which takes its place ``path`` at the end; else as ``write_atomically``."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with scratch.open("wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         scratch.replace(path)

@@ -78,6 +78,24 @@ def test_every_real_video_is_decoded_and_the_damaged_one_is_found(tmp_path, fold
     assert result["num_media"] == result["num_decoded"] == len(names), "each medium once"
 
 
+def test_usable_records_are_kept_as_they_were(tmp_path, folder, capsys) -> None:
+    records = [
+        good_record(1, note="\u2028 \u00e9"),
+        good_record(2, video="gone.mp4"),
+        good_record(3, extra=[1.5, None]),
+    ]
+    file, kept = write_jsonl(tmp_path / "all.jsonl", records), tmp_path / "kept.jsonl"
+    _, result = checked(capsys, file, folder, "--keep", kept)
+    assert result["usable"] == 2
+    assert [json.loads(line) for line in kept.read_text().split("\n") if line] == [records[0], records[2]]
+    with pytest.raises(UserError, match="is there already"):
+        run_command(command, file, "--media-root", folder, "--keep", kept)
+    with pytest.raises(UserError, match="no record of .* can be used"):
+        only_bad = write_jsonl(tmp_path / "bad.jsonl", records[1:2])
+        run_command(command, only_bad, "--media-root", folder, "--keep", tmp_path / "none.jsonl")
+    assert not (tmp_path / "none.jsonl").exists()
+
+
 OF_RL: list[tuple[str, Any]] = [
     ("not a record", ["no", "record"]),
     ("text not writable", {"problem": "\ud800"}),

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -131,18 +129,3 @@ def _line(record: Record) -> bytes:
     if len(text) > MAX_RECORD_CHARS:
         raise ValueError(f"the record has {len(text)} characters, more than {MAX_RECORD_CHARS}")
     return line
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[BinaryIO]:
-    """A file to write in pieces, which takes its place ``path`` at the end; nothing is left behind on an error."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with scratch.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
-    except BaseException:  # ctrl-C too
-        scratch.unlink(missing_ok=True)
-        raise

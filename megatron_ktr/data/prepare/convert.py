@@ -19,7 +19,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_ktr.data.prepare.conversion import Conversion, Rows, recognise, written_whole
+from megatron_ktr.data.prepare.conversion import Conversion, Rows, recognise
 from megatron_ktr.data.prepare.embedded import EmbeddedMedia
 from megatron_ktr.data.prepare.layout import Layout, Options
 from megatron_ktr.data.prepare.layouts import NAMES, load_layouts
@@ -29,7 +29,7 @@ from megatron_ktr.data.prepare.suggestion import report_of, text_of
 from megatron_ktr.data.prepare.tally import Tally
 from megatron_ktr.data.prepare.unique_ids import UniqueIds
 from megatron_ktr.errors import UserError, number
-from megatron_ktr.files.atomic import write_atomically
+from megatron_ktr.files.atomic import write_atomically, written_whole
 from megatron_ktr.files.json_files import read_json_object, to_json
 
 AUTO = "auto"

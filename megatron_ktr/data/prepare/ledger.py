@@ -131,6 +131,11 @@ class Ledger:
         """How closely the medium was looked at; 0 if it was not."""
         return self._database.execute("SELECT look FROM media WHERE id = ?", (medium,)).fetchone()[0]
 
+    def numbers(self) -> Iterator[int]:
+        """The numbers of the records without a problem, in order."""
+        for (number,) in self._database.execute("SELECT number FROM records ORDER BY number"):
+            yield number
+
     def records(self) -> Iterator[tuple[int, int | None, list[ShownMedia]]]:
         """(number, tokens of the text, media) of each record without a problem so far, in order. Records may get
         problems meanwhile."""

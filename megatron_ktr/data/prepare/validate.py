@@ -19,7 +19,9 @@ from megatron_ktr.data.prepare.media_probe import Look
 from megatron_ktr.data.prepare.options import add_reading_options, read_reading_options
 from megatron_ktr.data.prepare.reasons import DECODING_CRASHES, DECODING_HANGS, DOES_NOT_DECODE, PROMPT_TOO_LONG
 from megatron_ktr.data.prepare.validation import Decode, MediaOptions, Validation, validate
+from megatron_ktr.data.raw_records import iter_raw_records
 from megatron_ktr.errors import UserError, number, whole
+from megatron_ktr.files.atomic import written_whole
 
 EXIT_SOME_UNUSABLE = 1
 _NUM_EXAMPLES = 3
@@ -51,6 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="remembers finished media; the same file continues a check that ended",
     )
+    parser.add_argument(
+        "--keep", type=Path, metavar="FILE", help="write the records that can be used into this new file, as JSONL"
+    )
     add_process_options(parser)
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
 
@@ -61,6 +66,9 @@ def run(options: argparse.Namespace) -> int:
         raise UserError(f"--sample-share is not read with --decode {options.decode}")
     if options.state is not None and options.decode == "none":
         raise UserError("--state is not read with --decode none, which looks at no medium")
+    if options.keep is not None and (options.keep.exists() or not options.keep.parent.is_dir()):
+        why = "is there already" if options.keep.exists() else "lies in no directory"
+        raise UserError(f"--keep {options.keep} {why}: name a new file")
     media = MediaOptions(
         decode=options.decode,
         share=options.sample_share or MediaOptions.share,
@@ -69,24 +77,51 @@ def run(options: argparse.Namespace) -> int:
         limits=read_process_options(options),
     )
     try:
-        return _report(validate(reading, media), is_json=options.json)
+        return _report(validate(reading, media), keep=options.keep, is_json=options.json)
     except sqlite3.Error as error:
         raise UserError(
             f"what was found cannot be kept in a temporary file: {error}; SQLITE_TMPDIR names its directory"
         ) from error
 
 
-def _report(result: Validation, *, is_json: bool) -> int:
-    """Prints the result and returns the exit code."""
+def _report(result: Validation, *, keep: Path | None, is_json: bool) -> int:
+    """Prints the result, writes the records to keep, and returns the exit code."""
     try:
+        if keep is not None:
+            write_usable(result, keep)
         if is_json:
             write_json(result, sys.stdout)
         else:
             for line in lines_for_people(result):
                 print(line)
+            if keep is not None:
+                print(f"{result.num_usable:,} records are in {keep}; their media lie where they did.")
         return EXIT_SOME_UNUSABLE if result.num_usable < result.num_records else 0
     finally:
         result.ledger.close()
+
+
+def write_usable(result: Validation, path: Path) -> None:
+    """Writes the records that can be used, unchanged and in their order, one JSON object a line.
+
+    Raises:
+        UserError: there is none, the file was changed since it was checked, or the disk is full.
+    """
+    file = result.reading.file
+    if not result.num_usable:
+        raise UserError(f"--keep: no record of {file} can be used")
+    numbers = result.ledger.numbers()
+    wanted = next(numbers)
+    try:
+        with written_whole(path) as out:
+            for number, raw in iter_raw_records(file, option="FILE"):
+                if number == wanted:
+                    out.write(json.dumps(raw, ensure_ascii=False).encode() + b"\n")
+                    wanted = next(numbers, None)
+            if wanted is not None:
+                raise UserError(f"FILE: {file} was changed while it was checked: record {wanted} is gone")
+    except OSError as error:
+        raise UserError(f"--keep {path} cannot be written: {error.strerror or error}") from error
 
 
 def write_json(result: Validation, out: TextIO) -> None:
