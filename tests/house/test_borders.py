@@ -219,7 +219,7 @@ def test_no_module_imports_the_packages_that_were_replaced():
         f"{name_of(path)}:{line} {found}"
         for path in code_files()
         for found, line in imported_packages(ast.parse(path.read_text(encoding="utf-8")))
-        if found in unwanted
+        if found in unwanted and name_of(path) != "benchmarks/data.py"  # what decoding is measured against
     ]
     assert not offenders
 

@@ -20,8 +20,9 @@ from megatron_ktr.data.media.video import FrameSampling
 from megatron_ktr.data.mixture import MixtureOrder
 from megatron_ktr.data.records import check_record, read_records
 from megatron_ktr.data.synthetic import corpus, make_dataset
-from megatron_ktr.data.template import BUILT_IN_WORDING, load_tokenizer
+from megatron_ktr.data.template import load_tokenizer
 from megatron_ktr.data.tiny_model import save_tiny_model
+from megatron_ktr.data.wording import DEFAULT as DEFAULT_WORDING
 from megatron_ktr.distributed.agreement import on_every_rank
 from megatron_ktr.distributed.groups import ParallelSizes
 from megatron_ktr.errors import UserError
@@ -307,7 +308,7 @@ def test_a_mixture_goes_on_in_another_number_of_replicas(ranks, inputs, tmp_path
         str(tmp_path / "few.json"),
         weight=1.0,
         media_root=str(inputs / "data"),
-        prompt_template=str(BUILT_IN_WORDING),
+        prompt_template=DEFAULT_WORDING,
         reward_functions=("format", f"{__name__}:uneven_reward"),
     )
     many = DataSource(str(inputs / "data" / "train.json"), weight=3.0, name="many")

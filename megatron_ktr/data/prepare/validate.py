@@ -95,7 +95,7 @@ def _report(result: Validation, *, keep: Path | None, is_json: bool) -> int:
             for line in lines_for_people(result):
                 print(line)
             if keep is not None:
-                print(f"{result.num_usable:,} records are in {keep}; their media lie where they did.")
+                print(f"{result.num_usable:,} records are in {keep}, to be used with the same --media-root.")
         return EXIT_SOME_UNUSABLE if result.num_usable < result.num_records else 0
     finally:
         result.ledger.close()
