@@ -37,7 +37,12 @@ from megatron_ktr.files.checksums import require_intact
 from megatron_ktr.objectives import Objective
 from megatron_ktr.policy.policy import Policy
 from megatron_ktr.report.console import selected_tokens_text
-from megatron_ktr.rollout.build import build_local_source, build_sampler, build_sampler_check
+from megatron_ktr.rollout.build import (
+    build_local_source,
+    build_sampler,
+    build_sampler_check,
+    require_same_questions,
+)
 from megatron_ktr.rollout.check.sampler import check_line
 from megatron_ktr.rollout.features import build_feature_sender
 from megatron_ktr.rollout.replay import write_rollouts
@@ -84,6 +89,7 @@ def _train(config: Config, *, platform: Platform, leave: LeaveRequest) -> bool:
     local_source = on_every_rank(
         lambda: build_local_source(config, ranks=ranks, tokenizer=tokenizer, vocab_size=vocab_size), ranks=ranks
     )
+    require_same_questions(local_source, ranks=ranks)
     given, config = config, _with_steps(config, local_source, ranks)
     notes = [] if local_source is None else [f"wording: {line}" for line in local_source.dataset.wordings]
     start = _open_run_directory(given, ranks, num_steps=num_steps_of(config.trainer), notes=notes)

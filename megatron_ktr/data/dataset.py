@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
 import xxhash
 
 from megatron_ktr.data.loader import PromptLoader
@@ -219,8 +220,8 @@ class PromptDataset:
             "counts": dict(self.loader.counts),
         }
         if self.is_mixture:
-            state |= {"mixture": self._mixture, "num_given": self._num_given()}
-        return state
+            return state | {"mixture": self._mixture, "num_given": self._num_given()}
+        return state | {"rewards": self._mixture[0][1]}
 
     @property
     def _mixture(self) -> list[list[Any]]:
@@ -243,6 +244,8 @@ class PromptDataset:
                 "resume: --data-path does not mix the files of the saved run in the same way (number, order, weights "
                 "or epochs, reward_functions); only their places and names may change"
             )
+        if state.get("rewards", self._mixture[0][1]) != self._mixture[0][1]:
+            raise UserError("resume: the file of --data-path has other reward_functions than in the saved run")
         ours = {"num_records": self.num_records, "seed": self.seed, "shuffle": self.shuffle}
         ours |= {"rank": self.rank, "size": self.size}
         for name, value in ours.items():
@@ -268,6 +271,11 @@ class PromptDataset:
     def wording_digest(self) -> str:
         """A digest of the templates that word the questions."""
         return _together(source.loader.wording_digest for source in self.sources)
+
+    @property
+    def left_out_digest(self) -> str:
+        """A digest of the records that are passed over."""
+        return _together(xxhash.xxh3_128(np.packbits(source.is_left_out)).hexdigest() for source in self.sources)
 
     def _require_same_content(self, state: Mapping[str, Any]) -> None:
         if "records_digest" not in state:

@@ -1,7 +1,7 @@
 """Keeps resized frames on disk, so that an epoch, a run or a node need not decode what another has decoded.
 
     DIR/frames/<2 digits>/<name>      the frames of one medium, with their facts and a checksum
-    DIR/contents/<2 digits>/<name>    the digest of the content of files, by their path, size, time and inode
+    DIR/contents/<2 digits>/<name>    the digest of the content of files, by their path, size, times and inode
     DIR/scanned                       when the size of everything was last looked at (``frame_cache_space.py``)
 
 The name of an entry is the XXH3 digest of the content of the files, of every option that decides its pixels, and of the
@@ -42,7 +42,6 @@ from megatron_ktr.data.media.job import Decode, MediaJob
 from megatron_ktr.data.media.packed import num_frame_bytes, pack_media, unpack_media
 from megatron_ktr.data.media.preprocess import LoadedMedia
 from megatron_ktr.errors import UserError
-from megatron_ktr.files.checksums import file_digest
 
 _log = logging.getLogger(__name__)
 
@@ -58,9 +57,14 @@ _PACKAGES = ("av", "decord", "numpy", "pillow", "torch")
 _YOUNG_NS = 2_000_000_000
 """A file that changed this recently may change again without a visible change of its time."""
 _PROBE_BYTES = 1 << 16
+_BLOCK_BYTES = 4_000_000
 
-Signature = tuple[tuple[str, int, int, int], ...]
-"""(path, size, modification time in ns, inode) of each file."""
+_MOST_SECONDS = 120.0
+"""What takes longer to be read to the end is decoded without the cache: nothing ends a read that goes on for hours."""
+
+Signature = tuple[tuple[str, int, int, int, int], ...]
+"""(path, size, times of modification and of change in ns, inode) of each file. The time of change tells when a file was
+written over although its time of modification was set back, as copying tools do."""
 
 
 class FrameCache:
@@ -101,7 +105,9 @@ class FrameCache:
         if found is not None:
             return found
         media = decode(job)
-        if self._is_writable and _signature(job) == before:
+        # A crash need not be the file's fault: what is stored must not say for ever that decord cannot decode it.
+        is_typical = not media.fallback_reason.startswith("decord crashed")
+        if self._is_writable and is_typical and _signature(job) == before:
             self._write(name, media)
         return media
 
@@ -141,13 +147,16 @@ class FrameCache:
                 return known
         except (OSError, ValueError):
             pass  # not there, or damaged: a wrong digest would only lead to an entry that does not exist
-        hasher = xxhash.xxh3_128()
+        hasher, deadline = xxhash.xxh3_128(), time.monotonic() + _MOST_SECONDS
         try:
             for path, *_ in files:
-                hasher.update(file_digest(Path(path)).value.encode())
+                digest = _digest_until(path, deadline)
+                if digest is None:
+                    return None
+                hasher.update(digest.encode())
         except OSError:
             return None
-        is_young = max(modified for _, _, modified, _ in files) > time.time_ns() - _YOUNG_NS
+        is_young = max(modified for _, _, modified, *_ in files) > time.time_ns() - _YOUNG_NS
         if self._is_writable and not is_young:
             self._write_file(kept, (hasher.hexdigest().encode(),))
         return hasher.hexdigest()
@@ -243,8 +252,20 @@ def _signature(job: MediaJob) -> Signature | None:
             return None
         if not stat.S_ISREG(status.st_mode):
             return None
-        found.append((str(path), status.st_size, status.st_mtime_ns, status.st_ino))
+        found.append((str(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino))
     return tuple(found) or None
+
+
+def _digest_until(path: str, deadline: float) -> str | None:
+    """The XXH3 of a file's content; None if it is not read to the end in time."""
+    hasher, block = xxhash.xxh3_128(), bytearray(_BLOCK_BYTES)
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(block):
+            hasher.update(memoryview(block)[:count])
+            if time.monotonic() > deadline:
+                _log.warning("frame_cache: %s takes too long to read; it is decoded without the cache", path)
+                return None
+    return hasher.hexdigest()
 
 
 def _read_entry(file: Any, *, name: str, source: str) -> tuple[LoadedMedia, int]:

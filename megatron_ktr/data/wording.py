@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +48,9 @@ class Wording:
 class WordingTemplate:
     """A Jinja file that words the question. It is rendered in a sandbox, and undefined variables are errors."""
 
-    def __init__(self, written: Path | str | None = None) -> None:
-        """``written`` is one of the names in ``BUILT_IN`` or a file; None means the default.
+    def __init__(self, written: Path | str | None = None, *, text: str | None = None) -> None:
+        """``written`` is one of the names in ``BUILT_IN`` or a file; None means the default. ``text`` is what the file
+        said, where another process has read it.
 
         Raises:
             UserError: there is no such name or file, or it is not a Jinja template.
@@ -60,7 +61,7 @@ class WordingTemplate:
         environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=False)
         environment.globals["lettered"] = lettered
         try:
-            self.text = self.path.read_text(encoding="utf-8")
+            self.text = self.path.read_text(encoding="utf-8") if text is None else text
             self._template = environment.from_string(self.text)
             self._syntax = environment.parse(self.text)
         except (OSError, ValueError, jinja2.TemplateError, RecursionError) as error:
@@ -69,8 +70,8 @@ class WordingTemplate:
             ) from error
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Compiled templates cannot be sent to another process; it reads the file again."""
-        return WordingTemplate, (self.name,)
+        """Compiled templates cannot be sent to another process; it compiles the same text again."""
+        return partial(WordingTemplate, text=self.text), (self.name,)
 
     def render(self, record: Mapping[str, Any]) -> Wording:
         """The user's text for one record, and the template's ``system`` if it sets one.

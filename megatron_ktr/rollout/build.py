@@ -6,6 +6,7 @@ add an engine, write one module and one branch of ``build_sampler``.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from functools import partial
@@ -21,9 +22,11 @@ from megatron_ktr.data.source import DatasetSource, SupervisedSource
 from megatron_ktr.data.template import PromptBuilder, VisualTokens
 from megatron_ktr.data.tokenizer import Tokenizer
 from megatron_ktr.data.workers.pool import WorkerPool
+from megatron_ktr.distributed.agreement import gather_objects
 from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.distributed.platform import current
 from megatron_ktr.distributed.rendezvous import read_number
+from megatron_ktr.errors import UserError, same_on_every_rank
 from megatron_ktr.policy.policy import Policy
 from megatron_ktr.rewards import DEFAULT_REWARDS
 from megatron_ktr.rollout.base import RolloutEngine
@@ -39,6 +42,8 @@ from megatron_ktr.rollout.questions import read_questions, rewards_of
 from megatron_ktr.rollout.replay import ReplaySource
 from megatron_ktr.rollout.sampling import SamplingSettings
 from megatron_ktr.rollout.source import ReplicaSource, Sampler
+
+_log = logging.getLogger(__name__)
 
 
 def build_local_source(
@@ -72,6 +77,41 @@ def build_local_source(
     if questions.engine is not None:
         return ReplaySource(dataset, engine=questions.engine)
     return SupervisedSource(dataset) if config.objective.is_supervised else DatasetSource(dataset)
+
+
+def require_same_questions(local: DatasetSource | None, *, ranks: ParallelGroups) -> None:
+    """Compares what the replicas have read: a node may have an old copy of a file. Collective over the world.
+
+    If they leave out different records, for instance because a node lacks some media, rank 0 says so.
+
+    Raises:
+        UserError: on every rank, if records or wordings differ.
+    """
+    first, *others = [one for one in gather_objects(_about(local), group=ranks.world) if one is not None]
+    for replica, other in enumerate(others, start=1):
+        what = "records" if other[0] != first[0] else "wordings" if other[1] != first[1] else ""
+        if what:
+            with same_on_every_rank():
+                raise UserError(
+                    f"data_path: the reading rank of replica {replica} found other {what} than that of replica 0: the "
+                    "files differ between nodes, or were changed while they were read"
+                )
+        if other[2] != first[2] and ranks.rank == 0:
+            _log.warning(
+                "data_path: replica %d leaves out other records than replica 0 and uses %d, not %d: are the same media "
+                "there on every node?",
+                replica,
+                other[3],
+                first[3],
+            )
+
+
+def _about(local: DatasetSource | None) -> tuple[str, str, str, int] | None:
+    """(digest of the records, of the wordings, of what is left out, number of prompts of an epoch) on reading ranks."""
+    if local is None:
+        return None
+    data = local.dataset
+    return data.records_digest, data.wording_digest, data.left_out_digest, data.num_kept
 
 
 def _num_data_workers(data: DataSection) -> int:

@@ -28,6 +28,8 @@ from megatron_ktr.rewards import DEFAULT_REWARDS, READS_PROBLEM_TYPE, load_rewar
 from megatron_ktr.rollout.replay import ReplayEngine, Required
 
 _log = logging.getLogger(__name__)
+MAX_DRAWS = 10**8
+"""The most prompts in a round of a mixture by epochs, whose order is made at once, in about 60 bytes for each."""
 
 
 @dataclass(frozen=True)
@@ -166,10 +168,16 @@ def _draws_of(sources: Sequence[DataSource], num_records: Sequence[int]) -> Sequ
     """How often each file is drawn in a period: by its weight, or ``epochs`` times its records, rounded."""
     if sources[0].weight is not None:
         return draws_of_weights([source.weight or 0.0 for source in sources])
-    return [
+    draws = [
         max(1, round(Fraction(repr(float(source.epochs or 1.0))) * number))
         for source, number in zip(sources, num_records, strict=True)
     ]
+    if len(draws) > 1 and sum(draws) > MAX_DRAWS:
+        raise UserError(
+            f"data_path: one round of the mixture has {sum(draws)} prompts, at most {MAX_DRAWS} are possible: give its "
+            "files fewer epochs (their proportions decide what is drawn)"
+        )
+    return draws
 
 
 def media_reader(data: DataSection) -> MediaReader:

@@ -88,6 +88,35 @@ def test_an_entry_is_named_by_content_and_by_what_decides_the_pixels(
     assert events(cache)["misses"] == 2 + len(others) == len(entries(tmp_path / "cache"))
 
 
+def test_a_file_that_is_written_over_with_its_old_size_and_time_is_another(tmp_path: Path, video: Path) -> None:
+    """As rsync --inplace and cp --preserve leave it: the same inode, too."""
+    path = write_video(tmp_path / "one.mp4", numbered_frames(12)[::-1])
+    contents = [video.read_bytes(), path.read_bytes()]
+    cache, size, inode = FrameCache(tmp_path / "cache", max_bytes=PLENTY), max(map(len, contents)), path.stat().st_ino
+    for content in contents:
+        path.write_bytes(content.ljust(size, b"\0"))
+        os.utime(path, (1e9, 1e9))
+        assert path.stat().st_ino == inode
+        assert facts(cache.read_through(video_job(path), MediaJob.load)) == facts(video_job(path).load())
+    assert events(cache) == {"misses": 2}
+
+
+def test_a_file_that_takes_too_long_to_hash_is_decoded_without_the_cache(
+    tmp_path: Path, video: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(frame_cache_module, "_MOST_SECONDS", -1.0)
+    cache = FrameCache(tmp_path, max_bytes=PLENTY)
+    assert facts(cache.read_through(video_job(video), MediaJob.load)) == facts(video_job(video).load())
+    assert events(cache) == {} and entries(tmp_path) == []
+
+
+def test_a_crash_of_decord_is_not_stored(tmp_path: Path, video: Path) -> None:
+    cache = FrameCache(tmp_path, max_bytes=PLENTY)
+    crashed = dataclasses.replace(video_job(video).load(), backend="pyav", fallback_reason="decord crashed")
+    cache.read_through(video_job(video), lambda _: crashed)
+    assert entries(tmp_path) == []
+
+
 def test_a_file_that_is_replaced_while_it_is_decoded_is_not_stored(tmp_path: Path, video: Path) -> None:
     path = Path(shutil.copy2(video, tmp_path / "one.mp4"))
     cache, job = FrameCache(tmp_path / "cache", max_bytes=PLENTY), video_job(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from megatron_ktr.data.dataset import PromptDataset, reshard_states
 from megatron_ktr.data.mixture import WINDOW, MixtureOrder, RecordSource
 from megatron_ktr.data.order import EpochOrder
 from megatron_ktr.errors import UserError
+from megatron_ktr.rollout.questions import _draws_of
 from megatron_ktr.types import Prompt
 
 # --- the option -----------------------------------------------------------------------------------------------
@@ -222,6 +224,54 @@ def test_another_mixture_cannot_resume_and_other_names_and_places_can() -> None:
     alone = PromptDataset([{"number": 1}], loader=Loader("a"))  # type: ignore[arg-type]
     with pytest.raises(UserError, match="does not mix"):
         alone.load_state_dict(state)
+
+
+def test_other_rewards_of_a_single_file_cannot_resume() -> None:
+    def alone(rewards: tuple[str, ...] | None) -> PromptDataset:
+        return PromptDataset.of_sources([RecordSource([{"number": 1}], Loader("a"), rewards=rewards)])  # type: ignore[arg-type]
+
+    state = json.loads(json.dumps(alone(("format",)).state_dict()))
+    alone(("format",)).load_state_dict(state)
+    for other in (None, ("accuracy",)):
+        with pytest.raises(UserError, match="other reward_functions than in the saved run"):
+            alone(other).load_state_dict(state)
+    del state["rewards"]  # as older checkpoints have it
+    alone(None).load_state_dict(state)
+
+
+def test_replicas_that_read_different_files_are_noticed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A node with an old copy of a file ends the run; a node that lacks media is named."""
+    from megatron_ktr.rollout import build
+
+    def compare(*datasets: PromptDataset) -> None:
+        def gather(mine: Any, *, group: Any) -> list[Any]:
+            return [mine, None, *(build._about(SimpleNamespace(dataset=other)) for other in datasets[1:])]
+
+        monkeypatch.setattr(build, "gather_objects", gather)
+        local: Any = SimpleNamespace(dataset=datasets[0])
+        build.require_same_questions(local, ranks=SimpleNamespace(rank=0, world=None))  # type: ignore[arg-type]
+
+    compare(stream(), stream(), stream())
+    assert not caplog.records
+    compare(stream(), stream(), stream(left_out={1, 3}))
+    assert "replica 2 leaves out other records than replica 0 and uses 8, not 9" in caplog.text
+    other = stream()
+    other.sources[1].records.append({"number": 8})  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match="replica 1 found other records than that of replica 0"):
+        compare(stream(), other)
+    other = stream()
+    other.sources[1].loader.wording_digest = "another"  # type: ignore[misc]
+    with pytest.raises(UserError, match="replica 1 found other wordings"):
+        compare(stream(), other)
+
+
+def test_a_round_that_no_memory_holds_is_refused() -> None:
+    sources = [DataSource("a", epochs=1e6), DataSource("b")]
+    with pytest.raises(UserError, match="one round of the mixture has 1000000007 prompts"):
+        _draws_of(sources, [1000, 7])
+    assert _draws_of(sources, [3, 7]) == [3_000_000, 7]
 
 
 def test_an_epoch_of_a_mixture_is_its_period_without_what_is_left_out() -> None:

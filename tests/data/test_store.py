@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pickle
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,6 +25,7 @@ from megatron_ktr.data.store import check as store_check
 from megatron_ktr.data.store import check_job, check_process, record_store, sealed
 from megatron_ktr.data.store.check import Clips, check_store
 from megatron_ktr.data.store.record_store import RecordRules, RecordStore, open_store
+from megatron_ktr.data.wording import WordingTemplate
 from megatron_ktr.errors import UserError
 from megatron_ktr.rollout.questions import prompt_loader
 from tests.support.paths import REPOSITORY
@@ -226,6 +229,35 @@ def test_a_directory_that_cannot_be_written_is_said_in_one_line(
     assert not list((tmp_path / "store").glob("*arrow")), "nothing half-written is left"
 
 
+def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    path, store = write(tmp_path / "q.jsonl", [question(1)]), tmp_path / "store"
+    file = record_store.StoreFile(store, sealed.content_digest(path, option="data_path"))
+    store.mkdir()
+    left = store / f".{file.path.name}.{socket.gethostname()}.999999999"
+    foreign = store / f".{file.path.name}.elsewhere.1"
+    left.write_bytes(b"half")
+    foreign.write_bytes(b"half")
+    assert len(open_store(path, RULES, directory=str(store))) == 1
+    assert not left.exists() and foreign.exists(), "another machine may be writing"
+
+
+def test_pipes_and_devices_are_refused_and_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", Path("/dev/zero")):
+        for directory in (None, str(tmp_path / "store")):
+            with pytest.raises(UserError, match="data_path: .* is a pipe or a device"):
+                open_store(path, RULES, directory=directory)
+
+
+def test_a_user_without_a_home_is_told_of_the_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 1_234_567)
+    with pytest.raises(UserError, match="record_store_dir: ~/.cache: .* --record-store-dir"):
+        sealed.cache_directory(None)
+    assert sealed.cache_directory("/x") == Path("/x")
+
+
 # --- the check ------------------------------------------------------------------------------------------------
 
 
@@ -280,6 +312,16 @@ def test_the_next_start_reads_what_was_found_and_looks_for_the_files_again(
     monkeypatch.setattr(check_job, "_code_digest", lambda: "another version")
     other, _ = run_check(checked, folder)
     assert other.places == before.places and len(list(checked.file.directory.glob("*check*.arrow"))) == 2  # type: ignore[union-attr]
+
+
+def test_a_process_checks_with_the_wording_that_was_read_first(tmp_path: Path) -> None:
+    """What it finds is kept under the text that was read first."""
+    path = tmp_path / "wording.jinja"
+    path.write_text("old {{ problem }}")
+    wording = WordingTemplate(path)
+    path.write_text("new {{ problem }}")
+    sent = pickle.loads(pickle.dumps(wording))
+    assert (sent.text, sent.render({"problem": "Q"}).user) == ("old {{ problem }}", "old Q")
 
 
 def test_a_process_that_is_killed_ends_the_check_in_one_line(

@@ -15,6 +15,7 @@ the same form, so that small runs leave nothing in the cache. The columns:
 from __future__ import annotations
 
 import json
+import stat
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -184,6 +185,7 @@ def open_store(
         UserError: the file cannot be read, is no JSON or has no records; or the directory cannot be written.
     """
     path = Path(path)
+    _refuse_streams(path)
     if directory is None and _size_of(path) < IN_MEMORY_BYTES:
         return RecordStore(pa.Table.from_batches(_batches(path), SCHEMA), rules, path=path)
     file = StoreFile(cache_directory(directory), content_digest(path, option="data_path"))
@@ -220,6 +222,16 @@ def progress(what: str, *, total: int | None, is_shown: bool) -> tqdm:
         mininterval=1.0 if sys.stderr.isatty() else 30.0,
         disable=not is_shown,
     )
+
+
+def _refuse_streams(path: Path) -> None:
+    """Pipes and devices may never end, and give every rank that reads them something else."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        return  # reading it says why
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise UserError(f"data_path: {path} is a pipe or a device: expected a file, which every rank can read")
 
 
 def _size_of(path: Path) -> int:

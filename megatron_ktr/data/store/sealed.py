@@ -7,7 +7,9 @@ process of the machine write while the others wait for what it writes.
 from __future__ import annotations
 
 import fcntl
+import glob
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,11 +34,19 @@ def content_digest(path: Path, *, option: str) -> str:
 
 
 def cache_directory(chosen: str | None) -> Path:
-    """The directory for stores: ``chosen``, or the user's cache directory."""
+    """The directory for stores: ``chosen``, or the user's cache directory. Raises ``UserError`` if there is no home."""
     if chosen is not None:
-        return Path(chosen).expanduser()
+        return _of_home(chosen)
     base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path("~/.cache").expanduser()) / "megatron_ktr" / "records"
+    return (Path(base) if os.path.isabs(base) else _of_home("~/.cache")) / "megatron_ktr" / "records"
+
+
+def _of_home(written: str) -> Path:
+    """``written`` with its ``~`` replaced. A container may run as a user that nobody knows."""
+    try:
+        return Path(written).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"record_store_dir: {written}: {error} Name a directory with --record-store-dir") from error
 
 
 @contextmanager
@@ -65,7 +75,11 @@ def write_sealed(path: Path, *, schema: pa.Schema, write: Callable[[pa.ipc.Recor
     Raises:
         OSError: the disk is full, or the directory cannot be written.
     """
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    # Processes of two machines or containers may have the same number.
+    mine = f".{path.name}.{socket.gethostname()}."
+    for abandoned in path.parent.glob(f"{glob.escape(mine)}*"):  # nobody else of this machine writes now
+        abandoned.unlink(missing_ok=True)
+    scratch = path.with_name(f"{mine}{os.getpid()}")
     try:
         with scratch.open("wb") as file:
             sink = _Sink(file)

@@ -79,6 +79,9 @@ class WorkerProcess:
                 reason = f"it is not ready after {START_SECONDS:g} s"
             except WorkerLost as error:
                 reason = str(error)
+            except (ValueError, TypeError) as error:  # something that Python starts with prints
+                reason = f"its first answer makes no sense ({error})"
+                self._kill()
             self.close()
             if (process.returncode or 0) >= 0 or self._is_ended or attempt == _START_ATTEMPTS:
                 raise UserError(
@@ -155,7 +158,12 @@ class WorkerProcess:
         return -signal.SIGKILL
 
     def _launch(self) -> subprocess.Popen[bytes]:
-        self._complaints = tempfile.TemporaryFile("ab+", buffering=0)
+        try:
+            self._complaints = tempfile.TemporaryFile("ab+", buffering=0)
+        except OSError as error:
+            raise UserError(
+                f"data_workers: no temporary file for a worker's errors: {error.strerror or error} (TMPDIR)"
+            ) from error
         search_path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
         # Devices are hidden: whatever a library does at import, a worker takes no memory of a GPU.
         environment = os.environ | {"PYTHONPATH": search_path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
