@@ -19,7 +19,7 @@ from megatron_ktr.data.prepare.media_probe import Look
 from megatron_ktr.data.prepare.options import add_reading_options, read_reading_options
 from megatron_ktr.data.prepare.reasons import DECODING_CRASHES, DECODING_HANGS, DOES_NOT_DECODE, PROMPT_TOO_LONG
 from megatron_ktr.data.prepare.validation import Decode, MediaOptions, Validation, validate
-from megatron_ktr.errors import UserError, number, whole
+from megatron_ktr.errors import UserError, number, printable, whole
 
 EXIT_SOME_UNUSABLE = 1
 _NUM_EXAMPLES = 3
@@ -83,7 +83,7 @@ def _report(result: Validation, *, is_json: bool) -> int:
             write_json(result, sys.stdout)
         else:
             for line in lines_for_people(result):
-                print(line)
+                print(printable(line))
         return EXIT_SOME_UNUSABLE if result.num_usable < result.num_records else 0
     finally:
         result.ledger.close()
