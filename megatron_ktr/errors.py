@@ -16,6 +16,7 @@ import argparse
 import io
 import math
 import os
+import re
 import select
 import sys
 import traceback
@@ -29,6 +30,9 @@ EXIT_INTERNAL = 70
 EXIT_INTERRUPTED = 130
 EXIT_OUTPUT_CLOSED = 141
 MOST_CHARACTERS = 2000
+
+
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 class UserError(Exception):
@@ -103,8 +107,18 @@ def _say_error(error: object) -> None:
 
 def one_line(error: object) -> str:
     """What a user reads of it; of endless text, such as a file given as a flag, the beginning and the end."""
-    text = " ".join(str(error).split())
+    text = printable(" ".join(str(error).split()))
     return text if len(text) <= MOST_CHARACTERS else f"{text[: MOST_CHARACTERS - 500]} ... {text[-500:]}"
+
+
+def printable(text: str) -> str:
+    """A line of text for a terminal: control characters, which could move its cursor, clear it or turn around what
+    follows, as their numbers. Text of data sets and names of files may hold any.
+
+    >>> printable("a\\x1b[2Jb\\u202ec é")
+    'a\\\\x1b[2Jb\\\\u202ec é'
+    """
+    return _CONTROL.sub(lambda found: found.group().encode("unicode_escape").decode("ascii"), text)
 
 
 def _say(line: str) -> None:

@@ -20,7 +20,7 @@ from megatron_ktr.types import MediaKind
 
 ROLES = ("system", "user", "assistant")
 _SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-_REFUSED_IN_MESSAGE = (
+REFUSED_IN_MESSAGE = (
     "tool_calls",
     "tool_call_id",
     "function_call",
@@ -136,7 +136,7 @@ def _from_sharegpt(turns: Any) -> list[Message]:
 def _check_message(message: Any) -> None:
     if not isinstance(message, dict) or message.get("role") not in ROLES:
         raise ValueError(f"expected messages with a role of {', '.join(ROLES)}, got {message!r}")
-    for name in _REFUSED_IN_MESSAGE:
+    for name in REFUSED_IN_MESSAGE:
         if message.get(name) is not None:
             raise ValueError(f"key '{name}' of a message is not followed: remove it")
     content = message.get("content")

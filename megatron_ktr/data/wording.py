@@ -61,7 +61,8 @@ class WordingTemplate:
         environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=False)
         environment.globals["lettered"] = lettered
         try:
-            self.text = self.path.read_text(encoding="utf-8") if text is None else text
+            # Some editors write a mark at the beginning of a file, which is no part of the text.
+            self.text = self.path.read_text(encoding="utf-8-sig") if text is None else text
             self._template = environment.from_string(self.text)
             self._syntax = environment.parse(self.text)
         except (OSError, ValueError, jinja2.TemplateError, RecursionError) as error:
@@ -91,6 +92,8 @@ class WordingTemplate:
             raise UserError(f"prompt_template: {self.path} failed: {type(error).__name__}: {error}") from error
         system = getattr(module, "system", None)
         text = str(module)
+        if not text.strip():
+            raise UserError(f"prompt_template: {self.path} gives no text for this record")
         return Wording(
             user=text if getattr(module, "keep_blanks", False) else text.strip(),
             system=None if system is None else str(system),

@@ -21,7 +21,7 @@ def read_chat_template(path: Path | str) -> str:
         UserError: the file cannot be read as text, or is empty.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise UserError(f"chat_template: {path} cannot be read: {error}") from error
     if not text.strip():

@@ -27,9 +27,17 @@ def whole_page(title: str, body: Sequence[Html]) -> str:
 
 
 def write_page(path: Path, page: str) -> int:
-    """Writes the page, whole or not at all, and returns its size in bytes. Raises ``UserError`` if that fails."""
+    """Writes the page, whole or not at all, and returns its size in bytes.
+
+    Raises:
+        UserError: that fails, or something else than a page is there.
+    """
     content = page.encode("utf-8")
     try:
+        if path.is_file() and path.stat().st_size:
+            with path.open("rb") as file:
+                if not file.read(15).lower().startswith(b"<!doctype html"):
+                    raise UserError(f"--out {path} is there and is no page: name another file")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, content)
     except OSError as error:

@@ -10,7 +10,7 @@ from megatron_ktr.data.prepare.options import add_reading_options, read_reading_
 from megatron_ktr.data.prepare.prompt_lengths import Rules, count_tokens, effects_in_words
 from megatron_ktr.data.prepare.record_reader import RecordReader
 from megatron_ktr.data.prepare.record_sample import RecordSample, sample_records, sampled_prompts
-from megatron_ktr.errors import UserError, whole
+from megatron_ktr.errors import UserError, printable, whole
 from megatron_ktr.files.json_files import to_json
 from megatron_ktr.report.page import write_page
 from megatron_ktr.report.sample_page import Lengths, sample_page
@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
         return 0
     for sentence in lengths.effects:
         print(sentence)
-    print(f"wrote {options.out} ({num_bytes / 1e6:.1f} MB, {len(samples)} samples)")
+    print(f"wrote {printable(str(options.out))} ({num_bytes / 1e6:.1f} MB, {len(samples)} samples)")
     return 0
 
 

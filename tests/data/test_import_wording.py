@@ -215,6 +215,43 @@ BROKEN: dict[str, tuple[dict[str, str | None], str]] = {
         },
         "more than 100000 characters",
     ),
+    "a table changed by a key": (
+        {
+            TRAIN: VIDEO_R1.replace(
+                "    def make_conversation_image(",
+                "    TYPE_TEMPLATE['numerical'] = 'x'\n    def make_conversation_image(",
+            )
+        },
+        "TYPE_TEMPLATE may be changed there",
+    ),
+    "a table changed by a call": (
+        {
+            TRAIN: VIDEO_R1.replace(
+                "    def make_conversation_image(", "    TYPE_TEMPLATE.update(more)\n    def make_conversation_image("
+            )
+        },
+        "TYPE_TEMPLATE may be changed there",
+    ),
+    "changed behind the function": (
+        {
+            TRAIN: VIDEO_R1.replace(
+                "    dataset = dataset.map", "    QUESTION_TEMPLATE = 'x'\n    dataset = dataset.map"
+            )
+        },
+        "in a way that is not followed",
+    ),
+    "imported": (
+        {
+            TRAIN: VIDEO_R1.replace(
+                "    TYPE_TEMPLATE = {", "    from words import QUESTION_TEMPLATE\n    TYPE_TEMPLATE = {"
+            )
+        },
+        "in a way that is not followed",
+    ),
+    "a loop that is left": (
+        {TRAIN: VIDEO_R1.replace('question += op + "\\n"\n', 'question += op + "\\n"\n                break\n')},
+        "it is made in a loop|it depends on",
+    ),
     "nested deeply": (
         {TRAIN: VIDEO_R1 + "x = " + "(" * 3000 + ")" * 3000},
         "cannot be read as Python|nested too deeply",

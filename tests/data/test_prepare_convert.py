@@ -455,6 +455,90 @@ def test_options_in_a_text_are_its_last_lines_in_order() -> None:
     assert options_in_text("A man and a dog?\nB. none") == ("A man and a dog?\nB. none", [], "")
 
 
+_PLAIN = {"video": "a.mp4", "question": "Which?"}
+_NEXT = {"video": "a", "question": "Which?", "qid": 1, "type": "CH"}
+
+
+@pytest.mark.parametrize(
+    ("layout", "row", "reason"),
+    [
+        # The letters in the options say another order than their places.
+        ("plain", {**_PLAIN, "options": ["B. red", "A. blue"], "answer": "A"}, "to have the letters A, B, got B, A"),
+        ("plain", {**_PLAIN, "options": ["b) red", "a) blue"], "answer": "a"}, "got B, A"),
+        ("plain", {**_PLAIN, "options": ["A. x", "B. y", "D. z"], "answer": "C"}, "got A, B, D"),
+        ("video_r1", {**VIDEO_R1, "options": ["B - red", "A - blue"]}, "got B, A"),
+        ("nextqa", {**_NEXT, "answer": 0, **{f"a{n}": f"{'BACDE'[n]}、x" for n in range(5)}}, "got B, A, C, D, E"),
+        # Letters that are the text of another option.
+        ("plain", {**_PLAIN, "options": ["C", "A", "B"], "answer": "A"}, "the text of option B"),
+        ("plain", {**_PLAIN, "options": ["cup", "book", "CD", "DVD"], "answer": "CD"}, r"the letter\(s\) C, D"),
+        ("video_r1", {**VIDEO_R1, "options": ["BAD", "x", "y", "z"], "solution": "BAD"}, r"the letter\(s\) A, B, D"),
+        ("plain", {**_PLAIN, "options": ["w", "x"], "answer": "A", "answer_index": 1}, "differ"),
+        ("plain", {**_PLAIN, "options": ["w", "x", math.nan], "answer": "B"}, "to be texts, got nan"),
+        # Options that are not read: the question would become free-form, with a letter as its text.
+        ("plain", {**_PLAIN, "A": "red", "B": "blue", "answer": "B"}, "look like options"),
+        ("plain", {**_PLAIN, "option_1": "red", "option_2": "blue", "answer": "1"}, "look like options"),
+        ("plain", {**_PLAIN, "question": "Which?\n1\nA. red\nor\nB. blue", "answer": "B"}, "is a letter"),
+        ("nextqa", {**_NEXT, "answer": "B", "options": ["red", "blue"]}, "not NExT-QA's"),
+        ("nextqa", {**_NEXT, "answer": "B", "A": "red", "B": "blue"}, "look like options"),
+        ("video_r1", {**VIDEO_R1, "problem_type": "numerical"}, "options and the answer"),
+        ("plain", {**_PLAIN, "answer": "", "label": "7"}, "missing or empty"),
+        # What is seen or learnt would be changed.
+        ("plain", {**_PLAIN, "answer": 3, "start_time": 1, "end_time": 2}, "'start_time' would be lost"),
+        ("video_r1", {**VIDEO_R1, "video_start": 1.5}, "'video_start' would be lost"),
+        ("conversations", {"messages": [{"role": "user", "content": "x", "weight": 0}], "video": "a"}, "'weight'"),
+        ("conversations", {"messages": [{"role": "user", "content": "x"}], "video_path": "a"}, "'video_path'"),
+        ("conversations", {"messages": [{"role": "user", "content": "x"}], "video": "a", "start": 1}, "'start'"),
+    ],
+)
+def test_what_could_become_another_answer_or_another_clip_is_skipped(capsys, tmp_path, layout, row, reason) -> None:
+    good = SAMPLES[layout][0] if layout in SAMPLES else {**_NEXT, "answer": 0, **{f"a{n}": str(n) for n in range(5)}}
+    rows = put(tmp_path, [row, good])
+    (report,) = convert(capsys, "--from", layout, rows, "--out", tmp_path / "out", "--max-skip-share", 0.5)
+    assert report["num_records"] == 1 and report["num_skipped"] == 1
+    assert re.search(reason, report["skipped"][0]["examples"][0])
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "answer"),
+    [
+        ({"options": ["A、red", "B、blue"], "answer": "Ｂ。"}, ["A. red", "B. blue"], "B"),  # noqa: RUF001
+        ({"options": ["a) red", "b) blue"], "answer": "b"}, ["A. red", "B. blue"], "B"),
+        ({"options": ["A.M.", "P.M."], "answer": "P.M."}, ["A. A.M.", "B. P.M."], "B"),
+        ({"options": ["J. Smith", "A. Jones"], "answer": "A"}, ["A. J. Smith", "B. A. Jones"], "A"),
+        ({"options": ["A", "B"], "answer": "B"}, ["A. A", "B. B"], "B"),
+        ({"options": ["3", "1", "2"], "answer": 1}, ["A. 3", "B. 1", "C. 2"], "B"),
+        ({"question": "Which?\nA. red\nB. blue", "answer": "B. blue"}, ["A. red", "B. blue"], "B"),
+        ({"options": ["red", "blue"], "answer": "B", "problem_type": "Multiple-Choice"}, ["A. red", "B. blue"], "B"),
+    ],
+)
+def test_options_and_answers_are_read_in_common_forms(capsys, tmp_path, row, options, answer) -> None:
+    (report,) = convert(capsys, "--from", "plain", put(tmp_path, [{**_PLAIN, **row}]), "--out", tmp_path / "out")
+    (record,) = lines(report["out"])
+    assert record["options"] == options and record["solution"] == f"<answer>{answer}</answer>"
+
+
+def test_fields_that_are_only_data_are_named_by_the_user(capsys, tmp_path) -> None:
+    rows = put(tmp_path, [{**_PLAIN, "answer": 3, "start_time": 1, "clip": "x"}])
+    (report,) = convert(
+        capsys, "--from", "plain", rows, "--out", tmp_path / "out", "--ignore-fields", "start_time,clip"
+    )
+    assert report["num_records"] == 1
+
+
+def test_a_download_that_is_not_whole_and_a_report_that_is_there_are_told(tmp_path) -> None:
+    rows = pa.Table.from_pylist([{**_PLAIN, "answer": "3"}])
+    for number in (0, 2):
+        pq.write_table(rows, tmp_path / f"train-0000{number}-of-00003.parquet")
+    pq.write_table(rows, tmp_path / "test-00000-of-00001.parquet")
+    command = ["convert", "--from", "plain", str(tmp_path), "--out", str(tmp_path / "out"), "--split"]
+    with pytest.raises(UserError, match="2 files of the split train, whose names count 3"):
+        tool.main([*command, "train"])
+    assert tool.main([*command, "test"]) == 0
+    (tmp_path / "out" / f"{tmp_path.name}.jsonl").unlink()
+    with pytest.raises(UserError, match="report.json exists"):
+        tool.main([*command, "test"])
+
+
 _RAW = {
     **SAMPLES,
     "perception_test": [Keyed("video_7", PERCEPTION), OBJECTS["perception_test"]["video_7"]["mc_question"][0]],

@@ -109,6 +109,13 @@ def test_records_that_cannot_be_used_are_shown_with_the_reason(folder, capsys) -
     assert "Training skips it: longer than --max-prompt-length 300 tokens." in "".join(page.texts)
 
 
+def test_nothing_but_a_page_is_overwritten(folder, tmp_path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="is no page: name another file"):
+        write_page(folder, "--records", "1", "--out", tmp_path / "notes.txt")
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -16,6 +16,7 @@ from megatron_ktr.data.prepare.options import ReadingOptions
 from megatron_ktr.data.prepare.prompt_lengths import Rules, count_tokens, effects_in_words
 from megatron_ktr.data.prepare.record_reader import RecordReader
 from megatron_ktr.data.prepare.record_sample import sample_records, sampled_prompts
+from megatron_ktr.data.prepare.stats import Spread
 from megatron_ktr.data.prepare.token_budget import suggest_options
 from megatron_ktr.data.records import read_records
 from tests.support.prepare import good_record, run_command, write_jsonl
@@ -91,6 +92,32 @@ def test_suggested_options_fit_and_the_next_larger_ones_do_not(folder) -> None:
         more = loader(folder, max_frames=item.video_max_frames, video_max_pixels=item.video_max_pixels + 32 * 784)
         assert max(len(more.load(record).token_ids) for record in records) > budget
     assert not suggest_options(prompts, Rules(reader.loader.sampling, reader.loader.settings), token_budget=100)
+
+
+def test_only_options_that_training_takes_are_suggested(folder) -> None:
+    reader = RecordReader(reading(folder, video_min_pixels=64 * 784, video_num_frames=16))
+    prompts = sampled_prompts(sample_records(reader, size=100), reader, limits=ProcessLimits()).prompts
+    rules = Rules(reader.loader.sampling, reader.loader.settings)
+    for budget in (700, 1500, 5000):
+        for found in suggest_options(prompts, rules, token_budget=budget):
+            assert found.video_max_pixels >= 64 * 784 and found.video_max_frames >= 16
+
+
+def test_ninety_percent_are_at_most_the_number_that_is_said() -> None:
+    for values in ([10.0, 16.0], [float(n) for n in range(10)], [float(n) for n in range(11)], [3.0]):
+        spread = Spread.of(values)
+        assert spread is not None and sum(value <= spread.high for value in values) >= 0.9 * len(values)
+        assert sum(value < spread.high for value in values) < 0.9 * len(values)
+
+
+def test_a_sample_without_a_whole_prompt_and_text_for_terminals(tmp_path, folder, capsys) -> None:
+    (tmp_path / "bad.mp4").write_text("no video")
+    (tmp_path / "a.png").write_bytes((next(folder.rglob("*.png"))).read_bytes())
+    row = {"problem": "Which?", "problem_type": "x\x1b[2J\x9b2J", "response": "1", "image": "a.png", "video": "bad.mp4"}
+    (tmp_path / "q.jsonl").write_text(json.dumps(row) + "\n")
+    assert run_command(command, tmp_path / "q.jsonl", "--for", "sft", "--jobs", 1) == 0
+    told = capsys.readouterr().out
+    assert r"x\x1b[2J\x9b2J 1" in told and "Decoding costs" not in told and told.replace("\n", "").isprintable()
 
 
 def test_words_say_what_the_options_drop_and_shrink(folder) -> None:

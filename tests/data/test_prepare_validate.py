@@ -26,7 +26,7 @@ from megatron_ktr.data.prepare.options import ReadingOptions, build_loader
 from megatron_ktr.data.prepare.reasons import KINDS
 from megatron_ktr.data.prepare.task_pool import TaskFailed, run_tasks
 from megatron_ktr.data.prepare.validation import MediaOptions, validate
-from megatron_ktr.errors import UserError
+from megatron_ktr.errors import UserError, one_line
 from megatron_ktr.rollout.questions import prompt_loader, read_questions
 from tests.support.paths import REPOSITORY
 from tests.support.patience import PATIENCE_SECONDS
@@ -336,3 +336,27 @@ def test_jobs_share_the_media(tmp_path, folder, capsys) -> None:
     result = validate(reading, MediaOptions(decode="all", limits=ProcessLimits(jobs=3)))
     assert (result.num_usable, result.ledger.num_media()) == (NUM_SMALL, NUM_SMALL)
     result.ledger.close()
+
+
+def test_a_chat_template_is_tried_as_training_tries_it(tmp_path, folder) -> None:
+    (tmp_path / "chat.jinja").write_text("{% for m in messages[:2] %}{{ m.content }}{% endfor %}")
+    file = write_jsonl(tmp_path / "a.jsonl", [good_record(1)])
+    with pytest.raises(UserError, match="does not show a turn"):
+        run_command(
+            command,
+            file,
+            "--media-root",
+            folder,
+            "--model",
+            folder / "model",
+            "--chat-template",
+            tmp_path / "chat.jinja",
+        )
+
+
+def test_no_text_of_a_record_or_path_moves_the_cursor_of_a_terminal(tmp_path, folder, capsys) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", [good_record(1, video="\x1b]0;title\x07\x9b2J\u202e.mp4")])
+    assert run_command(command, file, "--media-root", folder, "--decode", "none") == 1
+    told = capsys.readouterr().out
+    assert told.replace("\n", "").isprintable() and r"\x1b]0;title\x07\x9b2J\u202e.mp4" in told
+    assert one_line(UserError("a\x1b[2J\nb")) == r"a\x1b[2J b"

@@ -165,6 +165,14 @@ def test_what_is_no_chat_template_is_refused_before_anything_is_built(
         load_tokenizer(model, chat_template=path)
 
 
+def test_a_mark_of_an_editor_is_no_text_and_a_wording_without_text_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "marked.jinja").write_text("\ufeff{{ problem }}", encoding="utf-8")
+    assert WordingTemplate(tmp_path / "marked.jinja").render(record()).user == "Which?"
+    (tmp_path / "empty.jinja").write_text("{# nothing #} \n")
+    with pytest.raises(UserError, match="gives no text"):
+        WordingTemplate(tmp_path / "empty.jinja").render(record())
+
+
 def test_options_that_contradict_each_other_are_refused() -> None:
     base = {"model": "m", "data_path": "d.jsonl", "engine": "hf"}
     for values, reason in (

@@ -215,6 +215,14 @@ def read_request(raw: Mapping[str, Any], *, ignored: Collection[str] = ()) -> di
     return found
 
 
+def unread_instructions(raw: Mapping[str, Any], *, read: Collection[str] = ()) -> list[str]:
+    """The fields of a published record that say how its media are to be read, or look like it, and are not ``read``.
+    Rates are not among them: in published files they tell what the rate is."""
+    rates = ("fps", "sample_fps")
+    names = [*(name for name in HONOURED if name not in rates), *REFUSED]
+    return [name for name in names if name not in read and not _is_empty(raw.get(name))]
+
+
 def _check_request(found: Mapping[str, Any]) -> None:
     if "fps" in found and "nframes" in found:
         raise ValueError("expected 'fps' or 'nframes', got both")

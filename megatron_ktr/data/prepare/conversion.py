@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from megatron_ktr.data.media.request import unread_instructions
 from megatron_ktr.data.prepare.embedded import EmbeddedMedia
 from megatron_ktr.data.prepare.fields import short
 from megatron_ktr.data.prepare.layout import Keyed, Layout, Options, Record, Unreadable
@@ -90,11 +91,21 @@ class Conversion:
         try:
             if isinstance(row, Unreadable):
                 raise ValueError(row.reason)
+            self._refuse_unread(row.value if isinstance(row, Keyed) else row)
             return self.layout.split(self.media.take_out(row))
         except ValueError as error:
             tally.num_read += 1
             tally.skipped.add(number, error)
             return ()
+
+    def _refuse_unread(self, row: Any) -> None:
+        """Raises ``ValueError`` for fields that would change what is seen or learnt, and that the layout drops."""
+        read = {*self.layout.reads, *self.options.columns.values(), *self.options.ignored}
+        if isinstance(row, dict) and (unread := unread_instructions(row, read=read)):
+            raise ValueError(
+                f"the field '{unread[0]}' would be lost, which {self.layout.name} does not have "
+                f"(where it is only data: --ignore-fields {unread[0]})"
+            )
 
     def _checked(self, part: Any, *, number: int) -> tuple[Record, Record]:
         """The record to write, and the same as training would read it. Raises ``ValueError``."""

@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--video-suffix", metavar="S", help="suffix of videos that are named by id (default .mp4)")
     add("--strip-prefix", default="", metavar="TEXT", help="remove this beginning of media paths")
     add("--add-prefix", default="", metavar="FOLDER", help="put this folder before media paths")
+    add("--ignore-fields", default="", metavar="F,..", help="fields that are only data, such as start_time")
     add("--media-limit-gb", type=number(above=0.0), default=50.0, help="most media to unpack from tables (default 50)")
     add(
         "--max-skip-share",
@@ -111,6 +112,10 @@ class _Job:
     out: Path
     inputs: Sequence[Path]
 
+    @property
+    def report(self) -> Path:
+        return self.out.with_suffix(".report.json")
+
 
 def _jobs(options: argparse.Namespace) -> list[_Job]:
     names = [options.merge] if options.merge is not None else [_name(path) for path in options.inputs]
@@ -123,10 +128,11 @@ def _jobs(options: argparse.Namespace) -> list[_Job]:
     jobs = [_Job(options.out / f"{name}.jsonl", paths) for name, paths in zip(names, inputs, strict=True)]
     sources = {path.resolve() for path in options.inputs}
     for job in jobs:
-        if job.out.resolve() in sources:
-            raise UserError(f"--out {options.out}: {job.out} is an input; name another folder")
-        if job.out.is_dir() or (job.out.exists() and not options.force):
-            raise UserError(f"--out {options.out}: {job.out} exists (--force overwrites files)")
+        for path in (job.out, job.report):
+            if path.resolve() in sources:
+                raise UserError(f"--out {options.out}: {path} is an input; name another folder")
+            if path.is_dir() or (path.exists() and not options.force):
+                raise UserError(f"--out {options.out}: {path} exists (--force overwrites files)")
     return jobs
 
 
@@ -152,7 +158,8 @@ def _read_options(options: argparse.Namespace) -> Options:
         raise UserError(f"--video-suffix: expected a suffix such as .mp4, got {suffix[:80]!r}")
     if ".." in options.add_prefix.split("/") or "\0" in options.add_prefix:
         raise UserError(f"--add-prefix: expected a folder below the media root, got {options.add_prefix[:80]!r}")
-    return Options(columns, video_map, suffix, options.strip_prefix, options.add_prefix)
+    ignored = tuple(name.strip() for name in options.ignore_fields.split(","))
+    return Options(columns, video_map, suffix, options.strip_prefix, options.add_prefix, ignored)
 
 
 def _write(job: _Job, *, options: argparse.Namespace, read: Options) -> dict[str, Any]:
@@ -177,7 +184,7 @@ def _write(job: _Job, *, options: argparse.Namespace, read: Options) -> dict[str
             Conversion(layout, read, media, ids).convert(rows, file, tally=tally)
         _settle(job, tally, max_share=options.max_skip_share)
     report = report_of(out=job.out, inputs=job.inputs, layouts=layouts, tally=tally, ids=ids, media=media)
-    write_atomically(job.out.with_suffix(".report.json"), json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    write_atomically(job.report, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     return report
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from megatron_ktr.data.prepare.layout import Keyed, Options
@@ -18,6 +18,10 @@ MAX_TEXT = 100_000
 MAX_PATH = 4096
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*:")
+_OPTION_COLUMN = re.compile(
+    r"(?:(?:options?|opt|choices?|candidates?|answer|a)[ _-]?\d{1,2}|(?:(?:options?|opt|choices?|answer)[ _-]?)?[a-h])",
+    re.IGNORECASE,
+)
 _MOST_SECONDS = 1e9
 _EXTRA_CHARS = 10_000
 
@@ -46,6 +50,19 @@ def text(raw: Mapping[str, Any], *names: str) -> str:
         if value is not None and not isinstance(value, str):
             raise ValueError(f"expected text in '{name}', got {short(value)}")
     raise ValueError(f"expected text in {_or(names)}, which is missing or empty")
+
+
+def refuse_option_columns(raw: Mapping[str, Any], *, read: Collection[str] = ()) -> None:
+    """Raises ``ValueError`` for a row whose options stand in columns that nobody reads (A, B, ..., option_1, ...): the
+    question would be asked without them. ``read`` are the columns that are read as something else."""
+    found = [
+        name for name in raw if name not in read and _OPTION_COLUMN.fullmatch(name) and raw[name] not in (None, "")
+    ]
+    if len(found) >= 2:
+        raise ValueError(
+            f"the columns {short(found)} look like options, which are not read: name them with --from plain "
+            f"--columns options={'+'.join(found)[:80]}"
+        )
 
 
 def optional_text(raw: Mapping[str, Any], *names: str) -> str:
@@ -124,7 +141,8 @@ def media_path(value: Any, options: Options, *, name: str) -> str:
     parts = [part for part in path.split("/") if part not in ("", ".")]
     if not parts or ".." in parts:
         raise ValueError(f"the path in '{name}' leads out of the media root: {short(value)}")
-    return "/".join([*(part for part in options.add_prefix.split("/") if part), *parts])
+    folder = "/" if path.endswith("/") else ""  # the path of a folder of pictures
+    return "/".join([*(part for part in options.add_prefix.split("/") if part), *parts]) + folder
 
 
 def media_paths(value: Any, options: Options, *, name: str) -> list[str]:
@@ -139,7 +157,7 @@ def video_of_id(value: Any, options: Options, *, name: str) -> str:
     """The path of a video of which the layout gives the id: ``video_map``'s path or the id, with ``video_suffix``."""
     if isinstance(value, int) and not isinstance(value, bool):
         value = str(value)
-    path = media_path(value, Options(strip_prefix=options.strip_prefix), name=name)
+    path = media_path(value, Options(strip_prefix=options.strip_prefix), name=name).rstrip("/")
     if options.video_map:
         found = options.video_map.get(path)
         if found is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -36,6 +36,8 @@ class Options:
     """Removed from the beginning of every media path that has it."""
     add_prefix: str = ""
     """Folder put before every media path, relative to the media root."""
+    ignored: Collection[str] = ()
+    """Fields that are only data although they look like instructions."""
 
 
 def whole(raw: Any) -> Iterable[Any]:
@@ -62,3 +64,5 @@ class Layout:
     """Whether the records are for ``--objective sft`` and need no right answer."""
     options: tuple[str, ...] = ()
     """The fields of ``Options`` that it reads besides the two prefixes."""
+    reads: tuple[str, ...] = ()
+    """Fields that look like instructions of another layout (``media/request.py``), and that it reads."""

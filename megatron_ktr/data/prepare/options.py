@@ -21,7 +21,6 @@ from megatron_ktr.data.media.video import FrameSampling
 from megatron_ktr.data.template import PromptBuilder, VisualTokens, load_tokenizer
 from megatron_ktr.data.wording import WordingTemplate
 from megatron_ktr.errors import UserError
-from megatron_ktr.files.chat_template import read_chat_template
 
 OF_PROMPTS = (
     "problem_types",
@@ -145,9 +144,7 @@ def build_loader(reading: ReadingOptions) -> PromptLoader:
     )
     limits: dict[str, Any] = pixel_limits(reading.data)
     if reading.model is not None:
-        tokenizer = load_tokenizer(reading.model)
-        if reading.data.chat_template is not None:
-            tokenizer.chat_template = read_chat_template(reading.data.chat_template)
+        tokenizer = load_tokenizer(reading.model, chat_template=reading.data.chat_template)
         return PromptLoader.from_model(
             reading.model,
             tokenizer=tokenizer,

@@ -25,7 +25,7 @@ from megatron_ktr.data.prepare.prompt_lengths import Rules, count_tokens, effect
 from megatron_ktr.data.prepare.record_reader import RecordReader
 from megatron_ktr.data.prepare.record_sample import RecordSample, SampledPrompts, sample_records, sampled_prompts
 from megatron_ktr.data.prepare.token_budget import Suggestion, suggest_options
-from megatron_ktr.errors import whole
+from megatron_ktr.errors import printable, whole
 from megatron_ktr.files.json_files import to_json
 
 
@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
         print(to_json(asdict(result)))
     else:
         for line in lines_for_people(result):
-            print(line)
+            print(printable(line))
     return 0
 
 
@@ -72,7 +72,7 @@ class Spread:
     least: float
     median: float
     high: float
-    """The 90th percentile."""
+    """The least value that 90% do not exceed."""
     most: float
 
     @classmethod
@@ -81,7 +81,7 @@ class Spread:
         if not values:
             return None
         ordered = sorted(values)
-        return cls(ordered[0], statistics.median(ordered), ordered[(len(ordered) - 1) * 9 // 10], ordered[-1])
+        return cls(ordered[0], statistics.median(ordered), ordered[(len(ordered) * 9 + 9) // 10 - 1], ordered[-1])
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def _decoding_cost(
     reader: RecordReader,
     limits: ProcessLimits,
 ) -> DecodingCost | None:
-    if not media:
+    if not media or not sampled.prompts:
         return None
     # One process, so that they do not slow down each other. The first medium is decoded twice, and counts when the
     # decoders have started.

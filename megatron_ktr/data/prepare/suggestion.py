@@ -11,6 +11,7 @@ from megatron_ktr.data.prepare.embedded import EmbeddedMedia
 from megatron_ktr.data.prepare.layout import Layout
 from megatron_ktr.data.prepare.tally import Tally
 from megatron_ktr.data.prepare.unique_ids import UniqueIds
+from megatron_ktr.errors import printable
 from megatron_ktr.rewards.accuracy import ACCURACY_BY_TYPE
 
 _FOLDER = "MEDIA_ROOT"
@@ -95,7 +96,7 @@ def text_of(report: Mapping[str, Any]) -> str:
         lines.append(f"  {report['num_media_files']} media unpacked, {report['num_media_bytes'] / 1e6:.1f} MB")
     lines.append(f"  media root: {report['media_root']}")
     lines.append(f"  train with: {shlex.join(report['options'])}")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def _counts(counts: Mapping[str, int]) -> str:

@@ -21,7 +21,7 @@ from megatron_ktr.files.json_files import read_json_object
 
 OPTION = "convert"
 SUFFIXES = (".parquet", ".arrow")
-_SHARD = re.compile(r"(.+?)-\d+-of-\d+(?:-[0-9a-f]+)?")
+_SHARD = re.compile(r"(.+?)-(\d+)-of-(\d+)(?:-[0-9a-f]+)?")
 _ROWS, _ROWS_WITH_BYTES = 512, 8
 """Rows of a batch; rows that may hold whole media come in small batches."""
 
@@ -80,11 +80,23 @@ def _files_of(folder: Path, *, split: str | None) -> list[Path]:
             "in it or in data/; name the file where the annotations are JSON, CSV or text"
         )
     if split is None and len(splits) == 1:
-        return next(iter(splits.values()))
+        split = next(iter(splits))
     if split is None or split not in splits:
         what = f"--split {split}: {folder} has" if split is not None else f"{OPTION}: {folder} has several splits;"
         raise UserError(f"{what} {', '.join(sorted(splits))}; name one with --split")
-    return splits[split]
+    return _whole(split, splits[split])
+
+
+def _whole(split: str, files: list[Path]) -> list[Path]:
+    """The files of a split, if all that their names count are there ("train-00000-of-00002")."""
+    found = [match for file in files if (match := _SHARD.fullmatch(file.stem))]
+    expected = [(str(place), str(len(files))) for place in range(len(files))]
+    if found and sorted((str(int(match.group(2))), str(int(match.group(3)))) for match in found) != sorted(expected):
+        raise UserError(
+            f"{OPTION}: {files[0].parent} has {len(files)} files of the split {split}, whose names count "
+            f"{int(found[0].group(3))}: is the download whole?"
+        )
+    return files
 
 
 def _saved_splits(folder: Path) -> dict[str, list[Path]]:

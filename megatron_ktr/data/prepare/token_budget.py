@@ -46,7 +46,11 @@ def suggest_options(prompts: Sequence[PromptFacts], rules: Rules, *, token_budge
     for max_frames in _FRAMES:
         if max_frames < rules.settings.temporal_patch_size:
             continue
+        if max_frames < (rules.sampling.num_frames or 0):
+            continue  # training refuses these options together
         for frame_tokens in reversed(_FRAME_TOKENS):
+            if frame_tokens * factor < rules.settings.video_min_pixels:
+                break
             fitted = _measure(prompts, rules, max_frames, frame_tokens * factor, token_budget=token_budget)
             if fitted is not None and fitted.num_fitting >= num_wanted:
                 found.append(fitted)

@@ -20,7 +20,7 @@ from megatron_ktr.data.prepare.options import add_reading_options, read_reading_
 from megatron_ktr.data.prepare.reasons import DECODING_CRASHES, DECODING_HANGS, DOES_NOT_DECODE, PROMPT_TOO_LONG
 from megatron_ktr.data.prepare.validation import Decode, MediaOptions, Validation, validate
 from megatron_ktr.data.raw_records import iter_raw_records
-from megatron_ktr.errors import UserError, number, whole
+from megatron_ktr.errors import UserError, number, printable, whole
 from megatron_ktr.files.atomic import written_whole
 
 EXIT_SOME_UNUSABLE = 1
@@ -93,7 +93,7 @@ def _report(result: Validation, *, keep: Path | None, is_json: bool) -> int:
             write_json(result, sys.stdout)
         else:
             for line in lines_for_people(result):
-                print(line)
+                print(printable(line))
             if keep is not None:
                 print(f"{result.num_usable:,} records are in {keep}, to be used with the same --media-root.")
         return EXIT_SOME_UNUSABLE if result.num_usable < result.num_records else 0

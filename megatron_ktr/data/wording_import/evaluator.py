@@ -80,6 +80,8 @@ class Evaluator:
     def run(self, statements: list[ast.stmt], names: Names) -> None:
         """Updates ``names`` by what the statements assign to them."""
         for statement in statements:
+            if not isinstance(statement, ast.If):  # whose statements come here, too
+                self._forget_changed_tables(statement, names)
             if isinstance(statement, ast.Assign | ast.AnnAssign) and statement.value is not None:
                 targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
                 for target in targets:
@@ -132,14 +134,35 @@ class Evaluator:
         self.run(statement.body, inner)
         for name in changed:
             added = _behind(inner.get(name), start=(Fact(f"<{name} so far>"),)) if name in before else None
-            if items is not None and added is not None and not statement.orelse:
+            if items is not None and added is not None and not statement.orelse and not _is_left_early(statement):
                 names[name] = joined(before[name], (Each((variable,), items, added),))
             else:
                 names[name] = _unknown(statement, "it is made in a loop")
 
+    def forget(self, statements: list[ast.stmt], names: Names) -> None:
+        """Makes all names unknown to which statements may give other values, in whatever order they run."""
+        for statement in statements:
+            if not isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                self._forget_changed_tables(statement, names)
+                self._forget([statement], names)
+
     def _forget(self, nodes: list[ast.stmt] | list[ast.expr], names: Names) -> None:
         for name in _assigned(nodes):
             names[name] = _unknown(nodes[0], "it is assigned in a way that is not followed")
+
+    def _forget_changed_tables(self, statement: ast.stmt, names: Names) -> None:
+        """A table may be changed in place: by an assignment to one of its keys, or by whatever gets it as a whole."""
+        if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            return
+        read = {
+            id(node.value)
+            for node in ast.walk(statement)
+            if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load)
+        }
+        for node in ast.walk(statement):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and id(node) not in read:
+                if isinstance(names.get(node.id), Table):
+                    names[node.id] = _unknown(statement, f"{node.id} may be changed there")
 
     # Expressions
 
@@ -308,6 +331,10 @@ def _behind(value: Value | None, *, start: Pieces) -> Pieces | None:
     return None
 
 
+def _is_left_early(loop: ast.For) -> bool:
+    return any(isinstance(node, ast.Break | ast.Continue | ast.Return) for node in ast.walk(loop))
+
+
 def _fits(*parts: Pieces) -> bool:
     return sum(map(size_of, parts)) <= MOST_SIZE
 
@@ -317,9 +344,11 @@ def _unknown(node: ast.AST, reason: str) -> Unknown:
 
 
 def _assigned(nodes: list[ast.stmt] | list[ast.expr]) -> list[str]:
-    """All names that are assigned somewhere in ``nodes``."""
-    names = (node for root in nodes for node in ast.walk(root) if isinstance(node, ast.Name))
-    return list(dict.fromkeys(node.id for node in names if isinstance(node.ctx, ast.Store)))
+    """All names that are assigned or imported somewhere in ``nodes``."""
+    inner = [node for root in nodes for node in ast.walk(root)]
+    stored = [node.id for node in inner if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
+    imported = [node.asname or node.name.partition(".")[0] for node in inner if isinstance(node, ast.alias)]
+    return list(dict.fromkeys([*stored, *imported]))
 
 
 def _shown(node: ast.AST) -> str:

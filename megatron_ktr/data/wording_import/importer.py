@@ -148,6 +148,8 @@ def _names_before(tree: ast.Module, target: ast.AST, *, evaluator: Evaluator, fu
             if place is not None:
                 evaluator.run(block[:place], names)
                 node = block[place]
+                if isinstance(node, ast.FunctionDef):  # it is called when the statements behind it have run
+                    evaluator.forget(block[place + 1 :], names)
                 break
         else:
             return names

@@ -18,6 +18,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_ktr.data.conversation import REFUSED_IN_MESSAGE
+from megatron_ktr.data.media.request import MEDIA_LOOKALIKES, SYNONYMS
 from megatron_ktr.data.prepare.fields import extras, fields_of, media_paths, optional_text, short, whole_text
 from megatron_ktr.data.prepare.layout import Layout, Options, Record
 
@@ -36,6 +38,14 @@ def convert(raw: Any, options: Options) -> Record:
         found = [path for name in (kind, f"{kind}s") if fields.get(name) for path in _paths(fields, name, options)]
         if found:
             media[f"{kind}s"] = found
+    if not media and (lost := sorted(name for name in MEDIA_LOOKALIKES if fields.get(name))):
+        raise ValueError(f"expected paths in image, images, video or videos, got the field '{lost[0]}'")
+    if lost := [name for name in SYNONYMS if fields.get(name) is not None and name not in options.ignored]:
+        raise ValueError(
+            f"a clip is not read here: expected no field '{lost[0]}' (only data: --ignore-fields {lost[0]})"
+        )
+    if fields.get("messages") and fields.get("conversations"):
+        raise ValueError("expected 'messages' or 'conversations', got both")
     turns = fields.get("messages") or fields.get("conversations")
     if not isinstance(turns, list) or not 0 < len(turns) <= _MOST_TURNS:
         raise ValueError(f"expected 1 to {_MOST_TURNS} turns in 'messages' or 'conversations', got {short(turns)}")
@@ -61,6 +71,8 @@ def _paths(fields: Mapping[str, Any], name: str, options: Options) -> list[str]:
 def _message(turn: Any) -> dict[str, str]:
     fields = fields_of(turn)
     role, content = fields.get("role", fields.get("from")), fields.get("content", fields.get("value"))
+    if refused := [name for name in REFUSED_IN_MESSAGE if fields.get(name) is not None]:
+        raise ValueError(f"the key '{refused[0]}' of a turn is not followed: leave it out")
     if not isinstance(role, str) or role not in _ROLES:
         raise ValueError(f"expected a turn of {', '.join(_ROLES)}, got {short(role)}")
     if isinstance(content, list):

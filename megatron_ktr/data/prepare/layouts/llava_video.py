@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from megatron_ktr.data.prepare.answers import choice, options_in_text, solution
+from megatron_ktr.data.prepare.answers import choice, options_in_text, refuse_unread_options, solution
 from megatron_ktr.data.prepare.fields import extras, fields_of, has_fields, media_path, short, text
 from megatron_ktr.data.prepare.layout import Layout, Options, Record
 
@@ -50,6 +50,8 @@ def convert(raw: Any, options: Options) -> Record:
     if behind and not behind.startswith(_INSTRUCTIONS):
         raise ValueError(f"expected an instruction behind the options, got {short(behind)}")
     answer = text(answered, "value")
+    if not texts:
+        refuse_unread_options(question, answer)
     judged = choice(texts, answer) if texts else {"problem_type": "free-form", "solution": solution(answer)}
     if not question:
         raise ValueError(f"expected a question, got {short(written)}")

@@ -59,4 +59,5 @@ LAYOUT = Layout(
     media_root="the folder of the task's videos, or with --add-prefix star/Charades_v1_480 the folder above (video)",
     recognises=recognises,
     convert=convert,
+    reads=("bound",),
 )

@@ -23,14 +23,17 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_ktr.data.prepare.answers import choice_by_number, choice_by_text, option_texts, solution
-from megatron_ktr.data.prepare.fields import extras, fields_of, has_fields, text, video_of_id
+from megatron_ktr.data.prepare.fields import extras, fields_of, has_fields, refuse_option_columns, text, video_of_id
 from megatron_ktr.data.prepare.layout import Layout, Options, Record
 
 _OPTIONS = ("a0", "a1", "a2", "a3", "a4")
+_OF_OTHERS = ("options", "candidates", "choices")
+"""Other data sets have the same fields, and their options here."""
 
 
 def recognises(raw: Any) -> bool:
-    return has_fields(raw, "question", "answer", "qid", "type") and ("video" in raw or "video_id" in raw)
+    is_asked = has_fields(raw, "question", "answer", "qid", "type") and ("video" in raw or "video_id" in raw)
+    return is_asked and not any(name in raw for name in _OF_OTHERS)
 
 
 def convert(raw: Any, options: Options) -> Record:
@@ -44,6 +47,9 @@ def convert(raw: Any, options: Options) -> Record:
         else:
             judged = choice_by_number(texts, answer, name="answer")
     else:
+        if others := [name for name in _OF_OTHERS if fields.get(name)]:
+            raise ValueError(f"options in '{others[0]}' are not NExT-QA's, which are a0 .. a4: see --from plain")
+        refuse_option_columns(fields)
         judged = {"problem_type": "free-form", "solution": solution(text(fields, "answer"))}
     return {
         "problem_id": f"{video}-{text(fields, 'qid')}",

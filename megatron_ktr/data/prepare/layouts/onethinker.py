@@ -22,11 +22,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_ktr.data.prepare.answers import (
-    MULTIPLE_CHOICE,
     TEMPORAL_GROUNDING,
     choice,
     grounding,
+    is_choice,
     option_texts,
+    refuse_letter,
     solution,
 )
 from megatron_ktr.data.prepare.fields import (
@@ -63,10 +64,12 @@ def convert(raw: Any, options: Options) -> Record:
 
 def _judged(fields: Mapping[str, Any]) -> dict[str, Any]:
     problem_type, answer = text(fields, "problem_type"), text(fields, "answer")
-    if problem_type == MULTIPLE_CHOICE:
+    if is_choice(problem_type):
         return choice(option_texts(fields.get("options")), answer)
     if problem_type == TEMPORAL_GROUNDING:
         return grounding(*_time(extract_answer(answer) or answer))
+    if fields.get("options"):
+        refuse_letter(answer, problem_type=problem_type)
     return {"problem_type": _RENAMED.get(problem_type, problem_type), "solution": solution(answer)}
 
 

@@ -15,11 +15,29 @@ With options it is multiple choice, and ``answer`` is a letter or an option's te
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_ktr.data.prepare.answers import MULTIPLE_CHOICE, choice, choice_by_number, option_texts, solution
-from megatron_ktr.data.prepare.fields import clip, fields_of, media_paths, optional_text, short, text
+from megatron_ktr.data.prepare.answers import (
+    MULTIPLE_CHOICE,
+    choice,
+    choice_by_number,
+    is_choice,
+    may_be_letter,
+    option_texts,
+    options_in_text,
+    refuse_unread_options,
+    solution,
+)
+from megatron_ktr.data.prepare.fields import (
+    clip,
+    fields_of,
+    media_paths,
+    optional_text,
+    refuse_option_columns,
+    short,
+    text,
+)
 from megatron_ktr.data.prepare.layout import Layout, Options, Record
 from megatron_ktr.files.json_files import parse_json
 from megatron_ktr.rewards.text import extract_answer, parse_number
@@ -47,7 +65,11 @@ def recognises(raw: Any) -> bool:
 
 
 def convert(raw: Any, options: Options) -> Record:
-    row = _row(fields_of(raw), options.columns)
+    fields = fields_of(raw)
+    row = _row(fields, options.columns)
+    if row.get("options") in (None, "", []) and "options" not in options.columns:
+        read = [name for names in COLUMNS.values() for name in names]
+        refuse_option_columns(fields, read=[*options.columns.values(), *(name for name in read if len(name) > 1), "q"])
     kinds = [kind for kind in ("video", "image") if row.get(kind)]
     if len(kinds) != 1:
         raise ValueError(
@@ -56,8 +78,7 @@ def convert(raw: Any, options: Options) -> Record:
     paths = media_paths(row[kinds[0]], options, name=kinds[0])
     return {
         "problem_id": optional_text(row, "id"),
-        "problem": text(row, "question"),
-        **_judged(row),
+        **_asked(row),
         "data_type": kinds[0],
         kinds[0]: paths[0] if len(paths) == 1 else paths,
         **(clip(row.get("start"), row.get("end"), name="start, end") if kinds[0] == "video" else {}),
@@ -69,7 +90,9 @@ def _row(fields: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any
     row: dict[str, Any] = {}
     for name, usual in COLUMNS.items():
         if name not in columns:
-            row[name] = next((fields[column] for column in usual if fields.get(column) not in (None, "")), None)
+            # A row without an answer has none: another column that may hold answers is not its answer.
+            there = [column for column in usual if column in fields][: 1 if name == "answer" else None]
+            row[name] = next((fields[column] for column in there if fields[column] not in (None, "")), None)
             continue
         named = columns[name].split("+")
         if missing := [column for column in named if column not in fields]:
@@ -78,20 +101,38 @@ def _row(fields: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any
     return row
 
 
-def _judged(row: Mapping[str, Any]) -> dict[str, Any]:
-    problem_type = optional_text(row, "problem_type")
-    if row.get("options") in (None, "", []):
-        if problem_type == MULTIPLE_CHOICE:
-            raise ValueError("a multiple-choice question without options")
-        right = solution(text(row, "answer"))
-        is_number = parse_number(extract_answer(right)) is not None
-        return {"problem_type": problem_type or ("numerical" if is_number else "free-form"), "solution": right}
-    if problem_type not in ("", MULTIPLE_CHOICE):
-        raise ValueError(f"options in a question of type {short(problem_type)}: expected {MULTIPLE_CHOICE}")
-    texts = option_texts(_listed(row["options"]))
-    if row.get("answer_index") not in (None, ""):
-        return choice_by_number(texts, row["answer_index"], name="answer_index")
-    return choice(texts, text(row, "answer"))
+def _asked(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The question and its right answer."""
+    problem_type, question = optional_text(row, "problem_type"), text(row, "question")
+    may_be_choice = problem_type == "" or is_choice(problem_type)
+    if row.get("options") not in (None, "", []):
+        if not may_be_choice:
+            raise ValueError(f"options in a question of type {short(problem_type)}: expected {MULTIPLE_CHOICE}")
+        return {"problem": question, **_chosen(option_texts(_listed(row["options"])), row)}
+    if may_be_choice and row.get("answer_index") in (None, ""):
+        asked, texts, behind = options_in_text(question)
+        if texts and not behind and may_be_letter(text(row, "answer")):
+            return {"problem": asked, **choice(texts, text(row, "answer"))}
+        refuse_unread_options(question, text(row, "answer"))
+    if is_choice(problem_type):
+        raise ValueError("a multiple-choice question without options")
+    right = solution(text(row, "answer"))
+    is_number = parse_number(extract_answer(right)) is not None
+    usual = "numerical" if is_number else "free-form"
+    return {"problem": question, "problem_type": problem_type or usual, "solution": right}
+
+
+def _chosen(texts: Sequence[str], row: Mapping[str, Any]) -> dict[str, Any]:
+    if row.get("answer_index") in (None, ""):
+        return choice(texts, text(row, "answer"), may_be_text=True)
+    judged = choice_by_number(texts, row["answer_index"], name="answer_index")
+    try:
+        other = choice(texts, text(row, "answer"))
+    except ValueError:  # nothing that names an option
+        return judged
+    if other != judged:
+        raise ValueError(f"the answer {short(row['answer'])} and the answer_index {short(row['answer_index'])} differ")
+    return judged
 
 
 def _listed(options: Any) -> Any:

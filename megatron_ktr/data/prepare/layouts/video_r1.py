@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_ktr.data.prepare.answers import MULTIPLE_CHOICE, choice, option_texts, solution
+from megatron_ktr.data.prepare.answers import choice, is_choice, option_texts, refuse_letter, solution
 from megatron_ktr.data.prepare.fields import (
     clip,
     extras,
@@ -44,9 +44,11 @@ def convert(raw: Any, options: Options) -> Record:
     fields = fields_of(raw)
     problem_type = text(fields, "problem_type")
     right = text(fields, "solution")
-    if problem_type == MULTIPLE_CHOICE:
+    if is_choice(problem_type):
         judged = choice(option_texts(fields.get("options")), right)
     else:
+        if fields.get("options"):
+            refuse_letter(right, problem_type=problem_type)
         judged = {"problem_type": problem_type, "solution": solution(right)}
     # The reasoning is imitated as it is written, with its line ends.
     process = whole_text(fields.get("process") or "", name="process")
