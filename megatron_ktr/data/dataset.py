@@ -275,7 +275,9 @@ class PromptDataset:
     @property
     def left_out_digest(self) -> str:
         """A digest of the records that are passed over."""
-        return _together(xxhash.xxh3_128(np.packbits(source.is_left_out)).hexdigest() for source in self.sources)
+        return _together(
+            xxhash.xxh3_128(np.packbits(source.is_left_out).tobytes()).hexdigest() for source in self.sources
+        )
 
     def _require_same_content(self, state: Mapping[str, Any]) -> None:
         if "records_digest" not in state:
