@@ -26,6 +26,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from megatron_ktr.data.workers.cores import num_cores  # noqa: E402
 from megatron_ktr.doctor.check import Check, as_text, error_of_import, merge_nodes  # noqa: E402
 from megatron_ktr.doctor.requirements import (  # noqa: E402
     check_core_import,
@@ -69,7 +70,7 @@ def check_node(*, run_dir: Path) -> list[Check]:
         machine.check_disk(machine.read_disk(run_dir, num_bytes=(1024 if has_gpu else 64) * 10**6), has_gpu=has_gpu),
         machine.check_shared_memory(machine.read_shared_memory(), num_gpus=len(gpus.seen)),
         machine.check_limits(machine.read_limits()),
-        machine.check_threads(os.environ, num_cores=machine.count_cores()),
+        machine.check_threads(os.environ, num_cores=num_cores()),
         machine.check_connections(os.environ, facts=gpus),
     ]
 

@@ -10,13 +10,14 @@ import codecs
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from megatron_ktr.errors import UserError
 from megatron_ktr.files.json_files import parse_json
 
+T = TypeVar("T")
 MAX_RECORD_CHARS = 16 * 1024 * 1024
 """The longest record, in characters of its JSON. It bounds what a file that is no question file can cost."""
 _PIECE_BYTES = 1024 * 1024
@@ -63,33 +64,6 @@ def iter_raw_entries(path: Path | str, *, option: str = "data_path") -> Iterator
         raise UserError(f"{option}: {path} cannot be read: {error}") from error
 
 
-def _object_entries(window: _Window, *, path: Path, option: str) -> Iterator[tuple[str, Any]]:
-    number = 0
-    try:
-        window.require("{", missing="Expecting an object")
-        is_open = window.next_char() != "}"
-        while is_open:
-            number += 1
-            if window.next_char() != '"':
-                raise window.error("Expecting property name enclosed in double quotes", window.start)
-            key = window.take_value()
-            window.require(":", missing="Expecting ':' delimiter")
-            value = window.take_value()
-            yield key, value
-            is_open = window.next_char() != "}"
-            if is_open:
-                window.require(",", missing="Expecting ',' delimiter")
-        window.require("}", missing="Expecting value")
-        if window.next_char():
-            raise window.error("Extra data", window.start)
-    except _TooLongError:
-        raise UserError(f"{option}: {path}, entry {number} {_TOO_LONG}") from None
-    except UnicodeDecodeError:  # a ValueError, too
-        raise
-    except ValueError as error:
-        raise UserError(f"{option}: {path} is not valid JSON: {error}") from error
-
-
 def _lines(window: _Window, *, path: Path, option: str) -> Iterator[tuple[int, Any]]:
     while (line := window.take_line()) is not None:
         number = window.num_lines  # the line that was taken is the last of them
@@ -109,24 +83,45 @@ _TOO_LONG = f"is longer than the {MAX_RECORD_CHARS} characters that one record m
 
 
 def _array_items(window: _Window, *, path: Path, option: str) -> Iterator[tuple[int, Any]]:
-    """The items of the array that the window begins with. The messages are those of ``json.loads`` for the whole text,
-    with lines and columns of the file."""
+    """The items of the array that the window begins with, each with its number."""
+    values = _between(window, "[]", _Window.take_value, what="record", path=path, option=option)
+    yield from enumerate(values, start=1)
+
+
+def _object_entries(window: _Window, *, path: Path, option: str) -> Iterator[tuple[str, Any]]:
+    """The entries of the object that the window begins with."""
+
+    def take_entry(window: _Window) -> tuple[str, Any]:
+        if window.next_char() != '"':
+            raise window.error("Expecting property name enclosed in double quotes", window.start)
+        key = window.take_value()
+        window.require(":", missing="Expecting ':' delimiter")
+        return key, window.take_value()
+
+    yield from _between(window, "{}", take_entry, what="entry", path=path, option=option)
+
+
+def _between(
+    window: _Window, brackets: str, take: Callable[[_Window], T], *, what: str, path: Path, option: str
+) -> Iterator[T]:
+    """What ``take`` takes between the brackets that the file's text begins and ends with. The messages are those of
+    ``json.loads`` for the whole text, with lines and columns of the file."""
+    opening, closing = brackets
     number = 0
     try:
-        window.require("[", missing="Expecting value")
-        is_open = window.next_char() != "]"
+        window.require(opening, missing=f"Expecting '{opening}'")
+        is_open = window.next_char() != closing
         while is_open:
             number += 1
-            value = window.take_value()
-            yield number, value
-            is_open = window.next_char() != "]"
+            yield take(window)
+            is_open = window.next_char() != closing
             if is_open:
                 window.require(",", missing="Expecting ',' delimiter")
-        window.require("]", missing="Expecting value")
+        window.require(closing, missing="Expecting value")
         if window.next_char():
             raise window.error("Extra data", window.start)
     except _TooLongError:
-        raise UserError(f"{option}: {path}, record {number} {_TOO_LONG}") from None
+        raise UserError(f"{option}: {path}, {what} {number} {_TOO_LONG}") from None
     except UnicodeDecodeError:  # a ValueError, too
         raise
     except ValueError as error:

@@ -168,8 +168,13 @@ def describe_repeated_ids(records: Sequence[Record]) -> str | None:
         return None
     problem_id, (first, second, *_) = next(iter(repeated.items()))
     number = sum(map(len, repeated.values()))
+    return repeated_ids_text(number, len(records), first=first, second=second, problem_id=problem_id)
+
+
+def repeated_ids_text(number: int, num_records: int, *, first: int, second: int, problem_id: str) -> str:
+    """The sentence about ``number`` records whose problem id another has, with the numbers of two that share one."""
     return (
-        f"{number} of {len(records)} records share their problem_id with another (records {first} and {second} are "
+        f"{number} of {num_records} records share their problem_id with another (records {first} and {second} are "
         f"both {problem_id!r}): each is a question of its own, nothing goes by the id"
     )
 

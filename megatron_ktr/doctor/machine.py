@@ -159,11 +159,6 @@ def check_limits(facts: LimitFacts) -> Check:
     return Check("ulimit", True, detail)
 
 
-def count_cores() -> int:
-    """The number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def check_threads(environment: Mapping[str, str], *, num_cores: int) -> Check:
     """Checks that the threads of all ranks of this machine together do not exceed its cores. Every rank starts
     ``OMP_NUM_THREADS`` threads."""

@@ -7,7 +7,6 @@ add an engine, write one module and one branch of ``build_sampler``.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ from megatron_ktr.data.skips import SkipCounter
 from megatron_ktr.data.source import DatasetSource, SupervisedSource
 from megatron_ktr.data.template import PromptBuilder, VisualTokens
 from megatron_ktr.data.tokenizer import Tokenizer
+from megatron_ktr.data.workers.cores import num_cores
 from megatron_ktr.data.workers.pool import WorkerPool
 from megatron_ktr.distributed.agreement import gather_objects
 from megatron_ktr.distributed.groups import ParallelGroups
@@ -120,8 +120,7 @@ def _num_data_workers(data: DataSection) -> int:
         return data.data_workers
     if current().name == "cpu":
         return 0
-    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(4, num_cores // read_number("LOCAL_WORLD_SIZE", low=1, high=2**20, default=1))
+    return min(4, num_cores() // read_number("LOCAL_WORLD_SIZE", low=1, high=2**20, default=1))
 
 
 def build_sampler(config: Config, *, ranks: ParallelGroups, tokenizer: Tokenizer, media: MediaSpec) -> Sampler | None:

@@ -285,7 +285,7 @@ def test_several_processes_find_what_one_finds(
     alone, clips = run_check(open_store(checked.path, RULES), folder)
     assert alone.places == {7, 5000, 9999} and clips == Clips(1, 9)
     monkeypatch.setattr(store_check, "PARALLEL_FROM", 1)
-    monkeypatch.setattr(store_check.os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(store_check, "num_cores", lambda: 2)
     several, same_clips = run_check(checked, folder)
     assert (several.state_dict(), same_clips) == (alone.state_dict(), clips)
     with pytest.raises(UserError, match="3 of 10000 .*--max-skip-share 0 .* left out; all of them: COMMAND"):

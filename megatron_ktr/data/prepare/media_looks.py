@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from megatron_ktr.data.prepare.media_state import MediaState
 from megatron_ktr.data.prepare.reasons import DECODING_CRASHES, DECODING_HANGS, DOES_NOT_DECODE
 from megatron_ktr.data.prepare.task_pool import TaskFailed, run_tasks
 from megatron_ktr.data.unusable import UnusableMedia
+from megatron_ktr.data.workers.cores import num_cores
 from megatron_ktr.errors import UserError, number, whole
 
 _KIND_OF_FAILURE = {"hangs": DECODING_HANGS, "crashes": DECODING_CRASHES, "memory": DECODING_CRASHES}
@@ -50,7 +50,7 @@ def add_process_options(parser: argparse.ArgumentParser) -> None:
 
 def read_process_options(options: argparse.Namespace) -> ProcessLimits:
     """The limits of a command line."""
-    jobs = options.jobs or len(os.sched_getaffinity(0))
+    jobs = options.jobs or num_cores()
     return ProcessLimits(jobs, options.deadline, round(options.max_memory_gb * 1e9))
 
 

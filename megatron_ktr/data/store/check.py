@@ -8,7 +8,6 @@ start. The records of a small store are checked in the process itself.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +22,7 @@ from megatron_ktr.data.store.check_job import CHUNK, CheckJob, ChunkFindings, ch
 from megatron_ktr.data.store.check_process import chunks_of_processes
 from megatron_ktr.data.store.record_store import RecordStore, progress
 from megatron_ktr.data.store.sealed import open_sealed, sole_writer, write_sealed
+from megatron_ktr.data.workers.cores import num_cores
 
 PARALLEL_FROM = 20_000
 """Fewer records are checked in the process itself: starting others takes seconds."""
@@ -127,7 +127,7 @@ def _chunks(store: RecordStore, job: CheckJob) -> Iterator[ChunkFindings]:
         checker = job.checker()
         yield from (check_chunk(store, checker, start=start) for start in range(0, len(store), CHUNK))
     else:
-        num_processes = min(len(os.sched_getaffinity(0)), MAX_PROCESSES)
+        num_processes = min(num_cores(), MAX_PROCESSES)
         yield from chunks_of_processes(job, num_processes=num_processes)
 
 

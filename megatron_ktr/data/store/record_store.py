@@ -30,7 +30,7 @@ import xxhash
 from tqdm import tqdm
 
 from megatron_ktr.data.raw_records import iter_raw_records
-from megatron_ktr.data.records import Record, check_record, write_down
+from megatron_ktr.data.records import Record, check_record, repeated_ids_text, write_down
 from megatron_ktr.data.store.sealed import cache_directory, content_digest, open_sealed, sole_writer, write_sealed
 from megatron_ktr.errors import UserError
 
@@ -162,9 +162,12 @@ class RecordStore(Sequence[Record]):
         number = int(counts[counts > 1].sum())
         raw = json.loads(self.table.column("text")[self.row_of(first)].as_py() or b"null")
         name = raw.get("problem_id") if isinstance(raw, dict) else None
-        return (
-            f"{number} of {len(self)} records share their problem_id with another (records {self.number_of(first)} and "
-            f"{self.number_of(second)} are both {str(name)!r}): each is a question of its own, nothing goes by the id"
+        return repeated_ids_text(
+            number,
+            len(self),
+            first=self.number_of(first),
+            second=self.number_of(second),
+            problem_id=str(name),
         )
 
     def _column(self, name: str) -> pa.ChunkedArray:
