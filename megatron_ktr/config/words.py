@@ -23,7 +23,6 @@ Fp8Format = Literal["hybrid", "e4m3"]
 Fp8Recipe = Literal["tensorwise", "delayed", "blockwise", "mxfp8"]
 ModelPart = Literal["vision", "merger", "language"]
 """What ``--freeze`` can keep from being trained."""
-MODEL_PARTS: tuple[ModelPart, ...] = get_args(ModelPart)
 LoraTarget = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 LORA_TARGETS: tuple[LoraTarget, ...] = get_args(LoraTarget)
 LoraExport = Literal["merged", "adapter"]

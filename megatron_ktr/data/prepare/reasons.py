@@ -42,8 +42,6 @@ _KINDS: tuple[tuple[str, str], ...] = (
 _PATTERNS = tuple((kind, re.compile(pattern, re.DOTALL)) for kind, pattern in _KINDS)
 KINDS = (*(kind for kind, _ in _KINDS), OTHER, DOES_NOT_DECODE, DECODING_HANGS, DECODING_CRASHES, PROMPT_TOO_LONG)
 """All kinds of reasons that make a record unusable."""
-WARNINGS = (DUPLICATE_ID, ONLY_A_CLIP)
-"""Kinds of warnings. They are about records that training uses."""
 
 
 def kind_of(reason: str) -> str:
