@@ -67,6 +67,9 @@ class Answer:
     """From sending the question until the answer was complete; questions that are answered together share the time."""
     is_finished: bool = True
     """False if the response was cut off at the limit of tokens."""
+    is_control_felt: bool = True
+    """False if the condition's control left what the model is shown as it was (one frame has no order, a question
+    without media has nothing to hide). Such items are left out of the control's difference."""
     problem: str = ""
     """Why the question could not be asked (its media cannot be decoded, ...). Such an item counts as wrong."""
 
@@ -100,6 +103,11 @@ class Outcome:
     def problem(self) -> str:
         """Why the item could not be asked; "" if it could."""
         return next((answer.problem for answer in self.answers if answer.problem), "")
+
+    @property
+    def is_control_felt(self) -> bool:
+        """Whether the control changed what the model was shown. Also True without a control."""
+        return all(answer.is_control_felt for answer in self.answers)
 
     @property
     def is_truncated(self) -> bool:
