@@ -5,6 +5,7 @@ Item -- asked under a Condition --> Answer (one, or several if the condition vot
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -125,7 +126,14 @@ class Evaluation:
     conditions: tuple[Condition, ...]
     outcomes: tuple[Outcome, ...]
     """Of the items that are answered so far."""
+    asked: tuple[tuple[str, Condition], ...] = ()
+    """(benchmark, condition) that were asked for. Empty: every benchmark under every condition. A directory may hold
+    one benchmark at 16 frames and another at 32."""
 
     @property
     def num_wanted(self) -> int:
-        return len(self.items) * len(self.conditions)
+        """The number of outcomes of a complete evaluation."""
+        if not self.asked:
+            return len(self.items) * len(self.conditions)
+        sizes = Counter(item.benchmark for item in self.items)
+        return sum(sizes[benchmark] for benchmark, _ in self.asked)
