@@ -108,7 +108,7 @@ def read_benchmark(
     Raises:
         UserError: the files are none of this benchmark, the media root is missing, or a question cannot be worded.
     """
-    benchmark = load_benchmark(named.name)
+    benchmark = load_benchmark(named.name if named.name in BENCHMARKS else str(named.path))
     items = benchmark.read(named.path)
     root = media_root or (named.path if named.path.is_dir() else named.path.parent)
     if not root.is_dir():

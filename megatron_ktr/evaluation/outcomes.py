@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ktr.errors import UserError
+from megatron_ktr.evaluation.benchmark import Benchmark
+from megatron_ktr.evaluation.benchmarks.question_file import benchmark_of_file
 from megatron_ktr.evaluation.item import Answer, Condition, Evaluation, Item, Outcome, Verdict
 from megatron_ktr.evaluation.protocols import has_format, judge_all
-from megatron_ktr.evaluation.registry import load_benchmark
+from megatron_ktr.evaluation.registry import BENCHMARKS, load_benchmark
 from megatron_ktr.evaluation.scaling import Ask, known_rounds, outcome_of
 from megatron_ktr.evaluation.settings import EvaluationSettings, read_settings
 from megatron_ktr.evaluation.store import read_answers
@@ -37,7 +39,9 @@ class Outcomes:
         self._of_benchmark: dict[str, list[Item]] = {name: [] for name in settings.benchmarks}
         for item in items:
             self._of_benchmark[item.benchmark].append(item)
-        self._benchmarks = {name: load_benchmark(name) for name in settings.benchmarks}
+        self._benchmarks = {
+            name: stored_benchmark(name, asked.path) for name, asked in settings.benchmarks.items()
+        }
         self._keys: dict[tuple[Any, ...], str] = {}
         self._complete: dict[tuple[str, str, Condition], Outcome] = {}
 
@@ -88,6 +92,11 @@ class Outcomes:
 
     def _answer_to(self, get: Callable[[str], Answer | None]) -> Callable[[Ask], Answer | None]:
         return lambda ask: get(self.key(ask))
+
+
+def stored_benchmark(name: str, path: str) -> Benchmark:
+    """The benchmark of a stored name. A question file of the user's own need not be there any more."""
+    return load_benchmark(name) if name in BENCHMARKS else benchmark_of_file(Path(path), name=name)
 
 
 def read_evaluation(directory: Path | str) -> Evaluation:
