@@ -51,18 +51,17 @@ def columns_of(evaluation: Evaluation) -> dict[str, list[Column]]:
     items: dict[str, list[Item]] = {}
     for item in evaluation.items:
         items.setdefault(item.benchmark, []).append(item)
-    found: dict[tuple[str, Condition], dict[str, Outcome]] = {
-        (benchmark, condition): {} for benchmark in items for condition in evaluation.conditions
-    }
+    asked = evaluation.asked or [(name, condition) for name in items for condition in evaluation.conditions]
+    found: dict[tuple[str, Condition], dict[str, Outcome]] = {pair: {} for pair in asked if pair[0] in items}
     for outcome in evaluation.outcomes:
         of_condition = found[outcome.item.benchmark, outcome.condition]
         if outcome.item.item_id in of_condition:
             raise ValueError(f"two outcomes of {outcome.item.item_id} under {outcome.condition.name}")
         of_condition[outcome.item.item_id] = outcome
-    return {
-        benchmark: [Column(condition, tuple(of), found[benchmark, condition]) for condition in evaluation.conditions]
-        for benchmark, of in items.items()
-    }
+    columns: dict[str, list[Column]] = {}
+    for (benchmark, condition), outcomes in found.items():
+        columns.setdefault(benchmark, []).append(Column(condition, tuple(items[benchmark]), outcomes))
+    return columns
 
 
 def results_of(

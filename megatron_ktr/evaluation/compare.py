@@ -9,9 +9,10 @@ because among many categories some differ by chance.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from megatron_ktr.data.records import NORMALISED
 from megatron_ktr.errors import UserError, printable
 from megatron_ktr.evaluation.aggregate import VERSION, Column, columns_of, paired_differences
 from megatron_ktr.evaluation.figures import UNKNOWN, Figure, Figures, Headings, protocols_of, score_of
@@ -66,17 +67,30 @@ def compare(
             f"compare: {names[0]} and {names[1]} have no answered item in common{wanted} "
             f"({_contents(names[0], columns_a)}; {_contents(names[1], columns_b)})"
         )
-    settings = {**dict.fromkeys(a.settings), **dict.fromkeys(b.settings)}
+    settings_a, settings_b = dict(_flat(a.settings)), dict(_flat(b.settings))
     return {
         "version": VERSION,
         "a": {"name": names[0], "settings": dict(a.settings)},
         "b": {"name": names[1], "settings": dict(b.settings)},
-        "settings_that_differ": sorted(key for key in settings if a.settings.get(key) != b.settings.get(key)),
+        "settings_that_differ": sorted(
+            name
+            for name in settings_a.keys() | settings_b.keys()
+            if name != "asked" and settings_a.get(name) != settings_b.get(name)
+        ),
         "bootstrap": {"num_resamples": resampling.num_resamples, "seed": resampling.seed, "level": resampling.level},
         "only_a_benchmarks": sorted(columns_a.keys() - columns_b.keys()),
         "only_b_benchmarks": sorted(columns_b.keys() - columns_a.keys()),
         "benchmarks": benchmarks,
     }
+
+
+def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The settings by dotted names, such as "benchmarks.mmvu.sampling.temperature"."""
+    for name, inner in value.items():
+        if isinstance(inner, Mapping):
+            yield from _flat(inner, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", inner
 
 
 def _contents(name: str, columns: Mapping[str, Sequence[Column]]) -> str:
@@ -105,7 +119,8 @@ def _check_same_items(a: Sequence[Item], b: Sequence[Item], *, benchmark: str, n
         other = others.get(item.item_id)
         if other is None:
             continue
-        fields = sorted({*item.record, *other.record})
+        # Where media lie and how the record was normalised does not matter.
+        fields = sorted({*item.record, *other.record} - {*NORMALISED})
         differing = [field for field in fields if item.record.get(field) != other.record.get(field)]
         differing += [field for field in ("categories", "video_id") if getattr(item, field) != getattr(other, field)]
         if differing:

@@ -36,7 +36,7 @@ def tables_of(models: Models, *, protocol: str, paper: bool = False) -> list[Tab
     """All tables, with the chosen protocol first. A table without rows is left out."""
     tables = [
         *(accuracy_table(models, name, is_first=not place) for place, name in enumerate(_protocols(models, protocol))),
-        *(_answers(models, benchmark) for benchmark in _benchmarks(models)),
+        *(_answers(models, name, is_first=not place) for place, name in enumerate(_benchmarks(models))),
         _controls(models, protocol),
         _scaling(models, protocol),
         *_categories(models, protocol),
@@ -98,7 +98,7 @@ def with_interval(value: float | None, interval: Sequence[float] | None, *, sign
     return f"{text} [{', '.join(percent(bound, signed=signed) for bound in interval)}]"
 
 
-def _answers(models: Models, benchmark: str) -> Table:
+def _answers(models: Models, benchmark: str, *, is_first: bool) -> Table:
     """Format, truncated and unparsable answers, problems and costs."""
     protocols = list(
         dict.fromkeys(
@@ -132,7 +132,13 @@ def _answers(models: Models, benchmark: str) -> Table:
         "Items with a problem could not be asked and count as wrong. Unread: no answer was found in the response. "
         "Tokens, frames and seconds are means over the items that were asked, with all responses of an item that votes."
     )
-    return Table("Answers and costs", f"{_title(models, benchmark)}: answers and costs", head, tuple(rows), note)
+    return Table(
+        "Answers and costs",
+        f"{_title(models, benchmark)}: answers and costs",
+        head,
+        tuple(rows),
+        note if is_first else "",
+    )
 
 
 def _controls(models: Models, protocol: str) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -135,3 +136,13 @@ def test_an_item_with_two_outcomes_is_a_mistake():
     outcome = outcome_of(item_of(0), 1)
     with pytest.raises(ValueError, match="two outcomes of q0"):
         results_of(evaluation_of([outcome, outcome]), {})
+
+
+def test_only_what_was_asked_has_columns():
+    first, second = item_of(0), item_of(1, benchmark="other")
+    made = evaluation_of([outcome_of(first, 1), outcome_of(second, 1, condition=SHUFFLED)])
+    made = dataclasses.replace(made, asked=(("bench", INTACT), ("other", SHUFFLED)))
+    results = results_of(made, {})
+    assert results["complete"] and results["num_wanted"] == 2
+    names = {name: [c["name"] for c in found["conditions"]] for name, found in results["benchmarks"].items()}
+    assert names == {"bench": ["32"], "other": ["32 shuffled"]}

@@ -29,10 +29,10 @@ def made(scores, *, kinds="", condition=INTACT, **options):
 
 def test_difference_and_mcnemar_are_those_of_the_shared_items():
     # 9 items that B alone has right, 3 that A alone has, 4 both: p is that of the formula.
-    a = made([0] * 9 + [1] * 3 + [1] * 4 + [1, None], settings={"model": "a", "seed": 0})
-    b = made([1] * 9 + [0] * 3 + [1] * 4 + [None, 1], settings={"model": "b", "seed": 0})
+    a = made([0] * 9 + [1] * 3 + [1] * 4 + [1, None], settings={"model": {"name": "a"}, "seed": 0})
+    b = made([1] * 9 + [0] * 3 + [1] * 4 + [None, 1], settings={"model": {"name": "b"}, "seed": 0})
     found = compare(a, b, HEADINGS)
-    assert found["settings_that_differ"] == ["model"]
+    assert found["settings_that_differ"] == ["model.name"]
     (pair,) = found["benchmarks"]["bench"]["comparisons"]
     assert (pair["num_items"], pair["only_a"], pair["only_b"]) == (16, ["q16"], ["q17"])
     official = pair["protocols"]["official"]
