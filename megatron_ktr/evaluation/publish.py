@@ -67,8 +67,8 @@ def _asked(settings: Mapping[str, Any]) -> list[str]:
     for name, asked in settings["benchmarks"].items():
         sampling, frames = asked["sampling"], asked["frames"]
         lines.append(
-            f"- {name}: wording {asked['wording']}; temperature {sampling['temperature']:g}, top-p {sampling['top_p']:g}, "
-            f"at most {sampling['max_tokens']} tokens; frames by the rule {frames['rule']} (fps {frames['fps']:g}), at "
-            f"most {frames['max_pixels']:,} pixels each."
+            f"- {name}: wording {asked['wording']}; temperature {sampling['temperature']:g}, top-p "
+            f"{sampling['top_p']:g}, at most {sampling['max_tokens']} tokens; frames by the rule {frames['rule']} (fps "
+            f"{frames['fps']:g}), at most {frames['max_pixels']:,} pixels each."
         )
     return [printable(line) for line in lines]
