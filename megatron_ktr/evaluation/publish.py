@@ -12,11 +12,13 @@ from megatron_ktr.evaluation.figures import Headings
 from megatron_ktr.evaluation.item import Evaluation
 from megatron_ktr.evaluation.outcomes import stored_benchmark
 from megatron_ktr.evaluation.statistics import DEFAULT_RESAMPLING, Resampling
-from megatron_ktr.evaluation.table import accuracy_table, markdown, markdown_of, tables_of
+from megatron_ktr.evaluation.table import markdown, markdown_of, tables_of
 from megatron_ktr.files.atomic import write_atomically
 
 RESULTS_FILE = "results.json"
 TABLE_FILE = "results.md"
+_ON_CONSOLE = ("Controls", "Test-time scaling", "Beside published figures")
+"""Sections of the tables that stand on the console, behind the accuracies."""
 PARTIAL_RESAMPLING = Resampling(num_resamples=1000)
 """While the evaluation runs: the last digits of an interval are not worth its time."""
 
@@ -62,12 +64,10 @@ def table_of(results: Mapping[str, Any], *, protocol: str, paper: bool) -> str:
 
 
 def headline_of(results: Mapping[str, Any], *, protocol: str, paper: bool) -> str:
-    """The table of accuracies for the console, and the published figures if they are wanted."""
+    """What the console shows: the accuracies, and what controls and voting change."""
     models = {results["settings"]["model"]["name"]: results}
-    tables = [accuracy_table(models, protocol)]
-    if paper:
-        tables += [table for table in tables_of(models, protocol=protocol, paper=True) if table.section == PAPER_SECTION]
-    return markdown_of(tables, title="Accuracy").partition("\n\n")[2].rstrip()
+    tables = tables_of(models, protocol=protocol, paper=paper)
+    return markdown_of([tables[0], *(table for table in tables if table.section in _ON_CONSOLE)], title="Evaluation")
 
 
 def summary_of(results: Mapping[str, Any], *, protocol: str) -> dict[str, Any]:
