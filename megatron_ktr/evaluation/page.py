@@ -36,9 +36,9 @@ def write_page_of(
     headings: Mapping[str, Headings],
     *,
     protocol: str = "official",
+    tables: Sequence[Table] | None = None,
     places: Mapping[str, MediaPlace] | None = None,
-    extra_tables: Sequence[Table] = (),
-    paper: bool = False,
+    notes: Sequence[str] = (),
 ) -> int:
     """Writes the page of evaluations and returns its size in bytes.
 
@@ -46,8 +46,9 @@ def write_page_of(
         evaluations: by the name of the model, in the order of the page.
         models: ``aggregate.results_of`` of each.
         protocol: the one whose figures come first.
+        tables: those of the page, such as ``tables_of(...)`` behind those of a comparison; None means ``tables_of``.
         places: by benchmark, to decode media of which no picture is there. Without, they are named only.
-        extra_tables: come first, such as those of a comparison.
+        notes: lines about how the questions were asked.
 
     Raises:
         UserError: an item is not the same question in all evaluations, or the page cannot be written.
@@ -60,7 +61,7 @@ def write_page_of(
         for name, results in models.items()
         if not results["complete"]
     ]
-    tables = [*extra_tables, *tables_of(models, protocol=protocol, paper=paper)]
+    tables = tables_of(models, protocol=protocol) if tables is None else tables
     page = EvaluationPage(
         title="Evaluation of " + " and ".join(models),
         facts=[
@@ -69,6 +70,7 @@ def write_page_of(
             ("protocol shown first", protocol),
         ],
         warnings=incomplete,
+        notes=notes,
         tables=[PageTable(one.section, one.title, one.head, one.rows, one.note) for one in tables],
         charts=charts_of(models, protocol=protocol),
         data=data,

@@ -69,6 +69,8 @@ class EvaluationPage:
     facts: Sequence[tuple[str, str]]
     warnings: Sequence[str]
     """Sentences that stand at the top, such as that the run is not complete."""
+    notes: Sequence[str]
+    """Lines about how the questions were asked."""
     tables: Sequence[PageTable]
     charts: Sequence[PageChart]
     data: Mapping[str, Any]
@@ -102,6 +104,7 @@ def _body(page: EvaluationPage) -> list[Html]:
         element("h1", printable(page.title)),
         [element("p", element("strong", printable(text)), class_="warning") for text in page.warnings],
         element("p", [element("span", f"{n} ", element("b", printable(v))) for n, v in page.facts], class_="facts"),
+        _notes(page.notes),
         element("nav", element("ul", [element("li", element("a", name, href=href)) for href, name in links])),
     )
     shown = [
@@ -121,6 +124,13 @@ def _body(page: EvaluationPage) -> list[Html]:
             "footer", "Made by tools/evaluate.py of Megatron-KTR. Pictures lie in the folder frames beside the page."
         ),
     ]
+
+
+def _notes(notes: Sequence[str]) -> Html | None:
+    if not notes:
+        return None
+    lines = element("ul", [element("li", printable(note)) for note in notes])
+    return element("details", element("summary", "How the questions were asked"), lines, class_="note")
 
 
 def _table(table: PageTable) -> Html:

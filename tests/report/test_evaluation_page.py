@@ -58,11 +58,17 @@ def write(path, evaluations, **options):
 
 
 def test_figures_stand_in_the_page_without_scripts(tmp_path):
-    write(tmp_path / "report.html", {"a model": made(20, shift=0)}, paper=True)
+    write(tmp_path / "report.html", {"a model": made(20, shift=0)}, notes=["wording <ours>"])
     text = (tmp_path / "report.html").read_text()
     static = re.sub(r"<script.*", "", text, flags=re.DOTALL)
     assert "A &lt;b&gt;bench&lt;/b&gt;" in static and "<b>bench" not in static
-    for words in ("Accuracy, official protocol", "order dep., 32 shuffled", "no such file", "32 shuffled"):
+    for words in (
+        "Accuracy, official protocol",
+        "order dep., 32 shuffled",
+        "no such file",
+        "32 shuffled",
+        "wording &lt;ours&gt;",
+    ):
         assert words in static
     assert "needle" not in static
     assert "onclick" not in text and "onload=" not in text
