@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ktr.errors import UserError
+from megatron_ktr.evaluation.benchmark import Benchmark
+from megatron_ktr.evaluation.benchmarks.question_file import benchmark_of_file
 from megatron_ktr.evaluation.item import Answer, Condition, Evaluation, Item, Outcome, Verdict
 from megatron_ktr.evaluation.protocols import has_format, judge_all
-from megatron_ktr.evaluation.registry import load_benchmark
+from megatron_ktr.evaluation.registry import BENCHMARKS, load_benchmark
 from megatron_ktr.evaluation.scaling import Ask, known_rounds, outcome_of
 from megatron_ktr.evaluation.settings import EvaluationSettings, read_settings
 from megatron_ktr.evaluation.store import read_answers
@@ -37,9 +39,10 @@ class Outcomes:
         self._of_benchmark: dict[str, list[Item]] = {name: [] for name in settings.benchmarks}
         for item in items:
             self._of_benchmark[item.benchmark].append(item)
-        self._benchmarks = {name: load_benchmark(name) for name in settings.benchmarks}
+        self._benchmarks = {name: stored_benchmark(name, asked.path) for name, asked in settings.benchmarks.items()}
         self._keys: dict[tuple[Any, ...], str] = {}
         self._complete: dict[tuple[str, str, Condition], Outcome] = {}
+        self._verdicts: dict[tuple[str, str, str], Mapping[str, Verdict]] = {}
 
     def key(self, ask: Ask) -> str:
         """As ``EvaluationSettings.key``, computed once."""
@@ -49,7 +52,11 @@ class Outcomes:
         return self._keys[place]
 
     def judge(self, item: Item, text: str) -> Mapping[str, Verdict]:
-        return judge_all(self._benchmarks[item.benchmark], item, text)
+        """The verdicts of every protocol, found once for each response."""
+        response = (item.benchmark, item.item_id, text)
+        if response not in self._verdicts:
+            self._verdicts[response] = judge_all(self._benchmarks[item.benchmark], item, text)
+        return self._verdicts[response]
 
     def known_asks(self, asked: Sequence[tuple[str, Condition]], get: Callable[[str], Answer | None]) -> dict[str, Ask]:
         """By key, all questions of which it is known that they are needed, answered or not. Those about one item stand
@@ -88,6 +95,11 @@ class Outcomes:
 
     def _answer_to(self, get: Callable[[str], Answer | None]) -> Callable[[Ask], Answer | None]:
         return lambda ask: get(self.key(ask))
+
+
+def stored_benchmark(name: str, path: str) -> Benchmark:
+    """The benchmark of a stored name. A question file of the user's own need not be there any more."""
+    return load_benchmark(name) if name in BENCHMARKS else benchmark_of_file(Path(path), name=name)
 
 
 def read_evaluation(directory: Path | str) -> Evaluation:

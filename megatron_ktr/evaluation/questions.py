@@ -138,10 +138,7 @@ class QuestionMaker:
         intact = Prompt(problem_id=name, token_ids=(), media=tuple(media[index] for index in order))
         shown = apply_control(intact, ask.condition.control, seed=self._settings.seed)
         asked = [
-            {
-                "role": role,
-                "content": [_part(piece, media) for piece in pieces if shown.media or isinstance(piece, str)],
-            }
+            {"role": role, "content": [part for piece in pieces if (part := _part(piece, media, shown)) is not None]}
             for role, pieces in placed
         ]
         question = Question(
@@ -155,8 +152,11 @@ class QuestionMaker:
         return Made(ask, key, question, is_control_felt=is_control_felt)
 
 
-def _part(piece: str | int, media: Sequence[VisualInput]) -> dict[str, str]:
-    return {"type": media[piece].kind} if isinstance(piece, int) else {"type": "text", "text": piece}
+def _part(piece: str | int, media: Sequence[VisualInput], shown: Prompt) -> dict[str, str] | None:
+    """A part of a message; None for one that says nothing: no text, or a medium that is hidden."""
+    if isinstance(piece, int):
+        return {"type": media[piece].kind} if shown.media else None
+    return {"type": "text", "text": piece} if piece else None
 
 
 def frame_sampling(rule: FrameRule, *, frames: int) -> FrameSampling:

@@ -12,9 +12,10 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from megatron_ktr.data.media.request import media_sources
 from megatron_ktr.data.records import NORMALISED, record_digest
 from megatron_ktr.errors import UserError
 from megatron_ktr.evaluation.benchmark import FrameRule
@@ -26,6 +27,7 @@ from megatron_ktr.files.json_files import read_json_object, to_json
 
 FILE = "settings.json"
 FORMAT = 1
+_MEDIA_FIELDS = ("path", "image", "images", "video", "videos")
 _OPTIONS = {
     "model.identity": "--model",
     "seed": "--seed",
@@ -176,9 +178,11 @@ def read_settings(directory: Path) -> EvaluationSettings | None:
 
 
 def digest_of(item: Item) -> str:
-    """A digest of the question: its text, options, solution and all else that its file says. Where media lie and how
-    the record was normalised does not matter."""
-    return record_digest({name: value for name, value in item.record.items() if name not in NORMALISED})
+    """A digest of the question: its text, options, solution and all else that its file says. Of its media the names
+    count, not the folders that they lie in, nor the container (one download has 7.mp4, another 7.mkv)."""
+    record = {name: value for name, value in item.record.items() if name not in (*NORMALISED, *_MEDIA_FIELDS)}
+    names = [PurePosixPath(path).stem for source in media_sources(item.record) for path in source.paths]
+    return record_digest({**record, "names of media": names})
 
 
 def _digest(value: Any) -> str:
