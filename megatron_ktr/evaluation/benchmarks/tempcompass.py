@@ -25,6 +25,7 @@ from megatron_ktr.evaluation.reading import (
     QuestionFile,
     extra,
     last_parts,
+    note_missing,
     question_files,
     read_items,
     written_video,
@@ -51,6 +52,8 @@ def read(path: Path) -> list[Item]:
     found = found or question_files(
         path, benchmark=NAME, patterns=("questions/multi-choice.json", "eval_tempcompass.json")
     )
+    tasks = [task for file in found for task in (file.stem, file.parent.name) if task in TASKS]
+    note_missing(path, benchmark=NAME, wanted=TASKS, found=tasks, what="questions")
     files = [QuestionFile(file) for file in found]
     return read_items(files, benchmark=NAME, layouts=("video_r1", "tempcompass"), describe=_describe)
 
