@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from megatron_ktr.data.records import check_record
@@ -14,7 +16,7 @@ from megatron_ktr.evaluation.benchmark import Benchmark
 from megatron_ktr.evaluation.media_places import place_media
 from megatron_ktr.evaluation.protocols import PROTOCOL_NAMES, judge_all
 from megatron_ktr.evaluation.registry import BENCHMARKS, load_benchmark
-from tests.support.benchmark_files import VIDEO_HOLMES, VIDEOMME, write_benchmark
+from tests.support.benchmark_files import TEMPCOMPASS, VIDEO_HOLMES, VIDEOMME, write_benchmark
 from tests.support.videos import SHARED_VIDEOS_VARIABLE, shared_data
 
 EXPECTED: dict[str, list[tuple[str, str, dict[str, str], str, str]]] = {
@@ -134,6 +136,20 @@ def test_official_layout_becomes_items(tmp_path: Path, name: str) -> None:
             protocol: float(not (is_text and protocol == "official")) for protocol in verdicts
         }, item.item_id
         assert tuple(verdicts)[:3] == PROTOCOL_NAMES
+
+
+def test_tables_of_the_hub_give_the_same_items_of_tempcompass(tmp_path: Path) -> None:
+    expected = load_benchmark("tempcompass").read(write_benchmark(tmp_path, "tempcompass"))
+    for task in ("multi-choice", "yes_no", "caption_matching", "captioning"):
+        rows = [
+            {**question, "video_id": video, "dim": dimension}
+            for video, dimensions in TEMPCOMPASS[task].items()
+            for dimension, questions in dimensions.items()
+            for question in questions
+        ]
+        (tmp_path / "hub" / task).mkdir(parents=True)
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "hub" / task / "test-00000-of-00001.parquet")
+    assert load_benchmark("tempcompass").read(tmp_path / "hub") == expected
 
 
 def test_clips_and_folders_of_pictures_of_mvbench_keep_their_requests(tmp_path: Path) -> None:
