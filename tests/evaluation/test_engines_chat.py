@@ -359,6 +359,16 @@ def test_an_address_with_a_password_is_refused_without_being_shown():
         with pytest.raises(UserError) as refused:
             Address.read(url)
         assert "hunter2" not in str(refused.value)
+        with pytest.raises(UserError):  # so that nobody writes such options down
+            EngineOptions(model=url)
+
+
+def test_the_environments_proxies_are_not_used_for_this_machine(fake, monkeypatch):
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    assert ask(fake, question("a"))["a"].text
 
 
 JSON = st.recursive(

@@ -128,7 +128,8 @@ def test_a_response_stops_at_a_stop_string_and_keeps_it(hf):
     stop = next(character for character in whole if character.isascii())  # others may be halves of characters
     sampling = replace(GREEDY, stop=(stop,))
     ((_, answer),) = hf.answer(iter(questions(sampling)[:1]))
-    assert answer.is_finished and answer.text == whole[: whole.index(stop) + 1]
+    # The token that completes the string may have more characters.
+    assert answer.is_finished and whole.startswith(answer.text) and stop in answer.text
     assert answer.num_tokens < 12
 
 
@@ -252,6 +253,7 @@ def test_the_engine_follows_from_the_options(model_dir, flags, engine):
         ("", "--model: give"),
         ("--model http://host --server-url http://host", "--served-model"),
         ("--model m --engine chat", "needs --server-url"),
+        ("--model m --served-model n --server-url http://host", "give one of the two"),
         ("--model http://host --engine hf", "takes no URL"),
         ("--model http://host --engine server", "needs --model DIR"),
         ("--model http://host --dtype bf16", "--dtype does not concern --engine chat"),
