@@ -92,13 +92,14 @@ def test_processes_answer_as_hugging_face_does_and_the_open_questions_of_a_kille
             for number, asked in enumerate(questions()[:9]):
                 if number == 3:  # two are open in the first process, one in the second
                     processes[0].kill()
-                    processes[0].wait()
+                    wait_until(lambda: processes[0].status() == psutil.STATUS_ZOMBIE)
                 yield asked
 
         found = answers(engine, []) | {asked.key: answer for asked, answer in engine.answer(killing())}
         failed = {key for key, answer in found.items() if isinstance(answer, EngineFailed)}
         assert 1 <= len(failed) <= 2
-        assert all("vLLM process 0" in str(found[key]) and "SIGKILL" in str(found[key]) for key in failed)
+        said = [str(found[key]) for key in failed]
+        assert all("vLLM process 0" in text and "killed by SIGKILL" in text for text in said), said
         for key in found.keys() - failed:
             assert found[key].text == expected[key].text
         processes[1].kill()
@@ -163,8 +164,8 @@ def test_a_chat_server_that_is_sent_whole_videos_answers_as_hugging_face_does(se
     found = answers(engine, asked)
     engine.close()
     for key in found.keys() - {"forty"}:
-        # A text that ends within a character ends before it here.
-        ours, theirs = (replace(a, seconds=0.0, text=a.text.rstrip("\ufffd")) for a in (found[key], expected[key]))
+        # The server makes text token by token: it keeps a first blank, and drops a last character that is not complete.
+        ours, theirs = (replace(a, seconds=0.0, text=a.text.strip(" \ufffd")) for a in (found[key], expected[key]))
         assert ours == theirs, key
     assert found["forty"].num_prompt_tokens > 20
     engine = build_engine(replace(options, frames_as="images"))
