@@ -194,6 +194,17 @@ class _Group:
     next_position: int
 
 
+def _with_jobs(maker: QuestionMaker, asks: Sequence[Ask]) -> Iterator[tuple[Ask, tuple[MediaJob, ...] | str]]:
+    """Each ask with its media. Paths are looked at once for neighbouring asks about one item."""
+    place: tuple[object, ...] = ()
+    jobs: tuple[MediaJob, ...] | str = ()
+    for ask in asks:
+        here = (ask.item.benchmark, ask.item.item_id, frames_of(ask), ask.condition.scaling)
+        if here != place:
+            place, jobs = here, maker.jobs(ask)
+        yield ask, jobs
+
+
 class QuestionStream:
     """Iterates over the questions of ``asks`` in their order, with the media of the next ones being decoded.
 
@@ -209,7 +220,7 @@ class QuestionStream:
         self._maker = maker
         self._pool = pool
         self._num_ahead = num_ahead if pool is not None else 1
-        found = groupby(((ask, maker.jobs(ask)) for ask in asks), key=lambda pair: pair[1])
+        found = groupby(_with_jobs(maker, asks), key=lambda pair: pair[1])
         groups = ((jobs, tuple(ask for ask, _ in pairs)) for jobs, pairs in found)
         self._groups = [_Group(of, jobs, number + 1) for number, (jobs, of) in enumerate(groups)]
         self._ahead = LookAhead(element_at=self._group_at, submit=self._submit, most_bytes=AHEAD_BYTES)
