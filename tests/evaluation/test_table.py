@@ -11,7 +11,7 @@ from megatron_ktr.evaluation.figures import Headings
 from megatron_ktr.evaluation.item import Condition
 from megatron_ktr.evaluation.paper import beside_paper, published_rows
 from megatron_ktr.evaluation.table import accuracy_cell, markdown
-from tests.support.evaluations import evaluation_of, item_of, outcome_of
+from tests.support.made_outcomes import evaluation_of, item_of, outcome_of
 
 HOLMES = {"video_holmes": Headings("Video-Holmes", ("subtask",))}
 LENIENT = {"official": 0.0, "strict": 0.0, "lenient": 1.0}
