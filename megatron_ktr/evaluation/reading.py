@@ -9,12 +9,13 @@ items with the same id are an error.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from megatron_ktr.data.media.request import media_sources, unread_instructions
+from megatron_ktr.data.prepare.fields import short
 from megatron_ktr.data.prepare.layout import Keyed, Layout, Options, Unreadable
 from megatron_ktr.data.prepare.layouts import load_layouts
 from megatron_ktr.data.prepare.sources import OPTION as _SOURCES_OPTION
@@ -133,9 +134,12 @@ def _rows(path: Path, *, benchmark: str) -> Iterator[tuple[int, Any]]:
 def _describe_unknown(row: Any, layouts: Sequence[Layout]) -> str:
     if isinstance(row, Unreadable):
         return row.reason
-    names = sorted(row) if isinstance(row, dict) else [row.key] if isinstance(row, Keyed) else []
-    kinds = " or ".join(layout.title.partition(",")[0] for layout in layouts)
-    return f"expected a record of {kinds}, got {f'fields {names[:12]}' if names else type(row).__name__}"
+    kinds = " or ".join(layout.name for layout in layouts)
+    if isinstance(row, Keyed):
+        found = f"an object with the key {short(row.key)}"
+    else:
+        found = f"the fields {short(sorted(row))}" if isinstance(row, dict) else f"a {type(row).__name__}"
+    return f"expected a record in the layout {kinds}, got {found}"
 
 
 def _item(
@@ -199,6 +203,12 @@ def one_file(path: Path, *, benchmark: str, patterns: Sequence[str]) -> list[Que
     if len(found) > 1:
         raise UserError(f"{OPTION} {benchmark}: {path} has {', '.join(one.name for one in found)}: name the file")
     return [QuestionFile(found[0])]
+
+
+def note_missing(path: Path, *, benchmark: str, wanted: Sequence[str], found: Collection[str], what: str) -> None:
+    """Says which parts of a benchmark a downloaded folder lacks. A figure over the others is not the benchmark's."""
+    if path.is_dir() and found and (missing := [name for name in wanted if name not in found]):
+        _log.warning("%s %s: %s has no %s for %s", OPTION, benchmark, path, what, ", ".join(missing))
 
 
 def written_video(record: Record) -> str:

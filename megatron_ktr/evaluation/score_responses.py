@@ -111,8 +111,8 @@ def _record(question: Mapping[str, Any]) -> dict[str, Any]:
     problem_type, solution, options = (question.get(name) for name in ("problem_type", "solution", "options"))
     if not isinstance(problem_type, str) or problem_type not in ACCURACY_BY_TYPE:
         raise ValueError(f"expected problem_type to be one of {sorted(ACCURACY_BY_TYPE)}, got {problem_type!r:.80}")
-    is_number = isinstance(solution, int | float) and not isinstance(solution, bool)
-    if not isinstance(solution, str) and not (is_number and (isinstance(solution, int) or math.isfinite(solution))):
+    is_whole = isinstance(solution, int) and not isinstance(solution, bool)
+    if not isinstance(solution, str) and not is_whole and not (isinstance(solution, float) and math.isfinite(solution)):
         raise ValueError(f"expected the right answer as text or a finite number in 'solution', got {solution!r:.80}")
     options = [] if options is None else options
     if not isinstance(options, list) or not all(isinstance(option, str) for option in options):

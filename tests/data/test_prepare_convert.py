@@ -84,7 +84,7 @@ def test_every_layout_has_a_sample() -> None:
         ("vsibench", 1, {"video": "scannet/scene0011_00.mp4", "solution": "<answer>B</answer>"}),
         ("tempcompass", 0, {"problem": "What?", "options": ["A. dunking", "B. throwing"], "video": "103.mp4"}),
         ("tempcompass", 1, {"problem": "Is it?", "options": ["A. yes", "B. no"], "solution": "<answer>A</answer>"}),
-        ("tempcompass", 2, {"problem_id": "103-order-caption_matching-1", "options": ["A. One runs.", "B. One sits."]}),
+        ("tempcompass", 2, {"problem_id": "103-order-caption_matching", "options": ["A. One runs.", "B. One sits."]}),
         ("nextqa", 0, {"problem_id": "4010069381-6", "video": "4010069381.mp4", "problem": "how, then"}),
         ("nextqa", 0, {"solution": "<answer>B</answer>"}),
         ("llava_video", 0, {"problem": "Which?", "options": LETTERED[:2], "solution": "<answer>B</answer>"}),

@@ -218,6 +218,10 @@ _RAW = {
     **SAMPLES,
     "perception_test": [Keyed("video_7", PERCEPTION), OBJECTS["perception_test"]["video_7"]["mc_question"][0]],
     "activitynet_captions": [Keyed("v_Q", ACTIVITYNET)],
+    "tempcompass": [
+        Keyed("103", OBJECTS["tempcompass"]["103"]),
+        {"video_id": "103", "dim": "action", "question": "What?\nA. up\nB. down", "answer": "A. up"},
+    ],
     "charades_sta": ["AO8RW 0.0 6.9##a person sits.", {"video": "a", "caption": "b", "timestamp": [1, 2]}],
     "nextqa": [
         {"video": 1, "question": "q", "answer": 1, "qid": 6, "type": "CH", **{f"a{n}": str(n) for n in range(5)}}

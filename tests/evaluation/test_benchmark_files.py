@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from megatron_ktr.data.records import check_record
@@ -14,7 +16,7 @@ from megatron_ktr.evaluation.benchmark import Benchmark
 from megatron_ktr.evaluation.media_places import place_media
 from megatron_ktr.evaluation.protocols import PROTOCOL_NAMES, judge_all
 from megatron_ktr.evaluation.registry import BENCHMARKS, load_benchmark
-from tests.support.benchmark_files import VIDEO_HOLMES, VIDEOMME, write_benchmark
+from tests.support.benchmark_files import TEMPCOMPASS, VIDEO_HOLMES, VIDEOMME, write_benchmark
 from tests.support.videos import SHARED_VIDEOS_VARIABLE, shared_data
 
 EXPECTED: dict[str, list[tuple[str, str, dict[str, str], str, str]]] = {
@@ -134,6 +136,20 @@ def test_official_layout_becomes_items(tmp_path: Path, name: str) -> None:
             protocol: float(not (is_text and protocol == "official")) for protocol in verdicts
         }, item.item_id
         assert tuple(verdicts)[:3] == PROTOCOL_NAMES
+
+
+def test_tables_of_the_hub_give_the_same_items_of_tempcompass(tmp_path: Path) -> None:
+    expected = load_benchmark("tempcompass").read(write_benchmark(tmp_path, "tempcompass"))
+    for task in ("multi-choice", "yes_no", "caption_matching", "captioning"):
+        rows = [
+            {**question, "video_id": video, "dim": dimension}
+            for video, dimensions in TEMPCOMPASS[task].items()
+            for dimension, questions in dimensions.items()
+            for question in questions
+        ]
+        (tmp_path / "hub" / task).mkdir(parents=True)
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "hub" / task / "test-00000-of-00001.parquet")
+    assert load_benchmark("tempcompass").read(tmp_path / "hub") == expected
 
 
 def test_clips_and_folders_of_pictures_of_mvbench_keep_their_requests(tmp_path: Path) -> None:
@@ -267,7 +283,7 @@ def test_files_that_are_not_the_benchmark_are_refused_in_words(tmp_path: Path) -
     (tmp_path / "x.pdf").write_text("x")
     assert "ends in" in refused(load_benchmark("videomme"), tmp_path / "x.pdf")
     other = write_benchmark(tmp_path, "videomme") / "videomme" / "test-00000-of-00001.parquet"
-    assert "expected a record of" in refused(load_benchmark("vsibench"), other)
+    assert "in the layout video_r1 or vsibench" in refused(load_benchmark("vsibench"), other)
     assert "name of a task" in refused(load_benchmark("mvbench"), folder / "questions" / "yes_no.json")
     (tmp_path / "eval_mmvu.json").write_text(json.dumps([video_r1("MMVU/videos/Alchemy/0.mp4")]))
     assert "one of the 27 subjects" in refused(load_benchmark("mmvu"), tmp_path / "eval_mmvu.json")
@@ -290,6 +306,18 @@ def test_a_rare_damaged_record_is_left_out_and_named(tmp_path: Path, caplog: pyt
     assert "1 of 121 records cannot be used" in caplog.text and "record 121" in caplog.text
     path.write_text("".join(json.dumps(row) + "\n" for row in [*rows[:50], {**rows[0], "answer": "Z"}]))
     assert "1 of 51 records cannot be used" in refused(load_benchmark("videomme"), path)
+
+
+def test_parts_of_a_benchmark_that_are_not_there_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = write_benchmark(tmp_path, "tempcompass")
+    assert len(load_benchmark("tempcompass").read(folder)) == 7 and not caplog.text
+    (folder / "questions" / "yes_no.json").unlink()
+    assert len(load_benchmark("tempcompass").read(folder)) == 5 and "has no questions for yes_no" in caplog.text
+    (write_benchmark(tmp_path, "video_mmmu") / "Adaptation" / "test-00000-of-00001.parquet").unlink()
+    assert len(load_benchmark("video_mmmu").read(tmp_path / "video_mmmu")) == 2
+    assert "has no table for Adaptation" in caplog.text
+    assert len(load_benchmark("mvbench").read(write_benchmark(tmp_path, "mvbench"))) == 3
+    assert "has no file for action_prediction, fine_grained_action" in caplog.text
 
 
 def test_videos_are_found_where_a_download_has_them(tmp_path: Path) -> None:

@@ -33,7 +33,9 @@ from megatron_ktr.evaluation.engines.rollout import RolloutAnswers
 from megatron_ktr.files.checksums import write_manifest
 from megatron_ktr.rollout.hf import HFEngine
 from megatron_ktr.rollout.sampling import SamplingSettings, penalised
+from megatron_ktr.rollout.vllm.sampling import sampling_values
 from megatron_ktr.types import Rollout, RolloutGroup
+from tests.support.fake_chat import FakeChat
 from tests.support.questions import DRAWN, GREEDY, question, video
 
 
@@ -121,6 +123,14 @@ def test_a_high_presence_penalty_lets_no_token_repeat(model_dir):
     assert len(set(plain.token_ids)) < len(plain.token_ids), "the greedy response must repeat a token"
     assert len(set(changed.token_ids)) == len(changed.token_ids)
     assert plain.sampler_logprobs is not None and changed.sampler_logprobs is None
+
+
+def test_vllm_is_told_penalties_and_asked_for_no_logprobs_with_them():
+    sampling = SamplingSettings(1, 8, presence_penalty=0.4, frequency_penalty=0.2)
+    told = sampling_values(sampling, seed=1, end_token_ids=(2,), mode="raw_logprobs")
+    assert (told["presence_penalty"], told["frequency_penalty"]) == (0.4, 0.2) and "logprobs" not in told
+    plain = sampling_values(SamplingSettings(1, 8), seed=1, end_token_ids=(2,), mode="raw_logprobs")
+    assert plain["logprobs"] == 0 and not any("penalty" in name for name in plain)
 
 
 def test_a_response_stops_at_a_stop_string_and_keeps_it(hf):
@@ -216,6 +226,20 @@ def test_weights_that_differ_from_their_checksums_are_refused(model_dir, tmp_pat
     (copy / "model.safetensors").write_bytes(content)
     with pytest.raises(UserError, match="--model: .* is damaged"):
         model_identity(copy)
+
+
+def test_a_server_that_takes_no_token_ids_is_asked_by_chat_and_the_console_says_so(model_dir, capsys):
+    fake = FakeChat(models=("its name",))
+    chosen = EngineOptions(model=str(model_dir), server_url=fake.url)
+    engine = build_engine(chosen)
+    ((_, answer),) = engine.answer(iter([question("a", media=(video(2),))]))
+    engine.close()
+    assert answer.text == "which colour came first|2" and engine.identity["model"] == "its name"
+    console = capsys.readouterr().out
+    assert "does not report its settings" in console and "engine: chat server" in console
+    with pytest.raises(UserError, match="does not report its settings.*--engine chat"):
+        build_engine(replace(chosen, engine="server"))
+    fake.close()
 
 
 def options(*flags: str) -> EngineOptions:

@@ -26,6 +26,7 @@ from megatron_ktr.evaluation.reading import (
     Question,
     QuestionFile,
     extra,
+    note_missing,
     question_files,
     read_items,
     written_video,
@@ -65,6 +66,8 @@ def read(path: Path) -> list[Item]:
     found = [file for folder in (path / "json", path) for name in names if (file := folder / name).is_file()]
     if not found:
         found = question_files(path, benchmark=NAME, patterns=("eval_mvbench.json", "json/action_sequence.json"))
+    tasks = [file.stem for file in found if file.stem in FOLDER_OF_TASK]
+    note_missing(path, benchmark=NAME, wanted=tuple(FOLDER_OF_TASK), found=tasks, what="file")
     files = [_task_file(file) for file in found]
     return read_items(files, benchmark=NAME, layouts=("video_r1", "mvbench"), describe=_describe)
 

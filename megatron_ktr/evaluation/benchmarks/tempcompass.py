@@ -12,6 +12,8 @@ Read in: llyx97/TempCompass, ``questions``, ``eval_*.py``; EvolvingLMMs-Lab/lmms
 
 from __future__ import annotations
 
+from collections import Counter
+from functools import partial
 from pathlib import Path
 
 from megatron_ktr.data.records import Record
@@ -25,6 +27,7 @@ from megatron_ktr.evaluation.reading import (
     QuestionFile,
     extra,
     last_parts,
+    note_missing,
     question_files,
     read_items,
     written_video,
@@ -37,7 +40,8 @@ FOLDERS = ("videos", "TempCompass/videos", "Evaluation/TempCompass/videos", "Tem
 
 def read(path: Path) -> list[Item]:
     """The authors' file of one task, their folder ``questions`` or the one that has it, the hub's folder with a table
-    for each task, or Video-R1's ``eval_tempcompass.json``."""
+    for each task, or Video-R1's ``eval_tempcompass.json``. Questions have no ids: an item's is its video, dimension and
+    task with its place among those of the same."""
     if "captioning" in (path.stem, path.resolve().parent.name):
         raise UserError(
             f"{OPTION} {NAME}: {path}: the task captioning has no right answer: a language model judges it, which is "
@@ -51,13 +55,21 @@ def read(path: Path) -> list[Item]:
     found = found or question_files(
         path, benchmark=NAME, patterns=("questions/multi-choice.json", "eval_tempcompass.json")
     )
+    tasks = [task for file in found for task in (file.stem, file.parent.name) if task in TASKS]
+    note_missing(path, benchmark=NAME, wanted=TASKS, found=tasks, what="questions")
     files = [QuestionFile(file) for file in found]
-    return read_items(files, benchmark=NAME, layouts=("video_r1", "tempcompass"), describe=_describe)
+    return read_items(
+        files, benchmark=NAME, layouts=("video_r1", "tempcompass"), describe=partial(_describe, seen=Counter())
+    )
 
 
-def _describe(record: Record) -> Question:
+def _describe(record: Record, *, seen: Counter[str]) -> Question:
     task, dimension = extra(record, "original_question_type", "dimension")
-    return Question(f"{FOLDERS[0]}/{last_parts(written_video(record))}", {"dimension": dimension, "task": task})
+    seen[record["problem_id"]] += 1
+    # Video-R1's records have an id of their own, and no dimension.
+    item_id = f"{record['problem_id']}-{seen[record['problem_id']]}" if dimension else ""
+    video = f"{FOLDERS[0]}/{last_parts(written_video(record))}"
+    return Question(video, {"dimension": dimension, "task": task}, item_id)
 
 
 BENCHMARK = Benchmark(

@@ -23,6 +23,7 @@ from megatron_ktr.evaluation.reading import (
     QuestionFile,
     extra,
     last_parts,
+    note_missing,
     question_files,
     read_items,
     stem,
@@ -54,6 +55,7 @@ def read(path: Path) -> list[Item]:
     """
     tables = [table for track in TRACKS for table in sorted(path.glob(f"**/{track}/*.parquet"))]
     found = tables or question_files(path, benchmark=NAME, patterns=("*.parquet", "eval_videommmu.json"))
+    note_missing(path, benchmark=NAME, wanted=TRACKS, found=[_track(table) for table in tables], what="table")
     files = [QuestionFile(file, {"track": _track(file)}) for file in found]
     return read_items(files, benchmark=NAME, layouts=("video_r1", "video_mmmu"), describe=_describe)
 

@@ -32,7 +32,7 @@ def read(path: Path) -> list[Item]:
 
 def _describe(record: Record) -> Question:
     (item_id,) = extra(record, "question_id")
-    categories = dict(zip(AXES, extra(record, *AXES), strict=True))
+    categories: dict[str, str] = dict(zip(AXES, extra(record, *AXES), strict=True))
     return Question(f"{FOLDERS[0]}/{last_parts(written_video(record))}", categories, item_id)
 
 

@@ -37,24 +37,23 @@ def recognises(raw: Any) -> bool:
 
 
 def split(raw: Any) -> Iterable[Any]:
-    """The questions of a video, each with its ``video_id``, ``dim`` and place among those of the dimension."""
+    """The questions of a video, each with its ``video_id`` and ``dim``."""
     if not isinstance(raw, Keyed):
         return (raw,)
     parts = []
     for dimension, questions in raw.value.items() if isinstance(raw.value, dict) else ():
         if not isinstance(questions, list) or not all(isinstance(question, dict) for question in questions):
             raise ValueError(f"expected a list of questions in '{dimension}', got {short(questions)}")
-        for number, question in enumerate(questions, start=1):
-            parts.append({**question, "video_id": raw.key, "dim": dimension, "number": number})
+        parts += [{**question, "video_id": raw.key, "dim": dimension} for question in questions]
     return parts
 
 
 def convert(raw: Any, options: Options) -> Record:
     fields = fields_of(raw)
-    video, dimension, number = text(fields, "video_id"), text(fields, "dim"), fields.get("number")
+    video, dimension = text(fields, "video_id"), text(fields, "dim")
     task, question, judged = _judged(text(fields, "question"), text(fields, "answer"))
     return {
-        "problem_id": "-".join(map(str, (video, dimension, task, *([number] if number else ())))),
+        "problem_id": f"{video}-{dimension}-{task}",
         "problem": question,
         **judged,
         "data_type": "video",
