@@ -93,8 +93,9 @@ def results_of(
 
 
 def results_text(results: Mapping[str, Any]) -> str:
-    """The text of ``results.json``: sorted keys, one field a line."""
-    return to_json(results, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
+    """The text of ``results.json``: sorted keys, one field a line, and ASCII, because a data set may hold characters
+    that are no text."""
+    return to_json(results, sort_keys=True, indent=1) + "\n"
 
 
 def _benchmark(columns: Sequence[Column], headings: Headings, *, resampling: Resampling) -> dict[str, Any]:

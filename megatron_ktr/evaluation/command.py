@@ -8,7 +8,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +43,13 @@ from megatron_ktr.evaluation.engines.build import (
     require_sampling,
 )
 from megatron_ktr.evaluation.item import Condition
-from megatron_ktr.evaluation.publish import TABLE_FILE, headline_of, publish, summary_of
+from megatron_ktr.evaluation.publish import PAGE_FILE, TABLE_FILE, headline_of, publish, summary_of
 from megatron_ktr.evaluation.questions import QuestionMaker, frame_sampling, limited
 from megatron_ktr.evaluation.run import Left, Publisher, evaluate, leaving_on_signals
 from megatron_ktr.evaluation.scaling import Ask, frames_of, votes_of
 from megatron_ktr.evaluation.settings import BenchmarkSettings, EvaluationSettings, read_settings
 from megatron_ktr.files.json_files import to_json
+from megatron_ktr.report.strips import StripFolder
 from megatron_ktr.run.interruption import EXIT_SAVED
 
 _MEMORY_BYTES = 1_000_000_000
@@ -84,6 +85,7 @@ def run(options: argparse.Namespace) -> int:
             media_roots={read.name: read.media_root for read in benchmarks},
             wordings={read.name: read.wording for read in benchmarks},
             reader=reader,
+            pictures=StripFolder(out.path / PAGE_FILE),
         )
         return _ask(options, engine, out, maker, asked=settings.asked)
 
@@ -225,6 +227,10 @@ def _ask(
             )
     except Left as left:
         return _leave(out, options, left)
+    except UserError:
+        with suppress(UserError):  # the first error is the cause
+            _publish(out, options, is_partial=True)
+        raise
     return _finish(options, _publish(out, options, is_partial=False), missing)
 
 
@@ -252,7 +258,7 @@ def _leave(out: OutputDirectory, options: argparse.Namespace, left: Left) -> int
 def _finish(options: argparse.Namespace, results: Mapping[str, Any], missing: Mapping[str, str]) -> int:
     """Prints the results. The exit code says whether all that this command asked for is answered."""
     print(headline_of(results, protocol=options.protocol, paper=options.paper))
-    _say(f"tables: {options.out / TABLE_FILE}")
+    _say(f"tables: {options.out / TABLE_FILE}, every item: {options.out / PAGE_FILE}")
     if options.json:
         print(to_json({"out": str(options.out), **summary_of(results, protocol=options.protocol)}))
     if not missing:

@@ -158,11 +158,12 @@ def conditions_of(options: argparse.Namespace) -> list[Condition]:
         raise UserError(f"--temperature and --top-p are about single answers; {scaling} has {others}")
     default = MOST_FRAMES if scaling == SPARSE_TO_DENSE else DEFAULT_FRAMES
     frames = [_frames(word) for word in _words(options.frames or [str(default)])]
+    known = {str(control): control for control in CONTROLS}
     controls = _words(options.control)
-    for control in controls:
-        if control not in CONTROLS:
-            raise UserError(f"--control {control!r}: expected {', '.join(CONTROLS)}")
-    found = [Condition(number, control, scaling) for number in frames for control in controls]
+    for word in controls:
+        if word not in known:
+            raise UserError(f"--control {word!r}: expected {', '.join(CONTROLS)}")
+    found = [Condition(number, known[word], scaling) for number in frames for word in controls]
     if not found:
         raise UserError("--frames and --control: expected at least one value each")
     return list(dict.fromkeys(found))

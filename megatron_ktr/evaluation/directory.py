@@ -50,6 +50,13 @@ class OutputDirectory:
         known = {(item.benchmark, item.item_id): digest_of(item) for item in old}
         digests = [(known.get((item.benchmark, item.item_id)), digest_of(item)) for item in items]
         asked_now = {item.benchmark for item in items}
+        now = {(item.benchmark, item.item_id) for item in items}
+        gone = [item for item in old if item.benchmark in asked_now and (item.benchmark, item.item_id) not in now]
+        if gone:
+            raise UserError(
+                f"--benchmark: {len(gone)} questions of --out {self.path}, such as {gone[0].item_id} of "
+                f"{gone[0].benchmark}, are not among those of this command: is it another file? Use another --out"
+            )
         together = [*(item for item in old if item.benchmark not in asked_now), *items]
         try:
             # Items before settings: settings that are there speak of items that are there.

@@ -113,6 +113,10 @@ def read_evaluation(directory: Path | str) -> Evaluation:
     if settings is None:
         raise UserError(f"{directory} is not the output directory of an evaluation: it has no settings.json")
     items = [item for item in read_items(directory) if item.benchmark in settings.benchmarks]
+    if {item.benchmark for item in items} != settings.benchmarks.keys():
+        raise UserError(
+            f"{directory}: {ITEMS_FILE} lacks questions of {', '.join(settings.benchmarks)}; was it removed?"
+        )
     return Outcomes(settings, items).evaluation(read_answers(directory).get)
 
 

@@ -41,10 +41,10 @@ class Progress:
             self.say(self.line(self._told - self._started))
 
     def failed(self, reason: str) -> None:
-        """An engine gave no answer. The first failures are told at once."""
+        """The engine gave no answer. The first failures are told at once."""
         self._num_failed += 1
         if self._num_failed <= 3:
-            self.say(f"no answer, asked again at the end: {reason}")
+            self.say(f"no answer: {reason}")
 
     def line(self, seconds: float) -> str:
         """How far it is after so many seconds."""

@@ -72,7 +72,7 @@ def leaving_on_signals() -> Iterator[None]:
 class Publisher:
     """Writes results while the evaluation runs: seldom, and the seldomer the longer it takes."""
 
-    publish: Callable[[], None]
+    publish: Callable[[], object]
     every_seconds: float = 30.0
     _last: float = field(default_factory=time.monotonic)
     _seconds: float = 0.0

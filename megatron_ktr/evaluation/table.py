@@ -351,5 +351,6 @@ def _markdown_table(table: Table) -> str:
 
 def _escaped(text: str) -> str:
     """Text of data sets and names in Markdown, still readable as it is: no cell ends, no tags, links or emphasis, and
-    no control characters."""
+    no control characters or halves of characters."""
+    text = text.encode("utf-8", errors="backslashreplace").decode("utf-8")
     return re.sub(r"[\\|`*]|<(?=[A-Za-z/!?])|\[(?=[^\]]*\]\()", r"\\\g<0>", printable(text))

@@ -10,7 +10,7 @@ import pytest
 from megatron_ktr.evaluation.aggregate import results_of, results_text
 from megatron_ktr.evaluation.figures import Headings
 from megatron_ktr.evaluation.item import Answer, Condition
-from tests.support.evaluations import INTACT, evaluation_of, item_of, outcome_of
+from tests.support.made_outcomes import INTACT, evaluation_of, item_of, outcome_of
 
 SHUFFLED = Condition(32, "shuffled")
 HEADINGS = {"bench": Headings("A bench", ("kind",))}

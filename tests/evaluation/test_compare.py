@@ -10,7 +10,7 @@ from megatron_ktr.errors import UserError
 from megatron_ktr.evaluation.compare import NOT_BINARY, compare, comparison_markdown
 from megatron_ktr.evaluation.figures import Headings
 from megatron_ktr.evaluation.item import Condition
-from tests.support.evaluations import INTACT, evaluation_of, item_of, outcome_of
+from tests.support.made_outcomes import INTACT, evaluation_of, item_of, outcome_of
 
 HEADINGS = {"bench": Headings("A bench", ("kind",))}
 

@@ -144,6 +144,9 @@ def test_other_settings_are_refused_by_the_name_of_the_option_and_both_values(tm
         run_evaluation(file, out, FakeEngine(), seed=7)
     with pytest.raises(UserError, match="^--model: .* engine fake, and this one has engine another"):
         run_evaluation(file, out, FakeEngine(identity="another"))
+    other = write_questions(tmp_path / "other" / "own.json", number=3, problem_id="new")
+    with pytest.raises(UserError, match="^--benchmark: 1 questions of .* such as q0 of own, are not among"):
+        run_evaluation(other, out, FakeEngine())
     (tmp_path / "else").mkdir()
     (tmp_path / "else" / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match="holds 'thesis.tex' and no settings.json"):

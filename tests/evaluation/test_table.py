@@ -6,12 +6,12 @@ import re
 
 import pytest
 
-from megatron_ktr.evaluation.aggregate import results_of
+from megatron_ktr.evaluation.aggregate import results_of, results_text
 from megatron_ktr.evaluation.figures import Headings
 from megatron_ktr.evaluation.item import Condition
 from megatron_ktr.evaluation.paper import beside_paper, published_rows
 from megatron_ktr.evaluation.table import accuracy_cell, markdown
-from tests.support.evaluations import evaluation_of, item_of, outcome_of
+from tests.support.made_outcomes import evaluation_of, item_of, outcome_of
 
 HOLMES = {"video_holmes": Headings("Video-Holmes", ("subtask",))}
 LENIENT = {"official": 0.0, "strict": 0.0, "lenient": 1.0}
@@ -64,11 +64,13 @@ def test_models_with_other_benchmarks_share_a_table():
 
 
 def test_text_of_data_ends_no_cell_and_moves_no_cursor():
-    item = item_of(0, kind="a|b\n<img src=x>\x1b[2J[x](http://y)")
-    text = markdown({"m|n": results_of(evaluation_of([outcome_of(item, 1)]), {})})
+    item = item_of(0, kind="a|b\n<img src=x>\x1b[2J[x](http://y)\ud800")
+    results = results_of(evaluation_of([outcome_of(item, 1)]), {})
+    text = markdown({"m|n": results})
+    assert results_text(results).isascii() and text.encode()
     assert "\x1b" not in text
     row = rows_of(text, "bench by kind, official protocol")[1]
-    assert row == [r"a\|b\\n\<img src=x>\\x1b\[2J\[x](http://y)", "1", "100.0"]
+    assert row == [r"a\|b\\n\<img src=x>\\x1b\[2J\[x](http://y)\\ud800", "1", "100.0"]
     assert rows_of(text, "Accuracy, official protocol")[1][0] == r"m\|n"
 
 

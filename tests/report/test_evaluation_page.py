@@ -25,7 +25,7 @@ from megatron_ktr.evaluation.item import Answer, Condition
 from megatron_ktr.evaluation.page import write_page_of
 from megatron_ktr.evaluation.statistics import Resampling
 from megatron_ktr.report.strips import LONG_SIDE, MOST_FRAMES, MediaPlace, StripFolder
-from tests.support.evaluations import INTACT, evaluation_of, item_of, outcome_of
+from tests.support.made_outcomes import INTACT, evaluation_of, item_of, outcome_of
 from tests.support.videos import numbered_frames, write_video
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

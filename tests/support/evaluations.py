@@ -37,6 +37,7 @@ def write_questions(path: Path, *, number: int, **changes: Any) -> Path:
         for place in range(number)
     ]
     records[0].update(changes)
+    path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(records))
     return path
 
