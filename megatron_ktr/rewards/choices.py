@@ -16,12 +16,18 @@ _BEFORE_LABEL = "([{<*_`\"'「【"
 _BEHIND_LABEL = ".:)]}>、」】"
 _LIST_SIGNS = str.maketrans(dict.fromkeys(",;/&()[]{}<>.、。*_`$\"'+", " "))
 _LATEX = ("\\boxed", "\\text", "\\textbf", "\\mathbf", "\\mathrm")
+_OPENERS = ("so", "therefore", "thus", "hence", "所以", "因此")
 _LEAD_INS = tuple(
     f"{article}{adjective}{noun}{verb}"
     for article in ("the ", "")
     for adjective in ("", "correct ", "right ", "best ", "final ")
     for noun in ("answer", "option", "choice")
     for verb in (" is option", " is", "")
+)
+_CHINESE_LEAD_INS = tuple(
+    f"{adjective}答案{verb}"
+    for adjective in ("正确的", "正确", "最终", "")
+    for verb in ("应该是", "应为", "是", "为", "")
 )
 
 
@@ -142,8 +148,17 @@ def _without_label(option: str, label: str) -> str | None:
 
 
 def _without_lead_in(text: str) -> str:
+    """The text without a lead-in at its beginning ("the answer is", "So the answer is", "答案是")."""
     folded = fold_case(text)
-    for lead_in in _LEAD_INS:
-        if folded.startswith(lead_in) and len(folded) == len(text) and not text[len(lead_in) :][:1].isalnum():
-            return bare(text[len(lead_in) :].lstrip(" :"), trailing=_TRAILING)
+    if len(folded) != len(text):
+        return text
+    start = 0
+    for opener in _OPENERS:
+        # Chinese puts no blank between words.
+        if folded.startswith(opener) and (not opener.isascii() or not text[len(opener) :][:1].isalnum()):
+            start = len(text) - len(text[len(opener) :].lstrip(" ,、:"))
+    for lead_in in (*_LEAD_INS, *_CHINESE_LEAD_INS):
+        end = start + len(lead_in)
+        if folded.startswith(lead_in, start) and (not lead_in.isascii() or not text[end : end + 1].isalnum()):
+            return bare(text[end:].lstrip(" :"), trailing=_TRAILING)
     return text

@@ -62,10 +62,21 @@ def stated_number(answer: str) -> float | None:
 
 
 def readings(answer: str) -> list[str]:
-    """The texts in which to look for the answer: the answer as a whole, then its last line. In a response without an
-    answer block, the last line often states the answer."""
+    """The texts in which to look for the answer: the answer as a whole, then its last line, then what its last
+    ``\\boxed{...}`` holds. In a response without an answer block, the last line often states the answer."""
     last = answer.rstrip().rpartition("\n")[2]
-    return [answer] if last == answer else [answer, last]
+    return list(dict.fromkeys((answer, last, *_last_box(answer))))
+
+
+def _last_box(text: str) -> tuple[str, ...]:
+    """The content of the last ``\\boxed{...}``; nothing if there is none, or if it is not closed."""
+    start = text.rfind("\\boxed{")
+    depth = 1
+    for place in range(start + len("\\boxed{"), len(text) if start >= 0 else 0):
+        depth += (text[place] == "{") - (text[place] == "}")
+        if not depth:
+            return (text[start + len("\\boxed{") : place],)
+    return ()
 
 
 def _ascii_lower(text: str) -> str:

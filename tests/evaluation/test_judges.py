@@ -98,7 +98,7 @@ RESPONSES = [
     ("<answer>$\\boxed{\\text{B}}$</answer>", (0, "$\\boxed{\\text{B}}$"), (1, "B"), (1, "B")),
     ("<answer>Ｂ</answer>", (0, "Ｂ"), (1, "B"), (1, "B")),
     ("<answer>B。</answer>", (0, "B。"), (1, "B"), (1, "B")),
-    ("<answer>答案是B</answer>", (0, "答案是B"), (0, None), (0, None)),
+    ("<answer>答案是B</answer>", (0, "答案是B"), (0, None), (1, "B")),
     ("<answer>b</answer>", (0, "b"), (0, None), (1, "B")),
     ("<answer>B. A man</answer>", (0, "B. A man"), (0, None), (1, "B")),
     ("<answer>A. A man</answer>", (0, "A. A man"), (0, None), (0, None)),

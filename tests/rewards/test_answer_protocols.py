@@ -175,3 +175,28 @@ def test_the_protocol_is_an_option_and_reaches_the_rewards() -> None:
     assert config_from_values(values | {"answer_protocol": "official"}).reward.answer_protocol == "official"
     with pytest.raises(UserError, match="answer-protocol is not read by --engine replay"):
         check(config_from_values({"model": "m", "engine": "replay", "replay_path": "r", "answer_protocol": "official"}))
+
+
+def test_lenient_reads_lead_ins_with_an_opener_chinese_ones_and_the_last_box_of_a_sentence():
+    options = ["A. a cat", "B. a man", "C. so far", "D. thus"]
+    right = {
+        "B": ["So the answer is \\boxed{B}.", "Therefore, the final answer is: B", "答案是B", "正确答案为：B。"]
+        + ["所以答案是 B", "It is \\boxed{\\text{B}} because \\frac{1}{2}", "\\boxed{A} no, \\boxed{B}"],
+        "C": ["so far", "So the answer is so far"],
+        "D": ["thus", "Thus the answer is thus"],
+    }
+    for truth, texts in right.items():
+        for text in texts:
+            assert verdict(text, truth, "multiple choice", "lenient", options=options) == 1.0, text
+            assert verdict(text, truth, "multiple choice", "standard", options=options) == 0.0, text
+    for text in (
+        "so far",
+        "Thusly B",
+        "So the answer is Blue",
+        "A cat so B",
+        "答案",
+        "\\boxed{}",
+        "\\boxed{B} \\boxed{A}",
+    ):
+        assert verdict(text, "B", "multiple choice", "lenient", options=options) == 0.0, text
+    assert verdict("It is \\boxed{5} metres.", "5", "numerical", "lenient") == 1.0
