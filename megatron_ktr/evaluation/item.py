@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -67,6 +68,9 @@ class Answer:
     """From sending the question until the answer was complete; questions that are answered together share the time."""
     is_finished: bool = True
     """False if the response was cut off at the limit of tokens."""
+    is_control_felt: bool = True
+    """False if the condition's control left what the model is shown as it was (one frame has no order, a question
+    without media has nothing to hide). Such items are left out of the control's difference."""
     problem: str = ""
     """Why the question could not be asked (its media cannot be decoded, ...). Such an item counts as wrong."""
 
@@ -102,6 +106,11 @@ class Outcome:
         return next((answer.problem for answer in self.answers if answer.problem), "")
 
     @property
+    def is_control_felt(self) -> bool:
+        """Whether the control changed what the model was shown. Also True without a control."""
+        return all(answer.is_control_felt for answer in self.answers)
+
+    @property
     def is_truncated(self) -> bool:
         """Whether one of the responses was cut off."""
         return any(not answer.is_finished for answer in self.answers)
@@ -117,7 +126,14 @@ class Evaluation:
     conditions: tuple[Condition, ...]
     outcomes: tuple[Outcome, ...]
     """Of the items that are answered so far."""
+    asked: tuple[tuple[str, Condition], ...] = ()
+    """(benchmark, condition) that were asked for. Empty: every benchmark under every condition. A directory may hold
+    one benchmark at 16 frames and another at 32."""
 
     @property
     def num_wanted(self) -> int:
-        return len(self.items) * len(self.conditions)
+        """The number of outcomes of a complete evaluation."""
+        if not self.asked:
+            return len(self.items) * len(self.conditions)
+        sizes = Counter(item.benchmark for item in self.items)
+        return sum(sizes[benchmark] for benchmark, _ in self.asked)
