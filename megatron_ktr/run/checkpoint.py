@@ -64,6 +64,7 @@ from megatron_ktr.files.torch_dist_files import TorchDistReader, torch_saved
 from megatron_ktr.policy.policy import Policy
 from megatron_ktr.rollout.step_source import ResumableSource
 from megatron_ktr.run.directory import CHECKPOINTS, SIDE_FILES, list_checkpoints, step_name
+from megatron_ktr.run.kept import BestCheckpoint, remove_checkpoint, remove_oldest
 from megatron_ktr.stack import load_strategy
 from models.qwen2_5_vl.dist_checkpoint import locate_tensors
 from models.qwen2_5_vl.dist_weights import model_sharded_state_dict, require_plain_tensors
@@ -86,8 +87,17 @@ class Checkpoints:
         checkpoints.close()
     """
 
-    def __init__(self, run_dir: Path, *, policy: Policy, source: ResumableSource, options: CheckpointOptions) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        policy: Policy,
+        source: ResumableSource,
+        options: CheckpointOptions,
+        best: BestCheckpoint | None = None,
+    ) -> None:
         self.directory = run_dir / CHECKPOINTS
+        self.best = best
         self.options = options
         self.policy = policy
         self.source = source
@@ -98,13 +108,18 @@ class Checkpoints:
         self._on_rank_zero("clear", self._remove_leftovers)
 
     def after_step(self, step: int) -> None:
-        """Completes the pending save if its files are written. Starts a save every ``save_interval`` steps and after
-        the last step."""
+        """Completes the pending save if its files are written. Starts a save every ``save_interval`` steps, after the
+        last step, and after the best one so far."""
         if self._pending is not None and self._is_written_everywhere():
             self._complete()
         interval = self.options.save_interval
-        if interval and (step % interval == 0 or step == self.options.num_steps):
+        is_due = interval and (step % interval == 0 or step == self.options.num_steps)
+        if is_due or (self.best is not None and self.best.is_candidate(step)):
             self.save(step)
+
+    def keep_as_best(self, step: int) -> None:
+        """Keeps the complete checkpoint of ``step``, the candidate for the best one."""
+        self._settle(step)
 
     def save(self, step: int) -> None:
         """Starts a checkpoint of the state after ``step``. A checkpoint that is still being written is completed first.
@@ -232,7 +247,7 @@ class Checkpoints:
 
     def _complete(self) -> None:
         """Waits for the files of all ranks. Rank 0 then writes the metadata, renames the directory and removes the
-        oldest checkpoints."""
+        oldest checkpoints, except the best one."""
         if self._pending is None:
             return
         (step, save), self._pending = self._pending, None
@@ -246,6 +261,19 @@ class Checkpoints:
             if self.ranks.rank == 0:
                 shutil.rmtree(save.directory, ignore_errors=True)
             raise
+        self._settle(step)
+
+    def _settle(self, step: int) -> None:
+        """The checkpoint of ``step`` is complete: if it is the best one, the run says so. Others may have to go."""
+        best, run_dir = self.best, self.directory.parent
+        is_best = best is not None and best.publish(step)
+
+        def settle() -> None:
+            if best is not None and is_best:
+                best.write(run_dir)
+            remove_oldest(run_dir, number=self.options.keep_checkpoints, best=best)
+
+        self._on_rank_zero("tidy", settle)
 
     def _publish(self, step: int, save: BackgroundSave, written: list[Written]) -> None:
         digests = save.finish(written)
@@ -253,13 +281,10 @@ class Checkpoints:
         target = self.directory / step_name(step)
         if target.exists():
             # Nobody needs it: a run resumes from the newest intact checkpoint, so no intact one is ahead of this run.
-            _remove(target)
+            remove_checkpoint(target)
         os.rename(save.directory, target)
         # Makes sure that the rename itself reaches the disk.
         sync(self.directory)
-        keep = self.options.keep_checkpoints
-        for _, path in list_checkpoints(self.directory.parent)[: -keep if keep else 0]:
-            _remove(path)
 
     # Errors
 
@@ -373,10 +398,3 @@ def _require_shared(scratch: Path) -> None:
 def _raise_error(error: Exception | None) -> None:
     if error is not None:
         raise error
-
-
-def _remove(checkpoint: Path) -> None:
-    """Removes a checkpoint. It is renamed first, so that no directory named ``step_*`` is ever incomplete."""
-    doomed = checkpoint.with_name(f".{checkpoint.name}.removed")
-    os.rename(checkpoint, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
