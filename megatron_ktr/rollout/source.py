@@ -7,6 +7,7 @@ computed while it still generates.
 
     begin(step)     draws the prompts; with ``lag`` 1 it also starts generation in a background thread
     finish()        returns the groups with rewards, on every rank of the replica
+    sample(prompts) answers other prompts between steps: those of the sampler check, and of evaluation
 
 An error on one rank is raised on every rank of the world (``on_every_rank``).
 """
@@ -75,9 +76,15 @@ class ReplicaSource:
         sampler: Sampler | None = None,
         lag: int = 0,
         prepare: Callable[[Sequence[Prompt]], list[Prompt]] | None = None,
+        samples_steps: bool = True,
     ) -> None:
-        """``prepare`` turns the prompts drawn into those that the engine sees, for instance by adding vision features.
-        It is collective and called on every rank."""
+        """
+        Args:
+            prepare: turns prompts into those that the engine sees, for instance by adding vision features. It is
+                collective and called on every rank.
+            samples_steps: if False, the groups of steps have their responses already, and the sampler answers only
+                ``sample``.
+        """
         if (local is not None) != ranks.is_source:
             raise ValueError("exactly the source rank of each replica must hold a source")
         self.local = local
@@ -92,9 +99,13 @@ class ReplicaSource:
         self._drawn: _Draw | None = None
         self._recorded: dict[str, tuple[Rollout, ...]] = {}
         engine = None if sampler is None else sampler.engine
-        about = engine is not None, engine and engine.gather_weights_to, engine and engine.runs_vision_encoder
-        self.needs_weights, self.gather_weights_to, self.needs_vision_weights = self._from_local(about)
-        self._background = ThreadPoolExecutor(1, thread_name_prefix="rollout") if lag and sampler is not None else None
+        about = engine and (engine.gather_weights_to, engine.runs_vision_encoder, engine.keeps_weights)
+        about = self._from_local(about)
+        self.has_engine = about is not None
+        self.needs_weights = self.has_engine and samples_steps
+        self.gather_weights_to, self.needs_vision_weights, self.keeps_weights = about or ("source", False, True)
+        is_ahead = lag and samples_steps and sampler is not None
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="rollout") if is_ahead else None
 
     @property
     def pending_step(self) -> int | None:
@@ -129,7 +140,8 @@ class ReplicaSource:
             return before, groups
 
         state, groups = self._from_local(on_every_rank(read, ranks=self._ranks))
-        self._drawn = _Draw(step, groups, asked=self._asked(groups), state_before=state)
+        asked = self._asked(groups) if self.needs_weights else groups
+        self._drawn = _Draw(step, groups, asked=asked, state_before=state)
         if self._background is not None:
             self._drawn.answers = self._background.submit(self._answer, self._drawn)
 
@@ -149,7 +161,7 @@ class ReplicaSource:
         """Groups of responses to ``prompts`` without rewards, on all ranks of the replica.
 
         The call is collective, and all ranks of a replica pass the same prompts. It neither draws from the data nor
-        affects the step that has begun.
+        affects the step that has begun; with ``lag``, ``settle`` comes first.
         """
         asked = self._asked([RolloutGroup(prompt, ()) for prompt in prompts])
 
@@ -161,6 +173,11 @@ class ReplicaSource:
 
         rollouts = self._from_local(on_every_rank(ask, ranks=self._ranks))
         return [RolloutGroup(prompt, found) for prompt, found in zip(prompts, rollouts, strict=True)]
+
+    def settle(self) -> None:
+        """See ``StepSource``."""
+        if self._drawn is not None and self.needs_weights and self.lag:
+            self._answers(self._drawn)
 
     @property
     def num_skipped(self) -> int:
@@ -205,7 +222,7 @@ class ReplicaSource:
 
     def _asked(self, groups: list[RolloutGroup]) -> list[RolloutGroup]:
         """``groups`` with the prompts that the engine sees."""
-        if self._prepare is None or not self.needs_weights:
+        if self._prepare is None or not self.has_engine:
             return groups
         prompts = self._prepare([group.prompt for group in groups])
         return [dataclasses.replace(group, prompt=prompt) for group, prompt in zip(groups, prompts, strict=True)]

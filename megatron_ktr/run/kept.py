@@ -1,5 +1,6 @@
-"""Which checkpoints of a run are kept: the newest ones, and with ``--keep-best METRIC`` the best one. That is the one in
-which a metric of evaluation is highest; ``best.json`` names it:
+"""Which checkpoints of a run are kept: the newest ones, and with ``--keep-best METRIC`` the best one.
+
+That is the checkpoint of the step in which a metric of evaluation is highest. ``best.json`` names it:
 
     {"metric": "eval/held_out/accuracy", "step": 30, "value": 0.71, "checkpoint": "checkpoints/step_00000030"}
 

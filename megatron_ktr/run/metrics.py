@@ -147,6 +147,19 @@ def step_line(step: int, num_steps: int, values: Mapping[str, float]) -> str:
     return "  ".join(parts)
 
 
+def evaluation_line(step: int, values: Mapping[str, float], *, best: str = "") -> str:
+    """The console line of an evaluation after ``step``; ``best`` is what to say of the best checkpoint."""
+    figures = {name.split("/")[1]: name for name in values if name.startswith("eval/") and name.count("/") == 2}
+    parts = [f"evaluation after step {step}" if step else "evaluation before the first step"]
+    for name in figures:
+        share = values[f"eval/{name}/accuracy"]
+        others = {word: values.get(f"eval/{name}/{word}") for word in ("strict", "lenient", "truncated", "unusable")}
+        noted = ", ".join(f"{word} {value:.1%}" for word, value in others.items() if value)
+        parts.append(f"{name} {share:.1%}" + (f" ({noted})" if noted else ""))
+    parts.append(f"{values.get('seconds/evaluate', 0.0):.0f} s")
+    return "  ".join([*parts, *([best] if best else [])])
+
+
 def rounded(value: float) -> float:
     """A number as the file holds it."""
     return float(f"{value:.8g}")
