@@ -29,7 +29,8 @@ from megatron_ktr.data.tiny_model import save_tiny_model
 from megatron_ktr.distributed import platform
 from megatron_ktr.distributed.groups import ParallelSizes, destroy_parallel, init_parallel
 from megatron_ktr.errors import Parser, UserError, run_cli, whole
-from megatron_ktr.evaluation.accuracy import Accuracy, Control, evaluate
+from megatron_ktr.evaluation.accuracy import Accuracy, evaluate
+from megatron_ktr.evaluation.item import Control
 from megatron_ktr.files.hf_files import SafetensorsReader, published_name
 from megatron_ktr.files.json_files import to_json
 from megatron_ktr.report.html import write_report

@@ -146,30 +146,21 @@ class PromptBuilder:
         Raises:
             UnusableSample: as in ``build``.
         """
-        system = record.get("system_text")
-        if record.get("messages"):
-            given = list(record["messages"])
-            if given[0]["role"] == "system":
-                system = text_of(given.pop(0))
-            turns = [(message["role"], parts_of(message)) for message in given]
-        else:
-            wording = self.wording.render(record)
-            system = wording.system if system is None else system
-            turns = [("user", [{"type": "text", "text": wording.user}])]
-        placer = _MediaPlacer(kinds, tokens=self.visual_tokens, source=f"record {record['problem_id']}")
-        messages = []
-        for role, parts in turns:
+        source = f"record {record['problem_id']}"
+        system, turns = question_turns(record, wording=self.wording)
+        for _, parts in turns:
             self.refuse_control_tokens("".join(part["text"] for part in parts if part["type"] == "text"), record)
-            content = "".join(placer.place(part) if role == "user" else part["text"] for part in parts)
-            messages.append({"role": role, "content": content})
-        first = next(message for message in messages if message["role"] == "user")
-        first["content"] = placer.finish() + first["content"]
+        messages, order = [], []
+        for role, pieces in place_media(turns, kinds, source=source):
+            order += [piece for piece in pieces if isinstance(piece, int)]
+            texts = [self.visual_tokens.placeholder(kinds[p]) if isinstance(p, int) else p for p in pieces]
+            messages.append({"role": role, "content": "".join(texts)})
         if system is not None:
             self.refuse_control_tokens(system, record)
             if has_marker(system):
-                raise UnusableSample(placer.source, "the system's text has a marker <image> or <video>")
+                raise UnusableSample(source, "the system's text has a marker <image> or <video>")
             messages.insert(0, {"role": "system", "content": system})
-        return messages, placer.order
+        return messages, order
 
     def refuse_control_tokens(self, text: str, record: Mapping[str, Any]) -> None:
         """Raises UnusableSample for text with a control token. With it, the text of a data set could open the turn of
@@ -204,48 +195,78 @@ class PromptBuilder:
         return expanded
 
 
+Turn = tuple[str, list[dict[str, Any]]]
+"""(role, parts of the message)."""
+
+
+def question_turns(
+    record: Mapping[str, Any], *, wording: WordingTemplate | None = None
+) -> tuple[str | None, list[Turn]]:
+    """(the system's text, the other turns) of a question: the record's ``messages``, else its text in ``wording``."""
+    system = record.get("system_text")
+    if record.get("messages"):
+        given = list(record["messages"])
+        if given[0]["role"] == "system":
+            system = text_of(given.pop(0))
+        return system, [(message["role"], parts_of(message)) for message in given]
+    rendered = (wording or WordingTemplate()).render(record)
+    system = rendered.system if system is None else system
+    return system, [("user", [{"type": "text", "text": rendered.user}])]
+
+
+def place_media(turns: Sequence[Turn], kinds: Sequence[str], *, source: str) -> list[tuple[str, list[str | int]]]:
+    """(role, pieces) of every turn: text, and indices of ``kinds`` where media stand. Every part and every marker of a
+    user's turn takes the record's next medium of its kind. Without parts and markers all media come before the first
+    user's text.
+
+    Raises:
+        UnusableSample: the numbers of places and of media of a kind differ.
+    """
+    placer = _MediaPlacer(kinds)
+    placed = [
+        (role, [p for part in parts for p in (placer.place(part) if role == "user" else [part["text"]])])
+        for role, parts in turns
+    ]
+    first = next(pieces for role, pieces in placed if role == "user")
+    first[:0] = placer.finish(source)
+    return placed
+
+
 class _MediaPlacer:
     """Assigns to every part and every marker of a conversation the record's next medium of its kind."""
 
-    def __init__(self, kinds: Sequence[str], *, tokens: VisualTokens, source: str) -> None:
-        self.source = source
-        self.order: list[int] = []
+    def __init__(self, kinds: Sequence[str]) -> None:
         self._kinds = kinds
-        self._tokens = tokens
         self._waiting = {kind: [i for i, other in enumerate(kinds) if other == kind] for kind in ("image", "video")}
         self._num_places: Counter[str] = Counter()
 
-    def place(self, part: Mapping[str, Any]) -> str:
-        """The text of one part of a user's turn, with placeholders for its media."""
+    def place(self, part: Mapping[str, Any]) -> list[str | int]:
+        """The pieces of one part of a user's turn."""
         if part["type"] != "text":
             return self._next(part["type"])
-        return _MARKER.sub(lambda marker: self._next(marker.group(1)), part["text"])
+        texts_and_kinds = _MARKER.split(part["text"])  # text, kind, text, kind, ..., text
+        pieces: list[str | int] = []
+        for place, found in enumerate(texts_and_kinds):
+            pieces += self._next(found) if place % 2 else [found]
+        return pieces
 
-    def finish(self) -> str:
-        """The text to put before the first user's text: placeholders of all media if no part or marker places any,
-        else nothing.
-
-        Raises:
-            UnusableSample: the numbers of places and of media of a kind differ.
-        """
+    def finish(self, source: str) -> list[str | int]:
+        """What comes before the first user's text: all media if no part or marker places any, else nothing."""
         if not self._num_places:
-            self.order = list(range(len(self._kinds)))
-            return "".join(map(self._tokens.placeholder, self._kinds))
+            return list(range(len(self._kinds)))
         for kind in ("image", "video"):
             num_media = sum(other == kind for other in self._kinds)
             if self._num_places[kind] != num_media:
                 raise UnusableSample(
-                    self.source,
+                    source,
                     f"its text has {self._num_places[kind]} places for {kind}s (markers <{kind}>, parts of messages), "
                     f"and it names {num_media}",
                 )
-        return ""
+        return []
 
-    def _next(self, kind: str) -> str:
+    def _next(self, kind: str) -> list[str | int]:
         self._num_places[kind] += 1
-        if self._waiting[kind]:
-            self.order.append(self._waiting[kind].pop(0))
-        return self._tokens.placeholder(kind)
+        return [self._waiting[kind].pop(0)] if self._waiting[kind] else []
 
 
 def has_marker(text: str) -> bool:

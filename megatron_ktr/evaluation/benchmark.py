@@ -47,6 +47,9 @@ class Benchmark:
     """If set, the overall figure is the mean over this axis' categories, else the mean over items."""
     sampling: AnswerSampling = AnswerSampling()
     frames: FrameRule = FrameRule()
+    media_folders: Sequence[str] = ()
+    """The folder below the media root that the paths of the items begin with, and then others in which people keep the
+    same videos; "" is the media root itself. ``media_places.place_media`` chooses the one that is there."""
     wording: str = "video_r1"
     """Name of a built-in wording (``data/wording.py``): our own words for the instruction."""
     import_release: str | None = None

@@ -38,14 +38,14 @@ def multiple_choice(answer: str, truth: Truth) -> float:
     expected = named_labels(truth.text, options)
     if not expected:
         return standard.multiple_choice(answer, truth)
-    return float(any(named_labels(part, options) == expected for part in _readings(answer)))
+    return float(any(named_labels(part, options) == expected for part in readings(answer)))
 
 
 def numerical(answer: str, truth: Truth) -> float:
     """1 if the numbers agree to 2 decimals, or are written alike."""
     if standard.are_alike(standard.written_number(answer), standard.written_number(truth.text)):
         return 1.0
-    value, expected = _number(answer), read_number(truth.text)
+    value, expected = stated_number(answer), read_number(truth.text)
     return float(value is not None and expected is not None and round(value, 2) == round(expected, 2))
 
 
@@ -53,15 +53,15 @@ def regression(answer: str, truth: Truth) -> float:
     """1 - min(1, relative difference). If the truth is 0, only 0 is right."""
     if standard.are_alike(standard.written_number(answer), standard.written_number(truth.text)):
         return 1.0
-    return standard.relative_score(_number(answer), read_number(truth.text))
+    return standard.relative_score(stated_number(answer), read_number(truth.text))
 
 
-def _number(answer: str) -> float | None:
+def stated_number(answer: str) -> float | None:
     """The number of the answer, or of its last line."""
-    return next((value for part in _readings(answer) if (value := read_number(part)) is not None), None)
+    return next((value for part in readings(answer) if (value := read_number(part)) is not None), None)
 
 
-def _readings(answer: str) -> list[str]:
+def readings(answer: str) -> list[str]:
     """The texts in which to look for the answer: the answer as a whole, then its last line. In a response without an
     answer block, the last line often states the answer."""
     last = answer.rstrip().rpartition("\n")[2]

@@ -50,7 +50,7 @@ def numerical(answer: str, truth: Truth) -> float:
     """1 if the numbers are equal after rounding to 2 decimals, and both or neither text contains '.' or ','."""
     if ("." in answer or "," in answer) != ("." in truth.text or "," in truth.text):
         return 0.0
-    value, expected = _number(answer), _number(truth.text)
+    value, expected = number_of(answer), number_of(truth.text)
     return float(value is not None and expected is not None and round(value, 2) == round(expected, 2))
 
 
@@ -71,14 +71,15 @@ def regression(answer: str, truth: Truth) -> float:
     Numerator and denominator of the relative difference are raised by 1e-9. Because of the order of min and max, a NaN
     scores 1.
     """
-    value, expected = _number(answer), _number(truth.text)
+    value, expected = number_of(answer), number_of(truth.text)
     if value is None or expected is None:
         return 0.0
     difference = (abs(value - expected) + _EPSILON) / (abs(expected) + _EPSILON)
     return 1.0 - min(1.0, max(0.0, difference))
 
 
-def _number(text: str) -> float | None:
+def number_of(text: str) -> float | None:
+    """What Python's ``float`` reads from the text without its commas; None if it reads nothing."""
     try:
         return float(text.replace(",", ""))
     except ValueError:

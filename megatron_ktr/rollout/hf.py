@@ -25,7 +25,14 @@ from megatron_ktr.errors import UserError
 from megatron_ktr.files.hf_files import published_name
 from megatron_ktr.files.hf_model import hf_model_class, reading_model
 from megatron_ktr.rollout.base import RolloutEngine
-from megatron_ktr.rollout.sampling import GumbelSampler, SamplingSettings, StopStrings, end_token_ids, sample_seed
+from megatron_ktr.rollout.sampling import (
+    GumbelSampler,
+    SamplingSettings,
+    StopStrings,
+    end_token_ids,
+    penalised,
+    sample_seed,
+)
 from megatron_ktr.transfer import send
 from megatron_ktr.types import Prompt, Rollout, RolloutGroup
 
@@ -121,14 +128,14 @@ class HFEngine(RolloutEngine):
             attention_mask=torch.stack(mask).long().repeat_interleave(number, dim=0),
             position_ids=torch.stack(positions, dim=1).repeat_interleave(number, dim=1),
             max_new_tokens=sampling.max_response_length,
-            logits_processor=[_Chooser(sampler)],
+            logits_processor=[_Chooser(sampler, sampling)],
             stopping_criteria=[stopper] if stopper else None,
             use_cache=True,
         ).cpu()
         logprobs_BR = torch.stack(sampler.logprobs, dim=1)
         stop_lengths = stopper.lengths if stopper else [None] * len(seeds)
         responses = [
-            self._rollout(ids, logprobs, stop_length)
+            self._rollout(ids, None if sampling.has_penalties else logprobs, stop_length)
             for ids, logprobs, stop_length in zip(
                 token_ids_BR.tolist(), logprobs_BR.tolist(), stop_lengths, strict=True
             )
@@ -159,7 +166,7 @@ class HFEngine(RolloutEngine):
             raise UserError(f"prompt {prompt.problem_id} must end in text: generation continues from its last position")
         return embeds_PD, positions_3P.to(self.device)
 
-    def _rollout(self, token_ids: list[int], logprobs: list[float], stop_length: int | None) -> Rollout:
+    def _rollout(self, token_ids: list[int], logprobs: list[float] | None, stop_length: int | None) -> Rollout:
         """The response in one row of ``generate``, cut after its end token or after the token that completed a stop
         string. The stop string stays in the text, the end token does not."""
         ends = [index for index, token in enumerate(token_ids) if token in self.end_token_ids]
@@ -167,7 +174,7 @@ class HFEngine(RolloutEngine):
         length = ends[0] + 1 if has_end_token else stop_length or len(token_ids)
         return Rollout(
             token_ids=tuple(token_ids[:length]),
-            sampler_logprobs=tuple(logprobs[:length]),
+            sampler_logprobs=None if logprobs is None else tuple(logprobs[:length]),
             text=self._text(token_ids[: length - 1] if has_end_token else token_ids[:length]),
             is_finished=has_end_token or stop_length is not None,
         )
@@ -196,9 +203,19 @@ class _Stopper:
 class _Chooser:
     """A logits processor that masks all tokens but the sampler's choice, so that ``generate`` must take it."""
 
-    def __init__(self, sampler: GumbelSampler) -> None:
+    def __init__(self, sampler: GumbelSampler, sampling: SamplingSettings) -> None:
         self._sampler = sampler
+        self._sampling = sampling
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        # With embeddings as input, input_ids holds only the generated tokens.
+        settings = self._sampling
+        if settings.has_penalties:
+            scores = penalised(
+                scores.float(),
+                input_ids,
+                presence=settings.presence_penalty,
+                frequency=settings.frequency_penalty,
+            )
         choice = self._sampler.choose(scores)
         return torch.full_like(scores, float("-inf")).scatter(1, choice[:, None], 0.0)

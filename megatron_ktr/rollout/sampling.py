@@ -29,12 +29,21 @@ class SamplingSettings:
     """A response ends with the token that completes one of these strings, and counts as finished. The string stays in
     its text, so that the text matches the trained tokens."""
     seed: int = 0
+    presence_penalty: float = 0.0
+    """Subtracted from the logit of every token that the response has already."""
+    frequency_penalty: float = 0.0
+    """Subtracted from the logit of a token as often as the response has it already."""
     max_batch_size: int = HF_BATCH_RESPONSES
     """The most responses decoded together. More are decoded in several batches, which changes no response."""
 
     def __post_init__(self) -> None:
         if "" in self.stop:
             raise UserError("--stop has an empty string, which would end every response at its first token")
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether logits depend on the response so far. Log-probs of the model are not recorded then."""
+        return bool(self.presence_penalty or self.frequency_penalty)
 
 
 def sample_seed(*, seed: int, step: int, identity: str, sample: int) -> int:
@@ -153,6 +162,16 @@ class GumbelSampler:
         uniform = uniform.clamp(torch.finfo(uniform.dtype).tiny, 1 - 2**-24)
         gumbel = -torch.log(-torch.log(uniform))
         return cut(logprob_BV, top_p=self.top_p, top_k=self.top_k) + gumbel.to(logprob_BV.device)
+
+
+def penalised(logits_BV: Tensor, token_ids_BR: Tensor, *, presence: float, frequency: float) -> Tensor:
+    """logits_v - frequency * n_v - presence * [n_v > 0], n_v = how often the response so far has token v.
+
+    As in OpenAI's and vLLM's APIs: the prompt does not count, and the temperature comes afterwards.
+    """
+    ones_BR = torch.ones_like(token_ids_BR, dtype=logits_BV.dtype)
+    count_BV = torch.zeros_like(logits_BV).scatter_add_(1, token_ids_BR, ones_BR)
+    return logits_BV - frequency * count_BV - presence * (count_BV > 0)
 
 
 def cut(logprob_BV: Tensor, *, top_p: float, top_k: int) -> Tensor:

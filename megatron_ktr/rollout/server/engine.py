@@ -180,25 +180,9 @@ class ServerEngine(RolloutEngine):
                 end_token_ids=self.end_token_ids,
                 tokenizer=self.tokenizer,
             )
-            for sample in (self._until_stop(sample, sampling.stop) for sample in samples)
+            for sample in (until_stop(sample, sampling.stop, tokenizer=self.tokenizer) for sample in samples)
         )
         return index, RolloutGroup(prompt=prompt, rollouts=rollouts)
-
-    def _until_stop(self, sample: Sample, stop: Sequence[str]) -> Sample:
-        """``sample`` up to the token that completes a stop string.
-
-        Servers do not stop there but sample on. Their own stop strings need their detokenizer, which fails on ids that
-        the model has and its tokenizer does not know, and such a failure ends the server.
-        """
-        if not stop:
-            return sample
-        decode = partial(self.tokenizer.decode, skip_special_tokens=True)
-        strings = StopStrings(stop, decode=decode, num_rows=1)
-        for length, token_id in enumerate(sample.token_ids, start=1):
-            if strings.completed_by(0, token_id):
-                logprobs = None if sample.logprobs is None else sample.logprobs[:length]
-                return replace(sample, token_ids=sample.token_ids[:length], logprobs=logprobs, finish_reason="stop")
-        return sample
 
     async def _make_pool(self, settings: PoolSettings) -> ServerPool:
         clients = [
@@ -226,6 +210,23 @@ class ServerEngine(RolloutEngine):
 
     def _run(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+
+def until_stop(sample: Sample, stop: Sequence[str], *, tokenizer: Tokenizer) -> Sample:
+    """``sample`` up to the token that completes a stop string.
+
+    Servers do not stop there but sample on. Their own stop strings need their detokenizer, which fails on ids that the
+    model has and its tokenizer does not know, and such a failure ends the server.
+    """
+    if not stop:
+        return sample
+    decode = partial(tokenizer.decode, skip_special_tokens=True)
+    strings = StopStrings(stop, decode=decode, num_rows=1)
+    for length, token_id in enumerate(sample.token_ids, start=1):
+        if strings.completed_by(0, token_id):
+            logprobs = None if sample.logprobs is None else sample.logprobs[:length]
+            return replace(sample, token_ids=sample.token_ids[:length], logprobs=logprobs, finish_reason="stop")
+    return sample
 
 
 def server_engine(

@@ -35,6 +35,8 @@ def logprobs_mode(sampling: SamplingSettings) -> LogprobsMode:
 
 def records_logprobs(sampling: SamplingSettings, *, mode: LogprobsMode) -> bool:
     """Whether an engine in ``mode`` gives log-probs as ``Rollout.sampler_logprobs`` needs them."""
+    if sampling.has_penalties:
+        return False
     if mode == "raw_logprobs":
         return sampling.temperature in (0, 1)
     # For greedy requests vLLM applies no top-p or top-k, and computes log-probs at temperature 1.
@@ -64,6 +66,8 @@ def sampling_values(
         "stop_token_ids": list(end_token_ids),
         "detokenize": False,
     }
+    if sampling.has_penalties:
+        values |= {"presence_penalty": sampling.presence_penalty, "frequency_penalty": sampling.frequency_penalty}
     if temperature:
         values["seed"] = seed
     if records_logprobs(sampling, mode=mode):

@@ -5,8 +5,9 @@
      "path": "./LLaVA-Video-178K/...mp4", "data_source": "LLaVA-Video-178K/..."}
 
 The problem types are multiple choice, numerical, OCR, free-form and regression. Evaluation files have ``video`` in
-place of ``path`` ("/MMVU/videos/Art/0.mp4"), and MVBench's have ``start`` and ``end`` of a clip, ``fps`` of the frames
-a video was joined from, and the data type "frame" for those. Video-KTR's files have the same fields.
+place of ``path`` ("/MMVU/videos/Art/0.mp4"). Video-MME's keep the fields of that benchmark. MVBench's have ``start``
+and ``end`` of a clip, ``fps`` of the frames a video was joined from, and the data type "frame" for those. Video-KTR's
+files have the same fields.
 
 Seen in: tulerfeng/Video-R1, ``src/r1-v/src/open_r1/trainer/grpo_trainer.py``; longmalongma/TW-GRPO,
 ``data/evaluation/eval_mvbench.json`` and ``eval_mmvu.json``.
@@ -31,6 +32,7 @@ from megatron_ktr.data.prepare.fields import (
     whole_text,
 )
 from megatron_ktr.data.prepare.layout import Layout, Options, Record
+from megatron_ktr.data.prepare.layouts.videomme import EXTRAS as VIDEOMME_EXTRAS
 
 _KINDS = {"video": "video", "frame": "video", "image": "image"}
 
@@ -58,7 +60,7 @@ def convert(raw: Any, options: Options) -> Record:
         **judged,
         **({"process": process} if process else {}),
         **_media(fields, options),
-        **extras(fields, ["data_source", "original_question_type", ("fps", "raw_fps"), "subtitle"]),
+        **extras(fields, ["data_source", "original_question_type", ("fps", "raw_fps"), "subtitle", *VIDEOMME_EXTRAS]),
     }
 
 

@@ -1,0 +1,84 @@
+"""The output directory of an evaluation while it is written: locked, with settings that fit what it holds already."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_ktr.errors import UserError
+from megatron_ktr.evaluation import settings as settings_file
+from megatron_ktr.evaluation.item import Item
+from megatron_ktr.evaluation.outcomes import Outcomes, read_items, write_items
+from megatron_ktr.evaluation.settings import EvaluationSettings, digest_of, read_settings
+from megatron_ktr.evaluation.store import AnswerStore, DirectoryLock
+
+
+class OutputDirectory:
+    """A context: locked while it is open."""
+
+    def __init__(self, path: Path, settings: EvaluationSettings, items: Sequence[Item]) -> None:
+        """
+        Args:
+            settings: what this command asks.
+            items: the items of the benchmarks of ``settings``.
+
+        Raises:
+            UserError: the directory holds something else, or an evaluation with other settings, or another process is
+                writing to it, or it cannot be written.
+        """
+        check_is_ours(path)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {path} cannot be made: {error.strerror}") from error
+        self.path = path
+        self.num_changed = 0
+        """Questions that another text, options or solution than when they were asked before."""
+        self._lock = DirectoryLock(path)
+        try:
+            self._take_over(settings, items)
+            self.store = AnswerStore(path)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _take_over(self, settings: EvaluationSettings, items: Sequence[Item]) -> None:
+        earlier = read_settings(self.path)
+        if earlier is not None:
+            settings = settings.after(earlier, directory=self.path)
+        old = [item for item in read_items(self.path) if item.benchmark in settings.benchmarks]
+        known = {(item.benchmark, item.item_id): digest_of(item) for item in old}
+        for item in items:
+            self.num_changed += known.get((item.benchmark, item.item_id), digest := digest_of(item)) != digest
+        asked_now = {item.benchmark for item in items}
+        together = [*(item for item in old if item.benchmark not in asked_now), *items]
+        try:
+            # Items before settings: settings that are there speak of items that are there.
+            write_items(self.path, together)
+            settings.write(self.path)
+        except OSError as error:
+            raise UserError(f"--out {self.path} cannot be written: {error.strerror}") from error
+        self.outcomes = Outcomes(settings, together)
+
+    def __enter__(self) -> OutputDirectory:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        try:
+            self.store.close()
+        finally:
+            self._lock.release()
+
+
+def check_is_ours(path: Path) -> None:
+    """Raises ``UserError`` for a directory with content that no evaluation wrote, and for a file."""
+    try:
+        names = {found.name for found in path.iterdir()} if path.exists() else set()
+    except OSError as error:
+        raise UserError(f"--out {path} cannot be used as a directory: {error.strerror}") from error
+    others = sorted(name for name in names if not name.startswith("."))
+    if others and settings_file.FILE not in names:
+        raise UserError(
+            f"--out {path} holds {others[0]!r} and no {settings_file.FILE}, so it is not the output of an evaluation; "
+            "choose another directory or an empty one"
+        )

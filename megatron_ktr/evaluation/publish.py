@@ -1,0 +1,74 @@
+"""Writes what an evaluation has found so far: ``results.json`` and ``results.md``, each whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_ktr.errors import UserError, printable
+from megatron_ktr.evaluation.aggregate import results_of, results_text
+from megatron_ktr.evaluation.figures import Headings
+from megatron_ktr.evaluation.item import Evaluation
+from megatron_ktr.evaluation.outcomes import stored_benchmark
+from megatron_ktr.evaluation.statistics import DEFAULT_RESAMPLING, Resampling
+from megatron_ktr.evaluation.table import markdown
+from megatron_ktr.files.atomic import write_atomically
+
+RESULTS_FILE = "results.json"
+TABLE_FILE = "results.md"
+PARTIAL_RESAMPLING = Resampling(num_resamples=1000)
+"""While the evaluation runs: the last digits of an interval are not worth its time."""
+
+
+def headings_of(evaluation: Evaluation) -> dict[str, Headings]:
+    """What the tables say about each benchmark. A part of a benchmark is not called by its name alone."""
+    found = {}
+    for name, asked in evaluation.settings["benchmarks"].items():
+        benchmark = stored_benchmark(name, asked["path"])
+        title = benchmark.title
+        if asked["limit"] is not None and asked["limit"] < asked["num_items"]:
+            title += f" ({asked['limit']:,} of {asked['num_items']:,} items)"
+        found[name] = Headings(title, tuple(benchmark.axes), benchmark.macro_axis)
+    return found
+
+
+def publish(
+    directory: Path, evaluation: Evaluation, *, protocol: str, paper: bool = False, is_partial: bool = False
+) -> Mapping[str, Any]:
+    """Writes both files and returns the results.
+
+    Raises:
+        UserError: they cannot be written.
+    """
+    resampling = PARTIAL_RESAMPLING if is_partial else DEFAULT_RESAMPLING
+    results = results_of(evaluation, headings_of(evaluation), resampling=resampling)
+    try:
+        write_atomically(directory / RESULTS_FILE, results_text(results))
+        write_atomically(directory / TABLE_FILE, table_of(results, protocol=protocol, paper=paper))
+    except OSError as error:
+        raise UserError(
+            f"--out {directory}: results cannot be written: {error.strerror}; the answers are safe, and the command "
+            "`report` makes results of them"
+        ) from error
+    return results
+
+
+def table_of(results: Mapping[str, Any], *, protocol: str, paper: bool) -> str:
+    """The tables, and under them how the questions were asked."""
+    name = results["settings"]["model"]["name"]
+    tables = markdown({name: results}, protocol=protocol, paper=paper, title=f"Evaluation of {name}")
+    return f"{tables}\n## How the questions were asked\n\n" + "\n".join(_asked(results["settings"])) + "\n"
+
+
+def _asked(settings: Mapping[str, Any]) -> list[str]:
+    identity = ", ".join(f"{name} {value}" for name, value in settings["model"]["identity"].items())
+    lines = [f"- Model: {identity}. Seed {settings['seed']}."]
+    for name, asked in settings["benchmarks"].items():
+        sampling, frames = asked["sampling"], asked["frames"]
+        lines.append(
+            f"- {name}: wording {asked['wording']}; temperature {sampling['temperature']:g}, top-p {sampling['top_p']:g}, "
+            f"at most {sampling['max_tokens']} tokens; frames by the rule {frames['rule']} (fps {frames['fps']:g}), at "
+            f"most {frames['max_pixels']:,} pixels each."
+        )
+    return [printable(line) for line in lines]
