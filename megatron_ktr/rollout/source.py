@@ -18,7 +18,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -100,9 +100,10 @@ class ReplicaSource:
         self._recorded: dict[str, tuple[Rollout, ...]] = {}
         engine = None if sampler is None else sampler.engine
         about = engine and (engine.gather_weights_to, engine.runs_vision_encoder, engine.keeps_weights)
-        about = self._from_local(about)
+        about = self.from_local(about)
         self.has_engine = about is not None
         self.needs_weights = self.has_engine and samples_steps
+        self.gather_weights_to: Literal["all", "source"]
         self.gather_weights_to, self.needs_vision_weights, self.keeps_weights = about or ("source", False, True)
         is_ahead = lag and samples_steps and sampler is not None
         self._background = ThreadPoolExecutor(1, thread_name_prefix="rollout") if is_ahead else None
@@ -139,7 +140,7 @@ class ReplicaSource:
             self._seconds_drawing = time.perf_counter() - started
             return before, groups
 
-        state, groups = self._from_local(on_every_rank(read, ranks=self._ranks))
+        state, groups = self.from_local(on_every_rank(read, ranks=self._ranks))
         asked = self._asked(groups) if self.needs_weights else groups
         self._drawn = _Draw(step, groups, asked=asked, state_before=state)
         if self._background is not None:
@@ -153,7 +154,7 @@ class ReplicaSource:
             self._share_counts()
             return drawn.groups
         answered = self._answers(drawn)
-        rollouts = self._from_local(None if self.local is None else [group.rollouts for group in answered])
+        rollouts = self.from_local(None if self.local is None else [group.rollouts for group in answered])
         self._share_counts()
         return [dataclasses.replace(group, rollouts=found) for group, found in zip(drawn.groups, rollouts, strict=True)]
 
@@ -171,7 +172,7 @@ class ReplicaSource:
             shown = [group.prompt for group in asked]
             return [group.rollouts for group in self.sampler.engine.generate(shown, step=step, sampling=sampling)]
 
-        rollouts = self._from_local(on_every_rank(ask, ranks=self._ranks))
+        rollouts = self.from_local(on_every_rank(ask, ranks=self._ranks))
         return [RolloutGroup(prompt, found) for prompt, found in zip(prompts, rollouts, strict=True)]
 
     def settle(self) -> None:
@@ -201,10 +202,10 @@ class ReplicaSource:
         holds the step's responses, because the weights that sampled them are gone when the run resumes.
         """
         if self._drawn is None:
-            return self._from_local(None if self.local is None else self.local.state_dict())
+            return self.from_local(None if self.local is None else self.local.state_dict())
         answered = self._answers(self._drawn) if self.needs_weights and self.lag else []
         pending = {group.prompt.identity: [_plain(rollout) for rollout in group.rollouts] for group in answered}
-        return self._from_local({**self._drawn.state_before, "pending": pending})
+        return self.from_local({**self._drawn.state_before, "pending": pending})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         pending = state.get("pending", {})
@@ -256,9 +257,10 @@ class ReplicaSource:
         if self.local is not None:
             engine = self.sampler.engine.counts if self.sampler is not None else {}
             found = self.local.num_skipped, {**self.local.counts, **engine}, self._seconds_drawing
-        self._num_skipped, self._counts, self._data_wait_seconds = self._from_local(found)
+        self._num_skipped, self._counts, self._data_wait_seconds = self.from_local(found)
 
-    def _from_local(self, value: Any) -> Any:
+    def from_local(self, value: Any) -> Any:
+        """The ``value`` of the reading rank on all ranks of the replica; collective."""
         source = torch.distributed.get_global_rank(self._ranks.model, 0)
         return broadcast_object(value, group=self._ranks.model, source=source)
 

@@ -147,17 +147,18 @@ def step_line(step: int, num_steps: int, values: Mapping[str, float]) -> str:
     return "  ".join(parts)
 
 
-def evaluation_line(step: int, values: Mapping[str, float], *, best: str = "") -> str:
-    """The console line of an evaluation after ``step``; ``best`` is what to say of the best checkpoint."""
+def evaluation_line(step: int, values: Mapping[str, float], *, note: str = "") -> str:
+    """The console line of an evaluation after ``step``, with ``note`` at its end."""
     figures = {name.split("/")[1]: name for name in values if name.startswith("eval/") and name.count("/") == 2}
     parts = [f"evaluation after step {step}" if step else "evaluation before the first step"]
     for name in figures:
         share = values[f"eval/{name}/accuracy"]
         others = {word: values.get(f"eval/{name}/{word}") for word in ("strict", "lenient", "truncated", "unusable")}
-        noted = ", ".join(f"{word} {value:.1%}" for word, value in others.items() if value)
+        usual = {"strict": share, "lenient": share, "truncated": 0.0, "unusable": 0.0}
+        noted = ", ".join(f"{word} {value:.1%}" for word, value in others.items() if value not in (None, usual[word]))
         parts.append(f"{name} {share:.1%}" + (f" ({noted})" if noted else ""))
     parts.append(f"{values.get('seconds/evaluate', 0.0):.0f} s")
-    return "  ".join([*parts, *([best] if best else [])])
+    return "  ".join([*parts, *([note] if note else [])])
 
 
 def rounded(value: float) -> float:
@@ -173,6 +174,13 @@ def read_records(run_dir: Path) -> list[dict[str, Any]]:
     """The records of a run so far, without a torn last one; empty if it has none."""
     path = run_dir / FILE
     return _records(path) if path.exists() else []
+
+
+def has_evaluation(run_dir: Path, *, step: int) -> bool:
+    """Whether the figures of an evaluation after ``step`` are recorded."""
+    return any(
+        record["step"] == step and any(name.startswith("eval/") for name in record) for record in read_records(run_dir)
+    )
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
