@@ -49,7 +49,8 @@ class Benchmark:
     frames: FrameRule = FrameRule()
     media_folders: Sequence[str] = ()
     """The folder below the media root that the paths of the items begin with, and then others in which people keep the
-    same videos; "" is the media root itself. ``media_places.place_media`` chooses the one that is there."""
+    same videos; "" is the media root itself. In a folder that ends in "*" they lie side by side, without the folders of
+    their paths. ``media_places.place_media`` chooses the one that is there."""
     wording: str = "video_r1"
     """Name of a built-in wording (``data/wording.py``): our own words for the instruction."""
     import_release: str | None = None

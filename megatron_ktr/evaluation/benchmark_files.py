@@ -52,8 +52,8 @@ class ReadBenchmark:
 
 
 def named_benchmarks(written: Sequence[str], *, root: Path | None) -> list[NamedBenchmark]:
-    """The benchmarks of ``--benchmark``: NAME, NAME=PATH or FILE, in lists with commas or one after the other. The files
-    of NAME lie in ``root``/NAME.
+    """The benchmarks of ``--benchmark``: NAME, NAME=PATH or FILE, in lists with commas or one after the other. The
+    files of NAME lie in ``root``/NAME.
 
     Raises:
         UserError: one is neither a name nor a file, two have one name, or it is not said where the files are.

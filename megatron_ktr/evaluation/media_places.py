@@ -16,8 +16,8 @@ SUFFIXES = (".mp4", ".MP4", ".mkv", ".webm", ".avi")
 def place_media(items: Sequence[Item], folders: Sequence[str], *, media_root: Path) -> list[Item]:
     """The items with the paths at which their videos are below ``media_root``.
 
-    A path that begins with ``folders[0]`` is looked for in each of the folders, in their order, and there with each of
-    ``SUFFIXES``. A video that is nowhere keeps its path, so that whoever reads it says that it is missing. The path
+    A path that begins with ``folders[0]`` is looked for in each of the folders (``Benchmark.media_folders``), in their
+    order, and there with each of ``SUFFIXES``. A video that is nowhere keeps its path, so that whoever reads it says that it is missing. The path
     that is chosen does not change the item's id.
     """
     found: dict[str, str] = {}
@@ -44,7 +44,10 @@ def _places(written: str, folders: Sequence[str]) -> Iterator[str]:
         return
     below = written[len(published) :]
     for folder in folders:
-        place = f"{folder}/{below}" if folder else below
+        if folder.endswith("*"):
+            place = folder.removesuffix("*") + PurePosixPath(below).name
+        else:
+            place = f"{folder}/{below}" if folder else below
         yield place
         if not place.endswith("/"):
             yield from (str(PurePosixPath(place).with_suffix(suffix)) for suffix in SUFFIXES)

@@ -39,11 +39,10 @@ class Outcomes:
         self._of_benchmark: dict[str, list[Item]] = {name: [] for name in settings.benchmarks}
         for item in items:
             self._of_benchmark[item.benchmark].append(item)
-        self._benchmarks = {
-            name: stored_benchmark(name, asked.path) for name, asked in settings.benchmarks.items()
-        }
+        self._benchmarks = {name: stored_benchmark(name, asked.path) for name, asked in settings.benchmarks.items()}
         self._keys: dict[tuple[Any, ...], str] = {}
         self._complete: dict[tuple[str, str, Condition], Outcome] = {}
+        self._verdicts: dict[tuple[str, str, str], Mapping[str, Verdict]] = {}
 
     def key(self, ask: Ask) -> str:
         """As ``EvaluationSettings.key``, computed once."""
@@ -53,7 +52,11 @@ class Outcomes:
         return self._keys[place]
 
     def judge(self, item: Item, text: str) -> Mapping[str, Verdict]:
-        return judge_all(self._benchmarks[item.benchmark], item, text)
+        """The verdicts of every protocol, found once for each response."""
+        response = (item.benchmark, item.item_id, text)
+        if response not in self._verdicts:
+            self._verdicts[response] = judge_all(self._benchmarks[item.benchmark], item, text)
+        return self._verdicts[response]
 
     def known_asks(self, asked: Sequence[tuple[str, Condition]], get: Callable[[str], Answer | None]) -> dict[str, Ask]:
         """By key, all questions of which it is known that they are needed, answered or not. Those about one item stand

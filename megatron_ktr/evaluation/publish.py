@@ -12,7 +12,7 @@ from megatron_ktr.evaluation.figures import Headings
 from megatron_ktr.evaluation.item import Evaluation
 from megatron_ktr.evaluation.outcomes import stored_benchmark
 from megatron_ktr.evaluation.statistics import DEFAULT_RESAMPLING, Resampling
-from megatron_ktr.evaluation.table import markdown
+from megatron_ktr.evaluation.table import accuracy_table, markdown, markdown_of, tables_of
 from megatron_ktr.files.atomic import write_atomically
 
 RESULTS_FILE = "results.json"
@@ -61,14 +61,38 @@ def table_of(results: Mapping[str, Any], *, protocol: str, paper: bool) -> str:
     return f"{tables}\n## How the questions were asked\n\n" + "\n".join(_asked(results["settings"])) + "\n"
 
 
+def headline_of(results: Mapping[str, Any], *, protocol: str, paper: bool) -> str:
+    """The table of accuracies for the console, and the published figures if they are wanted."""
+    models = {results["settings"]["model"]["name"]: results}
+    tables = [accuracy_table(models, protocol)]
+    if paper:
+        tables += [table for table in tables_of(models, protocol=protocol, paper=True) if table.section == PAPER_SECTION]
+    return markdown_of(tables, title="Accuracy").partition("\n\n")[2].rstrip()
+
+
+def summary_of(results: Mapping[str, Any], *, protocol: str) -> dict[str, Any]:
+    """The figures in short, for scripts."""
+    return {
+        **{name: results[name] for name in ("complete", "num_answered", "num_wanted")},
+        "protocol": protocol,
+        "accuracy": {
+            name: {
+                condition["name"]: condition["protocols"].get(protocol, {}).get("accuracy")
+                for condition in benchmark["conditions"]
+            }
+            for name, benchmark in results["benchmarks"].items()
+        },
+    }
+
+
 def _asked(settings: Mapping[str, Any]) -> list[str]:
     identity = ", ".join(f"{name} {value}" for name, value in settings["model"]["identity"].items())
     lines = [f"- Model: {identity}. Seed {settings['seed']}."]
     for name, asked in settings["benchmarks"].items():
         sampling, frames = asked["sampling"], asked["frames"]
         lines.append(
-            f"- {name}: wording {asked['wording']}; temperature {sampling['temperature']:g}, top-p {sampling['top_p']:g}, "
-            f"at most {sampling['max_tokens']} tokens; frames by the rule {frames['rule']} (fps {frames['fps']:g}), at "
-            f"most {frames['max_pixels']:,} pixels each."
+            f"- {name}: wording {asked['wording']}; temperature {sampling['temperature']:g}, top-p "
+            f"{sampling['top_p']:g}, at most {sampling['max_tokens']} tokens; frames by the rule {frames['rule']} (fps "
+            f"{frames['fps']:g}), at most {frames['max_pixels']:,} pixels each."
         )
     return [printable(line) for line in lines]

@@ -32,7 +32,6 @@ from megatron_ktr.evaluation.store import AnswerStore
 _LEAST_FAILURES = 20
 """So many failures without an answer between them end a run, or twice the engine's capacity if that is more: an engine
 that is gone would otherwise be asked every question, with all its patience, in vain."""
-_PUBLISH_SECONDS = 30.0
 _MOST_SHARE = 0.05
 """Of the time may go to results that are not the last."""
 
@@ -74,11 +73,12 @@ class Publisher:
     """Writes results while the evaluation runs: seldom, and the seldomer the longer it takes."""
 
     publish: Callable[[], None]
+    every_seconds: float = 30.0
     _last: float = field(default_factory=time.monotonic)
     _seconds: float = 0.0
 
     def answered(self) -> None:
-        if time.monotonic() - self._last >= max(_PUBLISH_SECONDS, self._seconds / _MOST_SHARE):
+        if time.monotonic() - self._last >= max(self.every_seconds, self._seconds / _MOST_SHARE):
             started = time.monotonic()
             self.publish()
             self._last = time.monotonic()

@@ -42,7 +42,9 @@ _SUBJECTS = {
 }
 DISCIPLINES = {subject: discipline for discipline, subjects in _SUBJECTS.items() for subject in subjects.split()}
 """Subject -> discipline, which is also the name of the folder of its videos."""
-FOLDERS = ("", "videos", "video_mmmu", "VideoMMMU", "Evaluation/VideoMMMU")
+_HOMES = ("videos/", "video_mmmu/", "VideoMMMU/", "Evaluation/VideoMMMU/")
+FOLDERS = ("", *(home.rstrip("/") for home in _HOMES), "*", *(f"{home}*" for home in _HOMES))
+"""Video-R1's copy has no folders for disciplines."""
 
 
 def read(path: Path) -> list[Item]:

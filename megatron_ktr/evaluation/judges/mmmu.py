@@ -34,8 +34,8 @@ _LEAD_INS = (
     *("identify ", "recognize ", "calculated as ", "counted as ", "measured as ", "observed as ", "concluded as "),
     *("found to be ", "equals ", "determined to be ", "number of ", "value is ", "adds up to ", "have ", "has "),
 )
-_MOST_CHARACTERS = 100_000
-"""The expressions for numbers take time quadratic in a run of digits; no response of a thousand tokens is as long."""
+_NO_NUMBER = re.compile(r"\d{101,}")
+"""Runs of digits that are no answer. The expressions above take time quadratic in the length of a run."""
 
 
 def multi_choice_letter(answer: str, options: Mapping[str, str]) -> str | None:
@@ -65,7 +65,7 @@ def _last(letters: list[str], text: str, place: str) -> str:
 def open_answers(answer: str) -> list[str | float]:
     """The texts and numbers that the parser reads as answers."""
     found: list[str] = []
-    text = answer[:_MOST_CHARACTERS].strip().strip(".").lower()
+    text = _NO_NUMBER.sub(" ", answer).strip().strip(".").lower()
     lines = text.split("\n")
     for number, line in enumerate(lines, start=1):
         lead_ins = (*_LEAD_INS, "=") if number == len(lines) else _LEAD_INS

@@ -1,0 +1,112 @@
+"""Addresses of servers, and the keys that open them."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+import httpx
+
+from megatron_ktr.errors import UserError
+
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_KEY = re.compile(r"[!-~]+")
+"""Printable ASCII without blanks. Anything else could not stand in a header, and the error would show it."""
+HIDDEN = "***"
+
+
+class ApiKey:
+    """A key that is sent, and shown nowhere."""
+
+    def __init__(self, value: str) -> None:
+        self._value = value
+
+    @classmethod
+    def from_environment(cls, name: str) -> ApiKey:
+        """The key in the environment variable ``name``.
+
+        Raises:
+            UserError: there is none. The message does not repeat ``name``: somebody may have given the key itself.
+        """
+        check_variable_name(name)
+        value = os.environ.get(name, "")
+        if not value:
+            raise UserError("--api-key-env: the environment variable that it names is not set, or is empty")
+        if not _KEY.fullmatch(value):
+            raise UserError("--api-key-env: the variable's value has blanks, line ends or other than ASCII characters")
+        return cls(value)
+
+    @property
+    def header(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self._value}"}
+
+    def hide(self, text: str) -> str:
+        """``text`` without the key: servers quote it in errors."""
+        return text.replace(self._value, HIDDEN)
+
+    def hide_bytes(self, content: bytes) -> bytes:
+        return content.replace(self._value.encode(), HIDDEN.encode())
+
+    def __repr__(self) -> str:
+        return f"ApiKey({HIDDEN})"
+
+    def __reduce__(self) -> str:
+        raise TypeError("a key is not pickled")
+
+
+def check_variable_name(name: str) -> None:
+    """Raises ``UserError`` if this cannot be the name of a variable, without repeating it."""
+    if not _VARIABLE.fullmatch(name):
+        raise UserError(
+            "--api-key-env takes the NAME of an environment variable (letters, digits, underscores), not the key"
+        )
+
+
+@dataclass(frozen=True)
+class Address:
+    """A server's address in its two forms."""
+
+    root: str
+    """Scheme, host and port, and what comes before a last part /v1."""
+    api: str
+    """What OpenAI's routes are appended to, such as https://api.openai.com/v1."""
+    is_loopback: bool
+
+    @classmethod
+    def read(cls, url: str, *, option: str = "--server-url") -> Address:
+        """``http://host:8000``, ``http://host:8000/v1`` or another prefix of ``/chat/completions``.
+
+        Raises:
+            UserError: this is no such URL, or it holds a name, a password or a query, which may be secret.
+        """
+        try:
+            parts = urlsplit(url)
+            host, port = parts.hostname, parts.port
+            httpx.URL(url)
+        except (ValueError, httpx.InvalidURL):
+            raise UserError(f"{option}: this is not a URL such as http://host:8000") from None
+        if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
+            raise UserError(f"{option}: a URL without user, password, query and fragment; keys: --api-key-env NAME")
+        if parts.scheme not in ("http", "https") or not host or port == 0:
+            raise UserError(f"{option}: expected a URL such as http://host:8000, got {url[:200]!r}")
+        base = url.rstrip("/").removesuffix("/chat/completions").rstrip("/")
+        has_path = bool(urlsplit(base).path)
+        return cls(
+            root=base.removesuffix("/v1"), api=base if has_path else f"{base}/v1", is_loopback=_is_loopback(host)
+        )
+
+
+def is_url(text: str) -> bool:
+    return text.lower().startswith(("http://", "https://"))
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
