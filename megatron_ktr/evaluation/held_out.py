@@ -81,7 +81,7 @@ class HeldOut:
         for one in self.sets:
             asked = self.settings.benchmarks[one.name]
             number = f"{len(one.items)} questions"
-            if asked.limit is not None and asked.limit < asked.num_items:
+            if asked.limit is not None:
                 number = f"{asked.limit} of {asked.num_items} questions, the same in every evaluation"
             found.append(
                 f"evaluation on {one.name}: {number}, at most {self.condition.frames} frames and "
@@ -229,7 +229,7 @@ def _asked(one: ReadBenchmark, options: EvaluationOptions) -> BenchmarkSettings:
         sampling=sampling,
         frames=frames,
         num_items=one.num_items,
-        limit=options.evaluation.eval_max_items,
+        limit=None if len(one.items) == one.num_items else len(one.items),
     )
 
 
