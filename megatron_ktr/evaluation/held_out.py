@@ -239,7 +239,7 @@ def _asked(one: ReadBenchmark, options: EvaluationOptions) -> BenchmarkSettings:
 def _facts(one: ReadBenchmark, settings: EvaluationSettings) -> dict[str, Any]:
     asked = settings.benchmarks[one.name]
     questions = [[item.item_id, digest_of(item)] for item in one.items]
-    return {
+    facts = {
         "questions": xxhash.xxh3_128(json.dumps(questions).encode(errors="surrogatepass")).hexdigest(),
         "number of questions": len(one.items),
         "frames": settings.conditions[0].frames,
@@ -248,6 +248,7 @@ def _facts(one: ReadBenchmark, settings: EvaluationSettings) -> dict[str, Any]:
         "wording": asked.wording_digest,
         "sampling": dataclasses.asdict(asked.sampling),
     }
+    return json.loads(to_json(facts))  # as they are read again: JSON knows no tuples
 
 
 def require_same_held_out(held_out: HeldOut | None, *, ranks: ParallelGroups) -> None:
