@@ -249,13 +249,20 @@ def _controls(
 def _scaling(
     columns: Sequence[Column], protocols: Sequence[str], headings: Headings, resampling: Resampling
 ) -> list[dict[str, Any]]:
-    """What voting gains over a single answer with the same frames, and how many times its cost it takes."""
+    """What voting gains over a single answer, and how many times its cost it takes. The single answer is that with the
+    same frames; if none was asked for, that with the most frames below them."""
     found = []
     for column in columns:
         condition = column.condition
-        single = _column(columns, Condition(condition.frames, condition.control))
-        if condition.scaling == "single" or single is None:
+        singles = [
+            other
+            for other in columns
+            if (other.condition.scaling, other.condition.control) == ("single", condition.control)
+            and other.condition.frames <= condition.frames
+        ]
+        if condition.scaling == "single" or not singles:
             continue
+        single = max(singles, key=lambda other: other.condition.frames)
         pairs = [
             (single.outcomes[outcome.item.item_id], outcome)
             for outcome in column.answered

@@ -35,14 +35,21 @@ from megatron_ktr.evaluation.command_options import (
 )
 from megatron_ktr.evaluation.directory import OutputDirectory, check_is_ours
 from megatron_ktr.evaluation.engines.base import AnswerEngine
-from megatron_ktr.evaluation.engines.build import EngineOptions, build_engine, options_of, require_sampling
+from megatron_ktr.evaluation.engines.build import (
+    EngineOptions,
+    build_engine,
+    choose_engine,
+    options_of,
+    require_sampling,
+)
 from megatron_ktr.evaluation.item import Condition
-from megatron_ktr.evaluation.publish import TABLE_FILE, headline_of, publish, summary_of
+from megatron_ktr.evaluation.publish import PAGE_FILE, TABLE_FILE, headline_of, publish, summary_of
 from megatron_ktr.evaluation.questions import QuestionMaker, frame_sampling, limited
 from megatron_ktr.evaluation.run import Left, Publisher, evaluate, leaving_on_signals
 from megatron_ktr.evaluation.scaling import Ask, frames_of, votes_of
 from megatron_ktr.evaluation.settings import BenchmarkSettings, EvaluationSettings, read_settings
 from megatron_ktr.files.json_files import to_json
+from megatron_ktr.report.strips import StripFolder
 from megatron_ktr.run.interruption import EXIT_SAVED
 
 _MEMORY_BYTES = 1_000_000_000
@@ -53,24 +60,50 @@ _MOST_WORKERS = 16
 def run(options: argparse.Namespace) -> int:
     """The command. Everything that can be refused without the model is refused before it is loaded."""
     conditions = conditions_of(options)
-    engine_options = None if options.check else _engine_options(options)
+    engine_options = _engine_options(options)
     benchmarks = read_all(options)
-    if engine_options is None:
+    if options.check:
         return _report_check(benchmarks, is_json=options.json)
+    assert engine_options is not None
     check_media(benchmarks, max_share=options.max_missing_share)
     preprocess = preprocess_for(options, engine_options)
     settings = _settings(options, benchmarks, conditions, preprocess)
     _check_settings(settings, benchmarks, engine_options, preprocess)
     _check_directory(options.out, settings)
-    with closing(build_engine(engine_options)) as engine:
+    reader = _reader(options)
+    with OutputDirectory(options.out) as out, closing(build_engine(engine_options)) as engine:
         settings = dataclasses.replace(settings, identity=dict(engine.identity))
-        return _ask(options, engine, settings, benchmarks, preprocess)
+        num_changed = out.take_over(settings, [item for read in benchmarks for item in read.items])
+        if num_changed:
+            _say(f"{num_changed} questions have changed since they were asked; they are asked again")
+        if options.retry_problems:
+            _say(f"{out.store.forget(lambda answer: bool(answer.problem))} answers were problems and are asked again")
+        maker = QuestionMaker(
+            out.outcomes.settings,
+            key_of=out.outcomes.key,
+            preprocess=preprocess,
+            media_roots={read.name: read.media_root for read in benchmarks},
+            wordings={read.name: read.wording for read in benchmarks},
+            reader=reader,
+            pictures=StripFolder(out.path / PAGE_FILE),
+        )
+        return _ask(options, engine, out, maker, asked=settings.asked)
 
 
-def _engine_options(options: argparse.Namespace) -> EngineOptions:
-    if options.out is None:
+def _engine_options(options: argparse.Namespace) -> EngineOptions | None:
+    """The engine that is asked for; None if --check is to look at the questions alone.
+
+    Raises:
+        UserError: an option of the engine contradicts another, or there is no model or no output directory.
+    """
+    if options.check and options.model is None and options.server_url is None:
+        return None
+    if options.out is None and not options.check:
         raise UserError("--out DIR: say where answers and results are to be written")
-    return options_of(options)
+    found = options_of(options)
+    if choose_engine(found) in ("hf", "vllm") and not Path(str(found.directory)).is_dir():
+        raise UserError(f"--model: {found.directory} is neither a directory nor the URL of a server")
+    return found
 
 
 def read_all(options: argparse.Namespace) -> list[ReadBenchmark]:
@@ -173,42 +206,28 @@ def _check_directory(out: Path, settings: EvaluationSettings) -> None:
 def _ask(
     options: argparse.Namespace,
     engine: AnswerEngine,
-    settings: EvaluationSettings,
-    benchmarks: Sequence[ReadBenchmark],
-    preprocess: PreprocessSettings,
+    out: OutputDirectory,
+    maker: QuestionMaker,
+    *,
+    asked: Sequence[tuple[str, Condition]],
 ) -> int:
-    items = [item for read in benchmarks for item in read.items]
     num_workers = min(_MOST_WORKERS, max(1, num_cores() - 1)) if options.data_workers is None else options.data_workers
     pool = WorkerPool(num_workers, timeout_seconds=options.data_timeout_seconds) if num_workers else None
-    with closing(pool) if pool is not None else nullcontext(), OutputDirectory(options.out, settings, items) as out:
-        if out.num_changed:
-            _say(f"{out.num_changed} questions have changed since they were asked; they are asked again")
-        if options.retry_problems:
-            _say(f"{out.store.forget(lambda answer: bool(answer.problem))} answers were problems and are asked again")
-        maker = QuestionMaker(
-            out.outcomes.settings,
-            key_of=out.outcomes.key,
-            preprocess=preprocess,
-            media_roots={read.name: read.media_root for read in benchmarks},
-            wordings={read.name: read.wording for read in benchmarks},
-            reader=_reader(options),
-        )
-        publisher = Publisher(lambda: _publish(out, options, is_partial=True))
-        try:
-            with leaving_on_signals():
-                missing = evaluate(
-                    engine,
-                    outcomes=out.outcomes,
-                    asked=settings.asked,
-                    maker=maker,
-                    store=out.store,
-                    pool=pool,
-                    publisher=publisher,
-                )
-        except Left as left:
-            return _leave(out, options, left)
-        summary = _publish(out, options, is_partial=False)
-    return _finish(options, summary, missing)
+    publisher = Publisher(lambda: _publish(out, options, is_partial=True))
+    try:
+        with closing(pool) if pool is not None else nullcontext(), leaving_on_signals():
+            missing = evaluate(
+                engine,
+                outcomes=out.outcomes,
+                asked=asked,
+                maker=maker,
+                store=out.store,
+                pool=pool,
+                publisher=publisher,
+            )
+    except Left as left:
+        return _leave(out, options, left)
+    return _finish(options, _publish(out, options, is_partial=False), missing)
 
 
 def _reader(options: argparse.Namespace) -> MediaReader:
@@ -235,7 +254,7 @@ def _leave(out: OutputDirectory, options: argparse.Namespace, left: Left) -> int
 def _finish(options: argparse.Namespace, results: Mapping[str, Any], missing: Mapping[str, str]) -> int:
     """Prints the results. The exit code says whether all that this command asked for is answered."""
     print(headline_of(results, protocol=options.protocol, paper=options.paper))
-    _say(f"tables: {options.out / TABLE_FILE}")
+    _say(f"tables: {options.out / TABLE_FILE}, every item: {options.out / PAGE_FILE}")
     if options.json:
         print(to_json({"out": str(options.out), **summary_of(results, protocol=options.protocol)}))
     if not missing:

@@ -13,7 +13,8 @@ from megatron_ktr.data.media.preprocess import PreprocessSettings
 from megatron_ktr.errors import UserError, number, whole
 from megatron_ktr.evaluation.benchmark import FrameRule
 from megatron_ktr.evaluation.engines.base import AnswerSampling
-from megatron_ktr.evaluation.engines.build import EngineOptions, add_arguments as add_engine_arguments
+from megatron_ktr.evaluation.engines.build import EngineOptions
+from megatron_ktr.evaluation.engines.build import add_arguments as add_engine_arguments
 from megatron_ktr.evaluation.item import CONTROLS, Condition
 from megatron_ktr.evaluation.protocols import PROTOCOL_NAMES
 from megatron_ktr.evaluation.scaling import MOST_FRAMES, MOST_VOTES, SPARSE_TO_DENSE, Voting
@@ -60,7 +61,10 @@ def _add_questions(group: Any) -> None:
         help=f"what the model sees, a column each: {', '.join(CONTROLS)} (intact)",
     )
     group.add_argument(
-        "--votes", type=whole(low=2, high=MOST_VOTES), metavar="N", help="N answers to each question; the majority counts"
+        "--votes",
+        type=whole(low=2, high=MOST_VOTES),
+        metavar="N",
+        help="N answers to each question; the majority counts",
     )
     group.add_argument("--vote-temperature", type=number(above=0.0, high=2.0), help="of --votes (0.7)")
     group.add_argument("--vote-top-p", type=number(above=0.0, high=1.0), help="of --votes (1)")

@@ -14,17 +14,16 @@ from megatron_ktr.evaluation.store import AnswerStore, DirectoryLock
 
 
 class OutputDirectory:
-    """A context: locked while it is open."""
+    """A context that keeps other evaluations out. ``take_over`` opens it for answers."""
 
-    def __init__(self, path: Path, settings: EvaluationSettings, items: Sequence[Item]) -> None:
-        """
-        Args:
-            settings: what this command asks.
-            items: the items of the benchmarks of ``settings``.
+    outcomes: Outcomes
+    store: AnswerStore
+
+    def __init__(self, path: Path) -> None:
+        """Makes the directory if it is not there, and locks it.
 
         Raises:
-            UserError: the directory holds something else, or an evaluation with other settings, or another process is
-                writing to it, or it cannot be written.
+            UserError: it holds something else, another process is writing to it, or it cannot be written.
         """
         check_is_ours(path)
         try:
@@ -32,24 +31,24 @@ class OutputDirectory:
         except OSError as error:
             raise UserError(f"--out {path} cannot be made: {error.strerror}") from error
         self.path = path
-        self.num_changed = 0
-        """Questions that another text, options or solution than when they were asked before."""
         self._lock = DirectoryLock(path)
-        try:
-            self._take_over(settings, items)
-            self.store = AnswerStore(path)
-        except BaseException:
-            self._lock.release()
-            raise
 
-    def _take_over(self, settings: EvaluationSettings, items: Sequence[Item]) -> None:
+    def take_over(self, settings: EvaluationSettings, items: Sequence[Item]) -> int:
+        """Adds what this command asks to what was asked before, and opens the answers. Returns how many questions have
+        another text, options or solution than when they were asked.
+
+        Args:
+            items: the items of the benchmarks of ``settings``.
+
+        Raises:
+            UserError: the directory holds an evaluation with other settings, or cannot be written.
+        """
         earlier = read_settings(self.path)
         if earlier is not None:
             settings = settings.after(earlier, directory=self.path)
         old = [item for item in read_items(self.path) if item.benchmark in settings.benchmarks]
         known = {(item.benchmark, item.item_id): digest_of(item) for item in old}
-        for item in items:
-            self.num_changed += known.get((item.benchmark, item.item_id), digest := digest_of(item)) != digest
+        digests = [(known.get((item.benchmark, item.item_id)), digest_of(item)) for item in items]
         asked_now = {item.benchmark for item in items}
         together = [*(item for item in old if item.benchmark not in asked_now), *items]
         try:
@@ -59,13 +58,16 @@ class OutputDirectory:
         except OSError as error:
             raise UserError(f"--out {self.path} cannot be written: {error.strerror}") from error
         self.outcomes = Outcomes(settings, together)
+        self.store = AnswerStore(self.path)
+        return sum(before is not None and before != now for before, now in digests)
 
     def __enter__(self) -> OutputDirectory:
         return self
 
     def __exit__(self, *error: object) -> None:
         try:
-            self.store.close()
+            if hasattr(self, "store"):
+                self.store.close()
         finally:
             self._lock.release()
 

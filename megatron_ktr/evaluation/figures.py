@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_ktr.evaluation.benchmark import Benchmark
 from megatron_ktr.evaluation.item import Item, Outcome
 from megatron_ktr.evaluation.statistics import (
     DEFAULT_RESAMPLING,
@@ -40,6 +41,10 @@ class Headings:
     """Axes of categories in the order of the tables; if empty, all axes that the items have."""
     macro_axis: str | None = None
     """If set, the overall figure is the mean over this axis' categories, else the mean over items."""
+
+    @classmethod
+    def of(cls, benchmark: Benchmark) -> Headings:
+        return cls(benchmark.title, tuple(benchmark.axes), benchmark.macro_axis)
 
     @classmethod
     def known(cls, name: str, headings: Mapping[str, Headings]) -> Headings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -17,8 +18,8 @@ def place_media(items: Sequence[Item], folders: Sequence[str], *, media_root: Pa
     """The items with the paths at which their videos are below ``media_root``.
 
     A path that begins with ``folders[0]`` is looked for in each of the folders (``Benchmark.media_folders``), in their
-    order, and there with each of ``SUFFIXES``. A video that is nowhere keeps its path, so that whoever reads it says that it is missing. The path
-    that is chosen does not change the item's id.
+    order, and there with each of ``SUFFIXES``. A video that is nowhere keeps its path, so that whoever reads it says
+    that it is missing. The path that is chosen does not change the item's id.
     """
     found: dict[str, str] = {}
     placed = []
@@ -29,7 +30,7 @@ def place_media(items: Sequence[Item], folders: Sequence[str], *, media_root: Pa
             continue
         if written not in found:
             places = _places(written, folders)
-            found[written] = next((place for place in places if (media_root / place).exists()), written)
+            found[written] = next((place for place in places if os.path.exists(media_root / place)), written)
         if found[written] != written:
             record = check_record({**item.record, "video": found[written]}, number=item.record.get("record_number", 1))
             item = dataclasses.replace(item, record=record)

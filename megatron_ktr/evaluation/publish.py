@@ -1,4 +1,4 @@
-"""Writes what an evaluation has found so far: ``results.json`` and ``results.md``, each whole or not at all."""
+"""Writes what an evaluation has found so far: results.json, results.md and the page, each whole or not at all."""
 
 from __future__ import annotations
 
@@ -8,15 +8,22 @@ from typing import Any
 
 from megatron_ktr.errors import UserError, printable
 from megatron_ktr.evaluation.aggregate import results_of, results_text
+from megatron_ktr.evaluation.benchmark import FrameRule
 from megatron_ktr.evaluation.figures import Headings
 from megatron_ktr.evaluation.item import Evaluation
 from megatron_ktr.evaluation.outcomes import stored_benchmark
+from megatron_ktr.evaluation.page import write_page_of
+from megatron_ktr.evaluation.questions import frame_sampling
 from megatron_ktr.evaluation.statistics import DEFAULT_RESAMPLING, Resampling
-from megatron_ktr.evaluation.table import accuracy_table, markdown, markdown_of, tables_of
+from megatron_ktr.evaluation.table import markdown, markdown_of, tables_of
 from megatron_ktr.files.atomic import write_atomically
+from megatron_ktr.report.strips import MediaPlace
 
 RESULTS_FILE = "results.json"
 TABLE_FILE = "results.md"
+PAGE_FILE = "report.html"
+_ON_CONSOLE = ("Controls", "Test-time scaling", "Beside published figures")
+"""Sections of the tables that stand on the console, behind the accuracies."""
 PARTIAL_RESAMPLING = Resampling(num_resamples=1000)
 """While the evaluation runs: the last digits of an interval are not worth its time."""
 
@@ -33,16 +40,30 @@ def headings_of(evaluation: Evaluation) -> dict[str, Headings]:
     return found
 
 
+def places_of(evaluation: Evaluation) -> dict[str, MediaPlace]:
+    """By benchmark where its media lie, for pictures on the page. Those that are gone are only named."""
+    frames: dict[str, int] = {}
+    for name, condition in evaluation.asked:
+        frames[name] = max(frames.get(name, 0), condition.frames)
+    found = {}
+    for name, asked in evaluation.settings["benchmarks"].items():
+        root = Path(asked["media_root"])
+        sampling = frame_sampling(FrameRule(**asked["frames"]), frames=frames[name])
+        found[name] = MediaPlace(root if root.is_dir() else None, sampling)
+    return found
+
+
 def publish(
     directory: Path, evaluation: Evaluation, *, protocol: str, paper: bool = False, is_partial: bool = False
-) -> Mapping[str, Any]:
-    """Writes both files and returns the results.
+) -> dict[str, Any]:
+    """Writes the results and returns them. The page is left out if ``is_partial``.
 
     Raises:
         UserError: they cannot be written.
     """
     resampling = PARTIAL_RESAMPLING if is_partial else DEFAULT_RESAMPLING
-    results = results_of(evaluation, headings_of(evaluation), resampling=resampling)
+    headings = headings_of(evaluation)
+    results = results_of(evaluation, headings, resampling=resampling)
     try:
         write_atomically(directory / RESULTS_FILE, results_text(results))
         write_atomically(directory / TABLE_FILE, table_of(results, protocol=protocol, paper=paper))
@@ -51,6 +72,18 @@ def publish(
             f"--out {directory}: results cannot be written: {error.strerror}; the answers are safe, and the command "
             "`report` makes results of them"
         ) from error
+    if not is_partial:
+        name = evaluation.settings["model"]["name"]
+        write_page_of(
+            directory / PAGE_FILE,
+            {name: evaluation},
+            {name: results},
+            headings,
+            protocol=protocol,
+            tables=tables_of({name: results}, protocol=protocol, paper=paper),
+            places=places_of(evaluation),
+            notes=how_asked(evaluation.settings),
+        )
     return results
 
 
@@ -58,16 +91,18 @@ def table_of(results: Mapping[str, Any], *, protocol: str, paper: bool) -> str:
     """The tables, and under them how the questions were asked."""
     name = results["settings"]["model"]["name"]
     tables = markdown({name: results}, protocol=protocol, paper=paper, title=f"Evaluation of {name}")
-    return f"{tables}\n## How the questions were asked\n\n" + "\n".join(_asked(results["settings"])) + "\n"
+    return (
+        f"{tables}\n## How the questions were asked\n\n"
+        + "\n".join(f"- {line}" for line in how_asked(results["settings"]))
+        + "\n"
+    )
 
 
 def headline_of(results: Mapping[str, Any], *, protocol: str, paper: bool) -> str:
-    """The table of accuracies for the console, and the published figures if they are wanted."""
+    """What the console shows: the accuracies, and what controls and voting change."""
     models = {results["settings"]["model"]["name"]: results}
-    tables = [accuracy_table(models, protocol)]
-    if paper:
-        tables += [table for table in tables_of(models, protocol=protocol, paper=True) if table.section == PAPER_SECTION]
-    return markdown_of(tables, title="Accuracy").partition("\n\n")[2].rstrip()
+    tables = tables_of(models, protocol=protocol, paper=paper)
+    return markdown_of([tables[0], *(table for table in tables if table.section in _ON_CONSOLE)], title="Evaluation")
 
 
 def summary_of(results: Mapping[str, Any], *, protocol: str) -> dict[str, Any]:
@@ -85,13 +120,14 @@ def summary_of(results: Mapping[str, Any], *, protocol: str) -> dict[str, Any]:
     }
 
 
-def _asked(settings: Mapping[str, Any]) -> list[str]:
+def how_asked(settings: Mapping[str, Any]) -> list[str]:
+    """Lines about the model, the wording, the sampling and the frames."""
     identity = ", ".join(f"{name} {value}" for name, value in settings["model"]["identity"].items())
-    lines = [f"- Model: {identity}. Seed {settings['seed']}."]
+    lines = [f"Model: {identity}. Seed {settings['seed']}."]
     for name, asked in settings["benchmarks"].items():
         sampling, frames = asked["sampling"], asked["frames"]
         lines.append(
-            f"- {name}: wording {asked['wording']}; temperature {sampling['temperature']:g}, top-p "
+            f"{name}: wording {asked['wording']}; temperature {sampling['temperature']:g}, top-p "
             f"{sampling['top_p']:g}, at most {sampling['max_tokens']} tokens; frames by the rule {frames['rule']} (fps "
             f"{frames['fps']:g}), at most {frames['max_pixels']:,} pixels each."
         )

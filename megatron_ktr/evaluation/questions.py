@@ -35,6 +35,7 @@ from megatron_ktr.evaluation.engines.base import Question
 from megatron_ktr.evaluation.item import Answer
 from megatron_ktr.evaluation.scaling import Ask, frames_of
 from megatron_ktr.evaluation.settings import EvaluationSettings
+from megatron_ktr.report.strips import StripFolder
 from megatron_ktr.types import Prompt, VisualInput
 
 AHEAD_BYTES = 2_000_000_000
@@ -72,6 +73,7 @@ class QuestionMaker:
         media_roots: Mapping[str, Path],
         wordings: Mapping[str, WordingTemplate],
         reader: MediaReader | None = None,
+        pictures: StripFolder | None = None,
     ) -> None:
         """
         Args:
@@ -79,6 +81,7 @@ class QuestionMaker:
                 ``video_max_pixels``.
             media_roots, wordings: by benchmark.
             reader: the caches of media; None means none.
+            pictures: gets a strip of frames of everything that is read, for the page.
         """
         self._settings = settings
         self._key_of = key_of
@@ -86,6 +89,7 @@ class QuestionMaker:
         self._media_roots = media_roots
         self._wordings = wordings
         self._reader = reader or MediaReader()
+        self._pictures = pictures
 
     def jobs(self, ask: Ask) -> tuple[MediaJob, ...] | str:
         """The media to read for an ask, or why they cannot be read. Two asks with equal jobs are about equal frames."""
@@ -118,6 +122,15 @@ class QuestionMaker:
                 found.append(error)
                 break
         return found
+
+    def keep_pictures(self, ask: Ask, found: SampleMedia) -> None:
+        """Keeps what can be shown of the media of an ask."""
+        if self._pictures is None:
+            return
+        for source, one in zip(media_sources(ask.item.record), found, strict=False):
+            if isinstance(one, LoadedMedia):
+                frames, seconds = one.visual.frames_FCHW, one.frame_seconds
+                self._pictures.save(source, frames, group=ask.item.benchmark, seconds=seconds)
 
     def make(self, ask: Ask, found: SampleMedia | str) -> Made:
         """The question; ``found`` is what ``read`` returned, or why there is nothing to read."""
@@ -205,6 +218,8 @@ class QuestionStream:
         for position in range(len(self._groups)):
             group, media = self._ahead.take(position, num_wanted=self._num_ahead)
             found = media.result() if not isinstance(group.jobs, str) else group.jobs
+            if not isinstance(found, str):
+                self._maker.keep_pictures(group.asks[0], found)
             for ask in group.asks:
                 yield self._maker.make(ask, found)
 

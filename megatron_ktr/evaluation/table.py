@@ -230,7 +230,7 @@ def _paper(model: str, results: Mapping[str, Any], protocol: str) -> Table:
                 continue
             ours = NOTHING if figure["ours"] is None else f"{figure['ours']:.1f} ({figure['difference']:+.1f})"
             differs = "".join(f"; {words}" for words in figure["differs"])
-            cells.append(f"{figure['paper']:g} / {ours}{differs}")
+            cells.append(f"{_published(figure['paper'])} / {ours}{differs}")
         frames = "not stated" if row["frames"] is None else str(row["frames"])
         rows.append((row["model"], frames, *cells, row["harness"], row["source"]))
     head = (
@@ -244,6 +244,12 @@ def _paper(model: str, results: Mapping[str, Any], protocol: str) -> Table:
         "interval says nothing."
     )
     return Table("Beside published figures", f"{model} beside published figures, {protocol}", head, tuple(rows), note)
+
+
+def _published(figure: float) -> str:
+    """With the decimals of the source, and at least one."""
+    text = f"{figure:g}"
+    return text if "." in text else f"{text}.0"
 
 
 def _problems(models: Models) -> Table:

@@ -86,34 +86,63 @@ class FrameReader:
         return self._strips[source]
 
     def _read(self, source: MediaSource) -> Strip:
-        kind, name, request = source.kind, source.name, source.request
         if self.media_root is None:
-            return Strip(kind, name, problem="not shown: no media root is known (--media-root)")
+            return Strip(source.kind, source.name, problem="not shown: no media root is known (--media-root)")
         try:
-            files = files_of(source, self.media_root)
-            sampling = self.sampling
-            if kind == "video":
-                sampling = request.sampling(self.sampling, is_pictures=source.is_pictures)
-            video = read_frames(
-                files,
-                kind=kind,
-                sampling=sampling,
-                pictures_fps=request.pictures_fps or self.sampling.fps,
-                transform=_small,
-                # Only PyAV is used: it needs no second process and gives the same frames as decord.
-                backend="pyav",
-            )
+            shown = read_shown(source, self.media_root, sampling=self.sampling, max_frames=self.max_frames)
         except (UnusableMedia, UserError, ValueError) as error:
-            return Strip(kind, name, problem=f"not shown: {error}")
-        if kind == "image":
-            return Strip(kind, name, (picture_of(video.frames_FCHW[0], caption="image"),), num_sampled=1)
-        total = len(video.frame_indices)
-        shown = sorted({round(index) for index in torch.linspace(0, total - 1, min(total, self.max_frames)).tolist()})
+            return Strip(source.kind, source.name, problem=f"not shown: {error}")
         pictures = tuple(
-            picture_of(video.frames_FCHW[index], caption=f"{video.frame_indices[index] / video.native_fps:.1f} s")
-            for index in shown
+            picture_of(frame, caption=caption) for frame, caption in zip(shown.frames_FCHW, shown.captions, strict=True)
         )
-        return Strip(kind, name, pictures, num_sampled=total)
+        return Strip(source.kind, source.name, pictures, num_sampled=shown.num_sampled)
+
+
+@dataclass(frozen=True)
+class ShownFrames:
+    """Some frames of one image or video, made small."""
+
+    frames_FCHW: Tensor
+    captions: tuple[str, ...]
+    """When each frame is shown."""
+    num_sampled: int
+    """The number of frames that the sampling takes, from which these are chosen evenly."""
+
+
+def read_shown(
+    source: MediaSource, media_root: Path, *, sampling: FrameSampling, max_frames: int, long_side: int = LONG_SIDE
+) -> ShownFrames:
+    """Reads at most ``max_frames`` of the frames that ``sampling`` takes.
+
+    Raises:
+        UnusableMedia, UserError, ValueError: the medium cannot be read.
+    """
+    request = source.request
+    if source.kind == "video":
+        sampling = request.sampling(sampling, is_pictures=source.is_pictures)
+    video = read_frames(
+        files_of(source, media_root),
+        kind=source.kind,
+        sampling=sampling,
+        pictures_fps=request.pictures_fps or sampling.fps,
+        transform=lambda frames_FCHW, num_frames: make_small(frames_FCHW, long_side=long_side),
+        # Only PyAV is used: it needs no second process and gives the same frames as decord.
+        backend="pyav",
+    )
+    if source.kind == "image":
+        return ShownFrames(video.frames_FCHW[:1], ("image",), num_sampled=1)
+    chosen = choose_evenly(len(video.frame_indices), max_frames)
+    captions = tuple(f"{video.frame_indices[index] / video.native_fps:.1f} s" for index in chosen)
+    return ShownFrames(video.frames_FCHW[chosen], captions, num_sampled=len(video.frame_indices))
+
+
+def choose_evenly(num: int, most: int) -> list[int]:
+    """At most ``most`` of the places 0 .. num - 1, evenly, with the first and the last.
+
+    >>> choose_evenly(9, 3), choose_evenly(2, 3)
+    ([0, 4, 8], [0, 1])
+    """
+    return sorted({round(place) for place in torch.linspace(0, num - 1, min(num, most)).tolist()})
 
 
 def _media_root_of(run: RunData) -> Path | None:
@@ -129,9 +158,10 @@ def _media_root_of(run: RunData) -> Path | None:
     return Path(root) if root and not roots else None
 
 
-def _small(frames_FCHW: Tensor, num_frames: int) -> Tensor:
+def make_small(frames_FCHW: Tensor, *, long_side: int) -> Tensor:
+    """The frames with their longer side at most this many pixels."""
     height, width = frames_FCHW.shape[-2:]
-    share = min(1.0, LONG_SIDE / max(height, width))
+    share = min(1.0, long_side / max(height, width))
     return resize_frames(frames_FCHW, (max(round(height * share), 1), max(round(width * share), 1)))
 
 

@@ -10,7 +10,7 @@ import html
 import re
 from collections.abc import Iterable
 
-_VOID = {"meta", "img", "br", "link", "path", "polyline", "polygon", "rect", "line", "circle"}
+_VOID = {"meta", "img", "br", "input", "link", "path", "polyline", "polygon", "rect", "line", "circle"}
 """Elements without content. Those of SVG are closed as in XML, which HTML accepts."""
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 

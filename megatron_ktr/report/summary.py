@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_ktr.errors import UserError
+from megatron_ktr.report.bars import bar_drawing
 from megatron_ktr.report.markup import Html, element, format_number
 
 ACCURACIES = {
@@ -107,23 +108,8 @@ def _bars(found: Mapping[str, Measured]) -> Html:
     for name, item in found.items():
         if name == next((control for control in _CONTROLS if control in found), None):
             rows.append(element("tr", element("th", "Controls, after Video-KTR", colspan=3, scope="colgroup")))
-        error = item.standard_error or 0.0
-        low, high = max(item.value - error, 0.0), min(item.value + error, 1.0)
-        bar = element("rect", x=0, y=3, width=_share(item.value), height=12, class_="bar")
-        whisker = [
-            element("line", x1=_share(low), x2=_share(high), y1=9, y2=9, class_="whisker"),
-            element("line", x1=_share(low), x2=_share(low), y1=5, y2=13, class_="whisker"),
-            element("line", x1=_share(high), x2=_share(high), y1=5, y2=13, class_="whisker"),
-        ]
-        drawing = element(
-            "svg",
-            element("rect", x=0, y=3, width=100, height=12, class_="track"),
-            bar,
-            whisker if error else None,
-            viewBox="0 0 100 18",
-            preserveAspectRatio="none",
-            aria_hidden="true",
-        )
+        error = item.standard_error
+        drawing = bar_drawing(item.value, (item.value - error, item.value + error) if error else None)
         label = element("th", ACCURACIES[name], scope="row")
         count = f", {item.num_questions:g} questions" if item.num_questions is not None else ""
         value = element("td", element("b", item.text), element("span", count, class_="note"))
@@ -220,7 +206,3 @@ def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _share(value: float) -> str:
-    return f"{100 * value:.2f}"

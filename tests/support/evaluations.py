@@ -130,7 +130,8 @@ def run_evaluation(
     (named,) = named_benchmarks([str(file)], root=None)
     read = read_benchmark(named, media_root=None, wording=None, limit=limit, seed=seed)
     settings = settings_of(read, conditions=conditions, identity=dict(engine.identity), seed=seed)
-    with OutputDirectory(out, settings, read.items) as directory:
+    with OutputDirectory(out) as directory:
+        directory.take_over(settings, read.items)
         maker = QuestionMaker(
             directory.outcomes.settings,
             key_of=directory.outcomes.key,

@@ -103,6 +103,51 @@ SAMPLES: dict[str, list[Any]] = {
             "fps": 3,
         },
     ],
+    "videomme": [
+        {
+            **{
+                "video_id": "001",
+                "duration": "short",
+                "domain": "Knowledge",
+                "sub_category": "Law",
+                "url": "https://x",
+            },
+            **{"videoID": "fFj_-x", "question_id": "001-1", "task_type": "Counting Problem", "question": "Which?"},
+            **{"options": LETTERED, "answer": "C"},
+        }
+    ],
+    "mmvu": [
+        {
+            **{
+                "id": "validation_0",
+                "video": "https://example.org/resolve/main/videos/Law/0.mp4",
+                "question": "Which?",
+            },
+            **{"question_type": "multiple-choice", "choices": {**dict(zip("ABC", OPTIONS, strict=True)), "D": ""}},
+            **{"answer": "B", "metadata": {"subject": "Law", "textbook": "A book", "knowledge": ["x"]}},
+        },
+        {
+            **{"id": "validation_1", "video_path": "./videos/Art/1.mp4", "question": "Which?", "answer": "Dolly Zoom"},
+            **{"question_type": "open-ended", "choices": dict.fromkeys("ABCDE", ""), "metadata": {"subject": "Art"}},
+        },
+    ],
+    "video_mmmu": [
+        {
+            **{"id": "validation_Basic_Medical_Science_7", "question": "Which?", "options": OPTIONS, "answer": "A"},
+            "question_type": "multiple-choice",
+        },
+        {"id": "dev_Math_1", "question": "How much?", "options": [], "answer": "12.97", "question_type": "open"},
+    ],
+    "vsibench": [
+        {
+            **{"id": 0, "dataset": "scannet", "scene_name": "scene0011_00", "question_type": "object_counting"},
+            **{"question": "How many?", "options": None, "ground_truth": "4"},
+        },
+        {
+            **{"id": 1, "dataset": "scannet", "scene_name": "scene0011_00", "question_type": "route_planning"},
+            **{"question": "Where?", "options": LETTERED, "ground_truth": "B"},
+        },
+    ],
     "llava_video": [{"id": "101", "data_source": "0_30_s", "video": "a/split_2.mp4", "conversations": LLAVA_TURNS}],
     "conversations": [
         {"id": "c1", "messages": MESSAGES, "videos": ["a.mp4"]},
@@ -120,6 +165,17 @@ SAMPLES: dict[str, list[Any]] = {
 """Layout -> rows of a JSONL file."""
 OBJECTS: dict[str, dict[str, Any]] = {
     "perception_test": {"video_7": PERCEPTION},
+    "tempcompass": {
+        "103": {
+            "action": [
+                {"question": "What?\nA. dunking\nB. throwing", "answer": "B. throwing"},
+                {"question": "Is it?", "answer": "yes"},
+            ],
+            "order": [
+                {"question": "Which?\nCaption A: One runs.\nCaption B: One sits.", "answer": "Caption A: One runs."}
+            ],
+        }
+    },
     "activitynet_captions": {"v_Q": ACTIVITYNET},
 }
 """Layout -> the object that its file is."""
