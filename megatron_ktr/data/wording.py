@@ -31,8 +31,15 @@ BUILT_IN: Mapping[str, str] = {
     "tw_grpo": "tw_grpo.jinja",
     "video_rts": "video_rts.jinja",
     "video_holmes": "video_holmes.jinja",
+    "mmvu": "mmvu.jinja",
+    "tempcompass": "direct_answer.jinja",
+    "direct_answer": "direct_answer.jinja",
 }
-"""Name -> file. Except for the default they are our own words for the instructions of the release of that name."""
+"""Name -> file. Except for the default they are our own words for the instructions of the release of that name, or, as
+``direct_answer``, of benchmarks that ask for an answer without reasoning."""
+WITHOUT_BLOCKS = ("mmvu", "tempcompass", "direct_answer")
+"""Those that ask for no answer block. They are for evaluation: of the rewards' protocols only ``lenient`` finds the
+answer in such responses."""
 RELEASE_VARIABLE = "release"
 """The variable in which an imported file says where its text is from."""
 

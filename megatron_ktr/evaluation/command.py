@@ -8,7 +8,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +227,10 @@ def _ask(
             )
     except Left as left:
         return _leave(out, options, left)
+    except UserError:
+        with suppress(UserError):  # the first error is the cause
+            _publish(out, options, is_partial=True)
+        raise
     return _finish(options, _publish(out, options, is_partial=False), missing)
 
 

@@ -122,6 +122,26 @@ def test_the_evaluations_wording_is_another_part(tmp_path: Path) -> None:
     assert wording.release["part"] == "eval" and wording.release["file"] == "src/eval_bench.py"
 
 
+def test_templates_of_mmvu_are_read_with_their_dollar_signs(tmp_path: Path) -> None:
+    release = write_release(tmp_path, "mmvu")
+    asked = "\nQ:  Which one? \nA: red\nB: {blue}\n\nSay why. End with $LETTER, which costs $5."
+    assert imported(release, "mmvu").render(CHOICE).user == asked
+    assert imported(release, "mmvu", part="direct").render(CHOICE).user == "Q:  Which one? \nA: red\nB: {blue}\n"
+    source = release / "utils" / "constant.py"
+    published = source.read_text()
+    for changed in ("Q: $question $subject", "Q: $question costs $ 5"):
+        source.write_text(published.replace("Q: $question\n", f"{changed}\n"))
+        with pytest.raises(UserError, match="of the template is not understood"):
+            import_wording(release, release="mmvu")
+
+
+def test_words_of_tempcompass_are_those_of_its_task(tmp_path: Path) -> None:
+    release = write_release(tmp_path, "tempcompass")
+    assert imported(release, "tempcompass").render(CHOICE).user == " Which one? \nA. red\nB. {blue}\nThe best one:"
+    yes_no = imported(release, "tempcompass", settings={"args.task_type": "yes_no"})
+    assert yes_no.render({**CHOICE, "options": []}).user == " Which one? \nYes or no:"
+
+
 def test_a_problem_type_that_the_release_has_no_words_for_is_an_error(tmp_path: Path) -> None:
     wording = imported(write_release(tmp_path, "video_r1"), "video_r1")
     with pytest.raises(UserError, match="temporal grounding"):

@@ -16,7 +16,7 @@ from megatron_ktr.config.checks import check
 from megatron_ktr.data.loader import PromptLoader
 from megatron_ktr.data.records import check_record
 from megatron_ktr.data.template import WordingTemplate, load_tokenizer
-from megatron_ktr.data.wording import BUILT_IN, lettered
+from megatron_ktr.data.wording import BUILT_IN, WITHOUT_BLOCKS, lettered
 from megatron_ktr.errors import UserError
 from megatron_ktr.files.hf_files import copy_side_files
 from megatron_ktr.rollout.questions import prompt_loader
@@ -36,12 +36,13 @@ def record(**fields: Any) -> dict[str, Any]:
 def test_every_wording_asks_the_question_with_its_options_and_for_the_form_of_the_rewards(name: str) -> None:
     wording = WordingTemplate(name)
     asked = wording.render(record(options=["A. red", "B. blue"], problem_type="multiple choice")).user
-    for part in ("Which?", "red", "blue", "<think>", "</think>", "<answer>", "</answer>"):
+    blocks = () if name in WITHOUT_BLOCKS else ("<think>", "</think>", "<answer>", "</answer>")
+    for part in ("Which?", "red", "blue", *blocks):
         assert part in asked
     assert asked == asked.strip() and "A. A" not in asked and "letter" in asked
     for problem_type in TYPES:
         plain = wording.render(record(problem_type=problem_type)).user
-        assert "Which?" in plain and "<answer>" in plain and "red" not in plain
+        assert "Which?" in plain and ("<answer>" in plain) == bool(blocks) and "red" not in plain
     assert "digest " + wording.digest[:12] in wording.describe()
 
 

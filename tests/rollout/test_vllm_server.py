@@ -97,9 +97,9 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start_server(model_dir: Path, port: int, log: Path) -> subprocess.Popen:
+def start_server(model_dir: Path, port: int, log: Path, *flags: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "megatron_ktr.rollout.server.serve", str(model_dir), "--port", str(port)]
-    command += ["--host", "127.0.0.1", "--max-model-len", "1024"]
+    command += ["--host", "127.0.0.1", "--max-model-len", "1024", *flags]
     with log.open("w") as file:
         # A session of its own: killing it takes the engine's process along.
         return subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)

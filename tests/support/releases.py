@@ -162,7 +162,43 @@ def evaluate(video_path, json_file_path, output_path, model_name, model_path):
         except:
             predicted = "none"
 """
+MMVU = '''
+from string import Template
+
+TEMPERATURE = 1.0
+MULTI_CHOICE_COT_PROMPT = Template("""
+Q: $question
+${optionized_str}
+
+Say why. End with $$LETTER, which costs $$5.""")
+OPEN_ENDED_COT_PROMPT = Template("Q: $question. Say why.")
+MULTI_CHOICE_DO_PROMPT = Template("Q: $question\\n$optionized_str\\n")
+COT_PROMPT = {"multiple-choice": MULTI_CHOICE_COT_PROMPT, "open-ended": OPEN_ENDED_COT_PROMPT}
+'''
+TEMPCOMPASS = """
+answer_prompt = {
+    "multi-choice": "\\nThe best one:",
+    "yes_no": "\\nYes or no:",
+    "captioning": ""    # nothing
+}
+
+if __name__ == '__main__':
+    args = parser.parse_args()
+    question_path = f"{args.data_path}/questions/{args.task_type}.json"
+    with open(question_path, 'r') as f:
+        input_datas = json.load(f)
+    for vid, data in tqdm(input_datas.items()):
+        if vid not in predictions:
+            predictions[vid] = {}
+            for dim, questions in data.items():
+                predictions[vid][dim] = []
+                for question in questions:
+                    inp = question['question'] + answer_prompt[args.task_type]
+                    predictions[vid][dim].append({'question': question['question'], 'prediction': ask(inp)})
+"""
 FILES = {
+    "mmvu": {"utils/constant.py": MMVU},
+    "tempcompass": {"run_qwen2_vl.py": TEMPCOMPASS},
     "video_r1": {"src/r1-v/src/open_r1/grpo.py": VIDEO_R1, "src/eval_bench.py": VIDEO_R1_EVAL},
     "video_ktr": {
         "src/r1-v/src/open_r1/grpo.py": VIDEO_R1,

@@ -1,8 +1,8 @@
 """Finds out which text a piece of Python source makes of a record, without running it.
 
 Names are followed through assignments, ``+=``, branches and loops; expressions may be texts, ``+``, f-strings,
-``format``, ``join``, tables and fields of the record. Anything else has an unknown value, which is an error only where
-the wanted text depends on it.
+``format``, ``join``, ``string.Template``, tables and fields of the record. Anything else has an unknown value, which is
+an error only where the wanted text depends on it.
 """
 
 from __future__ import annotations
@@ -212,8 +212,12 @@ class Evaluator:
             method = self._methods.get(node.func.attr)
             if method is not None:
                 return method(node, node.func, names)
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "str" and len(node.args) == 1:
-            return self.text(node.args[0], names)
+        if isinstance(node, ast.Call) and len(node.args) == 1 and not node.keywords:
+            called = ast.unparse(node.func)
+            if called == "str":
+                return self.text(node.args[0], names)
+            if called in ("Template", "string.Template"):
+                return self._string_template(node, names)
         raise NotUnderstood(f"line {node.lineno}: {_shown(node)} is not understood")
 
     def _part(self, node: ast.expr, names: Names) -> Pieces:
@@ -275,6 +279,22 @@ class Evaluator:
         except ValueError as error:
             raise NotUnderstood(f"line {node.lineno}: the text to format is not valid: {error}") from error
         return self._limited(node, *parts)
+
+    def _string_template(self, node: ast.Call, names: Names) -> Pieces:
+        """``Template(text)``, in which $name stands for a field of the record and $$ for a dollar sign."""
+        form = constant_text(self.text(node.args[0], names))
+        if form is None:
+            raise NotUnderstood(f"line {node.lineno}: {_shown(node)} is not understood")
+        parts: list[Pieces] = []
+        place = 0
+        for match in string.Template.pattern.finditer(form):
+            parts.append((Text(form[place : match.start()]),))
+            place = match.end()
+            name = match.group("named") or match.group("braced")
+            if name is not None and name not in self._fields or match.group("invalid") is not None:
+                raise NotUnderstood(f"line {node.lineno}: {match.group()!r} of the template is not understood")
+            parts.append((Text("$"),) if name is None else self._field(name))
+        return self._limited(node, *parts, (Text(form[place:]),))
 
     def _join(self, node: ast.Call, function: ast.Attribute, names: Names) -> Pieces:
         """``separator.join(text of x for x in list of the record)``."""

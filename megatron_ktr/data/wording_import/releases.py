@@ -15,10 +15,14 @@ _AS_IN_RECORDS: Mapping[str, Pieces] = {
 }
 
 
-def _problem_with(*line: Text | Fact) -> Mapping[str, Pieces]:
-    """The fields of a release whose ``problem`` ends with the options, which our records keep apart."""
-    options = Each(("option_letter", "option_text"), "lettered(options)", line)
-    return {**_AS_IN_RECORDS, "problem": (Fact("problem"), options)}
+def _options(*line: Text | Fact, separator: str = "") -> Each:
+    """The options of a record, which is shown one after the other as ``line``."""
+    return Each(("option_letter", "option_text"), "lettered(options)", line, separator)
+
+
+def _problem_with(*line: Text | Fact, name: str = "problem") -> Mapping[str, Pieces]:
+    """The fields of a release whose question, called ``name``, ends with the options, which our records keep apart."""
+    return {**_AS_IN_RECORDS, name: (Fact("problem"), _options(*line))}
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,10 @@ _VIDEO_R1_PARTS = {
     "train": Part(("src/r1-v/src/open_r1/grpo.py",), _TEMPLATES, function="make_conversation_image_and_video"),
     "eval": Part(("src/eval_bench.py",), _TEMPLATES),
 }
+_MMVU_FIELDS: Mapping[str, Pieces] = {
+    "question": (Fact("problem"),),
+    "optionized_str": (_options(Fact("option_letter"), Text(": "), Fact("option_text"), separator="\n"),),
+}
 RELEASES: Mapping[str, Release] = {
     "video_r1": Release("Video-R1 (tulerfeng/Video-R1)", _VIDEO_R1_PARTS),
     "video_ktr": Release("Video-KTR, arXiv 2601.19686, which derives from Video-R1", _VIDEO_R1_PARTS),
@@ -81,11 +89,7 @@ RELEASES: Mapping[str, Release] = {
                     "problem": (
                         Fact("problem"),
                         Fact('"\\n" if options else ""'),
-                        Each(
-                            ("option_letter", "option_text"),
-                            "lettered(options)",
-                            (Fact("option_letter"), Text(". "), Fact("option_text"), Text("\n")),
-                        ),
+                        _options(Fact("option_letter"), Text(". "), Fact("option_text"), Text("\n")),
                     ),
                 },
             )
@@ -100,6 +104,27 @@ RELEASES: Mapping[str, Release] = {
                 function="evaluate",
                 variable="question_prompt",
                 fields={**_AS_IN_RECORDS, "Question": (Fact("problem"),), "Options": (Fact("options"),)},
+            )
+        },
+    ),
+    "mmvu": Release(
+        "MMVU (yale-nlp/MMVU)",
+        {
+            part: Part(("utils/constant.py",), (name,), variable=name, fields=_MMVU_FIELDS)
+            for part, name in (("eval", "MULTI_CHOICE_COT_PROMPT"), ("direct", "MULTI_CHOICE_DO_PROMPT"))
+        },
+    ),
+    "tempcompass": Release(
+        "TempCompass (llyx97/TempCompass)",
+        {
+            "eval": Part(
+                ("run_qwen2_vl.py",),
+                ("answer_prompt", "inp"),
+                variable="inp",
+                fields=_problem_with(
+                    *(Text("\n"), Fact("option_letter"), Text(". "), Fact("option_text")), name="question"
+                ),
+                settings={"args.task_type": "multi-choice"},
             )
         },
     ),

@@ -71,10 +71,17 @@ class EngineOptions:
             raise UserError("--model is a URL already: give it or --server-url, and the name by --served-model")
         if self.url is None and not self.model:
             raise UserError("--model: give the directory of a model, or the URL of a server")
+        if self.url is not None:  # before anything could write down a URL with a password
+            self.read_address()
 
     @property
     def url(self) -> str | None:
         return self.model if self.model is not None and is_url(self.model) else self.server_url
+
+    def read_address(self) -> Address:
+        """That of the server; only with a URL."""
+        assert self.url is not None
+        return Address.read(self.url, option="--model" if self.server_url is None else "--server-url")
 
     @property
     def directory(self) -> str | None:
@@ -122,6 +129,8 @@ def choose_engine(options: EngineOptions) -> str:
         raise UserError(f"--engine {name} runs a model here: it takes no URL")
     if name in ("server", *_LOCAL) and options.directory is None:
         raise UserError(f"--engine {name} needs --model DIR")
+    if name == "chat" and options.directory is not None and options.served_model is not None:
+        raise UserError("--served-model is the name of the model; --model would be another: give one of the two")
     for option, concerned in _CONCERNS.items():
         if name not in concerned and _is_set(options, option):
             raise UserError(f"--{option.replace('_', '-')} does not concern --engine {name}")
@@ -171,8 +180,7 @@ def build_engine(options: EngineOptions) -> AnswerEngine:
     patience = Patience(max_retries=options.max_retries, request_timeout=options.request_timeout)
     if name in _REMOTE:
         key = None if options.api_key_env is None else ApiKey.from_environment(options.api_key_env)
-        assert options.url is not None
-        address = Address.read(options.url, option="--model" if options.server_url is None else "--server-url")
+        address = options.read_address()
         if name == "server":
             engine = _server_engine(options, address, key=key, concurrency=concurrency, patience=patience)
             if engine is not None:

@@ -34,7 +34,6 @@ _MOST_REPLY_BYTES = 1 << 25
 _MOST_PAUSE_SECONDS = 60.0
 _MOST_WAIT_SECONDS = 600.0
 """The longest Retry-After that is obeyed as it stands."""
-_FEWEST_FAILURES = 8
 Read = TypeVar("Read")
 
 
@@ -226,12 +225,11 @@ class WebAnswers(AnswerEngine):
         """See ``AnswerEngine``.
 
         Raises:
-            UserError: the server refuses all questions, or so many in a row failed that it must be gone. Questions that
-                are open then are not answered.
+            UserError: the server refuses all questions. Those that are open then are not answered.
         """
         done: queue.SimpleQueue[tuple[Question, Future[Answer]]] = queue.SimpleQueue()
         asked: set[Future[Answer]] = set()
-        has_more, num_failed = True, 0
+        has_more = True
         try:
             while True:
                 while has_more and len(asked) < self.capacity and done.empty():
@@ -248,13 +246,9 @@ class WebAnswers(AnswerEngine):
                 asked.discard(future)
                 try:
                     answer: Answer | EngineFailed = future.result()
-                    num_failed = 0
                 except EngineFailed as error:
                     answer = error
-                    num_failed += 1
                 yield question, answer
-                if num_failed >= max(self.capacity, _FEWEST_FAILURES):
-                    raise UserError(f"{self._web.address.api}: the last {num_failed} questions failed; {answer}")
         finally:
             for future in asked:
                 future.cancel()

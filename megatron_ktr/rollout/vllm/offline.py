@@ -172,10 +172,10 @@ class OfflineEngine:
             group.end()
 
     def _bury(self, group: _Group) -> None:
+        group.connection.close()
         self.last_words = group.last_words()
         self._lost += [Finished(name, failure=self.last_words) for name in group.open]
         group.open.clear()
-        group.connection.close()
         group.end()
 
 
@@ -259,7 +259,10 @@ class _Group:
         return found
 
     def last_words(self) -> str:
-        """Which child it is and why it ended: its own account, or its exit code and the end of its log."""
+        """Which child it is and why it ended: its own account, or its exit code and the end of its log. The child must
+        be ending."""
+        with contextlib.suppress(subprocess.TimeoutExpired):  # so that its exit code is known
+            self.process.wait(timeout=END_SECONDS)
         reason = self._reason.strip().splitlines()[-1:] or self._end_of_log()
         code = self.process.poll()
         how = "ended" if code is None or code >= 0 else f"was killed by {_signal_name(-code)}"
@@ -282,8 +285,6 @@ class _Group:
             return self.connection.recv()
         except (EOFError, OSError):
             self.is_alive = False
-            with contextlib.suppress(subprocess.TimeoutExpired):  # so that its exit code is known
-                self.process.wait(timeout=END_SECONDS)
             return "failed", ""
 
     def _end_of_log(self) -> list[str]:

@@ -1,7 +1,7 @@
 """The process of one data-parallel group: ``python -m megatron_ktr.rollout.vllm.offline_child SOCKET``.
 
-``offline.py`` starts it and describes the messages. One thread receives requests and prepares their media, while the
-main thread takes vLLM's steps. When the socket closes the process ends.
+``offline.py`` starts it and describes the messages. Threads receive requests and prepare their media, while the main
+thread takes vLLM's steps. When the socket closes the process ends.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from megatron_ktr.rollout.vllm.offline import END_SECONDS, OfflineSettings, Requ
 
 
 class Receiver:
-    """Receives requests in a thread, and ends the process group if the other end stays closed."""
+    """Receives requests in one thread, so that the other end never waits, and prepares their media in a second. Ends
+    the process group if the other end stays closed."""
 
     def __init__(self, connection: Connection) -> None:
         self.inbox: queue.SimpleQueue[tuple[Request, Any] | None] = queue.SimpleQueue()
@@ -35,18 +36,24 @@ class Receiver:
         self.llm: Any = None
         """Set before the first request is sent."""
         self._connection = connection
-        threading.Thread(target=self._run, daemon=True, name="receiver").start()
+        self._raw: queue.SimpleQueue[Request] = queue.SimpleQueue()
+        for run in (self._receive, self._render):
+            threading.Thread(target=run, daemon=True, name=run.__name__).start()
 
-    def _run(self) -> None:
+    def _receive(self) -> None:
         try:
             while True:
-                request = self._connection.recv()
-                self.inbox.put((request, self._rendered(request)))
+                self._raw.put(self._connection.recv())
         except (EOFError, OSError):
             self.inbox.put(None)
         # The main thread may be loading a model, or wait for a device for ever.
         threading.Event().wait(END_SECONDS)
         os.killpg(os.getpgrp(), signal.SIGKILL)
+
+    def _render(self) -> None:
+        while True:
+            request = self._raw.get()
+            self.inbox.put((request, self._rendered(request)))
 
     def _rendered(self, request: Request) -> Any:
         try:
