@@ -6,8 +6,8 @@
             all ranks           the engine answers them with the weights of the last step (``ReplicaSource.sample``)
     rank 0      judges all answers, writes ``eval/step_XXXXXXXX``, and tells everyone the figures
 
-Everything but the sampling is what ``tools/evaluate.py`` does. The directory is one of its output directories, which
-``report`` and ``compare`` read; it appears under its name when it is complete.
+Everything but the sampling is what ``tools/evaluate.py`` does. The directory is one of its output directories: ``report``
+adds the page, and ``compare`` reads it. It appears under its name when it is complete.
 
 The metrics of a set, shares of its questions:
 
@@ -235,7 +235,8 @@ class TrainingEvaluation:
                     facts |= {"condition": ask.condition.name, "round": ask.round, "vote": ask.vote}
                     store.add(key, answers[key], facts)
                 evaluation = Outcomes(settings, items).evaluation(store.get)
-            results = publish(scratch, evaluation, protocol="official")
+            # Without the page, for which all videos would be decoded once more.
+            results = publish(scratch, evaluation, protocol="official", is_partial=True)
             shutil.rmtree(target, ignore_errors=True)  # of a run that died before it had recorded the figures
             scratch.rename(target)
         except OSError as error:

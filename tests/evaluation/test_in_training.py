@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Mapping
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +15,9 @@ from safetensors.torch import load_file
 from megatron_ktr.config import Config, config_from_values
 from megatron_ktr.config.checks import check
 from megatron_ktr.config.part_options import EvaluationOptions
-from megatron_ktr.data.media.preprocess import PreprocessSettings
 from megatron_ktr.data.synthetic import corpus, make_dataset
 from megatron_ktr.data.tiny_model import save_tiny_model
 from megatron_ktr.errors import UserError
-from megatron_ktr.evaluation.directory import OutputDirectory
-from megatron_ktr.evaluation.engines.local import LocalModel, hf_engine
 from megatron_ktr.evaluation.held_out import (
     HeldOut,
     held_out_of_run,
@@ -31,10 +26,7 @@ from megatron_ktr.evaluation.held_out import (
     require_unchanged,
     write_settings,
 )
-from megatron_ktr.evaluation.item import Evaluation
 from megatron_ktr.evaluation.outcomes import read_evaluation
-from megatron_ktr.evaluation.questions import QuestionMaker
-from megatron_ktr.evaluation.run import evaluate
 from megatron_ktr.run.interruption import EXIT_SAVED, LeaveRequest
 from megatron_ktr.train import train
 
@@ -161,45 +153,28 @@ def held_out_of(config: Config) -> HeldOut:
     return read_held_out(options, is_spokesman=True)
 
 
-def evaluate_export(context, *, config: Config, export: Path, out: Path) -> Evaluation:
-    """As ``tools/evaluate.py`` does it: its engine, its loop, its directory."""
-    held_out = held_out_of(config)
-    model = LocalModel.read(export)
-    with closing(hf_engine(model, dtype="fp32", batch_size=4, identity={"model": "export"})) as engine:
-        run_settings = dataclasses.replace(held_out.settings, identity=dict(engine.identity))
-        with OutputDirectory(out, run_settings, held_out.items) as directory:
-            maker = QuestionMaker(
-                run_settings,
-                key_of=directory.outcomes.key,
-                preprocess=PreprocessSettings(**run_settings.preprocess),
-                media_roots={one.name: one.media_root for one in held_out.sets},
-                wordings={one.name: one.wording for one in held_out.sets},
-            )
-            missing = evaluate(
-                engine,
-                outcomes=directory.outcomes,
-                asked=run_settings.asked,
-                maker=maker,
-                store=directory.store,
-            )
-            assert not missing
-            return directory.outcomes.evaluation(directory.store.get)
+def evaluate_export(context, *, argv: list[str]) -> int:
+    from tools.evaluate import main
+
+    return main(argv)
 
 
 def test_figures_are_those_of_the_tool_on_the_exported_model(ranks, inputs, tuned, tmp_path) -> None:
-    config = settings(inputs, tmp_path / "unused")
-    (expected,) = ranks(
-        evaluate_export, world_size=1, config=config, export=tuned / "export", out=tmp_path / "evaluation"
-    )
-    assert answers(tuned, 40) == {outcome.item.item_id: outcome.text for outcome in expected.outcomes}
-    scores = {
-        name: sum(outcome.verdicts[name].score for outcome in expected.outcomes) / NUM_QUESTIONS
-        for name in ("official", "strict", "lenient")
-    }
-    found = evaluated(tuned)[40]
-    assert {name: found[f"eval/held_out/{name.replace('official', 'accuracy')}"] for name in scores} == pytest.approx(
-        scores
-    )
+    argv = ["--model", str(tuned / "export"), "--engine", "hf", "--dtype", "fp32", "--out", str(tmp_path / "tool")]
+    argv += ["--benchmark", str(inputs / "data" / "held_out.json"), "--max-tokens", "24", "--data-workers", "0"]
+    argv += ["--prompt-template", str(inputs / "model" / "prompt_template.txt")]
+    argv += ["--frames", "8", "--frame-sampling", "fixed", "--max-pixels", "3136"]
+    assert ranks(evaluate_export, world_size=1, argv=argv) == [0]
+    ours, theirs = (read_evaluation(folder) for folder in (tuned / "eval" / "step_00000040", tmp_path / "tool"))
+    verdicts = [
+        {outcome.item.item_id: (outcome.text, outcome.verdicts) for outcome in evaluation.outcomes}
+        for evaluation in (ours, theirs)
+    ]
+    assert verdicts[0] == verdicts[1]
+    found = json.loads((tmp_path / "tool" / "results.json").read_text())["benchmarks"]["held_out"]["conditions"][0]
+    for protocol, figures in found["protocols"].items():
+        metric = f"eval/held_out/{'accuracy' if protocol == 'official' else protocol}"
+        assert evaluated(tuned)[40][metric] == figures["accuracy"]
 
 
 def _reproducible(run_dir: Path) -> list[dict[str, float]]:
@@ -245,8 +220,7 @@ def test_replicas_share_the_questions_and_tensor_ranks_the_answers(ranks, inputs
     for name in layouts:
         assert answers(tmp_path / name, 0) == answers(tuned, 40)
         found = evaluated(tmp_path / name)[0]
-        expected = {name: value for name, value in evaluated(tuned)[40].items()}
-        assert found == expected
+        assert found == evaluated(tuned)[40]
 
 
 class _Leaves(LeaveRequest):
@@ -327,14 +301,12 @@ def test_media_that_are_not_there_are_refused_if_many_and_named_if_few(inputs, t
     shutil.copytree(inputs / "data", tmp_path / "data")
     path = tmp_path / "data" / "held_out.json"
     config = settings(inputs, tmp_path / "run", eval_data=(str(path),))
-    videos = sorted((tmp_path / "data").rglob("eval*.mp4")) or sorted((tmp_path / "data" / "videos").iterdir())
     record = json.loads(path.read_text())[0]
     (tmp_path / "data" / record["path"]).unlink()
     held_out = held_out_of(config)
     assert held_out.missing["held_out"] == (record["problem_id"],)
     assert "the media of 1 of 25 questions" in caplog.text and "count as wrong" in caplog.text
-    for video in videos:
-        video.unlink(missing_ok=True)
+    shutil.rmtree(tmp_path / "data" / "videos")
     assert "--max-skip-share" in refusal(config) and "--eval-media-root" in refusal(config)
 
 
