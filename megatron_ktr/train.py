@@ -191,14 +191,15 @@ def _run_steps(
     if start.checkpoint is not None:
         checkpoints.load(start.checkpoint)
     writer = MetricsWriter(run_dir if ranks.rank == 0 else None, first_step=start.step + 1)
-    between = BetweenSteps(evaluation, trainer=trainer, best=best, leave=leave)
-    if asked_by := between.at_start(start, writer=writer, checkpoints=checkpoints):
+    between = BetweenSteps(evaluation, trainer=trainer, writer=writer, checkpoints=checkpoints, leave=leave)
+    if asked_by := between.at_start(start):
         _leave(checkpoints, step=start.step, is_new=False, asked_by=asked_by)
     for step in range(start.step + 1, num_steps + 1) if asked_by is None else ():
         if asked_by := leave.agreed(ranks.world):
             _leave(checkpoints, step=step - 1, is_new=step - 1 > start.step, asked_by=asked_by)
             break
         report = trainer.train_step(step)
+        writer.write(step, report.values)
         if ranks.rank == 0 and (line := check_line(report.values)):
             print(line, flush=True)
         is_last = step == num_steps
@@ -208,10 +209,8 @@ def _run_steps(
             _show(report, num_steps=num_steps, decode=tokenizer.decode)
         if _is_due(step, options.rollout_log_interval):
             _log_rollouts(report, run_dir=run_dir, ranks=ranks)
-        evaluated = between.after(step)
-        writer.write(step, evaluated.joined_to(report.values))
         checkpoints.after_step(step)
-        if asked_by := evaluated.asked_by:
+        if asked_by := between.after(step):
             _leave(checkpoints, step=step, is_new=True, asked_by=asked_by)
             break
     checkpoints.close()

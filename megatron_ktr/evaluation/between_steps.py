@@ -1,14 +1,10 @@
 """When a training run is evaluated, and what becomes of it: metrics, the best checkpoint, a request to leave.
 
-A run that is asked to leave during an evaluation abandons it and saves. The run that is resumed evaluates that step
-again, before it goes on, and adds the figures to the step's record. A run whose evaluation was switched on when it was
-resumed does the same if the step it is at is due.
+A run that is asked to leave during an evaluation abandons it and saves. A run that is resumed at a step that is due,
+and whose record has no figures, evaluates it before it goes on: it had left or died, or was not evaluated then.
 """
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-from dataclasses import dataclass
 
 from megatron_ktr.config.part_options import EvaluationOptions
 from megatron_ktr.data.template import PromptBuilder, VisualTokens
@@ -22,22 +18,8 @@ from megatron_ktr.rollout.source import ReplicaSource
 from megatron_ktr.run.checkpoint import Checkpoints
 from megatron_ktr.run.directory import RunStart
 from megatron_ktr.run.interruption import LeaveRequest
-from megatron_ktr.run.kept import BestCheckpoint
 from megatron_ktr.run.metrics import MetricsWriter, evaluation_line, has_evaluation
 from megatron_ktr.trainer import Trainer
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """The metrics of an evaluation, none if none was due; or the signal that made the run abandon it."""
-
-    values: Mapping[str, float]
-    asked_by: str | None = None
-
-    def joined_to(self, values: Mapping[str, float]) -> dict[str, float]:
-        """The values of a step with those of its evaluation; seconds of the same phase add up."""
-        both = {name: values[name] + self.values[name] for name in values.keys() & self.values.keys()}
-        return {**values, **self.values, **both}
 
 
 class BetweenSteps:
@@ -48,21 +30,26 @@ class BetweenSteps:
         evaluation: TrainingEvaluation | None,
         *,
         trainer: Trainer,
-        best: BestCheckpoint | None,
+        writer: MetricsWriter,
+        checkpoints: Checkpoints,
         leave: LeaveRequest,
     ) -> None:
         self._evaluation = evaluation
         self._trainer = trainer
-        self._best = best
+        self._writer = writer
+        self._checkpoints = checkpoints
         self._leave = leave
 
-    def after(self, step: int) -> Evaluated:
-        """Evaluates the model that ``step`` left, if that is due, and prints a line about it. A new best step becomes
-        the candidate for the best checkpoint. (Step 0, the start, has no checkpoint.)"""
-        evaluation = self._evaluation
+    def after(self, step: int) -> str | None:
+        """Evaluates the model that ``step`` left, if that is due. The step is recorded, and saved if a checkpoint is
+        due, so that a run that dies meanwhile has lost nothing but the evaluation.
+
+        Returns the signal that made the run abandon the evaluation, if any.
+        """
+        evaluation, checkpoints = self._evaluation, self._checkpoints
         if evaluation is None or not evaluation.options.is_due(step):
-            return Evaluated({})
-        ranks = self._trainer.policy.ranks
+            return None
+        ranks = checkpoints.ranks
         signals: list[str] = []
 
         def is_leaving() -> bool:
@@ -72,26 +59,26 @@ class BetweenSteps:
 
         values = self._trainer.evaluate(lambda: evaluation(step, is_leaving=is_leaving))
         if signals:
-            return Evaluated({}, asked_by=signals[0])
-        is_best = self._best is not None and step > 0 and self._best.take(step, values)
+            return signals[0]
+        if step:
+            self._writer.add(step, values)
+        else:
+            self._writer.write(step, values)
+        best = checkpoints.best
+        is_best = best is not None and step > 0 and best.take(step, values)  # the start has no checkpoint
         if ranks.rank == 0:
             print(evaluation_line(step, values, note="best so far" if is_best else ""), flush=True)
-        return Evaluated(values)
+        checkpoints.after_evaluation(step)
+        return None
 
-    def at_start(self, start: RunStart, *, writer: MetricsWriter, checkpoints: Checkpoints) -> str | None:
-        """Evaluates a new model before its first step, or the model of a resumed run if its figures are missing.
-        Returns the signal that made the run abandon it, if any."""
+    def at_start(self, start: RunStart) -> str | None:
+        """Evaluates a new model before its first step, or the model of a resumed run if its figures are missing. Like
+        ``after`` otherwise."""
         if self._evaluation is None:
             return None
-        step = start.step
-        is_there = result_of_rank_zero(lambda: has_evaluation(start.run_dir, step=step), ranks=checkpoints.ranks)
-        evaluated = Evaluated({}) if is_there else self.after(step)
-        if evaluated.values and step == 0:
-            writer.write(step, evaluated.values)
-        elif evaluated.values:
-            writer.add(step, evaluated.values)
-            checkpoints.keep_as_best(step)
-        return evaluated.asked_by
+        ranks = self._checkpoints.ranks
+        is_there = result_of_rank_zero(lambda: has_evaluation(start.run_dir, step=start.step), ranks=ranks)
+        return None if is_there else self.after(start.step)
 
 
 def build_evaluation(

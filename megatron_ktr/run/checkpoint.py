@@ -76,15 +76,7 @@ _log = logging.getLogger(__name__)
 class Checkpoints:
     """Saves and resumes one run. Every method is collective over the world.
 
-    Example, in a training loop::
-
-        checkpoints = Checkpoints(run_dir, policy=policy, source=source, options=CheckpointOptions.of(config))
-        if start.checkpoint:
-            checkpoints.load(start.checkpoint)
-        for step in range(start.step + 1, num_steps + 1):
-            ...
-            checkpoints.after_step(step)
-        checkpoints.close()
+    A run calls ``load`` where it continues, ``after_step`` and ``after_evaluation`` in this order, and ``close``.
     """
 
     def __init__(
@@ -103,23 +95,29 @@ class Checkpoints:
         self.source = source
         self.ranks = policy.ranks
         self._pending: tuple[int, BackgroundSave] | None = None
+        self._complete_step: int | None = None
+        """The step of the newest complete checkpoint."""
         self._digests: dict[str, Digest] = {}
         """The checksums of the files that ``_prepare`` wrote, by name."""
         self._on_rank_zero("clear", self._remove_leftovers)
 
     def after_step(self, step: int) -> None:
-        """Completes the pending save if its files are written. Starts a save every ``save_interval`` steps, after the
-        last step, and after the best one so far."""
+        """Completes the pending save if its files are written. Starts a save every ``save_interval`` steps and after
+        the last step."""
         if self._pending is not None and self._is_written_everywhere():
             self._complete()
         interval = self.options.save_interval
-        is_due = interval and (step % interval == 0 or step == self.options.num_steps)
-        if is_due or (self.best is not None and self.best.is_candidate(step)):
+        if interval and (step % interval == 0 or step == self.options.num_steps):
             self.save(step)
 
-    def keep_as_best(self, step: int) -> None:
-        """Keeps the complete checkpoint of ``step``, the candidate for the best one."""
-        self._settle(step)
+    def after_evaluation(self, step: int) -> None:
+        """Starts a save of ``step`` if it is the best one so far and is not saved yet."""
+        if self.best is None or not self.best.is_candidate(step):
+            return
+        if step == self._complete_step:
+            self._settle(step)
+        elif self._pending is None or self._pending[0] != step:
+            self.save(step)
 
     def save(self, step: int) -> None:
         """Starts a checkpoint of the state after ``step``. A checkpoint that is still being written is completed first.
@@ -174,7 +172,8 @@ class Checkpoints:
             self._on_each_rank("read", lambda: self._set_random_state(states, checkpoint / RANDOM_STATES))
         elif ranks.rank == 0:
             _log.info("the layout changed since %s was saved: random states start from the seed", checkpoint)
-        return int(training["step"])
+        self._complete_step = int(training["step"])
+        return self._complete_step
 
     def _set_random_state(self, states: list[dict[str, Any]], path: Path) -> None:
         with _as_user_error(path):
@@ -265,6 +264,7 @@ class Checkpoints:
 
     def _settle(self, step: int) -> None:
         """The checkpoint of ``step`` is complete: if it is the best one, the run says so. Others may have to go."""
+        self._complete_step = step
         best, run_dir = self.best, self.directory.parent
         is_best = best is not None and best.publish(step)
 

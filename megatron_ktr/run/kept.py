@@ -55,7 +55,7 @@ class BestCheckpoint:
         return frozenset(best.step for best in (self.kept, self.candidate) if best is not None)
 
     def take(self, step: int, values: Mapping[str, float]) -> bool:
-        """Whether ``step`` is the best so far. Its checkpoint is then to be saved, and ``publish`` called."""
+        """Whether ``step`` is the best so far. It is then the candidate, until ``publish``."""
         value = rounded(values.get(self.metric, math.nan))
         best = self.candidate or self.kept
         if not math.isfinite(value) or (best is not None and value <= best.value):

@@ -97,11 +97,16 @@ class MetricsWriter:
         self._show(step, values)
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
-        """Adds values to the record of a step that is written already. The file is replaced as a whole."""
+        """Adds values to the record of a step that is written already; seconds of the same phase add up. The file is
+        replaced as a whole."""
         if self._path is None or self._file is None:
             return
+        records = _records(self._path)
+        record = next(one for one in records if one["step"] == step)
+        seconds = {name: record[name] for name in values if name.startswith("seconds/") and name in record}
+        values = {name: value + seconds.get(name, 0.0) for name, value in values.items()}
+        record.update(_rounded(values))
         self._file.close()
-        records = [{**one, **(_rounded(values) if one["step"] == step else {})} for one in _records(self._path)]
         write_atomically(self._path, "".join(to_json(one) + "\n" for one in records))
         self._file = self._path.open("a", encoding="utf-8")
         self._show(step, values)

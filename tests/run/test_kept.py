@@ -44,8 +44,9 @@ def run_steps(checkpoints: Checkpoints, writer: MetricsWriter, values: dict[int,
     assert checkpoints.best is not None
     for step, value in values.items():
         writer.write(step, {METRIC: value})
-        checkpoints.best.take(step, {METRIC: value})
         checkpoints.after_step(step)
+        checkpoints.best.take(step, {METRIC: value})
+        checkpoints.after_evaluation(step)
     checkpoints.close()
 
 
@@ -80,22 +81,32 @@ def test_best_checkpoint_stays_and_a_resumed_run_knows_it(one_rank, data_dir, tm
     assert saved_steps(run_dir) == [2, 6], "a tie keeps the earlier"
     run_steps(checkpoints, writer, {7: 0.8, 8: 0.2, 9: 0.1})
     assert saved_steps(run_dir) == [7, 9] and named(run_dir)[:2] == (7, 0.8)
+    run_steps(checkpoints, writer, {12: 0.85})
+    assert saved_steps(run_dir) == [12] and named(run_dir)[0] == 12, "it was due, and was being saved already"
+    checkpoints.best.take(12, {METRIC: 0.95})
+    checkpoints.after_evaluation(12)
+    assert named(run_dir)[:2] == (12, 0.95), "it was complete already"
 
     # After a step before the best one, the best of what is left; without the option, no file that says otherwise.
-    assert open_best(run_dir, metric=METRIC, start_step=6, ranks=one_rank).kept is None
+    earlier = open_best(run_dir, metric=METRIC, start_step=6, ranks=one_rank)
+    assert earlier is not None and earlier.kept is None
     assert not (run_dir / "best.json").exists()
-    opened(9)
-    assert named(run_dir)[0] == 7
-    assert open_best(run_dir, metric=None, start_step=9, ranks=one_rank) is None
+    opened(12)
+    assert named(run_dir)[:2] == (12, 0.85)
+    assert open_best(run_dir, metric=None, start_step=12, ranks=one_rank) is None
     assert not (run_dir / "best.json").exists()
 
 
 def test_values_that_come_late_join_their_step(tmp_path) -> None:
     writer = MetricsWriter(tmp_path, first_step=1)
     for step in (1, 2):
-        writer.write(step, {"loss": step})
-    writer.add(2, {METRIC: 0.25})
+        writer.write(step, {"loss": step, "seconds/offload": 0.5})
+    writer.add(2, {METRIC: 0.25, "seconds/offload": 0.5, "seconds/evaluate": 3})
     writer.write(3, {"loss": 3})
     writer.close()
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert records == [{"step": 1, "loss": 1}, {"step": 2, "loss": 2, METRIC: 0.25}, {"step": 3, "loss": 3}]
+    assert records == [
+        {"step": 1, "loss": 1, "seconds/offload": 0.5},
+        {"step": 2, "loss": 2, "seconds/offload": 1.0, METRIC: 0.25, "seconds/evaluate": 3},
+        {"step": 3, "loss": 3},
+    ]
