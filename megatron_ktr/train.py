@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_ktr.config import Config, load_config
-from megatron_ktr.config.part_options import CheckpointOptions, PolicyOptions, StepOptions
+from megatron_ktr.config.part_options import CheckpointOptions, EvaluationOptions, PolicyOptions, StepOptions
 from megatron_ktr.config.run_length import length_line, num_steps_of, with_steps
 from megatron_ktr.data.media.preprocess import PreprocessSettings
 from megatron_ktr.data.source import DatasetSource
@@ -33,6 +33,9 @@ from megatron_ktr.distributed.groups import (
 from megatron_ktr.distributed.platform import Platform
 from megatron_ktr.distributed.shared_verification import SharedVerification
 from megatron_ktr.errors import run_cli, same_on_every_rank
+from megatron_ktr.evaluation.between_steps import BetweenSteps, build_evaluation
+from megatron_ktr.evaluation.held_out import HeldOut, held_out_of_run, require_unchanged, write_settings
+from megatron_ktr.evaluation.in_training import TrainingEvaluation
 from megatron_ktr.files.checksums import require_intact
 from megatron_ktr.objectives import Objective
 from megatron_ktr.policy.policy import Policy
@@ -50,6 +53,7 @@ from megatron_ktr.rollout.source import ReplicaSource
 from megatron_ktr.run.checkpoint import Checkpoints
 from megatron_ktr.run.directory import RunStart, find_checkpoint, open_run_directory, rollout_file
 from megatron_ktr.run.interruption import EXIT_SAVED, LEAVE_SIGNALS, LeaveRequest
+from megatron_ktr.run.kept import open_best
 from megatron_ktr.run.metrics import MetricsWriter, step_line
 from megatron_ktr.run.preflight import check_run
 from megatron_ktr.trainer import StepReport, Trainer
@@ -91,15 +95,23 @@ def _train(config: Config, *, platform: Platform, leave: LeaveRequest) -> bool:
     )
     require_same_questions(local_source, ranks=ranks)
     given, config = config, _with_steps(config, local_source, ranks)
+    asking = EvaluationOptions.of(config, num_steps_of(config.trainer), data_parallel_size=ranks.data_size)
+    held_out = held_out_of_run(asking, ranks=ranks)
     notes = [] if local_source is None else [f"wording: {line}" for line in local_source.dataset.wordings]
-    start = _open_run_directory(given, ranks, num_steps=num_steps_of(config.trainer), notes=notes)
+    notes += [] if held_out is None else held_out.lines
+    start = _open_run_directory(given, ranks, num_steps=num_steps_of(config.trainer), notes=notes, held_out=held_out)
     trainer = build_trainer(
         config, ranks=ranks, platform=platform, objective=objective, tokenizer=tokenizer, local_source=local_source
     )
     # The source is closed also when a step fails: an engine may hold processes and devices that outlive this process.
     with contextlib.closing(trainer.source):
         is_finished = _run_steps(
-            trainer, start=start, checkpointing=CheckpointOptions.of(config), tokenizer=tokenizer, leave=leave
+            trainer,
+            start=start,
+            checkpointing=CheckpointOptions.of(config),
+            tokenizer=tokenizer,
+            evaluation=build_evaluation(asking, held_out, trainer=trainer, tokenizer=tokenizer),
+            leave=leave,
         )
     if not is_finished:
         return False
@@ -147,6 +159,7 @@ def build_trainer(
         sampler=sampler,
         lag=config.rollout.lag,
         prepare=build_feature_sender(config.rollout, policy=policy, media=media),
+        samples_steps=config.samples,
     )
     trainer = Trainer(options=StepOptions.of(config), policy=policy, source=source, objective=objective, media=media)
     with same_on_every_rank():
@@ -157,7 +170,13 @@ def build_trainer(
 
 
 def _run_steps(
-    trainer: Trainer, *, start: RunStart, checkpointing: CheckpointOptions, tokenizer: Tokenizer, leave: LeaveRequest
+    trainer: Trainer,
+    *,
+    start: RunStart,
+    checkpointing: CheckpointOptions,
+    tokenizer: Tokenizer,
+    evaluation: TrainingEvaluation | None,
+    leave: LeaveRequest,
 ) -> bool:
     """Runs all steps, from the checkpoint that the run starts at (if any) to the last, and writes metrics, rollouts and
     checkpoints on the way.
@@ -167,12 +186,15 @@ def _run_steps(
     options, ranks, run_dir = trainer.options.trainer, trainer.policy.ranks, start.run_dir
     num_steps = num_steps_of(options)
     assert isinstance(trainer.source, ReplicaSource)  # as ``build_trainer`` made it
-    checkpoints = Checkpoints(run_dir, policy=trainer.policy, source=trainer.source, options=checkpointing)
+    best = open_best(run_dir, metric=checkpointing.keep_best, start_step=start.step, ranks=ranks)
+    checkpoints = Checkpoints(run_dir, policy=trainer.policy, source=trainer.source, options=checkpointing, best=best)
     if start.checkpoint is not None:
         checkpoints.load(start.checkpoint)
     writer = MetricsWriter(run_dir if ranks.rank == 0 else None, first_step=start.step + 1)
-    asked_by = None
-    for step in range(start.step + 1, num_steps + 1):
+    between = BetweenSteps(evaluation, trainer=trainer, writer=writer, checkpoints=checkpoints, leave=leave)
+    if asked_by := between.at_start(start):
+        _leave(checkpoints, step=start.step, is_new=False, asked_by=asked_by)
+    for step in range(start.step + 1, num_steps + 1) if asked_by is None else ():
         if asked_by := leave.agreed(ranks.world):
             _leave(checkpoints, step=step - 1, is_new=step - 1 > start.step, asked_by=asked_by)
             break
@@ -188,6 +210,9 @@ def _run_steps(
         if _is_due(step, options.rollout_log_interval):
             _log_rollouts(report, run_dir=run_dir, ranks=ranks)
         checkpoints.after_step(step)
+        if asked_by := between.after(step):
+            _leave(checkpoints, step=step, is_new=True, asked_by=asked_by)
+            break
     checkpoints.close()
     writer.close()
     return asked_by is None
@@ -230,12 +255,23 @@ def _show(report: StepReport, *, num_steps: int, decode: Callable[[Sequence[int]
     print(text, flush=True)
 
 
-def _open_run_directory(config: Config, ranks: ParallelGroups, *, num_steps: int, notes: Sequence[str]) -> RunStart:
+def _open_run_directory(
+    config: Config, ranks: ParallelGroups, *, num_steps: int, notes: Sequence[str], held_out: HeldOut | None
+) -> RunStart:
     """Rank 0, which reads questions, prints ``notes`` and writes them into the run directory."""
     shared = SharedVerification(ranks)
     with same_on_every_rank():
         checkpoint = find_checkpoint(config, verify=shared.verify, agree=shared.agree)
-    start = shared.agree(lambda: open_run_directory(config, checkpoint=checkpoint, num_steps=num_steps, notes=notes))
+
+    def open_directory() -> RunStart:
+        if checkpoint is not None and held_out is not None:
+            require_unchanged(Path(config.trainer.run_dir), held_out)
+        start = open_run_directory(config, checkpoint=checkpoint, num_steps=num_steps, notes=notes)
+        if held_out is not None:
+            write_settings(start.run_dir, held_out)
+        return start
+
+    start = shared.agree(open_directory)
     if ranks.rank == 0 and notes:
         print("\n".join(notes), flush=True)
     return start

@@ -15,7 +15,7 @@ and rewarded). Objectives say which views they need, and turn scores into per-to
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
@@ -167,6 +167,24 @@ class Trainer:
             self._check_values = check.run()
             self.policy.vision.take_counts()  # the check's prompts do not count for the step
             self.policy.platform.set_rng_state(state)
+
+    def evaluate(self, ask: Callable[[], Mapping[str, float] | None]) -> dict[str, float]:
+        """The values of ``ask``, which samples from the weights that the last step left, and the seconds it took.
+
+        Nothing in training changes by it. Responses that are being sampled for the next step are finished first,
+        because they are those of older weights, and random states are restored.
+        """
+        policy = self.policy
+        with self.timer.phase("evaluate"):
+            self.source.settle()
+        state = policy.platform.rng_state()
+        with self._room_for_engine():
+            self._check_sampler()
+            with self.timer.phase("evaluate"):
+                values = ask()
+        policy.vision.take_counts()  # the questions asked do not count for the next step
+        policy.platform.set_rng_state(state)
+        return {**(values or {}), **self.timer.pop()}
 
     def _denominators(self, micro_batches: Sequence[MicroBatch]) -> Denominators:
         """The counts that losses are divided by. They are taken over all micro-batches and replicas before the first

@@ -1,6 +1,6 @@
 """Rules between options. A value that breaks a rule, or is not available yet, is refused with one sentence.
 
-An option is accepted only once it works. Until then ``_not_available`` refuses its values.
+An option is accepted only once it works.
 
 One kind of option is read by some objectives and passed over by the others: those of selection (``signals``, ``shift``
 and so on), of clipping and of sampling. A comparison of algorithms changes one line of a run file, its objective, and
@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from megatron_ktr.config import pipeline_split
+from megatron_ktr.config import evaluation_rules, pipeline_split
 from megatron_ktr.config.objective_registry import objective_entry, options_of_others
 from megatron_ktr.config.sections import DataSection, ObjectiveSection
 from megatron_ktr.errors import UserError
@@ -54,7 +54,7 @@ OBJECTIVE_DEFAULTS = {field.name: field.default for field in dataclasses.fields(
 def check(config: Config) -> None:
     """Raises ``UserError`` with the first rule that ``config`` breaks."""
     training = (_objective, _optimizer, _parallel, _fp8, _frozen_models)
-    for rules in (_required, _not_available, _data, _rollout, _reward, *training):
+    for rules in (_required, _data, _rollout, _reward, evaluation_rules.problems, *training):
         for problem in rules(config):
             raise UserError(problem)
 
@@ -69,13 +69,7 @@ def _required(config: Config) -> Iterator[str]:
             "--train-steps and --train-epochs both say how long the run is: give one of them (none takes away what a "
             "file gives: --train-epochs none)"
         )
-
-
-def _not_available(config: Config) -> Iterator[str]:
-    """Refuses options that already have a name but no code yet."""
-    objective_entry(config.objective.objective)  # raises if there is no such objective
-    if config.trainer.eval_interval:
-        yield "--eval-interval: evaluation during training is not available yet"
+    objective_entry(config.objective.objective)  # raises if there is no such objective, or not yet
 
 
 def _data(config: Config) -> Iterator[str]:
@@ -229,8 +223,10 @@ def _optimizer(config: Config) -> Iterator[str]:
         yield f"--min-lr {section.min_lr:g} exceeds --lr {section.lr:g}"
     if section.optimizer == "sgd" and section.use_distributed_optimizer:
         yield "--optimizer sgd has no state to split over ranks: add --no-use-distributed-optimizer"
-    if section.optimizer == "sgd" and config.trainer.save_interval and config.model.params_dtype != "fp32":
-        yield "--save-interval with --optimizer sgd needs --params-dtype fp32: its fp32 copies are not saved"
+    saves = {"--save-interval": config.trainer.save_interval, "--keep-best": config.evaluation.keep_best}
+    if section.optimizer == "sgd" and config.model.params_dtype != "fp32":
+        for option in (option for option, value in saves.items() if value):
+            yield f"{option} with --optimizer sgd needs --params-dtype fp32: its fp32 copies are not saved"
     if section.optimizer == "sgd" and section.offload_optimizer_states:
         yield "--offload-optimizer-states: --optimizer sgd has none"
     if section.grad_norm_skip_threshold is not None:

@@ -21,6 +21,7 @@ from megatron_ktr.config.cli import build_parser, options_of, read_flags, read_y
 from megatron_ktr.config.objective_registry import available_objectives, objective_entry
 from megatron_ktr.config.sections import (
     DataSection,
+    EvaluationSection,
     ModelSection,
     ObjectiveSection,
     OptimizerSection,
@@ -48,11 +49,22 @@ class Config:
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     parallel: ParallelSection = field(default_factory=ParallelSection)
     trainer: TrainerSection = field(default_factory=TrainerSection)
+    evaluation: EvaluationSection = field(default_factory=EvaluationSection)
 
     @property
     def samples(self) -> bool:
         """Whether responses are sampled, rather than recorded or given."""
         return not self.objective.is_supervised and self.rollout.engine != "replay"
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether held-out questions are answered during training."""
+        return self.evaluation.asks and (self.trainer.eval_interval > 0 or self.evaluation.eval_at_start)
+
+    @property
+    def has_engine(self) -> bool:
+        """Whether an engine generates: the responses that are trained on, or those of evaluation."""
+        return self.samples or (self.evaluates and self.rollout.engine != "replay")
 
 
 def section_class(section: dataclasses.Field[Any]) -> type:

@@ -11,12 +11,17 @@ from dataclasses import dataclass, field
 from megatron_ktr.config.fp8_rules import rows_per_rank
 from megatron_ktr.config.load import Config, resolved_text
 from megatron_ktr.config.sections import (
+    DataSection,
+    EvaluationSection,
     ModelSection,
     ObjectiveSection,
     OptimizerSection,
     ParallelSection,
     TrainerSection,
 )
+
+MOST_QUESTIONS_TOGETHER = 64
+"""Of evaluation: their frames are in memory at a time."""
 
 
 def uses_fp8(config: Config) -> bool:
@@ -115,8 +120,70 @@ class CheckpointOptions:
     """Steps between two checkpoints; 0 = no checkpoints."""
     keep_checkpoints: int = 0
     """How many of the newest checkpoints are kept; 0 = all."""
+    keep_best: str | None = None
+    """The metric of evaluation whose best checkpoint is kept too."""
 
     @classmethod
     def of(cls, config: Config) -> CheckpointOptions:
         trainer = config.trainer
-        return cls(resolved_text(config), trainer.train_steps, trainer.save_interval, trainer.keep_checkpoints)
+        return cls(
+            resolved_text(config),
+            trainer.train_steps,
+            trainer.save_interval,
+            trainer.keep_checkpoints,
+            config.evaluation.keep_best,
+        )
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """The options of evaluation during training."""
+
+    evaluation: EvaluationSection
+    data: DataSection
+    """How training shows questions; held-out files of one's own are shown alike."""
+    model: str
+    run_dir: str
+    engine: str
+    interval: int
+    """Steps between evaluations; 0 = only at the start."""
+    num_steps: int
+    """The steps of the whole run. It is evaluated after the last one, too."""
+    max_response_length: int
+    questions_together: int
+    """The most questions that a replica's engine answers together: as many as a step has responses."""
+
+    @classmethod
+    def of(cls, config: Config, num_steps: int, *, data_parallel_size: int) -> EvaluationOptions | None:
+        """None if the run is not evaluated."""
+        if not config.evaluates:
+            return None
+        trainer, rollout = config.trainer, config.rollout
+        return cls(
+            config.evaluation,
+            config.data,
+            model=config.model.model,
+            run_dir=trainer.run_dir,
+            engine=rollout.engine,
+            interval=trainer.eval_interval,
+            num_steps=num_steps,
+            max_response_length=rollout.max_response_length,
+            questions_together=min(
+                MOST_QUESTIONS_TOGETHER, trainer.prompts_per_replica(data_parallel_size) * rollout.num_generations
+            ),
+        )
+
+    @property
+    def frames(self) -> int:
+        """The most frames of one video."""
+        return self.evaluation.eval_frames or self.data.video_num_frames or self.data.video_max_frames
+
+    @property
+    def max_tokens(self) -> int:
+        return self.evaluation.eval_max_tokens or self.max_response_length
+
+    def is_due(self, step: int) -> bool:
+        """Whether the run is evaluated after ``step``; step 0 is its start."""
+        if step == 0:
+            return self.evaluation.eval_at_start
+        return self.interval > 0 and (step % self.interval == 0 or step == self.num_steps)

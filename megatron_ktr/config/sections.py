@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from megatron_ktr.config.cli import option as _option
 from megatron_ktr.config.data_section import DataSection as DataSection  # a section in a file of its own
+from megatron_ktr.config.evaluation_section import EvaluationSection as EvaluationSection
 from megatron_ktr.config.objective_registry import objective_choices, objective_entry
 from megatron_ktr.config.parallel_section import ParallelSection as ParallelSection
 from megatron_ktr.config.trainer_section import TrainerSection as TrainerSection

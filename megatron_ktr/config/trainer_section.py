@@ -45,7 +45,9 @@ class TrainerSection:
     )
     save_interval: int = _option(0, "Steps between checkpoints, and one after the last step; 0 = none", low=0)
     keep_checkpoints: int = _option(2, "Newest checkpoints to keep; 0 = all", low=0)
-    eval_interval: int = _option(0, "Steps between evaluations; 0 = none; others not available yet", low=0)
+    eval_interval: int = _option(
+        0, "Steps between evaluations (section evaluation), and one after the last step; 0 = none", low=0
+    )
     rollout_log_interval: int = _option(
         10,
         "Steps between files of rollouts and key tokens in run_dir/rollouts, one per replica; 1 = all; 0 = none",

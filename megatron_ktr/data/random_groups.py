@@ -117,6 +117,9 @@ class FixedSource:
         for _ in named_tensors:
             pass
 
+    def settle(self) -> None:
+        """Nothing is sampled."""
+
     def close(self) -> None:
         """Nothing to close."""
 

@@ -21,6 +21,7 @@ from megatron_ktr.config.words import SIGNALS
 from megatron_ktr.data.template import load_tokenizer
 from megatron_ktr.errors import UserError
 from megatron_ktr.report.curves import NUM_STYLES, Series, line_chart, stacked_chart
+from megatron_ktr.report.evaluation_curves import evaluation_charts
 from megatron_ktr.report.frames import FrameReader
 from megatron_ktr.report.markup import Html, element, format_number
 from megatron_ktr.report.page import whole_page, write_page
@@ -150,7 +151,7 @@ def _stage(
 ) -> tuple[Html, StageReport]:
     """The section of one run as HTML, and its contents."""
     notes = []
-    if not run.steps:
+    if not run.trained.steps:
         notes.append("No step was logged yet.")
     if not run.rollout_files:
         notes.append("No rollouts were recorded (--rollout-log-interval).")
@@ -181,7 +182,7 @@ def _stage(
     return section, StageReport(
         title=title,
         run_dir=str(run.path),
-        num_steps=len(run.steps),
+        num_steps=len(run.trained.steps),
         num_groups=len(groups),
         num_responses=len(responses),
         num_frames=num_frames,
@@ -190,6 +191,7 @@ def _stage(
 
 
 def _facts(run: RunData) -> Html:
+    run = run.trained
     facts = [element("span", "run ", element("b", run.path.name or str(run.path)))]
     facts.append(element("span", "steps ", element("b", f"{len(run.steps):,}")))
     seconds = [values for name, values in run.metrics.items() if name.startswith("seconds/")]
@@ -213,7 +215,8 @@ def _facts(run: RunData) -> Html:
 
 
 def _charts(run: RunData, *, anchor: str) -> list[Html]:
-    charts = []
+    charts = evaluation_charts(run)
+    run = run.trained
     for title, wanted, note in _LINE_CHARTS:
         names = [name for want in wanted for name in run.metrics if name == want or _is_in_family(name, want)]
         series = [_series(name, run, index) for index, name in enumerate(names)]

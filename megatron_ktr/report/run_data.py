@@ -10,6 +10,7 @@ The files of a run that is still going may end in half a line. That line is left
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -82,6 +83,15 @@ class RunData:
 
     def option(self, section: str, name: str) -> Any:
         return self.config.get(section, {}).get(name)
+
+    @property
+    def trained(self) -> RunData:
+        """The run without step 0, which holds an evaluation of the untrained model and nothing else."""
+        if not self.steps or self.steps[0] > 0:
+            return self
+        start = sum(step <= 0 for step in self.steps)
+        metrics = {name: values[start:] for name, values in self.metrics.items()}
+        return dataclasses.replace(self, steps=self.steps[start:], metrics=metrics)
 
     def groups_of(self, step: int) -> list[RecordedGroup]:
         """The groups recorded at ``step``."""

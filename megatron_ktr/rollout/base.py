@@ -25,6 +25,11 @@ class RolloutEngine(ABC):
     """If False, the media of prompts carry the features that the trainer computed, and ``load_weights`` receives no
     tensors of the vision encoder."""
 
+    @property
+    def keeps_weights(self) -> bool:
+        """Whether ``stream`` can be called again without ``load_weights`` in between."""
+        return True
+
     @abstractmethod
     def stream(
         self, prompts: Sequence[Prompt], *, step: int = 0, sampling: SamplingSettings | None = None

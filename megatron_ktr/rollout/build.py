@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -44,6 +45,8 @@ from megatron_ktr.rollout.sampling import SamplingSettings
 from megatron_ktr.rollout.source import ReplicaSource, Sampler
 
 _log = logging.getLogger(__name__)
+BENCHMARK_PIXELS = 256 * 28 * 28
+"""The most pixels of a frame that benchmarks show."""
 
 
 def build_local_source(
@@ -67,12 +70,7 @@ def build_local_source(
         skips=SkipCounter(max_skip_share=data.max_skip_share),
     )
     dataset.count_too(questions.sources[0].loader.reader.counts)
-    if num_workers := _num_data_workers(data):
-        pool = WorkerPool(
-            num_workers,
-            timeout_seconds=data.data_timeout_seconds,
-            memory_bytes=round(data.data_worker_memory_gb * 1e9),
-        )
+    if (pool := worker_pool(data)) is not None:
         dataset.read_ahead(pool, prefetch_steps=data.prefetch_steps)
     if questions.engine is not None:
         return ReplaySource(dataset, engine=questions.engine)
@@ -114,6 +112,18 @@ def _about(local: DatasetSource | None) -> tuple[str, str, str, int] | None:
     return data.records_digest, data.wording_digest, data.left_out_digest, data.num_kept
 
 
+def worker_pool(data: DataSection) -> WorkerPool | None:
+    """The processes that decode media beside this rank, according to the options; None if there are to be none."""
+    num_workers = _num_data_workers(data)
+    if not num_workers:
+        return None
+    return WorkerPool(
+        num_workers,
+        timeout_seconds=data.data_timeout_seconds,
+        memory_bytes=round(data.data_worker_memory_gb * 1e9),
+    )
+
+
 def _num_data_workers(data: DataSection) -> int:
     """``--data-workers``, or its default, which leaves every rank of the node a core of its own."""
     if data.data_workers is not None:
@@ -126,10 +136,10 @@ def _num_data_workers(data: DataSection) -> int:
 def build_sampler(config: Config, *, ranks: ParallelGroups, tokenizer: Tokenizer, media: MediaSpec) -> Sampler | None:
     """The engine that ``rollout.engine`` names, with the run's sampling settings and rewards.
 
-    None on ranks that hold no engine, and in runs that sample nothing.
+    None on ranks that hold no engine, and in runs that sample nothing. (A supervised run samples for evaluation only.)
     """
     rollout = config.rollout
-    if config.objective.is_supervised or rollout.engine == "replay":
+    if not config.has_engine:
         return None
     sampling = SamplingSettings(
         num_generations=rollout.num_generations,
@@ -147,7 +157,7 @@ def build_sampler(config: Config, *, ranks: ParallelGroups, tokenizer: Tokenizer
 
         engine = colocated_engine(
             config.model,
-            data=config.data,
+            data=_shown_to_engine(config),
             rollout=rollout,
             ranks=ranks,
             tokenizer=tokenizer,
@@ -179,6 +189,18 @@ def build_sampler(config: Config, *, ranks: ParallelGroups, tokenizer: Tokenizer
     return with_rewards(engine)
 
 
+def _shown_to_engine(config: Config) -> DataSection:
+    """The data options with the largest videos that the engine will see, those of evaluation among them."""
+    data = config.data
+    if not config.evaluates:
+        return data
+    return replace(
+        data,
+        video_max_frames=max(data.video_max_frames, config.evaluation.eval_frames or 0),
+        video_max_pixels=max(data.video_max_pixels, BENCHMARK_PIXELS if config.evaluation.eval_benchmark else 0),
+    )
+
+
 def _rewards_of(config: Config) -> Callable[[RolloutEngine], Sampler]:
     """Adds the run's rewards to an engine, and those of the files that have their own."""
     sources = config.data.sources
@@ -207,7 +229,7 @@ def build_sampler_check(
     Prompts of the check that are left out for their length are named on the console.
     """
     rollout = config.rollout
-    if not (rollout.check_sampler and source.needs_weights):
+    if not (rollout.check_sampler and source.has_engine):
         return None
     builder = PromptBuilder(
         tokenizer,

@@ -7,6 +7,7 @@ computed while it still generates.
 
     begin(step)     draws the prompts; with ``lag`` 1 it also starts generation in a background thread
     finish()        returns the groups with rewards, on every rank of the replica
+    sample(prompts) answers other prompts between steps: those of the sampler check, and of evaluation
 
 An error on one rank is raised on every rank of the world (``on_every_rank``).
 """
@@ -17,7 +18,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -75,9 +76,15 @@ class ReplicaSource:
         sampler: Sampler | None = None,
         lag: int = 0,
         prepare: Callable[[Sequence[Prompt]], list[Prompt]] | None = None,
+        samples_steps: bool = True,
     ) -> None:
-        """``prepare`` turns the prompts drawn into those that the engine sees, for instance by adding vision features.
-        It is collective and called on every rank."""
+        """
+        Args:
+            prepare: turns prompts into those that the engine sees, for instance by adding vision features. It is
+                collective and called on every rank.
+            samples_steps: if False, the groups of steps have their responses already, and the sampler answers only
+                ``sample``.
+        """
         if (local is not None) != ranks.is_source:
             raise ValueError("exactly the source rank of each replica must hold a source")
         self.local = local
@@ -92,9 +99,14 @@ class ReplicaSource:
         self._drawn: _Draw | None = None
         self._recorded: dict[str, tuple[Rollout, ...]] = {}
         engine = None if sampler is None else sampler.engine
-        about = engine is not None, engine and engine.gather_weights_to, engine and engine.runs_vision_encoder
-        self.needs_weights, self.gather_weights_to, self.needs_vision_weights = self._from_local(about)
-        self._background = ThreadPoolExecutor(1, thread_name_prefix="rollout") if lag and sampler is not None else None
+        about = engine and (engine.gather_weights_to, engine.runs_vision_encoder, engine.keeps_weights)
+        about = self.from_local(about)
+        self.has_engine = about is not None
+        self.needs_weights = self.has_engine and samples_steps
+        self.gather_weights_to: Literal["all", "source"]
+        self.gather_weights_to, self.needs_vision_weights, self.keeps_weights = about or ("source", False, True)
+        is_ahead = lag and samples_steps and sampler is not None
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="rollout") if is_ahead else None
 
     @property
     def pending_step(self) -> int | None:
@@ -128,8 +140,9 @@ class ReplicaSource:
             self._seconds_drawing = time.perf_counter() - started
             return before, groups
 
-        state, groups = self._from_local(on_every_rank(read, ranks=self._ranks))
-        self._drawn = _Draw(step, groups, asked=self._asked(groups), state_before=state)
+        state, groups = self.from_local(on_every_rank(read, ranks=self._ranks))
+        asked = self._asked(groups) if self.needs_weights else groups
+        self._drawn = _Draw(step, groups, asked=asked, state_before=state)
         if self._background is not None:
             self._drawn.answers = self._background.submit(self._answer, self._drawn)
 
@@ -141,7 +154,7 @@ class ReplicaSource:
             self._share_counts()
             return drawn.groups
         answered = self._answers(drawn)
-        rollouts = self._from_local(None if self.local is None else [group.rollouts for group in answered])
+        rollouts = self.from_local(None if self.local is None else [group.rollouts for group in answered])
         self._share_counts()
         return [dataclasses.replace(group, rollouts=found) for group, found in zip(drawn.groups, rollouts, strict=True)]
 
@@ -149,7 +162,7 @@ class ReplicaSource:
         """Groups of responses to ``prompts`` without rewards, on all ranks of the replica.
 
         The call is collective, and all ranks of a replica pass the same prompts. It neither draws from the data nor
-        affects the step that has begun.
+        affects the step that has begun; with ``lag``, ``settle`` comes first.
         """
         asked = self._asked([RolloutGroup(prompt, ()) for prompt in prompts])
 
@@ -159,8 +172,13 @@ class ReplicaSource:
             shown = [group.prompt for group in asked]
             return [group.rollouts for group in self.sampler.engine.generate(shown, step=step, sampling=sampling)]
 
-        rollouts = self._from_local(on_every_rank(ask, ranks=self._ranks))
+        rollouts = self.from_local(on_every_rank(ask, ranks=self._ranks))
         return [RolloutGroup(prompt, found) for prompt, found in zip(prompts, rollouts, strict=True)]
+
+    def settle(self) -> None:
+        """See ``StepSource``."""
+        if self._drawn is not None and self.needs_weights and self.lag:
+            self._answers(self._drawn)
 
     @property
     def num_skipped(self) -> int:
@@ -184,10 +202,10 @@ class ReplicaSource:
         holds the step's responses, because the weights that sampled them are gone when the run resumes.
         """
         if self._drawn is None:
-            return self._from_local(None if self.local is None else self.local.state_dict())
+            return self.from_local(None if self.local is None else self.local.state_dict())
         answered = self._answers(self._drawn) if self.needs_weights and self.lag else []
         pending = {group.prompt.identity: [_plain(rollout) for rollout in group.rollouts] for group in answered}
-        return self._from_local({**self._drawn.state_before, "pending": pending})
+        return self.from_local({**self._drawn.state_before, "pending": pending})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         pending = state.get("pending", {})
@@ -205,7 +223,7 @@ class ReplicaSource:
 
     def _asked(self, groups: list[RolloutGroup]) -> list[RolloutGroup]:
         """``groups`` with the prompts that the engine sees."""
-        if self._prepare is None or not self.needs_weights:
+        if self._prepare is None or not self.has_engine:
             return groups
         prompts = self._prepare([group.prompt for group in groups])
         return [dataclasses.replace(group, prompt=prompt) for group, prompt in zip(groups, prompts, strict=True)]
@@ -239,9 +257,10 @@ class ReplicaSource:
         if self.local is not None:
             engine = self.sampler.engine.counts if self.sampler is not None else {}
             found = self.local.num_skipped, {**self.local.counts, **engine}, self._seconds_drawing
-        self._num_skipped, self._counts, self._data_wait_seconds = self._from_local(found)
+        self._num_skipped, self._counts, self._data_wait_seconds = self.from_local(found)
 
-    def _from_local(self, value: Any) -> Any:
+    def from_local(self, value: Any) -> Any:
+        """The ``value`` of the reading rank on all ranks of the replica; collective."""
         source = torch.distributed.get_global_rank(self._ranks.model, 0)
         return broadcast_object(value, group=self._ranks.model, source=source)
 

@@ -17,7 +17,8 @@ class StepSource(Protocol):
     """Gives each replica its groups of responses, step by step. Every rank calls ``begin`` and then ``finish``."""
 
     needs_weights: bool
-    """Whether an engine samples from the policy's weights. If so, it needs them after every update."""
+    """Whether an engine samples the responses of steps from the policy's weights. If so, it needs them after every
+    update."""
     gather_weights_to: Literal["all", "source"]
     """The ranks on which the engine takes the weights: all ranks, or the reading rank of each replica."""
     needs_vision_weights: bool
@@ -53,6 +54,9 @@ class StepSource(Protocol):
     def finish(self) -> list[RolloutGroup]:
         """The groups of the step that has begun, with rewarded responses."""
         ...
+
+    def settle(self) -> None:
+        """Waits until nothing is sampled in the background. What was sampled stays for ``finish``. Collective."""
 
     def close(self) -> None:
         """Frees what the source holds. It must not be used afterwards."""

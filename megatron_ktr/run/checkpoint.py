@@ -64,6 +64,7 @@ from megatron_ktr.files.torch_dist_files import TorchDistReader, torch_saved
 from megatron_ktr.policy.policy import Policy
 from megatron_ktr.rollout.step_source import ResumableSource
 from megatron_ktr.run.directory import CHECKPOINTS, SIDE_FILES, list_checkpoints, step_name
+from megatron_ktr.run.kept import BestCheckpoint, remove_checkpoint, remove_oldest
 from megatron_ktr.stack import load_strategy
 from models.qwen2_5_vl.dist_checkpoint import locate_tensors
 from models.qwen2_5_vl.dist_weights import model_sharded_state_dict, require_plain_tensors
@@ -75,24 +76,27 @@ _log = logging.getLogger(__name__)
 class Checkpoints:
     """Saves and resumes one run. Every method is collective over the world.
 
-    Example, in a training loop::
-
-        checkpoints = Checkpoints(run_dir, policy=policy, source=source, options=CheckpointOptions.of(config))
-        if start.checkpoint:
-            checkpoints.load(start.checkpoint)
-        for step in range(start.step + 1, num_steps + 1):
-            ...
-            checkpoints.after_step(step)
-        checkpoints.close()
+    A run calls ``load`` where it continues, ``after_step`` and ``after_evaluation`` in this order, and ``close``.
     """
 
-    def __init__(self, run_dir: Path, *, policy: Policy, source: ResumableSource, options: CheckpointOptions) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        policy: Policy,
+        source: ResumableSource,
+        options: CheckpointOptions,
+        best: BestCheckpoint | None = None,
+    ) -> None:
         self.directory = run_dir / CHECKPOINTS
+        self.best = best
         self.options = options
         self.policy = policy
         self.source = source
         self.ranks = policy.ranks
         self._pending: tuple[int, BackgroundSave] | None = None
+        self._complete_step: int | None = None
+        """The step of the newest complete checkpoint."""
         self._digests: dict[str, Digest] = {}
         """The checksums of the files that ``_prepare`` wrote, by name."""
         self._on_rank_zero("clear", self._remove_leftovers)
@@ -104,6 +108,15 @@ class Checkpoints:
             self._complete()
         interval = self.options.save_interval
         if interval and (step % interval == 0 or step == self.options.num_steps):
+            self.save(step)
+
+    def after_evaluation(self, step: int) -> None:
+        """Starts a save of ``step`` if it is the best one so far and is not saved yet."""
+        if self.best is None or not self.best.is_candidate(step):
+            return
+        if step == self._complete_step:
+            self._settle(step)
+        elif self._pending is None or self._pending[0] != step:
             self.save(step)
 
     def save(self, step: int) -> None:
@@ -159,7 +172,8 @@ class Checkpoints:
             self._on_each_rank("read", lambda: self._set_random_state(states, checkpoint / RANDOM_STATES))
         elif ranks.rank == 0:
             _log.info("the layout changed since %s was saved: random states start from the seed", checkpoint)
-        return int(training["step"])
+        self._complete_step = int(training["step"])
+        return self._complete_step
 
     def _set_random_state(self, states: list[dict[str, Any]], path: Path) -> None:
         with _as_user_error(path):
@@ -232,7 +246,7 @@ class Checkpoints:
 
     def _complete(self) -> None:
         """Waits for the files of all ranks. Rank 0 then writes the metadata, renames the directory and removes the
-        oldest checkpoints."""
+        oldest checkpoints, except the best one."""
         if self._pending is None:
             return
         (step, save), self._pending = self._pending, None
@@ -246,6 +260,20 @@ class Checkpoints:
             if self.ranks.rank == 0:
                 shutil.rmtree(save.directory, ignore_errors=True)
             raise
+        self._settle(step)
+
+    def _settle(self, step: int) -> None:
+        """The checkpoint of ``step`` is complete: if it is the best one, the run says so. Others may have to go."""
+        self._complete_step = step
+        best, run_dir = self.best, self.directory.parent
+        is_best = best is not None and best.publish(step)
+
+        def settle() -> None:
+            if best is not None and is_best:
+                best.write(run_dir)
+            remove_oldest(run_dir, number=self.options.keep_checkpoints, best=best)
+
+        self._on_rank_zero("tidy", settle)
 
     def _publish(self, step: int, save: BackgroundSave, written: list[Written]) -> None:
         digests = save.finish(written)
@@ -253,13 +281,10 @@ class Checkpoints:
         target = self.directory / step_name(step)
         if target.exists():
             # Nobody needs it: a run resumes from the newest intact checkpoint, so no intact one is ahead of this run.
-            _remove(target)
+            remove_checkpoint(target)
         os.rename(save.directory, target)
         # Makes sure that the rename itself reaches the disk.
         sync(self.directory)
-        keep = self.options.keep_checkpoints
-        for _, path in list_checkpoints(self.directory.parent)[: -keep if keep else 0]:
-            _remove(path)
 
     # Errors
 
@@ -373,10 +398,3 @@ def _require_shared(scratch: Path) -> None:
 def _raise_error(error: Exception | None) -> None:
     if error is not None:
         raise error
-
-
-def _remove(checkpoint: Path) -> None:
-    """Removes a checkpoint. It is renamed first, so that no directory named ``step_*`` is ever incomplete."""
-    doomed = checkpoint.with_name(f".{checkpoint.name}.removed")
-    os.rename(checkpoint, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)

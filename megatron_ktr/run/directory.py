@@ -6,6 +6,10 @@ metrics.jsonl, tensorboard/        every step once
 rollouts/step_00000010.jsonl       rollouts of some steps, with their key tokens
 rollouts/step_00000010_replica_0001.jsonl  rollouts of further data-parallel replicas
 rollouts/abandoned_after_step_00000010/    rollouts of later steps, which an earlier part did and a resumed part repeats
+eval/step_00000010/                the answers of an evaluation between steps (docs/evaluation.md)
+eval/settings.json                 what each set of held-out questions is, and how it is asked
+eval/abandoned_after_step_00000010/    evaluations of later steps, as with rollouts
+best.json                          the checkpoint that --keep-best keeps
 checkpoints/step_00000010/         a complete checkpoint: the name appears by a rename, after everything is written
 checkpoints/damaged_step_00000030/ a checkpoint whose files have changed since; a run set it aside and used an older one
 checkpoints/.step_00000020         a checkpoint that was being written when the run stopped; ignored and later removed
@@ -41,11 +45,13 @@ from megatron_ktr.files.json_files import read_json
 
 T = TypeVar("T")
 CHECKPOINTS = "checkpoints"
+EVALUATIONS = "eval"
 SIDE_FILES = "hf"
 ROLLOUTS = "rollouts"
 ABANDONED_START = "abandoned_start"
 STEP_NAME = re.compile(r"step_(\d{8,})")
-ROLLOUT_NAME = re.compile(r"step_(\d{8,})(?:_replica_\d{4,})?")
+STEP_ENTRY = re.compile(r"step_(\d{8,})(?:_replica_\d{4,})?(?:\.jsonl)?")
+"""A file of rollouts, or a directory of an evaluation."""
 
 MAY_CHANGE = frozenset(
     "model transformer_impl gradient_accumulation_fusion "
@@ -53,11 +59,14 @@ MAY_CHANGE = frozenset(
     "frame_cache_dir frame_cache_gb data_workers prefetch_steps data_timeout_seconds data_worker_memory_gb "
     "run_dir resume auto_resume train_steps train_epochs micro_batch_groups save_interval keep_checkpoints "
     "eval_interval log_interval rollout_log_interval platform distributed_timeout_minutes rollout_tensor_parallel_size "
-    "rollout_memory_share rollout_kv_cache_gb rollout_max_num_seqs rollout_eager offload_during_rollout".split()
+    "rollout_memory_share rollout_kv_cache_gb rollout_max_num_seqs rollout_eager offload_during_rollout "
+    "eval_data eval_media_root eval_benchmark eval_benchmark_root eval_at_start eval_frames eval_max_items "
+    "eval_max_tokens eval_temperature keep_best".split()
 )
 """The options that a resumed run may change, besides the parallel ones: where things are, how long and how fast it
-runs. A change of any other option would make it another run and is refused. A new option is refused until it is listed
-here."""
+runs, and evaluation, which changes nothing in training. (A set of held-out questions must stay what it was as long as
+it has the same name; ``evaluation/in_training_settings.py`` sees to that.) A change of any other option would make it
+another run and is refused. A new option is refused until it is listed here."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +187,8 @@ def _resume(
     if last is not None and step > last:
         raise UserError(f"{length}: the run is at step {step} already ({checkpoint}); raise it")
     _set_aside_export(run_dir / "export", step)
-    _set_aside_rollouts(run_dir / ROLLOUTS, step)
+    for folder in (ROLLOUTS, EVALUATIONS):
+        _set_aside_later(run_dir / folder, step)
     save_resolved(config, unused_path(run_dir / f"config_from_{step_name(step + 1)}.yaml"), notes=notes)
     return RunStart(run_dir, checkpoint, step)
 
@@ -218,16 +228,16 @@ def _set_aside_start(run_dir: Path) -> None:
     _move_into(run_dir / ABANDONED_START, left)
 
 
-def _set_aside_rollouts(rollouts: Path, step: int) -> None:
-    """Moves the rollouts of steps after ``step`` aside. The resumed run samples those steps again and may record
-    different ones, while reports take all files in ``rollouts`` for those of one run."""
+def _set_aside_later(folder: Path, step: int) -> None:
+    """Moves rollouts or evaluations of steps after ``step`` aside. The resumed run does those steps again and may get
+    different ones, while reports take everything in the folder for that of one run."""
     abandoned = [
         path
-        for path in sorted(rollouts.glob("step_*.jsonl"))
-        if (match := ROLLOUT_NAME.fullmatch(path.stem)) and int(match[1]) > step
+        for path in sorted(folder.glob("step_*"))
+        if (match := STEP_ENTRY.fullmatch(path.name)) and int(match[1]) > step
     ]
     if abandoned:
-        _move_into(rollouts / f"abandoned_after_{step_name(step)}", abandoned)
+        _move_into(folder / f"abandoned_after_{step_name(step)}", abandoned)
 
 
 def _move_into(folder: Path, paths: Sequence[Path]) -> None:

@@ -17,6 +17,8 @@ The names of the numbers are stable:
 - of a mixture: reward_mean/<source> of the step's prompts, and source/<source>, the prompts drawn since the run began
 - with data workers or a frame cache, counted since the process began: data_workers/replaced, "data_workers/replaced:
   <why>" (``data/workers/pool.py``), frame_cache/<event> (``data/frame_cache.py``)
+- of steps that were evaluated (``evaluation/in_training.py``): eval/<set>/accuracy and others, seconds/evaluate; a run
+  that is evaluated at its start has them as step 0
 - with original_compat: responses_without_key_tokens, a share of the step's responses
 
 Numbers in the file have 8 significant digits. A number that is not finite is null there.
@@ -25,14 +27,17 @@ Numbers in the file have 8 significant digits. A number that is not finite is nu
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from megatron_ktr.files.atomic import write_atomically
 from megatron_ktr.files.json_files import to_json
+
+FILE = "metrics.jsonl"
 
 
 class PhaseTimer:
@@ -70,13 +75,14 @@ class MetricsWriter:
 
     def __init__(self, run_dir: Path | None, *, first_step: int = 0) -> None:
         self._file: IO[str] | None = None
+        self._path: Path | None = None
         self._events = None
         if run_dir is None:
             return
         from torch.utils.tensorboard import SummaryWriter
 
         run_dir.mkdir(parents=True, exist_ok=True)
-        path = run_dir / "metrics.jsonl"
+        self._path = path = run_dir / FILE
         if path.exists():
             kept = [line for line in _lines(path) if _step_of(line) < first_step]
             write_atomically(path, "".join(line + "\n" for line in kept))
@@ -86,9 +92,27 @@ class MetricsWriter:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         if self._file is None or self._events is None:
             return
-        rounded = {name: float(f"{value:.8g}") for name, value in values.items()}
-        self._file.write(to_json({"step": step, **rounded}) + "\n")
+        self._file.write(to_json({"step": step, **_rounded(values)}) + "\n")
         self._file.flush()
+        self._show(step, values)
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        """Adds values to the record of a step that is written already; seconds of the same phase add up. The file is
+        replaced as a whole."""
+        if self._path is None or self._file is None:
+            return
+        records = _records(self._path)
+        record = next(one for one in records if one["step"] == step)
+        seconds = {name: record[name] for name in values if name.startswith("seconds/") and name in record}
+        values = {name: value + seconds.get(name, 0.0) for name, value in values.items()}
+        record.update(_rounded(values))
+        self._file.close()
+        write_atomically(self._path, "".join(to_json(one) + "\n" for one in records))
+        self._file = self._path.open("a", encoding="utf-8")
+        self._show(step, values)
+
+    def _show(self, step: int, values: Mapping[str, float]) -> None:
+        assert self._events is not None
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
 
@@ -126,6 +150,46 @@ def step_line(step: int, num_steps: int, values: Mapping[str, float]) -> str:
     if values.get("skipped_updates"):
         parts.append(f"updates skipped {values['skipped_updates']:.0f}")
     return "  ".join(parts)
+
+
+def evaluation_line(step: int, values: Mapping[str, float], *, note: str = "") -> str:
+    """The console line of an evaluation after ``step``, with ``note`` at its end."""
+    figures = {name.split("/")[1]: name for name in values if name.startswith("eval/") and name.count("/") == 2}
+    parts = [f"evaluation after step {step}" if step else "evaluation before the first step"]
+    for name in figures:
+        share = values[f"eval/{name}/accuracy"]
+        others = {word: values.get(f"eval/{name}/{word}") for word in ("strict", "lenient", "truncated", "unusable")}
+        usual = {"strict": share, "lenient": share, "truncated": 0.0, "unusable": 0.0}
+        noted = ", ".join(f"{word} {value:.1%}" for word, value in others.items() if value not in (None, usual[word]))
+        parts.append(f"{name} {share:.1%}" + (f" ({noted})" if noted else ""))
+    parts.append(f"{values.get('seconds/evaluate', 0.0):.0f} s")
+    return "  ".join([*parts, *([note] if note else [])])
+
+
+def rounded(value: float) -> float:
+    """A number as the file holds it."""
+    return float(f"{value:.8g}")
+
+
+def _rounded(values: Mapping[str, float]) -> dict[str, float]:
+    return {name: rounded(value) for name, value in values.items()}
+
+
+def read_records(run_dir: Path) -> list[dict[str, Any]]:
+    """The records of a run so far, without a torn last one; empty if it has none."""
+    path = run_dir / FILE
+    return _records(path) if path.exists() else []
+
+
+def has_evaluation(run_dir: Path, *, step: int) -> bool:
+    """Whether the figures of an evaluation after ``step`` are recorded."""
+    return any(
+        record["step"] == step and any(name.startswith("eval/") for name in record) for record in read_records(run_dir)
+    )
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in _lines(path) if math.isfinite(_step_of(line))]
 
 
 def _lines(path: Path) -> list[str]:

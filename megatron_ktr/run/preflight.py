@@ -46,7 +46,7 @@ def check_layout(config: Config, model_config: Qwen2_5_VLConfig, *, world_size: 
     language_transformer_config(
         model_config, sizes=sizes, dtype=DTYPES[config.model.params_dtype], options=ModelOptions.of(config)
     )
-    if config.samples and config.rollout.engine == "vllm_colocated":
+    if config.has_engine and config.rollout.engine == "vllm_colocated":
         share_groups(sizes, world_size=world_size, engine_size=config.rollout.rollout_tensor_parallel_size)
     return sizes
 

@@ -16,6 +16,9 @@ from megatron_ktr.errors import UserError
 from tests.support.paths import REPOSITORY
 
 MINIMAL = ["--model", "some/model", "--replay-path", "rollouts.jsonl"]
+ONLINE = ["--replay-path", "none", "--data-path", "questions.json", "--engine", "hf"]
+SFT = ["--replay-path", "none", "--data-path", "questions.json", "--objective", "sft"]
+EVALUATED = ["--eval-data", "held_out.json", "--eval-interval", "5"]
 
 
 def write(path: Path, text: str) -> list[str]:
@@ -163,7 +166,6 @@ def test_bad_flag_is_fatal_and_the_message_names_the_remedy(argv, parts):
     [
         (["--sequence-parallel"], "--tensor-model-parallel-size above 1"),
         (["--num-layers-per-virtual-pipeline-stage", "1"], "--pipeline-model-parallel-size above 1"),
-        (["--eval-interval", "5"], "not available yet"),
         (["--objective", "tw_grpo"], "add --loss-aggregation token"),
         (["--objective", "tw_grpo", "--loss-aggregation", "token", "--tw-alpha", "0.5"], "tw_alpha"),
         (["--tw-weight-gradient"], "--tw-weight-gradient is not read by --objective video_ktr"),
@@ -179,7 +181,27 @@ def test_bad_flag_is_fatal_and_the_message_names_the_remedy(argv, parts):
         (["--reward-functions", "accuracy"], "not read by --engine replay"),
         (["--engine", "hf"], "needs --data-path"),
         (["--objective", "sft"], "needs --data-path"),
-        (["--eval-interval", "5"], "not available yet"),
+        (["--eval-interval", "5"], "--eval-interval needs --eval-data or --eval-benchmark"),
+        (["--eval-at-start"], "--eval-at-start needs --eval-data or --eval-benchmark"),
+        (["--eval-data", "a/held_out.json"], "--eval-data is not read without --eval-interval or --eval-at-start"),
+        ([*EVALUATED], "--engine replay has none"),
+        ([*EVALUATED, *SFT], "needs an engine that answers: choose --engine hf"),
+        ([*EVALUATED, *ONLINE, "--eval-benchmark", "mvbench,mvbench=b"], "two sets are called mvbench"),
+        ([*EVALUATED, *ONLINE, "--eval-benchmark", "=b"], "expected NAME or NAME=PATH"),
+        ([*EVALUATED, *ONLINE, "--eval-frames", "7"], "--eval-frames must be even"),
+        ([*EVALUATED, *ONLINE, "--eval-benchmark-root", "b"], "--eval-benchmark, which is not given"),
+        ([*ONLINE, "--eval-max-items", "7"], "--eval-max-items needs --eval-data or --eval-benchmark"),
+        ([*ONLINE, "--eval-media-root", "a"], "--eval-data, which is not given"),
+        ([*ONLINE, "--keep-best", "eval/held_out/accuracy"], "--keep-best needs --eval-interval"),
+        (
+            [*EVALUATED, *ONLINE, "--engine", "vllm_colocated", "--eval-max-tokens", "769"],
+            "--eval-max-tokens 769 exceeds --max-response-length 768",
+        ),
+        ([*EVALUATED, *ONLINE, "--engine", "vllm_colocated", "--eval-temperature", "3"], "from 0.01 to 2, or 0"),
+        (
+            [*EVALUATED, *ONLINE, *"--keep-best x --optimizer sgd --no-use-distributed-optimizer --bf16".split()],
+            "--keep-best with --optimizer sgd needs --params-dtype fp32",
+        ),
         (["--replay-path", "none"], "needs --replay-path"),
         (["--data-path", "questions.json"], "not read by --engine replay"),
         (["--model", ""], "--model is required"),

@@ -86,6 +86,26 @@ def write_run(folder: Path, *, num_steps: int = 3, rollouts: dict[int, list[dict
     return folder
 
 
+def test_evaluations_are_curves_over_the_steps_that_were_evaluated(tmp_path):
+    run = write_run(tmp_path / "run", num_steps=4)
+    evaluated = {0: 0.25, 2: 0.5, 4: 0.75}
+    lines = {0: {"step": 0}} | {
+        record["step"]: record for record in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    }
+    for step, value in evaluated.items():
+        figures = {"accuracy": value, "strict": value / 2, "duration/short": 1.0, "duration/long": 0.0}
+        lines[step] |= {f"eval/held_out/{name}": number for name, number in figures.items()}
+        lines[step] |= {"eval/mvbench/accuracy": 0.1, "seconds/evaluate": 2.0}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines.values()))
+    page = page_of(run, out=tmp_path / "r.html")
+    titles = [text for tag, text in page.texts if tag == "strong"]
+    assert titles[:3] == ["Evaluation", "Evaluation: held_out", "Evaluation: held_out by duration"]
+    drawn = {svg["aria-label"].partition(".")[0]: svg["aria-label"] for svg in page.all("svg") if svg.get("aria-label")}
+    assert "held_out: 0.25 at step 0, 0.75 at step 4" in drawn["Evaluation over steps"]
+    assert "no finite value" not in page.text, "neither charts of evaluation nor, because of step 0, the others"
+    assert "steps 4" in page.text and "time in steps 5.2 s" in page.text, "step 0 trains nothing"
+
+
 def response(token_ids: list[int], *, text: str = "", accuracy: float = 1.0, **signals: list[int]) -> dict:
     signals = signals or {"entropy": [0] * len(token_ids)}
     return {

@@ -129,6 +129,10 @@ class ColocatedEngine(RolloutEngine):
             ) from error
         self._sleep()
 
+    @property
+    def keeps_weights(self) -> bool:
+        return not self._can_sleep
+
     def _options(self) -> dict[str, Any]:
         settings = self.settings
         options: dict[str, Any] = {

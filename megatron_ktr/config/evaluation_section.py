@@ -1,0 +1,61 @@
+"""The options of evaluation during training. They are one section of ``sections.py``, whose docstring applies here too.
+
+``trainer.eval_interval`` says how often; it stands with the other intervals.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_ktr.config.cli import option as _option
+
+
+@dataclass(frozen=True)
+class EvaluationSection:
+    """Held-out questions that the run's own engine answers between steps (docs/evaluation.md); see eval_interval."""
+
+    eval_data: tuple[str, ...] = _option(
+        (), "Files of held-out questions, like those of data_path; the metrics of a/held_out.json are eval/held_out/..."
+    )
+    eval_media_root: str | None = _option(
+        None, "Directory of the media of eval_data; none = the directory of each file"
+    )
+    eval_benchmark: tuple[str, ...] = _option(
+        (), "Benchmarks, as NAME or NAME=PATH of its file or folder; their metrics are eval/NAME/..."
+    )
+    eval_benchmark_root: str | None = _option(
+        None, "Directory in which eval_benchmark looks for benchmarks that are named without a path"
+    )
+    eval_at_start: bool = _option(False, "Evaluate the model before the first step too, as step 0 of the curve")
+    eval_frames: int | None = _option(
+        None, "Most frames of one video in evaluation; even; none = video_num_frames, else video_max_frames", low=2
+    )
+    eval_max_items: int | None = _option(
+        None, "Questions of each file or benchmark, always the same ones, drawn at random; none = all", low=1
+    )
+    eval_max_tokens: int | None = _option(
+        None, "Longest response in evaluation, in tokens; none = max_response_length", low=1
+    )
+    eval_temperature: float | None = _option(
+        None,
+        "Sampling temperature of evaluation, without top-p; 0 = the most likely tokens; none = as the benchmark says, "
+        "which for files of one's own is 0.1 with top-p 0.001, as good as 0",
+        low=0,
+    )
+    keep_best: str | None = _option(
+        None,
+        "Metric of evaluation, such as eval/held_out/accuracy: the checkpoint in which it is highest is saved, also "
+        "where save_interval does not ask for it, and kept beside those of keep_checkpoints",
+    )
+
+    @property
+    def asks(self) -> bool:
+        """Whether there is anything to evaluate on."""
+        return bool(self.eval_data or self.eval_benchmark)
+
+    @property
+    def set_names(self) -> tuple[str, ...]:
+        """The names under which figures are logged: of files without their ending, and of benchmarks."""
+        benchmarks = (text.partition("=")[0].strip() for text in self.eval_benchmark)
+        return (*(Path(path).stem for path in self.eval_data), *benchmarks)

@@ -1,0 +1,104 @@
+"""When a training run is evaluated, and what becomes of it: metrics, the best checkpoint, a request to leave.
+
+A run that is asked to leave during an evaluation abandons it and saves. A run that is resumed at a step that is due,
+and whose record has no figures, evaluates it before it goes on: it had left or died, or was not evaluated then.
+"""
+
+from __future__ import annotations
+
+from megatron_ktr.config.part_options import EvaluationOptions
+from megatron_ktr.data.template import PromptBuilder, VisualTokens
+from megatron_ktr.data.tokenizer import Tokenizer
+from megatron_ktr.distributed.agreement import result_of_rank_zero
+from megatron_ktr.evaluation.engines.prompts import PromptMaker
+from megatron_ktr.evaluation.held_out import HeldOut
+from megatron_ktr.evaluation.in_training import TrainingEvaluation
+from megatron_ktr.rollout.build import worker_pool
+from megatron_ktr.rollout.source import ReplicaSource
+from megatron_ktr.run.checkpoint import Checkpoints
+from megatron_ktr.run.directory import RunStart
+from megatron_ktr.run.interruption import LeaveRequest
+from megatron_ktr.run.metrics import MetricsWriter, evaluation_line, has_evaluation
+from megatron_ktr.trainer import Trainer
+
+
+class BetweenSteps:
+    """Evaluates a run where that is due. Every rank holds one; calls are collective over the world."""
+
+    def __init__(
+        self,
+        evaluation: TrainingEvaluation | None,
+        *,
+        trainer: Trainer,
+        writer: MetricsWriter,
+        checkpoints: Checkpoints,
+        leave: LeaveRequest,
+    ) -> None:
+        self._evaluation = evaluation
+        self._trainer = trainer
+        self._writer = writer
+        self._checkpoints = checkpoints
+        self._leave = leave
+
+    def after(self, step: int) -> str | None:
+        """Evaluates the model that ``step`` left, if that is due. The step is recorded, and saved if a checkpoint is
+        due, so that a run that dies meanwhile has lost nothing but the evaluation.
+
+        Returns the signal that made the run abandon the evaluation, if any.
+        """
+        evaluation, checkpoints = self._evaluation, self._checkpoints
+        if evaluation is None or not evaluation.options.is_due(step):
+            return None
+        ranks = checkpoints.ranks
+        signals: list[str] = []
+
+        def is_leaving() -> bool:
+            asked_by = self._leave.agreed(ranks.world)
+            signals.extend([asked_by] if asked_by else [])
+            return bool(asked_by)
+
+        values = self._trainer.evaluate(lambda: evaluation(step, is_leaving=is_leaving))
+        if signals:
+            return signals[0]
+        if step:
+            self._writer.add(step, values)
+        else:
+            self._writer.write(step, values)
+        best = checkpoints.best
+        is_best = best is not None and step > 0 and best.take(step, values)  # the start has no checkpoint
+        if ranks.rank == 0:
+            print(evaluation_line(step, values, note="best so far" if is_best else ""), flush=True)
+        checkpoints.after_evaluation(step)
+        return None
+
+    def at_start(self, start: RunStart) -> str | None:
+        """Evaluates a new model before its first step, or the model of a resumed run if its figures are missing. Like
+        ``after`` otherwise."""
+        if self._evaluation is None:
+            return None
+        ranks = self._checkpoints.ranks
+        is_there = result_of_rank_zero(lambda: has_evaluation(start.run_dir, step=start.step), ranks=ranks)
+        return None if is_there else self.after(start.step)
+
+
+def build_evaluation(
+    options: EvaluationOptions | None, held_out: HeldOut | None, *, trainer: Trainer, tokenizer: Tokenizer
+) -> TrainingEvaluation | None:
+    """What asks the held-out questions; None if the run is not evaluated. Collective over the world."""
+    if options is None:
+        return None
+    assert isinstance(trainer.source, ReplicaSource)  # other sources have no engine
+    builder = PromptBuilder(
+        tokenizer,
+        visual_tokens=VisualTokens.from_model(options.model, tokenizer),
+        merge_size=trainer.policy.model_config.vision.spatial_merge_size,
+    )
+    return TrainingEvaluation(
+        held_out,
+        options=options,
+        ranks=trainer.policy.ranks,
+        source=trainer.source,
+        prompts=PromptMaker(builder, max_model_len=options.data.max_prompt_length + options.max_tokens),
+        send_weights=trainer.send_weights,
+        make_pool=lambda: worker_pool(options.data),
+    )

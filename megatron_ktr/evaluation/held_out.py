@@ -1,0 +1,361 @@
+"""The held-out questions of a training run. They are read and checked before the run's model is built.
+
+    --eval-data FILE         asked as the run asks its own questions: its wording, rule for frames, limits of pixels
+    --eval-benchmark NAME    asked as the benchmark says; the number of frames is the run's, and so are other pixels
+
+A set of questions must stay what it is as long as a run evaluates on it, or its curve would join figures of different
+things. ``eval/settings.json`` in the run directory says what it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from megatron_ktr.config.cli import did_you_mean
+from megatron_ktr.config.part_options import EvaluationOptions
+from megatron_ktr.data.media.preprocess import PreprocessSettings, pixel_limits
+from megatron_ktr.data.wording import DEFAULT as DEFAULT_WORDING
+from megatron_ktr.distributed.agreement import gather_objects, on_every_rank
+from megatron_ktr.distributed.groups import ParallelGroups
+from megatron_ktr.errors import UserError, same_on_every_rank
+from megatron_ktr.evaluation.benchmark import FrameRule
+from megatron_ktr.evaluation.benchmark_files import (
+    NamedBenchmark,
+    ReadBenchmark,
+    missing_media,
+    named_benchmarks,
+    read_benchmark,
+)
+from megatron_ktr.evaluation.item import Condition, Item
+from megatron_ktr.evaluation.protocols import PROTOCOL_NAMES
+from megatron_ktr.evaluation.registry import BENCHMARKS
+from megatron_ktr.evaluation.scaling import Voting
+from megatron_ktr.evaluation.settings import BenchmarkSettings, EvaluationSettings, digest_of
+from megatron_ktr.files.atomic import write_atomically
+from megatron_ktr.files.json_files import read_json_object, to_json
+from megatron_ktr.run.directory import EVALUATIONS
+
+SEED = 0
+"""Of the choice of questions and of sampling, in every run: runs with other seeds are evaluated alike."""
+MOST_CATEGORIES = 12
+"""An axis with more categories is not logged."""
+SETTINGS_FILE = "settings.json"
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The held-out questions of a run."""
+
+    sets: tuple[ReadBenchmark, ...]
+    settings: EvaluationSettings
+    """Of an evaluation, apart from its model."""
+    missing: Mapping[str, tuple[str, ...]]
+    """By set, the ids of the items of which a medium is not there. They count as wrong."""
+
+    @property
+    def items(self) -> tuple[Item, ...]:
+        return tuple(item for one in self.sets for item in one.items)
+
+    @property
+    def condition(self) -> Condition:
+        return self.settings.conditions[0]
+
+    @property
+    def facts(self) -> dict[str, dict[str, Any]]:
+        """By set, what must stay as it is."""
+        return {one.name: _facts(one, self.settings) for one in self.sets}
+
+    @property
+    def lines(self) -> list[str]:
+        """One line for each set, which say what is asked."""
+        found = []
+        for one in self.sets:
+            asked = self.settings.benchmarks[one.name]
+            number = f"{len(one.items)} questions"
+            if asked.limit is not None:
+                number = f"{asked.limit} of {asked.num_items} questions, the same in every evaluation"
+            found.append(
+                f"evaluation on {one.name}: {number}, at most {self.condition.frames} frames and "
+                f"{asked.sampling.max_tokens} tokens, temperature {asked.sampling.temperature:g}; "
+                f"wording: {asked.wording}"
+            )
+        return found
+
+
+def held_out_of_run(options: EvaluationOptions | None, *, ranks: ParallelGroups) -> HeldOut | None:
+    """The held-out questions on reading ranks, checked and the same on all of them. None on other ranks, and if the run
+    is not evaluated. Collective over the world.
+
+    Raises:
+        UserError: on every rank; also if ``--keep-best`` names no metric of theirs.
+    """
+    if options is None:
+        return None
+
+    def read() -> HeldOut | None:
+        if not ranks.is_source:
+            return None
+        held_out = read_held_out(options, is_spokesman=ranks.rank == 0)
+        require_known_metric(options.evaluation.keep_best, held_out)
+        return held_out
+
+    held_out = on_every_rank(read, ranks=ranks)
+    require_same_held_out(held_out, ranks=ranks)
+    return held_out
+
+
+def read_held_out(options: EvaluationOptions, *, is_spokesman: bool) -> HeldOut:
+    """Reads and checks all sets.
+
+    Raises:
+        UserError: a file is missing or is none of questions, or more than ``max_skip_share`` of its media are missing.
+    """
+    section = options.evaluation
+    sets = []
+    for named, is_own in _named(options):
+        sets.append(
+            _in_our_words(
+                lambda named=named, is_own=is_own: read_benchmark(
+                    named,
+                    media_root=Path(section.eval_media_root) if section.eval_media_root and is_own else None,
+                    wording=(options.data.prompt_template or DEFAULT_WORDING) if is_own else None,
+                    limit=section.eval_max_items,
+                    seed=SEED,
+                ),
+                is_own=is_own,
+            )
+        )
+    _require_read_alike(sets, options)
+    missing = {one.name: _missing(one, options=options, is_spokesman=is_spokesman) for one in sets}
+    return HeldOut(tuple(sets), _settings(sets, options), missing)
+
+
+def _require_read_alike(sets: Sequence[ReadBenchmark], options: EvaluationOptions) -> None:
+    """Refuses fields that training passes over (``ignore_fields``), because evaluation would do what they say."""
+    for one in sets:
+        for item in one.items:
+            if found := [name for name in options.data.ignore_fields if name in item.record]:
+                raise UserError(
+                    f"evaluation on {one.name}: question {item.item_id} has the field {found[0]}, which training "
+                    "passes over (--ignore-fields) and evaluation does not: leave it out of the file"
+                )
+
+
+def _named(options: EvaluationOptions) -> Iterator[tuple[NamedBenchmark, bool]]:
+    """Every set, and whether it is a file of the user's own."""
+    section = options.evaluation
+    for written in section.eval_data:
+        path = Path(written)
+        if not path.is_file():
+            raise UserError(f"--eval-data {written}: {'is no file' if path.exists() else 'no such file'}")
+        yield NamedBenchmark(path.stem, path), True
+    if section.eval_benchmark:
+        root = None if section.eval_benchmark_root is None else Path(section.eval_benchmark_root)
+        found = _in_our_words(lambda: named_benchmarks(section.eval_benchmark, root=root), is_own=False)
+        for named in found:
+            if named.name not in BENCHMARKS:
+                raise UserError(f"--eval-benchmark {named.path}: a file of one's own is named by --eval-data")
+            yield named, False
+
+
+def _in_our_words(read: Any, *, is_own: bool) -> Any:
+    """What ``read`` returns. Its errors name the options of ``tools/evaluate.py``; ours have other names."""
+    try:
+        return read()
+    except UserError as error:
+        option = "--eval-data" if is_own else "--eval-benchmark"
+        text = str(error).replace("--benchmark-root", "--eval-benchmark-root").replace("--benchmark ", f"{option} ")
+        raise UserError(
+            text.replace("--benchmark:", f"{option}:").replace("--media-root", "--eval-media-root")
+        ) from error
+
+
+def _missing(one: ReadBenchmark, *, options: EvaluationOptions, is_spokesman: bool) -> tuple[str, ...]:
+    found = list(missing_media(one))
+    if not found:
+        return ()
+    item, reason = found[0]
+    told = (
+        f"evaluation on {one.name}: the media of {len(found)} of {len(one.items)} questions are not below "
+        f"{one.media_root} (first: {item.item_id}: {reason})"
+    )
+    if len(found) > options.data.max_skip_share * len(one.items):
+        raise UserError(
+            f"{told}; more than --max-skip-share {options.data.max_skip_share:g} would count as wrong unseen "
+            "(--eval-media-root)"
+        )
+    if is_spokesman:
+        _log.warning("%s; they count as wrong", told)
+    return tuple(item.item_id for item, _ in found)
+
+
+def _settings(sets: Sequence[ReadBenchmark], options: EvaluationOptions) -> EvaluationSettings:
+    condition = Condition(options.frames)
+    preprocess = PreprocessSettings.from_model(options.model, **pixel_limits(options.data))
+    return EvaluationSettings(
+        model=options.run_dir,
+        identity={},
+        seed=SEED,
+        preprocess=dataclasses.asdict(preprocess),
+        voting=Voting(),
+        benchmarks={one.name: _asked(one, options) for one in sets},
+        asked=tuple((one.name, condition) for one in sets),
+    )
+
+
+def _asked(one: ReadBenchmark, options: EvaluationOptions) -> BenchmarkSettings:
+    section, data = options.evaluation, options.data
+    sampling = dataclasses.replace(one.benchmark.sampling, max_tokens=options.max_tokens)
+    if section.eval_temperature is not None:
+        sampling = dataclasses.replace(sampling, temperature=section.eval_temperature, top_p=1.0)
+    frames = one.benchmark.frames
+    if one.name not in BENCHMARKS:
+        rule = data.frame_sampling or ("fps" if data.video_num_frames is None else "fixed")
+        frames = FrameRule(rule=rule, fps=data.video_fps, max_pixels=data.video_max_pixels)
+    return BenchmarkSettings(
+        path=str(one.path),
+        media_root=str(one.media_root),
+        wording=one.wording.describe(),
+        wording_digest=one.wording.digest,
+        sampling=sampling,
+        frames=frames,
+        num_items=one.num_items,
+        limit=None if len(one.items) == one.num_items else len(one.items),
+    )
+
+
+# What must be the same: on all replicas, and in a resumed run
+
+
+def _facts(one: ReadBenchmark, settings: EvaluationSettings) -> dict[str, Any]:
+    asked = settings.benchmarks[one.name]
+    questions = [[item.item_id, digest_of(item)] for item in one.items]
+    facts = {
+        "questions": xxhash.xxh3_128(json.dumps(questions).encode(errors="surrogatepass")).hexdigest(),
+        "number of questions": len(one.items),
+        "frames": settings.conditions[0].frames,
+        "rule for frames": dataclasses.asdict(asked.frames),
+        "pixels": dict(settings.preprocess),
+        "wording": asked.wording_digest,
+        "sampling": dataclasses.asdict(asked.sampling),
+    }
+    return json.loads(to_json(facts))  # as they are read again: JSON knows no tuples
+
+
+def require_same_held_out(held_out: HeldOut | None, *, ranks: ParallelGroups) -> None:
+    """Compares what the reading ranks have read. Collective over the world.
+
+    Raises:
+        UserError: on every rank, if questions or wordings differ, or if media are missing on one node only: the figure
+            would then depend on the number of replicas.
+    """
+    about = None if held_out is None else (held_out.facts, dict(held_out.missing))
+    first, *others = [one for one in gather_objects(about, group=ranks.world) if one is not None]
+    for replica, other in enumerate(others, start=1):
+        for name in first[0]:
+            what = ""
+            if other[0][name] != first[0][name]:
+                what = "found other questions or another wording"
+            elif other[1][name] != first[1][name]:
+                what = "lacks other media"
+            if what:
+                with same_on_every_rank():
+                    raise UserError(
+                        f"evaluation on {name}: the reading rank of replica {replica} {what} than that of replica 0: "
+                        "the files differ between nodes, or were changed while they were read"
+                    )
+
+
+def require_unchanged(run_dir: Path, held_out: HeldOut) -> None:
+    """Checks the sets of a resumed run.
+
+    Raises:
+        UserError: a set has changed since the run was evaluated on it.
+    """
+    earlier = _earlier(run_dir)
+    for name, facts in held_out.facts.items():
+        for what, value in earlier.get(name, {}).items():
+            if facts.get(what) != value:
+                raise UserError(
+                    f"--resume: evaluation on {name} had other {what} before ({_changes(value, facts.get(what))}), so "
+                    "its curve would join figures of different things; evaluate as before, or rename the file"
+                )
+
+
+def write_settings(run_dir: Path, held_out: HeldOut) -> None:
+    """Writes what the sets are, for a run that continues this one. Sets of earlier parts stay in the file."""
+    path = run_dir / EVALUATIONS / SETTINGS_FILE
+    try:
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, to_json({**_earlier(run_dir), **held_out.facts}, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"--run-dir: cannot write {path}: {error.strerror}") from error
+
+
+def _earlier(run_dir: Path) -> dict[str, dict[str, Any]]:
+    path = run_dir / EVALUATIONS / SETTINGS_FILE
+    found = read_json_object(path) if path.exists() else {}
+    if not all(isinstance(facts, dict) for facts in found.values()):
+        raise UserError(f"{path} does not hold what a run writes there")
+    return found
+
+
+def _changes(old: Any, new: Any) -> str:
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return f"{old}, now {new}"
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    return ", ".join(f"{name} {old.get(name)}, now {new.get(name)}" for name in names)
+
+
+# Metrics
+
+
+def logged_axes(held_out: HeldOut) -> dict[str, dict[str, list[str]]]:
+    """By set and axis, the categories with curves of their own: those of axes that have few."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for one in held_out.sets:
+        of_axis: dict[str, dict[str, None]] = {}
+        for item in one.items:
+            for axis in one.benchmark.axes:
+                if value := item.categories.get(axis):
+                    of_axis.setdefault(axis, {})[value] = None
+        found[one.name] = {
+            axis: sorted(values) for axis, values in of_axis.items() if 1 < len(values) <= MOST_CATEGORIES
+        }
+    return found
+
+
+def best_metrics(held_out: HeldOut) -> list[str]:
+    """The metrics of evaluation of which more is better."""
+    names = []
+    for one in held_out.sets:
+        others = [name for name in (*PROTOCOL_NAMES, *one.benchmark.other_judges) if name != "official"]
+        names += [f"eval/{one.name}/{figure}" for figure in ("accuracy", *others, "format")]
+        names += [
+            f"eval/{one.name}/{axis}/{value}"
+            for axis, values in logged_axes(held_out)[one.name].items()
+            for value in values
+        ]
+    return names
+
+
+def require_known_metric(metric: str | None, held_out: HeldOut) -> None:
+    """Checks ``--keep-best``.
+
+    Raises:
+        UserError: evaluation gives no such metric, or one of which less is better.
+    """
+    names = best_metrics(held_out)
+    if metric is not None and metric not in names:
+        raise UserError(
+            f"--keep-best {metric}: expected one of {', '.join(names)}{did_you_mean(metric, names, cutoff=0.6)}"
+        )

@@ -1,0 +1,129 @@
+"""Which checkpoints of a run are kept: the newest ones, and with ``--keep-best METRIC`` the best one.
+
+That is the checkpoint of the step in which a metric of evaluation is highest. ``best.json`` names it:
+
+    {"metric": "eval/held_out/accuracy", "step": 30, "value": 0.71, "checkpoint": "checkpoints/step_00000030"}
+
+Of equal values the earliest counts, and a value that is not a number never does. A new best step is a candidate until
+its checkpoint is complete. Until then the old best checkpoint stays, and ``best.json`` names it.
+
+A resumed run takes the best step from ``metrics.jsonl``: of the steps that it does not do again, and whose checkpoints
+are there. So it needs no memory of its own, and ``--keep-best`` may name another metric than before.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_ktr.distributed.agreement import result_of_rank_zero
+from megatron_ktr.distributed.groups import ParallelGroups
+from megatron_ktr.errors import UserError
+from megatron_ktr.files.atomic import write_atomically
+from megatron_ktr.run.directory import CHECKPOINTS, list_checkpoints, step_name
+from megatron_ktr.run.metrics import read_records, rounded
+
+FILE = "best.json"
+
+
+@dataclass(frozen=True)
+class BestStep:
+    """An evaluated step and the value of the metric there."""
+
+    step: int
+    value: float
+
+
+class BestCheckpoint:
+    """Knows the best step so far. Every rank holds one and gives it the same values, so that all decide alike."""
+
+    def __init__(self, metric: str, *, kept: BestStep | None = None) -> None:
+        self.metric = metric
+        self.kept = kept
+        """The best step whose checkpoint is complete."""
+        self.candidate: BestStep | None = None
+        """A better step whose checkpoint is not complete yet."""
+
+    @property
+    def steps(self) -> frozenset[int]:
+        """The steps whose checkpoints must stay."""
+        return frozenset(best.step for best in (self.kept, self.candidate) if best is not None)
+
+    def take(self, step: int, values: Mapping[str, float]) -> bool:
+        """Whether ``step`` is the best so far. It is then the candidate, until ``publish``."""
+        value = rounded(values.get(self.metric, math.nan))
+        best = self.candidate or self.kept
+        if not math.isfinite(value) or (best is not None and value <= best.value):
+            return False
+        self.candidate = BestStep(step, value)
+        return True
+
+    def is_candidate(self, step: int) -> bool:
+        return self.candidate is not None and self.candidate.step == step
+
+    def publish(self, step: int) -> bool:
+        """The checkpoint of ``step`` is complete. Whether that makes it the best one."""
+        if not self.is_candidate(step):
+            return False
+        self.kept, self.candidate = self.candidate, None
+        return True
+
+    def write(self, run_dir: Path) -> None:
+        """Writes ``best.json``, or removes it if there is no best step yet.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        path = run_dir / FILE
+        try:
+            if self.kept is None:
+                path.unlink(missing_ok=True)
+                return
+            checkpoint = f"{CHECKPOINTS}/{step_name(self.kept.step)}"
+            content = {"metric": self.metric, "step": self.kept.step, "value": self.kept.value}
+            write_atomically(path, json.dumps({**content, "checkpoint": checkpoint}, indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"--run-dir: cannot write {path}: {error.strerror}") from error
+
+
+def open_best(run_dir: Path, *, metric: str | None, start_step: int, ranks: ParallelGroups) -> BestCheckpoint | None:
+    """What a run that continues after ``start_step`` (0: a new one) knows of its best checkpoint; None without a
+    metric. ``best.json`` says the same afterwards. Collective over the world."""
+
+    def find() -> BestStep | None:
+        kept = None if metric is None else _best_of(run_dir, metric, until=start_step)
+        BestCheckpoint(metric or "", kept=kept).write(run_dir)
+        return kept
+
+    kept = result_of_rank_zero(find, ranks=ranks)
+    return None if metric is None else BestCheckpoint(metric, kept=kept)
+
+
+def _best_of(run_dir: Path, metric: str, *, until: int) -> BestStep | None:
+    kept = {step for step, _ in list_checkpoints(run_dir) if step <= until}
+    best = None
+    for record in read_records(run_dir):
+        step, value = record["step"], record.get(metric)
+        if step in kept and isinstance(value, int | float) and (best is None or value > best.value):
+            best = BestStep(step, float(value))
+    return best
+
+
+def remove_oldest(run_dir: Path, *, number: int, best: BestCheckpoint | None) -> None:
+    """Removes all checkpoints but the ``number`` newest (0: none is removed), and but the best."""
+    kept = frozenset() if best is None else best.steps
+    for step, path in list_checkpoints(run_dir)[: -number if number else 0]:
+        if step not in kept:
+            remove_checkpoint(path)
+
+
+def remove_checkpoint(checkpoint: Path) -> None:
+    """Removes a checkpoint. It is renamed first, so that no directory named ``step_*`` is ever incomplete."""
+    doomed = checkpoint.with_name(f".{checkpoint.name}.removed")
+    os.rename(checkpoint, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
