@@ -1,6 +1,6 @@
 """What evaluation works with: questions of benchmarks, the ways of asking them, answers, and verdicts on answers.
 
-    Item -- asked under a Condition --> Answer (one, or several if the condition votes) -- judged --> Outcome
+Item -- asked under a Condition --> Answer (one, or several if the condition votes) -- judged --> Outcome
 """
 
 from __future__ import annotations
