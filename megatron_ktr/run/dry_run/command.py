@@ -192,10 +192,11 @@ def _describe_length(config: Config, data: KnownData, estimate: Estimate, *, pag
     if num_steps is None:
         per_thousand = 1000 / config.trainer.prompts_per_step * seconds
         whole = f", {_duration(per_thousand)} for each 1,000 records"
+    on_top = " and without sampling the responses, which comes on top" if config.samples else ""
     page.add(
         "time",
-        f"{seconds:.2f} s a step{whole}, on paper and without sampling the responses, which comes on top: the longest "
-        f"videos and responses, {machine.peak_tflops:g} TFLOP/s a GPU of which kernels reach "
+        f"{seconds:.2f} s a step{whole}, on paper{on_top}: the longest videos and responses, "
+        f"{machine.peak_tflops:g} TFLOP/s a GPU of which kernels reach "
         f"{machine.efficiency:.0%}, {machine.link_gb_per_second:g} GB/s inside a node of {machine.gpus_per_node} and "
         f"{machine.network_gb_per_second:g} between nodes",
     )
