@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_ktr.accounting.layout import Layout, count_parameters
-from megatron_ktr.config import load_config
+from megatron_ktr.config import load_config, save_resolved
 from megatron_ktr.config.part_options import ModelOptions
 from megatron_ktr.config.sections import ParallelSection
 from megatron_ktr.data.synthetic import corpus
@@ -108,6 +108,20 @@ def test_records_are_counted_as_training_counts_them_and_nothing_is_written(tiny
     assert sorted(tmp_path.rglob("*")) == before
     with pytest.raises(UserError, match="1 of 6 records cannot be used"):
         page(*flags)
+
+
+def test_a_run_that_cannot_be_resumed_is_refused(tiny_dir, tmp_path) -> None:
+    flags = small_run(tiny_dir, questions(tmp_path, num_missing=0, num_there=4), tmp_path / "run")
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_00000002"
+    (checkpoint / "hf").mkdir(parents=True)
+    save_resolved(load_config(flags), checkpoint / "config.yaml")
+    (checkpoint / "hf" / "config.json").write_bytes((tiny_dir / "config.json").read_bytes())
+    with pytest.raises(UserError, match="is not empty"):
+        page(*flags)
+    # How many GPUs there are, and that this is a dry run, may change.
+    assert f"resume from {checkpoint}, after step 2" in joined(page(*flags, "--resume", "--dry-run-gpus", "1"))
+    with pytest.raises(UserError, match="--lr was 2e-06"):
+        page(*flags, "--auto-resume", "--lr", "1")
 
 
 def test_what_is_not_there_is_named_and_is_no_error(tiny_dir, tmp_path) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import textwrap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from megatron_ktr.accounting.planner import GB
 from megatron_ktr.config import Config
@@ -19,7 +20,7 @@ from megatron_ktr.distributed.platform import Platform
 from megatron_ktr.errors import UserError
 from megatron_ktr.objectives import Objective
 from megatron_ktr.rewards import DEFAULT_REWARDS
-from megatron_ktr.run.directory import check_run_directory
+from megatron_ktr.run.directory import check_run_directory, check_same_run, list_checkpoints
 from megatron_ktr.run.dry_run.data import KnownData, find_data
 from megatron_ktr.run.dry_run.estimate import Estimate, estimate_run, require_fits
 from megatron_ktr.run.dry_run.model import KnownModel, find_model, parameters_by_stage, plain_layers
@@ -66,6 +67,7 @@ def dry_run(config: Config) -> str:
     model = find_model(config.model.model)
     page.add("model", f"{_amount(model.config.num_parameters)} parameters; sizes: {model.origin}")
     page.not_checked += model.not_checked
+    _check_resumed(config, model, page=page)
     sizes, num_gpus = _check_layout(config, model, platform=platform, page=page)
     _describe_layout(config, model, sizes=sizes, num_gpus=num_gpus, platform=platform, page=page)
     objective = check_objective(config)
@@ -82,6 +84,19 @@ def dry_run(config: Config) -> str:
     for what in page.not_checked:
         page.add("unchecked", what)
     return "\n".join(page.lines())
+
+
+def _check_resumed(config: Config, model: KnownModel, *, page: _Page) -> None:
+    """Compares the options with those of the checkpoint that the run would go on from."""
+    trainer = config.trainer
+    found = list_checkpoints(Path(trainer.run_dir)) if trainer.resume or trainer.auto_resume else []
+    if not found:
+        return
+    step, checkpoint = found[-1]
+    if model.is_here:
+        check_same_run(config, checkpoint)
+    page.add("resume", f"from {checkpoint}, after step {step}")
+    page.not_checked.append("whether the files of the checkpoint are intact (tools/checkpoint.py verify)")
 
 
 def _check_layout(config: Config, model: KnownModel, *, platform: Platform, page: _Page) -> tuple[ParallelSizes, int]:

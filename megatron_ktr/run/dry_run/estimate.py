@@ -63,6 +63,7 @@ def estimate_run(
     if _generates_here(config):
         offloads = config.optimizer.offload_during_rollout
         rollout = (plan.rollout.peak_with_offload if offloads else plan.rollout.peak) / GB
+        rollout -= memory.reference * config.model.offload_reference / GB
     has_time = config.trainer.peak_tflops is not None or request.kernels.bytes_per_number == 2
     return Estimate(request, plan, bytes_in_training / GB, rollout, has_time)
 
