@@ -52,6 +52,7 @@ from megatron_ktr.rollout.replay import write_rollouts
 from megatron_ktr.rollout.source import ReplicaSource
 from megatron_ktr.run.checkpoint import Checkpoints
 from megatron_ktr.run.directory import RunStart, find_checkpoint, open_run_directory, rollout_file
+from megatron_ktr.run.dry_run.command import dry_run
 from megatron_ktr.run.interruption import EXIT_SAVED, LEAVE_SIGNALS, LeaveRequest
 from megatron_ktr.run.kept import open_best
 from megatron_ktr.run.metrics import MetricsWriter, step_line
@@ -281,6 +282,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     with same_on_every_rank():
         config = load_config(sys.argv[1:] if argv is None else argv)
+        if config.trainer.dry_run:
+            print(dry_run(config), flush=True)
+            return 0
     code = train(config)
     destroy_parallel()
     return code

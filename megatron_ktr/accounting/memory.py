@@ -4,7 +4,7 @@
     gradients    trainable parameters x 4: the fp32 buffer that micro-batches and replicas add up in
     optimizer    Adam's two moments, fp32: 8 a trainable parameter; 12 in 16 bits, with the fp32 main parameters;
                  divided by data x context ranks under the distributed optimizer
-    reference    parameters x b, where there is a KL term
+    reference    parameters x b, where there is a KL term; nothing with adapters, which are switched off for it
     fp8_caches   weights of FP8 products, quantised, which Transformer Engine keeps beside 16-bit parameters: 2 a weight
                  of a policy trained in FP8, 1 of its reference model, 1 of a policy scored in FP8 alone
     activations  what the language layers keep for the micro-batches in flight at the worst moment of the schedule
@@ -152,7 +152,8 @@ def state_bytes(
         "weights": b * parameters.total,
         "gradients": 4.0 * trainable,
         "optimizer": (8 if b == 4 else 12) * trainable / shards,
-        "reference": b * parameters.total * settings.has_reference,
+        # With adapters the reference model is the policy with its adapters off.
+        "reference": b * parameters.total * (settings.has_reference and not settings.has_adapters),
     }
 
 

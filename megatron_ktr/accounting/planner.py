@@ -29,7 +29,7 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class Request:
-    """A training step to place on GPUs. Every prompt has one video, and every micro-batch has one group."""
+    """A training step to place on GPUs. Every prompt has one video."""
 
     config: Qwen2_5_VLConfig
     num_gpus: int
@@ -41,6 +41,10 @@ class Request:
     response_length: int = 768
     num_generations: int = 8
     prompts_per_step: int = 32
+    micro_batch_groups: int = 1
+    """Prompt groups of one micro-batch."""
+    vision_cache_gb: float = 1.0
+    """The bound of the cache of vision features, in 10^9 bytes (``--vision-cache-gb``)."""
     settings: StepSettings = EACH_ONCE
     machine: Machine = Machine()
     kernels: Kernels = FUSED
@@ -78,6 +82,14 @@ class Request:
         found = hf_engine_bytes(self.config, self.group, num_prompts=num_prompts, kernels=self.kernels)
         return found.weights, found.weights + found.batch
 
+    @property
+    def micro_batch(self) -> list[GroupWork]:
+        return [self.group] * self.micro_batch_groups
+
+    def num_micro_batches(self, layout: Layout) -> int:
+        """Micro-batches of a replica in one step."""
+        return -(-self.prompts_per_step // (layout.data * self.micro_batch_groups))
+
     def settings_for(self, layout: Layout) -> StepSettings:
         return dataclasses.replace(self.settings, recompute=layout.recompute, recompute_vision=layout.recompute_vision)
 
@@ -86,9 +98,9 @@ class Request:
         return {}
 
     def flops(self, settings: StepSettings) -> Flops:
-        """The operations of one prompt's group."""
+        """The operations of one micro-batch."""
         if settings not in self._counted:
-            self._counted[settings] = count_step(self.config, [self.group], settings=settings)
+            self._counted[settings] = count_step(self.config, self.micro_batch, settings=settings)
         return self._counted[settings]
 
 
@@ -151,7 +163,7 @@ def layouts(request: Request) -> Iterator[Layout]:
                 model = tensor * pipeline * context
                 if num_gpus % model or request.prompts_per_step % (num_gpus // model):
                     continue
-                num_micro_batches = request.prompts_per_step // (num_gpus // model)
+                num_micro_batches = request.prompts_per_step // (num_gpus // model) // request.micro_batch_groups
                 for virtual in _divisors(num_layers // pipeline):
                     if virtual > 1 and (pipeline == 1 or num_micro_batches % pipeline):
                         continue
@@ -180,13 +192,17 @@ def memory_of(request: Request, layout: Layout) -> Memory:
     found = [
         estimate_memory(
             request.config,
-            [request.group],
+            request.micro_batch,
             layout,
             rank=rank,
-            num_micro_batches=request.prompts_per_step // layout.data,
+            num_micro_batches=request.num_micro_batches(layout),
             settings=request.settings_for(layout),
             kernels=request.kernels,
-            beside=BytesBeside(engine=request.engine_bytes(layout, rank=rank)[0], reserved=request.reserved_gb * GB),
+            beside=BytesBeside(
+                vision_cache=request.vision_cache_gb * GB,
+                engine=request.engine_bytes(layout, rank=rank)[0],
+                reserved=request.reserved_gb * GB,
+            ),
         )
         for rank in {0, layout.pipeline - 1}
     ]
@@ -202,6 +218,7 @@ def rollout_memory_of(request: Request, layout: Layout) -> RolloutMemory:
             rank=rank,
             settings=request.settings_for(layout),
             kernels=request.kernels,
+            vision_cache_bytes=request.vision_cache_gb * GB,
             engine_bytes=request.engine_bytes(layout, rank=rank)[1],
             reserved_bytes=request.reserved_gb * GB,
         )
@@ -215,10 +232,10 @@ def judge(request: Request, layout: Layout, *, memory: Memory | None = None) -> 
     settings = request.settings_for(layout)
     time = estimate_time(
         request.config,
-        [request.group],
+        request.micro_batch,
         request.flops(settings),
         layout,
-        num_micro_batches=request.prompts_per_step // layout.data,
+        num_micro_batches=request.num_micro_batches(layout),
         settings=settings,
         machine=request.machine,
         bytes_per_number=request.kernels.bytes_per_number,
@@ -262,7 +279,7 @@ def flags_of(request: Request, layout: Layout) -> str:
         "--recompute-vision" if layout.recompute_vision else "",
         "--overlap-grad-reduce --overlap-param-gather" if layout.data * layout.context > 1 else "",
         {2: "--bf16", 4: ""}[request.kernels.bytes_per_number],
-        f"--prompts-per-step {request.prompts_per_step} --micro-batch-groups 1",
+        f"--prompts-per-step {request.prompts_per_step} --micro-batch-groups {request.micro_batch_groups}",
         f"--num-generations {request.num_generations} --max-response-length {request.response_length}",
         f"--video-max-frames {request.num_frames} --video-max-pixels {request.pixels_per_frame}",
         f"--max-prompt-length {prompt_length}" if prompt_length > 16384 else "",

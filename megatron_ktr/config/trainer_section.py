@@ -64,6 +64,21 @@ class TrainerSection:
     distributed_timeout_minutes: int = _option(
         60, "How long a rank waits for the others, also while one of them generates, before it gives up", low=1
     )
+    dry_run: bool = _option(
+        False,
+        "Train nothing: build the model's shapes, check layout and data, and print memory, length and time; in one "
+        "process, without GPUs or weights (docs/usage.md)",
+    )
+    dry_run_gpus: int | None = _option(
+        None,
+        "Read by dry_run alone: how many GPUs the run is to have; none = those of one replica (tensor x pipeline x "
+        "context)",
+        low=1,
+        high=2**20,
+    )
+    dry_run_gpu_memory_gb: float = _option(
+        80.0, "Read by dry_run alone: the memory of one of these GPUs, in 10^9 bytes", above=0
+    )
 
     def __post_init__(self) -> None:
         """Sets the default number of steps if neither steps nor epochs are given, so that a run always has a length.

@@ -32,13 +32,13 @@ def read_chat_template(path: Path | str) -> str:
 def set_chat_template(directory: Path, text: str) -> None:
     """Makes ``text`` the only chat template of a Hugging Face directory, for tokenizer and processor alike.
 
-    It is written to chat_template.jinja. Other places are cleared, because programs differ in which they read first.
+    It is written to chat_template.jinja, and into every other place where the directory has a template: programs differ
+    in which of them they read, and older ones know no chat_template.jinja.
     """
     (directory / CHAT_TEMPLATE_FILE).write_text(text, encoding="utf-8")
-    (directory / _LEGACY_FILE).unlink(missing_ok=True)
-    for name in _FILES_WITH_A_KEY:
+    for name in (*_FILES_WITH_A_KEY, _LEGACY_FILE):
         path = directory / name
         values = read_json_object(path, option="model") if path.is_file() else {}
         if "chat_template" in values:
-            del values["chat_template"]
+            values["chat_template"] = text
             path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -50,8 +50,8 @@ def read_questions(config: Config, *, tokenizer: Tokenizer, vocab_size: int, is_
         raise UserError("model: the tokenizer has no end token, which given responses need (eos_token)")
     if _is_replay(config):
         return _read_replay(config, tokenizer=tokenizer, vocab_size=vocab_size, is_spokesman=is_spokesman)
-    stores = [_open_store(config, given, is_spokesman=is_spokesman) for given in config.data.sources]
-    draws = _draws_of(config.data.sources, [len(store) for store in stores])
+    stores = [open_records(config, given, is_spokesman=is_spokesman) for given in config.data.sources]
+    draws = draws_of(config.data.sources, [len(store) for store in stores])
     reader = media_reader(config.data)
     sources: list[RecordSource] = []
     for given, store, number in zip(config.data.sources, stores, draws, strict=True):
@@ -125,7 +125,8 @@ def _read_replay(config: Config, *, tokenizer: Tokenizer, vocab_size: int, is_sp
     return Questions((RecordSource(engine.records, loader, left_out),), engine)
 
 
-def _open_store(config: Config, given: DataSource, *, is_spokesman: bool) -> RecordStore:
+def open_records(config: Config, given: DataSource, *, is_spokesman: bool) -> RecordStore:
+    """The records of one question file that the run is to draw from, not yet checked."""
     is_supervised = config.objective.is_supervised
     rules = RecordRules(
         problem_types=config.data.problem_types,
@@ -164,7 +165,7 @@ def rewards_of(config: Config, given: DataSource) -> tuple[str, ...]:
     return given.reward_functions or config.reward.reward_functions or DEFAULT_REWARDS
 
 
-def _draws_of(sources: Sequence[DataSource], num_records: Sequence[int]) -> Sequence[int]:
+def draws_of(sources: Sequence[DataSource], num_records: Sequence[int]) -> Sequence[int]:
     """How often each file is drawn in a period: by its weight, or ``epochs`` times its records, rounded."""
     if sources[0].weight is not None:
         return draws_of_weights([source.weight or 0.0 for source in sources])

@@ -59,6 +59,7 @@ MAY_CHANGE = frozenset(
     "frame_cache_dir frame_cache_gb data_workers prefetch_steps data_timeout_seconds data_worker_memory_gb "
     "run_dir resume auto_resume train_steps train_epochs micro_batch_groups save_interval keep_checkpoints "
     "eval_interval log_interval rollout_log_interval platform distributed_timeout_minutes rollout_tensor_parallel_size "
+    "dry_run dry_run_gpus dry_run_gpu_memory_gb "
     "rollout_memory_share rollout_kv_cache_gb rollout_max_num_seqs rollout_eager offload_during_rollout "
     "eval_data eval_media_root eval_benchmark eval_benchmark_root eval_at_start eval_frames eval_max_items "
     "eval_max_tokens eval_temperature keep_best".split()
@@ -114,6 +115,26 @@ def _alone(action: Callable[[], T], /) -> T:
     return action()
 
 
+def check_run_directory(config: Config) -> None:
+    """Raises ``UserError`` if a run cannot begin in ``trainer.run_dir``: it is a file, it is not empty and the run is
+    not resumed, or there is nothing to resume. Nothing is changed; which checkpoints are intact is not looked at."""
+    trainer = config.trainer
+    run_dir = Path(trainer.run_dir)
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"--run-dir {run_dir} is a file, expected a directory")
+    if (trainer.resume or trainer.auto_resume) and list_checkpoints(run_dir):
+        return
+    if trainer.resume:
+        raise _nothing_to_resume(run_dir)
+    is_own_start = trainer.auto_resume and (run_dir / CONFIG_FILE).is_file()
+    if run_dir.exists() and any(run_dir.iterdir()) and not is_own_start:
+        raise UserError(f"--run-dir {run_dir} is not empty: choose another, or continue that run with --resume")
+
+
+def _nothing_to_resume(run_dir: Path) -> UserError:
+    return UserError(f"--resume: no complete checkpoint in {run_dir / CHECKPOINTS} (is --run-dir right?)")
+
+
 def find_checkpoint(
     config: Config,
     *,
@@ -134,7 +155,7 @@ def find_checkpoint(
         return None
     checkpoints = agree(lambda: [path for _, path in list_checkpoints(run_dir)])
     if not checkpoints and trainer.resume:
-        raise UserError(f"--resume: no complete checkpoint in {run_dir / CHECKPOINTS} (is --run-dir right?)")
+        raise _nothing_to_resume(run_dir)
     verdict = newest_intact(checkpoints, verify=verify)
     agree(lambda: set_aside(verdict))
     return verdict.intact
@@ -155,17 +176,14 @@ def open_run_directory(
             resumed run cannot change has changed, or the directory cannot be written.
     """
     run_dir = Path(config.trainer.run_dir)
-    if run_dir.exists() and not run_dir.is_dir():
-        raise UserError(f"--run-dir {run_dir} is a file, expected a directory")
-    checkpoint = checkpoint or find_checkpoint(config)
+    checkpoint = checkpoint or (find_checkpoint(config) if run_dir.is_dir() else None)
     if checkpoint is not None:
         return _resume(config, run_dir, checkpoint, num_steps=num_steps, notes=notes)
+    check_run_directory(config)
     if config.trainer.auto_resume and (run_dir / CONFIG_FILE).is_file():
         _set_aside_start(run_dir)
         save_resolved(config, run_dir / CONFIG_FILE, notes=notes)
         return RunStart(run_dir)
-    if run_dir.exists() and any(run_dir.iterdir()):
-        raise UserError(f"--run-dir {run_dir} is not empty: choose another, or continue that run with --resume")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -77,15 +77,24 @@ def check_run(config: Config, *, world_size: int) -> tuple[ParallelSizes, Object
     check_micro_batches(config, sizes=sizes, data_size=world_size // sizes.model)
     # This checks the tensors' names and shapes, from the headers of the files.
     open_hf_weights(config.model.model, config=model_config)
-    _check_patches(PreprocessSettings.from_model(config.model.model), model_config.vision)
+    check_patches(PreprocessSettings.from_model(config.model.model), model_config.vision)
+    return sizes, check_objective(config)
+
+
+def check_objective(config: Config) -> Objective:
+    """The run's objective, after all of its rewards could be loaded. That may run the user's own code.
+
+    Raises:
+        UserError: a reward cannot be loaded, or a setting of the objective is out of range.
+    """
     if config.samples:
         load_rewards(config.reward.reward_functions)
         for source in config.data.sources:
             load_rewards(source.reward_functions or ())
-    return sizes, build_objective(config.objective, reward=config.reward)
+    return build_objective(config.objective, reward=config.reward)
 
 
-def _check_patches(settings: PreprocessSettings, vision: VisionConfig) -> None:
+def check_patches(settings: PreprocessSettings, vision: VisionConfig) -> None:
     """Refuses patch sizes in the preprocessor files that differ from those the encoder was built for."""
     names = {"patch_size": "patch_size", "temporal_patch_size": "temporal_patch_size"}
     names |= {"merge_size": "spatial_merge_size"}

@@ -312,6 +312,7 @@ def build_model(
     ranks: ParallelGroups,
     options: ModelOptions | None = None,
     dtype: torch.dtype = torch.float32,
+    shapes_only: bool = False,
 ) -> list[Qwen2_5_VLModel]:
     """Builds this rank's model chunks, randomly initialised, on the platform's device.
 
@@ -322,11 +323,28 @@ def build_model(
         ranks: the process groups, which say which part of the model this rank holds.
         options: the run's options (implementations, recomputation); None: the defaults, for use without DDP.
         dtype: the dtype of parameters and activations.
+        shapes_only: the parameters have shapes and no values (torch's meta device), so that nothing is allocated.
 
     Raises:
         UserError: the parallel layout does not fit the model's sizes.
     """
     transformer_config = language_transformer_config(model_config, sizes=ranks.sizes, dtype=dtype, options=options)
+    if shapes_only:
+        # core then leaves the device of new parameters to the surrounding context.
+        transformer_config.use_cpu_initialization, transformer_config.perform_initialization = True, False
+        with torch.device("meta"):
+            return _build_chunks(model_config, transformer_config, ranks=ranks, options=options)
+    chunks = _build_chunks(model_config, transformer_config, ranks=ranks, options=options)
+    return [chunk.to(current().device) for chunk in chunks]
+
+
+def _build_chunks(
+    model_config: Qwen2_5_VLConfig,
+    transformer_config: TransformerConfig,
+    *,
+    ranks: ParallelGroups,
+    options: ModelOptions | None,
+) -> list[Qwen2_5_VLModel]:
     process_groups = copy.copy(ranks.process_groups)
     setattr(process_groups, "cp", OneRank())  # noqa: B010  # core declares a group of torch's
     num_chunks = transformer_config.virtual_pipeline_model_parallel_size
@@ -346,5 +364,5 @@ def build_model(
             whole_vision_group=ranks.alone if options and options.parallel.vision_parallel == "frame" else None,
             options=options,
         )
-        chunks.append(chunk.to(current().device))
+        chunks.append(chunk)
     return chunks

@@ -43,6 +43,7 @@ MAY_NAME_CONFIG = (
     "megatron_ktr/rollout/questions.py",
     "megatron_ktr/run/preflight.py",
     "megatron_ktr/run/directory.py",
+    "megatron_ktr/run/dry_run/*",
 )
 """Where the whole ``Config`` is taken apart; what is built there receives its own sections, or facts."""
 MAX_TOP_MODULES = 8
@@ -62,6 +63,7 @@ MAY_IMPORT = {
         "megatron_ktr/policy/*",
         "megatron_ktr/run/checkpoint.py",
         "megatron_ktr/run/preflight.py",
+        "megatron_ktr/run/dry_run/*",
         "megatron_ktr/train.py",
         "megatron_ktr/accounting/*",  # sizes of models, no modules
         "megatron_ktr/evaluation/engines/local.py",  # placeholders and positions, no modules

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 
 from megatron_ktr.config import OPTIONS, config_from_values, load_config
 from megatron_ktr.config.checks import ABSENT_OPTIONS, check
 from megatron_ktr.config.cli import read_yaml, show_value
+from megatron_ktr.data.synthetic import corpus
+from megatron_ktr.data.tiny_model import save_tiny_model
+from megatron_ktr.run.dry_run.command import dry_run
 from tests.support.paths import REPOSITORY
+from tests.support.videos import numbered_frames, write_video
 
 PAPER = REPOSITORY / "examples" / "paper" / "video_ktr_7b.yaml"
 
@@ -65,6 +72,51 @@ def test_every_run_file_is_a_valid_configuration(path: Path) -> None:
     check(config_from_values({**given, **values}))
 
 
+@pytest.fixture(scope="module")
+def made_inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the commands before some of the files make: the tiny model, and the clips of the questions."""
+    folder = tmp_path_factory.mktemp("made")
+    save_tiny_model(folder / "model", corpus=corpus())
+    for record in json.loads((REPOSITORY / "examples/real_video/questions.json").read_text(encoding="utf-8")):
+        if "video" in record:
+            write_video(folder / record["video"], numbered_frames(8))
+        else:
+            Image.fromarray(numbered_frames(1)[0]).save(folder / record["image"])
+    return folder
+
+
+@pytest.mark.parametrize("path", run_files(), ids=lambda path: path.relative_to(REPOSITORY).as_posix())
+def test_every_run_file_passes_a_dry_run_at_its_real_size(path: Path, made_inputs: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    values = read_yaml(path, options=OPTIONS, notes=ABSENT_OPTIONS)
+    flags = ["--config", str(path), "--dry-run"]
+    if "Qwen2.5-VL" in values.get("model", ""):
+        if in_name := re.search(r"_(\d+)gpus$", path.stem):
+            assert values["dry_run_gpus"] == int(in_name[1])
+    else:
+        flags += ["--model", str(made_inputs / "model")]
+        flags += ["--prompt-template", str(made_inputs / "model" / "prompt_template.txt")]
+        if values.get("data_path") == "examples/real_video/questions.json":
+            flags += ["--media-root", str(made_inputs)]
+        elif "replay_path" not in values:
+            flags += ["--data-path", "runs/quickstart/questions.json"]
+    said = dry_run(load_config(flags))
+    assert "this run is sound" in said
+    assert f"{values.get('dry_run_gpus', 1)} GPU" in said
+
+
+def test_the_kubernetes_job_passes_a_dry_run(monkeypatch: Any) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    job = yaml.safe_load((REPOSITORY / "examples/launch/kubernetes.yaml").read_text(encoding="utf-8"))
+    pods = job["spec"]["pytorchReplicaSpecs"]
+    container = pods["Master"]["template"]["spec"]["containers"][0]
+    words = shlex.split(container["args"][0])
+    flags = words[words.index("examples/launch/torchrun.sh") + 1 :]
+    said = dry_run(load_config([*flags, "--dry-run"]))
+    num_gpus = sum(pods[kind]["replicas"] for kind in pods) * container["resources"]["limits"]["nvidia.com/gpu"]
+    assert f"{num_gpus} GPUs = " in said
+
+
 def test_the_papers_file_is_the_run_of_the_release() -> None:
     trainer = load_config(["--config", str(PAPER)]).trainer
     assert trainer.train_steps is None, "as long as its epoch"
@@ -81,7 +133,7 @@ def resolved(path: Path) -> dict[str, Any]:
 def test_the_ablation_is_the_papers_run_with_every_subset_of_its_signals() -> None:
     paper = resolved(PAPER)
     signals = {"e": "entropy", "v": "visual", "t": "temporal"}
-    files = sorted((REPOSITORY / "examples" / "ablation").glob("*.yaml"))
+    files = sorted((PAPER.parent / "ablation").glob("*.yaml"))
     assert len({frozenset(path.stem) for path in files}) == 2 ** len(signals) - 1 == len(files)
     for path in files:
         wanted = tuple(signals[letter] for letter in path.stem)
@@ -91,6 +143,26 @@ def test_the_ablation_is_the_papers_run_with_every_subset_of_its_signals() -> No
 def test_the_grpo_baseline_is_the_papers_run_but_for_objective_and_rate() -> None:
     baseline = resolved(PAPER.parent / "grpo_7b.yaml")
     assert baseline == {**resolved(PAPER), "objective": "grpo", "lr": 1e-6}
+
+
+def test_the_other_settings_of_the_paper_differ_from_its_run_as_they_say() -> None:
+    """Layout, length of a step and output aside."""
+    paper = resolved(PAPER)
+    own = {name for name, option in OPTIONS.items() if option.section == "parallel" or name.startswith("rollout_")}
+    own |= {"prompts_per_step", "save_interval", "dry_run_gpus"}
+
+    def difference(name: str) -> dict[str, Any]:
+        found = resolved(PAPER.parent / f"{name}.yaml")
+        return {key: value for key, value in found.items() if key not in own and value != paper[key]}
+
+    for size in ("3b", "32b", "72b"):
+        assert difference(f"video_ktr_{size}") == {"model": f"Qwen2.5-VL-{size.upper()}-Instruct"}
+    tw_grpo = {"objective": "tw_grpo", "loss_aggregation": "token", "clip_high": 0.28, "kl_beta": 0.0, "lr": 1e-6}
+    assert difference("tw_grpo_7b_same_data") == tw_grpo
+    sft = difference("sft_7b")
+    assert (sft["objective"], sft["data_path"]) == ("sft", "Video-R1-data/Video-R1-COT-165k.json")
+    for frames in (32, 64):
+        assert difference(f"sft_7b_{frames}_frames") == {**sft, "video_max_frames": frames}
 
 
 def test_beside_each_of_its_values_stands_whether_it_is_our_default() -> None:
@@ -115,4 +187,5 @@ def test_the_page_of_deviations_names_every_default_that_is_not_the_releases() -
     # The last line of that paragraph: model, data, engine and layout; and what is only about this run's files.
     other -= {name for name in other if OPTIONS[name].section == "parallel" or name.startswith("rollout_")}
     other -= {"model", "data_path", "media_root", "engine", "reward_functions", "save_interval", "peak_tflops"}
+    other -= {"dry_run_gpus"}
     assert set(re.findall(r"`(--[a-z-]+)`", text)) == {OPTIONS[name].flag for name in other}
