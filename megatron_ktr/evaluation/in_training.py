@@ -6,8 +6,8 @@
             all ranks           the engine answers them with the weights of the last step (``ReplicaSource.sample``)
     rank 0      judges all answers, writes ``eval/step_XXXXXXXX``, and tells everyone the figures
 
-Everything but the sampling is what ``tools/evaluate.py`` does. The directory is one of its output directories: ``report``
-adds the page, and ``compare`` reads it. It appears under its name when it is complete.
+Everything but the sampling is what ``tools/evaluate.py`` does. The directory is one of its output directories: its
+``report`` adds the page, and its ``compare`` reads it. It appears under its name when it is complete.
 
 The metrics of a set, shares of its questions:
 

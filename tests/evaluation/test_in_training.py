@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,10 @@ from megatron_ktr.config import Config, config_from_values
 from megatron_ktr.config.checks import check
 from megatron_ktr.config.part_options import EvaluationOptions
 from megatron_ktr.data.synthetic import corpus, make_dataset
+from megatron_ktr.data.template import PromptBuilder, VisualTokens, load_tokenizer
 from megatron_ktr.data.tiny_model import save_tiny_model
 from megatron_ktr.errors import UserError
+from megatron_ktr.evaluation.engines.prompts import PromptMaker
 from megatron_ktr.evaluation.held_out import (
     HeldOut,
     held_out_of_run,
@@ -26,9 +28,12 @@ from megatron_ktr.evaluation.held_out import (
     require_unchanged,
     write_settings,
 )
+from megatron_ktr.evaluation.in_training import TrainingEvaluation
 from megatron_ktr.evaluation.outcomes import read_evaluation
+from megatron_ktr.rollout.sampling import SamplingSettings
 from megatron_ktr.run.interruption import EXIT_SAVED, LeaveRequest
 from megatron_ktr.train import train
+from megatron_ktr.types import Prompt, Rollout, RolloutGroup
 
 NUM_QUESTIONS = 25
 BROKEN = "eval-3"
@@ -265,6 +270,46 @@ def test_an_evaluation_that_was_abandoned_is_done_when_the_run_resumes(ranks, in
     assert best == json.loads((whole / "best.json").read_text())
     kept = {path.name for path in (left / "checkpoints").glob("step_*")}
     assert kept == {"step_00000004", Path(best["checkpoint"]).name}
+
+
+class _Sleeper:
+    """A source whose engine drops the weights after each call, or keeps them."""
+
+    def __init__(self, *, keeps_weights: bool) -> None:
+        self.keeps_weights = keeps_weights
+        self.calls: list[str] = []
+
+    def from_local(self, value: Any) -> Any:
+        return value
+
+    def sample(self, prompts: Sequence[Prompt], *, sampling: SamplingSettings) -> list[RolloutGroup]:
+        self.calls.append("ask")
+        rollout = Rollout((1,), text="<answer>A</answer>", is_finished=True)
+        return [RolloutGroup(prompt, (rollout,)) for prompt in prompts]
+
+
+@pytest.mark.parametrize("keeps_weights", [True, False])
+def test_an_engine_that_drops_its_weights_gets_them_before_each_round(
+    one_rank, inputs, tmp_path, keeps_weights
+) -> None:
+    config = settings(inputs, tmp_path / "run", eval_frames=2)
+    options = EvaluationOptions.of(config, 40, data_parallel_size=1)
+    assert options is not None
+    source = _Sleeper(keeps_weights=keeps_weights)
+    tokenizer = load_tokenizer(options.model)
+    builder = PromptBuilder(tokenizer, visual_tokens=VisualTokens.from_model(options.model, tokenizer))
+    evaluation = TrainingEvaluation(
+        held_out_of(config),
+        options=options,
+        ranks=one_rank,
+        source=source,
+        prompts=PromptMaker(builder, max_model_len=1000),
+        send_weights=lambda: source.calls.append("weights"),
+    )
+    figures = evaluation(20, is_leaving=lambda: False)
+    assert figures is not None and 0 < figures[ACCURACY] < 1 and figures["eval/held_out/response_length"] == 1
+    # 25 questions, 12 at a time.
+    assert source.calls == (["weights", "ask", "ask", "ask"] if keeps_weights else ["weights", "ask"] * 3)
 
 
 # What is refused before the model is built
