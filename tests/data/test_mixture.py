@@ -20,7 +20,7 @@ from megatron_ktr.data.dataset import PromptDataset, reshard_states
 from megatron_ktr.data.mixture import WINDOW, MixtureOrder, RecordSource
 from megatron_ktr.data.order import EpochOrder
 from megatron_ktr.errors import UserError
-from megatron_ktr.rollout.questions import _draws_of
+from megatron_ktr.rollout.questions import draws_of
 from megatron_ktr.types import Prompt
 
 # --- the option -----------------------------------------------------------------------------------------------
@@ -270,8 +270,8 @@ def test_replicas_that_read_different_files_are_noticed(
 def test_a_round_that_no_memory_holds_is_refused() -> None:
     sources = [DataSource("a", epochs=1e6), DataSource("b")]
     with pytest.raises(UserError, match="one round of the mixture has 1000000007 prompts"):
-        _draws_of(sources, [1000, 7])
-    assert _draws_of(sources, [3, 7]) == [3_000_000, 7]
+        draws_of(sources, [1000, 7])
+    assert draws_of(sources, [3, 7]) == [3_000_000, 7]
 
 
 def test_an_epoch_of_a_mixture_is_its_period_without_what_is_left_out() -> None:
