@@ -15,7 +15,7 @@ from megatron_ktr.evaluation.benchmark import FrameRule
 from megatron_ktr.evaluation.engines.base import AnswerSampling
 from megatron_ktr.evaluation.engines.build import EngineOptions
 from megatron_ktr.evaluation.engines.build import add_arguments as add_engine_arguments
-from megatron_ktr.evaluation.item import CONTROLS, Condition
+from megatron_ktr.evaluation.item import CONTROLS, Condition, Control
 from megatron_ktr.evaluation.protocols import PROTOCOL_NAMES
 from megatron_ktr.evaluation.scaling import MOST_FRAMES, MOST_VOTES, SPARSE_TO_DENSE, Voting
 
@@ -158,7 +158,7 @@ def conditions_of(options: argparse.Namespace) -> list[Condition]:
         raise UserError(f"--temperature and --top-p are about single answers; {scaling} has {others}")
     default = MOST_FRAMES if scaling == SPARSE_TO_DENSE else DEFAULT_FRAMES
     frames = [_frames(word) for word in _words(options.frames or [str(default)])]
-    known = {str(control): control for control in CONTROLS}
+    known: dict[str, Control] = {control: control for control in CONTROLS}
     controls = _words(options.control)
     for word in controls:
         if word not in known:
