@@ -157,6 +157,11 @@ def _named(options: EvaluationOptions) -> Iterator[tuple[NamedBenchmark, bool]]:
         path = Path(written)
         if not path.is_file():
             raise UserError(f"--eval-data {written}: {'is no file' if path.exists() else 'no such file'}")
+        if path.stem in BENCHMARKS:
+            raise UserError(
+                f"--eval-data {written}: its metrics would look like those of the benchmark {path.stem}; rename the "
+                f"file, or evaluate on --eval-benchmark {path.stem}={written}"
+            )
         yield NamedBenchmark(path.stem, path), True
     if section.eval_benchmark:
         root = None if section.eval_benchmark_root is None else Path(section.eval_benchmark_root)

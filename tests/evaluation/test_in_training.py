@@ -342,6 +342,12 @@ def test_what_cannot_be_evaluated_is_refused_in_words(inputs, tmp_path, changes:
         assert part in message
 
 
+def test_a_file_of_ones_own_is_not_taken_for_a_benchmark(inputs, tmp_path) -> None:
+    shutil.copy(inputs / "data" / "held_out.json", tmp_path / "mmvu.json")
+    message = refusal(settings(inputs, tmp_path / "run", eval_data=(str(tmp_path / "mmvu.json"),)))
+    assert "would look like those of the benchmark mmvu" in message and "--eval-benchmark mmvu=" in message
+
+
 def test_media_that_are_not_there_are_refused_if_many_and_named_if_few(inputs, tmp_path, caplog) -> None:
     shutil.copytree(inputs / "data", tmp_path / "data")
     path = tmp_path / "data" / "held_out.json"
