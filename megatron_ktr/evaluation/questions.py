@@ -159,7 +159,7 @@ class QuestionMaker:
             record={"problem_id": name, "messages": asked, "system_text": system},
             media=shown.media,
             sampling=self._settings.sampling(ask),
-            seed=self._settings.sampling_seed(ask),
+            seed=self._settings.seed,
         )
         is_control_felt = ask.condition.control == "intact" or is_felt(intact, shown)
         return Made(ask, key, question, is_control_felt=is_control_felt)

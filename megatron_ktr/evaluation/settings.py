@@ -103,11 +103,6 @@ class EvaluationSettings:
             }
         )
 
-    def sampling_seed(self, ask: Ask) -> int:
-        """In [0, 2^31): another one for each answer, and the same ones for every model."""
-        of_ask = [ask.item.benchmark, ask.item.item_id, frames_of(ask), ask.condition.control, ask.round, ask.vote]
-        return int(_digest([self.seed, *of_ask])[:8], 16) >> 1
-
     def as_json(self) -> dict[str, Any]:
         return {
             "format": FORMAT,

@@ -79,7 +79,7 @@ class FakeEngine(AnswerEngine):
 def answer_to(question: Question) -> Answer:
     """One in five has no answer block, one in seven is cut off."""
     parts = [part for message in question.record["messages"] for part in message["content"]]
-    asked = f"{json.dumps(parts)} {question.seed} {question.sampling}"
+    asked = f"{json.dumps(parts)} {question.seed} {question.key} {question.sampling}"
     noise = int.from_bytes(hashlib.blake2b(asked.encode(), digest_size=4).digest(), "little")
     letter = "ABCD"[noise % 4]
     text = (

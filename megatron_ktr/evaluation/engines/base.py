@@ -40,6 +40,8 @@ class Question:
     """Decoded and resized, with the control applied."""
     sampling: AnswerSampling
     seed: int = 0
+    """The evaluation's. Together with ``key`` it seeds the sampling, so that all questions of a batch may have the same
+    one."""
 
 
 class EngineFailed(Exception):
