@@ -57,6 +57,7 @@ class OutputDirectory:
                 f"--benchmark: {len(gone)} questions of --out {self.path}, such as {gone[0].item_id} of "
                 f"{gone[0].benchmark}, are not among those of this command: is it another file? Use another --out"
             )
+        settings.as_bytes()
         together = [*(item for item in old if item.benchmark not in asked_now), *items]
         try:
             # Items before settings: settings that are there speak of items that are there.

@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron_ktr.data.media.request import media_sources
 from megatron_ktr.data.records import NORMALISED, record_digest
-from megatron_ktr.errors import UserError
+from megatron_ktr.errors import UserError, printable
 from megatron_ktr.evaluation.benchmark import FrameRule
 from megatron_ktr.evaluation.engines.base import AnswerSampling
 from megatron_ktr.evaluation.item import Condition, Item
@@ -168,8 +168,22 @@ class EvaluationSettings:
             asked=tuple(dict.fromkeys((*earlier.asked, *self.asked))),
         )
 
+    def as_bytes(self) -> bytes:
+        """The content of the file.
+
+        Raises:
+            UserError: the name of a file or of the model has bytes that are no text.
+        """
+        try:
+            return (to_json(self.as_json(), indent=2, ensure_ascii=False) + "\n").encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                "--benchmark, --media-root or --model: a name has bytes that are no UTF-8, so that it cannot be "
+                f"written down: {printable(str(error.object)[max(0, error.start - 30) : error.end + 10])}; rename it"
+            ) from None
+
     def write(self, directory: Path) -> None:
-        write_atomically(directory / FILE, to_json(self.as_json(), indent=2, ensure_ascii=False) + "\n")
+        write_atomically(directory / FILE, self.as_bytes())
 
 
 @dataclass(frozen=True)

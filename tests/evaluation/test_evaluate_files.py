@@ -10,8 +10,9 @@ import pytest
 
 from megatron_ktr.errors import UserError
 from megatron_ktr.evaluation.directory import OutputDirectory
-from megatron_ktr.evaluation.item import Answer
+from megatron_ktr.evaluation.item import Answer, Condition
 from megatron_ktr.evaluation.outcomes import read_evaluation
+from megatron_ktr.evaluation.publish import headings_of
 from megatron_ktr.evaluation.settings import digest_of
 from megatron_ktr.evaluation.store import answers_in
 from tests.support.evaluations import FakeEngine, run_evaluation, write_questions
@@ -93,3 +94,23 @@ def test_another_video_of_the_same_name_is_another_question(out: Path) -> None:
     one = dataclasses.replace(item, video_id="videos/Art/0.mp4")
     assert digest_of(one) != digest_of(dataclasses.replace(item, video_id="videos/Law/0.mp4"))
     assert digest_of(one) == digest_of(dataclasses.replace(item, video_id="videos/Art/0.mkv"))
+
+
+def test_a_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "\udcff.json"
+    with pytest.raises(UserError, match="no UTF-8"):
+        run_evaluation(write_questions(file, number=1), tmp_path / "out", FakeEngine())
+
+
+def test_half_a_download_is_not_called_the_benchmark(out: Path) -> None:
+    evaluation = read_evaluation(out)
+    asked = evaluation.settings["benchmarks"]["own"]
+    settings = {**evaluation.settings, "benchmarks": {"mmvu": asked, "own": asked}}
+    found = headings_of(dataclasses.replace(evaluation, settings=settings))
+    assert found["mmvu"].title == "MMVU (multiple choice) (4 of 625 items)" and found["own"].title == "own"
+
+
+def test_what_votes_were_sampled_with_is_said(tmp_path: Path) -> None:
+    file, out = write_questions(tmp_path / "own.json", number=2), tmp_path / "voted"
+    run_evaluation(file, out, FakeEngine(), conditions=(Condition(16, scaling="votes:3"),))
+    assert "Votes: temperature 0.7, top-p 1 instead." in (out / "results.md").read_text()
