@@ -13,6 +13,7 @@ from megatron_ktr.evaluation.directory import OutputDirectory
 from megatron_ktr.evaluation.item import Answer, Condition
 from megatron_ktr.evaluation.outcomes import read_evaluation
 from megatron_ktr.evaluation.publish import headings_of
+from megatron_ktr.evaluation.registry import load_benchmark
 from megatron_ktr.evaluation.settings import digest_of
 from megatron_ktr.evaluation.store import answers_in
 from tests.support.evaluations import FakeEngine, run_evaluation, write_questions
@@ -114,3 +115,21 @@ def test_what_votes_were_sampled_with_is_said(tmp_path: Path) -> None:
     file, out = write_questions(tmp_path / "own.json", number=2), tmp_path / "voted"
     run_evaluation(file, out, FakeEngine(), conditions=(Condition(16, scaling="votes:3"),))
     assert "Votes: temperature 0.7, top-p 1 instead." in (out / "results.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["videomme", "tempcompass", "video_holmes"])
+def test_the_file_of_another_benchmark_is_refused(tmp_path: Path, name: str) -> None:
+    record = {
+        "problem_id": 1,
+        "problem": "What?",
+        "data_type": "video",
+        "problem_type": "multiple choice",
+        "options": ["A. left", "B. right"],
+        "solution": "<answer>B</answer>",
+        "path": "./Evaluation/MMVU/videos/Art/0.mp4",
+    }
+    file = tmp_path / "questions.json"
+    file.write_text(json.dumps([record]))
+    assert len(load_benchmark("mmvu").read(file)) == 1
+    with pytest.raises(UserError, match="belongs to another benchmark"):
+        load_benchmark(name).read(file)
