@@ -55,5 +55,8 @@ class Benchmark:
     """Name of a built-in wording (``data/wording.py``): our own words for the instruction."""
     import_release: str | None = None
     """The entry of ``data/wording_import/releases.py`` with the benchmark's own words, as ``release/part``."""
+    num_questions: int | None = None
+    """Questions behind the published figures; None if it is not known. The tables say so where ours are another number:
+    half a download is not the benchmark."""
     source: str = ""
     """Where the protocol was read: repository, file."""

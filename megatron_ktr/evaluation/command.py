@@ -198,6 +198,7 @@ def _check_settings(
 def _check_directory(out: Path, settings: EvaluationSettings) -> None:
     """Raises ``UserError`` if the output directory will refuse these settings, but for the model's identity."""
     check_is_ours(out)
+    settings.as_bytes()
     earlier = read_settings(out)
     if earlier is not None:
         dataclasses.replace(settings, identity=earlier.identity).after(earlier, directory=out)

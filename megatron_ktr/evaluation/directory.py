@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_ktr.errors import UserError
 from megatron_ktr.evaluation import settings as settings_file
 from megatron_ktr.evaluation.item import Item
-from megatron_ktr.evaluation.outcomes import Outcomes, read_items, write_items
+from megatron_ktr.evaluation.outcomes import ITEMS_FILE, Outcomes, has_items, read_items, write_items
 from megatron_ktr.evaluation.settings import EvaluationSettings, digest_of, read_settings
 from megatron_ktr.evaluation.store import AnswerStore, DirectoryLock
 
@@ -46,7 +46,7 @@ class OutputDirectory:
         earlier = read_settings(self.path)
         if earlier is not None:
             settings = settings.after(earlier, directory=self.path)
-        old = [item for item in read_items(self.path) if item.benchmark in settings.benchmarks]
+        old = [] if earlier is None else read_items(self.path, earlier)
         known = {(item.benchmark, item.item_id): digest_of(item) for item in old}
         digests = [(known.get((item.benchmark, item.item_id)), digest_of(item)) for item in items]
         asked_now = {item.benchmark for item in items}
@@ -57,6 +57,7 @@ class OutputDirectory:
                 f"--benchmark: {len(gone)} questions of --out {self.path}, such as {gone[0].item_id} of "
                 f"{gone[0].benchmark}, are not among those of this command: is it another file? Use another --out"
             )
+        settings.as_bytes()
         together = [*(item for item in old if item.benchmark not in asked_now), *items]
         try:
             # Items before settings: settings that are there speak of items that are there.
@@ -86,7 +87,8 @@ def check_is_ours(path: Path) -> None:
     except OSError as error:
         raise UserError(f"--out {path} cannot be used as a directory: {error.strerror}") from error
     others = sorted(name for name in names if not name.startswith("."))
-    if others and settings_file.FILE not in names:
+    # Killed between its first two files, an evaluation leaves its items alone.
+    if others and settings_file.FILE not in names and not (others == [ITEMS_FILE] and has_items(path)):
         raise UserError(
             f"--out {path} holds {others[0]!r} and no {settings_file.FILE}, so it is not the output of an evaluation; "
             "choose another directory or an empty one"

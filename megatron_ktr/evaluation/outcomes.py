@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_ktr.data.records import check_record
 from megatron_ktr.errors import UserError
 from megatron_ktr.evaluation.benchmark import Benchmark
 from megatron_ktr.evaluation.benchmarks.question_file import benchmark_of_file
@@ -24,6 +26,7 @@ from megatron_ktr.evaluation.registry import BENCHMARKS, load_benchmark
 from megatron_ktr.evaluation.scaling import Ask, known_rounds, outcome_of
 from megatron_ktr.evaluation.settings import EvaluationSettings, read_settings
 from megatron_ktr.evaluation.store import read_answers
+from megatron_ktr.evaluation.stored import made_of
 from megatron_ktr.files.atomic import write_atomically
 from megatron_ktr.files.json_files import parse_json
 
@@ -112,11 +115,7 @@ def read_evaluation(directory: Path | str) -> Evaluation:
     settings = read_settings(directory)
     if settings is None:
         raise UserError(f"{directory} is not the output directory of an evaluation: it has no settings.json")
-    items = [item for item in read_items(directory) if item.benchmark in settings.benchmarks]
-    if {item.benchmark for item in items} != settings.benchmarks.keys():
-        raise UserError(
-            f"{directory}: {ITEMS_FILE} lacks questions of {', '.join(settings.benchmarks)}; was it removed?"
-        )
+    items = read_items(directory, settings)
     return Outcomes(settings, items).evaluation(read_answers(directory).get)
 
 
@@ -125,15 +124,47 @@ def write_items(directory: Path, items: Sequence[Item]) -> None:
     write_atomically(directory / ITEMS_FILE, "".join(f"{line}\n" for line in lines))
 
 
-def read_items(directory: Path) -> list[Item]:
-    """The items of an output directory; none if it has no file of them.
+def read_items(directory: Path, settings: EvaluationSettings) -> list[Item]:
+    """The items of the benchmarks of an output directory's settings.
 
     Raises:
-        UserError: the file cannot be read.
+        UserError: the file cannot be read, has an item twice, or lacks some.
     """
     path = directory / ITEMS_FILE
+    items: dict[tuple[str, str], Item] = {}
+    num_lines = 0
     try:
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        return [Item(**parse_json(line)) for line in text.split("\n") if line]
+        for line in path.read_text(encoding="utf-8").split("\n"):
+            if line and (item := _item_of(parse_json(line))).benchmark in settings.benchmarks:
+                items[item.benchmark, item.item_id] = item
+                num_lines += 1
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} cannot be read as the items of an evaluation: {error}") from error
+    if len(items) < num_lines:
+        raise UserError(f"{path} has {num_lines - len(items)} questions twice; was it edited?")
+    found = Counter(benchmark for benchmark, _ in items)
+    for name, asked in settings.benchmarks.items():
+        wanted = asked.limit or asked.num_items
+        if found[name] < wanted:
+            raise UserError(
+                f"{path} has {found[name]} of the {wanted} questions of {name} that were asked; was it edited?"
+            )
+    return list(items.values())
+
+
+def has_items(directory: Path) -> bool:
+    """Whether the directory's file of items was written by an evaluation, as far as its first line tells."""
+    try:
+        with (directory / ITEMS_FILE).open(encoding="utf-8") as file:
+            _item_of(parse_json(file.readline()))
+    except (OSError, ValueError, TypeError):
+        return False
+    return True
+
+
+def _item_of(value: Any) -> Item:
+    """Raises ``ValueError`` or ``TypeError`` for anything that is no item."""
+    item = made_of(Item, value)
+    number = item.record.get("record_number", 1)
+    record = check_record(dict(item.record), number=number if isinstance(number, int) else 1)
+    return dataclasses.replace(item, record=record)

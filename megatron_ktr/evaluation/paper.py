@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_ktr.evaluation.registry import load_benchmark
 from megatron_ktr.evaluation.statistics import rounded
 from megatron_ktr.files.json_files import read_json_object
 
@@ -59,6 +60,9 @@ def _figure(row: Mapping[str, Any], name: str, benchmark: Mapping[str, Any], pro
         differs.append(f"ours has {condition['frames']} frames, the source {row['frames']}")
     if protocol != PAPER_PROTOCOL:
         differs.append(f"ours is {protocol}, the source follows a harness of its own")
+    number = load_benchmark(name).num_questions
+    if number is not None and number != benchmark["num_items"]:
+        differs.append(f"ours is about {benchmark['num_items']:,} items, the source about {number:,}")
     if not condition["complete"]:
         differs.append(f"ours has {condition['num_answered']:,} of {condition['num_items']:,} items so far")
     return {

@@ -14,6 +14,7 @@ from megatron_ktr.evaluation.item import Evaluation
 from megatron_ktr.evaluation.outcomes import stored_benchmark
 from megatron_ktr.evaluation.page import write_page_of
 from megatron_ktr.evaluation.questions import frame_sampling
+from megatron_ktr.evaluation.scaling import SPARSE_TO_DENSE
 from megatron_ktr.evaluation.statistics import DEFAULT_RESAMPLING, Resampling
 from megatron_ktr.evaluation.table import markdown, markdown_of, tables_of
 from megatron_ktr.files.atomic import write_atomically
@@ -33,9 +34,8 @@ def headings_of(evaluation: Evaluation) -> dict[str, Headings]:
     found = {}
     for name, asked in evaluation.settings["benchmarks"].items():
         benchmark = stored_benchmark(name, asked["path"])
-        title = benchmark.title
-        if asked["limit"] is not None and asked["limit"] < asked["num_items"]:
-            title += f" ({asked['limit']:,} of {asked['num_items']:,} items)"
+        number, published = asked["limit"] or asked["num_items"], benchmark.num_questions or asked["num_items"]
+        title = benchmark.title + (f" ({number:,} of {published:,} items)" if number != published else "")
         found[name] = Headings(title, tuple(benchmark.axes), benchmark.macro_axis)
     return found
 
@@ -131,4 +131,10 @@ def how_asked(settings: Mapping[str, Any]) -> list[str]:
             f"{sampling['top_p']:g}, at most {sampling['max_tokens']} tokens; frames by the rule {frames['rule']} (fps "
             f"{frames['fps']:g}), at most {frames['max_pixels']:,} pixels each."
         )
+    scalings = {condition["scaling"] for _, condition in settings["asked"]}
+    if any(scaling.startswith("votes:") for scaling in scalings):
+        voting = settings["voting"]
+        lines.append(f"Votes: temperature {voting['temperature']:g}, top-p {voting['top_p']:g} instead.")
+    if SPARSE_TO_DENSE in scalings:
+        lines.append("sparse_to_dense: its own temperatures (0.8 to 1.4) and top-p (0.7 to 0.9), frames evenly spaced.")
     return [printable(line) for line in lines]

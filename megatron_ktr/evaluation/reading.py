@@ -29,6 +29,8 @@ OPTION = "--benchmark"
 MOST_UNREADABLE = 0.01
 """The share of records that may be left out. A published file may have a few damaged ones; many mean another file."""
 _NUM_NAMED = 3
+_OTHERS = ("videoholmes", "videommmu", "mmvu", "tempcompass", "videomme", "mvbench", "vsibench")
+"""Names of benchmarks without "-" and "_", as folders have them."""
 _log = logging.getLogger(__name__)
 
 
@@ -154,6 +156,8 @@ def _item(
         raise ValueError(part.problem)
     raw = part.layout.convert(part.value, Options(add_prefix=file.add_prefix))
     record = check_record({**raw, "problem_id": raw.get("problem_id") or str(number)}, number=number)
+    for source in media_sources(record):
+        _refuse_other_benchmark(str(source.written), benchmark=benchmark)
     question = describe(record)
     if question is None:
         return None
@@ -163,6 +167,14 @@ def _item(
     item_id = question.item_id or record["problem_id"]
     categories = {axis: value for axis, value in question.categories.items() if value}
     return Item(benchmark, item_id, record, categories, video_id=question.video)
+
+
+def _refuse_other_benchmark(path: str, *, benchmark: str) -> None:
+    """Video-R1's files have one form for all benchmarks; the folders of their videos tell them apart."""
+    for part in PurePosixPath(path).parts[:-1]:
+        name = "".join(character for character in part.lower() if character.isalpha())
+        if name in _OTHERS and name != benchmark.replace("_", ""):
+            raise ValueError(f"the video {short(path)} belongs to another benchmark than {benchmark}")
 
 
 def _settle(problems: Sequence[str], *, num_read: int, benchmark: str) -> None:

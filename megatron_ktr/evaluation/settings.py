@@ -17,11 +17,13 @@ from typing import Any
 
 from megatron_ktr.data.media.request import media_sources
 from megatron_ktr.data.records import NORMALISED, record_digest
-from megatron_ktr.errors import UserError
+from megatron_ktr.errors import UserError, printable
 from megatron_ktr.evaluation.benchmark import FrameRule
 from megatron_ktr.evaluation.engines.base import AnswerSampling
 from megatron_ktr.evaluation.item import Condition, Item
-from megatron_ktr.evaluation.scaling import Ask, Voting, frames_of, rule_of, sampling_of
+from megatron_ktr.evaluation.media_places import SUFFIXES
+from megatron_ktr.evaluation.scaling import Ask, Voting, frames_of, rule_of, sampling_of, votes_of
+from megatron_ktr.evaluation.stored import made_of
 from megatron_ktr.files.atomic import write_atomically
 from megatron_ktr.files.json_files import read_json_object, to_json
 
@@ -119,15 +121,23 @@ class EvaluationSettings:
         """Raises KeyError, TypeError or ValueError for anything that ``as_json`` does not give."""
         if value["format"] != FORMAT:
             raise ValueError(f"format {value['format']}, expected {FORMAT}")
-        return cls(
-            model=value["model"]["name"],
-            identity=value["model"]["identity"],
-            seed=value["seed"],
-            preprocess=value["preprocess"],
-            voting=Voting(**value["voting"]),
-            benchmarks={name: _benchmark_of(found) for name, found in value["benchmarks"].items()},
-            asked=tuple((name, Condition(**condition)) for name, condition in value["asked"]),
+        model = made_of(_Model, value["model"])
+        settings = cls(
+            model=model.name,
+            identity=model.identity,
+            **{name: value[name] for name in ("seed", "preprocess")},
+            voting=made_of(Voting, value["voting"]),
+            benchmarks={name: made_of(BenchmarkSettings, found) for name, found in value["benchmarks"].items()},
+            asked=tuple((name, made_of(Condition, condition)) for name, condition in value["asked"]),
         )
+        if not isinstance(settings.seed, int) or not isinstance(settings.preprocess, dict):
+            raise ValueError("expected a whole number in seed, and an object in preprocess")
+        if {name for name, _ in settings.asked} != settings.benchmarks.keys():
+            raise ValueError("expected every benchmark in asked, and no other")
+        for _, condition in settings.asked:
+            if votes_of(condition) < 1 or condition.frames < 1:
+                raise ValueError(f"{condition} asks for nothing")
+        return settings
 
     def after(self, earlier: EvaluationSettings, *, directory: Path) -> EvaluationSettings:
         """These settings with all that ``earlier`` has asked for in the same directory.
@@ -153,8 +163,30 @@ class EvaluationSettings:
             asked=tuple(dict.fromkeys((*earlier.asked, *self.asked))),
         )
 
+    def as_bytes(self) -> bytes:
+        """The content of the file.
+
+        Raises:
+            UserError: the name of a file or of the model has bytes that are no text.
+        """
+        try:
+            return (to_json(self.as_json(), indent=2, ensure_ascii=False) + "\n").encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                "--benchmark, --media-root or --model: a name has bytes that are no UTF-8, so that it cannot be "
+                f"written down: {printable(str(error.object)[max(0, error.start - 30) : error.end + 10])}; rename it"
+            ) from None
+
     def write(self, directory: Path) -> None:
-        write_atomically(directory / FILE, to_json(self.as_json(), indent=2, ensure_ascii=False) + "\n")
+        write_atomically(directory / FILE, self.as_bytes())
+
+
+@dataclass(frozen=True)
+class _Model:
+    """The field ``model`` of the file."""
+
+    name: str
+    identity: Mapping[str, str]
 
 
 def read_settings(directory: Path) -> EvaluationSettings | None:
@@ -173,22 +205,25 @@ def read_settings(directory: Path) -> EvaluationSettings | None:
 
 
 def digest_of(item: Item) -> str:
-    """A digest of the question: its text, options, solution and all else that its file says. Of its media the names
-    count, not the folders that they lie in, nor the container (one download has 7.mp4, another 7.mkv)."""
+    """A digest of the question: its text, options, solution and all else that its file says.
+
+    Of its media the paths count as the benchmark's file says them (``Item.video_id``), without the container: neither
+    the folder in which this download has them, nor whether that has 7.mp4 or 7.mkv.
+    """
     record = {name: value for name, value in item.record.items() if name not in (*NORMALISED, *_MEDIA_FIELDS)}
-    names = [PurePosixPath(path).stem for source in media_sources(item.record) for path in source.paths]
-    return record_digest({**record, "names of media": names})
+    names = [PurePosixPath(path).name for source in media_sources(item.record) for path in source.paths]
+    paths = [_without_container(path) for path in (item.video_id, *names)]
+    return record_digest({**record, "paths of media": paths})
+
+
+def _without_container(path: str) -> str:
+    stem, _, suffix = path.rpartition(".")
+    return stem if f".{suffix}" in SUFFIXES else path
 
 
 def _digest(value: Any) -> str:
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).hexdigest()
-
-
-def _benchmark_of(value: Mapping[str, Any]) -> BenchmarkSettings:
-    sampling = {**value["sampling"], "stop": tuple(value["sampling"]["stop"])}
-    fields = {**value, "sampling": AnswerSampling(**sampling), "frames": FrameRule(**value["frames"])}
-    return BenchmarkSettings(**fields)
 
 
 def _differences(ours: EvaluationSettings, theirs: EvaluationSettings) -> Iterator[tuple[str, str, str]]:

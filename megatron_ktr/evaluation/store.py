@@ -24,13 +24,13 @@ from typing import Any
 
 from megatron_ktr.errors import UserError
 from megatron_ktr.evaluation.item import Answer
+from megatron_ktr.evaluation.stored import made_of
 from megatron_ktr.files.atomic import written_whole
 from megatron_ktr.files.json_files import parse_json, to_json
 
 FILE = "answers.jsonl"
 LOCK_FILE = ".lock"
 _SYNC_SECONDS = 1.0
-_FIELDS = {field.name: field.type for field in dataclasses.fields(Answer)}
 _log = logging.getLogger(__name__)
 _locked_here: set[Path] = set()
 """Directories that this process has locked: the system's locks do not hold against their own process."""
@@ -207,11 +207,9 @@ def _parse(line: bytes) -> tuple[str, Answer]:
     """(key, answer) of a line. Raises ValueError, TypeError or KeyError for any other. Fields of the answer that are
     not there have their defaults."""
     value = parse_json(line.decode())
-    answer = Answer(**value["answer"])
-    for name, kind in _FIELDS.items():
-        found = getattr(answer, name)
-        if type(found).__name__ != kind and not (kind == "float" and type(found) is int):
-            raise ValueError(f"{name} is {found!r}")
+    answer = made_of(Answer, value["answer"])
+    if min(answer.num_tokens, answer.num_prompt_tokens, answer.num_frames, answer.seconds) < 0:
+        raise ValueError("expected no number below 0")
     if not isinstance(value["key"], str):
         raise ValueError("no key")
     return value["key"], answer

@@ -56,5 +56,6 @@ BENCHMARK = Benchmark(
     axes=("discipline", "subject"),
     media_folders=FOLDERS,
     import_release="video_r1/eval",
+    num_questions=625,
     source="Video-R1, src/eval_bench.py",
 )

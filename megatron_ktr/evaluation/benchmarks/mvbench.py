@@ -104,5 +104,6 @@ BENCHMARK = Benchmark(
     axes=("task", "source"),
     media_folders=FOLDERS,
     import_release="video_r1/eval",
+    num_questions=4000,
     source="Video-R1, src/eval_bench.py",
 )

@@ -81,5 +81,6 @@ BENCHMARK = Benchmark(
     axes=("dimension", "task"),
     media_folders=FOLDERS,
     import_release="video_r1/eval",
+    num_questions=7540,
     source="Video-R1, src/eval_bench.py",
 )

@@ -49,5 +49,6 @@ BENCHMARK = Benchmark(
     media_folders=FOLDERS,
     wording="video_holmes",
     import_release="video_holmes/eval",
+    num_questions=1837,
     source="TencentARC/Video-Holmes, evaluate.py",
 )

@@ -89,5 +89,6 @@ BENCHMARK = Benchmark(
     axes=("track", "discipline", "subject"),
     media_folders=FOLDERS,
     import_release="video_r1/eval",
+    num_questions=900,
     source="Video-R1, src/eval_bench.py",
 )

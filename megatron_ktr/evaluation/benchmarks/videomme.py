@@ -45,5 +45,6 @@ BENCHMARK = Benchmark(
     axes=AXES,
     media_folders=FOLDERS,
     import_release="video_r1/eval",
+    num_questions=2700,
     source="Video-R1, src/eval_bench.py",
 )
