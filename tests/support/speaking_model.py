@@ -23,8 +23,8 @@ _NEXT = {
     "</answer>": ("<|im_end|>",),
 }
 """What may follow each word. Which of them does depends on all that the model is shown."""
-_LOUDNESS = 4.0
-_RULE = 6.0
+_LOUDNESS = 3.4
+_RULE = 8.0
 
 
 def save_speaking_model(directory: Path) -> None:
