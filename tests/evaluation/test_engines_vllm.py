@@ -3,6 +3,7 @@ Hugging Face engine: the same greedy answers about the same videos."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import signal
@@ -10,34 +11,25 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import psutil
 import pytest
 
-from megatron_ktr.data.synthetic import corpus
-from megatron_ktr.data.tiny_model import save_tiny_model
 from megatron_ktr.distributed import platform
 from megatron_ktr.errors import UserError
 from megatron_ktr.evaluation.engines.base import AnswerEngine, EngineFailed, Question
 from megatron_ktr.evaluation.engines.build import EngineOptions, build_engine
 from megatron_ktr.evaluation.item import Answer
-from tests.rollout.test_vllm_server import free_port, kill, start_server, wait_for
 from tests.support.paths import REPOSITORY
 from tests.support.patience import wait_until
 from tests.support.questions import DRAWN, GREEDY, question, video
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = [
+    *(pytest.mark.vllm, pytest.mark.slow),
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="the vLLM environment only"),
+]
 
 CONTEXT = 256
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory) -> Path:
-    pytest.importorskip("vllm", reason="the vLLM environment only")
-    directory = tmp_path_factory.mktemp("engines") / "model"
-    save_tiny_model(directory, corpus=corpus(), num_layers=2)
-    return directory
 
 
 def questions() -> list[Question]:
@@ -134,18 +126,6 @@ def test_settings_that_vllm_refuses_are_a_user_error(model_dir):
         build_engine(options)
     with pytest.raises(UserError, match="--tensor-parallel-size 2 needs 2 GPUs"):
         build_engine(replace(options, tensor_parallel_size=2))
-
-
-@pytest.fixture(scope="module")
-def served(model_dir, tmp_path_factory) -> Iterator[str]:
-    port = free_port()
-    log = tmp_path_factory.mktemp("served") / "log"
-    process = start_server(model_dir, port, log, "--trust-request-mm-kwargs")
-    try:
-        wait_for(f"http://127.0.0.1:{port}", process, log=log)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        kill(process)
 
 
 def test_a_server_that_takes_token_ids_answers_as_hugging_face_does(model_dir, served, expected):

@@ -10,11 +10,7 @@ import base64
 import contextlib
 import dataclasses
 import json
-import os
-import signal
-import socket
 import subprocess
-import sys
 import threading
 import urllib.request
 from collections.abc import Iterator, Mapping
@@ -42,6 +38,7 @@ from megatron_ktr.rollout.server.weights import DirectoryTransfer
 from megatron_ktr.rollout.server.wire import encode_request, medium_item, pack
 from megatron_ktr.types import Prompt, RolloutGroup
 from tests.support.patience import PATIENCE_SECONDS, wait_until
+from tests.support.serving import free_port, kill, start_server, wait_for
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -91,26 +88,6 @@ class Served:
         return HFEngine(self.model_dir, tokenizer=self.tokenizer, media=self.media, sampling=SAMPLING)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def start_server(model_dir: Path, port: int, log: Path, *flags: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "megatron_ktr.rollout.server.serve", str(model_dir), "--port", str(port)]
-    command += ["--host", "127.0.0.1", "--max-model-len", "1024", *flags]
-    with log.open("w") as file:
-        # A session of its own: killing it takes the engine's process along.
-        return subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
-
-
-def kill(process: subprocess.Popen) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     pytest.importorskip("vllm", reason="the vLLM environment only")
@@ -138,17 +115,6 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     finally:
         for process in processes:
             kill(process)
-
-
-def wait_for(url: str, process: subprocess.Popen, *, log: Path) -> None:
-    def is_healthy() -> bool:
-        assert process.poll() is None, log.read_text()[-3000:]
-        with contextlib.suppress(OSError):
-            urllib.request.urlopen(f"{url}/health", timeout=PATIENCE_SECONDS)
-            return True
-        return False
-
-    wait_until(is_healthy, pause_seconds=0.5)
 
 
 def lasting_trouble(counts: Mapping[str, float]) -> list[str]:

@@ -6,8 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
+
+from tests.support.videos import numbered_frames, write_video
 
 COLOURS = ["red", "blue", "green", "black"]
 _HUB = "https://huggingface.co/datasets/yale-nlp/MMVU/resolve/main/videos"
@@ -99,6 +103,18 @@ VSIBENCH = [
     _vsi(2, "object_rel_direction_hard", ["A. left", "B. right"], "A"),
     _vsi(3, "route_planning", ["A. back", "B. left", "C. right"], "C"),
 ]
+VIDEOS: dict[str, list[str]] = {
+    "video_holmes": ["videos/RSm.mp4", "videos/x_-Y.mp4"],
+    "video_mmmu": ["Art/validation_Art_Theory_1.mp4", "Science/dev_Math_2.mp4"],
+    "mmvu": ["videos/Civil_Engineering/0.mp4", "videos/Art/1.mp4", "videos/Law/2.mp4"],
+    "tempcompass": ["videos/103.mp4", "videos/103_reverse.mp4"],
+    "videomme": ["data/v-1_x.mp4", "data/v-2_x.mp4"],
+    "mvbench": ["video/star/Charades_v1_480/A.mp4", "video/ssv2_video/166583.webm"],
+    "vsibench": ["scannet/scene0011_00.mp4"],
+}
+"""Where each download has the videos of the questions."""
+PICTURES = "video/tvqa/frames_fps3_hq/s03e16_seg02"
+"""A video of MVBench that is published as a folder of pictures."""
 
 
 def write_benchmark(folder: Path, name: str) -> Path:
@@ -124,6 +140,27 @@ def write_benchmark(folder: Path, name: str) -> Path:
         root.mkdir(parents=True)
         (root / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in VSIBENCH), encoding="utf-8")
     return root
+
+
+def write_videos(root: Path, name: str) -> None:
+    """The videos of a downloaded folder, each with frames of its own: five seconds, 56 pixels high and wide."""
+    for number, path in enumerate(VIDEOS[name]):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        encoder = "libvpx" if path.endswith(".webm") else "libx264"
+        write_video(root / path, _frames(f"{name} {number}"), encoder=encoder)
+    if name == "mvbench":
+        (root / PICTURES).mkdir(parents=True)
+        for number, frame in enumerate(_frames(PICTURES)[:30]):
+            Image.fromarray(frame).save(root / PICTURES / f"{number + 1:05}.jpg")
+
+
+def _frames(seed: str) -> np.ndarray:
+    """uint8 [50, 56, 56, 3]: a bar that moves, over squares of colours that change each second."""
+    frames = numbered_frames(50, height=56, width=56)
+    colours = np.random.default_rng(list(seed.encode())).integers(0, 256, (5, 4, 4, 3), dtype=np.uint8)
+    squares = colours.repeat(10, axis=0).repeat(14, axis=1).repeat(14, axis=2)
+    frames[:, :28] = squares[:, :28]
+    return frames
 
 
 def _put(path: Path, value: Any) -> None:

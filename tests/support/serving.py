@@ -1,0 +1,45 @@
+"""Starts and ends real ``vllm serve`` processes on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+from tests.support.patience import PATIENCE_SECONDS, wait_until
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start_server(model_dir: Path, port: int, log: Path, *flags: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "megatron_ktr.rollout.server.serve", str(model_dir), "--port", str(port)]
+    command += ["--host", "127.0.0.1", "--max-model-len", "1024", *flags]
+    with log.open("w") as file:
+        # A session of its own: killing it takes the engine's process along.
+        return subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
+
+
+def wait_for(url: str, process: subprocess.Popen, *, log: Path) -> None:
+    def is_healthy() -> bool:
+        assert process.poll() is None, log.read_text()[-3000:]
+        with contextlib.suppress(OSError):
+            urllib.request.urlopen(f"{url}/health", timeout=PATIENCE_SECONDS)
+            return True
+        return False
+
+    wait_until(is_healthy, pause_seconds=0.5)
+
+
+def kill(process: subprocess.Popen) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
