@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def headings_of(evaluation: Evaluation) -> dict[str, Headings]:
         title = benchmark.title
         if asked["limit"] is not None and asked["limit"] < asked["num_items"]:
             title += f" ({asked['limit']:,} of {asked['num_items']:,} items)"
-        found[name] = Headings(title, tuple(benchmark.axes), benchmark.macro_axis)
+        found[name] = replace(Headings.of(benchmark), title=title)
     return found
 
 
