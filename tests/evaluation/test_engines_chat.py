@@ -448,3 +448,15 @@ def test_an_environment_that_allows_no_connection_is_a_user_error(monkeypatch, n
 def test_an_address_with_a_query_is_refused_even_if_it_is_empty(url):
     with pytest.raises(UserError, match="query"):
         Address.read(url)
+
+
+def test_a_redirect_is_not_followed_and_named(fake):
+    away = {"Location": f"http://elsewhere.invalid/{KEY}"}
+    asked = engine(fake, key=KEY)
+    fake.script.append((307, b"", away))
+    with pytest.raises(UserError, match=r"it redirects to http://elsewhere.invalid/\*\*\* .redirects are not followed"):
+        list(asked.answer(iter([question("a")])))
+    asked.close()
+    fake.models_reply = (301, b"")
+    with pytest.raises(UserError, match="it redirects to nowhere"):
+        engine(fake)

@@ -30,7 +30,7 @@ from megatron_ktr.evaluation.engines.address import Address, ApiKey
 from megatron_ktr.evaluation.engines.base import AnswerSampling, EngineFailed, Question
 from megatron_ktr.evaluation.engines.chat_messages import FrameFormat, FramesAs, chat_messages, frames_per_second
 from megatron_ktr.evaluation.engines.prompts import num_frames
-from megatron_ktr.evaluation.engines.web import Loop, Patience, Refusal, Web, WebAnswers
+from megatron_ktr.evaluation.engines.web import REDIRECTED, Loop, Patience, Refusal, Web, WebAnswers
 from megatron_ktr.evaluation.item import Answer
 from megatron_ktr.files.json_files import parse_json
 from megatron_ktr.rollout.sampling import sample_seed
@@ -292,6 +292,8 @@ async def served_models(web: Web) -> list[dict[str, Any]] | None:
     except Refusal as error:
         if error.status in (401, 402, 403):
             raise UserError(f"{web.address.api} refuses the key (--api-key-env NAME): {error}") from None
+        if 300 <= error.status < 400:
+            raise UserError(f"{web.address.api}: {error}{REDIRECTED}") from None
         return None
 
 

@@ -158,6 +158,8 @@ class Web:
         if 200 <= reply.status_code < 300:
             return bytes(content)
         said, param, code = _error_parts(bytes(content))
+        if 300 <= reply.status_code < 400:
+            said = f"it redirects to {reply.headers.get('location', 'nowhere')}"
         message = self._quoted(said) or self._quoted(reply.reason_phrase)
         if reply.status_code in _RETRIED or reply.status_code >= 500:
             wait = _retry_after(reply.headers.get("retry-after", ""))
@@ -297,6 +299,7 @@ class WebAnswers(AnswerEngine):
         raise EngineFailed(f"refused: {error}")
 
 
+REDIRECTED = " (redirects are not followed, because the key would go along: give the address that answers)"
 _TOO_LONG = (
     "context length",
     "context_length",
@@ -321,6 +324,8 @@ def problem_of(error: Refusal) -> str | None:
 
 
 def _advice(status: int) -> str:
+    if 300 <= status < 400:
+        return REDIRECTED
     if status in (401, 403):
         return " (the key: --api-key-env NAME)"
     return " (the address and the model's name: --server-url, --served-model)" if status == 404 else ""
