@@ -105,6 +105,7 @@ def _benchmark(columns: Sequence[Column], headings: Headings, *, resampling: Res
         "title": headings.title,
         "axes": list(headings.axes_of(items)),
         "macro_axis": headings.macro_axis,
+        "inner_axis": headings.inner_axis,
         "num_items": len(items),
         "num_videos": len({item.video_id for item in items if item.video_id}),
         "protocols": list(protocols),
@@ -159,7 +160,7 @@ def _accuracies(
                 for protocol in protocols
             },
             headings,
-            resampling=Resampling(num_resamples=1),
+            resampling=None,
         )
     found = {}
     for protocol in protocols:

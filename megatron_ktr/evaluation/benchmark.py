@@ -45,6 +45,8 @@ class Benchmark:
     """Axes of categories in the order of the tables."""
     macro_axis: str | None = None
     """If set, the overall figure is the mean over this axis' categories, else the mean over items."""
+    inner_axis: str | None = None
+    """If set, the figure of a category of ``macro_axis`` is itself the mean over this axis' categories in it."""
     sampling: AnswerSampling = AnswerSampling()
     frames: FrameRule = FrameRule()
     media_folders: Sequence[str] = ()

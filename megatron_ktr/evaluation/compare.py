@@ -15,7 +15,7 @@ from typing import Any
 from megatron_ktr.data.records import NORMALISED
 from megatron_ktr.errors import UserError, printable
 from megatron_ktr.evaluation.aggregate import VERSION, Column, columns_of, paired_differences
-from megatron_ktr.evaluation.figures import UNKNOWN, Figure, Figures, Headings, protocols_of, score_of
+from megatron_ktr.evaluation.figures import UNKNOWN, Figure, Figures, Headings, figures_of, protocols_of, score_of
 from megatron_ktr.evaluation.item import Evaluation, Item, Outcome
 from megatron_ktr.evaluation.statistics import (
     DEFAULT_RESAMPLING,
@@ -28,8 +28,10 @@ from megatron_ktr.evaluation.statistics import (
 from megatron_ktr.evaluation.table import NOTHING, Table, markdown_of, p_text, percent, with_interval
 
 NOT_BINARY = "scores between 0 and 1: McNemar's test does not apply"
-MACRO = "the overall figure is a mean over categories, McNemar's test is over items"
+MACRO = "the figure is a mean over categories, McNemar's test is over items"
 Pair = tuple[Outcome, Outcome]
+Sides = tuple[Figure, Figure]
+"""The accuracies of A and of B."""
 
 
 def compare(
@@ -145,7 +147,11 @@ def _pair_of_columns(a: Column, b: Column, headings: Headings, *, resampling: Re
         known = set(protocols_of([right for _, right in pairs]))
         shared = [name for name in protocols_of([left for left, _ in pairs]) if name in known]
         differences = paired_differences(pairs, shared, headings, resampling=resampling)
-        protocols = {name: _protocol(pairs, name, differences[name], headings) for name in shared}
+        a_figures, b_figures = (_side([pair[side] for pair in pairs], shared, headings) for side in (0, 1))
+        protocols = {
+            name: _protocol(pairs, name, differences[name], (a_figures[name], b_figures[name]), headings)
+            for name in shared
+        }
     return {
         "condition_a": a.condition.name,
         "condition_b": b.condition.name,
@@ -156,37 +162,50 @@ def _pair_of_columns(a: Column, b: Column, headings: Headings, *, resampling: Re
     }
 
 
-def _protocol(pairs: Sequence[Pair], protocol: str, found: Figures, headings: Headings) -> dict[str, Any]:
+def _side(outcomes: Sequence[Outcome], protocols: Sequence[str], headings: Headings) -> dict[str, Figures]:
+    """The accuracies of one side, as ``results.json`` would have them of these items."""
+    scores = {name: [score_of(outcome, name) for outcome in outcomes] for name in protocols}
+    return figures_of([outcome.item for outcome in outcomes], scores, headings, resampling=None)
+
+
+def _protocol(
+    pairs: Sequence[Pair], protocol: str, found: Figures, sides: tuple[Figures, Figures], headings: Headings
+) -> dict[str, Any]:
     by_category = {}
     for axis, figures in found.by_category.items():
-        of_axis = {
-            name: _cell([pair for pair in pairs if _category(pair, axis) == name], protocol, figure)
-            for name, figure in figures.items()
-        }
+        of_axis = {}
+        for name, figure in figures.items():
+            of_category = [pair for pair in pairs if _category(pair, axis) == name]
+            both = (sides[0].by_category[axis][name], sides[1].by_category[axis][name])
+            of_axis[name] = _cell(of_category, protocol, figure, both)
+            inner = headings.inner_axis if axis == headings.macro_axis else None
+            if inner is not None and len({_category(pair, inner) for pair in of_category}) > 1:
+                _note_macro(of_axis[name])
         for key, adjusted in (("p_value", "p_holm"), ("mcnemar_p", "mcnemar_p_holm")):
             _adjust(of_axis, key, adjusted)
         by_category[axis] = of_axis
-    overall = _cell(pairs, protocol, found.overall)
+    overall = _cell(pairs, protocol, found.overall, (sides[0].overall, sides[1].overall))
     if headings.macro_axis is not None:
-        means = [by_category[headings.macro_axis][name] for name in by_category[headings.macro_axis]]
-        for side in ("accuracy_a", "accuracy_b"):
-            overall[side] = rounded(sum(cell[side] for cell in means) / len(means))
-        if overall["mcnemar_p"] is not None:
-            overall["mcnemar_note"] = MACRO
+        _note_macro(overall)
     return {**overall, "by_category": by_category}
+
+
+def _note_macro(cell: dict[str, Any]) -> None:
+    if cell["mcnemar_p"] is not None:
+        cell["mcnemar_note"] = MACRO
 
 
 def _category(pair: Pair, axis: str) -> str:
     return pair[0].item.categories.get(axis) or UNKNOWN
 
 
-def _cell(pairs: Sequence[Pair], protocol: str, figure: Figure) -> dict[str, Any]:
+def _cell(pairs: Sequence[Pair], protocol: str, figure: Figure, sides: Sides) -> dict[str, Any]:
     scores = [(score_of(left, protocol), score_of(right, protocol)) for left, right in pairs]
     is_binary = all(score in (0.0, 1.0) for both in scores for score in both)
     only_a, only_b = sum(left > right for left, right in scores), sum(right > left for left, right in scores)
     return {
-        "accuracy_a": rounded(sum(left for left, _ in scores) / len(scores)),
-        "accuracy_b": rounded(sum(right for _, right in scores) / len(scores)),
+        "accuracy_a": rounded(sides[0].value),
+        "accuracy_b": rounded(sides[1].value),
         **figure.as_difference(),
         "num_a_better": only_a,
         "num_b_better": only_b,

@@ -41,10 +41,12 @@ class Headings:
     """Axes of categories in the order of the tables; if empty, all axes that the items have."""
     macro_axis: str | None = None
     """If set, the overall figure is the mean over this axis' categories, else the mean over items."""
+    inner_axis: str | None = None
+    """If set, the figure of a category of ``macro_axis`` is itself the mean over this axis' categories in it."""
 
     @classmethod
     def of(cls, benchmark: Benchmark) -> Headings:
-        return cls(benchmark.title, tuple(benchmark.axes), benchmark.macro_axis)
+        return cls(benchmark.title, tuple(benchmark.axes), benchmark.macro_axis, benchmark.inner_axis)
 
     @classmethod
     def known(cls, name: str, headings: Mapping[str, Headings]) -> Headings:
@@ -112,10 +114,12 @@ class _Groups:
     """Which items belong to which figure."""
 
     labels: tuple[tuple[str, str], ...]
-    """(axis, category) of each group."""
+    """(axis, category) of the first groups. Behind them come inner groups, and last all items."""
     member_NK: np.ndarray
     macro: tuple[int, ...]
     """Groups whose mean is the overall figure; empty if that is the mean over items."""
+    inner: Mapping[int, tuple[int, ...]]
+    """Group -> the groups whose mean is its figure; a group that is not here has the mean over its items."""
 
     @classmethod
     def of(cls, items: Sequence[Item], headings: Headings) -> _Groups:
@@ -127,15 +131,32 @@ class _Groups:
         columns = [np.array([value == name for value in values[axis]]) for axis, name in labels]
         everything = np.ones(len(items), dtype=bool)
         macro = tuple(place for place, (axis, _) in enumerate(labels) if axis == headings.macro_axis)
-        return cls(labels, np.stack([*columns, everything], axis=1), macro)
+        inner: dict[int, tuple[int, ...]] = {}
+        if headings.inner_axis is not None:
+            of_item = np.array([item.categories.get(headings.inner_axis) or UNKNOWN for item in items])
+            for place in macro:
+                names = sorted(set(of_item[columns[place]]))
+                inner[place] = tuple(range(len(columns), len(columns) + len(names)))
+                columns += [columns[place] & (of_item == name) for name in names]
+        return cls(labels, np.stack([*columns, everything], axis=1), macro, inner)
 
-    def with_overall(self, means_XK: np.ndarray) -> np.ndarray:
-        """The last group, all items, replaced by the mean over categories where that is the overall figure. A resample
-        without any item of a category takes the mean over the others."""
+    def with_macro(self, means_XK: np.ndarray) -> np.ndarray:
+        """The figures that are means over groups put in the place of means over items, the overall one last. A resample
+        without any item of a group takes the mean over the others."""
         if self.macro:
             means_XK = means_XK.copy()
-            means_XK[..., -1] = np.nanmean(means_XK[..., list(self.macro)], axis=-1)
+            for place, inner in self.inner.items():
+                means_XK[..., place] = _mean_over(means_XK, inner)
+            means_XK[..., -1] = _mean_over(means_XK, self.macro)
         return means_XK
+
+
+def _mean_over(means_XK: np.ndarray, places: Sequence[int]) -> np.ndarray:
+    """The mean over those of the groups that have one; NaN if none has."""
+    found = means_XK[..., list(places)]
+    has_mean = np.isfinite(found)
+    with np.errstate(invalid="ignore"):
+        return np.where(has_mean, found, 0.0).sum(axis=-1) / has_mean.sum(axis=-1)
 
 
 def figures_of(
@@ -143,31 +164,30 @@ def figures_of(
     scores: Mapping[str, Sequence[float]],
     headings: Headings,
     *,
-    resampling: Resampling = DEFAULT_RESAMPLING,
+    resampling: Resampling | None = DEFAULT_RESAMPLING,
 ) -> dict[str, Figures]:
     """The figures of each column of scores (each protocol). There must be at least one item.
 
-    Items without a video are resampled by themselves.
+    Items without a video are resampled by themselves. Without ``resampling`` there are no intervals and p-values.
     """
     groups = _Groups.of(items, headings)
     values_NC = np.array([scores[name] for name in scores], dtype=np.float64).T
     videos = [f"video {item.video_id}" if item.video_id else f"item {item.item_id}" for item in items]
-    means_CK = groups.with_overall(group_means(values_NC, groups.member_NK))
-    is_resampled = len(set(videos)) > 1
+    means_CK = groups.with_macro(group_means(values_NC, groups.member_NK))
     samples_BCK = (
-        groups.with_overall(resample_group_means(values_NC, groups.member_NK, videos, resampling=resampling))
-        if is_resampled
+        groups.with_macro(resample_group_means(values_NC, groups.member_NK, videos, resampling=resampling))
+        if resampling is not None and len(set(videos)) > 1
         else None
     )
     found = {}
     for column, name in enumerate(scores):
         figures = []
-        for group in range(means_CK.shape[1]):
+        for group in (*range(len(groups.labels)), -1):
             members = groups.member_NK[:, group]
             values, value = values_NC[members, column], float(means_CK[column, group])
             interval, p_value = None, None
             num_videos = len({video for video, is_member in zip(videos, members, strict=True) if is_member})
-            if samples_BCK is not None and num_videos > 1:
+            if resampling is not None and samples_BCK is not None and num_videos > 1:
                 samples_B = samples_BCK[:, column, group]
                 p_value = bootstrap_p_value(samples_B)
                 # The interval of equal scores would have no width, which would look like certainty.

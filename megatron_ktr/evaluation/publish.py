@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def headings_of(evaluation: Evaluation) -> dict[str, Headings]:
         benchmark = stored_benchmark(name, asked["path"])
         number, published = asked["limit"] or asked["num_items"], benchmark.num_questions or asked["num_items"]
         title = benchmark.title + (f" ({number:,} of {published:,} items)" if number != published else "")
-        found[name] = Headings(title, tuple(benchmark.axes), benchmark.macro_axis)
+        found[name] = replace(Headings.of(benchmark), title=title)
     return found
 
 

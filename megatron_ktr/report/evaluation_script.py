@@ -163,12 +163,13 @@ function badge(name, judged) {
 }
 function runNode(item, run, isOpen) {
   const node = make("details", "run"), summary = make("summary");
-  const name = [data.models.length > 1 ? data.models[run.m] : "", data.conditions[run.c]].filter(text => text);
+  const condition = data.conditions[run.c].replace(/^\d+/, "$& frames");
+  const name = [data.models.length > 1 ? data.models[run.m] : "", condition].filter(text => text);
   summary.append(visible(make("b"), name.join(" \u00b7 ")), " ");
   run.j.forEach((judged, place) => { if (judged) summary.append(badge(data.protocols[place], judged), " "); });
   const words = [run.f & PROBLEM ? "problem" : "", run.f & TRUNCATED ? "truncated" : "",
     run.f & NO_FORMAT && !(run.f & PROBLEM) ? "no format" : ""];
-  for (const word of words) if (word) summary.append(make("span", "missing", word), " ");
+  summary.append(make("span", "missing", words.filter(word => word).join(", ")));
   node.append(summary);
   const fill = () => {
     if (node.childElementCount > 1) return;
@@ -305,6 +306,10 @@ STYLE = """
 .verdicts code { overflow-wrap: anywhere; white-space: pre-wrap; unicode-bidi: isolate; }
 .filmstrip { overflow-x: auto; }
 .filmstrip img { display: block; border-radius: 4px; background: var(--fill); }
-.group h4, .strip .facts { overflow-wrap: anywhere; }
+header, #list, .accuracies th { overflow-wrap: anywhere; }
+.facts > *, .options li { min-width: 0; }
+.pager p { margin: 0; }
+#filters input { min-width: 15em; }
+#items { scroll-margin-top: 12px; }
 #list { min-height: 40vh; }
 """

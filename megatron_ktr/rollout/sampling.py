@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,15 +57,18 @@ def sample_seed(*, seed: int, step: int, identity: str, sample: int) -> int:
 
 
 def end_token_ids(model_dir: Path | str, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The end tokens that the model's generation config names; if it names none, the tokenizer's end token."""
+    """The end tokens that the model's generation config names; if it names none, the tokenizer's end token.
+
+    A generation config that is there and cannot be read is an error: other end tokens would give other responses.
+    """
     from transformers import AutoConfig, GenerationConfig
 
     from megatron_ktr.files.hf_model import reading_model
 
     with reading_model(model_dir):
-        try:
+        if os.path.lexists(Path(model_dir) / "generation_config.json"):
             ends = GenerationConfig.from_pretrained(model_dir).eos_token_id
-        except OSError:
+        else:
             ends = GenerationConfig.from_model_config(AutoConfig.from_pretrained(model_dir)).eos_token_id
     ends = ends if isinstance(ends, list | tuple) else [] if ends is None else [ends]
     if wrong := [end for end in ends if not isinstance(end, int) or isinstance(end, bool) or not 0 <= end < 2**31]:

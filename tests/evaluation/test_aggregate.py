@@ -10,6 +10,7 @@ import pytest
 from megatron_ktr.evaluation.aggregate import results_of, results_text
 from megatron_ktr.evaluation.figures import Headings
 from megatron_ktr.evaluation.item import Answer, Condition
+from megatron_ktr.evaluation.registry import load_benchmark
 from tests.support.made_outcomes import INTACT, evaluation_of, item_of, outcome_of
 
 SHUFFLED = Condition(32, "shuffled")
@@ -35,6 +36,26 @@ def test_accuracy_is_the_mean_over_items_or_over_categories():
     assert macro["accuracy"] == 0.583333  # (2/3 + 1/2) / 2
     low, high = macro["interval"]
     assert low < 0.583333 < high
+
+
+def test_the_three_difficulties_of_a_direction_count_as_one_type_of_vsibench():
+    types = ["object_rel_direction"] * 6 + ["route_planning"] * 2
+    difficulties = ["easy"] * 4 + ["medium", "hard"]
+    inner = [f"object_rel_direction_{name}" for name in difficulties] + ["route_planning"] * 2
+    asked = [
+        item_of(number, benchmark="vsibench", video=f"v{number}", type=kind, question_type=name, dataset="scannet")
+        for number, (kind, name) in enumerate(zip(types, inner, strict=True))
+    ]
+    made = evaluation_of([outcome_of(one, score) for one, score in zip(asked, (1, 1, 1, 0, 0, 0, 0, 1), strict=True)])
+    results = results_of(made, {"vsibench": Headings.of(load_benchmark("vsibench"))})
+    official = results["benchmarks"]["vsibench"]["conditions"][0]["protocols"]["official"]
+    # Direction: (3/4 + 0 + 0) / 3 = 0.25, and not 3/6. Overall: (0.25 + 0.5) / 2.
+    direction = official["by_category"]["type"]["object_rel_direction"]
+    assert (direction["accuracy"], direction["num_items"]) == (0.25, 6)
+    assert official["by_category"]["question_type"]["object_rel_direction_easy"]["accuracy"] == 0.75
+    assert official["accuracy"] == 0.375
+    low, high = official["interval"]
+    assert low < 0.375 < high
 
 
 def test_problems_count_as_wrong_and_are_listed_but_not_in_rates():

@@ -357,3 +357,4 @@ def test_every_benchmark_is_described() -> None:
         assert benchmark.name == name and benchmark.title and benchmark.axes and benchmark.source
         assert not set(PROTOCOL_NAMES) & set(benchmark.other_judges)
         assert benchmark.macro_axis in (None, *benchmark.axes)
+        assert benchmark.inner_axis is None or benchmark.macro_axis in set(benchmark.axes) - {benchmark.inner_axis}

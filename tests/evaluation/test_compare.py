@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from megatron_ktr.errors import UserError
-from megatron_ktr.evaluation.compare import NOT_BINARY, compare, comparison_markdown
+from megatron_ktr.evaluation.compare import MACRO, NOT_BINARY, compare, comparison_markdown
 from megatron_ktr.evaluation.figures import Headings
 from megatron_ktr.evaluation.item import Condition
 from tests.support.made_outcomes import INTACT, evaluation_of, item_of, outcome_of
@@ -79,6 +79,24 @@ def test_macro_accuracy_is_compared_as_it_is_reported():
     official = found["benchmarks"]["bench"]["comparisons"][0]["protocols"]["official"]
     assert (official["accuracy_a"], official["accuracy_b"]) == (0.5, 0.666667)
     assert official["difference"] == pytest.approx(1 / 6, abs=1e-6)
+
+
+def test_a_category_that_is_a_mean_itself_is_compared_as_it_is_reported():
+    headings = {"bench": Headings("A bench", ("kind", "level"), macro_axis="kind", inner_axis="level")}
+    asked = [
+        item_of(number, video=f"v{number}", kind=kind, level=level)
+        for number, (kind, level) in enumerate(zip("xxxy", "eehy", strict=True))
+    ]
+    a, b = (
+        evaluation_of([outcome_of(item, score) for item, score in zip(asked, scores, strict=True)])
+        for scores in ((1, 1, 0, 1), (1, 0, 1, 1))
+    )
+    official = compare(a, b, headings)["benchmarks"]["bench"]["comparisons"][0]["protocols"]["official"]
+    kind = official["by_category"]["kind"]["x"]  # A: (2/2 + 0/1) / 2, B: (1/2 + 1/1) / 2
+    assert (kind["accuracy_a"], kind["accuracy_b"], kind["difference"]) == (0.5, 0.75, 0.25)
+    assert (kind["mcnemar_p"], kind["mcnemar_note"]) == (1.0, MACRO)
+    assert official["by_category"]["kind"]["y"]["mcnemar_note"] == ""
+    assert (official["accuracy_a"], official["accuracy_b"], official["difference"]) == (0.75, 0.875, 0.125)
 
 
 def test_other_questions_under_the_same_name_are_refused():

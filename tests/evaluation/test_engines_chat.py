@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import io
 import json
 import logging
@@ -96,6 +97,7 @@ def test_no_more_questions_are_taken_than_are_open(fake):
         (200, completion(None)),
         (200, completion(5)),
         (200, b"x" * (40 << 20)),
+        (200, gzip.compress(gzip.compress(b" " * (1 << 24))), {"Content-Encoding": "gzip, gzip"}),
     ],
     ids=lambda fault: str(fault)[:40],
 )
@@ -399,3 +401,62 @@ def test_a_question_whose_places_and_media_differ_has_a_problem(fake):
     asked = question("a", media=(video(2),))
     answer = ask(fake, type(asked)("a", record, asked.media, GREEDY))["a"]
     assert "2 places for videos" in answer.problem and not fake.bodies
+
+
+@pytest.mark.parametrize("key", ["B", "EMPTY", "token", "choices", "tiny"])
+def test_a_key_that_is_a_word_changes_no_answer_and_no_name(fake, key):
+    fake.key = key
+    text = "<answer>B</answer> EMPTY token"
+    fake.script += [(400, error("maximum context length: too many tokens")), (200, completion(text))]
+    answers = ask(fake, question("a"), question("b"), key=key, concurrency=1)
+    assert answers["a"].problem.startswith("too long for the server's model")
+    assert (answers["b"].text, answers["b"].num_tokens) == (text, 3)
+    assert engine(fake, key=key).identity["model"] == "tiny"
+
+
+@pytest.mark.parametrize("size", [250, 299, 19_990])
+def test_no_part_of_a_key_is_left_where_a_message_is_cut(fake, size):
+    fake.script += [(500, b"x" * size + KEY.encode() + b"y" * 500)] * 4
+    (answer,) = ask(fake, question("a"), key=KEY).values()
+    assert "status 500" in str(answer) and "sk-S" not in str(answer)
+
+
+def test_names_of_models_that_no_terminal_can_show_are_not_chosen(fake):
+    cards = [{"id": "\x1b[2Jclear"}, {"id": "half \ud800"}, {"id": ""}, {"id": "tiny", "root": "\x1b[1m\ud800"}]
+    fake.models_reply = (200, json.dumps({"data": [*cards, {"id": "tiny", "owned_by": ["vllm"]}]}).encode())
+    identity = engine(fake).identity
+    assert identity["model"] == "tiny" and all(text.isprintable() for text in identity.values())
+    assert engine(fake, model="other").identity["model"] == "other"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("ALL_PROXY", "socks5://127.0.0.1:1", "SOCKS"),
+        ("HTTPS_PROXY", "what://127.0.0.1:1", "proxy settings"),
+        ("SSL_CERT_FILE", "/no/such/file", "certificates"),
+        ("SSL_CERT_FILE", __file__, "certificates"),
+    ],
+)
+def test_an_environment_that_allows_no_connection_is_a_user_error(monkeypatch, name, value, message):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        ChatAnswers(Address.read("https://example.invalid"), ChatSettings(patience=QUICK), key=None)
+
+
+@pytest.mark.parametrize("url", ["http://h?", "http://h#", "http://h/v1?", "http://h/v1#x"])
+def test_an_address_with_a_query_is_refused_even_if_it_is_empty(url):
+    with pytest.raises(UserError, match="query"):
+        Address.read(url)
+
+
+def test_a_redirect_is_not_followed_and_named(fake):
+    away = {"Location": f"http://elsewhere.invalid/{KEY}"}
+    asked = engine(fake, key=KEY)
+    fake.script.append((307, b"", away))
+    with pytest.raises(UserError, match=r"it redirects to http://elsewhere.invalid/\*\*\* .redirects are not followed"):
+        list(asked.answer(iter([question("a")])))
+    asked.close()
+    fake.models_reply = (301, b"")
+    with pytest.raises(UserError, match="it redirects to nowhere"):
+        engine(fake)

@@ -32,7 +32,7 @@ from megatron_ktr.evaluation.engines.local import LocalModel
 from megatron_ktr.evaluation.engines.rollout import RolloutAnswers
 from megatron_ktr.files.checksums import write_manifest
 from megatron_ktr.rollout.hf import HFEngine
-from megatron_ktr.rollout.sampling import SamplingSettings, penalised
+from megatron_ktr.rollout.sampling import SamplingSettings, end_token_ids, penalised
 from megatron_ktr.rollout.vllm.sampling import sampling_values
 from megatron_ktr.types import Rollout, RolloutGroup
 from tests.support.fake_chat import FakeChat
@@ -307,3 +307,15 @@ def test_a_directory_without_a_model_is_a_user_error(tmp_path, make):
     make(tmp_path / "model")
     with pytest.raises(UserError):
         build_engine(EngineOptions(model=str(tmp_path / "model"), engine="hf"))
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", None], ids=["empty", "cut", "no text", "folder"])
+def test_a_generation_config_that_cannot_be_read_gives_no_other_end_tokens(model_dir, tmp_path, content):
+    shutil.copytree(model_dir, tmp_path / "model")
+    path = tmp_path / "model" / "generation_config.json"
+    path.unlink()
+    tokenizer = LocalModel.read(model_dir).prompts.builder.tokenizer
+    assert end_token_ids(tmp_path / "model", tokenizer)  # without the file, those of the config
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(UserError, match="cannot read"):
+        end_token_ids(tmp_path / "model", tokenizer)

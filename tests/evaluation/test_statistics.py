@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_ktr.evaluation.statistics import (
@@ -62,7 +62,7 @@ def test_holm_steps_down_and_never_decreases():
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_holm_lies_between_the_p_value_and_bonferroni(p_values):
     for p_value, adjusted in zip(p_values, holm(p_values), strict=True):
         assert p_value <= adjusted <= min(len(p_values) * p_value, 1)

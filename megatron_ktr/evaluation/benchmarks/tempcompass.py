@@ -74,7 +74,7 @@ def _describe(record: Record, *, seen: Counter[str]) -> Question:
 
 BENCHMARK = Benchmark(
     name=NAME,
-    title="TempCompass (without captioning)",
+    title="TempCompass",
     read=read,
     official=video_r1.judge,
     other_judges={"own": tempcompass.judge},

@@ -3,8 +3,8 @@
     official   Video-R1's exact match and mean relative accuracy
     own        the authors' first word and mean relative accuracy, whose borders differ (``judges/vsibench.py``)
 
-Overall is the mean over eight types, where the three difficulties of relative direction are one type. The authors take
-the mean of the three; here their questions are pooled, so that the figure differs a little where their numbers differ.
+Overall is the mean over eight types. Relative direction is one of them, and its figure is the mean of those of its
+three difficulties, whatever their numbers of questions: so do the authors.
 Video-R1 reports choices and numbers apart, without an overall figure.
 
 Read in: vision-x-nyu/thinking-in-space and EvolvingLMMs-Lab/lmms-eval, ``lmms_eval/tasks/vsibench``.
@@ -47,6 +47,7 @@ BENCHMARK = Benchmark(
     other_judges={"own": vsibench.judge},
     axes=("type", "question_type", "dataset"),
     macro_axis="type",
+    inner_axis="question_type",
     media_folders=FOLDERS,
     import_release="video_r1/eval",
     source="Video-R1, src/eval_bench.py",

@@ -16,6 +16,8 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _KEY = re.compile(r"[!-~]+")
 """Printable ASCII without blanks. Anything else could not stand in a header, and the error would show it."""
 HIDDEN = "***"
+_LEAST_SECRET = 12
+"""Keys with fewer characters are left as they are in answers."""
 
 
 class ApiKey:
@@ -47,8 +49,10 @@ class ApiKey:
         """``text`` without the key: servers quote it in errors."""
         return text.replace(self._value, HIDDEN)
 
-    def hide_bytes(self, content: bytes) -> bytes:
-        return content.replace(self._value.encode(), HIDDEN.encode())
+    def hide_in_answer(self, text: str) -> str:
+        """The same for what a model says. Servers of one's own often have keys such as "EMPTY", which an answer may
+        hold by chance, and must keep."""
+        return self.hide(text) if len(self._value) >= _LEAST_SECRET else text
 
     def __repr__(self) -> str:
         return f"ApiKey({HIDDEN})"
@@ -88,7 +92,8 @@ class Address:
             httpx.URL(url)
         except (ValueError, httpx.InvalidURL):
             raise UserError(f"{option}: this is not a URL such as http://host:8000") from None
-        if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
+        # An empty query or fragment is none to ``parts``, and would still take in what is appended.
+        if parts.username is not None or parts.password is not None or "?" in url or "#" in url:
             raise UserError(f"{option}: a URL without user, password, query and fragment; keys: --api-key-env NAME")
         if parts.scheme not in ("http", "https") or not host or port == 0:
             raise UserError(f"{option}: expected a URL such as http://host:8000, got {url[:200]!r}")

@@ -17,19 +17,20 @@ import asyncio
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 
 from megatron_ktr.data.unusable import UnusableSample
-from megatron_ktr.errors import UserError
+from megatron_ktr.errors import UserError, printable
 from megatron_ktr.evaluation.engines.address import Address, ApiKey
 from megatron_ktr.evaluation.engines.base import AnswerSampling, EngineFailed, Question
 from megatron_ktr.evaluation.engines.chat_messages import FrameFormat, FramesAs, chat_messages, frames_per_second
 from megatron_ktr.evaluation.engines.prompts import num_frames
-from megatron_ktr.evaluation.engines.web import Loop, Patience, Refusal, Web, WebAnswers
+from megatron_ktr.evaluation.engines.web import REDIRECTED, Loop, Patience, Refusal, Web, WebAnswers
 from megatron_ktr.evaluation.item import Answer
 from megatron_ktr.files.json_files import parse_json
 from megatron_ktr.rollout.sampling import sample_seed
@@ -132,7 +133,7 @@ class ChatAnswers(WebAnswers):
             except Refusal as error:
                 if error.status not in (400, 422):
                     raise
-                said = f"{error.param} {error.message}"
+                said = f"{error.param} {error.said}"
                 if token_field == "max_tokens" and "max_completion_tokens" in said and "max_tokens" in said:
                     self._token_field = "max_completion_tokens"
                 elif sends_seed and "seed" in body and re.search(r"\bseed\b", said):
@@ -147,7 +148,9 @@ class ChatAnswers(WebAnswers):
     async def _post(self, body: Mapping[str, Any]) -> Reply:
         content = json.dumps(body, separators=(",", ":")).encode()
         url = f"{self._web.address.api}/chat/completions"
-        return await self._web.fetch("POST", url, content, read=lambda found: read_reply(found, hide=self._web.hide))
+        return await self._web.fetch(
+            "POST", url, content, read=lambda found: read_reply(found, clean=self._web.cleaned)
+        )
 
     def _sampling(self, question: Question) -> dict[str, Any]:
         sampling = question.sampling
@@ -223,8 +226,8 @@ class Reply:
     num_prompt_tokens: int
 
 
-def read_reply(body: bytes, *, hide: Any = str) -> Reply:
-    """The one choice of a completion. ``hide`` is applied to its text.
+def read_reply(body: bytes, *, clean: Any = str) -> Reply:
+    """The one choice of a completion. ``clean`` is applied to its text.
 
     A response that a filter ended counts as finished, and a refusal is the text of the response: asking again would
     give the same. A response whose limit of tokens was used up before its text began is cut off, and empty.
@@ -251,13 +254,13 @@ def read_reply(body: bytes, *, hide: Any = str) -> Reply:
     if not isinstance(text, str):
         raise ValueError(f"a completion without text (finish_reason {reason!r})")
     numbers = [count if type(count) is int and 0 <= count < 2**31 else 0 for count in counts]
-    return Reply(hide(text), reason != "length", *numbers)
+    return Reply(clean(text), reason != "length", *numbers)
 
 
 def _error_in(body: bytes) -> str:
     """The message of an error that a server sends with status 200."""
     try:
-        return str(parse_json(body.decode("utf-8"))["error"]["message"])[:200]
+        return str(parse_json(body.decode("utf-8"))["error"]["message"])
     except (ValueError, LookupError, TypeError):
         return ""
 
@@ -282,21 +285,30 @@ async def served_models(web: Web) -> list[dict[str, Any]] | None:
         UserError: no server answers, or it refuses the key.
     """
     try:
-        return await web.fetch("GET", f"{web.address.api}/models", None, read=_models, retries=_START_RETRIES)
+        read = partial(_models, clean=web.cleaned)
+        return await web.fetch("GET", f"{web.address.api}/models", None, read=read, retries=_START_RETRIES)
     except EngineFailed as error:
         raise UserError(f"{web.address.api}: {error}") from None
     except Refusal as error:
         if error.status in (401, 402, 403):
             raise UserError(f"{web.address.api} refuses the key (--api-key-env NAME): {error}") from None
+        if 300 <= error.status < 400:
+            raise UserError(f"{web.address.api}: {error}{REDIRECTED}") from None
         return None
 
 
-def _models(body: bytes) -> list[dict[str, Any]] | None:
+def _models(body: bytes, *, clean: Callable[[str], str] = str) -> list[dict[str, Any]] | None:
+    """(id, root, owned_by) of each model. An id that cannot be shown as it is cannot be chosen."""
     try:
         found = parse_json(body.decode("utf-8"))["data"]
-        return [model for model in found if isinstance(model.get("id"), str)]
+        named = {model["id"]: model for model in found if isinstance(model.get("id"), str)}
     except (ValueError, LookupError, TypeError, AttributeError):
         return None
+    return [
+        {name: printable(clean(str(model.get(name) or ""))) for name in ("id", "root", "owned_by")}
+        for name, model in named.items()
+        if name and printable(clean(name)) == name
+    ]
 
 
 def choose_model(

@@ -7,6 +7,7 @@ It needs the model's directory here, for tokenizer and patches, and a server tha
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -144,6 +145,9 @@ def _identity(model: LocalModel, models: list[dict[str, Any]]) -> Mapping[str, s
     served = models[0] if models else {}
     root = str(served.get("root") or served.get("id") or "")
     digests = model_identity(model.directory)
-    if not (root and Path(root).is_dir() and Path(root).samefile(model.directory)):
+    is_same = False
+    with contextlib.suppress(OSError, ValueError):  # what the server says need not be a path
+        is_same = bool(root) and Path(root).is_dir() and Path(root).samefile(model.directory)
+    if not is_same:
         digests["weights"] = f"served as {root or 'an unnamed model'}"
     return {"engine": "server", **digests}

@@ -40,9 +40,11 @@ Read = TypeVar("Read")
 class Refusal(Exception):
     """The server rejects a request, and would again."""
 
-    def __init__(self, status: int, message: str, *, param: str = "", code: str = "") -> None:
+    def __init__(self, status: int, message: str, *, said: str = "", param: str = "", code: str = "") -> None:
         super().__init__(f"status {status}: {message}")
         self.status, self.message = status, message
+        self.said = said or message
+        """The message before the key was hidden in it, to be searched and never shown."""
         self.param, self.code = param, code
         """The field and the code that an error of OpenAI's form names."""
 
@@ -90,10 +92,20 @@ class Web:
                 limits=limits,
                 # The environment's proxies are meant for the internet.
                 trust_env=not address.is_loopback,
-                headers={} if key is None else key.header,
+                # A reply that is unpacked can be a thousand times what was received, before anything looks at it.
+                headers={"Accept-Encoding": "identity"} | ({} if key is None else key.header),
             )
         except (ValueError, httpx.InvalidURL) as error:
             raise UserError(f"the environment's proxy settings cannot be used ({type(error).__name__})") from None
+        except ImportError:
+            raise UserError(
+                "the environment's proxy (ALL_PROXY, HTTPS_PROXY, HTTP_PROXY) is a SOCKS proxy, which needs "
+                "pip install socksio"
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"the environment's certificates (SSL_CERT_FILE, SSL_CERT_DIR) cannot be read: {error.strerror}"
+            ) from None
 
     async def close(self) -> None:
         await self._http.aclose()
@@ -132,7 +144,10 @@ class Web:
             async with asyncio.timeout(seconds):
                 async with self._http.stream(method, url, content=body, headers=headers) as reply:
                     content = bytearray()
-                    async for piece in reply.aiter_bytes():
+                    encoding = reply.headers.get("content-encoding", "identity")
+                    if encoding.strip().lower() not in ("", "identity"):
+                        raise Broken(self._quoted(f"a reply that is encoded as {encoding}, which was not asked for"))
+                    async for piece in reply.aiter_raw():
                         content += piece
                         if len(content) > _MOST_REPLY_BYTES:
                             raise Broken(f"a reply of more than {_MOST_REPLY_BYTES} bytes")
@@ -140,28 +155,34 @@ class Web:
             raise Broken(f"no complete reply within {seconds:g} s (--request-timeout)") from None
         except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError) as error:
             raise Broken(self._quoted(f"{type(error).__name__}: {error}")) from None
-        found = bytes(content) if self._key is None else self._key.hide_bytes(bytes(content))
         if 200 <= reply.status_code < 300:
-            return found
-        message, param, code = _error_parts(found)
-        message = self._quoted(message) or reply.reason_phrase
+            return bytes(content)
+        said, param, code = _error_parts(bytes(content))
+        if 300 <= reply.status_code < 400:
+            said = f"it redirects to {reply.headers.get('location', 'nowhere')}"
+        message = self._quoted(said) or self._quoted(reply.reason_phrase)
         if reply.status_code in _RETRIED or reply.status_code >= 500:
             wait = _retry_after(reply.headers.get("retry-after", ""))
             raise Broken(f"status {reply.status_code}: {message}", wait_seconds=wait)
-        raise Refusal(reply.status_code, message, param=param, code=code)
+        raise Refusal(reply.status_code, message, said=said, param=param, code=code)
 
-    def hide(self, text: str) -> str:
-        """``text`` without the key and without lone surrogates, which JSON can spell and no file can hold."""
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return text if self._key is None else self._key.hide(text)
+    def cleaned(self, text: str) -> str:
+        """``text`` of a model without the key and lone surrogates, which JSON can spell and no file can hold."""
+        return _without_halves(text) if self._key is None else self._key.hide_in_answer(_without_halves(text))
 
     def _quoted(self, text: str) -> str:
-        return one_line(self.hide(text))[:300]
+        """The beginning of what a server says, for a message."""
+        text = _without_halves(text)
+        return one_line(text if self._key is None else self._key.hide(text))[:300]
+
+
+def _without_halves(text: str) -> str:
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _error_parts(body: bytes) -> tuple[str, str, str]:
-    """(message, param, code) of an error of OpenAI's form; of anything else (its beginning, "", "")."""
-    text = body[:20_000].decode("utf-8", errors="replace")
+    """(message, param, code) of an error of OpenAI's form; of anything else (all of it, "", "")."""
+    text = body.decode("utf-8", errors="replace")
     try:
         found = parse_json(text)
         error = found.get("error", found)
@@ -170,7 +191,7 @@ def _error_parts(body: bytes) -> tuple[str, str, str]:
         message = error.get("message") or error.get("detail") or found
         return str(message), str(error.get("param") or ""), str(error.get("code") or error.get("type") or "")
     except (ValueError, AttributeError, TypeError):
-        return text[:300], "", ""
+        return text, "", ""
 
 
 def _retry_after(value: str) -> float:
@@ -278,6 +299,7 @@ class WebAnswers(AnswerEngine):
         raise EngineFailed(f"refused: {error}")
 
 
+REDIRECTED = " (redirects are not followed, because the key would go along: give the address that answers)"
 _TOO_LONG = (
     "context length",
     "context_length",
@@ -293,7 +315,7 @@ def problem_of(error: Refusal) -> str | None:
     """Why the server cannot take this question, though it takes others; None if the refusal says something else."""
     if error.status not in (400, 413, 422):
         return None
-    said = f"{error.code} {error.message}".lower()
+    said = f"{error.code} {error.said}".lower()
     if any(words in said for words in _TOO_LONG):
         return f"too long for the server's model: {error.message}"
     if any(words in said for words in _FILTERED):
@@ -302,6 +324,8 @@ def problem_of(error: Refusal) -> str | None:
 
 
 def _advice(status: int) -> str:
+    if 300 <= status < 400:
+        return REDIRECTED
     if status in (401, 403):
         return " (the key: --api-key-env NAME)"
     return " (the address and the model's name: --server-url, --served-model)" if status == 404 else ""
