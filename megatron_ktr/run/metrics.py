@@ -98,11 +98,13 @@ class MetricsWriter:
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """Adds values to the record of a step that is written already; seconds of the same phase add up. The file is
-        replaced as a whole."""
+        replaced as a whole. The record is made if it is lost, as when the file was removed before a run was resumed."""
         if self._path is None or self._file is None:
             return
         records = _records(self._path)
-        record = next(one for one in records if one["step"] == step)
+        record = next((one for one in records if one["step"] == step), None)
+        if record is None:
+            return self.write(step, values)
         seconds = {name: record[name] for name in values if name.startswith("seconds/") and name in record}
         values = {name: value + seconds.get(name, 0.0) for name, value in values.items()}
         record.update(_rounded(values))
