@@ -6,7 +6,6 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ktr.config import Config
 from megatron_ktr.config.part_options import EvaluationOptions
 from megatron_ktr.config.sections import EvaluationSection
 from megatron_ktr.evaluation.benchmark_files import place_of
@@ -23,14 +22,13 @@ class KnownHeldOut:
     not_checked: tuple[str, ...] = ()
 
 
-def find_held_out(config: Config, is_model_here: bool) -> KnownHeldOut:
+def find_held_out(options: EvaluationOptions | None, is_model_here: bool) -> KnownHeldOut:
     """Reads and checks the sets of which the files are there, as training does. Without the model's directory nothing
-    is read, because the sizes of frames depend on its preprocessor.
+    is read, because the sizes of frames depend on its preprocessor. ``options`` are None if the run is not evaluated.
 
     Raises:
         UserError: training would refuse a set, or ``--keep-best``.
     """
-    options = EvaluationOptions.of(config, 1, data_parallel_size=1)
     if options is None:
         return KnownHeldOut()
     if not is_model_here:

@@ -12,7 +12,7 @@ from typing import Protocol
 from megatron_ktr.accounting.planner import GB
 from megatron_ktr.config import Config
 from megatron_ktr.config.objective_registry import objective_entry
-from megatron_ktr.config.part_options import ModelOptions
+from megatron_ktr.config.part_options import EvaluationOptions, ModelOptions
 from megatron_ktr.config.pipeline_split import is_even, split_layers
 from megatron_ktr.config.run_length import length_line, with_steps
 from megatron_ktr.distributed import platform as platforms
@@ -63,7 +63,7 @@ class KnownQuestions(Protocol):
     def not_checked(self) -> Sequence[str]: ...
 
 
-def dry_run(config: Config, *, find_held_out: Callable[[Config, bool], KnownQuestions]) -> str:
+def dry_run(config: Config, *, find_held_out: Callable[[EvaluationOptions | None, bool], KnownQuestions]) -> str:
     """The text that ``--dry-run`` prints. Nothing is written, and no weight is read.
 
     Args:
@@ -92,7 +92,7 @@ def dry_run(config: Config, *, find_held_out: Callable[[Config, bool], KnownQues
     page.not_checked += data.not_checked
     for line in data.lines:
         page.add("data", line)
-    held_out = find_held_out(config, model.is_here)
+    held_out = find_held_out(EvaluationOptions.of(config, 1, data_parallel_size=1), model.is_here)
     page.not_checked += held_out.not_checked
     _describe_evaluation(config, held_out.lines, page=page)
     _describe_length(config, data, estimate, page=page)
