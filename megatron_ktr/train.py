@@ -34,6 +34,7 @@ from megatron_ktr.distributed.platform import Platform
 from megatron_ktr.distributed.shared_verification import SharedVerification
 from megatron_ktr.errors import run_cli, same_on_every_rank
 from megatron_ktr.evaluation.between_steps import BetweenSteps, build_evaluation
+from megatron_ktr.evaluation.dry_run import find_held_out
 from megatron_ktr.evaluation.held_out import HeldOut, held_out_of_run, require_unchanged, write_settings
 from megatron_ktr.evaluation.in_training import TrainingEvaluation
 from megatron_ktr.files.checksums import require_intact
@@ -283,7 +284,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with same_on_every_rank():
         config = load_config(sys.argv[1:] if argv is None else argv)
         if config.trainer.dry_run:
-            print(dry_run(config), flush=True)
+            print(dry_run(config, find_held_out=find_held_out), flush=True)
             return 0
     code = train(config)
     destroy_parallel()

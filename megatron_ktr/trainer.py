@@ -214,7 +214,8 @@ class Trainer:
         seconds = self.timer.pop()
         step_seconds = max(sum(seconds.values()), 1e-9)
         metrics = Metrics()
-        metrics.add_max("data_wait_fraction", self.source.data_wait_seconds / step_seconds)
+        # With lag 1 the prompts were drawn during the step before, which may have been the longer one.
+        metrics.add_max("data_wait_fraction", min(1.0, self.source.data_wait_seconds / step_seconds))
         for group in groups:
             for rollout in group.rollouts:
                 if rollout.rewards:

@@ -69,6 +69,12 @@ def named_benchmarks(written: Sequence[str], *, root: Path | None) -> list[Named
     return list(found.values())
 
 
+def place_of(name: str, root: Path) -> Path | None:
+    """The folder or file of a benchmark in ``root``; None if it is not there."""
+    places = (root / f"{name}{suffix}" for suffix in _FILE_SUFFIXES)
+    return next((place for place in places if place.exists()), None)
+
+
 def _named(written: str, *, root: Path | None) -> NamedBenchmark:
     name, sign, path = written.partition("=")
     if sign and name in BENCHMARKS:
@@ -81,9 +87,8 @@ def _named(written: str, *, root: Path | None) -> NamedBenchmark:
                 f"--benchmark {written}: say where its files are: {written}=PATH, or --benchmark-root DIR for "
                 f"DIR/{written}"
             )
-        for suffix in _FILE_SUFFIXES:
-            if (root / f"{written}{suffix}").exists():
-                return NamedBenchmark(written, root / f"{written}{suffix}")
+        if place := place_of(written, root):
+            return NamedBenchmark(written, place)
         raise UserError(
             f"--benchmark {written}: --benchmark-root {root} has no folder or file {written}; name it: {written}=PATH"
         )

@@ -1,6 +1,7 @@
 """The curves of evaluation during training: figures of held-out questions over the steps that were evaluated.
 
 eval/<set>/accuracy              all sets in one chart
+eval/<set>/response_length       all sets in one chart, in tokens
 eval/<set>/<figure>              a chart of each set: its protocols, format, truncated and unusable answers
 eval/<set>/<axis>/<category>     a chart of each axis
 """
@@ -15,6 +16,8 @@ from megatron_ktr.report.markup import Html
 from megatron_ktr.report.run_data import RunData
 
 PREFIX = "eval/"
+LENGTH = "response_length"
+"""The one figure that is no share."""
 
 
 def evaluation_charts(run: RunData) -> list[Html]:
@@ -24,8 +27,12 @@ def evaluation_charts(run: RunData) -> list[Html]:
     charts = []
     accuracies = {name: parts[0] for name, parts in names.items() if parts[1:] == ["accuracy"]}
     charts += _chart("Evaluation", run, accuracies, note="share of right answers, by set")
+    lengths = {name: parts[0] for name, parts in names.items() if parts[1:] == [LENGTH]}
+    charts += _chart("Evaluation: response length", run, lengths, note="tokens, by set")
     for one in sets:
-        figures = {name: parts[1] for name, parts in names.items() if parts[0] == one and len(parts) == 2}
+        # A length beside shares would leave the shares flat at the foot of their chart.
+        of_set = {name: parts[1] for name, parts in names.items() if parts[0] == one and len(parts) == 2}
+        figures = {name: figure for name, figure in of_set.items() if figure != LENGTH}
         if len(figures) > 1:
             labels = {
                 name: "official" if label == "accuracy" else label.replace("_", " ") for name, label in figures.items()
@@ -46,7 +53,10 @@ def _chart(title: str, run: RunData, labels: dict[str, str], *, note: str) -> li
         return []
     steps = [run.steps[place] for place in places]
     series = [
-        Series(label, _at(values[name], places), (number + 1) % NUM_STYLES, number % NUM_STYLES)
+        # After all colours the dashes move on by one, so that no two of 36 lines look alike.
+        Series(
+            label, _at(values[name], places), (number + 1) % NUM_STYLES, (number + number // NUM_STYLES) % NUM_STYLES
+        )
         for number, (name, label) in enumerate(labels.items())
     ]
     return [line_chart(title, steps, series, note=note)]

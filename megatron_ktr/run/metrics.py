@@ -8,7 +8,7 @@ The names of the numbers are stable:
 - if the sampler's log-probs are known: sampler_trainer_logprob_gap, importance_ratio_mean, importance_ratio_max and
   clipped_fraction (``objectives/importance.py``)
 - data_wait_fraction: the time in which the reading rank drew the step's prompts (with lag 1 during the step before),
-  as a share of the step's time; the largest of all replicas
+  as a share of the step's time, at most 1; the largest of all replicas
 - in the first record of a run: sampler_check/gap_mean and sampler_check/gap_max, in nats (``rollout/check/sampler.py``)
 - with several replicas: flops_imbalance/before, flops_imbalance/after and groups_moved (``step/plan.py``)
 - under a bound on tokens: num_micro_batches and oversized_groups (``step/plan.py``)
@@ -98,11 +98,13 @@ class MetricsWriter:
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """Adds values to the record of a step that is written already; seconds of the same phase add up. The file is
-        replaced as a whole."""
+        replaced as a whole. The record is made if it is lost, as when the file was removed before a run was resumed."""
         if self._path is None or self._file is None:
             return
         records = _records(self._path)
-        record = next(one for one in records if one["step"] == step)
+        record = next((one for one in records if one["step"] == step), None)
+        if record is None:
+            return self.write(step, values)
         seconds = {name: record[name] for name in values if name.startswith("seconds/") and name in record}
         values = {name: value + seconds.get(name, 0.0) for name, value in values.items()}
         record.update(_rounded(values))

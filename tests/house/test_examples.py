@@ -17,6 +17,7 @@ from megatron_ktr.config.checks import ABSENT_OPTIONS, check
 from megatron_ktr.config.cli import read_yaml, show_value
 from megatron_ktr.data.synthetic import corpus
 from megatron_ktr.data.tiny_model import save_tiny_model
+from megatron_ktr.evaluation.dry_run import find_held_out
 from megatron_ktr.run.dry_run.command import dry_run
 from tests.support.paths import REPOSITORY
 from tests.support.videos import numbered_frames, write_video
@@ -100,7 +101,7 @@ def test_every_run_file_passes_a_dry_run_at_its_real_size(path: Path, made_input
             flags += ["--media-root", str(made_inputs)]
         elif "replay_path" not in values:
             flags += ["--data-path", "runs/quickstart/questions.json"]
-    said = dry_run(load_config(flags))
+    said = dry_run(load_config(flags), find_held_out=find_held_out)
     assert "this run is sound" in said
     assert f"{values.get('dry_run_gpus', 1)} GPU" in said
 
@@ -112,7 +113,7 @@ def test_the_kubernetes_job_passes_a_dry_run(monkeypatch: Any) -> None:
     container = pods["Master"]["template"]["spec"]["containers"][0]
     words = shlex.split(container["args"][0])
     flags = words[words.index("examples/launch/torchrun.sh") + 1 :]
-    said = dry_run(load_config([*flags, "--dry-run"]))
+    said = dry_run(load_config([*flags, "--dry-run"]), find_held_out=find_held_out)
     num_gpus = sum(pods[kind]["replicas"] for kind in pods) * container["resources"]["limits"]["nvidia.com/gpu"]
     assert f"{num_gpus} GPUs = " in said
 

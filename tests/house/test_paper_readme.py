@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ktr.config import load_config
+from megatron_ktr.evaluation.dry_run import find_held_out
 from megatron_ktr.run.dry_run.command import dry_run
 from tests.support.paths import REPOSITORY
 
@@ -59,7 +60,7 @@ def training_flags() -> list[list[str]]:
 @pytest.mark.parametrize("flags", training_flags(), ids=lambda flags: " ".join(flags)[:90])
 def test_every_training_command_passes_a_dry_run(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
-    assert "this run is sound" in dry_run(load_config([*flags, "--dry-run"]))
+    assert "this run is sound" in dry_run(load_config([*flags, "--dry-run"]), find_held_out=find_held_out)
 
 
 def tool_commands() -> list[list[str]]:

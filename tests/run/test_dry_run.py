@@ -17,6 +17,7 @@ from megatron_ktr.data.tiny_model import save_tiny_model
 from megatron_ktr.distributed.groups import ParallelSizes
 from megatron_ktr.distributed.platform import start
 from megatron_ktr.errors import UserError
+from megatron_ktr.evaluation.dry_run import find_held_out
 from megatron_ktr.run.dry_run.command import dry_run
 from megatron_ktr.run.dry_run.model import parameters_by_stage
 from megatron_ktr.train import main
@@ -35,7 +36,7 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def page(*flags: Any) -> str:
-    return dry_run(load_config([*map(str, flags), "--dry-run"]))
+    return dry_run(load_config([*map(str, flags), "--dry-run"]), find_held_out=find_held_out)
 
 
 def joined(text: str) -> str:
@@ -192,3 +193,34 @@ def test_more_is_saved_on_the_device_where_options_move_it_to_the_host() -> None
     assert plain - training("--offload-optimizer-states") == pytest.approx(8 * 8.29 / 16, abs=0.2)
     # Two groups in a micro-batch keep twice the activations.
     assert training("--micro-batch-groups", "2") > plain + 20
+
+
+def test_held_out_questions_are_checked_as_training_checks_them(tiny_dir, tmp_path) -> None:
+    data = questions(tmp_path, num_missing=0, num_there=4)
+    flags = small_run(tiny_dir, data, tmp_path / "run")
+    asked = [*flags, "--eval-interval", "2", "--eval-data"]
+    held_out = tmp_path / "held_out.json"
+    held_out.write_bytes(data.read_bytes())
+    said = joined(page(*asked, held_out, "--keep-best", "eval/held_out/accuracy"))
+    assert "evaluation every 2 steps, by hf" in said and "evaluation on held_out: 4 questions" in said
+    assert "unchecked the held-out" not in said
+    with pytest.raises(UserError, match="--keep-best eval/held_out/acuracy: expected one of"):
+        page(*asked, held_out, "--keep-best", "eval/held_out/acuracy")
+    (tmp_path / "other").mkdir()
+    with pytest.raises(UserError, match="evaluation on questions: the media of 4 of 5 questions"):
+        page(*asked, questions(tmp_path / "other", num_missing=4, num_there=1))
+    # What is not there is named, and what is there is checked all the same.
+    benchmark = ["--eval-benchmark", "mmvu,videomme=nowhere", "--eval-benchmark-root", tmp_path]
+    said = joined(page(*asked, f"{held_out},away.json", *benchmark, "--keep-best", "eval/away/format"))
+    assert "held-out questions of away.json, mmvu, videomme=nowhere, which are not there" in said
+    assert "whether evaluation gives --keep-best eval/away/format" in said and "evaluation on held_out" in said
+    with pytest.raises(UserError, match="--eval-benchmark mmvu: say where"):
+        page(*asked, held_out, "--eval-benchmark", "mmvu")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_engine_that_only_evaluates_takes_memory(tmp_path) -> None:
+    flags = [*PUBLISHED, "--objective", "sft", "--loss-aggregation", "token", "--kl-beta", "0", *BIG_GPUS]
+    assert "rollout" not in joined(page(*flags)).split("time ")[0].split("memory ")[1]
+    said = joined(page(*flags, "--eval-interval", "5", "--eval-data", "nowhere_either.json"))
+    assert "with hf awake" in said and "held-out questions, without the model" in said

@@ -121,3 +121,16 @@ def test_numbers_on_a_device_are_read_once_and_add_up_like_others(monkeypatch) -
     assert total.counts == {"a": 7.0, "b": 4.0} and total.maxima == {"top": 5.0}
     assert num_reads == 1
     assert pickle.loads(pickle.dumps(parts[1])) == parts[1]
+
+
+def test_figures_are_added_to_the_record_of_a_step_or_make_it_if_it_is_lost(tmp_path: Path) -> None:
+    write_steps(tmp_path, range(1, 3), loss=0.5)
+    writer = MetricsWriter(tmp_path, first_step=3)
+    writer.add(2, {"eval/a/accuracy": 0.25})
+    writer.close()
+    assert records(tmp_path)[1] == {"step": 2, "loss": 0.5, "eval/a/accuracy": 0.25}
+    (tmp_path / "metrics.jsonl").unlink()
+    writer = MetricsWriter(tmp_path, first_step=3)
+    writer.add(2, {"eval/a/accuracy": 0.25})
+    writer.close()
+    assert records(tmp_path) == [{"step": 2, "eval/a/accuracy": 0.25}]

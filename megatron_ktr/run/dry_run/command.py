@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from megatron_ktr.accounting.planner import GB
 from megatron_ktr.config import Config
 from megatron_ktr.config.objective_registry import objective_entry
-from megatron_ktr.config.part_options import ModelOptions
+from megatron_ktr.config.part_options import EvaluationOptions, ModelOptions
 from megatron_ktr.config.pipeline_split import is_even, split_layers
 from megatron_ktr.config.run_length import length_line, with_steps
 from megatron_ktr.distributed import platform as platforms
@@ -52,8 +53,21 @@ class _Page:
             )
 
 
-def dry_run(config: Config) -> str:
+class KnownQuestions(Protocol):
+    """What is known of the held-out questions: lines for the console, and what could not be checked."""
+
+    @property
+    def lines(self) -> Sequence[str]: ...
+
+    @property
+    def not_checked(self) -> Sequence[str]: ...
+
+
+def dry_run(config: Config, *, find_held_out: Callable[[EvaluationOptions | None, bool], KnownQuestions]) -> str:
     """The text that ``--dry-run`` prints. Nothing is written, and no weight is read.
+
+    Args:
+        find_held_out: checks the questions of evaluation; it is told whether the model's directory is here.
 
     Raises:
         UserError: training would refuse the run, its layout does not fit the GPUs on paper, or this is one of several
@@ -78,6 +92,9 @@ def dry_run(config: Config) -> str:
     page.not_checked += data.not_checked
     for line in data.lines:
         page.add("data", line)
+    held_out = find_held_out(EvaluationOptions.of(config, 1, data_parallel_size=1), model.is_here)
+    page.not_checked += held_out.not_checked
+    _describe_evaluation(config, held_out.lines, page=page)
     _describe_length(config, data, estimate, page=page)
     _describe_step(config, objective, page=page)
     page.add("result", "this run is sound, as far as can be told here")
@@ -215,6 +232,18 @@ def _describe_length(config: Config, data: KnownData, estimate: Estimate, *, pag
         f"{machine.efficiency:.0%}, {machine.link_gb_per_second:g} GB/s inside a node of {machine.gpus_per_node} and "
         f"{machine.network_gb_per_second:g} between nodes",
     )
+
+
+def _describe_evaluation(config: Config, lines: Sequence[str], *, page: _Page) -> None:
+    if not config.evaluates:
+        return
+    interval, at_start = config.trainer.eval_interval, config.evaluation.eval_at_start
+    when = [*(["before the first step"] if at_start else []), *([f"every {interval} steps"] if interval else [])]
+    page.add("evaluation", f"{' and '.join(when)}, by {config.rollout.engine}; its time is not in the estimate")
+    for line in lines:
+        page.add("", line)
+    if config.evaluation.keep_best:
+        page.add("", f"the checkpoint of the highest {config.evaluation.keep_best} is kept")
 
 
 def _amount(number: int) -> str:

@@ -90,8 +90,8 @@ def _request(config: Config, model_config: Qwen2_5_VLConfig, *, num_gpus: int, o
     data, trainer = config.data, config.trainer
     frames = data.video_num_frames or data.video_max_frames
     defaults = Machine()
-    is_hf = config.rollout.engine == "hf" and config.samples
-    has_vllm = config.rollout.engine == "vllm_colocated" and config.samples
+    is_hf = config.rollout.engine == "hf" and config.has_engine
+    has_vllm = config.rollout.engine == "vllm_colocated" and config.has_engine
     request = Request(
         config=model_config,
         num_gpus=num_gpus,
@@ -159,4 +159,5 @@ def _layout(config: Config, sizes: ParallelSizes, *, num_gpus: int) -> Layout:
 
 
 def _generates_here(config: Config) -> bool:
-    return config.samples and config.rollout.engine in ("hf", "vllm_colocated")
+    """Of steps, or of evaluation: an engine that only answers held-out questions takes its memory, too."""
+    return config.has_engine and config.rollout.engine in ("hf", "vllm_colocated")
