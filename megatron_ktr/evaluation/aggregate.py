@@ -103,7 +103,7 @@ def _benchmark(columns: Sequence[Column], headings: Headings, *, resampling: Res
     protocols = protocols_of([outcome for column in columns for outcome in column.answered])
     return {
         "title": headings.title,
-        "axes": list(headings.axes_of(items)),
+        "axes": list(headings.shown_axes(items)),
         "macro_axis": headings.macro_axis,
         "inner_axis": headings.inner_axis,
         "num_items": len(items),

@@ -56,6 +56,10 @@ class Headings:
     def axes_of(self, items: Sequence[Item]) -> tuple[str, ...]:
         return self.axes or tuple(sorted({axis for item in items for axis in item.categories}))
 
+    def shown_axes(self, items: Sequence[Item]) -> tuple[str, ...]:
+        """The axes on which at least one of all items has a category."""
+        return tuple(axis for axis in self.axes_of(items) if any(item.categories.get(axis) for item in items))
+
 
 @dataclass(frozen=True)
 class Figure:

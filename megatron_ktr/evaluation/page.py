@@ -101,7 +101,7 @@ def page_data(
     for item in items.values():
         of_benchmark.setdefault(item.benchmark, []).append(item)
     known_headings = {name: Headings.known(name, headings) for name in of_benchmark}
-    axes = {name: known_headings[name].axes_of(of) for name, of in of_benchmark.items()}
+    axes = {name: known_headings[name].shown_axes(of) for name, of in of_benchmark.items()}
     protocols = [protocol]
     for name in of_benchmark:
         judged = [o for found in outcomes.values() for _, o in found if o.item.benchmark == name]
