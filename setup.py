@@ -87,7 +87,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_ktr", "megatron_ktr.*", "models", "models.*"]),
-    package_data={"megatron_ktr": ["data/wordings/*", "evaluation/paper_rows.json"]},
+    package_data={"megatron_ktr": ["data/wordings/*", "evaluation/results/paper_rows.json"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
     entry_points={"console_scripts": ["megatron-ktr-train=megatron_ktr.train:cli"]},

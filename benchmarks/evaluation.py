@@ -35,7 +35,7 @@ from benchmarks.machine import about_machine  # noqa: E402
 from megatron_ktr.data.synthetic import corpus, make_dataset  # noqa: E402
 from megatron_ktr.data.tiny_model import save_tiny_model  # noqa: E402
 from megatron_ktr.errors import UserError, run_cli, whole  # noqa: E402
-from megatron_ktr.evaluation.store import read_answers  # noqa: E402
+from megatron_ktr.evaluation.asking.store import read_answers  # noqa: E402
 from megatron_ktr.files.json_files import to_json  # noqa: E402
 
 EVALUATE = Path(__file__).resolve().parents[1] / "tools" / "evaluate.py"

@@ -33,10 +33,10 @@ from megatron_ktr.distributed.groups import (
 from megatron_ktr.distributed.platform import Platform
 from megatron_ktr.distributed.shared_verification import SharedVerification
 from megatron_ktr.errors import run_cli, same_on_every_rank
-from megatron_ktr.evaluation.between_steps import BetweenSteps, build_evaluation
-from megatron_ktr.evaluation.dry_run import find_held_out
-from megatron_ktr.evaluation.held_out import HeldOut, held_out_of_run, require_unchanged, write_settings
-from megatron_ktr.evaluation.in_training import TrainingEvaluation
+from megatron_ktr.evaluation.training.between_steps import BetweenSteps, build_evaluation
+from megatron_ktr.evaluation.training.dry_run import find_held_out
+from megatron_ktr.evaluation.training.held_out import HeldOut, held_out_of_run, require_unchanged, write_settings
+from megatron_ktr.evaluation.training.in_training import TrainingEvaluation
 from megatron_ktr.files.checksums import require_intact
 from megatron_ktr.objectives import Objective
 from megatron_ktr.policy.policy import Policy

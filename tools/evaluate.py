@@ -58,21 +58,22 @@ def main(argv: list[str] | None = None) -> int:
         )
     if arguments[0] in COMMANDS:
         # Only the module of the command that runs is imported: an evaluation needs the model's code.
-        module = importlib.import_module(f"megatron_ktr.evaluation.{arguments[0]}_command")
+        module = importlib.import_module(f"megatron_ktr.evaluation.commands.{arguments[0]}")
         parser = _parser(f"{COMMANDS[arguments[0]]}.", prog=f"evaluate.py {arguments[0]}")
         module.add_arguments(parser)
         return module.run(parser.parse_args(arguments[1:]))
     if any(argument.partition("=")[0] == SCORE for argument in arguments):
         return _score(arguments)
-    from megatron_ktr.evaluation import command, command_options
+    from megatron_ktr.evaluation.commands import evaluate
+    from megatron_ktr.evaluation.commands import options as evaluate_options
 
     parser = _parser(__doc__, prog="evaluate.py", epilog=EXAMPLES)
-    command_options.add_arguments(parser)
-    return command.run(parser.parse_args(arguments))
+    evaluate_options.add_arguments(parser)
+    return evaluate.run(parser.parse_args(arguments))
 
 
 def _score(arguments: list[str]) -> int:
-    from megatron_ktr.evaluation import score_responses
+    from megatron_ktr.evaluation.commands import score_responses
     from megatron_ktr.evaluation.protocols import PROTOCOL_NAMES
 
     parser = _parser("Judges stored responses anew.", prog=f"evaluate.py {SCORE}")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_ktr.evaluation.controls import apply_control
+from megatron_ktr.evaluation.asking.controls import apply_control
 from megatron_ktr.evaluation.item import Control
 from megatron_ktr.rewards import accuracy_reward
 from megatron_ktr.rollout.base import RolloutEngine

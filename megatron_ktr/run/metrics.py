@@ -17,8 +17,8 @@ The names of the numbers are stable:
 - of a mixture: reward_mean/<source> of the step's prompts, and source/<source>, the prompts drawn since the run began
 - with data workers or a frame cache, counted since the process began: data_workers/replaced, "data_workers/replaced:
   <why>" (``data/workers/pool.py``), frame_cache/<event> (``data/frame_cache.py``)
-- of steps that were evaluated (``evaluation/in_training.py``): eval/<set>/accuracy and others, seconds/evaluate; a run
-  that is evaluated at its start has them as step 0
+- of steps that were evaluated (``evaluation/training/in_training.py``): eval/<set>/accuracy and others,
+  seconds/evaluate; a run that is evaluated at its start has them as step 0
 - with original_compat: responses_without_key_tokens, a share of the step's responses
 
 Numbers in the file have 8 significant digits. A number that is not finite is null there.

@@ -7,10 +7,10 @@ import json
 
 import pytest
 
-from megatron_ktr.evaluation.aggregate import results_of, results_text
-from megatron_ktr.evaluation.figures import Headings
 from megatron_ktr.evaluation.item import Answer, Condition
 from megatron_ktr.evaluation.registry import load_benchmark
+from megatron_ktr.evaluation.results.aggregate import results_of, results_text
+from megatron_ktr.evaluation.results.figures import Headings
 from tests.support.made_outcomes import INTACT, evaluation_of, item_of, outcome_of
 
 SHUFFLED = Condition(32, "shuffled")

@@ -13,8 +13,8 @@ import pytest
 from megatron_ktr.data.records import check_record
 from megatron_ktr.errors import UserError
 from megatron_ktr.evaluation.benchmark import Benchmark
-from megatron_ktr.evaluation.media_places import place_media
 from megatron_ktr.evaluation.protocols import PROTOCOL_NAMES, judge_all
+from megatron_ktr.evaluation.reading.media_places import place_media
 from megatron_ktr.evaluation.registry import BENCHMARKS, load_benchmark
 from tests.support.benchmark_files import TEMPCOMPASS, VIDEO_HOLMES, VIDEOMME, write_benchmark
 from tests.support.videos import SHARED_VIDEOS_VARIABLE, shared_data

@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 
 from megatron_ktr.errors import UserError
-from megatron_ktr.evaluation.compare import MACRO, NOT_BINARY, compare, comparison_markdown
-from megatron_ktr.evaluation.figures import Headings
 from megatron_ktr.evaluation.item import Condition
+from megatron_ktr.evaluation.results.compare import MACRO, NOT_BINARY, compare, comparison_markdown
+from megatron_ktr.evaluation.results.figures import Headings
 from tests.support.made_outcomes import INTACT, evaluation_of, item_of, outcome_of
 
 HEADINGS = {"bench": Headings("A bench", ("kind",))}

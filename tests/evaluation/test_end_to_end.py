@@ -18,10 +18,10 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron_ktr.evaluation.aggregate import results_text
 from megatron_ktr.evaluation.item import CONTROLS
 from megatron_ktr.evaluation.protocols import PROTOCOL_NAMES
 from megatron_ktr.evaluation.registry import BENCHMARKS
+from megatron_ktr.evaluation.results.aggregate import results_text
 from tests.evaluation.test_benchmark_files import EXPECTED
 from tests.support.benchmark_files import write_benchmark, write_videos
 from tests.support.paths import REPOSITORY

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from megatron_ktr.errors import UserError
-from megatron_ktr.evaluation.directory import OutputDirectory
+from megatron_ktr.evaluation.asking.directory import OutputDirectory
+from megatron_ktr.evaluation.asking.outcomes import read_evaluation
+from megatron_ktr.evaluation.asking.settings import digest_of
+from megatron_ktr.evaluation.asking.store import answers_in
 from megatron_ktr.evaluation.item import Answer, Condition
-from megatron_ktr.evaluation.outcomes import read_evaluation
-from megatron_ktr.evaluation.publish import headings_of
 from megatron_ktr.evaluation.registry import load_benchmark
-from megatron_ktr.evaluation.settings import digest_of
-from megatron_ktr.evaluation.store import answers_in
+from megatron_ktr.evaluation.results.publish import headings_of
 from tests.support.evaluations import FakeEngine, run_evaluation, write_questions
 
 

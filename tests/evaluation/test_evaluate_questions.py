@@ -17,10 +17,10 @@ from megatron_ktr.data.synthetic import corpus
 from megatron_ktr.data.template import PromptBuilder, VisualTokens, load_tokenizer
 from megatron_ktr.data.tiny_model import save_tiny_model
 from megatron_ktr.data.wording import WordingTemplate
-from megatron_ktr.evaluation.benchmark_files import named_benchmarks, read_benchmark
+from megatron_ktr.evaluation.asking.outcomes import Outcomes
+from megatron_ktr.evaluation.asking.questions import Made, QuestionMaker, QuestionStream
 from megatron_ktr.evaluation.item import Condition
-from megatron_ktr.evaluation.outcomes import Outcomes
-from megatron_ktr.evaluation.questions import Made, QuestionMaker, QuestionStream
+from megatron_ktr.evaluation.reading.benchmark_files import named_benchmarks, read_benchmark
 from tests.support.evaluations import FakeEngine, run_evaluation, settings_of
 
 NUM_FRAMES = 8

@@ -16,10 +16,10 @@ from types import FrameType
 import pytest
 
 from megatron_ktr.errors import UserError
+from megatron_ktr.evaluation.asking.outcomes import read_evaluation
+from megatron_ktr.evaluation.asking.run import Left, leaving_on_signals
 from megatron_ktr.evaluation.engines.base import EngineFailed, Question
 from megatron_ktr.evaluation.item import Condition
-from megatron_ktr.evaluation.outcomes import read_evaluation
-from megatron_ktr.evaluation.run import Left, leaving_on_signals
 from tests.support.evaluations import PLAIN, FakeEngine, run_evaluation, write_questions
 
 CONDITIONS = (*PLAIN, Condition(64, scaling="sparse_to_dense"))

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import pytest
 
+from megatron_ktr.evaluation.asking.scaling import Ask, Voting, frames_of, known_rounds, outcome_of, sampling_of
 from megatron_ktr.evaluation.engines.base import AnswerSampling
 from megatron_ktr.evaluation.item import Answer, Condition, Item, Verdict
-from megatron_ktr.evaluation.scaling import Ask, Voting, frames_of, known_rounds, outcome_of, sampling_of
 
 ITEM = Item("own", "1", {})
 VOTES = Condition(16, scaling="votes:4")

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ktr.errors import UserError
+from megatron_ktr.evaluation.asking.store import AnswerStore, DirectoryLock, answers_in, read_answers
 from megatron_ktr.evaluation.item import Answer
-from megatron_ktr.evaluation.store import AnswerStore, DirectoryLock, answers_in, read_answers
 
 FACTS = {"benchmark": "own", "item_id": "1"}
 ANSWERS = {f"key {number}": Answer(f"text {number}\n\u2028é", num_tokens=number) for number in range(4)}

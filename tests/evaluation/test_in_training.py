@@ -19,8 +19,9 @@ from megatron_ktr.data.synthetic import corpus, make_dataset
 from megatron_ktr.data.template import PromptBuilder, VisualTokens, load_tokenizer
 from megatron_ktr.data.tiny_model import save_tiny_model
 from megatron_ktr.errors import UserError
+from megatron_ktr.evaluation.asking.outcomes import read_evaluation
 from megatron_ktr.evaluation.engines.prompts import PromptMaker
-from megatron_ktr.evaluation.held_out import (
+from megatron_ktr.evaluation.training.held_out import (
     HeldOut,
     held_out_of_run,
     read_held_out,
@@ -28,8 +29,7 @@ from megatron_ktr.evaluation.held_out import (
     require_unchanged,
     write_settings,
 )
-from megatron_ktr.evaluation.in_training import TrainingEvaluation
-from megatron_ktr.evaluation.outcomes import read_evaluation
+from megatron_ktr.evaluation.training.in_training import TrainingEvaluation
 from megatron_ktr.rollout.sampling import SamplingSettings
 from megatron_ktr.run.interruption import EXIT_SAVED, LeaveRequest
 from megatron_ktr.train import train

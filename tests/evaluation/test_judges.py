@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_ktr.evaluation.commands.score_responses import iter_verdicts
 from megatron_ktr.evaluation.item import Item
 from megatron_ktr.evaluation.judges import mmmu, mvbench, tempcompass, video_holmes, video_r1, videomme, vsibench
 from megatron_ktr.evaluation.judges.reading import without_reasoning
 from megatron_ktr.evaluation.protocols import has_format, judge_all, mean_relative_accuracy
 from megatron_ktr.evaluation.registry import BENCHMARKS, load_benchmark
-from megatron_ktr.evaluation.score_responses import iter_verdicts
 from tests.support.videos import SHARED_VIDEOS_VARIABLE, shared_data
 
 TEXTS = {"A": "A dog", "B": "A man", "C": "A cat", "D": "The CIA"}

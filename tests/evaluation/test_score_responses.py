@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_ktr.errors import UserError
+from megatron_ktr.evaluation.commands.score_responses import run, score_responses
 from megatron_ktr.evaluation.protocols import PROTOCOL_NAMES
-from megatron_ktr.evaluation.score_responses import run, score_responses
 
 QUESTION = {"problem_type": "multiple choice", "solution": "<answer>B</answer>", "options": ["A. red", "B. blue"]}
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_ktr.evaluation.statistics import (
+from megatron_ktr.evaluation.results.statistics import (
     Resampling,
     bootstrap_p_value,
     group_means,

@@ -6,11 +6,11 @@ import re
 
 import pytest
 
-from megatron_ktr.evaluation.aggregate import results_of, results_text
-from megatron_ktr.evaluation.figures import Headings
 from megatron_ktr.evaluation.item import Condition
-from megatron_ktr.evaluation.paper import beside_paper, published_rows
-from megatron_ktr.evaluation.table import accuracy_cell, markdown
+from megatron_ktr.evaluation.results.aggregate import results_of, results_text
+from megatron_ktr.evaluation.results.figures import Headings
+from megatron_ktr.evaluation.results.paper import beside_paper, published_rows
+from megatron_ktr.evaluation.results.table import accuracy_cell, markdown
 from tests.support.made_outcomes import evaluation_of, item_of, outcome_of
 
 HOLMES = {"video_holmes": Headings("Video-Holmes", ("subtask",))}

@@ -17,7 +17,7 @@ from megatron_ktr.config.checks import ABSENT_OPTIONS, check
 from megatron_ktr.config.cli import read_yaml, show_value
 from megatron_ktr.data.synthetic import corpus
 from megatron_ktr.data.tiny_model import save_tiny_model
-from megatron_ktr.evaluation.dry_run import find_held_out
+from megatron_ktr.evaluation.training.dry_run import find_held_out
 from megatron_ktr.run.dry_run.command import dry_run
 from tests.support.paths import REPOSITORY
 from tests.support.videos import numbered_frames, write_video

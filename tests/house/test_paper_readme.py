@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ktr.config import load_config
-from megatron_ktr.evaluation.dry_run import find_held_out
+from megatron_ktr.evaluation.training.dry_run import find_held_out
 from megatron_ktr.run.dry_run.command import dry_run
 from tests.support.paths import REPOSITORY
 

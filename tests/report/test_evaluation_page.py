@@ -19,11 +19,11 @@ from PIL import Image
 from megatron_ktr.data.media.request import MediaSource
 from megatron_ktr.data.media.video import FrameSampling
 from megatron_ktr.errors import UserError
-from megatron_ktr.evaluation.aggregate import results_of
-from megatron_ktr.evaluation.figures import Headings
 from megatron_ktr.evaluation.item import Answer, Condition
-from megatron_ktr.evaluation.page import write_page_of
-from megatron_ktr.evaluation.statistics import Resampling
+from megatron_ktr.evaluation.results.aggregate import results_of
+from megatron_ktr.evaluation.results.figures import Headings
+from megatron_ktr.evaluation.results.page import write_page_of
+from megatron_ktr.evaluation.results.statistics import Resampling
 from megatron_ktr.report.strips import LONG_SIDE, MOST_FRAMES, MediaPlace, StripFolder
 from tests.support.made_outcomes import INTACT, evaluation_of, item_of, outcome_of
 from tests.support.videos import numbered_frames, write_video

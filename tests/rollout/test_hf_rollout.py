@@ -20,7 +20,7 @@ from megatron_ktr.data.tiny_model import save_tiny_model
 from megatron_ktr.distributed import platform
 from megatron_ktr.errors import UserError
 from megatron_ktr.evaluation.accuracy import evaluate
-from megatron_ktr.evaluation.controls import apply_control
+from megatron_ktr.evaluation.asking.controls import apply_control
 from megatron_ktr.rollout.build import build_sampler
 from megatron_ktr.rollout.hf import HFEngine
 from megatron_ktr.rollout.sampling import GumbelSampler, SamplingSettings, StopStrings, cut, sample_seed

@@ -17,7 +17,7 @@ from megatron_ktr.data.tiny_model import save_tiny_model
 from megatron_ktr.distributed.groups import ParallelSizes
 from megatron_ktr.distributed.platform import start
 from megatron_ktr.errors import UserError
-from megatron_ktr.evaluation.dry_run import find_held_out
+from megatron_ktr.evaluation.training.dry_run import find_held_out
 from megatron_ktr.run.dry_run.command import dry_run
 from megatron_ktr.run.dry_run.model import parameters_by_stage
 from megatron_ktr.train import main

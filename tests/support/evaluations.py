@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ktr.data.media.preprocess import PreprocessSettings
-from megatron_ktr.evaluation.benchmark_files import ReadBenchmark, named_benchmarks, read_benchmark
-from megatron_ktr.evaluation.directory import OutputDirectory
+from megatron_ktr.evaluation.asking.directory import OutputDirectory
+from megatron_ktr.evaluation.asking.questions import QuestionMaker
+from megatron_ktr.evaluation.asking.run import Publisher, evaluate
+from megatron_ktr.evaluation.asking.scaling import Voting
+from megatron_ktr.evaluation.asking.settings import BenchmarkSettings, EvaluationSettings
 from megatron_ktr.evaluation.engines.base import AnswerEngine, EngineFailed, Question
 from megatron_ktr.evaluation.item import Answer, Condition
-from megatron_ktr.evaluation.publish import publish
-from megatron_ktr.evaluation.questions import QuestionMaker
-from megatron_ktr.evaluation.run import Publisher, evaluate
-from megatron_ktr.evaluation.scaling import Voting
-from megatron_ktr.evaluation.settings import BenchmarkSettings, EvaluationSettings
+from megatron_ktr.evaluation.reading.benchmark_files import ReadBenchmark, named_benchmarks, read_benchmark
+from megatron_ktr.evaluation.results.publish import publish
 
 PLAIN = (Condition(16), Condition(16, "hidden"))
 

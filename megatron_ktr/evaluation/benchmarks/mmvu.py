@@ -16,7 +16,7 @@ from megatron_ktr.data.records import Record
 from megatron_ktr.evaluation.benchmark import Benchmark
 from megatron_ktr.evaluation.item import Item
 from megatron_ktr.evaluation.judges import video_r1
-from megatron_ktr.evaluation.reading import Question, last_parts, one_file, read_items, written_video
+from megatron_ktr.evaluation.reading.records import Question, last_parts, one_file, read_items, written_video
 
 NAME = "mmvu"
 _SUBJECTS = {

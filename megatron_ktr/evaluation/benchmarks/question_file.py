@@ -17,7 +17,7 @@ from megatron_ktr.errors import UserError
 from megatron_ktr.evaluation.benchmark import Benchmark
 from megatron_ktr.evaluation.item import Item
 from megatron_ktr.evaluation.judges import video_r1
-from megatron_ktr.evaluation.reading import OPTION
+from megatron_ktr.evaluation.reading.records import OPTION
 from megatron_ktr.rewards.accuracy import ACCURACY_BY_TYPE
 
 AXES = ("problem_type", "task", "original_question_type")

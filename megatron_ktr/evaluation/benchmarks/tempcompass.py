@@ -21,7 +21,7 @@ from megatron_ktr.errors import UserError
 from megatron_ktr.evaluation.benchmark import Benchmark
 from megatron_ktr.evaluation.item import Item
 from megatron_ktr.evaluation.judges import tempcompass, video_r1
-from megatron_ktr.evaluation.reading import (
+from megatron_ktr.evaluation.reading.records import (
     OPTION,
     Question,
     QuestionFile,

@@ -18,7 +18,7 @@ from megatron_ktr.data.records import Record
 from megatron_ktr.evaluation.benchmark import Benchmark
 from megatron_ktr.evaluation.item import Item
 from megatron_ktr.evaluation.judges import video_holmes, video_r1
-from megatron_ktr.evaluation.reading import Question, extra, last_parts, one_file, read_items, written_video
+from megatron_ktr.evaluation.reading.records import Question, extra, last_parts, one_file, read_items, written_video
 
 NAME = "video_holmes"
 FOLDERS = ("videos", "videos_cropped", "video", "Benchmark/videos", "Benchmark/videos_cropped", "")

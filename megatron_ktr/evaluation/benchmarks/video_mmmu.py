@@ -18,7 +18,7 @@ from megatron_ktr.data.records import Record
 from megatron_ktr.evaluation.benchmark import Benchmark
 from megatron_ktr.evaluation.item import Item
 from megatron_ktr.evaluation.judges import mmmu, video_r1
-from megatron_ktr.evaluation.reading import (
+from megatron_ktr.evaluation.reading.records import (
     Question,
     QuestionFile,
     extra,

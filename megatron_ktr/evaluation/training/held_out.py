@@ -26,19 +26,19 @@ from megatron_ktr.data.wording import DEFAULT as DEFAULT_WORDING
 from megatron_ktr.distributed.agreement import gather_objects, on_every_rank
 from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.errors import UserError, same_on_every_rank
+from megatron_ktr.evaluation.asking.scaling import Voting
+from megatron_ktr.evaluation.asking.settings import BenchmarkSettings, EvaluationSettings, digest_of
 from megatron_ktr.evaluation.benchmark import FrameRule
-from megatron_ktr.evaluation.benchmark_files import (
+from megatron_ktr.evaluation.item import Condition, Item
+from megatron_ktr.evaluation.protocols import PROTOCOL_NAMES
+from megatron_ktr.evaluation.reading.benchmark_files import (
     NamedBenchmark,
     ReadBenchmark,
     missing_media,
     named_benchmarks,
     read_benchmark,
 )
-from megatron_ktr.evaluation.item import Condition, Item
-from megatron_ktr.evaluation.protocols import PROTOCOL_NAMES
 from megatron_ktr.evaluation.registry import BENCHMARKS
-from megatron_ktr.evaluation.scaling import Voting
-from megatron_ktr.evaluation.settings import BenchmarkSettings, EvaluationSettings, digest_of
 from megatron_ktr.files.atomic import write_atomically
 from megatron_ktr.files.json_files import read_json_object, to_json
 from megatron_ktr.run.directory import EVALUATIONS

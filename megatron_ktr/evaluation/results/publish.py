@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ktr.errors import UserError, printable
-from megatron_ktr.evaluation.aggregate import results_of, results_text
+from megatron_ktr.evaluation.asking.outcomes import stored_benchmark
+from megatron_ktr.evaluation.asking.questions import frame_sampling
+from megatron_ktr.evaluation.asking.scaling import SPARSE_TO_DENSE
 from megatron_ktr.evaluation.benchmark import FrameRule
-from megatron_ktr.evaluation.figures import Headings
 from megatron_ktr.evaluation.item import Evaluation
-from megatron_ktr.evaluation.outcomes import stored_benchmark
-from megatron_ktr.evaluation.page import write_page_of
-from megatron_ktr.evaluation.questions import frame_sampling
-from megatron_ktr.evaluation.scaling import SPARSE_TO_DENSE
-from megatron_ktr.evaluation.statistics import DEFAULT_RESAMPLING, Resampling
-from megatron_ktr.evaluation.table import markdown, markdown_of, tables_of
+from megatron_ktr.evaluation.results.aggregate import results_of, results_text
+from megatron_ktr.evaluation.results.figures import Headings
+from megatron_ktr.evaluation.results.page import write_page_of
+from megatron_ktr.evaluation.results.statistics import DEFAULT_RESAMPLING, Resampling
+from megatron_ktr.evaluation.results.table import markdown, markdown_of, tables_of
 from megatron_ktr.files.atomic import write_atomically
 from megatron_ktr.report.strips import MediaPlace
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from megatron_ktr.config.part_options import EvaluationOptions
 from megatron_ktr.config.sections import EvaluationSection
-from megatron_ktr.evaluation.benchmark_files import place_of
-from megatron_ktr.evaluation.held_out import read_held_out, require_known_metric
+from megatron_ktr.evaluation.reading.benchmark_files import place_of
 from megatron_ktr.evaluation.registry import BENCHMARKS
+from megatron_ktr.evaluation.training.held_out import read_held_out, require_known_metric
 
 
 @dataclass(frozen=True)

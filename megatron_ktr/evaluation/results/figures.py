@@ -15,7 +15,7 @@ import numpy as np
 
 from megatron_ktr.evaluation.benchmark import Benchmark
 from megatron_ktr.evaluation.item import Item, Outcome
-from megatron_ktr.evaluation.statistics import (
+from megatron_ktr.evaluation.results.statistics import (
     DEFAULT_RESAMPLING,
     Resampling,
     bootstrap_p_value,

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ktr.errors import UserError
+from megatron_ktr.evaluation.asking.stored import made_of
 from megatron_ktr.evaluation.item import Answer
-from megatron_ktr.evaluation.stored import made_of
 from megatron_ktr.files.atomic import written_whole
 from megatron_ktr.files.json_files import parse_json, to_json
 

@@ -11,8 +11,8 @@ from megatron_ktr.data.template import PromptBuilder, VisualTokens
 from megatron_ktr.data.tokenizer import Tokenizer
 from megatron_ktr.distributed.agreement import result_of_rank_zero
 from megatron_ktr.evaluation.engines.prompts import PromptMaker
-from megatron_ktr.evaluation.held_out import HeldOut
-from megatron_ktr.evaluation.in_training import TrainingEvaluation
+from megatron_ktr.evaluation.training.held_out import HeldOut
+from megatron_ktr.evaluation.training.in_training import TrainingEvaluation
 from megatron_ktr.rollout.build import worker_pool
 from megatron_ktr.rollout.source import ReplicaSource
 from megatron_ktr.run.checkpoint import Checkpoints

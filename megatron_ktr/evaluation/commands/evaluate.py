@@ -18,22 +18,18 @@ from megatron_ktr.data.media_reader import MediaReader
 from megatron_ktr.data.workers.cores import num_cores
 from megatron_ktr.data.workers.pool import WorkerPool
 from megatron_ktr.errors import EXIT_INTERRUPTED, EXIT_USER, UserError, printable
-from megatron_ktr.evaluation.benchmark_files import (
-    ReadBenchmark,
-    by_name,
-    check_media,
-    missing_media,
-    named_benchmarks,
-    read_benchmark,
-)
-from megatron_ktr.evaluation.command_options import (
+from megatron_ktr.evaluation.asking.directory import OutputDirectory, check_is_ours
+from megatron_ktr.evaluation.asking.questions import QuestionMaker, frame_sampling, limited
+from megatron_ktr.evaluation.asking.run import Left, Publisher, evaluate, leaving_on_signals
+from megatron_ktr.evaluation.asking.scaling import Ask, frames_of, votes_of
+from megatron_ktr.evaluation.asking.settings import BenchmarkSettings, EvaluationSettings, read_settings
+from megatron_ktr.evaluation.commands.options import (
     conditions_of,
     frames_for,
     preprocess_for,
     sampling_for,
     voting_of,
 )
-from megatron_ktr.evaluation.directory import OutputDirectory, check_is_ours
 from megatron_ktr.evaluation.engines.base import AnswerEngine
 from megatron_ktr.evaluation.engines.build import (
     EngineOptions,
@@ -43,11 +39,15 @@ from megatron_ktr.evaluation.engines.build import (
     require_sampling,
 )
 from megatron_ktr.evaluation.item import Condition
-from megatron_ktr.evaluation.publish import PAGE_FILE, TABLE_FILE, headline_of, publish, summary_of
-from megatron_ktr.evaluation.questions import QuestionMaker, frame_sampling, limited
-from megatron_ktr.evaluation.run import Left, Publisher, evaluate, leaving_on_signals
-from megatron_ktr.evaluation.scaling import Ask, frames_of, votes_of
-from megatron_ktr.evaluation.settings import BenchmarkSettings, EvaluationSettings, read_settings
+from megatron_ktr.evaluation.reading.benchmark_files import (
+    ReadBenchmark,
+    by_name,
+    check_media,
+    missing_media,
+    named_benchmarks,
+    read_benchmark,
+)
+from megatron_ktr.evaluation.results.publish import PAGE_FILE, TABLE_FILE, headline_of, publish, summary_of
 from megatron_ktr.files.json_files import to_json
 from megatron_ktr.report.strips import StripFolder
 from megatron_ktr.run.interruption import EXIT_SAVED

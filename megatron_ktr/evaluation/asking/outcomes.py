@@ -18,15 +18,15 @@ from typing import Any
 
 from megatron_ktr.data.records import check_record
 from megatron_ktr.errors import UserError
+from megatron_ktr.evaluation.asking.scaling import Ask, known_rounds, outcome_of
+from megatron_ktr.evaluation.asking.settings import EvaluationSettings, read_settings
+from megatron_ktr.evaluation.asking.store import read_answers
+from megatron_ktr.evaluation.asking.stored import made_of
 from megatron_ktr.evaluation.benchmark import Benchmark
 from megatron_ktr.evaluation.benchmarks.question_file import benchmark_of_file
 from megatron_ktr.evaluation.item import Answer, Condition, Evaluation, Item, Outcome, Verdict
 from megatron_ktr.evaluation.protocols import has_format, judge_all
 from megatron_ktr.evaluation.registry import BENCHMARKS, load_benchmark
-from megatron_ktr.evaluation.scaling import Ask, known_rounds, outcome_of
-from megatron_ktr.evaluation.settings import EvaluationSettings, read_settings
-from megatron_ktr.evaluation.store import read_answers
-from megatron_ktr.evaluation.stored import made_of
 from megatron_ktr.files.atomic import write_atomically
 from megatron_ktr.files.json_files import parse_json
 

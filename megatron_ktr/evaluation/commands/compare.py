@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 
 from megatron_ktr.errors import UserError
-from megatron_ktr.evaluation.compare import compare, comparison_markdown
-from megatron_ktr.evaluation.outcomes import read_evaluation
+from megatron_ktr.evaluation.asking.outcomes import read_evaluation
 from megatron_ktr.evaluation.protocols import PROTOCOL_NAMES
-from megatron_ktr.evaluation.publish import headings_of
+from megatron_ktr.evaluation.results.compare import compare, comparison_markdown
+from megatron_ktr.evaluation.results.publish import headings_of
 from megatron_ktr.files.json_files import to_json
 
 

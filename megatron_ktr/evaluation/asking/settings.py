@@ -18,12 +18,12 @@ from typing import Any
 from megatron_ktr.data.media.request import media_sources
 from megatron_ktr.data.records import NORMALISED, record_digest
 from megatron_ktr.errors import UserError, printable
+from megatron_ktr.evaluation.asking.scaling import Ask, Voting, frames_of, rule_of, sampling_of, votes_of
+from megatron_ktr.evaluation.asking.stored import made_of
 from megatron_ktr.evaluation.benchmark import FrameRule
 from megatron_ktr.evaluation.engines.base import AnswerSampling
 from megatron_ktr.evaluation.item import Condition, Item
-from megatron_ktr.evaluation.media_places import SUFFIXES
-from megatron_ktr.evaluation.scaling import Ask, Voting, frames_of, rule_of, sampling_of, votes_of
-from megatron_ktr.evaluation.stored import made_of
+from megatron_ktr.evaluation.reading.media_places import SUFFIXES
 from megatron_ktr.files.atomic import write_atomically
 from megatron_ktr.files.json_files import read_json_object, to_json
 

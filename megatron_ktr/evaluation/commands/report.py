@@ -6,13 +6,13 @@ import argparse
 from pathlib import Path
 
 from megatron_ktr.errors import UserError
-from megatron_ktr.evaluation.aggregate import results_of
-from megatron_ktr.evaluation.compare import compare, comparison_tables
+from megatron_ktr.evaluation.asking.outcomes import read_evaluation
 from megatron_ktr.evaluation.item import Evaluation
-from megatron_ktr.evaluation.outcomes import read_evaluation
-from megatron_ktr.evaluation.page import write_page_of
 from megatron_ktr.evaluation.protocols import PROTOCOL_NAMES
-from megatron_ktr.evaluation.publish import (
+from megatron_ktr.evaluation.results.aggregate import results_of
+from megatron_ktr.evaluation.results.compare import compare, comparison_tables
+from megatron_ktr.evaluation.results.page import write_page_of
+from megatron_ktr.evaluation.results.publish import (
     PAGE_FILE,
     TABLE_FILE,
     headings_of,
@@ -22,7 +22,7 @@ from megatron_ktr.evaluation.publish import (
     publish,
     summary_of,
 )
-from megatron_ktr.evaluation.table import tables_of
+from megatron_ktr.evaluation.results.table import tables_of
 from megatron_ktr.files.json_files import to_json
 
 

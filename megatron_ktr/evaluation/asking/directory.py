@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_ktr.errors import UserError
-from megatron_ktr.evaluation import settings as settings_file
+from megatron_ktr.evaluation.asking import settings as settings_file
+from megatron_ktr.evaluation.asking.outcomes import ITEMS_FILE, Outcomes, has_items, read_items, write_items
+from megatron_ktr.evaluation.asking.settings import EvaluationSettings, digest_of, read_settings
+from megatron_ktr.evaluation.asking.store import AnswerStore, DirectoryLock
 from megatron_ktr.evaluation.item import Item
-from megatron_ktr.evaluation.outcomes import ITEMS_FILE, Outcomes, has_items, read_items, write_items
-from megatron_ktr.evaluation.settings import EvaluationSettings, digest_of, read_settings
-from megatron_ktr.evaluation.store import AnswerStore, DirectoryLock
 
 
 class OutputDirectory:

@@ -40,15 +40,15 @@ from megatron_ktr.distributed.agreement import gather_objects, on_every_rank, re
 from megatron_ktr.distributed.collectives import broadcast_object
 from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.errors import UserError
+from megatron_ktr.evaluation.asking.outcomes import Outcomes, write_items
+from megatron_ktr.evaluation.asking.questions import Made, QuestionMaker, QuestionStream
+from megatron_ktr.evaluation.asking.scaling import Ask
+from megatron_ktr.evaluation.asking.settings import EvaluationSettings
+from megatron_ktr.evaluation.asking.store import AnswerStore
 from megatron_ktr.evaluation.engines.prompts import CannotAsk, PromptMaker, answer_of
-from megatron_ktr.evaluation.held_out import HeldOut, logged_axes
 from megatron_ktr.evaluation.item import Answer
-from megatron_ktr.evaluation.outcomes import Outcomes, write_items
-from megatron_ktr.evaluation.publish import publish
-from megatron_ktr.evaluation.questions import Made, QuestionMaker, QuestionStream
-from megatron_ktr.evaluation.scaling import Ask
-from megatron_ktr.evaluation.settings import EvaluationSettings
-from megatron_ktr.evaluation.store import AnswerStore
+from megatron_ktr.evaluation.results.publish import publish
+from megatron_ktr.evaluation.training.held_out import HeldOut, logged_axes
 from megatron_ktr.rollout.sampling import SamplingSettings
 from megatron_ktr.rollout.source import ReplicaSource
 from megatron_ktr.run.directory import EVALUATIONS, step_name

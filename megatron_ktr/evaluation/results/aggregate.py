@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from megatron_ktr.evaluation.figures import Figures, Headings, figures_of, protocols_of, score_of
 from megatron_ktr.evaluation.item import Condition, Evaluation, Item, Outcome
-from megatron_ktr.evaluation.statistics import DEFAULT_RESAMPLING, Resampling, rounded
+from megatron_ktr.evaluation.results.figures import Figures, Headings, figures_of, protocols_of, score_of
+from megatron_ktr.evaluation.results.statistics import DEFAULT_RESAMPLING, Resampling, rounded
 from megatron_ktr.files.json_files import to_json
 
 VERSION = 1

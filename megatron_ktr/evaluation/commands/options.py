@@ -11,13 +11,13 @@ from typing import Any
 from megatron_ktr.config.cli import LARGEST_INTEGER
 from megatron_ktr.data.media.preprocess import PreprocessSettings
 from megatron_ktr.errors import UserError, number, whole
+from megatron_ktr.evaluation.asking.scaling import MOST_FRAMES, MOST_VOTES, SPARSE_TO_DENSE, Voting
 from megatron_ktr.evaluation.benchmark import FrameRule
 from megatron_ktr.evaluation.engines.base import AnswerSampling
 from megatron_ktr.evaluation.engines.build import EngineOptions
 from megatron_ktr.evaluation.engines.build import add_arguments as add_engine_arguments
 from megatron_ktr.evaluation.item import CONTROLS, Condition, Control
 from megatron_ktr.evaluation.protocols import PROTOCOL_NAMES
-from megatron_ktr.evaluation.scaling import MOST_FRAMES, MOST_VOTES, SPARSE_TO_DENSE, Voting
 
 DEFAULT_FRAMES = 32
 DEFAULT_IMAGE_PIXELS = 1280 * 28 * 28

@@ -17,7 +17,7 @@ from megatron_ktr.data.wording import WordingTemplate
 from megatron_ktr.errors import UserError
 from megatron_ktr.evaluation.benchmark import Benchmark
 from megatron_ktr.evaluation.item import Item
-from megatron_ktr.evaluation.media_places import place_media
+from megatron_ktr.evaluation.reading.media_places import place_media
 from megatron_ktr.evaluation.registry import BENCHMARKS, load_benchmark
 
 _NUM_NAMED = 3

@@ -10,10 +10,10 @@ from typing import Any
 from megatron_ktr.data.conversation import text_of
 from megatron_ktr.data.media.request import MediaSource, media_sources
 from megatron_ktr.errors import UserError
-from megatron_ktr.evaluation.figures import UNKNOWN, Headings, protocols_of, score_of
 from megatron_ktr.evaluation.item import Evaluation, Item, Outcome
-from megatron_ktr.evaluation.statistics import rounded
-from megatron_ktr.evaluation.table import Models, Table, percent, tables_of
+from megatron_ktr.evaluation.results.figures import UNKNOWN, Headings, protocols_of, score_of
+from megatron_ktr.evaluation.results.statistics import rounded
+from megatron_ktr.evaluation.results.table import Models, Table, percent, tables_of
 from megatron_ktr.report.bars import Bar
 from megatron_ktr.report.evaluation_page import (
     EvaluationPage,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ktr.evaluation.registry import load_benchmark
-from megatron_ktr.evaluation.statistics import rounded
+from megatron_ktr.evaluation.results.statistics import rounded
 from megatron_ktr.files.json_files import read_json_object
 
 FILE = Path(__file__).with_name("paper_rows.json")

@@ -29,12 +29,12 @@ from megatron_ktr.data.wording import WordingTemplate
 from megatron_ktr.data.workers.look_ahead import LookAhead, SampleMedia
 from megatron_ktr.data.workers.pool import WorkerPool
 from megatron_ktr.errors import UserError
+from megatron_ktr.evaluation.asking.controls import apply_control, is_felt
+from megatron_ktr.evaluation.asking.scaling import Ask, frames_of
+from megatron_ktr.evaluation.asking.settings import EvaluationSettings
 from megatron_ktr.evaluation.benchmark import FrameRule
-from megatron_ktr.evaluation.controls import apply_control, is_felt
 from megatron_ktr.evaluation.engines.base import Question
 from megatron_ktr.evaluation.item import Answer
-from megatron_ktr.evaluation.scaling import Ask, frames_of
-from megatron_ktr.evaluation.settings import EvaluationSettings
 from megatron_ktr.report.strips import StripFolder
 from megatron_ktr.types import Prompt, VisualInput
 

@@ -21,13 +21,13 @@ from types import FrameType
 from typing import Any
 
 from megatron_ktr.data.workers.pool import WorkerPool
+from megatron_ktr.evaluation.asking.outcomes import Outcomes
+from megatron_ktr.evaluation.asking.progress import Progress
+from megatron_ktr.evaluation.asking.questions import Made, QuestionMaker, QuestionStream
+from megatron_ktr.evaluation.asking.scaling import Ask
+from megatron_ktr.evaluation.asking.store import AnswerStore
 from megatron_ktr.evaluation.engines.base import AnswerEngine, EngineFailed, Question
 from megatron_ktr.evaluation.item import Answer, Condition
-from megatron_ktr.evaluation.outcomes import Outcomes
-from megatron_ktr.evaluation.progress import Progress
-from megatron_ktr.evaluation.questions import Made, QuestionMaker, QuestionStream
-from megatron_ktr.evaluation.scaling import Ask
-from megatron_ktr.evaluation.store import AnswerStore
 
 _LEAST_FAILURES = 20
 """So many failures without an answer between them end a run, or twice the engine's capacity if that is more: an engine

@@ -14,10 +14,18 @@ from typing import Any
 
 from megatron_ktr.data.records import NORMALISED
 from megatron_ktr.errors import UserError, printable
-from megatron_ktr.evaluation.aggregate import VERSION, Column, columns_of, paired_differences
-from megatron_ktr.evaluation.figures import UNKNOWN, Figure, Figures, Headings, figures_of, protocols_of, score_of
 from megatron_ktr.evaluation.item import Evaluation, Item, Outcome
-from megatron_ktr.evaluation.statistics import (
+from megatron_ktr.evaluation.results.aggregate import VERSION, Column, columns_of, paired_differences
+from megatron_ktr.evaluation.results.figures import (
+    UNKNOWN,
+    Figure,
+    Figures,
+    Headings,
+    figures_of,
+    protocols_of,
+    score_of,
+)
+from megatron_ktr.evaluation.results.statistics import (
     DEFAULT_RESAMPLING,
     Resampling,
     holm,
@@ -25,7 +33,7 @@ from megatron_ktr.evaluation.statistics import (
     rounded,
     rounded_p,
 )
-from megatron_ktr.evaluation.table import NOTHING, Table, markdown_of, p_text, percent, with_interval
+from megatron_ktr.evaluation.results.table import NOTHING, Table, markdown_of, p_text, percent, with_interval
 
 NOT_BINARY = "scores between 0 and 1: McNemar's test does not apply"
 MACRO = "the figure is a mean over categories, McNemar's test is over items"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_ktr.errors import printable
-from megatron_ktr.evaluation.paper import beside_paper
+from megatron_ktr.evaluation.results.paper import beside_paper
 
 Models = Mapping[str, Mapping[str, Any]]
 """Results by the name of the model, in the order of the rows."""

@@ -1,0 +1,1 @@
+"""The commands of ``tools/evaluate.py``, one file each."""

@@ -1,0 +1,1 @@
+"""Reads published files as items, and finds their media."""

@@ -1,0 +1,1 @@
+"""Figures of an evaluation, and what shows them: tables, comparison, page."""

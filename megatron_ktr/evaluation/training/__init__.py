@@ -1,0 +1,1 @@
+"""Evaluation between the steps of a run."""
