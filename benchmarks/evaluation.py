@@ -34,6 +34,7 @@ from benchmarks.harness import say, write_report  # noqa: E402
 from benchmarks.machine import about_machine  # noqa: E402
 from megatron_ktr.data.synthetic import corpus, make_dataset  # noqa: E402
 from megatron_ktr.data.tiny_model import save_tiny_model  # noqa: E402
+from megatron_ktr.distributed.platform import start  # noqa: E402
 from megatron_ktr.errors import UserError, run_cli, whole  # noqa: E402
 from megatron_ktr.evaluation.asking.store import read_answers  # noqa: E402
 from megatron_ktr.files.json_files import to_json  # noqa: E402
@@ -119,7 +120,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         )
     return {
         "benchmark": "evaluation",
-        "machine": about_machine(),
+        "machine": about_machine(start("cpu")),
         "load": {"before": load_before, "after": os.getloadavg()[0]},
         "few": options.few,
         "many": options.many,
