@@ -1,4 +1,4 @@
-"""The results of an evaluation as one JSON object, ``results.json``. ``docs/evaluation.md`` explains every field.
+"""The results of an evaluation as one JSON object, ``results.json``. ``docs/evaluation_results.md`` has every field.
 
     Evaluation -> {"benchmarks": {"video_holmes": {"conditions": [...], "controls": [...], "scaling": [...]}}, ...}
 
