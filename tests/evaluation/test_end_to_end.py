@@ -3,6 +3,7 @@ vLLM in processes of its own, and with ``vllm serve`` as a chat server; killed, 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -188,6 +189,7 @@ def test_kills_of_the_command_change_nothing_and_leave_no_process(
     out, draw = tmp_path / "out", random.Random(0)
     whole = command(downloads, model_dir, out, "--model", str(model_dir), "--engine", "hf")
     log = tmp_path / "log"
+    ended_with: list[int | None] = []
 
     def num_stored() -> int:
         return (out / "answers.jsonl").read_bytes().count(b"\n") if (out / "answers.jsonl").exists() else 0
@@ -196,12 +198,16 @@ def test_kills_of_the_command_change_nothing_and_leave_no_process(
         with log.open("w") as file:
             process = psutil.Popen(whole, stdout=file, stderr=file, env=ENVIRONMENT)
         wait_until(partial(lambda one, wanted: num_stored() > wanted or one.poll() is not None, process, moment))
-        children = process.children(recursive=True)
-        assert process.poll() is None and children, log.read_text()[-3000:]
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        # On a busy machine it may have ended meanwhile. The next one is then killed while it starts.
+        children: list[psutil.Process] = []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            children = process.children(recursive=True)
+            process.send_signal(signal.SIGKILL)
+        ended_with.append(process.wait())
+        assert ended_with[-1] in (0, -signal.SIGKILL), log.read_text()[-3000:]
         for child in children:
             wait_until(partial(has_ended, child))
+    assert -signal.SIGKILL in ended_with
     run(whole)
     check_complete(out)
     assert results_text(without_seconds(results_in(out))) == results_text(without_seconds(results_in(hf)))

@@ -367,7 +367,7 @@ def test_short_prompts_are_compared_with_a_shorter_question_and_what_is_left_out
     )
     engine = pair.engine()
     source = SimpleNamespace(
-        needs_weights=True, sample=lambda prompts, sampling: engine.generate(prompts, sampling=sampling)
+        has_engine=True, sample=lambda prompts, sampling: engine.generate(prompts, sampling=sampling)
     )
     check = build_sampler_check(
         config,
