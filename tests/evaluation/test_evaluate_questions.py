@@ -84,9 +84,11 @@ def test_controls_and_votes_of_an_item_share_one_decoding(pictures):
     made = made_of(file, *controls, Condition(8, scaling="votes:3"), reader=reader)
     assert len(made) == 2 * 7 and len({one.key for one in made}) == 14
     assert sorted(reader.counts_by_name.values()) == [1, 1]
-    # An engine decodes questions with the same settings as one batch; their keys seed them.
+    # An engine decodes questions with the same settings as one batch; what is asked seeds them, and not the model.
     asked = [one.question for one in made if one.question is not None]
     assert len({(question.seed, question.sampling) for question in asked}) == 2, "one answer, and votes"
+    assert len({question.identity for question in asked}) == 12, "the first vote draws as the single answer does"
+    assert asked[0].identity == f"{asked[0].record['problem_id']} 8 intact 0 0"
 
 
 def test_each_control_shows_what_it_says(pictures):

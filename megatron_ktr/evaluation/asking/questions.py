@@ -160,6 +160,7 @@ class QuestionMaker:
             media=shown.media,
             sampling=self._settings.sampling(ask),
             seed=self._settings.seed,
+            draw=f"{name} {frames_of(ask)} {ask.condition.control} {ask.round} {ask.vote}",
         )
         is_control_felt = ask.condition.control == "intact" or is_felt(intact, shown)
         return Made(ask, key, question, is_control_felt=is_control_felt)

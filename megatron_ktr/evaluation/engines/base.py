@@ -32,7 +32,7 @@ class Question:
     """One question as an engine is asked it."""
 
     key: str
-    """Identifies the answer in the store, and seeds its sampling."""
+    """Identifies the answer in the store."""
     record: Mapping[str, Any]
     """A record with ``messages`` (``data/conversation.py``) and ``system_text``: what ``PromptBuilder.build`` takes.
     Parts of the messages that are media stand for ``media``, in order."""
@@ -40,8 +40,14 @@ class Question:
     """Decoded and resized, with the control applied."""
     sampling: AnswerSampling
     seed: int = 0
-    """The evaluation's. Together with ``key`` it seeds the sampling, so that all questions of a batch may have the same
-    one."""
+    """The evaluation's. Together with ``identity`` it seeds the sampling, so that a batch may have one seed."""
+    draw: str = ""
+    """What is asked, without the model: every model is given the same random numbers. Empty: the key."""
+
+    @property
+    def identity(self) -> str:
+        """Tells the random numbers of this question from those of all others."""
+        return self.draw or self.key
 
 
 class EngineFailed(Exception):

@@ -163,7 +163,7 @@ class ChatAnswers(WebAnswers):
         if self._kind == "vllm" and sampling.stop:
             values |= {"stop": list(sampling.stop), "include_stop_str_in_output": True}
         if sampling.temperature and self._sends_seed:
-            seed = sample_seed(seed=question.seed, step=0, identity=question.key, sample=0)
+            seed = sample_seed(seed=question.seed, step=0, identity=question.identity, sample=0)
             values["seed"] = seed % 2**31
         return {name: value for name, value in values.items() if name not in self._settings.server_defaults}
 

@@ -26,7 +26,7 @@ class PromptMaker:
     """The most tokens of a prompt and its response together."""
 
     def make(self, question: Question) -> tuple[Prompt, SamplingSettings]:
-        """The prompt, and the settings for its one response. The prompt's identity is the question's key, so that the
+        """The prompt, and the settings for its one response. The prompt's identity is the question's, so that the
         response is seeded by the question alone.
 
         A response may have ``max_tokens`` tokens, or fewer if the context leaves less room, as in vLLM. It is then cut
@@ -36,7 +36,7 @@ class PromptMaker:
             CannotAsk: the prompt fills the context, or its text holds control tokens.
         """
         try:
-            prompt = self.builder.build({**question.record, "problem_id": question.key}, question.media)
+            prompt = self.builder.build({**question.record, "problem_id": question.identity}, question.media)
         except UnusableSample as error:
             raise CannotAsk(error.reason) from error
         room = self.max_model_len - len(prompt.token_ids)

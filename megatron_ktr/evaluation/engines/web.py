@@ -276,6 +276,7 @@ class WebAnswers(AnswerEngine):
 
     def close(self) -> None:
         """See ``AnswerEngine``."""
+        # All answers are there: a connection that cannot be closed in order is dropped with the loop.
         with contextlib.suppress(Exception):
             self._loop.start(self._web.close()).result(timeout=10)
         self._loop.close()

@@ -174,10 +174,7 @@ class TrainingEvaluation:
                 answers[made.key] = Answer("", problem=made.problem)
                 continue
             try:
-                # Its key has the step and the run in it. Every model is given the same random numbers.
-                item = made.ask.item
-                alike = dataclasses.replace(made.question, key=f"{item.benchmark}/{item.item_id}")
-                prompt, sampling = self._prompts.make(alike)
+                prompt, sampling = self._prompts.make(made.question)
                 if sampling.max_response_length < wanted:
                     raise CannotAsk(
                         f"its prompt of {len(prompt.token_ids)} tokens leaves no room for a response of {wanted} "
