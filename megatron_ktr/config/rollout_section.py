@@ -1,0 +1,78 @@
+"""The options of where responses come from and how they are sampled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_ktr.config.cli import option as _option
+from megatron_ktr.config.words import Engine, WeightTransfer
+
+HF_BATCH_RESPONSES = 256
+"""Responses that ``--engine hf`` decodes together."""
+
+
+@dataclass(frozen=True)
+class RolloutSection:
+    """Where responses come from and how they are sampled."""
+
+    engine: Engine = _option(
+        "replay",
+        "Source of responses: recorded ones from replay_path, or sampled for the questions of data_path by "
+        "transformers' generate (hf), by vLLM inside the training ranks, or by vLLM servers",
+    )
+    replay_path: str | None = _option(None, "JSONL of recorded rollouts: media, question, responses with rewards")
+    num_generations: int = _option(8, "Responses per prompt (G)", low=1)
+    max_response_length: int = _option(768, "Longest response in tokens, end token included", low=1)
+    temperature: float = _option(1.0, "Sampling temperature; log-probs everywhere are of logits / temperature", above=0)
+    top_p: float = _option(0.95, "Nucleus sampling: smallest set of tokens with this probability", above=0, high=1)
+    top_k: int = _option(0, "Sample from the k most probable tokens; 0 = no limit", low=0)
+    stop: tuple[str, ...] = _option((), "Strings that end a response; they stay in its text and its tokens")
+    lag: int = _option(
+        0,
+        "1 = the next step's responses are sampled while this step trains, from weights one step older; needs "
+        "importance_sampling, and an engine that does not share the ranks' devices (hf, vllm_server)",
+        low=0,
+        high=1,
+    )
+    share_vision_features: bool = _option(
+        False, "vLLM receives the trainer's own vision features and runs no vision encoder"
+    )
+    check_sampler: bool = _option(
+        True, "Before the first step, compare sampler and trainer log-probs on fixed prompts; stop if they differ"
+    )
+    sampler_gap_limit: float | None = _option(
+        None,
+        "Largest mean difference of sampler and trainer log-probs that check_sampler accepts, in nats; none = 1e-3 in "
+        "fp32, 0.05 in 16 bits",
+        above=0,
+    )
+    rollout_tensor_parallel_size: int = _option(
+        1, "Ranks that share one colocated vLLM engine; may differ from tensor_model_parallel_size", low=1
+    )
+    rollout_memory_share: float = _option(
+        0.5, "Share of a GPU's memory for a colocated vLLM engine while it is awake", above=0, high=1
+    )
+    rollout_kv_cache_gb: float = _option(
+        0.25, "Key-value cache of a colocated vLLM engine on CPU, in 2^30 bytes", above=0
+    )
+    rollout_max_num_seqs: int = _option(256, "Most responses a colocated vLLM engine decodes together", low=1)
+    rollout_eager: bool = _option(False, "Colocated vLLM without compilation and CUDA graphs; always so on CPU")
+    server_urls: tuple[str, ...] = _option((), "Addresses of vllm serve processes, e.g. http://node7:8000")
+    server_max_requests: int = _option(
+        64, "Requests in flight per server and replica; one request is a prompt with all its responses", low=1
+    )
+    server_timeout_seconds: float = _option(
+        600.0, "How long one request may take before its server is taken out and it is sent to another", above=0
+    )
+    server_max_retries: int = _option(
+        4, "Failures in a row that a server may have; one more and it is taken out", low=0
+    )
+    weight_transfer: WeightTransfer = _option(
+        "auto", "How servers receive weights: NCCL, or safetensors in weight_directory; auto = NCCL on GPUs"
+    )
+    weight_directory: str | None = _option(
+        None, "Directory that trainer and servers both see, for weight_transfer directory; none = inside run_dir"
+    )
+    in_flight_updates: bool = _option(
+        False, "Servers take new weights without finishing running responses; mixed responses are counted"
+    )
