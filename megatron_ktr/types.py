@@ -41,8 +41,9 @@ from torch import Tensor
 from megatron_ktr.sums import Metrics
 from megatron_ktr.transfer import send
 
-View = Literal["intact", "hidden", "shuffled"]
-VIEWS: tuple[View, ...] = get_args(View)
+View = str
+"""The name of a view: ``INTACT``, or a counterfactual one (``config/view_registry.py``)."""
+INTACT: View = "intact"
 MediaKind = Literal["image", "video"]
 MEDIA_KINDS: tuple[MediaKind, ...] = get_args(MediaKind)
 
@@ -57,7 +58,8 @@ class VisualInput:
 
     kind: MediaKind
     frames_FCHW: Tensor
-    """uint8 [F, C, H, W] at the final size (H and W multiples of patch * merge). An image has F == 1."""
+    """uint8 [F, C, H, W] at the final size (H and W multiples of patch * merge). An image has F == 1. Only the view
+    ``noise`` has fp32 frames; their unit is the same."""
     grid_thw: tuple[int, int, int]
     """Patches along time, height and width, before merging. F frames give ceil(F / temporal_patch) in time."""
     seconds_per_grid: float = 0.0
@@ -88,6 +90,9 @@ class Prompt:
     them apart."""
     source: str = ""
     """The name of the file in a mixture of several; "" in a run with one file. Rewards and metrics go by it."""
+    other_media: tuple[VisualInput, ...] = ()
+    """The media of another question, one for each of ``media`` and with its frames and size; only for the view that
+    shows them (``attribution/views/other_video.py``), else empty."""
 
     @property
     def identity(self) -> str:

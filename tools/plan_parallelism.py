@@ -71,7 +71,9 @@ def _parser() -> Parser:
     add("--num-generations", whole(high=2**14), request["num_generations"].default, "responses per prompt")
     add("--prompts-per-step", whole(), request["prompts_per_step"].default, "prompts of a step over all GPUs")
     add("--shuffle-unit", str, "frame", "what the temporal counterfactual permutes", choices=SHUFFLE_UNITS)
-    add("--num-shuffles", whole(), 1, "random orders per step")
+    add("--num-shuffles", whole(), 1, "draws per step of each random view")
+    add("--visual-view", str, "hidden", "what the visual signal compares with", choices=visual_views())
+    add("--temporal-view", str, "shuffled", "what the temporal signal compares with", choices=temporal_views())
     parser.add_argument("--grpo", action="store_true", help="plain GRPO: no counterfactual passes")
     parser.add_argument("--no-reference", action="store_true", help="no KL term, no reference model")
     add("--freeze", str, "", "parts that are not trained, by comma: vision, merger, language")
@@ -121,9 +123,7 @@ def _request(options: argparse.Namespace) -> Request:
         num_generations=options.num_generations,
         prompts_per_step=options.prompts_per_step,
         settings=StepSettings(
-            has_hidden=not options.grpo,
-            shuffle_unit=None if options.grpo else options.shuffle_unit,
-            num_shuffles=options.num_shuffles,
+            views=() if options.grpo else view_costs(_section(options)),
             has_reference=not options.no_reference,
             frozen=frozen,
             keeps_fp8_weights=options.fp8_param_gather,
@@ -143,6 +143,16 @@ def _request(options: argparse.Namespace) -> Request:
         engine_gb=options.engine_memory,
         engine_share=options.rollout_memory_share,
         reserved_gb=options.reserved_memory,
+    )
+
+
+def _section(options: argparse.Namespace) -> ObjectiveSection:
+    """The options of training that the cost of views depends on."""
+    return ObjectiveSection(
+        visual_view=options.visual_view,
+        temporal_view=options.temporal_view,
+        shuffle_unit=options.shuffle_unit,
+        num_shuffles=options.num_shuffles,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from megatron_ktr.accounting.flops import count_step
-from megatron_ktr.accounting.work import GroupWork, StepSettings
+from megatron_ktr.accounting.work import GroupWork, StepSettings, view_costs
 from megatron_ktr.config.part_options import StepOptions
 from megatron_ktr.objectives.base import Objective
 from megatron_ktr.types import RolloutGroup
@@ -18,9 +18,8 @@ def settings_of(options: StepOptions, objective: Objective, *, key_share: float 
     """The passes that a run's steps need. No work is done twice, and recomputation does not count."""
     section = options.objective
     return StepSettings(
-        has_hidden="hidden" in objective.views,
-        shuffle_unit=section.shuffle_unit if "shuffled" in objective.views else None,
-        num_shuffles=section.num_shuffles,
+        views=view_costs(section, objective.views),
+        noise_passes=NOISE_PASSES / section.noise_every if section.noise_every and objective.views else 0.0,
         has_reference=objective.needs_reference,
         has_selection=objective.selects_before_update(section.updates_per_rollout),
         num_updates=section.updates_per_rollout,
