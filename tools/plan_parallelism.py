@@ -23,7 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron_ktr.accounting.links import Machine  # noqa: E402
 from megatron_ktr.accounting.planner import GB, PIXELS_PER_TOKEN, Plan, Request, find_plans  # noqa: E402
 from megatron_ktr.accounting.saved import FUSED, TORCH_GPU  # noqa: E402
-from megatron_ktr.accounting.work import StepSettings  # noqa: E402
+from megatron_ktr.accounting.work import StepSettings, view_costs  # noqa: E402
+from megatron_ktr.config.objective_section import ObjectiveSection  # noqa: E402
+from megatron_ktr.config.view_registry import temporal_views, visual_views  # noqa: E402
 from megatron_ktr.config.words import SHUFFLE_UNITS, VISION_PARALLELS  # noqa: E402
 from megatron_ktr.errors import Parser, UserError, number, run_cli, whole  # noqa: E402
 from megatron_ktr.files.json_files import to_json  # noqa: E402

@@ -17,9 +17,10 @@ NOT_TRAINING = frozenset({"seconds/rollout", "seconds/weights", "seconds/offload
 def settings_of(options: StepOptions, objective: Objective, *, key_share: float = 1.0) -> StepSettings:
     """The passes that a run's steps need. No work is done twice, and recomputation does not count."""
     section = options.objective
+    is_measured = section.noise_every and objective.signals
     return StepSettings(
         views=view_costs(section, objective.views),
-        noise_passes=NOISE_PASSES / section.noise_every if section.noise_every and objective.views else 0.0,
+        noise_passes=noise_passes_of(objective) / section.noise_every if is_measured else 0.0,
         has_reference=objective.needs_reference,
         has_selection=objective.selects_before_update(section.updates_per_rollout),
         num_updates=section.updates_per_rollout,
@@ -28,6 +29,11 @@ def settings_of(options: StepOptions, objective: Objective, *, key_share: float 
         key_share=key_share,
         has_streamed_head=False,
     )
+
+
+def noise_passes_of(objective: Objective) -> int:
+    """The passes of one measurement of the noise (``step/noise.py``)."""
+    return 3 if objective.needs_kl else 2
 
 
 def step_rates(

@@ -165,7 +165,7 @@ EACH_ONCE = StepSettings()
 """Video-KTR with every piece of work done once and nothing recomputed."""
 
 ORIGINAL = StepSettings(
-    views=tuple(dataclasses.replace(view, keeps_rows=True) for view in EACH_ONCE.views),
+    views=tuple(dataclasses.replace(view, keeps_rows=True, encodes="media") for view in EACH_ONCE.views),
     recompute="full",
     has_vision_once=False,
     has_shared_prefix=False,

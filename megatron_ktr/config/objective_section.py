@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
+from megatron_ktr.config.cli import LARGEST_NUMBER, shorten
 from megatron_ktr.config.cli import option as _option
 from megatron_ktr.config.objective_registry import objective_choices, objective_entry
 from megatron_ktr.config.view_registry import temporal_views, visual_views
@@ -18,6 +21,21 @@ from megatron_ktr.config.words import (
     ShuffleUnit,
     Signal,
 )
+
+AUTO = "auto"
+
+
+def parse_min_shift(value: Any) -> float | str:
+    """The value of ``min_shift``: a number of at least 0, or ``AUTO``. Raises ``ValueError`` for anything else."""
+    if value == AUTO:
+        return AUTO
+    try:
+        number = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < LARGEST_NUMBER:
+        raise ValueError(f"expected a number >= 0, or {AUTO}, got {shorten(value)}")
+    return number
 
 
 @dataclass(frozen=True)
@@ -67,7 +85,7 @@ class ObjectiveSection:
         "intact passes without gradient; 0 = never",
         low=0,
     )
-    min_shift: MinShift = _option(
+    min_shift: float | str = _option(
         0.0,
         "Smallest visual and temporal score (nats) that is selected: 0 = no limit (the paper), a number, or auto = "
         "the noise that noise_every measured",
