@@ -33,7 +33,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megatron_ktr.attribution.key_tokens import KeyTokens
+from megatron_ktr.attribution.key_tokens import KeyTokens, build_key_tokens
 from megatron_ktr.config.sections import ObjectiveSection, RewardSection, RolloutSection
 from megatron_ktr.config.words import LOSS_AGGREGATIONS, LossAggregation
 from megatron_ktr.objectives.advantages import Advantage
@@ -120,7 +120,7 @@ class PolicyGradient(Objective):
 
     @property
     def needs_selection_first(self) -> bool:
-        return self.selection is not None and self.aggregation == "token"
+        return self.selection is not None and (self.aggregation == "token" or self.selection.needs_batch)
 
     def may_have_gradient(self, groups: Sequence[RolloutGroup]) -> bool:
         if self.penalties or self.bonuses:
@@ -241,6 +241,7 @@ def build_policy_gradient(section: ObjectiveSection, context: BuildContext, **pa
     chosen: dict[str, Any] = dict(
         name=section.objective,
         bonuses=() if bonus is None else (bonus,),
+        selection=build_key_tokens(section),
         aggregation=section.loss_aggregation,
         surrogate=Clipped(section.clip_low, section.clip_high),
         penalties=(KL(section.kl_beta),) if section.kl_beta else (),
