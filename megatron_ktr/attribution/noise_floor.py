@@ -13,9 +13,10 @@ alone. (Of a signed score half of that, since the noise has both signs.) A signa
 owes at most a twentieth of its choice to rounding. A higher quantile would follow single tokens: of 1,000 tokens, ten
 are above this one.
 
-``min_shift: auto`` drops every selected token whose score is below its signal's floor. It acts on signals that compare
-two views; an entropy is a property of one pass, and its noise is only reported. The floor is measured with one pass of
-each kind. The mean over several draws (``num_shuffles``) has less noise than that, so the floor is then an upper bound.
+``min_shift: auto`` drops every selected token whose score is below its signal's floor; ``min_shift: x`` does so below
+x. It acts on signals that compare two views. An entropy is a property of one pass, and its noise is only reported. The
+floor is measured with one pass of each kind. The mean over several draws (``num_shuffles``) has less noise than that,
+so the floor is then an upper bound.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from megatron_ktr.attribution.signals import signal_applies, signal_scores
@@ -56,23 +58,27 @@ class Floor:
     """None if there is no noise at all."""
 
 
-def measure_noise(signals: Sequence[Signal], item: ScoredBatch, again: TokenScores) -> dict[str, SignalNoise]:
+def measure_noise(
+    signals: Sequence[Signal], item: ScoredBatch, again: TokenScores, *, dtype: torch.dtype = torch.float32
+) -> dict[str, SignalNoise]:
     """The scores of each signal and their noise.
 
     Args:
         item: a micro-batch with its scores, the view ``AGAIN`` among them.
         again: the second intact pass over the same tokens, for signals that read no view.
+        dtype: as in ``signal_scores``.
     """
     applies_R = signal_applies(signals, item.batch, item.groups)
-    score_R = signal_scores(signals, item.scores, applies_R=applies_R)
     found = {}
     for signal in signals:
-        if signal.view is None:
-            noise_R = signal_scores([signal], again, applies_R=applies_R)[signal.name] - score_R[signal.name]
-        else:
-            noise_R = signal_scores([signal], _as_if_intact(item.scores, signal.view), applies_R=applies_R)[signal.name]
-        is_known_R = score_R[signal.name].isfinite() & noise_R.isfinite()
-        found[signal.name] = SignalNoise(score_R[signal.name][is_known_R].abs(), noise_R[is_known_R].abs())
+
+        def score(scores: TokenScores, signal: Signal = signal) -> Tensor:
+            return signal_scores([signal], scores, applies_R=applies_R, dtype=dtype)[signal.name].float()
+
+        score_R = score(item.scores)
+        noise_R = score(again) - score_R if signal.view is None else score(_as_if_intact(item.scores, signal.view))
+        is_known_R = score_R.isfinite() & noise_R.isfinite()
+        found[signal.name] = SignalNoise(score_R[is_known_R].abs(), noise_R[is_known_R].abs())
     return found
 
 
@@ -96,27 +102,19 @@ def floor_of(found: SignalNoise) -> Floor | None:
     return Floor(floor, score / noise if noise else None)
 
 
-def drop_noise(
-    is_selected_R: Mapping[str, Tensor],
-    score_R: Mapping[str, Tensor],
-    *,
-    signals: Sequence[Signal],
-    min_shift: float | str,
-    noise_floor: Mapping[str, float],
-) -> dict[str, Tensor]:
-    """The selected tokens by signal without those whose score is below ``min_shift``; unchanged if that is 0.
+def least_scores(
+    signals: Sequence[Signal], *, min_shift: float | str, noise_floor: Mapping[str, float]
+) -> dict[str, float]:
+    """By signal, the smallest score that it may select; empty if there is no limit.
 
     Args:
         min_shift: a number, 0 for no limit, or ``AUTO`` for each signal's own floor.
-        noise_floor: by signal, for ``AUTO``.
+        noise_floor: by signal, for ``AUTO``. A floor is missing only as long as the signal has applied to no token
+            (``step/noise.py``); it then selects nothing.
     """
-    found = dict(is_selected_R)
-    for signal in signals:
-        if signal.view is None or not min_shift or signal.name not in found:
-            continue
-        least = min_shift
-        if min_shift == AUTO:
-            # A floor is missing only as long as the signal has applied to no token (``step/noise.py``).
-            least = noise_floor.get(signal.name, math.inf)
-        found[signal.name] = found[signal.name] & (score_R[signal.name] >= float(least))
-    return found
+    if not min_shift:
+        return {}
+    compared = [signal.name for signal in signals if signal.view is not None]
+    if min_shift == AUTO:
+        return {name: noise_floor.get(name, math.inf) for name in compared}
+    return dict.fromkeys(compared, float(min_shift))

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
+from megatron_ktr.attribution.noise_floor import SignalNoise
 from megatron_ktr.sums import Metrics
 from megatron_ktr.types import (
     BatchFacts,
@@ -24,9 +25,6 @@ from megatron_ktr.types import (
     TokenStreams,
     View,
 )
-
-if TYPE_CHECKING:
-    from megatron_ktr.attribution.noise_floor import SignalNoise
 
 Gather = Callable[[Tensor], Tensor]
 """The tensors of all data-parallel replicas, concatenated along dimension 0 in the order of replicas. Their sizes along
