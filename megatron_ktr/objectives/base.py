@@ -48,6 +48,10 @@ class Objective(ABC):
     """Whether the gradient of the loss also flows through that divergence."""
     needs_reference = False
     """Whether the frozen reference model's log-probs must be in the scores (KL weight above 0)."""
+    needs_reference_kl = False
+    """Whether the scores must hold KL(policy || reference) over the whole vocabulary. It also needs the reference."""
+    needs_reference_kl_gradient = False
+    """Whether the gradient of the loss also flows through that KL."""
     needs_selection_first = False
     """Whether ``select`` must see every micro-batch of every replica before the first forward of the update, because
     denominators count *key* tokens, or because thresholds are taken over the global batch."""

@@ -213,7 +213,7 @@ class _Call:
 
 class _TokenStatistics(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor, call: _Call) -> tuple[Tensor, ...]:
+    def forward(ctx, hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor, call: _Call) -> tuple[Tensor | None, ...]:
         found_NR = call.implementation.forward(hidden_RD, weight_VD, target_R, call.plan, call.others)
         joined_NR = join_shards(found_NR, call.group)
         max_R, sum_R, shifted_sum_R, target_logit_R = joined_NR[:NUM_STATISTICS]
