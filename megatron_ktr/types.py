@@ -255,7 +255,8 @@ class TokenScores:
     (``ops/group_divergence.py``). It has a gradient if the objective asks for one (``needs_divergence_gradient``)."""
     reference_logprob_R: Tensor | None = None
     reference_kl_R: Tensor | None = None
-    """KL(policy || reference) over the whole vocabulary."""
+    """KL(policy || reference) over the whole vocabulary, never negative. In an update it is that of the current policy,
+    with a gradient if the objective asks for one (``needs_reference_kl_gradient``)."""
     behaviour_logprob_R: Tensor | None = None
     """Log-probs of the old policy, for a clipped ratio. None means one update per rollout; then the current policy is
     the old one, and ratio = exp(logp - stopgrad(logp))."""
@@ -263,8 +264,9 @@ class TokenScores:
     """Log-probs as the rollout engine recorded them (``Rollout.sampler_logprobs``); None if any response has none."""
 
     def detach(self) -> TokenScores:
-        """These scores without the autograd graph that ``divergence_R`` may hold."""
-        return self if self.divergence_R is None else dataclasses.replace(self, divergence_R=self.divergence_R.detach())
+        """These scores without the autograd graphs that ``divergence_R`` and ``reference_kl_R`` may hold."""
+        held = {"divergence_R": self.divergence_R, "reference_kl_R": self.reference_kl_R}
+        return dataclasses.replace(self, **{name: value.detach() for name, value in held.items() if value is not None})
 
 
 @dataclass(frozen=True)

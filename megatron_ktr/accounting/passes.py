@@ -43,6 +43,8 @@ def step_passes(groups: Sequence[GroupWork], settings: StepSettings) -> list[Ste
     # computed in each view's own pass.
     compared = settings.has_hidden + num_shuffles if settings.compares_distributions else 0
     of_view = 0 if settings.compares_distributions else 1
+    # The KL to the reference model is that of the current policy, so every intact pass computes it.
+    with_reference = int(settings.compares_reference)
     passes = [
         StepPass(
             ("policy_forward", "policy_recompute", "policy_backward"),
@@ -50,16 +52,26 @@ def step_passes(groups: Sequence[GroupWork], settings: StepSettings) -> list[Ste
             groups=intact,
             encoded=intact,
             encodings=1 / settings.num_updates if is_once and is_frozen else 1.0,
-            num_views=1 + (0 if settings.has_selection else compared),
+            num_views=1 + (0 if settings.has_selection else compared) + with_reference,
             has_backward=settings.is_policy_trained,
         ),
         StepPass(("hidden",), int(settings.has_hidden), seen, seen, float(settings.is_hidden_masked), of_view),
         StepPass(("shuffled",), num_shuffles, intact, videos, float(is_encoded_anew), of_view),
         StepPass(
-            ("reference",), int(settings.has_reference), intact, intact, float(not (is_once and is_frozen)), num_views=1
+            ("reference",),
+            int(settings.has_reference),
+            intact,
+            intact,
+            float(not (is_once and is_frozen)),
+            num_views=1 - with_reference,
         ),
         StepPass(
-            ("selection",), int(settings.has_selection), intact, intact, float(not is_once), num_views=1 + compared
+            ("selection",),
+            int(settings.has_selection),
+            intact,
+            intact,
+            float(not is_once),
+            num_views=1 + compared + with_reference,
         ),
     ]
     return [one for one in passes if one.times]

@@ -22,6 +22,8 @@ def settings_of(options: StepOptions, objective: Objective, *, key_share: float 
         shuffle_unit=section.shuffle_unit if "shuffled" in objective.views else None,
         num_shuffles=section.num_shuffles,
         has_reference=objective.needs_reference,
+        compares_reference=objective.needs_reference_kl,
+        has_reference_kl_gradient=objective.needs_reference_kl_gradient,
         has_selection=objective.selects_before_update(section.num_updates),
         num_updates=section.updates_per_rollout,
         mini_batches=section.mini_batches,
