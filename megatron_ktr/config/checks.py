@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from megatron_ktr.config import evaluation_rules, pipeline_split, policy_gradient_rules
 from megatron_ktr.config.objective_registry import objective_entry, options_of_others
 from megatron_ktr.config.sections import DataSection, ObjectiveSection
+from megatron_ktr.config.selection_rules import selection_problems
 from megatron_ktr.errors import UserError
 from megatron_ktr.stack import require_core_0_19
 
@@ -192,8 +193,8 @@ def _have_accuracy(names: Sequence[str]) -> bool:
 def _objective(config: Config) -> Iterator[str]:
     section = config.objective
     defaults = {**OBJECTIVE_DEFAULTS, **objective_entry(section.objective).defaults}
-    if not section.selection_ratio:
-        yield "--selection-ratio must not be empty"
+    if not section.is_supervised:
+        yield from selection_problems(section)
     for rule in objective_entry(section.objective).rules:
         yield from rule(section, config.rollout)
     for name in options_of_others(section.objective):

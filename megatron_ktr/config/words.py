@@ -37,8 +37,20 @@ WeightTransfer = Literal["auto", "nccl", "directory"]
 AnswerProtocol = Literal["official", "strict", "standard", "lenient"]
 
 # Objective
-Signal = Literal["entropy", "visual", "temporal"]
-SIGNALS: tuple[Signal, ...] = get_args(Signal)
+SIGNALS = ("entropy", "visual", "temporal")
+"""The signals of Video-KTR. Each signal registers its own name (``signal_registry.py``)."""
+Selection = Literal["signals", "random", "complement", "all"]
+"""Which tokens carry the loss: those that the signals select, or a control."""
+SELECTIONS: tuple[Selection, ...] = get_args(Selection)
+SelectionRule = Literal["quantile", "rank"]
+Scope = Literal["response", "prompt", "batch"]
+"""The sets of tokens whose scores are compared (``attribution/scopes.py``)."""
+SCOPES: tuple[Scope, ...] = get_args(Scope)
+Combine = Literal["union", "intersection", "weighted"]
+TokenWeights = Literal["hard", "rank", "sigmoid", "softmax", "soft_mask"]
+TOKEN_WEIGHTS: tuple[TokenWeights, ...] = get_args(TokenWeights)
+Dependence = Literal["kl", "k3"]
+AdvantageShaping = Literal["none", "dependence"]
 Shift = Literal["signed", "absolute", "kl"]
 SHIFTS: tuple[Shift, ...] = get_args(Shift)
 ShuffleUnit = Literal["frame", "temporal_patch"]

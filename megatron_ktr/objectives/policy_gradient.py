@@ -35,7 +35,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megatron_ktr.attribution.key_tokens import KeyTokens
+from megatron_ktr.attribution.key_tokens import KeyTokens, build_key_tokens
 from megatron_ktr.config.sections import ObjectiveSection, RewardSection, RolloutSection
 from megatron_ktr.config.words import LossAggregation, TokenSet
 from megatron_ktr.objectives.advantages import Advantage, needs_batch
@@ -157,7 +157,7 @@ class PolicyGradient(Objective):
     def needs_selection_first(self) -> bool:
         if self.needs_batch_rewards and self.reward_kl is not None:
             return True  # the moments of the batch contain the KL of every response
-        return self.selection is not None and self.loss_mean.counts_key_tokens
+        return self.selection is not None and (self.loss_mean.counts_key_tokens or self.selection.needs_batch)
 
     def may_have_gradient(self, groups: Sequence[RolloutGroup], facts: BatchFacts) -> bool:
         if self.penalties or self.bonuses or self.reward_kl is not None:
@@ -298,6 +298,7 @@ def build_policy_gradient(section: ObjectiveSection, context: BuildContext, **pa
         name=section.objective,
         bonuses=() if bonus is None else (bonus,),
         advantage=build_advantage(section),
+        selection=build_key_tokens(section),
         aggregation=section.loss_aggregation,
         loss_constant=_loss_constant(section, context.rollout),
         masked_denominator=section.masked_denominator,
