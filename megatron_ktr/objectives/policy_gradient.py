@@ -28,7 +28,7 @@ Deviations from the published GRPO (arXiv 2402.03300):
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from megatron_ktr.attribution.key_tokens import KeyTokens, build_key_tokens
+from megatron_ktr.attribution.noise_floor import SignalNoise
 from megatron_ktr.config.sections import ObjectiveSection, RewardSection, RolloutSection
 from megatron_ktr.config.words import LossAggregation, TokenSet
 from megatron_ktr.objectives.advantages import Advantage, needs_batch
@@ -125,6 +126,10 @@ class PolicyGradient(Objective):
         return frozenset() if self.selection is None else self.selection.views
 
     @property
+    def signals(self) -> tuple[str, ...]:
+        return () if self.selection is None else tuple(signal.name for signal in self.selection.signals)
+
+    @property
     def needs_kl(self) -> bool:
         return self.selection is not None and self.selection.needs_kl
 
@@ -196,6 +201,9 @@ class PolicyGradient(Objective):
             rewards = less_kl(self.rewards_of(item.groups), kls, weight=self.reward_kl.weight)
             rows.append(reward_rows(rewards, lengths_of(item.groups), device=selection.kl_of_response.device))
         return with_rewards(facts, gather(torch.cat(rows)))
+
+    def signal_noise(self, item: ScoredBatch, again: TokenScores) -> Mapping[str, SignalNoise]:
+        return {} if self.selection is None else self.selection.noise(item, again)
 
     def num_loss_tokens(self, batch: PackedBatch, selection: Selection | None) -> int:
         if self.selection is None or self.masked_denominator == "all":
