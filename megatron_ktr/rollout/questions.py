@@ -190,14 +190,17 @@ def media_reader(data: DataSection) -> MediaReader:
 
 
 def _replay_engine(config: Config, *, tokenizer: Tokenizer, vocab_size: int, problems: RecordProblems) -> ReplayEngine:
+    given = {"--length-bonus": config.reward.length_bonus, "--temporal-bonus": config.rollout.temporal_bonus}
+    bonuses = [name for name, bonus in given.items() if bonus]
     return ReplayEngine(
         problems.path,
         tokenizer=tokenizer,
         num_generations=config.rollout.num_generations,
         vocab_size=vocab_size,
         required=Required(
-            rewards=("accuracy",) if config.reward.length_bonus > 0 else (),
-            because="the length bonus goes to correct responses: record it, or set --length-bonus 0",
+            rewards=("accuracy",) if bonuses else (),
+            because=f"{bonuses[0]} goes to correct responses: record it, or set {bonuses[0]} 0" if bonuses else "",
+            num_shuffled=config.rollout.num_shuffled,
             logprobs=config.objective.importance_sampling != "none" or bool(config.objective.importance_mask),
         ),
         ignored=config.data.ignore_fields,
