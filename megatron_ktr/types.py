@@ -89,6 +89,9 @@ class Prompt:
     them apart."""
     source: str = ""
     """The name of the file in a mixture of several; "" in a run with one file. Rewards and metrics go by it."""
+    variant: str = ""
+    """How this prompt differs from the one that was drawn, e.g. "shuffled" for the same question with its frames in
+    random order (``rollout/second_prompt.py``). "" for the prompt as it was drawn."""
 
     @property
     def identity(self) -> str:
@@ -97,9 +100,11 @@ class Prompt:
 
         ``problem_id`` alone is not enough: published files repeat ids, and a small data set may give one record several
         times in a step. The number of a draw never repeats in a run. It is the same for every number of replicas, in
-        every engine, and after a resume.
+        every engine, and after a resume. A variant of the prompt has an identity of its own. It stands before the
+        problem id, which may contain anything, and so cannot be taken for a part of one.
         """
-        return f"{self.draw_number} {self.problem_id}"
+        draw = f"{self.draw_number}/{self.variant}" if self.variant else f"{self.draw_number}"
+        return f"{draw} {self.problem_id}"
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,10 @@ class RolloutGroup:
 
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
+    shuffled: tuple[Rollout, ...] = ()
+    """Responses to the same question with its frames in random order, which a bonus compares with ``rollouts``
+    (``objectives/bonuses/temporal.py``). They have rewards. They are never packed or trained on, and they are in no
+    mean and no standard deviation. Empty where the objective asks for none, or the prompt has no order to lose."""
 
     @property
     def num_response_tokens(self) -> int:

@@ -12,6 +12,19 @@ from megatron_ktr.rollout.sampling import SamplingSettings
 from megatron_ktr.types import Prompt, RolloutGroup
 
 
+def counts_of(prompts: Sequence[Prompt], *, counts: Sequence[int] | None, sampling: SamplingSettings) -> list[int]:
+    """The number of responses of each prompt, for the arguments of ``RolloutEngine.stream``.
+
+    Raises:
+        ValueError: ``counts`` does not have one number, at least 1, for each prompt.
+    """
+    if counts is None:
+        return [sampling.num_generations] * len(prompts)
+    if len(counts) != len(prompts) or any(count < 1 for count in counts):
+        raise ValueError(f"expected {len(prompts)} counts of at least 1, got {list(counts)}")
+    return list(counts)
+
+
 class RolloutEngine(ABC):
     """Samples G responses per prompt. The same seed, step, weights and prompts give the same responses.
 
@@ -32,11 +45,18 @@ class RolloutEngine(ABC):
 
     @abstractmethod
     def stream(
-        self, prompts: Sequence[Prompt], *, step: int = 0, sampling: SamplingSettings | None = None
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        step: int = 0,
+        sampling: SamplingSettings | None = None,
+        counts: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, RolloutGroup]]:
         """Yields (index of the prompt, its group) as soon as all responses of a group are complete, in any order.
 
         Rewards are empty unless the engine already knows them. ``sampling`` replaces the engine's own settings.
+        ``counts`` has the number of responses of each prompt; None means ``num_generations`` for all. A prompt may be
+        there twice, as itself and as a variant with an identity of its own (``Prompt.variant``).
         """
 
     def generate(
