@@ -232,6 +232,7 @@ class Trainer:
         values = self.policy.mean_over_replicas(metrics)
         values["num_prompts"] = self.policy.global_count(len(groups))
         values |= self.policy.sum_over_replicas({"num_skipped": self.source.num_skipped, **self.source.counts})
+        values |= self.source.step_values
         values |= self._vision_counts(groups)
         values["tokens_per_second"] = num_tokens / step_seconds
         values["has_stepped"] = float(result is not None and result.has_stepped)

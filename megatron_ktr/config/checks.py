@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from megatron_ktr.config import evaluation_rules, pipeline_split
+from megatron_ktr.config import evaluation_rules, filter_rules, pipeline_split
 from megatron_ktr.config.objective_registry import objective_entry, options_of_others
 from megatron_ktr.config.sections import DataSection, ObjectiveSection
 from megatron_ktr.errors import UserError
@@ -54,7 +54,7 @@ OBJECTIVE_DEFAULTS = {field.name: field.default for field in dataclasses.fields(
 def check(config: Config) -> None:
     """Raises ``UserError`` with the first rule that ``config`` breaks."""
     training = (_objective, _optimizer, _parallel, _fp8, _frozen_models)
-    for rules in (_required, _data, _rollout, _reward, evaluation_rules.problems, *training):
+    for rules in (_required, _data, _rollout, _reward, filter_rules.problems, evaluation_rules.problems, *training):
         for problem in rules(config):
             raise UserError(problem)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron_ktr.config import Config
 from megatron_ktr.config.data_sources import DataSource, draws_of_weights
+from megatron_ktr.config.filter_rules import parts_needed
 from megatron_ktr.config.sections import DataSection
 from megatron_ktr.data.frame_cache import FrameCache
 from megatron_ktr.data.loader import PromptLoader
@@ -190,14 +191,16 @@ def media_reader(data: DataSection) -> MediaReader:
 
 
 def _replay_engine(config: Config, *, tokenizer: Tokenizer, vocab_size: int, problems: RecordProblems) -> ReplayEngine:
+    needed = {part: f"{why}: record it" for part, why in parts_needed(config.rollout).items()}
+    if config.reward.length_bonus > 0:
+        needed["accuracy"] = "the length bonus goes to correct responses: record it, or set --length-bonus 0"
     return ReplayEngine(
         problems.path,
         tokenizer=tokenizer,
         num_generations=config.rollout.num_generations,
         vocab_size=vocab_size,
         required=Required(
-            rewards=("accuracy",) if config.reward.length_bonus > 0 else (),
-            because="the length bonus goes to correct responses: record it, or set --length-bonus 0",
+            rewards=needed,
             logprobs=config.objective.importance_sampling != "none" or bool(config.objective.importance_mask),
         ),
         ignored=config.data.ignore_fields,
