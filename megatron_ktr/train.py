@@ -210,7 +210,7 @@ def _run_steps(
         if ranks.rank == 0 and (step % options.log_interval == 0 or is_last):
             _show(report, num_steps=num_steps, decode=tokenizer.decode)
         if _is_due(step, options.rollout_log_interval):
-            _log_rollouts(report, run_dir=run_dir, ranks=ranks)
+            _log_rollouts(report, run_dir=run_dir, ranks=ranks, with_shuffled=trainer.options.num_shuffled > 0)
         checkpoints.after_step(step)
         if asked_by := between.after(step):
             _leave(checkpoints, step=step, is_new=True, asked_by=asked_by)
@@ -233,14 +233,15 @@ def _is_due(step: int, interval: int) -> bool:
     return interval > 0 and (step == 1 or step % interval == 0)
 
 
-def _log_rollouts(report: StepReport, *, run_dir: Path, ranks: ParallelGroups) -> None:
-    """Writes the step's groups: the reading rank of each replica writes a file of its own."""
+def _log_rollouts(report: StepReport, *, run_dir: Path, ranks: ParallelGroups, with_shuffled: bool) -> None:
+    """Writes the step's groups: the reading rank of each replica writes a file of its own. ``with_shuffled`` says that
+    videos were asked twice."""
     selections = report.selections  # collective: every rank takes part
 
     def write() -> None:
         if ranks.is_source:
             path = rollout_file(run_dir, step=report.step, replica=ranks.data_rank)
-            write_rollouts(path, report.groups, selections=selections, append=False)
+            write_rollouts(path, report.groups, selections=selections, append=False, with_shuffled=with_shuffled)
 
     on_every_rank(write, ranks=ranks)
 

@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from megatron_ktr.config import evaluation_rules, filter_rules, pipeline_split
+from megatron_ktr.config import evaluation_rules, filter_rules, pipeline_split, second_prompt_rules
 from megatron_ktr.config.objective_registry import objective_entry, options_of_others
 from megatron_ktr.config.sections import DataSection, ObjectiveSection
 from megatron_ktr.errors import UserError
@@ -54,7 +54,8 @@ OBJECTIVE_DEFAULTS = {field.name: field.default for field in dataclasses.fields(
 def check(config: Config) -> None:
     """Raises ``UserError`` with the first rule that ``config`` breaks."""
     training = (_objective, _optimizer, _parallel, _fp8, _frozen_models)
-    for rules in (_required, _data, _rollout, _reward, filter_rules.problems, evaluation_rules.problems, *training):
+    sampling = (_rollout, second_prompt_rules.problems, _reward, filter_rules.problems)
+    for rules in (_required, _data, *sampling, evaluation_rules.problems, *training):
         for problem in rules(config):
             raise UserError(problem)
 
@@ -69,7 +70,7 @@ def _required(config: Config) -> Iterator[str]:
             "--train-steps and --train-epochs both say how long the run is: give one of them (none takes away what a "
             "file gives: --train-epochs none)"
         )
-    objective_entry(config.objective.objective)  # raises if there is no such objective, or not yet
+    objective_entry(config.objective.objective)  # raises if there is no such objective
 
 
 def _data(config: Config) -> Iterator[str]:
@@ -166,17 +167,20 @@ def _reward(config: Config) -> Iterator[str]:
         yield "--reward-functions is not read by --engine replay: rewards come with the recorded rollouts"
     if config.reward.answer_protocol != "standard" and config.rollout.engine == "replay":
         yield "--answer-protocol is not read by --engine replay: rewards come with the recorded rollouts"
-    needs_accuracy = config.reward.length_bonus > 0 and not config.objective.is_supervised
-    if needs_accuracy and not _have_accuracy(config.reward.reward_functions):
-        yield "--length-bonus goes to correct responses: add accuracy to --reward-functions, or set --length-bonus 0"
+    bonuses = {"--length-bonus": config.reward.length_bonus, "--temporal-bonus": config.rollout.temporal_bonus}
+    needs_accuracy = [name for name, bonus in bonuses.items() if bonus and not config.objective.is_supervised]
+    for name in needs_accuracy:
+        if not _have_accuracy(config.reward.reward_functions):
+            yield f"{name} goes to correct responses: add accuracy to --reward-functions, or set {name} 0"
     for source in config.data.sources:
         if source.reward_functions and config.objective.is_supervised:
             yield f"--data-path: {source.label} names reward_functions, which --objective sft does not read"
-        elif needs_accuracy and not _have_accuracy(source.reward_functions or ()):
-            yield (
-                f"--length-bonus goes to correct responses: add accuracy to the reward_functions of {source.label}, or "
-                "set --length-bonus 0"
-            )
+        for name in needs_accuracy:
+            if not _have_accuracy(source.reward_functions or ()):
+                yield (
+                    f"{name} goes to correct responses: add accuracy to the reward_functions of {source.label}, or set "
+                    f"{name} 0"
+                )
     if config.reward.length_bonus_min > config.reward.length_bonus_max:
         yield (
             f"--length-bonus-min {config.reward.length_bonus_min} exceeds "

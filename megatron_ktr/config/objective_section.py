@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_ktr.config.cli import option as _option
-from megatron_ktr.config.objective_registry import objective_choices, objective_entry
+from megatron_ktr.config.objective_registry import available_objectives, objective_entry
 from megatron_ktr.config.words import (
     SIGNALS,
     ImportanceLevel,
@@ -24,8 +24,8 @@ class ObjectiveSection:
 
     objective: str = _option(
         "video_ktr",
-        "Training objective (see the table below); t_grpo is not available yet",
-        choices=objective_choices,
+        "Training objective (see the table below)",
+        choices=available_objectives,
     )
     signals: tuple[Signal, ...] = _option(SIGNALS, "Signals whose selected tokens, together, are the key tokens")
     selection_ratio: tuple[float, ...] = _option(

@@ -27,6 +27,20 @@ class RolloutSection:
     top_p: float = _option(0.95, "Nucleus sampling: smallest set of tokens with this probability", above=0, high=1)
     top_k: int = _option(0, "Sample from the k most probable tokens; 0 = no limit", low=0)
     stop: tuple[str, ...] = _option((), "Strings that end a response; they stay in its text and its tokens")
+    temporal_bonus: float = _option(
+        0.0,
+        "Extra reward of a correct response to a video whose group satisfies temporal_margin; 0 = none. Above 0, every "
+        "prompt with a video is asked a second time, with its frames in random order; t_grpo has 0.3",
+        low=0,
+    )
+    temporal_margin: float = _option(
+        0.8,
+        "temporal_bonus is paid if the mean accuracy of a group is at least this factor of that on shuffled frames",
+        low=0,
+    )
+    temporal_responses: int | None = _option(
+        None, "Responses to shuffled frames for temporal_bonus; none = half of num_generations", low=1
+    )
     lag: int = _option(
         0,
         "1 = the next step's responses are sampled while this step trains, from weights one step older; needs "
@@ -107,3 +121,10 @@ class RolloutSection:
     retire_decay: float = _option(
         0.5, "Weight of earlier accuracies in the running accuracy of a record; 0 = only the last group counts", low=0
     )
+
+    @property
+    def num_shuffled(self) -> int:
+        """Responses to shuffled frames for every prompt with a video; 0 where nothing is asked twice."""
+        if not self.temporal_bonus:
+            return 0
+        return self.temporal_responses or max(1, self.num_generations // 2)

@@ -41,6 +41,7 @@ from megatron_ktr.objectives.advantages.group import group_relative
 from megatron_ktr.objectives.base import Gather, Objective
 from megatron_ktr.objectives.bonuses import Bonus
 from megatron_ktr.objectives.bonuses.length import LengthBonus
+from megatron_ktr.objectives.bonuses.temporal import TemporalBonus
 from megatron_ktr.objectives.denominators import count_by_response, token_weights
 from megatron_ktr.objectives.importance import ImportanceCorrection
 from megatron_ktr.objectives.loss import policy_gradient_loss
@@ -221,6 +222,8 @@ class PolicyGradient(Objective):
                 values = bonus.values(group, own)
                 paid[bonus.name] += values
                 parts.append(values)
+                for name, share in bonus.shares(group).items():
+                    metrics.add(name, share)
             found.append([sum(of_response) for of_response in zip(*parts, strict=True)])
         for name, values in paid.items():
             metrics.add(f"reward/{name}", sum(values), len(values))
@@ -237,10 +240,9 @@ class BuildContext:
 
 def build_policy_gradient(section: ObjectiveSection, context: BuildContext, **parts: Any) -> PolicyGradient:
     """The composition that the options describe. ``parts`` are fields of ``PolicyGradient`` that no option chooses."""
-    bonus = _length_bonus(context.reward)
     chosen: dict[str, Any] = dict(
         name=section.objective,
-        bonuses=() if bonus is None else (bonus,),
+        bonuses=(*_temporal_bonus(context.rollout), *_length_bonus(context.reward)),
         aggregation=section.loss_aggregation,
         surrogate=Clipped(section.clip_low, section.clip_high),
         penalties=(KL(section.kl_beta),) if section.kl_beta else (),
@@ -252,11 +254,17 @@ def build_policy_gradient(section: ObjectiveSection, context: BuildContext, **pa
     return PolicyGradient(**{**chosen, **parts})
 
 
-def _length_bonus(reward: RewardSection | None) -> LengthBonus | None:
+def _temporal_bonus(rollout: RolloutSection | None) -> tuple[Bonus, ...]:
+    if rollout is None or not rollout.temporal_bonus:
+        return ()
+    return (TemporalBonus(bonus=rollout.temporal_bonus, margin=rollout.temporal_margin),)
+
+
+def _length_bonus(reward: RewardSection | None) -> tuple[Bonus, ...]:
     if reward is None or not reward.length_bonus:
-        return None
-    return LengthBonus(
-        bonus=reward.length_bonus, min_length=reward.length_bonus_min, max_length=reward.length_bonus_max
+        return ()
+    return (
+        LengthBonus(bonus=reward.length_bonus, min_length=reward.length_bonus_min, max_length=reward.length_bonus_max),
     )
 
 

@@ -47,6 +47,7 @@ from megatron_ktr.rollout.questions import read_questions, rewards_of
 from megatron_ktr.rollout.refill import FilteredSource
 from megatron_ktr.rollout.replay import ReplaySource
 from megatron_ktr.rollout.sampling import SamplingSettings
+from megatron_ktr.rollout.second_prompt import SecondPrompt
 from megatron_ktr.rollout.source import ReplicaSource, Sampler
 
 _log = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ def build_local_source(
     if (pool := worker_pool(data)) is not None:
         dataset.read_ahead(pool, prefetch_steps=data.prefetch_steps)
     if questions.engine is not None:
-        return ReplaySource(dataset, engine=questions.engine)
+        return ReplaySource(dataset, engine=questions.engine, second=_second_prompt(config))
     return SupervisedSource(dataset) if config.objective.is_supervised else DatasetSource(dataset)
 
 
@@ -249,15 +250,29 @@ def _shown_to_engine(config: Config) -> DataSection:
 
 def _rewards_of(config: Config) -> Callable[[RolloutEngine], Sampler]:
     """Adds the run's rewards to an engine, and those of the files that have their own."""
-    sources = config.data.sources
+    sources, second = config.data.sources, _second_prompt(config)
     if len(sources) == 1:
-        return partial(Sampler, rewards=rewards_of(config, sources[0]), answer_protocol=config.reward.answer_protocol)
+        return partial(
+            Sampler,
+            rewards=rewards_of(config, sources[0]),
+            answer_protocol=config.reward.answer_protocol,
+            second=second,
+        )
     return partial(
         Sampler,
+        second=second,
         rewards=config.reward.reward_functions or DEFAULT_REWARDS,
         answer_protocol=config.reward.answer_protocol,
         rewards_of_source={source.label: rewards_of(config, source) for source in sources},
     )
+
+
+def _second_prompt(config: Config) -> SecondPrompt | None:
+    """What is asked a second time according to the options; None if nothing is."""
+    rollout = config.rollout
+    if not rollout.num_shuffled or config.objective.is_supervised:
+        return None
+    return SecondPrompt(rollout.num_generations, rollout.num_shuffled, seed=config.trainer.seed)
 
 
 def build_sampler_check(

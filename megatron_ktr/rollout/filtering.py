@@ -81,7 +81,7 @@ class Verdict:
     reason: str
     """Why it is rejected; "" for a good group."""
     num_tokens: int
-    """The tokens of all its responses."""
+    """The tokens of all its responses, those to shuffled frames among them."""
     num_responses: int
     reward_sum: float
     accuracy: float | None
@@ -98,7 +98,7 @@ class Verdict:
             place=place,
             draw_number=group.prompt.draw_number,
             reason=rule.reason(group),
-            num_tokens=group.num_response_tokens,
+            num_tokens=sum(len(rollout.token_ids) for rollout in (*group.rollouts, *group.shuffled)),
             num_responses=len(group.rollouts),
             reward_sum=math.fsum(rollout.reward for rollout in group.rollouts),
             accuracy=math.fsum(found) / len(found) if found else None,

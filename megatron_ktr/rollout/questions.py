@@ -192,8 +192,13 @@ def media_reader(data: DataSection) -> MediaReader:
 
 def _replay_engine(config: Config, *, tokenizer: Tokenizer, vocab_size: int, problems: RecordProblems) -> ReplayEngine:
     needed = {part: f"{why}: record it" for part, why in parts_needed(config.rollout).items()}
-    if config.reward.length_bonus > 0:
-        needed["accuracy"] = "the length bonus goes to correct responses: record it, or set --length-bonus 0"
+    for bonus, value in (
+        ("--temporal-bonus", config.rollout.temporal_bonus),
+        ("--length-bonus", config.reward.length_bonus),
+    ):
+        if value:
+            what = bonus.removeprefix("--").replace("-", " ")
+            needed["accuracy"] = f"the {what} goes to correct responses: record it, or set {bonus} 0"
     return ReplayEngine(
         problems.path,
         tokenizer=tokenizer,
@@ -201,6 +206,7 @@ def _replay_engine(config: Config, *, tokenizer: Tokenizer, vocab_size: int, pro
         vocab_size=vocab_size,
         required=Required(
             rewards=needed,
+            num_shuffled=config.rollout.num_shuffled,
             logprobs=config.objective.importance_sampling != "none" or bool(config.objective.importance_mask),
         ),
         ignored=config.data.ignore_fields,

@@ -21,6 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_ktr.attribution.counterfactuals import can_shuffle, draw_permutations, shuffle_frames
+from megatron_ktr.sums import Metrics
 from megatron_ktr.types import Prompt, RolloutGroup
 
 SHUFFLED = "shuffled"
@@ -106,6 +107,27 @@ def joined(questions: Sequence[Question], found: Iterable[tuple[int, RolloutGrou
             own = asked_twice[place - len(questions)]
             groups[own] = dataclasses.replace(groups[own], shuffled=answer.rollouts)
     return groups
+
+
+def shuffled_counts(groups: Sequence[RolloutGroup]) -> dict[str, float]:
+    """What the second prompts of a replica's groups cost, to be summed over replicas: prompts that were asked twice,
+    and tokens that were sampled for them."""
+    asked_twice = [group for group in groups if group.shuffled]
+    tokens = sum(len(rollout.token_ids) for group in asked_twice for rollout in group.shuffled)
+    return {"shuffled/prompts": float(len(asked_twice)), "shuffled/tokens": float(tokens)}
+
+
+def shuffled_means(groups: Sequence[RolloutGroup]) -> Metrics:
+    """Means over the responses to shuffled frames, and their share of the tokens sampled."""
+    metrics = Metrics()
+    for group in groups:
+        for rollout in group.shuffled:
+            metrics.add("shuffled/response_length", len(rollout.token_ids))
+            if "accuracy" in rollout.rewards:
+                metrics.add("shuffled/accuracy", rollout.rewards["accuracy"])
+    tokens = shuffled_counts(groups)["shuffled/tokens"]
+    metrics.add("shuffled/token_share", tokens, tokens + sum(group.num_response_tokens for group in groups))
+    return metrics
 
 
 class SecondsAlone:

@@ -193,7 +193,7 @@ def test_responses_to_shuffled_frames_are_written_and_replay_exactly(tmp_path: P
 )
 def test_bad_responses_to_shuffled_frames_are_named_by_line(tmp_path: Path, changes: Any, message: str) -> None:
     path = write_lines(tmp_path / "r.jsonl", [line(**NONE_SHUFFLED), line(**changes)])
-    with pytest.raises(UserError, match=f"record 2.*{message}"):
+    with pytest.raises(UserError, match=f"record 3 .*{message}"):
         ReplayEngine(path, tokenizer=TOKENIZER, required=TEMPORAL)
 
 
