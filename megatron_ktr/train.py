@@ -45,12 +45,12 @@ from megatron_ktr.rollout.build import (
     build_local_source,
     build_sampler,
     build_sampler_check,
+    replica_source,
     require_same_questions,
 )
 from megatron_ktr.rollout.check.sampler import check_line
 from megatron_ktr.rollout.features import build_feature_sender
 from megatron_ktr.rollout.replay import write_rollouts
-from megatron_ktr.rollout.source import ReplicaSource
 from megatron_ktr.run.checkpoint import Checkpoints
 from megatron_ktr.run.directory import RunStart, find_checkpoint, open_run_directory, rollout_file
 from megatron_ktr.run.dry_run.command import dry_run
@@ -156,13 +156,12 @@ def build_trainer(
     policy = Policy(config.model.model, options=options, ranks=ranks, platform=platform, num_steps=num_updates)
     if objective.needs_reference:
         policy.add_reference()
-    source = ReplicaSource(
+    source = replica_source(
+        config,
         local_source,
         ranks=ranks,
         sampler=sampler,
-        lag=config.rollout.lag,
         prepare=build_feature_sender(config.rollout, policy=policy, media=media),
-        samples_steps=config.samples,
     )
     trainer = Trainer(options=StepOptions.of(config), policy=policy, source=source, objective=objective, media=media)
     with same_on_every_rank():

@@ -297,6 +297,7 @@ class Trainer:
         values = self.policy.mean_over_replicas(metrics)
         values["num_prompts"] = self.policy.global_count(len(groups))
         values |= self.policy.sum_over_replicas({"num_skipped": self.source.num_skipped, **self.source.counts})
+        values |= self.source.step_values
         if self.options.num_shuffled:
             values |= self.policy.sum_over_replicas(shuffled_counts(groups))
         values |= self._vision_counts(groups)

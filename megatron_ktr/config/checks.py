@@ -14,7 +14,13 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from megatron_ktr.config import evaluation_rules, pipeline_split, policy_gradient_rules, second_prompt_rules
+from megatron_ktr.config import (
+    evaluation_rules,
+    filter_rules,
+    pipeline_split,
+    policy_gradient_rules,
+    second_prompt_rules,
+)
 from megatron_ktr.config.objective_registry import objective_entry, options_of_others
 from megatron_ktr.config.sections import DataSection, ObjectiveSection
 from megatron_ktr.config.selection_rules import selection_problems
@@ -55,7 +61,7 @@ OBJECTIVE_DEFAULTS = {field.name: field.default for field in dataclasses.fields(
 def check(config: Config) -> None:
     """Raises ``UserError`` with the first rule that ``config`` breaks."""
     training = (_objective, _optimizer, _parallel, _fp8, _frozen_models)
-    sampling = (_rollout, second_prompt_rules.problems, _reward)
+    sampling = (_rollout, second_prompt_rules.problems, _reward, filter_rules.problems)
     for rules in (_required, _data, *sampling, evaluation_rules.problems, *training):
         for problem in rules(config):
             raise UserError(problem)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron_ktr.config import Config
 from megatron_ktr.config.data_sources import DataSource, draws_of_weights
+from megatron_ktr.config.filter_rules import parts_needed
 from megatron_ktr.config.sections import DataSection
 from megatron_ktr.data.frame_cache import FrameCache
 from megatron_ktr.data.loader import PromptLoader
@@ -190,16 +191,21 @@ def media_reader(data: DataSection) -> MediaReader:
 
 
 def _replay_engine(config: Config, *, tokenizer: Tokenizer, vocab_size: int, problems: RecordProblems) -> ReplayEngine:
-    given = {"--length-bonus": config.reward.length_bonus, "--temporal-bonus": config.rollout.temporal_bonus}
-    bonuses = [name for name, bonus in given.items() if bonus]
+    needed = {part: f"{why}: record it" for part, why in parts_needed(config.rollout).items()}
+    for bonus, value in (
+        ("--temporal-bonus", config.rollout.temporal_bonus),
+        ("--length-bonus", config.reward.length_bonus),
+    ):
+        if value:
+            what = bonus.removeprefix("--").replace("-", " ")
+            needed["accuracy"] = f"the {what} goes to correct responses: record it, or set {bonus} 0"
     return ReplayEngine(
         problems.path,
         tokenizer=tokenizer,
         num_generations=config.rollout.num_generations,
         vocab_size=vocab_size,
         required=Required(
-            rewards=("accuracy",) if bonuses else (),
-            because=f"{bonuses[0]} goes to correct responses: record it, or set {bonuses[0]} 0" if bonuses else "",
+            rewards=needed,
             num_shuffled=config.rollout.num_shuffled,
             logprobs=config.objective.importance_sampling != "none" or bool(config.objective.importance_mask),
         ),

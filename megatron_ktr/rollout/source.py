@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal
 
@@ -31,6 +31,7 @@ from megatron_ktr.rewards import DEFAULT_REWARDS, reward_groups
 from megatron_ktr.rollout.base import RolloutEngine
 from megatron_ktr.rollout.sampling import SamplingSettings
 from megatron_ktr.rollout.second_prompt import (
+    SHUFFLED,
     Question,
     SecondPrompt,
     SecondsAlone,
@@ -211,6 +212,11 @@ class ReplicaSource:
         return self._data_wait_seconds
 
     @property
+    def step_values(self) -> Mapping[str, float]:
+        """See ``StepSource``."""
+        return {}
+
+    @property
     def shuffled_seconds(self) -> float:
         """See ``StepSource``."""
         return self._shuffled_seconds
@@ -224,12 +230,7 @@ class ReplicaSource:
         if self._drawn is None:
             return self.from_local(None if self.local is None else self.local.state_dict())
         answered = self._answers(self._drawn) if self.needs_weights and self.lag else []
-        pending: dict[str, list[dict[str, Any]]] = {}
-        for question, group in zip(self._drawn.asked, answered, strict=False):  # ranks that ask nothing have no answers
-            pending[group.prompt.identity] = [_plain(rollout) for rollout in group.rollouts]
-            if question.second is not None:
-                pending[question.second.identity] = [_plain(rollout) for rollout in group.shuffled]
-        return self.from_local({**self._drawn.state_before, "pending": pending})
+        return self.from_local({**self._drawn.state_before, "pending": pending_responses(answered)})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         pending = state.get("pending", {})
@@ -312,6 +313,17 @@ class _Draw:
     state_before: dict[str, Any]
     """The state of the local source before these groups were drawn."""
     answers: Future[list[RolloutGroup]] | None = None
+
+
+def pending_responses(groups: Iterable[RolloutGroup]) -> dict[str, list[dict[str, Any]]]:
+    """The responses of ``groups`` by the identity of the prompt they answer, as a dict that JSON can represent."""
+    pending: dict[str, list[dict[str, Any]]] = {}
+    for group in groups:
+        pending[group.prompt.identity] = [_plain(rollout) for rollout in group.rollouts]
+        if group.shuffled:
+            second = dataclasses.replace(group.prompt, variant=SHUFFLED)
+            pending[second.identity] = [_plain(rollout) for rollout in group.shuffled]
+    return pending
 
 
 def _plain(rollout: Rollout) -> dict[str, Any]:
