@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from megatron_ktr.config import evaluation_rules, pipeline_split
+from megatron_ktr.config import evaluation_rules, pipeline_split, reward_rules
 from megatron_ktr.config.objective_registry import objective_entry, options_of_others
 from megatron_ktr.config.sections import DataSection, ObjectiveSection
 from megatron_ktr.errors import UserError
@@ -54,7 +54,7 @@ OBJECTIVE_DEFAULTS = {field.name: field.default for field in dataclasses.fields(
 def check(config: Config) -> None:
     """Raises ``UserError`` with the first rule that ``config`` breaks."""
     training = (_objective, _optimizer, _parallel, _fp8, _frozen_models)
-    for rules in (_required, _data, _rollout, _reward, evaluation_rules.problems, *training):
+    for rules in (_required, _data, _rollout, reward_rules.problems, evaluation_rules.problems, *training):
         for problem in rules(config):
             raise UserError(problem)
 
@@ -159,34 +159,6 @@ def _offload_during_rollout(config: Config) -> Iterator[str]:
             "--offload-during-rollout needs --lag 0: with --lag 1 responses are sampled while the ranks train, which "
             "needs gradients and optimizer state on the device"
         )
-
-
-def _reward(config: Config) -> Iterator[str]:
-    if config.reward.reward_functions and config.rollout.engine == "replay":
-        yield "--reward-functions is not read by --engine replay: rewards come with the recorded rollouts"
-    if config.reward.answer_protocol != "standard" and config.rollout.engine == "replay":
-        yield "--answer-protocol is not read by --engine replay: rewards come with the recorded rollouts"
-    needs_accuracy = config.reward.length_bonus > 0 and not config.objective.is_supervised
-    if needs_accuracy and not _have_accuracy(config.reward.reward_functions):
-        yield "--length-bonus goes to correct responses: add accuracy to --reward-functions, or set --length-bonus 0"
-    for source in config.data.sources:
-        if source.reward_functions and config.objective.is_supervised:
-            yield f"--data-path: {source.label} names reward_functions, which --objective sft does not read"
-        elif needs_accuracy and not _have_accuracy(source.reward_functions or ()):
-            yield (
-                f"--length-bonus goes to correct responses: add accuracy to the reward_functions of {source.label}, or "
-                "set --length-bonus 0"
-            )
-    if config.reward.length_bonus_min > config.reward.length_bonus_max:
-        yield (
-            f"--length-bonus-min {config.reward.length_bonus_min} exceeds "
-            f"--length-bonus-max {config.reward.length_bonus_max}"
-        )
-
-
-def _have_accuracy(names: Sequence[str]) -> bool:
-    """Whether accuracy is among the reward parts; without names they are the default ones."""
-    return not names or "accuracy" in [name.rpartition(":")[2] for name in names]
 
 
 def _objective(config: Config) -> Iterator[str]:

@@ -35,6 +35,7 @@ FrameRule = Literal["fps", "fixed", "resampled"]
 Engine = Literal["replay", "hf", "vllm_colocated", "vllm_server"]
 WeightTransfer = Literal["auto", "nccl", "directory"]
 AnswerProtocol = Literal["official", "strict", "standard", "lenient"]
+RewardErrorPolicy = Literal["stop", "zero", "skip_group"]
 
 # Objective
 Signal = Literal["entropy", "visual", "temporal"]

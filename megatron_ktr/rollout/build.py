@@ -29,7 +29,7 @@ from megatron_ktr.distributed.platform import current
 from megatron_ktr.distributed.rendezvous import read_number
 from megatron_ktr.errors import UserError, same_on_every_rank
 from megatron_ktr.policy.policy import Policy
-from megatron_ktr.rewards import DEFAULT_REWARDS
+from megatron_ktr.rewards import DEFAULT_REWARDS, Rewarder
 from megatron_ktr.rollout.base import RolloutEngine
 from megatron_ktr.rollout.check.probes import probe_prompts
 from megatron_ktr.rollout.check.sampler import (
@@ -39,7 +39,7 @@ from megatron_ktr.rollout.check.sampler import (
     trainer_logprobs,
     worst_of_replicas,
 )
-from megatron_ktr.rollout.questions import read_questions, rewards_of
+from megatron_ktr.rollout.questions import read_questions, reward_options, rewards_of
 from megatron_ktr.rollout.replay import ReplaySource
 from megatron_ktr.rollout.sampling import SamplingSettings
 from megatron_ktr.rollout.source import ReplicaSource, Sampler
@@ -203,13 +203,13 @@ def _shown_to_engine(config: Config) -> DataSection:
 
 def _rewards_of(config: Config) -> Callable[[RolloutEngine], Sampler]:
     """Adds the run's rewards to an engine, and those of the files that have their own."""
-    sources = config.data.sources
+    sources, rewarder = config.data.sources, Rewarder(reward_options(config))
     if len(sources) == 1:
-        return partial(Sampler, rewards=rewards_of(config, sources[0]), answer_protocol=config.reward.answer_protocol)
+        return partial(Sampler, rewards=rewards_of(config, sources[0]), rewarder=rewarder)
     return partial(
         Sampler,
         rewards=config.reward.reward_functions or DEFAULT_REWARDS,
-        answer_protocol=config.reward.answer_protocol,
+        rewarder=rewarder,
         rewards_of_source={source.label: rewards_of(config, source) for source in sources},
     )
 

@@ -27,7 +27,7 @@ from megatron_ktr.data.source import DatasetSource
 from megatron_ktr.distributed.agreement import on_every_rank
 from megatron_ktr.distributed.collectives import broadcast_object
 from megatron_ktr.distributed.groups import ParallelGroups
-from megatron_ktr.rewards import DEFAULT_REWARDS, reward_groups
+from megatron_ktr.rewards import DEFAULT_REWARDS, Rewarder
 from megatron_ktr.rollout.base import RolloutEngine
 from megatron_ktr.rollout.sampling import SamplingSettings
 from megatron_ktr.types import Prompt, Rollout, RolloutGroup
@@ -39,7 +39,8 @@ class Sampler:
 
     engine: RolloutEngine
     rewards: tuple[str, ...] = DEFAULT_REWARDS
-    answer_protocol: str = "standard"
+    rewarder: Rewarder = dataclasses.field(default_factory=Rewarder)
+    """Computes them."""
     rewards_of_source: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     """The reward parts of the sources of a mixture (``Prompt.source``) that have their own."""
 
@@ -47,14 +48,15 @@ class Sampler:
         """``groups`` with responses and their rewards. A group that a collective engine does not yield on this rank is
         returned unchanged.
 
-        The rewards of a group are computed in a separate thread as soon as its last response is complete.
+        The rewards of a group are computed in a separate thread as soon as its last response is complete, several
+        groups at a time if users' functions have several processes.
         """
         answered = list(groups)
-        with ThreadPoolExecutor(1, thread_name_prefix="rewards") as pool:
+        with ThreadPoolExecutor(self.rewarder.num_threads, thread_name_prefix="rewards") as pool:
             rewarded: dict[int, Future[list[RolloutGroup]]] = {}
             for index, group in self.engine.stream([group.prompt for group in groups], step=step):
                 names = self.rewards_of_source.get(group.prompt.source, self.rewards)
-                rewarded[index] = pool.submit(reward_groups, [group], names=names, protocol=self.answer_protocol)
+                rewarded[index] = pool.submit(self.rewarder.reward, [group], names=names)
             for index, result in rewarded.items():
                 answered[index] = result.result()[0]
         return answered
@@ -220,6 +222,7 @@ class ReplicaSource:
             self.local.close()
         if self.sampler is not None:
             self.sampler.engine.close()
+            self.sampler.rewarder.close()
 
     def _asked(self, groups: list[RolloutGroup]) -> list[RolloutGroup]:
         """``groups`` with the prompts that the engine sees."""
@@ -255,7 +258,9 @@ class ReplicaSource:
     def _share_counts(self) -> None:
         found = None
         if self.local is not None:
-            engine = self.sampler.engine.counts if self.sampler is not None else {}
+            engine = {}
+            if self.sampler is not None:
+                engine = {**self.sampler.engine.counts, **self.sampler.rewarder.take_counts()}
             found = self.local.num_skipped, {**self.local.counts, **engine}, self._seconds_drawing
         self._num_skipped, self._counts, self._data_wait_seconds = self.from_local(found)
 
