@@ -122,14 +122,16 @@ class Rollout:
     text: str = ""
     is_finished: bool = True
     rewards: Mapping[str, float] = field(default_factory=dict)
-    """Named parts of the reward, e.g. {"accuracy": 1.0, "format": 1.0}; their sum is the reward."""
+    """Named parts of the reward, e.g. {"accuracy": 1.0, "format": 1.0}; their weighted sum is the reward."""
+    reward_weights: Mapping[str, float] = field(default_factory=dict)
+    """The weights of parts, where they are not 1."""
     is_trained: tuple[bool, ...] | None = None
     """For each token, whether it may carry loss. It is False in the user's turns of a conversation that was given as
     training data. None: every token may."""
 
     @property
     def reward(self) -> float:
-        return float(sum(self.rewards.values()))
+        return float(sum(self.reward_weights.get(name, 1.0) * value for name, value in self.rewards.items()))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from megatron_ktr.config import (
@@ -19,6 +19,7 @@ from megatron_ktr.config import (
     filter_rules,
     pipeline_split,
     policy_gradient_rules,
+    reward_rules,
     second_prompt_rules,
 )
 from megatron_ktr.config.objective_registry import objective_entry, options_of_others
@@ -61,7 +62,7 @@ OBJECTIVE_DEFAULTS = {field.name: field.default for field in dataclasses.fields(
 def check(config: Config) -> None:
     """Raises ``UserError`` with the first rule that ``config`` breaks."""
     training = (_objective, _optimizer, _parallel, _fp8, _frozen_models)
-    sampling = (_rollout, second_prompt_rules.problems, _reward, filter_rules.problems)
+    sampling = (_rollout, second_prompt_rules.problems, reward_rules.problems, filter_rules.problems)
     for rules in (_required, _data, *sampling, evaluation_rules.problems, *training):
         for problem in rules(config):
             raise UserError(problem)
@@ -167,37 +168,6 @@ def _offload_during_rollout(config: Config) -> Iterator[str]:
             "--offload-during-rollout needs --lag 0: with --lag 1 responses are sampled while the ranks train, which "
             "needs gradients and optimizer state on the device"
         )
-
-
-def _reward(config: Config) -> Iterator[str]:
-    if config.reward.reward_functions and config.rollout.engine == "replay":
-        yield "--reward-functions is not read by --engine replay: rewards come with the recorded rollouts"
-    if config.reward.answer_protocol != "standard" and config.rollout.engine == "replay":
-        yield "--answer-protocol is not read by --engine replay: rewards come with the recorded rollouts"
-    bonuses = {"--length-bonus": config.reward.length_bonus, "--temporal-bonus": config.rollout.temporal_bonus}
-    needs_accuracy = [name for name, bonus in bonuses.items() if bonus and not config.objective.is_supervised]
-    for name in needs_accuracy:
-        if not _have_accuracy(config.reward.reward_functions):
-            yield f"{name} goes to correct responses: add accuracy to --reward-functions, or set {name} 0"
-    for source in config.data.sources:
-        if source.reward_functions and config.objective.is_supervised:
-            yield f"--data-path: {source.label} names reward_functions, which --objective sft does not read"
-        for name in needs_accuracy:
-            if not _have_accuracy(source.reward_functions or ()):
-                yield (
-                    f"{name} goes to correct responses: add accuracy to the reward_functions of {source.label}, or set "
-                    f"{name} 0"
-                )
-    if config.reward.length_bonus_min > config.reward.length_bonus_max:
-        yield (
-            f"--length-bonus-min {config.reward.length_bonus_min} exceeds "
-            f"--length-bonus-max {config.reward.length_bonus_max}"
-        )
-
-
-def _have_accuracy(names: Sequence[str]) -> bool:
-    """Whether accuracy is among the reward parts; without names they are the default ones."""
-    return not names or "accuracy" in [name.rpartition(":")[2] for name in names]
 
 
 def _objective(config: Config) -> Iterator[str]:

@@ -32,7 +32,7 @@ from megatron_ktr.distributed.platform import current
 from megatron_ktr.distributed.rendezvous import read_number
 from megatron_ktr.errors import UserError, same_on_every_rank
 from megatron_ktr.policy.policy import Policy
-from megatron_ktr.rewards import DEFAULT_REWARDS
+from megatron_ktr.rewards import DEFAULT_REWARDS, Rewarder
 from megatron_ktr.rollout.base import RolloutEngine
 from megatron_ktr.rollout.check.probes import probe_prompts
 from megatron_ktr.rollout.check.sampler import (
@@ -43,7 +43,7 @@ from megatron_ktr.rollout.check.sampler import (
     worst_of_replicas,
 )
 from megatron_ktr.rollout.filtering import FilterRule
-from megatron_ktr.rollout.questions import read_questions, rewards_of
+from megatron_ktr.rollout.questions import read_questions, reward_options, rewards_of
 from megatron_ktr.rollout.refill import FilteredSource
 from megatron_ktr.rollout.replay import ReplaySource
 from megatron_ktr.rollout.sampling import SamplingSettings
@@ -250,19 +250,14 @@ def _shown_to_engine(config: Config) -> DataSection:
 
 def _rewards_of(config: Config) -> Callable[[RolloutEngine], Sampler]:
     """Adds the run's rewards to an engine, and those of the files that have their own."""
-    sources, second = config.data.sources, _second_prompt(config)
+    sources, second, rewarder = config.data.sources, _second_prompt(config), Rewarder(reward_options(config))
     if len(sources) == 1:
-        return partial(
-            Sampler,
-            rewards=rewards_of(config, sources[0]),
-            answer_protocol=config.reward.answer_protocol,
-            second=second,
-        )
+        return partial(Sampler, rewards=rewards_of(config, sources[0]), rewarder=rewarder, second=second)
     return partial(
         Sampler,
         second=second,
         rewards=config.reward.reward_functions or DEFAULT_REWARDS,
-        answer_protocol=config.reward.answer_protocol,
+        rewarder=rewarder,
         rewards_of_source={source.label: rewards_of(config, source) for source in sources},
     )
 

@@ -25,7 +25,7 @@ from megatron_ktr.data.store.check import Clips, check_store, clips_of
 from megatron_ktr.data.store.record_store import RecordRules, RecordStore, open_store
 from megatron_ktr.data.tokenizer import Tokenizer
 from megatron_ktr.errors import UserError
-from megatron_ktr.rewards import DEFAULT_REWARDS, READS_PROBLEM_TYPE, load_rewards
+from megatron_ktr.rewards import DEFAULT_REWARDS, RewardOptions, load_rewards, reads_problem_type
 from megatron_ktr.rollout.replay import ReplayEngine, Required
 
 _log = logging.getLogger(__name__)
@@ -145,12 +145,12 @@ def _check(
     command = f"python tools/prepare_dataset.py validate {given.path} --media-root {_media_root(config, given)}"
     problems = RecordProblems("data_path", Path(given.path), remedy=f"all of them: {command}")
     names = () if config.objective.is_supervised else rewards_of(config, given)
-    load_rewards(names)  # raises UserError for an unknown name
+    load_rewards(names, options=reward_options(config))  # raises UserError for an unknown name
     clips = check_store(
         store,
         problems=problems,
         loader=loader,
-        rewards=[name for name in names if name in READS_PROBLEM_TYPE],
+        rewards=[name for name in names if reads_problem_type(name)],
         is_spokesman=is_spokesman,
     )
     left_out = problems.settle(len(store), max_share=config.data.max_skip_share, is_spokesman=is_spokesman)
@@ -164,6 +164,11 @@ def _check(
 def rewards_of(config: Config, given: DataSource) -> tuple[str, ...]:
     """The reward parts of the responses to the questions of one file."""
     return given.reward_functions or config.reward.reward_functions or DEFAULT_REWARDS
+
+
+def reward_options(config: Config) -> RewardOptions:
+    """What the rewards of the run read of its options."""
+    return RewardOptions(config.reward, config.rollout.max_response_length)
 
 
 def draws_of(sources: Sequence[DataSource], num_records: Sequence[int]) -> Sequence[int]:
