@@ -28,6 +28,7 @@ import xxhash
 
 from megatron_ktr.data.loader import PromptLoader
 from megatron_ktr.data.mixture import MixtureOrder, RecordSource
+from megatron_ktr.data.order import LengthBuckets
 from megatron_ktr.data.records import Record, digest_of_records
 from megatron_ktr.data.skips import SkipCounter
 from megatron_ktr.data.unusable import UnusableSample
@@ -66,9 +67,11 @@ class PromptDataset:
         size: int = 1,
         skips: SkipCounter | None = None,
         left_out: Collection[int] = (),
+        buckets: LengthBuckets | None = None,
     ) -> None:
         """``left_out`` are indices of ``records`` that are passed over. They keep their place in the sequence. So the
         order of the others, and the place where a resumed run continues, do not depend on which records are usable now.
+        It does with ``buckets``, which give every step records of nearly the same length (``BucketedOrder``).
         """
         if not 0 <= rank < size:
             raise ValueError(f"expected a data-parallel rank in [0, {size}), got {rank}")
@@ -85,6 +88,7 @@ class PromptDataset:
         self._ahead: LookAhead[Element] | None = None
         self._prefetch_steps = 0
         self._more_counts: list[Callable[[], Mapping[str, int]]] = []
+        self._buckets = buckets
         self._use((RecordSource(records, loader, left_out),))
 
     @classmethod
@@ -104,6 +108,7 @@ class PromptDataset:
             [len(source.records) for source in sources],
             seed=self.seed,
             shuffle=self.shuffle,
+            buckets=self._buckets,
         )
 
     @property
@@ -219,6 +224,8 @@ class PromptDataset:
             "skips": self.skips.state_dict(),
             "counts": dict(self.loader.counts),
         }
+        if self._buckets is not None:
+            state["lengths_digest"] = self.lengths_digest
         if self.is_mixture:
             return state | {"mixture": self._mixture, "num_given": self._num_given()}
         return state | {"rewards": self._mixture[0][1]}
@@ -254,6 +261,12 @@ class PromptDataset:
                     f"resume: the data position was saved with {name} = {state[name]}, this run has {value}"
                 )
         self._require_same_content(state)
+        if state.get("lengths_digest", "") != self.lengths_digest:
+            raise UserError(
+                "resume: the lengths of the records, by which --length-buckets orders them, are not those of the saved "
+                "run: media were exchanged, or became readable or unreadable (records left out count too); restore "
+                "them, or start anew from the export"
+            )
         self.position = int(state["position"])
         self.skips.load_state_dict(state["skips"])
         self.loader.counts.clear()
@@ -278,6 +291,11 @@ class PromptDataset:
         return _together(
             xxhash.xxh3_128(np.packbits(source.is_left_out).tobytes()).hexdigest() for source in self.sources
         )
+
+    @property
+    def lengths_digest(self) -> str:
+        """A digest of the lengths by which records are ordered; empty where they are not."""
+        return "" if self._buckets is None else self._buckets.digest
 
     def _require_same_content(self, state: Mapping[str, Any]) -> None:
         if "records_digest" not in state:

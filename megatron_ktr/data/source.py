@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_ktr.data.dataset import PromptDataset
-from megatron_ktr.data.media.request import media_sources
-from megatron_ktr.data.reply import build_reply
-from megatron_ktr.types import Prompt, RolloutGroup
+from megatron_ktr.data.reply import reply_group
+from megatron_ktr.types import RolloutGroup
 
 
 class DatasetSource:
@@ -48,9 +47,5 @@ class SupervisedSource(DatasetSource):
     (``data/reply.py``)."""
 
     def next(self, num_prompts: int) -> list[RolloutGroup]:
-        return [self._group(prompt) for prompt in self.dataset.next(num_prompts)]
-
-    def _group(self, prompt: Prompt) -> RolloutGroup:
-        kinds = [source.kind for source in media_sources(prompt.record)]
-        builder = self.dataset.loader_of(prompt).builder
-        return RolloutGroup(prompt, (build_reply(prompt.record, kinds=kinds, builder=builder),))
+        prompts = self.dataset.next(num_prompts)
+        return [reply_group(prompt, builder=self.dataset.loader_of(prompt).builder) for prompt in prompts]

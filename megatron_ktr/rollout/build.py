@@ -17,6 +17,9 @@ from megatron_ktr.config import Config
 from megatron_ktr.config.part_options import row_multiple
 from megatron_ktr.config.sections import DataSection
 from megatron_ktr.data.dataset import PromptDataset
+from megatron_ktr.data.lengths import record_lengths
+from megatron_ktr.data.mixture import RecordSource
+from megatron_ktr.data.order import LengthBuckets
 from megatron_ktr.data.skips import SkipCounter
 from megatron_ktr.data.source import DatasetSource, SupervisedSource
 from megatron_ktr.data.template import PromptBuilder, VisualTokens
@@ -68,6 +71,7 @@ def build_local_source(
         rank=ranks.data_rank,
         size=ranks.data_size,
         skips=SkipCounter(max_skip_share=data.max_skip_share),
+        buckets=_length_buckets(config, questions.sources[0], is_spokesman=ranks.data_rank == 0),
     )
     dataset.count_too(questions.sources[0].loader.reader.counts)
     if (pool := worker_pool(data)) is not None:
@@ -75,6 +79,20 @@ def build_local_source(
     if questions.engine is not None:
         return ReplaySource(dataset, engine=questions.engine)
     return SupervisedSource(dataset) if config.objective.is_supervised else DatasetSource(dataset)
+
+
+def _length_buckets(config: Config, source: RecordSource, *, is_spokesman: bool) -> LengthBuckets | None:
+    """What ``--length-buckets`` orders the records of the only file by; None without it."""
+    if not config.data.length_buckets:
+        return None
+    ranks_here = read_number("LOCAL_WORLD_SIZE", low=1, high=2**20, default=1)
+    lengths = record_lengths(source, jobs=max(1, num_cores() // ranks_here), is_spokesman=is_spokesman)
+    return LengthBuckets(
+        lengths,
+        source.is_left_out,
+        num_buckets=config.data.length_buckets,
+        step_size=config.trainer.prompts_per_step,
+    )
 
 
 def require_same_questions(local: DatasetSource | None, *, ranks: ParallelGroups) -> None:
@@ -87,7 +105,8 @@ def require_same_questions(local: DatasetSource | None, *, ranks: ParallelGroups
     """
     first, *others = [one for one in gather_objects(_about(local), group=ranks.world) if one is not None]
     for replica, other in enumerate(others, start=1):
-        what = "records" if other[0] != first[0] else "wordings" if other[1] != first[1] else ""
+        parts = {"records": 0, "wordings": 1, "lengths of records": 4}
+        what = next((name for name, part in parts.items() if other[part] != first[part]), "")
         if what:
             with same_on_every_rank():
                 raise UserError(
@@ -104,12 +123,13 @@ def require_same_questions(local: DatasetSource | None, *, ranks: ParallelGroups
             )
 
 
-def _about(local: DatasetSource | None) -> tuple[str, str, str, int] | None:
-    """(digest of the records, of the wordings, of what is left out, number of prompts of an epoch) on reading ranks."""
+def _about(local: DatasetSource | None) -> tuple[str, str, str, int, str] | None:
+    """(digest of the records, of the wordings, of what is left out, number of prompts of an epoch, digest of the
+    lengths) on reading ranks."""
     if local is None:
         return None
     data = local.dataset
-    return data.records_digest, data.wording_digest, data.left_out_digest, data.num_kept
+    return data.records_digest, data.wording_digest, data.left_out_digest, data.num_kept, data.lengths_digest
 
 
 def worker_pool(data: DataSection) -> WorkerPool | None:
