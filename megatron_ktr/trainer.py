@@ -15,6 +15,7 @@ and rewarded). Objectives say which views they need, and turn scores into per-to
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from megatron_ktr.accounting.rates import step_rates
-from megatron_ktr.batch.micro_batch import Denominators, MicroBatch, UpdateResult
+from megatron_ktr.batch.micro_batch import MicroBatch, UpdateResult
 from megatron_ktr.batch.packing import MediaSpec
 from megatron_ktr.config.part_options import StepOptions
 from megatron_ktr.config.run_length import num_steps_of
@@ -38,7 +39,7 @@ from megatron_ktr.run.metrics import PhaseTimer
 from megatron_ktr.step.plan import StepBatching
 from megatron_ktr.step.scoring import ScoringPasses
 from megatron_ktr.sums import Metrics
-from megatron_ktr.types import ResponseSelection, RolloutGroup, TokenScores, TokenStreams
+from megatron_ktr.types import BatchFacts, ResponseSelection, RolloutGroup, TokenScores, TokenStreams
 
 
 @dataclass(frozen=True)
@@ -98,11 +99,12 @@ class Trainer:
         with self.timer.phase("score"):
             micro_batches = self.scoring.with_counterfactuals(micro_batches, step=step)
             micro_batches = self.scoring.with_reference(micro_batches)
-            micro_batches = self.scoring.with_selection(micro_batches)
-            denominators = self._denominators(micro_batches)
+            facts = self._facts(micro_batches, step=step)
+            micro_batches = self.scoring.with_selection(micro_batches, facts)
+            facts = self._with_num_tokens(facts, micro_batches)
         with self.timer.phase("update"):
             results = [
-                self.policy.update(micro_batches, objective=self.objective, denominators=denominators)
+                self.policy.update(micro_batches, objective=self.objective, facts=facts)
                 for _ in range(self.options.objective.updates_per_rollout)
             ]
         return self._report(step, groups, results=results)
@@ -186,16 +188,20 @@ class Trainer:
         policy.platform.set_rng_state(state)
         return {**(values or {}), **self.timer.pop()}
 
-    def _denominators(self, micro_batches: Sequence[MicroBatch]) -> Denominators:
-        """The counts that losses are divided by. They are taken over all micro-batches and replicas before the first
-        forward, so that the losses of micro-batches and ranks simply add up."""
+    def _facts(self, micro_batches: Sequence[MicroBatch], *, step: int) -> BatchFacts:
+        """What the update knows about the global batch before key tokens are chosen."""
         num_responses = self.policy.global_count(sum(item.batch.num_responses for item in micro_batches))
+        return BatchFacts(num_responses=round(num_responses), step=step, seed=self.options.trainer.seed)
+
+    def _with_num_tokens(self, facts: BatchFacts, micro_batches: Sequence[MicroBatch]) -> BatchFacts:
+        """``facts`` with the number of tokens that the loss is divided by. It is counted over all micro-batches and
+        replicas before the first forward, so that the losses of micro-batches and ranks simply add up."""
         if self.options.objective.loss_aggregation == "sequence":
-            return Denominators(num_responses=round(num_responses))
-        num_tokens = sum(self.objective.num_loss_tokens(item.batch, item.is_selected_R or {}) for item in micro_batches)
+            return facts
+        num_tokens = sum(self.objective.num_loss_tokens(item.batch, item.selection) for item in micro_batches)
         # Only the last pipeline stage knows the selection, and only the last stage reads this count. The sum therefore
         # runs over the data-parallel ranks of each stage alone.
-        return Denominators(num_responses=round(num_responses), num_tokens=round(self.policy.global_count(num_tokens)))
+        return dataclasses.replace(facts, num_tokens=round(self.policy.global_count(num_tokens)))
 
     def _anything_to_learn(self, groups: Sequence[RolloutGroup]) -> bool:
         """False only if it is certain that no group of any replica has a gradient; then no pass is worth running.
@@ -203,11 +209,7 @@ class Trainer:
         True is no promise: a length bonus, for example, is known after selection at the earliest. The update itself
         decides in the end.
         """
-        objective = self.objective
-        if not objective.learns_from_rewards or objective.needs_reference or self.options.has_length_bonus:
-            return True
-        uneven = sum(1 for group in groups if len({rollout.reward for rollout in group.rollouts}) > 1)
-        return self.policy.global_count(uneven) > 0
+        return self.policy.global_count(float(self.objective.may_have_gradient(groups))) > 0
 
     def _report(self, step: int, groups: Sequence[RolloutGroup], *, results: Sequence[UpdateResult]) -> StepReport:
         result = results[-1] if results else None

@@ -31,7 +31,7 @@ Flow of one step (``trainer.py``):
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -41,8 +41,9 @@ from torch import Tensor
 from megatron_ktr.sums import Metrics
 from megatron_ktr.transfer import send
 
-View = Literal["intact", "hidden", "shuffled"]
-VIEWS: tuple[View, ...] = get_args(View)
+View = str
+"""The name of one way of showing a prompt: ``INTACT``, or a counterfactual view."""
+INTACT: View = "intact"
 MediaKind = Literal["image", "video"]
 MEDIA_KINDS: tuple[MediaKind, ...] = get_args(MediaKind)
 
@@ -244,12 +245,11 @@ class TokenScores:
 
     policy_logprob_R: Tensor
     entropy_R: Tensor | None = None
-    hidden_logprob_R: Tensor | None = None
-    shuffled_logprob_R: Tensor | None = None
-    hidden_kl_R: Tensor | None = None
-    """KL(p_intact || p_hidden) over the whole vocabulary; only for ``shift: kl``."""
-    shuffled_kl_R: Tensor | None = None
-    """KL(p_intact || p_shuffled) over the whole vocabulary; only for ``shift: kl``."""
+    logprob_of_view: Mapping[View, Tensor] = field(default_factory=dict)
+    """Log-probs [R] of the same tokens in each counterfactual view."""
+    kl_of_view: Mapping[View, Tensor] = field(default_factory=dict)
+    """KL(p_intact || p_view) [R] over the whole vocabulary; only where the objective compares whole distributions
+    (``Objective.needs_kl``)."""
     divergence_R: Tensor | None = None
     """The divergence between the G next-token distributions at the token's position in its group
     (``ops/group_divergence.py``). It has a gradient if the objective asks for one (``needs_divergence_gradient``)."""
@@ -266,10 +266,67 @@ class TokenScores:
 
 
 @dataclass(frozen=True)
+class ScoredBatch:
+    """One micro-batch with everything that is known about its tokens: what an objective computes streams from."""
+
+    batch: PackedBatch
+    """The intact view, on any device."""
+    scores: TokenScores
+    groups: Sequence[RolloutGroup]
+    """The groups packed in ``batch``, in order, with rewards."""
+
+    @property
+    def response_R(self) -> Tensor:
+        """int64 [R]: index of each token's response in the batch, on the device of the scores."""
+        return send(self.batch.response_R, self.scores.policy_logprob_R.device)
+
+    @property
+    def group_R(self) -> Tensor:
+        """int64 [R]: index of each token's group in the batch, on the device of the scores."""
+        return send(self.batch.group_R, self.scores.policy_logprob_R.device)
+
+    @property
+    def num_groups(self) -> int:
+        return len(self.batch.layout.groups)
+
+
+@dataclass(frozen=True)
+class BatchFacts:
+    """What one update knows about the global batch, over all micro-batches and replicas; the same on every rank."""
+
+    num_responses: int
+    num_tokens: int | None = None
+    """The number of tokens that the loss is divided by; None for a mean over responses, or if not known yet."""
+    step: int = 0
+    seed: int = 0
+    """The run's seed. What is drawn at random depends on seed, step and the prompt's identity alone."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which tokens of one micro-batch carry the loss, and how much; the result of ``Objective.select``."""
+
+    is_key_R: Tensor
+    """bool [R]: the key tokens."""
+    by_signal: Mapping[str, Tensor] = field(default_factory=dict)
+    """bool [R] by name of the signal: the tokens that each signal alone selects."""
+    weight_R: Tensor | None = None
+    """fp32 [R]: a constant factor of each token's whole weight in the loss; None: 1."""
+    advantage_factor_R: Tensor | None = None
+    """fp32 [R]: a constant factor of each token's advantage alone; None: 1."""
+    metrics: Metrics = field(default_factory=Metrics)
+
+    @classmethod
+    def union(cls, by_signal: Mapping[str, Tensor]) -> Selection:
+        """The tokens that any signal selects."""
+        return cls(torch.stack(list(by_signal.values())).any(dim=0), by_signal)
+
+
+@dataclass(frozen=True)
 class TokenStreams:
     """What an objective hands to the loss; the policy consumes these without knowing the algorithm.
 
-    loss = -sum_r weight_R[r] * (ratio_r * advantage_R[r] - kl_beta * k3_r)
+    loss = -sum_r weight_R[r] * (ratio_r * advantage_R[r] - kl_beta * k3_r)        GRPO; others: objectives/loss.py
 
     ``weight_R`` already contains mask, per-response denominator and the global denominator, so that summing
     the loss over micro-batches and data-parallel ranks gives the loss of the global batch.
@@ -285,6 +342,11 @@ class TokenStreams:
     is_selected_R: Mapping[str, Tensor] = field(default_factory=dict)
     """bool [R] by name of the signal: the tokens that the signal selected. If signals are used, the union of them is
     ``is_key_token_R``."""
+    response_R: Tensor | None = None
+    """int64 [R]: index of each token's response in the micro-batch, on the device of the scores; read by losses that
+    work by response."""
+    num_responses: int = 0
+    """The number of responses that ``response_R`` counts."""
     metrics: Metrics = field(default_factory=Metrics)
     """Numbers that the objective counted along the way; the loss passes them on."""
 

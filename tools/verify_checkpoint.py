@@ -47,7 +47,7 @@ logging.getLogger("megatron").setLevel(logging.ERROR)
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from megatron_ktr.batch.micro_batch import Denominators, MicroBatch  # noqa: E402
+from megatron_ktr.batch.micro_batch import MicroBatch  # noqa: E402
 from megatron_ktr.batch.packing import pack_groups  # noqa: E402
 from megatron_ktr.config import Config, config_from_values  # noqa: E402
 from megatron_ktr.config.part_options import ModelOptions, PolicyOptions  # noqa: E402
@@ -80,7 +80,7 @@ from megatron_ktr.files.torch_dist_files import TorchDistReader  # noqa: E402
 from megatron_ktr.ops.main_grad import main_gradient  # noqa: E402
 from megatron_ktr.policy.policy import Policy  # noqa: E402
 from megatron_ktr.run.preflight import parallel_sizes  # noqa: E402
-from megatron_ktr.types import PackedBatch, RolloutGroup, VisualInput  # noqa: E402
+from megatron_ktr.types import BatchFacts, PackedBatch, RolloutGroup, VisualInput  # noqa: E402
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig  # noqa: E402
 from models.qwen2_5_vl.conversion import export_hf_tensors  # noqa: E402
 from models.qwen2_5_vl.dist_checkpoint import locate_tensors  # noqa: E402
@@ -308,7 +308,7 @@ def _forward_backward(policy: Policy, group: RolloutGroup, batch: PackedBatch) -
     result = policy.backward(
         [MicroBatch((group,), batch)] * num_copies,
         objective=LogprobSum(),
-        denominators=Denominators(num_responses=policy.ranks.data_size * num_copies),
+        facts=BatchFacts(num_responses=policy.ranks.data_size * num_copies),
     )
     return policy.from_last_stage(result.scores[0].policy_logprob_R.cpu() if result.scores else None)
 

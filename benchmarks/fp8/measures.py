@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from megatron_ktr.attribution.signals import SIGNALS
-from megatron_ktr.objectives.base import union_of
-from megatron_ktr.types import TokenScores
+from megatron_ktr.types import INTACT, Selection, TokenScores, View
 
-VIEWS = {"intact": "policy_logprob_R", "hidden": "hidden_logprob_R", "shuffled": "shuffled_logprob_R"}
+VIEWS: tuple[View, ...] = (INTACT, "hidden", "shuffled")
 LOST = 0.5
 """A row of a gradient whose relative error is at least this counts as lost; nearest rounding of normal numbers stays
 below 0.07 in e4m3 and 0.13 in e5m2."""
@@ -45,21 +44,25 @@ class Observed:
     NaN where that is 0."""
 
 
+def _logprob(scores: TokenScores, view: View) -> Tensor:
+    return scores.policy_logprob_R if view == INTACT else scores.logprob_of_view[view]
+
+
 def compare(found: Observed, reference: Observed) -> dict[str, Value]:
     """Changes of log-probs and scores in nats, agreement of key tokens, similarity of gradients.
 
     Agreement is tokens that both choose / tokens that either chooses (Jaccard); None where neither chooses any.
     """
     result: dict[str, Value] = {}
-    for view, name in VIEWS.items():
-        pairs = [(getattr(one, name), getattr(other, name)) for one, other in _pairs(found.scores, reference.scores)]
+    for view in VIEWS:
+        pairs = [(_logprob(one, view), _logprob(other, view)) for one, other in _pairs(found.scores, reference.scores)]
         result |= _change(f"logprob_error_{view}", pairs)
     for signal in SIGNALS:
         pairs = [(one[signal], other[signal]) for one, other in _pairs(found.signal_scores, reference.signal_scores)]
         result |= _change(f"score_change_{signal}", pairs)
         chosen = [(one[signal], other[signal]) for one, other in _pairs(found.chosen, reference.chosen)]
         result[f"agreement_{signal}"] = agreement(chosen)
-    unions = [(union_of(one), union_of(other)) for one, other in _pairs(found.chosen, reference.chosen)]
+    unions = [tuple(Selection.union(of).is_key_R for of in pair) for pair in _pairs(found.chosen, reference.chosen)]
     result["agreement_union"] = agreement(unions)
     result["gradient_cosine"] = cosine(found.gradients, reference.gradients)
     if found.gradients_same_tokens and reference.gradients_same_tokens:

@@ -14,13 +14,13 @@ from torch import Tensor
 from benchmarks.fp8.emulation import Emulation, Recipe, language_linears
 from benchmarks.fp8.measures import Gradients, Observed
 from megatron_ktr.attribution.signals import SIGNALS, signal_applies, signal_scores
-from megatron_ktr.batch.micro_batch import Denominators, MicroBatch
+from megatron_ktr.batch.micro_batch import MicroBatch
 from megatron_ktr.config import Config
 from megatron_ktr.config.part_options import StepOptions
 from megatron_ktr.objectives import build_objective
 from megatron_ktr.policy.policy import Policy
 from megatron_ktr.step.scoring import ScoringPasses
-from megatron_ktr.types import RolloutGroup, TokenScores, TokenStreams
+from megatron_ktr.types import BatchFacts, RolloutGroup, Selection, TokenScores, TokenStreams
 
 Parts = Sequence[Sequence[RolloutGroup]]
 """Groups by micro-batch."""
@@ -85,7 +85,10 @@ class Step:
     ) -> Observed:
         for product in emulation.products.values() if emulation else ():
             product.row_errors = []
-        chosen = [dataclasses.replace(i, is_selected_R=c) for i, c in zip(items, choice.chosen, strict=True)]
+        chosen = [
+            dataclasses.replace(item, selection=Selection.union(masks))
+            for item, masks in zip(items, choice.chosen, strict=True)
+        ]
         with everywhere():
             _, _, gradients = self._backward(chosen)
         rows = zip(self._row_gradients, items, strict=True)
@@ -124,7 +127,7 @@ class Step:
     def _backward(self, items: list[MicroBatch]) -> tuple[Sequence[TokenScores], Sequence[TokenStreams], dict]:
         self._row_gradients.clear()
         count = sum(item.batch.num_responses for item in items)
-        result = self.policy.backward(items, objective=self.objective, denominators=Denominators(num_responses=count))
+        result = self.policy.backward(items, objective=self.objective, facts=BatchFacts(num_responses=count))
         gradients = {name: p.main_grad.float().clone() for name, p in self.model.named_parameters()}
         return result.scores, result.streams, gradients
 

@@ -24,7 +24,7 @@ import torch
 from benchmarks.gpu_suite.common import Part, Skipped, group_of, leave_kernels_untuned, release, step_config
 from benchmarks.gpu_suite.smoke import checked
 from benchmarks.step.ours import save_random_model
-from megatron_ktr.batch.micro_batch import Denominators, MicroBatch
+from megatron_ktr.batch.micro_batch import MicroBatch
 from megatron_ktr.config.part_options import PolicyOptions, StepOptions
 from megatron_ktr.data.media.preprocess import PreprocessSettings
 from megatron_ktr.distributed.groups import ParallelGroups, ParallelSizes, destroy_parallel, init_parallel
@@ -33,6 +33,7 @@ from megatron_ktr.errors import UserError
 from megatron_ktr.objectives import build_objective
 from megatron_ktr.policy.policy import Policy
 from megatron_ktr.step.scoring import ScoringPasses
+from megatron_ktr.types import BatchFacts
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.layer_specs import resolve_transformer_impl
 from models.qwen2_5_vl.media import media_spec
@@ -148,7 +149,7 @@ def step_numbers(
         logprobs[f"entropy, {view}"] = statistics.entropy_R.float().cpu()
     (item,) = scoring.with_reference([MicroBatch((group,), batches["intact"])])
     logprobs["reference"] = item.reference_logprob_R.float().cpu()
-    result = policy.backward([item], objective=objective, denominators=Denominators(num_responses=len(group.rollouts)))
+    result = policy.backward([item], objective=objective, facts=BatchFacts(num_responses=len(group.rollouts)))
     gradients = {
         name: tensor.float().cpu().clone()
         for name, tensor in policy.export(tensor_of=lambda parameter: getattr(parameter, "main_grad", None))

@@ -38,7 +38,7 @@ from megatron_ktr.accounting.layout import Layout
 from megatron_ktr.accounting.memory import BytesBeside, estimate_memory
 from megatron_ktr.accounting.saved import TORCH_GPU
 from megatron_ktr.accounting.work import GroupWork, StepSettings
-from megatron_ktr.batch.micro_batch import Denominators, MicroBatch
+from megatron_ktr.batch.micro_batch import MicroBatch
 from megatron_ktr.config.part_options import PolicyOptions, StepOptions
 from megatron_ktr.data.media.preprocess import PreprocessSettings
 from megatron_ktr.data.random_groups import FixedSource
@@ -46,7 +46,7 @@ from megatron_ktr.distributed.groups import ParallelGroups, ParallelSizes, init_
 from megatron_ktr.objectives import build_objective
 from megatron_ktr.step.scoring import ScoringPasses
 from megatron_ktr.trainer import Trainer
-from megatron_ktr.types import RolloutGroup
+from megatron_ktr.types import BatchFacts, RolloutGroup
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.layer_specs import resolve_transformer_impl
 from models.qwen2_5_vl.media import media_spec
@@ -177,7 +177,7 @@ def _build_passes(
 
     def update() -> None:
         policy.vision.after_step()
-        policy.backward([item], objective=objective, denominators=Denominators(num_responses=NUM_RESPONSES))
+        policy.backward([item], objective=objective, facts=BatchFacts(num_responses=NUM_RESPONSES))
 
     settings = StepSettings(has_streamed_head=False, has_reference=True)
     flops = count_step(model_config, [GroupWork.of(group, config=model_config)], settings=settings)

@@ -37,6 +37,7 @@ sys.path.insert(0, str(REPOSITORY))
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from megatron_ktr.attribution.key_tokens import KeyTokens  # noqa: E402
 from megatron_ktr.attribution.signals import SIGNALS, VIEW_OF_SIGNAL, Signal, signal_applies, signal_scores  # noqa: E402
 from megatron_ktr.batch.micro_batch import MicroBatch  # noqa: E402
 from megatron_ktr.batch.packing import plan_micro_batches  # noqa: E402
@@ -51,13 +52,11 @@ from megatron_ktr.distributed.platform import start  # noqa: E402
 from megatron_ktr.errors import UserError, run_cli  # noqa: E402
 from megatron_ktr.files.json_files import to_json  # noqa: E402
 from megatron_ktr.objectives import build_objective  # noqa: E402
-from megatron_ktr.objectives.base import union_of  # noqa: E402
-from megatron_ktr.objectives.video_ktr import VideoKTR  # noqa: E402
 from megatron_ktr.policy.policy import Policy  # noqa: E402
 from megatron_ktr.rollout.build import build_local_source, build_sampler  # noqa: E402
 from megatron_ktr.rollout.source import ReplicaSource  # noqa: E402
 from megatron_ktr.step.scoring import ScoringPasses  # noqa: E402
-from megatron_ktr.types import RolloutGroup, TokenScores  # noqa: E402
+from megatron_ktr.types import BatchFacts, RolloutGroup, ScoredBatch, Selection, TokenScores  # noqa: E402
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig  # noqa: E402
 from models.qwen2_5_vl.media import media_spec  # noqa: E402
 
@@ -183,13 +182,13 @@ class OfGroup:
         return float(chosen.min()) if len(chosen) else None
 
 
-def measure(scored: Sequence[Scored], objective: VideoKTR) -> dict[str, float | None]:
+def measure(scored: Sequence[Scored], selection: KeyTokens) -> dict[str, float | None]:
     """Agreement by signal and of the union, and shares, thresholds and noise that explain it."""
     result: dict[str, float | None] = {}
     for signal, view in VIEW_OF_SIGNAL.items():
-        groups = list(_groups(scored, objective, signal))
+        groups = list(_groups(scored, selection, signal))
         clear = [group for group in groups if group.is_clear]
-        logprobs = [torch.cat([getattr(s.scores[name], f"{view}_logprob_R") for s in scored]) for name in PRECISIONS]
+        logprobs = [torch.cat([s.scores[name].logprob_of_view[view] for s in scored]) for name in PRECISIONS]
         noise_R = (logprobs[0] - logprobs[1]).abs()
         noise_R = noise_R[noise_R.isfinite()]
         result |= {
@@ -201,7 +200,9 @@ def measure(scored: Sequence[Scored], objective: VideoKTR) -> dict[str, float | 
             f"noise_{signal}_median": float(noise_R.median()),
             f"noise_{signal}_mean": float(noise_R.mean()),
         }
-    unions = [{name: union_of(masks) for name, masks in _chosen(part, objective).items()} for part in scored]
+    unions = [
+        {name: Selection.union(masks).is_key_R for name, masks in _chosen(part, selection).items()} for part in scored
+    ]
     share = torch.cat([union["fp32"] for union in unions]).float().mean()
     return {**result, "agreement_union": _agreement(unions), "share_union": float(share)}
 
@@ -217,17 +218,19 @@ def _agreement(chosen: Sequence[Mapping[str, Tensor]]) -> float | None:
     return both / either if either else None
 
 
-def _chosen(part: Scored, objective: VideoKTR) -> dict[str, dict[str, Tensor]]:
+def _chosen(part: Scored, selection: KeyTokens) -> dict[str, dict[str, Tensor]]:
     """bool [R] by precision and signal."""
     item = part.item
-    return {name: objective.select_tokens(item.batch, part.scores[name], item.groups) for name in PRECISIONS}
+    items = [ScoredBatch(item.batch, part.scores[name], item.groups) for name in PRECISIONS]
+    chosen = selection.select(items, BatchFacts(num_responses=item.batch.num_responses))
+    return {name: dict(found.by_signal) for name, found in zip(PRECISIONS, chosen, strict=True)}
 
 
-def _groups(scored: Sequence[Scored], objective: VideoKTR, signal: Signal) -> Iterator[OfGroup]:
+def _groups(scored: Sequence[Scored], selection: KeyTokens, signal: Signal) -> Iterator[OfGroup]:
     for part in scored:
-        batch, groups, chosen = part.item.batch, part.item.groups, _chosen(part, objective)
+        batch, groups, chosen = part.item.batch, part.item.groups, _chosen(part, selection)
         applies_R = signal_applies(batch, groups, signals=[signal])
-        score_R = signal_scores(part.scores["fp32"], applies_R=applies_R, shift=objective.shift)[signal]
+        score_R = signal_scores(part.scores["fp32"], applies_R=applies_R, shift=selection.shift)[signal]
         for index in range(len(groups)):
             is_mine_R = batch.group_R == index
             yield OfGroup(score_R[is_mine_R], {name: chosen[name][signal][is_mine_R] for name in PRECISIONS})
@@ -249,7 +252,7 @@ def measure_at(num_preamble: int, root: Path, model: Path, *, options: argparse.
     destroy_parallel()
     prompts = [len(group.prompt.token_ids) for part in scored for group in part.item.groups]
     results = {
-        f"{shift}, {ratio:g}": measure(scored, VideoKTR(shift=shift, selection_ratio=dict.fromkeys(SIGNALS, ratio)))
+        f"{shift}, {ratio:g}": measure(scored, KeyTokens(shift=shift, selection_ratio=dict.fromkeys(SIGNALS, ratio)))
         for shift in SHIFTS
         for ratio in RATIOS
     }

@@ -54,7 +54,7 @@ def select_key_tokens(
     num_groups: int,
     like_release: bool = False,
 ) -> dict[str, Tensor]:
-    """Each signal's own selection, bool [R]; the key tokens are their union (``objectives.base.union_of``)."""
+    """Each signal's own selection, bool [R]; the key tokens are their union (``types.Selection.union``)."""
     if not score_R_by_signal:
         raise ValueError("select_key_tokens needs at least one signal")
     return {

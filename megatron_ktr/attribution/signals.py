@@ -62,8 +62,7 @@ def signal_scores(
             score_R = _kl(scores, signal)
         else:
             view = VIEW_OF_SIGNAL[signal]
-            counterfactual_R = scores.hidden_logprob_R if view == "hidden" else scores.shuffled_logprob_R
-            counterfactual_R = _present(counterfactual_R, f"{view}_logprob_R", signal)
+            counterfactual_R = _present(scores.logprob_of_view.get(view), f"logprob_of_view[{view!r}]", signal)
             score_R = _rounded(scores.policy_logprob_R, dtype) - _rounded(counterfactual_R, dtype)
             score_R = score_R.abs() if shift == "absolute" else score_R
         score_R = score_R.detach().to(dtype)
@@ -118,7 +117,7 @@ def _rounded(logprob_R: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _kl(scores: TokenScores, signal: Signal) -> Tensor:
-    kl_R = scores.hidden_kl_R if signal == "visual" else scores.shuffled_kl_R
+    kl_R = scores.kl_of_view.get(VIEW_OF_SIGNAL[signal])
     if kl_R is None:
         raise UserError(
             f"shift: kl needs the {signal} scores' KL over the whole vocabulary, which this run does not compute; "

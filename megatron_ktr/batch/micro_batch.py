@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_ktr.ops.token_statistics import TokenStatistics
 from megatron_ktr.sums import Metrics
 from megatron_ktr.transfer import send
-from megatron_ktr.types import PackedBatch, RolloutGroup, TokenScores, TokenStreams, View
+from megatron_ktr.types import PackedBatch, RolloutGroup, Selection, TokenScores, TokenStreams, View
 
 Packed = PackedBatch | Callable[[], PackedBatch]
 """A batch, or a function that packs it on the first call and keeps it. The function defers packing, which is work of
@@ -37,7 +37,7 @@ class MicroBatch:
     divergence_R                 the first intact pass         ``scores`` (TW-GRPO)
     reference_logprob_R          scoring, reference model      ``scores``
     behaviour_logprob_R,         scoring's own intact pass,    ``scores``; the objective, which otherwise
-    is_selected_R                where there is one            selects inside the update
+    selection                    where there is one            selects inside the update
     ===========================  ============================  ===========================================
 
     The results of passes exist on the last pipeline stage only.
@@ -58,9 +58,10 @@ class MicroBatch:
     """The divergence between the responses of a group, from the first intact pass; for objectives that need it."""
     reference_logprob_R: Tensor | None = None
     behaviour_logprob_R: Tensor | None = None
-    is_selected_R: Mapping[str, Tensor] | None = None
-    """The selected tokens by signal, if they are chosen before the update (several updates per rollout, or denominators
-    that count key tokens). None: the objective selects inside the update, right after the intact forward."""
+    selection: Selection | None = None
+    """The key tokens, if they are chosen before the update (several updates per rollout, denominators that count key
+    tokens, or thresholds over the global batch). None: the objective selects inside the update, right after the intact
+    forward."""
 
     @property
     def batch(self) -> PackedBatch:
@@ -82,10 +83,8 @@ class MicroBatch:
         return TokenScores(
             policy_logprob_R=statistics.logprob_R.detach(),
             entropy_R=statistics.entropy_R.detach(),
-            hidden_logprob_R=self.counterfactual_logprob_R.get("hidden"),
-            shuffled_logprob_R=self.counterfactual_logprob_R.get("shuffled"),
-            hidden_kl_R=self.counterfactual_kl_R.get("hidden"),
-            shuffled_kl_R=self.counterfactual_kl_R.get("shuffled"),
+            logprob_of_view={view: found for view, found in self.counterfactual_logprob_R.items() if found is not None},
+            kl_of_view=self.counterfactual_kl_R,
             divergence_R=self.divergence_R,
             reference_logprob_R=self.reference_logprob_R,
             behaviour_logprob_R=self.behaviour_logprob_R,
@@ -98,15 +97,6 @@ class MicroBatch:
         if len(known) < len(recorded):
             return None
         return send(torch.tensor([value for logprobs in known for value in logprobs], dtype=torch.float32), device)
-
-
-@dataclass(frozen=True)
-class Denominators:
-    """Global counts of one update, the same on every rank; the loss of a micro-batch is divided by them."""
-
-    num_responses: int
-    num_tokens: int | None = None
-    """The number of tokens that carry the loss, for token-mean aggregation; None for the mean over responses."""
 
 
 @dataclass(frozen=True)
@@ -143,20 +133,10 @@ def mean_by_view(views: Sequence[View], values_KR: Tensor) -> dict[View, Tensor]
     return {view: torch.stack(found).mean(dim=0) if len(found) > 1 else found[0] for view, found in rows.items()}
 
 
-def measures(loss: Tensor, streams: TokenStreams, scores: TokenScores, *, has_kl: bool) -> Metrics:
+def measures(loss: Tensor, scores: TokenScores, *, has_gradient: Tensor) -> Metrics:
     """One micro-batch's part of the numbers that ``UpdateResult`` reports. They are not read from the device here."""
     found = Metrics()
     num_not_finite = (~scores.policy_logprob_R.isfinite()).sum()
-    has_gradient = any_gradient(streams, scores if has_kl else None)
     values = torch.stack([loss.detach().double(), num_not_finite.double(), has_gradient.double()])
     found.add_later(["loss", "num_not_finite", "has_gradient"], values)
     return found
-
-
-def any_gradient(streams: TokenStreams, scores: TokenScores | None) -> Tensor:
-    """bool []: whether any token that carries the loss has a nonzero advantage, or a log-prob that differs from the
-    reference model's. The latter counts only if ``scores`` are given, which means that there is a KL term."""
-    is_pulled_R = streams.advantage_R != 0
-    if scores is not None and scores.reference_logprob_R is not None:
-        is_pulled_R = is_pulled_R | (scores.reference_logprob_R != scores.policy_logprob_R)
-    return ((streams.weight_R != 0) & is_pulled_R).any()

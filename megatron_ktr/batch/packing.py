@@ -33,7 +33,7 @@ from torch import Tensor
 
 from megatron_ktr.attribution.counterfactuals import shuffle_frames
 from megatron_ktr.types import (
-    VIEWS,
+    INTACT,
     GroupSpan,
     PackedBatch,
     PackedLayout,
@@ -45,6 +45,9 @@ from megatron_ktr.types import (
 
 PAD_TOKEN_ID = 0
 """The token of padding rows. Any valid id would do: padding rows are computed but never read."""
+
+VIEWS: tuple[View, ...] = (INTACT, "hidden", "shuffled")
+"""The views that a batch can be packed in."""
 
 
 @dataclass(frozen=True)

@@ -208,12 +208,13 @@ def _have_accuracy(names: Sequence[str]) -> bool:
 
 def _objective(config: Config) -> Iterator[str]:
     section = config.objective
+    defaults = {**OBJECTIVE_DEFAULTS, **objective_entry(section.objective).defaults}
     if not section.selection_ratio:
         yield "--selection-ratio must not be empty"
     for rule in objective_entry(section.objective).rules:
         yield from rule(section, config.rollout)
     for name in options_of_others(section.objective):
-        if getattr(section, name) != OBJECTIVE_DEFAULTS[name]:
+        if getattr(section, name) != defaults[name]:
             yield f"--{name.replace('_', '-')} is not read by --objective {section.objective}"
     mask = section.importance_mask
     if mask and (len(mask) != 2 or not 0 <= mask[0] < 1 < mask[1]):

@@ -78,7 +78,14 @@ SECTION_DOCS = {section.name: section_class(section).__doc__ or "" for section i
 
 
 def config_from_values(values: Mapping[str, Any]) -> Config:
-    """A Config with the fields named in ``values`` set and the rest at their defaults; not checked."""
+    """A Config with the fields named in ``values`` set, and the rest at the defaults of the objective (its entry in
+    ``objective_registry.py``) or else of the section; not checked.
+
+    Raises:
+        UserError: there is no such objective, or not yet.
+    """
+    if "objective" in values:
+        values = {**objective_entry(values["objective"]).defaults, **values}
     sections = {}
     for section in dataclasses.fields(Config):
         own = {name: value for name, value in values.items() if OPTIONS[name].section == section.name}

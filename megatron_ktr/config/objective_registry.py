@@ -9,8 +9,8 @@ when the objective is built, or when the reference page is written.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from megatron_ktr.config.cli import did_you_mean
@@ -39,8 +39,11 @@ class ObjectiveEntry:
     summary: str
     """One sentence for the reference page: what the objective optimises."""
     build: Callable[..., Any]
-    """``build(section, *, length_bonus)`` makes the ``Objective`` from the objective section; ``length_bonus`` is a
-    ``LengthBonus``, or None for no bonus. It may raise ``ValueError`` for a setting out of range."""
+    """``build(section, context)`` makes the ``Objective`` from the objective section; ``context`` is a
+    ``BuildContext`` (``objectives/policy_gradient.py``). It may raise ``ValueError`` for a setting out of range."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """What options are with this objective where the user gives nothing, by name of the option. So a comparison of
+    algorithms changes one line, the objective. Options of any section may be named."""
     rules: tuple[Rule, ...] = ()
     """Relations between options that hold for this objective alone."""
     own_options: tuple[str, ...] = ()

@@ -88,7 +88,6 @@ class StepOptions:
     objective: ObjectiveSection = field(default_factory=ObjectiveSection)
     trainer: TrainerSection = field(default_factory=TrainerSection)
     row_multiple: int = 1
-    has_length_bonus: bool = False
     offload_during_rollout: bool = False
     frozen: frozenset[str] = frozenset()
     """Parts of the model whose weights get no gradient: vision, merger, language."""
@@ -101,7 +100,6 @@ class StepOptions:
             config.objective,
             config.trainer,
             row_multiple=row_multiple(config),
-            has_length_bonus=config.reward.length_bonus > 0,
             offload_during_rollout=config.optimizer.offload_during_rollout,
             frozen=frozenset(("vision", "merger", "language") if has_adapters else config.model.freeze),
             has_adapters=has_adapters,

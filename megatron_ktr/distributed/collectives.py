@@ -23,6 +23,25 @@ def all_reduce_sum(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
     return tensor
 
 
+def gather_rows(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
+    """The tensors of all ranks of ``group``, concatenated along dimension 0 in rank order. Not differentiable.
+
+    The tensors may differ in their size along dimension 0, and in nothing else. Where sizes differ, shorter ones travel
+    padded.
+    """
+    if group is None or group.size() == 1:
+        return tensor
+    size = torch.tensor([len(tensor)], dtype=torch.int64, device=tensor.device)
+    sizes = [torch.empty_like(size) for _ in range(group.size())]
+    torch.distributed.all_gather(sizes, size, group=group)
+    lengths = [int(found) for found in torch.cat(sizes).tolist()]
+    padded = tensor.new_zeros((max(lengths), *tensor.shape[1:]))
+    padded[: len(tensor)] = tensor
+    parts = [torch.empty_like(padded) for _ in lengths]
+    torch.distributed.all_gather(parts, padded, group=group)
+    return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+
+
 def broadcast_object(value: Any, *, group: ProcessGroup | None, source: int) -> Any:
     """Returns ``value`` of world rank ``source`` on every rank of ``group``. Its tensors arrive as copies on the host.
 

@@ -25,7 +25,18 @@ from megatron_ktr.data.template import PromptBuilder, VisualTokens, load_tokeniz
 from megatron_ktr.errors import UserError
 from megatron_ktr.objectives.base import Objective
 from megatron_ktr.sums import Metrics
-from megatron_ktr.types import PackedBatch, Prompt, Rollout, RolloutGroup, TokenScores, TokenStreams, VisualInput
+from megatron_ktr.types import (
+    BatchFacts,
+    PackedBatch,
+    Prompt,
+    Rollout,
+    RolloutGroup,
+    ScoredBatch,
+    Selection,
+    TokenScores,
+    TokenStreams,
+    VisualInput,
+)
 
 NUM_RESPONSE_TOKENS = 32
 SEED = 0
@@ -43,18 +54,11 @@ class LogprobSum(Objective):
     name = "logprob_sum"
 
     def token_streams(
-        self,
-        batch: PackedBatch,
-        scores: TokenScores,
-        group_data: Sequence[RolloutGroup],
-        *,
-        num_responses_global: int,
-        num_tokens_global: int | None = None,
-        is_selected_R: Mapping[str, Tensor] | None = None,
+        self, item: ScoredBatch, facts: BatchFacts, *, selection: Selection | None = None
     ) -> TokenStreams:
-        ones_R = torch.ones_like(scores.policy_logprob_R)
+        ones_R = torch.ones_like(item.scores.policy_logprob_R)
         return TokenStreams(
-            advantage_R=ones_R, weight_R=ones_R / num_responses_global, is_key_token_R=ones_R.to(torch.bool)
+            advantage_R=ones_R, weight_R=ones_R / facts.num_responses, is_key_token_R=ones_R.to(torch.bool)
         )
 
     def loss(self, statistics: Any, streams: TokenStreams, scores: TokenScores) -> tuple[Tensor, Metrics]:

@@ -1,22 +1,33 @@
-"""The interface of an objective, and the token weights that all objectives share.
+"""The interface of an objective.
 
 An objective declares which scores (log-probs, entropy, divergence) it needs. It turns them into per-token streams of
-advantages and weights, from which its loss is computed (``loss.py`` for policy gradients). The trainer and the policy
-know objectives by this class only.
+advantages and weights, from which its loss is computed. The trainer and the policy know objectives by this class only.
+Policy gradients are compositions of parts (``policy_gradient.py``); supervised fine-tuning is not (``sft.py``).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from megatron_ktr.config.words import LossAggregation
 from megatron_ktr.sums import Metrics
-from megatron_ktr.types import PackedBatch, RolloutGroup, TokenScores, TokenStreams, View
+from megatron_ktr.types import (
+    BatchFacts,
+    PackedBatch,
+    RolloutGroup,
+    ScoredBatch,
+    Selection,
+    TokenScores,
+    TokenStreams,
+    View,
+)
+
+Gather = Callable[[Tensor], Tensor]
+"""The tensors of all data-parallel replicas, concatenated along dimension 0 in the order of replicas. Their sizes along
+it may differ. Collective: every replica calls it equally often."""
 
 
 class Objective(ABC):
@@ -38,11 +49,8 @@ class Objective(ABC):
     needs_reference = False
     """Whether the frozen reference model's log-probs must be in the scores (KL weight above 0)."""
     needs_selection_first = False
-    """Whether ``num_tokens_global`` counts *key* tokens only. In that case key tokens must be selected
-    (``select_tokens``) in every micro-batch of every replica before the first forward of the update."""
-    learns_from_rewards = True
-    """Whether the gradient comes from differences of reward, so that a group of equal rewards has none except for the
-    KL term; False for supervised objectives."""
+    """Whether ``select`` must see every micro-batch of every replica before the first forward of the update, because
+    denominators count *key* tokens, or because thresholds are taken over the global batch."""
 
     def selects_before_update(self, num_updates: int) -> bool:
         """Whether key tokens are chosen in a separate pass without gradient, before the update.
@@ -52,40 +60,37 @@ class Objective(ABC):
         """
         return self.needs_selection_first or num_updates > 1
 
-    def select_tokens(
-        self, batch: PackedBatch, scores: TokenScores, group_data: Sequence[RolloutGroup]
-    ) -> dict[str, Tensor]:
-        """The tokens that each signal selects, as a bool [R] mask by signal. Empty if the objective does not select,
-        so that every response token carries the loss."""
-        return {}
+    def may_have_gradient(self, groups: Sequence[RolloutGroup]) -> bool:
+        """False only if it is certain that none of this replica's ``groups`` has a gradient. The trainer skips the
+        passes of a step if every replica says so; True is no promise."""
+        return True
 
-    def num_loss_tokens(self, batch: PackedBatch, is_selected_R: Mapping[str, Tensor]) -> int:
-        """The number of tokens of the batch that carry the loss, given the result of ``select_tokens``.
+    def select(
+        self, items: Sequence[ScoredBatch], facts: BatchFacts, *, gather: Gather | None = None
+    ) -> list[Selection | None]:
+        """The selection of each item; None for an objective that does not select.
 
-        Pipeline stages that do not score pass an empty result; an objective that selects then answers 0.
+        Args:
+            items: before the update, all micro-batches of the replica; inside it, one.
+            gather: reaches the other replicas; None inside the update, where a replica cannot wait for others.
+        """
+        return [None] * len(items)
+
+    def num_loss_tokens(self, batch: PackedBatch, selection: Selection | None) -> int:
+        """The number of tokens of the batch that carry the loss, given the result of ``select``.
+
+        Pipeline stages that do not score pass None; an objective that selects then answers 0.
         """
         return batch.target_ids_R.numel()
 
     @abstractmethod
     def token_streams(
-        self,
-        batch: PackedBatch,
-        scores: TokenScores,
-        group_data: Sequence[RolloutGroup],
-        *,
-        num_responses_global: int,
-        num_tokens_global: int | None = None,
-        is_selected_R: Mapping[str, Tensor] | None = None,
+        self, item: ScoredBatch, facts: BatchFacts, *, selection: Selection | None = None
     ) -> TokenStreams:
-        """Advantage, weight and mask of every response token.
+        """Advantage, weight and mask of every response token, on the device of the scores.
 
-        Args:
-            batch: the intact view, on any device. The streams are created on the device of the scores.
-            group_data: the groups packed in ``batch``, in order, with rewards.
-            num_responses_global: number of responses of the update, over all micro-batches and replicas.
-            num_tokens_global: number of tokens that carry the loss, over all micro-batches and replicas; needed for
-                token aggregation.
-            is_selected_R: a selection made earlier, used unchanged (several updates per rollout; proofs).
+        ``selection`` is one made earlier, used unchanged (several updates per rollout; proofs). Without it, an
+        objective that selects does so here.
         """
 
     def reason_to_skip(self, metrics: Metrics) -> str | None:
@@ -99,41 +104,7 @@ class Objective(ABC):
     def loss(self, statistics: Any, streams: TokenStreams, scores: TokenScores) -> tuple[Tensor, Metrics]:
         """Loss of the micro-batch (differentiable through ``statistics.logprob_R``) and its metrics."""
 
-
-def token_weights(
-    is_key_token_R: Tensor,
-    response_R: Tensor,
-    *,
-    num_responses: int,
-    num_responses_global: int,
-    num_tokens_global: int | None,
-    aggregation: LossAggregation,
-    zero_division: bool = False,
-) -> Tensor:
-    """``weight_R`` of ``TokenStreams``: one number per token, fp32 [R], that contains the mask and every denominator.
-
-    Aggregation ``sequence`` is GRPO's mean over responses of means over tokens: mask / (key tokens of the token's
-    response * responses of the global batch). Aggregation ``token`` is DAPO's mean: mask / tokens of the global batch.
-    A response without key tokens adds zero. With ``zero_division`` the weights of all its tokens are 0 / 0 = NaN
-    instead, and so is the loss.
-    """
-    mask_R = is_key_token_R.to(torch.float32)
-    if aggregation == "token":
-        if num_tokens_global is None:
-            raise ValueError("loss_aggregation 'token' needs num_tokens_global, the global batch's number of tokens")
-        return mask_R / (num_tokens_global if zero_division else max(num_tokens_global, 1))
-    num_key_tokens = count_by_response(is_key_token_R, response_R, num_responses=num_responses)
-    if not zero_division:
-        num_key_tokens = num_key_tokens.clamp(min=1)
-    return mask_R / (num_key_tokens[response_R] * num_responses_global)
-
-
-def count_by_response(is_counted_R: Tensor, response_R: Tensor, *, num_responses: int) -> Tensor:
-    """Number of True tokens of each response, fp32 [responses of the batch]."""
-    counts = torch.zeros(num_responses, dtype=torch.float32, device=response_R.device)
-    return counts.index_add_(0, response_R, is_counted_R.to(torch.float32))
-
-
-def union_of(is_selected_R: Mapping[str, Tensor]) -> Tensor:
-    """bool [R]: True where any signal selected the token."""
-    return torch.stack(list(is_selected_R.values())).any(dim=0)
+    def any_gradient(self, streams: TokenStreams, scores: TokenScores) -> Tensor:
+        """bool []: whether any token of the micro-batch may have a gradient; by default, whether one that carries the
+        loss has a nonzero advantage."""
+        return ((streams.weight_R != 0) & (streams.advantage_R != 0)).any()

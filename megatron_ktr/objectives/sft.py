@@ -10,7 +10,6 @@ advantage 1. The ratio of the policy gradient is not used.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +19,12 @@ from torch import Tensor
 from megatron_ktr.config.objective_registry import ObjectiveEntry, register
 from megatron_ktr.config.sections import ObjectiveSection
 from megatron_ktr.config.words import LossAggregation
-from megatron_ktr.objectives.advantages import LengthBonus
-from megatron_ktr.objectives.base import Objective, token_weights
+from megatron_ktr.objectives.base import Objective
+from megatron_ktr.objectives.denominators import token_weights
+from megatron_ktr.objectives.policy_gradient import BuildContext
 from megatron_ktr.sums import Metrics
 from megatron_ktr.transfer import send
-from megatron_ktr.types import PackedBatch, RolloutGroup, TokenScores, TokenStreams
+from megatron_ktr.types import BatchFacts, PackedBatch, ScoredBatch, Selection, TokenScores, TokenStreams
 
 
 @dataclass(frozen=True)
@@ -32,31 +32,24 @@ class SupervisedFineTuning(Objective):
     """With ``loss_aggregation`` ``token`` every token weighs the same, with ``sequence`` every response does."""
 
     name = "sft"
-    learns_from_rewards = False
     loss_aggregation: LossAggregation = "token"
 
-    def num_loss_tokens(self, batch: PackedBatch, is_selected_R: Mapping[str, Tensor]) -> int:
+    def num_loss_tokens(self, batch: PackedBatch, selection: Selection | None) -> int:
         return batch.target_ids_R.numel() if batch.is_trained_R is None else int(batch.is_trained_R.sum())
 
     def token_streams(
-        self,
-        batch: PackedBatch,
-        scores: TokenScores,
-        group_data: Sequence[RolloutGroup],
-        *,
-        num_responses_global: int,
-        num_tokens_global: int | None = None,
-        is_selected_R: Mapping[str, Tensor] | None = None,
+        self, item: ScoredBatch, facts: BatchFacts, *, selection: Selection | None = None
     ) -> TokenStreams:
-        is_key_token_R = torch.ones_like(scores.policy_logprob_R, dtype=torch.bool)
+        batch = item.batch
+        is_key_token_R = torch.ones_like(item.scores.policy_logprob_R, dtype=torch.bool)
         if batch.is_trained_R is not None:
             is_key_token_R = send(batch.is_trained_R, is_key_token_R.device)
         weight_R = token_weights(
             is_key_token_R,
-            send(batch.response_R, is_key_token_R.device),
+            item.response_R,
             num_responses=batch.num_responses,
-            num_responses_global=num_responses_global,
-            num_tokens_global=num_tokens_global,
+            num_responses_global=facts.num_responses,
+            num_tokens_global=facts.num_tokens,
             aggregation=self.loss_aggregation,
         )
         return TokenStreams(advantage_R=torch.ones_like(weight_R), weight_R=weight_R, is_key_token_R=is_key_token_R)
@@ -65,7 +58,7 @@ class SupervisedFineTuning(Objective):
         return -(streams.weight_R * statistics.logprob_R).sum(), Metrics()
 
 
-def _build(section: ObjectiveSection, *, length_bonus: LengthBonus | None) -> SupervisedFineTuning:
+def _build(section: ObjectiveSection, context: BuildContext) -> SupervisedFineTuning:
     return SupervisedFineTuning(loss_aggregation=section.loss_aggregation)
 
 

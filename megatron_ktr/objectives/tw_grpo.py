@@ -20,68 +20,53 @@ Deviations from the authors' code:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megatron_ktr.config.objective_registry import ObjectiveEntry, register
 from megatron_ktr.config.sections import ObjectiveSection, RolloutSection
-from megatron_ktr.objectives.advantages import LengthBonus
-from megatron_ktr.objectives.base import Objective
-from megatron_ktr.objectives.grpo import GRPO, build_grpo
+from megatron_ktr.objectives.policy_gradient import BuildContext, PolicyGradient, build_policy_gradient
 from megatron_ktr.sums import Metrics
 from megatron_ktr.transfer import send
-from megatron_ktr.types import PackedBatch, RolloutGroup, TokenScores, TokenStreams
+from megatron_ktr.types import BatchFacts, ScoredBatch, TokenStreams
 
 SPREAD_FLOOR = 1e-8
 """Added to the denominator max D - min D, in nats."""
 
 
 @dataclass(frozen=True)
-class TWGRPO(Objective):
-    """GRPO with a weight for each position. ``base`` does everything that is plain GRPO; it must aggregate by token."""
+class PositionWeights:
+    """The weight w of each position, as a part of ``PolicyGradient``."""
 
-    name = "tw_grpo"
-    needs_divergence = True
-    base: GRPO = field(default_factory=lambda: GRPO(loss_aggregation="token"))
     alpha: float = 1.7
     """Weight of the position with the largest divergence, at least 1."""
     has_weight_gradient: bool = False
     """Whether the gradient of the loss also flows through w."""
 
+    needs_divergence = True
+
     def __post_init__(self) -> None:
         if self.alpha < 1:
             raise ValueError(f"tw_alpha must be at least 1, got {self.alpha}")
-        if self.base.loss_aggregation != "token":
-            raise ValueError(f"loss_aggregation must be 'token', got {self.base.loss_aggregation!r}")
-
-    @property
-    def needs_reference(self) -> bool:
-        return self.base.needs_reference
 
     @property
     def needs_divergence_gradient(self) -> bool:
         return self.has_weight_gradient
 
-    def token_streams(
-        self,
-        batch: PackedBatch,
-        scores: TokenScores,
-        group_data: Sequence[RolloutGroup],
-        **options: Any,
-    ) -> TokenStreams:
-        """GRPO's streams with ``weight_R`` multiplied by w. ``scores`` must contain the divergence."""
-        if scores.divergence_R is None:
+    def shape(self, streams: TokenStreams, item: ScoredBatch, facts: BatchFacts) -> TokenStreams:
+        """``streams`` with ``weight_R`` multiplied by w. The scores must contain the divergence."""
+        divergence_R = item.scores.divergence_R
+        if divergence_R is None:
             raise ValueError("tw_grpo needs TokenScores.divergence_R, which was not computed")
-        streams = self.base.token_streams(batch, scores, group_data, **options)
-        divergence_R = scores.divergence_R if self.has_weight_gradient else scores.divergence_R.detach()
+        if not self.has_weight_gradient:
+            divergence_R = divergence_R.detach()
         factor_R = position_weights(
             divergence_R,
-            send(batch.group_R, divergence_R.device),
-            num_groups=len(batch.layout.groups),
+            send(item.batch.group_R, divergence_R.device),
+            num_groups=item.num_groups,
             alpha=self.alpha,
         )
         metrics = Metrics()
@@ -90,12 +75,6 @@ class TWGRPO(Objective):
         metrics.add_later(["group_divergence", "token_weight"], totals, count=len(factor_R))
         weight_R = streams.weight_R * factor_R.to(streams.weight_R.dtype)
         return dataclasses.replace(streams, weight_R=weight_R, metrics=metrics)
-
-    def reason_to_skip(self, metrics: Metrics) -> str | None:
-        return self.base.reason_to_skip(metrics)
-
-    def loss(self, statistics: Any, streams: TokenStreams, scores: TokenScores) -> tuple[Tensor, Metrics]:
-        return self.base.loss(statistics, streams, scores)
 
 
 def position_weights(divergence_R: Tensor, group_R: Tensor, *, num_groups: int, alpha: float) -> Tensor:
@@ -113,17 +92,16 @@ def position_weights(divergence_R: Tensor, group_R: Tensor, *, num_groups: int, 
     return 1 + (alpha - 1) * (divergence_R - least_R) / (extreme("amax") - least_R + SPREAD_FLOOR)
 
 
-def _build(section: ObjectiveSection, *, length_bonus: LengthBonus | None) -> TWGRPO:
-    return TWGRPO(
-        base=build_grpo(section, length_bonus=length_bonus),
-        alpha=section.tw_alpha,
-        has_weight_gradient=section.tw_weight_gradient,
-    )
+def _build(section: ObjectiveSection, context: BuildContext) -> PolicyGradient:
+    if section.loss_aggregation != "token":
+        raise ValueError(f"loss_aggregation must be 'token', got {section.loss_aggregation!r}")
+    weights = PositionWeights(alpha=section.tw_alpha, has_weight_gradient=section.tw_weight_gradient)
+    return build_policy_gradient(section, context, shapings=(weights,))
 
 
 def _rules(section: ObjectiveSection, rollout: RolloutSection) -> Iterator[str]:
     if section.loss_aggregation != "token":
-        yield "--objective tw_grpo averages over the tokens of the global batch: add --loss-aggregation token"
+        yield "--objective tw_grpo averages over the tokens of the global batch: leave out --loss-aggregation"
     if section.tw_weight_gradient and section.updates_per_rollout > 1:
         yield (
             "--tw-weight-gradient needs --updates-per-rollout 1: later updates keep the weights of the first, which "
@@ -133,10 +111,11 @@ def _rules(section: ObjectiveSection, rollout: RolloutSection) -> Iterator[str]:
 
 register(
     ObjectiveEntry(
-        name=TWGRPO.name,
+        name="tw_grpo",
         title="TW-GRPO",
         summary="the loss of GRPO, weighted by how much the responses of a group differ at a token's position",
         build=_build,
+        defaults={"loss_aggregation": "token"},
         rules=(_rules,),
         own_options=("tw_alpha", "tw_weight_gradient"),
     )

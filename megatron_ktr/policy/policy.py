@@ -26,7 +26,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
-from megatron_ktr.batch.micro_batch import Denominators, MicroBatch, Packed, UpdateResult, measures, ready
+from megatron_ktr.batch.micro_batch import MicroBatch, Packed, UpdateResult, measures, ready
 from megatron_ktr.config.part_options import PolicyOptions
 from megatron_ktr.distributed.collectives import reduce_metrics
 from megatron_ktr.distributed.groups import ParallelGroups
@@ -43,7 +43,7 @@ from megatron_ktr.policy.roles import ModelRole
 from megatron_ktr.policy.statistics import compared
 from megatron_ktr.policy.vision import PolicyVision
 from megatron_ktr.sums import Metrics
-from megatron_ktr.types import PackedBatch, Prompt, TokenScores
+from megatron_ktr.types import BatchFacts, PackedBatch, Prompt, ScoredBatch, TokenScores
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.conversion import GatherTo, load_hf_weights, unwrap_model
 from models.qwen2_5_vl.fp8 import drop_initial_values, pass_precision
@@ -212,11 +212,9 @@ class Policy(ReplicaNumbers):
             results = self._run(chunks, padded, batch_of=batch_of, finish=keep, forward_only=True, model=model)
         return list(results)[: len(items)] if results else [None] * len(items)
 
-    def update(
-        self, micro_batches: Sequence[MicroBatch], *, objective: Objective, denominators: Denominators
-    ) -> UpdateResult:
+    def update(self, micro_batches: Sequence[MicroBatch], *, objective: Objective, facts: BatchFacts) -> UpdateResult:
         """One optimizer step: ``backward``, then clipping, optimizer and learning-rate schedule."""
-        result = self.backward(micro_batches, objective=objective, denominators=denominators)
+        result = self.backward(micro_batches, objective=objective, facts=facts)
         # A finite loss is no proof: a token with NaN scores is no key token, and without key tokens the loss is 0.
         require_finite("policy's log-prob of response tokens", math.nan if result.num_not_finite else 0.0)
         if not result.has_gradient:
@@ -240,9 +238,7 @@ class Policy(ReplicaNumbers):
             self.vision.after_step()
         return dataclasses.replace(result, grad_norm=float(grad_norm or 0.0), has_stepped=bool(succeeded))
 
-    def backward(
-        self, micro_batches: Sequence[MicroBatch], *, objective: Objective, denominators: Denominators
-    ) -> UpdateResult:
+    def backward(self, micro_batches: Sequence[MicroBatch], *, objective: Objective, facts: BatchFacts) -> UpdateResult:
         """Runs the forward, chooses key tokens on the last stage, and runs the backward. Gradients are then reduced
         over all ranks; no optimizer step is taken."""
         for chunk in self.chunks:
@@ -257,16 +253,10 @@ class Policy(ReplicaNumbers):
                 chunk, item, batch, hidden_RD, objective=objective, temperature=self.temperature
             )
             scores = item.scores(statistics)
-            streams = objective.token_streams(
-                batch,
-                scores,
-                item.groups,
-                num_responses_global=denominators.num_responses,
-                num_tokens_global=denominators.num_tokens,
-                is_selected_R=item.is_selected_R,
-            )
+            scored = ScoredBatch(batch, scores, item.groups)
+            streams = objective.token_streams(scored, facts, selection=item.selection)
             loss, metrics = objective.loss(statistics, streams, scores)
-            metrics.merge(measures(loss, streams, scores, has_kl=objective.needs_reference))
+            metrics.merge(measures(loss, scores, has_gradient=objective.any_gradient(streams, scores)))
             no_tokens = torch.zeros((), dtype=torch.int, device=loss.device)
             return loss, no_tokens, (metrics, streams.detach(), scores.detach())
 

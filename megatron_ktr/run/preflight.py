@@ -91,7 +91,7 @@ def check_objective(config: Config) -> Objective:
         load_rewards(config.reward.reward_functions)
         for source in config.data.sources:
             load_rewards(source.reward_functions or ())
-    return build_objective(config.objective, reward=config.reward)
+    return build_objective(config.objective, reward=config.reward, rollout=config.rollout)
 
 
 def check_patches(settings: PreprocessSettings, vision: VisionConfig) -> None:

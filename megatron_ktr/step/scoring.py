@@ -23,12 +23,13 @@ from megatron_ktr.attribution.counterfactuals import can_hide, can_shuffle, draw
 from megatron_ktr.batch.micro_batch import MicroBatch
 from megatron_ktr.batch.packing import MediaSpec, pack_groups, shuffled_view
 from megatron_ktr.config.part_options import StepOptions
+from megatron_ktr.distributed.collectives import gather_rows
 from megatron_ktr.objectives.base import Objective
 from megatron_ktr.ops.token_statistics import TokenStatistics
 from megatron_ktr.policy.policy import Policy
 from megatron_ktr.policy.roles import ModelRole
 from megatron_ktr.transfer import send
-from megatron_ktr.types import PackedBatch, RolloutGroup, View
+from megatron_ktr.types import BatchFacts, PackedBatch, RolloutGroup, ScoredBatch, View
 
 _APPLIES = {"hidden": can_hide, "shuffled": can_shuffle}
 
@@ -109,26 +110,32 @@ class ScoringPasses:
             for item, statistics in zip(micro_batches, found, strict=True)
         ]
 
-    def with_selection(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
+    def with_selection(self, micro_batches: list[MicroBatch], facts: BatchFacts) -> list[MicroBatch]:
         """Chooses key tokens before the update, if inside the update would be too late. It costs one more scoring pass.
 
-        There are two such cases: loss denominators that count the key tokens of the global batch, and several updates
-        on the same responses (selection and old policy are then those of the first update).
+        There are three such cases: loss denominators that count the key tokens of the global batch, thresholds over
+        the global batch, and several updates on the same responses (selection and old policy are then those of the
+        first update).
         """
         is_reused = self.options.objective.updates_per_rollout > 1
         if not self._selects_first:
             return micro_batches
         found = self.policy.score_intact(micro_batches, objective=self.objective)
-        selected = []
-        for item, scored in zip(micro_batches, found, strict=True):
-            if scored is not None:
-                scored_item, scores = scored
-                chosen = self.objective.select_tokens(item.batch, scores, item.groups)
-                item = dataclasses.replace(scored_item, is_selected_R=chosen)
-                if is_reused:
-                    item = dataclasses.replace(item, behaviour_logprob_R=scores.policy_logprob_R)
-            selected.append(item)
-        return selected
+        # Only the last pipeline stage has scores, and there every micro-batch has them.
+        scored = [result for result in found if result is not None]
+        if not scored:
+            return micro_batches
+        items = [ScoredBatch(item.batch, scores, item.groups) for item, scores in scored]
+        gather = partial(gather_rows, group=self.policy.ranks.data)
+        chosen = self.objective.select(items, facts, gather=gather)
+        return [
+            dataclasses.replace(
+                item,
+                selection=selection,
+                behaviour_logprob_R=scores.policy_logprob_R if is_reused else item.behaviour_logprob_R,
+            )
+            for (item, scores), selection in zip(scored, chosen, strict=True)
+        ]
 
     @property
     def _selects_first(self) -> bool:

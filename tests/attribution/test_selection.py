@@ -12,14 +12,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_ktr.attribution.counterfactuals import can_hide, can_shuffle, draw_permutation, draw_permutations
+from megatron_ktr.attribution.key_tokens import KeyTokens
 from megatron_ktr.attribution.selection import _thresholds, select_key_tokens, select_top_share
 from megatron_ktr.attribution.signals import scored_as_zero, signal_applies, signal_scores
 from megatron_ktr.batch.packing import pack_groups
 from megatron_ktr.errors import UserError
 from megatron_ktr.objectives.base import union_of
-from megatron_ktr.objectives.grpo import GRPO
-from megatron_ktr.objectives.video_ktr import VideoKTR
-from megatron_ktr.types import TokenScores
+from megatron_ktr.types import BatchFacts, ScoredBatch, TokenScores
 from tests.support.groups import MEDIA, group_of, image, video
 
 NAN = float("nan")
@@ -150,8 +149,10 @@ def test_signals_are_nan_where_they_do_not_apply():
     scores = TokenScores(
         policy_logprob_R=torch.full((7,), -1.0),
         entropy_R=torch.arange(7.0),
-        hidden_logprob_R=torch.tensor([-3.0, -0.5, -1, -2, -2, -1 - 1e-7, -1]),
-        shuffled_logprob_R=torch.tensor([-1.5, -1, 0, -9, -9, -9, -9]),
+        logprob_of_view={
+            "hidden": torch.tensor([-3.0, -0.5, -1, -2, -2, -1 - 1e-7, -1]),
+            "shuffled": torch.tensor([-1.5, -1, 0, -9, -9, -9, -9]),
+        },
     )
     applies = signal_applies(batch, groups, signals=("entropy", "visual", "temporal"))
     found = signal_scores(scores, applies_R=applies)
@@ -171,7 +172,7 @@ def test_bf16_scores_are_differences_of_rounded_logprobs():
     scores = TokenScores(
         policy_logprob_R=torch.tensor([-1.003, -1.006, -0.3]),  # -1, -1.0078125, -0.30078125
         entropy_R=torch.tensor([2.007, 2.009, 0.3]),  # 2, 2.015625, 0.30078125
-        hidden_logprob_R=torch.tensor([-3.001, -3.007, -3.0]),  # -3, -3, -3
+        logprob_of_view={"hidden": torch.tensor([-3.001, -3.007, -3.0])},  # -3, -3, -3
     )
     applies = signal_applies(batch, [group], signals=("entropy", "visual"))
     found = signal_scores(scores, applies_R=applies, dtype=torch.bfloat16)
@@ -192,11 +193,13 @@ def test_the_release_scores_unchanged_inputs_with_zero_and_selects_them_all():
     scores = TokenScores(
         policy_logprob_R=torch.tensor([-1.0, -2, -3, -4, -5, -6, -7]),
         entropy_R=torch.arange(7.0),
-        hidden_logprob_R=torch.tensor([-9.0, -8, -7, -9, -9, -6, -7]) + noise,
-        shuffled_logprob_R=torch.tensor([-1.5, -9, -3, -4, -5, -6, -7]) + noise,
+        logprob_of_view={
+            "hidden": torch.tensor([-9.0, -8, -7, -9, -9, -6, -7]) + noise,
+            "shuffled": torch.tensor([-1.5, -9, -3, -4, -5, -6, -7]) + noise,
+        },
     )
     found = {
-        compat: VideoKTR(base=GRPO(original_compat=compat)).select_tokens(batch, scores, groups)
+        compat: KeyTokens(like_release=compat).select([ScoredBatch(batch, scores, groups)], BatchFacts(5))[0].by_signal
         for compat in (False, True)
     }
     for compat in (False, True):  # one token of three, or the larger of two; a group of one token is degenerate
@@ -209,10 +212,10 @@ def test_the_release_scores_unchanged_inputs_with_zero_and_selects_them_all():
 def test_kl_shift_reads_the_kl_and_is_refused_without_it():
     groups, batch = batch_of_all_kinds()
     applies = signal_applies(batch, groups, signals=("visual",))
-    scores = TokenScores(policy_logprob_R=torch.zeros(7), hidden_logprob_R=torch.zeros(7))
+    scores = TokenScores(policy_logprob_R=torch.zeros(7), logprob_of_view={"hidden": torch.zeros(7)})
     with pytest.raises(UserError, match="shift: kl"):
         signal_scores(scores, applies_R=applies, shift="kl")
-    scores = TokenScores(policy_logprob_R=torch.zeros(7), hidden_kl_R=torch.arange(7.0))
+    scores = TokenScores(policy_logprob_R=torch.zeros(7), kl_of_view={"hidden": torch.arange(7.0)})
     assert signal_scores(scores, applies_R=applies, shift="kl")["visual"][:5].tolist() == [0, 1, 2, 3, 4]
 
 
@@ -317,9 +320,17 @@ class _NoHostCopies(TorchFunctionMode):
 @pytest.mark.parametrize("shift", ["signed", "absolute", "kl"])
 def test_scores_become_key_tokens_without_a_host_round_trip(shift):
     generator = torch.Generator().manual_seed(0)
-    names = ("policy_logprob_R", "entropy_R", "hidden_logprob_R", "shuffled_logprob_R", "hidden_kl_R", "shuffled_kl_R")
+
+    def normal():
+        return torch.randn(7, generator=generator)
+
     groups, batch = batch_of_all_kinds()
-    scores = TokenScores(**{name: torch.randn(7, generator=generator) for name in names})
+    scores = TokenScores(
+        policy_logprob_R=normal(),
+        entropy_R=normal(),
+        logprob_of_view={"hidden": normal(), "shuffled": normal()},
+        kl_of_view={"hidden": normal(), "shuffled": normal()},
+    )
     signals = ("entropy", "visual", "temporal")
     # What applies to a prompt is known on the host and copied to the device once.
     applies = signal_applies(batch, groups, signals=signals)

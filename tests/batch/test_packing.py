@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from megatron_ktr.attribution.counterfactuals import draw_permutations
-from megatron_ktr.batch.packing import pack_groups, plan_micro_batches, shuffled_view
-from megatron_ktr.types import VIEWS, Prompt, Rollout, RolloutGroup
+from megatron_ktr.batch.packing import VIEWS, pack_groups, plan_micro_batches, shuffled_view
+from megatron_ktr.types import Prompt, Rollout, RolloutGroup
 from tests.support.groups import END, IMAGE, MEDIA, START, VIDEO, group_of, image, video
 
 

@@ -291,7 +291,7 @@ class TestMeasures:
         score_R, chosen_R = torch.tensor(visual), torch.tensor(chosen)
         none_R = torch.zeros_like(chosen_R)
         return Observed(
-            scores=[TokenScores(policy_logprob_R=score_R, hidden_logprob_R=-score_R, shuffled_logprob_R=score_R)],
+            scores=[TokenScores(policy_logprob_R=score_R, logprob_of_view={"hidden": -score_R, "shuffled": score_R})],
             signal_scores=[{"entropy": score_R, "visual": score_R, "temporal": torch.full_like(score_R, torch.nan)}],
             chosen=[{"entropy": none_R, "visual": chosen_R, "temporal": none_R}],
             gradients={"language.decoder.layers.0.w": torch.tensor(gradient)},

@@ -18,7 +18,7 @@ from megatron_ktr.data.unusable import UnusableSample
 from megatron_ktr.errors import UserError
 from megatron_ktr.objectives.sft import SupervisedFineTuning
 from megatron_ktr.rollout.replay import ReplayEngine, write_rollouts
-from megatron_ktr.types import Prompt, Rollout, RolloutGroup, TokenScores, VisualInput
+from megatron_ktr.types import BatchFacts, Prompt, Rollout, RolloutGroup, ScoredBatch, TokenScores, VisualInput
 from tests.support.groups import MEDIA
 from tests.support.tiny import EOS_ID, IMAGE_TOKEN_ID, VIDEO_TOKEN_ID
 from tests.support.tokenizer import tiny_tokenizer
@@ -218,12 +218,12 @@ def test_the_loss_of_a_conversation_is_on_all_answers_and_on_nothing_else(builde
     batch = pack_groups([RolloutGroup(prompt, (rollout,)), single], view="intact", media=MEDIA)
     objective = SupervisedFineTuning()
     scores = TokenScores(policy_logprob_R=torch.zeros(len(batch.target_ids_R)))
-    assert objective.num_loss_tokens(batch, {}) == sum(mask) + 3
-    streams = objective.token_streams(batch, scores, [], num_responses_global=2, num_tokens_global=sum(mask) + 3)
+    assert objective.num_loss_tokens(batch, None) == sum(mask) + 3
+    streams = objective.token_streams(ScoredBatch(batch, scores, []), BatchFacts(2, num_tokens=sum(mask) + 3))
     expected = [1 / (sum(mask) + 3) if flag else 0.0 for flag in (*mask, True, True, True)]
     assert streams.weight_R.tolist() == pytest.approx(expected) and streams.is_key_token_R.tolist() == [*mask, 1, 1, 1]
     by_response = SupervisedFineTuning(loss_aggregation="sequence")
-    weight_R = by_response.token_streams(batch, scores, [], num_responses_global=2).weight_R
+    weight_R = by_response.token_streams(ScoredBatch(batch, scores, []), BatchFacts(2)).weight_R
     assert weight_R[: len(mask)].sum() == pytest.approx(0.5) and weight_R[-3:].sum() == pytest.approx(0.5)
 
 

@@ -24,6 +24,7 @@ from megatron_ktr.config.sections import ModelSection
 from megatron_ktr.distributed.groups import ParallelSizes
 from megatron_ktr.errors import UserError
 from megatron_ktr.stack import has_core_0_19, load_strategy
+from megatron_ktr.types import BatchFacts
 from models.qwen2_5_vl.published import PUBLISHED_CONFIGS
 from tests.support.layouts import sizes_of
 from tests.support.parity import max_relative_difference
@@ -129,7 +130,7 @@ def precision_of_passes(context: RankContext, *, hf_dir: Path) -> dict[str, Any]
     from megatron.core.fp8_utils import is_first_last_bf16_layer
     from megatron.core.transformer import transformer_block
 
-    from megatron_ktr.batch.micro_batch import Denominators, MicroBatch
+    from megatron_ktr.batch.micro_batch import MicroBatch
     from megatron_ktr.data.media.preprocess import PreprocessSettings
     from megatron_ktr.distributed.platform import current
     from megatron_ktr.objectives import build_objective
@@ -169,7 +170,7 @@ def precision_of_passes(context: RankContext, *, hf_dir: Path) -> dict[str, Any]
         (item,) = scoring.with_counterfactuals([item], step=0)
         found[f"{name}, scoring"] = list(seen)
         seen.clear()
-        result = policy.backward([item], objective=objective, denominators=Denominators(num_responses=6))
+        result = policy.backward([item], objective=objective, facts=BatchFacts(num_responses=6))
         found[f"{name}, update"] = list(seen)
         found[f"{name}, loss"] = result.loss
         found[f"{name}, gradients"] = cloned(policy.export(tensor_of=lambda p: p.main_grad))
@@ -218,7 +219,7 @@ def test_fp8_is_on_in_the_passes_and_layers_that_ask_for_it(ranks: RankPool, tmp
 def weights_that_passes_see(context: RankContext, *, hf_dir: Path, recompute_vision: bool) -> dict[str, bool]:
     """By what runs after the policy's weights have changed: whether it is what layers that keep nothing compute. The
     layers keep their weights as Transformer Engine's do in FP8."""
-    from megatron_ktr.batch.micro_batch import Denominators, MicroBatch
+    from megatron_ktr.batch.micro_batch import MicroBatch
     from megatron_ktr.data.media.preprocess import PreprocessSettings
     from megatron_ktr.distributed.platform import current
     from megatron_ktr.objectives import build_objective
@@ -259,7 +260,7 @@ def weights_that_passes_see(context: RankContext, *, hf_dir: Path, recompute_vis
         """Passes of a step in which something is scored first."""
         policy.prepare_vision([item.batch])
         policy.score([item.batch])
-        policy.backward([item, item], objective=objective, denominators=Denominators(num_responses=6))
+        policy.backward([item, item], objective=objective, facts=BatchFacts(num_responses=6))
         return [parameter.main_grad.clone() for parameter in policy.bare_chunks[0].parameters()]
 
     def changed() -> None:

@@ -11,19 +11,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ktr.batch.micro_batch import MicroBatch, any_gradient
+from megatron_ktr.batch.micro_batch import MicroBatch
 from megatron_ktr.batch.packing import pack_groups
 from megatron_ktr.config.sections import ObjectiveSection
 from megatron_ktr.distributed.groups import ParallelSizes
 from megatron_ktr.errors import UserError
 from megatron_ktr.objectives import build_objective
-from megatron_ktr.objectives.grpo import GRPO
 from megatron_ktr.objectives.importance import ImportanceCorrection
-from megatron_ktr.objectives.video_ktr import VideoKTR
 from megatron_ktr.sums import Metrics
-from megatron_ktr.types import RolloutGroup, TokenScores, TokenStreams
+from megatron_ktr.types import BatchFacts, RolloutGroup, ScoredBatch, Selection, TokenScores, TokenStreams
 from tests.support.groups import MEDIA, group_of, video
 from tests.support.layouts import sizes_of
+from tests.support.objectives import grpo, video_ktr
 from tests.support.ranks import RankContext
 from tests.support.steps import StepRecord, compare_steps, example_groups, run_steps
 from tests.support.tiny import save_tiny_hf
@@ -102,7 +101,7 @@ def test_bad_settings_are_refused() -> None:
         with pytest.raises(ValueError, match="importance_"):
             ImportanceCorrection(**wrong)
     section = dataclasses.replace(ObjectiveSection(), importance_sampling="sequence", importance_mask=(0.5, 5.0))
-    assert build_objective(section).base.importance == ImportanceCorrection("sequence", cap=2.0, mask=(0.5, 5.0))
+    assert build_objective(section).importance == ImportanceCorrection("sequence", cap=2.0, mask=(0.5, 5.0))
 
 
 # Through the objectives
@@ -116,7 +115,7 @@ GROUP = dataclasses.replace(
     ),
 )
 LOGPROB = [-1.0, -2.0, -3.0, -0.5, -1.5]
-OBJECTIVES = {"grpo": GRPO, "video_ktr": lambda **settings: VideoKTR(base=GRPO(**settings))}
+OBJECTIVES = {"grpo": grpo, "video_ktr": video_ktr}
 
 
 def gradient(
@@ -136,13 +135,15 @@ def gradient(
         behaviour_logprob_R=None if behaviour is None else torch.tensor(behaviour),
         sampler_logprob_R=None if sampler is None else torch.tensor(sampler),
     )
-    chosen = {"visual": torch.tensor([True, True, False, True, False])} if objective == "video_ktr" else None
+    selection = None
+    if objective == "video_ktr":
+        selection = Selection.union({"visual": torch.tensor([True, True, False, True, False])})
     built = OBJECTIVES[objective](importance=correction, kl_beta=kl_beta)
     batch = pack_groups([GROUP], view="intact", media=MEDIA)
-    streams = built.token_streams(batch, scores, [GROUP], num_responses_global=2, is_selected_R=chosen)
+    streams = built.token_streams(ScoredBatch(batch, scores, [GROUP]), BatchFacts(2), selection=selection)
     loss, metrics = built.loss(SimpleNamespace(logprob_R=policy_R), streams, scores)
     loss.backward()
-    return policy_R.grad, metrics, any_gradient(streams, scores if kl_beta else None)
+    return policy_R.grad, metrics, built.any_gradient(streams, scores)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

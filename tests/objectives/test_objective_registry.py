@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 import typing
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
@@ -18,28 +17,27 @@ from megatron_ktr.config import objective_registry as registry
 from megatron_ktr.config.sections import ObjectiveSection, RolloutSection
 from megatron_ktr.errors import UserError
 from megatron_ktr.objectives import build_objective
-from megatron_ktr.objectives.grpo import GRPO
-from megatron_ktr.types import TokenScores
+from megatron_ktr.objectives.policy_gradient import BuildContext, PolicyGradient, build_policy_gradient
+from megatron_ktr.types import BatchFacts, ScoredBatch, TokenScores, TokenStreams
 from tests.support.groups import MEDIA, group_of, video
+from tests.support.objectives import grpo
 from tests.support.paths import REPOSITORY
 
 MINIMAL = ["--model", "some/model", "--replay-path", "rollouts.jsonl"]
 
 
-@dataclass(frozen=True)
-class DoubledGRPO(GRPO):
-    """GRPO with every weight doubled."""
+class Doubled:
+    """Doubles every weight."""
 
-    name = "doubled_grpo"
+    needs_divergence = False
+    needs_divergence_gradient = False
 
-    def token_streams(self, *arguments: Any, **options: Any) -> Any:
-        streams = super().token_streams(*arguments, **options)
-        streams.weight_R.mul_(2)
-        return streams
+    def shape(self, streams: TokenStreams, item: ScoredBatch, facts: BatchFacts) -> TokenStreams:
+        return dataclasses.replace(streams, weight_R=2 * streams.weight_R)
 
 
-def build_doubled(section: ObjectiveSection, *, length_bonus: Any) -> DoubledGRPO:
-    return DoubledGRPO(kl_beta=section.kl_beta, length_bonus=length_bonus)
+def build_doubled(section: ObjectiveSection, context: BuildContext) -> PolicyGradient:
+    return build_policy_gradient(section, context, shapings=(Doubled(),))
 
 
 def rules_of_doubled(section: ObjectiveSection, rollout: RolloutSection) -> Iterator[str]:
@@ -54,6 +52,7 @@ DOUBLED = registry.ObjectiveEntry(
     build_doubled,
     rules=(rules_of_doubled,),
     own_options=("num_shuffles",),
+    defaults={"clip_high": 0.28, "max_response_length": 512},
 )
 
 
@@ -70,6 +69,9 @@ def test_an_objective_of_ones_own_is_configured_by_name(doubled):
     assert config.objective.objective == "doubled_grpo" and config.samples is False, "recorded responses"
     assert "doubled_grpo" in OPTIONS["objective"].choices
     assert "| `doubled_grpo` | Doubled GRPO | GRPO, twice | `num_shuffles` |" in configuration_page()
+    assert (config.objective.clip_high, config.rollout.max_response_length) == (0.28, 512), "its own defaults"
+    given = load_config([*MINIMAL, "--objective", "doubled_grpo", "--clip-high", "0.2"])
+    assert (given.objective.clip_high, given.rollout.max_response_length) == (0.2, 512), "what is given wins"
     with pytest.raises(UserError, match="did you mean doubled_grpo"):
         load_config([*MINIMAL, "--objective", "dubled_grpo"])
     with pytest.raises(UserError, match="must be even"):
@@ -86,8 +88,9 @@ def test_it_is_built_and_gives_token_streams(doubled):
     group = group_of(1, video(4), responses=[[3] * 3, [3] * 2])
     batch = pack_groups([group], view="intact", media=MEDIA)
     scores = TokenScores(policy_logprob_R=torch.zeros(5))
-    ours = objective.token_streams(batch, scores, [group], num_responses_global=2)
-    theirs = GRPO(kl_beta=0.0).token_streams(batch, scores, [group], num_responses_global=2)
+    item = ScoredBatch(batch, scores, [group])
+    ours = objective.token_streams(item, BatchFacts(2))
+    theirs = grpo(kl_beta=0.0).token_streams(item, BatchFacts(2))
     assert torch.equal(ours.weight_R, 2 * theirs.weight_R) and torch.equal(ours.advantage_R, theirs.advantage_R)
 
 

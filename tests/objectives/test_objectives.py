@@ -13,12 +13,11 @@ from megatron_ktr.batch.packing import pack_groups, plan_micro_batches
 from megatron_ktr.config.sections import ObjectiveSection, RewardSection
 from megatron_ktr.errors import UserError
 from megatron_ktr.objectives import build_objective
-from megatron_ktr.objectives.advantages import LengthBonus
-from megatron_ktr.objectives.grpo import GRPO
-from megatron_ktr.objectives.video_ktr import VideoKTR
+from megatron_ktr.objectives.bonuses.length import LengthBonus
 from megatron_ktr.sums import Metrics
-from megatron_ktr.types import Rollout, TokenScores
+from megatron_ktr.types import BatchFacts, Rollout, ScoredBatch, Selection, TokenScores
 from tests.support.groups import MEDIA, group_of, image, video
+from tests.support.objectives import grpo, video_ktr
 from tests.support.reference_ktr import ReferenceResponse, reference_update
 
 VOCAB_SIZE = 12
@@ -71,17 +70,13 @@ class Case:
         metrics, total, all_streams = Metrics(), torch.zeros(()), []
         parts = plan_micro_batches(range(len(self.groups)), groups_per_micro_batch=groups_per_micro_batch)
         prepared = [self._prepare([self.groups[i] for i in part], [self.reference[i] for i in part]) for part in parts]
-        selections = [objective.select_tokens(batch, scores, groups) for batch, scores, groups, _ in prepared]
-        num_tokens = sum(objective.num_loss_tokens(item[0], s) for item, s in zip(prepared, selections, strict=True))
-        for batch, scores, groups, logprob_R in prepared:
-            streams = objective.token_streams(
-                batch,
-                scores,
-                groups,
-                num_responses_global=self.num_responses,
-                num_tokens_global=num_tokens,
-                is_selected_R=selected,
-            )
+        items = [ScoredBatch(batch, scores, groups) for batch, scores, groups, _ in prepared]
+        facts = BatchFacts(num_responses=self.num_responses)
+        selections = objective.select(items, facts)
+        num_tokens = sum(objective.num_loss_tokens(i.batch, s) for i, s in zip(items, selections, strict=True))
+        facts = dataclasses.replace(facts, num_tokens=num_tokens)
+        for item, (_, scores, _, logprob_R) in zip(items, prepared, strict=True):
+            streams = objective.token_streams(item, facts, selection=selected and Selection.union(selected))
             loss, found = objective.loss(types.SimpleNamespace(logprob_R=logprob_R), streams, scores)
             total = total + loss
             metrics.merge(found)
@@ -108,8 +103,9 @@ class Case:
             policy_logprob_R=logprob_R.detach(),
             entropy_R=-(rows.exp() * rows).sum(-1),
             # Where nothing can be hidden or shuffled the other views see the same input, up to rounding.
-            hidden_logprob_R=logprob("hidden").detach() + 1e-6 * torch.randn(len(logprob_R)),
-            shuffled_logprob_R=logprob("shuffled").detach() + 1e-6 * torch.randn(len(logprob_R)),
+            logprob_of_view={
+                view: logprob(view).detach() + 1e-6 * torch.randn(len(logprob_R)) for view in ("hidden", "shuffled")
+            },
             reference_logprob_R=logprob("reference"),
             behaviour_logprob_R=logprob("old_policy").detach() if responses[0].old_policy is not None else None,
         )
@@ -117,21 +113,25 @@ class Case:
 
 
 SETTINGS = {
-    "grpo": (GRPO(), dict(signals=())),
-    "grpo, token mean": (GRPO(loss_aggregation="token"), dict(signals=(), aggregation="token")),
+    "grpo": (grpo(), dict(signals=())),
+    "grpo, token mean": (grpo(aggregation="token"), dict(signals=(), aggregation="token")),
     "grpo, no kl, length bonus": (
-        GRPO(kl_beta=0.0, length_bonus=LengthBonus(0.2, 3, 8)),
+        grpo(kl_beta=0.0, length_bonus=LengthBonus(0.2, 3, 8)),
         dict(signals=(), kl_beta=0.0, length_bonus=(0.2, 3, 8)),
     ),
-    "video_ktr": (VideoKTR(), {}),
-    "video_ktr, entropy only": (VideoKTR(signals=("entropy",)), dict(signals=("entropy",))),
-    "video_ktr, temporal only": (VideoKTR(signals=("temporal",)), dict(signals=("temporal",))),
+    "video_ktr": (video_ktr(), {}),
+    "video_ktr, entropy only": (video_ktr(key_tokens=dict(signals=("entropy",))), dict(signals=("entropy",))),
+    "video_ktr, temporal only": (video_ktr(key_tokens=dict(signals=("temporal",))), dict(signals=("temporal",))),
     "video_ktr, absolute, own ratios": (
-        VideoKTR(signals=("visual", "temporal"), shift="absolute", selection_ratio={"visual": 0.5, "temporal": 0.1}),
+        video_ktr(
+            key_tokens=dict(
+                signals=("visual", "temporal"), shift="absolute", selection_ratio={"visual": 0.5, "temporal": 0.1}
+            )
+        ),
         dict(signals=("visual", "temporal"), shift="absolute", ratios={"visual": 0.5, "temporal": 0.1}),
     ),
     "video_ktr, token mean, length bonus": (
-        VideoKTR(base=GRPO(loss_aggregation="token", length_bonus=LengthBonus(0.2, 3, 8))),
+        video_ktr(aggregation="token", length_bonus=LengthBonus(0.2, 3, 8)),
         dict(aggregation="token", length_bonus=(0.2, 3, 8)),
     ),
 }
@@ -181,7 +181,7 @@ def test_injected_selection_is_used_as_it_is():
     lengths = [[len(response.token_ids) for response in group] for group in case.reference]
     pieces = iter(key_R.split([length for group in lengths for length in group]))
     expected = reference_update(case.reference, masks=[[next(pieces) for _ in group] for group in lengths])
-    loss, (streams,), _ = case.loss(VideoKTR(), selected=masks)
+    loss, (streams,), _ = case.loss(video_ktr(), selected=masks)
     assert torch.equal(streams.is_key_token_R, key_R)
     # fp32 sums in another order.
     torch.testing.assert_close(loss, expected.loss, rtol=1e-5, atol=1e-6)
@@ -197,10 +197,9 @@ def two_responses(*, lengths=(2, 2), compat=False, bonus=None, selected=None, ac
     group = dataclasses.replace(group, rollouts=rollouts)
     batch = pack_groups([group], view="intact", media=MEDIA)
     scores = TokenScores(policy_logprob_R=torch.zeros(sum(lengths)))
-    objective = VideoKTR(base=GRPO(kl_beta=0.0, length_bonus=bonus, original_compat=compat))
-    streams = objective.token_streams(
-        batch, scores, [group], num_responses_global=2, is_selected_R={"visual": torch.tensor(selected)}
-    )
+    objective = video_ktr(kl_beta=0.0, length_bonus=bonus, original_compat=compat)
+    selection = Selection.union({"visual": torch.tensor(selected)})
+    streams = objective.token_streams(ScoredBatch(batch, scores, [group]), BatchFacts(2), selection=selection)
     logprob_R = torch.full((sum(lengths),), -1.0, requires_grad=True)
     loss, metrics = objective.loss(types.SimpleNamespace(logprob_R=logprob_R), streams, scores)
     return streams, loss, metrics.means()
@@ -217,7 +216,7 @@ def test_response_without_key_token_adds_zero_but_counts_in_the_mean():
 def test_original_compat_divides_by_zero_where_a_response_has_no_key_token():
     streams, loss, metrics = two_responses(compat=True, selected=[True, False, False, False])
     assert math.isnan(loss.item()) and metrics["responses_without_key_tokens"] == 0.5
-    objective = VideoKTR(base=GRPO(original_compat=True))
+    objective = video_ktr(original_compat=True)
     assert "1 responses have no key token" in objective.reason_to_skip(streams.metrics)
     streams, loss, _ = two_responses(compat=True, selected=[True, False, True, False])
     assert loss.item() == pytest.approx(0.0, abs=1e-7)
@@ -239,11 +238,11 @@ def test_original_compat_counts_key_tokens_in_length_and_length_bonus():
 
 def test_length_bonus_without_accuracy_is_refused():
     group = group_of(1, responses=[[3], [4]])
-    objective = GRPO(length_bonus=LengthBonus())
+    objective = grpo(length_bonus=LengthBonus())
     batch = pack_groups([group], view="intact", media=MEDIA)
     scores = TokenScores(policy_logprob_R=torch.zeros(2))
     with pytest.raises(UserError, match="length_bonus needs the reward part 'accuracy'"):
-        objective.token_streams(batch, scores, [group], num_responses_global=2)
+        objective.token_streams(ScoredBatch(batch, scores, [group]), BatchFacts(2))
 
 
 def test_text_prompt_keeps_entropy_tokens_only():
@@ -253,30 +252,33 @@ def test_text_prompt_keeps_entropy_tokens_only():
     scores = TokenScores(
         policy_logprob_R=torch.zeros(10),
         entropy_R=torch.arange(10.0),
-        hidden_logprob_R=noise,
-        shuffled_logprob_R=noise,
+        logprob_of_view={"hidden": noise, "shuffled": noise},
     )
-    selected = VideoKTR().select_tokens(batch, scores, [group])
-    assert {signal: int(mask.sum()) for signal, mask in selected.items()} == {"entropy": 2, "visual": 0, "temporal": 0}
+    (selected,) = video_ktr().select([ScoredBatch(batch, scores, [group])], BatchFacts(2))
+    assert {signal: int(mask.sum()) for signal, mask in selected.by_signal.items()} == {
+        "entropy": 2,
+        "visual": 0,
+        "temporal": 0,
+    }
 
 
 def test_objectives_say_what_they_need():
-    assert VideoKTR().views == {"hidden", "shuffled"} and VideoKTR().needs_reference
-    assert VideoKTR(signals=("visual",)).views == {"hidden"}
-    assert VideoKTR(signals=("entropy",)).views == frozenset()
-    assert GRPO().views == frozenset() and not GRPO(kl_beta=0.0).needs_reference
-    by_token = GRPO(loss_aggregation="token")
-    assert not by_token.needs_selection_first and VideoKTR(base=by_token).needs_selection_first
-    assert VideoKTR(base=by_token).num_loss_tokens(None, {}) == 0
+    assert video_ktr().views == {"hidden", "shuffled"} and video_ktr().needs_reference
+    assert video_ktr(key_tokens=dict(signals=("visual",))).views == {"hidden"}
+    assert video_ktr(key_tokens=dict(signals=("entropy",))).views == frozenset()
+    assert grpo().views == frozenset() and not grpo(kl_beta=0.0).needs_reference
+    by_token = grpo(aggregation="token")
+    assert not by_token.needs_selection_first and video_ktr(aggregation="token").needs_selection_first
+    assert video_ktr(aggregation="token").num_loss_tokens(None, None) == 0
 
 
 def test_registry_builds_the_published_settings_by_default():
     objective = build_objective(ObjectiveSection(), reward=RewardSection())
-    assert objective == VideoKTR(base=GRPO(length_bonus=LengthBonus()))
+    assert objective == video_ktr(length_bonus=LengthBonus())
     section = dataclasses.replace(ObjectiveSection(), objective="grpo", kl_beta=0.0)
-    assert build_objective(section, reward=dataclasses.replace(RewardSection(), length_bonus=0)) == GRPO(kl_beta=0.0)
+    assert build_objective(section, reward=dataclasses.replace(RewardSection(), length_bonus=0)) == grpo(kl_beta=0.0)
     section = dataclasses.replace(ObjectiveSection(), signals=("temporal", "entropy"), selection_ratio=(0.3, 0.1))
-    assert build_objective(section).selection_ratio == {"temporal": 0.3, "entropy": 0.1}
+    assert build_objective(section).selection.selection_ratio == {"temporal": 0.3, "entropy": 0.1}
 
 
 def test_unknown_objective_and_bad_settings_are_user_errors():

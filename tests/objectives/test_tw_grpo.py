@@ -15,12 +15,12 @@ from megatron_ktr.config.sections import ObjectiveSection
 from megatron_ktr.distributed.groups import ParallelGroups, ParallelSizes
 from megatron_ktr.errors import UserError
 from megatron_ktr.objectives import build_objective
-from megatron_ktr.objectives.grpo import GRPO
-from megatron_ktr.objectives.tw_grpo import TWGRPO, position_weights
-from megatron_ktr.types import RolloutGroup, TokenScores
+from megatron_ktr.objectives.tw_grpo import position_weights
+from megatron_ktr.types import BatchFacts, RolloutGroup, ScoredBatch, TokenScores
 from tests.support.groups import MEDIA, group_of
 from tests.support.hf_updates import Models, gradients_of, score_responses, with_gradient
 from tests.support.layouts import OVERLAPPED, SMALL, sizes_of
+from tests.support.objectives import grpo, tw_grpo
 from tests.support.parity import max_relative_difference
 from tests.support.ranks import RankContext, RankPool
 from tests.support.reference_ktr import ReferenceResponse
@@ -41,12 +41,12 @@ def test_weights_worked_by_hand() -> None:
 
 def test_settings_that_are_not_the_papers_are_refused() -> None:
     section = dataclasses.replace(ObjectiveSection(), objective="tw_grpo", loss_aggregation="token", kl_beta=0.0)
-    assert build_objective(section) == TWGRPO(base=GRPO(kl_beta=0.0, loss_aggregation="token"), alpha=1.7)
+    assert build_objective(section) == tw_grpo(kl_beta=0.0)
     with pytest.raises(UserError, match="loss_aggregation must be 'token'"):
         build_objective(dataclasses.replace(section, loss_aggregation="sequence"))
     with pytest.raises(UserError, match="tw_alpha"):
         build_objective(dataclasses.replace(section, tw_alpha=0.9))
-    assert TWGRPO().needs_divergence and TWGRPO().needs_reference and not GRPO().needs_divergence
+    assert tw_grpo().needs_divergence and tw_grpo().needs_reference and not grpo().needs_divergence
 
 
 def test_scores_without_a_divergence_are_refused() -> None:
@@ -54,7 +54,7 @@ def test_scores_without_a_divergence_are_refused() -> None:
     batch = pack_groups([group], view="intact", media=MEDIA)
     with pytest.raises(ValueError, match="divergence_R"):
         scores = TokenScores(policy_logprob_R=torch.zeros(2))
-        TWGRPO().token_streams(batch, scores, [group], num_responses_global=2, num_tokens_global=2)
+        tw_grpo().token_streams(ScoredBatch(batch, scores, [group]), BatchFacts(2, num_tokens=2))
 
 
 # The loss on random hidden states, sharded
@@ -106,11 +106,9 @@ def _ours(context: RankContext, *, dtype: torch.dtype, temperature: float, weigh
         reference_logprob_R=reference.logprob_R,
         divergence_R=divergence_R,
     )
-    base = GRPO(kl_beta=KL_BETA, loss_aggregation="token")
-    objective = TWGRPO(base=base, alpha=2.5, has_weight_gradient=weight_gradient)
-    streams = objective.token_streams(
-        batch, scores, problem.groups, num_responses_global=9, num_tokens_global=problem.num_rows
-    )
+    objective = tw_grpo(kl_beta=KL_BETA, alpha=2.5, has_weight_gradient=weight_gradient)
+    item = ScoredBatch(batch, scores, problem.groups)
+    streams = objective.token_streams(item, BatchFacts(9, num_tokens=problem.num_rows))
     loss, _ = objective.loss(statistics, streams, scores)
     loss.backward()
     weights_R = streams.weight_R.detach() * problem.num_rows

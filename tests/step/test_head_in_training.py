@@ -121,7 +121,7 @@ def test_kl_shift_selects_the_same_tokens_in_every_layout(
     """Hidden rows of the other views wait on the last stage for the intact pass, alike on all tensor ranks."""
     options = dict(hf_dir=directories[False], values={"shift": "kl", **values})
     ((expected, _),) = ranks(_steps, 1, sizes=ParallelSizes(), **options)
-    assert all(float(scores["hidden_kl_R"].max()) > 1e-3 for name, scores in expected.scores.items() if "video" in name)
+    assert all(float(scores["kl/hidden"].max()) > 1e-3 for name, scores in expected.scores.items() if "video" in name)
     for world_size, sizes in ((2, sizes_of(2)), (2, sizes_of(1, 2)), (4, sizes_of(2, 2, sp=True))):
         for record, _ in ranks(_steps, world_size, sizes=sizes, **options):
             assert record.key_tokens == expected.key_tokens, sizes

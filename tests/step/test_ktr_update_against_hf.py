@@ -36,8 +36,8 @@ GRADIENT_TOLERANCE = 1e-4
 
 NAMES = ("mixed", "text", "long video", "image", "even")
 LR = 0.1
-FIELDS = {"entropy": "entropy_R", "visual": "hidden_logprob_R", "temporal": "shuffled_logprob_R"}
-KL_FIELDS = {"visual": "hidden_kl_R", "temporal": "shuffled_kl_R"}
+FIELDS = {"entropy": "entropy_R", "visual": "logprob/hidden", "temporal": "logprob/shuffled"}
+KL_FIELDS = {"visual": "kl/hidden", "temporal": "kl/shuffled"}
 ALL = ("entropy", "visual", "temporal")
 
 

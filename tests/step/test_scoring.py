@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_ktr.config.part_options import PolicyOptions, StepOptions
 from megatron_ktr.distributed.groups import ParallelSizes
+from megatron_ktr.types import BatchFacts
 from tests.support.ranks import RankContext, RankPool
 from tests.support.steps import compare_steps, example_groups, make_config, run_steps
 from tests.support.tiny import save_tiny_hf
@@ -27,7 +28,7 @@ def hf_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def scored(context: RankContext, *, hf_dir: Path) -> dict[str, Any]:
     """Counterfactual scores of a micro-batch of a text group and two videos, and of each pass by itself."""
-    from megatron_ktr.batch.micro_batch import Denominators, MicroBatch
+    from megatron_ktr.batch.micro_batch import MicroBatch
     from megatron_ktr.data.media.preprocess import PreprocessSettings
     from megatron_ktr.distributed.platform import current
     from megatron_ktr.objectives import build_objective
@@ -57,9 +58,9 @@ def scored(context: RankContext, *, hf_dir: Path) -> dict[str, Any]:
     hidden = scoring.policy.score([scoring.pack(groups, "hidden")])[0].logprob_R
 
     rows, item_for_kl = make(shift="kl")
-    denominators = Denominators(num_responses=9)
+    facts = BatchFacts(num_responses=9)
     result = rows.policy.backward(
-        rows.with_counterfactuals([item_for_kl], step=4), objective=rows.objective, denominators=denominators
+        rows.with_counterfactuals([item_for_kl], step=4), objective=rows.objective, facts=facts
     )
     alone = []
     for draw in range(3):
@@ -71,8 +72,8 @@ def scored(context: RankContext, *, hf_dir: Path) -> dict[str, Any]:
                 "shuffled": (rows.policy.hidden_rows([batch])[0],),
             },
         )
-        found = rows.policy.backward([single], objective=rows.objective, denominators=denominators)
-        alone.append(found.scores[0].shuffled_kl_R)
+        found = rows.policy.backward([single], objective=rows.objective, facts=facts)
+        alone.append(found.scores[0].kl_of_view["shuffled"])
 
     lower, item = make(scoring_precision="bf16", num_shuffles=1)
     (rounded,) = lower.with_counterfactuals([item], step=4)
@@ -82,7 +83,7 @@ def scored(context: RankContext, *, hf_dir: Path) -> dict[str, Any]:
         "hidden": together.counterfactual_logprob_R["hidden"],
         "draws": torch.stack(draws),
         "hidden alone": hidden,
-        "kl": result.scores[0].shuffled_kl_R,
+        "kl": result.scores[0].kl_of_view["shuffled"],
         "kl alone": torch.stack(alone),
         "rounded": rounded.counterfactual_logprob_R,
     }

@@ -13,12 +13,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_ktr.batch.micro_batch import Denominators, MicroBatch
+from megatron_ktr.batch.micro_batch import MicroBatch
 from megatron_ktr.batch.packing import pack_groups
 from megatron_ktr.config.part_options import PolicyOptions
 from megatron_ktr.data.media.preprocess import PreprocessSettings
 from megatron_ktr.objectives import build_objective
-from megatron_ktr.types import Prompt, Rollout, RolloutGroup, VisualInput
+from megatron_ktr.types import BatchFacts, Prompt, Rollout, RolloutGroup, VisualInput
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.media import media_spec
 from tests.support.steps import make_config
@@ -92,7 +92,7 @@ class Harness:
         self.policy.backward(
             items,
             objective=self.objective,
-            denominators=Denominators(num_responses=num_responses * self.policy.ranks.data_size),
+            facts=BatchFacts(num_responses=num_responses * self.policy.ranks.data_size),
         )
 
 

@@ -17,14 +17,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_ktr.attribution.key_tokens import KeyTokens
 from megatron_ktr.config import Config, config_from_values
 from megatron_ktr.config.part_options import PolicyOptions, StepOptions
 from megatron_ktr.data.media.preprocess import PreprocessSettings
 from megatron_ktr.data.random_groups import FixedSource
 from megatron_ktr.distributed.groups import ParallelGroups, ParallelSizes
 from megatron_ktr.objectives import build_objective
-from megatron_ktr.objectives.video_ktr import VideoKTR
-from megatron_ktr.types import Prompt, Rollout, RolloutGroup, VisualInput
+from megatron_ktr.objectives.policy_gradient import PolicyGradient
+from megatron_ktr.types import (
+    BatchFacts,
+    Prompt,
+    Rollout,
+    RolloutGroup,
+    ScoredBatch,
+    Selection,
+    TokenScores,
+    VisualInput,
+)
 from tests.support.parity import max_relative_difference
 from tests.support.tiny import FIRST_SPECIAL_ID, IMAGE_TOKEN_ID, VIDEO_TOKEN_ID, VISION_END_ID, VISION_START_ID
 
@@ -97,8 +107,8 @@ class Selections:
 
 
 @dataclass(frozen=True)
-class WatchedVideoKTR(VideoKTR):
-    """Video-KTR that records scores and selection, and uses injected masks where there are any.
+class WatchedKeyTokens(KeyTokens):
+    """Key tokens that record scores and selection, and use injected masks where there are any.
 
     A score within rounding distance of the threshold may be selected in one layout and not in another, and a single
     token moves a gradient by several percent: comparisons of gradients must agree on the tokens first.
@@ -106,19 +116,32 @@ class WatchedVideoKTR(VideoKTR):
 
     selections: Selections = field(default_factory=Selections)
 
-    def select_tokens(self, batch: Any, scores: Any, group_data: Sequence[RolloutGroup]) -> dict[str, Tensor]:
-        chosen = super().select_tokens(batch, scores, group_data)
-        watched = self.selections
+    def select(self, items: Sequence[ScoredBatch], facts: BatchFacts, **options: Any) -> list[Selection]:
+        selections = super().select(items, facts, **options)
+        return [self._watched(item, found) for item, found in zip(items, selections, strict=True)]
+
+    def _watched(self, item: ScoredBatch, found: Selection) -> Selection:
+        scores, chosen, watched = item.scores, found.by_signal, self.selections
         parts = []
-        for index, group in enumerate(group_data):
-            of_group = batch.group_R == index
+        for index, group in enumerate(item.groups):
+            of_group = item.batch.group_R == index
             name = group.prompt.problem_id
-            values = {f.name: getattr(scores, f.name) for f in dataclasses.fields(scores)}
-            watched.scores[name] = {key: value[of_group] for key, value in values.items() if value is not None}
+            watched.scores[name] = {key: value[of_group] for key, value in tensors_of(scores).items()}
             watched.chosen[name] = {signal: mask_R[of_group] for signal, mask_R in chosen.items()}
             parts.append(watched.injected[watched.step][name] if watched.injected else watched.chosen[name])
+        if not watched.injected:
+            return found
         # Injected masks come from another process, perhaps from another device.
-        return {signal: torch.cat([part[signal] for part in parts]).to(mask_R) for signal, mask_R in chosen.items()}
+        masks = {signal: torch.cat([part[signal] for part in parts]).to(mask_R) for signal, mask_R in chosen.items()}
+        return Selection.union(masks)
+
+
+def tensors_of(scores: TokenScores) -> dict[str, Tensor]:
+    """Every score by name; those of views as ``logprob/VIEW`` and ``kl/VIEW``."""
+    values = {f.name: getattr(scores, f.name) for f in dataclasses.fields(scores)}
+    for kind in ("logprob", "kl"):
+        values |= {f"{kind}/{view}": value_R for view, value_R in values.pop(f"{kind}_of_view").items()}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass
@@ -241,11 +264,11 @@ def run_steps(
             platform=current(),
             num_steps=config.trainer.train_steps,
         )
-    objective = build_objective(config.objective, reward=config.reward)
+    objective = build_objective(config.objective, reward=config.reward, rollout=config.rollout)
     selections = Selections(injected=masks)
-    if isinstance(objective, VideoKTR):
-        settings = {f.name: getattr(objective, f.name) for f in dataclasses.fields(objective)}
-        objective = WatchedVideoKTR(**settings, selections=selections)
+    if isinstance(objective, PolicyGradient) and objective.selection is not None:
+        settings = {f.name: getattr(objective.selection, f.name) for f in dataclasses.fields(objective.selection)}
+        objective = dataclasses.replace(objective, selection=WatchedKeyTokens(**settings, selections=selections))
     if objective.needs_reference:
         policy.add_reference(reference_dir)
     trainer = Trainer(
