@@ -28,7 +28,6 @@ import xxhash
 
 from megatron_ktr.data.loader import PromptLoader
 from megatron_ktr.data.mixture import MixtureOrder, RecordSource
-from megatron_ktr.data.order import LengthBuckets
 from megatron_ktr.data.records import Record, digest_of_records
 from megatron_ktr.data.skips import SkipCounter
 from megatron_ktr.data.unusable import UnusableSample
@@ -67,11 +66,10 @@ class PromptDataset:
         size: int = 1,
         skips: SkipCounter | None = None,
         left_out: Collection[int] = (),
-        buckets: LengthBuckets | None = None,
     ) -> None:
         """``left_out`` are indices of ``records`` that are passed over. They keep their place in the sequence. So the
         order of the others, and the place where a resumed run continues, do not depend on which records are usable now.
-        It does with ``buckets``, which give every step records of nearly the same length (``BucketedOrder``).
+        (A length-bucketed order, ``RecordSource.buckets``, does depend on it.)
         """
         if not 0 <= rank < size:
             raise ValueError(f"expected a data-parallel rank in [0, {size}), got {rank}")
@@ -88,7 +86,6 @@ class PromptDataset:
         self._ahead: LookAhead[Element] | None = None
         self._prefetch_steps = 0
         self._more_counts: list[Callable[[], Mapping[str, int]]] = []
-        self._buckets = buckets
         self._use((RecordSource(records, loader, left_out),))
 
     @classmethod
@@ -108,7 +105,7 @@ class PromptDataset:
             [len(source.records) for source in sources],
             seed=self.seed,
             shuffle=self.shuffle,
-            buckets=self._buckets,
+            buckets=sources[0].buckets,
         )
 
     @property
@@ -224,7 +221,7 @@ class PromptDataset:
             "skips": self.skips.state_dict(),
             "counts": dict(self.loader.counts),
         }
-        if self._buckets is not None:
+        if self.lengths_digest:
             state["lengths_digest"] = self.lengths_digest
         if self.is_mixture:
             return state | {"mixture": self._mixture, "num_given": self._num_given()}
@@ -295,7 +292,8 @@ class PromptDataset:
     @property
     def lengths_digest(self) -> str:
         """A digest of the lengths by which records are ordered; empty where they are not."""
-        return "" if self._buckets is None else self._buckets.digest
+        buckets = self.sources[0].buckets
+        return "" if buckets is None else buckets.digest
 
     def _require_same_content(self, state: Mapping[str, Any]) -> None:
         if "records_digest" not in state:

@@ -45,6 +45,8 @@ class RecordSource:
     """How often the source is drawn in a period; 0 means once for each record."""
     rewards: tuple[str, ...] | None = None
     """The reward parts of its responses; None means the run's."""
+    buckets: LengthBuckets | None = None
+    """The lengths that its records are ordered by, if it is the only source; None: they come in a plain order."""
     is_left_out: np.ndarray = field(init=False, repr=False)
     """Bool [records]."""
 

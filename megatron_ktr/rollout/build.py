@@ -64,14 +64,14 @@ def build_local_source(
         return None
     data, trainer = config.data, config.trainer
     questions = read_questions(config, tokenizer=tokenizer, vocab_size=vocab_size, is_spokesman=ranks.data_rank == 0)
+    sources = _in_order_of_length(config, questions.sources, is_spokesman=ranks.data_rank == 0)
     dataset = PromptDataset.of_sources(
-        questions.sources,
+        sources,
         seed=trainer.seed,
         shuffle=data.shuffle_data,
         rank=ranks.data_rank,
         size=ranks.data_size,
         skips=SkipCounter(max_skip_share=data.max_skip_share),
-        buckets=_length_buckets(config, questions.sources[0], is_spokesman=ranks.data_rank == 0),
     )
     dataset.count_too(questions.sources[0].loader.reader.counts)
     if (pool := worker_pool(data)) is not None:
@@ -81,18 +81,22 @@ def build_local_source(
     return SupervisedSource(dataset) if config.objective.is_supervised else DatasetSource(dataset)
 
 
-def _length_buckets(config: Config, source: RecordSource, *, is_spokesman: bool) -> LengthBuckets | None:
-    """What ``--length-buckets`` orders the records of the only file by; None without it."""
+def _in_order_of_length(
+    config: Config, sources: tuple[RecordSource, ...], *, is_spokesman: bool
+) -> tuple[RecordSource, ...]:
+    """The sources, the only one of them with the lengths that ``--length-buckets`` orders its records by."""
     if not config.data.length_buckets:
-        return None
+        return sources
+    (source,) = sources  # ``config/checks.py`` refuses several
     ranks_here = read_number("LOCAL_WORLD_SIZE", low=1, high=2**20, default=1)
     lengths = record_lengths(source, jobs=max(1, num_cores() // ranks_here), is_spokesman=is_spokesman)
-    return LengthBuckets(
+    buckets = LengthBuckets(
         lengths,
         source.is_left_out,
         num_buckets=config.data.length_buckets,
         step_size=config.trainer.prompts_per_step,
     )
+    return (replace(source, buckets=buckets),)
 
 
 def require_same_questions(local: DatasetSource | None, *, ranks: ParallelGroups) -> None:

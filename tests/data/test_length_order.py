@@ -113,7 +113,8 @@ def test_steps_are_the_same_for_any_number_of_replicas_and_resume_at_every_place
 
     def make(rank: int, size: int) -> PromptDataset:
         about = buckets(lengths.tolist(), left_out=(2,))
-        return PromptDataset(records, loader=loader, seed=4, rank=rank, size=size, left_out=(2,), buckets=about)
+        source = RecordSource(records, loader, (2,), buckets=about)
+        return PromptDataset.of_sources([source], seed=4, rank=rank, size=size)
 
     def steps_of(datasets: list[PromptDataset], number: int) -> list[list[str]]:
         share = SIZE // len(datasets)
@@ -135,11 +136,15 @@ def test_steps_are_the_same_for_any_number_of_replicas_and_resume_at_every_place
 
 def test_other_lengths_cannot_resume(loader) -> None:
     records = text_records(8)
-    state = PromptDataset(records, loader=loader, buckets=buckets([1, 2, 3, 4, 5, 6, 7, 8])).state_dict()
-    PromptDataset(records, loader=loader, buckets=buckets([1, 2, 3, 4, 5, 6, 7, 8])).load_state_dict(state)
+
+    def make(about: LengthBuckets | None) -> PromptDataset:
+        return PromptDataset.of_sources([RecordSource(records, loader, buckets=about)])
+
+    state = make(buckets([1, 2, 3, 4, 5, 6, 7, 8])).state_dict()
+    make(buckets([1, 2, 3, 4, 5, 6, 7, 8])).load_state_dict(state)
     for other in (buckets([1, 2, 3, 4, 5, 6, 7, 9]), buckets([1, 2, 3, 4, 5, 6, 7, 8], left_out=(3,)), None):
         with pytest.raises(UserError, match="lengths of the records, by which --length-buckets orders them"):
-            PromptDataset(records, loader=loader, buckets=other).load_state_dict(state)
+            make(other).load_state_dict(state)
 
 
 def test_lengths_are_those_of_the_loaded_groups_and_are_kept_beside_a_store(loader, tmp_path, monkeypatch) -> None:
