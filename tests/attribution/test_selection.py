@@ -17,8 +17,7 @@ from megatron_ktr.attribution.selection import _thresholds, select_key_tokens, s
 from megatron_ktr.attribution.signals import scored_as_zero, signal_applies, signal_scores
 from megatron_ktr.batch.packing import pack_groups
 from megatron_ktr.errors import UserError
-from megatron_ktr.objectives.base import union_of
-from megatron_ktr.types import BatchFacts, ScoredBatch, TokenScores
+from megatron_ktr.types import BatchFacts, ScoredBatch, Selection, TokenScores
 from tests.support.groups import MEDIA, group_of, image, video
 
 NAN = float("nan")
@@ -125,7 +124,7 @@ def test_key_tokens_are_the_union_of_the_signals():
     )
     assert selected["entropy"].tolist() == [False, False, False, False, True]
     assert selected["visual"].tolist() == [True, False, True, True, False]
-    assert union_of(selected).tolist() == [True, False, True, True, True]
+    assert Selection.union(selected).is_key_R.tolist() == [True, False, True, True, True]
 
 
 @pytest.mark.parametrize("ratio", [0.0, -0.1, 1.1])

@@ -166,7 +166,7 @@ def test_bad_flag_is_fatal_and_the_message_names_the_remedy(argv, parts):
     [
         (["--sequence-parallel"], "--tensor-model-parallel-size above 1"),
         (["--num-layers-per-virtual-pipeline-stage", "1"], "--pipeline-model-parallel-size above 1"),
-        (["--objective", "tw_grpo"], "add --loss-aggregation token"),
+        (["--objective", "tw_grpo", "--loss-aggregation", "sequence"], "leave out --loss-aggregation"),
         (["--objective", "tw_grpo", "--loss-aggregation", "token", "--tw-alpha", "0.5"], "tw_alpha"),
         (["--tw-weight-gradient"], "--tw-weight-gradient is not read by --objective video_ktr"),
         (
