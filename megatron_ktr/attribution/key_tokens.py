@@ -214,14 +214,20 @@ def build_key_tokens(section: ObjectiveSection) -> KeyTokens | None:
     )
 
 
-def _metrics(choice: Choice, factor_R: Tensor | None, dependence_R: Tensor | None) -> Metrics:
-    """How much the signals agree: of the tokens that either of two selects, the share that both do. With shaping also
-    the mean dependence in nats and the largest factor of an advantage."""
+def overlaps(by_signal: Mapping[str, Tensor]) -> Metrics:
+    """How much the signals agree, as metrics ``selection_overlap/ONE+OTHER``: of the tokens that either of two signals
+    selects, the share that both do."""
     metrics = Metrics()
-    for (one, mask_R), (other, other_R) in itertools.combinations(choice.by_signal.items(), 2):
-        metrics.add_later(
-            [f"selection_overlap/{one}+{other}"], (mask_R & other_R).sum(), count=(mask_R | other_R).sum()
-        )
+    for (one, mask_R), (other, other_R) in itertools.combinations(by_signal.items(), 2):
+        either = (mask_R | other_R).sum()
+        metrics.add_later([f"selection_overlap/{one}+{other}"], (mask_R & other_R).sum(), count=either)
+    return metrics
+
+
+def _metrics(choice: Choice, factor_R: Tensor | None, dependence_R: Tensor | None) -> Metrics:
+    """The agreement of the signals; with shaping also the mean dependence in nats and the largest factor of an
+    advantage."""
+    metrics = overlaps(choice.by_signal)
     if factor_R is not None and dependence_R is not None and len(factor_R):
         is_known_R = dependence_R.isfinite()
         total = dependence_R.masked_fill(~is_known_R, 0.0).sum()

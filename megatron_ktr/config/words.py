@@ -34,7 +34,10 @@ FrameRule = Literal["fps", "fixed", "resampled"]
 # Rollout and reward
 Engine = Literal["replay", "hf", "vllm_colocated", "vllm_server"]
 WeightTransfer = Literal["auto", "nccl", "directory"]
+FilterGroups = Literal["off", "equal", "range"]
+"""Which groups of a step are replaced by further ones (``rollout/filtering.py``)."""
 AnswerProtocol = Literal["official", "strict", "standard", "lenient"]
+RewardErrorPolicy = Literal["stop", "zero", "skip_group"]
 
 # Objective
 SIGNALS = ("entropy", "visual", "temporal")
@@ -61,8 +64,15 @@ ScoringPrecision = Literal["same", "bf16", "fp8"]
 ScoresDtype = Literal["fp32", "bf16"]
 ImportanceLevel = Literal["none", "token", "sequence"]
 IMPORTANCE_LEVELS: tuple[ImportanceLevel, ...] = get_args(ImportanceLevel)
-LossAggregation = Literal["sequence", "token"]
+LossAggregation = Literal["sequence", "token", "constant"]
 LOSS_AGGREGATIONS: tuple[LossAggregation, ...] = get_args(LossAggregation)
+AdvantageName = Literal["group", "group_mean", "leave_one_out", "batch", "batch_baseline"]
+AdvantageOver = Literal["responses", "tokens"]
+Ratio = Literal["token", "sequence", "sequence_token", "cispo"]
+KlKind = Literal["k1", "k2", "k3", "k3_plus", "full"]
+KL_KINDS: tuple[KlKind, ...] = get_args(KlKind)
+TokenSet = Literal["key", "all"]
+"""The tokens that carry the policy gradient, or all tokens of the responses."""
 
 # Optimizer, layout and run
 OptimizerName = Literal["adam", "sgd"]
