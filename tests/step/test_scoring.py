@@ -186,7 +186,6 @@ def test_noise_is_that_of_two_intact_passes(found: dict[str, Any]) -> None:
 
 def test_a_video_that_hardly_moves_selects_nothing_above_its_noise(found: dict[str, Any]) -> None:
     still = found["noise"]["nearly still"]
-    print("STILL", still)
     assert 0 < still["largest"] < still["temporal"]
     assert still["paper"]["temporal"] > 0 and still["auto"]["temporal"] == 0
     assert still["auto"]["visual"] > 0 and still["auto"]["entropy"] == still["paper"]["entropy"]
