@@ -10,7 +10,6 @@ the other lines must stay valid. What is refused is an option that would change 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -20,6 +19,7 @@ from megatron_ktr.config import (
     pipeline_split,
     policy_gradient_rules,
     reward_rules,
+    schedule,
     second_prompt_rules,
 )
 from megatron_ktr.config.objective_registry import objective_entry, options_of_others
@@ -111,7 +111,25 @@ def _data(config: Config) -> Iterator[str]:
             "--chat-template cannot be saved with --lora-export adapter, whose directory has no tokenizer: choose "
             "--lora-export merged"
         )
+    yield from _length_buckets(config)
     yield from media_rules(data)
+
+
+def _length_buckets(config: Config) -> Iterator[str]:
+    data = config.data
+    if not data.length_buckets:
+        return
+    if not config.objective.is_supervised:
+        yield (
+            f"--length-buckets: the lengths of the responses of --objective {config.objective.objective} are not known "
+            "before they are sampled; it is for --objective sft"
+        )
+    if data.length_buckets == 1:
+        yield "--length-buckets 1 sorts nothing: give at least 2, or 0"
+    if not data.shuffle_data:
+        yield "--length-buckets puts steps into a random order, which --no-shuffle-data forbids: leave out one of them"
+    if len(data.sources) > 1:
+        yield "--length-buckets sorts the records of one file, and --data-path mixes several: leave out one of them"
 
 
 def media_rules(data: DataSection) -> Iterator[str]:
@@ -214,10 +232,7 @@ def _optimizer(config: Config) -> Iterator[str]:
         require_core_0_19("--grad-norm-skip-threshold")
     if max(section.adam_beta1, section.adam_beta2) >= 1:
         yield "--adam-beta1 and --adam-beta2 must be below 1"
-    # With train_epochs the number of steps is not known yet; ``config/run_length.py`` checks the rules again later.
-    num_updates = (config.trainer.train_steps or math.inf) * config.objective.num_updates
-    if section.lr_warmup_steps > num_updates:
-        yield f"--lr-warmup-steps {section.lr_warmup_steps} exceeds the {num_updates} optimizer steps of the run"
+    yield from schedule.problems(config)
 
 
 def _parallel(config: Config) -> Iterator[str]:

@@ -72,6 +72,7 @@ class PromptDataset:
     ) -> None:
         """``left_out`` are indices of ``records`` that are passed over. They keep their place in the sequence. So the
         order of the others, and the place where a resumed run continues, do not depend on which records are usable now.
+        (A length-bucketed order, ``RecordSource.buckets``, does depend on it.)
         """
         if not 0 <= rank < size:
             raise ValueError(f"expected a data-parallel rank in [0, {size}), got {rank}")
@@ -110,6 +111,7 @@ class PromptDataset:
             [len(source.records) for source in sources],
             seed=self.seed,
             shuffle=self.shuffle,
+            buckets=sources[0].buckets,
         )
 
     @property
@@ -279,6 +281,8 @@ class PromptDataset:
             "skips": self.skips.state_dict(),
             "counts": dict(self.loader.counts),
         }
+        if self.lengths_digest:
+            state["lengths_digest"] = self.lengths_digest
         if self.is_mixture:
             return state | {"mixture": self._mixture, "num_given": self._num_given()}
         return state | {"rewards": self._mixture[0][1]}
@@ -314,6 +318,12 @@ class PromptDataset:
                     f"resume: the data position was saved with {name} = {state[name]}, this run has {value}"
                 )
         self._require_same_content(state)
+        if state.get("lengths_digest", "") != self.lengths_digest:
+            raise UserError(
+                "resume: the lengths of the records, by which --length-buckets orders them, are not those of the saved "
+                "run: media were exchanged, or became readable or unreadable (records left out count too); restore "
+                "them, or start anew from the export"
+            )
         self.position = int(state["position"])
         if self.together is not None:
             self.together.load_state_dict(state)
@@ -340,6 +350,12 @@ class PromptDataset:
         return _together(
             xxhash.xxh3_128(np.packbits(source.is_left_out).tobytes()).hexdigest() for source in self.sources
         )
+
+    @property
+    def lengths_digest(self) -> str:
+        """A digest of the lengths by which records are ordered; empty where they are not."""
+        buckets = self.sources[0].buckets
+        return "" if buckets is None else buckets.digest
 
     def _require_same_content(self, state: Mapping[str, Any]) -> None:
         if "records_digest" not in state:
