@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,8 +37,11 @@ from megatron_ktr.policy.finite import require_finite_samples
 from megatron_ktr.policy.policy import Policy
 from megatron_ktr.policy.rollout_offload import optimizer_off_device
 from megatron_ktr.rollout.check.sampler import SamplerCheck
+from megatron_ktr.rollout.second_prompt import shuffled_counts, shuffled_means
+from megatron_ktr.rollout.source import ReplicaSource
 from megatron_ktr.rollout.step_source import StepSource
 from megatron_ktr.run.metrics import PhaseTimer
+from megatron_ktr.step.noise import NoiseMeter
 from megatron_ktr.step.plan import StepBatching
 from megatron_ktr.step.scoring import ScoringPasses
 from megatron_ktr.sums import Metrics
@@ -69,7 +73,8 @@ class StepReport:
 
 
 class Trainer:
-    """Runs training steps; ``source`` and ``policy`` hold all state that outlives a step."""
+    """Runs training steps. ``policy``, ``source`` and ``noise`` hold all state that outlives a step; the latter two are
+    the ``state_dict``."""
 
     def __init__(
         self, *, options: StepOptions, policy: Policy, source: StepSource, objective: Objective, media: MediaSpec
@@ -80,6 +85,7 @@ class Trainer:
         self.objective = objective
         self.batching = StepBatching(options=options, policy=policy, objective=objective)
         self.scoring = ScoringPasses(options=options, policy=policy, objective=objective, media=media)
+        self.noise = NoiseMeter(options=options, policy=policy, objective=objective, media=media)
         self.sampler_check: SamplerCheck | None = None
         """A check that runs once, with the weights of the first step."""
         self._check_values: dict[str, float] = {}
@@ -103,6 +109,8 @@ class Trainer:
         with self.timer.phase("score"):
             micro_batches = self.scoring.with_counterfactuals(micro_batches, step=step)
             micro_batches = self.scoring.with_reference(micro_batches)
+            self.noise.measure(micro_batches, step=step)
+            facts = dataclasses.replace(facts, noise_floor=self.noise.floors)
             micro_batches, facts = self.scoring.with_selection(micro_batches, facts)
             updates = self._updates(micro_batches, facts, sizes=[len(of_update) for of_update in by_update])
         with self.timer.phase("update"):
@@ -112,6 +120,22 @@ class Trainer:
                 for items, of_update in updates
             ]
         return self._report(step, groups, results=results, num_mini_batches=len(updates))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the data and the newest noise of signals, as JSON can represent it; the same on every rank of a
+        replica."""
+        noise = self.noise.state_dict()
+        return self._resumable.state_dict() | ({"noise_floor": noise} if noise else {})
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from what ``state_dict`` returned."""
+        self._resumable.load_state_dict(state)
+        self.noise.load_state_dict(state.get("noise_floor", {}))
+
+    @property
+    def _resumable(self) -> ReplicaSource:
+        assert isinstance(self.source, ReplicaSource), "only a run's own source has a place in the data"
+        return self.source
 
     def _rollouts(self, step: int) -> list[RolloutGroup]:
         """This step's groups, sampled from the weights that the previous step left.
@@ -266,10 +290,16 @@ class Trainer:
                 metrics.add("finished_share", rollout.is_finished)
                 for name, value in rollout.rewards.items():
                     metrics.add(f"reward/{name}", value)
+        if self.options.num_shuffled:
+            metrics.add_max("shuffled/seconds_alone", self.source.shuffled_seconds)
+            metrics.merge(shuffled_means(groups))
         num_tokens = self.policy.global_count(sum(group.num_tokens for group in groups))
         values = self.policy.mean_over_replicas(metrics)
         values["num_prompts"] = self.policy.global_count(len(groups))
         values |= self.policy.sum_over_replicas({"num_skipped": self.source.num_skipped, **self.source.counts})
+        values |= self.source.step_values
+        if self.options.num_shuffled:
+            values |= self.policy.sum_over_replicas(shuffled_counts(groups))
         values |= self._vision_counts(groups)
         values["tokens_per_second"] = num_tokens / step_seconds
         values["has_stepped"] = float(result is not None and result.has_stepped)
@@ -287,7 +317,7 @@ class Trainer:
                 global_sum=self.policy.global_count,
                 key_share=values.get("key_token_ratio", 1.0),
             )
-        values |= self.batching.take_values() | self._check_values
+        values |= self.batching.take_values() | self.noise.take_values() | self._check_values
         self._check_values = {}
         return StepReport(
             step=step,

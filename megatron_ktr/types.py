@@ -42,7 +42,7 @@ from megatron_ktr.sums import Metrics
 from megatron_ktr.transfer import send
 
 View = str
-"""The name of one way of showing a prompt: ``INTACT``, or a counterfactual view."""
+"""The name of a view: ``INTACT``, or a counterfactual one (``config/view_registry.py``)."""
 INTACT: View = "intact"
 MediaKind = Literal["image", "video"]
 MEDIA_KINDS: tuple[MediaKind, ...] = get_args(MediaKind)
@@ -58,7 +58,8 @@ class VisualInput:
 
     kind: MediaKind
     frames_FCHW: Tensor
-    """uint8 [F, C, H, W] at the final size (H and W multiples of patch * merge). An image has F == 1."""
+    """uint8 [F, C, H, W] at the final size (H and W multiples of patch * merge). An image has F == 1. Only the view
+    ``noise`` has fp32 frames; their unit is the same."""
     grid_thw: tuple[int, int, int]
     """Patches along time, height and width, before merging. F frames give ceil(F / temporal_patch) in time."""
     seconds_per_grid: float = 0.0
@@ -89,6 +90,12 @@ class Prompt:
     them apart."""
     source: str = ""
     """The name of the file in a mixture of several; "" in a run with one file. Rewards and metrics go by it."""
+    other_media: tuple[VisualInput, ...] = ()
+    """The media of another question, one for each of ``media`` and with its frames and size; only for the view that
+    shows them (``attribution/views/other_video.py``), else empty."""
+    variant: str = ""
+    """How this prompt differs from the one that was drawn, e.g. "shuffled" for the same question with its frames in
+    random order (``rollout/second_prompt.py``). "" for the prompt as it was drawn."""
 
     @property
     def identity(self) -> str:
@@ -97,9 +104,11 @@ class Prompt:
 
         ``problem_id`` alone is not enough: published files repeat ids, and a small data set may give one record several
         times in a step. The number of a draw never repeats in a run. It is the same for every number of replicas, in
-        every engine, and after a resume.
+        every engine, and after a resume. A variant of the prompt has an identity of its own. It stands before the
+        problem id, which may contain anything, and so cannot be taken for a part of one.
         """
-        return f"{self.draw_number} {self.problem_id}"
+        draw = f"{self.draw_number}/{self.variant}" if self.variant else f"{self.draw_number}"
+        return f"{draw} {self.problem_id}"
 
 
 @dataclass(frozen=True)
@@ -113,14 +122,16 @@ class Rollout:
     text: str = ""
     is_finished: bool = True
     rewards: Mapping[str, float] = field(default_factory=dict)
-    """Named parts of the reward, e.g. {"accuracy": 1.0, "format": 1.0}; their sum is the reward."""
+    """Named parts of the reward, e.g. {"accuracy": 1.0, "format": 1.0}; their weighted sum is the reward."""
+    reward_weights: Mapping[str, float] = field(default_factory=dict)
+    """The weights of parts, where they are not 1."""
     is_trained: tuple[bool, ...] | None = None
     """For each token, whether it may carry loss. It is False in the user's turns of a conversation that was given as
     training data. None: every token may."""
 
     @property
     def reward(self) -> float:
-        return float(sum(self.rewards.values()))
+        return float(sum(self.reward_weights.get(name, 1.0) * value for name, value in self.rewards.items()))
 
 
 @dataclass(frozen=True)
@@ -129,6 +140,10 @@ class RolloutGroup:
 
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
+    shuffled: tuple[Rollout, ...] = ()
+    """Responses to the same question with its frames in random order, which a bonus compares with ``rollouts``
+    (``objectives/bonuses/temporal.py``). They have rewards. They are never packed or trained on, and they are in no
+    mean and no standard deviation. Empty where the objective asks for none, or the prompt has no order to lose."""
 
     @property
     def num_response_tokens(self) -> int:
@@ -312,6 +327,9 @@ class BatchFacts:
     step: int = 0
     seed: int = 0
     """The run's seed. What is drawn at random depends on seed, step and the prompt's identity alone."""
+    noise_floor: Mapping[str, float] = field(default_factory=dict)
+    """By signal: the size of score that rounding alone explains, as it was measured last
+    (``attribution/noise_floor.py``)."""
 
 
 @dataclass(frozen=True)

@@ -34,15 +34,32 @@ FrameRule = Literal["fps", "fixed", "resampled"]
 # Rollout and reward
 Engine = Literal["replay", "hf", "vllm_colocated", "vllm_server"]
 WeightTransfer = Literal["auto", "nccl", "directory"]
+FilterGroups = Literal["off", "equal", "range"]
+"""Which groups of a step are replaced by further ones (``rollout/filtering.py``)."""
 AnswerProtocol = Literal["official", "strict", "standard", "lenient"]
+RewardErrorPolicy = Literal["stop", "zero", "skip_group"]
 
 # Objective
-Signal = Literal["entropy", "visual", "temporal"]
-SIGNALS: tuple[Signal, ...] = get_args(Signal)
+SIGNALS = ("entropy", "visual", "temporal")
+"""The signals of Video-KTR. Each signal registers its own name (``signal_registry.py``)."""
+Selection = Literal["signals", "random", "complement", "all"]
+"""Which tokens carry the loss: those that the signals select, or a control."""
+SELECTIONS: tuple[Selection, ...] = get_args(Selection)
+SelectionRule = Literal["quantile", "rank"]
+Scope = Literal["response", "prompt", "batch"]
+"""The sets of tokens whose scores are compared (``attribution/scopes.py``)."""
+SCOPES: tuple[Scope, ...] = get_args(Scope)
+Combine = Literal["union", "intersection", "weighted"]
+TokenWeights = Literal["hard", "rank", "sigmoid", "softmax", "soft_mask"]
+TOKEN_WEIGHTS: tuple[TokenWeights, ...] = get_args(TokenWeights)
+Dependence = Literal["kl", "k3"]
+AdvantageShaping = Literal["none", "dependence"]
 Shift = Literal["signed", "absolute", "kl"]
 SHIFTS: tuple[Shift, ...] = get_args(Shift)
 ShuffleUnit = Literal["frame", "temporal_patch"]
 SHUFFLE_UNITS: tuple[ShuffleUnit, ...] = get_args(ShuffleUnit)
+PatchUnit = Literal["merged", "vit"]
+"""What the view ``patches`` blackens as a whole (``attribution/views/patches.py``)."""
 ScoringPrecision = Literal["same", "bf16", "fp8"]
 ScoresDtype = Literal["fp32", "bf16"]
 ImportanceLevel = Literal["none", "token", "sequence"]

@@ -28,14 +28,15 @@ Deviations from the published GRPO (arXiv 2402.03300):
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from megatron_ktr.attribution.key_tokens import KeyTokens
+from megatron_ktr.attribution.key_tokens import KeyTokens, build_key_tokens
+from megatron_ktr.attribution.noise_floor import SignalNoise
 from megatron_ktr.config.sections import ObjectiveSection, RewardSection, RolloutSection
 from megatron_ktr.config.words import LossAggregation, TokenSet
 from megatron_ktr.objectives.advantages import Advantage, needs_batch
@@ -44,6 +45,7 @@ from megatron_ktr.objectives.advantages.group import group_relative
 from megatron_ktr.objectives.base import Gather, Objective
 from megatron_ktr.objectives.bonuses import Bonus
 from megatron_ktr.objectives.bonuses.length import LengthBonus
+from megatron_ktr.objectives.bonuses.temporal import TemporalBonus
 from megatron_ktr.objectives.denominators import LossMean, count_by_response
 from megatron_ktr.objectives.importance import ImportanceCorrection
 from megatron_ktr.objectives.loss import policy_gradient_loss
@@ -125,6 +127,10 @@ class PolicyGradient(Objective):
         return frozenset() if self.selection is None else self.selection.views
 
     @property
+    def signals(self) -> tuple[str, ...]:
+        return () if self.selection is None else tuple(signal.name for signal in self.selection.signals)
+
+    @property
     def needs_kl(self) -> bool:
         return self.selection is not None and self.selection.needs_kl
 
@@ -157,7 +163,7 @@ class PolicyGradient(Objective):
     def needs_selection_first(self) -> bool:
         if self.needs_batch_rewards and self.reward_kl is not None:
             return True  # the moments of the batch contain the KL of every response
-        return self.selection is not None and self.loss_mean.counts_key_tokens
+        return self.selection is not None and (self.loss_mean.counts_key_tokens or self.selection.needs_batch)
 
     def may_have_gradient(self, groups: Sequence[RolloutGroup], facts: BatchFacts) -> bool:
         if self.penalties or self.bonuses or self.reward_kl is not None:
@@ -196,6 +202,9 @@ class PolicyGradient(Objective):
             rewards = less_kl(self.rewards_of(item.groups), kls, weight=self.reward_kl.weight)
             rows.append(reward_rows(rewards, lengths_of(item.groups), device=selection.kl_of_response.device))
         return with_rewards(facts, gather(torch.cat(rows)))
+
+    def signal_noise(self, item: ScoredBatch, again: TokenScores) -> Mapping[str, SignalNoise]:
+        return {} if self.selection is None else self.selection.noise(item, again)
 
     def num_loss_tokens(self, batch: PackedBatch, selection: Selection | None) -> int:
         if self.selection is None or self.masked_denominator == "all":
@@ -293,11 +302,11 @@ class BuildContext:
 
 def build_policy_gradient(section: ObjectiveSection, context: BuildContext, **parts: Any) -> PolicyGradient:
     """The composition that the options describe. ``parts`` are fields of ``PolicyGradient`` that no option chooses."""
-    bonus = _length_bonus(context.reward)
     chosen: dict[str, Any] = dict(
         name=section.objective,
-        bonuses=() if bonus is None else (bonus,),
+        bonuses=(*_temporal_bonus(context.rollout), *_length_bonus(context.reward)),
         advantage=build_advantage(section),
+        selection=build_key_tokens(section),
         aggregation=section.loss_aggregation,
         loss_constant=_loss_constant(section, context.rollout),
         masked_denominator=section.masked_denominator,
@@ -318,11 +327,17 @@ def _loss_constant(section: ObjectiveSection, rollout: RolloutSection | None) ->
     return rollout.max_response_length
 
 
-def _length_bonus(reward: RewardSection | None) -> LengthBonus | None:
+def _temporal_bonus(rollout: RolloutSection | None) -> tuple[Bonus, ...]:
+    if rollout is None or not rollout.temporal_bonus:
+        return ()
+    return (TemporalBonus(bonus=rollout.temporal_bonus, margin=rollout.temporal_margin),)
+
+
+def _length_bonus(reward: RewardSection | None) -> tuple[Bonus, ...]:
     if reward is None or not reward.length_bonus:
-        return None
-    return LengthBonus(
-        bonus=reward.length_bonus, min_length=reward.length_bonus_min, max_length=reward.length_bonus_max
+        return ()
+    return (
+        LengthBonus(bonus=reward.length_bonus, min_length=reward.length_bonus_min, max_length=reward.length_bonus_max),
     )
 
 

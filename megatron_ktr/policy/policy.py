@@ -58,7 +58,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Policy(ReplicaNumbers):
     """One rank's part of the policy model, its optimizer and schedule, and an optional frozen reference model.
 
-    ``hf_dir`` gives sizes and initial weights. ``num_steps`` is the length of the learning-rate schedule.
+    ``hf_dir`` gives sizes and initial weights. ``num_steps`` is the length of the learning-rate schedule, in
+    what it counts (``config/schedule.py``).
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class Policy(ReplicaNumbers):
             dtype=self.dtype,
             overlap_param_gather=options.parallel.overlap_param_gather,
         )
-        self.scheduler = build_scheduler(self.optimizer, section=options.optimizer, num_steps=num_steps)
+        self.scheduler = build_scheduler(self.optimizer, section=options.optimizer, length=num_steps)
         self._connect_schedule_hooks()
         self._is_gather_pending = options.parallel.overlap_param_gather
         self.reference: ReferenceModel | None = None
@@ -236,7 +237,9 @@ class Policy(ReplicaNumbers):
         succeeded, grad_norm, _ = outcome
         require_finite("gradient norm", float(grad_norm or 0.0))
         if succeeded:
-            self.scheduler.step(increment=1)
+            is_by_samples = self.options.optimizer.counts_samples
+            num_samples = self.global_count(sum(len(item.groups) for item in micro_batches)) if is_by_samples else 1
+            self.scheduler.step(increment=round(num_samples))
             self.vision.after_step()
         return dataclasses.replace(result, grad_norm=float(grad_norm or 0.0), has_stepped=bool(succeeded))
 

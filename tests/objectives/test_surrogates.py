@@ -85,7 +85,7 @@ def test_terms_worked_by_hand(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_one_update_per_rollout_has_the_gradient_of_grpo_whatever_the_ratio(name):
-    """The ratio is 1 everywhere. (Per response of equal weight at all tokens: a sequence ratio spreads its gradient.)"""
+    """The ratio is 1 everywhere. (A sequence ratio spreads its gradient evenly over tokens that weigh the same.)"""
     surrogate = CASES[name][0]
     lengths, differences = (3, 1, 2), (-1.0, -0.5, -2.0, -0.1, -3.0, -0.7)
     expected = term_of(Clipped(), -0.7, differences=differences, old=False, lengths=lengths)
