@@ -75,12 +75,13 @@ def test_step_equals_the_formula_on_full_logits(
     groups = example_groups(*GROUPS)
     responses = with_gradient(case.policy, case.config, groups, score_responses(case, groups))
     plain = reference_update(responses, masks=masks, kl_beta=0.0, temperature=0.8, shift="kl", ratios=0.3)
-    terms, every = [], []
+    terms, every, of_all_tokens = [], [], []
     for name, group, keys in zip(GROUPS, responses, masks, strict=True):
         kl_of_group = [_full_kl(response, 0.8) for response in group]
         # fp32 sums over 300 words in another order; log-probs agree to 1e-5 (``test_ktr_update_against_hf.py``).
         found_R = ours.scores[name]["reference_kl_R"]
         assert torch.allclose(found_R, torch.cat(kl_of_group).detach(), rtol=0, atol=2e-5)
+        of_all_tokens += kl_of_group
         for kl, is_key in zip(kl_of_group, keys, strict=True):
             terms.append(kl[is_key].mean() if is_key.any() else kl.sum() * 0)
             every.append(kl[is_key])
@@ -88,6 +89,7 @@ def test_step_equals_the_formula_on_full_logits(
     (update,) = ours.updates
     assert update.loss == pytest.approx(loss.item(), abs=1e-5)
     assert ours.values["kl"] == pytest.approx(torch.cat(every).mean().item(), abs=1e-5)
+    assert ours.values["kl_full"] == pytest.approx(torch.cat(of_all_tokens).mean().item(), abs=1e-5)
     assert BETA * torch.stack(terms).mean().item() > 0.01, "the term must weigh something"
     gradients = gradients_of(case.policy, loss)
     assert max_relative_difference(update.gradients, gradients) <= 1e-4  # as for plain log-probs; seen: 3e-6
@@ -157,6 +159,20 @@ def test_second_update_compares_the_policy_that_the_first_has_left(
     apart = _steps(one_rank, num_steps=2, masks=[ours.chosen] * 2, **options)
     assert ours.values["kl"] == pytest.approx(apart[1].values["kl"], rel=1e-5)
     assert abs(apart[1].values["kl"] - apart[0].values["kl"]) > 1e-3, "a stale KL would not be seen"
+
+
+def test_kl_is_a_metric_without_being_part_of_the_loss(models: dict[bool, Models], one_rank: ParallelGroups) -> None:
+    """The step is that of the same run without the metric, to the last bit; the KL is that of a loss with it."""
+    options: dict[str, Any] = dict(models_dir=(models[False].policy_dir, models[False].reference_dir))
+    plain = dict(kl_beta=0.0, kl_kind="k3")
+    (without,), (with_metric,), (in_loss,) = (
+        _steps(one_rank, values=values, **options) for values in (plain, {**plain, "measure_full_kl": True}, {})
+    )
+    assert with_metric.values["kl_full"] == in_loss.values["kl_full"] > 0.1
+    assert "kl" not in with_metric.values and "kl_full" not in without.values
+    (one,), (other,) = with_metric.updates, without.updates
+    assert one.loss == other.loss
+    assert all(torch.equal(gradient, other.gradients[name]) for name, gradient in one.gradients.items())
 
 
 def test_reference_without_adapters_equals_a_copy_of_the_base_model(
