@@ -38,7 +38,7 @@ _LINE_CHARTS = (
     ("Share of key tokens", ("key_token_ratio", "key_token_ratio/"), "of all response tokens"),
     ("Gradient norm", ("grad_norm",), "before clipping"),
     ("Entropy", ("entropy",), "nats a token"),
-    ("KL to the reference model", ("kl",), "nats a token"),
+    ("KL to the reference model", ("kl", "kl_full"), "nats a token"),
     ("Gap between sampler and trainer", ("sampler_trainer_logprob_gap",), "mean difference of log-probs"),
     ("Response length", ("response_length",), "tokens"),
     ("Finished responses", ("finished_share",), "share that ends before the length limit"),
