@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,8 +35,10 @@ from megatron_ktr.policy.finite import require_finite_samples
 from megatron_ktr.policy.policy import Policy
 from megatron_ktr.policy.rollout_offload import optimizer_off_device
 from megatron_ktr.rollout.check.sampler import SamplerCheck
+from megatron_ktr.rollout.source import ReplicaSource
 from megatron_ktr.rollout.step_source import StepSource
 from megatron_ktr.run.metrics import PhaseTimer
+from megatron_ktr.step.noise import NoiseMeter
 from megatron_ktr.step.plan import StepBatching
 from megatron_ktr.step.scoring import ScoringPasses
 from megatron_ktr.sums import Metrics
@@ -67,7 +70,8 @@ class StepReport:
 
 
 class Trainer:
-    """Runs training steps; ``source`` and ``policy`` hold all state that outlives a step."""
+    """Runs training steps. ``policy``, ``source`` and ``noise`` hold all state that outlives a step; the latter two are
+    the ``state_dict``."""
 
     def __init__(
         self, *, options: StepOptions, policy: Policy, source: StepSource, objective: Objective, media: MediaSpec
@@ -78,6 +82,7 @@ class Trainer:
         self.objective = objective
         self.batching = StepBatching(options=options, policy=policy, objective=objective)
         self.scoring = ScoringPasses(options=options, policy=policy, objective=objective, media=media)
+        self.noise = NoiseMeter(options=options, policy=policy, objective=objective, media=media)
         self.sampler_check: SamplerCheck | None = None
         """A check that runs once, with the weights of the first step."""
         self._check_values: dict[str, float] = {}
@@ -99,6 +104,7 @@ class Trainer:
         with self.timer.phase("score"):
             micro_batches = self.scoring.with_counterfactuals(micro_batches, step=step)
             micro_batches = self.scoring.with_reference(micro_batches)
+            self.noise.measure(micro_batches, step=step)
             facts = self._facts(micro_batches, step=step)
             micro_batches = self.scoring.with_selection(micro_batches, facts)
             facts = self._with_num_tokens(facts, micro_batches)
@@ -108,6 +114,22 @@ class Trainer:
                 for _ in range(self.options.objective.updates_per_rollout)
             ]
         return self._report(step, groups, results=results)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the data and the newest noise of signals, as JSON can represent it; the same on every rank of a
+        replica."""
+        noise = self.noise.state_dict()
+        return self._resumable.state_dict() | ({"noise_floor": noise} if noise else {})
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from what ``state_dict`` returned."""
+        self._resumable.load_state_dict(state)
+        self.noise.load_state_dict(state.get("noise_floor", {}))
+
+    @property
+    def _resumable(self) -> ReplicaSource:
+        assert isinstance(self.source, ReplicaSource), "only a run's own source has a place in the data"
+        return self.source
 
     def _rollouts(self, step: int) -> list[RolloutGroup]:
         """This step's groups, sampled from the weights that the previous step left.
@@ -191,7 +213,12 @@ class Trainer:
     def _facts(self, micro_batches: Sequence[MicroBatch], *, step: int) -> BatchFacts:
         """What the update knows about the global batch before key tokens are chosen."""
         num_responses = self.policy.global_count(sum(item.batch.num_responses for item in micro_batches))
-        return BatchFacts(num_responses=round(num_responses), step=step, seed=self.options.trainer.seed)
+        return BatchFacts(
+            num_responses=round(num_responses),
+            step=step,
+            seed=self.options.trainer.seed,
+            noise_floor=self.noise.floors,
+        )
 
     def _with_num_tokens(self, facts: BatchFacts, micro_batches: Sequence[MicroBatch]) -> BatchFacts:
         """``facts`` with the number of tokens that the loss is divided by. It is counted over all micro-batches and
@@ -249,7 +276,7 @@ class Trainer:
                 global_sum=self.policy.global_count,
                 key_share=values.get("key_token_ratio", 1.0),
             )
-        values |= self.batching.take_values() | self._check_values
+        values |= self.batching.take_values() | self.noise.take_values() | self._check_values
         self._check_values = {}
         return StepReport(
             step=step,

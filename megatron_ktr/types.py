@@ -42,7 +42,7 @@ from megatron_ktr.sums import Metrics
 from megatron_ktr.transfer import send
 
 View = str
-"""The name of one way of showing a prompt: ``INTACT``, or a counterfactual view."""
+"""The name of a view: ``INTACT``, or a counterfactual one (``config/view_registry.py``)."""
 INTACT: View = "intact"
 MediaKind = Literal["image", "video"]
 MEDIA_KINDS: tuple[MediaKind, ...] = get_args(MediaKind)
@@ -58,7 +58,8 @@ class VisualInput:
 
     kind: MediaKind
     frames_FCHW: Tensor
-    """uint8 [F, C, H, W] at the final size (H and W multiples of patch * merge). An image has F == 1."""
+    """uint8 [F, C, H, W] at the final size (H and W multiples of patch * merge). An image has F == 1. Only the view
+    ``noise`` has fp32 frames; their unit is the same."""
     grid_thw: tuple[int, int, int]
     """Patches along time, height and width, before merging. F frames give ceil(F / temporal_patch) in time."""
     seconds_per_grid: float = 0.0
@@ -89,6 +90,9 @@ class Prompt:
     them apart."""
     source: str = ""
     """The name of the file in a mixture of several; "" in a run with one file. Rewards and metrics go by it."""
+    other_media: tuple[VisualInput, ...] = ()
+    """The media of another question, one for each of ``media`` and with its frames and size; only for the view that
+    shows them (``attribution/views/other_video.py``), else empty."""
 
     @property
     def identity(self) -> str:
@@ -300,6 +304,9 @@ class BatchFacts:
     step: int = 0
     seed: int = 0
     """The run's seed. What is drawn at random depends on seed, step and the prompt's identity alone."""
+    noise_floor: Mapping[str, float] = field(default_factory=dict)
+    """By signal: the size of score that rounding alone explains, as it was measured last
+    (``attribution/noise_floor.py``)."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ layouts do not change these numbers: padding, replicated work and any other reco
 
 Parts: ``vision``, ``prompt`` and ``response`` (linear layers on those rows), ``attention_prompt``,
 ``attention_response``, ``head``, ``embedding``. Passes: ``policy_forward``, ``policy_recompute``, ``policy_backward``,
-``hidden``, ``shuffled``, ``reference``, ``selection``.
+``reference``, ``selection``, ``noise``, and one for each counterfactual view, by its name.
 """
 
 from __future__ import annotations
@@ -120,18 +120,16 @@ def _count_group(
     if settings.has_reference:
         is_shared = is_once and settings.is_vision_frozen
         flops.add("reference", {**intact, "vision": 0.0 if is_shared else vision})
-    if settings.has_hidden and group.grids:
-        keeps = settings.is_hidden_masked
-        shown = group if keeps else GroupWork(group.text_length, group.response_lengths)
-        hidden = count_language(config, shown, settings=settings, attention=attention)
-        flops.add("hidden", {**hidden, "vision": vision if keeps else 0.0})
-    if settings.shuffle_unit and group.video_grids:
-        encoded = 0.0
-        if not is_once:
-            encoded = vision
-        elif settings.shuffle_unit == "frame":
-            encoded = copies * count_vision(config.vision, group.video_grids).total
-        flops.add("shuffled", {**intact, "vision": encoded}, times=settings.num_shuffles)
+    if settings.noise_passes:
+        # Two passes share one run of the encoder; frozen weights share that of the update, too.
+        again = 0.0 if is_once and settings.is_vision_frozen else vision / 2 if is_once else vision
+        flops.add("noise", {**intact, "vision": again}, times=settings.noise_passes)
+    for view in settings.views:
+        if group.has(view):
+            rows = count_language(config, group.seen_in(view), settings=settings, attention=attention)
+            encoded = group.encoded_in(view, has_vision_once=is_once)
+            encoder = copies * count_vision(config.vision, encoded.grids).total
+            flops.add(view.name, {**rows, "vision": encoder}, times=view.passes)
     return flops
 
 

@@ -183,7 +183,7 @@ def _num_rows(config: Qwen2_5_VLConfig, one: StepPass) -> int:
     return sum(group.prompt_length(config) + group.num_response_tokens for group in one.groups)
 
 
-def _operations(flops: Flops, name: str, times: int, layout: Layout, number: int, ranks: float) -> float:
+def _operations(flops: Flops, name: str, times: float, layout: Layout, number: int, ranks: float) -> float:
     """The operations of the rank with the most rows in one run of the pass.
 
     ``ranks`` is the number of ranks that share the operations of a language layer.

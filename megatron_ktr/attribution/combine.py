@@ -56,6 +56,8 @@ class ChoiceRules:
     """The weight of each signal in ``weighted``; empty: 1 each."""
     token_weights: TokenWeights = "hard"
     temperature: float = 1.0
+    least_of: Mapping[str, float] = field(default_factory=dict)
+    """The smallest score that a signal selects (``min_shift``); empty: no limit."""
     like_release: bool = False
     """Do as the release of Video-KTR with degenerate scopes and infinite scores (``selection.py``)."""
 
@@ -68,6 +70,8 @@ class ChoiceRules:
             raise ValueError("original_compat selects by quantile, with a hard mask")
         if self.token_weights != "hard" and self.combine != WEIGHTED and len(self.ratio_of) > 1:
             raise ValueError("token_weights needs one score per token: one signal, or combine 'weighted'")
+        if self.least_of and (self.token_weights != "hard" or self.combine == WEIGHTED):
+            raise ValueError("a smallest score needs signals that each select tokens of their own")
 
     def choose(self, score_R_by_signal: Mapping[str, Tensor], scope_R: Tensor, *, num_scopes: int) -> Choice:
         """The chosen tokens; ``scope_R`` is int64 [R] in 0 .. num_scopes - 1."""
@@ -98,8 +102,12 @@ class ChoiceRules:
     def _select(self, score_R: Tensor, scope_R: Tensor, signal: str, *, num_scopes: int) -> Tensor:
         count, ratio = self.count_of.get(signal), self.ratio_of[signal]
         if count is not None or self.rule == "rank":
-            return select_by_rank(score_R, scope_R, num_scopes=num_scopes, ratio=ratio, count=count)
-        return select_top_share(score_R, scope_R, ratio=ratio, num_scopes=num_scopes, like_release=self.like_release)
+            mask_R = select_by_rank(score_R, scope_R, num_scopes=num_scopes, ratio=ratio, count=count)
+        else:
+            mask_R = select_top_share(
+                score_R, scope_R, ratio=ratio, num_scopes=num_scopes, like_release=self.like_release
+            )
+        return mask_R & (score_R >= self.least_of[signal]) if signal in self.least_of else mask_R
 
     def _weighted_sum(self, score_R_by_signal: Mapping[str, Tensor], scope_R: Tensor, *, num_scopes: int) -> Tensor:
         """fp64 [R]; NaN on tokens about which no signal says anything."""

@@ -12,6 +12,7 @@ first update begins (``needs_batch``), which costs one more intact pass without 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from torch import Tensor
 from megatron_ktr.attribution.batch_scope import choose_in_batch
 from megatron_ktr.attribution.combine import Choice, ChoiceRules
 from megatron_ktr.attribution.controls import random_tokens
+from megatron_ktr.attribution.noise_floor import SignalNoise, least_scores, measure_noise
 from megatron_ktr.attribution.shaping import DependenceShaping, mean_by_response
 from megatron_ktr.attribution.signals import build_signals, scored_as_zero, signal_applies, signal_scores
 from megatron_ktr.attribution.signals.base import Signal
@@ -30,7 +32,7 @@ from megatron_ktr.config.objective_section import ObjectiveSection
 from megatron_ktr.config.words import SELECTIONS, Scope
 from megatron_ktr.config.words import Selection as SelectionWord
 from megatron_ktr.sums import Metrics
-from megatron_ktr.types import BatchFacts, ScoredBatch, Selection, View
+from megatron_ktr.types import BatchFacts, ScoredBatch, Selection, TokenScores, View
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class KeyTokens:
     mode: SelectionWord = "signals"
     scope: Scope = "prompt"
     scores_dtype: torch.dtype = torch.float32
+    min_shift: float | str = 0.0
+    """The smallest score of signals that compare two views; ``AUTO``: their noise (``noise_floor.py``)."""
     shaping: DependenceShaping | None = None
     dependence: Signal | None = None
     """The signal that ``shaping`` reads."""
@@ -88,7 +92,7 @@ class KeyTokens:
         gather: Callable[[Tensor], Tensor] | None = None,
     ) -> list[Selection]:
         """The selection of each of ``items`` (``Objective.select``)."""
-        choices = self._choices(items, gather=gather)
+        choices = self._choices(items, facts, gather=gather)
         factors = self._advantage_factors(items, gather=gather)
         found = []
         for item, choice, (factor_R, dependence_R) in zip(items, choices, factors, strict=True):
@@ -104,11 +108,19 @@ class KeyTokens:
             )
         return found
 
-    def _choices(self, items: Sequence[ScoredBatch], *, gather: Callable[[Tensor], Tensor] | None) -> list[Choice]:
+    def noise(self, item: ScoredBatch, again: TokenScores) -> Mapping[str, SignalNoise]:
+        """By signal: its scores, and how much of them rounding alone explains (``Objective.signal_noise``)."""
+        return measure_noise(self.signals, item, again, dtype=self.scores_dtype)
+
+    def _choices(
+        self, items: Sequence[ScoredBatch], facts: BatchFacts, *, gather: Callable[[Tensor], Tensor] | None
+    ) -> list[Choice]:
         """What the signals choose, before any control."""
         rules = self.rules
         if rules is None:
             return [Choice(torch.ones_like(item.scores.policy_logprob_R, dtype=torch.bool)) for item in items]
+        if least := least_scores(self.signals, min_shift=self.min_shift, noise_floor=facts.noise_floor):
+            rules = dataclasses.replace(rules, least_of=least)
         scores = [self._scores(self.signals, item) for item in items]
         if self.scope == "batch":
             return choose_in_batch(rules, scores, [item.groups for item in items], gather=gather)
@@ -196,6 +208,7 @@ def build_key_tokens(section: ObjectiveSection) -> KeyTokens | None:
         mode=mode,
         scope=section.selection_scope,
         scores_dtype=torch.bfloat16 if section.scores_dtype == "bf16" else torch.float32,
+        min_shift=section.min_shift,
         shaping=DependenceShaping(section.shaping_min, section.shaping_max) if is_shaped else None,
         dependence=build_dependence(section) if is_shaped else None,
     )

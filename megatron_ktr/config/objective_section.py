@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_ktr.config.cli import LARGEST_NUMBER, shorten
 from megatron_ktr.config.cli import option as _option
 from megatron_ktr.config.objective_registry import objective_choices, objective_entry
 from megatron_ktr.config.signal_registry import available_signals
+from megatron_ktr.config.view_registry import temporal_views, visual_views
 from megatron_ktr.config.words import (
     SIGNALS,
     AdvantageShaping,
@@ -15,6 +18,7 @@ from megatron_ktr.config.words import (
     Dependence,
     ImportanceLevel,
     LossAggregation,
+    PatchUnit,
     Scope,
     ScoresDtype,
     ScoringPrecision,
@@ -24,6 +28,21 @@ from megatron_ktr.config.words import (
     ShuffleUnit,
     TokenWeights,
 )
+
+AUTO = "auto"
+
+
+def parse_min_shift(value: Any) -> float | str:
+    """The value of ``min_shift``: a number of at least 0, or ``AUTO``. Raises ``ValueError`` for anything else."""
+    if value == AUTO:
+        return AUTO
+    try:
+        number = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < LARGEST_NUMBER:
+        raise ValueError(f"expected a number >= 0, or {AUTO}, got {shorten(value)}")
+    return number
 
 
 @dataclass(frozen=True)
@@ -100,7 +119,39 @@ class ObjectiveSection:
     shuffle_unit: ShuffleUnit = _option(
         "frame", "What the temporal counterfactual permutes: decoded frames, or pairs of frames already encoded"
     )
-    num_shuffles: int = _option(1, "Random orders whose scores are averaged", low=1)
+    num_shuffles: int = _option(
+        1, "Draws of each random view (orders of frames, black patches, noise) whose scores are averaged", low=1
+    )
+    visual_view: str = _option(
+        "hidden",
+        "What the visual signal compares with: the media hidden, a random part of each picture black, noise on every "
+        "pixel, or another question's media",
+        choices=visual_views,
+    )
+    temporal_view: str = _option(
+        "shuffled",
+        "What the temporal signal compares with: the videos' frames in random order, or in reverse order",
+        choices=temporal_views,
+    )
+    patch_share: float = _option(0.5, "visual_view patches: share of a medium's patches that is black", above=0, high=1)
+    patch_unit: PatchUnit = _option(
+        "merged", "visual_view patches: what is black as a whole, a visual token's square or a patch of the encoder"
+    )
+    noise_std: float = _option(
+        2.0, "visual_view noise: standard deviation, in those of natural pictures (normalised pixels)", above=0
+    )
+    noise_every: int = _option(
+        0,
+        "Steps between two measurements of how much the scores of signals change by rounding alone, each two more "
+        "intact passes without gradient; 0 = never",
+        low=0,
+    )
+    min_shift: float | str = _option(
+        0.0,
+        "Smallest visual and temporal score (nats) that is selected: 0 = no limit (the paper), a number, or auto = "
+        "the noise that noise_every measured",
+        parse=parse_min_shift,
+    )
     scoring_precision: ScoringPrecision = _option(
         "same",
         "Products of the counterfactual passes: as in training, in bf16 (under an fp32 model, or one that trains in "

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from megatron_ktr.config.objective_registry import objective_entry
 from megatron_ktr.config.signal_registry import available_signals
+from megatron_ktr.config.view_rules import view_problems
 
 if TYPE_CHECKING:
     from megatron_ktr.config.objective_section import ObjectiveSection
@@ -31,6 +32,7 @@ def selection_problems(section: ObjectiveSection) -> Iterator[str]:
         yield f"--signals must be different ones, got {', '.join(section.signals)}"
     yield from _numbers(section)
     yield from _weights(section)
+    yield from view_problems(section)
     yield from _compat(section)
     reads_dependence = "dependence" in section.signals or section.advantage_shaping == "dependence"
     if section.dependence != _default(section, "dependence") and not reads_dependence:
@@ -83,7 +85,14 @@ def _compat(section: ObjectiveSection) -> Iterator[str]:
     if not section.original_compat:
         return
     like_release = dict(
-        selection_count=(), selection_rule="quantile", selection_scope="prompt", combine="union", token_weights="hard"
+        selection_count=(),
+        selection_rule="quantile",
+        selection_scope="prompt",
+        combine="union",
+        token_weights="hard",
+        visual_view="hidden",
+        temporal_view="shuffled",
+        min_shift=0.0,
     )
     for name, value in like_release.items():
         given = getattr(section, name)

@@ -55,6 +55,8 @@ Shift = Literal["signed", "absolute", "kl"]
 SHIFTS: tuple[Shift, ...] = get_args(Shift)
 ShuffleUnit = Literal["frame", "temporal_patch"]
 SHUFFLE_UNITS: tuple[ShuffleUnit, ...] = get_args(ShuffleUnit)
+PatchUnit = Literal["merged", "vit"]
+"""What the view ``patches`` blackens as a whole (``attribution/views/patches.py``)."""
 ScoringPrecision = Literal["same", "bf16", "fp8"]
 ScoresDtype = Literal["fp32", "bf16"]
 ImportanceLevel = Literal["none", "token", "sequence"]

@@ -28,6 +28,7 @@ import xxhash
 
 from megatron_ktr.data.loader import PromptLoader
 from megatron_ktr.data.mixture import MixtureOrder, RecordSource
+from megatron_ktr.data.other_media import OtherMedia
 from megatron_ktr.data.records import Record, digest_of_records
 from megatron_ktr.data.skips import SkipCounter
 from megatron_ktr.data.unusable import UnusableSample
@@ -84,6 +85,7 @@ class PromptDataset:
         self._pool: WorkerPool | None = None
         self._ahead: LookAhead[Element] | None = None
         self._prefetch_steps = 0
+        self._others: OtherMedia | None = None
         self._more_counts: list[Callable[[], Mapping[str, int]]] = []
         self._use((RecordSource(records, loader, left_out),))
 
@@ -138,6 +140,10 @@ class PromptDataset:
         )
         self.count_too(pool.counts)
 
+    def show_other_media(self) -> None:
+        """From now on every prompt also has the media of another question. Comes after ``read_ahead``, if at all."""
+        self._others = OtherMedia(seed=self.seed, element_at=self._element_at, pool=self._pool)
+
     def count_too(self, counts: Callable[[], Mapping[str, int]]) -> None:
         """Adds counts to the metrics that depend on the machine, such as cache hits. They are not part of the state."""
         self._more_counts.append(counts)
@@ -146,6 +152,8 @@ class PromptDataset:
         """Ends the workers. What they have read ahead is dropped."""
         if self._ahead is not None:
             self._ahead.drop()
+        if self._others is not None:
+            self._others.close()
         if self._pool is not None:
             self._pool.close()
 
@@ -192,7 +200,8 @@ class PromptDataset:
             element, load = self._draw(num_prompts - len(prompts) + num_prompts * self._prefetch_steps)
             try:
                 name = element.source.name if self.is_mixture else ""
-                prompts.append(dataclasses.replace(load(), draw_number=element.draw_number, source=name))
+                prompt = dataclasses.replace(load(), draw_number=element.draw_number, source=name)
+                prompts.append(prompt if self._others is None else self._others.add_to(prompt, element))
                 self.num_given[name] += 1
                 fruitless = 0
             except UnusableSample as error:
@@ -299,6 +308,8 @@ class PromptDataset:
 
     def _draw(self, num_wanted: int) -> tuple[Element, Callable[[], Prompt]]:
         """The next element and what loads it. Workers then have ``num_wanted`` elements in hand, this one included."""
+        if self._others is not None:
+            self._others.draw(self.position, num_wanted=num_wanted)
         if self._ahead is None:
             element = self._element_at(self.position)
             load = partial(element.source.loader.load, element.record)

@@ -8,11 +8,12 @@ Policy gradients are compositions of parts (``policy_gradient.py``); supervised 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from megatron_ktr.attribution.noise_floor import SignalNoise
 from megatron_ktr.sums import Metrics
 from megatron_ktr.types import (
     BatchFacts,
@@ -40,6 +41,8 @@ class Objective(ABC):
     name = ""
     views: frozenset[View] = frozenset()
     """Counterfactual views whose log-probs must be in the scores; never contains ``intact``."""
+    signals: tuple[str, ...] = ()
+    """The names of the signals whose scores select tokens. Their noise can be measured (``signal_noise``)."""
     needs_kl = False
     """Whether the scores must hold KL(intact || view) over the whole vocabulary for each of ``views``."""
     needs_divergence = False
@@ -75,6 +78,11 @@ class Objective(ABC):
             gather: reaches the other replicas; None inside the update, where a replica cannot wait for others.
         """
         return [None] * len(items)
+
+    def signal_noise(self, item: ScoredBatch, again: TokenScores) -> Mapping[str, SignalNoise]:
+        """How much the scores of each of ``signals`` change by rounding alone, given a second intact pass over the item
+        (``attribution/noise_floor.py``)."""
+        return {}
 
     def num_loss_tokens(self, batch: PackedBatch, selection: Selection | None) -> int:
         """The number of tokens of the batch that carry the loss, given the result of ``select``.

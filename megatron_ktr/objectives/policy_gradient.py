@@ -26,7 +26,7 @@ Deviations from the published GRPO (arXiv 2402.03300):
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from megatron_ktr.attribution.key_tokens import KeyTokens, build_key_tokens
+from megatron_ktr.attribution.noise_floor import SignalNoise
 from megatron_ktr.config.sections import ObjectiveSection, RewardSection, RolloutSection
 from megatron_ktr.config.words import LOSS_AGGREGATIONS, LossAggregation
 from megatron_ktr.objectives.advantages import Advantage
@@ -103,6 +104,10 @@ class PolicyGradient(Objective):
         return frozenset() if self.selection is None else self.selection.views
 
     @property
+    def signals(self) -> tuple[str, ...]:
+        return () if self.selection is None else tuple(signal.name for signal in self.selection.signals)
+
+    @property
     def needs_kl(self) -> bool:
         return self.selection is not None and self.selection.needs_kl
 
@@ -133,6 +138,9 @@ class PolicyGradient(Objective):
         if self.selection is None:
             return [None] * len(items)
         return list(self.selection.select(items, facts, gather=gather))
+
+    def signal_noise(self, item: ScoredBatch, again: TokenScores) -> Mapping[str, SignalNoise]:
+        return {} if self.selection is None else self.selection.noise(item, again)
 
     def num_loss_tokens(self, batch: PackedBatch, selection: Selection | None) -> int:
         if self.selection is None:

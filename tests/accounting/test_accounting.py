@@ -24,8 +24,9 @@ from megatron_ktr.accounting.memory import estimate_memory
 from megatron_ktr.accounting.pipeline import peak_in_flight, schedule
 from megatron_ktr.accounting.rates import settings_of, step_rates
 from megatron_ktr.accounting.saved import TORCH_CPU
-from megatron_ktr.accounting.work import EACH_ONCE, ORIGINAL, GroupWork, StepSettings, video_grid
+from megatron_ktr.accounting.work import EACH_ONCE, ORIGINAL, GroupWork, StepSettings, video_grid, view_costs
 from megatron_ktr.config import config_from_values
+from megatron_ktr.config.objective_section import ObjectiveSection
 from megatron_ktr.config.part_options import StepOptions
 from megatron_ktr.objectives import build_objective
 from megatron_ktr.stack import has_core_0_19
@@ -106,17 +107,26 @@ def test_each_pass_costs_what_its_settings_say():
         flops = count_step(config, [group], settings=dataclasses.replace(EACH_ONCE, **changes))
         return {name: flops.of(name, parts=("vision",)) for name in flops.by_pass()}
 
-    once = vision(num_shuffles=3)
+    def views(**options: Any) -> dict[str, Any]:
+        return {"views": view_costs(ObjectiveSection(**options))}
+
+    once = vision(**views(num_shuffles=3))
     assert once["policy_forward"] == once["reference"] == everything
     assert once["shuffled"] == 3 * video and once["hidden"] == 0
     assert vision(frozen=frozen)["reference"] == vision(frozen=frozen)["policy_backward"] == 0
-    assert vision(shuffle_unit="temporal_patch")["shuffled"] == 0
+    assert vision(**views(shuffle_unit="temporal_patch"))["shuffled"] == 0
+    backwards = vision(**views(visual_view="patches", temporal_view="reversed", num_shuffles=3))
+    assert backwards["patches"] == 3 * everything and backwards["reversed"] == video, "one order is the reverse"
+    assert vision(**views(visual_view="other_video", num_shuffles=3))["other_video"] == everything
+    assert vision(noise_passes=0.5)["noise"] == everything / 4, "two passes share one run of the encoder"
+    assert vision(noise_passes=0.5, frozen=frozen)["noise"] == 0
     assert vision(has_vision_once=False, frozen=frozen)["reference"] == everything
 
     text_only = count_step(config, [GroupWork(100, (50,))]).by_pass()
     assert "hidden" not in text_only and "shuffled" not in text_only, "nothing to hide, nothing to shuffle"
     masked, plain = (
-        count_step(config, [group], settings=dataclasses.replace(EACH_ONCE, is_hidden_masked=m)) for m in (True, False)
+        count_step(config, [group], settings=dataclasses.replace(EACH_ONCE, views=v))
+        for v in (ORIGINAL.views, EACH_ONCE.views)
     )
     rows = [flops.of("hidden", parts=("prompt",)) for flops in (masked, plain)]
     assert rows[0] / rows[1] == group.prompt_length(config) / group.text_length
@@ -188,7 +198,7 @@ def test_rates_are_arithmetic_over_training_seconds_and_ranks():
     config = config_from_values({"signals": ("entropy", "visual"), "peak_tflops": 2.0})
     objective = build_objective(config.objective, reward=config.reward)
     settings = settings_of(StepOptions.of(config), objective, key_share=0.5)
-    assert settings.has_hidden and settings.shuffle_unit is None and settings.has_reference
+    assert [view.name for view in settings.views] == ["hidden"] and settings.has_reference
     groups = [video_group()]
     flops = count_step(model_config, [GroupWork.of(groups[0], config=model_config)], settings=settings).total
     found = step_rates(

@@ -8,16 +8,16 @@ The release of VPPO computes k3. It estimates the same KL from the sampled token
 the view makes e^2 times more probable scores 4.39, one that it makes e^2 times less probable scores 1.14. Unlike the
 signed shift of ``visual``, both forms are high where the picture makes a token *less* probable, too.
 
-The view is that of the signal ``visual``.
+The view is that of the signal ``visual`` (``visual_view``).
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megatron_ktr.attribution.counterfactuals import can_hide
 from megatron_ktr.attribution.signals.base import Comparison, Signal
 from megatron_ktr.config.signal_registry import SignalEntry, register_signal
+from megatron_ktr.config.view_registry import load_view
 
 if TYPE_CHECKING:
     from megatron_ktr.config.objective_section import ObjectiveSection
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 def build_dependence(section: ObjectiveSection) -> Signal:
     """The signal as the options describe it; the shaping of advantages reads it too (``attribution/shaping.py``)."""
-    view = "hidden"
+    view = section.visual_view
     return Signal(
         "dependence",
         Comparison(section.dependence, view),
         view=view,
         needs_kl=section.dependence == "kl",
-        applies=can_hide,
+        applies=load_view(view).applies,
     )
 
 

@@ -1,5 +1,5 @@
-"""The signal ``temporal``: how much a token owes to the order of the frames, by ``shift`` from the intact to the
-shuffled view.
+"""The signal ``temporal``: how much a token owes to the order of the frames, by ``shift`` from the intact view to the
+one that ``temporal_view`` names (shuffled, by default).
 
 It says nothing about responses to prompts without a video whose order can be lost. The release of Video-KTR scores
 these with 0 if the prompt has a video at all; prompts with images only get no temporal score there either.
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from megatron_ktr.attribution.counterfactuals import can_shuffle
 from megatron_ktr.attribution.signals.base import Comparison, Signal
 from megatron_ktr.config.signal_registry import SignalEntry, register_signal
+from megatron_ktr.config.view_registry import load_view
 from megatron_ktr.types import Prompt
 
 if TYPE_CHECKING:
@@ -23,13 +24,13 @@ def _has_fixed_video(prompt: Prompt) -> bool:
 
 
 def _build(section: ObjectiveSection) -> Signal:
-    view = "shuffled"
+    view = section.temporal_view
     return Signal(
         "temporal",
         Comparison(section.shift, view),
         view=view,
         needs_kl=section.shift == "kl",
-        applies=can_shuffle,
+        applies=load_view(view).applies,
         is_zero_in_release=_has_fixed_video,
     )
 
@@ -37,7 +38,8 @@ def _build(section: ObjectiveSection) -> Signal:
 register_signal(
     SignalEntry(
         "temporal",
-        "whose probability depends most on the order of the frames (compared with shuffled frames)",
+        "whose probability depends most on the order of the frames (compared with shuffled frames, or with the run's "
+        "temporal_view)",
         _build,
     )
 )

@@ -1,4 +1,5 @@
-"""The signal ``visual``: how much a token owes to seeing the video, by ``shift`` from the intact to the hidden view.
+"""The signal ``visual``: how much a token owes to seeing the video, by ``shift`` from the intact view to the one that
+``visual_view`` names (the video hidden, by default).
 
 It says nothing about responses to prompts without media. The release of Video-KTR scores these with 0.
 """
@@ -7,9 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megatron_ktr.attribution.counterfactuals import can_hide
 from megatron_ktr.attribution.signals.base import Comparison, Signal
 from megatron_ktr.config.signal_registry import SignalEntry, register_signal
+from megatron_ktr.config.view_registry import load_view
 from megatron_ktr.types import Prompt
 
 if TYPE_CHECKING:
@@ -21,13 +22,13 @@ def _has_no_media(prompt: Prompt) -> bool:
 
 
 def _build(section: ObjectiveSection) -> Signal:
-    view = "hidden"
+    view = section.visual_view
     return Signal(
         "visual",
         Comparison(section.shift, view),
         view=view,
         needs_kl=section.shift == "kl",
-        applies=can_hide,
+        applies=load_view(view).applies,
         is_zero_in_release=_has_no_media,
     )
 
@@ -35,7 +36,8 @@ def _build(section: ObjectiveSection) -> Signal:
 register_signal(
     SignalEntry(
         "visual",
-        "whose probability depends most on seeing the video (compared with the video hidden)",
+        "whose probability depends most on seeing the video (compared with the video hidden, or with the run's "
+        "visual_view)",
         _build,
     )
 )
