@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_ktr.config import Config, load_config
+from megatron_ktr.config import Config, load_config, policy_gradient_rules
 from megatron_ktr.config.part_options import CheckpointOptions, EvaluationOptions, PolicyOptions, StepOptions
 from megatron_ktr.config.run_length import length_line, num_steps_of, with_steps
 from megatron_ktr.data.media.preprocess import PreprocessSettings
@@ -101,6 +101,7 @@ def _train(config: Config, *, platform: Platform, leave: LeaveRequest) -> bool:
     held_out = held_out_of_run(asking, ranks=ranks)
     notes = [] if local_source is None else [f"wording: {line}" for line in local_source.dataset.wordings]
     notes += [] if held_out is None else held_out.lines
+    notes += [f"objective: {line}" for line in policy_gradient_rules.notes(config.objective)]
     start = _open_run_directory(given, ranks, num_steps=num_steps_of(config.trainer), notes=notes, held_out=held_out)
     trainer = build_trainer(
         config, ranks=ranks, platform=platform, objective=objective, tokenizer=tokenizer, local_source=local_source
@@ -148,7 +149,7 @@ def build_trainer(
     model_config = Qwen2_5_VLConfig.from_hf(config.model.model)
     media = media_spec(model_config, patchify=PreprocessSettings.from_model(config.model.model).patchify)
     sampler = on_every_rank(lambda: build_sampler(config, ranks=ranks, tokenizer=tokenizer, media=media), ranks=ranks)
-    num_updates = num_steps_of(config.trainer) * config.objective.updates_per_rollout
+    num_updates = num_steps_of(config.trainer) * config.objective.num_updates
     options = PolicyOptions.of(config)
     if config.data.chat_template is not None:
         options = replace(options, chat_template=tokenizer.chat_template)

@@ -258,6 +258,8 @@ class TokenScores:
     """The divergence between the G next-token distributions at the token's position in its group
     (``ops/group_divergence.py``). It has a gradient if the objective asks for one (``needs_divergence_gradient``)."""
     reference_logprob_R: Tensor | None = None
+    reference_kl_R: Tensor | None = None
+    """KL(policy || reference) over the whole vocabulary."""
     behaviour_logprob_R: Tensor | None = None
     """Log-probs of the old policy, for a clipped ratio. None means one update per rollout; then the current policy is
     the old one, and ratio = exp(logp - stopgrad(logp))."""
@@ -301,6 +303,14 @@ class BatchFacts:
     num_responses: int
     num_tokens: int | None = None
     """The number of tokens that the loss is divided by; None for a mean over responses, or if not known yet."""
+    num_response_tokens: int | None = None
+    """The number of tokens of all responses, whether they carry the loss or not."""
+    rewards: Sequence[Sequence[float]] | None = None
+    """The rewards of the rollout by group, bonuses included, group after group of every replica; only if the objective
+    compares responses over the whole rollout (``Objective.needs_batch_rewards``). With several mini-batches they are
+    those of all mini-batches."""
+    lengths: Sequence[Sequence[int]] | None = None
+    """The responses' lengths in tokens, likewise."""
     step: int = 0
     seed: int = 0
     """The run's seed. What is drawn at random depends on seed, step and the prompt's identity alone."""
@@ -321,6 +331,9 @@ class Selection:
     """fp32 [R]: a constant factor of each token's whole weight in the loss; None: 1."""
     advantage_factor_R: Tensor | None = None
     """fp32 [R]: a constant factor of each token's advantage alone; None: 1."""
+    kl_of_response: Tensor | None = None
+    """fp64 [responses of the micro-batch]: the old policy's KL to the reference model, summed over each response; only
+    where rewards contain it (``kl_in_reward``)."""
     metrics: Metrics = field(default_factory=Metrics)
 
     @classmethod
@@ -346,6 +359,9 @@ class TokenStreams:
     """The weight of each token in the loss. It is 0 on every token that gets no gradient, whether key token or not."""
     is_key_token_R: Tensor
     """bool [R]: True on tokens that were chosen to carry the loss."""
+    all_weight_R: Tensor | None = None
+    """What ``weight_R`` would be if every token of the responses carried the loss, for terms that all tokens have. None
+    where the loss has no such term."""
     is_selected_R: Mapping[str, Tensor] = field(default_factory=dict)
     """bool [R] by name of the signal: the tokens that the signal selected. If signals are used, the union of them is
     ``is_key_token_R``."""

@@ -116,7 +116,10 @@ def _count_group(
         flops.add("policy_backward", backward, times=updates)
         flops.add("policy_recompute", again, times=updates)
     if settings.has_selection:
-        flops.add("selection", {**intact, "vision": 0.0 if is_once else vision})
+        # The first mini-batch's update shares the features of this pass. Its optimizer step makes the others stale,
+        # unless the encoder is frozen.
+        shared = 1.0 if settings.is_vision_frozen else 1 / settings.mini_batches
+        flops.add("selection", {**intact, "vision": vision * (1 - shared) if is_once else vision})
     if settings.has_reference:
         is_shared = is_once and settings.is_vision_frozen
         flops.add("reference", {**intact, "vision": 0.0 if is_shared else vision})

@@ -91,6 +91,9 @@ class StepSettings:
     has_selection: bool = False
     """Whether one more intact pass without gradient runs before the update."""
     num_updates: int = 1
+    """How often the rollout is trained on."""
+    mini_batches: int = 1
+    """The optimizer steps each time; each trains on its own share of the groups."""
     compares_distributions: bool = False
     """True (``shift: kl``): one pass over the vocabulary compares the hidden rows of all views. False: each view's own
     pass computes log-probabilities."""

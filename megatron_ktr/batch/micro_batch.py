@@ -125,6 +125,26 @@ class UpdateResult:
         return self.has_gradient and not self.has_stepped
 
 
+def together(results: Sequence[UpdateResult]) -> UpdateResult:
+    """The results of several mini-batches as one: losses and norms averaged, metrics and micro-batches joined. A single
+    result stays as it is."""
+    if len(results) == 1:
+        return results[0]
+    metrics = Metrics()
+    for result in results:
+        metrics.merge(result.metrics)
+    return UpdateResult(
+        loss=sum(result.loss for result in results) / len(results),
+        has_gradient=any(result.has_gradient for result in results),
+        metrics=metrics,
+        num_not_finite=sum(result.num_not_finite for result in results),
+        has_stepped=any(result.has_stepped for result in results),
+        grad_norm=sum(result.grad_norm for result in results) / len(results),
+        streams=tuple(streams for result in results for streams in result.streams),
+        scores=tuple(scores for result in results for scores in result.scores),
+    )
+
+
 def mean_by_view(views: Sequence[View], values_KR: Tensor) -> dict[View, Tensor]:
     """The rows of ``values_KR`` by view; ``views`` names the view of each row. Rows of the same view are averaged."""
     rows: dict[View, list[Tensor]] = {}

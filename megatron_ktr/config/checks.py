@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from megatron_ktr.config import evaluation_rules, pipeline_split
+from megatron_ktr.config import evaluation_rules, pipeline_split, policy_gradient_rules
 from megatron_ktr.config.objective_registry import objective_entry, options_of_others
 from megatron_ktr.config.sections import DataSection, ObjectiveSection
 from megatron_ktr.config.selection_rules import selection_problems
@@ -215,8 +215,7 @@ def _objective(config: Config) -> Iterator[str]:
         yield "--scoring-precision bf16 does not go with --fp16: its counterfactual passes are in FP16; leave it out"
     if {"vision", "merger", "language"} <= set(config.model.freeze):
         yield "--freeze vision,merger,language leaves nothing to train"
-    if config.rollout.num_generations < 2 and not section.is_supervised:
-        yield "--num-generations must be at least 2: advantages compare the responses of one prompt"
+    yield from policy_gradient_rules.problems(config)
 
 
 def _optimizer(config: Config) -> Iterator[str]:
@@ -236,7 +235,7 @@ def _optimizer(config: Config) -> Iterator[str]:
     if max(section.adam_beta1, section.adam_beta2) >= 1:
         yield "--adam-beta1 and --adam-beta2 must be below 1"
     # With train_epochs the number of steps is not known yet; ``config/run_length.py`` checks the rules again later.
-    num_updates = (config.trainer.train_steps or math.inf) * config.objective.updates_per_rollout
+    num_updates = (config.trainer.train_steps or math.inf) * config.objective.num_updates
     if section.lr_warmup_steps > num_updates:
         yield f"--lr-warmup-steps {section.lr_warmup_steps} exceeds the {num_updates} optimizer steps of the run"
 

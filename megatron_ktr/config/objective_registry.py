@@ -19,7 +19,19 @@ from megatron_ktr.errors import UserError
 if TYPE_CHECKING:
     from megatron_ktr.config.sections import ObjectiveSection, RolloutSection
 
-BUILT_IN = ("video_ktr", "grpo", "tw_grpo", "sft")
+BUILT_IN = (
+    "video_ktr",
+    "grpo",
+    "tw_grpo",
+    "dapo",
+    "dr_grpo",
+    "rloo",
+    "reinforce_pp",
+    "reinforce_pp_baseline",
+    "gspo",
+    "cispo",
+    "sft",
+)
 """Each is a module of ``megatron_ktr.objectives`` that registers the objective of the same name."""
 NOT_AVAILABLE = ("t_grpo",)
 """Names that related projects have led users to expect; they are refused with one sentence."""

@@ -13,12 +13,16 @@ from megatron_ktr.config.signal_registry import available_signals
 from megatron_ktr.config.view_registry import temporal_views, visual_views
 from megatron_ktr.config.words import (
     SIGNALS,
+    AdvantageName,
+    AdvantageOver,
     AdvantageShaping,
     Combine,
     Dependence,
     ImportanceLevel,
+    KlKind,
     LossAggregation,
     PatchUnit,
+    Ratio,
     Scope,
     ScoresDtype,
     ScoringPrecision,
@@ -26,6 +30,7 @@ from megatron_ktr.config.words import (
     SelectionRule,
     Shift,
     ShuffleUnit,
+    TokenSet,
     TokenWeights,
 )
 
@@ -171,7 +176,54 @@ class ObjectiveSection:
         (), "Two bounds, e.g. 0.5,5: tokens whose trainer / sampler probability lies outside carry no loss; empty = off"
     )
     loss_aggregation: LossAggregation = _option(
-        "sequence", "Mean over tokens then responses, or mean over all tokens of the global batch"
+        "sequence",
+        "Mean over tokens then responses; mean over all tokens of the global batch; or sum over tokens / (responses x "
+        "loss_constant)",
+    )
+    loss_constant: int | None = _option(
+        None, "With loss_aggregation constant: tokens that every response counts as; none = max_response_length", low=1
+    )
+    masked_denominator: TokenSet = _option(
+        "key", "Tokens that the means of the loss divide by: those that carry the policy gradient, or all"
+    )
+    advantage: AdvantageName = _option(
+        "group",
+        "What a reward is compared with: mean and deviation of its group (GRPO), the group's mean (Dr. GRPO), the mean "
+        "of the others in it (RLOO), mean and deviation of the global batch (REINFORCE++), or these after the group's "
+        "mean was subtracted",
+    )
+    advantage_over: AdvantageOver = _option(
+        "responses", "With advantage batch or batch_baseline: mean and deviation over responses, or over tokens"
+    )
+    ratio: Ratio = _option(
+        "token",
+        "Probability ratio to the old policy: clipped, of each token or of the whole response (GSPO; sequence_token: "
+        "with each token's own gradient), or as a capped constant (CISPO)",
+    )
+    ratio_cap: float = _option(5.0, "With ratio cispo: largest ratio", above=0)
+    dual_clip: float | None = _option(
+        None, "With ratio token: largest ratio of a token of negative advantage, e.g. 3; none = no limit", above=1
+    )
+    kl_kind: KlKind = _option(
+        "k3",
+        "The KL to the reference model: an estimate from the sampled token (k3_plus: the value of k3, the gradient of "
+        "k2), or full: over the whole vocabulary",
+    )
+    kl_in_reward: bool = _option(
+        False, "Subtract kl_beta x the KL of the whole response from its reward, in place of a term of the loss"
+    )
+    kl_on: TokenSet = _option("key", "Tokens of the KL term: those that carry the policy gradient, or all")
+    entropy_bonus: float = _option(
+        0.0, "Weight of the mean entropy of the key tokens, which the loss raises; 0 = off", low=0
+    )
+    sampled_entropy_penalty: float = _option(
+        0.0, "Weight of the mean -log-prob of all response tokens, which the loss lowers; 0 = off", low=0
+    )
+    mini_batches: int = _option(
+        1,
+        "Parts of equal size into which the prompts of a step are split, in the order they were drawn; each takes an "
+        "optimizer step of its own, with ratios to the policy before the first",
+        low=1,
     )
     tw_alpha: float = _option(
         1.7, "tw_grpo: weight of the position where a group's responses differ most; where least, it is 1", low=1
@@ -197,6 +249,11 @@ class ObjectiveSection:
     def is_supervised(self) -> bool:
         """Whether the responses are given in ``data_path``, so that nothing is sampled and nothing is rewarded."""
         return objective_entry(self.objective).is_supervised
+
+    @property
+    def num_updates(self) -> int:
+        """The optimizer steps of a training step."""
+        return self.updates_per_rollout * self.mini_batches
 
     @property
     def fixed_seconds_per_grid(self) -> float | None:

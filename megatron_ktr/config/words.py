@@ -61,8 +61,15 @@ ScoringPrecision = Literal["same", "bf16", "fp8"]
 ScoresDtype = Literal["fp32", "bf16"]
 ImportanceLevel = Literal["none", "token", "sequence"]
 IMPORTANCE_LEVELS: tuple[ImportanceLevel, ...] = get_args(ImportanceLevel)
-LossAggregation = Literal["sequence", "token"]
+LossAggregation = Literal["sequence", "token", "constant"]
 LOSS_AGGREGATIONS: tuple[LossAggregation, ...] = get_args(LossAggregation)
+AdvantageName = Literal["group", "group_mean", "leave_one_out", "batch", "batch_baseline"]
+AdvantageOver = Literal["responses", "tokens"]
+Ratio = Literal["token", "sequence", "sequence_token", "cispo"]
+KlKind = Literal["k1", "k2", "k3", "k3_plus", "full"]
+KL_KINDS: tuple[KlKind, ...] = get_args(KlKind)
+TokenSet = Literal["key", "all"]
+"""The tokens that carry the policy gradient, or all tokens of the responses."""
 
 # Optimizer, layout and run
 OptimizerName = Literal["adam", "sgd"]

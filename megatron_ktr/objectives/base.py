@@ -51,6 +51,8 @@ class Objective(ABC):
     """Whether the gradient of the loss also flows through that divergence."""
     needs_reference = False
     """Whether the frozen reference model's log-probs must be in the scores (KL weight above 0)."""
+    needs_batch_rewards = False
+    """Whether ``BatchFacts`` must hold the rewards and lengths of all responses of the rollout."""
     needs_selection_first = False
     """Whether ``select`` must see every micro-batch of every replica before the first forward of the update, because
     denominators count *key* tokens, or because thresholds are taken over the global batch."""
@@ -63,10 +65,26 @@ class Objective(ABC):
         """
         return self.needs_selection_first or num_updates > 1
 
-    def may_have_gradient(self, groups: Sequence[RolloutGroup]) -> bool:
+    def may_have_gradient(self, groups: Sequence[RolloutGroup], facts: BatchFacts) -> bool:
         """False only if it is certain that none of this replica's ``groups`` has a gradient. The trainer skips the
         passes of a step if every replica says so; True is no promise."""
         return True
+
+    def rewards_of(self, groups: Sequence[RolloutGroup]) -> list[list[float]]:
+        """The reward of each response by group, with what the objective adds to it before responses are compared."""
+        return [[rollout.reward for rollout in group.rollouts] for group in groups]
+
+    def with_scores(
+        self,
+        facts: BatchFacts,
+        items: Sequence[ScoredBatch],
+        selections: Sequence[Selection | None],
+        *,
+        gather: Gather,
+    ) -> BatchFacts:
+        """``facts`` with what the update must know of the global batch and only scores can tell. It is called where
+        ``select`` is called before the update, after it, with all micro-batches of the replica."""
+        return facts
 
     def select(
         self, items: Sequence[ScoredBatch], facts: BatchFacts, *, gather: Gather | None = None

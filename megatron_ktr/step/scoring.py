@@ -106,25 +106,28 @@ class ScoringPasses:
             for item, statistics in zip(micro_batches, found, strict=True)
         ]
 
-    def with_selection(self, micro_batches: list[MicroBatch], facts: BatchFacts) -> list[MicroBatch]:
+    def with_selection(self, micro_batches: list[MicroBatch], facts: BatchFacts) -> tuple[list[MicroBatch], BatchFacts]:
         """Chooses key tokens before the update, if inside the update would be too late. It costs one more scoring pass.
 
-        There are three such cases: loss denominators that count the key tokens of the global batch, thresholds over
-        the global batch, and several updates on the same responses (selection and old policy are then those of the
+        There are these cases: loss denominators that count the key tokens of the global batch, thresholds or moments
+        over the global batch, and several updates on the same rollout (selection and old policy are then those of the
         first update).
+
+        Also returns ``facts`` with what only scores can tell; on the last pipeline stage, which alone reads it.
         """
-        is_reused = self.options.objective.updates_per_rollout > 1
+        is_reused = self.options.objective.num_updates > 1
         if not self._selects_first:
-            return micro_batches
+            return micro_batches, facts
         found = self.policy.score_intact(micro_batches, objective=self.objective)
         # Only the last pipeline stage has scores, and there every micro-batch has them.
         scored = [result for result in found if result is not None]
         if not scored:
-            return micro_batches
+            return micro_batches, facts
         items = [ScoredBatch(item.batch, scores, item.groups) for item, scores in scored]
         gather = partial(gather_rows, group=self.policy.ranks.data)
         chosen = self.objective.select(items, facts, gather=gather)
-        return [
+        facts = self.objective.with_scores(facts, items, chosen, gather=gather)
+        selected = [
             dataclasses.replace(
                 item,
                 selection=selection,
@@ -132,10 +135,11 @@ class ScoringPasses:
             )
             for (item, scores), selection in zip(scored, chosen, strict=True)
         ]
+        return selected, facts
 
     @property
     def _selects_first(self) -> bool:
-        return self.objective.selects_before_update(self.options.objective.updates_per_rollout)
+        return self.objective.selects_before_update(self.options.objective.num_updates)
 
     def _is_seen_before_update(self, item: MicroBatch) -> bool:
         """Whether a pass without gradient shows intact temporal patches of the item."""
