@@ -19,6 +19,8 @@ The names of the numbers are stable:
   <why>" (``data/workers/pool.py``), frame_cache/<event> (``data/frame_cache.py``)
 - of steps that were evaluated (``evaluation/training/in_training.py``): eval/<set>/accuracy and others,
   seconds/evaluate; a run that is evaluated at its start has them as step 0
+- with several signals: selection_overlap/<signal>+<signal>; with advantage_shaping: dependence, advantage_factor_max
+  (``attribution/key_tokens.py``)
 - with original_compat: responses_without_key_tokens, a share of the step's responses
 
 Numbers in the file have 8 significant digits. A number that is not finite is null there.
