@@ -37,6 +37,7 @@ from megatron_ktr.policy.finite import require_finite_samples
 from megatron_ktr.policy.policy import Policy
 from megatron_ktr.policy.rollout_offload import optimizer_off_device
 from megatron_ktr.rollout.check.sampler import SamplerCheck
+from megatron_ktr.rollout.second_prompt import shuffled_counts, shuffled_means
 from megatron_ktr.rollout.source import ReplicaSource
 from megatron_ktr.rollout.step_source import StepSource
 from megatron_ktr.run.metrics import PhaseTimer
@@ -289,10 +290,16 @@ class Trainer:
                 metrics.add("finished_share", rollout.is_finished)
                 for name, value in rollout.rewards.items():
                     metrics.add(f"reward/{name}", value)
+        if self.options.num_shuffled:
+            metrics.add_max("shuffled/seconds_alone", self.source.shuffled_seconds)
+            metrics.merge(shuffled_means(groups))
         num_tokens = self.policy.global_count(sum(group.num_tokens for group in groups))
         values = self.policy.mean_over_replicas(metrics)
         values["num_prompts"] = self.policy.global_count(len(groups))
         values |= self.policy.sum_over_replicas({"num_skipped": self.source.num_skipped, **self.source.counts})
+        values |= self.source.step_values
+        if self.options.num_shuffled:
+            values |= self.policy.sum_over_replicas(shuffled_counts(groups))
         values |= self._vision_counts(groups)
         values["tokens_per_second"] = num_tokens / step_seconds
         values["has_stepped"] = float(result is not None and result.has_stepped)

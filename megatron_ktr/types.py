@@ -93,6 +93,9 @@ class Prompt:
     other_media: tuple[VisualInput, ...] = ()
     """The media of another question, one for each of ``media`` and with its frames and size; only for the view that
     shows them (``attribution/views/other_video.py``), else empty."""
+    variant: str = ""
+    """How this prompt differs from the one that was drawn, e.g. "shuffled" for the same question with its frames in
+    random order (``rollout/second_prompt.py``). "" for the prompt as it was drawn."""
 
     @property
     def identity(self) -> str:
@@ -101,9 +104,11 @@ class Prompt:
 
         ``problem_id`` alone is not enough: published files repeat ids, and a small data set may give one record several
         times in a step. The number of a draw never repeats in a run. It is the same for every number of replicas, in
-        every engine, and after a resume.
+        every engine, and after a resume. A variant of the prompt has an identity of its own. It stands before the
+        problem id, which may contain anything, and so cannot be taken for a part of one.
         """
-        return f"{self.draw_number} {self.problem_id}"
+        draw = f"{self.draw_number}/{self.variant}" if self.variant else f"{self.draw_number}"
+        return f"{draw} {self.problem_id}"
 
 
 @dataclass(frozen=True)
@@ -117,14 +122,16 @@ class Rollout:
     text: str = ""
     is_finished: bool = True
     rewards: Mapping[str, float] = field(default_factory=dict)
-    """Named parts of the reward, e.g. {"accuracy": 1.0, "format": 1.0}; their sum is the reward."""
+    """Named parts of the reward, e.g. {"accuracy": 1.0, "format": 1.0}; their weighted sum is the reward."""
+    reward_weights: Mapping[str, float] = field(default_factory=dict)
+    """The weights of parts, where they are not 1."""
     is_trained: tuple[bool, ...] | None = None
     """For each token, whether it may carry loss. It is False in the user's turns of a conversation that was given as
     training data. None: every token may."""
 
     @property
     def reward(self) -> float:
-        return float(sum(self.rewards.values()))
+        return float(sum(self.reward_weights.get(name, 1.0) * value for name, value in self.rewards.items()))
 
 
 @dataclass(frozen=True)
@@ -133,6 +140,10 @@ class RolloutGroup:
 
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
+    shuffled: tuple[Rollout, ...] = ()
+    """Responses to the same question with its frames in random order, which a bonus compares with ``rollouts``
+    (``objectives/bonuses/temporal.py``). They have rewards. They are never packed or trained on, and they are in no
+    mean and no standard deviation. Empty where the objective asks for none, or the prompt has no order to lose."""
 
     @property
     def num_response_tokens(self) -> int:
@@ -259,7 +270,8 @@ class TokenScores:
     (``ops/group_divergence.py``). It has a gradient if the objective asks for one (``needs_divergence_gradient``)."""
     reference_logprob_R: Tensor | None = None
     reference_kl_R: Tensor | None = None
-    """KL(policy || reference) over the whole vocabulary."""
+    """KL(policy || reference) over the whole vocabulary, never negative. In an update it is that of the current policy,
+    with a gradient if the objective asks for one (``needs_reference_kl_gradient``)."""
     behaviour_logprob_R: Tensor | None = None
     """Log-probs of the old policy, for a clipped ratio. None means one update per rollout; then the current policy is
     the old one, and ratio = exp(logp - stopgrad(logp))."""
@@ -267,8 +279,9 @@ class TokenScores:
     """Log-probs as the rollout engine recorded them (``Rollout.sampler_logprobs``); None if any response has none."""
 
     def detach(self) -> TokenScores:
-        """These scores without the autograd graph that ``divergence_R`` may hold."""
-        return self if self.divergence_R is None else dataclasses.replace(self, divergence_R=self.divergence_R.detach())
+        """These scores without the autograd graphs that ``divergence_R`` and ``reference_kl_R`` may hold."""
+        held = {"divergence_R": self.divergence_R, "reference_kl_R": self.reference_kl_R}
+        return dataclasses.replace(self, **{name: value.detach() for name, value in held.items() if value is not None})
 
 
 @dataclass(frozen=True)

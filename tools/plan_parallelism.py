@@ -45,7 +45,8 @@ def main(argv: list[str] | None = None) -> int:
     request = _request(options)
     plans = find_plans(request)
     if options.json:
-        print(to_json({"layouts": [_as_json(plan) for plan in plans[: options.best]]}), flush=True)
+        layouts = [_as_json(plan) for plan in plans[: options.best]]
+        print(to_json({"layouts": layouts, "rollout": _rollout_as_json(request)}), flush=True)
     else:
         print(_as_text(request, plans, num_shown=options.rows, num_best=options.best), flush=True)
     return 0
@@ -71,6 +72,12 @@ def _parser() -> Parser:
     add("--text-length", whole(), request["text_length"].default, "prompt tokens that are not visual")
     add("--response-length", whole(), request["response_length"].default, "tokens of every response")
     add("--num-generations", whole(high=2**14), request["num_generations"].default, "responses per prompt")
+    add(
+        "--temporal-responses",
+        whole(low=0, high=2**14),
+        0,
+        "responses per prompt to shuffled frames, as T-GRPO samples and does not train on; 0: none",
+    )
     add("--prompts-per-step", whole(), request["prompts_per_step"].default, "prompts of a step over all GPUs")
     add("--shuffle-unit", str, "frame", "what the temporal counterfactual permutes", choices=SHUFFLE_UNITS)
     add("--num-shuffles", whole(), 1, "draws per step of each random view")
@@ -123,6 +130,7 @@ def _request(options: argparse.Namespace) -> Request:
         text_length=options.text_length,
         response_length=options.response_length,
         num_generations=options.num_generations,
+        num_shuffled=options.temporal_responses,
         prompts_per_step=options.prompts_per_step,
         settings=StepSettings(
             views=() if options.grpo else view_costs(_section(options)),
@@ -204,6 +212,7 @@ def _as_text(request: Request, plans: list[Plan], *, num_shown: int, num_best: i
     lines = [
         f"a prompt group: {prompt - group.text_length} visual + {group.text_length} text + {request.num_generations} x "
         f"{request.response_length} response tokens = {num_tokens} rows, {petaflops:.3g} PFLOP",
+        _work_line(request),
         f"{request.prompts_per_step} prompts a step on {request.num_gpus} GPUs of {request.gpu_memory_gb:g} GB; "
         f"{len(plans)} layouts fit, the fastest:",
         "",
@@ -230,6 +239,27 @@ def _as_text(request: Request, plans: list[Plan], *, num_shown: int, num_best: i
         lines += ["", f"{index}. {plan.memory_gb:.1f} GB a GPU, {plan.time.total:.1f} s a step", f"   {plan.flags}"]
         lines += [f"   {_rollout_line(plan, request)}", f"   {_save_line(plan, request)}"]
     return "\n".join(lines)
+
+
+def _rollout_as_json(request: Request) -> dict[str, Any]:
+    first, second = request.rollout_work
+    return {name: dataclasses.asdict(work) for name, work in (("prompts", first), ("shuffled_prompts", second))}
+
+
+def _work_line(request: Request) -> str:
+    """A line about what a step's rollout computes, whose time is the engine's and not part of the table."""
+    first, second = request.rollout_work
+    line = (
+        f"a rollout: {first.prompt_tokens:,} prompt tokens are read, {first.sampled_tokens:,} sampled, the encoder "
+        f"runs {first.encoder_flops / 1e15:.3g} PFLOP"
+    )
+    if not request.num_shuffled:
+        return line
+    share = second.sampled_tokens / (first.sampled_tokens + second.sampled_tokens)
+    return (
+        f"{line}; and for shuffled frames {second.prompt_tokens:,}, {second.sampled_tokens:,} ({share:.0%} of all) and "
+        f"{second.encoder_flops / 1e15:.3g} PFLOP"
+    )
 
 
 def _rollout_line(plan: Plan, request: Request) -> str:

@@ -38,6 +38,8 @@ def step_passes(groups: Sequence[GroupWork], settings: StepSettings) -> list[Ste
     # computed in each view's own pass.
     compared = sum(view.passes for view in settings.views) if settings.compares_distributions else 0
     of_view = 0 if settings.compares_distributions else 1
+    # The KL to the reference model is that of the current policy, so every intact pass computes it.
+    with_reference = int(settings.compares_reference)
     passes = [
         StepPass(
             ("policy_forward", "policy_recompute", "policy_backward"),
@@ -45,14 +47,24 @@ def step_passes(groups: Sequence[GroupWork], settings: StepSettings) -> list[Ste
             groups=intact,
             encoded=intact,
             encodings=1 / settings.num_updates if is_once and is_frozen else 1.0,
-            num_views=1 + (0 if settings.has_selection else compared),
+            num_views=1 + (0 if settings.has_selection else compared) + with_reference,
             has_backward=settings.is_policy_trained,
         ),
         StepPass(
-            ("reference",), int(settings.has_reference), intact, intact, float(not (is_once and is_frozen)), num_views=1
+            ("reference",),
+            int(settings.has_reference),
+            intact,
+            intact,
+            float(not (is_once and is_frozen)),
+            num_views=1 - with_reference,
         ),
         StepPass(
-            ("selection",), int(settings.has_selection), intact, intact, float(not is_once), num_views=1 + compared
+            ("selection",),
+            int(settings.has_selection),
+            intact,
+            intact,
+            float(not is_once),
+            num_views=1 + compared + with_reference,
         ),
         StepPass(("noise",), settings.noise_passes, intact, intact, _noise_encodings(settings), num_views=1),
     ]

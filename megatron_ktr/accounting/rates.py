@@ -22,6 +22,8 @@ def settings_of(options: StepOptions, objective: Objective, *, key_share: float 
         views=view_costs(section, objective.views),
         noise_passes=noise_passes_of(objective) / section.noise_every if is_measured else 0.0,
         has_reference=objective.needs_reference,
+        compares_reference=objective.needs_reference_kl,
+        has_reference_kl_gradient=objective.needs_reference_kl_gradient,
         has_selection=objective.selects_before_update(section.num_updates),
         num_updates=section.updates_per_rollout,
         mini_batches=section.mini_batches,

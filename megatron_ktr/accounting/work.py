@@ -97,6 +97,11 @@ class StepSettings:
     compares_distributions: bool = False
     """True (``shift: kl``): one pass over the vocabulary compares the hidden rows of all views. False: each view's own
     pass computes log-probabilities."""
+    compares_reference: bool = False
+    """True: the KL to the reference model is taken over the whole vocabulary. The reference's pass ends with its hidden
+    rows, which wait for the intact passes; each of those computes the reference's distributions beside its own."""
+    has_reference_kl_gradient: bool = False
+    """Whether that KL is a term of the loss: the head's backward then recomputes the reference's logits too."""
     recompute: Recompute = "none"
     """``full``: backward runs every layer's forward again. ``selective``: only the core attention's."""
     recompute_vision: bool = False

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_ktr.config.cli import LARGEST_NUMBER, shorten
 from megatron_ktr.config.cli import option as _option
-from megatron_ktr.config.objective_registry import objective_choices, objective_entry
+from megatron_ktr.config.objective_registry import available_objectives, objective_entry
 from megatron_ktr.config.signal_registry import available_signals
 from megatron_ktr.config.view_registry import temporal_views, visual_views
 from megatron_ktr.config.words import (
@@ -56,8 +56,8 @@ class ObjectiveSection:
 
     objective: str = _option(
         "video_ktr",
-        "Training objective (see the table below); t_grpo is not available yet",
-        choices=objective_choices,
+        "Training objective (see the table below)",
+        choices=available_objectives,
     )
     selection: Selection | None = _option(
         None,

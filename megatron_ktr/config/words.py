@@ -34,7 +34,10 @@ FrameRule = Literal["fps", "fixed", "resampled"]
 # Rollout and reward
 Engine = Literal["replay", "hf", "vllm_colocated", "vllm_server"]
 WeightTransfer = Literal["auto", "nccl", "directory"]
+FilterGroups = Literal["off", "equal", "range"]
+"""Which groups of a step are replaced by further ones (``rollout/filtering.py``)."""
 AnswerProtocol = Literal["official", "strict", "standard", "lenient"]
+RewardErrorPolicy = Literal["stop", "zero", "skip_group"]
 
 # Objective
 SIGNALS = ("entropy", "visual", "temporal")

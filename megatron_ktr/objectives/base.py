@@ -51,6 +51,10 @@ class Objective(ABC):
     """Whether the gradient of the loss also flows through that divergence."""
     needs_reference = False
     """Whether the frozen reference model's log-probs must be in the scores (KL weight above 0)."""
+    needs_reference_kl = False
+    """Whether the scores must hold KL(policy || reference) over the whole vocabulary. It also needs the reference."""
+    needs_reference_kl_gradient = False
+    """Whether the gradient of the loss also flows through that KL."""
     needs_batch_rewards = False
     """Whether ``BatchFacts`` must hold the rewards and lengths of all responses of the rollout."""
     needs_selection_first = False

@@ -45,6 +45,7 @@ from megatron_ktr.objectives.advantages.group import group_relative
 from megatron_ktr.objectives.base import Gather, Objective
 from megatron_ktr.objectives.bonuses import Bonus
 from megatron_ktr.objectives.bonuses.length import LengthBonus
+from megatron_ktr.objectives.bonuses.temporal import TemporalBonus
 from megatron_ktr.objectives.denominators import LossMean, count_by_response
 from megatron_ktr.objectives.importance import ImportanceCorrection
 from megatron_ktr.objectives.loss import policy_gradient_loss
@@ -301,12 +302,11 @@ class BuildContext:
 
 def build_policy_gradient(section: ObjectiveSection, context: BuildContext, **parts: Any) -> PolicyGradient:
     """The composition that the options describe. ``parts`` are fields of ``PolicyGradient`` that no option chooses."""
-    bonus = _length_bonus(context.reward)
     chosen: dict[str, Any] = dict(
         name=section.objective,
-        bonuses=() if bonus is None else (bonus,),
-        selection=build_key_tokens(section),
+        bonuses=(*_temporal_bonus(context.rollout), *_length_bonus(context.reward)),
         advantage=build_advantage(section),
+        selection=build_key_tokens(section),
         aggregation=section.loss_aggregation,
         loss_constant=_loss_constant(section, context.rollout),
         masked_denominator=section.masked_denominator,
@@ -327,11 +327,17 @@ def _loss_constant(section: ObjectiveSection, rollout: RolloutSection | None) ->
     return rollout.max_response_length
 
 
-def _length_bonus(reward: RewardSection | None) -> LengthBonus | None:
+def _temporal_bonus(rollout: RolloutSection | None) -> tuple[Bonus, ...]:
+    if rollout is None or not rollout.temporal_bonus:
+        return ()
+    return (TemporalBonus(bonus=rollout.temporal_bonus, margin=rollout.temporal_margin),)
+
+
+def _length_bonus(reward: RewardSection | None) -> tuple[Bonus, ...]:
     if reward is None or not reward.length_bonus:
-        return None
-    return LengthBonus(
-        bonus=reward.length_bonus, min_length=reward.length_bonus_min, max_length=reward.length_bonus_max
+        return ()
+    return (
+        LengthBonus(bonus=reward.length_bonus, min_length=reward.length_bonus_min, max_length=reward.length_bonus_max),
     )
 
 

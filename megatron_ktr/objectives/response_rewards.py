@@ -38,6 +38,8 @@ def with_bonuses(
             values = bonus.values(group, own)
             paid[bonus.name] += values
             parts.append(values)
+            for name, share in bonus.shares(group).items():
+                metrics.add(name, share)
         found.append([sum(of_response) for of_response in zip(*parts, strict=True)])
     for name, values in paid.items():
         metrics.add(f"reward/{name}", sum(values), len(values))

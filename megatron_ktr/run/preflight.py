@@ -15,7 +15,7 @@ from megatron_ktr.distributed.groups import ParallelSizes, check_sizes
 from megatron_ktr.errors import UserError
 from megatron_ktr.objectives import Objective, build_objective
 from megatron_ktr.policy.policy import DTYPES
-from megatron_ktr.rewards import load_rewards
+from megatron_ktr.rewards import RewardOptions, load_rewards
 from megatron_ktr.rollout.colocated.layout import share_groups
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig, VisionConfig
 from models.qwen2_5_vl.hf_weights import open_hf_weights
@@ -97,9 +97,10 @@ def check_objective(config: Config) -> Objective:
         UserError: a reward cannot be loaded, or a setting of the objective is out of range.
     """
     if config.samples:
-        load_rewards(config.reward.reward_functions)
+        options = RewardOptions(config.reward, config.rollout.max_response_length)
+        load_rewards(config.reward.reward_functions, options=options)
         for source in config.data.sources:
-            load_rewards(source.reward_functions or ())
+            load_rewards(source.reward_functions or (), options=options)
     return build_objective(config.objective, reward=config.reward, rollout=config.rollout)
 
 

@@ -2,12 +2,13 @@
 
     with_counterfactuals    scores the same responses in the counterfactual views that the objective names. Groups to
                             which a view does not apply (no media; no order to lose) are left out of the pass
-    with_reference          adds the log-probs of the frozen reference model
+    with_reference          adds the log-probs of the frozen reference model, or, where the KL to it is taken over the
+                            whole vocabulary, its hidden rows
     with_selection          chooses key tokens, if inside the update would be too late
 
 Each method takes micro-batches and returns them with its results added. No work is done twice: vision features come
 from the cache of ``policy/vision_pass.py``, the head runs on the predicting rows only, and whole distributions are
-compared in the update's own pass over the vocabulary (``needs_kl``).
+compared in the update's own pass over the vocabulary (``needs_kl``, ``needs_reference_kl``).
 """
 
 from __future__ import annotations
@@ -100,7 +101,14 @@ class ScoringPasses:
     def with_reference(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
         if not self.objective.needs_reference:
             return micro_batches
-        found = self.policy.score([item.packed for item in micro_batches], model=ModelRole.REFERENCE)
+        batches = [item.packed for item in micro_batches]
+        if self.objective.needs_reference_kl:
+            rows = self.policy.hidden_rows(batches, model=ModelRole.REFERENCE)
+            return [
+                dataclasses.replace(item, reference_hidden_RD=rows_RD)
+                for item, rows_RD in zip(micro_batches, rows, strict=True)
+            ]
+        found = self.policy.score(batches, model=ModelRole.REFERENCE)
         return [
             dataclasses.replace(item, reference_logprob_R=_logprob(statistics))
             for item, statistics in zip(micro_batches, found, strict=True)

@@ -137,6 +137,36 @@ def test_each_pass_costs_what_its_settings_say():
     ).of("policy_forward", parts=part)
 
 
+def test_kl_to_the_reference_over_the_vocabulary_costs_a_product_in_every_intact_pass():
+    """With two updates and a selection before them, three passes compare; the reference's own pass runs no head."""
+    config = PUBLISHED_CONFIGS["7B"]
+    group = GroupWork(100, (50, 60))
+    logits = 2 * 3584 * 152064 * 110  # of all response rows
+    settings = dataclasses.replace(EACH_ONCE, num_updates=2, has_selection=True, key_share=0.4)
+    full = dataclasses.replace(settings, compares_reference=True, has_reference_kl_gradient=True)
+
+    def head(settings: StepSettings) -> dict[str, float]:
+        flops = count_step(config, [group], settings=settings)
+        return {name: flops.of(name, parts=("head",)) / logits for name in flops.by_pass()}
+
+    before, after = head(settings), head(full)
+    assert (before["policy_forward"], before["selection"], before["reference"]) == (2, 1, 1)
+    assert (after["policy_forward"], after["selection"], after["reference"]) == (4, 2, 0)
+    assert after["policy_recompute"] == pytest.approx(2 * 2 * 0.4), "both models' logits of key rows, in each update"
+    assert after["policy_backward"] == before["policy_backward"] == pytest.approx(2 * 2 * 0.4)
+    assert head(dataclasses.replace(full, has_reference_kl_gradient=False))["policy_recompute"] == pytest.approx(0.8)
+
+    sizes = [
+        estimate_memory(config, [group], Layout(pipeline=2), rank=rank, num_micro_batches=5, settings=found)
+        for rank in (0, 1)
+        for found in (settings, full)
+    ]
+    rows = 5 * 110 * 3584 * 2  # of all micro-batches, in 16 bits
+    assert sizes[1] == sizes[0], "the first stage has no hidden rows"
+    assert sizes[3].head - sizes[2].head == rows
+    assert sizes[3].working - sizes[2].working == pytest.approx(0.4 * rows / 5), "key rows of one, in backward"
+
+
 # FLOPs of real runs
 
 

@@ -177,7 +177,6 @@ def test_bad_flag_is_fatal_and_the_message_names_the_remedy(argv, parts):
         (["--scores-dtype", "bf16", "--original-compat", "--objective", "grpo"], "not read by --objective grpo"),
         (["--substitute-video", "other.mp4"], "--substitute-video needs --original-compat"),
         (["--substitute-image", "other.png"], "--substitute-image needs --original-compat"),
-        (["--objective", "t_grpo"], "not available yet"),
         (["--reward-functions", "accuracy"], "not read by --engine replay"),
         (["--engine", "hf"], "needs --data-path"),
         (["--objective", "sft"], "needs --data-path"),
