@@ -36,6 +36,12 @@ _LINE_CHARTS = (
     ("Reward by source", ("reward_mean/",), "mean over the responses to one file's questions"),
     ("Loss", ("loss",), ""),
     ("Share of key tokens", ("key_token_ratio", "key_token_ratio/"), "of all response tokens"),
+    (
+        "Agreement of signals",
+        ("selection_overlap/",),
+        "of the tokens that either of two signals selects, the share that both do",
+    ),
+    ("Dependence on what is seen", ("dependence",), "nats a token"),
     ("Gradient norm", ("grad_norm",), "before clipping"),
     ("Entropy", ("entropy",), "nats a token"),
     ("KL to the reference model", ("kl", "kl_full"), "nats a token"),
@@ -47,7 +53,7 @@ _LINE_CHARTS = (
     ("Learning rate", ("learning_rate",), ""),
 )
 """Each chart as (title, metrics, note). A metric is a name; a name with "/" at its end means a family of metrics."""
-_LABELS = {"reward_mean": "total", "key_token_ratio": "any signal"}
+_LABELS = {"reward_mean": "total", "key_token_ratio": "key tokens"}
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,10 @@ class RecordedResponse:
         return sum(self.rewards.values())
 
     def signals_of(self, index: int) -> tuple[str, ...]:
-        """The signals that selected token ``index``."""
+        """The signals that selected token ``index``; none if it is no key token, as a token that only some signals
+        select if key tokens are those that all select."""
+        if self.is_key_token and not self.is_key_token[index]:
+            return ()
         return tuple(name for name, marks in self.is_selected.items() if marks[index])
 
 

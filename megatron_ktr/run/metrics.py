@@ -19,6 +19,8 @@ The names of the numbers are stable:
   <why>" (``data/workers/pool.py``), frame_cache/<event> (``data/frame_cache.py``)
 - of steps that were evaluated (``evaluation/training/in_training.py``): eval/<set>/accuracy and others,
   seconds/evaluate; a run that is evaluated at its start has them as step 0
+- with several signals: selection_overlap/<signal>+<signal>; with advantage_shaping: dependence, advantage_factor_max
+  (``attribution/key_tokens.py``)
 - with temporal_bonus: reward/temporal_bonus and temporal_rule, the share of the groups asked twice whose rule holds
   (``objectives/bonuses/temporal.py``); of the second prompts (``rollout/second_prompt.py``) shuffled/prompts,
   shuffled/tokens, shuffled/token_share of all tokens sampled, shuffled/response_length, shuffled/accuracy, and
