@@ -328,8 +328,7 @@ class BatchFacts:
     seed: int = 0
     """The run's seed. What is drawn at random depends on seed, step and the prompt's identity alone."""
     noise_floor: Mapping[str, float] = field(default_factory=dict)
-    """By signal: the size of score that rounding alone explains, as it was measured last
-    (``attribution/noise_floor.py``)."""
+    """By signal: the size of score that rounding alone explains (``attribution/noise_floor.py``)."""
 
 
 @dataclass(frozen=True)
