@@ -97,6 +97,7 @@ class FixedSource:
     counts: Mapping[str, int] = {}
     data_wait_seconds = 0.0
     shuffled_seconds = 0.0
+    step_values: Mapping[str, float] = {}
     needs_weights = False
     gather_weights_to: Literal["all", "source"] = "source"
     needs_vision_weights = False

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Literal
 
 from torch import Tensor
@@ -34,6 +36,8 @@ class RolloutEngine(ABC):
     """
 
     is_collective = False
+    takes_more = False
+    """Whether ``stream`` may be called from another thread while a call is still answering."""
     runs_vision_encoder = True
     """If False, the media of prompts carry the features that the trainer computed, and ``load_weights`` receives no
     tensors of the vision encoder."""
@@ -65,6 +69,11 @@ class RolloutEngine(ABC):
         """One group per prompt, in order."""
         groups = dict(self.stream(prompts, step=step, sampling=sampling))
         return [groups[index] for index in sorted(groups)]
+
+    def awake(self) -> AbstractContextManager[None]:
+        """Within it ``stream`` may be called several times after one ``load_weights``, also by an engine that otherwise
+        gives its memory back after every call. Ranks of a collective engine enter it together."""
+        return contextlib.nullcontext()
 
     @abstractmethod
     def load_weights(self, named_tensors: Iterator[tuple[str, Tensor]]) -> None:

@@ -29,7 +29,7 @@ import logging
 import os
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +67,9 @@ _RESPONSES, _SHUFFLED_RESPONSES = "responses", "shuffled_responses"
 class Required:
     """What recorded responses must contain."""
 
-    rewards: Sequence[str] = ()
-    """The reward parts that every response must have."""
-    because: str = ""
-    """The end of the error message if a response lacks such a part: why it is needed, and what the user can do."""
+    rewards: Mapping[str, str] = field(default_factory=dict)
+    """The reward parts that every response must have, each with the end of the error message if a response lacks it:
+    why it is needed, and what the user can do."""
     logprobs: bool = False
     """Whether every response must have the sampler's log-probs."""
     num_shuffled: int = 0
@@ -130,7 +129,7 @@ class ReplayEngine(RolloutEngine):
                 rollouts = self._read_responses(record.pop(_RESPONSES, None))
                 if num_generations is not None and len(rollouts) < num_generations:
                     raise ValueError(f"{len(rollouts)} responses, but num_generations is {num_generations}")
-                _check_rewards(rollouts[:num_generations], required.rewards, because=required.because)
+                _check_rewards(rollouts[:num_generations], required.rewards)
                 if required.logprobs:
                     _check_logprobs(rollouts[:num_generations])
                 self._shuffled[line] = self._read_shuffled(record)
@@ -196,7 +195,7 @@ class ReplayEngine(RolloutEngine):
             )
         try:
             rollouts = self._read_responses(given)
-            _check_rewards(rollouts[:number], ("accuracy",), because="--temporal-bonus compares accuracies")
+            _check_rewards(rollouts[:number], {"accuracy": "--temporal-bonus compares accuracies"})
         except ValueError as error:
             raise ValueError(f"shuffled_responses: {error}") from error
         if len(rollouts) < number:
@@ -255,8 +254,8 @@ class ReplaySource(DatasetSource):
         self.engine = engine
         self.second = second
 
-    def next(self, num_prompts: int) -> list[RolloutGroup]:
-        questions = [Question(group, self._second_of(group.prompt)) for group in super().next(num_prompts)]
+    def groups_of(self, prompts: Sequence[Prompt]) -> list[RolloutGroup]:
+        questions = [Question(RolloutGroup(prompt, ()), self._second_of(prompt)) for prompt in prompts]
         counts = counts_of_questions(questions, second=self.second)
         return joined(questions, self.engine.stream(prompts_of(questions), counts=counts))
 
@@ -366,12 +365,12 @@ def _read_rewards(response: Mapping[str, Any]) -> dict[str, float]:
     return {str(name): float(value) for name, value in rewards.items()}
 
 
-def _check_rewards(rollouts: Sequence[Rollout], required: Sequence[str], *, because: str) -> None:
+def _check_rewards(rollouts: Sequence[Rollout], required: Mapping[str, str]) -> None:
     for number, rollout in enumerate(rollouts, start=1):
-        for name in required:
+        for name, because in required.items():
             if name not in rollout.rewards:
                 found = ", ".join(map(repr, rollout.rewards))
-                raise ValueError(f"response {number}: no reward {name!r}, only {found}{because and f'; {because}'}")
+                raise ValueError(f"response {number}: no reward {name!r}, only {found}; {because}")
 
 
 def _check_logprobs(rollouts: Sequence[Rollout]) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal
 
@@ -27,10 +27,11 @@ from megatron_ktr.data.source import DatasetSource
 from megatron_ktr.distributed.agreement import on_every_rank
 from megatron_ktr.distributed.collectives import broadcast_object
 from megatron_ktr.distributed.groups import ParallelGroups
-from megatron_ktr.rewards import DEFAULT_REWARDS, reward_groups
+from megatron_ktr.rewards import DEFAULT_REWARDS, Rewarder
 from megatron_ktr.rollout.base import RolloutEngine
 from megatron_ktr.rollout.sampling import SamplingSettings
 from megatron_ktr.rollout.second_prompt import (
+    SHUFFLED,
     Question,
     SecondPrompt,
     SecondsAlone,
@@ -49,7 +50,8 @@ class Sampler:
 
     engine: RolloutEngine
     rewards: tuple[str, ...] = DEFAULT_REWARDS
-    answer_protocol: str = "standard"
+    rewarder: Rewarder = dataclasses.field(default_factory=Rewarder)
+    """Computes them."""
     rewards_of_source: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     """The reward parts of the sources of a mixture (``Prompt.source``) that have their own."""
     second: SecondPrompt | None = None
@@ -60,15 +62,16 @@ class Sampler:
         """The groups of ``questions`` with responses and their rewards, those to second prompts among them. A group
         that a collective engine does not yield on this rank is returned unchanged.
 
-        The rewards of a prompt's responses are computed in a separate thread as soon as the last of them is complete.
+        The rewards of a prompt's responses are computed in a separate thread as soon as the last of them is complete,
+        several groups at a time if users' functions have several processes.
         """
         counts = counts_of_questions(questions, second=self.second)
         found = self.engine.stream(prompts_of(questions), step=step, counts=counts)
-        with ThreadPoolExecutor(1, thread_name_prefix="rewards") as pool:
+        with ThreadPoolExecutor(self.rewarder.num_threads, thread_name_prefix="rewards") as pool:
             rewarded: dict[int, Future[list[RolloutGroup]]] = {}
             for place, group in self.seconds_alone.timed(found, num_first=len(questions)):
                 names = self.rewards_of_source.get(group.prompt.source, self.rewards)
-                rewarded[place] = pool.submit(reward_groups, [group], names=names, protocol=self.answer_protocol)
+                rewarded[place] = pool.submit(self.rewarder.reward, [group], names=names)
             return joined(questions, ((place, result.result()[0]) for place, result in rewarded.items()))
 
 
@@ -211,6 +214,11 @@ class ReplicaSource:
         return self._data_wait_seconds
 
     @property
+    def step_values(self) -> Mapping[str, float]:
+        """See ``StepSource``."""
+        return {}
+
+    @property
     def shuffled_seconds(self) -> float:
         """See ``StepSource``."""
         return self._shuffled_seconds
@@ -224,12 +232,7 @@ class ReplicaSource:
         if self._drawn is None:
             return self.from_local(None if self.local is None else self.local.state_dict())
         answered = self._answers(self._drawn) if self.needs_weights and self.lag else []
-        pending: dict[str, list[dict[str, Any]]] = {}
-        for question, group in zip(self._drawn.asked, answered, strict=False):  # ranks that ask nothing have no answers
-            pending[group.prompt.identity] = [_plain(rollout) for rollout in group.rollouts]
-            if question.second is not None:
-                pending[question.second.identity] = [_plain(rollout) for rollout in group.shuffled]
-        return self.from_local({**self._drawn.state_before, "pending": pending})
+        return self.from_local({**self._drawn.state_before, "pending": pending_responses(answered)})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         pending = state.get("pending", {})
@@ -244,6 +247,7 @@ class ReplicaSource:
             self.local.close()
         if self.sampler is not None:
             self.sampler.engine.close()
+            self.sampler.rewarder.close()
 
     def _asked(self, groups: list[RolloutGroup], *, step: int) -> list[Question]:
         """What the engine is asked for ``groups``, with the prompts that it sees."""
@@ -292,8 +296,11 @@ class ReplicaSource:
     def _share_counts(self) -> None:
         found = None
         if self.local is not None:
-            engine = self.sampler.engine.counts if self.sampler is not None else {}
-            alone = self.sampler.seconds_alone.take() if self.sampler is not None else 0.0
+            engine: dict[str, float] = {}
+            alone = 0.0
+            if self.sampler is not None:
+                engine = {**self.sampler.engine.counts, **self.sampler.rewarder.take_counts()}
+                alone = self.sampler.seconds_alone.take()
             found = self.local.num_skipped, {**self.local.counts, **engine}, self._seconds_drawing, alone
         self._num_skipped, self._counts, self._data_wait_seconds, self._shuffled_seconds = self.from_local(found)
 
@@ -312,6 +319,17 @@ class _Draw:
     state_before: dict[str, Any]
     """The state of the local source before these groups were drawn."""
     answers: Future[list[RolloutGroup]] | None = None
+
+
+def pending_responses(groups: Iterable[RolloutGroup]) -> dict[str, list[dict[str, Any]]]:
+    """The responses of ``groups`` by the identity of the prompt they answer, as a dict that JSON can represent."""
+    pending: dict[str, list[dict[str, Any]]] = {}
+    for group in groups:
+        pending[group.prompt.identity] = [_plain(rollout) for rollout in group.rollouts]
+        if group.shuffled:
+            second = dataclasses.replace(group.prompt, variant=SHUFFLED)
+            pending[second.identity] = [_plain(rollout) for rollout in group.shuffled]
+    return pending
 
 
 def _plain(rollout: Rollout) -> dict[str, Any]:

@@ -46,6 +46,12 @@ class StepSource(Protocol):
         ...
 
     @property
+    def step_values(self) -> Mapping[str, float]:
+        """Metrics of the step that was finished last, the same on every rank of the world; of a run that filters groups
+        or retires records."""
+        ...
+
+    @property
     def shuffled_seconds(self) -> float:
         """Seconds of the rollout of the step that was finished last in which only prompts with shuffled frames were
         still answered (``rollout/second_prompt.py``); 0 where nothing is asked twice."""

@@ -15,8 +15,8 @@ import torch
 
 from megatron_ktr.batch.packing import pack_groups
 from megatron_ktr.config import Config, config_from_values
-from megatron_ktr.data.dataset import reshard_states
 from megatron_ktr.data.media.preprocess import PreprocessSettings
+from megatron_ktr.data.reshard import reshard_states
 from megatron_ktr.data.template import PromptBuilder, VisualTokens
 from megatron_ktr.data.unusable import UnusableMedia
 from megatron_ktr.distributed.groups import ParallelSizes

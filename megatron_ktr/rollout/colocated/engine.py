@@ -13,13 +13,16 @@ On GPUs the engine gives its memory back to the trainer between rollouts. The le
     after the start and after each ``stream``    sleep(level=2)          drops weights and key-value cache
     load_weights                                 wake_up(["weights"])    makes room for the trainer's new weights
     stream                                       wake_up(["kv_cache"])
+    awake                                        puts the sleep after a ``stream`` off until its own end
 
-On GPUs each ``stream`` therefore needs a ``load_weights`` before it. The CPU build cannot sleep; its key-value cache is
-small and stays. The engine has not run on a GPU yet; tests without one check the order of these calls.
+On GPUs each ``stream`` therefore needs a ``load_weights`` before it, except within ``awake``. The CPU build cannot
+sleep; its key-value cache is small and stays. The engine has not run on a GPU yet; tests without one check the order of
+these calls.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -116,6 +119,7 @@ class ColocatedEngine(RolloutEngine):
         self._weight_names = names if self.runs_vision_encoder else _without_encoder(names)
         self._can_sleep = current().name != "cpu"
         self._asleep: set[str] = set()
+        self._stays_awake = False
         self._process_group = _process_group([group.ranks for group in every_group], own=ranks)
         start = start or (start_vllm_on_gpu if self._can_sleep else start_vllm_on_cpu)
         try:
@@ -206,11 +210,22 @@ class ColocatedEngine(RolloutEngine):
             for answer in self._generate(shown, work[self._engine], step=step, sampling=sampling):
                 answers.append(answer)
                 yield from own.add(answer)
-            self._sleep()
+            if not self._stays_awake:
+                self._sleep()
         except Exception as error:  # raised below, after the ranks that wait for these answers have been told
             failure = error
         for answer in self._answers_of_others(answers, failure):
             yield from own.add(answer)
+
+    @contextlib.contextmanager
+    def awake(self) -> Iterator[None]:
+        """See ``RolloutEngine``. The engine sleeps when it ends, unless an answer failed."""
+        self._stays_awake = True
+        try:
+            yield
+        finally:
+            self._stays_awake = False
+        self._sleep()
 
     def close(self) -> None:
         """Ends this rank's engine. The trainer's process groups stay."""

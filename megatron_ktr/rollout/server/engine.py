@@ -57,6 +57,8 @@ class ServerEngine(RolloutEngine):
         UserError: no server answers, or a server is not set up for training.
     """
 
+    takes_more = True
+
     def __init__(
         self,
         model_dir: Path | str,
