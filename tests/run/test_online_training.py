@@ -133,7 +133,7 @@ def run_and_resume(context, *, inputs: Path, out: Path, lags: Sequence[int]) -> 
         whole, resumed = out / f"lag{lag}", out / f"lag{lag} resumed"
         # 8 records, 4 a step: with a lag, which draws the prompts of a step ahead, the length is given in epochs.
         length = {"train_steps": None, "train_epochs": RUN_STEPS / 2} if lag else {}
-        changes = {**LOGGED, "lag": lag, **length}
+        changes = {**LOGGED, "lag": lag, **length, **(ASKED_TWICE if lag else {})}
         train(settings(inputs, whole, **changes))
         if context.rank == 0:
             _copy_until_middle(whole, resumed)
@@ -155,6 +155,10 @@ LOGGED = dict(
     importance_sampling="token",
     lr=0.5,
 )
+
+
+ASKED_TWICE = dict(temporal_bonus=0.3, temporal_responses=2)
+"""In the runs with a lag every video is asked a second time, with its frames in random order."""
 
 
 @pytest.fixture(scope="module")
@@ -228,11 +232,14 @@ def test_responses_begun_before_a_checkpoint_are_found_again_in_another_layout(r
     """Two replicas had drawn two questions each; the one replica of two tensor-parallel ranks draws all four."""
     whole = lagged[2] / "lag1"
     _copy_until_middle(whole, tmp_path / "run")
-    changes = dict(LOGGED, lag=1, resume=True, tensor_model_parallel_size=2, train_steps=3)
+    changes = dict(LOGGED, lag=1, resume=True, tensor_model_parallel_size=2, train_steps=3, **ASKED_TWICE)
     ranks(train_layouts, world_size=2, inputs=inputs, out=tmp_path, layouts={"run": changes})
     expected, found = (
         {
-            line["path"]: [(response["token_ids"], response["logprobs"]) for response in line["responses"]]
+            line["path"]: [
+                (response["token_ids"], response["logprobs"])
+                for response in (*line["responses"], *line["shuffled_responses"])
+            ]
             for line in rollout_lines(run_dir, steps=[3], world_size=world_size)
         }
         for run_dir, world_size in ((whole, 2), (tmp_path / "run", 1))
@@ -253,6 +260,13 @@ def test_every_rollout_of_two_replicas_is_written_and_reported(lagged, lag: int)
         assert len(rewards) == 4 * 3
         assert values["reward_mean"] == pytest.approx(sum(rewards) / len(rewards), abs=1e-6)
         assert [group.record["problem_id"] for group in run.groups_of(step)] == [line["problem_id"] for line in lines]
+        shuffled = [line.get("shuffled_responses", []) for line in lines]
+        assert {len(responses) for responses in shuffled} == ({2} if lag else {0})
+        if lag:
+            tokens = sum(len(response["token_ids"]) for responses in shuffled for response in responses)
+            assert (values["shuffled/prompts"], values["shuffled/tokens"]) == (4.0, tokens)
+            assert all("accuracy" in response["rewards"] for responses in shuffled for response in responses)
+            assert "temporal_rule" in values and values["shuffled/seconds_alone"] >= 0
 
 
 def key_tokens(run_dir: Path, step: int, *, world_size: int) -> list[list[list[bool]]]:
@@ -282,9 +296,11 @@ def test_replaying_the_rollouts_of_a_run_repeats_its_numbers(
         "media_root": str(inputs / "data"),
         "reward_functions": (),
         "shuffle_data": False,
+        **(ASKED_TWICE if lag else {}),
     }
     ranks(train_layouts, world_size=1, inputs=inputs, out=tmp_path, layouts={"replay": replay})
     names = ("reward_mean", "loss", "grad_norm", "kl", "importance_ratio_mean", "sampler_trainer_logprob_gap")
+    names += ("shuffled/tokens", "shuffled/accuracy", "temporal_rule", "reward/temporal_bonus") if lag else ()
     steps = list(zip(metrics(online), metrics(tmp_path / "replay"), strict=True))
     if world_size > 1:
         # Two replicas add in another order: in the end a score may fall on the other side of its threshold, which
