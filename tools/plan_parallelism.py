@@ -23,7 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron_ktr.accounting.links import Machine  # noqa: E402
 from megatron_ktr.accounting.planner import GB, PIXELS_PER_TOKEN, Plan, Request, find_plans  # noqa: E402
 from megatron_ktr.accounting.saved import FUSED, TORCH_GPU  # noqa: E402
-from megatron_ktr.accounting.work import StepSettings  # noqa: E402
+from megatron_ktr.accounting.work import StepSettings, view_costs  # noqa: E402
+from megatron_ktr.config.objective_section import ObjectiveSection  # noqa: E402
+from megatron_ktr.config.view_registry import temporal_views, visual_views  # noqa: E402
 from megatron_ktr.config.words import SHUFFLE_UNITS, VISION_PARALLELS  # noqa: E402
 from megatron_ktr.errors import Parser, UserError, number, run_cli, whole  # noqa: E402
 from megatron_ktr.files.json_files import to_json  # noqa: E402
@@ -78,7 +80,9 @@ def _parser() -> Parser:
     )
     add("--prompts-per-step", whole(), request["prompts_per_step"].default, "prompts of a step over all GPUs")
     add("--shuffle-unit", str, "frame", "what the temporal counterfactual permutes", choices=SHUFFLE_UNITS)
-    add("--num-shuffles", whole(), 1, "random orders per step")
+    add("--num-shuffles", whole(), 1, "draws per step of each random view")
+    add("--visual-view", str, "hidden", "what the visual signal compares with", choices=visual_views())
+    add("--temporal-view", str, "shuffled", "what the temporal signal compares with", choices=temporal_views())
     parser.add_argument("--grpo", action="store_true", help="plain GRPO: no counterfactual passes")
     parser.add_argument("--no-reference", action="store_true", help="no KL term, no reference model")
     add("--freeze", str, "", "parts that are not trained, by comma: vision, merger, language")
@@ -129,9 +133,7 @@ def _request(options: argparse.Namespace) -> Request:
         num_shuffled=options.temporal_responses,
         prompts_per_step=options.prompts_per_step,
         settings=StepSettings(
-            has_hidden=not options.grpo,
-            shuffle_unit=None if options.grpo else options.shuffle_unit,
-            num_shuffles=options.num_shuffles,
+            views=() if options.grpo else view_costs(_section(options)),
             has_reference=not options.no_reference,
             frozen=frozen,
             keeps_fp8_weights=options.fp8_param_gather,
@@ -151,6 +153,16 @@ def _request(options: argparse.Namespace) -> Request:
         engine_gb=options.engine_memory,
         engine_share=options.rollout_memory_share,
         reserved_gb=options.reserved_memory,
+    )
+
+
+def _section(options: argparse.Namespace) -> ObjectiveSection:
+    """The options of training that the cost of views depends on."""
+    return ObjectiveSection(
+        visual_view=options.visual_view,
+        temporal_view=options.temporal_view,
+        shuffle_unit=options.shuffle_unit,
+        num_shuffles=options.num_shuffles,
     )
 
 

@@ -10,13 +10,21 @@ the other lines must stay valid. What is refused is an option that would change 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from megatron_ktr.config import evaluation_rules, filter_rules, pipeline_split, second_prompt_rules
+from megatron_ktr.config import (
+    evaluation_rules,
+    filter_rules,
+    pipeline_split,
+    policy_gradient_rules,
+    reward_rules,
+    schedule,
+    second_prompt_rules,
+)
 from megatron_ktr.config.objective_registry import objective_entry, options_of_others
 from megatron_ktr.config.sections import DataSection, ObjectiveSection
+from megatron_ktr.config.selection_rules import selection_problems
 from megatron_ktr.errors import UserError
 from megatron_ktr.stack import require_core_0_19
 
@@ -54,7 +62,7 @@ OBJECTIVE_DEFAULTS = {field.name: field.default for field in dataclasses.fields(
 def check(config: Config) -> None:
     """Raises ``UserError`` with the first rule that ``config`` breaks."""
     training = (_objective, _optimizer, _parallel, _fp8, _frozen_models)
-    sampling = (_rollout, second_prompt_rules.problems, _reward, filter_rules.problems)
+    sampling = (_rollout, second_prompt_rules.problems, reward_rules.problems, filter_rules.problems)
     for rules in (_required, _data, *sampling, evaluation_rules.problems, *training):
         for problem in rules(config):
             raise UserError(problem)
@@ -103,7 +111,25 @@ def _data(config: Config) -> Iterator[str]:
             "--chat-template cannot be saved with --lora-export adapter, whose directory has no tokenizer: choose "
             "--lora-export merged"
         )
+    yield from _length_buckets(config)
     yield from media_rules(data)
+
+
+def _length_buckets(config: Config) -> Iterator[str]:
+    data = config.data
+    if not data.length_buckets:
+        return
+    if not config.objective.is_supervised:
+        yield (
+            f"--length-buckets: the lengths of the responses of --objective {config.objective.objective} are not known "
+            "before they are sampled; it is for --objective sft"
+        )
+    if data.length_buckets == 1:
+        yield "--length-buckets 1 sorts nothing: give at least 2, or 0"
+    if not data.shuffle_data:
+        yield "--length-buckets puts steps into a random order, which --no-shuffle-data forbids: leave out one of them"
+    if len(data.sources) > 1:
+        yield "--length-buckets sorts the records of one file, and --data-path mixes several: leave out one of them"
 
 
 def media_rules(data: DataSection) -> Iterator[str]:
@@ -162,42 +188,11 @@ def _offload_during_rollout(config: Config) -> Iterator[str]:
         )
 
 
-def _reward(config: Config) -> Iterator[str]:
-    if config.reward.reward_functions and config.rollout.engine == "replay":
-        yield "--reward-functions is not read by --engine replay: rewards come with the recorded rollouts"
-    if config.reward.answer_protocol != "standard" and config.rollout.engine == "replay":
-        yield "--answer-protocol is not read by --engine replay: rewards come with the recorded rollouts"
-    bonuses = {"--length-bonus": config.reward.length_bonus, "--temporal-bonus": config.rollout.temporal_bonus}
-    needs_accuracy = [name for name, bonus in bonuses.items() if bonus and not config.objective.is_supervised]
-    for name in needs_accuracy:
-        if not _have_accuracy(config.reward.reward_functions):
-            yield f"{name} goes to correct responses: add accuracy to --reward-functions, or set {name} 0"
-    for source in config.data.sources:
-        if source.reward_functions and config.objective.is_supervised:
-            yield f"--data-path: {source.label} names reward_functions, which --objective sft does not read"
-        for name in needs_accuracy:
-            if not _have_accuracy(source.reward_functions or ()):
-                yield (
-                    f"{name} goes to correct responses: add accuracy to the reward_functions of {source.label}, or set "
-                    f"{name} 0"
-                )
-    if config.reward.length_bonus_min > config.reward.length_bonus_max:
-        yield (
-            f"--length-bonus-min {config.reward.length_bonus_min} exceeds "
-            f"--length-bonus-max {config.reward.length_bonus_max}"
-        )
-
-
-def _have_accuracy(names: Sequence[str]) -> bool:
-    """Whether accuracy is among the reward parts; without names they are the default ones."""
-    return not names or "accuracy" in [name.rpartition(":")[2] for name in names]
-
-
 def _objective(config: Config) -> Iterator[str]:
     section = config.objective
     defaults = {**OBJECTIVE_DEFAULTS, **objective_entry(section.objective).defaults}
-    if not section.selection_ratio:
-        yield "--selection-ratio must not be empty"
+    if not section.is_supervised:
+        yield from selection_problems(section)
     for rule in objective_entry(section.objective).rules:
         yield from rule(section, config.rollout)
     for name in options_of_others(section.objective):
@@ -218,8 +213,7 @@ def _objective(config: Config) -> Iterator[str]:
         yield "--scoring-precision bf16 does not go with --fp16: its counterfactual passes are in FP16; leave it out"
     if {"vision", "merger", "language"} <= set(config.model.freeze):
         yield "--freeze vision,merger,language leaves nothing to train"
-    if config.rollout.num_generations < 2 and not section.is_supervised:
-        yield "--num-generations must be at least 2: advantages compare the responses of one prompt"
+    yield from policy_gradient_rules.problems(config)
 
 
 def _optimizer(config: Config) -> Iterator[str]:
@@ -238,10 +232,7 @@ def _optimizer(config: Config) -> Iterator[str]:
         require_core_0_19("--grad-norm-skip-threshold")
     if max(section.adam_beta1, section.adam_beta2) >= 1:
         yield "--adam-beta1 and --adam-beta2 must be below 1"
-    # With train_epochs the number of steps is not known yet; ``config/run_length.py`` checks the rules again later.
-    num_updates = (config.trainer.train_steps or math.inf) * config.objective.updates_per_rollout
-    if section.lr_warmup_steps > num_updates:
-        yield f"--lr-warmup-steps {section.lr_warmup_steps} exceeds the {num_updates} optimizer steps of the run"
+    yield from schedule.problems(config)
 
 
 def _parallel(config: Config) -> Iterator[str]:

@@ -19,7 +19,20 @@ from megatron_ktr.errors import UserError
 if TYPE_CHECKING:
     from megatron_ktr.config.sections import ObjectiveSection, RolloutSection
 
-BUILT_IN = ("video_ktr", "grpo", "t_grpo", "tw_grpo", "sft")
+BUILT_IN = (
+    "video_ktr",
+    "grpo",
+    "t_grpo",
+    "tw_grpo",
+    "dapo",
+    "dr_grpo",
+    "rloo",
+    "reinforce_pp",
+    "reinforce_pp_baseline",
+    "gspo",
+    "cispo",
+    "sft",
+)
 """Each is a module of ``megatron_ktr.objectives`` that registers the objective of the same name."""
 
 Rule = Callable[["ObjectiveSection", "RolloutSection"], Iterable[str]]

@@ -28,6 +28,7 @@ import xxhash
 
 from megatron_ktr.data.loader import PromptLoader
 from megatron_ktr.data.mixture import MixtureOrder, RecordSource
+from megatron_ktr.data.other_media import OtherMedia
 from megatron_ktr.data.records import Record, digest_of_records
 from megatron_ktr.data.retirement import Retirement, RetirementRule
 from megatron_ktr.data.skips import SkipCounter
@@ -71,6 +72,7 @@ class PromptDataset:
     ) -> None:
         """``left_out`` are indices of ``records`` that are passed over. They keep their place in the sequence. So the
         order of the others, and the place where a resumed run continues, do not depend on which records are usable now.
+        (A length-bucketed order, ``RecordSource.buckets``, does depend on it.)
         """
         if not 0 <= rank < size:
             raise ValueError(f"expected a data-parallel rank in [0, {size}), got {rank}")
@@ -86,6 +88,7 @@ class PromptDataset:
         self._pool: WorkerPool | None = None
         self._ahead: LookAhead[Element | UsedElement] | None = None
         self._prefetch_steps = 0
+        self._others: OtherMedia | None = None
         self.together: TogetherDraws | None = None
         """The draws of a run whose replicas draw together (``draw_together``); ``next`` is then not called."""
         self._more_counts: list[Callable[[], Mapping[str, int]]] = []
@@ -108,6 +111,7 @@ class PromptDataset:
             [len(source.records) for source in sources],
             seed=self.seed,
             shuffle=self.shuffle,
+            buckets=sources[0].buckets,
         )
 
     @property
@@ -185,6 +189,10 @@ class PromptDataset:
         )
         self.count_too(pool.counts)
 
+    def show_other_media(self) -> None:
+        """From now on every prompt also has the media of another question. Comes after ``read_ahead``, if at all."""
+        self._others = OtherMedia(seed=self.seed, element_at=self._element_at, pool=self._pool)
+
     def count_too(self, counts: Callable[[], Mapping[str, int]]) -> None:
         """Adds counts to the metrics that depend on the machine, such as cache hits. They are not part of the state."""
         self._more_counts.append(counts)
@@ -193,6 +201,8 @@ class PromptDataset:
         """Ends the workers. What they have read ahead is dropped."""
         if self._ahead is not None:
             self._ahead.drop()
+        if self._others is not None:
+            self._others.close()
         if self._pool is not None:
             self._pool.close()
 
@@ -240,7 +250,8 @@ class PromptDataset:
             element, load = self._draw(num_prompts - len(prompts) + num_prompts * self._prefetch_steps)
             try:
                 name = element.source.name if self.is_mixture else ""
-                prompts.append(dataclasses.replace(load(), draw_number=element.draw_number, source=name))
+                prompt = dataclasses.replace(load(), draw_number=element.draw_number, source=name)
+                prompts.append(prompt if self._others is None else self._others.add_to(prompt, element))
                 self.num_given[name] += 1
                 fruitless = 0
             except UnusableSample as error:
@@ -270,6 +281,8 @@ class PromptDataset:
             "skips": self.skips.state_dict(),
             "counts": dict(self.loader.counts),
         }
+        if self.lengths_digest:
+            state["lengths_digest"] = self.lengths_digest
         if self.is_mixture:
             return state | {"mixture": self._mixture, "num_given": self._num_given()}
         return state | {"rewards": self._mixture[0][1]}
@@ -305,6 +318,12 @@ class PromptDataset:
                     f"resume: the data position was saved with {name} = {state[name]}, this run has {value}"
                 )
         self._require_same_content(state)
+        if state.get("lengths_digest", "") != self.lengths_digest:
+            raise UserError(
+                "resume: the lengths of the records, by which --length-buckets orders them, are not those of the saved "
+                "run: media were exchanged, or became readable or unreadable (records left out count too); restore "
+                "them, or start anew from the export"
+            )
         self.position = int(state["position"])
         if self.together is not None:
             self.together.load_state_dict(state)
@@ -332,6 +351,12 @@ class PromptDataset:
             xxhash.xxh3_128(np.packbits(source.is_left_out).tobytes()).hexdigest() for source in self.sources
         )
 
+    @property
+    def lengths_digest(self) -> str:
+        """A digest of the lengths by which records are ordered; empty where they are not."""
+        buckets = self.sources[0].buckets
+        return "" if buckets is None else buckets.digest
+
     def _require_same_content(self, state: Mapping[str, Any]) -> None:
         if "records_digest" not in state:
             _log.warning("resume: the checkpoint does not say which records it was trained on; they are not compared")
@@ -352,6 +377,8 @@ class PromptDataset:
 
     def _draw(self, num_wanted: int) -> tuple[Element, Callable[[], Prompt]]:
         """The next element and what loads it. Workers then have ``num_wanted`` elements in hand, this one included."""
+        if self._others is not None:
+            self._others.draw(self.position, num_wanted=num_wanted)
         if self._ahead is None:
             element = self._element_at(self.position)
             load = partial(element.source.loader.load, element.record)

@@ -23,7 +23,7 @@ import torch
 import xxhash
 
 from megatron_ktr.data.loader import PromptLoader
-from megatron_ktr.data.order import EpochOrder
+from megatron_ktr.data.order import BucketedOrder, EpochOrder, LengthBuckets
 from megatron_ktr.data.records import Record
 
 WINDOW = 256
@@ -45,6 +45,8 @@ class RecordSource:
     """How often the source is drawn in a period; 0 means once for each record."""
     rewards: tuple[str, ...] | None = None
     """The reward parts of its responses; None means the run's."""
+    buckets: LengthBuckets | None = None
+    """The lengths that its records are ordered by, if it is the only source; None: they come in a plain order."""
     is_left_out: np.ndarray = field(init=False, repr=False)
     """Bool [records]."""
 
@@ -82,15 +84,28 @@ class Visit(NamedTuple):
 class MixtureOrder:
     """The sequence of all periods of a mixture."""
 
-    def __init__(self, draws: Sequence[int], num_records: Sequence[int], *, seed: int, shuffle: bool) -> None:
-        """``draws`` and ``num_records`` have one number for each source."""
+    def __init__(
+        self,
+        draws: Sequence[int],
+        num_records: Sequence[int],
+        *,
+        seed: int,
+        shuffle: bool,
+        buckets: LengthBuckets | None = None,
+    ) -> None:
+        """``draws`` and ``num_records`` have one number for each source. ``buckets``: of the only source, whose records
+        then come in steps of nearly equal length."""
         self.period = sum(draws)
         self._draws = np.asarray(draws, dtype=np.int64)
         self._seed = seed
-        self._orders = [
+        self._orders: list[EpochOrder] = [
             EpochOrder(number, seed=seed if len(draws) == 1 else _seed_of(f"source {index}", seed), shuffle=shuffle)
             for index, number in enumerate(num_records)
         ]
+        if buckets is not None:
+            if len(draws) != 1 or not shuffle:
+                raise ValueError("length buckets are those of a single source that is shuffled")
+            self._orders = [BucketedOrder(buckets, seed=seed)]
         self._periods_of_block = max(1, _BLOCK // self.period)
         self._block = -1
         self._sources = np.empty(0, dtype=np.int16)

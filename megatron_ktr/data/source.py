@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_ktr.data.dataset import PromptDataset
-from megatron_ktr.data.media.request import media_sources
-from megatron_ktr.data.reply import build_reply
+from megatron_ktr.data.reply import reply_group
 from megatron_ktr.types import Prompt, RolloutGroup
 
 
@@ -65,9 +64,4 @@ class SupervisedSource(DatasetSource):
     (``data/reply.py``)."""
 
     def groups_of(self, prompts: Sequence[Prompt]) -> list[RolloutGroup]:
-        return [self._group(prompt) for prompt in prompts]
-
-    def _group(self, prompt: Prompt) -> RolloutGroup:
-        kinds = [source.kind for source in media_sources(prompt.record)]
-        builder = self.dataset.loader_of(prompt).builder
-        return RolloutGroup(prompt, (build_reply(prompt.record, kinds=kinds, builder=builder),))
+        return [reply_group(prompt, builder=self.dataset.loader_of(prompt).builder) for prompt in prompts]

@@ -34,6 +34,9 @@ _log = logging.getLogger(__name__)
 _LINE_CHARTS = (
     ("Reward", ("reward_mean", "reward/"), "mean over responses"),
     ("Reward by source", ("reward_mean/",), "mean over the responses to one file's questions"),
+    ("Accuracy on shuffled frames", ("shuffled/accuracy",), "mean over responses, which are not trained on"),
+    ("Rule of the temporal bonus", ("temporal_rule",), "share of the videos asked twice for which it holds"),
+    ("Tokens sampled for shuffled frames", ("shuffled/token_share",), "share of all tokens sampled"),
     ("Loss", ("loss",), ""),
     ("Share of key tokens", ("key_token_ratio", "key_token_ratio/"), "of all response tokens"),
     ("Gradient norm", ("grad_norm",), "before clipping"),
@@ -170,7 +173,7 @@ def _stage(
     responses = [response for group in groups for response in group.responses]
     styles = signal_styles(list(dict.fromkeys(name for response in responses for name in response.is_selected)))
     shown = [
-        group_section(group, strips=group_strips, styles=styles, decode=decode)
+        group_section(group, strips=group_strips, styles=styles, decode=decode, temporal=run.temporal_bonus)
         for group, group_strips in zip(groups, strips, strict=True)
     ]
     section = element(

@@ -19,6 +19,9 @@ from megatron_ktr.config.filter_rules import draws_together, metric_of
 from megatron_ktr.config.part_options import row_multiple
 from megatron_ktr.config.sections import DataSection, RolloutSection
 from megatron_ktr.data.dataset import PromptDataset
+from megatron_ktr.data.lengths import record_lengths
+from megatron_ktr.data.mixture import RecordSource
+from megatron_ktr.data.order import LengthBuckets
 from megatron_ktr.data.retirement import RetirementRule
 from megatron_ktr.data.skips import SkipCounter
 from megatron_ktr.data.source import DatasetSource, SupervisedSource
@@ -32,7 +35,7 @@ from megatron_ktr.distributed.platform import current
 from megatron_ktr.distributed.rendezvous import read_number
 from megatron_ktr.errors import UserError, same_on_every_rank
 from megatron_ktr.policy.policy import Policy
-from megatron_ktr.rewards import DEFAULT_REWARDS
+from megatron_ktr.rewards import DEFAULT_REWARDS, Rewarder
 from megatron_ktr.rollout.base import RolloutEngine
 from megatron_ktr.rollout.check.probes import probe_prompts
 from megatron_ktr.rollout.check.sampler import (
@@ -43,7 +46,7 @@ from megatron_ktr.rollout.check.sampler import (
     worst_of_replicas,
 )
 from megatron_ktr.rollout.filtering import FilterRule
-from megatron_ktr.rollout.questions import read_questions, rewards_of
+from megatron_ktr.rollout.questions import read_questions, reward_options, rewards_of
 from megatron_ktr.rollout.refill import FilteredSource
 from megatron_ktr.rollout.replay import ReplaySource
 from megatron_ktr.rollout.sampling import SamplingSettings
@@ -67,8 +70,9 @@ def build_local_source(
         return None
     data, trainer = config.data, config.trainer
     questions = read_questions(config, tokenizer=tokenizer, vocab_size=vocab_size, is_spokesman=ranks.data_rank == 0)
+    sources = _in_order_of_length(config, questions.sources, is_spokesman=ranks.data_rank == 0)
     dataset = PromptDataset.of_sources(
-        questions.sources,
+        sources,
         seed=trainer.seed,
         shuffle=data.shuffle_data,
         rank=ranks.data_rank,
@@ -85,6 +89,24 @@ def build_local_source(
     return SupervisedSource(dataset) if config.objective.is_supervised else DatasetSource(dataset)
 
 
+def _in_order_of_length(
+    config: Config, sources: tuple[RecordSource, ...], *, is_spokesman: bool
+) -> tuple[RecordSource, ...]:
+    """The sources, the only one of them with the lengths that ``--length-buckets`` orders its records by."""
+    if not config.data.length_buckets:
+        return sources
+    (source,) = sources  # ``config/checks.py`` refuses several
+    ranks_here = read_number("LOCAL_WORLD_SIZE", low=1, high=2**20, default=1)
+    lengths = record_lengths(source, jobs=max(1, num_cores() // ranks_here), is_spokesman=is_spokesman)
+    buckets = LengthBuckets(
+        lengths,
+        source.is_left_out,
+        num_buckets=config.data.length_buckets,
+        step_size=config.trainer.prompts_per_step,
+    )
+    return (replace(source, buckets=buckets),)
+
+
 def require_same_questions(local: DatasetSource | None, *, ranks: ParallelGroups) -> None:
     """Compares what the replicas have read: a node may have an old copy of a file. Collective over the world.
 
@@ -95,7 +117,8 @@ def require_same_questions(local: DatasetSource | None, *, ranks: ParallelGroups
     """
     first, *others = [one for one in gather_objects(_about(local), group=ranks.world) if one is not None]
     for replica, other in enumerate(others, start=1):
-        what = "records" if other[0] != first[0] else "wordings" if other[1] != first[1] else ""
+        parts = {"records": 0, "wordings": 1, "lengths of records": 5}
+        what = next((name for name, part in parts.items() if other[part] != first[part]), "")
         if what:
             with same_on_every_rank():
                 raise UserError(
@@ -119,13 +142,14 @@ def require_same_questions(local: DatasetSource | None, *, ranks: ParallelGroups
             )
 
 
-def _about(local: DatasetSource | None) -> tuple[str, str, str, int, bool] | None:
+def _about(local: DatasetSource | None) -> tuple[str, str, str, int, bool, str] | None:
     """(digest of the records, of the wordings, of what is left out, number of prompts of an epoch, whether all replicas
-    draw together) on reading ranks."""
+    draw together, digest of the lengths) on reading ranks."""
     if local is None:
         return None
     data = local.dataset
-    return data.records_digest, data.wording_digest, data.left_out_digest, data.num_kept, data.together is not None
+    digests = data.records_digest, data.wording_digest, data.left_out_digest
+    return *digests, data.num_kept, data.together is not None, data.lengths_digest
 
 
 def _retirement_of(rollout: RolloutSection) -> RetirementRule | None:
@@ -250,19 +274,14 @@ def _shown_to_engine(config: Config) -> DataSection:
 
 def _rewards_of(config: Config) -> Callable[[RolloutEngine], Sampler]:
     """Adds the run's rewards to an engine, and those of the files that have their own."""
-    sources, second = config.data.sources, _second_prompt(config)
+    sources, second, rewarder = config.data.sources, _second_prompt(config), Rewarder(reward_options(config))
     if len(sources) == 1:
-        return partial(
-            Sampler,
-            rewards=rewards_of(config, sources[0]),
-            answer_protocol=config.reward.answer_protocol,
-            second=second,
-        )
+        return partial(Sampler, rewards=rewards_of(config, sources[0]), rewarder=rewarder, second=second)
     return partial(
         Sampler,
         second=second,
         rewards=config.reward.reward_functions or DEFAULT_REWARDS,
-        answer_protocol=config.reward.answer_protocol,
+        rewarder=rewarder,
         rewards_of_source={source.label: rewards_of(config, source) for source in sources},
     )
 

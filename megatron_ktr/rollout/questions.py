@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from megatron_ktr.data.store.check import Clips, check_store, clips_of
 from megatron_ktr.data.store.record_store import RecordRules, RecordStore, open_store
 from megatron_ktr.data.tokenizer import Tokenizer
 from megatron_ktr.errors import UserError
-from megatron_ktr.rewards import DEFAULT_REWARDS, READS_PROBLEM_TYPE, load_rewards
+from megatron_ktr.rewards import DEFAULT_REWARDS, RewardOptions, load_rewards, reads_problem_type
 from megatron_ktr.rollout.replay import ReplayEngine, Required
 
 _log = logging.getLogger(__name__)
@@ -64,6 +64,29 @@ def read_questions(config: Config, *, tokenizer: Tokenizer, vocab_size: int, is_
             RecordSource(store, loader, left_out, name=given.label, draws=number, rewards=given.reward_functions)
         )
     return Questions(tuple(sources))
+
+
+def read_held_out_responses(config: Config, *, tokenizer: Tokenizer, is_spokesman: bool) -> tuple[RecordSource, ...]:
+    """The records of ``eval_loss_data``, shown and checked as those of ``data_path`` are. Their loaders share no cache
+    in memory with those of training, and count for themselves.
+
+    Raises:
+        UserError: a file is missing, or more than ``max_skip_share`` of its records cannot be used.
+    """
+    section, data = config.evaluation, config.data
+    reader = media_reader(replace(data, media_cache_gb=0.0))
+    sources = []
+    for path in section.eval_loss_data:
+        given = DataSource(path, media_root=section.eval_media_root or str(Path(path).parent))
+        try:
+            store = open_records(config, given, is_spokesman=is_spokesman)
+            loader = source_loader(config, given, tokenizer=tokenizer, reader=reader)
+            left_out = _check(config, given, store, loader=loader, is_spokesman=is_spokesman)
+        except UserError as error:  # what is read alike is told of the option that names it
+            text = str(error).replace("data_path:", "eval_loss_data:").replace("media_root:", "eval_media_root:", 1)
+            raise UserError(text) from error
+        sources.append(RecordSource(store, loader, left_out, name=Path(path).stem))
+    return tuple(sources)
 
 
 def prompt_loader(config: Config, *, tokenizer: Tokenizer) -> PromptLoader:
@@ -145,12 +168,12 @@ def _check(
     command = f"python tools/prepare_dataset.py validate {given.path} --media-root {_media_root(config, given)}"
     problems = RecordProblems("data_path", Path(given.path), remedy=f"all of them: {command}")
     names = () if config.objective.is_supervised else rewards_of(config, given)
-    load_rewards(names)  # raises UserError for an unknown name
+    load_rewards(names, options=reward_options(config))  # raises UserError for an unknown name
     clips = check_store(
         store,
         problems=problems,
         loader=loader,
-        rewards=[name for name in names if name in READS_PROBLEM_TYPE],
+        rewards=[name for name in names if reads_problem_type(name)],
         is_spokesman=is_spokesman,
     )
     left_out = problems.settle(len(store), max_share=config.data.max_skip_share, is_spokesman=is_spokesman)
@@ -164,6 +187,11 @@ def _check(
 def rewards_of(config: Config, given: DataSource) -> tuple[str, ...]:
     """The reward parts of the responses to the questions of one file."""
     return given.reward_functions or config.reward.reward_functions or DEFAULT_REWARDS
+
+
+def reward_options(config: Config) -> RewardOptions:
+    """What the rewards of the run read of its options."""
+    return RewardOptions(config.reward, config.rollout.max_response_length)
 
 
 def draws_of(sources: Sequence[DataSource], num_records: Sequence[int]) -> Sequence[int]:

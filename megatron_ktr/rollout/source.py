@@ -27,7 +27,7 @@ from megatron_ktr.data.source import DatasetSource
 from megatron_ktr.distributed.agreement import on_every_rank
 from megatron_ktr.distributed.collectives import broadcast_object
 from megatron_ktr.distributed.groups import ParallelGroups
-from megatron_ktr.rewards import DEFAULT_REWARDS, reward_groups
+from megatron_ktr.rewards import DEFAULT_REWARDS, Rewarder
 from megatron_ktr.rollout.base import RolloutEngine
 from megatron_ktr.rollout.sampling import SamplingSettings
 from megatron_ktr.rollout.second_prompt import (
@@ -50,7 +50,8 @@ class Sampler:
 
     engine: RolloutEngine
     rewards: tuple[str, ...] = DEFAULT_REWARDS
-    answer_protocol: str = "standard"
+    rewarder: Rewarder = dataclasses.field(default_factory=Rewarder)
+    """Computes them."""
     rewards_of_source: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     """The reward parts of the sources of a mixture (``Prompt.source``) that have their own."""
     second: SecondPrompt | None = None
@@ -61,15 +62,16 @@ class Sampler:
         """The groups of ``questions`` with responses and their rewards, those to second prompts among them. A group
         that a collective engine does not yield on this rank is returned unchanged.
 
-        The rewards of a prompt's responses are computed in a separate thread as soon as the last of them is complete.
+        The rewards of a prompt's responses are computed in a separate thread as soon as the last of them is complete,
+        several groups at a time if users' functions have several processes.
         """
         counts = counts_of_questions(questions, second=self.second)
         found = self.engine.stream(prompts_of(questions), step=step, counts=counts)
-        with ThreadPoolExecutor(1, thread_name_prefix="rewards") as pool:
+        with ThreadPoolExecutor(self.rewarder.num_threads, thread_name_prefix="rewards") as pool:
             rewarded: dict[int, Future[list[RolloutGroup]]] = {}
             for place, group in self.seconds_alone.timed(found, num_first=len(questions)):
                 names = self.rewards_of_source.get(group.prompt.source, self.rewards)
-                rewarded[place] = pool.submit(reward_groups, [group], names=names, protocol=self.answer_protocol)
+                rewarded[place] = pool.submit(self.rewarder.reward, [group], names=names)
             return joined(questions, ((place, result.result()[0]) for place, result in rewarded.items()))
 
 
@@ -245,6 +247,7 @@ class ReplicaSource:
             self.local.close()
         if self.sampler is not None:
             self.sampler.engine.close()
+            self.sampler.rewarder.close()
 
     def _asked(self, groups: list[RolloutGroup], *, step: int) -> list[Question]:
         """What the engine is asked for ``groups``, with the prompts that it sees."""
@@ -293,8 +296,11 @@ class ReplicaSource:
     def _share_counts(self) -> None:
         found = None
         if self.local is not None:
-            engine = self.sampler.engine.counts if self.sampler is not None else {}
-            alone = self.sampler.seconds_alone.take() if self.sampler is not None else 0.0
+            engine: dict[str, float] = {}
+            alone = 0.0
+            if self.sampler is not None:
+                engine = {**self.sampler.engine.counts, **self.sampler.rewarder.take_counts()}
+                alone = self.sampler.seconds_alone.take()
             found = self.local.num_skipped, {**self.local.counts, **engine}, self._seconds_drawing, alone
         self._num_skipped, self._counts, self._data_wait_seconds, self._shuffled_seconds = self.from_local(found)
 

@@ -28,7 +28,7 @@ from tests.support.tiny import save_tiny_hf
 
 CONFIG = PUBLISHED_CONFIGS["7B"]
 TEXT_ONLY = GroupWork(text_length=2000, response_lengths=(500,) * 8)
-POLICY_ONLY = StepSettings(has_hidden=False, shuffle_unit=None, has_reference=False)
+POLICY_ONLY = StepSettings(views=(), has_reference=False)
 FREE = Machine(link_gb_per_second=1e9, network_gb_per_second=1e9)
 """Messages cost nothing."""
 

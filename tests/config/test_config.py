@@ -207,7 +207,7 @@ def test_bad_flag_is_fatal_and_the_message_names_the_remedy(argv, parts):
         (["--run-dir", ""], "--run-dir"),
         (["--signals", ""], "--signals must name at least one"),
         (["--signals", "visual,entropy", "--selection-ratio", "0.1,0.2,0.3"], "1 value or one per signal (2"),
-        (["--selection-ratio", ""], "--selection-ratio must not be empty"),
+        (["--selection-ratio", ""], "--selection-ratio needs 1 value or one per signal"),
         (["--num-generations", "1"], "--num-generations must be at least 2"),
         (["--video-max-frames", "15"], "even"),
         (["--video-num-frames", "18"], "exceeds --video-max-frames 16"),

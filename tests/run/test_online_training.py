@@ -139,7 +139,7 @@ def run_and_resume(context, *, inputs: Path, out: Path, lags: Sequence[int], **m
         whole, resumed = out / f"lag{lag}", out / f"lag{lag} resumed"
         # 8 records, 4 a step: with a lag, which draws the prompts of a step ahead, the length is given in epochs.
         length = {"train_steps": None, "train_epochs": RUN_STEPS / 2} if lag else {}
-        changes = {**LOGGED, "lag": lag, **length, **more}
+        changes = {**LOGGED, "lag": lag, **length, **(ASKED_TWICE if lag else {}), **more}
         train(settings(inputs, whole, **changes))
         if context.rank == 0:
             _copy_until_middle(whole, resumed)
@@ -161,6 +161,10 @@ LOGGED = dict(
     importance_sampling="token",
     lr=0.5,
 )
+
+
+ASKED_TWICE = dict(temporal_bonus=0.3, temporal_responses=2)
+"""In the runs with a lag every video is asked a second time, with its frames in random order."""
 
 
 @pytest.fixture(scope="module")
@@ -234,11 +238,14 @@ def test_responses_begun_before_a_checkpoint_are_found_again_in_another_layout(r
     """Two replicas had drawn two questions each; the one replica of two tensor-parallel ranks draws all four."""
     whole = lagged[2] / "lag1"
     _copy_until_middle(whole, tmp_path / "run")
-    changes = dict(LOGGED, lag=1, resume=True, tensor_model_parallel_size=2, train_steps=3)
+    changes = dict(LOGGED, lag=1, resume=True, tensor_model_parallel_size=2, train_steps=3, **ASKED_TWICE)
     ranks(train_layouts, world_size=2, inputs=inputs, out=tmp_path, layouts={"run": changes})
     expected, found = (
         {
-            line["path"]: [(response["token_ids"], response["logprobs"]) for response in line["responses"]]
+            line["path"]: [
+                (response["token_ids"], response["logprobs"])
+                for response in (*line["responses"], *line["shuffled_responses"])
+            ]
             for line in rollout_lines(run_dir, steps=[3], world_size=world_size)
         }
         for run_dir, world_size in ((whole, 2), (tmp_path / "run", 1))
@@ -259,6 +266,13 @@ def test_every_rollout_of_two_replicas_is_written_and_reported(lagged, lag: int)
         assert len(rewards) == 4 * 3
         assert values["reward_mean"] == pytest.approx(sum(rewards) / len(rewards), abs=1e-6)
         assert [group.record["problem_id"] for group in run.groups_of(step)] == [line["problem_id"] for line in lines]
+        shuffled = [line.get("shuffled_responses", []) for line in lines]
+        assert {len(responses) for responses in shuffled} == ({2} if lag else {0})
+        if lag:
+            tokens = sum(len(response["token_ids"]) for responses in shuffled for response in responses)
+            assert (values["shuffled/prompts"], values["shuffled/tokens"]) == (4.0, tokens)
+            assert all("accuracy" in response["rewards"] for responses in shuffled for response in responses)
+            assert "temporal_rule" in values and values["shuffled/seconds_alone"] >= 0
 
 
 def key_tokens(run_dir: Path, step: int, *, world_size: int) -> list[list[list[bool]]]:
@@ -288,9 +302,11 @@ def test_replaying_the_rollouts_of_a_run_repeats_its_numbers(
         "media_root": str(inputs / "data"),
         "reward_functions": (),
         "shuffle_data": False,
+        **(ASKED_TWICE if lag else {}),
     }
     ranks(train_layouts, world_size=1, inputs=inputs, out=tmp_path, layouts={"replay": replay})
     names = ("reward_mean", "loss", "grad_norm", "kl", "importance_ratio_mean", "sampler_trainer_logprob_gap")
+    names += ("shuffled/tokens", "shuffled/accuracy", "temporal_rule", "reward/temporal_bonus") if lag else ()
     steps = list(zip(metrics(online), metrics(tmp_path / "replay"), strict=True))
     if world_size > 1:
         # Two replicas add in another order: in the end a score may fall on the other side of its threshold, which
@@ -367,21 +383,34 @@ def test_a_mixture_goes_on_in_another_number_of_replicas(ranks, inputs, tmp_path
 
 
 def test_supervised_fine_tuning_has_the_loss_and_gradient_of_hugging_face(ranks, inputs, tmp_path) -> None:
-    """SGD without momentum at lr 1: the weights' change is the gradient."""
+    """SGD without momentum at lr 1: the weights' change is the gradient. One record a micro-batch, two, and all four as
+    their tokens fit; then the loss of the same records, held out."""
+    held_out = tmp_path / "held_out.json"
+    held_out.write_text(json.dumps(json.loads((inputs / "data" / "sft_guess.json").read_text())[:4]))
+    packings = {
+        "token": {"micro_batch_groups": 1},
+        "sequence": {"micro_batch_groups": 2},
+        "packed": {
+            "max_tokens_per_microbatch": 4096,
+            "eval_loss_data": (str(held_out),),
+            "eval_media_root": str(inputs / "data"),
+            "eval_at_start": True,
+        },
+    }
     layouts = {
         name: {
             "objective": "sft",
-            "loss_aggregation": name,
+            "loss_aggregation": "sequence" if name == "sequence" else "token",
             "kl_beta": 0.0,
             "lr": 1.0,
             "weight_decay": 0.0,
             "clip_grad": 0.0,
             "train_steps": 1,
-            "micro_batch_groups": 2,
             "shuffle_data": False,
             "data_path": str(inputs / "data" / "sft_guess.json"),
+            **packing,
         }
-        for name in ("token", "sequence")
+        for name, packing in packings.items()
     }
     ranks(train_layouts, world_size=1, inputs=inputs, out=tmp_path, layouts=layouts)
     before = Qwen2_5_VLForConditionalGeneration.from_pretrained(inputs / "model")
@@ -390,10 +419,14 @@ def test_supervised_fine_tuning_has_the_loss_and_gradient_of_hugging_face(ranks,
         "token": -torch.cat(logprobs).mean(),
         "sequence": -torch.stack([values.mean() for values in logprobs]).mean(),
     }
+    losses["packed"] = losses["token"]
+    at_start, first = metrics(tmp_path / "packed")
+    assert at_start["eval_loss"] == at_start["eval/held_out/loss"] == pytest.approx(losses["token"].item(), abs=1e-5)
+    assert first["num_micro_batches"] == 1
     for name, loss in losses.items():
         before.zero_grad()
         loss.backward(retain_graph=True)
-        assert metrics(tmp_path / name)[0]["loss"] == pytest.approx(loss.item(), abs=1e-5)
+        assert metrics(tmp_path / name)[-1]["loss"] == pytest.approx(loss.item(), abs=1e-5)
         after = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / name / "export")
         for (parameter_name, old), new in zip(before.named_parameters(), after.parameters(), strict=True):
             # 1e-6: weights of size 0.1 hold the change to fp32 rounding; 1e-4 relative as in all gradient parity.
