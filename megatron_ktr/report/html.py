@@ -34,6 +34,8 @@ _log = logging.getLogger(__name__)
 _LINE_CHARTS = (
     ("Reward", ("reward_mean", "reward/"), "mean over responses"),
     ("Reward by source", ("reward_mean/",), "mean over the responses to one file's questions"),
+    ("Time of rewards", ("reward_seconds/",), "seconds a step, of all replicas together"),
+    ("Failed rewards", ("reward_timeouts/", "reward_errors/", "reward_skipped_groups"), "responses since the start"),
     ("Loss", ("loss",), ""),
     ("Share of key tokens", ("key_token_ratio", "key_token_ratio/"), "of all response tokens"),
     ("Gradient norm", ("grad_norm",), "before clipping"),

@@ -283,7 +283,11 @@ def _describe_step(config: Config, objective: Objective, *, page: _Page) -> None
         f"temperature {rollout.temperature:g}, {top}",
     )
     bonus = config.reward.length_bonus
-    rewards = _list(config.reward.reward_functions or DEFAULT_REWARDS)
+    weights = config.reward.weights
+    names = config.reward.reward_functions or DEFAULT_REWARDS
+    rewards = _list(
+        f"{weights[short]:g} x {name}" if (short := name.rpartition(":")[2]) in weights else name for name in names
+    )
     page.add(
         "reward",
         f"{rewards}; answers read by the protocol {config.reward.answer_protocol}"
