@@ -26,6 +26,7 @@ FOLDER = Path(__file__).parent / "wordings"
 DEFAULT = "think_answer"
 BUILT_IN: Mapping[str, str] = {
     DEFAULT: "think_answer.jinja",
+    "grounding": "grounding.jinja",
     "video_r1": "video_r1.jinja",
     "video_ktr": "video_r1.jinja",  # the release asks with the words of Video-R1
     "tw_grpo": "tw_grpo.jinja",

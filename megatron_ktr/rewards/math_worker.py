@@ -11,6 +11,7 @@ this process with it.
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import resource
@@ -44,17 +45,16 @@ def main() -> None:
 
 def _prepare() -> None:
     """Imports what takes half a second, which is not the first answer's."""
-    from math_verify.errors import TimeoutException
+    timeout = _package("math_verify.errors").TimeoutException
 
     def stop(number: int, frame: Any) -> None:
-        raise TimeoutException("no processor time is left")  # no ``Exception``, which sympy would catch
+        raise timeout("no processor time is left")  # no ``Exception``, which sympy would catch
 
     signal.signal(signal.SIGPROF, stop)
 
 
 def _compare(truth: str, answer: str, seconds: int) -> bool | None:
-    from math_verify.errors import TimeoutException
-
+    timeout = _package("math_verify.errors").TimeoutException
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
     last = int(time.process_time()) + 1 + seconds + _MORE_SECONDS
     resource.setrlimit(resource.RLIMIT_CPU, (last if hard == resource.RLIM_INFINITY else min(last, hard), hard))
@@ -64,20 +64,23 @@ def _compare(truth: str, answer: str, seconds: int) -> bool | None:
             return _are_equal(_as_latex(truth), _as_latex(answer))
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)
-    except (TimeoutException, MemoryError):
+    except (timeout, MemoryError):
         return None
 
 
 def _are_equal(truth: str, answer: str) -> bool:
-    from math_verify import parse, verify
-
+    package = _package("math_verify")
     try:
-        gold, found = (parse(text, parsing_timeout=0, raise_on_error=True) for text in (truth, answer))
-        return bool(gold and found and verify(gold, found, timeout_seconds=0, raise_on_error=True))
+        gold, found = (package.parse(text, parsing_timeout=0, raise_on_error=True) for text in (truth, answer))
+        return bool(gold and found and package.verify(gold, found, timeout_seconds=0, raise_on_error=True))
     except MemoryError:
         raise
     except Exception:  # what sympy and the parser raise for what is no mathematics
         return False
+
+
+def _package(name: str) -> Any:
+    return importlib.import_module(name)  # an optional package, which need not be there to check types
 
 
 def _as_latex(text: str) -> str:
