@@ -12,11 +12,19 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from megatron_ktr.config import Config, load_config
-from megatron_ktr.config.part_options import CheckpointOptions, EvaluationOptions, PolicyOptions, StepOptions
+from megatron_ktr.config import Config, load_config, policy_gradient_rules
+from megatron_ktr.config.part_options import (
+    CheckpointOptions,
+    EvaluationOptions,
+    EvaluationTimes,
+    PolicyOptions,
+    StepOptions,
+)
 from megatron_ktr.config.run_length import length_line, num_steps_of, with_steps
+from megatron_ktr.config.schedule import schedule_length
 from megatron_ktr.data.media.preprocess import PreprocessSettings
 from megatron_ktr.data.source import DatasetSource
 from megatron_ktr.data.template import check_vocabulary, load_tokenizer
@@ -33,10 +41,17 @@ from megatron_ktr.distributed.groups import (
 from megatron_ktr.distributed.platform import Platform
 from megatron_ktr.distributed.shared_verification import SharedVerification
 from megatron_ktr.errors import run_cli, same_on_every_rank
-from megatron_ktr.evaluation.training.between_steps import BetweenSteps, build_evaluation
+from megatron_ktr.evaluation.training.between_steps import BetweenSteps, StepEvaluation, build_evaluation
 from megatron_ktr.evaluation.training.dry_run import find_held_out
-from megatron_ktr.evaluation.training.held_out import HeldOut, held_out_of_run, require_unchanged, write_settings
-from megatron_ktr.evaluation.training.in_training import TrainingEvaluation
+from megatron_ktr.evaluation.training.held_out import (
+    HeldOut,
+    HeldOutSets,
+    held_out_of_run,
+    require_same_held_out,
+    require_unchanged,
+    write_settings,
+)
+from megatron_ktr.evaluation.training.held_out_loss import HeldOutResponses, LossEvaluation
 from megatron_ktr.files.checksums import require_intact
 from megatron_ktr.objectives import Objective
 from megatron_ktr.policy.policy import Policy
@@ -45,12 +60,14 @@ from megatron_ktr.rollout.build import (
     build_local_source,
     build_sampler,
     build_sampler_check,
+    replica_source,
     require_same_questions,
+    worker_pool,
 )
 from megatron_ktr.rollout.check.sampler import check_line
 from megatron_ktr.rollout.features import build_feature_sender
+from megatron_ktr.rollout.questions import read_held_out_responses
 from megatron_ktr.rollout.replay import write_rollouts
-from megatron_ktr.rollout.source import ReplicaSource
 from megatron_ktr.run.checkpoint import Checkpoints
 from megatron_ktr.run.directory import RunStart, find_checkpoint, open_run_directory, rollout_file
 from megatron_ktr.run.dry_run.command import dry_run
@@ -97,11 +114,14 @@ def _train(config: Config, *, platform: Platform, leave: LeaveRequest) -> bool:
     )
     require_same_questions(local_source, ranks=ranks)
     given, config = config, _with_steps(config, local_source, ranks)
-    asking = EvaluationOptions.of(config, num_steps_of(config.trainer), data_parallel_size=ranks.data_size)
+    asking = EvaluationOptions.of(config, data_parallel_size=ranks.data_size)
     held_out = held_out_of_run(asking, ranks=ranks)
+    responses = _held_out_responses(config, ranks=ranks, tokenizer=tokenizer)
     notes = [] if local_source is None else [f"wording: {line}" for line in local_source.dataset.wordings]
-    notes += [] if held_out is None else held_out.lines
-    start = _open_run_directory(given, ranks, num_steps=num_steps_of(config.trainer), notes=notes, held_out=held_out)
+    sets = [one for one in (held_out, responses) if one is not None]
+    notes += [line for one in sets for line in one.lines]
+    notes += [f"objective: {line}" for line in policy_gradient_rules.notes(config.objective)]
+    start = _open_run_directory(given, ranks, num_steps=num_steps_of(config.trainer), notes=notes, held_out=sets)
     trainer = build_trainer(
         config, ranks=ranks, platform=platform, objective=objective, tokenizer=tokenizer, local_source=local_source
     )
@@ -112,7 +132,8 @@ def _train(config: Config, *, platform: Platform, leave: LeaveRequest) -> bool:
             start=start,
             checkpointing=CheckpointOptions.of(config),
             tokenizer=tokenizer,
-            evaluation=build_evaluation(asking, held_out, trainer=trainer, tokenizer=tokenizer),
+            evaluations=_evaluations(config, asking, held_out, responses, trainer=trainer, tokenizer=tokenizer),
+            times=EvaluationTimes.of(config, num_steps=num_steps_of(config.trainer)),
             leave=leave,
         )
     if not is_finished:
@@ -121,6 +142,40 @@ def _train(config: Config, *, platform: Platform, leave: LeaveRequest) -> bool:
     if ranks.rank == 0:
         print(f"exported the trained model to {start.run_dir / 'export'}", flush=True)
     return True
+
+
+def _held_out_responses(config: Config, *, ranks: ParallelGroups, tokenizer: Tokenizer) -> HeldOutResponses | None:
+    """The held-out responses on reading ranks, the same on all of them; None on other ranks, and if there are none."""
+    if not config.evaluation.eval_loss_data:
+        return None
+
+    def read() -> HeldOutResponses | None:
+        if not ranks.is_source:
+            return None
+        sources = read_held_out_responses(config, tokenizer=tokenizer, is_spokesman=ranks.rank == 0)
+        return HeldOutResponses.of(sources, limit=config.evaluation.eval_max_items)
+
+    responses = on_every_rank(read, ranks=ranks)
+    require_same_held_out(responses, ranks=ranks)
+    return responses
+
+
+def _evaluations(
+    config: Config,
+    asking: EvaluationOptions | None,
+    held_out: HeldOut | None,
+    responses: HeldOutResponses | None,
+    *,
+    trainer: Trainer,
+    tokenizer: Tokenizer,
+) -> list[StepEvaluation]:
+    """What is measured between steps: answers to held-out questions, the loss of held-out responses."""
+    found: list[StepEvaluation] = []
+    if asking is not None:
+        found.append(build_evaluation(asking, held_out, trainer=trainer, tokenizer=tokenizer))
+    if config.evaluation.eval_loss_data:
+        found.append(LossEvaluation(responses, trainer=trainer, make_pool=partial(worker_pool, config.data)))
+    return found
 
 
 def _with_steps(config: Config, local_source: DatasetSource | None, ranks: ParallelGroups) -> Config:
@@ -148,20 +203,20 @@ def build_trainer(
     model_config = Qwen2_5_VLConfig.from_hf(config.model.model)
     media = media_spec(model_config, patchify=PreprocessSettings.from_model(config.model.model).patchify)
     sampler = on_every_rank(lambda: build_sampler(config, ranks=ranks, tokenizer=tokenizer, media=media), ranks=ranks)
-    num_updates = num_steps_of(config.trainer) * config.objective.updates_per_rollout
     options = PolicyOptions.of(config)
     if config.data.chat_template is not None:
         options = replace(options, chat_template=tokenizer.chat_template)
-    policy = Policy(config.model.model, options=options, ranks=ranks, platform=platform, num_steps=num_updates)
+    policy = Policy(
+        config.model.model, options=options, ranks=ranks, platform=platform, num_steps=round(schedule_length(config))
+    )
     if objective.needs_reference:
         policy.add_reference()
-    source = ReplicaSource(
+    source = replica_source(
+        config,
         local_source,
         ranks=ranks,
         sampler=sampler,
-        lag=config.rollout.lag,
         prepare=build_feature_sender(config.rollout, policy=policy, media=media),
-        samples_steps=config.samples,
     )
     trainer = Trainer(options=StepOptions.of(config), policy=policy, source=source, objective=objective, media=media)
     with same_on_every_rank():
@@ -177,7 +232,8 @@ def _run_steps(
     start: RunStart,
     checkpointing: CheckpointOptions,
     tokenizer: Tokenizer,
-    evaluation: TrainingEvaluation | None,
+    evaluations: Sequence[StepEvaluation],
+    times: EvaluationTimes,
     leave: LeaveRequest,
 ) -> bool:
     """Runs all steps, from the checkpoint that the run starts at (if any) to the last, and writes metrics, rollouts and
@@ -187,13 +243,14 @@ def _run_steps(
     """
     options, ranks, run_dir = trainer.options.trainer, trainer.policy.ranks, start.run_dir
     num_steps = num_steps_of(options)
-    assert isinstance(trainer.source, ReplicaSource)  # as ``build_trainer`` made it
     best = open_best(run_dir, metric=checkpointing.keep_best, start_step=start.step, ranks=ranks)
-    checkpoints = Checkpoints(run_dir, policy=trainer.policy, source=trainer.source, options=checkpointing, best=best)
+    checkpoints = Checkpoints(run_dir, policy=trainer.policy, source=trainer, options=checkpointing, best=best)
     if start.checkpoint is not None:
         checkpoints.load(start.checkpoint)
     writer = MetricsWriter(run_dir if ranks.rank == 0 else None, first_step=start.step + 1)
-    between = BetweenSteps(evaluation, trainer=trainer, writer=writer, checkpoints=checkpoints, leave=leave)
+    between = BetweenSteps(
+        evaluations, times=times, trainer=trainer, writer=writer, checkpoints=checkpoints, leave=leave
+    )
     if asked_by := between.at_start(start):
         _leave(checkpoints, step=start.step, is_new=False, asked_by=asked_by)
     for step in range(start.step + 1, num_steps + 1) if asked_by is None else ():
@@ -210,7 +267,7 @@ def _run_steps(
         if ranks.rank == 0 and (step % options.log_interval == 0 or is_last):
             _show(report, num_steps=num_steps, decode=tokenizer.decode)
         if _is_due(step, options.rollout_log_interval):
-            _log_rollouts(report, run_dir=run_dir, ranks=ranks)
+            _log_rollouts(report, run_dir=run_dir, ranks=ranks, with_shuffled=trainer.options.num_shuffled > 0)
         checkpoints.after_step(step)
         if asked_by := between.after(step):
             _leave(checkpoints, step=step, is_new=True, asked_by=asked_by)
@@ -233,14 +290,15 @@ def _is_due(step: int, interval: int) -> bool:
     return interval > 0 and (step == 1 or step % interval == 0)
 
 
-def _log_rollouts(report: StepReport, *, run_dir: Path, ranks: ParallelGroups) -> None:
-    """Writes the step's groups: the reading rank of each replica writes a file of its own."""
+def _log_rollouts(report: StepReport, *, run_dir: Path, ranks: ParallelGroups, with_shuffled: bool) -> None:
+    """Writes the step's groups: the reading rank of each replica writes a file of its own. ``with_shuffled`` says that
+    videos were asked twice."""
     selections = report.selections  # collective: every rank takes part
 
     def write() -> None:
         if ranks.is_source:
             path = rollout_file(run_dir, step=report.step, replica=ranks.data_rank)
-            write_rollouts(path, report.groups, selections=selections, append=False)
+            write_rollouts(path, report.groups, selections=selections, append=False, with_shuffled=with_shuffled)
 
     on_every_rank(write, ranks=ranks)
 
@@ -258,7 +316,7 @@ def _show(report: StepReport, *, num_steps: int, decode: Callable[[Sequence[int]
 
 
 def _open_run_directory(
-    config: Config, ranks: ParallelGroups, *, num_steps: int, notes: Sequence[str], held_out: HeldOut | None
+    config: Config, ranks: ParallelGroups, *, num_steps: int, notes: Sequence[str], held_out: Sequence[HeldOutSets]
 ) -> RunStart:
     """Rank 0, which reads questions, prints ``notes`` and writes them into the run directory."""
     shared = SharedVerification(ranks)
@@ -266,11 +324,11 @@ def _open_run_directory(
         checkpoint = find_checkpoint(config, verify=shared.verify, agree=shared.agree)
 
     def open_directory() -> RunStart:
-        if checkpoint is not None and held_out is not None:
-            require_unchanged(Path(config.trainer.run_dir), held_out)
+        for one in held_out if checkpoint is not None else ():
+            require_unchanged(Path(config.trainer.run_dir), one)
         start = open_run_directory(config, checkpoint=checkpoint, num_steps=num_steps, notes=notes)
-        if held_out is not None:
-            write_settings(start.run_dir, held_out)
+        for one in held_out:
+            write_settings(start.run_dir, one)
         return start
 
     start = shared.agree(open_directory)

@@ -10,13 +10,21 @@ the other lines must stay valid. What is refused is an option that would change 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from megatron_ktr.config import evaluation_rules, pipeline_split, reward_rules
+from megatron_ktr.config import (
+    evaluation_rules,
+    filter_rules,
+    pipeline_split,
+    policy_gradient_rules,
+    reward_rules,
+    schedule,
+    second_prompt_rules,
+)
 from megatron_ktr.config.objective_registry import objective_entry, options_of_others
 from megatron_ktr.config.sections import DataSection, ObjectiveSection
+from megatron_ktr.config.selection_rules import selection_problems
 from megatron_ktr.errors import UserError
 from megatron_ktr.stack import require_core_0_19
 
@@ -54,7 +62,8 @@ OBJECTIVE_DEFAULTS = {field.name: field.default for field in dataclasses.fields(
 def check(config: Config) -> None:
     """Raises ``UserError`` with the first rule that ``config`` breaks."""
     training = (_objective, _optimizer, _parallel, _fp8, _frozen_models)
-    for rules in (_required, _data, _rollout, reward_rules.problems, evaluation_rules.problems, *training):
+    sampling = (_rollout, second_prompt_rules.problems, reward_rules.problems, filter_rules.problems)
+    for rules in (_required, _data, *sampling, evaluation_rules.problems, *training):
         for problem in rules(config):
             raise UserError(problem)
 
@@ -69,7 +78,7 @@ def _required(config: Config) -> Iterator[str]:
             "--train-steps and --train-epochs both say how long the run is: give one of them (none takes away what a "
             "file gives: --train-epochs none)"
         )
-    objective_entry(config.objective.objective)  # raises if there is no such objective, or not yet
+    objective_entry(config.objective.objective)  # raises if there is no such objective
 
 
 def _data(config: Config) -> Iterator[str]:
@@ -102,7 +111,25 @@ def _data(config: Config) -> Iterator[str]:
             "--chat-template cannot be saved with --lora-export adapter, whose directory has no tokenizer: choose "
             "--lora-export merged"
         )
+    yield from _length_buckets(config)
     yield from media_rules(data)
+
+
+def _length_buckets(config: Config) -> Iterator[str]:
+    data = config.data
+    if not data.length_buckets:
+        return
+    if not config.objective.is_supervised:
+        yield (
+            f"--length-buckets: the lengths of the responses of --objective {config.objective.objective} are not known "
+            "before they are sampled; it is for --objective sft"
+        )
+    if data.length_buckets == 1:
+        yield "--length-buckets 1 sorts nothing: give at least 2, or 0"
+    if not data.shuffle_data:
+        yield "--length-buckets puts steps into a random order, which --no-shuffle-data forbids: leave out one of them"
+    if len(data.sources) > 1:
+        yield "--length-buckets sorts the records of one file, and --data-path mixes several: leave out one of them"
 
 
 def media_rules(data: DataSection) -> Iterator[str]:
@@ -164,8 +191,8 @@ def _offload_during_rollout(config: Config) -> Iterator[str]:
 def _objective(config: Config) -> Iterator[str]:
     section = config.objective
     defaults = {**OBJECTIVE_DEFAULTS, **objective_entry(section.objective).defaults}
-    if not section.selection_ratio:
-        yield "--selection-ratio must not be empty"
+    if not section.is_supervised:
+        yield from selection_problems(section)
     for rule in objective_entry(section.objective).rules:
         yield from rule(section, config.rollout)
     for name in options_of_others(section.objective):
@@ -186,8 +213,7 @@ def _objective(config: Config) -> Iterator[str]:
         yield "--scoring-precision bf16 does not go with --fp16: its counterfactual passes are in FP16; leave it out"
     if {"vision", "merger", "language"} <= set(config.model.freeze):
         yield "--freeze vision,merger,language leaves nothing to train"
-    if config.rollout.num_generations < 2 and not section.is_supervised:
-        yield "--num-generations must be at least 2: advantages compare the responses of one prompt"
+    yield from policy_gradient_rules.problems(config)
 
 
 def _optimizer(config: Config) -> Iterator[str]:
@@ -206,10 +232,7 @@ def _optimizer(config: Config) -> Iterator[str]:
         require_core_0_19("--grad-norm-skip-threshold")
     if max(section.adam_beta1, section.adam_beta2) >= 1:
         yield "--adam-beta1 and --adam-beta2 must be below 1"
-    # With train_epochs the number of steps is not known yet; ``config/run_length.py`` checks the rules again later.
-    num_updates = (config.trainer.train_steps or math.inf) * config.objective.updates_per_rollout
-    if section.lr_warmup_steps > num_updates:
-        yield f"--lr-warmup-steps {section.lr_warmup_steps} exceeds the {num_updates} optimizer steps of the run"
+    yield from schedule.problems(config)
 
 
 def _parallel(config: Config) -> Iterator[str]:

@@ -31,6 +31,13 @@ class DataSection:
     )
     problem_types: tuple[str, ...] = _option((), "Keep only questions of these problem types; empty = all")
     shuffle_data: bool = _option(True, "Visit the questions in a new seeded order in every epoch")
+    length_buckets: int = _option(
+        0,
+        "Supervised: the records of so many steps are sorted by length before they fill the steps, so that those of a "
+        "step have nearly the same length; the order of the steps stays random; 0 = off",
+        low=0,
+        high=1_000_000,
+    )
     ignore_fields: tuple[str, ...] = _option(
         (), "Fields of records that are only data here, although their names look like instructions (docs/records.md)"
     )

@@ -15,26 +15,34 @@ def problems(config: Config) -> Iterator[str]:
     """One sentence for each rule that is broken."""
     section = config.evaluation
     is_asked = config.trainer.eval_interval > 0 or section.eval_at_start
-    if is_asked and not section.asks:
+    if is_asked and not section.has_anything:
         option = "--eval-interval" if config.trainer.eval_interval else "--eval-at-start"
-        yield f"{option} needs --eval-data or --eval-benchmark: what is to be asked?"
-    if section.asks and not is_asked:
-        option = "--eval-data" if section.eval_data else "--eval-benchmark"
+        or_loss = ", or --eval-loss-data" if config.objective.is_supervised else ""
+        yield f"{option} needs --eval-data or --eval-benchmark{or_loss}: what is to be asked?"
+    if section.has_anything and not is_asked:
+        given = {"--eval-data": section.eval_data, "--eval-benchmark": section.eval_benchmark}
+        option = next((name for name, value in given.items() if value), "--eval-loss-data")
         yield f"{option} is not read without --eval-interval or --eval-at-start"
     yield from _what(config)
+    if section.eval_loss_data:
+        yield from _loss(config)
     if section.keep_best is not None and not config.trainer.eval_interval:
         yield "--keep-best needs --eval-interval: the best of evaluated steps is kept"
+    elif section.keep_best is not None and not section.asks and section.keep_best not in section.loss_metrics:
+        yield f"--keep-best {section.keep_best}: expected one of {', '.join(section.loss_metrics)}"
     if config.evaluates:
         yield from _engine(config)
 
 
 def _what(config: Config) -> Iterator[str]:
     section = config.evaluation
-    if section.eval_media_root is not None and not section.eval_data:
+    if section.eval_media_root is not None and not (section.eval_data or section.eval_loss_data):
         yield "--eval-media-root is the directory of the media of --eval-data, which is not given"
     if section.eval_benchmark_root is not None and not section.eval_benchmark:
         yield "--eval-benchmark-root is the directory of the benchmarks of --eval-benchmark, which is not given"
-    for name in ("eval_frames", "eval_max_items", "eval_max_tokens", "eval_temperature"):
+    if section.eval_max_items is not None and not section.has_anything:
+        yield "--eval-max-items needs --eval-data or --eval-benchmark"
+    for name in ("eval_frames", "eval_max_tokens", "eval_temperature"):
         if getattr(section, name) is not None and not section.asks:
             yield f"--{name.replace('_', '-')} needs --eval-data or --eval-benchmark"
     if section.eval_frames is not None and section.eval_frames % 2:
@@ -50,6 +58,24 @@ def _what(config: Config) -> Iterator[str]:
             )
 
 
+def _loss(config: Config) -> Iterator[str]:
+    """The loss of given responses is measured by the policy itself, in a pass without gradient."""
+    if not config.objective.is_supervised:
+        yield (
+            f"--eval-loss-data: --objective {config.objective.objective} does not learn given responses: choose "
+            "--objective sft, or ask questions with --eval-data"
+        )
+    names = config.evaluation.loss_set_names
+    for name in dict.fromkeys(names):
+        if names.count(name) > 1:
+            yield f"--eval-loss-data: two files are called {name}, by which their metrics are told apart: rename one"
+    if config.model.fp8_format is not None and config.model.fp8_recipe == "delayed":
+        yield (
+            "--eval-loss-data does not go with --fp8-recipe delayed: the scales that training goes on with would "
+            "follow the held-out records"
+        )
+
+
 def _engine(config: Config) -> Iterator[str]:
     """Evaluation needs an engine that has the policy's weights, and limits within which that engine is built."""
     rollout, section = config.rollout, config.evaluation
@@ -57,7 +83,7 @@ def _engine(config: Config) -> Iterator[str]:
         if config.objective.is_supervised:
             yield (
                 f"evaluation during --objective {config.objective.objective} needs an engine that answers: choose "
-                "--engine hf, vllm_colocated or vllm_server"
+                "--engine hf, vllm_colocated or vllm_server; the loss of given responses (--eval-loss-data) needs none"
             )
         else:
             yield (

@@ -88,6 +88,8 @@ class StepOptions:
     objective: ObjectiveSection = field(default_factory=ObjectiveSection)
     trainer: TrainerSection = field(default_factory=TrainerSection)
     row_multiple: int = 1
+    num_shuffled: int = 0
+    """Responses to shuffled frames for every prompt with a video."""
     offload_during_rollout: bool = False
     frozen: frozenset[str] = frozenset()
     """Parts of the model whose weights get no gradient: vision, merger, language."""
@@ -100,6 +102,7 @@ class StepOptions:
             config.objective,
             config.trainer,
             row_multiple=row_multiple(config),
+            num_shuffled=config.rollout.num_shuffled,
             offload_during_rollout=config.optimizer.offload_during_rollout,
             frozen=frozenset(("vision", "merger", "language") if has_adapters else config.model.freeze),
             has_adapters=has_adapters,
@@ -135,7 +138,7 @@ class CheckpointOptions:
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """The options of evaluation during training."""
+    """The options of the questions that are asked during training."""
 
     evaluation: EvaluationSection
     data: DataSection
@@ -143,17 +146,13 @@ class EvaluationOptions:
     model: str
     run_dir: str
     engine: str
-    interval: int
-    """Steps between evaluations; 0 = only at the start."""
-    num_steps: int
-    """The steps of the whole run. It is evaluated after the last one, too."""
     max_response_length: int
     questions_together: int
     """The most questions that a replica's engine answers together: as many as a step has responses."""
 
     @classmethod
-    def of(cls, config: Config, num_steps: int, *, data_parallel_size: int) -> EvaluationOptions | None:
-        """None if the run is not evaluated."""
+    def of(cls, config: Config, *, data_parallel_size: int) -> EvaluationOptions | None:
+        """None if no questions are asked."""
         if not config.evaluates:
             return None
         trainer, rollout = config.trainer, config.rollout
@@ -163,8 +162,6 @@ class EvaluationOptions:
             model=config.model.model,
             run_dir=trainer.run_dir,
             engine=rollout.engine,
-            interval=trainer.eval_interval,
-            num_steps=num_steps,
             max_response_length=rollout.max_response_length,
             questions_together=min(
                 MOST_QUESTIONS_TOGETHER, trainer.prompts_per_replica(data_parallel_size) * rollout.num_generations
@@ -180,8 +177,23 @@ class EvaluationOptions:
     def max_tokens(self) -> int:
         return self.evaluation.eval_max_tokens or self.max_response_length
 
+
+@dataclass(frozen=True)
+class EvaluationTimes:
+    """When a run is evaluated."""
+
+    interval: int
+    """Steps between evaluations; 0 = only at the start."""
+    at_start: bool
+    num_steps: int
+    """The steps of the whole run. It is evaluated after the last one, too, if there is an interval."""
+
+    @classmethod
+    def of(cls, config: Config, *, num_steps: int) -> EvaluationTimes:
+        return cls(config.trainer.eval_interval, config.evaluation.eval_at_start, num_steps)
+
     def is_due(self, step: int) -> bool:
         """Whether the run is evaluated after ``step``; step 0 is its start."""
         if step == 0:
-            return self.evaluation.eval_at_start
+            return self.at_start
         return self.interval > 0 and (step % self.interval == 0 or step == self.num_steps)

@@ -73,17 +73,20 @@ def _overlong(config: Config) -> Iterator[str]:
 
 
 def _accuracy_for_bonus(config: Config) -> Iterator[str]:
-    needs_accuracy = config.reward.length_bonus > 0 and not config.objective.is_supervised
-    if needs_accuracy and not _have_accuracy(config.reward.reward_functions):
-        yield "--length-bonus goes to correct responses: add accuracy to --reward-functions, or set --length-bonus 0"
+    bonuses = {"--length-bonus": config.reward.length_bonus, "--temporal-bonus": config.rollout.temporal_bonus}
+    needs_accuracy = [name for name, bonus in bonuses.items() if bonus and not config.objective.is_supervised]
+    for name in needs_accuracy:
+        if not _have_accuracy(config.reward.reward_functions):
+            yield f"{name} goes to correct responses: add accuracy to --reward-functions, or set {name} 0"
     for source in config.data.sources:
         if source.reward_functions and config.objective.is_supervised:
             yield f"--data-path: {source.label} names reward_functions, which --objective sft does not read"
-        elif needs_accuracy and not _have_accuracy(source.reward_functions or ()):
-            yield (
-                f"--length-bonus goes to correct responses: add accuracy to the reward_functions of {source.label}, or "
-                "set --length-bonus 0"
-            )
+        for name in needs_accuracy:
+            if not _have_accuracy(source.reward_functions or ()):
+                yield (
+                    f"{name} goes to correct responses: add accuracy to the reward_functions of {source.label}, or set "
+                    f"{name} 0"
+                )
 
 
 def _have_accuracy(names: Sequence[str]) -> bool:

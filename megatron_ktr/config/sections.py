@@ -103,6 +103,18 @@ class OptimizerSection:
     min_lr: float = _option(0.0, "Learning rate at the end of the decay", low=0)
     lr_decay_style: DecayStyle = _option("cosine", "Shape of the decay, which ends with the run")
     lr_warmup_steps: int = _option(0, "Steps of linear warm-up from 0", low=0)
+    lr_warmup_samples: int | None = _option(
+        None,
+        "In place of lr_warmup_steps: the schedule counts samples, the prompts or records of each optimizer step over "
+        "all replicas, and warms up over so many of them",
+        low=0,
+    )
+    lr_decay_samples: int | None = _option(
+        None,
+        "Samples at which the decay ends and the learning rate is min_lr; the schedule counts samples then; none = "
+        "those of the whole run",
+        low=1,
+    )
     weight_decay: float = _option(
         0.01, "Decoupled weight decay; not on biases, on norms with weight_decay_norms", low=0
     )
@@ -126,3 +138,8 @@ class OptimizerSection:
         "While an engine on the training ranks' devices generates, free the gradient buffers and keep main weights and "
         "moments in host memory",
     )
+
+    @property
+    def counts_samples(self) -> bool:
+        """Whether the learning-rate schedule counts samples, not optimizer steps."""
+        return self.lr_warmup_samples is not None or self.lr_decay_samples is not None

@@ -23,7 +23,7 @@ import torch
 import xxhash
 
 from megatron_ktr.data.loader import PromptLoader
-from megatron_ktr.data.order import EpochOrder
+from megatron_ktr.data.order import BucketedOrder, EpochOrder, LengthBuckets
 from megatron_ktr.data.records import Record
 
 WINDOW = 256
@@ -45,6 +45,8 @@ class RecordSource:
     """How often the source is drawn in a period; 0 means once for each record."""
     rewards: tuple[str, ...] | None = None
     """The reward parts of its responses; None means the run's."""
+    buckets: LengthBuckets | None = None
+    """The lengths that its records are ordered by, if it is the only source; None: they come in a plain order."""
     is_left_out: np.ndarray = field(init=False, repr=False)
     """Bool [records]."""
 
@@ -69,18 +71,41 @@ class Place(NamedTuple):
     """Index in the records of the source."""
 
 
+class Visit(NamedTuple):
+    """What stands at a place of the sequence, and which round through its source that is."""
+
+    source: int
+    record: int
+    """Index in the records of the source."""
+    epoch: int
+    """How many whole rounds through the source lie before it."""
+
+
 class MixtureOrder:
     """The sequence of all periods of a mixture."""
 
-    def __init__(self, draws: Sequence[int], num_records: Sequence[int], *, seed: int, shuffle: bool) -> None:
-        """``draws`` and ``num_records`` have one number for each source."""
+    def __init__(
+        self,
+        draws: Sequence[int],
+        num_records: Sequence[int],
+        *,
+        seed: int,
+        shuffle: bool,
+        buckets: LengthBuckets | None = None,
+    ) -> None:
+        """``draws`` and ``num_records`` have one number for each source. ``buckets``: of the only source, whose records
+        then come in steps of nearly equal length."""
         self.period = sum(draws)
         self._draws = np.asarray(draws, dtype=np.int64)
         self._seed = seed
-        self._orders = [
+        self._orders: list[EpochOrder] = [
             EpochOrder(number, seed=seed if len(draws) == 1 else _seed_of(f"source {index}", seed), shuffle=shuffle)
             for index, number in enumerate(num_records)
         ]
+        if buckets is not None:
+            if len(draws) != 1 or not shuffle:
+                raise ValueError("length buckets are those of a single source that is shuffled")
+            self._orders = [BucketedOrder(buckets, seed=seed)]
         self._periods_of_block = max(1, _BLOCK // self.period)
         self._block = -1
         self._sources = np.empty(0, dtype=np.int16)
@@ -92,6 +117,12 @@ class MixtureOrder:
             return Place(0, self._orders[0].place_of(element))
         source, draw = self.draw_of(element)
         return Place(source, self._orders[source].place_of(draw))
+
+    def visit(self, element: int) -> Visit:
+        """What stands at place ``element``, with the epoch of its source."""
+        source, draw = (0, element) if len(self._orders) == 1 else self.draw_of(element)
+        order = self._orders[source]
+        return Visit(source, order.place_of(draw), draw // order.num_records)
 
     def draw_of(self, element: int) -> tuple[int, int]:
         """(source, how often it was drawn before) at place ``element``."""

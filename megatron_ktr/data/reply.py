@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_ktr.data.conversation import Message, text_of
+from megatron_ktr.data.media.request import media_sources
 from megatron_ktr.data.template import PromptBuilder, has_marker
 from megatron_ktr.data.unusable import UnusableSample
 from megatron_ktr.errors import UserError
-from megatron_ktr.types import Rollout
+from megatron_ktr.types import Prompt, Rollout, RolloutGroup
 
 
 def check_reply(record: Mapping[str, Any], *, builder: PromptBuilder) -> None:
@@ -33,6 +34,12 @@ def check_reply(record: Mapping[str, Any], *, builder: PromptBuilder) -> None:
             raise UnusableSample(
                 f"record {record['problem_id']}", "a turn after the first answer has a marker <image> or <video>"
             )
+
+
+def reply_group(prompt: Prompt, *, builder: PromptBuilder) -> RolloutGroup:
+    """The prompt with the response that its record gives. Raises as ``build_reply`` does."""
+    kinds = [source.kind for source in media_sources(prompt.record)]
+    return RolloutGroup(prompt, (build_reply(prompt.record, kinds=kinds, builder=builder),))
 
 
 def build_reply(record: Mapping[str, Any], *, kinds: Sequence[str], builder: PromptBuilder) -> Rollout:

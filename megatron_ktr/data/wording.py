@@ -26,7 +26,6 @@ FOLDER = Path(__file__).parent / "wordings"
 DEFAULT = "think_answer"
 BUILT_IN: Mapping[str, str] = {
     DEFAULT: "think_answer.jinja",
-    "grounding": "grounding.jinja",
     "video_r1": "video_r1.jinja",
     "video_ktr": "video_r1.jinja",  # the release asks with the words of Video-R1
     "tw_grpo": "tw_grpo.jinja",
@@ -35,6 +34,7 @@ BUILT_IN: Mapping[str, str] = {
     "mmvu": "mmvu.jinja",
     "tempcompass": "direct_answer.jinja",
     "direct_answer": "direct_answer.jinja",
+    "grounding": "grounding.jinja",
 }
 """Name -> file. Except for the default they are our own words for the instructions of the release of that name, or, as
 ``direct_answer``, of benchmarks that ask for an answer without reasoning."""

@@ -133,17 +133,20 @@ def _skips(section: OptimizerSection) -> dict[str, Any]:
     return {} if threshold is None else {"grad_norm_skip_threshold": threshold}
 
 
-def build_scheduler(
-    optimizer: MegatronOptimizer, *, section: OptimizerSection, num_steps: int
-) -> OptimizerParamScheduler:
-    """A schedule of linear warm-up, then cosine, linear or constant decay, down to ``min_lr`` at ``num_steps``."""
+def build_scheduler(optimizer: MegatronOptimizer, *, section: OptimizerSection, length: int) -> OptimizerParamScheduler:
+    """A schedule of linear warm-up, then cosine, linear or constant decay, down to ``min_lr``.
+
+    ``length`` is what the run counts for it, in optimizer steps or in samples (``config/schedule.py``). The decay ends
+    there, or at ``lr_decay_samples``.
+    """
+    warmup = (section.lr_warmup_samples or 0) if section.counts_samples else section.lr_warmup_steps
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=section.lr,
         min_lr=section.min_lr,
-        lr_warmup_steps=section.lr_warmup_steps,
-        lr_decay_steps=max(num_steps, section.lr_warmup_steps + 1),
+        lr_warmup_steps=warmup,
+        lr_decay_steps=max(section.lr_decay_samples or length, warmup + 1),
         lr_decay_style=section.lr_decay_style,
         start_wd=section.weight_decay,
         end_wd=section.weight_decay,

@@ -7,7 +7,8 @@ as they are and ``features`` returns None.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -101,6 +102,14 @@ class PolicyVision:
         for vision in self._passes.values():
             if vision is not None:
                 vision.forget()
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Inside, features are neither taken from what is kept nor kept (``VisionPass.apart``)."""
+        with ExitStack() as stack:
+            for vision in {id(found): found for found in self._passes.values() if found is not None}.values():
+                stack.enter_context(vision.apart())
+            yield
 
     def take_counts(self) -> int:
         """The number of units (temporal patches) that this replica's encoders have encoded since the last call. Every

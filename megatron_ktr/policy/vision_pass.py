@@ -25,7 +25,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -136,6 +137,18 @@ class VisionPass:
         self._cache.clear()
         self._graphs.clear()
         self._cached_bytes = 0
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Inside, nothing is known of earlier media and nothing is kept; afterwards the pass is as it was. Features
+        depend in their last bits on what is encoded together, so passes beside training must not leave any."""
+        kept = self._cache, self._cached_bytes, self._cache_bytes, self._graphs, self._units, self.num_encoded
+        self._cache, self._cached_bytes, self._cache_bytes = OrderedDict(), 0, 0
+        self._graphs, self._units = {}, {}
+        try:
+            yield
+        finally:
+            self._cache, self._cached_bytes, self._cache_bytes, self._graphs, self._units, self.num_encoded = kept
 
     def take_counts(self) -> int:
         """Returns ``num_encoded`` and sets it to zero. The digests of this step's media are dropped, too."""

@@ -2,6 +2,7 @@
 
 eval/<set>/accuracy              all sets in one chart
 eval/<set>/response_length       all sets in one chart, in tokens
+eval_loss, eval/<set>/loss       losses of held-out responses in one chart
 eval/<set>/<figure>              a chart of each set: its protocols, format, truncated and unusable answers
 eval/<set>/<axis>/<category>     a chart of each axis
 """
@@ -17,14 +18,21 @@ from megatron_ktr.report.run_data import RunData
 
 PREFIX = "eval/"
 LENGTH = "response_length"
-"""The one figure that is no share."""
+"""The one figure of answers that is no share."""
+LOSSES = ("loss", "loss_skipped")
+"""Figures of given responses, not of answers."""
 
 
 def evaluation_charts(run: RunData) -> list[Html]:
     """The charts of a run; none if it was not evaluated."""
     names = {name: name.split("/", 3)[1:] for name in run.metrics if name.startswith(PREFIX) and name.count("/") > 1}
-    sets = list(dict.fromkeys(parts[0] for parts in names.values()))
     charts = []
+    losses = {name: parts[0] for name, parts in names.items() if parts[1:] == ["loss"]}
+    if len(losses) > 1:
+        losses["eval_loss"] = "all sets"
+    charts += _chart("Evaluation: loss", run, losses, note="nats per token of given responses, by set")
+    names = {name: parts for name, parts in names.items() if len(parts) > 2 or parts[1] not in LOSSES}
+    sets = list(dict.fromkeys(parts[0] for parts in names.values()))
     accuracies = {name: parts[0] for name, parts in names.items() if parts[1:] == ["accuracy"]}
     charts += _chart("Evaluation", run, accuracies, note="share of right answers, by set")
     lengths = {name: parts[0] for name, parts in names.items() if parts[1:] == [LENGTH]}

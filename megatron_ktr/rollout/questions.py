@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
 from megatron_ktr.config import Config
 from megatron_ktr.config.data_sources import DataSource, draws_of_weights
+from megatron_ktr.config.filter_rules import parts_needed
 from megatron_ktr.config.sections import DataSection
 from megatron_ktr.data.frame_cache import FrameCache
 from megatron_ktr.data.loader import PromptLoader
@@ -63,6 +64,29 @@ def read_questions(config: Config, *, tokenizer: Tokenizer, vocab_size: int, is_
             RecordSource(store, loader, left_out, name=given.label, draws=number, rewards=given.reward_functions)
         )
     return Questions(tuple(sources))
+
+
+def read_held_out_responses(config: Config, *, tokenizer: Tokenizer, is_spokesman: bool) -> tuple[RecordSource, ...]:
+    """The records of ``eval_loss_data``, shown and checked as those of ``data_path`` are. Their loaders share no cache
+    in memory with those of training, and count for themselves.
+
+    Raises:
+        UserError: a file is missing, or more than ``max_skip_share`` of its records cannot be used.
+    """
+    section, data = config.evaluation, config.data
+    reader = media_reader(replace(data, media_cache_gb=0.0))
+    sources = []
+    for path in section.eval_loss_data:
+        given = DataSource(path, media_root=section.eval_media_root or str(Path(path).parent))
+        try:
+            store = open_records(config, given, is_spokesman=is_spokesman)
+            loader = source_loader(config, given, tokenizer=tokenizer, reader=reader)
+            left_out = _check(config, given, store, loader=loader, is_spokesman=is_spokesman)
+        except UserError as error:  # what is read alike is told of the option that names it
+            text = str(error).replace("data_path:", "eval_loss_data:").replace("media_root:", "eval_media_root:", 1)
+            raise UserError(text) from error
+        sources.append(RecordSource(store, loader, left_out, name=Path(path).stem))
+    return tuple(sources)
 
 
 def prompt_loader(config: Config, *, tokenizer: Tokenizer) -> PromptLoader:
@@ -195,14 +219,22 @@ def media_reader(data: DataSection) -> MediaReader:
 
 
 def _replay_engine(config: Config, *, tokenizer: Tokenizer, vocab_size: int, problems: RecordProblems) -> ReplayEngine:
+    needed = {part: f"{why}: record it" for part, why in parts_needed(config.rollout).items()}
+    for bonus, value in (
+        ("--temporal-bonus", config.rollout.temporal_bonus),
+        ("--length-bonus", config.reward.length_bonus),
+    ):
+        if value:
+            what = bonus.removeprefix("--").replace("-", " ")
+            needed["accuracy"] = f"the {what} goes to correct responses: record it, or set {bonus} 0"
     return ReplayEngine(
         problems.path,
         tokenizer=tokenizer,
         num_generations=config.rollout.num_generations,
         vocab_size=vocab_size,
         required=Required(
-            rewards=("accuracy",) if config.reward.length_bonus > 0 else (),
-            because="the length bonus goes to correct responses: record it, or set --length-bonus 0",
+            rewards=needed,
+            num_shuffled=config.rollout.num_shuffled,
             logprobs=config.objective.importance_sampling != "none" or bool(config.objective.importance_mask),
         ),
         ignored=config.data.ignore_fields,

@@ -61,8 +61,8 @@ MAY_CHANGE = frozenset(
     "eval_interval log_interval rollout_log_interval platform distributed_timeout_minutes rollout_tensor_parallel_size "
     "dry_run dry_run_gpus dry_run_gpu_memory_gb "
     "rollout_memory_share rollout_kv_cache_gb rollout_max_num_seqs rollout_eager offload_during_rollout "
-    "eval_data eval_media_root eval_benchmark eval_benchmark_root eval_at_start eval_frames eval_max_items "
-    "eval_max_tokens eval_temperature keep_best".split()
+    "eval_data eval_loss_data eval_media_root eval_benchmark eval_benchmark_root eval_at_start eval_frames "
+    "eval_max_items eval_max_tokens eval_temperature keep_best".split()
 )
 """The options that a resumed run may change, besides the parallel ones: where things are, how long and how fast it
 runs, and evaluation, which changes nothing in training. (A set of held-out questions must stay what it was as long as

@@ -1,6 +1,6 @@
 """Which checkpoints of a run are kept: the newest ones, and with ``--keep-best METRIC`` the best one.
 
-That is the checkpoint of the step in which a metric of evaluation is highest. ``best.json`` names it:
+That is the checkpoint of the step in which a metric of evaluation is highest, or a loss lowest. ``best.json`` names it:
 
     {"metric": "eval/held_out/accuracy", "step": 30, "value": 0.71, "checkpoint": "checkpoints/step_00000030"}
 
@@ -58,7 +58,7 @@ class BestCheckpoint:
         """Whether ``step`` is the best so far. It is then the candidate, until ``publish``."""
         value = rounded(values.get(self.metric, math.nan))
         best = self.candidate or self.kept
-        if not math.isfinite(value) or (best is not None and value <= best.value):
+        if not math.isfinite(value) or (best is not None and not _is_better(value, best.value, self.metric)):
             return False
         self.candidate = BestStep(step, value)
         return True
@@ -109,9 +109,16 @@ def _best_of(run_dir: Path, metric: str, *, until: int) -> BestStep | None:
     best = None
     for record in read_records(run_dir):
         step, value = record["step"], record.get(metric)
-        if step in kept and isinstance(value, int | float) and (best is None or value > best.value):
+        if step not in kept or not isinstance(value, int | float):
+            continue
+        if best is None or _is_better(value, best.value, metric):
             best = BestStep(step, float(value))
     return best
+
+
+def _is_better(value: float, other: float, metric: str) -> bool:
+    is_loss = metric == "eval_loss" or (metric.startswith("eval/") and metric.split("/")[2:] == ["loss"])
+    return value < other if is_loss else value > other
 
 
 def remove_oldest(run_dir: Path, *, number: int, best: BestCheckpoint | None) -> None:

@@ -22,6 +22,12 @@ The names of the numbers are stable:
   <why>" (``data/workers/pool.py``), frame_cache/<event> (``data/frame_cache.py``)
 - of steps that were evaluated (``evaluation/training/in_training.py``): eval/<set>/accuracy and others,
   seconds/evaluate; a run that is evaluated at its start has them as step 0
+- with temporal_bonus: reward/temporal_bonus and temporal_rule, the share of the groups asked twice whose rule holds
+  (``objectives/bonuses/temporal.py``); of the second prompts (``rollout/second_prompt.py``) shuffled/prompts,
+  shuffled/tokens, shuffled/token_share of all tokens sampled, shuffled/response_length, shuffled/accuracy, and
+  shuffled/seconds_alone, the part of seconds/rollout in which only they were still answered, of the slowest replica
+- of steps at which the loss of held-out responses was measured (``evaluation/training/held_out_loss.py``): eval_loss,
+  eval/<set>/loss, eval/<set>/loss_skipped
 - with original_compat: responses_without_key_tokens, a share of the step's responses
 
 Numbers in the file have 8 significant digits. A number that is not finite is null there.
@@ -159,9 +165,15 @@ def step_line(step: int, num_steps: int, values: Mapping[str, float]) -> str:
 
 def evaluation_line(step: int, values: Mapping[str, float], *, note: str = "") -> str:
     """The console line of an evaluation after ``step``, with ``note`` at its end."""
-    figures = {name.split("/")[1]: name for name in values if name.startswith("eval/") and name.count("/") == 2}
+    names = [name.split("/")[1] for name in values if name.startswith("eval/") and name.count("/") == 2]
+    sets = list(dict.fromkeys(names))
     parts = [f"evaluation after step {step}" if step else "evaluation before the first step"]
-    for name in figures:
+    if "eval_loss" in values:
+        parts.append(f"loss {values['eval_loss']:.4g}")
+    losses = [name for name in sets if f"eval/{name}/loss" in values]
+    for name in losses if len(losses) > 1 else ():
+        parts.append(f"{name} {values[f'eval/{name}/loss']:.4g}")
+    for name in (name for name in sets if f"eval/{name}/accuracy" in values):
         share = values[f"eval/{name}/accuracy"]
         others = {word: values.get(f"eval/{name}/{word}") for word in ("strict", "lenient", "truncated", "unusable")}
         usual = {"strict": share, "lenient": share, "truncated": 0.0, "unusable": 0.0}

@@ -258,6 +258,32 @@ def test_a_conversation_reads_as_the_chat_template_writes_it() -> None:
         build_reply(record, kinds=[], builder=builder)
 
 
+QWEN_CHAT = (
+    "{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\nYou are a helpful assistant."
+    "<|im_end|>\n{% endif %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    "<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""The text of Qwen2.5-VL's chat format. Its marks of what the assistant says are for transformers alone."""
+
+
+def test_the_mask_of_a_conversation_is_that_of_transformers() -> None:
+    """transformers finds the assistant's tokens by the template's marks, in the text of the whole conversation."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = QWEN_CHAT
+    builder = PromptBuilder(tokenizer, visual_tokens=VisualTokens.from_model("nowhere", tokenizer))
+    for talk in (TALK[:2], TALK, [turn("system", "S"), *TALK, turn("user", "Q3"), turn("assistant", "C, then.")]):
+        record = imitated(messages=talk)
+        prompt, rollout = builder.build(record), build_reply(record, kinds=[], builder=builder)
+        theirs = tokenizer.apply_chat_template(
+            talk, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, return_tensors=None
+        )
+        ours = (*prompt.token_ids, *rollout.token_ids)
+        mask = [0] * len(prompt.token_ids) + [int(flag) for flag in rollout.is_trained or [1] * len(rollout.token_ids)]
+        assert list(ours) == theirs["input_ids"][: len(ours)] and mask == theirs["assistant_masks"][: len(ours)]
+        assert len(theirs["input_ids"]) == len(ours) + 1, "the newline behind the last end"
+
+
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [

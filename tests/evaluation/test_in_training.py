@@ -153,7 +153,7 @@ def test_fine_tuning_is_evaluated_by_an_engine_of_its_own(tuned) -> None:
 
 
 def held_out_of(config: Config) -> HeldOut:
-    options = EvaluationOptions.of(config, 4, data_parallel_size=1)
+    options = EvaluationOptions.of(config, data_parallel_size=1)
     assert options is not None
     return read_held_out(options, is_spokesman=True)
 
@@ -293,7 +293,7 @@ def test_an_engine_that_drops_its_weights_gets_them_before_each_round(
     one_rank, inputs, tmp_path, keeps_weights
 ) -> None:
     config = settings(inputs, tmp_path / "run", eval_frames=2)
-    options = EvaluationOptions.of(config, 40, data_parallel_size=1)
+    options = EvaluationOptions.of(config, data_parallel_size=1)
     assert options is not None
     source = _Sleeper(keeps_weights=keeps_weights)
     tokenizer = load_tokenizer(options.model)
@@ -393,7 +393,7 @@ def test_a_set_stays_what_it_is_as_long_as_a_run_is_evaluated_on_it(inputs, tmp_
 
 
 def read_on_ranks(context, *, configs: list[Config]) -> str:
-    options = EvaluationOptions.of(configs[context.rank], 4, data_parallel_size=context.world_size)
+    options = EvaluationOptions.of(configs[context.rank], data_parallel_size=context.world_size)
     try:
         held_out_of_run(options, ranks=context.init())
     except UserError as error:

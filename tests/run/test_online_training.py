@@ -335,21 +335,34 @@ def test_a_mixture_goes_on_in_another_number_of_replicas(ranks, inputs, tmp_path
 
 
 def test_supervised_fine_tuning_has_the_loss_and_gradient_of_hugging_face(ranks, inputs, tmp_path) -> None:
-    """SGD without momentum at lr 1: the weights' change is the gradient."""
+    """SGD without momentum at lr 1: the weights' change is the gradient. One record a micro-batch, two, and all four as
+    their tokens fit; then the loss of the same records, held out."""
+    held_out = tmp_path / "held_out.json"
+    held_out.write_text(json.dumps(json.loads((inputs / "data" / "sft_guess.json").read_text())[:4]))
+    packings = {
+        "token": {"micro_batch_groups": 1},
+        "sequence": {"micro_batch_groups": 2},
+        "packed": {
+            "max_tokens_per_microbatch": 4096,
+            "eval_loss_data": (str(held_out),),
+            "eval_media_root": str(inputs / "data"),
+            "eval_at_start": True,
+        },
+    }
     layouts = {
         name: {
             "objective": "sft",
-            "loss_aggregation": name,
+            "loss_aggregation": "sequence" if name == "sequence" else "token",
             "kl_beta": 0.0,
             "lr": 1.0,
             "weight_decay": 0.0,
             "clip_grad": 0.0,
             "train_steps": 1,
-            "micro_batch_groups": 2,
             "shuffle_data": False,
             "data_path": str(inputs / "data" / "sft_guess.json"),
+            **packing,
         }
-        for name in ("token", "sequence")
+        for name, packing in packings.items()
     }
     ranks(train_layouts, world_size=1, inputs=inputs, out=tmp_path, layouts=layouts)
     before = Qwen2_5_VLForConditionalGeneration.from_pretrained(inputs / "model")
@@ -358,10 +371,14 @@ def test_supervised_fine_tuning_has_the_loss_and_gradient_of_hugging_face(ranks,
         "token": -torch.cat(logprobs).mean(),
         "sequence": -torch.stack([values.mean() for values in logprobs]).mean(),
     }
+    losses["packed"] = losses["token"]
+    at_start, first = metrics(tmp_path / "packed")
+    assert at_start["eval_loss"] == at_start["eval/held_out/loss"] == pytest.approx(losses["token"].item(), abs=1e-5)
+    assert first["num_micro_batches"] == 1
     for name, loss in losses.items():
         before.zero_grad()
         loss.backward(retain_graph=True)
-        assert metrics(tmp_path / name)[0]["loss"] == pytest.approx(loss.item(), abs=1e-5)
+        assert metrics(tmp_path / name)[-1]["loss"] == pytest.approx(loss.item(), abs=1e-5)
         after = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / name / "export")
         for (parameter_name, old), new in zip(before.named_parameters(), after.parameters(), strict=True):
             # 1e-6: weights of size 0.1 hold the change to fp32 rounding; 1e-4 relative as in all gradient parity.

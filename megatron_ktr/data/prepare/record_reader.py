@@ -18,6 +18,7 @@ from megatron_ktr.data.record_check import FoundProblem, RecordChecker
 from megatron_ktr.data.records import Record, check_record, check_writable
 from megatron_ktr.data.reward_checks import reward_checks
 from megatron_ktr.data.store.record_store import problem_type_of
+from megatron_ktr.data.template import PromptBuilder
 from megatron_ktr.errors import UserError
 from megatron_ktr.rewards import DEFAULT_REWARDS
 from megatron_ktr.types import VisualInput
@@ -87,13 +88,18 @@ class RecordReader:
 
     def text_tokens(self, record: Mapping[str, object]) -> int:
         """The tokens of a usable record's prompt without those of its media."""
-        merge = self.loader.builder.merge_size
-        sources = media_sources(record)
-        # A medium of this grid has one visual token.
-        media = [
-            VisualInput(kind=source.kind, frames_FCHW=torch.empty(0), grid_thw=(1, merge, merge)) for source in sources
-        ]
-        return len(self.loader.builder.build(record, media).token_ids) - len(sources)
+        return count_text_tokens(record, builder=self.loader.builder)
+
+
+def count_text_tokens(record: Mapping[str, object], *, builder: PromptBuilder) -> int:
+    """The tokens of a usable record's prompt without those of its media."""
+    merge = builder.merge_size
+    sources = media_sources(record)
+    # A medium of this grid has one visual token.
+    media = [
+        VisualInput(kind=source.kind, frames_FCHW=torch.empty(0), grid_thw=(1, merge, merge)) for source in sources
+    ]
+    return len(builder.build(record, media).token_ids) - len(sources)
 
 
 def frame_size(facts: MediaFacts, source: MediaSource, settings: PreprocessSettings) -> tuple[int, int]:

@@ -6,7 +6,10 @@ and whose record has no figures, evaluates it before it goes on: it had left or 
 
 from __future__ import annotations
 
-from megatron_ktr.config.part_options import EvaluationOptions
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from megatron_ktr.config.part_options import EvaluationOptions, EvaluationTimes
 from megatron_ktr.data.template import PromptBuilder, VisualTokens
 from megatron_ktr.data.tokenizer import Tokenizer
 from megatron_ktr.distributed.agreement import result_of_rank_zero
@@ -22,19 +25,29 @@ from megatron_ktr.run.metrics import MetricsWriter, evaluation_line, has_evaluat
 from megatron_ktr.trainer import Trainer
 
 
+class StepEvaluation(Protocol):
+    """Something that is measured between steps. Every rank holds one; calls are collective over the world."""
+
+    def __call__(self, step: int, *, is_leaving: Callable[[], bool]) -> dict[str, float] | None:
+        """The metrics of the model that ``step`` left; None if the run is asked to leave meanwhile."""
+        ...
+
+
 class BetweenSteps:
     """Evaluates a run where that is due. Every rank holds one; calls are collective over the world."""
 
     def __init__(
         self,
-        evaluation: TrainingEvaluation | None,
+        evaluations: Sequence[StepEvaluation],
         *,
+        times: EvaluationTimes,
         trainer: Trainer,
         writer: MetricsWriter,
         checkpoints: Checkpoints,
         leave: LeaveRequest,
     ) -> None:
-        self._evaluation = evaluation
+        self._evaluations = evaluations
+        self._times = times
         self._trainer = trainer
         self._writer = writer
         self._checkpoints = checkpoints
@@ -46,8 +59,8 @@ class BetweenSteps:
 
         Returns the signal that made the run abandon the evaluation, if any.
         """
-        evaluation, checkpoints = self._evaluation, self._checkpoints
-        if evaluation is None or not evaluation.options.is_due(step):
+        checkpoints = self._checkpoints
+        if not self._evaluations or not self._times.is_due(step):
             return None
         ranks = checkpoints.ranks
         signals: list[str] = []
@@ -57,7 +70,16 @@ class BetweenSteps:
             signals.extend([asked_by] if asked_by else [])
             return bool(asked_by)
 
-        values = self._trainer.evaluate(lambda: evaluation(step, is_leaving=is_leaving))
+        def measure() -> dict[str, float] | None:
+            values: dict[str, float] = {}
+            for evaluation in self._evaluations:
+                found = evaluation(step, is_leaving=is_leaving)
+                if found is None:
+                    return None
+                values |= found
+            return values
+
+        values = self._trainer.evaluate(measure)
         if signals:
             return signals[0]
         if step:
@@ -74,7 +96,7 @@ class BetweenSteps:
     def at_start(self, start: RunStart) -> str | None:
         """Evaluates a new model before its first step, or the model of a resumed run if its figures are missing. Like
         ``after`` otherwise."""
-        if self._evaluation is None:
+        if not self._evaluations:
             return None
         ranks = self._checkpoints.ranks
         is_there = result_of_rank_zero(lambda: has_evaluation(start.run_dir, step=start.step), ranks=ranks)
@@ -82,11 +104,9 @@ class BetweenSteps:
 
 
 def build_evaluation(
-    options: EvaluationOptions | None, held_out: HeldOut | None, *, trainer: Trainer, tokenizer: Tokenizer
-) -> TrainingEvaluation | None:
-    """What asks the held-out questions; None if the run is not evaluated. Collective over the world."""
-    if options is None:
-        return None
+    options: EvaluationOptions, held_out: HeldOut | None, *, trainer: Trainer, tokenizer: Tokenizer
+) -> TrainingEvaluation:
+    """What asks the held-out questions. Collective over the world."""
     assert isinstance(trainer.source, ReplicaSource)  # other sources have no engine
     builder = PromptBuilder(
         tokenizer,

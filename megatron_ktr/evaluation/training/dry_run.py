@@ -44,7 +44,7 @@ def find_held_out(options: EvaluationOptions | None, is_model_here: bool) -> Kno
         lines = tuple(held_out.lines)
         metric = here.keep_best
         if not missing or any((metric or "").startswith(f"eval/{name}/") for name in here.set_names):
-            require_known_metric(metric, held_out)
+            require_known_metric(metric, held_out, others=here.loss_metrics)
         elif metric is not None:
             not_checked.append(f"whether evaluation gives --keep-best {metric}")
     return KnownHeldOut(lines, tuple(not_checked))

@@ -15,7 +15,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import xxhash
 
@@ -91,6 +91,20 @@ class HeldOut:
         return found
 
 
+class HeldOutSets(Protocol):
+    """Sets of held-out records, as this rank has read them."""
+
+    @property
+    def facts(self) -> Mapping[str, Mapping[str, Any]]:
+        """By set, what must stay as it is as long as a run is evaluated on it."""
+        ...
+
+    @property
+    def missing(self) -> Mapping[str, Sequence[Any]]:
+        """By set, the records that cannot be used on this node."""
+        ...
+
+
 def held_out_of_run(options: EvaluationOptions | None, *, ranks: ParallelGroups) -> HeldOut | None:
     """The held-out questions on reading ranks, checked and the same on all of them. None on other ranks, and if the run
     is not evaluated. Collective over the world.
@@ -105,7 +119,7 @@ def held_out_of_run(options: EvaluationOptions | None, *, ranks: ParallelGroups)
         if not ranks.is_source:
             return None
         held_out = read_held_out(options, is_spokesman=ranks.rank == 0)
-        require_known_metric(options.evaluation.keep_best, held_out)
+        require_known_metric(options.evaluation.keep_best, held_out, others=options.evaluation.loss_metrics)
         return held_out
 
     held_out = on_every_rank(read, ranks=ranks)
@@ -256,7 +270,7 @@ def _facts(one: ReadBenchmark, settings: EvaluationSettings) -> dict[str, Any]:
     return json.loads(to_json(facts))  # as they are read again: JSON knows no tuples
 
 
-def require_same_held_out(held_out: HeldOut | None, *, ranks: ParallelGroups) -> None:
+def require_same_held_out(held_out: HeldOutSets | None, *, ranks: ParallelGroups) -> None:
     """Compares what the reading ranks have read. Collective over the world.
 
     Raises:
@@ -280,7 +294,7 @@ def require_same_held_out(held_out: HeldOut | None, *, ranks: ParallelGroups) ->
                     )
 
 
-def require_unchanged(run_dir: Path, held_out: HeldOut) -> None:
+def require_unchanged(run_dir: Path, held_out: HeldOutSets) -> None:
     """Checks the sets of a resumed run.
 
     Raises:
@@ -296,7 +310,7 @@ def require_unchanged(run_dir: Path, held_out: HeldOut) -> None:
                 )
 
 
-def write_settings(run_dir: Path, held_out: HeldOut) -> None:
+def write_settings(run_dir: Path, held_out: HeldOutSets) -> None:
     """Writes what the sets are, for a run that continues this one. Sets of earlier parts stay in the file."""
     path = run_dir / EVALUATIONS / SETTINGS_FILE
     try:
@@ -353,13 +367,13 @@ def best_metrics(held_out: HeldOut) -> list[str]:
     return names
 
 
-def require_known_metric(metric: str | None, held_out: HeldOut) -> None:
-    """Checks ``--keep-best``.
+def require_known_metric(metric: str | None, held_out: HeldOut, *, others: Sequence[str] = ()) -> None:
+    """Checks ``--keep-best``. ``others`` are metrics that the run has beside those of ``held_out``.
 
     Raises:
         UserError: evaluation gives no such metric, or one of which less is better.
     """
-    names = best_metrics(held_out)
+    names = [*best_metrics(held_out), *others]
     if metric is not None and metric not in names:
         raise UserError(
             f"--keep-best {metric}: expected one of {', '.join(names)}{did_you_mean(metric, names, cutoff=0.6)}"

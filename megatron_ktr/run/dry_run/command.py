@@ -22,7 +22,7 @@ from megatron_ktr.errors import UserError
 from megatron_ktr.objectives import Objective
 from megatron_ktr.rewards import DEFAULT_REWARDS
 from megatron_ktr.run.directory import check_run_directory, check_same_run, list_checkpoints
-from megatron_ktr.run.dry_run.data import KnownData, find_data
+from megatron_ktr.run.dry_run.data import KnownData, find_data, find_held_out_responses
 from megatron_ktr.run.dry_run.estimate import Estimate, estimate_run, require_fits
 from megatron_ktr.run.dry_run.model import KnownModel, find_model, parameters_by_stage, plain_layers
 from megatron_ktr.run.preflight import check_layout, check_micro_batches, check_objective, parallel_sizes
@@ -92,9 +92,10 @@ def dry_run(config: Config, *, find_held_out: Callable[[EvaluationOptions | None
     page.not_checked += data.not_checked
     for line in data.lines:
         page.add("data", line)
-    held_out = find_held_out(EvaluationOptions.of(config, 1, data_parallel_size=1), model.is_here)
-    page.not_checked += held_out.not_checked
-    _describe_evaluation(config, held_out.lines, page=page)
+    held_out = find_held_out(EvaluationOptions.of(config, data_parallel_size=1), model.is_here)
+    responses = find_held_out_responses(config, model)
+    page.not_checked += [*held_out.not_checked, *responses.not_checked]
+    _describe_evaluation(config, [*held_out.lines, *responses.lines], page=page)
     _describe_length(config, data, estimate, page=page)
     _describe_step(config, objective, page=page)
     page.add("result", "this run is sound, as far as can be told here")
@@ -235,15 +236,17 @@ def _describe_length(config: Config, data: KnownData, estimate: Estimate, *, pag
 
 
 def _describe_evaluation(config: Config, lines: Sequence[str], *, page: _Page) -> None:
-    if not config.evaluates:
+    if not config.evaluation.has_anything:
         return
     interval, at_start = config.trainer.eval_interval, config.evaluation.eval_at_start
     when = [*(["before the first step"] if at_start else []), *([f"every {interval} steps"] if interval else [])]
-    page.add("evaluation", f"{' and '.join(when)}, by {config.rollout.engine}; its time is not in the estimate")
+    by = f"by {config.rollout.engine}" if config.evaluates else "the loss of given responses"
+    page.add("evaluation", f"{' and '.join(when)}, {by}; its time is not in the estimate")
     for line in lines:
         page.add("", line)
     if config.evaluation.keep_best:
-        page.add("", f"the checkpoint of the highest {config.evaluation.keep_best} is kept")
+        which = "lowest" if config.evaluation.keep_best in config.evaluation.loss_metrics else "highest"
+        page.add("", f"the checkpoint of the {which} {config.evaluation.keep_best} is kept")
 
 
 def _amount(number: int) -> str:
@@ -273,16 +276,18 @@ def _describe_step(config: Config, objective: Objective, *, page: _Page) -> None
         page.add("responses", "given by the data; nothing is sampled and nothing is rewarded")
         return
     rollout = config.rollout
+    again = f" + {rollout.num_shuffled} to shuffled frames of a video" if rollout.num_shuffled else ""
+    bonuses = {"temporal bonus": rollout.temporal_bonus, "length bonus": config.reward.length_bonus}
+    paid = "".join(f"; {name} {bonus:g}" for name, bonus in bonuses.items() if bonus)
     if not config.samples:
-        page.add("responses", f"{rollout.num_generations} a prompt, recorded, with their rewards")
+        page.add("responses", f"{rollout.num_generations}{again} a prompt, recorded, with their rewards")
         return
     top = f"top-p {rollout.top_p:g}" + (f", top-k {rollout.top_k}" if rollout.top_k else "")
     page.add(
         "responses",
-        f"{rollout.num_generations} a prompt by {rollout.engine}, at most {rollout.max_response_length} tokens, "
+        f"{rollout.num_generations}{again} a prompt by {rollout.engine}, at most {rollout.max_response_length} tokens, "
         f"temperature {rollout.temperature:g}, {top}",
     )
-    bonus = config.reward.length_bonus
     weights = config.reward.weights
     names = config.reward.reward_functions or DEFAULT_REWARDS
     rewards = _list(
@@ -290,8 +295,7 @@ def _describe_step(config: Config, objective: Objective, *, page: _Page) -> None
     )
     page.add(
         "reward",
-        f"{rewards}; answers read by the protocol {config.reward.answer_protocol}"
-        + (f"; length bonus {bonus:g}" if bonus else ""),
+        f"{rewards}; answers read by the protocol {config.reward.answer_protocol}{paid}",
     )
 
 
