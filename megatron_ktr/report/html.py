@@ -37,6 +37,8 @@ _LINE_CHARTS = (
     ("Accuracy on shuffled frames", ("shuffled/accuracy",), "mean over responses, which are not trained on"),
     ("Rule of the temporal bonus", ("temporal_rule",), "share of the videos asked twice for which it holds"),
     ("Tokens sampled for shuffled frames", ("shuffled/token_share",), "share of all tokens sampled"),
+    ("Time of rewards", ("reward_seconds/",), "seconds a step, of all replicas together"),
+    ("Failed rewards", ("reward_timeouts/", "reward_errors/", "reward_skipped_groups"), "responses since the start"),
     ("Loss", ("loss",), ""),
     ("Share of key tokens", ("key_token_ratio", "key_token_ratio/"), "of all response tokens"),
     (

@@ -221,7 +221,13 @@ def _response(
     response: RecordedResponse, *, number: int, styles: Mapping[str, SignalStyle], decode: Decode | None
 ) -> Html:
     parts = [
-        element("span", f"{name} ", element("b", format_number(value))) for name, value in response.rewards.items()
+        element(
+            "span",
+            f"{name} ",
+            element("b", format_number(value)),
+            f" x {format_number(response.reward_weights[name])}" if name in response.reward_weights else None,
+        )
+        for name, value in response.rewards.items()
     ]
     facts = []
     if len(response.rewards) > 1:

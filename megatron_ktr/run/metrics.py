@@ -14,6 +14,9 @@ The names of the numbers are stable:
 - under a bound on tokens: num_micro_batches and oversized_groups (``step/plan.py``)
 - counted since the run began: skipped/<kind>, decoder/<name>, "decoder/pyav: <why not decord>", repeated_frames,
   substituted_media
+- where responses are sampled: reward_seconds/<part>, the seconds in which a part of the reward was computed, of all
+  replicas together; counted since the process began, as far as there are any: reward_timeouts/<part> and
+  reward_errors/<part>, responses, and reward_skipped_groups (``rewards/rewarder.py``)
 - of a mixture: reward_mean/<source> of the step's prompts, and source/<source>, the prompts drawn since the run began
 - with data workers or a frame cache, counted since the process began: data_workers/replaced, "data_workers/replaced:
   <why>" (``data/workers/pool.py``), frame_cache/<event> (``data/frame_cache.py``)
