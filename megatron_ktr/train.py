@@ -15,7 +15,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from megatron_ktr.config import Config, load_config
+from megatron_ktr.config import Config, load_config, policy_gradient_rules
 from megatron_ktr.config.part_options import (
     CheckpointOptions,
     EvaluationOptions,
@@ -60,6 +60,7 @@ from megatron_ktr.rollout.build import (
     build_local_source,
     build_sampler,
     build_sampler_check,
+    replica_source,
     require_same_questions,
     worker_pool,
 )
@@ -67,7 +68,6 @@ from megatron_ktr.rollout.check.sampler import check_line
 from megatron_ktr.rollout.features import build_feature_sender
 from megatron_ktr.rollout.questions import read_held_out_responses
 from megatron_ktr.rollout.replay import write_rollouts
-from megatron_ktr.rollout.source import ReplicaSource
 from megatron_ktr.run.checkpoint import Checkpoints
 from megatron_ktr.run.directory import RunStart, find_checkpoint, open_run_directory, rollout_file
 from megatron_ktr.run.dry_run.command import dry_run
@@ -120,6 +120,7 @@ def _train(config: Config, *, platform: Platform, leave: LeaveRequest) -> bool:
     notes = [] if local_source is None else [f"wording: {line}" for line in local_source.dataset.wordings]
     sets = [one for one in (held_out, responses) if one is not None]
     notes += [line for one in sets for line in one.lines]
+    notes += [f"objective: {line}" for line in policy_gradient_rules.notes(config.objective)]
     start = _open_run_directory(given, ranks, num_steps=num_steps_of(config.trainer), notes=notes, held_out=sets)
     trainer = build_trainer(
         config, ranks=ranks, platform=platform, objective=objective, tokenizer=tokenizer, local_source=local_source
@@ -210,13 +211,12 @@ def build_trainer(
     )
     if objective.needs_reference:
         policy.add_reference()
-    source = ReplicaSource(
+    source = replica_source(
+        config,
         local_source,
         ranks=ranks,
         sampler=sampler,
-        lag=config.rollout.lag,
         prepare=build_feature_sender(config.rollout, policy=policy, media=media),
-        samples_steps=config.samples,
     )
     trainer = Trainer(options=StepOptions.of(config), policy=policy, source=source, objective=objective, media=media)
     with same_on_every_rank():
@@ -243,9 +243,8 @@ def _run_steps(
     """
     options, ranks, run_dir = trainer.options.trainer, trainer.policy.ranks, start.run_dir
     num_steps = num_steps_of(options)
-    assert isinstance(trainer.source, ReplicaSource)  # as ``build_trainer`` made it
     best = open_best(run_dir, metric=checkpointing.keep_best, start_step=start.step, ranks=ranks)
-    checkpoints = Checkpoints(run_dir, policy=trainer.policy, source=trainer.source, options=checkpointing, best=best)
+    checkpoints = Checkpoints(run_dir, policy=trainer.policy, source=trainer, options=checkpointing, best=best)
     if start.checkpoint is not None:
         checkpoints.load(start.checkpoint)
     writer = MetricsWriter(run_dir if ranks.rank == 0 else None, first_step=start.step + 1)
@@ -268,7 +267,7 @@ def _run_steps(
         if ranks.rank == 0 and (step % options.log_interval == 0 or is_last):
             _show(report, num_steps=num_steps, decode=tokenizer.decode)
         if _is_due(step, options.rollout_log_interval):
-            _log_rollouts(report, run_dir=run_dir, ranks=ranks)
+            _log_rollouts(report, run_dir=run_dir, ranks=ranks, with_shuffled=trainer.options.num_shuffled > 0)
         checkpoints.after_step(step)
         if asked_by := between.after(step):
             _leave(checkpoints, step=step, is_new=True, asked_by=asked_by)
@@ -291,14 +290,15 @@ def _is_due(step: int, interval: int) -> bool:
     return interval > 0 and (step == 1 or step % interval == 0)
 
 
-def _log_rollouts(report: StepReport, *, run_dir: Path, ranks: ParallelGroups) -> None:
-    """Writes the step's groups: the reading rank of each replica writes a file of its own."""
+def _log_rollouts(report: StepReport, *, run_dir: Path, ranks: ParallelGroups, with_shuffled: bool) -> None:
+    """Writes the step's groups: the reading rank of each replica writes a file of its own. ``with_shuffled`` says that
+    videos were asked twice."""
     selections = report.selections  # collective: every rank takes part
 
     def write() -> None:
         if ranks.is_source:
             path = rollout_file(run_dir, step=report.step, replica=ranks.data_rank)
-            write_rollouts(path, report.groups, selections=selections, append=False)
+            write_rollouts(path, report.groups, selections=selections, append=False, with_shuffled=with_shuffled)
 
     on_every_rank(write, ranks=ranks)
 

@@ -20,22 +20,28 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_ktr.accounting.rates import step_rates
-from megatron_ktr.batch.micro_batch import MicroBatch, UpdateResult
+from megatron_ktr.batch.micro_batch import MicroBatch, UpdateResult, together
 from megatron_ktr.batch.packing import MediaSpec
 from megatron_ktr.config.part_options import StepOptions
 from megatron_ktr.config.run_length import num_steps_of
+from megatron_ktr.distributed.collectives import gather_rows
 from megatron_ktr.objectives.base import Objective
+from megatron_ktr.objectives.response_rewards import lengths_of, reward_rows, with_rewards
 from megatron_ktr.policy.finite import require_finite_samples
 from megatron_ktr.policy.policy import Policy
 from megatron_ktr.policy.rollout_offload import optimizer_off_device
 from megatron_ktr.rollout.check.sampler import SamplerCheck
+from megatron_ktr.rollout.second_prompt import shuffled_counts, shuffled_means
+from megatron_ktr.rollout.source import ReplicaSource
 from megatron_ktr.rollout.step_source import StepSource
 from megatron_ktr.run.metrics import PhaseTimer
+from megatron_ktr.step.noise import NoiseMeter
 from megatron_ktr.step.plan import StepBatching
 from megatron_ktr.step.scoring import ScoringPasses
 from megatron_ktr.sums import Metrics
@@ -67,7 +73,8 @@ class StepReport:
 
 
 class Trainer:
-    """Runs training steps; ``source`` and ``policy`` hold all state that outlives a step."""
+    """Runs training steps. ``policy``, ``source`` and ``noise`` hold all state that outlives a step; the latter two are
+    the ``state_dict``."""
 
     def __init__(
         self, *, options: StepOptions, policy: Policy, source: StepSource, objective: Objective, media: MediaSpec
@@ -78,6 +85,7 @@ class Trainer:
         self.objective = objective
         self.batching = StepBatching(options=options, policy=policy, objective=objective)
         self.scoring = ScoringPasses(options=options, policy=policy, objective=objective, media=media)
+        self.noise = NoiseMeter(options=options, policy=policy, objective=objective, media=media)
         self.sampler_check: SamplerCheck | None = None
         """A check that runs once, with the weights of the first step."""
         self._check_values: dict[str, float] = {}
@@ -86,12 +94,14 @@ class Trainer:
 
     def train_step(self, step: int) -> StepReport:
         groups = self._rollouts(step)
-        if not self._anything_to_learn(groups):
+        facts = self._facts(groups, step=step)
+        if not self._anything_to_learn(groups, facts):
             return self._report(step, groups, results=())
         with self.timer.phase("balance"):
-            groups = self.batching.balanced(groups)
+            mini_batches = self.batching.mini_batches(groups, number=self.options.objective.mini_batches)
         with self.timer.phase("pack"):
-            parts = self.batching.plan(groups)
+            by_update = [self.batching.plan(of_update) for of_update in mini_batches]
+            parts = [part for of_update in by_update for part in of_update]
             micro_batches = [MicroBatch(part, cache(partial(self.scoring.pack, part, "intact"))) for part in parts]
             groups = [group for part in parts for group in part]
         with self.timer.phase("vision"):
@@ -99,15 +109,33 @@ class Trainer:
         with self.timer.phase("score"):
             micro_batches = self.scoring.with_counterfactuals(micro_batches, step=step)
             micro_batches = self.scoring.with_reference(micro_batches)
-            facts = self._facts(micro_batches, step=step)
-            micro_batches = self.scoring.with_selection(micro_batches, facts)
-            facts = self._with_num_tokens(facts, micro_batches)
+            self.noise.measure(micro_batches, step=step)
+            facts = dataclasses.replace(facts, noise_floor=self.noise.floors)
+            micro_batches, facts = self.scoring.with_selection(micro_batches, facts)
+            updates = self._updates(micro_batches, facts, sizes=[len(of_update) for of_update in by_update])
         with self.timer.phase("update"):
             results = [
-                self.policy.update(micro_batches, objective=self.objective, facts=facts)
+                self.policy.update(items, objective=self.objective, facts=of_update)
                 for _ in range(self.options.objective.updates_per_rollout)
+                for items, of_update in updates
             ]
-        return self._report(step, groups, results=results)
+        return self._report(step, groups, results=results, num_mini_batches=len(updates))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the data and the newest noise of signals, as JSON can represent it; the same on every rank of a
+        replica."""
+        noise = self.noise.state_dict()
+        return self._resumable.state_dict() | ({"noise_floor": noise} if noise else {})
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from what ``state_dict`` returned."""
+        self._resumable.load_state_dict(state)
+        self.noise.load_state_dict(state.get("noise_floor", {}))
+
+    @property
+    def _resumable(self) -> ReplicaSource:
+        assert isinstance(self.source, ReplicaSource), "only a run's own source has a place in the data"
+        return self.source
 
     def _rollouts(self, step: int) -> list[RolloutGroup]:
         """This step's groups, sampled from the weights that the previous step left.
@@ -188,31 +216,65 @@ class Trainer:
         policy.platform.set_rng_state(state)
         return {**(values or {}), **self.timer.pop()}
 
-    def _facts(self, micro_batches: Sequence[MicroBatch], *, step: int) -> BatchFacts:
-        """What the update knows about the global batch before key tokens are chosen."""
-        num_responses = self.policy.global_count(sum(item.batch.num_responses for item in micro_batches))
-        return BatchFacts(num_responses=round(num_responses), step=step, seed=self.options.trainer.seed)
+    def _facts(self, groups: Sequence[RolloutGroup], *, step: int) -> BatchFacts:
+        """What is known about the rollout of all replicas before anything is scored."""
+        lengths = lengths_of(groups)
+        facts = BatchFacts(
+            num_responses=round(self.policy.global_count(len(lengths))),
+            num_response_tokens=round(self.policy.global_count(sum(lengths))),
+            step=step,
+            seed=self.options.trainer.seed,
+        )
+        if not self.objective.needs_batch_rewards:
+            return facts
+        rows = reward_rows(self.objective.rewards_of(groups), lengths, device=self.policy.platform.device)
+        return with_rewards(facts, gather_rows(rows, self.policy.ranks.data))
+
+    def _updates(
+        self, micro_batches: Sequence[MicroBatch], facts: BatchFacts, *, sizes: Sequence[int]
+    ) -> list[tuple[Sequence[MicroBatch], BatchFacts]]:
+        """The micro-batches of each optimizer step with its facts, once for each time that the rollout is trained on.
+        ``sizes`` are the numbers of micro-batches of this replica. Denominators are counted over a mini-batch, rewards
+        over the rollout."""
+        found: list[tuple[Sequence[MicroBatch], BatchFacts]] = []
+        start = 0
+        for size in sizes:
+            items = micro_batches[start : start + size]
+            start += size
+            of_update = facts
+            if len(sizes) > 1:
+                lengths = [length for item in items for length in lengths_of(item.groups)]
+                of_update = dataclasses.replace(
+                    facts,
+                    num_responses=round(self.policy.global_count(len(lengths))),
+                    num_response_tokens=round(self.policy.global_count(sum(lengths))),
+                )
+            found.append((items, self._with_num_tokens(of_update, items)))
+        return found
 
     def _with_num_tokens(self, facts: BatchFacts, micro_batches: Sequence[MicroBatch]) -> BatchFacts:
         """``facts`` with the number of tokens that the loss is divided by. It is counted over all micro-batches and
         replicas before the first forward, so that the losses of micro-batches and ranks simply add up."""
-        if self.options.objective.loss_aggregation == "sequence":
+        if self.options.objective.loss_aggregation != "token":
             return facts
         num_tokens = sum(self.objective.num_loss_tokens(item.batch, item.selection) for item in micro_batches)
         # Only the last pipeline stage knows the selection, and only the last stage reads this count. The sum therefore
         # runs over the data-parallel ranks of each stage alone.
         return dataclasses.replace(facts, num_tokens=round(self.policy.global_count(num_tokens)))
 
-    def _anything_to_learn(self, groups: Sequence[RolloutGroup]) -> bool:
+    def _anything_to_learn(self, groups: Sequence[RolloutGroup], facts: BatchFacts) -> bool:
         """False only if it is certain that no group of any replica has a gradient; then no pass is worth running.
 
         True is no promise: a length bonus, for example, is known after selection at the earliest. The update itself
         decides in the end.
         """
-        return self.policy.global_count(float(self.objective.may_have_gradient(groups))) > 0
+        return self.policy.global_count(float(self.objective.may_have_gradient(groups, facts))) > 0
 
-    def _report(self, step: int, groups: Sequence[RolloutGroup], *, results: Sequence[UpdateResult]) -> StepReport:
-        result = results[-1] if results else None
+    def _report(
+        self, step: int, groups: Sequence[RolloutGroup], *, results: Sequence[UpdateResult], num_mini_batches: int = 1
+    ) -> StepReport:
+        # With several updates of the same responses, the report is about the last of them.
+        result = together(results[-num_mini_batches:]) if results else None
         seconds = self.timer.pop()
         step_seconds = max(sum(seconds.values()), 1e-9)
         metrics = Metrics()
@@ -228,10 +290,16 @@ class Trainer:
                 metrics.add("finished_share", rollout.is_finished)
                 for name, value in rollout.rewards.items():
                     metrics.add(f"reward/{name}", value)
+        if self.options.num_shuffled:
+            metrics.add_max("shuffled/seconds_alone", self.source.shuffled_seconds)
+            metrics.merge(shuffled_means(groups))
         num_tokens = self.policy.global_count(sum(group.num_tokens for group in groups))
         values = self.policy.mean_over_replicas(metrics)
         values["num_prompts"] = self.policy.global_count(len(groups))
         values |= self.policy.sum_over_replicas({"num_skipped": self.source.num_skipped, **self.source.counts})
+        values |= self.source.step_values
+        if self.options.num_shuffled:
+            values |= self.policy.sum_over_replicas(shuffled_counts(groups))
         values |= self._vision_counts(groups)
         values["tokens_per_second"] = num_tokens / step_seconds
         values["has_stepped"] = float(result is not None and result.has_stepped)
@@ -249,7 +317,7 @@ class Trainer:
                 global_sum=self.policy.global_count,
                 key_share=values.get("key_token_ratio", 1.0),
             )
-        values |= self.batching.take_values() | self._check_values
+        values |= self.batching.take_values() | self.noise.take_values() | self._check_values
         self._check_values = {}
         return StepReport(
             step=step,

@@ -18,7 +18,7 @@ from megatron_ktr.config.cli import LARGEST_INTEGER
 from megatron_ktr.data.synthetic import DEFAULT_TASKS, corpus, draw_scene, guess, record_of, render, write_video
 from megatron_ktr.data.tiny_model import save_tiny_model
 from megatron_ktr.errors import Parser, UserError, run_cli, whole
-from megatron_ktr.rewards import BUILT_IN
+from megatron_ktr.rewards import load_rewards
 
 
 def recorded_responses(scene, *, number: int, rng: random.Random) -> list[str]:
@@ -42,7 +42,7 @@ def make_example(out_dir: Path, *, videos: list[Path], num_prompts: int, num_gen
     missing = [str(path) for path in videos if not path.is_file()]
     if missing:
         raise UserError(f"--videos: no such file: {', '.join(missing)}")
-    rng = random.Random(seed)
+    rng, rewards = random.Random(seed), load_rewards(("accuracy", "format", "soft_choice"))
     (out_dir / "videos").mkdir(parents=True)
     save_tiny_model(out_dir / "model", corpus=corpus(), seed=seed, num_layers=4)
     lines = []
@@ -58,7 +58,7 @@ def make_example(out_dir: Path, *, videos: list[Path], num_prompts: int, num_gen
         record = record_of(scene, problem_id=str(index + 1), path=name)
         del record["response"]
         record["responses"] = [
-            {"text": text, "rewards": {key: reward(text, record) for key, reward in BUILT_IN.items()}}
+            {"text": text, "rewards": {name: reward(text, record) for name, reward in rewards.items()}}
             for text in recorded_responses(scene, number=num_generations, rng=rng)
         ]
         lines.append(json.dumps(record))

@@ -23,7 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron_ktr.accounting.links import Machine  # noqa: E402
 from megatron_ktr.accounting.planner import GB, PIXELS_PER_TOKEN, Plan, Request, find_plans  # noqa: E402
 from megatron_ktr.accounting.saved import FUSED, TORCH_GPU  # noqa: E402
-from megatron_ktr.accounting.work import StepSettings  # noqa: E402
+from megatron_ktr.accounting.work import StepSettings, view_costs  # noqa: E402
+from megatron_ktr.config.objective_section import ObjectiveSection  # noqa: E402
+from megatron_ktr.config.view_registry import temporal_views, visual_views  # noqa: E402
 from megatron_ktr.config.words import SHUFFLE_UNITS, VISION_PARALLELS  # noqa: E402
 from megatron_ktr.errors import Parser, UserError, number, run_cli, whole  # noqa: E402
 from megatron_ktr.files.json_files import to_json  # noqa: E402
@@ -43,7 +45,8 @@ def main(argv: list[str] | None = None) -> int:
     request = _request(options)
     plans = find_plans(request)
     if options.json:
-        print(to_json({"layouts": [_as_json(plan) for plan in plans[: options.best]]}), flush=True)
+        layouts = [_as_json(plan) for plan in plans[: options.best]]
+        print(to_json({"layouts": layouts, "rollout": _rollout_as_json(request)}), flush=True)
     else:
         print(_as_text(request, plans, num_shown=options.rows, num_best=options.best), flush=True)
     return 0
@@ -69,9 +72,17 @@ def _parser() -> Parser:
     add("--text-length", whole(), request["text_length"].default, "prompt tokens that are not visual")
     add("--response-length", whole(), request["response_length"].default, "tokens of every response")
     add("--num-generations", whole(high=2**14), request["num_generations"].default, "responses per prompt")
+    add(
+        "--temporal-responses",
+        whole(low=0, high=2**14),
+        0,
+        "responses per prompt to shuffled frames, as T-GRPO samples and does not train on; 0: none",
+    )
     add("--prompts-per-step", whole(), request["prompts_per_step"].default, "prompts of a step over all GPUs")
     add("--shuffle-unit", str, "frame", "what the temporal counterfactual permutes", choices=SHUFFLE_UNITS)
-    add("--num-shuffles", whole(), 1, "random orders per step")
+    add("--num-shuffles", whole(), 1, "draws per step of each random view")
+    add("--visual-view", str, "hidden", "what the visual signal compares with", choices=visual_views())
+    add("--temporal-view", str, "shuffled", "what the temporal signal compares with", choices=temporal_views())
     parser.add_argument("--grpo", action="store_true", help="plain GRPO: no counterfactual passes")
     parser.add_argument("--no-reference", action="store_true", help="no KL term, no reference model")
     add("--freeze", str, "", "parts that are not trained, by comma: vision, merger, language")
@@ -119,11 +130,10 @@ def _request(options: argparse.Namespace) -> Request:
         text_length=options.text_length,
         response_length=options.response_length,
         num_generations=options.num_generations,
+        num_shuffled=options.temporal_responses,
         prompts_per_step=options.prompts_per_step,
         settings=StepSettings(
-            has_hidden=not options.grpo,
-            shuffle_unit=None if options.grpo else options.shuffle_unit,
-            num_shuffles=options.num_shuffles,
+            views=() if options.grpo else view_costs(_section(options)),
             has_reference=not options.no_reference,
             frozen=frozen,
             keeps_fp8_weights=options.fp8_param_gather,
@@ -143,6 +153,16 @@ def _request(options: argparse.Namespace) -> Request:
         engine_gb=options.engine_memory,
         engine_share=options.rollout_memory_share,
         reserved_gb=options.reserved_memory,
+    )
+
+
+def _section(options: argparse.Namespace) -> ObjectiveSection:
+    """The options of training that the cost of views depends on."""
+    return ObjectiveSection(
+        visual_view=options.visual_view,
+        temporal_view=options.temporal_view,
+        shuffle_unit=options.shuffle_unit,
+        num_shuffles=options.num_shuffles,
     )
 
 
@@ -192,6 +212,7 @@ def _as_text(request: Request, plans: list[Plan], *, num_shown: int, num_best: i
     lines = [
         f"a prompt group: {prompt - group.text_length} visual + {group.text_length} text + {request.num_generations} x "
         f"{request.response_length} response tokens = {num_tokens} rows, {petaflops:.3g} PFLOP",
+        _work_line(request),
         f"{request.prompts_per_step} prompts a step on {request.num_gpus} GPUs of {request.gpu_memory_gb:g} GB; "
         f"{len(plans)} layouts fit, the fastest:",
         "",
@@ -218,6 +239,27 @@ def _as_text(request: Request, plans: list[Plan], *, num_shown: int, num_best: i
         lines += ["", f"{index}. {plan.memory_gb:.1f} GB a GPU, {plan.time.total:.1f} s a step", f"   {plan.flags}"]
         lines += [f"   {_rollout_line(plan, request)}", f"   {_save_line(plan, request)}"]
     return "\n".join(lines)
+
+
+def _rollout_as_json(request: Request) -> dict[str, Any]:
+    first, second = request.rollout_work
+    return {name: dataclasses.asdict(work) for name, work in (("prompts", first), ("shuffled_prompts", second))}
+
+
+def _work_line(request: Request) -> str:
+    """A line about what a step's rollout computes, whose time is the engine's and not part of the table."""
+    first, second = request.rollout_work
+    line = (
+        f"a rollout: {first.prompt_tokens:,} prompt tokens are read, {first.sampled_tokens:,} sampled, the encoder "
+        f"runs {first.encoder_flops / 1e15:.3g} PFLOP"
+    )
+    if not request.num_shuffled:
+        return line
+    share = second.sampled_tokens / (first.sampled_tokens + second.sampled_tokens)
+    return (
+        f"{line}; and for shuffled frames {second.prompt_tokens:,}, {second.sampled_tokens:,} ({share:.0%} of all) and "
+        f"{second.encoder_flops / 1e15:.3g} PFLOP"
+    )
 
 
 def _rollout_line(plan: Plan, request: Request) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from megatron_ktr.attribution.signals import SIGNALS
+from megatron_ktr.config.words import SIGNALS
 from megatron_ktr.types import INTACT, Selection, TokenScores, View
 
 VIEWS: tuple[View, ...] = (INTACT, "hidden", "shuffled")

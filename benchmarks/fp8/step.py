@@ -13,10 +13,11 @@ from torch import Tensor
 
 from benchmarks.fp8.emulation import Emulation, Recipe, language_linears
 from benchmarks.fp8.measures import Gradients, Observed
-from megatron_ktr.attribution.signals import SIGNALS, signal_applies, signal_scores
+from megatron_ktr.attribution.signals import build_signals, signal_applies, signal_scores
 from megatron_ktr.batch.micro_batch import MicroBatch
 from megatron_ktr.config import Config
 from megatron_ktr.config.part_options import StepOptions
+from megatron_ktr.config.sections import ObjectiveSection
 from megatron_ktr.objectives import build_objective
 from megatron_ktr.policy.policy import Policy
 from megatron_ktr.step.scoring import ScoringPasses
@@ -132,8 +133,8 @@ class Step:
         return result.scores, result.streams, gradients
 
     def _signals(self, item: MicroBatch, scores: TokenScores) -> dict[str, Tensor]:
-        applies_R = signal_applies(item.batch, item.groups, signals=SIGNALS)
-        return dict(signal_scores(scores, applies_R=applies_R))
+        signals = build_signals(ObjectiveSection())
+        return signal_scores(signals, scores, applies_R=signal_applies(signals, item.batch, item.groups))
 
     def _watch_input(self, module: Any, arguments: Any, options: dict[str, Any]) -> None:
         hidden_T1D = options["hidden_states"]

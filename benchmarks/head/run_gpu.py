@@ -169,7 +169,7 @@ def measure_kernels(
     weight_grad = torch.zeros_like(weight, dtype=torch.float32)
     pairs: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
         "logit_gradient": (
-            lambda: fused.write_logit_gradient(chunk, hidden, weight, gradient, plan, first_id=0),
+            lambda: fused.write_logit_gradient(chunk, hidden, weight, gradient, plan, first_column=0),
             lambda: hidden @ weight.t(),
         ),
         "hidden_grad": (

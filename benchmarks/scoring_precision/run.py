@@ -37,12 +37,14 @@ sys.path.insert(0, str(REPOSITORY))
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from megatron_ktr.attribution.key_tokens import KeyTokens  # noqa: E402
-from megatron_ktr.attribution.signals import SIGNALS, VIEW_OF_SIGNAL, Signal, signal_applies, signal_scores  # noqa: E402
+from megatron_ktr.attribution.key_tokens import KeyTokens, build_key_tokens  # noqa: E402
+from megatron_ktr.attribution.signals import signal_applies, signal_scores  # noqa: E402
+from megatron_ktr.attribution.signals.base import Signal  # noqa: E402
 from megatron_ktr.batch.micro_batch import MicroBatch  # noqa: E402
 from megatron_ktr.batch.packing import plan_micro_batches  # noqa: E402
 from megatron_ktr.config import Config, load_config  # noqa: E402
 from megatron_ktr.config.part_options import PolicyOptions, StepOptions  # noqa: E402
+from megatron_ktr.config.sections import ObjectiveSection  # noqa: E402
 from megatron_ktr.data.media.preprocess import PreprocessSettings  # noqa: E402
 from megatron_ktr.data.synthetic import corpus, make_dataset  # noqa: E402
 from megatron_ktr.data.template import load_tokenizer  # noqa: E402
@@ -185,8 +187,11 @@ class OfGroup:
 def measure(scored: Sequence[Scored], selection: KeyTokens) -> dict[str, float | None]:
     """Agreement by signal and of the union, and shares, thresholds and noise that explain it."""
     result: dict[str, float | None] = {}
-    for signal, view in VIEW_OF_SIGNAL.items():
-        groups = list(_groups(scored, selection, signal))
+    for read in selection.signals:
+        if read.view is None:
+            continue
+        signal, view = read.name, read.view
+        groups = list(_groups(scored, selection, read))
         clear = [group for group in groups if group.is_clear]
         logprobs = [torch.cat([s.scores[name].logprob_of_view[view] for s in scored]) for name in PRECISIONS]
         noise_R = (logprobs[0] - logprobs[1]).abs()
@@ -229,11 +234,11 @@ def _chosen(part: Scored, selection: KeyTokens) -> dict[str, dict[str, Tensor]]:
 def _groups(scored: Sequence[Scored], selection: KeyTokens, signal: Signal) -> Iterator[OfGroup]:
     for part in scored:
         batch, groups, chosen = part.item.batch, part.item.groups, _chosen(part, selection)
-        applies_R = signal_applies(batch, groups, signals=[signal])
-        score_R = signal_scores(part.scores["fp32"], applies_R=applies_R, shift=selection.shift)[signal]
+        applies_R = signal_applies([signal], batch, groups)
+        score_R = signal_scores([signal], part.scores["fp32"], applies_R=applies_R)[signal.name]
         for index in range(len(groups)):
             is_mine_R = batch.group_R == index
-            yield OfGroup(score_R[is_mine_R], {name: chosen[name][signal][is_mine_R] for name in PRECISIONS})
+            yield OfGroup(score_R[is_mine_R], {name: chosen[name][signal.name][is_mine_R] for name in PRECISIONS})
 
 
 def run(options: argparse.Namespace, root: Path) -> dict[str, Any]:
@@ -252,7 +257,7 @@ def measure_at(num_preamble: int, root: Path, model: Path, *, options: argparse.
     destroy_parallel()
     prompts = [len(group.prompt.token_ids) for part in scored for group in part.item.groups]
     results = {
-        f"{shift}, {ratio:g}": measure(scored, KeyTokens(shift=shift, selection_ratio=dict.fromkeys(SIGNALS, ratio)))
+        f"{shift}, {ratio:g}": measure(scored, _key_tokens(shift=shift, selection_ratio=(ratio,)))
         for shift in SHIFTS
         for ratio in RATIOS
     }
@@ -262,6 +267,12 @@ def measure_at(num_preamble: int, root: Path, model: Path, *, options: argparse.
         "response_tokens": sum(len(part.item.batch.target_ids_R) for part in scored),
         "results": results,
     }
+
+
+def _key_tokens(**options: Any) -> KeyTokens:
+    found = build_key_tokens(ObjectiveSection(**options))
+    assert found is not None
+    return found
 
 
 def _table(report: dict[str, Any]) -> str:

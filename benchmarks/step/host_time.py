@@ -85,7 +85,7 @@ def _steps(
         trainer = _trainer(Path(scratch), arguments, platform, num_layers=num_layers, vision_depth=vision_depth)
         for module in trainer.policy.bare_chunks[0].children():
             module.register_forward_pre_hook(lambda *_: first.append(time.process_time()))
-        packing = [(scoring, name, "packing") for name in ("pack_groups", "shuffled_view")]
+        packing = [(scoring, name, "packing") for name in ("pack_groups", "with_media")]
         for owner, name, part in (*packing, (VisionPass, "units_of", "digests")):
             stack.enter_context(mock.patch.object(owner, name, _clocked(getattr(owner, name), spent, part)))
         for step in range(arguments.repeats + 1):

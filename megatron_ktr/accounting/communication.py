@@ -113,7 +113,7 @@ def rank_messages(
             )
             found += _times(one.times * num_micro_batches, (*traffic.forward, *traffic.backward))
     once = update_messages(config, layout, stage=stage, settings=settings, bytes_per_number=bytes_per_number)
-    return [*found, *_times(settings.num_updates, once)]
+    return [*found, *_times(settings.num_updates * settings.mini_batches, once)]
 
 
 def chunk_messages(

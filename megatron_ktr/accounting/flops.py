@@ -15,12 +15,14 @@ blocks, masked pairs included.
 
 D hidden size, A query heads x head size, K key heads x head size, F MLP size, V vocabulary; W, I the encoder's widths.
 Backward costs twice forward if inputs and weights both need gradients, and once forward if only one of them does. The
-streamed head recomputes its logits in backward, for key rows only, which makes 3 x forward of those rows. Parallel
+streamed head recomputes its logits in backward, for key rows only, which makes 3 x forward of those rows. Where the KL
+to the reference model is taken over the whole vocabulary, the reference's logits are made in every intact pass instead
+of in the reference's own, and recomputed in backward if that KL has a gradient: 4 x forward of key rows. Parallel
 layouts do not change these numbers: padding, replicated work and any other recomputation do not count.
 
 Parts: ``vision``, ``prompt`` and ``response`` (linear layers on those rows), ``attention_prompt``,
 ``attention_response``, ``head``, ``embedding``. Passes: ``policy_forward``, ``policy_recompute``, ``policy_backward``,
-``hidden``, ``shuffled``, ``reference``, ``selection``.
+``reference``, ``selection``, ``noise``, and one for each counterfactual view, by its name.
 """
 
 from __future__ import annotations
@@ -108,7 +110,10 @@ def _count_group(
     is_once = settings.has_vision_once
 
     updates = settings.num_updates
+    # The reference's logits are made in the pass that compares them.
+    compared = {"head": intact["head"] * settings.compares_reference}
     flops.add("policy_forward", intact, times=updates)
+    flops.add("policy_forward", compared, times=updates)
     # Frozen weights give the same features in every update.
     flops.add("policy_forward", {"vision": vision}, times=1 if is_once and settings.is_vision_frozen else updates)
     if settings.is_policy_trained:
@@ -116,22 +121,25 @@ def _count_group(
         flops.add("policy_backward", backward, times=updates)
         flops.add("policy_recompute", again, times=updates)
     if settings.has_selection:
-        flops.add("selection", {**intact, "vision": 0.0 if is_once else vision})
+        # The first mini-batch's update shares the features of this pass. Its optimizer step makes the others stale,
+        # unless the encoder is frozen.
+        shared = 1.0 if settings.is_vision_frozen else 1 / settings.mini_batches
+        flops.add("selection", {**intact, "vision": vision * (1 - shared) if is_once else vision})
+        flops.add("selection", compared)
     if settings.has_reference:
         is_shared = is_once and settings.is_vision_frozen
-        flops.add("reference", {**intact, "vision": 0.0 if is_shared else vision})
-    if settings.has_hidden and group.grids:
-        keeps = settings.is_hidden_masked
-        shown = group if keeps else GroupWork(group.text_length, group.response_lengths)
-        hidden = count_language(config, shown, settings=settings, attention=attention)
-        flops.add("hidden", {**hidden, "vision": vision if keeps else 0.0})
-    if settings.shuffle_unit and group.video_grids:
-        encoded = 0.0
-        if not is_once:
-            encoded = vision
-        elif settings.shuffle_unit == "frame":
-            encoded = copies * count_vision(config.vision, group.video_grids).total
-        flops.add("shuffled", {**intact, "vision": encoded}, times=settings.num_shuffles)
+        head = 0.0 if settings.compares_reference else intact["head"]
+        flops.add("reference", {**intact, "head": head, "vision": 0.0 if is_shared else vision})
+    if settings.noise_passes:
+        # Two passes share one run of the encoder; frozen weights share that of the update, too.
+        again = 0.0 if is_once and settings.is_vision_frozen else vision / 2 if is_once else vision
+        flops.add("noise", {**intact, "vision": again}, times=settings.noise_passes)
+    for view in settings.views:
+        if group.has(view):
+            rows = count_language(config, group.seen_in(view), settings=settings, attention=attention)
+            encoded = group.encoded_in(view, has_vision_once=is_once)
+            encoder = copies * count_vision(config.vision, encoded.grids).total
+            flops.add(view.name, {**rows, "vision": encoder}, times=view.passes)
     return flops
 
 
@@ -158,7 +166,7 @@ def _backward(
         repeated = attention_parts if settings.recompute == "selective" else ("prompt", "response", *attention_parts)
         again |= {part: intact[part] * has_input_grad for part in repeated}
     if settings.has_streamed_head:
-        again["head"] = settings.key_share * intact["head"]
+        again["head"] = settings.key_share * intact["head"] * (1 + settings.has_reference_kl_gradient)
     backward["vision"], again["vision"] = _vision_backward(config, group, settings=settings, attention=attention)
     backward["vision"] *= copies
     again["vision"] *= copies

@@ -11,7 +11,8 @@
                  (``saved.py`` counts one layer, ``pipeline.py`` has the schedule)
     vision       what the encoder keeps then, on the first stage only, and the cache of features; for all micro-batches
                  at once if a pass before the update shares the encoder's run that carries the gradient
-    head         hidden rows and final norm, on the last stage only
+    head         hidden rows and final norm, on the last stage only; the reference model's hidden rows of all
+                 micro-batches, where the KL to it is taken over the whole vocabulary
     working      what else the running backward needs: a recomputed layer, gradients of activations, the head's
                  weight gradient; and the buffer into which sequence parallelism gathers
     saving       what saving a checkpoint needs on the device beyond what a step needs (``save_memory.py``)
@@ -36,6 +37,7 @@ from megatron_ktr.accounting.saved import (
     count_rows,
     head,
     language_layer,
+    reference_rows_bytes,
     vision_pass,
 )
 from megatron_ktr.accounting.work import EACH_ONCE, GroupWork, StepSettings
@@ -123,6 +125,9 @@ def estimate_memory(
         always = min(beside.vision_cache, num_micro_batches * run.features)
         if settings.is_vision_kept_for_update:
             always += num_micro_batches * run.saved
+    kept_rows = 0.0
+    if layout.is_last_chunk(rank, layout.virtual - 1):
+        kept_rows = num_micro_batches * reference_rows_bytes(config, groups, layout, kernels, settings)
     gathers = 0.0
     if layout.sequence_parallel:
         gathers = count_rows(config, groups, layout)[0] * config.text.hidden_size * kernels.bytes_per_number
@@ -133,9 +138,9 @@ def estimate_memory(
         fp8_caches=fp8_cache_bytes(config, layout, rank=rank, settings=settings),
         activations=kept - vision - head_bytes,
         vision=vision + always,
-        head=head_bytes,
+        head=head_bytes + kept_rows,
         working=working,
-        saving=max(0.0, save.device - kept - always - working),
+        saving=max(0.0, save.device - kept - always - kept_rows - working),
         engine=beside.engine,
         reserved=beside.reserved,
     )

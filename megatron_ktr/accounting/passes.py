@@ -14,8 +14,8 @@ class StepPass:
 
     flops: tuple[str, ...]
     """The names of its passes in ``Flops``: forward's name first, then the names that run in backward."""
-    times: int
-    """How often a step runs this pass."""
+    times: float
+    """How often a step runs this pass; a fraction for one that not every step runs."""
     groups: tuple[GroupWork, ...]
     """The groups, with the media that this view shows."""
     encoded: tuple[GroupWork, ...] = ()
@@ -34,15 +34,12 @@ def step_passes(groups: Sequence[GroupWork], settings: StepSettings) -> list[Ste
     """
     intact = tuple(groups)
     is_once, is_frozen = settings.has_vision_once, settings.is_vision_frozen
-    num_shuffles = settings.num_shuffles if settings.shuffle_unit else 0
-    text = tuple(GroupWork(group.text_length, group.response_lengths) for group in groups)
-    seen = intact if settings.is_hidden_masked else text
-    videos = tuple(GroupWork(g.text_length, g.response_lengths, video_grids=g.video_grids) for g in groups)
-    is_encoded_anew = settings.shuffle_unit == "frame" or not is_once
     # Distributions are compared in the first pass that computes those of the intact view. Log-probabilities are
     # computed in each view's own pass.
-    compared = settings.has_hidden + num_shuffles if settings.compares_distributions else 0
+    compared = sum(view.passes for view in settings.views) if settings.compares_distributions else 0
     of_view = 0 if settings.compares_distributions else 1
+    # The KL to the reference model is that of the current policy, so every intact pass computes it.
+    with_reference = int(settings.compares_reference)
     passes = [
         StepPass(
             ("policy_forward", "policy_recompute", "policy_backward"),
@@ -50,16 +47,37 @@ def step_passes(groups: Sequence[GroupWork], settings: StepSettings) -> list[Ste
             groups=intact,
             encoded=intact,
             encodings=1 / settings.num_updates if is_once and is_frozen else 1.0,
-            num_views=1 + (0 if settings.has_selection else compared),
+            num_views=1 + (0 if settings.has_selection else compared) + with_reference,
             has_backward=settings.is_policy_trained,
         ),
-        StepPass(("hidden",), int(settings.has_hidden), seen, seen, float(settings.is_hidden_masked), of_view),
-        StepPass(("shuffled",), num_shuffles, intact, videos, float(is_encoded_anew), of_view),
         StepPass(
-            ("reference",), int(settings.has_reference), intact, intact, float(not (is_once and is_frozen)), num_views=1
+            ("reference",),
+            int(settings.has_reference),
+            intact,
+            intact,
+            float(not (is_once and is_frozen)),
+            num_views=1 - with_reference,
         ),
         StepPass(
-            ("selection",), int(settings.has_selection), intact, intact, float(not is_once), num_views=1 + compared
+            ("selection",),
+            int(settings.has_selection),
+            intact,
+            intact,
+            float(not is_once),
+            num_views=1 + compared + with_reference,
         ),
+        StepPass(("noise",), settings.noise_passes, intact, intact, _noise_encodings(settings), num_views=1),
     ]
+    for view in settings.views:
+        encoded = tuple(group.encoded_in(view, has_vision_once=is_once) for group in groups)
+        seen = tuple(group.seen_in(view) for group in groups)
+        is_encoded = any(group.grids for group in encoded)
+        passes.append(StepPass((view.name,), view.passes, seen, encoded, float(is_encoded), of_view))
     return [one for one in passes if one.times]
+
+
+def _noise_encodings(settings: StepSettings) -> float:
+    """Two passes share one run of the encoder; frozen weights share that of the update, too."""
+    if not settings.has_vision_once:
+        return 1.0
+    return 0.0 if settings.is_vision_frozen else 0.5

@@ -15,6 +15,7 @@ from megatron_ktr.accounting.layout import Layout, why_not
 from megatron_ktr.accounting.links import Machine
 from megatron_ktr.accounting.memory import BytesBeside, Memory, estimate_memory
 from megatron_ktr.accounting.rollout_memory import RolloutMemory, estimate_rollout_memory, hf_engine_bytes
+from megatron_ktr.accounting.rollout_work import RolloutWork, rollout_work
 from megatron_ktr.accounting.save_memory import SaveMemory, estimate_save_memory
 from megatron_ktr.accounting.saved import FUSED, Kernels
 from megatron_ktr.accounting.timing import StepTime, estimate_time
@@ -40,6 +41,8 @@ class Request:
     text_length: int = 200
     response_length: int = 768
     num_generations: int = 8
+    num_shuffled: int = 0
+    """Responses to shuffled frames of every prompt, which are sampled and not trained on (``--temporal-responses``)."""
     prompts_per_step: int = 32
     micro_batch_groups: int = 1
     """Prompt groups of one micro-batch."""
@@ -79,8 +82,19 @@ class Request:
         if rank > 0:
             return 0.0, 0.0
         num_prompts = self.prompts_per_step // layout.data
-        found = hf_engine_bytes(self.config, self.group, num_prompts=num_prompts, kernels=self.kernels)
+        found = hf_engine_bytes(
+            self.config, self.group, num_prompts=num_prompts, num_shuffled=self.num_shuffled, kernels=self.kernels
+        )
         return found.weights, found.weights + found.batch
+
+    @property
+    def rollout_work(self) -> tuple[RolloutWork, RolloutWork]:
+        """The work of a step's rollout: that of the prompts, and that of the prompts with shuffled frames."""
+        first, second = (
+            rollout_work(self.config, self.group, num_prompts=self.prompts_per_step, num_responses=number)
+            for number in (self.num_generations, self.num_shuffled)
+        )
+        return first, second
 
     @property
     def micro_batch(self) -> list[GroupWork]:
@@ -281,6 +295,7 @@ def flags_of(request: Request, layout: Layout) -> str:
         {2: "--bf16", 4: ""}[request.kernels.bytes_per_number],
         f"--prompts-per-step {request.prompts_per_step} --micro-batch-groups {request.micro_batch_groups}",
         f"--num-generations {request.num_generations} --max-response-length {request.response_length}",
+        f"--temporal-bonus 0.3 --temporal-responses {request.num_shuffled}" if request.num_shuffled else "",
         f"--video-max-frames {request.num_frames} --video-max-pixels {request.pixels_per_frame}",
         f"--max-prompt-length {prompt_length}" if prompt_length > 16384 else "",
         f"--freeze {','.join(sorted(request.settings.frozen))}" if request.settings.frozen else "",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from megatron_ktr.accounting.flops import count_step
-from megatron_ktr.accounting.work import GroupWork, StepSettings
+from megatron_ktr.accounting.work import GroupWork, StepSettings, view_costs
 from megatron_ktr.config.part_options import StepOptions
 from megatron_ktr.objectives.base import Objective
 from megatron_ktr.types import RolloutGroup
@@ -17,18 +17,26 @@ NOT_TRAINING = frozenset({"seconds/rollout", "seconds/weights", "seconds/offload
 def settings_of(options: StepOptions, objective: Objective, *, key_share: float = 1.0) -> StepSettings:
     """The passes that a run's steps need. No work is done twice, and recomputation does not count."""
     section = options.objective
+    is_measured = section.noise_every and objective.signals
     return StepSettings(
-        has_hidden="hidden" in objective.views,
-        shuffle_unit=section.shuffle_unit if "shuffled" in objective.views else None,
-        num_shuffles=section.num_shuffles,
+        views=view_costs(section, objective.views),
+        noise_passes=noise_passes_of(objective) / section.noise_every if is_measured else 0.0,
         has_reference=objective.needs_reference,
-        has_selection=objective.selects_before_update(section.updates_per_rollout),
+        compares_reference=objective.needs_reference_kl,
+        has_reference_kl_gradient=objective.needs_reference_kl_gradient,
+        has_selection=objective.selects_before_update(section.num_updates),
         num_updates=section.updates_per_rollout,
+        mini_batches=section.mini_batches,
         frozen=options.frozen,
         has_adapters=options.has_adapters,
         key_share=key_share,
         has_streamed_head=False,
     )
+
+
+def noise_passes_of(objective: Objective) -> int:
+    """The passes of one measurement of the noise (``step/noise.py``)."""
+    return 3 if objective.needs_kl else 2
 
 
 def step_rates(

@@ -36,9 +36,10 @@ class HFEngineBytes:
 
 
 def hf_engine_bytes(
-    config: Qwen2_5_VLConfig, group: GroupWork, *, num_prompts: int, kernels: Kernels = FUSED
+    config: Qwen2_5_VLConfig, group: GroupWork, *, num_prompts: int, num_shuffled: int = 0, kernels: Kernels = FUSED
 ) -> HFEngineBytes:
     """The bytes of ``--engine hf`` for ``num_prompts`` prompts of a step, each like ``group``, which run in batches.
+    With ``num_shuffled`` responses to a second prompt of each, a batch may be filled up with these.
 
     weights   all parameters x b
     batch     for S responses (n prompts x G: at most 256, or those of one prompt) of P prompt and R response tokens,
@@ -49,6 +50,8 @@ def hf_engine_bytes(
     text, b, samples = config.text, kernels.bytes_per_number, len(group.response_lengths)
     per_batch = max(1, HF_BATCH_RESPONSES // samples)
     rows = min(num_prompts, per_batch) * samples
+    if num_shuffled:
+        rows = min(num_prompts * (samples + num_shuffled), max(HF_BATCH_RESPONSES, samples, num_shuffled))
     prompt, response = group.prompt_length(config), max(group.response_lengths)
     kept = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_size * b
     decoding = rows * (prompt + response) * kept

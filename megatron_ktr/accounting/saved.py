@@ -211,6 +211,15 @@ class HeadBytes:
     """Needed in backward: the weight gradient, gradients of the rows, and tiles of logits."""
 
 
+def reference_rows_bytes(
+    config: Qwen2_5_VLConfig, groups: Sequence[GroupWork], layout: Layout, kernels: Kernels, settings: StepSettings
+) -> float:
+    """The bytes of one micro-batch's hidden rows of the reference model. They wait on the last stage from the
+    reference's pass until the end of the step, for every micro-batch at once."""
+    rows = share_rows(config, groups, layout).most_predicted
+    return float(rows * config.text.hidden_size * kernels.bytes_per_number * settings.compares_reference)
+
+
 def head(
     config: Qwen2_5_VLConfig, groups: Sequence[GroupWork], layout: Layout, kernels: Kernels, settings: StepSettings
 ) -> HeadBytes:
@@ -221,6 +230,8 @@ def head(
     norm = (kernels.norm_bytes - b) * own_rows * text.hidden_size
     tiles = min(TILE_BYTES, 8 * response_rows * shard)
     gradients = response_rows * text.hidden_size * (b + 4 * settings.key_share) + rows * text.hidden_size * b
+    if settings.has_reference_kl_gradient:
+        gradients += response_rows * text.hidden_size * b * settings.key_share  # the reference's rows, key rows alone
     return HeadBytes(
         saved=norm + response_rows * (text.hidden_size * b + 12),
         extra=shard * text.hidden_size * b + gradients + tiles,

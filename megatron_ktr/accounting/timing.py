@@ -115,9 +115,10 @@ def estimate_time(
             slowest = max(range(p), key=lambda rank: sum(forward[rank::p]) + sum(backward[rank::p]))
             first_forward, last_backward = sum(forward[slowest::p]), sum(backward[slowest::p])
     scatter, gather, inside = _update_seconds(config, layout, settings=settings, machine=machine, b=b)
-    sums["tensor"] += settings.num_updates * inside
+    num_steps = settings.num_updates * settings.mini_batches
+    sums["tensor"] += num_steps * inside
     exposed = max(0.0, scatter - last_backward) + max(0.0, gather - first_forward)
-    return StepTime(**sums, data=settings.num_updates * exposed)
+    return StepTime(**sums, data=num_steps * exposed)
 
 
 def _all_chunk_times(
@@ -183,7 +184,7 @@ def _num_rows(config: Qwen2_5_VLConfig, one: StepPass) -> int:
     return sum(group.prompt_length(config) + group.num_response_tokens for group in one.groups)
 
 
-def _operations(flops: Flops, name: str, times: int, layout: Layout, number: int, ranks: float) -> float:
+def _operations(flops: Flops, name: str, times: float, layout: Layout, number: int, ranks: float) -> float:
     """The operations of the rank with the most rows in one run of the pass.
 
     ``ranks`` is the number of ranks that share the operations of a language layer.

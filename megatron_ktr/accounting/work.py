@@ -5,11 +5,14 @@ Units: rows and tokens are counts, grids are patches (time, height, width) befor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from megatron_ktr.config.words import ShuffleUnit
+from megatron_ktr.attribution.views.base import ViewCost
+from megatron_ktr.config.objective_section import ObjectiveSection
+from megatron_ktr.config.view_registry import load_view
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig, VisionConfig
 
 Grid = tuple[int, int, int]
@@ -33,6 +36,21 @@ class GroupWork:
     @property
     def grids(self) -> tuple[Grid, ...]:
         return self.video_grids + self.image_grids
+
+    def has(self, view: ViewCost) -> bool:
+        """Whether the view applies to the prompt."""
+        return bool(self.video_grids if view.needs == "video" else self.grids)
+
+    def seen_in(self, view: ViewCost) -> GroupWork:
+        """The group with the rows that the view has."""
+        return self if view.keeps_rows else GroupWork(self.text_length, self.response_lengths)
+
+    def encoded_in(self, view: ViewCost, *, has_vision_once: bool) -> GroupWork:
+        """The group with the media that the encoder processes for the view."""
+        shown = self.seen_in(view)
+        if not has_vision_once or view.encodes == "media":
+            return shown
+        return dataclasses.replace(shown, image_grids=(), video_grids=shown.video_grids * (view.encodes == "videos"))
 
     @property
     def num_response_tokens(self) -> int:
@@ -65,17 +83,25 @@ class StepSettings:
 
     is_policy_trained: bool = True
     """False: the intact pass is only a forward."""
-    has_hidden: bool = True
-    shuffle_unit: ShuffleUnit | None = "frame"
-    """None: no shuffled pass."""
-    num_shuffles: int = 1
+    views: tuple[ViewCost, ...] = field(default_factory=lambda: view_costs(ObjectiveSection()))
+    """The counterfactual views that are scored."""
+    noise_passes: float = 0.0
+    """Intact passes without gradient that measure the noise of scores, in the mean over steps."""
     has_reference: bool = True
     has_selection: bool = False
     """Whether one more intact pass without gradient runs before the update."""
     num_updates: int = 1
+    """How often the rollout is trained on."""
+    mini_batches: int = 1
+    """The optimizer steps each time; each trains on its own share of the groups."""
     compares_distributions: bool = False
     """True (``shift: kl``): one pass over the vocabulary compares the hidden rows of all views. False: each view's own
     pass computes log-probabilities."""
+    compares_reference: bool = False
+    """True: the KL to the reference model is taken over the whole vocabulary. The reference's pass ends with its hidden
+    rows, which wait for the intact passes; each of those computes the reference's distributions beside its own."""
+    has_reference_kl_gradient: bool = False
+    """Whether that KL is a term of the loss: the head's backward then recomputes the reference's logits too."""
     recompute: Recompute = "none"
     """``full``: backward runs every layer's forward again. ``selective``: only the core attention's."""
     recompute_vision: bool = False
@@ -89,8 +115,6 @@ class StepSettings:
     pass that shows media runs the encoder."""
     has_shared_prefix: bool = True
     """True: the prompt's rows are computed once per group. False: once per response, together with its media."""
-    is_hidden_masked: bool = False
-    """True: the hidden view keeps (and encodes) its visual tokens, but masks them. False: it removes them."""
     has_head_everywhere: bool = False
     """True: logits are computed for every row. False: only for the rows that predict response tokens."""
     key_share: float = 1.0
@@ -113,7 +137,8 @@ class StepSettings:
         That is so if passes without gradient need features of the intact view before the update: they take them from
         the same run of the encoder that later carries its gradient.
         """
-        reads_before = self.has_selection or self.shuffle_unit == "temporal_patch"
+        moves_features = any(view.keeps_rows and view.encodes == "nothing" for view in self.views)
+        reads_before = self.has_selection or moves_features
         return self.has_vision_once and reads_before and not self.recompute_vision and not self.is_vision_frozen
 
     @property
@@ -130,8 +155,7 @@ class StepSettings:
         if self.trains_in_fp8:
             # With adapters, the reference model is the policy with its adapters off, and needs no copies.
             return 2 if self.is_policy_trained else 1, int(self.has_reference and not self.has_adapters)
-        has_counterfactuals = self.has_hidden or self.shuffle_unit is not None
-        return int(self.scores_in_fp8 and has_counterfactuals), 0
+        return int(self.scores_in_fp8 and bool(self.views)), 0
 
     @property
     def is_vision_frozen(self) -> bool:
@@ -139,14 +163,20 @@ class StepSettings:
         return {"vision", "merger"} <= self.frozen
 
 
+def view_costs(options: ObjectiveSection, names: Iterable[str] | None = None) -> tuple[ViewCost, ...]:
+    """What the views called ``names`` cost with these options, or, without names, the views that the options name."""
+    chosen = (options.visual_view, options.temporal_view) if names is None else sorted(names)
+    return tuple(load_view(name).cost(options) for name in chosen)
+
+
 EACH_ONCE = StepSettings()
 """Video-KTR with every piece of work done once and nothing recomputed."""
 
 ORIGINAL = StepSettings(
+    views=tuple(dataclasses.replace(view, keeps_rows=True, encodes="media") for view in EACH_ONCE.views),
     recompute="full",
     has_vision_once=False,
     has_shared_prefix=False,
-    is_hidden_masked=True,
     has_head_everywhere=True,
     has_streamed_head=False,
 )

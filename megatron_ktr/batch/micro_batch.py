@@ -36,6 +36,8 @@ class MicroBatch:
     counterfactual_kl_R          that intact pass              ``scores``
     divergence_R                 the first intact pass         ``scores`` (TW-GRPO)
     reference_logprob_R          scoring, reference model      ``scores``
+    reference_hidden_RD          scoring, reference model,     every intact pass
+                                 for the KL to it
     behaviour_logprob_R,         scoring's own intact pass,    ``scores``; the objective, which otherwise
     selection                    where there is one            selects inside the update
     ===========================  ============================  ===========================================
@@ -57,6 +59,9 @@ class MicroBatch:
     divergence_R: Tensor | None = None
     """The divergence between the responses of a group, from the first intact pass; for objectives that need it."""
     reference_logprob_R: Tensor | None = None
+    reference_hidden_RD: Tensor | None = None
+    """The hidden rows of the reference model, from ``hidden_rows``, for objectives that need the KL to it over the
+    whole vocabulary. Every intact pass compares them with its own; that pass also gives the reference's log-probs."""
     behaviour_logprob_R: Tensor | None = None
     selection: Selection | None = None
     """The key tokens, if they are chosen before the update (several updates per rollout, denominators that count key
@@ -86,7 +91,10 @@ class MicroBatch:
             logprob_of_view={view: found for view, found in self.counterfactual_logprob_R.items() if found is not None},
             kl_of_view=self.counterfactual_kl_R,
             divergence_R=self.divergence_R,
-            reference_logprob_R=self.reference_logprob_R,
+            reference_logprob_R=(
+                self.reference_logprob_R if statistics.reference_logprob_R is None else statistics.reference_logprob_R
+            ),
+            reference_kl_R=statistics.reference_kl_R,
             behaviour_logprob_R=self.behaviour_logprob_R,
             sampler_logprob_R=self._sampler_logprobs(statistics.logprob_R.device),
         )
@@ -123,6 +131,26 @@ class UpdateResult:
         ``grad_norm_skip_threshold``, the gradient overflowed under the loss scale of fp16, or the loss was NaN and the
         objective allows that."""
         return self.has_gradient and not self.has_stepped
+
+
+def together(results: Sequence[UpdateResult]) -> UpdateResult:
+    """The results of several mini-batches as one: losses and norms averaged, metrics and micro-batches joined. A single
+    result stays as it is."""
+    if len(results) == 1:
+        return results[0]
+    metrics = Metrics()
+    for result in results:
+        metrics.merge(result.metrics)
+    return UpdateResult(
+        loss=sum(result.loss for result in results) / len(results),
+        has_gradient=any(result.has_gradient for result in results),
+        metrics=metrics,
+        num_not_finite=sum(result.num_not_finite for result in results),
+        has_stepped=any(result.has_stepped for result in results),
+        grad_norm=sum(result.grad_norm for result in results) / len(results),
+        streams=tuple(streams for result in results for streams in result.streams),
+        scores=tuple(scores for result in results for scores in result.scores),
+    )
 
 
 def mean_by_view(views: Sequence[View], values_KR: Tensor) -> dict[View, Tensor]:

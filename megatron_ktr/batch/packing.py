@@ -9,15 +9,16 @@ assert them):
 
 1. the groups' spans tile rows 0 .. T - num_padding; T is a multiple of ``pad_to_multiple``, reached with the fewest
    padding rows;
-2. ``target_ids_R`` is the responses' tokens in order, the same in all three views: token r of one view is token r
-   of the others, so scores subtract element by element;
+2. ``target_ids_R`` is the responses' tokens in order, the same in every view: token r of one view is token r of the
+   others, so scores subtract element by element;
 3. ``predicting_rows_R[r]`` is the row before target r in its own response; for the first token of a response it is
    the prompt's last row. The row holding target r itself is never its predictor;
 4. every response of a group starts at the same position, the one after the prompt, and counts up on all three axes;
 5. ``visual_rows`` are the prompts' visual placeholder rows in order, as many as the media have visual tokens;
    placeholder ids inside a *response* (a sampler may emit them) are plain text;
-6. the hidden view has no visual rows and no media, and its positions are those of the remaining text;
-7. the shuffled view differs from the intact one in ``patches_SD`` and ``media`` only.
+6. a view that does not keep rows (``hidden``) has no visual rows and no media, and its positions are those of the
+   remaining text;
+7. every other view differs from the intact one in ``patches_SD`` and ``media`` only.
 """
 
 from __future__ import annotations
@@ -26,12 +27,13 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from megatron_ktr.attribution.counterfactuals import shuffle_frames
+from megatron_ktr.config.view_registry import load_view
 from megatron_ktr.types import (
     INTACT,
     GroupSpan,
@@ -45,9 +47,6 @@ from megatron_ktr.types import (
 
 PAD_TOKEN_ID = 0
 """The token of padding rows. Any valid id would do: padding rows are computed but never read."""
-
-VIEWS: tuple[View, ...] = (INTACT, "hidden", "shuffled")
-"""The views that a batch can be packed in."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,15 @@ class MediaSpec:
     """``patchify(frames_FCHW, visual_input) -> float32 [S, C * temporal_patch * patch * patch]``, normalised;
     ``visual_input`` gives kind and grid only; its own frames are not read."""
 
+    @cached_property
+    def pixels_per_unit_C(self) -> Tensor:
+        """fp32 [C]: the difference of a pixel's value that is 1 in a patch, found by cutting a white and a black
+        picture into patches. (Normalisation is linear, and ``patchify`` alone knows its scale.)"""
+        side = self.merge_size * self.patch_size
+        picture = VisualInput("image", torch.zeros(1, 3, side, side, dtype=torch.uint8), (1, *[self.merge_size] * 2))
+        black_SD, white_SD = (self.patchify(picture.frames_FCHW + value, picture) for value in (0, 255))
+        return 255 / (white_SD - black_SD)[0].reshape(3, -1)[:, 0]
+
     def token_id(self, medium: VisualInput) -> int:
         return self.image_token_id if medium.kind == "image" else self.video_token_id
 
@@ -82,7 +90,7 @@ def pack_groups(
     view: View,
     media: MediaSpec,
     pad_to_multiple: int = 1,
-    permutations: Sequence[Sequence[Tensor | None]] | None = None,
+    shown: Sequence[Sequence[VisualInput]] | None = None,
     seconds_per_grid: float | None = None,
     vision: Literal["patches", "media", "none"] = "patches",
 ) -> PackedBatch:
@@ -90,25 +98,29 @@ def pack_groups(
 
     Args:
         groups: at least one; every response has at least one token.
-        view: ``hidden`` drops the visual tokens and the media; ``shuffled`` reorders the videos' frames.
+        view: ``intact``, or a counterfactual view by its name (``config/view_registry.py``).
         pad_to_multiple: T becomes a multiple of it (sequence parallelism, FP8).
-        permutations: only for ``shuffled``: the new frame order of each medium by group, or None to keep the order
-            (``attribution.counterfactuals.draw_permutations``).
+        shown: only for counterfactual views that keep rows: the media that the view shows, by group
+            (``CounterfactualView.shown``). They may be left out with ``vision`` "none".
         seconds_per_grid: overrides every video's own value; only the sampler check's experiments set it.
         vision: what the batch holds of its media. ``patches``: patches, which the model encodes itself. ``media``: the
             media alone, because a ``VisionPass`` computes features. ``none``: nothing, for ranks without the encoder.
 
     Raises:
-        ValueError: there is no group, a response is empty, media do not match the prompt's placeholders, a permutation
-            is missing, or the hidden view would keep nothing of a prompt.
+        ValueError: there is no group, a response is empty, media do not match the prompt's placeholders, the media of
+            the view are missing, or a view without visual tokens would keep nothing of a prompt.
+        UserError: there is no such view.
     """
-    _check_request(groups, view=view, pad_to_multiple=pad_to_multiple, permutations=permutations)
+    keeps_rows = view == INTACT or load_view(view).keeps_rows
+    _check_request(groups, pad_to_multiple=pad_to_multiple)
+    if view != INTACT and keeps_rows and vision != "none":
+        _check_shown(groups, shown, view=view)
     builder = _Builder()
     for index, group in enumerate(groups):
         prompt = group.prompt
         _check_placeholders(prompt, media)
-        shown = () if view == "hidden" else prompt.media
-        tokens = [token for token in prompt.token_ids if view != "hidden" or not media.is_visual(token)]
+        kept = prompt.media if keeps_rows else ()
+        tokens = [token for token in prompt.token_ids if keeps_rows or not media.is_visual(token)]
         if not tokens:
             raise ValueError(
                 f"prompt {prompt.problem_id!r} has no text token left in view {view!r}; something must predict the "
@@ -116,41 +128,37 @@ def pack_groups(
             )
         positions_3P, next_position = media.positions(
             tokens,
-            grid_thw=[medium.grid_thw for medium in shown],
-            kinds=[medium.kind for medium in shown],
-            seconds_per_grid=[_seconds(medium, seconds_per_grid) for medium in shown],
+            grid_thw=[medium.grid_thw for medium in kept],
+            kinds=[medium.kind for medium in kept],
+            seconds_per_grid=[_seconds(medium, seconds_per_grid) for medium in kept],
         )
         builder.add_group(group, tokens, positions_3P, next_position, media)
-        builder.grids += [medium.grid_thw for medium in shown]
+        builder.grids += [medium.grid_thw for medium in kept]
         if vision == "none":
             continue
-        orders = permutations[index] if permutations and view == "shuffled" else (None,) * len(shown)
-        for medium, order in zip(shown, orders, strict=True):
-            seen = medium if order is None else shuffle_frames(medium, order)
-            builder.media.append(seen)
+        for medium in kept if shown is None or not keeps_rows else shown[index]:
+            builder.media.append(medium)
             if vision == "patches":
-                builder.patches.append(media.patchify(seen.frames_FCHW, seen))
+                builder.patches.append(media.patchify(medium.frames_FCHW, medium))
     return builder.finish(view, pad_to_multiple)
 
 
-def shuffled_view(intact: PackedBatch, permutations: Sequence[Sequence[Tensor | None]]) -> PackedBatch:
-    """The shuffled view, made from the intact view of the same groups without packing them again.
+def with_media(intact: PackedBatch, view: View, shown: Sequence[Sequence[VisualInput]]) -> PackedBatch:
+    """A view that keeps rows, made from the intact view of the same groups without packing them again.
 
-    The result equals ``pack_groups(groups, view="shuffled", permutations=permutations)``. It shares the tensors of
-    rows, tokens and positions with ``intact``, which must have been packed with ``vision`` "media" or "none".
+    The result equals ``pack_groups(groups, view=view, shown=shown)``. It shares the tensors of rows, tokens and
+    positions with ``intact``, which must have been packed with ``vision`` "media" or "none".
 
     Raises:
         ValueError: the intact view holds patches, or has another number of media.
     """
-    orders = [order for of_group in permutations for order in of_group]
-    if intact.patches_SD is not None or (intact.media and len(intact.media) != len(orders)):
+    media = tuple(medium for of_group in shown for medium in of_group)
+    if intact.patches_SD is not None or (intact.media and len(intact.media) != len(media)):
         raise ValueError(
-            f"shuffled_view: expected no patches and {len(orders)} media, got {len(intact.media)} media"
+            f"with_media: expected no patches and {len(media)} media, got {len(intact.media)} media"
             f"{'' if intact.patches_SD is None else ' and patches'}"
         )
-    shown = zip(intact.media, orders, strict=True) if intact.media else ()
-    media = tuple(medium if order is None else shuffle_frames(medium, order) for medium, order in shown)
-    return dataclasses.replace(intact, view="shuffled", media=media)
+    return dataclasses.replace(intact, view=view, media=media if intact.media else ())
 
 
 def plan_micro_batches(
@@ -237,15 +245,7 @@ def _seconds(medium: VisualInput, override: float | None) -> float:
     return override if override is not None and medium.kind == "video" else medium.seconds_per_grid
 
 
-def _check_request(
-    groups: Sequence[RolloutGroup],
-    *,
-    view: View,
-    pad_to_multiple: int,
-    permutations: Sequence[Sequence[Tensor | None]] | None,
-) -> None:
-    if view not in VIEWS:
-        raise ValueError(f"unknown view {view!r}, expected one of {VIEWS}")
+def _check_request(groups: Sequence[RolloutGroup], *, pad_to_multiple: int) -> None:
     if not groups:
         raise ValueError("pack_groups needs at least one group")
     if pad_to_multiple < 1:
@@ -257,11 +257,13 @@ def _check_request(
                 f"prompt {group.prompt.problem_id!r}: expected responses of at least one token (the end token "
                 f"counts), got lengths {lengths}"
             )
-    if view == "shuffled":
-        expected = [len(group.prompt.media) for group in groups]
-        got = None if permutations is None else [len(orders) for orders in permutations]
-        if got != expected:
-            raise ValueError(f"the shuffled view needs one frame order (or None) per medium: {expected}, got {got}")
+
+
+def _check_shown(groups: Sequence[RolloutGroup], shown: Sequence[Sequence[VisualInput]] | None, *, view: View) -> None:
+    expected = [[medium.grid_thw for medium in group.prompt.media] for group in groups]
+    got = None if shown is None else [[medium.grid_thw for medium in of_group] for of_group in shown]
+    if got != expected:
+        raise ValueError(f"view {view!r} must show media of the prompts' grids, {expected} by group, got {got}")
 
 
 def _check_placeholders(prompt: Prompt, media: MediaSpec) -> None:

@@ -10,12 +10,21 @@ the other lines must stay valid. What is refused is an option that would change 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from megatron_ktr.config import evaluation_rules, pipeline_split, schedule
+from megatron_ktr.config import (
+    evaluation_rules,
+    filter_rules,
+    pipeline_split,
+    policy_gradient_rules,
+    reward_rules,
+    schedule,
+    second_prompt_rules,
+)
 from megatron_ktr.config.objective_registry import objective_entry, options_of_others
 from megatron_ktr.config.sections import DataSection, ObjectiveSection
+from megatron_ktr.config.selection_rules import selection_problems
 from megatron_ktr.errors import UserError
 from megatron_ktr.stack import require_core_0_19
 
@@ -53,7 +62,8 @@ OBJECTIVE_DEFAULTS = {field.name: field.default for field in dataclasses.fields(
 def check(config: Config) -> None:
     """Raises ``UserError`` with the first rule that ``config`` breaks."""
     training = (_objective, _optimizer, _parallel, _fp8, _frozen_models)
-    for rules in (_required, _data, _rollout, _reward, evaluation_rules.problems, *training):
+    sampling = (_rollout, second_prompt_rules.problems, reward_rules.problems, filter_rules.problems)
+    for rules in (_required, _data, *sampling, evaluation_rules.problems, *training):
         for problem in rules(config):
             raise UserError(problem)
 
@@ -68,7 +78,7 @@ def _required(config: Config) -> Iterator[str]:
             "--train-steps and --train-epochs both say how long the run is: give one of them (none takes away what a "
             "file gives: --train-epochs none)"
         )
-    objective_entry(config.objective.objective)  # raises if there is no such objective, or not yet
+    objective_entry(config.objective.objective)  # raises if there is no such objective
 
 
 def _data(config: Config) -> Iterator[str]:
@@ -178,39 +188,11 @@ def _offload_during_rollout(config: Config) -> Iterator[str]:
         )
 
 
-def _reward(config: Config) -> Iterator[str]:
-    if config.reward.reward_functions and config.rollout.engine == "replay":
-        yield "--reward-functions is not read by --engine replay: rewards come with the recorded rollouts"
-    if config.reward.answer_protocol != "standard" and config.rollout.engine == "replay":
-        yield "--answer-protocol is not read by --engine replay: rewards come with the recorded rollouts"
-    needs_accuracy = config.reward.length_bonus > 0 and not config.objective.is_supervised
-    if needs_accuracy and not _have_accuracy(config.reward.reward_functions):
-        yield "--length-bonus goes to correct responses: add accuracy to --reward-functions, or set --length-bonus 0"
-    for source in config.data.sources:
-        if source.reward_functions and config.objective.is_supervised:
-            yield f"--data-path: {source.label} names reward_functions, which --objective sft does not read"
-        elif needs_accuracy and not _have_accuracy(source.reward_functions or ()):
-            yield (
-                f"--length-bonus goes to correct responses: add accuracy to the reward_functions of {source.label}, or "
-                "set --length-bonus 0"
-            )
-    if config.reward.length_bonus_min > config.reward.length_bonus_max:
-        yield (
-            f"--length-bonus-min {config.reward.length_bonus_min} exceeds "
-            f"--length-bonus-max {config.reward.length_bonus_max}"
-        )
-
-
-def _have_accuracy(names: Sequence[str]) -> bool:
-    """Whether accuracy is among the reward parts; without names they are the default ones."""
-    return not names or "accuracy" in [name.rpartition(":")[2] for name in names]
-
-
 def _objective(config: Config) -> Iterator[str]:
     section = config.objective
     defaults = {**OBJECTIVE_DEFAULTS, **objective_entry(section.objective).defaults}
-    if not section.selection_ratio:
-        yield "--selection-ratio must not be empty"
+    if not section.is_supervised:
+        yield from selection_problems(section)
     for rule in objective_entry(section.objective).rules:
         yield from rule(section, config.rollout)
     for name in options_of_others(section.objective):
@@ -231,8 +213,7 @@ def _objective(config: Config) -> Iterator[str]:
         yield "--scoring-precision bf16 does not go with --fp16: its counterfactual passes are in FP16; leave it out"
     if {"vision", "merger", "language"} <= set(config.model.freeze):
         yield "--freeze vision,merger,language leaves nothing to train"
-    if config.rollout.num_generations < 2 and not section.is_supervised:
-        yield "--num-generations must be at least 2: advantages compare the responses of one prompt"
+    yield from policy_gradient_rules.problems(config)
 
 
 def _optimizer(config: Config) -> Iterator[str]:

@@ -82,7 +82,7 @@ def config_from_values(values: Mapping[str, Any]) -> Config:
     ``objective_registry.py``) or else of the section; not checked.
 
     Raises:
-        UserError: there is no such objective, or not yet.
+        UserError: there is no such objective.
     """
     if "objective" in values:
         values = {**objective_entry(values["objective"]).defaults, **values}

@@ -19,10 +19,21 @@ from megatron_ktr.errors import UserError
 if TYPE_CHECKING:
     from megatron_ktr.config.sections import ObjectiveSection, RolloutSection
 
-BUILT_IN = ("video_ktr", "grpo", "tw_grpo", "sft")
+BUILT_IN = (
+    "video_ktr",
+    "grpo",
+    "t_grpo",
+    "tw_grpo",
+    "dapo",
+    "dr_grpo",
+    "rloo",
+    "reinforce_pp",
+    "reinforce_pp_baseline",
+    "gspo",
+    "cispo",
+    "sft",
+)
 """Each is a module of ``megatron_ktr.objectives`` that registers the objective of the same name."""
-NOT_AVAILABLE = ("t_grpo",)
-"""Names that related projects have led users to expect; they are refused with one sentence."""
 
 Rule = Callable[["ObjectiveSection", "RolloutSection"], Iterable[str]]
 """Gives one sentence for each problem that the options have with the objective; no sentence where all is well."""
@@ -71,19 +82,12 @@ def available_objectives() -> tuple[str, ...]:
     return (*BUILT_IN, *(name for name in _entries if name not in BUILT_IN))
 
 
-def objective_choices() -> tuple[str, ...]:
-    """The values of ``--objective``, those that are refused as not available yet among them."""
-    return (*available_objectives(), *NOT_AVAILABLE)
-
-
 def objective_entry(name: str) -> ObjectiveEntry:
     """What the objective called ``name`` says about itself; imports its file where that has not happened yet.
 
     Raises:
-        UserError: there is no such objective, or not yet; the message has the nearest name.
+        UserError: there is no such objective; the message has the nearest name.
     """
-    if name in NOT_AVAILABLE:
-        raise UserError(f"--objective {name} is not available yet; available: {', '.join(available_objectives())}")
     if name not in available_objectives():
         raise UserError(
             f"objective: unknown objective {name!r}, expected one of {', '.join(available_objectives())}"

@@ -2,20 +2,52 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
+from megatron_ktr.config.cli import LARGEST_NUMBER, shorten
 from megatron_ktr.config.cli import option as _option
-from megatron_ktr.config.objective_registry import objective_choices, objective_entry
+from megatron_ktr.config.objective_registry import available_objectives, objective_entry
+from megatron_ktr.config.signal_registry import available_signals
+from megatron_ktr.config.view_registry import temporal_views, visual_views
 from megatron_ktr.config.words import (
     SIGNALS,
+    AdvantageName,
+    AdvantageOver,
+    AdvantageShaping,
+    Combine,
+    Dependence,
     ImportanceLevel,
+    KlKind,
     LossAggregation,
+    PatchUnit,
+    Ratio,
+    Scope,
     ScoresDtype,
     ScoringPrecision,
+    Selection,
+    SelectionRule,
     Shift,
     ShuffleUnit,
-    Signal,
+    TokenSet,
+    TokenWeights,
 )
+
+AUTO = "auto"
+
+
+def parse_min_shift(value: Any) -> float | str:
+    """The value of ``min_shift``: a number of at least 0, or ``AUTO``. Raises ``ValueError`` for anything else."""
+    if value == AUTO:
+        return AUTO
+    try:
+        number = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < LARGEST_NUMBER:
+        raise ValueError(f"expected a number >= 0, or {AUTO}, got {shorten(value)}")
+    return number
 
 
 @dataclass(frozen=True)
@@ -24,12 +56,66 @@ class ObjectiveSection:
 
     objective: str = _option(
         "video_ktr",
-        "Training objective (see the table below); t_grpo is not available yet",
-        choices=objective_choices,
+        "Training objective (see the table below)",
+        choices=available_objectives,
     )
-    signals: tuple[Signal, ...] = _option(SIGNALS, "Signals whose selected tokens, together, are the key tokens")
+    selection: Selection | None = _option(
+        None,
+        "Which tokens carry the loss: those that the signals select, or a control: random = as many, drawn by chance; "
+        "complement = the others; all = every token (the options of selection are then passed over); none = what the "
+        "objective says, signals or all",
+    )
+    signals: tuple[str, ...] = _option(
+        SIGNALS, "Signals whose selected tokens, together, are the key tokens", choices=available_signals
+    )
     selection_ratio: tuple[float, ...] = _option(
         (0.2,), "Share of response tokens each signal selects: one for all, or one per signal", above=0, high=1
+    )
+    selection_count: tuple[int, ...] = _option(
+        (),
+        "Number of tokens each signal selects in every scope, in place of a share: one for all, or one per signal; "
+        "empty = selection_ratio",
+        low=1,
+    )
+    selection_rule: SelectionRule = _option(
+        "quantile",
+        "How a share is taken: every score at or above the scope's quantile, ties included, or exactly "
+        "ceil(share x tokens) by rank",
+    )
+    selection_scope: Scope = _option(
+        "prompt",
+        "Tokens whose scores are compared: those of one response, of a prompt's responses, or of the global batch (one "
+        "more pass without gradient)",
+    )
+    combine: Combine = _option(
+        "union",
+        "Key tokens: those that any signal selects, those that every signal selects, or the top share of the weighted "
+        "sum of the signals' ranks",
+    )
+    signal_weights: tuple[float, ...] = _option(
+        (), "combine weighted: the weight of each signal; empty = all alike", above=0
+    )
+    token_weights: TokenWeights = _option(
+        "hard",
+        "hard = key tokens alone carry the loss; otherwise every token does, weighted by the rank of its score in the "
+        "scope (rank = linear; sigmoid = the release's form), by softmax of the score, or by VPPO's soft mask, whose "
+        "mean is selection_ratio; the first three have mean 1",
+    )
+    weight_temperature: float = _option(1.0, "token_weights softmax: the scores are divided by it", above=0)
+    dependence: Dependence = _option(
+        "kl",
+        "The signal dependence, and shaping by it: KL from the intact to the visual view over the whole vocabulary, or "
+        "its estimate from the sampled token, clamped to [0, 10] (the release of VPPO)",
+    )
+    advantage_shaping: AdvantageShaping = _option(
+        "none",
+        "dependence = multiply advantages by a factor that grows with the response's mean dependence (VPPO)",
+    )
+    shaping_min: float = _option(
+        0.9, "Factor of the response of the global batch that depends least on what it saw", low=0
+    )
+    shaping_max: float | None = _option(
+        None, "Factor of the one that depends most; none = such that the mean over the batch is 1", low=0
     )
     shift: Shift = _option(
         "signed",
@@ -38,7 +124,39 @@ class ObjectiveSection:
     shuffle_unit: ShuffleUnit = _option(
         "frame", "What the temporal counterfactual permutes: decoded frames, or pairs of frames already encoded"
     )
-    num_shuffles: int = _option(1, "Random orders whose scores are averaged", low=1)
+    num_shuffles: int = _option(
+        1, "Draws of each random view (orders of frames, black patches, noise) whose scores are averaged", low=1
+    )
+    visual_view: str = _option(
+        "hidden",
+        "What the visual signal compares with: the media hidden, a random part of each picture black, noise on every "
+        "pixel, or another question's media",
+        choices=visual_views,
+    )
+    temporal_view: str = _option(
+        "shuffled",
+        "What the temporal signal compares with: the videos' frames in random order, or in reverse order",
+        choices=temporal_views,
+    )
+    patch_share: float = _option(0.5, "visual_view patches: share of a medium's patches that is black", above=0, high=1)
+    patch_unit: PatchUnit = _option(
+        "merged", "visual_view patches: what is black as a whole, a visual token's square or a patch of the encoder"
+    )
+    noise_std: float = _option(
+        2.0, "visual_view noise: standard deviation, in those of natural pictures (normalised pixels)", above=0
+    )
+    noise_every: int = _option(
+        0,
+        "Steps between two measurements of how much the scores of signals change by rounding alone, each two more "
+        "intact passes without gradient; 0 = never",
+        low=0,
+    )
+    min_shift: float | str = _option(
+        0.0,
+        "Smallest visual and temporal score (nats) that is selected: 0 = no limit (the paper), a number, or auto = "
+        "the noise that noise_every measured",
+        parse=parse_min_shift,
+    )
     scoring_precision: ScoringPrecision = _option(
         "same",
         "Products of the counterfactual passes: as in training, in bf16 (under an fp32 model, or one that trains in "
@@ -58,7 +176,54 @@ class ObjectiveSection:
         (), "Two bounds, e.g. 0.5,5: tokens whose trainer / sampler probability lies outside carry no loss; empty = off"
     )
     loss_aggregation: LossAggregation = _option(
-        "sequence", "Mean over tokens then responses, or mean over all tokens of the global batch"
+        "sequence",
+        "Mean over tokens then responses; mean over all tokens of the global batch; or sum over tokens / (responses x "
+        "loss_constant)",
+    )
+    loss_constant: int | None = _option(
+        None, "With loss_aggregation constant: tokens that every response counts as; none = max_response_length", low=1
+    )
+    masked_denominator: TokenSet = _option(
+        "key", "Tokens that the means of the loss divide by: those that carry the policy gradient, or all"
+    )
+    advantage: AdvantageName = _option(
+        "group",
+        "What a reward is compared with: mean and deviation of its group (GRPO), the group's mean (Dr. GRPO), the mean "
+        "of the others in it (RLOO), mean and deviation of the global batch (REINFORCE++), or these after the group's "
+        "mean was subtracted",
+    )
+    advantage_over: AdvantageOver = _option(
+        "responses", "With advantage batch or batch_baseline: mean and deviation over responses, or over tokens"
+    )
+    ratio: Ratio = _option(
+        "token",
+        "Probability ratio to the old policy: clipped, of each token or of the whole response (GSPO; sequence_token: "
+        "with each token's own gradient), or as a capped constant (CISPO)",
+    )
+    ratio_cap: float = _option(5.0, "With ratio cispo: largest ratio", above=0)
+    dual_clip: float | None = _option(
+        None, "With ratio token: largest ratio of a token of negative advantage, e.g. 3; none = no limit", above=1
+    )
+    kl_kind: KlKind = _option(
+        "k3",
+        "The KL to the reference model: an estimate from the sampled token (k3_plus: the value of k3, the gradient of "
+        "k2), or full: over the whole vocabulary",
+    )
+    kl_in_reward: bool = _option(
+        False, "Subtract kl_beta x the KL of the whole response from its reward, in place of a term of the loss"
+    )
+    kl_on: TokenSet = _option("key", "Tokens of the KL term: those that carry the policy gradient, or all")
+    entropy_bonus: float = _option(
+        0.0, "Weight of the mean entropy of the key tokens, which the loss raises; 0 = off", low=0
+    )
+    sampled_entropy_penalty: float = _option(
+        0.0, "Weight of the mean -log-prob of all response tokens, which the loss lowers; 0 = off", low=0
+    )
+    mini_batches: int = _option(
+        1,
+        "Parts of equal size into which the prompts of a step are split, in the order they were drawn; each takes an "
+        "optimizer step of its own, with ratios to the policy before the first",
+        low=1,
     )
     tw_alpha: float = _option(
         1.7, "tw_grpo: weight of the position where a group's responses differ most; where least, it is 1", low=1
@@ -86,9 +251,19 @@ class ObjectiveSection:
         return objective_entry(self.objective).is_supervised
 
     @property
+    def num_updates(self) -> int:
+        """The optimizer steps of a training step."""
+        return self.updates_per_rollout * self.mini_batches
+
+    @property
     def fixed_seconds_per_grid(self) -> float | None:
         """The ``seconds_per_grid`` of every video in every pass, sampling included; None = each video's own value."""
         return 1.0 if self.original_compat else None
+
+    @property
+    def selection_mode(self) -> Selection:
+        """Which tokens carry the loss: ``selection``, or what the objective says."""
+        return self.selection or objective_entry(self.objective).defaults.get("selection", "all")
 
     @property
     def importance_bounds(self) -> tuple[float, float] | None:
@@ -101,5 +276,18 @@ class ObjectiveSection:
     @property
     def ratio_of_signal(self) -> dict[str, float]:
         """The share of tokens that each signal selects. A single ``selection_ratio`` applies to every signal."""
-        ratios = self.selection_ratio * (len(self.signals) if len(self.selection_ratio) == 1 else 1)
-        return dict(zip(self.signals, ratios, strict=True))
+        return self._by_signal(self.selection_ratio)
+
+    @property
+    def count_of_signal(self) -> dict[str, int]:
+        """The number of tokens that each signal selects; empty where it selects a share."""
+        return self._by_signal(self.selection_count) if self.selection_count else {}
+
+    @property
+    def weight_of_signal(self) -> dict[str, float]:
+        """The weight of each signal in a weighted sum; empty where all have the same."""
+        return self._by_signal(self.signal_weights) if self.signal_weights else {}
+
+    def _by_signal(self, values: tuple[Any, ...]) -> dict[str, Any]:
+        given = values * (len(self.signals) if len(values) == 1 else 1)
+        return dict(zip(self.signals, given, strict=True))

@@ -88,6 +88,8 @@ class StepOptions:
     objective: ObjectiveSection = field(default_factory=ObjectiveSection)
     trainer: TrainerSection = field(default_factory=TrainerSection)
     row_multiple: int = 1
+    num_shuffled: int = 0
+    """Responses to shuffled frames for every prompt with a video."""
     offload_during_rollout: bool = False
     frozen: frozenset[str] = frozenset()
     """Parts of the model whose weights get no gradient: vision, merger, language."""
@@ -100,6 +102,7 @@ class StepOptions:
             config.objective,
             config.trainer,
             row_multiple=row_multiple(config),
+            num_shuffled=config.rollout.num_shuffled,
             offload_during_rollout=config.optimizer.offload_during_rollout,
             frozen=frozenset(("vision", "merger", "language") if has_adapters else config.model.freeze),
             has_adapters=has_adapters,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_ktr.config.cli import option as _option
-from megatron_ktr.config.words import Engine, WeightTransfer
+from megatron_ktr.config.words import Engine, FilterGroups, WeightTransfer
 
 HF_BATCH_RESPONSES = 256
 """Responses that ``--engine hf`` decodes together."""
@@ -27,6 +27,20 @@ class RolloutSection:
     top_p: float = _option(0.95, "Nucleus sampling: smallest set of tokens with this probability", above=0, high=1)
     top_k: int = _option(0, "Sample from the k most probable tokens; 0 = no limit", low=0)
     stop: tuple[str, ...] = _option((), "Strings that end a response; they stay in its text and its tokens")
+    temporal_bonus: float = _option(
+        0.0,
+        "Extra reward of a correct response to a video whose group satisfies temporal_margin; 0 = none. Above 0, every "
+        "prompt with a video is asked a second time, with its frames in random order; t_grpo has 0.3",
+        low=0,
+    )
+    temporal_margin: float = _option(
+        0.8,
+        "temporal_bonus is paid if the mean accuracy of a group is at least this factor of that on shuffled frames",
+        low=0,
+    )
+    temporal_responses: int | None = _option(
+        None, "Responses to shuffled frames for temporal_bonus; none = half of num_generations", low=1
+    )
     lag: int = _option(
         0,
         "1 = the next step's responses are sampled while this step trains, from weights one step older; needs "
@@ -76,3 +90,41 @@ class RolloutSection:
     in_flight_updates: bool = _option(
         False, "Servers take new weights without finishing running responses; mixed responses are counted"
     )
+    filter_groups: FilterGroups = _option(
+        "off",
+        "Dynamic sampling: groups that teach nothing are replaced by those of further prompts. equal = reject a group "
+        "whose values of filter_metric are all the same; range = also one whose mean is not between filter_low and "
+        "filter_high",
+    )
+    filter_metric: str | None = _option(
+        None,
+        "The value of a response that filter_groups compares: reward (the sum of all parts), or the name of a part, "
+        "e.g. accuracy; none = reward for equal, accuracy for range",
+    )
+    filter_low: float = _option(0.0, "The mean of a group must be above it (filter_groups range)")
+    filter_high: float = _option(1.0, "The mean of a group must be below it (filter_groups range)")
+    min_reward_spread: float = _option(
+        0.0, "filter_groups also rejects a group whose largest and smallest value differ by less than this", low=0
+    )
+    filter_max_rounds: int = _option(
+        3,
+        "How often a step draws further prompts for rejected groups, each time at most prompts_per_step; then it goes "
+        "on with the good groups there are",
+        low=0,
+    )
+    retire_above: float | None = _option(
+        None,
+        "Retire a record whose running accuracy is above this: it is passed over for retire_for epochs; none = never",
+        low=0,
+    )
+    retire_for: int = _option(1, "Epochs for which a retired record is passed over", low=1)
+    retire_decay: float = _option(
+        0.5, "Weight of earlier accuracies in the running accuracy of a record; 0 = only the last group counts", low=0
+    )
+
+    @property
+    def num_shuffled(self) -> int:
+        """Responses to shuffled frames for every prompt with a video; 0 where nothing is asked twice."""
+        if not self.temporal_bonus:
+            return 0
+        return self.temporal_responses or max(1, self.num_generations // 2)

@@ -20,8 +20,11 @@ if TYPE_CHECKING:
 
 def schedule_length(config: Config) -> float:
     """What the whole run counts for the schedule; infinite while only its epochs are known."""
-    num_updates = (config.trainer.train_steps or math.inf) * config.objective.updates_per_rollout
-    return num_updates * (config.trainer.prompts_per_step if config.optimizer.counts_samples else 1)
+    num_steps = config.trainer.train_steps or math.inf
+    if config.optimizer.counts_samples:
+        # Each mini-batch counts its own part of the prompts.
+        return num_steps * config.objective.updates_per_rollout * config.trainer.prompts_per_step
+    return num_steps * config.objective.num_updates
 
 
 def problems(config: Config) -> Iterator[str]:

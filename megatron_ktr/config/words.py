@@ -34,21 +34,45 @@ FrameRule = Literal["fps", "fixed", "resampled"]
 # Rollout and reward
 Engine = Literal["replay", "hf", "vllm_colocated", "vllm_server"]
 WeightTransfer = Literal["auto", "nccl", "directory"]
+FilterGroups = Literal["off", "equal", "range"]
+"""Which groups of a step are replaced by further ones (``rollout/filtering.py``)."""
 AnswerProtocol = Literal["official", "strict", "standard", "lenient"]
+RewardErrorPolicy = Literal["stop", "zero", "skip_group"]
 
 # Objective
-Signal = Literal["entropy", "visual", "temporal"]
-SIGNALS: tuple[Signal, ...] = get_args(Signal)
+SIGNALS = ("entropy", "visual", "temporal")
+"""The signals of Video-KTR. Each signal registers its own name (``signal_registry.py``)."""
+Selection = Literal["signals", "random", "complement", "all"]
+"""Which tokens carry the loss: those that the signals select, or a control."""
+SELECTIONS: tuple[Selection, ...] = get_args(Selection)
+SelectionRule = Literal["quantile", "rank"]
+Scope = Literal["response", "prompt", "batch"]
+"""The sets of tokens whose scores are compared (``attribution/scopes.py``)."""
+SCOPES: tuple[Scope, ...] = get_args(Scope)
+Combine = Literal["union", "intersection", "weighted"]
+TokenWeights = Literal["hard", "rank", "sigmoid", "softmax", "soft_mask"]
+TOKEN_WEIGHTS: tuple[TokenWeights, ...] = get_args(TokenWeights)
+Dependence = Literal["kl", "k3"]
+AdvantageShaping = Literal["none", "dependence"]
 Shift = Literal["signed", "absolute", "kl"]
 SHIFTS: tuple[Shift, ...] = get_args(Shift)
 ShuffleUnit = Literal["frame", "temporal_patch"]
 SHUFFLE_UNITS: tuple[ShuffleUnit, ...] = get_args(ShuffleUnit)
+PatchUnit = Literal["merged", "vit"]
+"""What the view ``patches`` blackens as a whole (``attribution/views/patches.py``)."""
 ScoringPrecision = Literal["same", "bf16", "fp8"]
 ScoresDtype = Literal["fp32", "bf16"]
 ImportanceLevel = Literal["none", "token", "sequence"]
 IMPORTANCE_LEVELS: tuple[ImportanceLevel, ...] = get_args(ImportanceLevel)
-LossAggregation = Literal["sequence", "token"]
+LossAggregation = Literal["sequence", "token", "constant"]
 LOSS_AGGREGATIONS: tuple[LossAggregation, ...] = get_args(LossAggregation)
+AdvantageName = Literal["group", "group_mean", "leave_one_out", "batch", "batch_baseline"]
+AdvantageOver = Literal["responses", "tokens"]
+Ratio = Literal["token", "sequence", "sequence_token", "cispo"]
+KlKind = Literal["k1", "k2", "k3", "k3_plus", "full"]
+KL_KINDS: tuple[KlKind, ...] = get_args(KlKind)
+TokenSet = Literal["key", "all"]
+"""The tokens that carry the policy gradient, or all tokens of the responses."""
 
 # Optimizer, layout and run
 OptimizerName = Literal["adam", "sgd"]

@@ -28,8 +28,11 @@ import xxhash
 
 from megatron_ktr.data.loader import PromptLoader
 from megatron_ktr.data.mixture import MixtureOrder, RecordSource
+from megatron_ktr.data.other_media import OtherMedia
 from megatron_ktr.data.records import Record, digest_of_records
+from megatron_ktr.data.retirement import Retirement, RetirementRule
 from megatron_ktr.data.skips import SkipCounter
+from megatron_ktr.data.together import TogetherDraws, UsedElement
 from megatron_ktr.data.unusable import UnusableSample
 from megatron_ktr.data.workers.look_ahead import LookAhead, SampleMedia
 from megatron_ktr.data.workers.pool import WorkerPool
@@ -83,8 +86,11 @@ class PromptDataset:
         self.num_given: Counter[str] = Counter()
         """The prompts given so far, by the name of their source."""
         self._pool: WorkerPool | None = None
-        self._ahead: LookAhead[Element] | None = None
+        self._ahead: LookAhead[Element | UsedElement] | None = None
         self._prefetch_steps = 0
+        self._others: OtherMedia | None = None
+        self.together: TogetherDraws | None = None
+        """The draws of a run whose replicas draw together (``draw_together``); ``next`` is then not called."""
         self._more_counts: list[Callable[[], Mapping[str, int]]] = []
         self._use((RecordSource(records, loader, left_out),))
 
@@ -130,15 +136,62 @@ class PromptDataset:
     def num_records(self) -> int:
         return sum(len(source.records) for source in self.sources)
 
+    def draw_together(self, rule: RetirementRule | None) -> None:
+        """Lets all replicas draw the prompts of a step together (``data/together.py``), and retires easy records by
+        ``rule``, if there is one. It comes before the first draw."""
+        retirement = Retirement(rule, [len(source.records) for source in self.sources]) if rule else None
+        self.together = TogetherDraws(
+            self.sources,
+            self._order,
+            rank=self.rank,
+            size=self.size,
+            load=self._load_used,
+            counts=self.loader.counts,
+            retirement=retirement,
+        )
+
+    def next_together(self, number: int, *, num_step: int) -> list[tuple[int, Prompt]]:
+        """This replica's prompts among the first ``number`` draws of the step, without those returned before and
+        without unusable ones, each with its place. ``num_step`` are the draws of an ordinary step.
+
+        Raises:
+            UserError: there is no usable sample.
+        """
+        assert self.together is not None, "draw_together() comes first"
+        num_ahead = -(-num_step // self.size) * self._prefetch_steps
+        drawn = self.together.draw(number, num_ahead=num_ahead)
+        return [(one.place, one.prompt) for one in drawn if one.prompt is not None]
+
+    def settle(self, number: int, *, accuracies: Mapping[int, float]) -> None:
+        """The first ``number`` draws of the step are used up. ``accuracies`` are the mean accuracies of all replicas'
+        groups, by draw number.
+
+        Raises:
+            UserError: too large a share of the samples is unusable.
+        """
+        assert self.together is not None, "draw_together() comes first"
+        for drawn in self.together.settle(number, accuracies):
+            self.skips.count_drawn()
+            if drawn.prompt is not None:
+                self.num_given[drawn.prompt.source] += 1
+            if drawn.error is not None:
+                self.skips.count_skip(drawn.error, number=drawn.element.record.get("record_number"))
+
     def read_ahead(self, pool: WorkerPool, *, prefetch_steps: int = 1) -> None:
         """Lets the workers of ``pool``, which ``close`` ends, load the media from now on. While the prompts of one step
         are used, those of the next ``prefetch_steps`` are loading. Prompts and state stay the same."""
         self._pool, self._prefetch_steps = pool, prefetch_steps
         self._ahead = LookAhead(
-            element_at=self._element_at,
+            element_at=lambda position: (
+                self.together.element_at(position) if self.together else self._element_at(position)
+            ),
             submit=lambda element: pool.submit(partial(element.source.loader.read_media, element.record)),
         )
         self.count_too(pool.counts)
+
+    def show_other_media(self) -> None:
+        """From now on every prompt also has the media of another question. Comes after ``read_ahead``, if at all."""
+        self._others = OtherMedia(seed=self.seed, element_at=self._element_at, pool=self._pool)
 
     def count_too(self, counts: Callable[[], Mapping[str, int]]) -> None:
         """Adds counts to the metrics that depend on the machine, such as cache hits. They are not part of the state."""
@@ -148,6 +201,8 @@ class PromptDataset:
         """Ends the workers. What they have read ahead is dropped."""
         if self._ahead is not None:
             self._ahead.drop()
+        if self._others is not None:
+            self._others.close()
         if self._pool is not None:
             self._pool.close()
 
@@ -180,7 +235,8 @@ class PromptDataset:
     @property
     def epoch(self) -> int:
         """The epoch of the next sample."""
-        return self._element(self.position) // self._order.period
+        place = self._element(self.position) if self.together is None else self.together.cursor
+        return place // self._order.period
 
     def next(self, num_prompts: int) -> list[Prompt]:
         """The next ``num_prompts`` usable prompts; each skipped sample is replaced by the one after it.
@@ -194,7 +250,8 @@ class PromptDataset:
             element, load = self._draw(num_prompts - len(prompts) + num_prompts * self._prefetch_steps)
             try:
                 name = element.source.name if self.is_mixture else ""
-                prompts.append(dataclasses.replace(load(), draw_number=element.draw_number, source=name))
+                prompt = dataclasses.replace(load(), draw_number=element.draw_number, source=name)
+                prompts.append(prompt if self._others is None else self._others.add_to(prompt, element))
                 self.num_given[name] += 1
                 fruitless = 0
             except UnusableSample as error:
@@ -208,8 +265,11 @@ class PromptDataset:
 
     def state_dict(self) -> dict[str, Any]:
         """The position and the counts of this rank, as plain numbers and text."""
+        shared = {} if self.together is None else self.together.state_dict()
+        position = max(0, -(-(shared["cursor"] - self.rank) // self.size)) if shared else self.position
         state = {
-            "position": self.position,
+            **shared,
+            "position": position,
             "epoch": self.epoch,
             "seed": self.seed,
             "shuffle": self.shuffle,
@@ -265,6 +325,8 @@ class PromptDataset:
                 "them, or start anew from the export"
             )
         self.position = int(state["position"])
+        if self.together is not None:
+            self.together.load_state_dict(state)
         self.skips.load_state_dict(state["skips"])
         self.loader.counts.clear()
         self.loader.counts.update({str(name): int(count) for name, count in state["counts"].items()})
@@ -315,15 +377,26 @@ class PromptDataset:
 
     def _draw(self, num_wanted: int) -> tuple[Element, Callable[[], Prompt]]:
         """The next element and what loads it. Workers then have ``num_wanted`` elements in hand, this one included."""
+        if self._others is not None:
+            self._others.draw(self.position, num_wanted=num_wanted)
         if self._ahead is None:
             element = self._element_at(self.position)
             load = partial(element.source.loader.load, element.record)
         else:
-            element, media = self._ahead.take(self.position, num_wanted=num_wanted)
-            load = partial(_load_read, element, media)
+            found, media = self._ahead.take(self.position, num_wanted=num_wanted)
+            assert isinstance(found, Element)
+            element, load = found, partial(_load_read, found, media)
         self.position = element.next_position
         self.skips.count_drawn()
         return element, load
+
+    def _load_used(self, element: UsedElement, num_wanted: int) -> Prompt:
+        if self._ahead is None:
+            prompt = element.source.loader.load(element.record)
+        else:
+            prompt = _load_read(element, self._ahead.take(element.draw_number, num_wanted=num_wanted)[1])
+        name = element.source.name if self.is_mixture else ""
+        return dataclasses.replace(prompt, draw_number=element.draw_number, source=name)
 
     def _element_at(self, position: int) -> Element:
         """The first element at or after a position that is not left out. It changes nothing."""
@@ -343,40 +416,6 @@ def _together(digests: Iterable[str]) -> str:
     return xxhash.xxh3_128("".join((first, *others)).encode()).hexdigest() if others else first
 
 
-def _load_read(element: Element, media: Future[SampleMedia]) -> Prompt:
+def _load_read(element: Element | UsedElement, media: Future[SampleMedia]) -> Prompt:
     """The prompt of media that a worker reads; waits until it has."""
     return element.source.loader.load(element.record, media.result())
-
-
-def reshard_states(states: Iterable[Mapping[str, Any]], *, rank: int, size: int) -> dict[str, Any]:
-    """The state of rank ``rank`` of ``size``, from the states of all data-parallel ranks of a saved run.
-
-    With the same size it is the saved state of that rank. With another size all ranks continue after the furthest
-    sample that any rank has drawn, so that no sample is seen twice; if the ranks had skipped different numbers of
-    samples, a few samples are passed over. The sum of all counts goes to rank 0. Pending responses (``pending``, by
-    ``Prompt.identity``) go to every rank, because each draws some of their prompts again.
-    """
-    saved = sorted(states, key=lambda state: state["rank"])
-    old_size = int(saved[0]["size"])
-    if len(saved) != old_size:
-        raise ValueError(f"expected the states of all {old_size} data-parallel ranks, got {len(saved)}")
-    if size == old_size:
-        return dict(saved[rank])
-    furthest = max(int(state["position"]) for state in saved) * old_size
-    skips, counts = SkipCounter(), Counter[str]()
-    if rank == 0:
-        for state in saved:
-            skips.num_drawn += int(state["skips"]["num_drawn"])
-            skips.by_kind.update(state["skips"]["by_kind"])
-            counts.update(state["counts"])
-    position = -(-(furthest - rank) // size) if furthest > rank else 0
-    state = {**saved[0], "position": position, "rank": rank, "size": size}
-    period = sum(draws for draws, _ in state["mixture"]) if "mixture" in state else int(state["num_records"])
-    state["epoch"] = (rank + position * size) // period
-    if "num_given" in state:
-        given = [sum(numbers) for numbers in zip(*(other["num_given"] for other in saved), strict=True)]
-        state["num_given"] = given if rank == 0 else [0] * len(given)
-    pending = {name: found for other in saved for name, found in other.get("pending", {}).items()}
-    if pending:
-        state["pending"] = pending
-    return {**state, "skips": skips.state_dict(), "counts": dict(counts)}

@@ -71,6 +71,16 @@ class Place(NamedTuple):
     """Index in the records of the source."""
 
 
+class Visit(NamedTuple):
+    """What stands at a place of the sequence, and which round through its source that is."""
+
+    source: int
+    record: int
+    """Index in the records of the source."""
+    epoch: int
+    """How many whole rounds through the source lie before it."""
+
+
 class MixtureOrder:
     """The sequence of all periods of a mixture."""
 
@@ -107,6 +117,12 @@ class MixtureOrder:
             return Place(0, self._orders[0].place_of(element))
         source, draw = self.draw_of(element)
         return Place(source, self._orders[source].place_of(draw))
+
+    def visit(self, element: int) -> Visit:
+        """What stands at place ``element``, with the epoch of its source."""
+        source, draw = (0, element) if len(self._orders) == 1 else self.draw_of(element)
+        order = self._orders[source]
+        return Visit(source, order.place_of(draw), draw // order.num_records)
 
     def draw_of(self, element: int) -> tuple[int, int]:
         """(source, how often it was drawn before) at place ``element``."""

@@ -96,6 +96,8 @@ class FixedSource:
     num_skipped = 0
     counts: Mapping[str, int] = {}
     data_wait_seconds = 0.0
+    shuffled_seconds = 0.0
+    step_values: Mapping[str, float] = {}
     needs_weights = False
     gather_weights_to: Literal["all", "source"] = "source"
     needs_vision_weights = False

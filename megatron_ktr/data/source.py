@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_ktr.data.dataset import PromptDataset
 from megatron_ktr.data.reply import reply_group
-from megatron_ktr.types import RolloutGroup
+from megatron_ktr.types import Prompt, RolloutGroup
 
 
 class DatasetSource:
@@ -18,7 +18,24 @@ class DatasetSource:
 
     def next(self, num_prompts: int) -> list[RolloutGroup]:
         """The next ``num_prompts`` groups of this data-parallel replica."""
-        return [RolloutGroup(prompt, ()) for prompt in self.dataset.next(num_prompts)]
+        return self.groups_of(self.dataset.next(num_prompts))
+
+    def next_together(self, number: int, *, num_step: int) -> dict[int, RolloutGroup]:
+        """This replica's groups among the first ``number`` draws of the step that were not returned before, by place
+        (``PromptDataset.next_together``)."""
+        drawn = dict(self.dataset.next_together(number, num_step=num_step))
+        return dict(zip(drawn, self.groups_of(list(drawn.values())), strict=True))
+
+    def settle(self, number: int, *, accuracies: Mapping[int, float]) -> dict[str, float]:
+        """The first ``number`` draws of the step are used up (``PromptDataset.settle``). Returns metrics that are the
+        same on every replica."""
+        self.dataset.settle(number, accuracies=accuracies)
+        assert self.dataset.together is not None
+        return self.dataset.together.values
+
+    def groups_of(self, prompts: Sequence[Prompt]) -> list[RolloutGroup]:
+        """The groups of ``prompts``, as far as the data set has responses for them."""
+        return [RolloutGroup(prompt, ()) for prompt in prompts]
 
     @property
     def num_skipped(self) -> int:
@@ -46,6 +63,5 @@ class SupervisedSource(DatasetSource):
     """The responses that a data set itself contains. Each is a group of its own and ends with the end token
     (``data/reply.py``)."""
 
-    def next(self, num_prompts: int) -> list[RolloutGroup]:
-        prompts = self.dataset.next(num_prompts)
+    def groups_of(self, prompts: Sequence[Prompt]) -> list[RolloutGroup]:
         return [reply_group(prompt, builder=self.dataset.loader_of(prompt).builder) for prompt in prompts]

@@ -8,11 +8,12 @@ Policy gradients are compositions of parts (``policy_gradient.py``); supervised 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from megatron_ktr.attribution.noise_floor import SignalNoise
 from megatron_ktr.sums import Metrics
 from megatron_ktr.types import (
     BatchFacts,
@@ -40,6 +41,8 @@ class Objective(ABC):
     name = ""
     views: frozenset[View] = frozenset()
     """Counterfactual views whose log-probs must be in the scores; never contains ``intact``."""
+    signals: tuple[str, ...] = ()
+    """The names of the signals whose scores select tokens. Their noise can be measured (``signal_noise``)."""
     needs_kl = False
     """Whether the scores must hold KL(intact || view) over the whole vocabulary for each of ``views``."""
     needs_divergence = False
@@ -48,6 +51,12 @@ class Objective(ABC):
     """Whether the gradient of the loss also flows through that divergence."""
     needs_reference = False
     """Whether the frozen reference model's log-probs must be in the scores (KL weight above 0)."""
+    needs_reference_kl = False
+    """Whether the scores must hold KL(policy || reference) over the whole vocabulary. It also needs the reference."""
+    needs_reference_kl_gradient = False
+    """Whether the gradient of the loss also flows through that KL."""
+    needs_batch_rewards = False
+    """Whether ``BatchFacts`` must hold the rewards and lengths of all responses of the rollout."""
     needs_selection_first = False
     """Whether ``select`` must see every micro-batch of every replica before the first forward of the update, because
     denominators count *key* tokens, or because thresholds are taken over the global batch."""
@@ -60,10 +69,26 @@ class Objective(ABC):
         """
         return self.needs_selection_first or num_updates > 1
 
-    def may_have_gradient(self, groups: Sequence[RolloutGroup]) -> bool:
+    def may_have_gradient(self, groups: Sequence[RolloutGroup], facts: BatchFacts) -> bool:
         """False only if it is certain that none of this replica's ``groups`` has a gradient. The trainer skips the
         passes of a step if every replica says so; True is no promise."""
         return True
+
+    def rewards_of(self, groups: Sequence[RolloutGroup]) -> list[list[float]]:
+        """The reward of each response by group, with what the objective adds to it before responses are compared."""
+        return [[rollout.reward for rollout in group.rollouts] for group in groups]
+
+    def with_scores(
+        self,
+        facts: BatchFacts,
+        items: Sequence[ScoredBatch],
+        selections: Sequence[Selection | None],
+        *,
+        gather: Gather,
+    ) -> BatchFacts:
+        """``facts`` with what the update must know of the global batch and only scores can tell. It is called where
+        ``select`` is called before the update, after it, with all micro-batches of the replica."""
+        return facts
 
     def select(
         self, items: Sequence[ScoredBatch], facts: BatchFacts, *, gather: Gather | None = None
@@ -75,6 +100,11 @@ class Objective(ABC):
             gather: reaches the other replicas; None inside the update, where a replica cannot wait for others.
         """
         return [None] * len(items)
+
+    def signal_noise(self, item: ScoredBatch, again: TokenScores) -> Mapping[str, SignalNoise]:
+        """How much the scores of each of ``signals`` change by rounding alone, given a second intact pass over the item
+        (``attribution/noise_floor.py``)."""
+        return {}
 
     def num_loss_tokens(self, batch: PackedBatch, selection: Selection | None) -> int:
         """The number of tokens of the batch that carry the loss, given the result of ``select``.

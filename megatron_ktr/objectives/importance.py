@@ -96,7 +96,7 @@ class ImportanceCorrection:
         ratio = log_ratio.clamp(max=MAX_LOG_RATIO).exp()
         ratio_R = ratio[response_R] if self.level == "sequence" else ratio
 
-        advantage_R, weight_R = streams.advantage_R, streams.weight_R
+        advantage_R, weight_R, all_weight_R = streams.advantage_R, streams.weight_R, streams.all_weight_R
         is_changed_R = torch.zeros_like(streams.is_key_token_R)
         if self.level != "none":
             advantage_R = advantage_R * ratio_R.clamp(max=self.cap).to(advantage_R.dtype)
@@ -104,11 +104,14 @@ class ImportanceCorrection:
         if self.mask is not None:
             is_masked_R = self._is_masked(log_ratio_R)
             weight_R = weight_R.masked_fill(is_masked_R, 0.0)
+            all_weight_R = None if all_weight_R is None else all_weight_R.masked_fill(is_masked_R, 0.0)
             is_changed_R = is_changed_R | is_masked_R
         metrics = Metrics()
         metrics.merge(streams.metrics)
         metrics.merge(_mismatch(log_ratio_R, ratio, is_changed_R))
-        return dataclasses.replace(streams, advantage_R=advantage_R, weight_R=weight_R, metrics=metrics)
+        return dataclasses.replace(
+            streams, advantage_R=advantage_R, weight_R=weight_R, all_weight_R=all_weight_R, metrics=metrics
+        )
 
     def _is_masked(self, log_ratio_R: Tensor) -> Tensor:
         assert self.mask is not None, "asked only where there is a mask"

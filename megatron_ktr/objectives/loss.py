@@ -1,8 +1,10 @@
 """The policy-gradient loss that all algorithms share; they differ in the streams and the parts they pass to it.
 
     loss = -sum_r weight_r * (surrogate_r - sum over penalties p of p.weight * p_r)
+           + sum_r all_weight_r * sum over penalties q of q.weight * q_r
 
-The surrogate is one of ``surrogates/``, each penalty one of ``penalties/``. GRPO's are the clipped ratio and k3.
+The surrogate is one of ``surrogates/``, each penalty one of ``penalties/``: p are those over key tokens, q those over
+all tokens of the responses. GRPO's are the clipped ratio and k3.
 
 ``weight_R`` already contains the mask and every denominator of the global batch. The losses of micro-batches and
 replicas therefore add up to the global loss, and nothing here divides.
@@ -42,17 +44,41 @@ def policy_gradient_loss(
     """
     # A NaN weight (from original_compat's division by zero) also counts as carrying the loss.
     carries_R = streams.weight_R != 0
-    logprob_R = torch.where(carries_R, statistics.logprob_R.float(), statistics.logprob_R.detach().float())
+    logprob_R = _attached(statistics.logprob_R, carries_R)
     objective_R, counted = surrogate(logprob_R, streams, scores)
     for penalty in penalties:
-        value_R = penalty(logprob_R, statistics, scores)
-        objective_R = objective_R - penalty.weight * value_R
-        counted[penalty.name] = value_R.detach()
+        if penalty.over == "key":
+            value_R = penalty(logprob_R, statistics, scores)
+            objective_R = objective_R - penalty.weight * value_R
+            if penalty.name is not None:
+                counted[penalty.name] = value_R.detach()
     # A token without weight may have an infinite value (the ratio of a token that became very improbable or probable),
     # and 0 * inf would be NaN.
     objective_R = torch.where(carries_R, objective_R, torch.zeros_like(objective_R))
     loss = -(streams.weight_R * objective_R).sum()
-    return loss, _metrics(streams, counted, scores)
+    metrics = _metrics(streams, counted, scores)
+    for penalty in penalties:
+        if penalty.over == "all":
+            loss = loss + _over_all_tokens(penalty, statistics, streams, scores, metrics)
+    return loss, metrics
+
+
+def _attached(logprob_R: Tensor, carries_R: Tensor) -> Tensor:
+    """fp32 log-probs; those of tokens without weight are constants."""
+    return torch.where(carries_R, logprob_R.float(), logprob_R.detach().float())
+
+
+def _over_all_tokens(
+    penalty: Penalty, statistics: Any, streams: TokenStreams, scores: TokenScores, metrics: Metrics
+) -> Tensor:
+    """The term of the loss that all response tokens have; its mean is added to ``metrics``."""
+    weight_R = streams.all_weight_R
+    assert weight_R is not None, "the objective has a term over all tokens"
+    carries_R = weight_R != 0
+    value_R = penalty(_attached(statistics.logprob_R, carries_R), statistics, scores)
+    if penalty.name is not None:
+        metrics.add_later([penalty.name], value_R.detach().sum(), count=value_R.numel())
+    return penalty.weight * (weight_R * torch.where(carries_R, value_R, torch.zeros_like(value_R))).sum()
 
 
 def _metrics(streams: TokenStreams, counted: dict[str, Tensor], scores: TokenScores) -> Metrics:

@@ -5,6 +5,7 @@
     part         what it decides                                       folder
     -----------  ----------------------------------------------------  -------------------------------
     bonuses      rewards that depend on the other responses            ``bonuses/``
+    reward KL    the KL to the reference model as part of the reward   ``penalties/kl_in_reward.py``
     advantage    how much better a response is than the others         ``advantages/``
     selection    which tokens carry the loss, and how much             ``attribution/``
     shapings     factors of tokens from their scores                   the objective's own file
@@ -26,27 +27,42 @@ Deviations from the published GRPO (arXiv 2402.03300):
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from megatron_ktr.attribution.key_tokens import KeyTokens
+from megatron_ktr.attribution.key_tokens import KeyTokens, build_key_tokens
+from megatron_ktr.attribution.noise_floor import SignalNoise
 from megatron_ktr.config.sections import ObjectiveSection, RewardSection, RolloutSection
-from megatron_ktr.config.words import LOSS_AGGREGATIONS, LossAggregation
-from megatron_ktr.objectives.advantages import Advantage
+from megatron_ktr.config.words import LossAggregation, TokenSet
+from megatron_ktr.objectives.advantages import Advantage, needs_batch
+from megatron_ktr.objectives.advantages.build import build_advantage
 from megatron_ktr.objectives.advantages.group import group_relative
 from megatron_ktr.objectives.base import Gather, Objective
 from megatron_ktr.objectives.bonuses import Bonus
 from megatron_ktr.objectives.bonuses.length import LengthBonus
-from megatron_ktr.objectives.denominators import count_by_response, token_weights
+from megatron_ktr.objectives.bonuses.temporal import TemporalBonus
+from megatron_ktr.objectives.denominators import LossMean, count_by_response
 from megatron_ktr.objectives.importance import ImportanceCorrection
 from megatron_ktr.objectives.loss import policy_gradient_loss
 from megatron_ktr.objectives.penalties import Penalty
+from megatron_ktr.objectives.penalties.build import build_penalties, build_reward_kl
 from megatron_ktr.objectives.penalties.kl import KL
+from megatron_ktr.objectives.penalties.kl_in_reward import KLInReward
+from megatron_ktr.objectives.response_rewards import (
+    Rewards,
+    lengths_of,
+    less_kl,
+    reward_rows,
+    with_bonuses,
+    with_rewards,
+)
 from megatron_ktr.objectives.surrogates import Surrogate
+from megatron_ktr.objectives.surrogates.build import build_surrogate
 from megatron_ktr.objectives.surrogates.clipped import Clipped
 from megatron_ktr.sums import Metrics
 from megatron_ktr.transfer import send
@@ -86,8 +102,13 @@ class PolicyGradient(Objective):
     selection: KeyTokens | None = None
     shapings: tuple[Shaping, ...] = ()
     aggregation: LossAggregation = "sequence"
+    loss_constant: int | None = None
+    """With aggregation ``constant``: the tokens that every response counts as."""
+    masked_denominator: TokenSet = "key"
+    """The tokens that the means of the loss divide by."""
     surrogate: Surrogate = Clipped()
     penalties: tuple[Penalty, ...] = (KL(0.04),)
+    reward_kl: KLInReward | None = None
     importance: ImportanceCorrection = ImportanceCorrection()
     original_compat: bool = False
     """Reproduces two traits of the authors' release; matters only with key tokens. First, the logged length and the
@@ -95,12 +116,19 @@ class PolicyGradient(Objective):
     The step is then skipped (``reason_to_skip``), because it would turn every weight into NaN."""
 
     def __post_init__(self) -> None:
-        if self.aggregation not in LOSS_AGGREGATIONS:
-            raise ValueError(f"loss_aggregation must be one of {LOSS_AGGREGATIONS}, got {self.aggregation!r}")
+        _ = self.loss_mean  # refuses what it cannot be made of
+
+    @property
+    def loss_mean(self) -> LossMean:
+        return LossMean(self.aggregation, self.loss_constant, self.masked_denominator)
 
     @property
     def views(self) -> frozenset[View]:
         return frozenset() if self.selection is None else self.selection.views
+
+    @property
+    def signals(self) -> tuple[str, ...]:
+        return () if self.selection is None else tuple(signal.name for signal in self.selection.signals)
 
     @property
     def needs_kl(self) -> bool:
@@ -116,26 +144,70 @@ class PolicyGradient(Objective):
 
     @property
     def needs_reference(self) -> bool:
-        return any(penalty.needs_reference for penalty in self.penalties)
+        return self.reward_kl is not None or any(penalty.needs_reference for penalty in self.penalties)
+
+    @property
+    def needs_reference_kl(self) -> bool:
+        is_in_reward = self.reward_kl is not None and self.reward_kl.kind == "full"
+        return is_in_reward or self.needs_reference_kl_gradient
+
+    @property
+    def needs_reference_kl_gradient(self) -> bool:
+        return any(penalty.needs_reference_kl for penalty in self.penalties)
+
+    @property
+    def needs_batch_rewards(self) -> bool:
+        return needs_batch(self.advantage)
 
     @property
     def needs_selection_first(self) -> bool:
-        return self.selection is not None and self.aggregation == "token"
+        if self.needs_batch_rewards and self.reward_kl is not None:
+            return True  # the moments of the batch contain the KL of every response
+        return self.selection is not None and (self.loss_mean.counts_key_tokens or self.selection.needs_batch)
 
-    def may_have_gradient(self, groups: Sequence[RolloutGroup]) -> bool:
-        if self.penalties or self.bonuses:
+    def may_have_gradient(self, groups: Sequence[RolloutGroup], facts: BatchFacts) -> bool:
+        if self.penalties or self.bonuses or self.reward_kl is not None:
             return True
+        if facts.rewards is not None:
+            return len({reward for of_group in facts.rewards for reward in of_group}) > 1
         return any(len({rollout.reward for rollout in group.rollouts}) > 1 for group in groups)
 
     def select(
         self, items: Sequence[ScoredBatch], facts: BatchFacts, *, gather: Gather | None = None
     ) -> list[Selection | None]:
-        if self.selection is None:
-            return [None] * len(items)
-        return list(self.selection.select(items, facts, gather=gather))
+        found: list[Selection | None] = [None] * len(items)
+        if self.selection is not None:
+            found = list(self.selection.select(items, facts, gather=gather))
+        if self.reward_kl is None:
+            return found
+        return [
+            dataclasses.replace(one or _every_token(item), kl_of_response=self.reward_kl.of_responses(item))
+            for one, item in zip(found, items, strict=True)
+        ]
+
+    def with_scores(
+        self,
+        facts: BatchFacts,
+        items: Sequence[ScoredBatch],
+        selections: Sequence[Selection | None],
+        *,
+        gather: Gather,
+    ) -> BatchFacts:
+        if not self.needs_batch_rewards or self.reward_kl is None:
+            return facts
+        rows = []
+        for item, selection in zip(items, selections, strict=True):
+            assert selection is not None and selection.kl_of_response is not None, "select() has just made it"
+            kls = selection.kl_of_response.tolist()
+            rewards = less_kl(self.rewards_of(item.groups), kls, weight=self.reward_kl.weight)
+            rows.append(reward_rows(rewards, lengths_of(item.groups), device=selection.kl_of_response.device))
+        return with_rewards(facts, gather(torch.cat(rows)))
+
+    def signal_noise(self, item: ScoredBatch, again: TokenScores) -> Mapping[str, SignalNoise]:
+        return {} if self.selection is None else self.selection.noise(item, again)
 
     def num_loss_tokens(self, batch: PackedBatch, selection: Selection | None) -> int:
-        if self.selection is None:
+        if self.selection is None or self.masked_denominator == "all":
             return batch.target_ids_R.numel()
         return 0 if selection is None else int(selection.is_key_R.sum())
 
@@ -148,31 +220,27 @@ class PolicyGradient(Objective):
         if selection is None:
             (selection,) = self.select([item], facts)
         if selection is None:
-            selection = Selection(torch.ones_like(item.scores.policy_logprob_R, dtype=torch.bool))
+            selection = _every_token(item)
         response_R = item.response_R
         metrics = _selection_metrics(selection)
         lengths = self._lengths(item, selection, metrics)
-        rewards = self._rewards(item.groups, lengths, metrics)
+        rewards = with_bonuses(item.groups, lengths, bonuses=self.bonuses, metrics=metrics)
+        if self.reward_kl is not None:
+            rewards = self._with_kl(rewards, item, selection, metrics)
         advantages = self.advantage(rewards, facts)
         advantage_R = send(advantages.to(torch.float32), response_R.device)[response_R]
-        weight_R = token_weights(
-            selection.is_key_R,
-            response_R,
-            num_responses=batch.num_responses,
-            num_responses_global=facts.num_responses,
-            num_tokens_global=facts.num_tokens,
-            aggregation=self.aggregation,
-            zero_division=self.original_compat,
-        )
+        weight_R = self.loss_mean.weights(selection.is_key_R, item, facts, zero_division=self.original_compat)
         if selection.weight_R is not None:
             weight_R = weight_R * selection.weight_R
         if selection.advantage_factor_R is not None:
             advantage_R = advantage_R * selection.advantage_factor_R
+        has_all = any(penalty.over == "all" for penalty in self.penalties)
         metrics.add("response_length", sum(lengths), len(lengths))
         streams = TokenStreams(
             advantage_R=advantage_R,
             weight_R=weight_R,
             is_key_token_R=selection.is_key_R,
+            all_weight_R=self.loss_mean.all_weights(item, facts) if has_all else None,
             is_selected_R=selection.by_signal,
             response_R=response_R,
             num_responses=batch.num_responses,
@@ -195,36 +263,33 @@ class PolicyGradient(Objective):
         return policy_gradient_loss(statistics, streams, scores, surrogate=self.surrogate, penalties=self.penalties)
 
     def any_gradient(self, streams: TokenStreams, scores: TokenScores) -> Tensor:
-        is_pulled_R = streams.advantage_R != 0
+        is_pulled_R = (streams.weight_R != 0) & (streams.advantage_R != 0)
         for penalty in self.penalties:
-            is_pulled_R = is_pulled_R | penalty.is_pulling(scores)
-        return ((streams.weight_R != 0) & is_pulled_R).any()
+            weight_R = streams.weight_R if penalty.over == "key" else streams.all_weight_R
+            assert weight_R is not None, "set for penalties over all tokens"
+            is_pulled_R = is_pulled_R | ((weight_R != 0) & penalty.is_pulling(scores))
+        return is_pulled_R.any()
+
+    def rewards_of(self, groups: Sequence[RolloutGroup]) -> list[list[float]]:
+        return with_bonuses(groups, lengths_of(groups), bonuses=self.bonuses, metrics=Metrics())
+
+    def _with_kl(self, rewards: Rewards, item: ScoredBatch, selection: Selection, metrics: Metrics) -> Rewards:
+        """``rewards`` less the weighted KL of each response. The means of both become metrics."""
+        assert self.reward_kl is not None, "asked only where rewards contain the KL"
+        found = selection.kl_of_response
+        kls = (self.reward_kl.of_responses(item) if found is None else found).tolist()
+        metrics.add("kl", sum(kls), sum(lengths_of(item.groups)))
+        metrics.add("reward/kl", -self.reward_kl.weight * sum(kls), len(kls))
+        return less_kl(rewards, kls, weight=self.reward_kl.weight)
 
     def _lengths(self, item: ScoredBatch, selection: Selection, metrics: Metrics) -> list[int]:
         """The length of each response, in tokens; with ``original_compat`` the number of its key tokens."""
         if not self.original_compat:
-            return [len(rollout.token_ids) for group in item.groups for rollout in group.rollouts]
+            return lengths_of(item.groups)
         counts = count_by_response(selection.is_key_R, item.response_R, num_responses=item.batch.num_responses)
         lengths = [int(count) for count in counts.tolist()]
         metrics.add(NO_KEY_TOKENS, lengths.count(0), len(lengths))
         return lengths
-
-    def _rewards(self, groups: Sequence[RolloutGroup], lengths: Sequence[int], metrics: Metrics) -> list[list[float]]:
-        """The reward of each response by group, bonuses included. Their means become metrics."""
-        remaining = iter(lengths)
-        found: list[list[float]] = []
-        paid: dict[str, list[float]] = {bonus.name: [] for bonus in self.bonuses}
-        for group in groups:
-            own = [next(remaining) for _ in group.rollouts]
-            parts = [[rollout.reward for rollout in group.rollouts]]
-            for bonus in self.bonuses:
-                values = bonus.values(group, own)
-                paid[bonus.name] += values
-                parts.append(values)
-            found.append([sum(of_response) for of_response in zip(*parts, strict=True)])
-        for name, values in paid.items():
-            metrics.add(f"reward/{name}", sum(values), len(values))
-        return found
 
 
 @dataclass(frozen=True)
@@ -237,13 +302,17 @@ class BuildContext:
 
 def build_policy_gradient(section: ObjectiveSection, context: BuildContext, **parts: Any) -> PolicyGradient:
     """The composition that the options describe. ``parts`` are fields of ``PolicyGradient`` that no option chooses."""
-    bonus = _length_bonus(context.reward)
     chosen: dict[str, Any] = dict(
         name=section.objective,
-        bonuses=() if bonus is None else (bonus,),
+        bonuses=(*_temporal_bonus(context.rollout), *_length_bonus(context.reward)),
+        advantage=build_advantage(section),
+        selection=build_key_tokens(section),
         aggregation=section.loss_aggregation,
-        surrogate=Clipped(section.clip_low, section.clip_high),
-        penalties=(KL(section.kl_beta),) if section.kl_beta else (),
+        loss_constant=_loss_constant(section, context.rollout),
+        masked_denominator=section.masked_denominator,
+        surrogate=build_surrogate(section),
+        penalties=build_penalties(section),
+        reward_kl=build_reward_kl(section),
         importance=ImportanceCorrection(
             level=section.importance_sampling, cap=section.importance_cap, mask=section.importance_bounds
         ),
@@ -252,12 +321,28 @@ def build_policy_gradient(section: ObjectiveSection, context: BuildContext, **pa
     return PolicyGradient(**{**chosen, **parts})
 
 
-def _length_bonus(reward: RewardSection | None) -> LengthBonus | None:
+def _loss_constant(section: ObjectiveSection, rollout: RolloutSection | None) -> int | None:
+    if section.loss_constant is not None or rollout is None:
+        return section.loss_constant
+    return rollout.max_response_length
+
+
+def _temporal_bonus(rollout: RolloutSection | None) -> tuple[Bonus, ...]:
+    if rollout is None or not rollout.temporal_bonus:
+        return ()
+    return (TemporalBonus(bonus=rollout.temporal_bonus, margin=rollout.temporal_margin),)
+
+
+def _length_bonus(reward: RewardSection | None) -> tuple[Bonus, ...]:
     if reward is None or not reward.length_bonus:
-        return None
-    return LengthBonus(
-        bonus=reward.length_bonus, min_length=reward.length_bonus_min, max_length=reward.length_bonus_max
+        return ()
+    return (
+        LengthBonus(bonus=reward.length_bonus, min_length=reward.length_bonus_min, max_length=reward.length_bonus_max),
     )
+
+
+def _every_token(item: ScoredBatch) -> Selection:
+    return Selection(torch.ones_like(item.scores.policy_logprob_R, dtype=torch.bool))
 
 
 def _selection_metrics(selection: Selection) -> Metrics:

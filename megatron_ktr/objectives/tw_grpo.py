@@ -102,10 +102,10 @@ def _build(section: ObjectiveSection, context: BuildContext) -> PolicyGradient:
 def _rules(section: ObjectiveSection, rollout: RolloutSection) -> Iterator[str]:
     if section.loss_aggregation != "token":
         yield "--objective tw_grpo averages over the tokens of the global batch: leave out --loss-aggregation"
-    if section.tw_weight_gradient and section.updates_per_rollout > 1:
+    if section.tw_weight_gradient and section.num_updates > 1:
         yield (
-            "--tw-weight-gradient needs --updates-per-rollout 1: later updates keep the weights of the first, which "
-            "have no gradient there"
+            "--tw-weight-gradient needs --updates-per-rollout 1 and --mini-batches 1: later updates keep the weights "
+            "of the first, which have no gradient there"
         )
 
 

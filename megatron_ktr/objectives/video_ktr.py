@@ -23,51 +23,16 @@ whole list: docs/deviations.md):
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import torch
-
-from megatron_ktr.attribution.key_tokens import KeyTokens
 from megatron_ktr.config.objective_registry import ObjectiveEntry, register
-from megatron_ktr.config.sections import ObjectiveSection, RolloutSection
-from megatron_ktr.config.words import SIGNALS
-from megatron_ktr.objectives.policy_gradient import BuildContext, PolicyGradient, build_policy_gradient
-
-
-def _build(section: ObjectiveSection, context: BuildContext) -> PolicyGradient:
-    return build_policy_gradient(section, context, selection=build_key_tokens(section))
-
-
-def build_key_tokens(section: ObjectiveSection) -> KeyTokens:
-    """The selection that the options describe."""
-    return KeyTokens(
-        signals=tuple(section.signals),
-        selection_ratio=section.ratio_of_signal,
-        shift=section.shift,
-        scores_dtype=torch.bfloat16 if section.scores_dtype == "bf16" else torch.float32,
-        like_release=section.original_compat,
-    )
-
-
-def _rules(section: ObjectiveSection, rollout: RolloutSection) -> Iterator[str]:
-    if not section.signals:
-        yield f"--signals must name at least one of {', '.join(SIGNALS)} for --objective video_ktr"
-    if len(section.selection_ratio) not in (1, len(section.signals)):
-        yield (
-            f"--selection-ratio needs 1 value or one per signal ({len(section.signals)}: "
-            f"{', '.join(section.signals)}), got {len(section.selection_ratio)}"
-        )
-    if section.scores_dtype != "fp32" and not section.original_compat:
-        yield f"--scores-dtype {section.scores_dtype} needs --original-compat: it is there to reproduce the release"
-
+from megatron_ktr.objectives.policy_gradient import build_policy_gradient
 
 register(
     ObjectiveEntry(
         name="video_ktr",
         title="Video-KTR",
         summary="the loss of GRPO on key tokens only, which entropy, sight of the video and order of its frames select",
-        build=_build,
-        rules=(_rules,),
+        build=build_policy_gradient,
+        defaults={"selection": "signals"},
         own_options=("scores_dtype",),
     )
 )

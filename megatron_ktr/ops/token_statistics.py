@@ -1,8 +1,10 @@
 """Computes statistics of next-token distributions directly from hidden states; the full logits never exist.
 
 One call replaces ``log_softmax(hidden @ weight^T)``. It computes the target's log-probability and the entropy of each
-row and, for each of K counterfactual hidden rows of the same token, the target's log-probability under that row and
-KL(intact || counterfactual). The vocabulary is split into shards, one per tensor-parallel rank. There are four steps:
+row and, for each of K other hidden rows of the same token, the target's log-probability under that row and
+KL(intact || other). Other rows are those of counterfactual views, which go through the same output weight, and those of
+a reference model, which go through that model's own. The vocabulary is split into shards, one per tensor-parallel rank.
+All of it comes from one pass over the shard. There are four steps:
 
 1. Forward makes one pass over the shard: an ``Implementation`` reduces it to N = 4 + 4 K numbers per row
    (``token_statistics_interface.py`` defines them).
@@ -19,10 +21,16 @@ KL(intact || counterfactual). The vocabulary is split into shards, one per tenso
 
        d z = g (1[target] - p) - e p (log p + entropy) = g 1[target] - exp(x) ((g - e U/S) + e x) / S
 
-   Rows where g and e are both zero (no key token) are dropped before the first product. If the entropy's gradient is
-   not needed, the terms with ``e`` are not computed. The gradient of the hidden rows is a sum over shards: one
-   all-reduce over the group, of the remaining rows only, in fp32. ``reduce_hidden_grad=False`` leaves it out.
-   Counterfactuals get no gradient: their statistics are scores and never part of a loss.
+   With a reference, the incoming gradient h of KL(p || q) adds
+
+       h p (log p - log q - KL) = h exp(x) ((x - x') - W/S) / S
+
+   whose x' is recomputed from the reference's rows: one more product. q is frozen and gets no gradient.
+
+   Rows where g, e and h are all zero (no key token) are dropped before the first product. If the entropy's or the KL's
+   gradient is not needed, the terms with ``e`` or ``h`` are not computed. The gradient of the hidden rows is a sum over
+   shards: one all-reduce over the group, of the remaining rows only, in fp32. ``reduce_hidden_grad=False`` leaves it
+   out. The statistics of counterfactual views get no gradient: they are scores and never part of a loss.
 
 4. If the caller asks for it, the weight gradient is added to Megatron's fp32 ``main_grad``, without a second buffer.
 
@@ -53,6 +61,8 @@ from megatron_ktr.ops.token_statistics_interface import (
     HeadOptions,
     Implementation,
     LogitGradient,
+    OtherGradient,
+    OtherRows,
     ShardPlan,
     accumulation_dtype,
 )
@@ -78,6 +88,10 @@ class TokenStatistics:
     """KL(p || q) = sum_v p (log p - log q), never negative; no gradient."""
     log_normalizer_R: Tensor
     """log sum_v exp(logit), where the logits are already divided by the temperature; no gradient."""
+    reference_logprob_R: Tensor | None = None
+    """log q(target), where q is the reference model's distribution; no gradient. None: there is no reference."""
+    reference_kl_R: Tensor | None = None
+    """KL(p || q) with q of the reference model; has a gradient if ``OtherRows.has_kl_gradient`` says so."""
 
 
 def linear_token_statistics(
@@ -86,15 +100,17 @@ def linear_token_statistics(
     target_R: Tensor,
     *,
     counterfactual_hidden_RD: Sequence[Tensor] = (),
+    reference: OtherRows | None = None,
     head: HeadOptions = DEFAULT_HEAD,
 ) -> TokenStatistics:
     """Computes the statistics of each hidden row (see the module).
 
     Let log p = log_softmax(hidden @ weight^T / temperature), and log q the same for each set of counterfactual hidden
-    rows. The result has log p[target] and -sum p log p for each row, and for each q also log q[target] and
-    sum p (log p - log q).
+    rows, and for the reference's rows with the reference's own weight. The result has log p[target] and -sum p log p
+    for each row, and for each q also log q[target] and sum p (log p - log q).
 
-    ``logprob_R`` and ``entropy_R`` are differentiable with respect to ``hidden_RD`` and ``weight_VD``.
+    ``logprob_R``, ``entropy_R`` and (on request) ``reference_kl_R`` are differentiable with respect to ``hidden_RD``
+    and ``weight_VD``.
     ``token_statistics_reference`` is the same formula with full logits and ordinary autograd.
 
     Args:
@@ -102,9 +118,11 @@ def linear_token_statistics(
         weight_VD: this rank's shard [Vs, D] of the output weight, same dtype; rank k holds rows k Vs .. (k+1) Vs - 1.
         target_R: int64 [R], ids in the whole vocabulary, 0 <= id < vocab_size. Equal on every rank of the group.
         counterfactual_hidden_RD: K tensors [R, D], the same tokens' hidden rows in other views; they get no gradient.
-        head: group, vocabulary, temperature and implementation.
+        reference: the same tokens' hidden rows in the reference model, and its shard of the output weight.
+        head: group, vocabulary, temperature and implementation. The temperature is that of all distributions.
 
-    Matrix products of R x D x V/tp: forward 1 + K (``triton``: 2 K if K > 0), backward 3, of the remaining rows only.
+    Matrix products of R x D x V/tp, with K counting the reference too: forward 1 + K (``triton``: 2 K if K > 0),
+    backward 3, or 4 with the gradient of a KL, of the remaining rows only.
 
     Collectives: one all-gather of (4 + 4 K) R floats in forward; at most one all-reduce of (remaining rows) x D in
     backward. They run for R = 0 too. The incoming gradients must be equal on every rank of ``group``, as they are when
@@ -114,7 +132,13 @@ def linear_token_statistics(
         ValueError: shapes, dtypes, temperature, chunk sizes or ``impl`` are invalid; on CPU also if a target is outside
             the vocabulary. On a GPU that check would stall the device, so such a row's log-probability is NaN instead.
     """
-    _check_inputs(hidden_RD, weight_VD, target_R, counterfactual_hidden_RD)
+    _check_inputs(hidden_RD, weight_VD, target_R)
+    others = [OtherRows(other_RD) for other_RD in counterfactual_hidden_RD]
+    for other in others:
+        _check_other(other, hidden_RD, weight_VD, name="each of counterfactual_hidden_RD")
+    if reference is not None:
+        _check_other(reference, hidden_RD, weight_VD, name="the reference's hidden_RD")
+        others.append(reference)
     plan = shard_plan(weight_VD, head=head)
     _check_targets(target_R, plan.vocab_size)
     call = _Call(
@@ -123,9 +147,21 @@ def linear_token_statistics(
         group=head.group,
         reduce_hidden_grad=head.reduce_hidden_grad,
         main_grad_of=weight_VD if head.accumulate_into_main_grad and has_precise_main_grad(weight_VD) else None,
-        others=tuple(other_RD.detach() for other_RD in counterfactual_hidden_RD),
+        others=tuple(_detached(other) for other in others),
     )
-    return TokenStatistics(*_TokenStatistics.apply(hidden_RD, weight_VD, target_R, call))
+    logprob_R, entropy_R, other_logprob_KR, kl_KR, log_normalizer_R, last_kl_R = _TokenStatistics.apply(
+        hidden_RD, weight_VD, target_R, call
+    )
+    num_views = len(counterfactual_hidden_RD)
+    return TokenStatistics(
+        logprob_R,
+        entropy_R,
+        other_logprob_KR[:num_views],
+        kl_KR[:num_views],
+        log_normalizer_R,
+        reference_logprob_R=None if reference is None else other_logprob_KR[num_views],
+        reference_kl_R=None if reference is None else last_kl_R if reference.has_kl_gradient else kl_KR[num_views],
+    )
 
 
 def find_implementation(impl: TokenStatisticsImpl, *, like: Tensor) -> Implementation:
@@ -166,38 +202,47 @@ class _Call:
     reduce_hidden_grad: bool
     main_grad_of: Tensor | None
     """The parameter whose ``main_grad`` receives the weight gradient; None: autograd receives it."""
-    others: tuple[Tensor, ...]
-    """The counterfactual rows. Only forward reads them; they get no gradient and are not kept for backward."""
+    others: tuple[OtherRows, ...]
+    """The rows to compare with. Backward reads the last one only, and only if its KL has a gradient."""
+
+    @property
+    def differentiated(self) -> OtherRows | None:
+        """The rows whose KL has a gradient; None: there are none."""
+        return self.others[-1] if self.others and self.others[-1].has_kl_gradient else None
 
 
 class _TokenStatistics(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor, call: _Call) -> tuple[Tensor, ...]:
+    def forward(ctx, hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor, call: _Call) -> tuple[Tensor | None, ...]:
         found_NR = call.implementation.forward(hidden_RD, weight_VD, target_R, call.plan, call.others)
         joined_NR = join_shards(found_NR, call.group)
         max_R, sum_R, shifted_sum_R, target_logit_R = joined_NR[:NUM_STATISTICS]
         other_max_KR, other_sum_KR, difference_KR, other_target_logit_KR = (
             joined_NR[index::NUM_STATISTICS] for index in range(NUM_STATISTICS, 2 * NUM_STATISTICS)
         )
-        mean_R = shifted_sum_R / sum_R
+        mean_R, mean_difference_KR = shifted_sum_R / sum_R, difference_KR / sum_R
+        last, of_last = call.differentiated, ()
+        if last is not None:
+            of_last = (last.hidden_RD, last.weight_VD, other_max_KR[-1], mean_difference_KR[-1])
         # Drop the rows of the other views, which would otherwise stay in memory until backward.
         ctx.call = dataclasses.replace(call, others=())
-        ctx.save_for_backward(hidden_RD, weight_VD, target_R, max_R, sum_R, mean_R)
+        ctx.save_for_backward(hidden_RD, weight_VD, target_R, max_R, sum_R, mean_R, *of_last)
         # An unused output arrives in backward as None, not as zeros: that is how the entropy's work is skipped.
         ctx.set_materialize_grads(False)
         log_sum_R, other_log_sum_KR = sum_R.log(), other_sum_KR.log()
         logprob_R, entropy_R = (target_logit_R - max_R) - log_sum_R, log_sum_R - mean_R
         other_logprob_KR = (other_target_logit_KR - other_max_KR) - other_log_sum_KR
         # A KL is negative only by rounding. Negative scores would order tokens by noise, so clamp them to 0.
-        kl_KR = (difference_KR / sum_R - log_sum_R + other_log_sum_KR).clamp_min(0)
+        kl_KR = (mean_difference_KR - log_sum_R + other_log_sum_KR).clamp_min(0)
         scores = (other_logprob_KR, kl_KR, max_R + log_sum_R)
         ctx.mark_non_differentiable(*scores)
-        return logprob_R, entropy_R, *scores
+        return logprob_R, entropy_R, *scores, None if last is None else kl_KR[-1].clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, logprob_grad_R: Tensor | None, entropy_grad_R: Tensor | None, *_: Tensor | None):
-        hidden_RD, weight_VD, target_R, max_R, sum_R, mean_R = ctx.saved_tensors
+    def backward(ctx, logprob_grad_R: Tensor | None, entropy_grad_R: Tensor | None, *more: Tensor | None):
+        hidden_RD, weight_VD, target_R, max_R, sum_R, mean_R, *of_last = ctx.saved_tensors
+        kl_grad_R = more[-1]
         needs_hidden_grad, needs_weight_grad = ctx.needs_input_grad[:2]
         call: _Call = ctx.call
         if logprob_grad_R is None:
@@ -208,6 +253,11 @@ class _TokenStatistics(torch.autograd.Function):
             slope_R = -entropy_grad_R / sum_R
             offset_R = offset_R - slope_R * mean_R
             is_active_R = is_active_R | (entropy_grad_R != 0)
+        kl_slope_R = None
+        if kl_grad_R is not None:
+            kl_slope_R = kl_grad_R / sum_R
+            offset_R = offset_R - kl_slope_R * of_last[-1]
+            is_active_R = is_active_R | (kl_grad_R != 0)
         rows = is_active_R.nonzero().squeeze(1)  # the only device synchronisation of a call
         gradient = LogitGradient(
             target=target_R[rows],
@@ -215,6 +265,7 @@ class _TokenStatistics(torch.autograd.Function):
             maximum=max_R[rows],
             offset=offset_R[rows],
             slope=None if slope_R is None else slope_R[rows],
+            other=None if kl_slope_R is None else _other_gradient(kl_slope_R, rows, *of_last),
         )
         is_compact = rows.numel() < hidden_RD.shape[0]
         active_RD = (hidden_RD[rows] if is_compact else hidden_RD).contiguous()
@@ -236,6 +287,12 @@ class _TokenStatistics(torch.autograd.Function):
             if is_compact:
                 hidden_grad = torch.zeros_like(hidden_RD).index_copy_(0, rows, hidden_grad)
         return hidden_grad, weight_grad, None, None
+
+
+def _other_gradient(
+    slope_R: Tensor, rows: Tensor, hidden_RD: Tensor, weight_VD: Tensor | None, max_R: Tensor, _: Tensor
+) -> OtherGradient:
+    return OtherGradient(hidden_RD[rows], weight_VD, maximum=max_R[rows], slope=slope_R[rows])
 
 
 def join_shards(statistics_NR: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -264,7 +321,12 @@ def join_shards(statistics_NR: Tensor, group: dist.ProcessGroup | None) -> Tenso
     return torch.stack(joined, dim=1).flatten(0, 1)
 
 
-def _check_inputs(hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor, others: Sequence[Tensor]) -> None:
+def _detached(other: OtherRows) -> OtherRows:
+    weight_VD = None if other.weight_VD is None else other.weight_VD.detach()
+    return dataclasses.replace(other, hidden_RD=other.hidden_RD.detach(), weight_VD=weight_VD)
+
+
+def _check_inputs(hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor) -> None:
     if hidden_RD.dim() != 2 or weight_VD.dim() != 2 or hidden_RD.shape[1] != weight_VD.shape[1]:
         raise ValueError(
             "linear_token_statistics: expected hidden_RD [R, D] and weight_VD [V/tp, D], "
@@ -280,11 +342,17 @@ def _check_inputs(hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor, others
             "linear_token_statistics: expected one floating-point dtype for hidden_RD and weight_VD, "
             f"got {hidden_RD.dtype} and {weight_VD.dtype}"
         )
-    for other_RD in others:
-        if other_RD.shape != hidden_RD.shape or other_RD.dtype != hidden_RD.dtype:
+
+
+def _check_other(other: OtherRows, hidden_RD: Tensor, weight_VD: Tensor, *, name: str) -> None:
+    pairs = [(name, other.hidden_RD, "hidden_RD", hidden_RD)]
+    if other.weight_VD is not None:
+        pairs.append(("the reference's weight_VD", other.weight_VD, "weight_VD", weight_VD))
+    for name, tensor, like_name, like in pairs:
+        if tensor.shape != like.shape or tensor.dtype != like.dtype or tensor.device != like.device:
             raise ValueError(
-                "linear_token_statistics: expected each of counterfactual_hidden_RD like hidden_RD, "
-                f"{hidden_RD.dtype} {list(hidden_RD.shape)}, got {other_RD.dtype} {list(other_RD.shape)}"
+                f"linear_token_statistics: expected {name} like {like_name}, {like.dtype} {list(like.shape)}, got "
+                f"{tensor.dtype} {list(tensor.shape)} (on {like.device} and {tensor.device})"
             )
 
 

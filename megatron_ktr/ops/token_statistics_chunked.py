@@ -7,8 +7,8 @@ of each row and corrects them whenever the row's maximum grows. Backward recompu
 The loop over the vocabulary is the outer one, so that each weight tile is read (and, on CPU, widened to fp32) once. Its
 gradient is complete when the inner loop over rows ends, and is then rounded and stored once.
 
-Forward has 1 + K products: the K counterfactuals of a tile are compared one after another, in the same buffer, with the
-tile's intact logits while those are still in memory. Backward has 3 products.
+Forward has 1 + K products: the K other rows of a tile are compared one after another, in the same buffer, with the
+tile's intact logits while those are still in memory. Backward has 3 products, and one more for the gradient of a KL.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from megatron_ktr.ops.token_statistics_interface import (
     NUM_STATISTICS,
     GradientSums,
     LogitGradient,
+    OtherRows,
     ShardPlan,
     accumulation_dtype,
     empty_statistics,
@@ -35,20 +36,21 @@ class ChunkedTokenStatistics:
 
     @torch.no_grad()
     def forward(
-        self, hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor, plan: ShardPlan, others: Sequence[Tensor] = ()
+        self, hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor, plan: ShardPlan, others: Sequence[OtherRows] = ()
     ) -> Tensor:
         statistics_NR = empty_statistics(hidden_RD, target_R, plan, num_others=len(others))
         intact, *of_others = statistics_NR.split(NUM_STATISTICS)
         tiles = Tiles.of(hidden_RD, plan, num_buffers=4 if others else 2)
         for columns in tiles.columns():
             weight_tile = operand(weight_VD[columns])
+            other_tiles = [weight_tile if o.weight_VD is None else operand(o.weight_VD[columns]) for o in others]
             for rows in tiles.rows():
                 target = locate(target_R[rows], columns, plan)
-                old_sum = intact[1, rows].clone() if others else intact[1, rows]  # only counterfactuals read it
+                old_sum = intact[1, rows].clone() if others else intact[1, rows]  # only other rows read it
                 x, step = _shift(intact[:, rows], tiles.logits(0, hidden_RD[rows], weight_tile), target)
                 exp_x = _absorb(intact[:, rows], x, step, tiles)
-                for other_RD, statistics in zip(others, of_others, strict=True):
-                    other_z = tiles.logits(2, other_RD[rows], weight_tile)
+                for other, other_tile, statistics in zip(others, other_tiles, of_others, strict=True):
+                    other_z = tiles.logits(2, other.hidden_RD[rows], other_tile)
                     other_x, other_step = _shift(statistics[:, rows], other_z, target)
                     difference = torch.sub(x, other_x, out=tiles.buffer(3, x.shape)).mul_(exp_x).sum(dim=1)
                     _, other_sum, difference_sum, _ = statistics[:, rows]
@@ -64,9 +66,13 @@ class ChunkedTokenStatistics:
         if hidden_RD.shape[0] == 0:
             return
         dtype = accumulation_dtype(hidden_RD)
-        tiles = Tiles.of(hidden_RD, plan, num_buffers=2)
+        other = gradient.other
+        has_other_weight = other is not None and other.weight_VD is not None
+        tiles = Tiles.of(hidden_RD, plan, num_buffers=2 + (other is not None), num_weight_tiles=2 + has_other_weight)
         for columns in tiles.columns():
-            weight_tile = operand(weight_VD[columns])
+            weight_tile = other_tile = operand(weight_VD[columns])
+            if other is not None and other.weight_VD is not None:
+                other_tile = operand(other.weight_VD[columns])
             if sums.weight_VD is not None:
                 # If the destination is as precise as the sum, the sum is formed in it; otherwise the sum is formed in
                 # a separate tensor and rounded once.
@@ -74,7 +80,10 @@ class ChunkedTokenStatistics:
                 weight_grad_tile = destination if destination.dtype == dtype else destination.to(dtype)
             for rows in tiles.rows():
                 z = tiles.logits(0, hidden_RD[rows], weight_tile)
-                z_grad = _to_gradient_(z, gradient, rows, columns, tiles).to(weight_tile.dtype)
+                other_x = None
+                if other is not None:
+                    other_x = tiles.logits(2, other.hidden_RD[rows], other_tile).sub_(other.maximum[rows, None])
+                z_grad = _to_gradient_(z, gradient, rows, columns, tiles, other_x=other_x).to(weight_tile.dtype)
                 if sums.hidden_RD is not None:
                     multiply_into(sums.hidden_RD[rows], z_grad, weight_tile, scale=plan.scale, accumulate=True)
                 if sums.weight_VD is not None:
@@ -111,10 +120,17 @@ def _absorb(statistics: Tensor, x: Tensor, step: Tensor, tiles: Tiles) -> Tensor
     return exp_x
 
 
-def _to_gradient_(z: Tensor, gradient: LogitGradient, rows: slice, columns: slice, tiles: Tiles) -> Tensor:
-    """Turns the logits of a tile into their gradient, in place."""
+def _to_gradient_(
+    z: Tensor, gradient: LogitGradient, rows: slice, columns: slice, tiles: Tiles, *, other_x: Tensor | None
+) -> Tensor:
+    """Turns the logits of a tile into their gradient, in place; ``other_x`` (x') is overwritten."""
     x = z.sub_(gradient.maximum[rows, None])
-    if gradient.slope is None:
+    if gradient.other is not None and other_x is not None:
+        exp_x = torch.exp(x, out=tiles.buffer(1, x.shape))
+        difference = torch.sub(x, other_x, out=other_x).mul_(gradient.other.slope[rows, None])
+        x = x.zero_() if gradient.slope is None else x.mul_(gradient.slope[rows, None])
+        z_grad = x.add_(difference).add_(gradient.offset[rows, None]).mul_(exp_x)
+    elif gradient.slope is None:
         z_grad = x.exp_().mul_(gradient.offset[rows, None])
     else:
         exp_x = torch.exp(x, out=tiles.buffer(1, x.shape))

@@ -10,7 +10,8 @@ The statistics of a row, over the columns of a shard without padding, with z = s
 
     m = max z      s = sum exp(x)      u = sum exp(x) x      t = z[target], 0 if the target lies in another shard
 
-With K counterfactual hidden rows there are four more for each, with z' on the same weights and x' = z' - m':
+With K other hidden rows of the same tokens there are four more for each, with z' = scale hidden' . weight' and
+x' = z' - m'. (weight' is another model's output weight, or the same weight.)
 
     m' = max z'    s' = sum exp(x')    w = sum exp(x) (x - x')    t' = z'[target], 0 if elsewhere
 
@@ -30,7 +31,20 @@ from torch.distributed import ProcessGroup
 from megatron_ktr.config.words import TokenStatisticsImpl
 
 NUM_STATISTICS = 4
-"""The statistics per row: m, s, u, t of the intact row, and m', s', w, t' of each counterfactual; N = 4 + 4 K."""
+"""The statistics per row: m, s, u, t of the intact row, and m', s', w, t' of each other row; N = 4 + 4 K."""
+
+
+@dataclass(frozen=True)
+class OtherRows:
+    """Hidden rows of the same tokens, whose next-token distributions q are compared with the intact ones, p."""
+
+    hidden_RD: Tensor
+    """[R, D], in the dtype of the intact rows. It gets no gradient."""
+    weight_VD: Tensor | None = None
+    """The output weight of the model that the rows come from, sharded as the intact rows' weight is; it gets no
+    gradient. None: the intact rows' weight."""
+    has_kl_gradient: bool = False
+    """Whether KL(p || q) has a gradient, which flows into the intact rows and their weight."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +94,8 @@ class ShardPlan:
 class LogitGradient:
     """d z = grad 1[target] + exp(x) (offset + slope x), x = z - maximum; one entry for each row with a gradient.
 
+    With ``other`` there is one more term, the gradient of a KL.
+
     All but ``target`` (int64, ids of the whole vocabulary) are in the accumulation dtype.
     """
 
@@ -90,6 +106,24 @@ class LogitGradient:
     offset: Tensor
     slope: Tensor | None
     """None: the entropy's gradient is not needed."""
+    other: OtherGradient | None = None
+    """None: no KL's gradient is needed."""
+
+
+@dataclass(frozen=True)
+class OtherGradient:
+    """What the gradient of KL(p || q) adds to that of the logits: ``exp(x) slope (x - x')``.
+
+    The tensors hold the same rows as ``LogitGradient``'s, and the dtypes are the same.
+    """
+
+    hidden_RD: Tensor
+    """[rows, D], in the inputs' dtype: the hidden rows from which q is computed again."""
+    weight_VD: Tensor | None
+    """As ``OtherRows.weight_VD``."""
+    maximum: Tensor
+    """m' over the whole vocabulary."""
+    slope: Tensor
 
 
 @dataclass(frozen=True)
@@ -108,13 +142,13 @@ class Implementation(Protocol):
     """``token_statistics_{naive,chunked,triton}.IMPLEMENTATION``."""
 
     def forward(
-        self, hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor, plan: ShardPlan, others: Sequence[Tensor] = ()
+        self, hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor, plan: ShardPlan, others: Sequence[OtherRows] = ()
     ) -> Tensor:
         """Returns the statistics [N, R], contiguous, in the accumulation dtype.
 
-        These are m, s, u, t, then m', s', w, t' of each of the counterfactual rows ``others`` ([R, D] each). A shard
-        that is all padding returns m = m' = ``lowest(dtype)`` and zeros for the rest. A target outside the vocabulary
-        makes t (and t') NaN. Autograd does not record this method.
+        These are m, s, u, t, then m', s', w, t' of each of ``others``. A shard that is all padding returns
+        m = m' = ``lowest(dtype)`` and zeros for the rest. A target outside the vocabulary makes t (and t') NaN.
+        Autograd does not record this method.
         """
         ...
 

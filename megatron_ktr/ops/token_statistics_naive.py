@@ -15,6 +15,7 @@ from megatron_ktr.ops.token_statistics_interface import (
     NUM_STATISTICS,
     GradientSums,
     LogitGradient,
+    OtherRows,
     ShardPlan,
     accumulation_dtype,
     empty_statistics,
@@ -27,7 +28,7 @@ class NaiveTokenStatistics:
 
     @torch.no_grad()
     def forward(
-        self, hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor, plan: ShardPlan, others: Sequence[Tensor] = ()
+        self, hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor, plan: ShardPlan, others: Sequence[OtherRows] = ()
     ) -> Tensor:
         statistics_NR = empty_statistics(hidden_RD, target_R, plan, num_others=len(others))
         if plan.num_columns == 0:
@@ -39,9 +40,9 @@ class NaiveTokenStatistics:
         exp_RV = x_RV.exp()
         sum_R.copy_(exp_RV.sum(dim=1))
         shifted_sum_R.copy_((exp_RV * x_RV).sum(dim=1))
-        for other_RD, of_other in zip(others, of_others, strict=True):
+        for other, of_other in zip(others, of_others, strict=True):
             max_R, sum_R, difference_R, target_logit_R = of_other
-            z_RV = _logits(other_RD, weight_VD, plan)
+            z_RV = _logits(other.hidden_RD, weight_VD if other.weight_VD is None else other.weight_VD, plan)
             other_x_RV = _shifted(z_RV, target_R, plan, max_R=max_R, target_logit_R=target_logit_R)
             sum_R.copy_(other_x_RV.exp().sum(dim=1))
             difference_R.copy_((exp_RV * (x_RV - other_x_RV)).sum(dim=1))
@@ -55,7 +56,11 @@ class NaiveTokenStatistics:
             return
         x_RV = _logits(hidden_RD, weight_VD, plan) - gradient.maximum[:, None]
         slope = 0.0 if gradient.slope is None else gradient.slope[:, None]
-        z_grad_RV = x_RV.exp() * (gradient.offset[:, None] + slope * x_RV)
+        coefficient_RV = gradient.offset[:, None] + slope * x_RV
+        if (other := gradient.other) is not None:
+            other_z_RV = _logits(other.hidden_RD, weight_VD if other.weight_VD is None else other.weight_VD, plan)
+            coefficient_RV += other.slope[:, None] * (x_RV - (other_z_RV - other.maximum[:, None]))
+        z_grad_RV = x_RV.exp() * coefficient_RV
         index, is_here = locate(gradient.target, slice(0, plan.num_columns), plan)
         z_grad_RV.scatter_add_(1, index[:, None], torch.where(is_here, gradient.grad, 0.0)[:, None])
         z_grad_RV = (z_grad_RV * plan.scale).to(hidden_RD.dtype)

@@ -6,10 +6,11 @@ gradient), then ``product_kernel`` for d hidden and for d weight. These are four
 and results they need memory for partial statistics, 16 or 32 bytes for each row and split of the vocabulary, and for a
 chunk of ``CHUNK_BUDGET_BYTES``. (A split has at most 4,096 columns, and fewer if few rows would leave a device idle.)
 
-With one counterfactual, ``statistics_kernel`` computes both products on the same weight tile: 2 products. For each
-further counterfactual it runs again, together with the intact rows, and only the counterfactual's own four numbers are
-kept. So K counterfactuals cost 2 K products, although 1 + K would be enough. Nobody uses more than two (4 products
-instead of 3), and a kernel with a third accumulator would have to halve its tiles to fit the registers.
+With one set of other rows, ``statistics_kernel`` computes both products on the same weight tile (or on the two models'
+tiles): 2 products. For each further set it runs again, together with the intact rows, and only the set's own four
+numbers are kept. So K sets cost 2 K products, although 1 + K would be enough. Two views and a reference are the most
+(6 products instead of 4), and a kernel with a third accumulator would have to halve its tiles to fit the registers.
+The gradient of a KL adds a second product to ``logit_gradient_kernel``.
 
 Every kernel is tuned once for each process, input dtype, hidden size and power of two of the number of rows. The best
 tile size may differ between processes, and with it the order of fp32 sums. Within a process the same inputs give the
@@ -36,6 +37,7 @@ from megatron_ktr.ops.token_statistics_interface import (
     NUM_STATISTICS,
     GradientSums,
     LogitGradient,
+    OtherRows,
     ShardPlan,
     empty_statistics,
 )
@@ -79,6 +81,13 @@ HALF_SIZES_OF_TWO_PRODUCTS = (
     (64, 256, 64, 8, 8, 3),
     (64, 128, 64, 8, 4, 4),
 )
+HALF_SIZES_OF_TWO_WEIGHTS = (
+    (128, 128, 32, 8, 8, 4),
+    (128, 128, 64, 8, 8, 3),
+    (128, 128, 32, 8, 8, 3),
+    (64, 128, 64, 8, 4, 3),
+)
+"""Four tiles instead of three are in shared memory at a time."""
 FP32_SIZES = ((128, 128, 32, 8, 8, 3), (64, 128, 32, 8, 4, 3), (64, 64, 32, 8, 4, 3))
 FP32_SIZES_OF_TWO_PRODUCTS = ((64, 128, 32, 8, 8, 3), (64, 64, 32, 8, 4, 3))
 
@@ -90,17 +99,21 @@ def _tuned(kernel, names: tuple[str, str, str, str], sizes: tuple[tuple[int, ...
     return triton.autotune(configs=tile_configs(names, sizes), key=["row_bucket", "D"], **options)(kernel)
 
 
-# The keys are (inputs are 16-bit, there is a counterfactual).
+# The keys are (inputs are 16-bit, there are other rows, they have a weight of their own).
 _STATISTICS = {
-    (True, False): _tuned(kernels.statistics_kernel, TILE_NAMES, HALF_SIZES),
-    (True, True): _tuned(kernels.statistics_kernel, TILE_NAMES, HALF_SIZES_OF_TWO_PRODUCTS),
-    (False, False): _tuned(kernels.statistics_kernel, TILE_NAMES, FP32_SIZES),
-    (False, True): _tuned(kernels.statistics_kernel, TILE_NAMES, FP32_SIZES_OF_TWO_PRODUCTS),
+    (True, False, False): _tuned(kernels.statistics_kernel, TILE_NAMES, HALF_SIZES),
+    (True, True, False): _tuned(kernels.statistics_kernel, TILE_NAMES, HALF_SIZES_OF_TWO_PRODUCTS),
+    (True, True, True): _tuned(kernels.statistics_kernel, TILE_NAMES, HALF_SIZES_OF_TWO_WEIGHTS),
+    (False, False, False): _tuned(kernels.statistics_kernel, TILE_NAMES, FP32_SIZES),
+    (False, True, False): _tuned(kernels.statistics_kernel, TILE_NAMES, FP32_SIZES_OF_TWO_PRODUCTS),
+    (False, True, True): _tuned(kernels.statistics_kernel, TILE_NAMES, FP32_SIZES_OF_TWO_PRODUCTS),
 }
-# The key says whether inputs are 16-bit.
+# The keys are (inputs are 16-bit, a KL has a gradient).
 _LOGIT_GRADIENT = {
-    True: _tuned(kernels.logit_gradient_kernel, TILE_NAMES, HALF_SIZES),
-    False: _tuned(kernels.logit_gradient_kernel, TILE_NAMES, FP32_SIZES),
+    (True, False): _tuned(kernels.logit_gradient_kernel, TILE_NAMES, HALF_SIZES),
+    (True, True): _tuned(kernels.logit_gradient_kernel, TILE_NAMES, HALF_SIZES_OF_TWO_PRODUCTS),
+    (False, False): _tuned(kernels.logit_gradient_kernel, TILE_NAMES, FP32_SIZES),
+    (False, True): _tuned(kernels.logit_gradient_kernel, TILE_NAMES, FP32_SIZES_OF_TWO_PRODUCTS),
 }
 # The keys are (inputs are 16-bit, product is d weight): the two products differ in size and so in their best tile.
 # Tuning runs a kernel many times; the tensor into which it accumulates is restored after each run.
@@ -128,7 +141,7 @@ class TritonTokenStatistics:
 
     @torch.no_grad()
     def forward(
-        self, hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor, plan: ShardPlan, others: Sequence[Tensor] = ()
+        self, hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor, plan: ShardPlan, others: Sequence[OtherRows] = ()
     ) -> Tensor:
         _check(hidden_RD)
         if hidden_RD.shape[0] == 0 or plan.num_columns == 0:
@@ -155,7 +168,7 @@ class TritonTokenStatistics:
         for start in range(0, plan.num_columns, chunk_columns):
             columns = slice(start, min(start + chunk_columns, plan.num_columns))
             chunk = chunk_buffer[:, : columns.stop - start]
-            write_logit_gradient(chunk, hidden_RD, weight_VD[columns], gradient, plan, first_id=plan.first_id + start)
+            write_logit_gradient(chunk, hidden_RD, weight_VD, gradient, plan, first_column=start)
             if sums.hidden_RD is not None:
                 add_product(sums.hidden_RD, chunk, weight_VD[columns], num_rows=num_rows)
             if sums.weight_VD is not None:
@@ -194,22 +207,24 @@ def choose_chunk_columns(num_rows: int, num_columns: int, *, itemsize: int) -> i
 
 
 def reduce_logits(
-    hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor, plan: ShardPlan, other_RD: Tensor | None
+    hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor, plan: ShardPlan, other: OtherRows | None
 ) -> Tensor:
-    """The statistics [4, R] of the shard, or [8, R] with one counterfactual."""
+    """The statistics [4, R] of the shard, or [8, R] with one set of other rows."""
     num_rows, hidden_size = hidden_RD.shape
-    has_counterfactual = other_RD is not None
+    has_counterfactual = other is not None
+    own_weight_VD = None if other is None or other.weight_VD is None else other.weight_VD.contiguous()
     size = NUM_STATISTICS * (1 + has_counterfactual)
     split_columns = choose_split_columns(num_rows, plan.num_columns)
     num_splits = triton.cdiv(plan.num_columns, split_columns)
     partial_XNR = hidden_RD.new_empty(num_splits, size, num_rows, dtype=torch.float32)
     statistics_NR = hidden_RD.new_empty(size, num_rows, dtype=torch.float32)
-    _STATISTICS[_is_half(hidden_RD), has_counterfactual][
+    _STATISTICS[_is_half(hidden_RD), has_counterfactual, own_weight_VD is not None][
         lambda meta: (triton.cdiv(num_rows, meta["BLOCK_R"]) * num_splits,)
     ](
         hidden_RD,
-        other_RD.contiguous() if other_RD is not None else hidden_RD,
+        other.hidden_RD.contiguous() if other is not None else hidden_RD,
         weight_VD,
+        own_weight_VD if own_weight_VD is not None else weight_VD,
         target_R,
         partial_XNR,
         num_rows,
@@ -220,6 +235,7 @@ def reduce_logits(
         D=hidden_size,
         SPLIT_COLUMNS=split_columns,
         HAS_COUNTERFACTUAL=has_counterfactual,
+        HAS_OWN_WEIGHT=own_weight_VD is not None,
         **_arithmetic(hidden_RD),
     )
     block_rows = 16
@@ -238,28 +254,42 @@ def reduce_logits(
 
 
 def write_logit_gradient(
-    chunk_RX: Tensor, hidden_RD: Tensor, weight_XD: Tensor, gradient: LogitGradient, plan: ShardPlan, *, first_id: int
+    chunk_RX: Tensor,
+    hidden_RD: Tensor,
+    weight_VD: Tensor,
+    gradient: LogitGradient,
+    plan: ShardPlan,
+    *,
+    first_column: int,
 ) -> None:
+    """Writes d z of the chunk, whose first column is column ``first_column`` of the shard."""
     num_rows, num_columns = chunk_RX.shape
-    _LOGIT_GRADIENT[_is_half(hidden_RD)][
+    other, fp32 = gradient.other, gradient.maximum  # ``fp32`` stands in for tensors that are not read
+    other_weight_VD = weight_VD if other is None or other.weight_VD is None else other.weight_VD.contiguous()
+    _LOGIT_GRADIENT[_is_half(hidden_RD), other is not None][
         lambda meta: (triton.cdiv(num_rows, meta["BLOCK_R"]) * triton.cdiv(num_columns, meta["BLOCK_V"]),)
     ](
         hidden_RD,
-        weight_XD,
+        weight_VD[first_column:],
         gradient.target.contiguous(),
         gradient.grad.contiguous(),
         gradient.maximum.contiguous(),
         gradient.offset.contiguous(),
-        gradient.maximum if gradient.slope is None else gradient.slope.contiguous(),
+        fp32 if gradient.slope is None else gradient.slope.contiguous(),
+        hidden_RD if other is None else other.hidden_RD.contiguous(),
+        other_weight_VD[first_column:],
+        fp32 if other is None else other.maximum.contiguous(),
+        fp32 if other is None else other.slope.contiguous(),
         chunk_RX,
         num_rows,
         num_columns,
-        first_id,
+        plan.first_id + first_column,
         plan.scale,
         chunk_RX.stride(0),
         row_bucket(num_rows),
         D=hidden_RD.shape[1],
         HAS_SLOPE=gradient.slope is not None,
+        HAS_OTHER=other is not None,
         **_arithmetic(hidden_RD),
     )
 

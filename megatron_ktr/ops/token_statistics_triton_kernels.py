@@ -5,7 +5,8 @@ is fp32: a bf16 sum over 152,064 exponentials would stall after 256 equal terms,
 
 1. ``statistics_kernel``: one program processes ``BLOCK_R`` rows and ``SPLIT_COLUMNS`` vocabulary rows. For each tile of
    ``BLOCK_V`` vocabulary rows it multiplies over D (the logits exist in registers only) and updates four running
-   numbers per row (eight with a counterfactual, whose product reads the same weight tile):
+   numbers per row (eight with other rows to compare with, whose product reads the same weight tile, or, with
+   ``HAS_OWN_WEIGHT``, that of the model they come from):
 
        m = max z                   s = sum exp(z - m)        u = sum exp(z - m) (z - m)     t = z[target], else 0
        m' = max z'                 s' = sum exp(z' - m')     t' = z'[target], else 0
@@ -17,7 +18,9 @@ is fp32: a bf16 sum over 152,064 exponentials would stall after 256 equal terms,
 
 2. ``logit_gradient_kernel``: recomputes the tile's product and turns it into the gradient of the logits
 
-       d z = scale (g 1[target] + exp(z - m) (offset + slope (z - m)))
+       d z = scale (g 1[target] + exp(z - m) (offset + slope (z - m) + kl_slope ((z - m) - (z' - m'))))
+
+   (The last term, with a second product, only if a KL has a gradient.)
 
    It stores d z in the inputs' dtype, for one chunk of the vocabulary that fits a memory budget. d hidden of a row
    (D fp32 numbers) fits neither registers nor shared memory, and every way without this buffer costs more. Recomputing
@@ -106,6 +109,7 @@ def statistics_kernel(
     hidden_ptr,  # [R, D] fp32, bf16 or fp16
     counterfactual_ptr,  # [R, D], same dtype; not read unless HAS_COUNTERFACTUAL
     weight_ptr,  # [>= Vs, D], same dtype
+    counterfactual_weight_ptr,  # [>= Vs, D], same dtype; not read unless HAS_OWN_WEIGHT
     target_ptr,  # [R] int64, ids in the whole vocabulary
     partial_ptr,  # [ceil(Vs / SPLIT_COLUMNS), 4 or 8, R] fp32: m, s, u, t, (m', s', w, t')
     num_rows,  # R > 0
@@ -116,6 +120,7 @@ def statistics_kernel(
     D: tl.constexpr,
     SPLIT_COLUMNS: tl.constexpr,
     HAS_COUNTERFACTUAL: tl.constexpr,
+    HAS_OWN_WEIGHT: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -145,13 +150,20 @@ def statistics_kernel(
         if HAS_COUNTERFACTUAL:
             counterfactual_ptrs = _tile_pointers(counterfactual_ptr, row_block * BLOCK_R, num_rows, D, BLOCK_R, BLOCK_D)
             z2 = tl.zeros([BLOCK_R, BLOCK_V], tl.float32)
+            if HAS_OWN_WEIGHT:
+                own_weight_ptrs = _tile_pointers(counterfactual_weight_ptr, start, num_columns, D, BLOCK_V, BLOCK_D)
         for d in range(0, D, BLOCK_D):
             weight = _load_slice(weight_ptrs, d, D, BLOCK_D, UPCAST)
             hidden = _load_slice(hidden_ptrs, d, D, BLOCK_D, UPCAST)
             z = tl.dot(hidden, tl.trans(weight), z, input_precision=PRECISION)
             if HAS_COUNTERFACTUAL:
                 counterfactual = _load_slice(counterfactual_ptrs, d, D, BLOCK_D, UPCAST)
-                z2 = tl.dot(counterfactual, tl.trans(weight), z2, input_precision=PRECISION)
+                if HAS_OWN_WEIGHT:
+                    weight2 = _load_slice(own_weight_ptrs, d, D, BLOCK_D, UPCAST)
+                    own_weight_ptrs += BLOCK_D
+                else:
+                    weight2 = weight
+                z2 = tl.dot(counterfactual, tl.trans(weight2), z2, input_precision=PRECISION)
                 counterfactual_ptrs += BLOCK_D
             hidden_ptrs += BLOCK_D
             weight_ptrs += BLOCK_D
@@ -236,6 +248,28 @@ def join_kernel(
         tl.store(out_ptrs + 7 * num_rows, tl.where(is_known, tl.sum(t2, axis=0), float("nan")), mask=is_row)
 
 
+@triton.jit
+def _product(
+    hidden_ptrs,
+    weight_ptrs,
+    D: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """hidden . weight of one tile, [BLOCK_R, BLOCK_V] in fp32; the pointers are at the first hidden dimensions."""
+    z = tl.zeros([BLOCK_R, BLOCK_V], tl.float32)
+    for d in range(0, D, BLOCK_D):
+        hidden = _load_slice(hidden_ptrs, d, D, BLOCK_D, UPCAST)
+        weight = _load_slice(weight_ptrs, d, D, BLOCK_D, UPCAST)
+        z = tl.dot(hidden, tl.trans(weight), z, input_precision=PRECISION)
+        hidden_ptrs += BLOCK_D
+        weight_ptrs += BLOCK_D
+    return z
+
+
 @triton.jit(do_not_specialize=["num_rows", "first_id", "row_bucket"])
 def logit_gradient_kernel(
     hidden_ptr,  # [R, D] fp32, bf16 or fp16
@@ -245,6 +279,10 @@ def logit_gradient_kernel(
     maximum_ptr,  # [R] fp32: m of the whole vocabulary
     offset_ptr,  # [R] fp32
     slope_ptr,  # [R] fp32; not read unless HAS_SLOPE
+    other_ptr,  # [R, D], dtype of hidden; this and the next three are not read unless HAS_OTHER
+    other_weight_ptr,  # [>= chunk, D], same dtype: the chunk's first row
+    other_maximum_ptr,  # [R] fp32: m' of the whole vocabulary
+    kl_slope_ptr,  # [R] fp32
     out_ptr,  # [R, out_stride], dtype of the inputs: d z of the chunk in its first num_columns columns
     num_rows,  # R > 0
     num_columns,  # real columns of the chunk, > 0
@@ -254,6 +292,7 @@ def logit_gradient_kernel(
     row_bucket,
     D: tl.constexpr,
     HAS_SLOPE: tl.constexpr,
+    HAS_OTHER: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -266,14 +305,7 @@ def logit_gradient_kernel(
     )
     hidden_ptrs = _tile_pointers(hidden_ptr, row_block * BLOCK_R, num_rows, D, BLOCK_R, BLOCK_D)
     weight_ptrs = _tile_pointers(weight_ptr, column_block * BLOCK_V, num_columns, D, BLOCK_V, BLOCK_D)
-    z = tl.zeros([BLOCK_R, BLOCK_V], tl.float32)
-    for d in range(0, D, BLOCK_D):
-        hidden = _load_slice(hidden_ptrs, d, D, BLOCK_D, UPCAST)
-        weight = _load_slice(weight_ptrs, d, D, BLOCK_D, UPCAST)
-        z = tl.dot(hidden, tl.trans(weight), z, input_precision=PRECISION)
-        hidden_ptrs += BLOCK_D
-        weight_ptrs += BLOCK_D
-
+    z = _product(hidden_ptrs, weight_ptrs, D, UPCAST, PRECISION, BLOCK_R, BLOCK_V, BLOCK_D)
     rows = row_block * BLOCK_R + tl.arange(0, BLOCK_R)
     columns = column_block * BLOCK_V + tl.arange(0, BLOCK_V)
     is_row = rows < num_rows
@@ -284,6 +316,13 @@ def logit_gradient_kernel(
     x = z * scale - maximum[:, None]
     if HAS_SLOPE:
         coefficient = coefficient + tl.load(slope_ptr + rows, mask=is_row, other=0.0)[:, None] * x
+    if HAS_OTHER:
+        hidden_ptrs = _tile_pointers(other_ptr, row_block * BLOCK_R, num_rows, D, BLOCK_R, BLOCK_D)
+        weight_ptrs = _tile_pointers(other_weight_ptr, column_block * BLOCK_V, num_columns, D, BLOCK_V, BLOCK_D)
+        z2 = _product(hidden_ptrs, weight_ptrs, D, UPCAST, PRECISION, BLOCK_R, BLOCK_V, BLOCK_D)
+        maximum2 = tl.load(other_maximum_ptr + rows, mask=is_row, other=0.0)
+        kl_slope = tl.load(kl_slope_ptr + rows, mask=is_row, other=0.0)
+        coefficient = coefficient + kl_slope[:, None] * (x - (z2 * scale - maximum2[:, None]))
     # Rounding can lift x above 0 by a few units in the last place of z where this product sums in another order than
     # the forward's; exp stays near 1.
     z_grad = tl.exp(x) * coefficient + tl.where(columns[None, :] == target[:, None], grad[:, None], 0.0)

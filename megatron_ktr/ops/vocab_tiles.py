@@ -21,16 +21,17 @@ def tile_sizes(
     *,
     itemsize: int,
     num_buffers: int = 2,
+    num_weight_tiles: int = 2,
     budget_bytes: int = TILE_BUDGET_BYTES,
 ) -> tuple[int, int]:
     """(rows, columns) of a tile whose working memory fits ``budget_bytes``, but at least 16 x 128.
 
-    Half of the budget is for the columns: a widened weight tile and its gradient, 2 D numbers per column. The other
-    half is for the rows: ``num_buffers`` buffers as wide as the tile, and a widened hidden row, which together are
-    ``num_buffers`` x columns + D numbers per row.
+    Half of the budget is for the columns: usually a widened weight tile and its gradient, which are
+    ``num_weight_tiles`` x D = 2 D numbers per column. The other half is for the rows: ``num_buffers`` buffers as wide
+    as the tile, and a widened hidden row, which together are ``num_buffers`` x columns + D numbers per row.
     """
     half = budget_bytes // 2 // itemsize
-    columns = max(128, min(num_columns, half // (2 * hidden_size) // 128 * 128, 2048))
+    columns = max(128, min(num_columns, half // (num_weight_tiles * hidden_size) // 128 * 128, 2048))
     rows = max(16, min(num_rows, half // (num_buffers * columns + hidden_size) // 16 * 16))
     return rows, columns
 
@@ -49,11 +50,16 @@ class Tiles:
     buffers: tuple[Tensor, ...]
 
     @classmethod
-    def of(cls, hidden_RD: Tensor, plan: ShardPlan, *, num_buffers: int) -> Tiles:
+    def of(cls, hidden_RD: Tensor, plan: ShardPlan, *, num_buffers: int, num_weight_tiles: int = 2) -> Tiles:
         num_rows, hidden_size = hidden_RD.shape
         dtype = accumulation_dtype(hidden_RD)
         row_chunk, vocab_chunk = tile_sizes(
-            num_rows, plan.num_columns, hidden_size, itemsize=dtype.itemsize, num_buffers=num_buffers
+            num_rows,
+            plan.num_columns,
+            hidden_size,
+            itemsize=dtype.itemsize,
+            num_buffers=num_buffers,
+            num_weight_tiles=num_weight_tiles,
         )
         row_chunk, vocab_chunk = plan.row_chunk or row_chunk, plan.vocab_chunk or vocab_chunk
         size = min(num_rows, row_chunk) * min(plan.num_columns, vocab_chunk)

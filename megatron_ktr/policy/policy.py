@@ -40,7 +40,7 @@ from megatron_ktr.policy.finite import require_finite, require_finite_weights
 from megatron_ktr.policy.offload import moments_on_device, moves
 from megatron_ktr.policy.reference import ReferenceModel
 from megatron_ktr.policy.roles import ModelRole
-from megatron_ktr.policy.statistics import compared
+from megatron_ktr.policy.statistics import compared, comparing
 from megatron_ktr.policy.vision import PolicyVision
 from megatron_ktr.sums import Metrics
 from megatron_ktr.types import BatchFacts, PackedBatch, Prompt, ScoredBatch, TokenScores
@@ -155,10 +155,16 @@ class Policy(ReplicaNumbers):
 
         return self._forward_only(batches, batch_of=ready, finish=statistics, model=model, precision=precision)
 
-    def hidden_rows(self, batches: Sequence[Packed], *, precision: str = "same") -> list[Tensor | None]:
+    def hidden_rows(
+        self, batches: Sequence[Packed], *, model: ModelRole = ModelRole.POLICY, precision: str = "same"
+    ) -> list[Tensor | None]:
         """Hidden states [R, D] of the rows that predict the response tokens, without gradient; None on every stage but
         the last. The head does not run."""
-        return self._forward_only(batches, batch_of=ready, finish=lambda *found: found[-1].clone(), precision=precision)
+
+        def rows(*found: Any) -> Tensor:
+            return found[-1].clone()
+
+        return self._forward_only(batches, batch_of=ready, finish=rows, model=model, precision=precision)
 
     def score_intact(
         self, items: Sequence[MicroBatch], *, objective: Objective
@@ -169,12 +175,11 @@ class Policy(ReplicaNumbers):
         def scores_of(
             chunk: torch.nn.Module, item: MicroBatch, batch: PackedBatch, hidden_RD: Tensor
         ) -> tuple[MicroBatch, TokenScores]:
-            statistics, item = compared(
-                chunk, item, batch, hidden_RD, objective=objective, temperature=self.temperature
-            )
+            statistics, item = compared(chunk, item, batch, hidden_RD, **options)
             return item, item.scores(statistics)
 
-        return self._forward_only(items, batch_of=lambda item: item.batch, finish=scores_of)
+        with comparing(objective, self.reference, temperature=self.temperature) as options:
+            return self._forward_only(items, batch_of=lambda item: item.batch, finish=scores_of)
 
     def _forward_only(
         self,
@@ -249,9 +254,7 @@ class Policy(ReplicaNumbers):
         def loss_of(
             item: MicroBatch, batch: PackedBatch, chunk: torch.nn.Module, hidden_RD: Tensor
         ) -> tuple[Tensor, Tensor, Any]:
-            statistics, item = compared(
-                chunk, item, batch, hidden_RD, objective=objective, temperature=self.temperature
-            )
+            statistics, item = compared(chunk, item, batch, hidden_RD, **options)
             scores = item.scores(statistics)
             scored = ScoredBatch(batch, scores, item.groups)
             streams = objective.token_streams(scored, facts, selection=item.selection)
@@ -260,13 +263,14 @@ class Policy(ReplicaNumbers):
             no_tokens = torch.zeros((), dtype=torch.int, device=loss.device)
             return loss, no_tokens, (metrics, streams.detach(), scores.detach())
 
-        outputs = self._run(
-            self.chunks,
-            micro_batches,
-            batch_of=lambda item: item.batch,
-            finish=loss_of,
-            forward_only=False,
-        )
+        with comparing(objective, self.reference, temperature=self.temperature) as options:
+            outputs = self._run(
+                self.chunks,
+                micro_batches,
+                batch_of=lambda item: item.batch,
+                finish=loss_of,
+                forward_only=False,
+            )
         self._is_gather_pending = self.options.parallel.overlap_param_gather
         metrics = Metrics()
         # Tensor- and context-parallel ranks hold the same numbers; only one of them reports, so that none counts twice.

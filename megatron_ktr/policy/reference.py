@@ -8,18 +8,24 @@ adapters
 =====================  ==================================================================================
 
 All three give the same numbers.
+
+Where the KL is taken over the whole vocabulary, the update compares the reference's distributions with its own in its
+own pass over the vocabulary. It then needs the reference's hidden rows, from the reference's pass, and its output
+weight, from ``output_weight``.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
 import torch
+from torch import Tensor
 
 from megatron_ktr.distributed.platform import Platform
-from megatron_ktr.policy.offload import HostWeights
+from megatron_ktr.policy.offload import HostWeights, moves
+from models.qwen2_5_vl.conversion import unwrap_model
 from models.qwen2_5_vl.fp8 import drop_initial_values
 from models.qwen2_5_vl.lora import adapters_off
 
@@ -33,11 +39,26 @@ class ReferenceModel:
         *,
         in_use: Callable[[], AbstractContextManager] = contextlib.nullcontext,
         is_policy: bool = False,
+        to_device: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     ) -> None:
         self.chunks = list(chunks)
         self.in_use = in_use
         self.is_policy = is_policy
         """Whether its parameters are the policy's."""
+        self._to_device = to_device
+
+    @contextlib.contextmanager
+    def output_weight(self) -> Iterator[Tensor | None]:
+        """This rank's shard of the output weight, on the device while the context is open.
+
+        It is the only weight that is needed outside ``in_use()``: an offloaded copy moves this one alone. None on every
+        stage but the last, and where it is the policy's own.
+        """
+        model = unwrap_model(self.chunks[-1])
+        if self.is_policy or not model.post_process:
+            yield None
+        else:
+            yield self._to_device(model.output_weight().detach())
 
     @classmethod
     def copy(cls, chunks: Sequence[torch.nn.Module], *, offload_on: Platform | None = None) -> ReferenceModel:
@@ -47,7 +68,8 @@ class ReferenceModel:
             drop_initial_values(chunk.requires_grad_(False).parameters())
         if offload_on is None:
             return cls(chunks)
-        return cls(chunks, in_use=HostWeights.on(chunks, platform=offload_on).on_device)
+        in_use = HostWeights.on(chunks, platform=offload_on).on_device
+        return cls(chunks, in_use=in_use, to_device=moves(offload_on)["to_device"])
 
     @classmethod
     def without_adapters(cls, policy_chunks: Sequence[torch.nn.Module]) -> ReferenceModel:

@@ -56,6 +56,11 @@ def regression(answer: str, truth: Truth) -> float:
     return standard.relative_score(stated_number(answer), read_number(truth.text))
 
 
+def mathematical(answer: str, truth: Truth) -> float:
+    """1 if the answer, its last line or its last box is mathematically the same as the truth."""
+    return float(any(standard.mathematical(part, truth) for part in readings(answer)))
+
+
 def stated_number(answer: str) -> float | None:
     """The number of the answer, or of its last line."""
     return next((value for part in readings(answer) if (value := read_number(part)) is not None), None)
@@ -84,4 +89,9 @@ def _ascii_lower(text: str) -> str:
     return text.lower() if text.isascii() else "".join(c.lower() if c.isascii() else c for c in text)
 
 
-JUDGES = standard.JUDGES | {"multiple choice": multiple_choice, "numerical": numerical, "regression": regression}
+JUDGES = standard.JUDGES | {
+    "multiple choice": multiple_choice,
+    "numerical": numerical,
+    "regression": regression,
+    "math": mathematical,
+}

@@ -6,13 +6,18 @@ numbers.
   matches a truth of 0, not even 0.
 - Letters must be equal to the character, OCR minds case, and ROUGE sees ASCII letters and digits only.
 
+Questions that these releases do not have are judged as others do that have them: "temporal grounding" as Time-R1,
+"spatial grounding" as OneThinker (``grounding.py``), "math" by math-verify, which OneThinker uses.
+
 There is one difference from the releases: a ``solution`` without ``<answer>`` tags is taken as it is, while they would
 read nothing from it.
 """
 
 from __future__ import annotations
 
+from megatron_ktr.rewards import grounding
 from megatron_ktr.rewards.overlap import rouge_mean, word_error_rate
+from megatron_ktr.rewards.standard import mathematical
 from megatron_ktr.rewards.text import extract_answer
 from megatron_ktr.rewards.truth import Truth
 from megatron_ktr.rewards.words import ASCII_WORDS, stem
@@ -92,4 +97,7 @@ JUDGES = {
     "OCR": ocr,
     "free-form": free_form,
     "regression": regression,
+    "math": mathematical,
+    grounding.TEMPORAL: grounding.judge_span_officially,
+    grounding.SPATIAL: grounding.judge_box_strictly,
 }

@@ -9,9 +9,9 @@ lenient    accepts the right answer however it is worded, with or without a bloc
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from megatron_ktr.rewards import lenient, official, standard
+from megatron_ktr.rewards import grounding, lenient, official, standard
 from megatron_ktr.rewards.text import extract_answer, extract_only_answer, has_reasoning_format
 from megatron_ktr.rewards.truth import Truth
 
@@ -28,11 +28,22 @@ class Protocol:
     """The function that scores an answer, in [0, 1], for each problem type."""
     has_format: Callable[[str], bool] = has_reasoning_format
     """Whether a response gets the format reward."""
+    finders: Mapping[str, Callable[[str], str | None]] = field(default_factory=dict)
+    """For problem types whose answer is found in another way than by ``find_answer``: how."""
+
+    def finder_of(self, problem_type: str) -> Callable[[str], str | None]:
+        """How the answer to a question of this type is found."""
+        return self.finders.get(problem_type, self.find_answer)
 
 
 PROTOCOLS = {
-    "official": Protocol(official.find_answer, official.JUDGES, official.has_format),
-    "strict": Protocol(extract_only_answer, standard.JUDGES),
+    "official": Protocol(
+        official.find_answer,
+        official.JUDGES,
+        official.has_format,
+        finders={grounding.TEMPORAL: grounding.find_last_answer},
+    ),
+    "strict": Protocol(extract_only_answer, standard.JUDGES | standard.STRICT_JUDGES),
     "standard": Protocol(extract_answer, standard.JUDGES),
     "lenient": Protocol(lenient.find_answer, lenient.JUDGES),
 }

@@ -5,6 +5,8 @@
     OCR               1 - word error rate, clipped to [0, 1]
     free-form         mean F-measure of ROUGE-1, ROUGE-2 and ROUGE-L, with stemming; 1 for the same words
     regression        1 - min(1, |answer - truth| / |truth|)
+    math              1 if equal as mathematics (``math_answers.py``)
+    temporal grounding, spatial grounding   IoU of spans or boxes (``grounding.py``)
 
 A number has a "decimal part" if its text contains '.' or ','. Texts that look the same count as equal (``fold.py``).
 An empty truth or answer is never right.
@@ -12,8 +14,10 @@ An empty truth or answer is never right.
 
 from __future__ import annotations
 
+from megatron_ktr.rewards import grounding
 from megatron_ktr.rewards.choices import read_label, read_letters
 from megatron_ktr.rewards.fold import bare, fold_case, fold_number
+from megatron_ktr.rewards.math_answers import are_equal
 from megatron_ktr.rewards.overlap import rouge_mean, word_error_rate
 from megatron_ktr.rewards.text import parse_number
 from megatron_ktr.rewards.truth import Truth
@@ -74,6 +78,11 @@ def regression(answer: str, truth: Truth) -> float:
     return 1.0 if are_alike(found, expected) else relative_score(parse_number(found), parse_number(expected))
 
 
+def mathematical(answer: str, truth: Truth) -> float:
+    """1 if the answer is mathematically the same as the truth."""
+    return float(are_equal(answer, truth.text))
+
+
 def relative_score(value: float | None, expected: float | None) -> float:
     """The score of ``regression`` for two numbers; 0 if one of them is None."""
     if value is None or expected is None:
@@ -104,4 +113,12 @@ JUDGES = {
     "OCR": ocr,
     "free-form": free_form,
     "regression": regression,
+    "math": mathematical,
+    grounding.TEMPORAL: grounding.judge_span,
+    grounding.SPATIAL: grounding.judge_box,
 }
+STRICT_JUDGES = {
+    grounding.TEMPORAL: grounding.judge_span_strictly,
+    grounding.SPATIAL: grounding.judge_box_strictly,
+}
+"""Where the protocol ``strict`` reads less than ``standard``: JSON alone."""

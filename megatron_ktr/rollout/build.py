@@ -11,15 +11,18 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from megatron_ktr.batch.packing import MediaSpec
 from megatron_ktr.config import Config
+from megatron_ktr.config.filter_rules import draws_together, metric_of
 from megatron_ktr.config.part_options import row_multiple
-from megatron_ktr.config.sections import DataSection
+from megatron_ktr.config.sections import DataSection, RolloutSection
 from megatron_ktr.data.dataset import PromptDataset
 from megatron_ktr.data.lengths import record_lengths
 from megatron_ktr.data.mixture import RecordSource
 from megatron_ktr.data.order import LengthBuckets
+from megatron_ktr.data.retirement import RetirementRule
 from megatron_ktr.data.skips import SkipCounter
 from megatron_ktr.data.source import DatasetSource, SupervisedSource
 from megatron_ktr.data.template import PromptBuilder, VisualTokens
@@ -32,7 +35,7 @@ from megatron_ktr.distributed.platform import current
 from megatron_ktr.distributed.rendezvous import read_number
 from megatron_ktr.errors import UserError, same_on_every_rank
 from megatron_ktr.policy.policy import Policy
-from megatron_ktr.rewards import DEFAULT_REWARDS
+from megatron_ktr.rewards import DEFAULT_REWARDS, Rewarder
 from megatron_ktr.rollout.base import RolloutEngine
 from megatron_ktr.rollout.check.probes import probe_prompts
 from megatron_ktr.rollout.check.sampler import (
@@ -42,9 +45,12 @@ from megatron_ktr.rollout.check.sampler import (
     trainer_logprobs,
     worst_of_replicas,
 )
-from megatron_ktr.rollout.questions import read_questions, rewards_of
+from megatron_ktr.rollout.filtering import FilterRule
+from megatron_ktr.rollout.questions import read_questions, reward_options, rewards_of
+from megatron_ktr.rollout.refill import FilteredSource
 from megatron_ktr.rollout.replay import ReplaySource
 from megatron_ktr.rollout.sampling import SamplingSettings
+from megatron_ktr.rollout.second_prompt import SecondPrompt
 from megatron_ktr.rollout.source import ReplicaSource, Sampler
 
 _log = logging.getLogger(__name__)
@@ -73,11 +79,13 @@ def build_local_source(
         size=ranks.data_size,
         skips=SkipCounter(max_skip_share=data.max_skip_share),
     )
+    if draws_together(config.rollout):
+        dataset.draw_together(_retirement_of(config.rollout))
     dataset.count_too(questions.sources[0].loader.reader.counts)
     if (pool := worker_pool(data)) is not None:
         dataset.read_ahead(pool, prefetch_steps=data.prefetch_steps)
     if questions.engine is not None:
-        return ReplaySource(dataset, engine=questions.engine)
+        return ReplaySource(dataset, engine=questions.engine, second=_second_prompt(config))
     return SupervisedSource(dataset) if config.objective.is_supervised else DatasetSource(dataset)
 
 
@@ -105,17 +113,24 @@ def require_same_questions(local: DatasetSource | None, *, ranks: ParallelGroups
     If they leave out different records, for instance because a node lacks some media, rank 0 says so.
 
     Raises:
-        UserError: on every rank, if records or wordings differ.
+        UserError: on every rank, if records or wordings differ, or what is left out where it must be the same.
     """
     first, *others = [one for one in gather_objects(_about(local), group=ranks.world) if one is not None]
     for replica, other in enumerate(others, start=1):
-        parts = {"records": 0, "wordings": 1, "lengths of records": 4}
+        parts = {"records": 0, "wordings": 1, "lengths of records": 5}
         what = next((name for name, part in parts.items() if other[part] != first[part]), "")
         if what:
             with same_on_every_rank():
                 raise UserError(
                     f"data_path: the reading rank of replica {replica} found other {what} than that of replica 0: the "
                     "files differ between nodes, or were changed while they were read"
+                )
+        if other[2] != first[2] and first[4]:
+            with same_on_every_rank():
+                raise UserError(
+                    f"data_path: replica {replica} leaves out other records than replica 0 and uses {other[3]}, not "
+                    f"{first[3]}, but --filter-groups and --retire-above draw for all replicas together: are the same "
+                    "media there on every node?"
                 )
         if other[2] != first[2] and ranks.rank == 0:
             _log.warning(
@@ -127,13 +142,45 @@ def require_same_questions(local: DatasetSource | None, *, ranks: ParallelGroups
             )
 
 
-def _about(local: DatasetSource | None) -> tuple[str, str, str, int, str] | None:
-    """(digest of the records, of the wordings, of what is left out, number of prompts of an epoch, digest of the
-    lengths) on reading ranks."""
+def _about(local: DatasetSource | None) -> tuple[str, str, str, int, bool, str] | None:
+    """(digest of the records, of the wordings, of what is left out, number of prompts of an epoch, whether all replicas
+    draw together, digest of the lengths) on reading ranks."""
     if local is None:
         return None
     data = local.dataset
-    return data.records_digest, data.wording_digest, data.left_out_digest, data.num_kept, data.lengths_digest
+    digests = data.records_digest, data.wording_digest, data.left_out_digest
+    return *digests, data.num_kept, data.together is not None, data.lengths_digest
+
+
+def _retirement_of(rollout: RolloutSection) -> RetirementRule | None:
+    if rollout.retire_above is None:
+        return None
+    return RetirementRule(above=rollout.retire_above, num_epochs=rollout.retire_for, decay=rollout.retire_decay)
+
+
+def replica_source(
+    config: Config, local: DatasetSource | None, *, ranks: ParallelGroups, **options: Any
+) -> ReplicaSource:
+    """The source that the trainer draws from; ``options`` are those of ``ReplicaSource``."""
+    rollout = config.rollout
+    options |= {"ranks": ranks, "lag": rollout.lag, "samples_steps": config.samples}
+    if not draws_together(rollout):
+        return ReplicaSource(local, **options)
+    # An interleaved pipeline needs a multiple of its stages of full micro-batches (``step/plan.py``).
+    stages = ranks.sizes.pipeline if (ranks.sizes.virtual_pipeline or 1) > 1 else 1
+    return FilteredSource(
+        local,
+        rule=FilterRule(
+            rollout.filter_groups,
+            metric=metric_of(rollout),
+            low=rollout.filter_low,
+            high=rollout.filter_high,
+            min_spread=rollout.min_reward_spread,
+            max_rounds=rollout.filter_max_rounds,
+        ),
+        groups_multiple=stages * config.trainer.micro_batch_groups if stages > 1 else 1,
+        **options,
+    )
 
 
 def worker_pool(data: DataSection) -> WorkerPool | None:
@@ -227,15 +274,24 @@ def _shown_to_engine(config: Config) -> DataSection:
 
 def _rewards_of(config: Config) -> Callable[[RolloutEngine], Sampler]:
     """Adds the run's rewards to an engine, and those of the files that have their own."""
-    sources = config.data.sources
+    sources, second, rewarder = config.data.sources, _second_prompt(config), Rewarder(reward_options(config))
     if len(sources) == 1:
-        return partial(Sampler, rewards=rewards_of(config, sources[0]), answer_protocol=config.reward.answer_protocol)
+        return partial(Sampler, rewards=rewards_of(config, sources[0]), rewarder=rewarder, second=second)
     return partial(
         Sampler,
+        second=second,
         rewards=config.reward.reward_functions or DEFAULT_REWARDS,
-        answer_protocol=config.reward.answer_protocol,
+        rewarder=rewarder,
         rewards_of_source={source.label: rewards_of(config, source) for source in sources},
     )
+
+
+def _second_prompt(config: Config) -> SecondPrompt | None:
+    """What is asked a second time according to the options; None if nothing is."""
+    rollout = config.rollout
+    if not rollout.num_shuffled or config.objective.is_supervised:
+        return None
+    return SecondPrompt(rollout.num_generations, rollout.num_shuffled, seed=config.trainer.seed)
 
 
 def build_sampler_check(

@@ -12,6 +12,7 @@ decoded as one left-padded batch with a key-value cache. Positions are computed 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from megatron_ktr.distributed.platform import current
 from megatron_ktr.errors import UserError
 from megatron_ktr.files.hf_files import published_name
 from megatron_ktr.files.hf_model import hf_model_class, reading_model
-from megatron_ktr.rollout.base import RolloutEngine
+from megatron_ktr.rollout.base import RolloutEngine, counts_of
 from megatron_ktr.rollout.sampling import (
     GumbelSampler,
     SamplingSettings,
@@ -90,14 +91,19 @@ class HFEngine(RolloutEngine):
             raise UserError(f"rollout engine hf: {len(missing)} weights were not sent, among them {sorted(missing)[0]}")
 
     def stream(
-        self, prompts: Sequence[Prompt], *, step: int = 0, sampling: SamplingSettings | None = None
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        step: int = 0,
+        sampling: SamplingSettings | None = None,
+        counts: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, RolloutGroup]]:
         """Generates batch by batch. The responses to a prompt do not depend on the other prompts."""
         sampling = sampling or self.sampling
-        per_batch = max(1, sampling.max_batch_size // sampling.num_generations)
-        for start in range(0, len(prompts), per_batch):
-            groups = self._generate_batch(prompts[start : start + per_batch], step=step, sampling=sampling)
-            yield from enumerate(groups, start=start)
+        numbers = counts_of(prompts, counts=counts, sampling=sampling)
+        for batch in _batches(numbers, max_size=sampling.max_batch_size):
+            asked = [(prompts[index], numbers[index]) for index in batch]
+            yield from zip(batch, self._generate_batch(asked, step=step, sampling=sampling), strict=True)
 
     def close(self) -> None:
         """Drops the model."""
@@ -105,10 +111,11 @@ class HFEngine(RolloutEngine):
 
     @torch.no_grad()
     def _generate_batch(
-        self, prompts: Sequence[Prompt], *, step: int, sampling: SamplingSettings
+        self, asked: Sequence[tuple[Prompt, int]], *, step: int, sampling: SamplingSettings
     ) -> list[RolloutGroup]:
-        number = sampling.num_generations
-        embedded = [self._embed(prompt) for prompt in prompts]
+        """The groups of prompts with their numbers of responses."""
+        embedded = [self._embed(prompt) for prompt, _ in asked]
+        repeats = torch.tensor([number for _, number in asked], device=self.device)
         length = max(embeds.shape[0] for embeds, _ in embedded)
         inputs, positions, mask = [], [], []
         for embeds_PD, positions_3P in embedded:
@@ -118,15 +125,15 @@ class HFEngine(RolloutEngine):
             mask.append(torch.arange(length, device=self.device) >= padding)
         seeds = [
             sample_seed(seed=sampling.seed, step=step, identity=prompt.identity, sample=sample)
-            for prompt in prompts
+            for prompt, number in asked
             for sample in range(number)
         ]
         sampler = GumbelSampler(seeds, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k)
         stopper = _Stopper(sampling.stop, decode=self._text, num_rows=len(seeds)) if sampling.stop else None
         token_ids_BR = self.model.generate(
-            inputs_embeds=torch.stack(inputs).repeat_interleave(number, dim=0),
-            attention_mask=torch.stack(mask).long().repeat_interleave(number, dim=0),
-            position_ids=torch.stack(positions, dim=1).repeat_interleave(number, dim=1),
+            inputs_embeds=torch.stack(inputs).repeat_interleave(repeats, dim=0),
+            attention_mask=torch.stack(mask).long().repeat_interleave(repeats, dim=0),
+            position_ids=torch.stack(positions, dim=1).repeat_interleave(repeats, dim=1),
             max_new_tokens=sampling.max_response_length,
             logits_processor=[_Chooser(sampler, sampling)],
             stopping_criteria=[stopper] if stopper else None,
@@ -134,16 +141,13 @@ class HFEngine(RolloutEngine):
         ).cpu()
         logprobs_BR = torch.stack(sampler.logprobs, dim=1)
         stop_lengths = stopper.lengths if stopper else [None] * len(seeds)
-        responses = [
+        responses = iter(
             self._rollout(ids, None if sampling.has_penalties else logprobs, stop_length)
             for ids, logprobs, stop_length in zip(
                 token_ids_BR.tolist(), logprobs_BR.tolist(), stop_lengths, strict=True
             )
-        ]
-        return [
-            RolloutGroup(prompt=prompt, rollouts=tuple(responses[index * number : (index + 1) * number]))
-            for index, prompt in enumerate(prompts)
-        ]
+        )
+        return [RolloutGroup(prompt=prompt, rollouts=tuple(islice(responses, number))) for prompt, number in asked]
 
     def _embed(self, prompt: Prompt) -> tuple[Tensor, Tensor]:
         """([P, D] embeddings with vision features in place of placeholders, [3, P] positions) of one prompt."""
@@ -181,6 +185,20 @@ class HFEngine(RolloutEngine):
 
     def _text(self, token_ids: list[int]) -> str:
         return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+
+
+def _batches(counts: Sequence[int], *, max_size: int) -> Iterator[list[int]]:
+    """Yields the places of consecutive prompts with at most ``max_size`` responses together, or of one with more."""
+    batch: list[int] = []
+    size = 0
+    for place, count in enumerate(counts):
+        if batch and size + count > max_size:
+            yield batch
+            batch, size = [], 0
+        batch.append(place)
+        size += count
+    if batch:
+        yield batch
 
 
 class _Stopper:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron_ktr.config import Config
 from megatron_ktr.config.data_sources import DataSource, draws_of_weights
+from megatron_ktr.config.filter_rules import parts_needed
 from megatron_ktr.config.sections import DataSection
 from megatron_ktr.data.frame_cache import FrameCache
 from megatron_ktr.data.loader import PromptLoader
@@ -24,7 +25,7 @@ from megatron_ktr.data.store.check import Clips, check_store, clips_of
 from megatron_ktr.data.store.record_store import RecordRules, RecordStore, open_store
 from megatron_ktr.data.tokenizer import Tokenizer
 from megatron_ktr.errors import UserError
-from megatron_ktr.rewards import DEFAULT_REWARDS, READS_PROBLEM_TYPE, load_rewards
+from megatron_ktr.rewards import DEFAULT_REWARDS, RewardOptions, load_rewards, reads_problem_type
 from megatron_ktr.rollout.replay import ReplayEngine, Required
 
 _log = logging.getLogger(__name__)
@@ -167,12 +168,12 @@ def _check(
     command = f"python tools/prepare_dataset.py validate {given.path} --media-root {_media_root(config, given)}"
     problems = RecordProblems("data_path", Path(given.path), remedy=f"all of them: {command}")
     names = () if config.objective.is_supervised else rewards_of(config, given)
-    load_rewards(names)  # raises UserError for an unknown name
+    load_rewards(names, options=reward_options(config))  # raises UserError for an unknown name
     clips = check_store(
         store,
         problems=problems,
         loader=loader,
-        rewards=[name for name in names if name in READS_PROBLEM_TYPE],
+        rewards=[name for name in names if reads_problem_type(name)],
         is_spokesman=is_spokesman,
     )
     left_out = problems.settle(len(store), max_share=config.data.max_skip_share, is_spokesman=is_spokesman)
@@ -186,6 +187,11 @@ def _check(
 def rewards_of(config: Config, given: DataSource) -> tuple[str, ...]:
     """The reward parts of the responses to the questions of one file."""
     return given.reward_functions or config.reward.reward_functions or DEFAULT_REWARDS
+
+
+def reward_options(config: Config) -> RewardOptions:
+    """What the rewards of the run read of its options."""
+    return RewardOptions(config.reward, config.rollout.max_response_length)
 
 
 def draws_of(sources: Sequence[DataSource], num_records: Sequence[int]) -> Sequence[int]:
@@ -213,14 +219,22 @@ def media_reader(data: DataSection) -> MediaReader:
 
 
 def _replay_engine(config: Config, *, tokenizer: Tokenizer, vocab_size: int, problems: RecordProblems) -> ReplayEngine:
+    needed = {part: f"{why}: record it" for part, why in parts_needed(config.rollout).items()}
+    for bonus, value in (
+        ("--temporal-bonus", config.rollout.temporal_bonus),
+        ("--length-bonus", config.reward.length_bonus),
+    ):
+        if value:
+            what = bonus.removeprefix("--").replace("-", " ")
+            needed["accuracy"] = f"the {what} goes to correct responses: record it, or set {bonus} 0"
     return ReplayEngine(
         problems.path,
         tokenizer=tokenizer,
         num_generations=config.rollout.num_generations,
         vocab_size=vocab_size,
         required=Required(
-            rewards=("accuracy",) if config.reward.length_bonus > 0 else (),
-            because="the length bonus goes to correct responses: record it, or set --length-bonus 0",
+            rewards=needed,
+            num_shuffled=config.rollout.num_shuffled,
             logprobs=config.objective.importance_sampling != "none" or bool(config.objective.importance_mask),
         ),
         ignored=config.data.ignore_fields,

@@ -15,21 +15,27 @@ response was cut at the length limit. The reward is the sum of the named parts; 
 The length bonus is on by default and goes to correct responses. It therefore needs the part ``accuracy`` of every
 response; with files that lack it, use ``--length-bonus 0``. ``write_rollouts`` writes the responses that a run sampled
 in the same format.
+
+With ``--temporal-bonus`` a question with a video also has ``shuffled_responses``: responses to its frames in random
+order, in the form of ``responses``. The list is empty for a video that has no order to lose. Runs without the bonus do
+not read it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 import os
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from megatron_ktr.attribution.counterfactuals import can_shuffle
 from megatron_ktr.data.dataset import PromptDataset
 from megatron_ktr.data.record_problems import RecordProblems
 from megatron_ktr.data.records import NORMALISED, Record, read_records
@@ -40,24 +46,34 @@ from megatron_ktr.errors import UserError
 from megatron_ktr.files.json_files import to_json
 from megatron_ktr.rollout.base import RolloutEngine
 from megatron_ktr.rollout.sampling import SamplingSettings
+from megatron_ktr.rollout.second_prompt import (
+    SHUFFLED,
+    Question,
+    SecondPrompt,
+    counts_of_questions,
+    joined,
+    prompts_of,
+)
 from megatron_ktr.types import Prompt, ResponseSelection, Rollout, RolloutGroup
 
 _log = logging.getLogger(__name__)
 MAX_FLOAT = sys.float_info.max
 _LINE = "record_number"
 """The field of a record with the number of its line. It identifies the record's responses; problem ids may repeat."""
+_RESPONSES, _SHUFFLED_RESPONSES = "responses", "shuffled_responses"
 
 
 @dataclass(frozen=True)
 class Required:
     """What recorded responses must contain."""
 
-    rewards: Sequence[str] = ()
-    """The reward parts that every response must have."""
-    because: str = ""
-    """The end of the error message if a response lacks such a part: why it is needed, and what the user can do."""
+    rewards: Mapping[str, str] = field(default_factory=dict)
+    """The reward parts that every response must have, each with the end of the error message if a response lacks it:
+    why it is needed, and what the user can do."""
     logprobs: bool = False
     """Whether every response must have the sampler's log-probs."""
+    num_shuffled: int = 0
+    """Responses to shuffled frames that a question with a video must have; 0: they are not read."""
 
 
 NOTHING_REQUIRED = Required()
@@ -102,18 +118,21 @@ class ReplayEngine(RolloutEngine):
         self.records: list[Record] = read_records(
             path, option="replay_path", needs_solution=False, ignored=ignored, problems=found
         )
+        self._required = required
         self._rollouts: dict[int, tuple[Rollout, ...]] = {}
+        self._shuffled: dict[int, tuple[Rollout, ...]] = {}
         for place, record in enumerate(self.records):
             if place in found.places:
                 continue
             line = record[_LINE]
             try:
-                rollouts = self._read_responses(record.pop("responses", None))
+                rollouts = self._read_responses(record.pop(_RESPONSES, None))
                 if num_generations is not None and len(rollouts) < num_generations:
                     raise ValueError(f"{len(rollouts)} responses, but num_generations is {num_generations}")
-                _check_rewards(rollouts[:num_generations], required.rewards, because=required.because)
+                _check_rewards(rollouts[:num_generations], required.rewards)
                 if required.logprobs:
                     _check_logprobs(rollouts[:num_generations])
+                self._shuffled[line] = self._read_shuffled(record)
             except ValueError as error:
                 found.add(place, number=line, problem_id=record["problem_id"], reason=error)
                 continue
@@ -122,29 +141,66 @@ class ReplayEngine(RolloutEngine):
             found.settle(len(self.records), max_share=0.0)
 
     def stream(
-        self, prompts: Sequence[Prompt], *, step: int = 0, sampling: SamplingSettings | None = None
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        step: int = 0,
+        sampling: SamplingSettings | None = None,
+        counts: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, RolloutGroup]]:
-        """Yields the recorded group of each prompt. Every prompt must have been built from one of ``records``."""
+        """Yields the recorded group of each prompt. Every prompt must have been built from one of ``records``.
+
+        Without ``counts`` a prompt has the responses that were read for it. Of a prompt whose variant is ``shuffled``
+        only the name matters, and its frames may be in any order.
+        """
         del step, sampling
         for index, prompt in enumerate(prompts):
             line = prompt.record.get(_LINE)
             if line not in self._rollouts:
                 raise UserError(f"replay_path: {self.path} has no recorded responses for prompt {prompt.problem_id}")
+            rollouts = (self._shuffled if prompt.variant == SHUFFLED else self._rollouts)[line]
+            if not rollouts:
+                raise UserError(
+                    f"replay_path: {self.path}, record {line} (problem_id {prompt.problem_id}): its shuffled_responses "
+                    "are empty, but its video has an order to lose: frames or sizes differ from those when it was "
+                    "recorded; record it again, or set --temporal-bonus 0"
+                )
+            if counts is not None and len(rollouts) < counts[index]:
+                raise ValueError(f"prompt {prompt.problem_id} has {len(rollouts)} responses, asked for {counts[index]}")
             recorded_length = prompt.record.get("prompt_length")
-            if recorded_length is not None and recorded_length != len(prompt.token_ids):
+            if not prompt.variant and recorded_length is not None and recorded_length != len(prompt.token_ids):
                 _log.warning(
                     "prompt %s has %d tokens, %d when its responses were recorded: frames, sizes or wording differ",
                     prompt.problem_id,
                     len(prompt.token_ids),
                     recorded_length,
                 )
-            yield index, RolloutGroup(prompt=prompt, rollouts=self._rollouts[line])
+            yield index, RolloutGroup(prompt=prompt, rollouts=rollouts[: None if counts is None else counts[index]])
 
     def load_weights(self, named_tensors: Iterator[tuple[str, Tensor]]) -> None:
         """Ignores the weights, on which recorded responses do not depend. The stream is still read to its end, because
         it is produced by collective gathers that all ranks must finish."""
         for _ in named_tensors:
             pass
+
+    def _read_shuffled(self, record: Record) -> tuple[Rollout, ...]:
+        """The responses to shuffled frames; none where the run does not compare with them, or there is no video."""
+        number, given = self._required.num_shuffled, record.pop(_SHUFFLED_RESPONSES, None)
+        if not number or given == [] or all(kind != "video" for kind, _ in record["media"]):
+            return ()
+        if given is None:
+            raise ValueError(
+                "no 'shuffled_responses', with which --temporal-bonus compares: record them ([] for a video without an "
+                "order to lose), or set --temporal-bonus 0"
+            )
+        try:
+            rollouts = self._read_responses(given)
+            _check_rewards(rollouts[:number], {"accuracy": "--temporal-bonus compares accuracies"})
+        except ValueError as error:
+            raise ValueError(f"shuffled_responses: {error}") from error
+        if len(rollouts) < number:
+            raise ValueError(f"{len(rollouts)} shuffled_responses, but {number} are asked for (temporal_responses)")
+        return rollouts[:number]
 
     def _read_responses(self, responses: Any) -> tuple[Rollout, ...]:
         if not isinstance(responses, list) or not responses:
@@ -193,12 +249,21 @@ class ReplayEngine(RolloutEngine):
 class ReplaySource(DatasetSource):
     """Recorded groups, in the order of a ``PromptDataset`` over ``engine.records``."""
 
-    def __init__(self, dataset: PromptDataset, *, engine: ReplayEngine) -> None:
+    def __init__(self, dataset: PromptDataset, *, engine: ReplayEngine, second: SecondPrompt | None = None) -> None:
         super().__init__(dataset)
         self.engine = engine
+        self.second = second
 
-    def next(self, num_prompts: int) -> list[RolloutGroup]:
-        return self.engine.generate(self.dataset.next(num_prompts))
+    def groups_of(self, prompts: Sequence[Prompt]) -> list[RolloutGroup]:
+        questions = [Question(RolloutGroup(prompt, ()), self._second_of(prompt)) for prompt in prompts]
+        counts = counts_of_questions(questions, second=self.second)
+        return joined(questions, self.engine.stream(prompts_of(questions), counts=counts))
+
+    def _second_of(self, prompt: Prompt) -> Prompt | None:
+        """The second prompt, whose responses are recorded. Nobody sees its frames, so they are not shuffled."""
+        if self.second is None or not can_shuffle(prompt):
+            return None
+        return dataclasses.replace(prompt, variant=SHUFFLED)
 
 
 def write_rollouts(
@@ -207,6 +272,7 @@ def write_rollouts(
     *,
     selections: Sequence[Sequence[ResponseSelection]] = (),
     append: bool = True,
+    with_shuffled: bool = False,
 ) -> int:
     """Writes groups as lines of a replay file, flushes them to disk, and returns their number.
 
@@ -216,7 +282,8 @@ def write_rollouts(
 
     With ``selections`` each response also contains its key tokens (``is_key_token``, ``is_selected`` by signal) and the
     trainer's log-probs (``policy_logprobs``), for reports; a replay ignores them. Numbers that are not finite become
-    null. Raises UserError if the file cannot be written.
+    null. ``with_shuffled`` says that videos were asked twice: every group then has ``shuffled_responses``, and an empty
+    list says that its prompt has no order to lose. Raises UserError if the file cannot be written.
     """
     path = Path(path)
     num_written = 0
@@ -224,7 +291,10 @@ def write_rollouts(
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a" if append else "w", encoding="utf-8") as file:
             for group, chosen in itertools.zip_longest(groups, selections):
-                file.write(to_json(_group_line(group, chosen), ensure_ascii=False) + "\n")
+                line = _group_line(group, chosen)
+                if with_shuffled or group.shuffled:
+                    line[_SHUFFLED_RESPONSES] = [_plain_response(rollout) for rollout in group.shuffled]
+                file.write(to_json(line, ensure_ascii=False) + "\n")
                 num_written += 1
             file.flush()
             os.fsync(file.fileno())
@@ -234,28 +304,34 @@ def write_rollouts(
 
 
 def _group_line(group: RolloutGroup, selections: Sequence[ResponseSelection] | None) -> dict[str, Any]:
-    line = {name: value for name, value in group.prompt.record.items() if name not in (*NORMALISED, "responses")}
+    left_out = (*NORMALISED, _RESPONSES, _SHUFFLED_RESPONSES)
+    line = {name: value for name, value in group.prompt.record.items() if name not in left_out}
     line["problem_id"] = group.prompt.problem_id
     line["draw_number"] = group.prompt.draw_number
     line["prompt_length"] = len(group.prompt.token_ids)
-    line["responses"] = []
+    line[_RESPONSES] = []
     for rollout, selection in itertools.zip_longest(group.rollouts, selections or ()):
-        response: dict[str, Any] = {
-            "text": rollout.text,
-            "token_ids": list(rollout.token_ids),
-            "is_finished": rollout.is_finished,
-            "rewards": dict(rollout.rewards),
-        }
-        if rollout.sampler_logprobs is not None:
-            response["logprobs"] = list(rollout.sampler_logprobs)
+        response = _plain_response(rollout)
         if selection is not None:
             response["is_key_token"] = [int(mark) for mark in selection.is_key_token]
             response["is_selected"] = {
                 name: [int(mark) for mark in marks] for name, marks in selection.is_selected.items()
             }
             response["policy_logprobs"] = list(selection.policy_logprobs)
-        line["responses"].append(response)
+        line[_RESPONSES].append(response)
     return line
+
+
+def _plain_response(rollout: Rollout) -> dict[str, Any]:
+    response: dict[str, Any] = {
+        "text": rollout.text,
+        "token_ids": list(rollout.token_ids),
+        "is_finished": rollout.is_finished,
+        "rewards": dict(rollout.rewards),
+    }
+    if rollout.sampler_logprobs is not None:
+        response["logprobs"] = list(rollout.sampler_logprobs)
+    return response
 
 
 def _check_token_ids(token_ids: Any, vocab_size: int) -> None:
@@ -289,12 +365,12 @@ def _read_rewards(response: Mapping[str, Any]) -> dict[str, float]:
     return {str(name): float(value) for name, value in rewards.items()}
 
 
-def _check_rewards(rollouts: Sequence[Rollout], required: Sequence[str], *, because: str) -> None:
+def _check_rewards(rollouts: Sequence[Rollout], required: Mapping[str, str]) -> None:
     for number, rollout in enumerate(rollouts, start=1):
-        for name in required:
+        for name, because in required.items():
             if name not in rollout.rewards:
                 found = ", ".join(map(repr, rollout.rewards))
-                raise ValueError(f"response {number}: no reward {name!r}, only {found}{because and f'; {because}'}")
+                raise ValueError(f"response {number}: no reward {name!r}, only {found}; {because}")
 
 
 def _check_logprobs(rollouts: Sequence[Rollout]) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal
 
@@ -27,9 +27,20 @@ from megatron_ktr.data.source import DatasetSource
 from megatron_ktr.distributed.agreement import on_every_rank
 from megatron_ktr.distributed.collectives import broadcast_object
 from megatron_ktr.distributed.groups import ParallelGroups
-from megatron_ktr.rewards import DEFAULT_REWARDS, reward_groups
+from megatron_ktr.rewards import DEFAULT_REWARDS, Rewarder
 from megatron_ktr.rollout.base import RolloutEngine
 from megatron_ktr.rollout.sampling import SamplingSettings
+from megatron_ktr.rollout.second_prompt import (
+    SHUFFLED,
+    Question,
+    SecondPrompt,
+    SecondsAlone,
+    ask_twice,
+    counts_of_questions,
+    joined,
+    prompts_of,
+    with_prompts,
+)
 from megatron_ktr.types import Prompt, Rollout, RolloutGroup
 
 
@@ -39,25 +50,29 @@ class Sampler:
 
     engine: RolloutEngine
     rewards: tuple[str, ...] = DEFAULT_REWARDS
-    answer_protocol: str = "standard"
+    rewarder: Rewarder = dataclasses.field(default_factory=Rewarder)
+    """Computes them."""
     rewards_of_source: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     """The reward parts of the sources of a mixture (``Prompt.source``) that have their own."""
+    second: SecondPrompt | None = None
+    """What is asked a second time, with shuffled frames; None if nothing is."""
+    seconds_alone: SecondsAlone = dataclasses.field(default_factory=SecondsAlone)
 
-    def answer(self, groups: Sequence[RolloutGroup], *, step: int) -> list[RolloutGroup]:
-        """``groups`` with responses and their rewards. A group that a collective engine does not yield on this rank is
-        returned unchanged.
+    def answer(self, questions: Sequence[Question], *, step: int) -> list[RolloutGroup]:
+        """The groups of ``questions`` with responses and their rewards, those to second prompts among them. A group
+        that a collective engine does not yield on this rank is returned unchanged.
 
-        The rewards of a group are computed in a separate thread as soon as its last response is complete.
+        The rewards of a prompt's responses are computed in a separate thread as soon as the last of them is complete,
+        several groups at a time if users' functions have several processes.
         """
-        answered = list(groups)
-        with ThreadPoolExecutor(1, thread_name_prefix="rewards") as pool:
+        counts = counts_of_questions(questions, second=self.second)
+        found = self.engine.stream(prompts_of(questions), step=step, counts=counts)
+        with ThreadPoolExecutor(self.rewarder.num_threads, thread_name_prefix="rewards") as pool:
             rewarded: dict[int, Future[list[RolloutGroup]]] = {}
-            for index, group in self.engine.stream([group.prompt for group in groups], step=step):
+            for place, group in self.seconds_alone.timed(found, num_first=len(questions)):
                 names = self.rewards_of_source.get(group.prompt.source, self.rewards)
-                rewarded[index] = pool.submit(reward_groups, [group], names=names, protocol=self.answer_protocol)
-            for index, result in rewarded.items():
-                answered[index] = result.result()[0]
-        return answered
+                rewarded[place] = pool.submit(self.rewarder.reward, [group], names=names)
+            return joined(questions, ((place, result.result()[0]) for place, result in rewarded.items()))
 
 
 class ReplicaSource:
@@ -96,11 +111,12 @@ class ReplicaSource:
         self._counts: Mapping[str, int] = {}
         self._seconds_drawing = 0.0
         self._data_wait_seconds = 0.0
+        self._shuffled_seconds = 0.0
         self._drawn: _Draw | None = None
         self._recorded: dict[str, tuple[Rollout, ...]] = {}
         engine = None if sampler is None else sampler.engine
         about = engine and (engine.gather_weights_to, engine.runs_vision_encoder, engine.keeps_weights)
-        about = self.from_local(about)
+        about, self._second = self.from_local((about, sampler and sampler.second))
         self.has_engine = about is not None
         self.needs_weights = self.has_engine and samples_steps
         self.gather_weights_to: Literal["all", "source"]
@@ -141,7 +157,7 @@ class ReplicaSource:
             return before, groups
 
         state, groups = self.from_local(on_every_rank(read, ranks=self._ranks))
-        asked = self._asked(groups) if self.needs_weights else groups
+        asked = self._asked(groups, step=step) if self.needs_weights else []
         self._drawn = _Draw(step, groups, asked=asked, state_before=state)
         if self._background is not None:
             self._drawn.answers = self._background.submit(self._answer, self._drawn)
@@ -154,9 +170,12 @@ class ReplicaSource:
             self._share_counts()
             return drawn.groups
         answered = self._answers(drawn)
-        rollouts = self.from_local(None if self.local is None else [group.rollouts for group in answered])
+        found = self.from_local(None if self.local is None else [(one.rollouts, one.shuffled) for one in answered])
         self._share_counts()
-        return [dataclasses.replace(group, rollouts=found) for group, found in zip(drawn.groups, rollouts, strict=True)]
+        return [
+            dataclasses.replace(group, rollouts=rollouts, shuffled=shuffled)
+            for group, (rollouts, shuffled) in zip(drawn.groups, found, strict=True)
+        ]
 
     def sample(self, prompts: Sequence[Prompt], *, sampling: SamplingSettings, step: int = 0) -> list[RolloutGroup]:
         """Groups of responses to ``prompts`` without rewards, on all ranks of the replica.
@@ -164,12 +183,11 @@ class ReplicaSource:
         The call is collective, and all ranks of a replica pass the same prompts. It neither draws from the data nor
         affects the step that has begun; with ``lag``, ``settle`` comes first.
         """
-        asked = self._asked([RolloutGroup(prompt, ()) for prompt in prompts])
+        shown = self._shown(list(prompts))
 
         def ask() -> list[tuple[Rollout, ...]]:
             if self.sampler is None:
                 return []
-            shown = [group.prompt for group in asked]
             return [group.rollouts for group in self.sampler.engine.generate(shown, step=step, sampling=sampling)]
 
         rollouts = self.from_local(on_every_rank(ask, ranks=self._ranks))
@@ -195,6 +213,16 @@ class ReplicaSource:
         else."""
         return self._data_wait_seconds
 
+    @property
+    def step_values(self) -> Mapping[str, float]:
+        """See ``StepSource``."""
+        return {}
+
+    @property
+    def shuffled_seconds(self) -> float:
+        """See ``StepSource``."""
+        return self._shuffled_seconds
+
     def state_dict(self) -> dict[str, Any]:
         """The reading rank's state, on every rank of the replica.
 
@@ -204,8 +232,7 @@ class ReplicaSource:
         if self._drawn is None:
             return self.from_local(None if self.local is None else self.local.state_dict())
         answered = self._answers(self._drawn) if self.needs_weights and self.lag else []
-        pending = {group.prompt.identity: [_plain(rollout) for rollout in group.rollouts] for group in answered}
-        return self.from_local({**self._drawn.state_before, "pending": pending})
+        return self.from_local({**self._drawn.state_before, "pending": pending_responses(answered)})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         pending = state.get("pending", {})
@@ -220,13 +247,18 @@ class ReplicaSource:
             self.local.close()
         if self.sampler is not None:
             self.sampler.engine.close()
+            self.sampler.rewarder.close()
 
-    def _asked(self, groups: list[RolloutGroup]) -> list[RolloutGroup]:
-        """``groups`` with the prompts that the engine sees."""
-        if self._prepare is None or not self.has_engine:
-            return groups
-        prompts = self._prepare([group.prompt for group in groups])
-        return [dataclasses.replace(group, prompt=prompt) for group, prompt in zip(groups, prompts, strict=True)]
+    def _asked(self, groups: list[RolloutGroup], *, step: int) -> list[Question]:
+        """What the engine is asked for ``groups``, with the prompts that it sees."""
+        if self._prepare is None and self.sampler is None:
+            return []
+        questions = ask_twice(groups, second=self._second, step=step)
+        return with_prompts(questions, self._shown(prompts_of(questions)))
+
+    def _shown(self, prompts: list[Prompt]) -> list[Prompt]:
+        """``prompts`` as the engine sees them."""
+        return prompts if self._prepare is None or not self.has_engine else self._prepare(prompts)
 
     def _answers(self, drawn: _Draw) -> list[RolloutGroup]:
         """The groups with responses. They are sampled once, either here or already in the background. An error on one
@@ -243,21 +275,34 @@ class ReplicaSource:
     def _answer(self, drawn: _Draw) -> list[RolloutGroup]:
         if self.sampler is None:
             return drawn.groups
-        recorded, self._recorded = self._recorded, {}
-        known = [dataclasses.replace(group, rollouts=recorded.get(group.prompt.identity, ())) for group in drawn.asked]
-        open_places = [index for index, group in enumerate(known) if not group.rollouts]
+        known = [self._with_recorded(question) for question in drawn.asked]
+        self._recorded = {}
+        answered = [question.group for question in known]
+        open_places = [index for index, question in enumerate(known) if not question.is_answered]
         if open_places or self.sampler.engine.is_collective:
             found = self.sampler.answer([known[index] for index in open_places], step=drawn.step)
             for index, group in zip(open_places, found, strict=True):
-                known[index] = group
-        return known
+                answered[index] = group
+        return answered
+
+    def _with_recorded(self, question: Question) -> Question:
+        """``question`` with the responses that a checkpoint has for it."""
+        rollouts = self._recorded.get(question.group.prompt.identity, ())
+        shuffled = () if question.second is None else self._recorded.get(question.second.identity, ())
+        return dataclasses.replace(
+            question, group=dataclasses.replace(question.group, rollouts=rollouts, shuffled=shuffled)
+        )
 
     def _share_counts(self) -> None:
         found = None
         if self.local is not None:
-            engine = self.sampler.engine.counts if self.sampler is not None else {}
-            found = self.local.num_skipped, {**self.local.counts, **engine}, self._seconds_drawing
-        self._num_skipped, self._counts, self._data_wait_seconds = self.from_local(found)
+            engine: dict[str, float] = {}
+            alone = 0.0
+            if self.sampler is not None:
+                engine = {**self.sampler.engine.counts, **self.sampler.rewarder.take_counts()}
+                alone = self.sampler.seconds_alone.take()
+            found = self.local.num_skipped, {**self.local.counts, **engine}, self._seconds_drawing, alone
+        self._num_skipped, self._counts, self._data_wait_seconds, self._shuffled_seconds = self.from_local(found)
 
     def from_local(self, value: Any) -> Any:
         """The ``value`` of the reading rank on all ranks of the replica; collective."""
@@ -269,11 +314,22 @@ class ReplicaSource:
 class _Draw:
     step: int
     groups: list[RolloutGroup]
-    asked: list[RolloutGroup]
-    """The same groups with the prompts that the engine sees."""
+    asked: list[Question]
+    """What the engine is asked for them; empty on ranks that ask nothing."""
     state_before: dict[str, Any]
     """The state of the local source before these groups were drawn."""
     answers: Future[list[RolloutGroup]] | None = None
+
+
+def pending_responses(groups: Iterable[RolloutGroup]) -> dict[str, list[dict[str, Any]]]:
+    """The responses of ``groups`` by the identity of the prompt they answer, as a dict that JSON can represent."""
+    pending: dict[str, list[dict[str, Any]]] = {}
+    for group in groups:
+        pending[group.prompt.identity] = [_plain(rollout) for rollout in group.rollouts]
+        if group.shuffled:
+            second = dataclasses.replace(group.prompt, variant=SHUFFLED)
+            pending[second.identity] = [_plain(rollout) for rollout in group.shuffled]
+    return pending
 
 
 def _plain(rollout: Rollout) -> dict[str, Any]:

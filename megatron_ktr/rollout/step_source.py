@@ -45,6 +45,18 @@ class StepSource(Protocol):
         """Seconds in which this replica waited for the data of the step that was finished last."""
         ...
 
+    @property
+    def step_values(self) -> Mapping[str, float]:
+        """Metrics of the step that was finished last, the same on every rank of the world; of a run that filters groups
+        or retires records."""
+        ...
+
+    @property
+    def shuffled_seconds(self) -> float:
+        """Seconds of the rollout of the step that was finished last in which only prompts with shuffled frames were
+        still answered (``rollout/second_prompt.py``); 0 where nothing is asked twice."""
+        ...
+
     def load_weights(self, named_tensors: Iterator[tuple[str, Tensor]]) -> None:
         """Takes the policy's exported weights. The iterator is collective and must be exhausted."""
 

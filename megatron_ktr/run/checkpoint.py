@@ -43,7 +43,7 @@ from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_ktr.config.part_options import CheckpointOptions
-from megatron_ktr.data.dataset import reshard_states
+from megatron_ktr.data.reshard import reshard_states
 from megatron_ktr.distributed.agreement import on_every_rank
 from megatron_ktr.distributed.checkpoint_writer import BackgroundSave, Written
 from megatron_ktr.distributed.optimizer_checkpoint import (

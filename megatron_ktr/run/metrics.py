@@ -19,6 +19,10 @@ The names of the numbers are stable:
   <why>" (``data/workers/pool.py``), frame_cache/<event> (``data/frame_cache.py``)
 - of steps that were evaluated (``evaluation/training/in_training.py``): eval/<set>/accuracy and others,
   seconds/evaluate; a run that is evaluated at its start has them as step 0
+- with temporal_bonus: reward/temporal_bonus and temporal_rule, the share of the groups asked twice whose rule holds
+  (``objectives/bonuses/temporal.py``); of the second prompts (``rollout/second_prompt.py``) shuffled/prompts,
+  shuffled/tokens, shuffled/token_share of all tokens sampled, shuffled/response_length, shuffled/accuracy, and
+  shuffled/seconds_alone, the part of seconds/rollout in which only they were still answered, of the slowest replica
 - of steps at which the loss of held-out responses was measured (``evaluation/training/held_out_loss.py``): eval_loss,
   eval/<set>/loss, eval/<set>/loss_skipped
 - with original_compat: responses_without_key_tokens, a share of the step's responses

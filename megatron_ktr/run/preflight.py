@@ -15,7 +15,7 @@ from megatron_ktr.distributed.groups import ParallelSizes, check_sizes
 from megatron_ktr.errors import UserError
 from megatron_ktr.objectives import Objective, build_objective
 from megatron_ktr.policy.policy import DTYPES
-from megatron_ktr.rewards import load_rewards
+from megatron_ktr.rewards import RewardOptions, load_rewards
 from megatron_ktr.rollout.colocated.layout import share_groups
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig, VisionConfig
 from models.qwen2_5_vl.hf_weights import open_hf_weights
@@ -55,12 +55,21 @@ def check_micro_batches(config: Config, *, sizes: ParallelSizes, data_size: int)
     """Refuses prompts that do not make whole micro-batches, and numbers of micro-batches that megatron-core's
     interleaved schedule would refuse in the first step."""
     prompts = config.trainer.prompts_per_replica(data_size)
+    mini_batches = config.objective.mini_batches
+    unit = mini_batches * config.trainer.micro_batch_groups
+    if mini_batches > 1 and prompts % unit:
+        raise UserError(
+            f"--mini-batches {mini_batches} needs prompts for every replica in each: {prompts} prompts per replica "
+            f"(--prompts-per-step {config.trainer.prompts_per_step} / data-parallel size {data_size}) must be a "
+            f"multiple of {mini_batches} x --micro-batch-groups {config.trainer.micro_batch_groups} = {unit}"
+        )
+    prompts //= mini_batches
     number = -(-prompts // config.trainer.micro_batch_groups)
     if (sizes.virtual_pipeline or 1) > 1 and number % sizes.pipeline:
         raise UserError(
             f"interleaved pipeline stages (--num-layers-per-virtual-pipeline-stage, "
             f"--num-virtual-stages-per-pipeline-rank) need a multiple of {sizes.pipeline} (pipeline stages) "
-            f"micro-batches per replica, got {number} = {prompts} prompts / --micro-batch-groups "
+            f"micro-batches per replica and optimizer step, got {number} = {prompts} prompts / --micro-batch-groups "
             f"{config.trainer.micro_batch_groups}"
         )
 
@@ -88,9 +97,10 @@ def check_objective(config: Config) -> Objective:
         UserError: a reward cannot be loaded, or a setting of the objective is out of range.
     """
     if config.samples:
-        load_rewards(config.reward.reward_functions)
+        options = RewardOptions(config.reward, config.rollout.max_response_length)
+        load_rewards(config.reward.reward_functions, options=options)
         for source in config.data.sources:
-            load_rewards(source.reward_functions or ())
+            load_rewards(source.reward_functions or (), options=options)
     return build_objective(config.objective, reward=config.reward, rollout=config.rollout)
 
 

@@ -104,9 +104,13 @@ def balance_replicas(costs: Sequence[Sequence[float]], *, keep_counts: bool = Fa
         drawn.append(tuple(range(start, start + len(of_replica))))
         start += len(of_replica)
     flat = [cost for of_replica in costs for cost in of_replica]
-    even = _even_out(drawn, flat, may_move=not keep_counts, tolerance=TOLERANCE)
-    groups_of = tuple(tuple(part) for part in even)
+    groups_of = tuple(tuple(part) for part in balance_parts(drawn, flat, keep_counts=keep_counts))
     return Placement(tuple(drawn), groups_of, imbalance(drawn, flat), imbalance(groups_of, flat))
+
+
+def balance_parts(parts: Sequence[Sequence[int]], costs: Sequence[float], *, keep_counts: bool) -> list[list[int]]:
+    """``parts`` after groups have moved between them until work is even; one for one with ``keep_counts``."""
+    return _even_out(parts, costs, may_move=not keep_counts, tolerance=TOLERANCE)
 
 
 def imbalance(parts: Sequence[Sequence[int]], costs: Sequence[float]) -> float:

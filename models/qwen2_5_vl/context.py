@@ -41,7 +41,7 @@ class ContextRanks:
         ``mine`` holds the statistics of this rank's response tokens.
         """
         owner_R = self._owners(batch)
-        found = vars(mine)
+        found = {name: value for name, value in vars(mine).items() if value is not None}
         flat = [row for value in found.values() for row in (value if value.dim() == 2 else (value,))]
         gathered = iter(gather_statistics(*flat, owner_R=owner_R, group=self.group))
         whole = {}

@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_ktr.ops.token_statistics import TokenStatistics, linear_token_statistics
-from megatron_ktr.ops.token_statistics_interface import HeadOptions
+from megatron_ktr.ops.token_statistics_interface import HeadOptions, OtherRows
 from megatron_ktr.stack import end_at_hidden_states
 from megatron_ktr.transfer import send
 from models.qwen2_5_vl.attention import PrefixSeqParams
@@ -157,10 +157,16 @@ class StatisticsHead(ColumnParallelLinear):
         head: HeadOptions,
         weight: Tensor | None = None,
         counterfactual_hidden_RD: Sequence[Tensor] = (),
+        reference: OtherRows | None = None,
     ) -> TokenStatistics:
         """Applies ``linear_token_statistics`` to this layer's weight shard, or to ``weight`` (a tied embedding's)."""
         weight_VD = self.weight if weight is None else weight
         assert weight_VD is not None, "an output layer without a weight of its own is given the embedding's"
         return linear_token_statistics(
-            hidden_RD, weight_VD, target_ids_R, counterfactual_hidden_RD=counterfactual_hidden_RD, head=head
+            hidden_RD,
+            weight_VD,
+            target_ids_R,
+            counterfactual_hidden_RD=counterfactual_hidden_RD,
+            reference=reference,
+            head=head,
         )

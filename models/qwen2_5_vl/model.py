@@ -32,7 +32,7 @@ from megatron_ktr.distributed.platform import current
 from megatron_ktr.ops.context_shard import LocalRows
 from megatron_ktr.ops.group_divergence import group_divergence
 from megatron_ktr.ops.token_statistics import TokenStatistics
-from megatron_ktr.ops.token_statistics_interface import HeadOptions
+from megatron_ktr.ops.token_statistics_interface import HeadOptions, OtherRows
 from megatron_ktr.transfer import send
 from megatron_ktr.types import PackedBatch
 from models.qwen2_5_vl.attention import OneRank, PrefixSeqParams
@@ -183,12 +183,13 @@ class Qwen2_5_VLModel(MegatronModule):
         *,
         temperature: float = 1.0,
         counterfactual_hidden_RD: Sequence[Tensor] = (),
+        reference: OtherRows | None = None,
     ) -> TokenStatistics:
         """Computes log-probability and entropy of all response tokens of ``batch``; last stage only.
 
         ``hidden_RD`` is what ``forward`` returned. ``counterfactual_hidden_RD`` holds the rows of the same tokens in
         other views of the batch; with them, the result also has the tokens' log-probabilities in each such view and
-        the KL divergence to it.
+        the KL divergence to it. ``reference`` is the same for a reference model, whose ``forward`` gave the rows.
 
         Every context rank gets the statistics of all tokens; each must compute the same loss from them and call
         backward. ``batch`` may be in host memory.
@@ -201,6 +202,7 @@ class Qwen2_5_VLModel(MegatronModule):
             targets_R,
             weight=self.output_weight() if self.share_embeddings_and_output_weights else None,
             counterfactual_hidden_RD=counterfactual_hidden_RD,
+            reference=reference,
             head=self._head(temperature),
         )
         return statistics if self.context is None else self.context.gather_statistics(statistics, batch)

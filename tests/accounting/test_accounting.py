@@ -24,8 +24,9 @@ from megatron_ktr.accounting.memory import estimate_memory
 from megatron_ktr.accounting.pipeline import peak_in_flight, schedule
 from megatron_ktr.accounting.rates import settings_of, step_rates
 from megatron_ktr.accounting.saved import TORCH_CPU
-from megatron_ktr.accounting.work import EACH_ONCE, ORIGINAL, GroupWork, StepSettings, video_grid
+from megatron_ktr.accounting.work import EACH_ONCE, ORIGINAL, GroupWork, StepSettings, video_grid, view_costs
 from megatron_ktr.config import config_from_values
+from megatron_ktr.config.objective_section import ObjectiveSection
 from megatron_ktr.config.part_options import StepOptions
 from megatron_ktr.objectives import build_objective
 from megatron_ktr.stack import has_core_0_19
@@ -106,17 +107,26 @@ def test_each_pass_costs_what_its_settings_say():
         flops = count_step(config, [group], settings=dataclasses.replace(EACH_ONCE, **changes))
         return {name: flops.of(name, parts=("vision",)) for name in flops.by_pass()}
 
-    once = vision(num_shuffles=3)
+    def views(**options: Any) -> dict[str, Any]:
+        return {"views": view_costs(ObjectiveSection(**options))}
+
+    once = vision(**views(num_shuffles=3))
     assert once["policy_forward"] == once["reference"] == everything
     assert once["shuffled"] == 3 * video and once["hidden"] == 0
     assert vision(frozen=frozen)["reference"] == vision(frozen=frozen)["policy_backward"] == 0
-    assert vision(shuffle_unit="temporal_patch")["shuffled"] == 0
+    assert vision(**views(shuffle_unit="temporal_patch"))["shuffled"] == 0
+    backwards = vision(**views(visual_view="patches", temporal_view="reversed", num_shuffles=3))
+    assert backwards["patches"] == 3 * everything and backwards["reversed"] == video, "one order is the reverse"
+    assert vision(**views(visual_view="other_video", num_shuffles=3))["other_video"] == everything
+    assert vision(noise_passes=0.5)["noise"] == everything / 4, "two passes share one run of the encoder"
+    assert vision(noise_passes=0.5, frozen=frozen)["noise"] == 0
     assert vision(has_vision_once=False, frozen=frozen)["reference"] == everything
 
     text_only = count_step(config, [GroupWork(100, (50,))]).by_pass()
     assert "hidden" not in text_only and "shuffled" not in text_only, "nothing to hide, nothing to shuffle"
     masked, plain = (
-        count_step(config, [group], settings=dataclasses.replace(EACH_ONCE, is_hidden_masked=m)) for m in (True, False)
+        count_step(config, [group], settings=dataclasses.replace(EACH_ONCE, views=v))
+        for v in (ORIGINAL.views, EACH_ONCE.views)
     )
     rows = [flops.of("hidden", parts=("prompt",)) for flops in (masked, plain)]
     assert rows[0] / rows[1] == group.prompt_length(config) / group.text_length
@@ -125,6 +135,36 @@ def test_each_pass_costs_what_its_settings_say():
     assert count_step(config, [group], attention=fused).of("policy_backward", parts=part) == 2.5 * count_step(
         config, [group]
     ).of("policy_forward", parts=part)
+
+
+def test_kl_to_the_reference_over_the_vocabulary_costs_a_product_in_every_intact_pass():
+    """With two updates and a selection before them, three passes compare; the reference's own pass runs no head."""
+    config = PUBLISHED_CONFIGS["7B"]
+    group = GroupWork(100, (50, 60))
+    logits = 2 * 3584 * 152064 * 110  # of all response rows
+    settings = dataclasses.replace(EACH_ONCE, num_updates=2, has_selection=True, key_share=0.4)
+    full = dataclasses.replace(settings, compares_reference=True, has_reference_kl_gradient=True)
+
+    def head(settings: StepSettings) -> dict[str, float]:
+        flops = count_step(config, [group], settings=settings)
+        return {name: flops.of(name, parts=("head",)) / logits for name in flops.by_pass()}
+
+    before, after = head(settings), head(full)
+    assert (before["policy_forward"], before["selection"], before["reference"]) == (2, 1, 1)
+    assert (after["policy_forward"], after["selection"], after["reference"]) == (4, 2, 0)
+    assert after["policy_recompute"] == pytest.approx(2 * 2 * 0.4), "both models' logits of key rows, in each update"
+    assert after["policy_backward"] == before["policy_backward"] == pytest.approx(2 * 2 * 0.4)
+    assert head(dataclasses.replace(full, has_reference_kl_gradient=False))["policy_recompute"] == pytest.approx(0.8)
+
+    sizes = [
+        estimate_memory(config, [group], Layout(pipeline=2), rank=rank, num_micro_batches=5, settings=found)
+        for rank in (0, 1)
+        for found in (settings, full)
+    ]
+    rows = 5 * 110 * 3584 * 2  # of all micro-batches, in 16 bits
+    assert sizes[1] == sizes[0], "the first stage has no hidden rows"
+    assert sizes[3].head - sizes[2].head == rows
+    assert sizes[3].working - sizes[2].working == pytest.approx(0.4 * rows / 5), "key rows of one, in backward"
 
 
 # FLOPs of real runs
@@ -188,7 +228,7 @@ def test_rates_are_arithmetic_over_training_seconds_and_ranks():
     config = config_from_values({"signals": ("entropy", "visual"), "peak_tflops": 2.0})
     objective = build_objective(config.objective, reward=config.reward)
     settings = settings_of(StepOptions.of(config), objective, key_share=0.5)
-    assert settings.has_hidden and settings.shuffle_unit is None and settings.has_reference
+    assert [view.name for view in settings.views] == ["hidden"] and settings.has_reference
     groups = [video_group()]
     flops = count_step(model_config, [GroupWork.of(groups[0], config=model_config)], settings=settings).total
     found = step_rates(

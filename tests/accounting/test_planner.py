@@ -28,7 +28,7 @@ from tests.support.tiny import save_tiny_hf
 
 CONFIG = PUBLISHED_CONFIGS["7B"]
 TEXT_ONLY = GroupWork(text_length=2000, response_lengths=(500,) * 8)
-POLICY_ONLY = StepSettings(has_hidden=False, shuffle_unit=None, has_reference=False)
+POLICY_ONLY = StepSettings(views=(), has_reference=False)
 FREE = Machine(link_gb_per_second=1e9, network_gb_per_second=1e9)
 """Messages cost nothing."""
 
@@ -226,6 +226,19 @@ def test_transformers_engine_is_a_whole_model_and_the_batch_that_it_generates():
     assert plan.rollout.engine == weights + 128 * (2248 + 20_000) * 28 * 2 * 512 * 2
     plan = judge(request(engine="hf", prompts_per_step=256, response_length=20_000), layout)
     assert plan.rollout.engine == weights + 256 * (2248 + 20_000) * 28 * 2 * 512 * 2, "256 responses at a time"
+    plan = judge(request(engine="hf", num_shuffled=4, response_length=20_000), layout)
+    assert plan.rollout.engine == weights + 192 * (2248 + 20_000) * 28 * 2 * 512 * 2, "16 x (8 + 4) fit into one batch"
+
+
+def test_a_second_prompt_costs_its_tokens_and_one_more_run_of_the_encoder():
+    first, second = request(num_shuffled=4).rollout_work
+    assert (first.prompt_tokens, first.sampled_tokens) == (32 * 2248, 32 * 8 * 768)
+    assert (second.prompt_tokens, second.sampled_tokens) == (32 * 2248, 32 * 4 * 768)
+    frozen = StepSettings(frozen=frozenset({"vision", "merger"}), has_hidden=False, shuffle_unit=None)
+    run = count_step(CONFIG, [request().group], settings=frozen).of("policy_forward", parts=["vision"])
+    assert first.encoder_flops == second.encoder_flops == pytest.approx(32 * run)
+    _, nothing = request().rollout_work
+    assert dataclasses.astuple(nothing) == (0, 0, 0.0)
 
 
 # The command
@@ -275,7 +288,7 @@ def test_all_flags_of_all_layouts_parse():
 
 def test_table_shows_parts_and_flags(tmp_path):
     save_tiny_hf(tmp_path)
-    done = plan("--model", str(tmp_path), *"--gpus 2 --gpu-memory 16 --frames 8 --grpo".split())
+    done = plan("--model", str(tmp_path), *"--gpus 2 --gpu-memory 16 --frames 8 --grpo --temporal-responses 4".split())
     assert done.returncode == 0, done.stderr
     for text in (
         "weigh",
@@ -286,6 +299,8 @@ def test_table_shows_parts_and_flags(tmp_path):
         "--tensor-model-parallel-size",
         "512 visual",
         "with --offload-during-rollout",
+        "for shuffled frames 22,784, 98,304 (33% of all)",
+        "--temporal-bonus 0.3 --temporal-responses 4",
     ):
         assert text in done.stdout
 

@@ -17,7 +17,8 @@ from megatron_ktr.accounting.layout import Layout, count_parameters
 from megatron_ktr.accounting.links import Machine, crossed, group_ranks
 from megatron_ktr.accounting.parameters import chunk_parameters
 from megatron_ktr.accounting.rows import share_rows
-from megatron_ktr.accounting.work import GroupWork, StepSettings
+from megatron_ktr.accounting.work import GroupWork, StepSettings, view_costs
+from megatron_ktr.config.objective_section import ObjectiveSection
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.published import PUBLISHED_CONFIGS
 from tests.support.patience import PATIENCE_SECONDS
@@ -47,14 +48,14 @@ VIDEO_KTR: dict[str, Any] = {"objective": "video_ktr", "seed": 1}
 formulas count the usual case."""
 GRPO: dict[str, Any] = {"objective": "grpo"}
 """Every response token has a gradient, which decides what the head reduces without sequence parallelism."""
-NO_VIEWS: dict[str, Any] = {"has_hidden": False, "shuffle_unit": None}
+NO_VIEWS: dict[str, Any] = {"views": ()}
 FULL: dict[str, Any] = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
 CASES = {
     "tp8 pp4 dp8, sequence parallel, all views": Case(
         Layout(tensor=8, pipeline=4, data=8, sequence_parallel=True),
         values={**VIDEO_KTR, "shift": "kl", "num_shuffles": 2},
-        settings={"compares_distributions": True, "num_shuffles": 2},
+        settings={"compares_distributions": True, "views": view_costs(ObjectiveSection(num_shuffles=2))},
     ),
     "tp4 pp8 in two chunks, dp8": Case(
         Layout(tensor=4, pipeline=8, data=8, virtual=2),

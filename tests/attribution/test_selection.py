@@ -11,14 +11,16 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_ktr.attribution.combine import ChoiceRules
 from megatron_ktr.attribution.counterfactuals import can_hide, can_shuffle, draw_permutation, draw_permutations
-from megatron_ktr.attribution.key_tokens import KeyTokens
-from megatron_ktr.attribution.selection import _thresholds, select_key_tokens, select_top_share
-from megatron_ktr.attribution.signals import scored_as_zero, signal_applies, signal_scores
+from megatron_ktr.attribution.selection import select_top_share, thresholds
+from megatron_ktr.attribution.signals import build_signals, scored_as_zero, signal_applies, signal_scores
 from megatron_ktr.batch.packing import pack_groups
+from megatron_ktr.config.objective_section import ObjectiveSection
 from megatron_ktr.errors import UserError
-from megatron_ktr.types import BatchFacts, ScoredBatch, Selection, TokenScores
+from megatron_ktr.types import BatchFacts, ScoredBatch, TokenScores
 from tests.support.groups import MEDIA, group_of, image, video
+from tests.support.objectives import key_tokens_of
 
 NAN = float("nan")
 
@@ -26,7 +28,7 @@ NAN = float("nan")
 def select(scores, groups=None, ratio=0.2, dtype=torch.float32, **options):
     score_R = torch.tensor(scores, dtype=dtype)
     group_R = torch.tensor(groups if groups is not None else [0] * len(scores))
-    return select_top_share(score_R, group_R, ratio=ratio, num_groups=int(group_R.max()) + 1, **options).tolist()
+    return select_top_share(score_R, group_R, ratio=ratio, num_scopes=int(group_R.max()) + 1, **options).tolist()
 
 
 def test_top_share_worked_by_hand():
@@ -100,8 +102,8 @@ def test_thresholds_equal_torch_quantile_bit_for_bit(dtype, levels):
         if levels:
             score_R = (score_R * levels).round() / levels
         score_R[torch.rand(len(score_R), generator=generator) < 0.1] = NAN
-        threshold_P, _ = _thresholds(score_R, group_R, score_R.isfinite(), quantile=1 - ratio, num_groups=num_groups)
-        is_selected_R = select_top_share(score_R, group_R, ratio=ratio, num_groups=num_groups)
+        threshold_P, _ = thresholds(score_R, group_R, score_R.isfinite(), quantile=1 - ratio, num_scopes=num_groups)
+        is_selected_R = select_top_share(score_R, group_R, ratio=ratio, num_scopes=num_groups)
         for group in range(num_groups):
             own = score_R[group_R == group]
             finite = own[own.isfinite()]
@@ -115,22 +117,24 @@ def test_thresholds_equal_torch_quantile_bit_for_bit(dtype, levels):
 
 
 def test_key_tokens_are_the_union_of_the_signals():
-    group_R = torch.zeros(5, dtype=torch.int64)
-    selected = select_key_tokens(
+    found = ChoiceRules(ratio_of={"entropy": 0.2, "visual": 0.5}).choose(
         {"entropy": torch.tensor([0.0, 1, 2, 3, 9]), "visual": torch.tensor([9.0, 1, 2, 3, 0])},
-        {"entropy": 0.2, "visual": 0.5},
-        group_R=group_R,
-        num_groups=1,
+        torch.zeros(5, dtype=torch.int64),
+        num_scopes=1,
     )
-    assert selected["entropy"].tolist() == [False, False, False, False, True]
-    assert selected["visual"].tolist() == [True, False, True, True, False]
-    assert Selection.union(selected).is_key_R.tolist() == [True, False, True, True, True]
+    assert found.by_signal["entropy"].tolist() == [False, False, False, False, True]
+    assert found.by_signal["visual"].tolist() == [True, False, True, True, False]
+    assert found.is_selected_R.tolist() == [True, False, True, True, True]
 
 
 @pytest.mark.parametrize("ratio", [0.0, -0.1, 1.1])
 def test_ratio_out_of_range_is_refused(ratio):
     with pytest.raises(ValueError, match="selection_ratio"):
         select([1.0, 2.0], ratio=ratio)
+
+
+def signals_of(*names, **options):
+    return build_signals(ObjectiveSection(signals=names, **options))
 
 
 def batch_of_all_kinds():
@@ -153,13 +157,14 @@ def test_signals_are_nan_where_they_do_not_apply():
             "shuffled": torch.tensor([-1.5, -1, 0, -9, -9, -9, -9]),
         },
     )
-    applies = signal_applies(batch, groups, signals=("entropy", "visual", "temporal"))
-    found = signal_scores(scores, applies_R=applies)
+    signals = signals_of("entropy", "visual", "temporal")
+    applies = signal_applies(signals, batch, groups)
+    found = signal_scores(signals, scores, applies_R=applies)
     assert found["entropy"].tolist() == list(range(7))
     expected = {"visual": [2.0, -0.5, 0, 1, 1, NAN, NAN], "temporal": [0.5, 0, -1, NAN, NAN, NAN, NAN]}
     for signal, values in expected.items():
         torch.testing.assert_close(found[signal], torch.tensor(values), rtol=0, atol=0, equal_nan=True)
-    absolute = signal_scores(scores, applies_R=applies, shift="absolute")
+    absolute = signal_scores(signals_of(*applies, shift="absolute"), scores, applies_R=applies)
     assert absolute["visual"][:2].tolist() == [2.0, 0.5]
     assert absolute["entropy"].tolist() == list(range(7))
 
@@ -173,8 +178,9 @@ def test_bf16_scores_are_differences_of_rounded_logprobs():
         entropy_R=torch.tensor([2.007, 2.009, 0.3]),  # 2, 2.015625, 0.30078125
         logprob_of_view={"hidden": torch.tensor([-3.001, -3.007, -3.0])},  # -3, -3, -3
     )
-    applies = signal_applies(batch, [group], signals=("entropy", "visual"))
-    found = signal_scores(scores, applies_R=applies, dtype=torch.bfloat16)
+    signals = signals_of("entropy", "visual")
+    applies = signal_applies(signals, batch, [group])
+    found = signal_scores(signals, scores, applies_R=applies, dtype=torch.bfloat16)
     assert {score_R.dtype for score_R in found.values()} == {torch.bfloat16}
     assert found["entropy"].tolist() == [2.0, 2.015625, 0.30078125]
     # 3 - 1.0078125 = 1.9921875; 3 - 0.30078125 = 2.69921875, of which 2.703125 is the nearest.
@@ -183,7 +189,7 @@ def test_bf16_scores_are_differences_of_rounded_logprobs():
 
 def test_the_release_scores_unchanged_inputs_with_zero_and_selects_them_all():
     groups, batch = batch_of_all_kinds()
-    zero = scored_as_zero(batch, groups, signals=("entropy", "visual", "temporal"))
+    zero = scored_as_zero(signals_of("entropy", "visual", "temporal"), batch, groups)
     # By token: two responses to a video, then an image, one temporal patch, and two tokens of text.
     assert zero["entropy"].tolist() == [False] * 7
     assert zero["visual"].tolist() == [False] * 5 + [True] * 2
@@ -197,8 +203,9 @@ def test_the_release_scores_unchanged_inputs_with_zero_and_selects_them_all():
             "shuffled": torch.tensor([-1.5, -9, -3, -4, -5, -6, -7]) + noise,
         },
     )
+    item = ScoredBatch(batch, scores, groups)
     found = {
-        compat: KeyTokens(like_release=compat).select([ScoredBatch(batch, scores, groups)], BatchFacts(5))[0].by_signal
+        compat: key_tokens_of(original_compat=compat).select([item], BatchFacts(5))[0].by_signal
         for compat in (False, True)
     }
     for compat in (False, True):  # one token of three, or the larger of two; a group of one token is degenerate
@@ -210,22 +217,22 @@ def test_the_release_scores_unchanged_inputs_with_zero_and_selects_them_all():
 
 def test_kl_shift_reads_the_kl_and_is_refused_without_it():
     groups, batch = batch_of_all_kinds()
-    applies = signal_applies(batch, groups, signals=("visual",))
+    signals = signals_of("visual", shift="kl")
+    applies = signal_applies(signals, batch, groups)
     scores = TokenScores(policy_logprob_R=torch.zeros(7), logprob_of_view={"hidden": torch.zeros(7)})
     with pytest.raises(UserError, match="shift: kl"):
-        signal_scores(scores, applies_R=applies, shift="kl")
+        signal_scores(signals, scores, applies_R=applies)
     scores = TokenScores(policy_logprob_R=torch.zeros(7), kl_of_view={"hidden": torch.arange(7.0)})
-    assert signal_scores(scores, applies_R=applies, shift="kl")["visual"][:5].tolist() == [0, 1, 2, 3, 4]
+    assert signal_scores(signals, scores, applies_R=applies)["visual"][:5].tolist() == [0, 1, 2, 3, 4]
 
 
 def test_missing_scores_are_refused_rather_than_taken_as_nothing_to_select():
     groups, batch = batch_of_all_kinds()
-    for signal in ("entropy", "visual", "temporal"):
-        with pytest.raises(ValueError, match=signal):
-            signal_scores(
-                TokenScores(policy_logprob_R=torch.zeros(7)),
-                applies_R=signal_applies(batch, groups, signals=(signal,)),
-            )
+    for signal, missing in (("entropy", "entropy"), ("visual", "hidden"), ("temporal", "shuffled")):
+        with pytest.raises(ValueError, match=missing):
+            signals = signals_of(signal)
+            applies_R = signal_applies(signals, batch, groups)
+            signal_scores(signals, TokenScores(policy_logprob_R=torch.zeros(7)), applies_R=applies_R)
 
 
 def test_a_video_of_one_repeated_frame_has_no_order_to_lose():
@@ -237,7 +244,7 @@ def test_a_video_of_one_repeated_frame_has_no_order_to_lose():
     for name, medium in (("moving", moving), ("still", still), ("late", late)):
         group = group_of(1, medium, 2, responses=[[7, 8]])
         batch = pack_groups([group], view="intact", media=MEDIA)
-        applies = signal_applies(batch, [group], signals=("visual", "temporal"))
+        applies = signal_applies(signals_of("visual", "temporal"), batch, [group])
         found[name] = applies["temporal"].tolist()
         assert applies["visual"].all()
         assert (draw_permutations(group.prompt, seed=0, step=0) == (None,)) == (name == "still")
@@ -290,10 +297,10 @@ def test_unknown_unit_and_signal_are_refused():
     groups, batch = batch_of_all_kinds()
     with pytest.raises(ValueError, match="shuffle_unit"):
         draw_permutations(groups[0].prompt, unit="second", seed=0, step=0)
-    with pytest.raises(ValueError, match="unknown signals"):
-        signal_applies(batch, groups, signals=("smell",))
+    with pytest.raises(UserError, match="unknown signal 'visul'.*did you mean visual"):
+        signals_of("visul")
     with pytest.raises(ValueError, match="shift"):
-        signal_scores(TokenScores(policy_logprob_R=torch.zeros(7)), applies_R={}, shift="squared")
+        signals_of("visual", shift="squared")
 
 
 class _NoHostReads(TorchDispatchMode):
@@ -330,17 +337,22 @@ def test_scores_become_key_tokens_without_a_host_round_trip(shift):
         logprob_of_view={"hidden": normal(), "shuffled": normal()},
         kl_of_view={"hidden": normal(), "shuffled": normal()},
     )
-    signals = ("entropy", "visual", "temporal")
+    signals = signals_of("entropy", "visual", "temporal", shift=shift)
     # What applies to a prompt is known on the host and copied to the device once.
-    applies = signal_applies(batch, groups, signals=signals)
-    with _NoHostReads(), _NoHostCopies():
-        selected = select_key_tokens(
-            signal_scores(scores, applies_R=applies, shift=shift),
-            dict.fromkeys(signals, 0.4),
-            group_R=batch.group_R,
-            num_groups=4,
+    applies = signal_applies(signals, batch, groups)
+    rules = [
+        ChoiceRules(ratio_of=dict.fromkeys(applies, 0.4), **options)
+        for options in (
+            {},
+            dict(rule="rank", combine="intersection"),
+            dict(combine="weighted", token_weights="sigmoid"),
+            dict(combine="weighted", token_weights="soft_mask"),
         )
-    assert selected["entropy"].any() and selected["visual"].any()
+    ]
+    with _NoHostReads(), _NoHostCopies():
+        found = signal_scores(signals, scores, applies_R=applies)
+        chosen = [each.choose(found, batch.group_R, num_scopes=4) for each in rules]
+    assert chosen[0].by_signal["entropy"].any() and chosen[0].by_signal["visual"].any()
 
 
 def test_host_reads_are_noticed():

@@ -8,14 +8,13 @@ import random
 import pytest
 import torch
 
-from megatron_ktr.attribution.counterfactuals import draw_permutations
-from megatron_ktr.batch.packing import VIEWS, pack_groups, plan_micro_batches, shuffled_view
+from megatron_ktr.batch.packing import pack_groups, plan_micro_batches, with_media
+from megatron_ktr.errors import UserError
 from megatron_ktr.types import Prompt, Rollout, RolloutGroup
 from tests.support.groups import END, IMAGE, MEDIA, START, VIDEO, group_of, image, video
+from tests.support.views import shown_by
 
-
-def orders_of(groups, **options):
-    return [draw_permutations(group.prompt, seed=0, step=0, **options) for group in groups]
+VIEWS = ("intact", "hidden", "shuffled", "reversed")
 
 
 def random_groups(seed):
@@ -81,7 +80,11 @@ def test_invariants_hold_in_every_view(seed, pad_to_multiple):
     groups = random_groups(seed)
     batches = {
         view: pack_groups(
-            groups, view=view, media=MEDIA, pad_to_multiple=pad_to_multiple, permutations=orders_of(groups)
+            groups,
+            view=view,
+            media=MEDIA,
+            pad_to_multiple=pad_to_multiple,
+            shown=None if view in ("intact", "hidden") else shown_by(view, groups),
         )
         for view in VIEWS
     }
@@ -114,12 +117,13 @@ def test_invariants_hold_in_every_view(seed, pad_to_multiple):
         ]
         assert [tuple(grid) for grid in batch.grid_thw_M3.tolist()] == [medium.grid_thw for medium in media]
         assert (0 if batch.patches_SD is None else len(batch.patches_SD)) == int(batch.grid_thw_M3.prod(-1).sum())
-    intact, shuffled = batches["intact"], batches["shuffled"]
+    intact = batches["intact"]
     for field in dataclasses.fields(intact):
         if field.name not in ("view", "patches_SD", "media"):
             value = getattr(intact, field.name)
-            other = getattr(shuffled, field.name)
-            assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other, field.name
+            for view in ("shuffled", "reversed"):
+                other = getattr(batches[view], field.name)
+                assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other, field.name
     for view in VIEWS:
         assert torch.equal(batches[view].target_ids_R, intact.target_ids_R)
 
@@ -127,9 +131,9 @@ def test_invariants_hold_in_every_view(seed, pad_to_multiple):
 @pytest.mark.parametrize("unit", ["frame", "temporal_patch"])
 def test_shuffled_view_moves_whole_units_of_videos_and_leaves_images(unit):
     groups = [group_of(1, video(8, 2, 2), image(), video(5, 2, 2), responses=[[9]])]
-    orders = orders_of(groups, unit=unit)
+    shown = shown_by("shuffled", groups, shuffle_unit=unit)
     intact = pack_groups(groups, view="intact", media=MEDIA).patches_SD
-    shuffled = pack_groups(groups, view="shuffled", media=MEDIA, permutations=orders).patches_SD
+    shuffled = pack_groups(groups, view="shuffled", media=MEDIA, shown=shown).patches_SD
     pairs = [tuple(pair) for pair in shuffled[::4].tolist()]
     assert pairs[4] == (1.0, 1.0) == tuple(intact[16].tolist())
     assert not torch.equal(shuffled[:16], intact[:16]) and not torch.equal(shuffled[20:], intact[20:])
@@ -145,17 +149,17 @@ def test_shuffled_view_moves_whole_units_of_videos_and_leaves_images(unit):
 @pytest.mark.parametrize("vision", ["media", "none"])
 def test_the_shuffled_view_can_be_made_of_the_intact_one(vision):
     groups = random_groups(3)
-    orders = orders_of(groups)
-    expected = pack_groups(groups, view="shuffled", media=MEDIA, permutations=orders, vision=vision)
+    shown = shown_by("shuffled", groups)
+    expected = pack_groups(groups, view="shuffled", media=MEDIA, shown=shown, vision=vision)
     intact = pack_groups(groups, view="intact", media=MEDIA, vision=vision)
-    found = shuffled_view(intact, orders)
+    found = with_media(intact, "shuffled", shown)
     for field in dataclasses.fields(found):
         ours, theirs = getattr(found, field.name), getattr(expected, field.name)
         if field.name == "media":
             ours, theirs = ([medium.frames_FCHW.tolist() for medium in media] for media in (ours, theirs))
         assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs, field.name
     with pytest.raises(ValueError, match="and patches"):
-        shuffled_view(pack_groups(groups, view="intact", media=MEDIA), orders)
+        with_media(pack_groups(groups, view="intact", media=MEDIA), "shuffled", shown)
 
 
 def test_seconds_override_moves_video_positions_only_and_keeps_images():
@@ -185,12 +189,12 @@ def test_bad_groups_are_refused():
         pack_groups([group_of(1, responses=[])], view="intact", media=MEDIA)
     with pytest.raises(ValueError, match="at least one group"):
         pack_groups([], view="intact", media=MEDIA)
-    with pytest.raises(ValueError, match="unknown view"):
+    with pytest.raises(UserError, match="unknown view"):
         pack_groups([good], view="blank", media=MEDIA)
-    with pytest.raises(ValueError, match="one frame order"):
+    with pytest.raises(ValueError, match="must show media of the prompts' grids"):
         pack_groups([good], view="shuffled", media=MEDIA)
-    with pytest.raises(ValueError, match="one frame order"):
-        pack_groups([good], view="shuffled", media=MEDIA, permutations=[(None, None)])
+    with pytest.raises(ValueError, match="must show media of the prompts' grids"):
+        pack_groups([good], view="shuffled", media=MEDIA, shown=[good.prompt.media * 2])
     only_visual = RolloutGroup(
         prompt=Prompt(problem_id="q7", token_ids=(IMAGE,), media=(image(),)), rollouts=(Rollout(token_ids=(1,)),)
     )

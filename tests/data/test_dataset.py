@@ -11,10 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from megatron_ktr.data.dataset import PromptDataset, reshard_states
+from megatron_ktr.data.dataset import PromptDataset
 from megatron_ktr.data.loader import PromptLoader
 from megatron_ktr.data.media.video import FrameSampling
 from megatron_ktr.data.records import check_record, read_records, resolve_media_path
+from megatron_ktr.data.reshard import reshard_states
 from megatron_ktr.data.skips import SkipCounter
 from megatron_ktr.data.template import PromptBuilder, VisualTokens, WordingTemplate
 from megatron_ktr.data.unusable import PromptTooLong, UnusableMedia, UnusableSample

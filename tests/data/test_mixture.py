@@ -16,9 +16,10 @@ from megatron_ktr.config import config_from_values, load_config
 from megatron_ktr.config.checks import check
 from megatron_ktr.config.data_sources import DataSource, draws_of_weights, parse_data_path
 from megatron_ktr.config.load import resolved_text
-from megatron_ktr.data.dataset import PromptDataset, reshard_states
+from megatron_ktr.data.dataset import PromptDataset
 from megatron_ktr.data.mixture import WINDOW, MixtureOrder, RecordSource
 from megatron_ktr.data.order import EpochOrder
+from megatron_ktr.data.reshard import reshard_states
 from megatron_ktr.errors import UserError
 from megatron_ktr.rollout.questions import draws_of
 from megatron_ktr.types import Prompt

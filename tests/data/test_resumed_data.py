@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from megatron_ktr.data.dataset import PromptDataset, reshard_states
+from megatron_ktr.data.dataset import PromptDataset
 from megatron_ktr.data.records import read_records, record_digest
+from megatron_ktr.data.reshard import reshard_states
 from megatron_ktr.data.template import WordingTemplate
 from megatron_ktr.errors import UserError
 from megatron_ktr.rollout.replay import ReplayEngine

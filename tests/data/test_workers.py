@@ -21,12 +21,13 @@ import psutil
 import pytest
 import torch
 
-from megatron_ktr.data.dataset import PromptDataset, reshard_states
+from megatron_ktr.data.dataset import PromptDataset
 from megatron_ktr.data.frame_cache import FrameCache
 from megatron_ktr.data.media.job import Decode, MediaJob
 from megatron_ktr.data.media.preprocess import LoadedMedia
 from megatron_ktr.data.media_reader import MediaReader
 from megatron_ktr.data.records import check_record
+from megatron_ktr.data.reshard import reshard_states
 from megatron_ktr.data.skips import SkipCounter
 from megatron_ktr.data.unusable import UnusableMedia
 from megatron_ktr.data.workers.look_ahead import LookAhead

@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from megatron_ktr.errors import UserError
-from megatron_ktr.evaluation.engines.address import Address, ApiKey
 from megatron_ktr.evaluation.engines.base import AnswerSampling, EngineFailed
 from megatron_ktr.evaluation.engines.build import EngineOptions, build_engine
 from megatron_ktr.evaluation.engines.chat import ChatAnswers, ChatSettings, cut_at, read_reply
-from megatron_ktr.evaluation.engines.web import Patience, _retry_after
 from megatron_ktr.evaluation.item import Answer
+from megatron_ktr.web.address import Address, ApiKey
+from megatron_ktr.web.client import Patience, _retry_after
 from tests.support.fake_chat import FakeChat, completion, error, parts_of
 from tests.support.patience import PATIENCE_SECONDS
 from tests.support.questions import DRAWN, GREEDY, question, video

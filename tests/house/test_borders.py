@@ -19,6 +19,7 @@ ENVIRONMENTS = (".venv", ".git", "build", "dist", "runs")
 WINGS = (
     ("types", "errors", "stack", "transfer", "sums"),
     ("files",),
+    ("processes", "web"),
     ("config",),
     ("ops", "attribution", "rewards"),
     ("objectives", "batch", "distributed", "data"),

@@ -123,11 +123,7 @@ SETTINGS = {
     "video_ktr, entropy only": (video_ktr(key_tokens=dict(signals=("entropy",))), dict(signals=("entropy",))),
     "video_ktr, temporal only": (video_ktr(key_tokens=dict(signals=("temporal",))), dict(signals=("temporal",))),
     "video_ktr, absolute, own ratios": (
-        video_ktr(
-            key_tokens=dict(
-                signals=("visual", "temporal"), shift="absolute", selection_ratio={"visual": 0.5, "temporal": 0.1}
-            )
-        ),
+        video_ktr(key_tokens=dict(signals=("visual", "temporal"), shift="absolute", selection_ratio=(0.5, 0.1))),
         dict(signals=("visual", "temporal"), shift="absolute", ratios={"visual": 0.5, "temporal": 0.1}),
     ),
     "video_ktr, token mean, length bonus": (
@@ -278,7 +274,7 @@ def test_registry_builds_the_published_settings_by_default():
     section = dataclasses.replace(ObjectiveSection(), objective="grpo", kl_beta=0.0)
     assert build_objective(section, reward=dataclasses.replace(RewardSection(), length_bonus=0)) == grpo(kl_beta=0.0)
     section = dataclasses.replace(ObjectiveSection(), signals=("temporal", "entropy"), selection_ratio=(0.3, 0.1))
-    assert build_objective(section).selection.selection_ratio == {"temporal": 0.3, "entropy": 0.1}
+    assert build_objective(section).selection.rules.ratio_of == {"temporal": 0.3, "entropy": 0.1}
 
 
 def test_unknown_objective_and_bad_settings_are_user_errors():

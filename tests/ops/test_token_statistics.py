@@ -36,6 +36,11 @@ SHAPES = [
     pytest.param(Case(24, 640, 509, temperature=0.7, seed=2), id="padding"),
     pytest.param(Case(8, 50, 50, temperature=2.5, seed=3), id="hot"),
     pytest.param(Case(3, 8, 1, seed=4), id="one-token-vocabulary"),
+    pytest.param(Case(23, 128, 101, temperature=0.7, reference="own weight", seed=5), id="reference"),
+    pytest.param(
+        Case(23, 101, 101, reference="same weight", has_entropy_grad=False, num_counterfactuals=1, seed=6),
+        id="adapters-off",
+    ),
 ]
 
 

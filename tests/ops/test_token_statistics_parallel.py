@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from tests.support.token_statistics import (
     HIDDEN_SIZE,
-    VALUES,
     Case,
     Traffic,
     assert_as_good_as_naive,
@@ -28,6 +29,10 @@ def _sharded_values_and_gradients(context, *, cases: list[Case], tensor: int, **
     def op(hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor, **options):
         shard_VD = weight_VD.chunk(tensor)[groups.tensor_rank]
         tile = dict(row_chunk=5, vocab_chunk=11)
+        reference = options.get("reference")
+        if reference is not None and reference.weight_VD is not None:
+            own_VD = reference.weight_VD.chunk(tensor)[groups.tensor_rank]
+            options["reference"] = replace(reference, weight_VD=own_VD)
         return statistics_with(hidden_RD, shard_VD, target_R, group=groups.tensor, **tile, **options, **more)
 
     return [values_and_gradients(op, case, dtype=case.dtype) for case in cases]
@@ -42,6 +47,8 @@ SHARDED_CASES = [
     Case(0, 104, 101, seed=3),
     Case(23, 104, 101, torch.bfloat16, seed=4, num_counterfactuals=1),
     Case(11, 104, 97, torch.float64, temperature=1.3, seed=5),
+    Case(12, 104, 49, temperature=0.7, reference="own weight", num_counterfactuals=1, seed=6),
+    Case(23, 104, 101, torch.bfloat16, reference="same weight", num_counterfactuals=0, seed=7),
 ]
 
 
@@ -52,7 +59,7 @@ def test_shards_together_are_as_good_as_full_logits(ranks, tensor: int, world_si
     for index, case in enumerate(SHARDED_CASES):
         first, *others = [results[index] for results in by_rank[:tensor]]
         for other in others:
-            for name in (*VALUES, "hidden_grad"):
+            for name in first.keys() - {"weight_grad"}:
                 assert torch.equal(first[name], other[name]), "ranks of a group must not drift apart"
         # A shard's gradient arrives at its own rows of the full weight and is zero elsewhere.
         whole = first | {"weight_grad": sum(results[index]["weight_grad"] for results in by_rank[:tensor])}

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ktr.ops.token_statistics_interface import GradientSums, LogitGradient, ShardPlan
+from megatron_ktr.ops.token_statistics_interface import GradientSums, LogitGradient, OtherRows, ShardPlan
 from megatron_ktr.ops.token_statistics_reference import token_statistics_reference
 from tests.support.token_statistics import (
     GRADIENTS,
@@ -88,7 +88,7 @@ def shards(case: Case, shard_size: int) -> dict[str, Tensor]:
     from megatron_ktr.ops.token_statistics_triton import IMPLEMENTATION
 
     hidden_RD, weight_VD, target_R, g, e = case.tensors()
-    scale = 1 / case.temperature
+    scale, others = 1 / case.temperature, [OtherRows(other_RD) for other_RD in case.counterfactuals()]
     plans = [
         ShardPlan(first, min(max(case.vocab_size - first, 0), shard_size), case.vocab_size, scale)
         for first in range(0, case.padded_size, shard_size)
@@ -96,7 +96,7 @@ def shards(case: Case, shard_size: int) -> dict[str, Tensor]:
     weights = weight_VD.split(shard_size)
     partial = torch.stack(
         [
-            IMPLEMENTATION.forward(hidden_RD, weight, target_R, plan, case.counterfactuals())
+            IMPLEMENTATION.forward(hidden_RD, weight, target_R, plan, others)
             for weight, plan in zip(weights, plans, strict=True)
         ],
         dim=1,
@@ -248,7 +248,7 @@ def unusual_calls() -> None:
 
     assert torch.equal(IMPLEMENTATION.forward(hidden_RD.t().contiguous().t(), weight_VD, target_R, plan), usual)
     # The same numbers, in the same bits, however many counterfactuals are there.
-    others = case.counterfactuals()
+    others = [OtherRows(other_RD) for other_RD in case.counterfactuals()]
     both = IMPLEMENTATION.forward(hidden_RD, weight_VD, target_R, plan, others)
     second = IMPLEMENTATION.forward(hidden_RD, weight_VD, target_R, plan, others[1:])
     assert torch.equal(both[:4], usual) and torch.equal(second, both[[0, 1, 2, 3, 8, 9, 10, 11]])

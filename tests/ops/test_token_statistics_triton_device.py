@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_ktr.ops.token_statistics_interface import OtherRows
 from tests.support.token_statistics import (
     GRADIENTS,
     TRITON_CASES,
-    VALUES,
     Case,
     assert_as_good_as_naive,
     statistics_with,
@@ -57,7 +57,8 @@ def compiled(kernel: Any, capability: int, dtype: str, constants: dict[str, Any]
     from triton.compiler import ASTSource
 
     types = {"target_ptr": "*i64", "scale": "fp32"}
-    types |= dict.fromkeys(("hidden_ptr", "counterfactual_ptr", "weight_ptr", "a_ptr", "b_ptr"), f"*{dtype}")
+    matrices = ("hidden", "counterfactual", "weight", "counterfactual_weight", "other", "other_weight", "a", "b")
+    types |= {f"{name}_ptr": f"*{dtype}" for name in matrices}
     types |= {"out_ptr": f"*{dtype}"} if kernel.__name__ == "logit_gradient_kernel" else {}
     constants = {"D": 3584, "UPCAST": False, "PRECISION": "ieee"} | constants
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
@@ -72,12 +73,15 @@ def compiled(kernel: Any, capability: int, dtype: str, constants: dict[str, Any]
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
+PRODUCTS = ("hidden_grad", "weight_grad")
+
+
 def compile_cases() -> list[Any]:
     cases = []
     for capability in (80, 90, 100):
         for dtype in ("bf16", "fp16", "fp32"):
-            for name in ("statistics", "counterfactual", "logit_gradient", "hidden_grad", "weight_grad"):
-                if dtype == "bf16" or (capability == 90 and name in ("counterfactual", "logit_gradient")):
+            for name in ("statistics", "counterfactual", "reference", "logit_gradient", "kl_gradient", *PRODUCTS):
+                if dtype == "bf16" or (capability == 90 and name in ("reference", "kl_gradient")):
                     cases.append(pytest.param(capability, dtype, name, id=f"sm_{capability}-{dtype}-{name}"))
     return cases
 
@@ -94,13 +98,17 @@ def test_kernel_compiles(capability: int, dtype: str, name: str, tmp_path, monke
         if dtype == "fp32"
         else (triton_impl.HALF_SIZES, triton_impl.HALF_SIZES_OF_TWO_PRODUCTS)
     )
-    kernel, size, names, constants = {
-        "statistics": (kernels.statistics_kernel, one[0], triton_impl.TILE_NAMES, {"HAS_COUNTERFACTUAL": False}),
-        "counterfactual": (kernels.statistics_kernel, two[0], triton_impl.TILE_NAMES, {"HAS_COUNTERFACTUAL": True}),
-        "logit_gradient": (kernels.logit_gradient_kernel, one[0], triton_impl.TILE_NAMES, {"HAS_SLOPE": True}),
-        "hidden_grad": (kernels.product_kernel, one[0], triton_impl.PRODUCT_NAMES, {"A_TRANSPOSED": False}),
-        "weight_grad": (kernels.product_kernel, one[0], triton_impl.PRODUCT_NAMES, {"A_TRANSPOSED": True}),
+    own = two if dtype == "fp32" else triton_impl.HALF_SIZES_OF_TWO_WEIGHTS
+    kernel, size, constants = {
+        "statistics": (kernels.statistics_kernel, one[0], {"HAS_COUNTERFACTUAL": False, "HAS_OWN_WEIGHT": False}),
+        "counterfactual": (kernels.statistics_kernel, two[0], {"HAS_COUNTERFACTUAL": True, "HAS_OWN_WEIGHT": False}),
+        "reference": (kernels.statistics_kernel, own[0], {"HAS_COUNTERFACTUAL": True, "HAS_OWN_WEIGHT": True}),
+        "logit_gradient": (kernels.logit_gradient_kernel, one[0], {"HAS_SLOPE": True, "HAS_OTHER": False}),
+        "kl_gradient": (kernels.logit_gradient_kernel, two[0], {"HAS_SLOPE": True, "HAS_OTHER": True}),
+        "hidden_grad": (kernels.product_kernel, one[0], {"A_TRANSPOSED": False}),
+        "weight_grad": (kernels.product_kernel, one[0], {"A_TRANSPOSED": True}),
     }[name]
+    names = triton_impl.PRODUCT_NAMES if name in PRODUCTS else triton_impl.TILE_NAMES
     constants |= {"SPLIT_COLUMNS": 4096} | dict(zip(names, size[:4], strict=True))
     result = compiled(kernel, capability, dtype, constants, size)
     assert f".target sm_{capability}" in result.asm["ptx"]
@@ -136,22 +144,27 @@ def test_on_a_gpu_equals_chunked_at_7b_size(num_shards: int, dtype: torch.dtype)
         return torch.randn(*shape, generator=generator, device="cuda")
 
     num_columns = 152064 // num_shards
-    hidden_RD, *others = normal(3, 6144, 3584).to(dtype).unbind()
-    weight_VD = (normal(num_columns, 3584) * 2 / 3584**0.5).to(dtype)
+    hidden_RD, *others, reference_RD = normal(4, 6144, 3584).to(dtype).unbind()
+    weight_VD, own_VD = ((normal(num_columns, 3584) * 2 / 3584**0.5).to(dtype) for _ in range(2))
+    reference = OtherRows(reference_RD, own_VD, has_kl_gradient=True)
     target_R = torch.randint(0, num_columns, (6144,), generator=generator, device="cuda")
-    logprob_grad_R, entropy_grad_R = normal(2, 6144).unbind()
-    logprob_grad_R[::2], entropy_grad_R[::2] = 0, 0
+    gradients = normal(3, 6144).unbind()
+    for grad_R in gradients:
+        grad_R[::2] = 0
     results = {}
     for impl in ("triton", "chunked"):
         hidden, weight = hidden_RD.clone().requires_grad_(), weight_VD.clone().requires_grad_()
-        result = statistics_with(hidden, weight, target_R, counterfactual_hidden_RD=others, impl=impl)
-        torch.autograd.backward([result.logprob_R, result.entropy_R], [logprob_grad_R, entropy_grad_R])
-        results[impl] = [*values_of(result).values(), hidden.grad, weight.grad]
-    for name, ours, theirs in zip(VALUES + GRADIENTS, results["triton"], results["chunked"], strict=True):
+        result = statistics_with(
+            hidden, weight, target_R, counterfactual_hidden_RD=others, reference=reference, impl=impl
+        )
+        torch.autograd.backward([result.logprob_R, result.entropy_R, result.reference_kl_R], gradients)
+        results[impl] = values_of(result) | dict(zip(GRADIENTS, (hidden.grad, weight.grad), strict=True))
+    for name, ours in results["triton"].items():
+        theirs = results["chunked"][name]
         assert ours.isfinite().all(), name
         # Values: fp32 sums over 3,584 and then up to 152,064 terms, in another order. Gradients: d z and the result
         # are rounded to 8 (bf16) significant bits at slightly different numbers.
-        tolerance = 1e-5 if name in VALUES else 4e-3
+        tolerance = 4e-3 if name in GRADIENTS else 1e-5
         assert (ours.double() - theirs.double()).norm() <= tolerance * theirs.double().norm(), name
 
 

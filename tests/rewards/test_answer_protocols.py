@@ -13,7 +13,7 @@ import pytest
 from megatron_ktr.config import config_from_values
 from megatron_ktr.config.checks import check
 from megatron_ktr.errors import UserError
-from megatron_ktr.rewards import load_reward, reward_groups
+from megatron_ktr.rewards import Rewarder, RewardOptions, load_reward
 from megatron_ktr.rewards.accuracy import accuracy
 from megatron_ktr.rewards.choices import label_of, labelled_options, named_labels
 from megatron_ktr.rewards.protocols import PROTOCOLS
@@ -41,11 +41,12 @@ def text_of(cell: str) -> str:
 
 
 VERDICTS = [row for row in rows("problem type") if len(row) == 6]
+OTHERS = list(rows("type"))
 RESPONSES = list(rows("response"))
 
 
 def test_the_page_has_its_tables() -> None:
-    assert len(VERDICTS) > 90 and {row[0] for row in VERDICTS} == set(PROTOCOLS["standard"].judges)
+    assert len(VERDICTS) > 90 and {row[0] for row in VERDICTS + OTHERS} == set(PROTOCOLS["standard"].judges)
     assert len(RESPONSES) == 12
 
 
@@ -59,18 +60,29 @@ def test_every_verdict_of_the_page_is_what_the_protocols_give(row: list[str]) ->
         assert found == pytest.approx(float(Fraction(expected)), abs=1e-9), (protocol, row)
 
 
+@pytest.mark.parametrize("row", OTHERS, ids=lambda row: " ".join(row[:3]))
+def test_every_time_box_and_formula_of_the_page_is_judged_as_it_says(row: list[str]) -> None:
+    kind, truth, given = row[0], text_of(row[1]), text_of(row[2])
+    if kind == "math":
+        pytest.importorskip("math_verify")
+    for protocol, expected in {"official": row[3], "strict": row[4], "standard": row[5], "lenient": row[5]}.items():
+        for solution in (truth, f"<answer>{truth}</answer>"):
+            # Hand-worked fractions of decimals that are not exact in binary.
+            assert verdict(given, solution, kind, protocol) == pytest.approx(float(Fraction(expected)), abs=1e-9)
+
+
 @pytest.mark.parametrize("row", RESPONSES, ids=lambda row: row[0])
 def test_every_response_of_the_page_is_read_as_it_says(row: list[str]) -> None:
     response = text_of(row[0])
     record = {"solution": "<answer>B</answer>", "problem_type": "multiple choice", "options": list(OPTIONS)}
     found = [
-        load_reward("accuracy", protocol=name)[1](response, record)
+        load_reward("accuracy", protocol=name)(response, record)
         for name in ("official", "strict", "standard", "lenient")
     ]
-    found += [load_reward("format", protocol=name)[1](response, record) for name in ("standard", "official")]
+    found += [load_reward("format", protocol=name)(response, record) for name in ("standard", "official")]
     assert found == [float(cell) for cell in row[1:]]
     for name in ("strict", "lenient"):
-        assert load_reward("format", protocol=name)[1](response, record) == found[4]
+        assert load_reward("format", protocol=name)(response, record) == found[4]
 
 
 def test_official_verdicts_are_the_published_ones() -> None:
@@ -80,7 +92,7 @@ def test_official_verdicts_are_the_published_ones() -> None:
         pytest.skip(f"no published answers here: set {SHARED_VIDEOS_VARIABLE}, or put them into {path}")
     for line in map(json.loads, path.read_text(encoding="utf-8").split("\n")[:-1]):
         for part, protocol in (("accuracy", "official"), ("format", "official"), ("accuracy", "standard")):
-            found = load_reward(part, protocol=protocol)[1](line["model_output"], line["question"])
+            found = load_reward(part, protocol=protocol)(line["model_output"], line["question"])
             assert found == line[part], (line["question"]["problem_id"], part, protocol)
 
 
@@ -168,7 +180,9 @@ def test_the_protocol_is_an_option_and_reaches_the_rewards() -> None:
     record = {"solution": "<answer>B</answer>", "problem_type": "multiple choice", "options": list(OPTIONS)}
     group = RolloutGroup(Prompt("1", (1,), record=record), (Rollout((3,), text="the answer is blue"),))
     for protocol, expected in (("lenient", 1.0), ("standard", 0.0)):
-        rewarded = reward_groups([group], names=["accuracy", "format"], protocol=protocol)[0].rollouts[0]
+        rewarded = (
+            Rewarder(RewardOptions.of_protocol(protocol)).reward([group], names=["accuracy", "format"])[0].rollouts[0]
+        )
         assert rewarded.rewards == {"accuracy": expected, "format": 0.0}
     values = {"model": "m", "engine": "hf", "data_path": "d"}
     assert config_from_values(values).reward.answer_protocol == "standard"

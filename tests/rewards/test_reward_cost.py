@@ -79,13 +79,14 @@ from megatron_ktr.rewards import load_reward
 from megatron_ktr.rewards.protocols import PROTOCOLS
 from tests.rewards.test_reward_cost import adversarial_texts
 
-TRUTHS = {"multiple choice": "B", "numerical": "1", "OCR": "小球 red", "free-form": "小球 a red", "regression": "1"}
+TRUTHS = {"multiple choice": "B", "numerical": "1", "OCR": "小球 red", "free-form": "小球 a red", "regression": "1",
+    "temporal grounding": "1 to 2", "spatial grounding": "[1, 1, 2, 2]"}
 for name, text in adversarial_texts().items():
     print(name, flush=True)
     whole, read = f"<think>{text}</think><answer>{text}</answer>", []
     for protocol in PROTOCOLS:
         accuracy, soft, form = (
-            load_reward(part, protocol=protocol)[1] for part in ("accuracy", "soft_choice", "format")
+            load_reward(part, protocol=protocol) for part in ("accuracy", "soft_choice", "format")
         )
         choice = {"problem_type": "multiple choice", "solution": "B"}
         for response in (text, "<answer>" + text, whole):

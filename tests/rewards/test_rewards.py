@@ -7,11 +7,14 @@ import sys
 
 import pytest
 
+from megatron_ktr.config.reward_section import RewardSection
 from megatron_ktr.errors import UserError
-from megatron_ktr.rewards import load_reward, reward_groups
+from megatron_ktr.rewards import Rewarder, RewardOptions, load_reward
 from megatron_ktr.rewards.accuracy import accuracy
 from megatron_ktr.rewards.text import extract_answer, has_reasoning_format, parse_number
 from megatron_ktr.types import Prompt, Rollout, RolloutGroup
+
+REWARDER = Rewarder(RewardOptions(RewardSection(reward_workers=0)))
 
 
 def answer(text: str) -> str:
@@ -68,7 +71,7 @@ def test_accuracy_of_each_problem_type_is_the_hand_worked_value(kind, given, tru
     ],
 )
 def test_soft_choice_pays_the_share_of_right_letters_and_nothing_for_a_wrong_one(given, truth, expected) -> None:
-    function = load_reward("soft_choice")[1]
+    function = load_reward("soft_choice")
     record = {"solution": truth, "problem_type": "multiple choice"}
     assert function(answer(given), record) == pytest.approx(expected, abs=1e-9)  # one division
     assert function(given, record) == 0.0, "outside an answer block it is no answer"
@@ -78,9 +81,9 @@ def test_soft_choice_is_the_accuracy_of_every_other_problem_type() -> None:
     for kind, given, truth in (("numerical", "3.141", "3.14"), ("regression", "8", "10"), ("OCR", "the red", "red")):
         record = {"solution": truth, "problem_type": kind}
         expected = accuracy(answer(given), solution=truth, problem_type=kind)
-        assert load_reward("soft_choice")[1](answer(given), record) == expected
+        assert load_reward("soft_choice")(answer(given), record) == expected
     with pytest.raises(UserError, match="problem_type 'multi choice' is unknown"):
-        load_reward("soft_choice")[1](answer("A"), {"solution": "A", "problem_type": "multi choice"})
+        load_reward("soft_choice")(answer("A"), {"solution": "A", "problem_type": "multi choice"})
 
 
 def test_first_answer_block_counts_and_missing_one_gives_zero() -> None:
@@ -120,7 +123,7 @@ def test_own_reward_function_is_loaded_by_module_and_name() -> None:
     prompt = Prompt("1", (1, 2), record={"solution": "<answer>A</answer>", "problem_type": "multiple choice"})
     group = RolloutGroup(prompt, (Rollout((3,), text=answer("A")), Rollout((3,), text="ABC")))
     names = ["accuracy", "format", f"{__name__}:shouting"]
-    first, second = reward_groups([group], names=names)[0].rollouts
+    first, second = REWARDER.reward([group], names=names)[0].rollouts
     assert first.rewards == {"accuracy": 1.0, "format": 1.0, "shouting": 0.0} and first.reward == 2.0
     assert second.rewards == {"accuracy": 0.0, "format": 0.0, "shouting": 1.0}
 
@@ -132,9 +135,9 @@ def broken(response: str, record: dict) -> float:
 def test_two_parts_of_one_name_and_a_reward_that_is_no_number_are_refused() -> None:
     group = RolloutGroup(Prompt("7", (1,)), (Rollout((3,), text="x"),))
     with pytest.raises(UserError, match="two parts are called 'shouting'"):
-        reward_groups([group], names=[f"{__name__}:shouting", f"{__name__}:shouting"])
+        REWARDER.reward([group], names=[f"{__name__}:shouting", f"{__name__}:shouting"])
     with pytest.raises(UserError, match="'broken' gave nan for a response to problem 7"):
-        reward_groups([group], names=[f"{__name__}:broken"])
+        REWARDER.reward([group], names=[f"{__name__}:broken"])
 
 
 def leaving(response: str, record: dict) -> float:
@@ -148,11 +151,11 @@ def endless(response: str, record: dict) -> int:
 def test_a_reward_that_leaves_or_overflows_is_the_users_error_and_ours_is_not() -> None:
     group = RolloutGroup(Prompt("7", (1,)), (Rollout((3,), text="x"),))
     with pytest.raises(UserError, match="'leaving' failed for a response to problem 7: SystemExit: 0"):
-        reward_groups([group], names=[f"{__name__}:leaving"])
+        REWARDER.reward([group], names=[f"{__name__}:leaving"])
     with pytest.raises(UserError, match="'endless' gave 1000.* expected a finite number"):
-        reward_groups([group], names=[f"{__name__}:endless"])
+        REWARDER.reward([group], names=[f"{__name__}:endless"])
     with pytest.raises(KeyError, match="solution"):  # a record that the checks before a run would have refused
-        reward_groups([group], names=["accuracy"])
+        REWARDER.reward([group], names=["accuracy"])
 
 
 def test_unknown_names_are_user_errors() -> None:

@@ -24,6 +24,7 @@ from megatron_ktr.evaluation.asking.controls import apply_control
 from megatron_ktr.rollout.build import build_sampler
 from megatron_ktr.rollout.hf import HFEngine
 from megatron_ktr.rollout.sampling import GumbelSampler, SamplingSettings, StopStrings, cut, sample_seed
+from megatron_ktr.rollout.second_prompt import SecondPrompt
 from megatron_ktr.types import Prompt, Rollout, RolloutGroup, VisualInput
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.media import media_spec
@@ -193,6 +194,27 @@ def test_responses_do_not_depend_on_the_batch_around_them(engine: HFEngine) -> N
     assert len({r.token_ids for group in together for r in group.rollouts}) == 9
     later = engine.generate(prompts, step=4)
     assert [r.token_ids for r in later[0].rollouts] != [r.token_ids for r in together[0].rollouts]
+
+
+def test_a_second_prompt_is_answered_by_its_count_and_changes_no_other_response(engine: HFEngine) -> None:
+    prompts = prompts_of(engine.media, engine.tokenizer)
+    asked = [second for prompt in prompts if (second := SecondPrompt(3, 2, seed=5).of(prompt, step=3)) is not None]
+    assert [prompt.problem_id for prompt in asked] == ["long", "both"], "text has no order to lose"
+    alone = engine.generate(prompts, step=3)
+    # Batches of at most 4 responses: prompts with 3, and the last of them with one that has 2, would not fit together.
+    small = dataclasses.replace(SETTINGS, max_batch_size=4)
+    for sampling in (None, small):
+        found = dict(engine.stream([*prompts, *asked], step=3, sampling=sampling, counts=[3, 3, 3, 2, 2]))
+        assert tokens_of(found[i] for i in range(3)) == tokens_of(alone)
+        second = tokens_of(found[i] for i in (3, 4))
+        assert [len(responses) for responses in second] == [2, 2] and second[0] != tokens_of(alone)[0][:2]
+        for place, prompt in enumerate(asked):
+            ((_, group),) = engine.stream([prompt], step=3, counts=[2])
+            assert tokens_of([group]) == [second[place]]
+
+
+def tokens_of(groups) -> list[list[tuple[int, ...]]]:
+    return [[rollout.token_ids for rollout in group.rollouts] for group in groups]
 
 
 def test_greedy_responses_are_the_argmax_of_a_full_forward(engine: HFEngine) -> None:

@@ -17,6 +17,7 @@ from megatron_ktr.errors import UserError
 from megatron_ktr.rollout import replay
 from megatron_ktr.rollout.base import RolloutEngine
 from megatron_ktr.rollout.replay import ReplayEngine, ReplaySource, Required, write_rollouts
+from megatron_ktr.rollout.second_prompt import SecondPrompt
 from megatron_ktr.types import Prompt, Rollout, RolloutGroup
 from tests.support.tiny import EOS_ID, VOCAB_SIZE
 from tests.support.tokenizer import save_tiny_tokenizer, tiny_tokenizer
@@ -152,6 +153,60 @@ def test_written_rollouts_replay_exactly(tmp_path: Path, loader: PromptLoader) -
         assert after.rollouts == before.rollouts
         assert (after.prompt.problem_id, after.prompt.token_ids) == (before.prompt.problem_id, before.prompt.token_ids)
         assert [medium.grid_thw for medium in after.prompt.media] == [medium.grid_thw for medium in before.prompt.media]
+
+
+NONE_SHUFFLED = {"shuffled_responses": []}
+TEMPORAL = Required(num_shuffled=2)
+
+
+def test_responses_to_shuffled_frames_are_written_and_replay_exactly(tmp_path: Path, loader: PromptLoader) -> None:
+    shuffled = [{"token_ids": [7, number, EOS_ID], "rewards": {"accuracy": number / 10}} for number in (5, 6, 8)]
+    lines = [line(shuffled_responses=shuffled), line(problem_id=2, video=...)]
+    path = write_lines(tmp_path / "r.jsonl", lines)
+    second = SecondPrompt(num_generations=2, num_responses=2, seed=0)
+
+    def read(path: Path, required: Required = TEMPORAL) -> list[RolloutGroup]:
+        engine = ReplayEngine(path, tokenizer=TOKENIZER, num_generations=2, required=required)
+        dataset = PromptDataset(engine.records, loader=loader, shuffle=False)
+        return ReplaySource(dataset, engine=engine, second=second if required.num_shuffled else None).next(2)
+
+    groups = read(path)
+    assert [[rollout.token_ids[1] for rollout in group.shuffled] for group in groups] == [[5, 6], []]
+    assert [rollout.reward for rollout in groups[0].shuffled] == [0.5, 0.6] and len(groups[0].rollouts) == 2
+    write_rollouts(tmp_path / "out.jsonl", groups, with_shuffled=True)
+    assert [json.loads(text).get("shuffled_responses") is not None for text in open(tmp_path / "out.jsonl")] == [1, 1]
+    again = read(tmp_path / "out.jsonl")
+    assert [(group.rollouts, group.shuffled) for group in again] == [(g.rollouts, g.shuffled) for g in groups]
+    # Another objective replays the same file, and passes them over.
+    assert [group.shuffled for group in read(tmp_path / "out.jsonl", Required())] == [(), ()]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "no 'shuffled_responses', with which --temporal-bonus compares"),
+        ({"shuffled_responses": RESPONSES[:1]}, "1 shuffled_responses, but 2 are asked for"),
+        ({"shuffled_responses": RESPONSES}, "shuffled_responses: response 2: no reward 'accuracy'"),
+        ({"shuffled_responses": [5]}, "shuffled_responses: response 1: expected an object"),
+        ({"shuffled_responses": {}}, "shuffled_responses: expected a list of responses"),
+    ],
+)
+def test_bad_responses_to_shuffled_frames_are_named_by_line(tmp_path: Path, changes: Any, message: str) -> None:
+    path = write_lines(tmp_path / "r.jsonl", [line(**NONE_SHUFFLED), line(**changes)])
+    with pytest.raises(UserError, match=f"record 3 .*{message}"):
+        ReplayEngine(path, tokenizer=TOKENIZER, required=TEMPORAL)
+
+
+def test_a_video_that_was_recorded_without_an_order_and_now_has_one_is_refused(
+    tmp_path: Path, loader: PromptLoader
+) -> None:
+    engine = ReplayEngine(
+        write_lines(tmp_path / "r.jsonl", [line(**NONE_SHUFFLED)]), tokenizer=TOKENIZER, required=TEMPORAL
+    )
+    dataset = PromptDataset(engine.records, loader=loader, shuffle=False)
+    source = ReplaySource(dataset, engine=engine, second=SecondPrompt(2, 2, seed=0))
+    with pytest.raises(UserError, match="record 1 .*its shuffled_responses are empty"):
+        source.next(1)
 
 
 def test_unfinished_and_unicode_rollouts_survive_writing(tmp_path: Path) -> None:

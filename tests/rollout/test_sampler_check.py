@@ -118,7 +118,7 @@ def test_a_right_engine_passes_and_its_gap_is_reported(pair: Pair) -> None:
 class AtTemperatureOne(HFEngine):
     """Its log-probs know no temperature."""
 
-    def stream(self, prompts: Any, *, step: int = 0, sampling: Any = None) -> Any:
+    def stream(self, prompts: Any, *, step: int = 0, sampling: Any = None, counts: Any = None) -> Any:
         return super().stream(prompts, step=step, sampling=dataclasses.replace(sampling, temperature=1.0))
 
 

@@ -16,6 +16,7 @@ from megatron_ktr.batch.packing import MediaSpec
 from megatron_ktr.distributed.groups import ParallelSizes
 from megatron_ktr.errors import UserError
 from megatron_ktr.rollout.sampling import SamplingSettings
+from megatron_ktr.rollout.second_prompt import SHUFFLED
 from megatron_ktr.rollout.server.engine import ServerEngine
 from megatron_ktr.rollout.server.pool import PoolSettings
 from megatron_ktr.rollout.server.replicas import Replicas
@@ -128,6 +129,19 @@ def test_every_prompt_gets_its_own_responses_and_seeds_repeat_them(start, tmp_pa
     groups = engine.generate(draws, step=1)
     assert len({group.rollouts[0].token_ids for group in groups}) == 4, "the same record, drawn four times in a step"
     assert engine.generate(draws[::-1], step=1) == groups[::-1]
+
+
+def test_a_second_prompt_has_its_own_count_and_seed_and_changes_no_other_response(start, tmp_path) -> None:
+    engine, servers = start(2)
+    asked = [*prompts(4), *(dataclasses.replace(prompt, variant=SHUFFLED) for prompt in prompts(2))]
+    found = dict(engine.stream(asked, step=1, counts=[3] * 4 + [2] * 2))
+    assert [found[place] for place in range(4)] == expected(tmp_path, 4, step=1)
+    for place in (4, 5):
+        assert len(found[place].rollouts) == 2 and found[place].prompt.variant == SHUFFLED
+        assert found[place].rollouts != found[place - 4].rollouts[:2]
+    assert sorted(body["sampling_params"]["n"] for server in servers for body in server.bodies) == [2, 2, 3, 3, 3, 3]
+    again = dict(engine.stream(asked[4:], step=1, counts=[2, 2]))
+    assert [again[0], again[1]] == [found[4], found[5]], "whatever else is asked"
 
 
 def test_requests_in_flight_are_bounded_and_spread(start) -> None:

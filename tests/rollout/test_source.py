@@ -15,8 +15,8 @@ import torch
 
 from megatron_ktr.batch.packing import pack_groups
 from megatron_ktr.config import Config, config_from_values
-from megatron_ktr.data.dataset import reshard_states
 from megatron_ktr.data.media.preprocess import PreprocessSettings
+from megatron_ktr.data.reshard import reshard_states
 from megatron_ktr.data.template import PromptBuilder, VisualTokens
 from megatron_ktr.data.unusable import UnusableMedia
 from megatron_ktr.distributed.groups import ParallelSizes
@@ -191,7 +191,7 @@ class FailingEngine(RolloutEngine):
         next(named_tensors)
         raise UserError("the engine does not know this tensor")
 
-    def stream(self, prompts, *, step=0, sampling=None):
+    def stream(self, prompts, *, step=0, sampling=None, counts=None):
         for index, prompt in enumerate(prompts):
             yield index, RolloutGroup(prompt, (Rollout(token_ids=(step, 3), text="ab"),))
 
@@ -241,7 +241,7 @@ class GatedEngine(FailingEngine):
         self.gate = threading.Event()
         self.calls = 0
 
-    def stream(self, prompts, *, step=0, sampling=None):
+    def stream(self, prompts, *, step=0, sampling=None, counts=None):
         assert self.gate.wait(timeout=PATIENCE_SECONDS)
         self.calls += 1
         yield from super().stream(prompts, step=step)
@@ -301,7 +301,7 @@ class EchoEngine(FailingEngine):
     def __init__(self) -> None:
         self.calls = 0
 
-    def stream(self, prompts, *, step=0, sampling=None):
+    def stream(self, prompts, *, step=0, sampling=None, counts=None):
         self.calls += len(prompts)
         for index, prompt in enumerate(prompts):
             seed = sample_seed(seed=0, step=step, identity=prompt.identity, sample=0)

@@ -69,21 +69,22 @@ def test_engines_that_do_not_fit_the_replicas_are_refused(sizes, world_size, eng
 @pytest.mark.parametrize("num_engines", [1, 2, 3, 8, 50])
 @pytest.mark.parametrize("lengths", [[], [7], [100, 5, 5, 60, 5]])
 def test_every_sample_is_answered_once(lengths, num_engines) -> None:
-    work = split_work(lengths, num_samples=6, num_engines=num_engines, max_response_length=10)
+    counts = [(6, 3, 1)[index % 3] for index in range(len(lengths))]
+    work = split_work(lengths, num_samples=counts, num_engines=num_engines, max_response_length=10)
     assert len(work) == num_engines
     answered = [(share.prompt, sample) for part in work for share in part for sample in share.samples]
-    assert sorted(answered) == [(prompt, sample) for prompt in range(len(lengths)) for sample in range(6)]
+    assert sorted(answered) == [(prompt, sample) for prompt, count in enumerate(counts) for sample in range(count)]
 
 
 def test_groups_stay_whole_while_there_are_enough_of_them_and_loads_are_even() -> None:
-    work = split_work([900, 100, 100, 500, 300, 100], num_samples=4, num_engines=2, max_response_length=25)
+    work = split_work([900, 100, 100, 500, 300, 100], num_samples=[4] * 6, num_engines=2, max_response_length=25)
     assert all(share.samples == range(4) for part in work for share in part)
     # 1000, 600, 400, 200, 200, 200 tokens with their responses: no way is more even than 1400 against 1200.
     assert [[share.prompt for share in part] for part in work] == [[0, 1, 5], [2, 3, 4]]
 
 
 def test_one_prompt_is_split_over_the_engines() -> None:
-    work = split_work([50], num_samples=8, num_engines=4, max_response_length=10)
+    work = split_work([50], num_samples=[8], num_engines=4, max_response_length=10)
     assert [part[0].samples for part in work] == [range(0, 2), range(2, 4), range(4, 6), range(6, 8)]
 
 

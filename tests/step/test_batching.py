@@ -207,7 +207,7 @@ def exchanged(context: RankContext, *, sizes: Any, groups: list[RolloutGroup], k
     return [
         (
             group.prompt.problem_id,
-            group.rollouts,
+            (group.rollouts, group.shuffled),
             [m.frames_FCHW for m in group.prompt.media],
             any(group is g for g in mine),
         )
@@ -217,7 +217,7 @@ def exchanged(context: RankContext, *, sizes: Any, groups: list[RolloutGroup], k
 
 @pytest.mark.parametrize("sizes", [sizes_of(), sizes_of(2), sizes_of(1, 2)], ids=["dp4", "tp2 dp2", "pp2 dp2"])
 def test_groups_arrive_whole_on_every_rank_of_one_replica(ranks: RankPool, sizes: Any) -> None:
-    groups = ragged_groups()
+    groups = [dataclasses.replace(group, shuffled=group.rollouts[::-1]) for group in ragged_groups()]
     by_id = {group.prompt.problem_id: group for group in groups}
     found = ranks(exchanged, 4, sizes=sizes, groups=groups, keep_counts=False)
     of_replica = {tuple(name for name, *_ in of_rank) for of_rank in found}
@@ -225,7 +225,7 @@ def test_groups_arrive_whole_on_every_rank_of_one_replica(ranks: RankPool, sizes
     assert sorted(name for names in of_replica for name in names) == sorted(by_id)
     has_moved = 0
     for name, rollouts, frames, is_drawn in itertools.chain(*found):
-        assert rollouts == by_id[name].rollouts
+        assert rollouts == (by_id[name].rollouts, by_id[name].shuffled)
         for ours, medium in zip(frames, by_id[name].prompt.media, strict=True):
             assert torch.equal(ours, medium.frames_FCHW)
         has_moved += not is_drawn

@@ -10,6 +10,7 @@ Scores are compared with tolerances, masks outside a band around the threshold, 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration as HFModel
 
 from megatron_ktr.distributed.groups import ParallelGroups
+from megatron_ktr.types import Rollout
 from tests.support.hf_updates import Models, gradients_of, published_name, score_responses, with_gradient
 from tests.support.parity import max_relative_difference
 from tests.support.reference_ktr import ReferenceResponse, ReferenceUpdate, reference_update, token_logprobs
@@ -184,6 +186,36 @@ def _assert_masks(
             assert torch.equal(mine_R[is_clear], theirs_R[is_clear]), (group_name, signal)
             # The responses' first tokens share one predicting row, so up to three equal entropies lie in the band.
             assert is_clear.float().mean() > 0.6, "too many scores are in the band"
+
+
+def test_an_update_of_t_grpo_equals_the_independent_one_and_shuffled_responses_do_not_move_it(
+    models: Models, one_rank: ParallelGroups
+) -> None:
+    """By hand, with margin 0.9: "mixed" has p = 1/3 against 0 and pays its correct response 0.3; "long video" has p =
+    2.5/3 against 1 and pays nobody; the others were not asked twice."""
+    accuracies = {"mixed": (0.0, 0.0), "long video": (1.0,)}
+    groups = [
+        dataclasses.replace(
+            group, shuffled=tuple(Rollout((5, 6), rewards={"accuracy": a}) for a in accuracies.get(name, ()))
+        )
+        for name, group in zip(NAMES, example_groups(*NAMES), strict=True)
+    ]
+    values = dict(objective="t_grpo", temporal_margin=0.9, lr=LR)
+    places = dict(hf_dir=models.policy_dir, reference_dir=models.reference_dir)
+    (ours,) = run_steps(one_rank, rollout_groups=groups, values=values, **places)
+    responses = score_responses(models, groups)
+    responses = with_gradient(models.policy, models.config, groups, responses)
+    responses[0][0] = dataclasses.replace(responses[0][0], reward=responses[0][0].reward + 0.3)
+    masks = [[torch.ones(len(response.token_ids), dtype=torch.bool) for response in group] for group in responses]
+    expected = reference_update(responses, ratios=0.3, signals=(), masks=masks)
+    (update,) = ours.updates
+    assert update.loss == pytest.approx(float(expected.loss), abs=LOSS_TOLERANCE)
+    assert max_relative_difference(update.gradients, gradients_of(models.policy, expected.loss)) <= GRADIENT_TOLERANCE
+    found = {name: ours.values[name] for name in ours.values if name.startswith(("shuffled/", "temporal_rule"))}
+    wanted = {"prompts": 2, "tokens": 6, "response_length": 2, "accuracy": 1 / 3, "token_share": 6 / 68}
+    wanted = {f"shuffled/{name}": value for name, value in wanted.items()}
+    assert found == pytest.approx({**wanted, "shuffled/seconds_alone": 0.0, "temporal_rule": 0.5})
+    assert ours.values["reward/temporal_bonus"] == pytest.approx(0.3 / 15)
 
 
 def test_key_token_lengths_of_the_original_change_the_numbers(models: Models, one_rank: ParallelGroups) -> None:

@@ -13,12 +13,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from megatron_ktr.attribution.views.base import ViewDraw
 from megatron_ktr.batch.micro_batch import MicroBatch
 from megatron_ktr.batch.packing import pack_groups
 from megatron_ktr.config.part_options import PolicyOptions
+from megatron_ktr.config.view_registry import load_view
 from megatron_ktr.data.media.preprocess import PreprocessSettings
 from megatron_ktr.objectives import build_objective
-from megatron_ktr.types import BatchFacts, Prompt, Rollout, RolloutGroup, VisualInput
+from megatron_ktr.types import INTACT, BatchFacts, Prompt, Rollout, RolloutGroup, VisualInput
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.media import media_spec
 from tests.support.steps import make_config
@@ -71,17 +73,18 @@ class Harness:
 
     def pack(self, view: str = "intact") -> list[Any]:
         sizes = self.policy.ranks.sizes
-        permutations = [[torch.randperm(len(m.frames_FCHW)) for m in g.prompt.media] for g in self.groups]
+        draw = ViewDraw(self.config.objective, sizes=self.media, seed=0, step=0)
+        shown = [g.prompt.media if view == INTACT else load_view(view).shown(g.prompt, draw) for g in self.groups]
         return [
             pack_groups(
                 [group],
                 view=view,
                 media=self.media,
                 pad_to_multiple=sizes.tensor if sizes.sequence_parallel else 1,
-                permutations=[order] if view == "shuffled" else None,
+                shown=[media],
                 vision="media" if self.policy.ranks.is_first_stage else "none",
             )
-            for group, order in zip(self.groups, permutations, strict=True)
+            for group, media in zip(self.groups, shown, strict=True)
         ]
 
     def items(self) -> list[MicroBatch]:

@@ -12,7 +12,7 @@ import sys
 import time
 from typing import Any
 
-from megatron_ktr.data.workers.child import LENGTH
+from megatron_ktr.processes.child import LENGTH
 
 FACTS: dict[str, Any] = {
     "shape": [2, 3, 28, 28],

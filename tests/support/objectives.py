@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_ktr.attribution.key_tokens import KeyTokens
+from megatron_ktr.attribution.key_tokens import KeyTokens, build_key_tokens
+from megatron_ktr.config.objective_section import ObjectiveSection
 from megatron_ktr.objectives.bonuses.length import LengthBonus
 from megatron_ktr.objectives.penalties.kl import KL
 from megatron_ktr.objectives.policy_gradient import PolicyGradient
@@ -34,9 +35,16 @@ def grpo(
 def video_ktr(
     *, original_compat: bool = False, key_tokens: dict[str, Any] | None = None, **parts: Any
 ) -> PolicyGradient:
-    """Video-KTR; ``key_tokens`` are fields of ``KeyTokens``."""
-    selection = KeyTokens(**{"like_release": original_compat, **(key_tokens or {})})
+    """Video-KTR; ``key_tokens`` are options of the objective section."""
+    selection = key_tokens_of(original_compat=original_compat, **(key_tokens or {}))
     return grpo(**{"name": "video_ktr", "selection": selection, "original_compat": original_compat, **parts})
+
+
+def key_tokens_of(**options: Any) -> KeyTokens:
+    """The selection of tokens that options of the objective section describe."""
+    found = build_key_tokens(ObjectiveSection(**options))
+    assert found is not None
+    return found
 
 
 def tw_grpo(*, alpha: float = 1.7, has_weight_gradient: bool = False, **parts: Any) -> PolicyGradient:

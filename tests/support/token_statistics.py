@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -14,11 +14,12 @@ from torch.utils._pytree import tree_flatten
 
 from megatron_ktr.ops.group_divergence import group_divergence
 from megatron_ktr.ops.token_statistics import TokenStatistics, linear_token_statistics
-from megatron_ktr.ops.token_statistics_interface import HeadOptions
+from megatron_ktr.ops.token_statistics_interface import HeadOptions, OtherRows
 from megatron_ktr.ops.token_statistics_reference import token_statistics_reference
 
 HIDDEN_SIZE = 24
 OF_COUNTERFACTUALS = ("counterfactual_logprob", "kl")
+OF_REFERENCE = ("reference_logprob", "reference_kl")
 VALUES = ("logprob", "entropy", "log_normalizer", *OF_COUNTERFACTUALS)
 GRADIENTS = ("hidden_grad", "weight_grad")
 NAMES = VALUES + GRADIENTS
@@ -37,6 +38,8 @@ class Case:
     num_counterfactuals: int = 2
     hidden_size: int = HIDDEN_SIZE
     has_entropy_grad: bool = True
+    reference: Literal["own weight", "same weight"] | None = None
+    """Whether a reference model is compared with, whose KL has a gradient, and whether it has a weight of its own."""
     device: str = "cpu"
     """Where the tensors end; they are drawn on the host."""
 
@@ -71,6 +74,20 @@ class Case:
             for _ in range(self.num_counterfactuals)
         )
 
+    def reference_rows(self, dtype: torch.dtype) -> tuple[OtherRows, Tensor]:
+        """The reference model's rows and weight, and the gradient that arrives at its KL. Padding rows are NaN."""
+        hidden_RD, weight_VD, *_ = (tensor.double().cpu() for tensor in self.tensors())
+        generator = torch.Generator().manual_seed(self.seed + 2000)
+
+        def near(tensor: Tensor) -> Tensor:
+            moved = tensor + 0.3 * torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+            return moved.to(self.dtype).to(self.device, dtype)
+
+        rows_RD, own_VD = near(hidden_RD), near(weight_VD)
+        grad_R = torch.randn(self.num_rows, generator=generator, dtype=torch.float64).to(self.device)
+        weight = own_VD if self.reference == "own weight" else None
+        return OtherRows(rows_RD, weight, has_kl_gradient=True), grad_R
+
 
 TRITON_CASES = [
     pytest.param(Case(37, 101, 101, hidden_size=48), id="primes"),
@@ -80,6 +97,14 @@ TRITON_CASES = [
     pytest.param(Case(3, 8, 1, hidden_size=64, seed=4), id="one-token-vocabulary"),
     pytest.param(Case(33, 320, 300, hidden_size=64, has_entropy_grad=False, seed=5), id="logprob-gradient-only"),
     pytest.param(Case(5, 129, 129, hidden_size=24, seed=6, num_counterfactuals=3), id="one-column-over"),
+    pytest.param(
+        Case(37, 320, 301, hidden_size=48, temperature=0.7, reference="own weight", num_counterfactuals=1),
+        id="reference",
+    ),
+    pytest.param(
+        Case(37, 101, 101, hidden_size=48, reference="same weight", num_counterfactuals=0, has_entropy_grad=False),
+        id="adapters-off",
+    ),
 ]
 
 
@@ -87,6 +112,8 @@ def values_and_gradients(op: Callable, case: Case, *, dtype: torch.dtype, **opti
     """All statistics and gradients of one call (``NAMES``)."""
     hidden_RD, weight_VD, target_R, logprob_grad_R, entropy_grad_R = case.tensors()
     hidden_RD, weight_VD = (tensor.to(dtype).requires_grad_() for tensor in (hidden_RD, weight_VD))
+    if case.reference:
+        options["reference"], kl_grad_R = case.reference_rows(dtype)
     result = op(
         hidden_RD,
         weight_VD,
@@ -99,6 +126,8 @@ def values_and_gradients(op: Callable, case: Case, *, dtype: torch.dtype, **opti
     outputs, gradients = [result.logprob_R], [logprob_grad_R]
     if case.has_entropy_grad:
         outputs, gradients = outputs + [result.entropy_R], gradients + [entropy_grad_R]
+    if case.reference:
+        outputs, gradients = outputs + [result.reference_kl_R], gradients + [kl_grad_R]
     torch.autograd.backward(outputs, [grad.to(result.logprob_R.dtype) for grad in gradients])
     scores = (result.kl_KR, result.counterfactual_logprob_KR, result.log_normalizer_R)
     assert not any(score.requires_grad for score in scores)
@@ -107,9 +136,12 @@ def values_and_gradients(op: Callable, case: Case, *, dtype: torch.dtype, **opti
 
 
 def values_of(result) -> dict[str, Tensor]:
-    return {
+    values = {
         name: getattr(result, f"{name}_KR" if name in OF_COUNTERFACTUALS else f"{name}_R").detach() for name in VALUES
     }
+    if result.reference_kl_R is not None:
+        values |= {name: getattr(result, f"{name}_R").detach() for name in OF_REFERENCE}
+    return values
 
 
 def truth_of(case: Case) -> dict[str, Tensor]:
@@ -134,8 +166,9 @@ def assert_as_good_as_naive(
     """
     truth, naive = truth_of(case), values_and_gradients(token_statistics_reference, case, dtype=case.dtype)
     # KL is a difference of numbers of the entropy's size; its errors are theirs.
-    least = {"kl": max(float(truth["entropy"].max()), 1e-3) if case.num_rows else 1e-3}
-    for name in NAMES:
+    least = dict.fromkeys(("kl", "reference_kl"), max(float(truth["entropy"].max()), 1e-3) if case.num_rows else 1e-3)
+    assert ours.keys() == truth.keys()
+    for name in truth:
         # Both are sums of the same terms in another order; 8 units in the last place of the result's dtype is what
         # that order is worth at these sizes. Naive bf16 logits alone cost thousands of fp32 units.
         tolerance = units * torch.finfo(grain or ours[name].dtype).eps
@@ -178,11 +211,22 @@ class Traffic(TorchDispatchMode):
 
 
 def statistics_with(
-    hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor, *, counterfactual_hidden_RD: Any = (), **head: Any
+    hidden_RD: Tensor,
+    weight_VD: Tensor,
+    target_R: Tensor,
+    *,
+    counterfactual_hidden_RD: Any = (),
+    reference: OtherRows | None = None,
+    **head: Any,
 ) -> TokenStatistics:
     """``linear_token_statistics`` with the fields of ``HeadOptions`` as keywords."""
     return linear_token_statistics(
-        hidden_RD, weight_VD, target_R, counterfactual_hidden_RD=counterfactual_hidden_RD, head=HeadOptions(**head)
+        hidden_RD,
+        weight_VD,
+        target_R,
+        counterfactual_hidden_RD=counterfactual_hidden_RD,
+        reference=reference,
+        head=HeadOptions(**head),
     )
 
 

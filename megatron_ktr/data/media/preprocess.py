@@ -212,13 +212,13 @@ def patchify(
     mean: tuple[float, ...] = CLIP_MEAN,
     std: tuple[float, ...] = CLIP_STD,
 ) -> Tensor:
-    """fp32 patches [S, C * tp * p * p] of uint8 frames. A value is (x / 255 - mean) / std, and the order is that of
-    Hugging Face (see the module's docstring).
+    """fp32 patches [S, C * tp * p * p] of frames of pixel values 0..255. They are uint8, or fp32 where a view adds
+    noise. A value is (x / 255 - mean) / std, and the order is that of Hugging Face (see the module's docstring).
 
     Raises:
-        ValueError: frames are not uint8 [F, C, H, W], or H or W is not a multiple of patch * merge.
+        ValueError: frames are not of this kind, [F, C, H, W], or H or W is not a multiple of patch * merge.
     """
-    if frames_FCHW.dtype != torch.uint8 or frames_FCHW.ndim != 4:
+    if frames_FCHW.dtype not in (torch.uint8, torch.float32) or frames_FCHW.ndim != 4:
         raise ValueError(
             f"expected uint8 frames [F, C, H, W], got {frames_FCHW.dtype} of shape {tuple(frames_FCHW.shape)}"
         )

@@ -12,7 +12,7 @@ from megatron_ktr.data.prepare.layout import Layout
 from megatron_ktr.data.prepare.tally import Tally
 from megatron_ktr.data.prepare.unique_ids import UniqueIds
 from megatron_ktr.errors import printable
-from megatron_ktr.rewards.accuracy import ACCURACY_BY_TYPE
+from megatron_ktr.rewards.accuracy import known_types
 
 _FOLDER = "MEDIA_ROOT"
 """Stands in the suggested command for a folder that only the user knows."""
@@ -28,7 +28,7 @@ def report_of(
     media: EmbeddedMedia,
 ) -> dict[str, Any]:
     """What a conversion did, as ``NAME.report.json`` has it."""
-    unjudged = [] if layouts[0].is_supervised else [t for t in tally.by_problem_type if t not in ACCURACY_BY_TYPE]
+    unjudged = [] if layouts[0].is_supervised else [t for t in tally.by_problem_type if t not in known_types()]
     return {
         "out": str(out),
         "inputs": [str(path) for path in inputs],
@@ -60,7 +60,7 @@ def _options(
         options += ["--media-root", str(out.parent) if is_embedded else _FOLDER]
     if layouts[0].is_supervised:
         return [*options, "--objective", "sft"]
-    judged = [problem_type for problem_type in tally.by_problem_type if problem_type in ACCURACY_BY_TYPE]
+    judged = [problem_type for problem_type in tally.by_problem_type if problem_type in known_types()]
     if not judged:
         return [*options, "--reward-functions", "format,YOUR_MODULE:YOUR_REWARD", "--length-bonus", "0"]
     if unjudged:

@@ -21,6 +21,7 @@ from megatron_ktr.data.reward_checks import reward_checks
 from megatron_ktr.data.store.record_store import FORMAT, RecordRules, RecordStore, StoreFile
 from megatron_ktr.data.template import PromptBuilder
 from megatron_ktr.errors import UserError
+from megatron_ktr.rewards.accuracy import known_types
 
 CHUNK = 4096
 """Records that are checked together."""
@@ -50,6 +51,7 @@ class CheckJob:
             FORMAT,
             self.rules,
             self.rewards,
+            known_types(),  # a package that is installed later adds some
             self.settings,
             self.sampling,
             self.builder.wording.text,

@@ -24,8 +24,9 @@ from typing import TypeVar
 from megatron_ktr.data.media.job import Decode, MediaJob
 from megatron_ktr.data.media.preprocess import LoadedMedia
 from megatron_ktr.data.unusable import UnusableMedia
-from megatron_ktr.data.workers.process import WorkerLost, WorkerProcess
+from megatron_ktr.data.workers.process import WorkerProcess
 from megatron_ktr.errors import UserError
+from megatron_ktr.processes.process import WorkerLost
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)

@@ -12,13 +12,12 @@ from pathlib import Path
 
 from megatron_ktr.data.raw_records import iter_raw_records
 from megatron_ktr.data.records import Record, check_record, check_writable
-from megatron_ktr.data.reward_checks import check_answer_is_an_option
+from megatron_ktr.data.reward_checks import check_frame_of_boxes, check_problem_type, check_truth
 from megatron_ktr.errors import UserError
 from megatron_ktr.evaluation.benchmark import Benchmark
 from megatron_ktr.evaluation.item import Item
 from megatron_ktr.evaluation.judges import video_r1
 from megatron_ktr.evaluation.reading.records import OPTION
-from megatron_ktr.rewards.accuracy import ACCURACY_BY_TYPE
 
 AXES = ("problem_type", "task", "original_question_type")
 """Fields whose values are categories, where records have them."""
@@ -36,8 +35,9 @@ def read(path: Path, *, name: str) -> list[Item]:
         try:
             check_writable(raw)
             record = check_record(raw, number=number)
-            _check_type(record)
-            check_answer_is_an_option(record)
+            check_problem_type(record, who="evaluation")
+            check_truth(record)
+            check_frame_of_boxes(record)
         except ValueError as error:
             raise UserError(f"{OPTION}: {path}, record {number}: {error}") from error
         categories = {axis: str(record[axis]) for axis in AXES if record.get(axis)}
@@ -50,13 +50,6 @@ def read(path: Path, *, name: str) -> list[Item]:
             f"{OPTION}: {path} has the problem_id {repeated[0]!r} more than once ({len(repeated)} such ids)"
         )
     return items
-
-
-def _check_type(record: Record) -> None:
-    if record["problem_type"] not in ACCURACY_BY_TYPE:
-        raise ValueError(
-            f"problem_type {record['problem_type']!r} is unknown, expected one of {sorted(ACCURACY_BY_TYPE)}"
-        )
 
 
 def _video_of(record: Record) -> str:

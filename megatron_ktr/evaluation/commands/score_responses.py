@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ktr.data.raw_records import MAX_RECORD_CHARS
-from megatron_ktr.data.reward_checks import check_answer_is_an_option
+from megatron_ktr.data.reward_checks import check_truth
 from megatron_ktr.errors import UserError
 from megatron_ktr.evaluation.benchmark import Judge
 from megatron_ktr.evaluation.item import Item, Verdict
 from megatron_ktr.evaluation.judges import video_r1
 from megatron_ktr.evaluation.protocols import JUDGES, PROTOCOL_NAMES, has_format
 from megatron_ktr.files.json_files import parse_json, to_json
-from megatron_ktr.rewards.accuracy import ACCURACY_BY_TYPE
+from megatron_ktr.rewards.accuracy import known_types
 
 OPTION = "--score-responses"
 _JUDGES: Mapping[str, Judge] = {"official": video_r1.judge, **JUDGES}
@@ -102,15 +102,15 @@ def _read(line: bytes, *, number: int) -> tuple[Item, str]:
     if not isinstance(response, str):
         raise ValueError(f"expected text in 'model_output', got {type(response).__name__}")
     record = _record(question)
-    check_answer_is_an_option(record)
+    check_truth(record)
     return Item("responses", str(number), record), response
 
 
 def _record(question: Mapping[str, Any]) -> dict[str, Any]:
     """What judges read of a question."""
     problem_type, solution, options = (question.get(name) for name in ("problem_type", "solution", "options"))
-    if not isinstance(problem_type, str) or problem_type not in ACCURACY_BY_TYPE:
-        raise ValueError(f"expected problem_type to be one of {sorted(ACCURACY_BY_TYPE)}, got {problem_type!r:.80}")
+    if not isinstance(problem_type, str) or problem_type not in known_types():
+        raise ValueError(f"expected problem_type to be one of {known_types()}, got {problem_type!r:.80}")
     is_whole = isinstance(solution, int) and not isinstance(solution, bool)
     if not isinstance(solution, str) and not is_whole and not (isinstance(solution, float) and math.isfinite(solution)):
         raise ValueError(f"expected the right answer as text or a finite number in 'solution', got {solution!r:.80}")

@@ -18,13 +18,13 @@ from typing import Any, Literal, get_args
 import torch
 
 from megatron_ktr.errors import MOST_NUMBER, UserError, number, whole
-from megatron_ktr.evaluation.engines.address import Address, ApiKey, check_variable_name, is_url
 from megatron_ktr.evaluation.engines.base import AnswerEngine, AnswerSampling
 from megatron_ktr.evaluation.engines.chat import SENT, ChatAnswers, ChatSettings, ServerKind
 from megatron_ktr.evaluation.engines.chat_messages import FrameFormat, FramesAs
 from megatron_ktr.evaluation.engines.identity import model_identity
-from megatron_ktr.evaluation.engines.web import Patience
 from megatron_ktr.rollout.vllm.sampling import TEMPERATURES
+from megatron_ktr.web.address import Address, ApiKey, check_variable_name, is_url
+from megatron_ktr.web.client import Patience
 
 EngineName = Literal["auto", "vllm", "hf", "server", "chat"]
 DtypeName = Literal["auto", "fp32", "bf16", "fp16"]

@@ -17,32 +17,29 @@ import asyncio
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch
 
 from megatron_ktr.data.unusable import UnusableSample
-from megatron_ktr.errors import UserError, printable
-from megatron_ktr.evaluation.engines.address import Address, ApiKey
+from megatron_ktr.errors import UserError
 from megatron_ktr.evaluation.engines.base import AnswerSampling, EngineFailed, Question
 from megatron_ktr.evaluation.engines.chat_messages import FrameFormat, FramesAs, chat_messages, frames_per_second
 from megatron_ktr.evaluation.engines.prompts import num_frames
-from megatron_ktr.evaluation.engines.web import REDIRECTED, Loop, Patience, Refusal, Web, WebAnswers
+from megatron_ktr.evaluation.engines.web import WebAnswers
 from megatron_ktr.evaluation.item import Answer
-from megatron_ktr.files.json_files import parse_json
 from megatron_ktr.rollout.sampling import sample_seed
 from megatron_ktr.rollout.vllm.sampling import TEMPERATURES
 from megatron_ktr.types import VisualInput
+from megatron_ktr.web.address import Address, ApiKey
+from megatron_ktr.web.chat import MAKERS, Reply, choose_model, read_reply, served_models
+from megatron_ktr.web.client import Loop, Patience, Refusal, Web
 
 ServerKind = Literal["auto", "vllm", "sglang", "openai"]
 SENT = ("temperature", "top_p", "top_k", "presence_penalty", "frequency_penalty")
 """Settings that ``ChatSettings.server_defaults`` may leave to the server."""
-_MAKERS = {"vllm": "vllm", "sglang": "sglang"}
-"""The kind of a server by ``owned_by`` of its models; all others are of the kind "openai"."""
-_START_RETRIES = 2
 _MOST_ADAPTATIONS = 3
 
 
@@ -216,55 +213,6 @@ class ChatAnswers(WebAnswers):
             self._takes_video = True
 
 
-@dataclass(frozen=True)
-class Reply:
-    """What a completion says."""
-
-    text: str
-    is_finished: bool
-    num_tokens: int
-    num_prompt_tokens: int
-
-
-def read_reply(body: bytes, *, clean: Any = str) -> Reply:
-    """The one choice of a completion. ``clean`` is applied to its text.
-
-    A response that a filter ended counts as finished, and a refusal is the text of the response: asking again would
-    give the same. A response whose limit of tokens was used up before its text began is cut off, and empty.
-
-    Raises:
-        ValueError: the body is no completion with a text.
-    """
-    try:
-        found = parse_json(body.decode("utf-8"))
-        choice = found["choices"][0]
-        message, reason = choice["message"], choice.get("finish_reason")
-        text = message.get("content")
-        if isinstance(text, list):
-            text = "".join(part["text"] for part in text if part.get("type") == "text")
-        if text is None and message.get("refusal") is not None:
-            text = message["refusal"]
-        if text is None and reason in ("length", "content_filter"):
-            text = ""
-        usage = found.get("usage") or {}
-        counts = [usage.get(name) for name in ("completion_tokens", "prompt_tokens")]
-    except (LookupError, TypeError, AttributeError) as error:
-        message = _error_in(body)
-        raise ValueError(message or f"no completion ({type(error).__name__} {error})") from None
-    if not isinstance(text, str):
-        raise ValueError(f"a completion without text (finish_reason {reason!r})")
-    numbers = [count if type(count) is int and 0 <= count < 2**31 else 0 for count in counts]
-    return Reply(clean(text), reason != "length", *numbers)
-
-
-def _error_in(body: bytes) -> str:
-    """The message of an error that a server sends with status 200."""
-    try:
-        return str(parse_json(body.decode("utf-8"))["error"]["message"])
-    except (ValueError, LookupError, TypeError):
-        return ""
-
-
 def cut_at(text: str, stop: Sequence[str]) -> tuple[str, bool]:
     """(``text`` up to the end of the first stop string, whether it has one)."""
     ends = [found + len(string) for string in stop if (found := text.find(string)) >= 0]
@@ -278,61 +226,5 @@ def _video_fields(media: Sequence[VisualInput]) -> dict[str, Any]:
     return {"media_io_kwargs": {"video": {"num_frames": -1, "fps": rates.pop()}}}
 
 
-async def served_models(web: Web) -> list[dict[str, Any]] | None:
-    """The models that a server lists; None if it has no such list.
-
-    Raises:
-        UserError: no server answers, or it refuses the key.
-    """
-    try:
-        read = partial(_models, clean=web.cleaned)
-        return await web.fetch("GET", f"{web.address.api}/models", None, read=read, retries=_START_RETRIES)
-    except EngineFailed as error:
-        raise UserError(f"{web.address.api}: {error}") from None
-    except Refusal as error:
-        if error.status in (401, 402, 403):
-            raise UserError(f"{web.address.api} refuses the key (--api-key-env NAME): {error}") from None
-        if 300 <= error.status < 400:
-            raise UserError(f"{web.address.api}: {error}{REDIRECTED}") from None
-        return None
-
-
-def _models(body: bytes, *, clean: Callable[[str], str] = str) -> list[dict[str, Any]] | None:
-    """(id, root, owned_by) of each model. An id that cannot be shown as it is cannot be chosen."""
-    try:
-        found = parse_json(body.decode("utf-8"))["data"]
-        named = {model["id"]: model for model in found if isinstance(model.get("id"), str)}
-    except (ValueError, LookupError, TypeError, AttributeError):
-        return None
-    return [
-        {name: printable(clean(str(model.get(name) or ""))) for name in ("id", "root", "owned_by")}
-        for name, model in named.items()
-        if name and printable(clean(name)) == name
-    ]
-
-
-def choose_model(
-    models: list[dict[str, Any]] | None, *, wanted: str | None, where: str
-) -> tuple[str, Mapping[str, Any]]:
-    """(the served name, what the server says about the model).
-
-    Only vLLM and SGLang list all names that they take; elsewhere a name that is not listed may be right.
-
-    Raises:
-        UserError: no model is named and the server has several or lists none, or it does not have the one named.
-    """
-    models = models or []
-    names = [model["id"] for model in models]
-    listed = f"it has {', '.join(names[:10])}{' ...' if len(names) > 10 else ''}" if names else "it lists no models"
-    if wanted is None:
-        if len(names) != 1:
-            raise UserError(f"{where}: which model? --served-model NAME; {listed}")
-        return names[0], models[0]
-    served = next((model for model in models if model["id"] == wanted), None)
-    if served is None and any(model.get("owned_by") in _MAKERS for model in models):
-        raise UserError(f"{where} has no model {wanted!r} (--served-model); {listed}")
-    return wanted, served or {}
-
-
 def _kind(served: Mapping[str, Any], kind: ServerKind) -> str:
-    return _MAKERS.get(str(served.get("owned_by")), "openai") if kind == "auto" else kind
+    return MAKERS.get(str(served.get("owned_by")), "openai") if kind == "auto" else kind

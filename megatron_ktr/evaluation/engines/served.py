@@ -14,13 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ktr.errors import UserError
-from megatron_ktr.evaluation.engines.address import Address, ApiKey
-from megatron_ktr.evaluation.engines.base import EngineFailed, Question
-from megatron_ktr.evaluation.engines.chat import served_models
+from megatron_ktr.evaluation.engines.base import Question
 from megatron_ktr.evaluation.engines.identity import model_identity
 from megatron_ktr.evaluation.engines.local import LocalModel
 from megatron_ktr.evaluation.engines.prompts import CannotAsk, PromptMaker, answer_of
-from megatron_ktr.evaluation.engines.web import Loop, Patience, Refusal, Web, WebAnswers
+from megatron_ktr.evaluation.engines.web import WebAnswers
 from megatron_ktr.evaluation.item import Answer
 from megatron_ktr.files.json_files import parse_json
 from megatron_ktr.rollout.sampling import SamplingSettings
@@ -29,6 +27,9 @@ from megatron_ktr.rollout.server.engine import until_stop
 from megatron_ktr.rollout.server.wire import MalformedAnswer, Sample, encode_request, read_answer
 from megatron_ktr.rollout.vllm.sampling import LogprobsMode, rollout_of
 from megatron_ktr.types import Prompt
+from megatron_ktr.web.address import Address, ApiKey
+from megatron_ktr.web.chat import served_models
+from megatron_ktr.web.client import Loop, NoReply, Patience, Refusal, Web
 
 HOW_TO_START = "start it with python -m megatron_ktr.rollout.server.serve, or use --engine chat"
 
@@ -107,7 +108,7 @@ async def _facts(web: Web) -> ServerFacts:
         return await web.fetch("GET", url, None, read=_read_facts, retries=2)
     except Refusal as error:
         raise NotOfOurKind(f"{web.address.root} does not report its settings ({error}): {HOW_TO_START}") from None
-    except EngineFailed as error:
+    except NoReply as error:
         raise NotOfOurKind(f"{web.address.root} does not report its settings ({error}): {HOW_TO_START}") from None
 
 
@@ -126,7 +127,7 @@ async def _require_route(web: Web) -> None:
         if error.status in (400, 422):
             return
         raise NotOfOurKind(f"{web.address.root} takes no token ids ({error}): {HOW_TO_START}") from None
-    except EngineFailed as error:
+    except NoReply as error:
         raise NotOfOurKind(f"{web.address.root} takes no token ids ({error}): {HOW_TO_START}") from None
 
 

@@ -13,3 +13,9 @@ from torch import Tensor
 from megatron_ktr.types import BatchFacts
 
 Advantage = Callable[[Sequence[Sequence[float]], BatchFacts], Tensor]
+
+
+def needs_batch(advantage: Advantage) -> bool:
+    """Whether the advantage compares responses over the whole rollout, so that ``BatchFacts`` must hold its rewards.
+    Such an advantage has an attribute of this name that is True."""
+    return getattr(advantage, "needs_batch", False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from megatron_ktr.types import RolloutGroup
@@ -16,4 +16,8 @@ class Bonus(Protocol):
 
     def values(self, group: RolloutGroup, lengths: Sequence[int]) -> list[float]:
         """The bonus of each response of ``group``; ``lengths`` are the responses' lengths in tokens."""
+        ...
+
+    def shares(self, group: RolloutGroup) -> Mapping[str, float]:
+        """Further numbers about ``group``, by name; their means over groups become metrics."""
         ...

@@ -47,6 +47,9 @@ class LengthBonus:
             for correct, length in zip(is_correct, lengths, strict=True)
         ]
 
+    def shares(self, group: RolloutGroup) -> dict[str, float]:
+        return {}
+
 
 def accuracies_of(group: RolloutGroup, *, asked_by: str) -> list[float]:
     """The accuracy of each response of a group.

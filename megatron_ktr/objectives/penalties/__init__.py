@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from megatron_ktr.config.words import TokenSet
 from megatron_ktr.types import TokenScores
 
 
@@ -13,16 +14,26 @@ class Penalty(Protocol):
     """One term of the loss, ``weight * value`` of each token."""
 
     @property
-    def name(self) -> str:
-        """The metric of its mean over key tokens."""
+    def name(self) -> str | None:
+        """The metric of its mean over its tokens; None for no metric."""
         ...
 
     @property
     def weight(self) -> float: ...
 
     @property
+    def over(self) -> TokenSet:
+        """The tokens that have this term: those that carry the policy gradient, or all of the responses."""
+        ...
+
+    @property
     def needs_reference(self) -> bool:
         """Whether it reads the reference model's log-probs."""
+        ...
+
+    @property
+    def needs_reference_kl(self) -> bool:
+        """Whether it differentiates the KL to the reference model over the whole vocabulary."""
         ...
 
     def __call__(self, logprob_R: Tensor, statistics: Any, scores: TokenScores) -> Tensor:

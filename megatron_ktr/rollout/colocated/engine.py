@@ -13,13 +13,16 @@ On GPUs the engine gives its memory back to the trainer between rollouts. The le
     after the start and after each ``stream``    sleep(level=2)          drops weights and key-value cache
     load_weights                                 wake_up(["weights"])    makes room for the trainer's new weights
     stream                                       wake_up(["kv_cache"])
+    awake                                        puts the sleep after a ``stream`` off until its own end
 
-On GPUs each ``stream`` therefore needs a ``load_weights`` before it. The CPU build cannot sleep; its key-value cache is
-small and stays. The engine has not run on a GPU yet; tests without one check the order of these calls.
+On GPUs each ``stream`` therefore needs a ``load_weights`` before it, except within ``awake``. The CPU build cannot
+sleep; its key-value cache is small and stays. The engine has not run on a GPU yet; tests without one check the order of
+these calls.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -36,10 +39,10 @@ from megatron_ktr.data.tokenizer import Tokenizer
 from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.distributed.platform import current
 from megatron_ktr.errors import UserError
-from megatron_ktr.rollout.base import RolloutEngine
+from megatron_ktr.rollout.base import RolloutEngine, counts_of
 from megatron_ktr.rollout.colocated.inputs import FEATURE_OPTIONS, engine_input
 from megatron_ktr.rollout.colocated.layout import Share, share_groups, split_work
-from megatron_ktr.rollout.colocated.responses import Answer, GroupCollector, GrowingResponse
+from megatron_ktr.rollout.colocated.responses import Answer, Asked, GroupCollector, GrowingResponse
 from megatron_ktr.rollout.colocated.weights import load_weights, stored_names
 from megatron_ktr.rollout.sampling import SamplingSettings, StopStrings, end_token_ids, sample_seed
 from megatron_ktr.rollout.vllm.cpu import (
@@ -116,6 +119,7 @@ class ColocatedEngine(RolloutEngine):
         self._weight_names = names if self.runs_vision_encoder else _without_encoder(names)
         self._can_sleep = current().name != "cpu"
         self._asleep: set[str] = set()
+        self._stays_awake = False
         self._process_group = _process_group([group.ranks for group in every_group], own=ranks)
         start = start or (start_vllm_on_gpu if self._can_sleep else start_vllm_on_cpu)
         try:
@@ -172,7 +176,12 @@ class ColocatedEngine(RolloutEngine):
         load_weights(self._llm, named_tensors, expected=self._weight_names)
 
     def stream(
-        self, prompts: Sequence[Prompt], *, step: int = 0, sampling: SamplingSettings | None = None
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        step: int = 0,
+        sampling: SamplingSettings | None = None,
+        counts: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, RolloutGroup]]:
         """See ``RolloutEngine``. Log-probs are None if ``sampling`` has a temperature, top-p or top-k for which the
         engine's log-probs mode gives no exact ones.
@@ -183,12 +192,13 @@ class ColocatedEngine(RolloutEngine):
         sampling = sampling or self.sampling
         if "weights" in self._asleep:
             raise RuntimeError("the engine gave its weights' memory back after the last rollout: load_weights first")
-        prompts_of_reader = self._prompts_of_share(prompts)
-        everyone = [prompt for found in prompts_of_reader.values() for prompt in found]
-        own = GroupCollector(prompts_of_reader, rank=self._ranks.rank, num_samples=sampling.num_generations)
+        numbers = counts_of(prompts, counts=counts, sampling=sampling)
+        asked_by_reader = self._asked_by_share(list(zip(prompts, numbers, strict=True)))
+        everyone = [asked for found in asked_by_reader.values() for asked in found]
+        own = GroupCollector(asked_by_reader, rank=self._ranks.rank)
         work = split_work(
-            [len(prompt.token_ids) for prompt in everyone],
-            num_samples=sampling.num_generations,
+            [len(prompt.token_ids) for prompt, _ in everyone],
+            num_samples=[number for _, number in everyone],
             num_engines=self._share.num_engines,
             max_response_length=sampling.max_response_length,
         )
@@ -196,14 +206,26 @@ class ColocatedEngine(RolloutEngine):
         failure: Exception | None = None
         try:
             self._wake("kv_cache")
-            for answer in self._generate(everyone, work[self._engine], step=step, sampling=sampling):
+            shown = [prompt for prompt, _ in everyone]
+            for answer in self._generate(shown, work[self._engine], step=step, sampling=sampling):
                 answers.append(answer)
                 yield from own.add(answer)
-            self._sleep()
+            if not self._stays_awake:
+                self._sleep()
         except Exception as error:  # raised below, after the ranks that wait for these answers have been told
             failure = error
         for answer in self._answers_of_others(answers, failure):
             yield from own.add(answer)
+
+    @contextlib.contextmanager
+    def awake(self) -> Iterator[None]:
+        """See ``RolloutEngine``. The engine sleeps when it ends, unless an answer failed."""
+        self._stays_awake = True
+        try:
+            yield
+        finally:
+            self._stays_awake = False
+        self._sleep()
 
     def close(self) -> None:
         """Ends this rank's engine. The trainer's process groups stay."""
@@ -276,12 +298,13 @@ class ColocatedEngine(RolloutEngine):
         decode = partial(self.tokenizer.decode, skip_special_tokens=True)
         return StopStrings(sampling.stop, decode=decode, num_rows=1)
 
-    def _prompts_of_share(self, prompts: Sequence[Prompt]) -> dict[int, list[Prompt]]:
-        """The prompts of the share group, by reading rank. Every rank knows only those of its own replica at first."""
+    def _asked_by_share(self, asked: list[Asked]) -> dict[int, list[Asked]]:
+        """What the share group is asked, by reading rank. Every rank knows only the prompts of its own replica at
+        first."""
         readers = self._share.reading_ranks
         if len(readers) == 1:
-            return {readers[0]: list(prompts)}
-        parts = self._gathered(list(prompts) if self._ranks.rank in readers else None)
+            return {readers[0]: asked}
+        parts = self._gathered(asked if self._ranks.rank in readers else None)
         return {rank: parts[self._share.ranks.index(rank)] for rank in readers}
 
     def _answers_of_others(self, answers: list[Answer], failure: Exception | None) -> list[Answer]:

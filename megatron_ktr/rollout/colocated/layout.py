@@ -78,9 +78,9 @@ class Share:
 
 
 def split_work(
-    prompt_lengths: Sequence[int], *, num_samples: int, num_engines: int, max_response_length: int
+    prompt_lengths: Sequence[int], *, num_samples: Sequence[int], num_engines: int, max_response_length: int
 ) -> list[list[Share]]:
-    """The shares that each engine answers, in the order of prompts.
+    """The shares that each engine answers, in the order of prompts. ``num_samples`` has the responses of each prompt.
 
     A share is a whole group, so that a prompt is computed only once; groups are divided only if there are fewer prompts
     than engines. The shares are assigned in order of size, the largest first, each to the engine with the fewest tokens
@@ -88,13 +88,11 @@ def split_work(
     """
     if not prompt_lengths:
         return [[] for _ in range(num_engines)]
-    parts = min(num_samples, max(1, num_engines // len(prompt_lengths)))
-    bounds = [num_samples * part // parts for part in range(parts + 1)]
-    shares = [
-        Share(prompt, range(bounds[part], bounds[part + 1]))
-        for prompt in range(len(prompt_lengths))
-        for part in range(parts)
-    ]
+    shares = []
+    for prompt, number in enumerate(num_samples):
+        parts = min(number, max(1, num_engines // len(prompt_lengths)))
+        bounds = [number * part // parts for part in range(parts + 1)]
+        shares += [Share(prompt, range(bounds[part], bounds[part + 1])) for part in range(parts)]
 
     def num_tokens(share: Share) -> int:
         return prompt_lengths[share.prompt] + len(share.samples) * max_response_length

@@ -15,6 +15,8 @@ from megatron_ktr.types import Prompt, Rollout, RolloutGroup
 
 Answer = tuple[int, int, Rollout]
 """(index of the prompt among those of the share group, sample, response)."""
+Asked = tuple[Prompt, int]
+"""A prompt and the number of its responses."""
 
 
 class GrowingResponse:
@@ -58,24 +60,23 @@ class GrowingResponse:
 class GroupCollector:
     """Collects the responses to one reading rank's prompts into groups. Responses to other prompts are ignored."""
 
-    def __init__(self, prompts_of_reader: Mapping[int, Sequence[Prompt]], *, rank: int, num_samples: int) -> None:
-        self._prompts: dict[int, tuple[int, Prompt]] = {}
-        """Maps an index among all prompts to (index among the reader's own prompts, prompt)."""
+    def __init__(self, asked_by_reader: Mapping[int, Sequence[Asked]], *, rank: int) -> None:
+        self._asked: dict[int, tuple[int, Asked]] = {}
+        """Maps an index among all prompts to (index among the reader's own prompts, what was asked)."""
         start = 0
-        for reader, prompts in prompts_of_reader.items():
+        for reader, asked in asked_by_reader.items():
             if reader == rank:
-                self._prompts = {start + index: (index, prompt) for index, prompt in enumerate(prompts)}
-            start += len(prompts)
-        self._num_samples = num_samples
-        self._rollouts: dict[int, dict[int, Rollout]] = {index: {} for index in self._prompts}
+                self._asked = {start + index: (index, one) for index, one in enumerate(asked)}
+            start += len(asked)
+        self._rollouts: dict[int, dict[int, Rollout]] = {index: {} for index in self._asked}
 
     def add(self, answer: Answer) -> Iterator[tuple[int, RolloutGroup]]:
         """Yields the group that ``answer`` completes, if it completes one."""
         index, sample, rollout = answer
-        if index not in self._prompts:
+        if index not in self._asked:
             return
+        own_index, (prompt, number) = self._asked[index]
         rollouts = self._rollouts[index]
         rollouts[sample] = rollout
-        if len(rollouts) == self._num_samples:
-            own_index, prompt = self._prompts[index]
+        if len(rollouts) == number:
             yield own_index, RolloutGroup(prompt, tuple(rollouts[key] for key in sorted(rollouts)))

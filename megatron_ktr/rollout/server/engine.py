@@ -38,7 +38,7 @@ from megatron_ktr.data.tokenizer import Tokenizer
 from megatron_ktr.distributed.platform import current
 from megatron_ktr.errors import UserError
 from megatron_ktr.files.hf_model import reading_model
-from megatron_ktr.rollout.base import RolloutEngine
+from megatron_ktr.rollout.base import RolloutEngine, counts_of
 from megatron_ktr.rollout.sampling import SamplingSettings, StopStrings, end_token_ids
 from megatron_ktr.rollout.server.client import ServerClient, ServerFacts
 from megatron_ktr.rollout.server.pool import COUNTS, Give, PoolSettings, ServerPool
@@ -56,6 +56,8 @@ class ServerEngine(RolloutEngine):
     Raises:
         UserError: no server answers, or a server is not set up for training.
     """
+
+    takes_more = True
 
     def __init__(
         self,
@@ -92,18 +94,25 @@ class ServerEngine(RolloutEngine):
             raise
 
     def stream(
-        self, prompts: Sequence[Prompt], *, step: int = 0, sampling: SamplingSettings | None = None
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        step: int = 0,
+        sampling: SamplingSettings | None = None,
+        counts: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, RolloutGroup]]:
         """Yields groups as servers finish them. The responses to a prompt depend neither on the server nor on the other
         prompts."""
         sampling = sampling or self.sampling
         if not records_logprobs(sampling, mode=self.mode) and records_logprobs(sampling, mode=logprobs_mode(sampling)):
             raise UserError(f"the servers' --logprobs-mode {self.mode} gives no log-probs at {sampling.temperature:g}")
+        numbers = counts_of(prompts, counts=counts, sampling=sampling)
         for prompt in prompts:
             check_length(prompt, sampling=sampling, max_model_len=self.pool.max_model_len)
         found: queue.SimpleQueue[Future[tuple[int, RolloutGroup]]] = queue.SimpleQueue()
         asked = [
-            self._run(self._answer(index, prompt, step=step, sampling=sampling)) for index, prompt in enumerate(prompts)
+            self._run(self._answer(index, prompt, step=step, sampling=replace(sampling, num_generations=number)))
+            for index, (prompt, number) in enumerate(zip(prompts, numbers, strict=True))
         ]
         for future in asked:
             future.add_done_callback(found.put)

@@ -276,21 +276,22 @@ def _describe_step(config: Config, objective: Objective, *, page: _Page) -> None
         page.add("responses", "given by the data; nothing is sampled and nothing is rewarded")
         return
     rollout = config.rollout
+    again = f" + {rollout.num_shuffled} to shuffled frames of a video" if rollout.num_shuffled else ""
+    bonuses = {"temporal bonus": rollout.temporal_bonus, "length bonus": config.reward.length_bonus}
+    paid = "".join(f"; {name} {bonus:g}" for name, bonus in bonuses.items() if bonus)
     if not config.samples:
-        page.add("responses", f"{rollout.num_generations} a prompt, recorded, with their rewards")
+        page.add("responses", f"{rollout.num_generations}{again} a prompt, recorded, with their rewards")
         return
     top = f"top-p {rollout.top_p:g}" + (f", top-k {rollout.top_k}" if rollout.top_k else "")
     page.add(
         "responses",
-        f"{rollout.num_generations} a prompt by {rollout.engine}, at most {rollout.max_response_length} tokens, "
+        f"{rollout.num_generations}{again} a prompt by {rollout.engine}, at most {rollout.max_response_length} tokens, "
         f"temperature {rollout.temperature:g}, {top}",
     )
-    bonus = config.reward.length_bonus
     rewards = _list(config.reward.reward_functions or DEFAULT_REWARDS)
     page.add(
         "reward",
-        f"{rewards}; answers read by the protocol {config.reward.answer_protocol}"
-        + (f"; length bonus {bonus:g}" if bonus else ""),
+        f"{rewards}; answers read by the protocol {config.reward.answer_protocol}{paid}",
     )
 
 

@@ -100,6 +100,7 @@ def _request(config: Config, model_config: Qwen2_5_VLConfig, *, num_gpus: int, o
         pixels_per_frame=max(PIXELS_PER_TOKEN, min(data.video_max_pixels, 2 * data.video_total_pixels // frames)),
         response_length=config.rollout.max_response_length,
         num_generations=1 if config.objective.is_supervised else config.rollout.num_generations,
+        num_shuffled=config.rollout.num_shuffled if config.samples else 0,
         prompts_per_step=trainer.prompts_per_step,
         micro_batch_groups=trainer.micro_batch_groups,
         vision_cache_gb=config.parallel.vision_cache_gb,

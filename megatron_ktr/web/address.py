@@ -16,6 +16,7 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _KEY = re.compile(r"[!-~]+")
 """Printable ASCII without blanks. Anything else could not stand in a header, and the error would show it."""
 HIDDEN = "***"
+KEY_OPTION = "--api-key-env"
 _LEAST_SECRET = 12
 """Keys with fewer characters are left as they are in answers."""
 
@@ -27,18 +28,18 @@ class ApiKey:
         self._value = value
 
     @classmethod
-    def from_environment(cls, name: str) -> ApiKey:
-        """The key in the environment variable ``name``.
+    def from_environment(cls, name: str, *, option: str = KEY_OPTION) -> ApiKey:
+        """The key in the environment variable ``name``, which ``option`` gives.
 
         Raises:
             UserError: there is none. The message does not repeat ``name``: somebody may have given the key itself.
         """
-        check_variable_name(name)
+        check_variable_name(name, option=option)
         value = os.environ.get(name, "")
         if not value:
-            raise UserError("--api-key-env: the environment variable that it names is not set, or is empty")
+            raise UserError(f"{option}: the environment variable that it names is not set, or is empty")
         if not _KEY.fullmatch(value):
-            raise UserError("--api-key-env: the variable's value has blanks, line ends or other than ASCII characters")
+            raise UserError(f"{option}: the variable's value has blanks, line ends or other than ASCII characters")
         return cls(value)
 
     @property
@@ -61,11 +62,11 @@ class ApiKey:
         raise TypeError("a key is not pickled")
 
 
-def check_variable_name(name: str) -> None:
+def check_variable_name(name: str, *, option: str = KEY_OPTION) -> None:
     """Raises ``UserError`` if this cannot be the name of a variable, without repeating it."""
     if not _VARIABLE.fullmatch(name):
         raise UserError(
-            "--api-key-env takes the NAME of an environment variable (letters, digits, underscores), not the key"
+            f"{option} takes the NAME of an environment variable (letters, digits, underscores), not the key"
         )
 
 
@@ -80,7 +81,7 @@ class Address:
     is_loopback: bool
 
     @classmethod
-    def read(cls, url: str, *, option: str = "--server-url") -> Address:
+    def read(cls, url: str, *, option: str = "--server-url", key_option: str = KEY_OPTION) -> Address:
         """``http://host:8000``, ``http://host:8000/v1`` or another prefix of ``/chat/completions``.
 
         Raises:
@@ -94,7 +95,7 @@ class Address:
             raise UserError(f"{option}: this is not a URL such as http://host:8000") from None
         # An empty query or fragment is none to ``parts``, and would still take in what is appended.
         if parts.username is not None or parts.password is not None or "?" in url or "#" in url:
-            raise UserError(f"{option}: a URL without user, password, query and fragment; keys: --api-key-env NAME")
+            raise UserError(f"{option}: a URL without user, password, query and fragment; keys: {key_option} NAME")
         if parts.scheme not in ("http", "https") or not host or port == 0:
             raise UserError(f"{option}: expected a URL such as http://host:8000, got {url[:200]!r}")
         base = url.rstrip("/").removesuffix("/chat/completions").rstrip("/")

@@ -1,0 +1,152 @@
+"""Rewards groups of responses: computes every part, and does what ``reward_on_error`` says where one fails.
+
+A response has the parts whose reward applies to it. Its reward is their weighted sum (``Rollout.reward``).
+
+    stop         the run ends with one line
+    zero         the response gets 0 for that part
+    skip_group   every part of every response of the group is 0. No response is then preferred to another, and no bonus
+                 for correct ones is paid
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from megatron_ktr.errors import UserError
+from megatron_ktr.rewards import math_answers
+from megatron_ktr.rewards.inputs import RewardInput, inputs_of
+from megatron_ktr.rewards.options import RewardOptions
+from megatron_ktr.rewards.plug_in import Failed, Value
+from megatron_ktr.rewards.pool import PlugInPool
+from megatron_ktr.rewards.registry import Reward, load_rewards
+
+if TYPE_CHECKING:
+    from megatron_ktr.types import Prompt, Rollout, RolloutGroup
+
+
+class Rewarder:
+    """The rewards of a run. ``reward`` may be called by several threads."""
+
+    def __init__(self, options: RewardOptions | None = None) -> None:
+        self.options = options or RewardOptions()
+        section = self.options.section
+        self._weights = section.weights
+        self._lock = threading.Lock()
+        self._loaded: dict[tuple[str, ...], dict[str, Reward]] = {}
+        self._seconds: Counter[str] = Counter()
+        self._counts: Counter[str] = Counter()
+        self._pool: PlugInPool | None = None
+        if section.reward_workers:
+            self._pool = PlugInPool(
+                section.reward_workers,
+                timeout_seconds=section.reward_timeout,
+                memory_bytes=round(section.reward_worker_memory_gb * 1e9),
+            )
+
+    @property
+    def num_threads(self) -> int:
+        """How many groups are rewarded at a time."""
+        return max(1, self.options.section.reward_workers)
+
+    def reward(self, groups: Sequence[RolloutGroup], *, names: Sequence[str]) -> list[RolloutGroup]:
+        """The same groups with ``rewards`` of every rollout filled in.
+
+        Raises:
+            UserError: a reward cannot be loaded, or fails and ``reward_on_error`` is ``stop``.
+        """
+        with self._lock:
+            key = tuple(names)
+            if key not in self._loaded:
+                self._loaded[key] = load_rewards(key, options=self.options)
+            rewards = self._loaded[key]
+        return [self._rewarded(group, rewards) for group in groups]
+
+    def take_counts(self) -> Mapping[str, float]:
+        """reward_seconds/<part> since the last call, and since the start reward_timeouts/<part>, reward_errors/<part>
+        and reward_skipped_groups as far as there are any."""
+        with self._lock:
+            seconds, self._seconds = self._seconds, Counter()
+            found = {f"reward_seconds/{name}": float(value) for name, value in seconds.items()}
+            return found | {name: float(number) for name, number in (self._counts + _of_math()).items()}
+
+    def close(self) -> None:
+        """Ends the processes of rewards."""
+        if self._pool is not None:
+            self._pool.close()
+
+    def _rewarded(self, group: RolloutGroup, rewards: Mapping[str, Reward]) -> RolloutGroup:
+        inputs = inputs_of(group)
+        found = {name: self._timed(reward, inputs) for name, reward in rewards.items()}
+        failed = [
+            (name, index, value)
+            for name, values in found.items()
+            for index, value in enumerate(values)
+            if isinstance(value, Failed)
+        ]
+        for index in range(len(inputs)):
+            if all(values[index] is None for values in found.values()):
+                failed.append((" + ".join(found), index, Failed("error", "does not apply: a response has no reward")))
+        self._settle(failed, group.prompt)
+        is_skipped = bool(failed) and self.options.section.reward_on_error == "skip_group"
+        return dataclasses.replace(
+            group,
+            rollouts=tuple(
+                self._with_rewards(rollout, {name: values[index] for name, values in found.items()}, is_skipped)
+                for index, rollout in enumerate(group.rollouts)
+            ),
+        )
+
+    def _timed(self, reward: Reward, inputs: Sequence[RewardInput]) -> list[Value]:
+        began = time.perf_counter()
+        try:
+            if reward.plug_in is not None and self._pool is not None:
+                return self._pool.score(reward.plug_in, inputs)
+            return reward.score_here(inputs)
+        finally:
+            with self._lock:
+                self._seconds[reward.name] += time.perf_counter() - began
+
+    def _settle(self, failed: Sequence[tuple[str, int, Failed]], prompt: Prompt) -> None:
+        """Counts what has failed, or ends the run for it."""
+        if not failed:
+            return
+        name, _, first = failed[0]
+        policy = self.options.section.reward_on_error
+        if policy == "stop":
+            raise UserError(
+                f"reward {name!r} {_of_response(first.text, prompt)}; --reward-on-error zero or skip_group goes on"
+            )
+        with self._lock:
+            for name, _, failure in failed:
+                kind = "reward_timeouts" if failure.kind == "timeout" else "reward_errors"
+                self._counts[f"{kind}/{name}"] += 1
+            if policy == "skip_group":
+                self._counts["reward_skipped_groups"] += 1
+
+    def _with_rewards(self, rollout: Rollout, values: Mapping[str, Value], is_skipped: bool) -> Rollout:
+        rewards = {
+            name: 0.0 if is_skipped or isinstance(value, Failed) else value
+            for name, value in values.items()
+            if value is not None
+        }
+        weights = {name: weight for name, weight in self._weights.items() if name in rewards}
+        return dataclasses.replace(rollout, rewards=rewards, reward_weights=weights)
+
+
+def _of_response(text: str, prompt: Prompt) -> str:
+    """``text`` of a failure with the question it is about, in the middle of the sentence."""
+    where = f"for a response to problem {prompt.problem_id}"
+    for start, end in (("failed", ":"), ("gave", ", expected")):
+        if text.startswith(start) and end in text:
+            head, sign, rest = text.partition(end)
+            return f"{head} {where}{sign}{rest}"
+    return f"{text}, {where}"
+
+
+def _of_math() -> Counter[str]:
+    return Counter({f"reward_timeouts/{name}": number for name, number in math_answers.counts().items() if number})

@@ -1,0 +1,1 @@
+"""Requests to servers over HTTP, and OpenAI's chat API."""
