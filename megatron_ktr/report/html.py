@@ -47,6 +47,8 @@ _LINE_CHARTS = (
         "of the tokens that either of two signals selects, the share that both do",
     ),
     ("Dependence on what is seen", ("dependence",), "nats a token"),
+    ("Noise of scores", ("noise_floor/",), "nats; 99% of the scores that rounding alone gives are below it"),
+    ("Signal to noise", ("signal_to_noise/",), "mean size of a score / of what rounding alone gives"),
     ("Gradient norm", ("grad_norm",), "before clipping"),
     ("Entropy", ("entropy",), "nats a token"),
     ("KL to the reference model", ("kl", "kl_full"), "nats a token"),
@@ -258,7 +260,7 @@ def _series(name: str, run: RunData, index: int) -> Series:
     label = _LABELS.get(name, name.split("/", 1)[-1] if "/" in name else "value")
     dash = index % NUM_STYLES
     style = (index + 1) % NUM_STYLES
-    if name.startswith("key_token_ratio"):  # signals look as in the responses
+    if name.startswith(("key_token_ratio", "noise_floor", "signal_to_noise")):  # signals look as in the responses
         style = dash = SIGNALS.index(label) if label in SIGNALS else 3 + index % 3
     return Series(label.replace("_", " "), run.metrics[name], style, dash)
 

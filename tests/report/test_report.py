@@ -74,6 +74,8 @@ def write_run(folder: Path, *, num_steps: int = 3, rollouts: dict[int, list[dict
                 "reward/accuracy": 0.5,
                 "key_token_ratio": 0.5,
             }
+            if step == 1:
+                values |= {"noise_floor/visual": 0.02, "signal_to_noise/visual": 30.0}
             values |= {"key_token_ratio/entropy": 0.2, "seconds/rollout": 0.2, "seconds/update": 0.1}
             file.write(json.dumps(values) + "\n")
     save_resolved(
