@@ -217,6 +217,11 @@ class ObjectiveSection:
         False, "Subtract kl_beta x the KL of the whole response from its reward, in place of a term of the loss"
     )
     kl_on: TokenSet = _option("key", "Tokens of the KL term: those that carry the policy gradient, or all")
+    measure_full_kl: bool = _option(
+        False,
+        "Report the KL to the reference model over the whole vocabulary, mean over response tokens, as the metric "
+        "kl_full, whatever the loss uses; kl_kind full reports it anyway",
+    )
     entropy_bonus: float = _option(
         0.0, "Weight of the mean entropy of the key tokens, which the loss raises; 0 = off", low=0
     )

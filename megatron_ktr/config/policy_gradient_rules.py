@@ -26,6 +26,7 @@ NOT_SUPERVISED = (
     "kl_kind",
     "kl_in_reward",
     "kl_on",
+    "measure_full_kl",
     "entropy_bonus",
     "sampled_entropy_penalty",
 )

@@ -109,6 +109,8 @@ class PolicyGradient(Objective):
     surrogate: Surrogate = Clipped()
     penalties: tuple[Penalty, ...] = (KL(0.04),)
     reward_kl: KLInReward | None = None
+    measures_full_kl: bool = False
+    """Whether the KL to the reference model over the whole vocabulary is a metric, even if nothing else needs it."""
     importance: ImportanceCorrection = ImportanceCorrection()
     original_compat: bool = False
     """Reproduces two traits of the authors' release; matters only with key tokens. First, the logged length and the
@@ -144,12 +146,13 @@ class PolicyGradient(Objective):
 
     @property
     def needs_reference(self) -> bool:
-        return self.reward_kl is not None or any(penalty.needs_reference for penalty in self.penalties)
+        is_needed = self.reward_kl is not None or self.measures_full_kl
+        return is_needed or any(penalty.needs_reference for penalty in self.penalties)
 
     @property
     def needs_reference_kl(self) -> bool:
         is_in_reward = self.reward_kl is not None and self.reward_kl.kind == "full"
-        return is_in_reward or self.needs_reference_kl_gradient
+        return is_in_reward or self.measures_full_kl or self.needs_reference_kl_gradient
 
     @property
     def needs_reference_kl_gradient(self) -> bool:
@@ -316,6 +319,7 @@ def build_policy_gradient(section: ObjectiveSection, context: BuildContext, **pa
         surrogate=build_surrogate(section),
         penalties=build_penalties(section),
         reward_kl=build_reward_kl(section),
+        measures_full_kl=section.measure_full_kl,
         importance=ImportanceCorrection(
             level=section.importance_sampling, cap=section.importance_cap, mask=section.importance_bounds
         ),
