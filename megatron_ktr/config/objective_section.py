@@ -165,7 +165,11 @@ class ObjectiveSection:
     kl_beta: float = _option(0.04, "Weight of the KL term to the reference model; 0 = no reference model", low=0)
     clip_low: float = _option(0.2, "Probability ratio is clipped below at 1 - clip_low", low=0, high=1)
     clip_high: float = _option(0.2, "Probability ratio is clipped above at 1 + clip_high", low=0)
-    updates_per_rollout: int = _option(1, "Optimizer steps on the same responses; clipping acts from 2 on", low=1)
+    updates_per_rollout: int = _option(
+        1,
+        "How often a step's responses are trained on; clipping acts from 2 optimizer steps on (see mini_batches)",
+        low=1,
+    )
     importance_sampling: ImportanceLevel = _option(
         "none",
         "Weigh each token's policy gradient by trainer / sampler probability, of the token or of its whole response, "

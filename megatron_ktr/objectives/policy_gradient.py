@@ -159,6 +159,10 @@ class PolicyGradient(Objective):
         return any(penalty.needs_reference_kl for penalty in self.penalties)
 
     @property
+    def reaches_every_token(self) -> bool:
+        return any(penalty.over == "all" for penalty in self.penalties)
+
+    @property
     def needs_batch_rewards(self) -> bool:
         return needs_batch(self.advantage)
 
@@ -237,13 +241,12 @@ class PolicyGradient(Objective):
             weight_R = weight_R * selection.weight_R
         if selection.advantage_factor_R is not None:
             advantage_R = advantage_R * selection.advantage_factor_R
-        has_all = any(penalty.over == "all" for penalty in self.penalties)
         metrics.add("response_length", sum(lengths), len(lengths))
         streams = TokenStreams(
             advantage_R=advantage_R,
             weight_R=weight_R,
             is_key_token_R=selection.is_key_R,
-            all_weight_R=self.loss_mean.all_weights(item, facts) if has_all else None,
+            all_weight_R=self.loss_mean.all_weights(item, facts) if self.reaches_every_token else None,
             is_selected_R=selection.by_signal,
             response_R=response_R,
             num_responses=batch.num_responses,
