@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_ktr.config.objective_registry import objective_entry
 from megatron_ktr.distributed.groups import ParallelGroups, ParallelSizes
 from megatron_ktr.types import RolloutGroup
 from tests.support.layouts import FULL, LAYOUTS, OVERLAPPED, SMALL, Layout, sizes_of
@@ -171,6 +172,25 @@ def test_two_updates_with_token_mean_are_the_same_in_layouts(ranks: RankPool, ca
         options = _run_options(cases["untied"], {**values, **layout}, masked=True, sizes=sizes)
         for records in ranks(run_in_layout, 4, **options, bucket_size=SMALL):
             _assert_small(f"{sizes} {layout}", compare_steps(records, expected, initial=cases["untied"].initial))
+
+
+def test_selection_and_shaping_over_the_global_batch_are_the_same_in_layouts(
+    ranks: RankPool, cases: dict[str, Case]
+) -> None:
+    """VPPO with one threshold for all replicas: scores are gathered, and every replica finds its own part."""
+    values = {**objective_entry("vppo").defaults, "objective": "vppo", "selection_scope": "batch", "kl_beta": 0.04}
+    expected = ranks(run_in_layout, 1, **_run_options(cases["untied"], values))[0]
+    assert expected[0].values["advantage_factor_max"] > 1.01
+    chosen = {name: by_signal["dependence"] for name, by_signal in expected[0].chosen.items()}
+    shares = {name: float(mask.float().mean()) for name, mask in chosen.items() if mask.any()}
+    assert max(shares.values()) > 1.2 * min(shares.values()), "one threshold is not one for each prompt"
+    for sizes in (sizes_of(1, 2), sizes_of(2, sp=True)):
+        options = {**_run_options(cases["untied"], values, sizes=sizes), "masks": [expected[0].chosen]}
+        for records in ranks(run_in_layout, 4, **options):
+            _assert_small(f"{sizes}", compare_steps(records, expected, initial=cases["untied"].initial))
+            found = records[0].chosen
+            # Rounding may move a token across the threshold.
+            assert sum(int((found[name]["dependence"] != chosen[name]).sum()) for name in found) <= 1
 
 
 def _run_options(
