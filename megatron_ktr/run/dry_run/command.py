@@ -292,7 +292,11 @@ def _describe_step(config: Config, objective: Objective, *, page: _Page) -> None
         f"{rollout.num_generations}{again} a prompt by {rollout.engine}, at most {rollout.max_response_length} tokens, "
         f"temperature {rollout.temperature:g}, {top}",
     )
-    rewards = _list(config.reward.reward_functions or DEFAULT_REWARDS)
+    weights = config.reward.weights
+    names = config.reward.reward_functions or DEFAULT_REWARDS
+    rewards = _list(
+        f"{weights[short]:g} x {name}" if (short := name.rpartition(":")[2]) in weights else name for name in names
+    )
     page.add(
         "reward",
         f"{rewards}; answers read by the protocol {config.reward.answer_protocol}{paid}",
