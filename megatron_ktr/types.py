@@ -327,8 +327,7 @@ class BatchFacts:
     seed: int = 0
     """The run's seed. What is drawn at random depends on seed, step and the prompt's identity alone."""
     noise_floor: Mapping[str, float] = field(default_factory=dict)
-    """By signal: the size of score that rounding alone explains, as it was measured last
-    (``attribution/noise_floor.py``)."""
+    """By signal: the size of score that rounding alone explains (``attribution/noise_floor.py``)."""
 
 
 @dataclass(frozen=True)
@@ -375,8 +374,8 @@ class TokenStreams:
     """What ``weight_R`` would be if every token of the responses carried the loss, for terms that all tokens have. None
     where the loss has no such term."""
     is_selected_R: Mapping[str, Tensor] = field(default_factory=dict)
-    """bool [R] by name of the signal: the tokens that the signal selected. If signals are used, the union of them is
-    ``is_key_token_R``."""
+    """bool [R] by name of the signal: the tokens that the signal selected. How they make ``is_key_token_R`` together is
+    the selection's matter (``attribution/combine.py``); normally it is their union."""
     response_R: Tensor | None = None
     """int64 [R]: index of each token's response in the micro-batch, on the device of the scores; read by losses that
     work by response."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -39,7 +39,7 @@ class Rewarder:
         self._weights = section.weights
         self._lock = threading.Lock()
         self._loaded: dict[tuple[str, ...], dict[str, Reward]] = {}
-        self._seconds: Counter[str] = Counter()
+        self._seconds: defaultdict[str, float] = defaultdict(float)
         self._counts: Counter[str] = Counter()
         self._pool: PlugInPool | None = None
         if section.reward_workers:
@@ -71,8 +71,8 @@ class Rewarder:
         """reward_seconds/<part> since the last call, and since the start reward_timeouts/<part>, reward_errors/<part>
         and reward_skipped_groups as far as there are any."""
         with self._lock:
-            seconds, self._seconds = self._seconds, Counter()
-            found = {f"reward_seconds/{name}": float(value) for name, value in seconds.items()}
+            seconds, self._seconds = self._seconds, defaultdict(float)
+            found = {f"reward_seconds/{name}": value for name, value in seconds.items()}
             return found | {name: float(number) for name, number in (self._counts + _of_math()).items()}
 
     def close(self) -> None:

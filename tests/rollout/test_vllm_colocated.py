@@ -87,6 +87,7 @@ def settings(inputs: Path, run_dir: Path, **changes: Any) -> Config:
             "max_response_length": LENGTH,
             "rollout_kv_cache_gb": 0.03,
             "reward_functions": ("accuracy", "format", f"{__name__}:uneven_reward"),
+            "reward_workers": 0,
             "length_bonus": 0.0,
             "kl_beta": 0.04,
             "optimizer": "sgd",
