@@ -37,11 +37,19 @@ _LINE_CHARTS = (
     ("Accuracy on shuffled frames", ("shuffled/accuracy",), "mean over responses, which are not trained on"),
     ("Rule of the temporal bonus", ("temporal_rule",), "share of the videos asked twice for which it holds"),
     ("Tokens sampled for shuffled frames", ("shuffled/token_share",), "share of all tokens sampled"),
+    ("Time of rewards", ("reward_seconds/",), "seconds a step, of all replicas together"),
+    ("Failed rewards", ("reward_timeouts/", "reward_errors/", "reward_skipped_groups"), "responses since the start"),
     ("Loss", ("loss",), ""),
     ("Share of key tokens", ("key_token_ratio", "key_token_ratio/"), "of all response tokens"),
+    (
+        "Agreement of signals",
+        ("selection_overlap/",),
+        "of the tokens that either of two signals selects, the share that both do",
+    ),
+    ("Dependence on what is seen", ("dependence",), "nats a token"),
     ("Gradient norm", ("grad_norm",), "before clipping"),
     ("Entropy", ("entropy",), "nats a token"),
-    ("KL to the reference model", ("kl",), "nats a token"),
+    ("KL to the reference model", ("kl", "kl_full"), "nats a token"),
     ("Gap between sampler and trainer", ("sampler_trainer_logprob_gap",), "mean difference of log-probs"),
     ("Response length", ("response_length",), "tokens"),
     ("Finished responses", ("finished_share",), "share that ends before the length limit"),
@@ -55,7 +63,7 @@ _LINE_CHARTS = (
     ("Learning rate", ("learning_rate",), ""),
 )
 """Each chart as (title, metrics, note). A metric is a name; a name with "/" at its end means a family of metrics."""
-_LABELS = {"reward_mean": "total", "key_token_ratio": "any signal"}
+_LABELS = {"reward_mean": "total", "key_token_ratio": "key tokens"}
 
 
 @dataclass(frozen=True)

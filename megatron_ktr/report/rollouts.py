@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_ktr.attribution.controls import MEANINGS as CONTROL_MEANINGS
+from megatron_ktr.config.signal_registry import available_signals, signal_entry
 from megatron_ktr.config.words import SIGNALS
 from megatron_ktr.objectives.bonuses.temporal import TemporalBonus
 from megatron_ktr.report.console import token_texts
@@ -20,11 +22,6 @@ from megatron_ktr.report.run_data import RecordedGroup, RecordedResponse
 from megatron_ktr.rewards.choices import labelled_options, named_labels
 from megatron_ktr.rewards.truth import Truth
 
-SIGNAL_MEANINGS = {
-    "entropy": "where the model was least sure what to write",
-    "visual": "whose probability depends most on seeing the video (compared with the video hidden)",
-    "temporal": "whose probability depends most on the order of the frames (compared with shuffled frames)",
-}
 OPEN_RESPONSES = 4
 """The number of responses of a group that are visible at first. Further ones are folded."""
 Decode = Callable[[Sequence[int]], str]
@@ -60,6 +57,13 @@ def signal_styles(names: Sequence[str]) -> dict[str, SignalStyle]:
     return styles
 
 
+def meaning_of(name: str) -> str:
+    """What a token is that a signal or a control has selected; "" if this version does not know the name."""
+    if name in CONTROL_MEANINGS:
+        return CONTROL_MEANINGS[name]
+    return signal_entry(name).meaning if name in available_signals() else ""
+
+
 def legend(styles: Mapping[str, SignalStyle]) -> Html | None:
     """The explanation of the marks; None if no signal was logged."""
     if not styles:
@@ -70,7 +74,7 @@ def legend(styles: Mapping[str, SignalStyle]) -> Html | None:
             _marked("token", [style], title=None),
             " ",
             element("strong", f"{style.letter}: {style.name}"),
-            f" - {SIGNAL_MEANINGS[style.name]}" if style.name in SIGNAL_MEANINGS else None,
+            f" - {meaning}" if (meaning := meaning_of(style.name)) else None,
         )
         for style in styles.values()
     ]
@@ -217,7 +221,13 @@ def _response(
     response: RecordedResponse, *, number: int, styles: Mapping[str, SignalStyle], decode: Decode | None
 ) -> Html:
     parts = [
-        element("span", f"{name} ", element("b", format_number(value))) for name, value in response.rewards.items()
+        element(
+            "span",
+            f"{name} ",
+            element("b", format_number(value)),
+            f" x {format_number(response.reward_weights[name])}" if name in response.reward_weights else None,
+        )
+        for name, value in response.rewards.items()
     ]
     facts = []
     if len(response.rewards) > 1:

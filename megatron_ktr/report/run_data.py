@@ -44,13 +44,18 @@ class RecordedResponse:
     that every token carries the loss."""
     policy_logprobs: tuple[float, ...] = ()
     sampler_logprobs: tuple[float, ...] = ()
+    reward_weights: Mapping[str, float] = field(default_factory=dict)
+    """The weights of parts of the reward, where they are not 1."""
 
     @property
     def reward(self) -> float:
-        return sum(self.rewards.values())
+        return sum(self.reward_weights.get(name, 1.0) * value for name, value in self.rewards.items())
 
     def signals_of(self, index: int) -> tuple[str, ...]:
-        """The signals that selected token ``index``."""
+        """The signals that selected token ``index``; none if it is no key token, as a token that only some signals
+        select if key tokens are those that all select."""
+        if self.is_key_token and not self.is_key_token[index]:
+            return ()
         return tuple(name for name, marks in self.is_selected.items() if marks[index])
 
 
@@ -221,8 +226,10 @@ def _read_response(item: Mapping[str, Any]) -> RecordedResponse:
     token_ids, rewards = item.get("token_ids", []), item.get("rewards", {})
     if not isinstance(token_ids, list) or not all(_is_whole(token) and token >= 0 for token in token_ids):
         raise ValueError("expected token_ids to be a list of whole numbers")
-    if not isinstance(rewards, dict) or not all(_is_number(value) for value in rewards.values()):
-        raise ValueError("expected rewards to be an object of numbers")
+    weights = item.get("reward_weights", {})
+    for name, values in (("rewards", rewards), ("reward_weights", weights)):
+        if not isinstance(values, dict) or not all(_is_number(value) for value in values.values()):
+            raise ValueError(f"expected {name} to be an object of numbers")
     selected = item.get("is_selected", {})
     if not isinstance(selected, dict):
         raise ValueError("expected is_selected to be an object of lists")
@@ -236,6 +243,7 @@ def _read_response(item: Mapping[str, Any]) -> RecordedResponse:
         is_selected={str(name): tuple(map(bool, _numbers(selected, name, num_tokens))) for name in selected},
         policy_logprobs=tuple(map(float, _numbers(item, "policy_logprobs", num_tokens))),
         sampler_logprobs=tuple(map(float, _numbers(item, "logprobs", num_tokens))),
+        reward_weights={str(name): float(value) for name, value in weights.items()},
     )
 
 

@@ -14,11 +14,16 @@ The names of the numbers are stable:
 - under a bound on tokens: num_micro_batches and oversized_groups (``step/plan.py``)
 - counted since the run began: skipped/<kind>, decoder/<name>, "decoder/pyav: <why not decord>", repeated_frames,
   substituted_media
+- where responses are sampled: reward_seconds/<part>, the seconds in which a part of the reward was computed, of all
+  replicas together; counted since the process began, as far as there are any: reward_timeouts/<part> and
+  reward_errors/<part>, responses, and reward_skipped_groups (``rewards/rewarder.py``)
 - of a mixture: reward_mean/<source> of the step's prompts, and source/<source>, the prompts drawn since the run began
 - with data workers or a frame cache, counted since the process began: data_workers/replaced, "data_workers/replaced:
   <why>" (``data/workers/pool.py``), frame_cache/<event> (``data/frame_cache.py``)
 - of steps that were evaluated (``evaluation/training/in_training.py``): eval/<set>/accuracy and others,
   seconds/evaluate; a run that is evaluated at its start has them as step 0
+- with several signals: selection_overlap/<signal>+<signal>; with advantage_shaping: dependence, advantage_factor_max
+  (``attribution/key_tokens.py``)
 - with temporal_bonus: reward/temporal_bonus and temporal_rule, the share of the groups asked twice whose rule holds
   (``objectives/bonuses/temporal.py``); of the second prompts (``rollout/second_prompt.py``) shuffled/prompts,
   shuffled/tokens, shuffled/token_share of all tokens sampled, shuffled/response_length, shuffled/accuracy, and

@@ -66,6 +66,7 @@ def settings(inputs: Path, run_dir: Path, **changes) -> Config:
             "num_generations": 3,
             "max_response_length": 8,
             "reward_functions": ("accuracy", "format", f"{__name__}:uneven_reward"),
+            "reward_workers": 0,
             "length_bonus": 0.0,
             "kl_beta": 0.04,
             "optimizer": "sgd",
