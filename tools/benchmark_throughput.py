@@ -235,7 +235,7 @@ def _build_trainer(
         options=PolicyOptions.of(config),
         ranks=ranks,
         platform=platform,
-        num_steps=num_steps_of(config.trainer),
+        num_steps=round(schedule_length(config)),
     )
     if objective.needs_reference:
         policy.add_reference()

@@ -15,21 +15,18 @@ it may be drawn several times in a step.
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
-import numpy as np
-import xxhash
-
+from megatron_ktr.data import same_data
 from megatron_ktr.data.loader import PromptLoader
 from megatron_ktr.data.mixture import MixtureOrder, RecordSource
 from megatron_ktr.data.other_media import OtherMedia
-from megatron_ktr.data.records import Record, digest_of_records
+from megatron_ktr.data.records import Record
 from megatron_ktr.data.retirement import Retirement, RetirementRule
 from megatron_ktr.data.skips import SkipCounter
 from megatron_ktr.data.together import TogetherDraws, UsedElement
@@ -39,7 +36,6 @@ from megatron_ktr.data.workers.pool import WorkerPool
 from megatron_ktr.errors import UserError
 from megatron_ktr.types import Prompt
 
-_log = logging.getLogger(__name__)
 _MAX_FRUITLESS_DRAWS = 1000
 """The run stops after this many unusable samples in a row, even if each was rejected for its length only."""
 
@@ -182,16 +178,14 @@ class PromptDataset:
         are used, those of the next ``prefetch_steps`` are loading. Prompts and state stay the same."""
         self._pool, self._prefetch_steps = pool, prefetch_steps
         self._ahead = LookAhead(
-            element_at=lambda position: (
-                self.together.element_at(position) if self.together else self._element_at(position)
-            ),
+            element_at=self._next_element,
             submit=lambda element: pool.submit(partial(element.source.loader.read_media, element.record)),
         )
         self.count_too(pool.counts)
 
     def show_other_media(self) -> None:
         """From now on every prompt also has the media of another question. Comes after ``read_ahead``, if at all."""
-        self._others = OtherMedia(seed=self.seed, element_at=self._element_at, pool=self._pool)
+        self._others = OtherMedia(seed=self.seed, element_at=self._next_element, pool=self._pool)
 
     def count_too(self, counts: Callable[[], Mapping[str, int]]) -> None:
         """Adds counts to the metrics that depend on the machine, such as cache hits. They are not part of the state."""
@@ -249,10 +243,8 @@ class PromptDataset:
         while len(prompts) < num_prompts:
             element, load = self._draw(num_prompts - len(prompts) + num_prompts * self._prefetch_steps)
             try:
-                name = element.source.name if self.is_mixture else ""
-                prompt = dataclasses.replace(load(), draw_number=element.draw_number, source=name)
-                prompts.append(prompt if self._others is None else self._others.add_to(prompt, element))
-                self.num_given[name] += 1
+                prompts.append(self._placed(load(), element))
+                self.num_given[prompts[-1].source] += 1
                 fruitless = 0
             except UnusableSample as error:
                 self.skips.count_skip(error, number=element.record.get("record_number"))
@@ -317,7 +309,9 @@ class PromptDataset:
                 raise UserError(
                     f"resume: the data position was saved with {name} = {state[name]}, this run has {value}"
                 )
-        self._require_same_content(state)
+        same_data.require_same_content(
+            state, records=self.records_digest, wording=self.wording_digest, num_records=self.num_records
+        )
         if state.get("lengths_digest", "") != self.lengths_digest:
             raise UserError(
                 "resume: the lengths of the records, by which --length-buckets orders them, are not those of the saved "
@@ -335,42 +329,21 @@ class PromptDataset:
 
     @cached_property
     def records_digest(self) -> str:
-        """A digest of the records in their order. It covers only the records in use, not those of the file that
-        ``--problem-types`` excludes."""
-        return _together(digest_of_records(source.records) for source in self.sources)
+        return same_data.records_digest(self.sources)
 
     @property
     def wording_digest(self) -> str:
-        """A digest of the templates that word the questions."""
-        return _together(source.loader.wording_digest for source in self.sources)
+        return same_data.wording_digest(self.sources)
 
     @property
     def left_out_digest(self) -> str:
-        """A digest of the records that are passed over."""
-        return _together(
-            xxhash.xxh3_128(np.packbits(source.is_left_out).tobytes()).hexdigest() for source in self.sources
-        )
+        return same_data.left_out_digest(self.sources)
 
     @property
     def lengths_digest(self) -> str:
         """A digest of the lengths by which records are ordered; empty where they are not."""
         buckets = self.sources[0].buckets
         return "" if buckets is None else buckets.digest
-
-    def _require_same_content(self, state: Mapping[str, Any]) -> None:
-        if "records_digest" not in state:
-            _log.warning("resume: the checkpoint does not say which records it was trained on; they are not compared")
-            return
-        if state["records_digest"] != self.records_digest:
-            raise UserError(
-                f"resume: the {self.num_records} records are not those of the saved run (same number, other content "
-                "or order): give --data-path or --replay-path the same questions, only their directory may change"
-            )
-        if state["wording_digest"] != self.wording_digest:
-            raise UserError(
-                "resume: --prompt-template is not the text of the saved run, or --chat-template is not; only "
-                "their place may change"
-            )
 
     def _element(self, position: int) -> int:
         return self.rank + position * self.size
@@ -391,12 +364,22 @@ class PromptDataset:
         return element, load
 
     def _load_used(self, element: UsedElement, num_wanted: int) -> Prompt:
+        if self._others is not None:
+            self._others.draw(element.draw_number, num_wanted=num_wanted)
         if self._ahead is None:
             prompt = element.source.loader.load(element.record)
         else:
             prompt = _load_read(element, self._ahead.take(element.draw_number, num_wanted=num_wanted)[1])
+        return self._placed(prompt, element)
+
+    def _placed(self, prompt: Prompt, element: Element | UsedElement) -> Prompt:
+        """The prompt with what follows from its place in the sequence."""
         name = element.source.name if self.is_mixture else ""
-        return dataclasses.replace(prompt, draw_number=element.draw_number, source=name)
+        prompt = dataclasses.replace(prompt, draw_number=element.draw_number, source=name)
+        return prompt if self._others is None else self._others.add_to(prompt, element)
+
+    def _next_element(self, position: int) -> Element | UsedElement:
+        return self.together.element_at(position) if self.together else self._element_at(position)
 
     def _element_at(self, position: int) -> Element:
         """The first element at or after a position that is not left out. It changes nothing."""
@@ -408,12 +391,6 @@ class PromptDataset:
                 return Element(draw_number, source, source.records[place.record], later + 1)
         # Without shuffling a replica may see the same few places in every epoch.
         raise UserError(f"data-parallel replica {self.rank} of {self.size} draws only records that cannot be used")
-
-
-def _together(digests: Iterable[str]) -> str:
-    """One digest of all; of a single one itself."""
-    first, *others = digests
-    return xxhash.xxh3_128("".join((first, *others)).encode()).hexdigest() if others else first
 
 
 def _load_read(element: Element | UsedElement, media: Future[SampleMedia]) -> Prompt:

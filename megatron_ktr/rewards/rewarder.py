@@ -5,7 +5,8 @@ A response has the parts whose reward applies to it. Its reward is their weighte
     stop         the run ends with one line
     zero         the response gets 0 for that part
     skip_group   every part of every response of the group is 0. No response is then preferred to another, and no bonus
-                 for correct ones is paid
+                 for correct ones is paid. Of a variant of a prompt, whose responses are only compared with, no response
+                 is left: nothing is compared, and no bonus is paid
 """
 
 from __future__ import annotations
@@ -93,6 +94,8 @@ class Rewarder:
                 failed.append((" + ".join(found), index, Failed("error", "does not apply: a response has no reward")))
         self._settle(failed, group.prompt)
         is_skipped = bool(failed) and self.options.section.reward_on_error == "skip_group"
+        if is_skipped and group.prompt.variant:
+            return dataclasses.replace(group, rollouts=())
         return dataclasses.replace(
             group,
             rollouts=tuple(

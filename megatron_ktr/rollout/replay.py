@@ -163,7 +163,7 @@ class ReplayEngine(RolloutEngine):
                 raise UserError(
                     f"replay_path: {self.path}, record {line} (problem_id {prompt.problem_id}): its shuffled_responses "
                     "are empty, but its video has an order to lose: frames or sizes differ from those when it was "
-                    "recorded; record it again, or set --temporal-bonus 0"
+                    "recorded, or their rewards had failed; record it again, or set --temporal-bonus 0"
                 )
             if counts is not None and len(rollouts) < counts[index]:
                 raise ValueError(f"prompt {prompt.problem_id} has {len(rollouts)} responses, asked for {counts[index]}")

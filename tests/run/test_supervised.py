@@ -158,6 +158,7 @@ def test_replicas_and_stages_give_the_same_run(ranks, inputs, whole, tmp_path) -
         "dp2": {},
         "tp2": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
         "pp2": {"pipeline_model_parallel_size": 2},
+        "cp2": {"context_parallel_size": 2},
         "unpacked": {"max_tokens_per_microbatch": None, "micro_batch_groups": 1},
     }
     ranks(train_all, world_size=2, configs=[settings(inputs, tmp_path / n, **layouts[n]) for n in layouts])

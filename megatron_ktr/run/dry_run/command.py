@@ -264,8 +264,12 @@ def _duration(seconds: float) -> str:
 def _describe_step(config: Config, objective: Objective, *, page: _Page) -> None:
     entry = objective_entry(config.objective.objective)
     words = [f"learning rate {config.optimizer.lr:g}, {config.optimizer.lr_decay_style}"]
+    if objective.signals:
+        mode = config.objective.selection_mode
+        control = "" if mode == "signals" else f"control {mode}, of "
+        words.append(f"{control}signals {', '.join(objective.signals)}")
     if objective.views:
-        words.append(f"signals {', '.join(config.objective.signals)}; counterfactual views {_list(objective.views)}")
+        words.append(f"counterfactual views {_list(objective.views)}")
     words.append(f"KL weight {config.objective.kl_beta:g}" if objective.needs_reference else "no reference model")
     if config.model.freeze:
         words.append(f"frozen: {', '.join(config.model.freeze)}")
