@@ -1,4 +1,4 @@
-"""The built-in rewards against numbers worked out by hand, their options, and one verdict in training and evaluation."""
+"""The built-in rewards against numbers worked out by hand, their options, and one verdict here and in evaluation."""
 
 from __future__ import annotations
 
@@ -121,6 +121,10 @@ def test_mathematics_without_its_package_is_refused_in_words(monkeypatch: pytest
         reward_checks(["accuracy"])[0](record)
 
 
+OVERLONG, OWN = ("accuracy", "overlong"), ("accuracy", "module:function")
+REPLAYED = {"engine": "replay", "data_path": None, "replay_path": "rollouts.jsonl"}
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -132,13 +136,13 @@ def test_mathematics_without_its_package_is_refused_in_words(monkeypatch: pytest
         ({"overlong_buffer": 64}, "--overlong-buffer is not read without overlong among --reward-functions"),
         ({"judge_url": "http://x"}, "--judge-url is not read without judge"),
         ({"reward_functions": ("accuracy", "judge")}, "needs --judge-url"),
-        ({"reward_functions": ("accuracy", "overlong"), "overlong_length": 100, "overlong_buffer": 200}, "exceeds the 100"),
-        ({"reward_functions": ("accuracy", "overlong"), "overlong_length": 9000}, "which --max-response-length 768"),
-        ({"reward_functions": ("accuracy", "m:f"), "reward_workers": 0, "reward_timeout": 5.0}, "needs --reward-workers"),
+        ({"reward_functions": OVERLONG, "overlong_length": 100, "overlong_buffer": 200}, "exceeds the 100 tokens"),
+        ({"reward_functions": OVERLONG, "overlong_length": 9000}, "which --max-response-length 768"),
+        ({"reward_functions": OWN, "reward_workers": 0, "reward_timeout": 5.0}, "needs --reward-workers"),
         ({"reward_on_error": "skip_group", "advantage": "batch"}, "--advantage batch does not pass over"),
-        ({"engine": "replay", "data_path": None, "replay_path": "r", "reward_on_error": "zero"}, "not read by --engine replay"),
+        ({**REPLAYED, "reward_on_error": "zero"}, "--reward-on-error is not read by --engine replay"),
     ],
-)  # fmt: skip
+)
 def test_options_that_would_change_nothing_are_refused(change: dict[str, object], said: str) -> None:
     with pytest.raises(UserError, match=said):
         check(config_from_values({"model": "m", "engine": "hf", "data_path": "d", **change}))
