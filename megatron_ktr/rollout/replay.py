@@ -356,15 +356,12 @@ def _read_rewards(response: Mapping[str, Any]) -> dict[str, float]:
         rewards = {"reward": response["reward"]}
     if not isinstance(rewards, dict) or not rewards:
         raise ValueError("expected 'rewards' (an object of named numbers) or 'reward' (a number)")
-    return _read_numbers(rewards, name="reward")
+    return _read_numbers(rewards, name="rewards")
 
 
 def _read_numbers(values: Any, *, name: str) -> dict[str, float]:
-    if not isinstance(values, dict):
-        raise ValueError(f"expected {name} to be an object of numbers, got {_short(values)}")
-    for key, value in values.items():
-        if not _is_number(value):
-            raise ValueError(f"expected {name} {key!r} to be a finite number, got {_short(value)}")
+    if not isinstance(values, dict) or not all(map(_is_number, values.values())):
+        raise ValueError(f"expected {name} to be finite numbers by name, got {_short(values)}")
     return {str(key): float(value) for key, value in values.items()}
 
 
