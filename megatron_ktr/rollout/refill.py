@@ -101,8 +101,10 @@ class FilteredSource(ReplicaSource):
         self._shares_prompts = self.needs_weights and (is_collective or self._prepare is not None)
         """Whether all ranks of a replica need its prompts before they are answered."""
         refills = rule.kind != "off" and rule.max_rounds > 0
-        # Vision features are made by all ranks of a replica together, which nobody does while groups are answered.
-        self._asks_spares = takes_more and self.needs_weights and refills and self._prepare is None
+        # Vision features are made by all ranks of a replica together, which nobody does while groups are answered. And
+        # what second prompts cost is measured in one call for all (``SecondsAlone``).
+        asks_once = self._prepare is None and self._second is None
+        self._asks_spares = takes_more and self.needs_weights and refills and asks_once
 
     @property
     def pending_step(self) -> int | None:
