@@ -78,19 +78,16 @@ class FilteredSource(ReplicaSource):
         *,
         ranks: ParallelGroups,
         rule: FilterRule,
-        groups_per_replica: int = 1,
         groups_multiple: int = 1,
         **options: Any,
     ) -> None:
         """
         Args:
-            groups_per_replica: the fewest groups that a replica can train on.
             groups_multiple: the number of groups of a replica is a multiple of it.
             options: those of ``ReplicaSource``.
         """
         super().__init__(local, ranks=ranks, **options)
         self.rule = rule
-        self._least = groups_per_replica
         self._multiple = groups_multiple
         self._begun: _Begun | None = None
         self._step_values: Mapping[str, float] = {}
@@ -120,7 +117,7 @@ class FilteredSource(ReplicaSource):
         """Draws ``num_prompts`` for each replica. With ``lag`` 1, their responses are then sampled in the
         background."""
         size = self._ranks.data_size
-        needs = Needs(num_prompts * size, least=self._least * size, multiple=self._multiple * size)
+        needs = Needs(num_prompts * size, least=size, multiple=self._multiple * size)
         begun = _Begun(step, needs)
         self._seconds_drawing = 0.0
         self._grow(begun, needs.wanted)
