@@ -15,21 +15,18 @@ it may be drawn several times in a step.
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
-import numpy as np
-import xxhash
-
+from megatron_ktr.data.content import DataContent
 from megatron_ktr.data.loader import PromptLoader
 from megatron_ktr.data.mixture import MixtureOrder, RecordSource
 from megatron_ktr.data.other_media import OtherMedia
-from megatron_ktr.data.records import Record, digest_of_records
+from megatron_ktr.data.records import Record
 from megatron_ktr.data.retirement import Retirement, RetirementRule
 from megatron_ktr.data.skips import SkipCounter
 from megatron_ktr.data.together import TogetherDraws, UsedElement
@@ -39,7 +36,6 @@ from megatron_ktr.data.workers.pool import WorkerPool
 from megatron_ktr.errors import UserError
 from megatron_ktr.types import Prompt
 
-_log = logging.getLogger(__name__)
 _MAX_FRUITLESS_DRAWS = 1000
 """The run stops after this many unusable samples in a row, even if each was rejected for its length only."""
 
@@ -106,6 +102,7 @@ class PromptDataset:
         if any(len(source.left_out) >= len(source.records) for source in sources):
             raise UserError("data_path: no records to draw prompts from")
         self.sources = sources
+        self.content = DataContent(sources)
         self._order = MixtureOrder(
             [source.draws for source in sources],
             [len(source.records) for source in sources],
@@ -276,13 +273,10 @@ class PromptDataset:
             "rank": self.rank,
             "size": self.size,
             "num_records": self.num_records,
-            "records_digest": self.records_digest,
-            "wording_digest": self.wording_digest,
+            **self.content.state_dict(),
             "skips": self.skips.state_dict(),
             "counts": dict(self.loader.counts),
         }
-        if self.lengths_digest:
-            state["lengths_digest"] = self.lengths_digest
         if self.is_mixture:
             return state | {"mixture": self._mixture, "num_given": self._num_given()}
         return state | {"rewards": self._mixture[0][1]}
@@ -317,13 +311,7 @@ class PromptDataset:
                 raise UserError(
                     f"resume: the data position was saved with {name} = {state[name]}, this run has {value}"
                 )
-        self._require_same_content(state)
-        if state.get("lengths_digest", "") != self.lengths_digest:
-            raise UserError(
-                "resume: the lengths of the records, by which --length-buckets orders them, are not those of the saved "
-                "run: media were exchanged, or became readable or unreadable (records left out count too); restore "
-                "them, or start anew from the export"
-            )
+        self.content.require_same(state)
         self.position = int(state["position"])
         if self.together is not None:
             self.together.load_state_dict(state)
@@ -332,45 +320,6 @@ class PromptDataset:
         self.loader.counts.update({str(name): int(count) for name, count in state["counts"].items()})
         given = zip(self.sources, state.get("num_given", []), strict=False)
         self.num_given = Counter({source.name: int(number) for source, number in given})
-
-    @cached_property
-    def records_digest(self) -> str:
-        """A digest of the records in their order. It covers only the records in use, not those of the file that
-        ``--problem-types`` excludes."""
-        return _together(digest_of_records(source.records) for source in self.sources)
-
-    @property
-    def wording_digest(self) -> str:
-        """A digest of the templates that word the questions."""
-        return _together(source.loader.wording_digest for source in self.sources)
-
-    @property
-    def left_out_digest(self) -> str:
-        """A digest of the records that are passed over."""
-        return _together(
-            xxhash.xxh3_128(np.packbits(source.is_left_out).tobytes()).hexdigest() for source in self.sources
-        )
-
-    @property
-    def lengths_digest(self) -> str:
-        """A digest of the lengths by which records are ordered; empty where they are not."""
-        buckets = self.sources[0].buckets
-        return "" if buckets is None else buckets.digest
-
-    def _require_same_content(self, state: Mapping[str, Any]) -> None:
-        if "records_digest" not in state:
-            _log.warning("resume: the checkpoint does not say which records it was trained on; they are not compared")
-            return
-        if state["records_digest"] != self.records_digest:
-            raise UserError(
-                f"resume: the {self.num_records} records are not those of the saved run (same number, other content "
-                "or order): give --data-path or --replay-path the same questions, only their directory may change"
-            )
-        if state["wording_digest"] != self.wording_digest:
-            raise UserError(
-                "resume: --prompt-template is not the text of the saved run, or --chat-template is not; only "
-                "their place may change"
-            )
 
     def _element(self, position: int) -> int:
         return self.rank + position * self.size
@@ -408,12 +357,6 @@ class PromptDataset:
                 return Element(draw_number, source, source.records[place.record], later + 1)
         # Without shuffling a replica may see the same few places in every epoch.
         raise UserError(f"data-parallel replica {self.rank} of {self.size} draws only records that cannot be used")
-
-
-def _together(digests: Iterable[str]) -> str:
-    """One digest of all; of a single one itself."""
-    first, *others = digests
-    return xxhash.xxh3_128("".join((first, *others)).encode()).hexdigest() if others else first
 
 
 def _load_read(element: Element | UsedElement, media: Future[SampleMedia]) -> Prompt:

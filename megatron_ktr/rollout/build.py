@@ -148,8 +148,9 @@ def _about(local: DatasetSource | None) -> tuple[str, str, str, int, bool, str] 
     if local is None:
         return None
     data = local.dataset
-    digests = data.records_digest, data.wording_digest, data.left_out_digest
-    return *digests, data.num_kept, data.together is not None, data.lengths_digest
+    content = data.content
+    digests = content.records, content.wording, content.left_out
+    return *digests, data.num_kept, data.together is not None, content.lengths
 
 
 def _retirement_of(rollout: RolloutSection) -> RetirementRule | None:
