@@ -50,10 +50,14 @@ INSTALL_REQUIRES = [
     "tqdm",
 ]
 
+MATH_VERIFY = "math-verify>=0.9"
+
 EXTRAS_REQUIRE = {
     # vLLM 0.32 pins this torch exactly, so core and engine can share an environment.
     "cpu": ["torch==2.13.0"],
     "vllm": ["vllm==0.32.0"],
+    # Whether two mathematical answers are the same (problem_type math, the reward math).
+    "math": [MATH_VERIFY],
     # For CUDA 13, as torch's wheels are: the newest that 0.16.1 accepts, and the middle of 0.19.2's 2.14 to 2.20. Here
     # for its versions: tools/install_gpu.sh installs it, as its torch extension must be compiled against the torch that
     # is there. CUDA only: on a CPU machine its wheel breaks megatron-core.
@@ -72,6 +76,7 @@ EXTRAS_REQUIRE = {
         "pyright[nodejs]==1.1.414",  # with Node from a wheel: nothing is fetched when it runs
         "rouge-score",
         "jiwer",
+        MATH_VERIFY,
         f"triton>=3.7; {TRITON_HAS_WHEELS}",
     ],
 }

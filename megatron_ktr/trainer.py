@@ -105,7 +105,9 @@ class Trainer:
             micro_batches = [MicroBatch(part, cache(partial(self.scoring.pack, part, "intact"))) for part in parts]
             groups = [group for part in parts for group in part]
         with self.timer.phase("vision"):
-            self.scoring.prepare_vision(micro_batches)
+            # The first optimizer step makes features of a trained encoder stale, so that no later mini-batch could send
+            # its gradient back through this run.
+            self.scoring.prepare_vision(micro_batches[: len(by_update[0])])
         with self.timer.phase("score"):
             micro_batches = self.scoring.with_counterfactuals(micro_batches, step=step)
             micro_batches = self.scoring.with_reference(micro_batches)

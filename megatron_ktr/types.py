@@ -94,8 +94,8 @@ class Prompt:
     """The media of another question, one for each of ``media`` and with its frames and size; only for the view that
     shows them (``attribution/views/other_video.py``), else empty."""
     variant: str = ""
-    """How this prompt differs from the one that was drawn, e.g. "shuffled" for the same question with its frames in
-    random order (``rollout/second_prompt.py``). "" for the prompt as it was drawn."""
+    """How this prompt differs from the one that was drawn: "shuffled" for one with its frames in random order
+    (``rollout/second_prompt.py``). "" for the prompt as it was drawn."""
 
     @property
     def identity(self) -> str:
@@ -104,8 +104,7 @@ class Prompt:
 
         ``problem_id`` alone is not enough: published files repeat ids, and a small data set may give one record several
         times in a step. The number of a draw never repeats in a run. It is the same for every number of replicas, in
-        every engine, and after a resume. A variant of the prompt has an identity of its own. It stands before the
-        problem id, which may contain anything, and so cannot be taken for a part of one.
+        every engine, and after a resume. The variant stands before the problem id, which may contain anything.
         """
         draw = f"{self.draw_number}/{self.variant}" if self.variant else f"{self.draw_number}"
         return f"{draw} {self.problem_id}"
@@ -141,9 +140,9 @@ class RolloutGroup:
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
     shuffled: tuple[Rollout, ...] = ()
-    """Responses to the same question with its frames in random order, which a bonus compares with ``rollouts``
-    (``objectives/bonuses/temporal.py``). They have rewards. They are never packed or trained on, and they are in no
-    mean and no standard deviation. Empty where the objective asks for none, or the prompt has no order to lose."""
+    """Responses to the same question with its frames in random order, with rewards, which a bonus compares with
+    ``rollouts`` (``objectives/bonuses/temporal.py``). They are never trained on and in no mean and no standard
+    deviation. Empty where the objective asks for none, or the prompt has no order to lose."""
 
     @property
     def num_response_tokens(self) -> int:
@@ -328,8 +327,7 @@ class BatchFacts:
     seed: int = 0
     """The run's seed. What is drawn at random depends on seed, step and the prompt's identity alone."""
     noise_floor: Mapping[str, float] = field(default_factory=dict)
-    """By signal: the size of score that rounding alone explains, as it was measured last
-    (``attribution/noise_floor.py``)."""
+    """By signal: the size of score that rounding alone explains (``attribution/noise_floor.py``)."""
 
 
 @dataclass(frozen=True)
@@ -376,8 +374,8 @@ class TokenStreams:
     """What ``weight_R`` would be if every token of the responses carried the loss, for terms that all tokens have. None
     where the loss has no such term."""
     is_selected_R: Mapping[str, Tensor] = field(default_factory=dict)
-    """bool [R] by name of the signal: the tokens that the signal selected. If signals are used, the union of them is
-    ``is_key_token_R``."""
+    """bool [R] by name of the signal: the tokens that the signal selected. How they make ``is_key_token_R`` together is
+    the selection's matter (``attribution/combine.py``); normally it is their union."""
     response_R: Tensor | None = None
     """int64 [R]: index of each token's response in the micro-batch, on the device of the scores; read by losses that
     work by response."""

@@ -72,12 +72,7 @@ def _parser() -> Parser:
     add("--text-length", whole(), request["text_length"].default, "prompt tokens that are not visual")
     add("--response-length", whole(), request["response_length"].default, "tokens of every response")
     add("--num-generations", whole(high=2**14), request["num_generations"].default, "responses per prompt")
-    add(
-        "--temporal-responses",
-        whole(low=0, high=2**14),
-        0,
-        "responses per prompt to shuffled frames, as T-GRPO samples and does not train on; 0: none",
-    )
+    add("--temporal-responses", whole(low=0, high=2**14), 0, "T-GRPO's responses per prompt to shuffled frames")
     add("--prompts-per-step", whole(), request["prompts_per_step"].default, "prompts of a step over all GPUs")
     add("--shuffle-unit", str, "frame", "what the temporal counterfactual permutes", choices=SHUFFLE_UNITS)
     add("--num-shuffles", whole(), 1, "draws per step of each random view")

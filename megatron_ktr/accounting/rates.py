@@ -29,7 +29,7 @@ def settings_of(options: StepOptions, objective: Objective, *, key_share: float 
         mini_batches=section.mini_batches,
         frozen=options.frozen,
         has_adapters=options.has_adapters,
-        key_share=key_share,
+        key_share=1.0 if objective.reaches_every_token else key_share,
         has_streamed_head=False,
     )
 

@@ -105,8 +105,10 @@ def estimate_time(
     for one in step_passes(groups, settings):
         both = _all_chunk_times(config, one, flops, layout, settings=settings, machine=machine, b=b)
         forward, backward = ([side.total for side in sides] for sides in zip(*both, strict=True))
-        duration = pipeline_seconds(
-            layout, num_micro_batches=m, forward=forward, backward=backward if one.has_backward else None
+        # Every optimizer step fills and drains the pipeline anew.
+        rounds = settings.mini_batches if one.has_backward else 1
+        duration = rounds * pipeline_seconds(
+            layout, num_micro_batches=-(-m // rounds), forward=forward, backward=backward if one.has_backward else None
         )
         for part in ("compute", "tensor", "context", "pipeline"):
             sums[part] += one.times * m * sum(getattr(side, part) for sides in both for side in sides) / p

@@ -191,8 +191,7 @@ def _offload_during_rollout(config: Config) -> Iterator[str]:
 def _objective(config: Config) -> Iterator[str]:
     section = config.objective
     defaults = {**OBJECTIVE_DEFAULTS, **objective_entry(section.objective).defaults}
-    if not section.is_supervised:
-        yield from selection_problems(section)
+    yield from selection_problems(section)
     for rule in objective_entry(section.objective).rules:
         yield from rule(section, config.rollout)
     for name in options_of_others(section.objective):

@@ -31,6 +31,8 @@ BUILT_IN = (
     "reinforce_pp_baseline",
     "gspo",
     "cispo",
+    "entropy_80_20",
+    "vppo",
     "sft",
 )
 """Each is a module of ``megatron_ktr.objectives`` that registers the objective of the same name."""

@@ -165,7 +165,11 @@ class ObjectiveSection:
     kl_beta: float = _option(0.04, "Weight of the KL term to the reference model; 0 = no reference model", low=0)
     clip_low: float = _option(0.2, "Probability ratio is clipped below at 1 - clip_low", low=0, high=1)
     clip_high: float = _option(0.2, "Probability ratio is clipped above at 1 + clip_high", low=0)
-    updates_per_rollout: int = _option(1, "Optimizer steps on the same responses; clipping acts from 2 on", low=1)
+    updates_per_rollout: int = _option(
+        1,
+        "How often a step's responses are trained on; clipping acts from 2 optimizer steps on (see mini_batches)",
+        low=1,
+    )
     importance_sampling: ImportanceLevel = _option(
         "none",
         "Weigh each token's policy gradient by trainer / sampler probability, of the token or of its whole response, "
@@ -213,6 +217,11 @@ class ObjectiveSection:
         False, "Subtract kl_beta x the KL of the whole response from its reward, in place of a term of the loss"
     )
     kl_on: TokenSet = _option("key", "Tokens of the KL term: those that carry the policy gradient, or all")
+    measure_full_kl: bool = _option(
+        False,
+        "Report the KL to the reference model over the whole vocabulary, mean over response tokens, as the metric "
+        "kl_full, whatever the loss uses; kl_kind full reports it anyway",
+    )
     entropy_bonus: float = _option(
         0.0, "Weight of the mean entropy of the key tokens, which the loss raises; 0 = off", low=0
     )

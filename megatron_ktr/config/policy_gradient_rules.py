@@ -26,6 +26,7 @@ NOT_SUPERVISED = (
     "kl_kind",
     "kl_in_reward",
     "kl_on",
+    "measure_full_kl",
     "entropy_bonus",
     "sampled_entropy_penalty",
 )
@@ -103,10 +104,8 @@ def _ratio(section: ObjectiveSection) -> Iterator[str]:
 
 
 def _kl(section: ObjectiveSection) -> Iterator[str]:
-    if not section.kl_in_reward:
+    if not section.kl_in_reward or not section.kl_beta:
         return
-    if not section.kl_beta:
-        yield "--kl-in-reward needs --kl-beta above 0"
     if section.kl_kind == "k3_plus":
         yield "--kl-in-reward has no gradient, in which alone k3_plus differs from k3: choose --kl-kind k3"
     if section.kl_on == "all":

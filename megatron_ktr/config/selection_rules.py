@@ -17,8 +17,29 @@ if TYPE_CHECKING:
     from megatron_ktr.config.objective_section import ObjectiveSection
 
 
+NOT_SUPERVISED = (
+    "selection",
+    "selection_count",
+    "selection_rule",
+    "selection_scope",
+    "combine",
+    "signal_weights",
+    "token_weights",
+    "weight_temperature",
+    "dependence",
+    "advantage_shaping",
+    "shaping_min",
+    "shaping_max",
+)
+"""Options that the likelihood of given responses does not have. (``signals``, ``selection_ratio`` and ``shift`` are
+passed over, as they always were.)"""
+
+
 def selection_problems(section: ObjectiveSection) -> Iterator[str]:
     """One sentence for each rule that the options break."""
+    if section.is_supervised:
+        yield from _supervised(section)
+        return
     yield from _shaping(section)
     if section.selection_mode == "all":
         return
@@ -40,6 +61,12 @@ def selection_problems(section: ObjectiveSection) -> Iterator[str]:
             f"--dependence {section.dependence} is not read: add the signal dependence, or --advantage-shaping "
             "dependence"
         )
+
+
+def _supervised(section: ObjectiveSection) -> Iterator[str]:
+    for name in NOT_SUPERVISED:
+        if getattr(section, name) != _default(section, name):
+            yield f"--{name.replace('_', '-')} is not read by --objective {section.objective}"
 
 
 def _numbers(section: ObjectiveSection) -> Iterator[str]:

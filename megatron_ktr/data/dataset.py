@@ -19,10 +19,10 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
-from megatron_ktr.data.content import DataContent
+from megatron_ktr.data import same_data
 from megatron_ktr.data.loader import PromptLoader
 from megatron_ktr.data.mixture import MixtureOrder, RecordSource
 from megatron_ktr.data.other_media import OtherMedia
@@ -102,7 +102,6 @@ class PromptDataset:
         if any(len(source.left_out) >= len(source.records) for source in sources):
             raise UserError("data_path: no records to draw prompts from")
         self.sources = sources
-        self.content = DataContent(sources)
         self._order = MixtureOrder(
             [source.draws for source in sources],
             [len(source.records) for source in sources],
@@ -179,16 +178,14 @@ class PromptDataset:
         are used, those of the next ``prefetch_steps`` are loading. Prompts and state stay the same."""
         self._pool, self._prefetch_steps = pool, prefetch_steps
         self._ahead = LookAhead(
-            element_at=lambda position: (
-                self.together.element_at(position) if self.together else self._element_at(position)
-            ),
+            element_at=self._next_element,
             submit=lambda element: pool.submit(partial(element.source.loader.read_media, element.record)),
         )
         self.count_too(pool.counts)
 
     def show_other_media(self) -> None:
         """From now on every prompt also has the media of another question. Comes after ``read_ahead``, if at all."""
-        self._others = OtherMedia(seed=self.seed, element_at=self._element_at, pool=self._pool)
+        self._others = OtherMedia(seed=self.seed, element_at=self._next_element, pool=self._pool)
 
     def count_too(self, counts: Callable[[], Mapping[str, int]]) -> None:
         """Adds counts to the metrics that depend on the machine, such as cache hits. They are not part of the state."""
@@ -246,10 +243,8 @@ class PromptDataset:
         while len(prompts) < num_prompts:
             element, load = self._draw(num_prompts - len(prompts) + num_prompts * self._prefetch_steps)
             try:
-                name = element.source.name if self.is_mixture else ""
-                prompt = dataclasses.replace(load(), draw_number=element.draw_number, source=name)
-                prompts.append(prompt if self._others is None else self._others.add_to(prompt, element))
-                self.num_given[name] += 1
+                prompts.append(self._placed(load(), element))
+                self.num_given[prompts[-1].source] += 1
                 fruitless = 0
             except UnusableSample as error:
                 self.skips.count_skip(error, number=element.record.get("record_number"))
@@ -273,10 +268,13 @@ class PromptDataset:
             "rank": self.rank,
             "size": self.size,
             "num_records": self.num_records,
-            **self.content.state_dict(),
+            "records_digest": self.records_digest,
+            "wording_digest": self.wording_digest,
             "skips": self.skips.state_dict(),
             "counts": dict(self.loader.counts),
         }
+        if self.lengths_digest:
+            state["lengths_digest"] = self.lengths_digest
         if self.is_mixture:
             return state | {"mixture": self._mixture, "num_given": self._num_given()}
         return state | {"rewards": self._mixture[0][1]}
@@ -311,7 +309,15 @@ class PromptDataset:
                 raise UserError(
                     f"resume: the data position was saved with {name} = {state[name]}, this run has {value}"
                 )
-        self.content.require_same(state)
+        same_data.require_same_content(
+            state, records=self.records_digest, wording=self.wording_digest, num_records=self.num_records
+        )
+        if state.get("lengths_digest", "") != self.lengths_digest:
+            raise UserError(
+                "resume: the lengths of the records, by which --length-buckets orders them, are not those of the saved "
+                "run: media were exchanged, or became readable or unreadable (records left out count too); restore "
+                "them, or start anew from the export"
+            )
         self.position = int(state["position"])
         if self.together is not None:
             self.together.load_state_dict(state)
@@ -320,6 +326,24 @@ class PromptDataset:
         self.loader.counts.update({str(name): int(count) for name, count in state["counts"].items()})
         given = zip(self.sources, state.get("num_given", []), strict=False)
         self.num_given = Counter({source.name: int(number) for source, number in given})
+
+    @cached_property
+    def records_digest(self) -> str:
+        return same_data.records_digest(self.sources)
+
+    @property
+    def wording_digest(self) -> str:
+        return same_data.wording_digest(self.sources)
+
+    @property
+    def left_out_digest(self) -> str:
+        return same_data.left_out_digest(self.sources)
+
+    @property
+    def lengths_digest(self) -> str:
+        """A digest of the lengths by which records are ordered; empty where they are not."""
+        buckets = self.sources[0].buckets
+        return "" if buckets is None else buckets.digest
 
     def _element(self, position: int) -> int:
         return self.rank + position * self.size
@@ -340,12 +364,22 @@ class PromptDataset:
         return element, load
 
     def _load_used(self, element: UsedElement, num_wanted: int) -> Prompt:
+        if self._others is not None:
+            self._others.draw(element.draw_number, num_wanted=num_wanted)
         if self._ahead is None:
             prompt = element.source.loader.load(element.record)
         else:
             prompt = _load_read(element, self._ahead.take(element.draw_number, num_wanted=num_wanted)[1])
+        return self._placed(prompt, element)
+
+    def _placed(self, prompt: Prompt, element: Element | UsedElement) -> Prompt:
+        """The prompt with what follows from its place in the sequence."""
         name = element.source.name if self.is_mixture else ""
-        return dataclasses.replace(prompt, draw_number=element.draw_number, source=name)
+        prompt = dataclasses.replace(prompt, draw_number=element.draw_number, source=name)
+        return prompt if self._others is None else self._others.add_to(prompt, element)
+
+    def _next_element(self, position: int) -> Element | UsedElement:
+        return self.together.element_at(position) if self.together else self._element_at(position)
 
     def _element_at(self, position: int) -> Element:
         """The first element at or after a position that is not left out. It changes nothing."""

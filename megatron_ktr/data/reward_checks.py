@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from megatron_ktr.data.records import Record
-from megatron_ktr.rewards import grounding, reads_problem_type
+from megatron_ktr.rewards import grounding, reads_problem_type, reads_solution
 from megatron_ktr.rewards.accuracy import known_types
 from megatron_ktr.rewards.choices import labelled_options, named_labels
 from megatron_ktr.rewards.truth import Truth
@@ -18,9 +18,8 @@ def reward_checks(names: Sequence[str]) -> list[Callable[[Record], None]]:
     Raises:
         UserError: the name of a built-in reward is unknown.
     """
-    readers = [name for name in names if reads_problem_type(name)]
-    checks: list[Callable[[Record], None]] = [_type_check(name) for name in readers]
-    return [*checks, check_truth, check_frame_of_boxes] if readers else checks
+    checks: list[Callable[[Record], None]] = [_type_check(name) for name in names if reads_problem_type(name)]
+    return [*checks, check_truth, check_frame_of_boxes] if any(map(reads_solution, names)) else checks
 
 
 def check_problem_type(record: Record, *, who: str) -> None:

@@ -34,6 +34,7 @@ BUILT_IN: Mapping[str, str] = {
     "mmvu": "mmvu.jinja",
     "tempcompass": "direct_answer.jinja",
     "direct_answer": "direct_answer.jinja",
+    "grounding": "grounding.jinja",
 }
 """Name -> file. Except for the default they are our own words for the instructions of the release of that name, or, as
 ``direct_answer``, of benchmarks that ask for an answer without reasoning."""

@@ -105,7 +105,8 @@ def _verdict(
     read_letters_of: Callable[[str, Mapping[str, str]], frozenset[str]],
     read_number_of: Callable[[str], float | None],
 ) -> Verdict:
-    answer, kind = protocol.find_answer(response), item.record["problem_type"]
+    kind = item.record["problem_type"]
+    answer = protocol.finder_of(kind)(response)
     judge = protocol.judges.get(kind)
     if not answer or judge is None:
         return Verdict(0.0, None)

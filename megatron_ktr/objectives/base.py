@@ -55,6 +55,8 @@ class Objective(ABC):
     """Whether the scores must hold KL(policy || reference) over the whole vocabulary. It also needs the reference."""
     needs_reference_kl_gradient = False
     """Whether the gradient of the loss also flows through that KL."""
+    reaches_every_token = False
+    """Whether tokens that are not key tokens have a gradient as well."""
     needs_batch_rewards = False
     """Whether ``BatchFacts`` must hold the rewards and lengths of all responses of the rollout."""
     needs_selection_first = False

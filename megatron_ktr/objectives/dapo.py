@@ -1,9 +1,10 @@
-"""DAPO (arXiv 2503.14476): GRPO with a mean over tokens, clip-higher and no KL term.
+"""DAPO (arXiv 2503.14476): GRPO with a mean over tokens, clip-higher, dynamic sampling and no KL term.
 
     loss = -(1 / N) sum_i sum_t min(ratio_it * A_i, clamp(ratio_it, 0.8, 1.28) * A_i)    N = tokens of the global batch
 
-The authors train on a rollout in 16 mini-batches (``--mini-batches 16``); with one update per rollout no ratio is
-clipped.
+Dynamic sampling replaces groups of equal rewards by those of further prompts (``filter_groups``). The soft penalty of
+overlong responses is a reward: ``--reward-functions accuracy,format,overlong``. The authors train on a rollout in 16
+mini-batches (``--mini-batches 16``); with one update per rollout no ratio is clipped.
 """
 
 from __future__ import annotations
@@ -15,8 +16,14 @@ register(
     ObjectiveEntry(
         name="dapo",
         title="DAPO",
-        summary="GRPO with a mean over tokens, a higher upper clip and no KL",
+        summary="GRPO with a mean over tokens, a higher upper clip, dynamic sampling and no KL",
         build=build_policy_gradient,
-        defaults={"loss_aggregation": "token", "clip_low": 0.2, "clip_high": 0.28, "kl_beta": 0.0},
+        defaults={
+            "loss_aggregation": "token",
+            "clip_low": 0.2,
+            "clip_high": 0.28,
+            "kl_beta": 0.0,
+            "filter_groups": "equal",
+        },
     )
 )

@@ -82,14 +82,17 @@ def _over_all_tokens(
 
 
 def _metrics(streams: TokenStreams, counted: dict[str, Tensor], scores: TokenScores) -> Metrics:
-    """The objective's own metrics, the means of ``counted`` over key tokens, and the mean entropy over all response
-    tokens. No value is read from the device here, so that the host does not wait for it."""
+    """The objective's own metrics, the means of ``counted`` over key tokens, and over all response tokens the mean
+    entropy and, where it is computed, the KL to the reference model over the whole vocabulary. No value is read from
+    the device here, so that the host does not wait for it."""
     metrics = Metrics()
     metrics.merge(streams.metrics)
     is_key_R = streams.is_key_token_R
     if counted:
         totals = torch.stack([torch.where(is_key_R, values.float(), 0.0).sum() for values in counted.values()])
         metrics.add_later(list(counted), totals, count=is_key_R.sum())
-    if scores.entropy_R is not None:
-        metrics.add_later(["entropy"], scores.entropy_R.float().sum(), count=is_key_R.numel())
+    of_all_tokens = {"entropy": scores.entropy_R, "kl_full": scores.reference_kl_R}
+    for name, values_R in of_all_tokens.items():
+        if values_R is not None:
+            metrics.add_later([name], values_R.detach().float().sum(), count=is_key_R.numel())
     return metrics

@@ -109,6 +109,8 @@ class PolicyGradient(Objective):
     surrogate: Surrogate = Clipped()
     penalties: tuple[Penalty, ...] = (KL(0.04),)
     reward_kl: KLInReward | None = None
+    measures_full_kl: bool = False
+    """Whether the KL to the reference model over the whole vocabulary is a metric, even if nothing else needs it."""
     importance: ImportanceCorrection = ImportanceCorrection()
     original_compat: bool = False
     """Reproduces two traits of the authors' release; matters only with key tokens. First, the logged length and the
@@ -144,16 +146,21 @@ class PolicyGradient(Objective):
 
     @property
     def needs_reference(self) -> bool:
-        return self.reward_kl is not None or any(penalty.needs_reference for penalty in self.penalties)
+        is_needed = self.reward_kl is not None or self.measures_full_kl
+        return is_needed or any(penalty.needs_reference for penalty in self.penalties)
 
     @property
     def needs_reference_kl(self) -> bool:
         is_in_reward = self.reward_kl is not None and self.reward_kl.kind == "full"
-        return is_in_reward or self.needs_reference_kl_gradient
+        return is_in_reward or self.measures_full_kl or self.needs_reference_kl_gradient
 
     @property
     def needs_reference_kl_gradient(self) -> bool:
         return any(penalty.needs_reference_kl for penalty in self.penalties)
+
+    @property
+    def reaches_every_token(self) -> bool:
+        return any(penalty.over == "all" for penalty in self.penalties)
 
     @property
     def needs_batch_rewards(self) -> bool:
@@ -234,13 +241,12 @@ class PolicyGradient(Objective):
             weight_R = weight_R * selection.weight_R
         if selection.advantage_factor_R is not None:
             advantage_R = advantage_R * selection.advantage_factor_R
-        has_all = any(penalty.over == "all" for penalty in self.penalties)
         metrics.add("response_length", sum(lengths), len(lengths))
         streams = TokenStreams(
             advantage_R=advantage_R,
             weight_R=weight_R,
             is_key_token_R=selection.is_key_R,
-            all_weight_R=self.loss_mean.all_weights(item, facts) if has_all else None,
+            all_weight_R=self.loss_mean.all_weights(item, facts) if self.reaches_every_token else None,
             is_selected_R=selection.by_signal,
             response_R=response_R,
             num_responses=batch.num_responses,
@@ -313,6 +319,7 @@ def build_policy_gradient(section: ObjectiveSection, context: BuildContext, **pa
         surrogate=build_surrogate(section),
         penalties=build_penalties(section),
         reward_kl=build_reward_kl(section),
+        measures_full_kl=section.measure_full_kl,
         importance=ImportanceCorrection(
             level=section.importance_sampling, cap=section.importance_cap, mask=section.importance_bounds
         ),

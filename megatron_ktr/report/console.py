@@ -28,7 +28,8 @@ def selected_tokens_text(
         return decode(rollout.token_ids)
     pieces = []
     for index, text in enumerate(token_texts(rollout.token_ids, decode=decode)):
-        letters = "".join(name[0].upper() for name, marks in selection.is_selected.items() if marks[index])
+        is_key = selection.is_key_token[index]
+        letters = "".join(name[0].upper() for name, marks in selection.is_selected.items() if is_key and marks[index])
         core = text.strip()
         lead, trail = text.split(core, 1) if core else ("", "")
         pieces.append(f"{lead}[{core or repr(text)[1:-1]}|{letters}]{trail}" if letters else text)

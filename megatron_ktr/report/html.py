@@ -34,20 +34,36 @@ _log = logging.getLogger(__name__)
 _LINE_CHARTS = (
     ("Reward", ("reward_mean", "reward/"), "mean over responses"),
     ("Reward by source", ("reward_mean/",), "mean over the responses to one file's questions"),
+    ("Accuracy on shuffled frames", ("shuffled/accuracy",), "mean over responses, which are not trained on"),
+    ("Rule of the temporal bonus", ("temporal_rule",), "share of the videos asked twice for which it holds"),
+    ("Tokens sampled for shuffled frames", ("shuffled/token_share",), "share of all tokens sampled"),
+    ("Time of rewards", ("reward_seconds/",), "seconds a step, of all replicas together"),
+    ("Failed rewards", ("reward_timeouts/", "reward_errors/", "reward_skipped_groups"), "responses since the start"),
     ("Loss", ("loss",), ""),
     ("Share of key tokens", ("key_token_ratio", "key_token_ratio/"), "of all response tokens"),
+    (
+        "Agreement of signals",
+        ("selection_overlap/",),
+        "of the tokens that either of two signals selects, the share that both do",
+    ),
+    ("Dependence on what is seen", ("dependence",), "nats a token"),
     ("Gradient norm", ("grad_norm",), "before clipping"),
     ("Entropy", ("entropy",), "nats a token"),
-    ("KL to the reference model", ("kl",), "nats a token"),
+    ("KL to the reference model", ("kl", "kl_full"), "nats a token"),
     ("Gap between sampler and trainer", ("sampler_trainer_logprob_gap",), "mean difference of log-probs"),
     ("Response length", ("response_length",), "tokens"),
     ("Finished responses", ("finished_share",), "share that ends before the length limit"),
+    ("Groups of a step", ("filter/kept", "filter/rejected", "filter/surplus"), "trained on, rejected, not needed"),
+    ("Refill rounds", ("filter/rounds",), "how often a step drew further prompts"),
+    ("Tokens not trained on", ("filter/tokens_rejected", "filter/tokens_surplus"), "sampled for such groups"),
+    ("Reward before the filter", ("filter/reward_mean",), "mean over responses, those of rejected groups too"),
+    ("Retired records", ("retirement/retired",), "passed over in this epoch or the next"),
     ("Tokens a second", ("tokens_per_second",), ""),
     ("Waiting for data", ("data_wait_fraction",), "share of the step, of the replica that waits longest"),
     ("Learning rate", ("learning_rate",), ""),
 )
 """Each chart as (title, metrics, note). A metric is a name; a name with "/" at its end means a family of metrics."""
-_LABELS = {"reward_mean": "total", "key_token_ratio": "any signal"}
+_LABELS = {"reward_mean": "total", "key_token_ratio": "key tokens"}
 
 
 @dataclass(frozen=True)
@@ -165,7 +181,7 @@ def _stage(
     responses = [response for group in groups for response in group.responses]
     styles = signal_styles(list(dict.fromkeys(name for response in responses for name in response.is_selected)))
     shown = [
-        group_section(group, strips=group_strips, styles=styles, decode=decode)
+        group_section(group, strips=group_strips, styles=styles, decode=decode, temporal=run.temporal_bonus)
         for group, group_strips in zip(groups, strips, strict=True)
     ]
     section = element(

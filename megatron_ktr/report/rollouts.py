@@ -11,7 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_ktr.attribution.controls import MEANINGS as CONTROL_MEANINGS
+from megatron_ktr.config.signal_registry import available_signals, signal_entry
 from megatron_ktr.config.words import SIGNALS
+from megatron_ktr.objectives.bonuses.temporal import TemporalBonus
 from megatron_ktr.report.console import token_texts
 from megatron_ktr.report.frames import Strip
 from megatron_ktr.report.markup import Html, element, escape, format_number
@@ -19,11 +22,6 @@ from megatron_ktr.report.run_data import RecordedGroup, RecordedResponse
 from megatron_ktr.rewards.choices import labelled_options, named_labels
 from megatron_ktr.rewards.truth import Truth
 
-SIGNAL_MEANINGS = {
-    "entropy": "where the model was least sure what to write",
-    "visual": "whose probability depends most on seeing the video (compared with the video hidden)",
-    "temporal": "whose probability depends most on the order of the frames (compared with shuffled frames)",
-}
 OPEN_RESPONSES = 4
 """The number of responses of a group that are visible at first. Further ones are folded."""
 Decode = Callable[[Sequence[int]], str]
@@ -59,6 +57,13 @@ def signal_styles(names: Sequence[str]) -> dict[str, SignalStyle]:
     return styles
 
 
+def meaning_of(name: str) -> str:
+    """What a token is that a signal or a control has selected; "" if this version does not know the name."""
+    if name in CONTROL_MEANINGS:
+        return CONTROL_MEANINGS[name]
+    return signal_entry(name).meaning if name in available_signals() else ""
+
+
 def legend(styles: Mapping[str, SignalStyle]) -> Html | None:
     """The explanation of the marks; None if no signal was logged."""
     if not styles:
@@ -69,7 +74,7 @@ def legend(styles: Mapping[str, SignalStyle]) -> Html | None:
             _marked("token", [style], title=None),
             " ",
             element("strong", f"{style.letter}: {style.name}"),
-            f" - {SIGNAL_MEANINGS[style.name]}" if style.name in SIGNAL_MEANINGS else None,
+            f" - {meaning}" if (meaning := meaning_of(style.name)) else None,
         )
         for style in styles.values()
     ]
@@ -82,9 +87,15 @@ def legend(styles: Mapping[str, SignalStyle]) -> Html | None:
 
 
 def group_section(
-    group: RecordedGroup, *, strips: Sequence[Strip], styles: Mapping[str, SignalStyle], decode: Decode | None
+    group: RecordedGroup,
+    *,
+    strips: Sequence[Strip],
+    styles: Mapping[str, SignalStyle],
+    decode: Decode | None,
+    temporal: TemporalBonus | None = None,
 ) -> Html:
-    """One question with its media and all its responses."""
+    """One question with its media and all its responses, those to shuffled frames among them. ``temporal`` is the bonus
+    that compares with these."""
     record = group.record
     kinds = ", ".join(dict.fromkeys(str(record[key]) for key in ("task", "problem_type") if record.get(key)))
     heading = f"Step {group.step}, question {record['problem_id']}" + (f" ({kinds})" if kinds else "")
@@ -103,7 +114,40 @@ def group_section(
         element("p", _what_it_teaches(group), class_="note") if group.responses else None,
         shown,
         element("details", element("summary", f"{len(folded)} more responses"), folded) if folded else None,
+        _shuffled(group, temporal=temporal, decode=decode) if group.shuffled else None,
         class_="group",
+    )
+
+
+def _shuffled(group: RecordedGroup, *, temporal: TemporalBonus | None, decode: Decode | None) -> Html:
+    """The responses to shuffled frames, folded, below what the bonus made of them."""
+    responses = [
+        _response(response, number=number, styles={}, decode=decode)
+        for number, response in enumerate(group.shuffled, start=1)
+    ]
+    summary = element("summary", f"{_count(len(responses), 'response')} to shuffled frames, not trained on")
+    return element(
+        "div",
+        element("p", _comparison(group, temporal), class_="note") if temporal is not None else None,
+        element("details", summary, responses),
+    )
+
+
+def _comparison(group: RecordedGroup, temporal: TemporalBonus) -> str:
+    """The rule of the bonus in numbers."""
+    means = [
+        sum(response.rewards.get("accuracy", math.nan) for response in found) / len(found)
+        for found in (group.responses, group.shuffled)
+    ]
+    if not all(map(math.isfinite, means)):
+        return "No accuracy was recorded, with which ordered and shuffled frames are compared."
+    ordered, shuffled = map(format_number, means)
+    paid = sum(response.rewards.get(temporal.name, 0.0) > 0 for response in group.responses)
+    holds = temporal.is_satisfied(*means)
+    return (
+        f"Mean accuracy {ordered} on ordered frames, {shuffled} on shuffled ones: "
+        f"{ordered} is {'at least' if holds else 'below'} {format_number(temporal.margin)} x {shuffled}, so that "
+        + (f"{_count(paid, 'correct response')} earned {format_number(temporal.bonus)}." if holds else "nobody earned.")
     )
 
 
@@ -177,7 +221,13 @@ def _response(
     response: RecordedResponse, *, number: int, styles: Mapping[str, SignalStyle], decode: Decode | None
 ) -> Html:
     parts = [
-        element("span", f"{name} ", element("b", format_number(value))) for name, value in response.rewards.items()
+        element(
+            "span",
+            f"{name} ",
+            element("b", format_number(value)),
+            f" x {format_number(response.reward_weights[name])}" if name in response.reward_weights else None,
+        )
+        for name, value in response.rewards.items()
     ]
     facts = []
     if len(response.rewards) > 1:

@@ -24,6 +24,8 @@ from megatron_ktr.config import read_notes
 from megatron_ktr.data.records import Record, check_record
 from megatron_ktr.errors import UserError
 from megatron_ktr.files.json_files import parse_json
+from megatron_ktr.objectives.bonuses.temporal import TemporalBonus
+from megatron_ktr.types import Prompt, Rollout, RolloutGroup
 
 _STEP_FILE = re.compile(r"step_(\d+)(?:_replica_\d+)?\.jsonl")
 
@@ -42,13 +44,18 @@ class RecordedResponse:
     that every token carries the loss."""
     policy_logprobs: tuple[float, ...] = ()
     sampler_logprobs: tuple[float, ...] = ()
+    reward_weights: Mapping[str, float] = field(default_factory=dict)
+    """The weights of parts of the reward, where they are not 1."""
 
     @property
     def reward(self) -> float:
-        return sum(self.rewards.values())
+        return sum(self.reward_weights.get(name, 1.0) * value for name, value in self.rewards.items())
 
     def signals_of(self, index: int) -> tuple[str, ...]:
-        """The signals that selected token ``index``."""
+        """The signals that selected token ``index``; none if it is no key token, as a token that only some signals
+        select if key tokens are those that all select."""
+        if self.is_key_token and not self.is_key_token[index]:
+            return ()
         return tuple(name for name, marks in self.is_selected.items() if marks[index])
 
 
@@ -59,6 +66,8 @@ class RecordedGroup:
     step: int
     record: Record
     responses: tuple[RecordedResponse, ...]
+    shuffled: tuple[RecordedResponse, ...] = ()
+    """Responses to the same frames in random order, which were not trained on."""
 
     @property
     def has_unequal_rewards(self) -> bool:
@@ -97,8 +106,15 @@ class RunData:
         """The groups recorded at ``step``."""
         return [group for at, path in self.rollout_files if at == step for group in self._read(path, step=at)]
 
+    @property
+    def temporal_bonus(self) -> TemporalBonus | None:
+        """The bonus that compares with responses to shuffled frames; None in a run without it."""
+        bonus, margin = (self.option("rollout", name) for name in ("temporal_bonus", "temporal_margin"))
+        return TemporalBonus(bonus, margin) if bonus and _is_number(bonus) and _is_number(margin) else None
+
     def _read(self, path: Path, *, step: int) -> list[RecordedGroup]:
-        return _read_groups(path, step=step, ignored=self.option("data", "ignore_fields") or ())
+        groups = _read_groups(path, step=step, ignored=self.option("data", "ignore_fields") or ())
+        return [with_bonus(group, self.temporal_bonus) for group in groups]
 
 
 def read_run(run_dir: Path | str) -> RunData:
@@ -171,18 +187,49 @@ def _read_groups(path: Path, *, step: int, ignored: Collection[str]) -> list[Rec
             responses = record.pop("responses", None)
             if not isinstance(responses, list) or not all(isinstance(item, dict) for item in responses):
                 raise ValueError("expected a list of objects in 'responses'")
-            groups.append(RecordedGroup(step, record, tuple(_read_response(item) for item in responses)))
+            shuffled = record.pop("shuffled_responses", [])
+            if not isinstance(shuffled, list) or not all(isinstance(item, dict) for item in shuffled):
+                raise ValueError("expected a list of objects in 'shuffled_responses'")
+            groups.append(RecordedGroup(step, record, _read_responses(responses), _read_responses(shuffled)))
         except ValueError as error:
             raise UserError(f"{path}, line {line}: {error}") from error
     return groups
+
+
+def with_bonus(group: RecordedGroup, bonus: TemporalBonus | None) -> RecordedGroup:
+    """``group`` with the bonus among the rewards of its responses, as the objective added it after they were
+    recorded."""
+    everyone = (*group.responses, *group.shuffled)
+    if bonus is None or not group.shuffled or not all("accuracy" in response.rewards for response in everyone):
+        return group
+    values = bonus.values(_as_rollouts(group), [len(response.token_ids) for response in group.responses])
+    responses = tuple(
+        dataclasses.replace(response, rewards={**response.rewards, bonus.name: value})
+        for response, value in zip(group.responses, values, strict=True)
+    )
+    return dataclasses.replace(group, responses=responses)
+
+
+def _as_rollouts(group: RecordedGroup) -> RolloutGroup:
+    responses, shuffled = (
+        tuple(Rollout(response.token_ids, rewards=response.rewards) for response in found)
+        for found in (group.responses, group.shuffled)
+    )
+    return RolloutGroup(Prompt(str(group.record["problem_id"]), ()), responses, shuffled)
+
+
+def _read_responses(items: Sequence[Mapping[str, Any]]) -> tuple[RecordedResponse, ...]:
+    return tuple(_read_response(item) for item in items)
 
 
 def _read_response(item: Mapping[str, Any]) -> RecordedResponse:
     token_ids, rewards = item.get("token_ids", []), item.get("rewards", {})
     if not isinstance(token_ids, list) or not all(_is_whole(token) and token >= 0 for token in token_ids):
         raise ValueError("expected token_ids to be a list of whole numbers")
-    if not isinstance(rewards, dict) or not all(_is_number(value) for value in rewards.values()):
-        raise ValueError("expected rewards to be an object of numbers")
+    weights = item.get("reward_weights", {})
+    for name, values in (("rewards", rewards), ("reward_weights", weights)):
+        if not isinstance(values, dict) or not all(_is_number(value) for value in values.values()):
+            raise ValueError(f"expected {name} to be an object of numbers")
     selected = item.get("is_selected", {})
     if not isinstance(selected, dict):
         raise ValueError("expected is_selected to be an object of lists")
@@ -196,6 +243,7 @@ def _read_response(item: Mapping[str, Any]) -> RecordedResponse:
         is_selected={str(name): tuple(map(bool, _numbers(selected, name, num_tokens))) for name in selected},
         policy_logprobs=tuple(map(float, _numbers(item, "policy_logprobs", num_tokens))),
         sampler_logprobs=tuple(map(float, _numbers(item, "logprobs", num_tokens))),
+        reward_weights={str(name): float(value) for name, value in weights.items()},
     )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from megatron_ktr.rewards.inputs import RewardInput, RewardMedium
 from megatron_ktr.rewards.options import RewardOptions
-from megatron_ktr.rewards.registry import DEFAULT_REWARDS, load_reward, load_rewards, reads_problem_type
+from megatron_ktr.rewards.registry import DEFAULT_REWARDS, load_reward, load_rewards, reads_problem_type, reads_solution
 from megatron_ktr.rewards.rewarder import Rewarder
 
 __all__ = [
@@ -23,4 +23,5 @@ __all__ = [
     "load_reward",
     "load_rewards",
     "reads_problem_type",
+    "reads_solution",
 ]

@@ -7,8 +7,9 @@ A span is read from JSON with a known key (``{"time": [3.2, 8.5]}``), else it is
 y2]}``), else from the last four numbers in brackets. A span that does not end after it starts, a box without area, a
 negative time and what is not finite are no answers: 0.
 
-official   temporal grounding as Time-R1 does: the last answer block, in it the last "<number> to <number>" or "<number>
-           and <number>" with single blanks, and no other form; the union is the hull of both spans.
+official   temporal grounding: JSON with the key "time" as OneThinker reads it; else as Time-R1 does, the last
+           "<number> to <number>" or "<number> and <number>" with single blanks. Both in the last answer block (of
+           several OneThinker reads the first). The union is the hull of both spans.
            spatial grounding as OneThinker does: JSON with the key "boxes" and nothing else
 strict     JSON with the key "time" or "boxes", and nothing around it
 
@@ -108,11 +109,14 @@ judge_box_strictly = _overlap(read_box_strictly, read_box, box_overlap)
 
 
 def judge_span_officially(answer: str, truth: Truth) -> float:
-    """Time-R1's rule. A span that ends before it starts is taken as it is."""
-    found, expected = _RELEASE.findall(_bounded(answer)), read_span(truth.text)
-    if not found or expected is None:
+    """OneThinker's rule for JSON, else Time-R1's. A span that ends before it starts is taken as it is."""
+    expected = read_span(truth.text)
+    found = _json_numbers(answer.strip(), keys=("time",), number=2, is_object=True)
+    if found is None and (worded := _RELEASE.findall(_bounded(answer))):
+        found = [float(number) for number in worded[-1]]
+    if found is None or expected is None:
         return 0.0
-    start, end = map(float, found[-1])
+    start, end = found
     common = max(0.0, min(end, expected[1]) - max(start, expected[0]))
     hull = max(end, expected[1]) - min(start, expected[0])
     return common / hull if hull > 0 and math.isfinite(hull) else 0.0

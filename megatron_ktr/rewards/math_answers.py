@@ -2,8 +2,8 @@
 
 Both texts are parsed as LaTeX or as plain expressions and compared by sympy. Some expressions keep sympy busy for ever
 or fill the memory (``9^{9^{9^9}}``, ``(x+1)^{2000}``), and math-verify's own limits work in the main thread of a
-process alone. So a child process compares (``math_worker.py``), with those limits, and is killed from outside when they
-fail. An answer that cannot be compared in time is not right, and is counted.
+process alone and go by the clock. So a child process compares (``math_worker.py``) with a limit of processor time, and
+is killed from outside when that fails. An answer that cannot be compared in time is not right, and is counted.
 
     1/2 = 0.5 = \\frac{1}{2}   x = 3 is 3   50% = 0.5   1,000 = 1000   12 = 12 cm   (x+1)^2 = x^2 + 2x + 1
     1/3 != 0.333 (6 digits count)   "2" != "$1$ or $2$"   (1, 2) != [1, 2]
@@ -28,10 +28,10 @@ from megatron_ktr.rewards.fold import fold_forms
 
 MOST_CHARACTERS = 2_000
 """Longer texts are no answer to a mathematical question."""
-COMPARE_SECONDS = 3
-"""For each of the at most four comparisons and two parsings, in whole seconds: the limits are alarms."""
-KILL_SECONDS = 12.0
-"""For all of them together, from outside."""
+CPU_SECONDS = 5
+"""Of the processor, in whole seconds, for one answer."""
+KILL_SECONDS = 120.0
+"""Of the clock, from outside. It is reached by what waits, which sympy does not."""
 _MEMORY_BYTES = 2_000_000_000
 _START_SECONDS = 120.0
 _WORDS = Words(option="math-verify", remedy="is math-verify installed?")
@@ -83,7 +83,7 @@ class _Comparer:
 
     def _compare(self, answer: str, truth: str) -> bool:
         child = self._ready_child()
-        request = json.dumps([truth, answer, COMPARE_SECONDS]).encode()
+        request = json.dumps([truth, answer, CPU_SECONDS]).encode()
         try:
             found = child.ask(request, timeout_seconds=KILL_SECONDS).get("equal")
         except WorkerLost:

@@ -6,8 +6,9 @@ numbers.
   matches a truth of 0, not even 0.
 - Letters must be equal to the character, OCR minds case, and ROUGE sees ASCII letters and digits only.
 
-Questions that these releases do not have are judged as others do that have them: "temporal grounding" as Time-R1,
-"spatial grounding" as OneThinker (``grounding.py``), "math" by math-verify, which OneThinker uses.
+Questions that these releases do not have are judged as others do that have them: "temporal grounding" as
+OneThinker and Time-R1, "spatial grounding" as OneThinker (``grounding.py``), "math" by math-verify, which OneThinker
+uses.
 
 There is one difference from the releases: a ``solution`` without ``<answer>`` tags is taken as it is, while they would
 read nothing from it.

@@ -45,6 +45,9 @@ class RewardEntry:
     score: Score
     reads_problem_type: bool = False
     """Whether it judges by the record's problem type, and knows only some of them."""
+    reads_solution: bool = False
+    """Whether it reads the solution of questions of some types as ``accuracy`` does, so that one that cannot be read
+    is to be found before training."""
     check: Callable[[RewardOptions], None] = lambda options: None
     """Raises ``UserError`` if the reward cannot work with these options on this machine. Called before anything
     expensive."""
@@ -92,6 +95,11 @@ def reward_entry(name: str) -> RewardEntry:
 def reads_problem_type(name: str) -> bool:
     """Whether ``name`` is a built-in reward that judges by the record's problem type."""
     return ":" not in name and reward_entry(name).reads_problem_type
+
+
+def reads_solution(name: str) -> bool:
+    """Whether ``name`` is a built-in reward that reads solutions as ``accuracy`` does."""
+    return ":" not in name and reward_entry(name).reads_solution
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ A response has the parts whose reward applies to it. Its reward is their weighte
     stop         the run ends with one line
     zero         the response gets 0 for that part
     skip_group   every part of every response of the group is 0. No response is then preferred to another, and no bonus
-                 for correct ones is paid
+                 for correct ones is paid. Of a variant of a prompt, whose responses are only compared with, no response
+                 is left: nothing is compared, and no bonus is paid
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -38,7 +39,7 @@ class Rewarder:
         self._weights = section.weights
         self._lock = threading.Lock()
         self._loaded: dict[tuple[str, ...], dict[str, Reward]] = {}
-        self._seconds: Counter[str] = Counter()
+        self._seconds: defaultdict[str, float] = defaultdict(float)
         self._counts: Counter[str] = Counter()
         self._pool: PlugInPool | None = None
         if section.reward_workers:
@@ -70,8 +71,8 @@ class Rewarder:
         """reward_seconds/<part> since the last call, and since the start reward_timeouts/<part>, reward_errors/<part>
         and reward_skipped_groups as far as there are any."""
         with self._lock:
-            seconds, self._seconds = self._seconds, Counter()
-            found = {f"reward_seconds/{name}": float(value) for name, value in seconds.items()}
+            seconds, self._seconds = self._seconds, defaultdict(float)
+            found = {f"reward_seconds/{name}": value for name, value in seconds.items()}
             return found | {name: float(number) for name, number in (self._counts + _of_math()).items()}
 
     def close(self) -> None:
@@ -93,6 +94,8 @@ class Rewarder:
                 failed.append((" + ".join(found), index, Failed("error", "does not apply: a response has no reward")))
         self._settle(failed, group.prompt)
         is_skipped = bool(failed) and self.options.section.reward_on_error == "skip_group"
+        if is_skipped and group.prompt.variant:
+            return dataclasses.replace(group, rollouts=())
         return dataclasses.replace(
             group,
             rollouts=tuple(

@@ -18,6 +18,7 @@ from megatron_ktr.config import Config
 from megatron_ktr.config.filter_rules import draws_together, metric_of
 from megatron_ktr.config.part_options import row_multiple
 from megatron_ktr.config.sections import DataSection, RolloutSection
+from megatron_ktr.config.view_registry import load_view
 from megatron_ktr.data.dataset import PromptDataset
 from megatron_ktr.data.lengths import record_lengths
 from megatron_ktr.data.mixture import RecordSource
@@ -34,6 +35,7 @@ from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.distributed.platform import current
 from megatron_ktr.distributed.rendezvous import read_number
 from megatron_ktr.errors import UserError, same_on_every_rank
+from megatron_ktr.objectives import build_objective
 from megatron_ktr.policy.policy import Policy
 from megatron_ktr.rewards import DEFAULT_REWARDS, Rewarder
 from megatron_ktr.rollout.base import RolloutEngine
@@ -84,6 +86,8 @@ def build_local_source(
     dataset.count_too(questions.sources[0].loader.reader.counts)
     if (pool := worker_pool(data)) is not None:
         dataset.read_ahead(pool, prefetch_steps=data.prefetch_steps)
+    if _shows_other_media(config):
+        dataset.show_other_media()
     if questions.engine is not None:
         return ReplaySource(dataset, engine=questions.engine, second=_second_prompt(config))
     return SupervisedSource(dataset) if config.objective.is_supervised else DatasetSource(dataset)
@@ -105,6 +109,12 @@ def _in_order_of_length(
         step_size=config.trainer.prompts_per_step,
     )
     return (replace(source, buckets=buckets),)
+
+
+def _shows_other_media(config: Config) -> bool:
+    """Whether some view of the objective shows the media of other questions."""
+    objective = build_objective(config.objective, reward=config.reward, rollout=config.rollout)
+    return any(load_view(view).needs_other_media for view in objective.views)
 
 
 def require_same_questions(local: DatasetSource | None, *, ranks: ParallelGroups) -> None:
@@ -148,9 +158,8 @@ def _about(local: DatasetSource | None) -> tuple[str, str, str, int, bool, str] 
     if local is None:
         return None
     data = local.dataset
-    content = data.content
-    digests = content.records, content.wording, content.left_out
-    return *digests, data.num_kept, data.together is not None, content.lengths
+    digests = data.records_digest, data.wording_digest, data.left_out_digest
+    return *digests, data.num_kept, data.together is not None, data.lengths_digest
 
 
 def _retirement_of(rollout: RolloutSection) -> RetirementRule | None:

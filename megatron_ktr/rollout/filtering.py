@@ -28,11 +28,11 @@ largest from the smallest value, where OpenRLHF has the standard deviation.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_ktr.config.words import FilterGroups
-from megatron_ktr.types import RolloutGroup
+from megatron_ktr.types import Rollout, RolloutGroup
 
 WHOLE_REWARD = "reward"
 """The metric that is the sum of all parts of a response's reward."""
@@ -58,7 +58,10 @@ class FilterRule:
         """Why the group is rejected, one of ``REASONS``; "" for a good group."""
         if self.kind == "off":
             return ""
-        values = [_value(rollout.rewards, self.metric) for rollout in group.rollouts]
+        found = [_value(rollout, self.metric) for rollout in group.rollouts]
+        values = [value for value in found if value is not None]
+        if not values:  # the metric does not apply to this question
+            return ""
         if max(values) == min(values):
             return "equal"
         if self.kind == "range" and not self.low < math.fsum(values) / len(values) < self.high:
@@ -66,9 +69,10 @@ class FilterRule:
         return "spread" if max(values) - min(values) < self.min_spread else ""
 
 
-def _value(rewards: Mapping[str, float], metric: str) -> float:
-    # Every response has the part: ``config/filter_rules.py`` and ``replay.Required`` see to it.
-    return float(sum(rewards.values())) if metric == WHOLE_REWARD else rewards[metric]
+def _value(rollout: Rollout, metric: str) -> float | None:
+    # ``config/filter_rules.py`` and ``replay.Required`` see to it that the run has the part. A reward may say of a
+    # response that it does not apply.
+    return rollout.reward if metric == WHOLE_REWARD else rollout.rewards.get(metric)
 
 
 @dataclass(frozen=True)

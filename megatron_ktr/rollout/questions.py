@@ -25,7 +25,7 @@ from megatron_ktr.data.store.check import Clips, check_store, clips_of
 from megatron_ktr.data.store.record_store import RecordRules, RecordStore, open_store
 from megatron_ktr.data.tokenizer import Tokenizer
 from megatron_ktr.errors import UserError
-from megatron_ktr.rewards import DEFAULT_REWARDS, RewardOptions, load_rewards, reads_problem_type
+from megatron_ktr.rewards import DEFAULT_REWARDS, RewardOptions, load_rewards, reads_solution
 from megatron_ktr.rollout.replay import ReplayEngine, Required
 
 _log = logging.getLogger(__name__)
@@ -173,7 +173,7 @@ def _check(
         store,
         problems=problems,
         loader=loader,
-        rewards=[name for name in names if reads_problem_type(name)],
+        rewards=[name for name in names if reads_solution(name)],
         is_spokesman=is_spokesman,
     )
     left_out = problems.settle(len(store), max_share=config.data.max_skip_share, is_spokesman=is_spokesman)

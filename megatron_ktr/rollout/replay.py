@@ -163,7 +163,7 @@ class ReplayEngine(RolloutEngine):
                 raise UserError(
                     f"replay_path: {self.path}, record {line} (problem_id {prompt.problem_id}): its shuffled_responses "
                     "are empty, but its video has an order to lose: frames or sizes differ from those when it was "
-                    "recorded; record it again, or set --temporal-bonus 0"
+                    "recorded, or their rewards had failed; record it again, or set --temporal-bonus 0"
                 )
             if counts is not None and len(rollouts) < counts[index]:
                 raise ValueError(f"prompt {prompt.problem_id} has {len(rollouts)} responses, asked for {counts[index]}")
@@ -243,6 +243,7 @@ class ReplayEngine(RolloutEngine):
             text=str(text),
             is_finished=is_finished,
             rewards=_read_rewards(response),
+            reward_weights=_read_numbers(response.get("reward_weights", {}), name="reward_weights"),
         )
 
 
@@ -329,6 +330,8 @@ def _plain_response(rollout: Rollout) -> dict[str, Any]:
         "is_finished": rollout.is_finished,
         "rewards": dict(rollout.rewards),
     }
+    if rollout.reward_weights:
+        response["reward_weights"] = dict(rollout.reward_weights)
     if rollout.sampler_logprobs is not None:
         response["logprobs"] = list(rollout.sampler_logprobs)
     return response
@@ -359,10 +362,16 @@ def _read_rewards(response: Mapping[str, Any]) -> dict[str, float]:
         rewards = {"reward": response["reward"]}
     if not isinstance(rewards, dict) or not rewards:
         raise ValueError("expected 'rewards' (an object of named numbers) or 'reward' (a number)")
-    for name, value in rewards.items():
+    return _read_numbers(rewards, name="reward")
+
+
+def _read_numbers(values: Any, *, name: str) -> dict[str, float]:
+    if not isinstance(values, dict):
+        raise ValueError(f"expected {name} to be an object of numbers, got {_short(values)}")
+    for key, value in values.items():
         if not _is_number(value):
-            raise ValueError(f"expected reward {name!r} to be a finite number, got {_short(value)}")
-    return {str(name): float(value) for name, value in rewards.items()}
+            raise ValueError(f"expected {name} {key!r} to be a finite number, got {_short(value)}")
+    return {str(key): float(value) for key, value in values.items()}
 
 
 def _check_rewards(rollouts: Sequence[Rollout], required: Mapping[str, str]) -> None:

@@ -16,6 +16,7 @@ original one.
 from __future__ import annotations
 
 import dataclasses
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -134,23 +135,45 @@ class SecondsAlone:
     """Measures what second prompts add to the time of a rollout: the seconds in which only they are still answered.
 
     One call answers both kinds of prompts, often side by side, so no clock can divide its time between them. What is
-    measured is the time from the answer to the last first prompt to the answer to the last second one. Second prompts
-    cost at least that. They cost more where they took room from the first ones; ``shuffled/token_share`` says how much
+    measured is the time in which second prompts wait for answers and no first one does. Second prompts cost at least
+    that. They cost more where they took room from the first ones; ``shuffled/token_share`` says how much
     of the sampling is theirs.
     """
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_open = [0, 0]
+        """First and second prompts that are still answered, over all calls that run side by side."""
+        self._since = 0.0
         self._seconds = 0.0
 
-    def timed(self, found: Iterator[tuple[int, RolloutGroup]], *, num_first: int) -> Iterator[tuple[int, RolloutGroup]]:
-        """Yields ``found``, whose places from ``num_first`` on are second prompts."""
-        last = {False: time.perf_counter(), True: 0.0}
-        for place, group in found:
-            last[place >= num_first] = time.perf_counter()
-            yield place, group
-        self._seconds += max(0.0, last[True] - last[False])
+    def timed(
+        self, found: Iterator[tuple[int, RolloutGroup]], *, num_first: int, num_second: int
+    ) -> Iterator[tuple[int, RolloutGroup]]:
+        """Yields ``found``, the answers to ``num_first`` first prompts and, in the places behind them, to second ones.
+        Several threads may do so at a time."""
+        missing = [num_first, num_second]
+        self._change(missing, by=1)
+        try:
+            for place, group in found:
+                answered = [int(place < num_first), int(place >= num_first)]
+                missing = [left - one for left, one in zip(missing, answered, strict=True)]
+                self._change(answered, by=-1)
+                yield place, group
+        finally:
+            self._change(missing, by=-1)
 
     def take(self) -> float:
         """The seconds since the last call."""
-        seconds, self._seconds = self._seconds, 0.0
+        with self._lock:
+            seconds, self._seconds = self._seconds, 0.0
         return seconds
+
+    def _change(self, numbers: Sequence[int], *, by: int) -> None:
+        with self._lock:
+            now = time.perf_counter()
+            num_first, num_second = self._num_open
+            if num_second and not num_first:
+                self._seconds += now - self._since
+            self._since = now
+            self._num_open = [num_first + by * numbers[0], num_second + by * numbers[1]]

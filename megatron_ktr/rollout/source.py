@@ -66,10 +66,13 @@ class Sampler:
         several groups at a time if users' functions have several processes.
         """
         counts = counts_of_questions(questions, second=self.second)
-        found = self.engine.stream(prompts_of(questions), step=step, counts=counts)
+        prompts = prompts_of(questions)
+        found = self.engine.stream(prompts, step=step, counts=counts)
+        num_first = len(questions)
         with ThreadPoolExecutor(self.rewarder.num_threads, thread_name_prefix="rewards") as pool:
             rewarded: dict[int, Future[list[RolloutGroup]]] = {}
-            for place, group in self.seconds_alone.timed(found, num_first=len(questions)):
+            timed = self.seconds_alone.timed(found, num_first=num_first, num_second=len(prompts) - num_first)
+            for place, group in timed:
                 names = self.rewards_of_source.get(group.prompt.source, self.rewards)
                 rewarded[place] = pool.submit(self.rewarder.reward, [group], names=names)
             return joined(questions, ((place, result.result()[0]) for place, result in rewarded.items()))

@@ -14,15 +14,25 @@ The names of the numbers are stable:
 - under a bound on tokens: num_micro_batches and oversized_groups (``step/plan.py``)
 - counted since the run began: skipped/<kind>, decoder/<name>, "decoder/pyav: <why not decord>", repeated_frames,
   substituted_media
+- where responses are sampled: reward_seconds/<part>, the seconds in which a part of the reward was computed, of all
+  replicas together; counted since the process began, as far as there are any: reward_timeouts/<part> and
+  reward_errors/<part>, responses, and reward_skipped_groups (``rewards/rewarder.py``)
 - of a mixture: reward_mean/<source> of the step's prompts, and source/<source>, the prompts drawn since the run began
 - with data workers or a frame cache, counted since the process began: data_workers/replaced, "data_workers/replaced:
   <why>" (``data/workers/pool.py``), frame_cache/<event> (``data/frame_cache.py``)
 - of steps that were evaluated (``evaluation/training/in_training.py``): eval/<set>/accuracy and others,
   seconds/evaluate; a run that is evaluated at its start has them as step 0
+- with several signals: selection_overlap/<signal>+<signal>; with advantage_shaping: dependence, advantage_factor_max
+  (``attribution/key_tokens.py``)
 - with temporal_bonus: reward/temporal_bonus and temporal_rule, the share of the groups asked twice whose rule holds
   (``objectives/bonuses/temporal.py``); of the second prompts (``rollout/second_prompt.py``) shuffled/prompts,
   shuffled/tokens, shuffled/token_share of all tokens sampled, shuffled/response_length, shuffled/accuracy, and
   shuffled/seconds_alone, the part of seconds/rollout in which only they were still answered, of the slowest replica
+- with filter_groups, of the step over all replicas (``rollout/filtering.py``): filter/rejected, filter/kept and
+  filter/refilled, filter/rejected_<reason>, filter/filled_up, filter/surplus, filter/rounds, filter/is_short,
+  filter/tokens_rejected, filter/tokens_surplus, filter/reward_mean
+- with retire_above: retirement/retired, the records that are passed over in the present epoch or the next, and
+  retirement/passed_over, the draws that passed one over since the run began
 - of steps at which the loss of held-out responses was measured (``evaluation/training/held_out_loss.py``): eval_loss,
   eval/<set>/loss, eval/<set>/loss_skipped
 - with original_compat: responses_without_key_tokens, a share of the step's responses
@@ -151,6 +161,11 @@ def step_line(step: int, num_steps: int, values: Mapping[str, float]) -> str:
         parts.append(f"key tokens {values['key_token_ratio']:.2f}" + (f" ({signals})" if signals else ""))
     if "tokens_per_second" in values:
         parts.append(f"{values['tokens_per_second']:.0f} tokens/s")
+    if "filter/rejected" in values:
+        short = ", too few" if values["filter/is_short"] else ""
+        parts.append(f"groups {values['filter/kept']:.0f} ({values['filter/rejected']:.0f} rejected{short})")
+    if values.get("retirement/retired"):
+        parts.append(f"retired {values['retirement/retired']:.0f}")
     if step > 1 and values.get("data_wait_fraction", 0.0) >= NOTEWORTHY_WAIT:
         parts.append(f"waited {values['data_wait_fraction']:.0%} for data")
     if values.get("num_skipped"):

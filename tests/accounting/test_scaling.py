@@ -54,8 +54,13 @@ FULL: dict[str, Any] = {"recompute_granularity": "full", "recompute_method": "un
 CASES = {
     "tp8 pp4 dp8, sequence parallel, all views": Case(
         Layout(tensor=8, pipeline=4, data=8, sequence_parallel=True),
-        values={**VIDEO_KTR, "shift": "kl", "num_shuffles": 2},
-        settings={"compares_distributions": True, "views": view_costs(ObjectiveSection(num_shuffles=2))},
+        values={**VIDEO_KTR, "shift": "kl", "num_shuffles": 2, "kl_kind": "full"},
+        settings={
+            "compares_distributions": True,
+            "compares_reference": True,
+            "has_reference_kl_gradient": True,
+            "views": view_costs(ObjectiveSection(num_shuffles=2)),
+        },
     ),
     "tp4 pp8 in two chunks, dp8": Case(
         Layout(tensor=4, pipeline=8, data=8, virtual=2),

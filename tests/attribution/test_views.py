@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from megatron_ktr.accounting.flops import count_step, count_vision
+from megatron_ktr.accounting.planner import Request, find_plans
+from megatron_ktr.accounting.rates import settings_of
+from megatron_ktr.accounting.work import GroupWork
+from megatron_ktr.attribution.views.base import CounterfactualView, ViewDraw
+from megatron_ktr.config import configuration_page, load_config, view_registry
+from megatron_ktr.config.part_options import StepOptions
 from megatron_ktr.config.view_registry import load_view, register_view, temporal_views, visual_views
 from megatron_ktr.data.media.preprocess import PreprocessSettings
 from megatron_ktr.errors import UserError
+from megatron_ktr.objectives import build_objective
 from megatron_ktr.types import Prompt, VisualInput
+from models.qwen2_5_vl.published import PUBLISHED_CONFIGS
 from tests.support.groups import MEDIA
+from tests.support.steps import example_groups, run_steps
+from tests.support.tiny import save_tiny_hf
 from tests.support.views import draw_of
 
 SETTINGS = PreprocessSettings()
@@ -133,3 +146,50 @@ def test_names_of_views_are_unique_and_unknown_ones_name_the_nearest() -> None:
         load_view("reverse")
     with pytest.raises(ValueError, match="two views are called 'hidden'"):
         register_view("hidden", "tests.somewhere:ELSE", is_temporal=False)
+
+
+class Striped(CounterfactualView):
+    """Every second line of every picture is black. A view of one's own: nothing else in the project knows it."""
+
+    name = "striped"
+    is_random = False
+
+    def applies(self, prompt: Prompt) -> bool:
+        return bool(prompt.media)
+
+    def shown(self, prompt: Prompt, draw: ViewDraw) -> tuple[VisualInput, ...]:
+        striped = [medium.frames_FCHW.clone() for medium in prompt.media]
+        for frames_FCHW in striped:
+            frames_FCHW[:, :, ::2] = 0
+        pairs = zip(prompt.media, striped, strict=True)
+        return tuple(dataclasses.replace(medium, frames_FCHW=frames_FCHW) for medium, frames_FCHW in pairs)
+
+
+STRIPED = Striped()
+
+
+def test_a_view_of_ones_own_is_configured_trained_with_counted_and_planned(
+    one_rank: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(view_registry, "VISUAL_VIEWS", dict(view_registry.VISUAL_VIEWS))
+    register_view("striped", f"{__name__}:STRIPED", is_temporal=False)
+    values = {"visual_view": "striped", "signals": ("visual",)}
+    flags = ["--model", "m", "--replay-path", "r.jsonl", "--visual-view", "striped", "--signals", "visual"]
+    config = load_config(flags)
+    assert config.objective.visual_view == "striped" and "striped" in configuration_page()
+    with pytest.raises(UserError, match="--patch-share is not read with --visual-view striped"):
+        load_config([*flags, "--patch-share", "0.2"])
+
+    save_tiny_hf(tmp_path)
+    (record,) = run_steps(one_rank, hf_dir=tmp_path, rollout_groups=example_groups("mixed", "text"), values=values)
+    assert record.values["has_stepped"] == 1.0 and record.values["key_token_ratio/visual"] > 0
+    # Each picture and its striped form ran through the encoder: the policy's own run once, the reference's once more.
+    assert record.values["vision_runs_per_prompt"] == 3.0
+
+    settings = settings_of(StepOptions.of(config), build_objective(config.objective))
+    model = PUBLISHED_CONFIGS["3B"]
+    flops = count_step(model, [GroupWork(100, (50,), video_grids=((4, 8, 8),))], settings=settings)
+    assert flops.of("striped", parts=("vision",)) == count_vision(model.vision, ((4, 8, 8),)).total
+    request = Request(config=model, num_gpus=8, gpu_memory_gb=80, num_frames=16, prompts_per_step=8, settings=settings)
+    without = dataclasses.replace(request, settings=dataclasses.replace(settings, views=()))
+    assert find_plans(request)[0].time.total > find_plans(without)[0].time.total

@@ -29,7 +29,9 @@ from megatron_ktr.data.synthetic import (
 from megatron_ktr.data.template import load_tokenizer
 from megatron_ktr.data.tiny_model import save_tiny_model
 from megatron_ktr.errors import UserError
-from megatron_ktr.rewards import accuracy_reward, format_reward
+from megatron_ktr.rewards import load_reward
+
+accuracy_reward, format_reward = load_reward("accuracy"), load_reward("format")
 
 
 def dominant_colour(frame: np.ndarray) -> str | None:

@@ -52,6 +52,16 @@ def test_the_default_is_the_file_that_older_runs_were_made_with() -> None:
     assert WordingTemplate().describe().startswith("think_answer (built in), digest ")
 
 
+def test_the_wording_for_times_and_boxes_is_the_default_for_all_other_types() -> None:
+    wording, default = WordingTemplate("grounding"), WordingTemplate()
+    for kind in ("multiple choice", "numerical", "OCR", "free-form", "regression", "riddle", ""):
+        given = {"problem": "Q?", "problem_type": kind, "options": ["A. x"], "data_type": "video"}
+        assert wording.render(given) == default.render(given)
+    boxes = {"problem": "Q?", "problem_type": "spatial grounding", "box_size": [640, 360]}
+    assert "pixels of a picture that is 640 wide and 360 high" in wording.render(boxes).user
+    assert '{"time": [start, end]}' in wording.render({"problem": "Q?", "problem_type": "temporal grounding"}).user
+
+
 @pytest.mark.parametrize(
     ("template", "text"),
     [(" {{ problem }} \n\n", "Which?"), ("{% set keep_blanks = true %} {{ problem }} \n\n", " Which? \n")],

@@ -213,7 +213,9 @@ def test_micro_batch_hands_over_sampler_logprobs_only_if_every_response_has_them
         dataclasses.replace(rollout, sampler_logprobs=tuple(-1.0 for _ in rollout.token_ids))
         for rollout in GROUP.rollouts
     )
-    statistics = SimpleNamespace(logprob_R=torch.zeros(5), entropy_R=torch.zeros(5))
+    statistics = SimpleNamespace(
+        logprob_R=torch.zeros(5), entropy_R=torch.zeros(5), reference_logprob_R=None, reference_kl_R=None
+    )
     for rollouts, is_complete in (((first, second), True), ((first, GROUP.rollouts[1]), False)):
         group = dataclasses.replace(GROUP, rollouts=rollouts)
         item = MicroBatch((group,), pack_groups([group], view="intact", media=MEDIA))

@@ -125,6 +125,27 @@ def question(responses: list[dict], *, problem_id: str = "7", **fields) -> dict:
     return record | fields
 
 
+def test_responses_to_shuffled_frames_and_the_bonus_they_decided_are_shown(tmp_path):
+    """By hand: .3875 against 0.8 x .45 = .36 pays the two accuracies above 0.1; against 0.8 x .5 = .40 nobody."""
+    responses = [response([1], accuracy=value) for value in (0.9, 0.05, 0.6, 0.0)]
+    lines = [
+        question(responses, problem_id=name, shuffled_responses=[response([2], text=EVIL, accuracy=a) for a in of])
+        for name, of in (("paid", (0.4, 0.5)), ("unpaid", (0.5, 0.5)))
+    ]
+    run = write_run(tmp_path / "run", rollouts={1: lines}, objective="t_grpo")
+    paid, unpaid = read_run(run).groups_of(1)
+    assert [found.rewards["temporal_bonus"] for found in paid.responses] == [0.3, 0.0, 0.3, 0.0]
+    assert [found.reward for found in paid.responses] == pytest.approx([2.2, 1.05, 1.9, 1.0])
+    assert not any(found.rewards["temporal_bonus"] for found in unpaid.responses)
+    page = page_of(run, out=tmp_path / "r.html")
+    assert "is at least 0.8 x 0.45, so that 2 correct responses earned 0.3." in page.text
+    assert "is below 0.8 x 0.5, so that nobody earned." in page.text
+    assert page.text.count("2 responses to shuffled frames, not trained on") == 2
+    assert page.text.count("alert(1)") == 4 and not page.all("script")
+    plain = page_of(write_run(tmp_path / "plain", rollouts={1: [question(responses)]}), out=tmp_path / "p.html")
+    assert "shuffled frames" not in plain.text.replace("compared with shuffled frames", "")
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("report") / "model"

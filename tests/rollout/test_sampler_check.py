@@ -422,6 +422,7 @@ def settings(inputs: Path, run_dir: Path, **changes: Any) -> Config:
             "num_generations": 2,
             "max_response_length": 6,
             "reward_functions": (f"{__name__}:uneven_reward",),
+            "reward_workers": 0,
             "length_bonus": 0.0,
             "kl_beta": 0.0,
             "lr": 0.05,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,9 +12,10 @@ import torch
 
 from megatron_ktr.attribution.counterfactuals import draw_permutations
 from megatron_ktr.distributed.groups import ParallelSizes
+from megatron_ktr.rollout import second_prompt
 from megatron_ktr.rollout.base import counts_of
 from megatron_ktr.rollout.sampling import SamplingSettings
-from megatron_ktr.rollout.second_prompt import SHUFFLED, SecondPrompt
+from megatron_ktr.rollout.second_prompt import SHUFFLED, SecondPrompt, SecondsAlone
 from megatron_ktr.rollout.source import ReplicaSource, Sampler
 from megatron_ktr.types import Prompt, RolloutGroup
 from tests.rollout.test_source import FailingEngine, NumberedSource
@@ -108,6 +110,29 @@ class FramesEngine(FailingEngine):
             tokens = [*medium.frames_FCHW[:, 0, 0, 0].tolist(), step]
             rollouts = group_of(1, responses=[[*tokens, sample] for sample in range(numbers[index])]).rollouts
             yield index, RolloutGroup(prompts[index], rollouts)
+
+
+def test_only_the_time_in_which_second_prompts_alone_are_answered_is_theirs(monkeypatch) -> None:
+    """By hand, two calls side by side, each with one first and one second prompt. A is asked at 0, and its first answer
+    comes at 10; B is asked at 10 and has its first answer at 15. The second ones come at 25 and 40: 25 seconds."""
+    now = 0.0
+    monkeypatch.setattr(second_prompt.time, "perf_counter", lambda: now)
+    alone, group = SecondsAlone(), group_of(1, responses=[[2]])
+
+    def answers(*times: float) -> Iterator[tuple[int, RolloutGroup]]:
+        nonlocal now
+        for place, time in enumerate(times):
+            now = time
+            yield place, group
+
+    a, b = (alone.timed(answers(*times), num_first=1, num_second=1) for times in ((10.0, 25.0), (15.0, 40.0)))
+    assert [next(call)[0] for call in (a, b, a, b)] == [0, 0, 1, 1]
+    assert list(a) == list(b) == [] and alone.take() == 25.0 and alone.take() == 0.0
+    # A call that is given up leaves nothing open, and one without second prompts takes no time.
+    given_up = alone.timed(answers(50.0, 60.0), num_first=1, num_second=1)
+    next(given_up)
+    given_up.close()
+    assert list(alone.timed(answers(100.0), num_first=1, num_second=0)) and alone.take() == 0.0
 
 
 class TogetherEngine(FramesEngine):

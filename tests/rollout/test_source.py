@@ -15,12 +15,14 @@ import torch
 
 from megatron_ktr.batch.packing import pack_groups
 from megatron_ktr.config import Config, config_from_values
+from megatron_ktr.config.sections import RewardSection
 from megatron_ktr.data.media.preprocess import PreprocessSettings
 from megatron_ktr.data.reshard import reshard_states
 from megatron_ktr.data.template import PromptBuilder, VisualTokens
 from megatron_ktr.data.unusable import UnusableMedia
 from megatron_ktr.distributed.groups import ParallelSizes
 from megatron_ktr.errors import UserError
+from megatron_ktr.rewards import Rewarder, RewardOptions
 from megatron_ktr.rollout.base import RolloutEngine
 from megatron_ktr.rollout.build import build_local_source
 from megatron_ktr.rollout.check.probes import probe_prompts
@@ -200,10 +202,16 @@ def length_reward(response: str, record: dict) -> float:
     return float(len(response))
 
 
+def sampler_of(engine: RolloutEngine) -> Sampler:
+    """With a reward that needs no process of its own."""
+    rewarder = Rewarder(RewardOptions(RewardSection(reward_workers=0)))
+    return Sampler(engine, rewards=(f"{__name__}:length_reward",), rewarder=rewarder)
+
+
 def share_one_source(context) -> tuple[str, int, dict[str, int], dict[str, int], list]:
     groups = context.init(ParallelSizes(tensor=2))
     local = NumberedSource() if groups.is_source else None
-    sampler = Sampler(FailingEngine(), rewards=(f"{__name__}:length_reward",)) if groups.is_source else None
+    sampler = sampler_of(FailingEngine()) if groups.is_source else None
     source = ReplicaSource(local, ranks=groups, sampler=sampler)
     before = dict(source.counts)
 
@@ -222,7 +230,9 @@ def share_one_source(context) -> tuple[str, int, dict[str, int], dict[str, int],
     found = [
         (group.prompt.problem_id, group.rollouts[0].token_ids, group.rollouts[0].reward) for group in source.finish()
     ]
-    return said, source.num_skipped, before, dict(source.counts), found
+    counts = dict(source.counts)
+    assert counts.pop("reward_seconds/length_reward", 0.0) >= 0  # of the step, and the same on no two machines
+    return said, source.num_skipped, before, counts, found
 
 
 def test_a_reader_that_fails_on_a_tensor_leaves_no_rank_waiting_and_its_counts_reach_all(ranks) -> None:
@@ -248,8 +258,7 @@ class GatedEngine(FailingEngine):
 
 
 def lagged(engine: RolloutEngine, groups: Any, local: Any = None) -> ReplicaSource:
-    sampler = Sampler(engine, rewards=(f"{__name__}:length_reward",))
-    return ReplicaSource(local or NumberedSource(), ranks=groups, sampler=sampler, lag=1)
+    return ReplicaSource(local or NumberedSource(), ranks=groups, sampler=sampler_of(engine), lag=1)
 
 
 def overlap_and_resume(context) -> dict[str, Any]:

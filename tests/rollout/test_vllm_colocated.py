@@ -87,6 +87,7 @@ def settings(inputs: Path, run_dir: Path, **changes: Any) -> Config:
             "max_response_length": LENGTH,
             "rollout_kv_cache_gb": 0.03,
             "reward_functions": ("accuracy", "format", f"{__name__}:uneven_reward"),
+            "reward_workers": 0,
             "length_bonus": 0.0,
             "kl_beta": 0.04,
             "optimizer": "sgd",
@@ -233,6 +234,23 @@ def test_seeds_make_the_responses(lone) -> None:
     draws = [dataclasses.replace(side.prompts[0], draw_number=number) for number in range(3)]
     texts = {rollout.token_ids for group in engine.generate(draws, step=4) for rollout in group.rollouts}
     assert len(texts) == 9, "the same record, drawn three times in a step"
+
+
+def test_a_second_prompt_has_its_own_count_and_frames_and_changes_no_other_response(lone) -> None:
+    from megatron_ktr.rollout.second_prompt import SecondPrompt
+
+    side, engine = lone
+    second = SecondPrompt(3, 2, seed=0).of(side.prompts[0], step=4)
+    assert second is not None
+    alone = engine.generate(side.prompts, step=4)
+    found = dict(engine.stream([*side.prompts, second], step=4, counts=[3, 3, 3, 2]))
+    assert [found[place].rollouts for place in range(3)] == [group.rollouts for group in alone]
+    assert len(found[3].rollouts) == 2
+    check(side.difference([found[3]]))  # of the shuffled frames, which the trainer sees in the same order
+    plain = dataclasses.replace(found[3], prompt=side.prompts[0])
+    assert side.difference([plain]).mean() > 10 * MEAN_TOLERANCE, "the intact frames give other log-probs"
+    ((_, again),) = engine.stream([second], step=4, counts=[2])
+    assert again.rollouts == found[3].rollouts, "whatever else is asked"
 
 
 def test_greedy_tokens_and_logprobs_are_the_hf_engines(lone) -> None:
@@ -502,6 +520,13 @@ def in_four_ranks(context: Any, *, inputs: Path, out: Path) -> dict[str, Any]:
             "responses": sum(len(group.rollouts) for group in groups),
             "difference": side.difference(groups),
         }
+        # Only the first replica has a second prompt; engines that several replicas share answer it all the same.
+        more = [dataclasses.replace(side.prompts[2], variant="shuffled")] if side.policy.ranks.data_rank == 0 else []
+        twice = dict(engine.stream([*side.prompts, *more], counts=[3, 3, 3, *[2 for _ in more]]))
+        assert [twice[place].rollouts for place in range(len(groups))] == [group.rollouts for group in groups]
+        assert [len(group.rollouts) for place, group in sorted(twice.items()) if place > 2] == [
+            2 for _ in more if groups
+        ]
         if engine_size == 1:
             # One engine refuses its part; the others learn it instead of waiting for answers.
             long = dataclasses.replace(side.prompts[2], problem_id="long", token_ids=side.prompts[2].token_ids * 200)

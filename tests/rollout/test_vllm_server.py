@@ -334,6 +334,7 @@ def run_training(ranks, served: Served, run_dir: Path, *, world_size: int, **cha
         "max_response_length": 16,
         "top_p": 1.0,
         "reward_functions": ("accuracy", "format", f"{__name__}:uneven_reward"),
+        "reward_workers": 0,
         "length_bonus": 0.0,
         "kl_beta": 0.0,
         "optimizer": "sgd",

@@ -121,7 +121,7 @@ def train(config: Config, ranks: ParallelGroups) -> dict[str, Any]:
     objective = build_objective(config.objective, reward=config.reward)
     policy.add_reference()
     trainer = Trainer(options=StepOptions.of(config), policy=policy, source=source, objective=objective, media=media)
-    checkpoints = Checkpoints(start.run_dir, policy=policy, source=source, options=CheckpointOptions.of(config))
+    checkpoints = Checkpoints(start.run_dir, policy=policy, source=trainer, options=CheckpointOptions.of(config))
     if start.checkpoint:
         assert checkpoints.load(start.checkpoint) == start.step
     writer = MetricsWriter(start.run_dir if ranks.rank == 0 else None, first_step=start.step + 1)
@@ -139,6 +139,7 @@ def train(config: Config, ranks: ParallelGroups) -> dict[str, Any]:
         "problems": problems,
         "weights": {name: tensor.clone() for name, tensor in policy.export()},
         "random": torch.rand(3),
+        "noise": trainer.noise.state_dict(),
     }
 
 
@@ -163,10 +164,14 @@ def cut_off(run_dir: Path, step: int) -> None:
         file.write('{"step": 5, "lo')
 
 
+NOISE = dict(objective="video_ktr", noise_every=5, min_shift="auto")
+"""The noise is measured at the first step only. A resumed run that had lost it would measure it anew, with other
+weights."""
 LAYOUTS = {
     "dp2": (2, {}),
     "tp2 pp2": (4, dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)),
     "cp2": (2, dict(context_parallel_size=2)),
+    "one rank, noise measured": (1, NOISE),
 }
 
 
@@ -189,6 +194,7 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(runs, layout):
         assert resumed["problems"] == {step: whole["problems"][step] for step in (3, 4)}
         assert all(torch.equal(tensor, resumed["weights"][name]) for name, tensor in whole["weights"].items())
         assert torch.equal(whole["random"], resumed["random"]), "the random state of each rank goes on"
+        assert whole["noise"] == resumed["noise"] and bool(whole["noise"]) == ("noise" in layout)
     steps = [whole["losses"][step] for step in range(1, 5)]
     assert len({loss for loss, _, _ in steps}) == 4 and len({rate for _, _, rate in steps}) > 2, "a run that moves"
 

@@ -66,6 +66,7 @@ def settings(inputs: Path, run_dir: Path, **changes) -> Config:
             "num_generations": 3,
             "max_response_length": 8,
             "reward_functions": ("accuracy", "format", f"{__name__}:uneven_reward"),
+            "reward_workers": 0,
             "length_bonus": 0.0,
             "kl_beta": 0.04,
             "optimizer": "sgd",
@@ -127,13 +128,19 @@ def test_the_whole_loop_gives_the_same_steps_in_every_layout(ranks, inputs, tmp_
 RUN_STEPS = 4
 
 
-def run_and_resume(context, *, inputs: Path, out: Path, lags: Sequence[int]) -> None:
+def accuracy(response: str, record: dict) -> float:
+    """An untrained model answers nothing right; this calls some of its responses right, and those of some records
+    more often than others."""
+    return float(len(response) % 2 or len(record["path"]) % 3 == 0)
+
+
+def run_and_resume(context, *, inputs: Path, out: Path, lags: Sequence[int], **more) -> None:
     """Per lag the whole run; then, in a copy cut back to its middle checkpoint, the resumed one."""
     for lag in lags:
         whole, resumed = out / f"lag{lag}", out / f"lag{lag} resumed"
         # 8 records, 4 a step: with a lag, which draws the prompts of a step ahead, the length is given in epochs.
         length = {"train_steps": None, "train_epochs": RUN_STEPS / 2} if lag else {}
-        changes = {**LOGGED, "lag": lag, **length}
+        changes = {**LOGGED, "lag": lag, **length, **(ASKED_TWICE if lag else {}), **more}
         train(settings(inputs, whole, **changes))
         if context.rank == 0:
             _copy_until_middle(whole, resumed)
@@ -155,6 +162,10 @@ LOGGED = dict(
     importance_sampling="token",
     lr=0.5,
 )
+
+
+ASKED_TWICE = dict(temporal_bonus=0.3, temporal_responses=2)
+"""In the runs with a lag every video is asked a second time, with its frames in random order."""
 
 
 @pytest.fixture(scope="module")
@@ -228,11 +239,14 @@ def test_responses_begun_before_a_checkpoint_are_found_again_in_another_layout(r
     """Two replicas had drawn two questions each; the one replica of two tensor-parallel ranks draws all four."""
     whole = lagged[2] / "lag1"
     _copy_until_middle(whole, tmp_path / "run")
-    changes = dict(LOGGED, lag=1, resume=True, tensor_model_parallel_size=2, train_steps=3)
+    changes = dict(LOGGED, lag=1, resume=True, tensor_model_parallel_size=2, train_steps=3, **ASKED_TWICE)
     ranks(train_layouts, world_size=2, inputs=inputs, out=tmp_path, layouts={"run": changes})
     expected, found = (
         {
-            line["path"]: [(response["token_ids"], response["logprobs"]) for response in line["responses"]]
+            line["path"]: [
+                (response["token_ids"], response["logprobs"])
+                for response in (*line["responses"], *line["shuffled_responses"])
+            ]
             for line in rollout_lines(run_dir, steps=[3], world_size=world_size)
         }
         for run_dir, world_size in ((whole, 2), (tmp_path / "run", 1))
@@ -253,6 +267,13 @@ def test_every_rollout_of_two_replicas_is_written_and_reported(lagged, lag: int)
         assert len(rewards) == 4 * 3
         assert values["reward_mean"] == pytest.approx(sum(rewards) / len(rewards), abs=1e-6)
         assert [group.record["problem_id"] for group in run.groups_of(step)] == [line["problem_id"] for line in lines]
+        shuffled = [line.get("shuffled_responses", []) for line in lines]
+        assert {len(responses) for responses in shuffled} == ({2} if lag else {0})
+        if lag:
+            tokens = sum(len(response["token_ids"]) for responses in shuffled for response in responses)
+            assert (values["shuffled/prompts"], values["shuffled/tokens"]) == (4.0, tokens)
+            assert all("accuracy" in response["rewards"] for responses in shuffled for response in responses)
+            assert "temporal_rule" in values and values["shuffled/seconds_alone"] >= 0
 
 
 def key_tokens(run_dir: Path, step: int, *, world_size: int) -> list[list[list[bool]]]:
@@ -282,9 +303,11 @@ def test_replaying_the_rollouts_of_a_run_repeats_its_numbers(
         "media_root": str(inputs / "data"),
         "reward_functions": (),
         "shuffle_data": False,
+        **(ASKED_TWICE if lag else {}),
     }
     ranks(train_layouts, world_size=1, inputs=inputs, out=tmp_path, layouts={"replay": replay})
     names = ("reward_mean", "loss", "grad_norm", "kl", "importance_ratio_mean", "sampler_trainer_logprob_gap")
+    names += ("shuffled/tokens", "shuffled/accuracy", "temporal_rule", "reward/temporal_bonus") if lag else ()
     steps = list(zip(metrics(online), metrics(tmp_path / "replay"), strict=True))
     if world_size > 1:
         # Two replicas add in another order: in the end a score may fall on the other side of its threshold, which
@@ -298,6 +321,33 @@ def test_replaying_the_rollouts_of_a_run_repeats_its_numbers(
         for name in names:
             # One replica: the same sums, 1e-6 is their fp32 rounding; two: see above, several steps long.
             assert got[name] == pytest.approx(wanted[name], abs=1e-6 if world_size == 1 else 1e-4), name
+
+
+def test_a_filtering_and_retiring_run_is_resumed_in_the_middle_to_the_last_bit(ranks, inputs, tmp_path) -> None:
+    """Two replicas, one step ahead: at the save the next step has begun, and some of its groups are rejected."""
+    more = {
+        "filter_groups": "equal",
+        "min_reward_spread": 1.1,
+        "filter_max_rounds": 2,
+        "retire_above": 0.7,
+        "reward_functions": (f"{__name__}:accuracy", f"{__name__}:uneven_reward"),
+    }
+    ranks(run_and_resume, world_size=2, inputs=inputs, out=tmp_path, lags=(1,), **more)
+    whole, resumed = tmp_path / "lag1", tmp_path / "lag1 resumed"
+    steps = _reproducible(whole)
+    assert _reproducible(resumed) == steps
+    lines = rollout_lines(whole, steps=(3, 4), world_size=2)
+    assert rollout_lines(resumed, steps=(3, 4), world_size=2) == lines
+    assert steps[2]["filter/rejected"] > 0, "in the step that had begun at the save"
+    assert steps[-1]["retirement/passed_over"] > 0 and all(step["has_stepped"] for step in steps)
+    assert [step["num_prompts"] for step in steps] == [step["filter/kept"] for step in steps]
+    num_equal = 0
+    for line in lines:
+        rewards = [sum(response["rewards"].values()) for response in line["responses"]]
+        num_equal += max(rewards) - min(rewards) < 1.1
+    assert num_equal == steps[2]["filter/filled_up"] + steps[3]["filter/filled_up"]
+    draws = [line["draw_number"] for line in lines]
+    assert len(set(draws)) == len(draws)
 
 
 def test_a_mixture_goes_on_in_another_number_of_replicas(ranks, inputs, tmp_path) -> None:

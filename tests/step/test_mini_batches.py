@@ -69,3 +69,28 @@ def test_groups_without_draw_numbers_go_by_their_place():
     """Recorded groups all have draw number 0: the first of every replica comes first."""
     plan = plan_mini_batches([[0, 0], [0, 0]], [[1.0, 1.0]] * 2, number=2, has_balance=False)
     assert plan.members == ((0, 2), (1, 3))
+
+
+def test_accounting_counts_what_mini_batches_cost():
+    """One more pass over the language model and the head, and the encoder again for all groups but the first part's."""
+    from megatron_ktr.accounting.flops import count_step
+    from megatron_ktr.accounting.rates import settings_of
+    from megatron_ktr.accounting.work import GroupWork
+    from megatron_ktr.config import config_from_values
+    from megatron_ktr.config.part_options import StepOptions
+    from megatron_ktr.objectives import build_objective
+    from models.qwen2_5_vl.published import PUBLISHED_CONFIGS
+
+    def step(**values):
+        config = config_from_values({"objective": "grpo", "kl_beta": 0.0, **values})
+        objective = build_objective(config.objective, reward=config.reward, rollout=config.rollout)
+        settings = settings_of(StepOptions.of(config), objective, key_share=0.25)
+        work = [GroupWork(100, (50, 60), video_grids=((4, 8, 8),))]
+        return settings, count_step(PUBLISHED_CONFIGS["7B"], work, settings=settings)
+
+    (once, one), (split, four) = step(), step(mini_batches=4)
+    assert (once.mini_batches, once.has_selection) == (1, False)
+    assert (split.mini_batches, split.has_selection, split.num_updates) == (4, True, 1)
+    vision = one.of("policy_forward", parts=["vision"])
+    assert four.total - one.total == pytest.approx(one.of("policy_forward") - vision / 4)
+    assert once.key_share == 0.25 and step(sampled_entropy_penalty=0.06)[0].key_share == 1.0

@@ -49,18 +49,18 @@ VARIANTS = {
         dict(objective="cispo", ratio_cap=1.02, kl_beta=0.0, advantage="batch_baseline"),
         Algorithm(ratio="cispo", cap=1.02, mean="token", advantage="batch_baseline"),
     ),
-    "rloo": Variant(
-        dict(objective="rloo", kl_beta=0.05, max_response_length=9),
-        Algorithm(advantage="leave_one_out", mean="constant", constant=9, beta=0.05, kl="k1", kl_in_reward=True),
+    "rloo, full KL": Variant(
+        dict(objective="rloo", kl_beta=0.05, kl_kind="full", max_response_length=9),
+        Algorithm(advantage="leave_one_out", mean="constant", constant=9, beta=0.05, kl="full", kl_in_reward=True),
         clips=False,
     ),
     "reinforce_pp over tokens": Variant(
         dict(objective="reinforce_pp", kl_beta=0.1, advantage_over="tokens", clip_low=0.02, clip_high=0.03),
         Algorithm("batch", "tokens", mean="token", beta=0.1, kl="k1", kl_in_reward=True, clip=(0.02, 0.03)),
     ),
-    "dr_grpo, dual clip": Variant(
-        dict(objective="dr_grpo", loss_constant=20, kl_beta=0.1, kl_kind="k3_plus", dual_clip=1.02),
-        Algorithm("group_mean", mean="constant", constant=20, beta=0.1, kl="k3_plus", dual=1.02),
+    "dr_grpo, full KL, dual clip": Variant(
+        dict(objective="dr_grpo", loss_constant=20, kl_beta=0.1, kl_kind="full", dual_clip=1.02),
+        Algorithm("group_mean", mean="constant", constant=20, beta=0.1, kl="full", dual=1.02),
     ),
     "key tokens, terms over all tokens": Variant(
         dict(
@@ -68,12 +68,12 @@ VARIANTS = {
             loss_aggregation="token",
             masked_denominator="all",
             kl_on="all",
-            kl_kind="k2",
+            kl_kind="k3_plus",
             entropy_bonus=0.02,
             sampled_entropy_penalty=0.06,
         ),
         Algorithm(
-            mean="token", counted="all", beta=0.04, kl="k2", kl_on="all", entropy_bonus=0.02, sampled_entropy=0.06
+            mean="token", counted="all", beta=0.04, kl="k3_plus", kl_on="all", entropy_bonus=0.02, sampled_entropy=0.06
         ),
         clips=False,
     ),
@@ -101,7 +101,7 @@ def test_two_mini_batches_are_two_updates_made_by_hand(
         hf_dir=models.policy_dir,
         reference_dir=models.reference_dir,
         rollout_groups=groups,
-        values={"lr": RATE, "mini_batches": 2, **variant.values},
+        values={"lr": RATE, "lr_decay_style": "linear", "min_lr": 0.0, "mini_batches": 2, **variant.values},
     )
     masks = [[torch.tensor(response) for response in ours.key_tokens[of]] for of in NAMES]
     advantages = rollout_advantages(responses, a)
@@ -116,6 +116,8 @@ def test_two_mini_batches_are_two_updates_made_by_hand(
         assert max_relative_difference(update.gradients, gradients) <= GRADIENT_TOLERANCE
         model = _moved(model, gradients)
     assert len(ours.updates) == 2
+    # The schedule of ten updates has counted both. (Only the second one's gradient is compared, not what it moves.)
+    assert ours.values["learning_rate"] == pytest.approx(RATE * (1 - 2 / 10))
     assert ours.values["loss"] == pytest.approx(sum(update.loss for update in ours.updates) / 2, rel=1e-6)
     if variant.clips:
         # The first update clips nothing.

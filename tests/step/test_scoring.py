@@ -1,11 +1,12 @@
-"""Passes without gradient: several random orders are averaged, groups a view does not apply to are left out, and lower
-precision stays close."""
+"""Passes without gradient: several random orders are averaged, groups a view does not apply to are left out, lower
+precision stays close, and the noise of scores is measured."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from megatron_ktr.config.part_options import PolicyOptions, StepOptions
 from megatron_ktr.distributed.groups import ParallelSizes
-from megatron_ktr.types import BatchFacts
+from megatron_ktr.types import BatchFacts, ScoredBatch
 from tests.support.ranks import RankContext, RankPool
 from tests.support.steps import compare_steps, example_groups, make_config, run_steps
 from tests.support.tiny import save_tiny_hf
@@ -75,6 +76,10 @@ def scored(context: RankContext, *, hf_dir: Path) -> dict[str, Any]:
         found = rows.policy.backward([single], objective=rows.objective, facts=facts)
         alone.append(found.scores[0].kl_of_view["shuffled"])
 
+    noise = {"fp32": floors_of(*make()), "bf16": floors_of(*make(params_dtype="bf16"))}
+    noise["bf16, kl"] = floors_of(*make(params_dtype="bf16", shift="kl", num_shuffles=1))
+    noise["nearly still"] = nearly_still(*make(params_dtype="bf16", num_shuffles=1, min_shift="auto"))
+
     lower, item = make(scoring_precision="bf16", num_shuffles=1)
     (rounded,) = lower.with_counterfactuals([item], step=4)
     return {
@@ -86,7 +91,63 @@ def scored(context: RankContext, *, hf_dir: Path) -> dict[str, Any]:
         "kl": result.scores[0].kl_of_view["shuffled"],
         "kl alone": torch.stack(alone),
         "rounded": rounded.counterfactual_logprob_R,
+        "noise": noise,
     }
+
+
+def floors_of(scoring: Any, item: Any) -> dict[str, dict[str, float]]:
+    """The floors by signal, and those where the second pass has the pack of the first; and the metrics."""
+    import megatron_ktr.step.noise as noise
+    from megatron_ktr.batch.micro_batch import MicroBatch
+
+    options = dataclasses.replace(
+        scoring.options, objective=dataclasses.replace(scoring.options.objective, noise_every=3)
+    )
+    (item,) = scoring.with_counterfactuals([item], step=4)
+    found = {}
+    for name, shift in (("other pack", noise.POSITION_SHIFT), ("same pack", 0)):
+        # One group in a micro-batch: without the shift of positions nothing is left of the other pack.
+        parts = [(scoring.pack([group], "intact"), group) for group in item.groups] if shift == 0 else []
+        items = scoring.with_counterfactuals([MicroBatch((group,), batch) for batch, group in parts], step=4) or [item]
+        meter = noise.NoiseMeter(
+            options=options, policy=scoring.policy, objective=scoring.objective, media=scoring.media
+        )
+        with mock.patch.object(noise, "POSITION_SHIFT", shift):
+            meter.measure(items, step=4)
+            found[name] = dict(meter.floors)
+            found[f"{name}, metrics"] = meter.take_values()
+            meter.measure(items, step=5)
+            assert meter.take_values() == {}, "it is due again at step 7 only"
+    return found
+
+
+def nearly_still(scoring: Any, item: Any) -> dict[str, Any]:
+    """How many tokens the temporal signal selects in a video whose frames differ by a level in some pixels, with and
+    without the measured noise as the least score."""
+    from megatron_ktr.batch.micro_batch import MicroBatch
+    from megatron_ktr.step.noise import NoiseMeter
+
+    (group,) = example_groups("long video")
+    (medium,) = group.prompt.media
+    generator = torch.Generator().manual_seed(0)
+    change = torch.randint(0, 8, medium.frames_FCHW.shape, generator=generator, dtype=torch.uint8) == 0
+    still = medium.frames_FCHW[:1].clamp(max=254) + change
+    media = (dataclasses.replace(medium, frames_FCHW=still),)
+    group = dataclasses.replace(group, prompt=dataclasses.replace(group.prompt, media=media))
+    # Beside it are videos that move: the floor is that of all tokens of the step.
+    items = scoring.with_counterfactuals([MicroBatch((group,), scoring.pack([group], "intact")), item], step=4)
+    options = dataclasses.replace(
+        scoring.options, objective=dataclasses.replace(scoring.options.objective, noise_every=1)
+    )
+    meter = NoiseMeter(options=options, policy=scoring.policy, objective=scoring.objective, media=scoring.media)
+    meter.measure(items, step=4)
+    ((scored, scores), _) = scoring.policy.score_intact(items, objective=scoring.objective)
+    batch = ScoredBatch(scored.batch, scores, scored.groups)
+    found = {}
+    for name, floor in (("paper", dict.fromkeys(meter.floors, -100.0)), ("auto", meter.floors)):
+        (selection,) = scoring.objective.select([batch], BatchFacts(num_responses=3, noise_floor=floor))
+        found[name] = {signal: int(mask_R.sum()) for signal, mask_R in selection.by_signal.items()}
+    return {**found, "largest": (scores.policy_logprob_R - scores.logprob_of_view["shuffled"]).max(), **meter.floors}
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +168,27 @@ def test_groups_without_media_are_left_out_of_the_passes(found: dict[str, Tensor
     for view in ("shuffled", "hidden"):
         assert found[view][is_text_R].isnan().all() and found[view][~is_text_R].isfinite().all()
     torch.testing.assert_close(found["hidden"][~is_text_R], found["hidden alone"][~is_text_R], atol=1e-5, rtol=0)
+
+
+def test_noise_is_that_of_two_intact_passes(found: dict[str, Any]) -> None:
+    noise = found["noise"]
+    assert set(noise["fp32"]["same pack"].values()) == {0.0}, "the same pack in fp32 has the same bits"
+    assert noise["fp32"]["other pack"].keys() == noise["bf16"]["other pack"].keys() == {"entropy", "visual", "temporal"}
+    assert 0 < max(noise["fp32"]["other pack"].values()) < 1e-4
+    for precision in ("bf16", "bf16, kl"):
+        floors, metrics = noise[precision]["other pack"], noise[precision]["other pack, metrics"]
+        # bf16 keeps 8 bits; the KL of two distributions goes with the square of their difference.
+        assert all((1e-6 if "kl" in precision else 1e-4) < floor < 0.3 for floor in floors.values())
+        assert metrics["noise_floor/visual"] == floors["visual"] and metrics["signal_to_noise/visual"] > 2
+    assert noise["bf16, kl"]["other pack"]["visual"] < noise["bf16"]["other pack"]["visual"]
+    assert "signal_to_noise/visual" not in noise["fp32"]["same pack, metrics"], "without noise there is no ratio"
+
+
+def test_a_video_that_hardly_moves_selects_nothing_above_its_noise(found: dict[str, Any]) -> None:
+    still = found["noise"]["nearly still"]
+    assert 0 < still["largest"] < still["temporal"]
+    assert still["paper"]["temporal"] > 0 and still["auto"]["temporal"] == 0
+    assert still["auto"]["visual"] > 0 and still["auto"]["entropy"] == still["paper"]["entropy"]
 
 
 def test_bf16_passes_are_close_but_not_the_same(found: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_ktr.distributed.groups import ParallelGroups, ParallelSizes
 from megatron_ktr.types import RolloutGroup
-from tests.support.layouts import FULL, LAYOUTS, OVERLAPPED, SMALL, Layout, sizes_of
+from tests.support.layouts import BALANCED, FULL, LAYOUTS, OVERLAPPED, PACKED, SMALL, Layout, sizes_of
 from tests.support.parity import max_relative_difference
 from tests.support.ranks import RankContext, RankPool
 from tests.support.steps import StepDifference, StepRecord, compare_steps, example_groups, run_steps, score_difference
@@ -173,6 +173,80 @@ def test_two_updates_with_token_mean_are_the_same_in_layouts(ranks: RankPool, ca
             _assert_small(f"{sizes} {layout}", compare_steps(records, expected, initial=cases["untied"].initial))
 
 
+ALGORITHMS: dict[str, dict[str, Any]] = {
+    "batch advantage of rewards with KL, sequence ratio, two mini-batches": dict(
+        objective="grpo",
+        advantage="batch",
+        kl_in_reward=True,
+        kl_kind="k1",
+        ratio="sequence",
+        mini_batches=2,
+        loss_aggregation="token",
+        entropy_bonus=0.01,
+    ),
+    "key tokens with terms over all tokens, updated twice": dict(
+        advantage="leave_one_out",
+        loss_aggregation="constant",
+        loss_constant=9,
+        masked_denominator="all",
+        kl_on="all",
+        kl_kind="k2",
+        sampled_entropy_penalty=0.06,
+        dual_clip=1.5,
+        updates_per_rollout=2,
+    ),
+}
+FEW_LAYOUTS = {
+    "tp2 sp": (sizes_of(2, sp=True), {}),
+    "pp2": (sizes_of(1, 2), {}),
+    "cp2": (sizes_of(cp=2), {}),
+    "dp2 balanced, packed": (sizes_of(), {**BALANCED, **PACKED}),
+}
+
+
+def algorithm_in_layouts(context: RankContext, **options: Any) -> dict[str, list[StepRecord]]:
+    return {
+        name: run_steps(context.init(sizes), **{**options, "values": {**options["values"], **values}})
+        for name, (sizes, values) in FEW_LAYOUTS.items()
+    }
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_parts_of_a_policy_gradient_are_the_same_in_layouts(ranks: RankPool, cases: dict[str, Case], name: str) -> None:
+    """What they know of the global batch, and of whole responses, does not depend on the ranks that know it."""
+    options = _run_options(cases["untied"], ALGORITHMS[name], masked=True)
+    expected = ranks(run_in_layout, 1, **options)[0]
+    assert len(expected[0].updates) == 2 and expected[0].values["has_stepped"] == 1.0
+    del options["sizes"]
+    for by_layout in ranks(algorithm_in_layouts, 2, **options):
+        for layout, records in by_layout.items():
+            _assert_small(layout, compare_steps(records, expected, initial=cases["untied"].initial))
+
+
+def test_only_a_batch_that_is_equal_as_a_whole_has_nothing_to_learn_by_a_batch_advantage(
+    ranks: RankPool, cases: dict[str, Case]
+) -> None:
+    """Every group has equal rewards: those of one replica are 0.7, those of the other 0.7 as well, or 0.2."""
+    case = cases["untied"]
+    equal = _equal_rewards(example_groups(*GROUPS))
+    lower = [_with_accuracy(group, 0.2 if index % 2 else 0.7) for index, group in enumerate(equal)]
+    options = _run_options(case, dict(kl_beta=0.0, objective="grpo", advantage="batch"))
+    for groups, has_stepped in ((equal, 0.0), (lower, 1.0)):
+        for records in ranks(run_in_layout, 2, **{**options, "rollout_groups": groups}):
+            assert records[0].values["has_stepped"] == has_stepped
+            assert len(records[0].updates) == int(has_stepped), "no pass is run where there is nothing to learn"
+
+
+def test_an_entropy_bonus_alone_takes_a_step(ranks: RankPool, cases: dict[str, Case]) -> None:
+    case = cases["untied"]
+    options = _run_options(case, dict(kl_beta=0.0, objective="grpo", entropy_bonus=0.1))
+    options["rollout_groups"] = _equal_rewards(example_groups(*GROUPS))
+    (record,) = ranks(run_in_layout, 1, **options)[0]
+    assert record.values["has_stepped"] == 1.0
+    # The mean over responses of means over tokens is near the mean over tokens.
+    assert record.values["loss"] == pytest.approx(-0.1 * record.values["entropy"], rel=0.05)
+
+
 def _run_options(
     case: Case,
     values: dict[str, Any],
@@ -216,12 +290,12 @@ def test_equal_rewards_everywhere_leave_every_bit_of_the_weights(
 
 
 def _equal_rewards(groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
-    return [
-        dataclasses.replace(
-            group, rollouts=tuple(dataclasses.replace(r, rewards={"accuracy": 0.7}) for r in group.rollouts)
-        )
-        for group in groups
-    ]
+    return [_with_accuracy(group, 0.7) for group in groups]
+
+
+def _with_accuracy(group: RolloutGroup, accuracy: float) -> RolloutGroup:
+    rollouts = tuple(dataclasses.replace(rollout, rewards={"accuracy": accuracy}) for rollout in group.rollouts)
+    return dataclasses.replace(group, rollouts=rollouts)
 
 
 def test_replica_without_any_advantage_takes_the_same_step_as_the_others(

@@ -73,7 +73,8 @@ class Harness:
 
     def pack(self, view: str = "intact") -> list[Any]:
         sizes = self.policy.ranks.sizes
-        draw = ViewDraw(self.config.objective, sizes=self.media, seed=0, step=0)
+        # A seed that keeps no pair of frames together: such a pair would not be encoded again.
+        draw = ViewDraw(self.config.objective, sizes=self.media, seed=1, step=0)
         shown = [g.prompt.media if view == INTACT else load_view(view).shown(g.prompt, draw) for g in self.groups]
         return [
             pack_groups(

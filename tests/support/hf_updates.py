@@ -6,7 +6,7 @@ Gives ``ReferenceResponse`` objects, from which the formulas of ``reference_ktr.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,9 +89,14 @@ def _logits(
 
 
 def score_responses(
-    models: Models, groups: Sequence[RolloutGroup], *, unit: str = "frame"
+    models: Models,
+    groups: Sequence[RolloutGroup],
+    *,
+    unit: str = "frame",
+    visual_view: Callable[[RolloutGroup], Sequence[VisualInput]] = lambda group: (),
 ) -> list[list[ReferenceResponse]]:
-    """Everything the formulas ask for, without gradient."""
+    """Everything the formulas ask for, without gradient. ``visual_view`` gives the media in the place of the hidden
+    ones; by default there are none."""
     found = []
     with torch.no_grad():
         for group in groups:
@@ -102,7 +107,7 @@ def score_responses(
                 reference=_logits(models.reference, group, media, **options),
             )
             if media:
-                views["hidden"] = _logits(models.policy, group, (), **options)
+                views["hidden"] = _logits(models.policy, group, visual_view(group), **options)
             orders = draw_permutations(group.prompt, unit=unit, seed=0, step=0)
             if any(order is not None for order in orders):
                 shuffled = [

@@ -126,7 +126,7 @@ class WatchedKeyTokens(KeyTokens):
         for index, group in enumerate(item.groups):
             of_group = item.batch.group_R == index
             name = group.prompt.problem_id
-            watched.scores[name] = {key: value[of_group] for key, value in tensors_of(scores).items()}
+            watched.scores[name] = {key: value[of_group] for key, value in tensors_of(scores.detach()).items()}
             watched.chosen[name] = {signal: mask_R[of_group] for signal, mask_R in chosen.items()}
             parts.append(watched.injected[watched.step][name] if watched.injected else watched.chosen[name])
         if not watched.injected:

@@ -12,6 +12,7 @@ from megatron_ktr.data.prepare.layout import Layout
 from megatron_ktr.data.prepare.tally import Tally
 from megatron_ktr.data.prepare.unique_ids import UniqueIds
 from megatron_ktr.errors import printable
+from megatron_ktr.rewards import grounding
 from megatron_ktr.rewards.accuracy import known_types
 
 _FOLDER = "MEDIA_ROOT"
@@ -65,6 +66,8 @@ def _options(
         return [*options, "--reward-functions", "format,YOUR_MODULE:YOUR_REWARD", "--length-bonus", "0"]
     if unjudged:
         options += ["--problem-types", ",".join(sorted(judged))]
+    if {"math", grounding.TEMPORAL, grounding.SPATIAL} & set(judged):
+        options += ["--prompt-template", "grounding"]
     if tally.num_several_right:
         options += ["--reward-functions", "soft_choice,format", "--length-bonus", "0"]
     return options

@@ -7,7 +7,8 @@ Without a block, or with an empty one, it is the whole output.
     numerical         1 if equal after rounding to 2 decimals, and both or neither text contains '.' or ','
     regression        mean relative accuracy: the share of the thresholds t = 0.50, 0.55, ..., 0.95 with
                       |answer - truth| / (|truth| + 1e-8) < 1 - t, in float32
-    all other types   0, so that OCR and free-form answers are never right
+    all other types   0, so that OCR and free-form answers are never right; but mathematics, times and boxes, which the
+                      harness does not know, are judged as in training (``rewards/official.py``)
 
 The training reward of the same release (``rewards/official.py``) differs in the fallback to the whole output, in
 regression, and in that it pays for OCR and free-form. One failing item makes its batch of 64 wrong in the release; that
@@ -22,7 +23,9 @@ import torch
 
 from megatron_ktr.evaluation.item import Item, Verdict
 from megatron_ktr.evaluation.judges.reading import option_texts, truth_of
-from megatron_ktr.rewards import official
+from megatron_ktr.rewards import grounding, official
+from megatron_ktr.rewards.accuracy import accuracy_of_record
+from megatron_ktr.rewards.protocols import PROTOCOLS
 from megatron_ktr.rewards.text import extract_answer
 from megatron_ktr.rewards.truth import Truth
 
@@ -54,14 +57,25 @@ _JUDGES = {
 }
 
 
+_OF_OTHER_RELEASES = ("math", grounding.TEMPORAL, grounding.SPATIAL)
+
+
 def judge(item: Item, response: str) -> Verdict:
     """The harness' verdict. An output without a block counts as an answer if it is an answer and nothing else: a letter
     of the options or a number."""
+    if item.record["problem_type"] in _OF_OTHER_RELEASES:
+        return _as_in_training(item, response)
     answer, truth = find_answer(response), truth_of(item)
     score_of = _JUDGES.get(item.record["problem_type"])
     score = score_of(answer, truth) if score_of is not None else 0.0
     is_answer = bool(extract_answer(response)) or score > 0 or _stands_alone(item, answer)
     return Verdict(score, answer.strip() if is_answer else None)
+
+
+def _as_in_training(item: Item, response: str) -> Verdict:
+    protocol = PROTOCOLS["official"]
+    answer = protocol.finder_of(item.record["problem_type"])(response)
+    return Verdict(accuracy_of_record(response, item.record, protocol=protocol), answer or None)
 
 
 def _stands_alone(item: Item, answer: str) -> bool:

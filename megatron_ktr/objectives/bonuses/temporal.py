@@ -43,6 +43,10 @@ class TemporalBonus:
         """Whether the group satisfies the rule: it has shuffled responses, and p >= m p'."""
         return bool(group.shuffled) and self._holds(group, accuracies_of(group, asked_by=self.name))
 
+    def is_satisfied(self, ordered: float, shuffled: float) -> bool:
+        """The rule for the mean accuracies p and p'."""
+        return ordered >= self.margin * shuffled - ROUNDING
+
     def values(self, group: RolloutGroup, lengths: Sequence[int]) -> list[float]:
         """The bonus of each response of one group.
 
@@ -61,5 +65,4 @@ class TemporalBonus:
 
     def _holds(self, group: RolloutGroup, accuracies: Sequence[float]) -> bool:
         shuffled = accuracies_of(RolloutGroup(group.prompt, group.shuffled), asked_by=self.name)
-        p, p_shuffled = sum(accuracies) / len(accuracies), sum(shuffled) / len(shuffled)
-        return p >= self.margin * p_shuffled - ROUNDING
+        return self.is_satisfied(sum(accuracies) / len(accuracies), sum(shuffled) / len(shuffled))

@@ -17,4 +17,4 @@ def score(inputs: Sequence[RewardInput], options: RewardOptions) -> list[float]:
     return [accuracy_of_record(given.response, given.record, protocol=protocol) for given in inputs]
 
 
-register(RewardEntry("accuracy", score, reads_problem_type=True))
+register(RewardEntry("accuracy", score, reads_problem_type=True, reads_solution=True))

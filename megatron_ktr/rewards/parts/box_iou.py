@@ -18,4 +18,4 @@ def value_of(given: RewardInput, options: RewardOptions) -> float | None:
     return accuracy_of_record(given.response, given.record, protocol=PROTOCOLS[options.section.answer_protocol])
 
 
-register(RewardEntry("box_iou", each(value_of)))
+register(RewardEntry("box_iou", each(value_of), reads_solution=True))

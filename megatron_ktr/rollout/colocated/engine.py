@@ -43,7 +43,7 @@ from megatron_ktr.rollout.base import RolloutEngine, counts_of
 from megatron_ktr.rollout.colocated.inputs import FEATURE_OPTIONS, engine_input
 from megatron_ktr.rollout.colocated.layout import Share, share_groups, split_work
 from megatron_ktr.rollout.colocated.responses import Answer, Asked, GroupCollector, GrowingResponse
-from megatron_ktr.rollout.colocated.weights import load_weights, stored_names
+from megatron_ktr.rollout.colocated.weights import load_weights, stored_names, without_encoder
 from megatron_ktr.rollout.sampling import SamplingSettings, StopStrings, end_token_ids, sample_seed
 from megatron_ktr.rollout.vllm.cpu import (
     EXECUTOR_IN_RANKS,
@@ -116,7 +116,7 @@ class ColocatedEngine(RolloutEngine):
         self._mode: LogprobsMode = logprobs_mode(sampling)
         self.runs_vision_encoder = not settings.takes_features
         names = stored_names(model_dir)
-        self._weight_names = names if self.runs_vision_encoder else _without_encoder(names)
+        self._weight_names = names if self.runs_vision_encoder else without_encoder(names)
         self._can_sleep = current().name != "cpu"
         self._asleep: set[str] = set()
         self._stays_awake = False
@@ -299,8 +299,7 @@ class ColocatedEngine(RolloutEngine):
         return StopStrings(sampling.stop, decode=decode, num_rows=1)
 
     def _asked_by_share(self, asked: list[Asked]) -> dict[int, list[Asked]]:
-        """What the share group is asked, by reading rank. Every rank knows only the prompts of its own replica at
-        first."""
+        """What the share group is asked, by reading rank. A rank knows only its own replica's prompts at first."""
         readers = self._share.reading_ranks
         if len(readers) == 1:
             return {readers[0]: asked}
@@ -388,10 +387,6 @@ def colocated_engine(
     return ColocatedEngine(
         model.model, ranks=ranks, tokenizer=tokenizer, media=media, sampling=sampling, settings=settings
     )
-
-
-def _without_encoder(names: frozenset[str]) -> frozenset[str]:
-    return frozenset(name for name in names if not name.startswith("visual."))
 
 
 def _process_group(groups_of_ranks: Sequence[Sequence[int]], *, own: ParallelGroups) -> Any:

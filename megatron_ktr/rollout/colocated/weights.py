@@ -58,3 +58,8 @@ def _complete(weights: Iterator[tuple[str, Tensor]], expected: frozenset[str]) -
         yield name, tensor
     if missing:
         raise UserError(f"rollout engine: {len(missing)} weights were not sent, among them {sorted(missing)[0]}")
+
+
+def without_encoder(names: frozenset[str]) -> frozenset[str]:
+    """The names of weights that are not those of the vision encoder."""
+    return frozenset(name for name in names if not name.startswith("visual."))

@@ -264,8 +264,12 @@ def _duration(seconds: float) -> str:
 def _describe_step(config: Config, objective: Objective, *, page: _Page) -> None:
     entry = objective_entry(config.objective.objective)
     words = [f"learning rate {config.optimizer.lr:g}, {config.optimizer.lr_decay_style}"]
+    if objective.signals:
+        mode = config.objective.selection_mode
+        control = "" if mode == "signals" else f"control {mode}, of "
+        words.append(f"{control}signals {', '.join(objective.signals)}")
     if objective.views:
-        words.append(f"signals {', '.join(config.objective.signals)}; counterfactual views {_list(objective.views)}")
+        words.append(f"counterfactual views {_list(objective.views)}")
     words.append(f"KL weight {config.objective.kl_beta:g}" if objective.needs_reference else "no reference model")
     if config.model.freeze:
         words.append(f"frozen: {', '.join(config.model.freeze)}")
@@ -288,7 +292,11 @@ def _describe_step(config: Config, objective: Objective, *, page: _Page) -> None
         f"{rollout.num_generations}{again} a prompt by {rollout.engine}, at most {rollout.max_response_length} tokens, "
         f"temperature {rollout.temperature:g}, {top}",
     )
-    rewards = _list(config.reward.reward_functions or DEFAULT_REWARDS)
+    weights = config.reward.weights
+    names = config.reward.reward_functions or DEFAULT_REWARDS
+    rewards = _list(
+        f"{weights[short]:g} x {name}" if (short := name.rpartition(":")[2]) in weights else name for name in names
+    )
     page.add(
         "reward",
         f"{rewards}; answers read by the protocol {config.reward.answer_protocol}{paid}",

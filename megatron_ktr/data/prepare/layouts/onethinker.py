@@ -6,8 +6,9 @@
 
 Its problem types become: multiple choice, numerical, OCR and regression the same; open-ended becomes free-form, which
 is judged in the same way (the mean of ROUGE-1, -2, -L); temporal grounding gets the answer in words that all temporal
-grounding here has. What no reward of ours judges is kept with its own type and its JSON answer: math (symbolic
-equality), spatial grounding, spatial-temporal grounding, tracking, segmentation.
+grounding here has. Math and spatial grounding keep their types; boxes need the field ``box_size`` besides, which the
+files do not have. What no reward of ours judges is kept with its own type and its JSON answer: spatial-temporal
+grounding, tracking, segmentation.
 
 Fine-tuning files (``onethinker_sft_image.json``, ``onethinker_sft_video.json``) have ``messages`` and ``images`` or
 ``videos``: see ``conversations``.

@@ -1,0 +1,94 @@
+"""The judge behind a chat server that throttles, fails, hangs and talks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from megatron_ktr.config.reward_section import RewardSection
+from megatron_ktr.errors import UserError
+from megatron_ktr.rewards import Rewarder, RewardOptions, load_reward
+from megatron_ktr.rewards.judging import read_score
+from megatron_ktr.types import Prompt, Rollout, RolloutGroup
+from tests.support.fake_chat import FakeChat, completion, error
+
+KEY = "sk-Secret0123456789"
+
+
+@pytest.fixture
+def server() -> Iterator[FakeChat]:
+    fake = FakeChat(key=KEY)
+    yield fake
+    fake.close()
+
+
+def judged(fake: FakeChat, *texts: str, monkeypatch: pytest.MonkeyPatch, **options: object):
+    """(values, counts) of a group, one question open at a time, so that the script's answers come in order."""
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    values = {"judge_url": fake.url, "judge_key_env": "JUDGE_KEY", "judge_concurrency": 1, "judge_retries": 1}
+    rewarder = Rewarder(RewardOptions(RewardSection(**{"reward_on_error": "zero", **values, **options})))
+    record = {"problem": "Which colour?", "options": ["A. red", "B. blue"], "solution": "<answer>B</answer>"}
+    group = RolloutGroup(Prompt("7", (1,), record=record), tuple(Rollout((3,), text=text) for text in texts))
+    (found,) = rewarder.reward([group], names=["judge"])
+    return [rollout.rewards["judge"] for rollout in found.rollouts], rewarder.take_counts()
+
+
+def test_the_judge_sees_question_truth_and_answer_and_gives_a_number(server, monkeypatch) -> None:
+    server.script.extend([(200, completion("1")), (200, completion(' {"score": 0.25} '))])
+    values, counts = judged(server, "<think>secret</think><answer>blue</answer>", "no block", monkeypatch=monkeypatch)
+    assert values == [1.0, 0.25] and set(counts) == {"reward_seconds/judge"}
+    first, second = server.bodies
+    assert first["temperature"] == 0 and first["model"] == "tiny" and first["max_tokens"] == 16
+    asked = first["messages"][-1]["content"]
+    assert "Which colour?\nA. red\nB. blue" in asked and "Right answer:\nB" in asked and "secret" not in asked
+    assert asked.endswith("Student's answer:\nblue")
+    assert second["messages"][-1]["content"].endswith("Student's answer:\nno block")
+
+
+def test_a_judge_that_throttles_is_asked_again_and_one_that_fails_costs_its_response(server, monkeypatch) -> None:
+    busy = (429, error("slow down"), {"Retry-After": "0"})
+    server.script.extend([busy, (200, completion("1")), (200, completion("well, maybe")), (200, completion("7"))])
+    server.script.extend([(400, error("no")), "hang", "hang", (200, completion("0"))])
+    values, counts = judged(server, "a", "b", "c", "d", "e", monkeypatch=monkeypatch, reward_timeout=1.0)
+    assert values == [1.0, 0.0, 0.0, 0.0, 0.0] and not server.script and len(server.bodies) == 8
+    assert counts["reward_errors/judge"] == 2 and counts["reward_timeouts/judge"] == 1
+
+
+def test_a_judge_that_stops_the_run_says_why_without_its_key(server, monkeypatch) -> None:
+    server.script.append("echo key")
+    with pytest.raises(UserError, match="reward 'judge' failed for a response to problem 7: no answer") as stopped:
+        judged(server, "a", monkeypatch=monkeypatch, reward_on_error="stop", judge_retries=0)
+    assert "status 500" in str(stopped.value) and KEY not in str(stopped.value)
+    with pytest.raises(UserError, match="--judge-model"):
+        judged(server, "a", monkeypatch=monkeypatch, judge_model="other")
+    server.key = "another"
+    with pytest.raises(UserError, match="--judge-key-env NAME") as refused:
+        judged(server, "a", monkeypatch=monkeypatch, judge_retries=2)
+    assert KEY not in str(refused.value)
+
+
+def test_an_address_or_a_key_that_cannot_work_is_refused_before_anything_is_asked(monkeypatch) -> None:
+    monkeypatch.delenv("JUDGE_KEY", raising=False)
+    for values, words in (
+        ({"judge_url": "ftp://x"}, "--judge-url: expected a URL"),
+        ({"judge_url": "http://user:word@x"}, "--judge-url: .*keys: --judge-key-env NAME"),
+        ({"judge_url": "http://x", "judge_key_env": "JUDGE_KEY"}, "--judge-key-env: .* is not set"),
+        ({"judge_url": "http://x", "judge_key_env": KEY}, "--judge-key-env takes the NAME"),
+    ):
+        with pytest.raises(UserError, match=words) as refused:
+            load_reward("judge", options=RewardOptions(RewardSection(**values)))
+        assert KEY not in str(refused.value)
+
+
+def test_only_a_number_from_0_to_1_is_a_score() -> None:
+    assert [read_score(text) for text in ("0", " 1.0\n", "0.5", '{"score": 1}', '{"score": "0.5"}')] == [
+        0,
+        1,
+        0.5,
+        1,
+        0.5,
+    ]
+    for text in ("", "yes", "-1", "1.01", "nan", "inf", "{}", "[1]", '{"score": true}', "{", "1/2", "1e999"):
+        with pytest.raises(ValueError, match="expected a number from 0 to 1|Expecting"):
+            read_score(text)
