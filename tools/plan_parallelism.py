@@ -22,13 +22,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_ktr.accounting.links import Machine  # noqa: E402
 from megatron_ktr.accounting.planner import GB, PIXELS_PER_TOKEN, Plan, Request, find_plans  # noqa: E402
+from megatron_ktr.accounting.rates import settings_of  # noqa: E402
 from megatron_ktr.accounting.saved import FUSED, TORCH_GPU  # noqa: E402
-from megatron_ktr.accounting.work import StepSettings, view_costs  # noqa: E402
-from megatron_ktr.config.objective_section import ObjectiveSection  # noqa: E402
+from megatron_ktr.config import Config, config_from_values  # noqa: E402
+from megatron_ktr.config.objective_registry import available_objectives  # noqa: E402
+from megatron_ktr.config.part_options import StepOptions  # noqa: E402
 from megatron_ktr.config.view_registry import temporal_views, visual_views  # noqa: E402
 from megatron_ktr.config.words import SHUFFLE_UNITS, VISION_PARALLELS  # noqa: E402
 from megatron_ktr.errors import Parser, UserError, number, run_cli, whole  # noqa: E402
 from megatron_ktr.files.json_files import to_json  # noqa: E402
+from megatron_ktr.objectives import build_objective  # noqa: E402
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig  # noqa: E402
 from models.qwen2_5_vl.published import PUBLISHED_CONFIGS  # noqa: E402
 
@@ -37,6 +40,7 @@ MEMORY_PARTS = (
     *("activations", "vision", "head", "working"),
 )
 FP8 = {"none": {}, "step": {"trains_in_fp8": True}, "scoring": {"scores_in_fp8": True}}
+OF_VIEWS = ("shuffle_unit", "num_shuffles", "visual_view", "temporal_view")
 TIME_PARTS = ("compute", "bubble", "tensor", "context", "pipeline", "data")
 
 
@@ -72,14 +76,39 @@ def _parser() -> Parser:
     add("--text-length", whole(), request["text_length"].default, "prompt tokens that are not visual")
     add("--response-length", whole(), request["response_length"].default, "tokens of every response")
     add("--num-generations", whole(high=2**14), request["num_generations"].default, "responses per prompt")
-    add("--temporal-responses", whole(low=0, high=2**14), 0, "T-GRPO's responses per prompt to shuffled frames")
+    of_objective = "what the objective says"
+    add(
+        "--temporal-responses",
+        whole(low=0, high=2**14),
+        None,
+        f"responses per prompt to shuffled frames, none = {of_objective}",
+    )
     add("--prompts-per-step", whole(), request["prompts_per_step"].default, "prompts of a step over all GPUs")
-    add("--shuffle-unit", str, "frame", "what the temporal counterfactual permutes", choices=SHUFFLE_UNITS)
-    add("--num-shuffles", whole(), 1, "draws per step of each random view")
-    add("--visual-view", str, "hidden", "what the visual signal compares with", choices=visual_views())
-    add("--temporal-view", str, "shuffled", "what the temporal signal compares with", choices=temporal_views())
-    parser.add_argument("--grpo", action="store_true", help="plain GRPO: no counterfactual passes")
+    add("--objective", str, "video_ktr", "whose passes a step runs", choices=available_objectives())
+    parser.add_argument("--grpo", action="store_const", const="grpo", dest="objective", help="--objective grpo")
     parser.add_argument("--no-reference", action="store_true", help="no KL term, no reference model")
+    add(
+        "--shuffle-unit",
+        str,
+        None,
+        f"what the temporal counterfactual permutes, none = {of_objective}",
+        choices=SHUFFLE_UNITS,
+    )
+    add("--num-shuffles", whole(), None, f"draws per step of each random view, none = {of_objective}")
+    add(
+        "--visual-view",
+        str,
+        None,
+        f"what the visual signal compares with, none = {of_objective}",
+        choices=visual_views(),
+    )
+    add(
+        "--temporal-view",
+        str,
+        None,
+        f"what the temporal signal compares with, none = {of_objective}",
+        choices=temporal_views(),
+    )
     add("--freeze", str, "", "parts that are not trained, by comma: vision, merger, language")
     add("--fp8", str, "none", "what runs in FP8: nothing, the whole step, or scoring alone", choices=tuple(FP8))
     parser.add_argument("--fp8-param-gather", action="store_true", help="weights of FP8 products are kept in FP8")
@@ -115,7 +144,17 @@ def _request(options: argparse.Namespace) -> Request:
     frozen = frozenset(part for part in options.freeze.split(",") if part)
     if not frozen < {"vision", "merger", "language"}:
         raise UserError(f"--freeze takes some, not all, of vision, merger, language; got {options.freeze!r}")
-    _check_fp8(options)
+    config = _objective_config(options)
+    objective = build_objective(config.objective, reward=config.reward, rollout=config.rollout)
+    if config.objective.is_supervised and options.temporal_responses:
+        raise UserError(f"--temporal-responses: --objective {options.objective} samples nothing")
+    for name in OF_VIEWS if not objective.views else ():
+        if getattr(options, name) is not None:
+            raise UserError(
+                f"--{name.replace('_', '-')} is not read by --objective {options.objective}, which has no counterfactual "
+                "passes"
+            )
+    _check_fp8(options, has_views=bool(objective.views))
     return Request(
         config=_model(options.model),
         num_gpus=options.gpus,
@@ -125,11 +164,11 @@ def _request(options: argparse.Namespace) -> Request:
         text_length=options.text_length,
         response_length=options.response_length,
         num_generations=options.num_generations,
-        num_shuffled=options.temporal_responses,
+        num_shuffled=0 if config.objective.is_supervised else config.rollout.num_shuffled,
         prompts_per_step=options.prompts_per_step,
-        settings=StepSettings(
-            views=() if options.grpo else view_costs(_section(options)),
-            has_reference=not options.no_reference,
+        settings=dataclasses.replace(
+            settings_of(StepOptions.of(config), objective),
+            has_streamed_head=True,
             frozen=frozen,
             keeps_fp8_weights=options.fp8_param_gather,
             has_fp8_vision=options.fp8_vision,
@@ -151,19 +190,26 @@ def _request(options: argparse.Namespace) -> Request:
     )
 
 
-def _section(options: argparse.Namespace) -> ObjectiveSection:
-    """The options of training that the cost of views depends on."""
-    return ObjectiveSection(
-        visual_view=options.visual_view,
-        temporal_view=options.temporal_view,
-        shuffle_unit=options.shuffle_unit,
-        num_shuffles=options.num_shuffles,
-    )
+def _objective_config(options: argparse.Namespace) -> Config:
+    """A configuration with the objective, its own defaults, and what the command line says otherwise."""
+    names = (*OF_VIEWS, "temporal_responses")
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    if options.no_reference:
+        given["kl_beta"] = 0.0
+    if options.temporal_responses:
+        # Responses to shuffled frames are sampled for the bonus alone.
+        given["temporal_bonus"] = 0.3
+    elif options.temporal_responses == 0:
+        given["temporal_bonus"] = 0.0
+        del given["temporal_responses"]
+    return config_from_values({"objective": options.objective, "num_generations": options.num_generations, **given})
 
 
-def _check_fp8(options: argparse.Namespace) -> None:
-    if options.fp8 == "scoring" and options.grpo:
-        raise UserError("--fp8 scoring does not go with --grpo, which has no counterfactual passes")
+def _check_fp8(options: argparse.Namespace, *, has_views: bool) -> None:
+    if options.fp8 == "scoring" and not has_views:
+        raise UserError(
+            f"--fp8 scoring does not go with --objective {options.objective}, which has no counterfactual passes"
+        )
     for flag, is_on in (("--fp8-param-gather", options.fp8_param_gather), ("--fp8-vision", options.fp8_vision)):
         if is_on and options.fp8 != "step":
             raise UserError(f"{flag} needs --fp8 step")
