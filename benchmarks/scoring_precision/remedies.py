@@ -10,9 +10,9 @@ fp32, on the same responses, with the signed shift and a fifth of the tokens per
 
 ``agreement``: tokens that both choose / that either chooses, bf16 with the remedy against fp32 with as many orders and
 no floor. ``of_fp32``: the share of the chosen tokens that fp32 chooses, too. ``chosen``: tokens chosen / those of fp32.
-``gradient_cosine``: of the whole gradient of the step to that of fp32, with rewards of 1 and 0 in turn (the tiny model's
-answers to long prompts are all wrong, and equal rewards have no gradient). ``..._same_floor`` compares with fp32 that drops
-scores below the same floor, and so shows what rounding still decides.
+``gradient_cosine``: of the whole gradient of the step to that of fp32, with rewards of 1 and 0 in turn. (The tiny
+model's answers to long prompts are all wrong, and equal rewards have no gradient.) ``..._same_floor`` compares with
+fp32 that drops scores below the same floor, and so shows what rounding still decides.
 """
 
 from __future__ import annotations
