@@ -63,7 +63,7 @@ class ChoiceRules:
 
     def __post_init__(self) -> None:
         if not self.ratio_of:
-            raise ValueError("a selection needs at least one signal")
+            raise ValueError("signals must name at least one signal, for tokens to be selected by")
         for ratio in self.ratio_of.values():
             check_ratio(ratio)
         if self.like_release and (self.count_of or self.rule != "quantile" or self.token_weights != "hard"):

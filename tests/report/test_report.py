@@ -104,7 +104,7 @@ def test_evaluations_are_curves_over_the_steps_that_were_evaluated(tmp_path):
     assert titles[:3] == ["Evaluation", "Evaluation: held_out", "Evaluation: held_out by duration"]
     drawn = {svg["aria-label"].partition(".")[0]: svg["aria-label"] for svg in page.all("svg") if svg.get("aria-label")}
     assert "held_out: 0.25 at step 0, 0.75 at step 4" in drawn["Evaluation over steps"]
-    assert "visual: 30 at step 1" in drawn["Signal to noise"], "a chart of the steps that measured it"
+    assert "visual: 30 at step 1" in drawn["Signal to noise over steps"], "a chart of the steps that measured it"
     assert "no finite value" not in page.text, "neither charts of evaluation nor, because of step 0, the others"
     assert "steps 4" in page.text and "time in steps 5.2 s" in page.text, "step 0 trains nothing"
 
