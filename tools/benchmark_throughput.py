@@ -43,7 +43,7 @@ logging.getLogger("megatron").setLevel(logging.ERROR)
 
 from megatron_ktr.config import Config, load_config  # noqa: E402
 from megatron_ktr.config.part_options import PolicyOptions, StepOptions  # noqa: E402
-from megatron_ktr.config.run_length import num_steps_of  # noqa: E402
+from megatron_ktr.config.schedule import schedule_length  # noqa: E402
 from megatron_ktr.data.media.preprocess import PreprocessSettings  # noqa: E402
 from megatron_ktr.data.random_groups import FixedSource, SyntheticSizes, TokenIds, synthetic_group  # noqa: E402
 from megatron_ktr.distributed import platform as platforms  # noqa: E402

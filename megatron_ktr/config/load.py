@@ -151,9 +151,24 @@ def configuration_page() -> str:
 
 
 def _objectives_table() -> str:
-    lines = ["", "## Objectives", "", "Each registers itself in its own file, `megatron_ktr/objectives/NAME.py`.", ""]
-    lines += ["| `--objective` | name | meaning | options that others refuse |", "|---|---|---|---|"]
+    about = (
+        "Each registers itself in its own file, `megatron_ktr/objectives/NAME.py`. An option that an objective sets "
+        "has that value unless a run file or a flag gives another."
+    )
+    lines = ["", "## Objectives", "", about, ""]
+    lines += [
+        "| `--objective` | name | meaning | options it sets | options that others refuse |",
+        "|---|---|---|---|---|",
+    ]
     for entry in map(objective_entry, available_objectives()):
+        sets = ", ".join(f"`{name} {_as_text(value)}`" for name, value in entry.defaults.items())
         own = ", ".join(f"`{name}`" for name in entry.own_options)
-        lines.append(f"| `{entry.name}` | {entry.title} | {entry.summary} | {own or 'none'} |")
+        lines.append(f"| `{entry.name}` | {entry.title} | {entry.summary} | {sets or 'none'} | {own or 'none'} |")
     return "\n".join(lines) + "\n"
+
+
+def _as_text(value: Any) -> str:
+    """An option's value as a run file has it."""
+    if isinstance(value, tuple | list):
+        return ",".join(map(_as_text, value))
+    return str(value).lower() if isinstance(value, bool) or value is None else str(value)

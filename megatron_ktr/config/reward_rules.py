@@ -47,8 +47,8 @@ def _parts(config: Config) -> Iterator[str]:
     yield from weight_problems(section, short_names)
     if section.reward_on_error == "skip_group" and config.objective.advantage == "batch":
         yield (
-            "--reward-on-error skip_group makes the rewards of a group equal, which --advantage batch does not pass over: "
-            "choose zero or stop, or another advantage"
+            "--reward-on-error skip_group makes the rewards of a group equal, which --advantage batch does not pass "
+            "over: choose zero or stop, or another advantage"
         )
     yield from _processes(section, has_own=any(":" in name for name in names))
     if "overlong" in names:

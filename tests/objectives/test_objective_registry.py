@@ -96,7 +96,8 @@ def test_an_objective_of_ones_own_is_configured_by_name(doubled):
     config = load_config([*MINIMAL, "--objective", "doubled_grpo", "--num-shuffles", "3"])
     assert config.objective.objective == "doubled_grpo" and config.samples is False, "recorded responses"
     assert "doubled_grpo" in OPTIONS["objective"].choices
-    assert "| `doubled_grpo` | Doubled GRPO | GRPO, twice | `num_shuffles` |" in configuration_page()
+    sets = "`clip_high 0.28`, `max_response_length 512`"
+    assert f"| `doubled_grpo` | Doubled GRPO | GRPO, twice | {sets} | `num_shuffles` |" in configuration_page()
     assert (config.objective.clip_high, config.rollout.max_response_length) == (0.28, 512), "its own defaults"
     given = load_config([*MINIMAL, "--objective", "doubled_grpo", "--clip-high", "0.2"])
     assert (given.objective.clip_high, given.rollout.max_response_length) == (0.2, 512), "what is given wins"
