@@ -31,6 +31,7 @@ from megatron_ktr.config.objective_section import AUTO
 from megatron_ktr.config.part_options import PolicyOptions, StepOptions
 from megatron_ktr.distributed.platform import current
 from megatron_ktr.objectives import build_objective
+from megatron_ktr.ops.main_grad import main_gradient
 from megatron_ktr.policy.policy import Policy
 from megatron_ktr.step.noise import NoiseMeter
 from megatron_ktr.step.scoring import ScoringPasses
@@ -89,7 +90,7 @@ class Precision:
         masks["union"] = Selection.union(masks).is_key_R
         masks["key tokens"] = torch.cat([streams.is_key_token_R for streams in result.streams])
         model = self.policy.bare_chunks[0]
-        return Chosen(masks, {name: p.main_grad.float().clone() for name, p in model.named_parameters()})
+        return Chosen(masks, {name: main_gradient(p).float().clone() for name, p in model.named_parameters()})
 
     def _options(self, number: int, **values: Any) -> StepOptions:
         section = dataclasses.replace(self.config.objective, num_shuffles=number, kl_beta=0.0, **values)

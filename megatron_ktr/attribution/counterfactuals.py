@@ -1,12 +1,12 @@
-"""The two counterfactual inputs of Video-KTR: the video hidden, and the video in random order.
+"""Video-KTR's two counterfactual inputs: where they exist, and the random orders of frames.
 
-The hidden view: the visual tokens are removed from the prompt, and the forward runs over text alone
-(``batch/packing.py``). Every prompt with media has this view.
+The hidden view (``views/hidden.py``): the visual tokens are removed from the prompt, and the forward runs over text
+alone (``batch/packing.py``). Every prompt with media has this view.
 
-The shuffled view: the units of each video change places. The unit is either a ``frame`` or a ``temporal_patch``. Frames
-are moved before they are paired into temporal patches; this is the authors' choice and the default. A temporal patch is
-such a pair and moves as a whole, so that the vision features are only re-ordered. Some media have no order to lose:
-images, videos of a single temporal patch, and videos whose frames are all alike.
+The shuffled view (``views/shuffled.py``): the units of each video change places. The unit is either a ``frame`` or a
+``temporal_patch``. Frames are moved before they are paired into temporal patches; this is the authors' choice and the
+default. A temporal patch is such a pair and moves as a whole, so that the vision features are only re-ordered. Some
+media have no order to lose: images, videos of a single temporal patch, and videos whose frames are all alike.
 
 One order is drawn per prompt and step, and all G responses share it: their scores are compared with one another, so
 they must refer to the same counterfactual. The order depends only on the seed, the step and the prompt's identity

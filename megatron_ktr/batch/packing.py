@@ -27,7 +27,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal
 
 import torch
@@ -65,12 +64,13 @@ class MediaSpec:
     """``patchify(frames_FCHW, visual_input) -> float32 [S, C * temporal_patch * patch * patch]``, normalised;
     ``visual_input`` gives kind and grid only; its own frames are not read."""
 
-    @cached_property
+    @property
     def pixels_per_unit_C(self) -> Tensor:
         """fp32 [C]: the difference of a pixel's value that is 1 in a patch, found by cutting a white and a black
         picture into patches. (Normalisation is linear, and ``patchify`` alone knows its scale.)"""
         side = self.merge_size * self.patch_size
-        picture = VisualInput("image", torch.zeros(1, 3, side, side, dtype=torch.uint8), (1, *[self.merge_size] * 2))
+        grid = (1, self.merge_size, self.merge_size)
+        picture = VisualInput("image", torch.zeros(1, 3, side, side, dtype=torch.uint8), grid)
         black_SD, white_SD = (self.patchify(picture.frames_FCHW + value, picture) for value in (0, 255))
         return 255 / (white_SD - black_SD)[0].reshape(3, -1)[:, 0]
 

@@ -234,7 +234,7 @@ def test_a_second_prompt_costs_its_tokens_and_one_more_run_of_the_encoder():
     first, second = request(num_shuffled=4).rollout_work
     assert (first.prompt_tokens, first.sampled_tokens) == (32 * 2248, 32 * 8 * 768)
     assert (second.prompt_tokens, second.sampled_tokens) == (32 * 2248, 32 * 4 * 768)
-    frozen = StepSettings(frozen=frozenset({"vision", "merger"}), has_hidden=False, shuffle_unit=None)
+    frozen = StepSettings(frozen=frozenset({"vision", "merger"}), views=())
     run = count_step(CONFIG, [request().group], settings=frozen).of("policy_forward", parts=["vision"])
     assert first.encoder_flops == second.encoder_flops == pytest.approx(32 * run)
     _, nothing = request().rollout_work

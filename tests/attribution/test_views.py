@@ -20,7 +20,7 @@ from megatron_ktr.config.view_registry import load_view, register_view, temporal
 from megatron_ktr.data.media.preprocess import PreprocessSettings
 from megatron_ktr.errors import UserError
 from megatron_ktr.objectives import build_objective
-from megatron_ktr.types import Prompt, VisualInput
+from megatron_ktr.types import MediaKind, Prompt, VisualInput
 from models.qwen2_5_vl.published import PUBLISHED_CONFIGS
 from tests.support.groups import MEDIA
 from tests.support.steps import example_groups, run_steps
@@ -31,7 +31,7 @@ SETTINGS = PreprocessSettings()
 PIXELS = dataclasses.replace(MEDIA, patchify=SETTINGS.patchify)
 
 
-def pictures(num_frames: int, *, grid=(2, 4, 6), kind="video", seed=0) -> VisualInput:
+def pictures(num_frames: int, *, grid=(2, 4, 6), kind: MediaKind = "video", seed=0) -> VisualInput:
     """Frames without a black pixel."""
     generator = torch.Generator().manual_seed(seed)
     frames = torch.randint(1, 256, (num_frames, 3, 14 * grid[1], 14 * grid[2]), generator=generator, dtype=torch.uint8)

@@ -171,7 +171,7 @@ LAYOUTS = {
     "dp2": (2, {}),
     "tp2 pp2": (4, dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)),
     "cp2": (2, dict(context_parallel_size=2)),
-    "one rank, noise measured": (1, NOISE),
+    "dp2, noise measured": (2, NOISE),
 }
 
 

@@ -204,7 +204,9 @@ def run_interleaved(context: RankContext, *, hf_dir: Path, sizes: ParallelSizes)
         dataclasses.replace(group, prompt=dataclasses.replace(group.prompt, problem_id=f"p{index}"))
         for index, group in enumerate(groups)
     ]
-    return run_steps(context.init(sizes), hf_dir=hf_dir, rollout_groups=groups)
+    # Views of new pixels, and the noise, go through the same stages.
+    values = {"visual_view": "patches", "temporal_view": "reversed", "noise_every": 1, "min_shift": 1e-3}
+    return run_steps(context.init(sizes), hf_dir=hf_dir, rollout_groups=groups, values=values)
 
 
 def test_one_group_with_media_among_interleaved_stages_fills_a_round(ranks: RankPool, hf_dir: Path) -> None:
@@ -216,3 +218,4 @@ def test_one_group_with_media_among_interleaved_stages_fills_a_round(ranks: Rank
         difference = compare_steps(records, expected, initial=nothing)
         # As in the other layouts: fp32 sums in another order.
         assert difference.loss < 2e-6 and difference.score < 1e-5 and difference.gradient < 1e-4, difference
+        assert 0 < records[0].values["noise_floor/visual"] < 1e-4, "every stage knows what the last one measured"
