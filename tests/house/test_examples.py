@@ -143,7 +143,7 @@ def test_the_ablation_is_the_papers_run_with_every_subset_of_its_signals() -> No
 
 def test_the_grpo_baseline_is_the_papers_run_but_for_objective_and_rate() -> None:
     baseline = resolved(PAPER.parent / "grpo_7b.yaml")
-    assert baseline == {**resolved(PAPER), "objective": "grpo", "lr": 1e-6}
+    assert baseline == {**resolved(PAPER), "objective": "grpo", "lr": 1e-6, "selection": None}
     t_grpo = resolved(PAPER.parent / "t_grpo_7b.yaml")
     assert t_grpo == {**baseline, "objective": "t_grpo", "temporal_bonus": 0.3}, "one line changes"
 
