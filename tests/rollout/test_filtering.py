@@ -281,6 +281,7 @@ def run_steps(source: FilteredSource, *, wanted: int, steps: range, save_after: 
             source.load_weights(iter(()))
             source.begin(wanted // source._ranks.data_size, step=step)
         groups = source.finish()
+        assert all(one.prompt.token_ids == (1, 2) for one in groups), "as they were drawn, not as the engine saw them"
         kept = [(one.prompt.draw_number, [rollout.text for rollout in one.rollouts]) for one in groups]
         found.append((kept, dict(source.step_values)))
         if source.lag and step < steps[-1]:
@@ -427,9 +428,15 @@ def poor(context, *, kind: str) -> list[Step]:
     ranks = context.init(ParallelSizes(tensor=2 if context.world_size == 4 else 1))
     numbers = {"all equal": (1,), "one good": (3,)}[kind]
     engine = MadeEngine(world=ranks.world)
+
+    def prepare(prompts: list[Prompt]) -> list[Prompt]:
+        assert len(set(gather_objects(len(prompts), group=ranks.model))) == 1, "made by all ranks of a replica together"
+        return [dataclasses.replace(prompt, token_ids=(1, 2, 3)) for prompt in prompts]
+
     source = made_source(
         ranks,
         engine=engine,
+        prepare=prepare,
         rule=FilterRule("equal", max_rounds=2),
         data={"numbers": numbers, "left_out": (), "unusable": ()} | ({"shuffle": False} if kind == "one good" else {}),
     )
