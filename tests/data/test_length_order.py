@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_ktr.config import load_config
-from megatron_ktr.data.dataset import PromptDataset, reshard_states
+from megatron_ktr.data.dataset import PromptDataset
 from megatron_ktr.data.lengths import record_lengths
 from megatron_ktr.data.loader import PromptLoader
 from megatron_ktr.data.media.preprocess import PreprocessSettings
@@ -19,6 +19,7 @@ from megatron_ktr.data.mixture import RecordSource
 from megatron_ktr.data.order import BucketedOrder, EpochOrder, LengthBuckets
 from megatron_ktr.data.records import check_record
 from megatron_ktr.data.reply import reply_group
+from megatron_ktr.data.reshard import reshard_states
 from megatron_ktr.data.store.record_store import RecordRules, open_store
 from megatron_ktr.data.template import PromptBuilder, VisualTokens
 from megatron_ktr.errors import UserError
