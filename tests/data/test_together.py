@@ -16,7 +16,8 @@ from tests.support.together import NowPool, replicas
 
 def draw(datasets: list[PromptDataset], number: int) -> list[str]:
     """Problem ids in the order of places, checked to be each on one replica."""
-    found = [one for dataset in datasets for one in dataset.together.next(number, num_step=number)]
+    draws = [dataset.together for dataset in datasets if dataset.together is not None]
+    found = [one for of_replica in draws for one in of_replica.next(number, num_step=number)]
     assert len({place for place, _ in found}) == len(found)
     return [prompt.problem_id for _, prompt in sorted(found, key=lambda one: one[0])]
 
