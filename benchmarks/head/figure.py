@@ -12,6 +12,8 @@ COLOURS = {
     "megatron": "#c28e2c",
     "chunked": "#1f6f8b",
     "triton": "#1f6f8b",
+    "k3": "#4a7fb5",
+    "full_kl": "#12324a",
     "liger": "#a3527d",
     "cut_cross_entropy": "#5b7f3a",
 }

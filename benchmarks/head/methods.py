@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_ktr.ops.token_statistics import linear_token_statistics
-from megatron_ktr.ops.token_statistics_interface import HeadOptions
+from megatron_ktr.ops.token_statistics_interface import HeadOptions, OtherRows
 
 Result = tuple[Tensor, Tensor | None]
 
@@ -73,11 +73,33 @@ def _cut_cross_entropy(hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor) -
     return -linear_cross_entropy(hidden_RD, weight_VD, target_R, reduction="none"), None
 
 
+def _k3(hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor) -> Result:
+    """The reference's log-probs in a pass of their own, and k3 of the sampled tokens as a second term of the loss."""
+    reference = linear_token_statistics(hidden_RD.detach().flip(0), weight_VD.detach(), target_R)
+    found = linear_token_statistics(hidden_RD, weight_VD, target_R)
+    x_R = (reference.logprob_R - found.logprob_R).clamp(-10, 10)
+    return found.logprob_R + x_R.exp() - x_R - 1, found.entropy_R.detach()
+
+
+def _full_kl(hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor) -> Result:
+    """The KL over the whole vocabulary as a second term of the loss.
+
+    The reference's rows are the policy's in another order. Its weight is the policy's, but handed over as a weight of
+    its own, which is then read and multiplied like one.
+    """
+    reference = OtherRows(hidden_RD.detach().flip(0), weight_VD.detach(), has_kl_gradient=True)
+    found = linear_token_statistics(hidden_RD, weight_VD, target_R, reference=reference)
+    assert found.reference_kl_R is not None
+    return found.logprob_R + found.reference_kl_R, found.entropy_R.detach()
+
+
 METHODS: dict[str, Method] = {
     "naive": Method("full logits", _naive),
     "megatron": Method("Megatron cross entropy + entropy", _megatron),
     "chunked": Method("this project, chunked", _ours("chunked")),
     "triton": Method("this project, Triton", _ours("triton"), package="triton"),
+    "k3": Method("this project, k3 to a reference model", _k3),
+    "full_kl": Method("this project, full KL to a reference model", _full_kl),
     "liger": Method("Liger fused linear cross entropy", _liger, package="liger_kernel"),
     "cut_cross_entropy": Method("cut-cross-entropy", _cut_cross_entropy, package="cut_cross_entropy"),
 }

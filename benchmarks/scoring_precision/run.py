@@ -13,6 +13,9 @@ Agreement = tokens that both select / tokens that either selects (Jaccard). Two 
 p / (2 - p). ``..._clear``: in groups with a score of at least 0.01 nats. ``noise`` is |log-prob in bf16 - log-prob in
 fp32| of the counterfactual passes in nats, ``threshold`` the median over groups of the smallest selected score in fp32:
 a token whose score is within the noise of its group's threshold may be chosen by one and not by the other.
+
+``--remedies`` measures in addition what a model that is in bf16 altogether gains by dropping scores below its noise,
+and by averaging over orders of frames (``remedies.py``).
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ sys.path.insert(0, str(REPOSITORY))
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from benchmarks.scoring_precision.remedies import measure_remedies  # noqa: E402
 from megatron_ktr.attribution.key_tokens import KeyTokens, build_key_tokens  # noqa: E402
 from megatron_ktr.attribution.signals import signal_applies, signal_scores  # noqa: E402
 from megatron_ktr.attribution.signals.base import Signal  # noqa: E402
@@ -133,8 +137,11 @@ def write_wording(path: Path, *, base: Path, tokenizer: Any, num_tokens: int) ->
     path.write_text(text + base.read_text(encoding="utf-8"), encoding="utf-8")
 
 
-def sample_and_score(root: Path, model: Path, *, num_prompts: int, num_preamble: int, seed: int) -> list[Scored]:
-    """Responses of ``model`` to training questions of the quickstart in ``root``, scored in both precisions."""
+def sample_and_score(
+    root: Path, model: Path, *, num_prompts: int, num_preamble: int, seed: int, has_remedies: bool = False
+) -> tuple[list[Scored], dict[str, Any]]:
+    """Responses of ``model`` to training questions of the quickstart in ``root``, scored in both precisions; and what
+    remedies do, if that is asked for."""
     platform = start("cpu")
     ranks = init_parallel(ParallelSizes(), platform=platform, seed=seed)
     wording = root / f"wording_{num_preamble}.txt"
@@ -157,10 +164,11 @@ def sample_and_score(root: Path, model: Path, *, num_prompts: int, num_preamble:
         scoring = ScoringPasses(options=StepOptions.of(changed), policy=policy, objective=objective, media=media)
         items = [MicroBatch(part, scoring.pack(part, "intact")) for part in parts]
         found[name] = policy.score_intact(scoring.with_counterfactuals(items, step=1), objective=objective)
-    return [
+    scored = [
         Scored(of_fp32[0], dict(zip(PRECISIONS, (of_fp32[1], of_bf16[1]), strict=True)))
         for of_fp32, of_bf16 in zip(*found.values(), strict=True)
     ]
+    return scored, measure_remedies(config, ranks=ranks, media=media, parts=parts) if has_remedies else {}
 
 
 @dataclass(frozen=True)
@@ -253,7 +261,14 @@ def run(options: argparse.Namespace, root: Path) -> dict[str, Any]:
 
 def measure_at(num_preamble: int, root: Path, model: Path, *, options: argparse.Namespace) -> dict[str, Any]:
     """All shifts and ratios with prompts of one length."""
-    scored = sample_and_score(root, model, num_prompts=options.prompts, num_preamble=num_preamble, seed=options.seed)
+    scored, remedies = sample_and_score(
+        root,
+        model,
+        num_prompts=options.prompts,
+        num_preamble=num_preamble,
+        seed=options.seed,
+        has_remedies=options.remedies,
+    )
     destroy_parallel()
     prompts = [len(group.prompt.token_ids) for part in scored for group in part.item.groups]
     results = {
@@ -266,6 +281,7 @@ def measure_at(num_preamble: int, root: Path, model: Path, *, options: argparse.
         "prompt_tokens": {"shortest": min(prompts), "median": statistics.median(prompts), "longest": max(prompts)},
         "response_tokens": sum(len(part.item.batch.target_ids_R) for part in scored),
         "results": results,
+        **remedies,
     }
 
 
@@ -284,6 +300,9 @@ def _table(report: dict[str, Any]) -> str:
         for name, values in length["results"].items():
             cells = [values[f"agreement_{column}"] for column in columns]
             lines.append(f"{name:<16}" + "".join(f"{'-' if cell is None else f'{cell:.3f}':>15}" for cell in cells))
+        for name, values in length.get("remedies", {}).items():
+            shown = ", ".join(f"{key} {value:.4f}" for key, value in values.items() if value is not None)
+            lines.append(f"{name}: {shown}")
     return "\n".join(lines)
 
 
@@ -301,6 +320,7 @@ def main() -> None:
     parser.add_argument(
         "--preamble-tokens", type=_lengths, default=[0], help="tokens before the question, several with commas"
     )
+    parser.add_argument("--remedies", action="store_true", help="measure remedies against rounding, too")
     parser.add_argument("--steps", type=int, help="steps of every stage of fine-tuning, to try the command")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")

@@ -103,7 +103,7 @@ class KeyTokens:
                     by_signal=controlled.by_signal,
                     weight_R=controlled.weight_R,
                     advantage_factor_R=factor_R,
-                    metrics=_metrics(choice, factor_R, dependence_R),
+                    metrics=_metrics(factor_R, dependence_R),
                 )
             )
         return found
@@ -224,10 +224,9 @@ def overlaps(by_signal: Mapping[str, Tensor]) -> Metrics:
     return metrics
 
 
-def _metrics(choice: Choice, factor_R: Tensor | None, dependence_R: Tensor | None) -> Metrics:
-    """The agreement of the signals; with shaping also the mean dependence in nats and the largest factor of an
-    advantage."""
-    metrics = overlaps(choice.by_signal)
+def _metrics(factor_R: Tensor | None, dependence_R: Tensor | None) -> Metrics:
+    """With shaping: the mean dependence in nats and the largest factor of an advantage."""
+    metrics = Metrics()
     if factor_R is not None and dependence_R is not None and len(factor_R):
         is_known_R = dependence_R.isfinite()
         total = dependence_R.masked_fill(~is_known_R, 0.0).sum()

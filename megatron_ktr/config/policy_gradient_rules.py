@@ -104,6 +104,8 @@ def _ratio(section: ObjectiveSection) -> Iterator[str]:
 
 
 def _kl(section: ObjectiveSection) -> Iterator[str]:
+    if section.kl_kind == "full" and not section.kl_beta and not section.is_supervised:
+        yield "--kl-kind full needs --kl-beta above 0; --measure-full-kl reports that KL without using it"
     if not section.kl_in_reward or not section.kl_beta:
         return
     if section.kl_kind == "k3_plus":

@@ -29,7 +29,7 @@ from megatron_ktr.data.other_media import OtherMedia
 from megatron_ktr.data.records import Record
 from megatron_ktr.data.retirement import Retirement, RetirementRule
 from megatron_ktr.data.skips import SkipCounter
-from megatron_ktr.data.together import TogetherDraws, UsedElement
+from megatron_ktr.data.together import DrawCounts, TogetherDraws, UsedElement
 from megatron_ktr.data.unusable import UnusableSample
 from megatron_ktr.data.workers.look_ahead import LookAhead, SampleMedia
 from megatron_ktr.data.workers.pool import WorkerPool
@@ -135,43 +135,15 @@ class PromptDataset:
     def draw_together(self, rule: RetirementRule | None) -> None:
         """Lets all replicas draw the prompts of a step together (``data/together.py``), and retires easy records by
         ``rule``, if there is one. It comes before the first draw."""
-        retirement = Retirement(rule, [len(source.records) for source in self.sources]) if rule else None
         self.together = TogetherDraws(
             self.sources,
             self._order,
             rank=self.rank,
             size=self.size,
             load=self._load_used,
-            counts=self.loader.counts,
-            retirement=retirement,
+            counts=DrawCounts(self.loader.counts, self.skips, self.num_given),
+            retirement=Retirement(rule, [len(one.records) for one in self.sources]) if rule else None,
         )
-
-    def next_together(self, number: int, *, num_step: int) -> list[tuple[int, Prompt]]:
-        """This replica's prompts among the first ``number`` draws of the step, without those returned before and
-        without unusable ones, each with its place. ``num_step`` are the draws of an ordinary step.
-
-        Raises:
-            UserError: there is no usable sample.
-        """
-        assert self.together is not None, "draw_together() comes first"
-        num_ahead = -(-num_step // self.size) * self._prefetch_steps
-        drawn = self.together.draw(number, num_ahead=num_ahead)
-        return [(one.place, one.prompt) for one in drawn if one.prompt is not None]
-
-    def settle(self, number: int, *, accuracies: Mapping[int, float]) -> None:
-        """The first ``number`` draws of the step are used up. ``accuracies`` are the mean accuracies of all replicas'
-        groups, by draw number.
-
-        Raises:
-            UserError: too large a share of the samples is unusable.
-        """
-        assert self.together is not None, "draw_together() comes first"
-        for drawn in self.together.settle(number, accuracies):
-            self.skips.count_drawn()
-            if drawn.prompt is not None:
-                self.num_given[drawn.prompt.source] += 1
-            if drawn.error is not None:
-                self.skips.count_skip(drawn.error, number=drawn.element.record.get("record_number"))
 
     def read_ahead(self, pool: WorkerPool, *, prefetch_steps: int = 1) -> None:
         """Lets the workers of ``pool``, which ``close`` ends, load the media from now on. While the prompts of one step
@@ -325,7 +297,8 @@ class PromptDataset:
         self.loader.counts.clear()
         self.loader.counts.update({str(name): int(count) for name, count in state["counts"].items()})
         given = zip(self.sources, state.get("num_given", []), strict=False)
-        self.num_given = Counter({source.name: int(number) for source, number in given})
+        self.num_given.clear()
+        self.num_given.update({source.name: int(number) for source, number in given})
 
     @cached_property
     def records_digest(self) -> str:
@@ -363,7 +336,9 @@ class PromptDataset:
         self.skips.count_drawn()
         return element, load
 
-    def _load_used(self, element: UsedElement, num_wanted: int) -> Prompt:
+    def _load_used(self, element: UsedElement, num_now: int, num_step: int) -> Prompt:
+        """See ``data/together.py``."""
+        num_wanted = num_now + num_step * self._prefetch_steps
         if self._others is not None:
             self._others.draw(element.draw_number, num_wanted=num_wanted)
         if self._ahead is None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_ktr.data.dataset import PromptDataset
 from megatron_ktr.data.reply import reply_group
+from megatron_ktr.data.together import TogetherDraws
 from megatron_ktr.types import Prompt, RolloutGroup
 
 
@@ -22,16 +23,20 @@ class DatasetSource:
 
     def next_together(self, number: int, *, num_step: int) -> dict[int, RolloutGroup]:
         """This replica's groups among the first ``number`` draws of the step that were not returned before, by place
-        (``PromptDataset.next_together``)."""
-        drawn = dict(self.dataset.next_together(number, num_step=num_step))
+        (``TogetherDraws.next``)."""
+        drawn = dict(self._together.next(number, num_step=num_step))
         return dict(zip(drawn, self.groups_of(list(drawn.values())), strict=True))
 
     def settle(self, number: int, *, accuracies: Mapping[int, float]) -> dict[str, float]:
-        """The first ``number`` draws of the step are used up (``PromptDataset.settle``). Returns metrics that are the
+        """The first ``number`` draws of the step are used up (``TogetherDraws.settle``). Returns metrics that are the
         same on every replica."""
-        self.dataset.settle(number, accuracies=accuracies)
-        assert self.dataset.together is not None
-        return self.dataset.together.values
+        self._together.settle(number, accuracies=accuracies)
+        return self._together.values
+
+    @property
+    def _together(self) -> TogetherDraws:
+        assert self.dataset.together is not None, "draw_together() comes first"
+        return self.dataset.together
 
     def groups_of(self, prompts: Sequence[Prompt]) -> list[RolloutGroup]:
         """The groups of ``prompts``, as far as the data set has responses for them."""

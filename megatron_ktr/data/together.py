@@ -7,7 +7,7 @@ number for all of them.
 
     cursor          the place of the sequence at which the step begins; the same on every replica
     place k         the k-th used element from the cursor on; replica (turn + k) mod n draws it
-    draw(number)    this replica's elements at the places below ``number``, those not drawn before
+    next(number)    this replica's elements at the places below ``number``, those not drawn before
     settle(number)  the first ``number`` places are used up: the cursor moves behind them
 
 What was drawn beyond the places that are used up stays in memory and is drawn again by the next step, by the same
@@ -25,6 +25,7 @@ from typing import Any
 from megatron_ktr.data.mixture import MixtureOrder, RecordSource
 from megatron_ktr.data.records import Record
 from megatron_ktr.data.retirement import Retirement
+from megatron_ktr.data.skips import SkipCounter
 from megatron_ktr.data.unusable import UnusableSample
 from megatron_ktr.errors import UserError
 from megatron_ktr.types import Prompt
@@ -65,9 +66,20 @@ class Drawn:
     """What loading it has counted."""
 
 
-Load = Callable[[UsedElement, int], Prompt]
-"""Makes the prompt of an element; the number says how many elements workers should have in hand, this one included.
-Raises ``UnusableSample``."""
+Load = Callable[[UsedElement, int, int], Prompt]
+"""Makes the prompt of an element. The numbers are how many elements this replica draws now, this one included, and how
+many in an ordinary step, for workers that load ahead. Raises ``UnusableSample``."""
+
+
+@dataclass(frozen=True)
+class DrawCounts:
+    """What is counted when draws are used up."""
+
+    loading: Counter[str]
+    """What ``Load`` adds to."""
+    skips: SkipCounter
+    given: Counter[str]
+    """Prompts by the name of their source."""
 
 
 class TogetherDraws:
@@ -81,10 +93,9 @@ class TogetherDraws:
         rank: int,
         size: int,
         load: Load,
-        counts: Counter[str],
+        counts: DrawCounts,
         retirement: Retirement | None = None,
     ) -> None:
-        """``counts`` are those that ``load`` adds to."""
         self.retirement = retirement
         self.cursor = 0
         self.turn = 0
@@ -104,10 +115,9 @@ class TogetherDraws:
         """Places of the step that ``draw`` was asked for."""
         self._num_fruitless = 0
 
-    def draw(self, number: int, *, num_ahead: int = 0) -> list[Drawn]:
-        """This replica's elements at the places below ``number`` that no earlier call of the step returned.
-
-        ``num_ahead`` is the number of further elements of this replica whose media may be loaded meanwhile.
+    def next(self, number: int, *, num_step: int) -> list[tuple[int, Prompt]]:
+        """This replica's prompts at the places below ``number`` that no earlier call of the step returned, each with
+        its place, without those that cannot be used. ``num_step`` are the draws of an ordinary step.
 
         Raises:
             UserError: there is no usable sample.
@@ -116,24 +126,38 @@ class TogetherDraws:
             self._elements.append(next(self._walk))
         places = [place for place in range(self._num_drawn, number) if self._is_own(place)]
         self._num_drawn = max(self._num_drawn, number)
-        return [self._draw_one(place, len(places) - index + num_ahead) for index, place in enumerate(places)]
+        share = -(-num_step // self._size)
+        drawn = [self._draw(place, len(places) - index, share) for index, place in enumerate(places)]
+        return [(one.place, one.prompt) for one in drawn if one.prompt is not None]
 
-    def settle(self, number: int, accuracies: Mapping[int, float]) -> list[Drawn]:
-        """Uses up the first ``number`` places, and returns this replica's elements among them, whose counts are now in
-        force. ``accuracies`` are the mean accuracies of all replicas' answers, by draw number."""
+    def settle(self, number: int, *, accuracies: Mapping[int, float]) -> None:
+        """Uses up the first ``number`` places; what this replica drew of them now counts. ``accuracies`` are the mean
+        accuracies of all replicas' groups, by draw number.
+
+        Raises:
+            UserError: too large a share of the samples is unusable.
+        """
         used = self._elements[:number]
         own = [self._loaded.pop(used[place].draw_number) for place in range(number) if self._is_own(place)]
         end = used[-1].draw_number + 1 if used else self.cursor
         self.num_passed_over += self._count_passed_over(end, num_used=len(used))
-        for drawn in own:
-            self._counts.update(drawn.counts)
         for element in used:
             self.epochs[element.source_index] = max(self.epochs[element.source_index], element.epoch)
             if self.retirement is not None and element.draw_number in accuracies:
                 accuracy = accuracies[element.draw_number]
                 self.retirement.note(element.source_index, element.record_index, epoch=element.epoch, accuracy=accuracy)
         self._go_to(end, turn=(self.turn + len(used)) % self._size)
-        return own
+        for drawn in own:
+            self._count(drawn)
+
+    def _count(self, drawn: Drawn) -> None:
+        counts = self._counts
+        counts.loading.update(drawn.counts)
+        counts.skips.count_drawn()
+        if drawn.prompt is not None:
+            counts.given[drawn.prompt.source] += 1
+        if drawn.error is not None:
+            counts.skips.count_skip(drawn.error, number=drawn.element.record.get("record_number"))
 
     def element_at(self, position: int) -> UsedElement:
         """This replica's element at or after ``position``, which must be that of one of its elements; with the position
@@ -185,30 +209,31 @@ class TogetherDraws:
     def _is_own(self, place: int) -> bool:
         return (self.turn + place) % self._size == self._rank
 
-    def _draw_one(self, place: int, num_wanted: int) -> Drawn:
+    def _draw(self, place: int, num_now: int, num_step: int) -> Drawn:
         element = self._elements[place]
         found = self._loaded.get(element.draw_number)
         if found is None:
-            found = self._load_one(place, element, num_wanted)
+            found = self._load_new(place, element, num_now, num_step)
         self._loaded[element.draw_number] = found = Drawn(place, element, found.prompt, found.error, found.counts)
         self._num_fruitless = self._num_fruitless + 1 if found.error is not None else 0
-        if self._num_fruitless >= min(self._order.period + 20, _MAX_FRUITLESS_DRAWS):
+        if self._num_fruitless >= min(self._order.period + self._counts.skips.min_drawn, _MAX_FRUITLESS_DRAWS):
             raise UserError(
                 f"no usable prompt among the last {self._num_fruitless} samples; the last one: {found.error}"
             )
         return found
 
-    def _load_one(self, place: int, element: UsedElement, num_wanted: int) -> Drawn:
-        before = Counter(self._counts)
+    def _load_new(self, place: int, element: UsedElement, num_now: int, num_step: int) -> Drawn:
+        loading = self._counts.loading
+        before = Counter(loading)
         prompt, problem = None, None
         try:
-            prompt = self._load(element, num_wanted)
+            prompt = self._load(element, num_now, num_step)
         except UnusableSample as error:
             problem = error
-        counted = {name: number - before[name] for name, number in self._counts.items() if number != before[name]}
+        counted = {name: number - before[name] for name, number in loading.items() if number != before[name]}
         # What is drawn counts when it is used up, not before: a resumed run may have to draw it again.
-        self._counts.clear()
-        self._counts.update(before)
+        loading.clear()
+        loading.update(before)
         return Drawn(place, element, prompt, problem, counted)
 
     def _used(self, position: int) -> Iterator[UsedElement]:

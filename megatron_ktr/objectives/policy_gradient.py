@@ -35,7 +35,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megatron_ktr.attribution.key_tokens import KeyTokens, build_key_tokens
+from megatron_ktr.attribution.key_tokens import KeyTokens, build_key_tokens, overlaps
 from megatron_ktr.attribution.noise_floor import SignalNoise
 from megatron_ktr.config.sections import ObjectiveSection, RewardSection, RolloutSection
 from megatron_ktr.config.words import LossAggregation, TokenSet
@@ -353,11 +353,13 @@ def _every_token(item: ScoredBatch) -> Selection:
 
 
 def _selection_metrics(selection: Selection) -> Metrics:
-    """Share of the response tokens that are key tokens, in all and by signal, and the selection's own metrics."""
+    """Share of the response tokens that are key tokens, in all and by signal, how far signals agree, and the
+    selection's own metrics."""
     masks = {"key_token_ratio": selection.is_key_R}
     masks |= {f"key_token_ratio/{signal}": mask_R for signal, mask_R in selection.by_signal.items()}
     metrics = Metrics()
     counts = torch.stack([mask_R.sum() for mask_R in masks.values()])
     metrics.add_later(list(masks), counts, count=selection.is_key_R.numel())
+    metrics.merge(overlaps(selection.by_signal))
     metrics.merge(selection.metrics)
     return metrics

@@ -8,6 +8,7 @@ and the options. The same run directories give the same bytes, because the page 
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -47,6 +48,8 @@ _LINE_CHARTS = (
         "of the tokens that either of two signals selects, the share that both do",
     ),
     ("Dependence on what is seen", ("dependence",), "nats a token"),
+    ("Noise of scores", ("noise_floor/",), "nats; 99% of the scores that rounding alone gives are below it"),
+    ("Signal to noise", ("signal_to_noise/",), "mean size of a score / of what rounding alone gives"),
     ("Gradient norm", ("grad_norm",), "before clipping"),
     ("Entropy", ("entropy",), "nats a token"),
     ("KL to the reference model", ("kl", "kl_full"), "nats a token"),
@@ -63,6 +66,8 @@ _LINE_CHARTS = (
     ("Learning rate", ("learning_rate",), ""),
 )
 """Each chart as (title, metrics, note). A metric is a name; a name with "/" at its end means a family of metrics."""
+_NOT_EVERY_STEP = ("noise_floor/", "signal_to_noise/")
+"""Metrics that are measured every few steps only."""
 _LABELS = {"reward_mean": "total", "key_token_ratio": "key tokens"}
 
 
@@ -236,8 +241,11 @@ def _charts(run: RunData, *, anchor: str) -> list[Html]:
     for title, wanted, note in _LINE_CHARTS:
         names = [name for want in wanted for name in run.metrics if name == want or _is_in_family(name, want)]
         series = [_series(name, run, index) for index, name in enumerate(names)]
-        if series and run.steps:
-            charts.append(line_chart(title, run.steps, series, note=note))
+        steps = run.steps
+        if wanted[0] in _NOT_EVERY_STEP:
+            steps, series = _where_measured(steps, series)
+        if series and steps:
+            charts.append(line_chart(title, steps, series, note=note))
     phases = [name for name in run.metrics if name.startswith("seconds/")]
     if phases and run.steps:
         parts = [
@@ -250,6 +258,13 @@ def _charts(run: RunData, *, anchor: str) -> list[Html]:
     return charts
 
 
+def _where_measured(steps: Sequence[int], series: Sequence[Series]) -> tuple[list[int], list[Series]]:
+    """The steps that have a value of some series, and the series there."""
+    places = [place for place in range(len(steps)) if any(math.isfinite(one.values[place]) for one in series)]
+    kept = [dataclasses.replace(one, values=[one.values[place] for place in places]) for one in series]
+    return [steps[place] for place in places], kept
+
+
 def _is_in_family(name: str, wanted: str) -> bool:
     return wanted.endswith("/") and name.startswith(wanted)
 
@@ -258,7 +273,7 @@ def _series(name: str, run: RunData, index: int) -> Series:
     label = _LABELS.get(name, name.split("/", 1)[-1] if "/" in name else "value")
     dash = index % NUM_STYLES
     style = (index + 1) % NUM_STYLES
-    if name.startswith("key_token_ratio"):  # signals look as in the responses
+    if name.startswith(("key_token_ratio", "noise_floor", "signal_to_noise")):  # signals look as in the responses
         style = dash = SIGNALS.index(label) if label in SIGNALS else 3 + index % 3
     return Series(label.replace("_", " "), run.metrics[name], style, dash)
 

@@ -176,8 +176,9 @@ def replica_source(
     options |= {"ranks": ranks, "lag": rollout.lag, "samples_steps": config.samples}
     if not draws_together(rollout):
         return ReplicaSource(local, **options)
-    # An interleaved pipeline needs a multiple of its stages of full micro-batches (``step/plan.py``).
+    # An interleaved pipeline needs a multiple of its stages of full micro-batches in every update (``step/plan.py``).
     stages = ranks.sizes.pipeline if (ranks.sizes.virtual_pipeline or 1) > 1 else 1
+    unit = stages * config.trainer.micro_batch_groups * config.objective.mini_batches
     return FilteredSource(
         local,
         rule=FilterRule(
@@ -188,7 +189,7 @@ def replica_source(
             min_spread=rollout.min_reward_spread,
             max_rounds=rollout.filter_max_rounds,
         ),
-        groups_multiple=stages * config.trainer.micro_batch_groups if stages > 1 else 1,
+        groups_multiple=unit if stages > 1 else 1,
         **options,
     )
 

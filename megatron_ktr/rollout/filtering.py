@@ -116,7 +116,7 @@ class Needs:
     wanted: int
     """``prompts_per_step``."""
     least: int = 1
-    """Every replica needs one group, for each mini-batch."""
+    """Every replica needs one group."""
     multiple: int = 1
     """The number must be a multiple of it (interleaved pipeline stages)."""
 

@@ -78,19 +78,16 @@ class FilteredSource(ReplicaSource):
         *,
         ranks: ParallelGroups,
         rule: FilterRule,
-        groups_per_replica: int = 1,
         groups_multiple: int = 1,
         **options: Any,
     ) -> None:
         """
         Args:
-            groups_per_replica: the fewest groups that a replica can train on.
             groups_multiple: the number of groups of a replica is a multiple of it.
             options: those of ``ReplicaSource``.
         """
         super().__init__(local, ranks=ranks, **options)
         self.rule = rule
-        self._least = groups_per_replica
         self._multiple = groups_multiple
         self._begun: _Begun | None = None
         self._step_values: Mapping[str, float] = {}
@@ -101,8 +98,10 @@ class FilteredSource(ReplicaSource):
         self._shares_prompts = self.needs_weights and (is_collective or self._prepare is not None)
         """Whether all ranks of a replica need its prompts before they are answered."""
         refills = rule.kind != "off" and rule.max_rounds > 0
-        # Vision features are made by all ranks of a replica together, which nobody does while groups are answered.
-        self._asks_spares = takes_more and self.needs_weights and refills and self._prepare is None
+        # Vision features are made by all ranks of a replica together, which nobody does while groups are answered. And
+        # what second prompts cost is measured in one call for all (``SecondsAlone``).
+        asks_once = self._prepare is None and self._second is None
+        self._asks_spares = takes_more and self.needs_weights and refills and asks_once
 
     @property
     def pending_step(self) -> int | None:
@@ -118,7 +117,7 @@ class FilteredSource(ReplicaSource):
         """Draws ``num_prompts`` for each replica. With ``lag`` 1, their responses are then sampled in the
         background."""
         size = self._ranks.data_size
-        needs = Needs(num_prompts * size, least=self._least * size, multiple=self._multiple * size)
+        needs = Needs(num_prompts * size, least=size, multiple=self._multiple * size)
         begun = _Begun(step, needs)
         self._seconds_drawing = 0.0
         self._grow(begun, needs.wanted)

@@ -46,14 +46,7 @@ from megatron_ktr.errors import UserError
 from megatron_ktr.files.json_files import to_json
 from megatron_ktr.rollout.base import RolloutEngine
 from megatron_ktr.rollout.sampling import SamplingSettings
-from megatron_ktr.rollout.second_prompt import (
-    SHUFFLED,
-    Question,
-    SecondPrompt,
-    counts_of_questions,
-    joined,
-    prompts_of,
-)
+from megatron_ktr.rollout.second_prompt import SHUFFLED, Question, SecondPrompt, counts_of_questions, joined, prompts_of
 from megatron_ktr.types import Prompt, ResponseSelection, Rollout, RolloutGroup
 
 _log = logging.getLogger(__name__)
@@ -279,7 +272,8 @@ def write_rollouts(
 
     Frames are not stored, only the path in the record; a replay samples the frames again, with its own settings. Each
     replica of a run writes its own lines. Sorted by ``draw_number`` they are the run's data in the order drawn, and a
-    replay in this order repeats the shuffled orders of frames, too.
+    replay in this order repeats the shuffled orders of frames, too. (A run that filters groups writes only those that
+    it trained on. A replay numbers them without gaps, and then shuffles their frames otherwise.)
 
     With ``selections`` each response also contains its key tokens (``is_key_token``, ``is_selected`` by signal) and the
     trainer's log-probs (``policy_logprobs``), for reports; a replay ignores them. Numbers that are not finite become
@@ -362,15 +356,12 @@ def _read_rewards(response: Mapping[str, Any]) -> dict[str, float]:
         rewards = {"reward": response["reward"]}
     if not isinstance(rewards, dict) or not rewards:
         raise ValueError("expected 'rewards' (an object of named numbers) or 'reward' (a number)")
-    return _read_numbers(rewards, name="reward")
+    return _read_numbers(rewards, name="rewards")
 
 
 def _read_numbers(values: Any, *, name: str) -> dict[str, float]:
-    if not isinstance(values, dict):
-        raise ValueError(f"expected {name} to be an object of numbers, got {_short(values)}")
-    for key, value in values.items():
-        if not _is_number(value):
-            raise ValueError(f"expected {name} {key!r} to be a finite number, got {_short(value)}")
+    if not isinstance(values, dict) or not all(map(_is_number, values.values())):
+        raise ValueError(f"expected {name} to be finite numbers by name, got {_short(values)}")
     return {str(key): float(value) for key, value in values.items()}
 
 

@@ -13,6 +13,7 @@ import torch
 from megatron_ktr.attribution.batch_scope import choose_in_batch
 from megatron_ktr.attribution.combine import ChoiceRules
 from megatron_ktr.attribution.controls import random_tokens, uniform_by_token
+from megatron_ktr.attribution.key_tokens import overlaps
 from megatron_ktr.attribution.scopes import shares_of_rank
 from megatron_ktr.attribution.selection import select_by_rank, select_top_share
 from megatron_ktr.attribution.shaping import DependenceShaping, mean_by_response
@@ -316,11 +317,10 @@ def test_controls_are_made_of_what_the_signals_select():
 
 
 def test_overlap_of_signals_is_counted():
-    (item,) = scored_items(random_groups())
-    (found,) = key_tokens_of(signals=("entropy", "visual")).select([item], BatchFacts(15))
-    one, other = found.by_signal.values()
-    expected = float((one & other).sum() / (one | other).sum())
-    assert found.metrics.means() == {"selection_overlap/entropy+visual": pytest.approx(expected)}
+    selected = {"a": [True, True, False, False], "b": [False, True, True, False], "c": [False] * 4}
+    found = overlaps({name: torch.tensor(mask) for name, mask in selected.items()}).means()
+    expected = {"a+b": 1 / 3, "a+c": 0.0, "b+c": 0.0}
+    assert found == {f"selection_overlap/{name}": pytest.approx(value) for name, value in expected.items()}
 
 
 # Dependence and shaping

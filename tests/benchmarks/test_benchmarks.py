@@ -38,7 +38,7 @@ def test_key_token_benchmark_writes_results_and_figure(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_scoring_precision_benchmark_runs_from_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/scoring_precision/run.py", "--json", "--prompts", "2", "--steps", "1"]
-    command += ["--preamble-tokens", "0,600"]
+    command += ["--preamble-tokens", "0,600", "--remedies"]
     result = subprocess.run(
         [*command, "--out", str(tmp_path / "a.json")],
         cwd=REPOSITORY,
@@ -56,6 +56,12 @@ def test_scoring_precision_benchmark_runs_from_nothing(tmp_path: Path) -> None:
         assert 0 < values["agreement_union"] <= 1 and 0 < values["share_union"] < 1
         # bf16 keeps 8 bits: a pass in fp32 would have no noise, one that was not the same would have nats of it.
         assert 0 < values["noise_visual_mean"] < 0.5
+    for length in (short, long):
+        floors, remedies = length["floors"], length["remedies"]
+        assert remedies.keys() == {"paper", "floor", "orders", "orders, floor"}
+        assert all(100 * floors["fp32"][signal] < floors["bf16"][signal] for signal in ("visual", "temporal"))
+        assert remedies["floor"]["chosen_union"] <= remedies["paper"]["chosen_union"]
+        assert all(0.5 < values["gradient_cosine"] <= 1 for values in remedies.values())
 
 
 def test_host_time_benchmark_runs_the_trainer_of_today() -> None:

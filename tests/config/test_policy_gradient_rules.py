@@ -35,6 +35,7 @@ REFUSED = {
     "--dual-clip 1": "dual_clip",
     "--ratio-cap 3": "--ratio-cap needs --ratio cispo, got token",
     "--kl-in-reward --kl-kind k3_plus": "choose --kl-kind k3",
+    "--kl-kind full --kl-beta 0": "needs --kl-beta above 0; --measure-full-kl reports",
     "--kl-in-reward --kl-on all": "--kl-on is not read with --kl-in-reward",
     "--entropy-bonus -1": "entropy_bonus",
     "--mini-batches 2 --train-steps 5 --lr-warmup-steps 11": "exceeds the 10 optimizer steps",

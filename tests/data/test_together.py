@@ -16,7 +16,7 @@ from tests.support.together import replicas
 
 def draw(datasets: list[PromptDataset], number: int) -> list[str]:
     """Problem ids in the order of places, checked to be each on one replica."""
-    found = [one for dataset in datasets for one in dataset.next_together(number, num_step=number)]
+    found = [one for dataset in datasets for one in dataset.together.next(number, num_step=number)]
     assert len({place for place, _ in found}) == len(found)
     return [prompt.problem_id for _, prompt in sorted(found, key=lambda one: one[0])]
 
@@ -31,7 +31,8 @@ def settle(datasets: list[PromptDataset], number: int, easy: str = "") -> None:
             for element in dataset.together._elements[:number]
         }
     for dataset in datasets:
-        dataset.settle(number, accuracies=accuracies)
+        assert dataset.together is not None
+        dataset.together.settle(number, accuracies=accuracies)
 
 
 def test_running_accuracy_by_hand() -> None:

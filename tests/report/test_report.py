@@ -74,6 +74,8 @@ def write_run(folder: Path, *, num_steps: int = 3, rollouts: dict[int, list[dict
                 "reward/accuracy": 0.5,
                 "key_token_ratio": 0.5,
             }
+            if step == 1:
+                values |= {"noise_floor/visual": 0.02, "signal_to_noise/visual": 30.0}
             values |= {"key_token_ratio/entropy": 0.2, "seconds/rollout": 0.2, "seconds/update": 0.1}
             file.write(json.dumps(values) + "\n")
     save_resolved(
@@ -102,6 +104,7 @@ def test_evaluations_are_curves_over_the_steps_that_were_evaluated(tmp_path):
     assert titles[:3] == ["Evaluation", "Evaluation: held_out", "Evaluation: held_out by duration"]
     drawn = {svg["aria-label"].partition(".")[0]: svg["aria-label"] for svg in page.all("svg") if svg.get("aria-label")}
     assert "held_out: 0.25 at step 0, 0.75 at step 4" in drawn["Evaluation over steps"]
+    assert "visual: 30 at step 1" in drawn["Signal to noise"], "a chart of the steps that measured it"
     assert "no finite value" not in page.text, "neither charts of evaluation nor, because of step 0, the others"
     assert "steps 4" in page.text and "time in steps 5.2 s" in page.text, "step 0 trains nothing"
 
@@ -278,7 +281,7 @@ def test_scale_is_logarithmic_only_for_positive_values_over_two_decades():
 def test_short_runs_without_rollouts_make_a_page(tmp_path, num_steps):
     run = write_run(tmp_path / "run", num_steps=num_steps)
     page = page_of(run, out=tmp_path / "r.html")
-    assert len(page.all("figure", "chart")) == (4 if num_steps else 0)
+    assert len(page.all("figure", "chart")) == (6 if num_steps else 0)
     assert "No rollouts were recorded" in page.text
     assert ("No step was logged yet" in page.text) == (num_steps == 0)
     names = [a.get("aria-label") for a in page.all("svg") if a.get("role") == "img"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Iterator
 
@@ -109,6 +110,9 @@ def test_the_policies_stop_in_words_or_make_the_group_even() -> None:
         assert [rollout.reward for rollout in second.rollouts] == [2.0, 5.0]
         counts = rewarder.take_counts()
         assert counts["reward_skipped_groups"] == 1 and counts["reward_errors/wild"] == 1
+        shuffled = dataclasses.replace(groups[0], prompt=dataclasses.replace(groups[0].prompt, variant="shuffled"))
+        (left,) = rewarder.reward([shuffled], names=[f"{HOME}:wild"])
+        assert left.rollouts == (), "accuracies of 0 that nobody measured would earn the others a bonus"
 
 
 def test_weights_scale_the_sum_and_leave_the_parts_as_they_are() -> None:

@@ -523,10 +523,9 @@ def in_four_ranks(context: Any, *, inputs: Path, out: Path) -> dict[str, Any]:
         # Only the first replica has a second prompt; engines that several replicas share answer it all the same.
         more = [dataclasses.replace(side.prompts[2], variant="shuffled")] if side.policy.ranks.data_rank == 0 else []
         twice = dict(engine.stream([*side.prompts, *more], counts=[3, 3, 3, *[2 for _ in more]]))
-        assert [twice[place].rollouts for place in range(len(groups))] == [group.rollouts for group in groups]
-        assert [len(group.rollouts) for place, group in sorted(twice.items()) if place > 2] == [
-            2 for _ in more if groups
-        ]
+        tokens = [[rollout.token_ids for rollout in twice[place].rollouts] for place in sorted(twice)]
+        assert tokens[: len(groups)] == [[rollout.token_ids for rollout in group.rollouts] for group in groups]
+        assert [len(responses) for responses in tokens[3:]] == [2 for _ in more if groups]
         if engine_size == 1:
             # One engine refuses its part; the others learn it instead of waiting for answers.
             long = dataclasses.replace(side.prompts[2], problem_id="long", token_ids=side.prompts[2].token_ids * 200)

@@ -45,9 +45,16 @@ VARIANTS = {
         dict(objective="gspo", clip_low=0.02, clip_high=0.02, kl_beta=0.0),
         Algorithm(ratio="sequence", clip=(0.02, 0.02)),
     ),
-    "cispo over the batch": Variant(
-        dict(objective="cispo", ratio_cap=1.02, kl_beta=0.0, advantage="batch_baseline"),
-        Algorithm(ratio="cispo", cap=1.02, mean="token", advantage="batch_baseline"),
+    "cispo": Variant(
+        dict(objective="cispo", ratio_cap=1.02, kl_beta=0.0), Algorithm(ratio="cispo", cap=1.02, mean="token")
+    ),
+    "dapo": Variant(
+        dict(objective="dapo", kl_beta=0.0, clip_low=0.02, clip_high=0.03), Algorithm(mean="token", clip=(0.02, 0.03))
+    ),
+    "reinforce_pp_baseline": Variant(
+        dict(objective="reinforce_pp_baseline", kl_beta=0.1),
+        Algorithm("batch_baseline", mean="token", beta=0.1, kl="k2"),
+        clips=False,
     ),
     "rloo, full KL": Variant(
         dict(objective="rloo", kl_beta=0.05, kl_kind="full", max_response_length=9),

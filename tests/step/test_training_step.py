@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_ktr.config.objective_registry import objective_entry
 from megatron_ktr.distributed.groups import ParallelGroups, ParallelSizes
 from megatron_ktr.types import RolloutGroup
 from tests.support.layouts import BALANCED, FULL, LAYOUTS, OVERLAPPED, PACKED, SMALL, Layout, sizes_of
@@ -221,6 +222,26 @@ def test_parts_of_a_policy_gradient_are_the_same_in_layouts(ranks: RankPool, cas
     for by_layout in ranks(algorithm_in_layouts, 2, **options):
         for layout, records in by_layout.items():
             _assert_small(layout, compare_steps(records, expected, initial=cases["untied"].initial))
+
+
+def test_selection_and_shaping_over_the_global_batch_are_the_same_in_layouts(
+    ranks: RankPool, cases: dict[str, Case]
+) -> None:
+    """VPPO with one threshold for all replicas: scores are gathered, and every replica finds its own part."""
+    values = {**objective_entry("vppo").defaults, "objective": "vppo", "selection_scope": "batch", "kl_beta": 0.04}
+    options = _run_options(cases["untied"], values)
+    expected = ranks(run_in_layout, 1, **options)[0]
+    assert expected[0].values["advantage_factor_max"] > 1.01
+    chosen = {name: by_signal["dependence"] for name, by_signal in expected[0].chosen.items()}
+    shares = {name: float(mask.float().mean()) for name, mask in chosen.items() if mask.any()}
+    assert max(shares.values()) > 1.2 * min(shares.values()), "one threshold is not one for each prompt"
+    del options["sizes"]
+    for by_layout in ranks(algorithm_in_layouts, 2, **{**options, "masks": [expected[0].chosen]}):
+        for layout, records in by_layout.items():
+            _assert_small(layout, compare_steps(records, expected, initial=cases["untied"].initial))
+            found = records[0].chosen
+            # Rounding may move a token across the threshold.
+            assert sum(int((found[name]["dependence"] != chosen[name]).sum()) for name in found) <= 1
 
 
 def test_only_a_batch_that_is_equal_as_a_whole_has_nothing_to_learn_by_a_batch_advantage(

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_ktr.attribution.key_tokens import KeyTokens, overlaps
+from megatron_ktr.attribution.key_tokens import KeyTokens
 from megatron_ktr.config import Config, config_from_values
 from megatron_ktr.config.part_options import PolicyOptions, StepOptions
 from megatron_ktr.data.media.preprocess import PreprocessSettings
@@ -133,8 +133,7 @@ class WatchedKeyTokens(KeyTokens):
             return found
         # Injected masks come from another process, perhaps from another device.
         masks = {signal: torch.cat([part[signal] for part in parts]).to(mask_R) for signal, mask_R in chosen.items()}
-        # What the selection counted goes by its own masks, which may differ by a token.
-        return dataclasses.replace(Selection.union(masks), metrics=overlaps(masks), weight_R=found.weight_R)
+        return dataclasses.replace(found, is_key_R=Selection.union(masks).is_key_R, by_signal=masks)
 
 
 def tensors_of(scores: TokenScores) -> dict[str, Tensor]:
