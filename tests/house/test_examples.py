@@ -161,6 +161,7 @@ def test_the_other_settings_of_the_paper_differ_from_its_run_as_they_say() -> No
     for size in ("3b", "32b", "72b"):
         assert difference(f"video_ktr_{size}") == {"model": f"Qwen2.5-VL-{size.upper()}-Instruct"}
     tw_grpo = {"objective": "tw_grpo", "loss_aggregation": "token", "clip_high": 0.28, "kl_beta": 0.0, "lr": 1e-6}
+    tw_grpo["selection"] = None  # every token carries the loss
     assert difference("tw_grpo_7b_same_data") == tw_grpo
     sft = difference("sft_7b")
     assert (sft["objective"], sft["data_path"]) == ("sft", "Video-R1-data/Video-R1-COT-165k.json")
