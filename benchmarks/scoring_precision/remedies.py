@@ -10,8 +10,9 @@ fp32, on the same responses, with the signed shift and a fifth of the tokens per
 
 ``agreement``: tokens that both choose / that either chooses, bf16 with the remedy against fp32 with as many orders and
 no floor. ``of_fp32``: the share of the chosen tokens that fp32 chooses, too. ``chosen``: tokens chosen / those of fp32.
-``gradient_cosine``: of the whole gradient of the step to that of fp32. ``..._same_floor`` compares with fp32 that drops
-scores below the same floor, and so shows what rounding still decides.
+``gradient_cosine``: of the whole gradient of the step to that of fp32, with rewards of 1 and 0 in turn. (The tiny
+model's answers to long prompts are all wrong, and equal rewards have no gradient.) ``..._same_floor`` compares with
+fp32 that drops scores below the same floor, and so shows what rounding still decides.
 """
 
 from __future__ import annotations
@@ -106,6 +107,7 @@ def measure_remedies(
     config: Config, *, ranks: Any, media: Any, parts: Sequence[Sequence[RolloutGroup]]
 ) -> dict[str, Any]:
     """The noise of both precisions, and each remedy against fp32."""
+    parts = [[_with_rewards(group) for group in part] for part in parts]
     by_precision = {
         name: Precision(config, precision=name, ranks=ranks, media=media, parts=parts) for name in ("bf16", "fp32")
     }
@@ -123,6 +125,14 @@ def measure_remedies(
             )
     fp32_floors, _ = full.floors()
     return {"floors": {"bf16": floors, "fp32": fp32_floors}, "signal_to_noise": ratios, "remedies": remedies}
+
+
+def _with_rewards(group: RolloutGroup) -> RolloutGroup:
+    rollouts = [
+        dataclasses.replace(rollout, rewards={"accuracy": float(index % 2)})
+        for index, rollout in enumerate(group.rollouts)
+    ]
+    return dataclasses.replace(group, rollouts=tuple(rollouts))
 
 
 def _compare(found: Chosen, expected: Chosen) -> dict[str, float | None]:
