@@ -116,6 +116,7 @@ format: $(VENV)/.ready ## ruff: fix what can be fixed, format
 
 docs: $(VENV)/.ready ## write the generated pages again
 	$(PY) -m megatron_ktr.config --markdown > docs/configuration.md
+	$(PY) -m megatron_ktr.accounting.objective_costs docs/algorithms.md
 
 setup: $(VENV)/.ready ## core environment in .venv
 setup-vllm: $(VENV_VLLM)/.ready ## core + vLLM for CPU in .venv-vllm

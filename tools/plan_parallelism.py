@@ -25,7 +25,7 @@ from megatron_ktr.accounting.planner import GB, PIXELS_PER_TOKEN, Plan, Request,
 from megatron_ktr.accounting.rates import settings_of  # noqa: E402
 from megatron_ktr.accounting.saved import FUSED, TORCH_GPU  # noqa: E402
 from megatron_ktr.config import Config, config_from_values  # noqa: E402
-from megatron_ktr.config.objective_registry import available_objectives  # noqa: E402
+from megatron_ktr.config.objective_registry import available_objectives, objective_entry  # noqa: E402
 from megatron_ktr.config.part_options import StepOptions  # noqa: E402
 from megatron_ktr.config.view_registry import temporal_views, visual_views  # noqa: E402
 from megatron_ktr.config.words import SHUFFLE_UNITS, VISION_PARALLELS  # noqa: E402
@@ -76,39 +76,22 @@ def _parser() -> Parser:
     add("--text-length", whole(), request["text_length"].default, "prompt tokens that are not visual")
     add("--response-length", whole(), request["response_length"].default, "tokens of every response")
     add("--num-generations", whole(high=2**14), request["num_generations"].default, "responses per prompt")
-    of_objective = "what the objective says"
     add(
         "--temporal-responses",
         whole(low=0, high=2**14),
         None,
-        f"responses per prompt to shuffled frames, none = {of_objective}",
+        "per prompt, to shuffled frames; none = as the objective",
     )
     add("--prompts-per-step", whole(), request["prompts_per_step"].default, "prompts of a step over all GPUs")
-    add("--objective", str, "video_ktr", "whose passes a step runs", choices=available_objectives())
+    objectives = _sampled_objectives()
+    add("--objective", str, "video_ktr", "whose passes a step runs, with its own defaults", choices=objectives)
     parser.add_argument("--grpo", action="store_const", const="grpo", dest="objective", help="--objective grpo")
     parser.add_argument("--no-reference", action="store_true", help="no KL term, no reference model")
-    add(
-        "--shuffle-unit",
-        str,
-        None,
-        f"what the temporal counterfactual permutes, none = {of_objective}",
-        choices=SHUFFLE_UNITS,
-    )
-    add("--num-shuffles", whole(), None, f"draws per step of each random view, none = {of_objective}")
-    add(
-        "--visual-view",
-        str,
-        None,
-        f"what the visual signal compares with, none = {of_objective}",
-        choices=visual_views(),
-    )
-    add(
-        "--temporal-view",
-        str,
-        None,
-        f"what the temporal signal compares with, none = {of_objective}",
-        choices=temporal_views(),
-    )
+    add("--shuffle-unit", str, None, "what a shuffle permutes; none = as the objective", choices=SHUFFLE_UNITS)
+    add("--num-shuffles", whole(), None, "draws per step of each random view; none = as the objective")
+    add("--visual-view", str, None, "what visual scores compare with; none = as the objective", choices=visual_views())
+    temporal = temporal_views()
+    add("--temporal-view", str, None, "what temporal scores compare with; none = as the objective", choices=temporal)
     add("--freeze", str, "", "parts that are not trained, by comma: vision, merger, language")
     add("--fp8", str, "none", "what runs in FP8: nothing, the whole step, or scoring alone", choices=tuple(FP8))
     parser.add_argument("--fp8-param-gather", action="store_true", help="weights of FP8 products are kept in FP8")
@@ -146,13 +129,11 @@ def _request(options: argparse.Namespace) -> Request:
         raise UserError(f"--freeze takes some, not all, of vision, merger, language; got {options.freeze!r}")
     config = _objective_config(options)
     objective = build_objective(config.objective, reward=config.reward, rollout=config.rollout)
-    if config.objective.is_supervised and options.temporal_responses:
-        raise UserError(f"--temporal-responses: --objective {options.objective} samples nothing")
     for name in OF_VIEWS if not objective.views else ():
         if getattr(options, name) is not None:
             raise UserError(
-                f"--{name.replace('_', '-')} is not read by --objective {options.objective}, which has no counterfactual "
-                "passes"
+                f"--{name.replace('_', '-')} is not read by --objective {options.objective}, which has no "
+                "counterfactual passes"
             )
     _check_fp8(options, has_views=bool(objective.views))
     return Request(
@@ -164,7 +145,7 @@ def _request(options: argparse.Namespace) -> Request:
         text_length=options.text_length,
         response_length=options.response_length,
         num_generations=options.num_generations,
-        num_shuffled=0 if config.objective.is_supervised else config.rollout.num_shuffled,
+        num_shuffled=config.rollout.num_shuffled,
         prompts_per_step=options.prompts_per_step,
         settings=dataclasses.replace(
             settings_of(StepOptions.of(config), objective),
@@ -188,6 +169,11 @@ def _request(options: argparse.Namespace) -> Request:
         engine_share=options.rollout_memory_share,
         reserved_gb=options.reserved_memory,
     )
+
+
+def _sampled_objectives() -> tuple[str, ...]:
+    """The objectives whose responses are sampled; the groups that are planned are theirs."""
+    return tuple(name for name in available_objectives() if not objective_entry(name).is_supervised)
 
 
 def _objective_config(options: argparse.Namespace) -> Config:

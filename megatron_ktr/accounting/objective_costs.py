@@ -12,7 +12,7 @@ from pathlib import Path
 from megatron_ktr.accounting.flops import count_step
 from megatron_ktr.accounting.rates import settings_of
 from megatron_ktr.accounting.work import GroupWork, video_grid
-from megatron_ktr.config import config_from_values
+from megatron_ktr.config import Config, config_from_values
 from megatron_ktr.config.objective_registry import available_objectives
 from megatron_ktr.config.part_options import StepOptions
 from megatron_ktr.files.atomic import write_atomically
@@ -34,7 +34,7 @@ def costs_table(names: Sequence[str] | None = None) -> str:
     """
     rows = {name: _row(name) for name in dict.fromkeys([BASE, *(names or available_objectives())])}
     base = rows[BASE][-1]
-    lines = ["| `--objective` | passes without gradient | also sampled for each video | operations of a step |"]
+    lines = ["| `--objective` | passes without gradient | also sampled | operations of a step |"]
     lines.append("|---|---|---|---|")
     for name in names or available_objectives():
         passes, second, flops = rows[name]
@@ -56,7 +56,7 @@ def with_table(page: str) -> str:
 
 
 def _row(name: str) -> tuple[list[str], str, float]:
-    """The passes of a step without gradient, what is sampled besides, and the operations of the step."""
+    """(passes of a step without gradient, what is sampled besides, operations of the step)."""
     config = config_from_values({"objective": name, "num_generations": NUM_RESPONSES})
     objective = build_objective(config.objective, reward=config.reward, rollout=config.rollout)
     model = PUBLISHED_CONFIGS[SIZE]
@@ -64,8 +64,16 @@ def _row(name: str) -> tuple[list[str], str, float]:
     work = GroupWork(NUM_TEXT_TOKENS, (RESPONSE_LENGTH,) * NUM_RESPONSES, video_grids=(video,))
     flops = count_step(model, [work], settings=settings_of(StepOptions.of(config), objective))
     passes = [one for one, value in flops.by_pass().items() if value and one not in OF_UPDATE]
-    shuffled = 0 if config.objective.is_supervised else config.rollout.num_shuffled
-    return passes, f"{shuffled} responses to shuffled frames" if shuffled else "", flops.total
+    return passes, _also_sampled(config), flops.total
+
+
+def _also_sampled(config: Config) -> str:
+    if config.objective.is_supervised:
+        return ""
+    rollout = config.rollout
+    parts = [f"{rollout.num_shuffled} responses to shuffled frames"] if rollout.num_shuffled else []
+    parts += ["the groups that the filter rejects"] if rollout.filter_groups != "off" else []
+    return ", ".join(parts)
 
 
 if __name__ == "__main__":

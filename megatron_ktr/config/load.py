@@ -84,8 +84,8 @@ def config_from_values(values: Mapping[str, Any]) -> Config:
     Raises:
         UserError: there is no such objective.
     """
-    if "objective" in values:
-        values = {**objective_entry(values["objective"]).defaults, **values}
+    objective = values.get("objective", OPTIONS["objective"].default)
+    values = {**objective_entry(objective).defaults, **values}
     sections = {}
     for section in dataclasses.fields(Config):
         own = {name: value for name, value in values.items() if OPTIONS[name].section == section.name}

@@ -8,8 +8,8 @@ therefore drawn at least floor(train_epochs) times, in every layout. If an epoch
 continues into the next epoch. A prompt that is skipped when drawn is replaced by the next one, so the number of steps
 stays the same and the run draws a little more of the sequence. (Records left out by the checks may be spread unevenly
 over replicas; one replica then reaches its next epoch a few records before another.) The same holds for groups that
-``filter_groups`` rejects and for records that ``retire_above`` passes over: the number of steps stays, and the run walks
-through more of the sequence than ``train_epochs``.
+``filter_groups`` rejects and for records that ``retire_above`` passes over: the number of steps stays, and the run
+walks through more of the sequence than ``train_epochs``.
 
 The number is known before training starts. The learning-rate schedule ends with it, and ``lag`` begins no rollouts
 after it. A resumed run computes it anew: the same records give the same number, another ``train_epochs`` another one.

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_ktr.evaluation.asking.controls import apply_control
 from megatron_ktr.evaluation.item import Control
-from megatron_ktr.rewards import accuracy_reward
+from megatron_ktr.rewards.accuracy import accuracy_of_record
 from megatron_ktr.rollout.base import RolloutEngine
 from megatron_ktr.types import Prompt
 
@@ -44,6 +44,6 @@ def evaluate(
     for group in groups:
         record = group.prompt.record
         task = str(record.get("task") or record.get("problem_type"))
-        scores.setdefault(task, []).append(accuracy_reward(group.rollouts[0].text, record))
+        scores.setdefault(task, []).append(accuracy_of_record(group.rollouts[0].text, record))
     values = [value for found in scores.values() for value in found]
     return Accuracy.of(values, by_task={task: Accuracy.of(found) for task, found in sorted(scores.items())})

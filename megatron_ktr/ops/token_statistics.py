@@ -138,7 +138,6 @@ def linear_token_statistics(
         _check_other(other, hidden_RD, weight_VD, name="each of counterfactual_hidden_RD")
     if reference is not None:
         _check_other(reference, hidden_RD, weight_VD, name="the reference's hidden_RD")
-        others.append(reference)
     plan = shard_plan(weight_VD, head=head)
     _check_targets(target_R, plan.vocab_size)
     call = _Call(
@@ -147,21 +146,11 @@ def linear_token_statistics(
         group=head.group,
         reduce_hidden_grad=head.reduce_hidden_grad,
         main_grad_of=weight_VD if head.accumulate_into_main_grad and has_precise_main_grad(weight_VD) else None,
-        others=tuple(_detached(other) for other in others),
+        others=tuple(_detached(other) for other in (others if reference is None else [*others, reference])),
     )
-    logprob_R, entropy_R, other_logprob_KR, kl_KR, log_normalizer_R, last_kl_R = _TokenStatistics.apply(
-        hidden_RD, weight_VD, target_R, call
-    )
-    num_views = len(counterfactual_hidden_RD)
-    return TokenStatistics(
-        logprob_R,
-        entropy_R,
-        other_logprob_KR[:num_views],
-        kl_KR[:num_views],
-        log_normalizer_R,
-        reference_logprob_R=None if reference is None else other_logprob_KR[num_views],
-        reference_kl_R=None if reference is None else last_kl_R if reference.has_kl_gradient else kl_KR[num_views],
-    )
+    *found, last_kl_R = _TokenStatistics.apply(hidden_RD, weight_VD, target_R, call)
+    statistics = TokenStatistics(*found)
+    return statistics if reference is None else _with_reference_apart(statistics, last_kl_R)
 
 
 def find_implementation(impl: TokenStatisticsImpl, *, like: Tensor) -> Implementation:
@@ -319,6 +308,18 @@ def join_shards(statistics_NR: Tensor, group: dist.ProcessGroup | None) -> Tenso
     # Only one shard holds the target's logit; the others hold 0.
     joined = (max_KR, (decay_XKR * sum_XKR).sum(dim=0), third_KR, target_logit_XKR.sum(dim=0))
     return torch.stack(joined, dim=1).flatten(0, 1)
+
+
+def _with_reference_apart(statistics: TokenStatistics, kl_R: Tensor | None) -> TokenStatistics:
+    """``statistics`` whose last counterfactual was the reference; ``kl_R`` is its KL with gradient, if it has one."""
+    logprob_KR, kl_KR = statistics.counterfactual_logprob_KR, statistics.kl_KR
+    return dataclasses.replace(
+        statistics,
+        counterfactual_logprob_KR=logprob_KR[:-1],
+        kl_KR=kl_KR[:-1],
+        reference_logprob_R=logprob_KR[-1],
+        reference_kl_R=kl_KR[-1] if kl_R is None else kl_R,
+    )
 
 
 def _detached(other: OtherRows) -> OtherRows:

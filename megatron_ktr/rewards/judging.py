@@ -54,6 +54,11 @@ def check(section: RewardSection) -> None:
     _key(section)
 
 
+def connect(section: RewardSection) -> None:
+    """Asks the server for its models. Raises as ``judge`` does."""
+    _server(section)
+
+
 def messages_of(given: RewardInput) -> list[dict[str, str]]:
     """What the judge is asked about one response: its answer block, or all of it where it has none."""
     truth = Truth.of(given.record.get("solution", ""), options=given.record.get("options") or ())

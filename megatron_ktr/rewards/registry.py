@@ -51,6 +51,8 @@ class RewardEntry:
     check: Callable[[RewardOptions], None] = lambda options: None
     """Raises ``UserError`` if the reward cannot work with these options on this machine. Called before anything
     expensive."""
+    prepare: Callable[[RewardOptions], None] = lambda options: None
+    """Connects to what the reward asks, before the model is built, where rewards are computed. Raises ``UserError``."""
 
 
 def each(function: Callable[[RewardInput, RewardOptions], float | None]) -> Score:

@@ -60,12 +60,18 @@ class Rewarder:
         Raises:
             UserError: a reward cannot be loaded, or fails and ``reward_on_error`` is ``stop``.
         """
-        with self._lock:
-            key = tuple(names)
-            if key not in self._loaded:
-                self._loaded[key] = load_rewards(key, options=self.options)
-            rewards = self._loaded[key]
+        rewards = self._rewards(names)
         return [self._rewarded(group, rewards) for group in groups]
+
+    def prepare(self, names: Sequence[str]) -> None:
+        """Loads rewards and connects to the servers that they ask.
+
+        Raises:
+            UserError: a reward cannot be loaded, or a server does not answer.
+        """
+        for reward in self._rewards(names).values():
+            if reward.entry is not None:
+                reward.entry.prepare(self.options)
 
     def take_counts(self) -> Mapping[str, float]:
         """reward_seconds/<part> since the last call, and since the start reward_timeouts/<part>, reward_errors/<part>
@@ -79,6 +85,13 @@ class Rewarder:
         """Ends the processes of rewards."""
         if self._pool is not None:
             self._pool.close()
+
+    def _rewards(self, names: Sequence[str]) -> dict[str, Reward]:
+        with self._lock:
+            key = tuple(names)
+            if key not in self._loaded:
+                self._loaded[key] = load_rewards(key, options=self.options)
+            return self._loaded[key]
 
     def _rewarded(self, group: RolloutGroup, rewards: Mapping[str, Reward]) -> RolloutGroup:
         inputs = inputs_of(group)

@@ -232,7 +232,11 @@ def build_sampler(config: Config, *, ranks: ParallelGroups, tokenizer: Tokenizer
         stop=rollout.stop,
         seed=config.trainer.seed,
     )
-    with_rewards = _rewards_of(config)
+    rewarder = Rewarder(reward_options(config))
+    if ranks.is_source and config.samples:
+        for given in config.data.sources:
+            rewarder.prepare(rewards_of(config, given))
+    with_rewards = _rewards_of(config, rewarder)
     # Engines are imported here, because only runs that use an engine need its package.
     if rollout.engine == "vllm_colocated":
         from megatron_ktr.rollout.colocated.engine import colocated_engine
@@ -283,9 +287,9 @@ def _shown_to_engine(config: Config) -> DataSection:
     )
 
 
-def _rewards_of(config: Config) -> Callable[[RolloutEngine], Sampler]:
+def _rewards_of(config: Config, rewarder: Rewarder) -> Callable[[RolloutEngine], Sampler]:
     """Adds the run's rewards to an engine, and those of the files that have their own."""
-    sources, second, rewarder = config.data.sources, _second_prompt(config), Rewarder(reward_options(config))
+    sources, second = config.data.sources, _second_prompt(config)
     if len(sources) == 1:
         return partial(Sampler, rewards=rewards_of(config, sources[0]), rewarder=rewarder, second=second)
     return partial(

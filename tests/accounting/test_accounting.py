@@ -21,6 +21,7 @@ from megatron_ktr.accounting.flops import (
 )
 from megatron_ktr.accounting.layout import Layout, count_parameters
 from megatron_ktr.accounting.memory import estimate_memory
+from megatron_ktr.accounting.objective_costs import with_table
 from megatron_ktr.accounting.pipeline import peak_in_flight, schedule
 from megatron_ktr.accounting.rates import settings_of, step_rates
 from megatron_ktr.accounting.saved import TORCH_CPU
@@ -34,6 +35,7 @@ from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.published import PUBLISHED_CONFIGS
 from models.qwen2_5_vl.vision_layout import plan_vision
 from tests.support.accounting import Harness, LiveBytes, counted_flops, storage_bytes, video_group
+from tests.support.paths import REPOSITORY
 from tests.support.steps import DISTRIBUTED_SGD, example_groups, run_steps
 from tests.support.tiny import save_tiny_hf
 
@@ -425,3 +427,10 @@ def test_memory_falls_with_every_means_against_it():
     assert total(data=8).optimizer == plain.optimizer / 4
     assert total(vision_parallel="frame", context=2).vision < total(context=2).vision
     assert total(virtual=7).activations > plain.activations, "interleaving keeps more micro-batches"
+
+
+def test_the_table_of_objectives_is_what_the_accounting_says():
+    page = (REPOSITORY / "docs" / "algorithms.md").read_text(encoding="utf-8")
+    assert page == with_table(page), "run `make docs`"
+    with pytest.raises(ValueError, match="no place for the table"):
+        with_table("nothing here")

@@ -11,12 +11,13 @@ from megatron_ktr.data.dataset import PromptDataset
 from megatron_ktr.data.reshard import reshard_states
 from megatron_ktr.data.retirement import Retirement, RetirementRule
 from megatron_ktr.errors import UserError
-from tests.support.together import replicas
+from tests.support.together import NowPool, replicas
 
 
 def draw(datasets: list[PromptDataset], number: int) -> list[str]:
     """Problem ids in the order of places, checked to be each on one replica."""
-    found = [one for dataset in datasets for one in dataset.together.next(number, num_step=number)]
+    draws = [dataset.together for dataset in datasets if dataset.together is not None]
+    found = [one for of_replica in draws for one in of_replica.next(number, num_step=number)]
     assert len({place for place, _ in found}) == len(found)
     return [prompt.problem_id for _, prompt in sorted(found, key=lambda one: one[0])]
 
@@ -139,6 +140,22 @@ def test_what_a_step_drew_too_much_is_not_loaded_again() -> None:
     assert sum(one.counts["decoder/made"] for one in loaders) == 2, "counted when it is used up"
     assert draw(data, 5)[:4] == first[2:]
     assert sum(one.num_loads for one in loaders) == 7
+
+
+def test_workers_read_ahead_and_nothing_twice_or_otherwise() -> None:
+    """Steps that leave draws over, two replicas: workers read what the replica draws next, each record once an
+    epoch."""
+    alone, data = replicas(2, rule=None, numbers=(30,)), replicas(2, rule=None, numbers=(30,))
+    pools = [NowPool(), NowPool()]
+    for one, pool in zip(data, pools, strict=True):
+        one.read_ahead(pool, prefetch_steps=1)  # type: ignore[arg-type]
+    for number in (8, 5, 6):
+        assert draw(data, 8) == draw(alone, 8)
+        settle(data, number)
+        settle(alone, number)
+    given = [*pools[0].given, *pools[1].given]
+    assert len(given) == len(set(given)) and 8 + 5 + 8 < len(given) <= 29
+    assert [one.state_dict() for one in data] == [one.state_dict() for one in alone]
 
 
 def test_only_unusable_samples_end_the_run() -> None:

@@ -66,6 +66,9 @@ def test_a_judge_that_stops_the_run_says_why_without_its_key(server, monkeypatch
     with pytest.raises(UserError, match="--judge-key-env NAME") as refused:
         judged(server, "a", monkeypatch=monkeypatch, judge_retries=2)
     assert KEY not in str(refused.value)
+    options = RewardOptions(RewardSection(judge_url="http://127.0.0.1:9", judge_retries=0))
+    with pytest.raises(UserError, match="http://127.0.0.1:9/v1: no answer after one attempt"):
+        Rewarder(options).prepare(["accuracy", "judge"])
 
 
 def test_an_address_or_a_key_that_cannot_work_is_refused_before_anything_is_asked(monkeypatch) -> None:

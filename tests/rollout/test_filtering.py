@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import random
@@ -202,6 +203,30 @@ def accuracy(response: str, record: Mapping[str, Any]) -> float:
     return {"easy": 1.0, "hard": 0.0, "mixed": float(int(response.rsplit("#", 1)[1]) % 2)}[kind]
 
 
+class MadeRewarder:
+    """Gives the accuracies above, without the processes that rewards of one's own run in."""
+
+    num_threads = 1
+
+    def reward(self, groups, *, names):
+        return [
+            dataclasses.replace(
+                one,
+                rollouts=tuple(
+                    dataclasses.replace(rollout, rewards={"accuracy": accuracy(rollout.text, one.prompt.record)})
+                    for rollout in one.rollouts
+                ),
+            )
+            for one in groups
+        ]
+
+    def take_counts(self) -> dict[str, float]:
+        return {}
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
 class MadeEngine(RolloutEngine):
     """Says who asked, in which step and of which weights. Takes its time in an order of its own."""
 
@@ -242,7 +267,8 @@ def made_source(ranks: Any, *, engine: RolloutEngine | None, **options: Any) -> 
     if ranks.is_source:
         local = DatasetSource(replicas(ranks.data_size, **data_options)[ranks.data_rank])
     has_sampler = engine is not None and (ranks.is_source or engine.is_collective)
-    sampler = Sampler(engine, rewards=(f"{__name__}:accuracy",)) if has_sampler and engine is not None else None
+    rewarder: Any = MadeRewarder()
+    sampler = Sampler(engine, rewarder=rewarder) if has_sampler and engine is not None else None
     rule = options.pop("rule", FilterRule("equal", max_rounds=4))
     return FilteredSource(local, ranks=ranks, sampler=sampler, rule=rule, **options)
 
@@ -255,6 +281,7 @@ def run_steps(source: FilteredSource, *, wanted: int, steps: range, save_after: 
             source.load_weights(iter(()))
             source.begin(wanted // source._ranks.data_size, step=step)
         groups = source.finish()
+        assert all(one.prompt.token_ids == (1, 2) for one in groups), "as they were drawn, not as the engine saw them"
         kept = [(one.prompt.draw_number, [rollout.text for rollout in one.rollouts]) for one in groups]
         found.append((kept, dict(source.step_values)))
         if source.lag and step < steps[-1]:
@@ -401,9 +428,15 @@ def poor(context, *, kind: str) -> list[Step]:
     ranks = context.init(ParallelSizes(tensor=2 if context.world_size == 4 else 1))
     numbers = {"all equal": (1,), "one good": (3,)}[kind]
     engine = MadeEngine(world=ranks.world)
+
+    def prepare(prompts: list[Prompt]) -> list[Prompt]:
+        assert len(set(gather_objects(len(prompts), group=ranks.model))) == 1, "made by all ranks of a replica together"
+        return [dataclasses.replace(prompt, token_ids=(1, 2, 3)) for prompt in prompts]
+
     source = made_source(
         ranks,
         engine=engine,
+        prepare=prepare,
         rule=FilterRule("equal", max_rounds=2),
         data={"numbers": numbers, "left_out": (), "unusable": ()} | ({"shuffle": False} if kind == "one good" else {}),
     )

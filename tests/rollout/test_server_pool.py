@@ -15,8 +15,9 @@ import torch
 from megatron_ktr.batch.packing import MediaSpec
 from megatron_ktr.distributed.groups import ParallelSizes
 from megatron_ktr.errors import UserError
+from megatron_ktr.rollout.refill import answered_with_spares
 from megatron_ktr.rollout.sampling import SamplingSettings
-from megatron_ktr.rollout.second_prompt import SHUFFLED
+from megatron_ktr.rollout.second_prompt import SHUFFLED, Question
 from megatron_ktr.rollout.server.engine import ServerEngine
 from megatron_ktr.rollout.server.pool import PoolSettings
 from megatron_ktr.rollout.server.replicas import Replicas
@@ -142,6 +143,26 @@ def test_a_second_prompt_has_its_own_count_and_seed_and_changes_no_other_respons
     assert sorted(body["sampling_params"]["n"] for server in servers for body in server.bodies) == [2, 2, 3, 3, 3, 3]
     again = dict(engine.stream(asked[4:], step=1, counts=[2, 2]))
     assert [again[0], again[1]] == [found[4], found[5]], "whatever else is asked"
+
+
+def test_a_replacement_is_asked_while_other_groups_are_still_running(start, tmp_path) -> None:
+    """Of three groups one is answered and rejected. The next spare prompt is then asked beside the two that run."""
+    engine, (server,) = start(1)
+    server.hold(after=1)
+    groups = [RolloutGroup(prompt, ()) for prompt in prompts(5)]
+    result = in_background(
+        lambda: answered_with_spares(
+            {place: Question(groups[place]) for place in range(3)},
+            spares=[(place, groups[place]) for place in (3, 4)],
+            answer=lambda question: engine.generate([question.group.prompt], step=1)[0],
+            ask=Question,
+            is_rejected=lambda group: group.prompt.problem_id not in ("p3", "p4"),
+        )
+    )
+    wait_until(lambda: server.num_answers == 1 and server.running == 3)
+    server.release()
+    found, wanted = result(), expected(tmp_path, 5, step=1)
+    assert found == dict(enumerate(wanted)), "three are rejected, so both spares are asked"
 
 
 def test_requests_in_flight_are_bounded_and_spread(start) -> None:

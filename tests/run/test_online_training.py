@@ -267,11 +267,13 @@ def test_every_rollout_of_two_replicas_is_written_and_reported(lagged, lag: int)
         assert len(rewards) == 4 * 3
         assert values["reward_mean"] == pytest.approx(sum(rewards) / len(rewards), abs=1e-6)
         assert [group.record["problem_id"] for group in run.groups_of(step)] == [line["problem_id"] for line in lines]
-        shuffled = [line.get("shuffled_responses", []) for line in lines]
-        assert {len(responses) for responses in shuffled} == ({2} if lag else {0})
+        assert all(("shuffled_responses" in line) == bool(lag) for line in lines)
         if lag:
+            shuffled = [line["shuffled_responses"] for line in lines]
+            moving = [responses for responses in shuffled if responses]  # some synthetic videos stand still
+            assert 0 < len(moving) < 4 and {len(responses) for responses in moving} == {2}
             tokens = sum(len(response["token_ids"]) for responses in shuffled for response in responses)
-            assert (values["shuffled/prompts"], values["shuffled/tokens"]) == (4.0, tokens)
+            assert (values["shuffled/prompts"], values["shuffled/tokens"]) == (len(moving), tokens)
             assert all("accuracy" in response["rewards"] for responses in shuffled for response in responses)
             assert "temporal_rule" in values and values["shuffled/seconds_alone"] >= 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from concurrent.futures import Future
 from typing import Any
 
 from megatron_ktr.data.dataset import PromptDataset
@@ -31,8 +32,27 @@ class Loader:
         self.counts["decoder/made"] += 1
         return Prompt(record["problem_id"], (1, 2), record=record)
 
-    def read_media(self, record: dict[str, Any]) -> Any:
-        raise AssertionError("no workers here")
+    def read_media(self, record: dict[str, Any], decode: Any = None) -> list[Any]:
+        return []
+
+
+class NowPool:
+    """Workers that have read everything at once. Remembers what they were given."""
+
+    def __init__(self) -> None:
+        self.given: list[str] = []
+
+    def counts(self) -> dict[str, int]:
+        return {}
+
+    def submit(self, job: Any) -> Future[Any]:
+        self.given.append(job.args[0]["problem_id"])
+        done: Future[Any] = Future()
+        done.set_result(job(None))
+        return done
+
+    def close(self) -> None:
+        """Nothing to close."""
 
 
 def replicas(

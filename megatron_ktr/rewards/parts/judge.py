@@ -10,5 +10,6 @@ register(
         "judge",
         lambda inputs, options: judging.judge(inputs, options.section),
         check=lambda options: judging.check(options.section),
+        prepare=lambda options: judging.connect(options.section),
     )
 )

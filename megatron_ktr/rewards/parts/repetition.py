@@ -20,7 +20,7 @@ def value_of(given: RewardInput, options: RewardOptions) -> float:
     if num_grams <= 0:
         return 0.0
     different = {given.token_ids[start : start + size] for start in range(num_grams)}
-    return -(1.0 - len(different) / num_grams)
+    return len(different) / num_grams - 1.0
 
 
 register(RewardEntry("repetition", each(value_of)))
