@@ -8,12 +8,12 @@ from typing import Any
 
 from megatron_ktr.config.cli import LARGEST_NUMBER, shorten
 from megatron_ktr.config.cli import option as _option
+from megatron_ktr.config.loss_parts import advantage_names, ratio_names
 from megatron_ktr.config.objective_registry import available_objectives, objective_entry
 from megatron_ktr.config.signal_registry import available_signals
 from megatron_ktr.config.view_registry import temporal_views, visual_views
 from megatron_ktr.config.words import (
     SIGNALS,
-    AdvantageName,
     AdvantageOver,
     AdvantageShaping,
     Combine,
@@ -22,7 +22,6 @@ from megatron_ktr.config.words import (
     KlKind,
     LossAggregation,
     PatchUnit,
-    Ratio,
     Scope,
     ScoresDtype,
     ScoringPrecision,
@@ -190,19 +189,21 @@ class ObjectiveSection:
     masked_denominator: TokenSet = _option(
         "key", "Tokens that the means of the loss divide by: those that carry the policy gradient, or all"
     )
-    advantage: AdvantageName = _option(
+    advantage: str = _option(
         "group",
         "What a reward is compared with: mean and deviation of its group (GRPO), the group's mean (Dr. GRPO), the mean "
         "of the others in it (RLOO), mean and deviation of the global batch (REINFORCE++), or these after the group's "
         "mean was subtracted",
+        choices=advantage_names,
     )
     advantage_over: AdvantageOver = _option(
         "responses", "With advantage batch or batch_baseline: mean and deviation over responses, or over tokens"
     )
-    ratio: Ratio = _option(
+    ratio: str = _option(
         "token",
         "Probability ratio to the old policy: clipped, of each token or of the whole response (GSPO; sequence_token: "
         "with each token's own gradient), or as a capped constant (CISPO)",
+        choices=ratio_names,
     )
     ratio_cap: float = _option(5.0, "With ratio cispo: largest ratio", above=0)
     dual_clip: float | None = _option(

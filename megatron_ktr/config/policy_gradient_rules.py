@@ -7,15 +7,15 @@ allowed and yet without effect.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from megatron_ktr.config.loss_parts import ADVANTAGES, build_part
+from megatron_ktr.config.objective_registry import objective_entry
 from megatron_ktr.config.sections import ObjectiveSection
 
 if TYPE_CHECKING:
     from megatron_ktr.config import Config
 
-OVER_BATCH = ("batch", "batch_baseline")
-"""Advantages that are normalised over the global batch."""
 NOT_SUPERVISED = (
     "advantage",
     "advantage_over",
@@ -49,9 +49,10 @@ def problems(config: Config) -> Iterator[str]:
         )
 
 
-def notes(section: ObjectiveSection) -> list[str]:
+def notes(config: Config) -> list[str]:
     """Sentences about options that act on nothing in this run, or not as one may expect."""
-    found = []
+    section = config.objective
+    found = [*_given_otherwise(config)]
     asked = section.ratio != "token" or section.dual_clip is not None
     if asked and not section.is_supervised and section.num_updates == 1:
         option = f"ratio {section.ratio}" if section.ratio != "token" else f"dual_clip {section.dual_clip:g}"
@@ -67,6 +68,19 @@ def notes(section: ObjectiveSection) -> list[str]:
     return found
 
 
+def _given_otherwise(config: Config) -> Iterator[str]:
+    """What the objective would set, and the run file or the command line sets otherwise: the run is then not the
+    algorithm as it is known, and no comparison of one line."""
+    values = {name: value for part in vars(config).values() for name, value in vars(part).items()}
+    for name, usual in objective_entry(config.objective.objective).defaults.items():
+        if values[name] != usual:
+            yield f"{name} is {_shown(values[name])} as given; {config.objective.objective} has {_shown(usual)}"
+
+
+def _shown(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
 def _supervised(section: ObjectiveSection) -> Iterator[str]:
     defaults = type(section)()
     for name in NOT_SUPERVISED:
@@ -78,10 +92,10 @@ def _supervised(section: ObjectiveSection) -> Iterator[str]:
 
 def _advantage(config: Config) -> Iterator[str]:
     section = config.objective
-    is_over_batch = section.advantage in OVER_BATCH
+    is_over_batch = getattr(build_part(ADVANTAGES, section.advantage, section), "needs_batch", False)
     if section.advantage_over != "responses" and not is_over_batch:
         yield (
-            f"--advantage-over {section.advantage_over} needs --advantage {' or '.join(OVER_BATCH)}: "
+            f"--advantage-over {section.advantage_over} needs an --advantage over the global batch, such as batch: "
             f"{section.advantage} compares the responses of one prompt"
         )
     if is_over_batch and section.original_compat:

@@ -37,10 +37,10 @@ from torch import Tensor
 
 from megatron_ktr.attribution.key_tokens import KeyTokens, build_key_tokens, overlaps
 from megatron_ktr.attribution.noise_floor import SignalNoise
+from megatron_ktr.config.loss_parts import ADVANTAGES, RATIOS, build_part
 from megatron_ktr.config.sections import ObjectiveSection, RewardSection, RolloutSection
 from megatron_ktr.config.words import LossAggregation, TokenSet
 from megatron_ktr.objectives.advantages import Advantage, needs_batch
-from megatron_ktr.objectives.advantages.build import build_advantage
 from megatron_ktr.objectives.advantages.group import group_relative
 from megatron_ktr.objectives.base import Gather, Objective
 from megatron_ktr.objectives.bonuses import Bonus
@@ -62,7 +62,6 @@ from megatron_ktr.objectives.response_rewards import (
     with_rewards,
 )
 from megatron_ktr.objectives.surrogates import Surrogate
-from megatron_ktr.objectives.surrogates.build import build_surrogate
 from megatron_ktr.objectives.surrogates.clipped import Clipped
 from megatron_ktr.sums import Metrics
 from megatron_ktr.transfer import send
@@ -311,12 +310,12 @@ def build_policy_gradient(section: ObjectiveSection, context: BuildContext, **pa
     chosen: dict[str, Any] = dict(
         name=section.objective,
         bonuses=(*_temporal_bonus(context.rollout), *_length_bonus(context.reward)),
-        advantage=build_advantage(section),
+        advantage=build_part(ADVANTAGES, section.advantage, section),
         selection=build_key_tokens(section),
         aggregation=section.loss_aggregation,
         loss_constant=_loss_constant(section, context.rollout),
         masked_denominator=section.masked_denominator,
-        surrogate=build_surrogate(section),
+        surrogate=build_part(RATIOS, section.ratio, section),
         penalties=build_penalties(section),
         reward_kl=build_reward_kl(section),
         measures_full_kl=section.measure_full_kl,

@@ -25,7 +25,7 @@ def test_an_objective_is_one_line_and_what_is_given_wins(name):
 REFUSED = {
     "--mini-batches 3": "--mini-batches 3 must divide --prompts-per-step 8",
     "--mini-batches 0": "mini_batches",
-    "--advantage-over tokens": "--advantage-over tokens needs --advantage batch or batch_baseline",
+    "--advantage-over tokens": "--advantage-over tokens needs an --advantage over the global batch, such as batch",
     "--advantage batch --original-compat": "--original-compat does not go with --advantage batch",
     "--advantage mean": "group_mean",
     "--num-generations 1": "only --advantage batch does not",
@@ -62,7 +62,7 @@ def test_one_response_for_each_prompt_is_enough_for_a_batch_advantage():
 
 def test_a_ratio_that_cannot_act_and_a_kl_without_gradient_are_said():
     def told(*flags):
-        return notes(load_config([*MINIMAL, "--prompts-per-step", "8", *flags]).objective)
+        return notes(load_config([*MINIMAL, "--prompts-per-step", "8", *flags]))
 
     (line,) = told("--objective", "gspo")
     assert line.startswith("ratio sequence: with one update per rollout every ratio is 1")
@@ -73,6 +73,14 @@ def test_a_ratio_that_cannot_act_and_a_kl_without_gradient_are_said():
     )
     assert "no gradient in expectation" in told("--kl-kind", "k1")[0]
     assert told("--kl-kind", "k1", "--kl-in-reward") == told("--kl-kind", "k1", "--kl-beta", "0") == []
+
+
+def test_options_that_are_not_the_objectives_are_said():
+    config = load_config([*MINIMAL, "--objective", "dr_grpo", "--kl-beta", "0.04", "--clip-high", "0.28"])
+    assert notes(config) == ["kl_beta is 0.04 as given; dr_grpo has 0.0"]
+    assert notes(load_config([*MINIMAL, "--objective", "vppo", "--signals", "entropy,visual"]))[0] == (
+        "signals is entropy,visual as given; vppo has dependence"
+    )
 
 
 def test_mini_batches_that_leave_a_replica_without_prompts_are_refused():

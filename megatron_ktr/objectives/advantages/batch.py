@@ -28,6 +28,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_ktr.config.objective_section import ObjectiveSection
 from megatron_ktr.config.words import AdvantageOver
 from megatron_ktr.objectives.advantages.group import EQUAL_REWARDS, STD_FLOOR
 from megatron_ktr.objectives.advantages.group_mean import centred
@@ -72,3 +73,11 @@ def moments(values: Sequence[float], counts: Sequence[int]) -> tuple[float, floa
     mean = math.fsum(value * count for value, count in zip(values, counts, strict=True)) / total
     squares = math.fsum(count * (value - mean) ** 2 for value, count in zip(values, counts, strict=True))
     return mean, math.sqrt(squares / max(total - 1, 1))
+
+
+def build(section: ObjectiveSection) -> BatchNormalised:
+    return BatchNormalised(section.advantage_over)
+
+
+def build_with_group_baseline(section: ObjectiveSection) -> BatchNormalised:
+    return BatchNormalised(section.advantage_over, has_group_baseline=True)

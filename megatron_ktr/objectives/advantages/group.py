@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from megatron_ktr.config.objective_section import ObjectiveSection
+from megatron_ktr.objectives.advantages import Advantage
 from megatron_ktr.types import BatchFacts
 
 STD_FLOOR = 1e-4
@@ -33,3 +35,7 @@ def group_advantages(reward_PG: Tensor | Sequence[Sequence[float]] | Sequence[fl
     std_P1 = reward_PG.std(-1, keepdim=True, correction=correction)
     advantage_PG = (reward_PG - reward_PG.mean(-1, keepdim=True)) / (std_P1 + STD_FLOOR)
     return torch.where(spread_P1 <= EQUAL_REWARDS, torch.zeros_like(advantage_PG), advantage_PG)
+
+
+def build(section: ObjectiveSection) -> Advantage:
+    return group_relative

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from megatron_ktr.config.objective_section import ObjectiveSection
+from megatron_ktr.objectives.advantages import Advantage
 from megatron_ktr.objectives.advantages.group import EQUAL_REWARDS
 from megatron_ktr.types import BatchFacts
 
@@ -29,3 +31,7 @@ def centred(rewards: Sequence[float]) -> Tensor:
     reward_G = torch.as_tensor(rewards, dtype=torch.float64)
     is_equal = reward_G.amax() - reward_G.amin() <= EQUAL_REWARDS
     return torch.zeros_like(reward_G) if is_equal else reward_G - reward_G.mean()
+
+
+def build(section: ObjectiveSection) -> Advantage:
+    return group_mean

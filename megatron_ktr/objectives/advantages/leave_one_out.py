@@ -15,6 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from megatron_ktr.config.objective_section import ObjectiveSection
+from megatron_ktr.objectives.advantages import Advantage
 from megatron_ktr.objectives.advantages.group_mean import centred
 from megatron_ktr.types import BatchFacts
 
@@ -22,3 +24,7 @@ from megatron_ktr.types import BatchFacts
 def leave_one_out(rewards: Sequence[Sequence[float]], facts: BatchFacts) -> Tensor:
     """The advantages of every response, float64 [responses]; ``rewards`` has one list per group, of at least two."""
     return torch.cat([centred(of_group) * (len(of_group) / (len(of_group) - 1)) for of_group in rewards])
+
+
+def build(section: ObjectiveSection) -> Advantage:
+    return leave_one_out

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from megatron_ktr.config.objective_section import ObjectiveSection
 from megatron_ktr.types import TokenScores, TokenStreams
 
 
@@ -40,3 +41,7 @@ class Cispo:
         # Clamped before exp, so that a ratio which overflows is the cap and not infinite.
         weight_R = log_ratio_R.clamp(max=math.log(self.cap)).exp()
         return weight_R * gain_R, {"clip_ratio": log_ratio_R > math.log(self.cap)}
+
+
+def build(section: ObjectiveSection) -> Cispo:
+    return Cispo(section.ratio_cap)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_ktr.config.objective_section import ObjectiveSection
 from megatron_ktr.types import TokenScores, TokenStreams
 
 
@@ -53,3 +54,7 @@ class Clipped:
 def check_bounds(low: float, high: float) -> None:
     if low < 0 or high < 0:
         raise ValueError(f"clip_low and clip_high must not be negative, got {low} and {high}")
+
+
+def build(section: ObjectiveSection) -> Clipped:
+    return Clipped(section.clip_low, section.clip_high, dual=section.dual_clip)

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_ktr.config.objective_section import ObjectiveSection
 from megatron_ktr.objectives.surrogates.clipped import check_bounds
 from megatron_ktr.types import TokenScores, TokenStreams
 
@@ -58,3 +59,11 @@ class SequenceRatio:
         clipped_R = ratio_R.clamp(1 - self.low, 1 + self.high) * streams.advantage_R
         counted = {} if old_R is None else {"clip_ratio": (clipped_R < unclipped_R).detach()}
         return torch.minimum(unclipped_R, clipped_R), counted
+
+
+def build(section: ObjectiveSection) -> SequenceRatio:
+    return SequenceRatio(section.clip_low, section.clip_high)
+
+
+def build_by_token(section: ObjectiveSection) -> SequenceRatio:
+    return SequenceRatio(section.clip_low, section.clip_high, is_by_token=True)

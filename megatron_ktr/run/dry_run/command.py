@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from megatron_ktr.accounting.planner import GB
-from megatron_ktr.config import Config
+from megatron_ktr.config import Config, policy_gradient_rules
 from megatron_ktr.config.objective_registry import objective_entry
 from megatron_ktr.config.part_options import EvaluationOptions, ModelOptions
 from megatron_ktr.config.pipeline_split import is_even, split_layers
@@ -85,6 +85,8 @@ def dry_run(config: Config, *, find_held_out: Callable[[EvaluationOptions | None
     sizes, num_gpus = _check_layout(config, model, platform=platform, page=page)
     _describe_layout(config, model, sizes=sizes, num_gpus=num_gpus, platform=platform, page=page)
     objective = check_objective(config)
+    for line in policy_gradient_rules.notes(config):
+        page.add("objective", line)
     estimate = estimate_run(config, model.config, sizes=sizes, num_gpus=num_gpus, objective=objective)
     _describe_memory(config, estimate, page=page)
     require_fits(estimate, config.trainer)
