@@ -12,10 +12,13 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from megatron_ktr.config.objective_registry import objective_entry
 from megatron_ktr.distributed.groups import ParallelSizes
+from megatron_ktr.types import Rollout, RolloutGroup
 from tests.support.ranks import RankContext, RankPool
 from tests.support.steps import example_groups, run_steps
 from tests.support.tiny import save_tiny_hf
@@ -26,19 +29,44 @@ GROUPS = ("mixed", "text", "long video", "image")
 KEPT = ("loss", "grad_norm", "key_token_ratio", "entropy", "kl", "reward", "learning_rate")
 """Metrics by name or by what stands before a slash, e.g. ``key_token_ratio/visual``."""
 
+
+def preset(name: str, **values: Any) -> dict[str, Any]:
+    """An objective as its entry sets it, where ``run_steps`` has defaults of its own."""
+    return {**objective_entry(name).defaults, "objective": name, **values}
+
+
 ADAM: dict[str, Any] = dict(
     optimizer="adam", use_distributed_optimizer=True, lr=1e-3, lr_decay_style="cosine", clip_grad=1.0, weight_decay=0.01
 )
+TWICE = dict(mini_batches=2)
+"""The second update's ratios are not 1."""
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "video_ktr": {},
     "grpo": dict(objective="grpo"),
     "tw_grpo": dict(objective="tw_grpo", loss_aggregation="token"),
     "sft": dict(objective="sft", kl_beta=0.0),
+    "t_grpo": preset("t_grpo"),
+    "dapo": preset("dapo", **TWICE, clip_low=0.02, clip_high=0.03),
+    "dr_grpo": preset("dr_grpo", **TWICE, loss_constant=9),
+    "rloo": preset("rloo", **TWICE, loss_constant=9),
+    "reinforce_pp": preset("reinforce_pp", **TWICE),
+    "reinforce_pp_baseline": preset("reinforce_pp_baseline", **TWICE),
+    "gspo": preset("gspo", **TWICE, clip_low=0.02, clip_high=0.02),
+    "cispo": preset("cispo", **TWICE, ratio_cap=1.02),
+    "entropy_80_20": preset("entropy_80_20", **TWICE),
+    "vppo": preset("vppo", **TWICE),
 }
+"""What is small in the presets acts here: bounds of ratios that this model reaches, lengths that its responses have."""
 LAYOUTS: dict[str, ParallelSizes] = {
     "one rank": ParallelSizes(),
     "TP2 x PP2": ParallelSizes(tensor=2, pipeline=2, sequence_parallel=True),
 }
+
+
+def num_steps_of(objective: str) -> int:
+    """One less where every step has two updates."""
+    return NUM_STEPS - 1 if "mini_batches" in OBJECTIVES[objective] else NUM_STEPS
+
 
 Losses = dict[str, list[dict[str, float]]]
 """By "objective, layout": the kept metrics of each step."""
@@ -51,12 +79,22 @@ def losses_on_this_rank(context: RankContext, *, layout: str, hf_dir: Path) -> L
         records = run_steps(
             context.init(LAYOUTS[layout]),
             hf_dir=hf_dir,
-            rollout_groups=example_groups(*GROUPS),
+            rollout_groups=golden_groups(asked_twice="temporal_bonus" in values),
             values={**ADAM, **values},
-            num_steps=NUM_STEPS,
+            num_steps=num_steps_of(name),
         )
         found[f"{name}, {layout}"] = [kept(record.values) for record in records]
     return found
+
+
+def golden_groups(*, asked_twice: bool) -> list[RolloutGroup]:
+    """``asked_twice``: with responses to shuffled frames, of which those of "long video" are the better ones."""
+    groups = example_groups(*GROUPS)
+    shuffled = {"mixed": (0.0, 0.0), "long video": (1.0, 1.0)} if asked_twice else {}
+    return [
+        replace(group, shuffled=tuple(Rollout((5, 6), rewards={"accuracy": a}) for a in shuffled.get(name, ())))
+        for name, group in zip(GROUPS, groups, strict=True)
+    ]
 
 
 def kept(values: Mapping[str, float]) -> dict[str, float]:

@@ -6,7 +6,7 @@ import json
 import re
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -15,6 +15,8 @@ from PIL import Image
 from megatron_ktr.config import OPTIONS, config_from_values, load_config
 from megatron_ktr.config.checks import ABSENT_OPTIONS, check
 from megatron_ktr.config.cli import read_yaml, show_value
+from megatron_ktr.config.objective_registry import BUILT_IN, objective_entry
+from megatron_ktr.config.words import Selection
 from megatron_ktr.data.synthetic import corpus
 from megatron_ktr.data.tiny_model import save_tiny_model
 from megatron_ktr.evaluation.training.dry_run import find_held_out
@@ -104,6 +106,23 @@ def test_every_run_file_passes_a_dry_run_at_its_real_size(path: Path, made_input
     said = dry_run(load_config(flags), find_held_out=find_held_out)
     assert "this run is sound" in said
     assert f"{values.get('dry_run_gpus', 1)} GPU" in said
+
+
+def test_the_comparison_runs_every_objective_that_samples_and_its_lines_are_valid() -> None:
+    folder = REPOSITORY / "examples" / "algorithms"
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    (names,) = re.findall(r"^for objective in (.*); do$", text, re.MULTILINE)
+    assert names.split() == [name for name in BUILT_IN if not objective_entry(name).is_supervised]
+    named = read_yaml(folder / "compare.yaml", options=OPTIONS, notes=ABSENT_OPTIONS)
+    for name in BUILT_IN:
+        assert not (objective_entry(name).defaults.keys() & named.keys()), "what the file gives would win"
+    lines = re.findall(r"^\| `(--[^`]*)` \|", text, re.MULTILINE)
+    lines += [f"--objective {name}" for name in BUILT_IN] + [f"--selection {word}" for word in get_args(Selection)]
+    for line in lines:
+        check(
+            load_config(["--config", str(folder / "compare.yaml"), "--model", "m", "--data-path", "d", *line.split()])
+        )
+    assert len(lines) > len(BUILT_IN) + 6
 
 
 def test_the_kubernetes_job_passes_a_dry_run(monkeypatch: Any) -> None:
