@@ -28,6 +28,9 @@ from megatron_ktr.config.words import Combine, SelectionRule, TokenWeights
 
 WEIGHTED = "weighted"
 """The name under which the tokens of a weighted sum are reported."""
+SUM_GRID = 2.0**36
+"""Weighted sums are rounded to multiples of 1 / 2^36. Their rounding errors are smaller than that, and ranks of a
+million tokens lie 2^16 times as far apart."""
 
 
 @dataclass(frozen=True)
@@ -117,4 +120,6 @@ class ChoiceRules:
             share_R = shares_of_rank(score_R, scope_R, num_scopes=num_scopes)
             is_scored_R |= share_R.isfinite()
             total_R += self.signal_weights.get(name, 1.0) * share_R.nan_to_num(nan=0.5)
+        # Ranks are on a grid, so that many sums are equal, and must be so here too: 0.1 + 0.6 is not 0.3 + 0.4.
+        total_R = (total_R * SUM_GRID).round() / SUM_GRID
         return total_R.masked_fill(~is_scored_R, float("nan"))

@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+<<<<<<< HEAD
 from megatron_ktr.config.loss_parts import ADVANTAGES, build_part
+=======
+>>>>>>> w-numbers
 from megatron_ktr.config.objective_registry import objective_entry
 from megatron_ktr.config.sections import ObjectiveSection
 
@@ -59,6 +62,15 @@ def notes(config: Config) -> list[str]:
         found.append(
             f"{option}: with one update per rollout every ratio is 1, and the gradient is the one of ratio token; "
             "--mini-batches or --updates-per-rollout above 1 make it act"
+        )
+    bounds = {f"{name} {getattr(section, name):g}": _is_given(section, name) for name in ("clip_low", "clip_high")}
+    if section.ratio == "cispo" and (given := [bound for bound, is_given in bounds.items() if is_given]):
+        found.append(
+            f"{' and '.join(given)}: ratio cispo has no such bound; its cap is ratio_cap {section.ratio_cap:g}"
+        )
+    if _is_given(section, "kl_kind") and not section.kl_beta and not _is_given(section, "kl_beta"):
+        found.append(
+            f"kl_kind {section.kl_kind}: objective {section.objective} has no KL (kl_beta 0); --kl-beta above 0 adds it"
         )
     if section.kl_kind == "k1" and section.kl_beta > 0 and not section.kl_in_reward and not section.is_supervised:
         found.append(
@@ -120,9 +132,19 @@ def _ratio(section: ObjectiveSection) -> Iterator[str]:
 def _kl(section: ObjectiveSection) -> Iterator[str]:
     if section.kl_kind == "full" and not section.kl_beta and not section.is_supervised:
         yield "--kl-kind full needs --kl-beta above 0; --measure-full-kl reports that KL without using it"
+    if not section.kl_beta and not section.is_supervised:
+        for name in ("kl_in_reward", "kl_on"):
+            if _is_given(section, name):
+                yield f"--{name.replace('_', '-')} needs --kl-beta above 0: without a weight there is no KL"
     if not section.kl_in_reward or not section.kl_beta:
         return
     if section.kl_kind == "k3_plus":
         yield "--kl-in-reward has no gradient, in which alone k3_plus differs from k3: choose --kl-kind k3"
     if section.kl_on == "all":
         yield "--kl-on is not read with --kl-in-reward, which sums over all tokens of a response"
+
+
+def _is_given(section: ObjectiveSection, name: str) -> bool:
+    """Whether an option differs from what it is with this objective where the user gives none."""
+    own = type(section).__dataclass_fields__[name].default
+    return getattr(section, name) != objective_entry(section.objective).defaults.get(name, own)

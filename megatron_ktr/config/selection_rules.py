@@ -104,6 +104,10 @@ def _weights(section: ObjectiveSection) -> Iterator[str]:
         yield f"{soft} needs one score per token: give one signal, or --combine weighted"
     if section.selection_count:
         yield f"{soft} gives every token a weight: --selection-count is not read with it"
+    unread = ("selection_rule",) if section.token_weights == "soft_mask" else ("selection_rule", "selection_ratio")
+    for name in unread:
+        if getattr(section, name) != _default(section, name):
+            yield f"{soft} gives every token a weight: --{name.replace('_', '-')} is not read with it"
 
 
 def _compat(section: ObjectiveSection) -> Iterator[str]:

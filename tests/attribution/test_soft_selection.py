@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -94,6 +95,23 @@ def test_in_a_weighted_sum_a_signal_that_says_nothing_counts_as_the_middle_rank(
     scope_R = torch.zeros(4, dtype=torch.int64)
     rules = ChoiceRules(ratio_of=dict.fromkeys(scores, 0.4), combine="weighted", rule="rank")
     assert rules.choose(scores, scope_R, num_scopes=1).is_selected_R.tolist() == [False, True, True, False]
+
+
+def test_equal_sums_of_ranks_are_equal_in_any_order_of_the_signals():
+    """Of ranks k, 2k and -3k modulo 11 the sum is 0, 11 or 22 tenths. In floating point 0.1 + 0.2 + 0.8 is not 1.1."""
+    ranks = {"a": [k for k in range(11)], "b": [2 * k % 11 for k in range(11)], "c": [-3 * k % 11 for k in range(11)]}
+    sums = [sum(of_token) for of_token in zip(*ranks.values(), strict=True)]
+    assert sorted(sums) == [0] + [11] * 5 + [22] * 5
+    scope_R = torch.zeros(11, dtype=torch.int64)
+    rules = ChoiceRules(ratio_of=dict.fromkeys(ranks, 0.3), combine="weighted")
+    soft = dataclasses.replace(rules, token_weights="rank")
+    for names in itertools.permutations(ranks):
+        scores = {name: torch.tensor(ranks[name], dtype=torch.float32) for name in names}
+        found = rules.choose(scores, scope_R, num_scopes=1).is_selected_R.tolist()
+        assert found == [total == 22 for total in sums], "tokens tied at the threshold are all selected"
+        weight_R = soft.choose(scores, scope_R, num_scopes=1).weight_R
+        # Places 0, 1 .. 5 and 6 .. 10 of 11; tied ones share the mean of 2 (place + 1) / 12.
+        assert weight_R.tolist() == pytest.approx([{0: 1 / 6, 11: 4 / 6, 22: 9 / 6}[total] for total in sums])
 
 
 # Soft weights

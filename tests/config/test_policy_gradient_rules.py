@@ -37,6 +37,10 @@ REFUSED = {
     "--kl-in-reward --kl-kind k3_plus": "choose --kl-kind k3",
     "--kl-kind full --kl-beta 0": "needs --kl-beta above 0; --measure-full-kl reports",
     "--kl-in-reward --kl-on all": "--kl-on is not read with --kl-in-reward",
+    "--objective gspo --kl-in-reward": "--kl-in-reward needs --kl-beta above 0",
+    "--kl-beta 0 --kl-on all": "--kl-on needs --kl-beta above 0",
+    "--signals entropy --token-weights rank --selection-ratio 0.3": "--selection-ratio is not read",
+    "--signals entropy --token-weights soft_mask --selection-rule rank": "--selection-rule is not read",
     "--entropy-bonus -1": "entropy_bonus",
     "--mini-batches 2 --train-steps 5 --lr-warmup-steps 11": "exceeds the 10 optimizer steps",
     "--objective tw_grpo --tw-weight-gradient --mini-batches 2": "--mini-batches 1",
@@ -73,6 +77,10 @@ def test_a_ratio_that_cannot_act_and_a_kl_without_gradient_are_said():
     )
     assert "no gradient in expectation" in told("--kl-kind", "k1")[0]
     assert told("--kl-kind", "k1", "--kl-in-reward") == told("--kl-kind", "k1", "--kl-beta", "0") == []
+    assert told("--objective", "rloo", "--kl-beta", "0") == []
+    assert "objective dapo has no KL (kl_beta 0)" in told("--objective", "dapo", "--kl-kind", "k2")[0]
+    several = ("--objective", "cispo", "--mini-batches", "4")
+    assert told(*several) == [] and told(*several, "--clip-high", "5")[0].startswith("clip_high 5: ratio cispo has no")
 
 
 def test_options_that_are_not_the_objectives_are_said():
