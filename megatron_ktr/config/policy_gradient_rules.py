@@ -9,10 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-<<<<<<< HEAD
 from megatron_ktr.config.loss_parts import ADVANTAGES, build_part
-=======
->>>>>>> w-numbers
 from megatron_ktr.config.objective_registry import objective_entry
 from megatron_ktr.config.sections import ObjectiveSection
 
