@@ -37,6 +37,8 @@ _READ_BYTES = 1 << 24
 _MOST_ANSWER = 1 << 24
 _REAP_SECONDS = 10.0
 """A process that waits for a file server which is gone cannot even be killed. It is then left behind."""
+_END_SECONDS = 2.0
+"""Between the end of a child's answers and its own end."""
 _MOST_DESCENDANTS = 4096
 _SIGNALS_OF_PARENT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 _ROOT = Path(__file__).resolve().parents[2]
@@ -283,6 +285,9 @@ class ChildProcess:
 
     def _epitaph(self) -> str:
         """How the child ended, which is known as soon as its pipe is closed, or a moment later."""
+        deadline = time.monotonic() + _END_SECONDS  # the kernel closes the pipe before it knows the exit code
+        while not self._has_exited() and time.monotonic() < deadline:
+            time.sleep(0.01)
         code = self._reap()
         if code < 0:
             return f"the worker died (signal {-code})"

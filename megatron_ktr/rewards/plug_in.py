@@ -12,11 +12,13 @@ None says that the reward does not apply to a response.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import importlib
 import inspect
+import itertools
 import math
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -37,15 +39,16 @@ class Failed:
 
 Value = float | None | Failed
 """What a reward says about one response; None: it does not apply."""
+_RAISED = (Exception, SystemExit, GeneratorExit, asyncio.CancelledError)
+"""What a function may raise; not ``KeyboardInterrupt``, which in the training process is the user's."""
 
 
 @dataclass(frozen=True)
-class PlugIn:
-    """A function of the user's that was loaded."""
+class Form:
+    """How a function of the user's is called."""
 
     path: str
     """``module:function``"""
-    function: Callable[..., Any]
     style: Style
     is_async: bool
 
@@ -62,6 +65,13 @@ class PlugIn:
         """Whether the responses are judged one after the other, so that the first without a value is the one at
         fault."""
         return not self.is_batched and not self.is_async
+
+
+@dataclass(frozen=True)
+class PlugIn(Form):
+    """A function of the user's that was loaded into this process."""
+
+    function: Callable[..., Any]
 
     @classmethod
     def load(cls, path: str) -> PlugIn:
@@ -81,41 +91,37 @@ class PlugIn:
         is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
             getattr(function, "__call__", None)  # noqa: B004 - an instance may have an async one
         )
-        return cls(path, function, _style_of(path, function), is_async)
+        return cls(path, _style_of(path, function), is_async, function)
 
     def score(self, inputs: Sequence[RewardInput], *, timeout_seconds: float) -> Iterator[tuple[int, Value]]:
         """(index, value) of each of ``inputs``, as soon as it is known. Whatever the function raises becomes
         ``Failed``. ``timeout_seconds`` ends what is awaited; what does not wait is ended by the process around it."""
+        # What a function writes into a record reaches no other response, and no other part of the reward.
+        inputs = [dataclasses.replace(given, record=dict(given.record)) for given in inputs]
         if self.is_async:
-            yield from asyncio.run(self._awaited(inputs, timeout_seconds))
+            found = _attempt(lambda: asyncio.run(self._awaited(inputs, timeout_seconds)))
+            yield from enumerate([found] * len(inputs) if isinstance(found, Failed) else found)
         elif self.is_batched:
-            yield from enumerate(self._of_batch(self._attempt(lambda: self._called(inputs)), inputs))
+            found = _attempt(lambda: _values_of(self._called(inputs), len(inputs)))
+            yield from enumerate([found] * len(inputs) if isinstance(found, Failed) else found)
         else:
             for index, given in enumerate(inputs):
-                yield index, self._checked(self._attempt(lambda given=given: self._called([given])))
+                yield index, _attempt(lambda given=given: _value_of(self._called([given])))
 
-    async def _awaited(self, inputs: Sequence[RewardInput], timeout_seconds: float) -> list[tuple[int, Value]]:
-        async def value_of(part: Sequence[RewardInput]) -> Any:
+    async def _awaited(self, inputs: Sequence[RewardInput], timeout_seconds: float) -> Sequence[Value]:
+        async def attempt(part: Sequence[RewardInput], read: Callable[[Any], Any]) -> Any:
             try:
                 async with asyncio.timeout(timeout_seconds) as limit:
-                    return await self._called(part)
+                    return read(await self._called(part))
             except TimeoutError as error:
                 return timed_out(timeout_seconds) if limit.expired() else _failure(error)
-            except (Exception, SystemExit) as error:
+            except _RAISED as error:
                 return _failure(error)
 
         if self.is_batched:
-            return list(enumerate(self._of_batch(await value_of(inputs), inputs)))
-        found = await asyncio.gather(*(value_of([given]) for given in inputs))
-        return list(enumerate(map(self._checked, found)))
-
-    def _attempt(self, call: Callable[[], Any]) -> Any:
-        try:
-            return call()
-        except UserError as error:
-            return Failed("error", f"failed: {error}")
-        except (Exception, SystemExit) as error:
-            return _failure(error)
+            found = await attempt(inputs, lambda values: _values_of(values, len(inputs)))
+            return [found] * len(inputs) if isinstance(found, Failed) else found
+        return await asyncio.gather(*(attempt([given], _value_of) for given in inputs))
 
     def _called(self, inputs: Sequence[RewardInput]) -> Any:
         match self.style:
@@ -143,27 +149,36 @@ class PlugIn:
             return columns
         return {name: value for name, value in columns.items() if name in parameters}
 
-    def _of_batch(self, found: Any, inputs: Sequence[RewardInput]) -> list[Value]:
-        if isinstance(found, Failed):
-            return [found] * len(inputs)
-        try:
-            values = list(found)
-        except Exception:
-            values = None
-        if values is None or len(values) != len(inputs):
-            got = f"{len(values)} values" if values is not None else _short(found)
-            return [Failed("error", f"gave {got}, expected a list with {len(inputs)} numbers")] * len(inputs)
-        return [self._checked(value) for value in values]
 
-    @staticmethod
-    def _checked(found: Any) -> Value:
-        if found is None or isinstance(found, Failed):
-            return found
-        try:
-            value = float(found)
-        except Exception:  # a user's object may raise anything here, too
-            value = math.nan
-        return value if math.isfinite(value) else Failed("error", f"gave {_short(found)}, expected a finite number")
+def _attempt(call: Callable[[], Any]) -> Any:
+    """What ``call`` gives, or why it gives nothing."""
+    try:
+        return call()
+    except UserError as error:
+        return Failed("error", f"failed: {error}")
+    except _RAISED as error:
+        return _failure(error)
+
+
+def _values_of(found: Any, number: int) -> Sequence[Value] | Failed:
+    """The values of ``number`` responses. A mapping, a set or a text is no list of numbers, though Python could walk
+    through it: its elements are keys, in no order, or characters."""
+    walks = isinstance(found, Iterable) and not isinstance(found, str | bytes | bytearray | Mapping | Set)
+    values = list(itertools.islice(found, number + 1)) if walks else None
+    if values is None or len(values) != number:
+        got = _short(found) if values is None else f"{len(values)} values" if len(values) < number else "more values"
+        return Failed("error", f"gave {got}, expected a list with {number} numbers")
+    return [_value_of(value) for value in values]
+
+
+def _value_of(found: Any) -> Value:
+    if found is None:
+        return None
+    try:
+        value = math.nan if isinstance(found, str | bytes | bytearray) else float(found)
+    except Exception:  # a user's object may raise anything here, too
+        value = math.nan
+    return value if math.isfinite(value) else Failed("error", f"gave {_short(found)}, expected a finite number")
 
 
 def _style_of(path: str, function: Callable[..., Any]) -> Style:
@@ -205,8 +220,12 @@ def _failure(error: BaseException) -> Failed:
     if isinstance(error, MemoryError):
         return Failed("memory", "ran out of memory")
     *_, last = traceback.extract_tb(error.__traceback__)
+    try:
+        text = f"{type(error).__name__}: {error}"
+    except Exception:  # an exception of the user's may be unable to say what it is
+        text = type(error).__name__
     # The innermost frame of the traceback says where it failed.
-    return Failed("error", f"failed: {type(error).__name__}: {error} ({last.filename}, line {last.lineno})")
+    return Failed("error", f"failed: {text} ({last.filename}, line {last.lineno})")
 
 
 def _short(value: Any) -> str:

@@ -16,12 +16,12 @@ import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, get_args
 
-from megatron_ktr.errors import UserError
+from megatron_ktr.errors import UserError, one_line
 from megatron_ktr.processes.process import ChildProcess, Words, WorkerLost
 from megatron_ktr.rewards.inputs import RewardInput
-from megatron_ktr.rewards.plug_in import Failed, PlugIn, Value, timed_out
+from megatron_ktr.rewards.plug_in import Failed, Form, Style, Value, timed_out
 
 _log = logging.getLogger(__name__)
 _COMMAND = (sys.executable, "-m", "megatron_ktr.rewards.worker")
@@ -49,7 +49,7 @@ class PlugInPool:
         self._running: set[ChildProcess] = set()
         self._is_closed = False
 
-    def score(self, plug_in: PlugIn, inputs: Sequence[RewardInput]) -> list[Value]:
+    def score(self, plug_in: Form, inputs: Sequence[RewardInput]) -> list[Value]:
         """The values of the responses of one group. May be called by several threads.
 
         Raises:
@@ -63,6 +63,15 @@ class PlugInPool:
             found |= future.result()
         return [found[index] for index in range(len(inputs))]
 
+    def load(self, path: str) -> Form:
+        """How the function ``module:function`` is called. A process imports its module, and this one never does: an
+        import may hang, too, or end the process that it runs in.
+
+        Raises:
+            UserError: it cannot be loaded, or no process can be started.
+        """
+        return self._threads.submit(self._load, path).result()
+
     def close(self) -> None:
         """Ends all processes, also those that hang."""
         with self._lock:
@@ -75,7 +84,35 @@ class PlugInPool:
         for worker in running:
             worker.close()
 
-    def _score_share(self, plug_in: PlugIn, inputs: Sequence[RewardInput], places: Sequence[int]) -> dict[int, Value]:
+    def _load(self, path: str) -> Form:
+        worker = self._worker()
+        try:
+            answer = self._imported(worker, path)
+            if "failed" in answer:
+                raise UserError(str(answer["failed"]))
+            style, is_async = answer.get("style"), answer.get("is_async")
+            if style not in get_args(Style) or not isinstance(is_async, bool):
+                raise WorkerLost("died", "the worker gave a senseless answer")
+        except WorkerLost as error:
+            self._drop(worker)
+            raise UserError(f"reward {path!r} cannot be loaded: {error}") from None
+        return Form(path, style, is_async)
+
+    def _imported(self, worker: ChildProcess, path: str) -> dict[str, Any]:
+        """What a process says after it has imported the module of a reward.
+
+        Raises:
+            WorkerLost: the import hangs, or has ended the process.
+        """
+        try:
+            answer = worker.ask(pickle.dumps(("load", path)), timeout_seconds=_LOAD_SECONDS)
+        except WorkerLost as error:
+            text = f"its module is not imported after {_LOAD_SECONDS:g} s"
+            raise WorkerLost("died", text if error.why == "timeout" else str(error)) from None
+        self._of_thread.loaded.add(path)
+        return answer
+
+    def _score_share(self, plug_in: Form, inputs: Sequence[RewardInput], places: Sequence[int]) -> dict[int, Value]:
         found: dict[int, Value] = {}
         if not plug_in.is_one_by_one:
             self._ask(plug_in, inputs, list(places), found)
@@ -83,7 +120,7 @@ class PlugInPool:
             self._ask(plug_in, inputs, together if plug_in.is_one_by_one else together[:1], found)
         return found
 
-    def _ask(self, plug_in: PlugIn, inputs: Sequence[RewardInput], places: list[int], found: dict[int, Value]) -> None:
+    def _ask(self, plug_in: Form, inputs: Sequence[RewardInput], places: list[int], found: dict[int, Value]) -> None:
         """Adds to ``found`` what a process says about ``places``. If it is lost, the response at fault has failed: the
         first without a value where they were judged one by one, or there is but one."""
         worker = self._worker()
@@ -91,8 +128,7 @@ class PlugInPool:
         request = pickle.dumps(("score", plug_in.path, [inputs[place] for place in places], self.timeout_seconds))
         try:
             if plug_in.path not in self._of_thread.loaded:
-                worker.ask(pickle.dumps(("load", plug_in.path)), timeout_seconds=_LOAD_SECONDS)
-                self._of_thread.loaded.add(plug_in.path)
+                self._imported(worker, plug_in.path)  # what is wrong is said again where a value is asked for
             answer = worker.ask(request, timeout_seconds=seconds)
             for number in range(len(places)):
                 if number:
@@ -107,7 +143,7 @@ class PlugInPool:
             failed = Failed(error.why, f"failed: {error}")
             if error.why == "timeout":
                 failed = timed_out(self.timeout_seconds)
-            _log.warning("reward %r: %s; its process is replaced", plug_in.name, error)
+            _log.warning("%s", one_line(f"reward {plug_in.name!r}: {error}; its process is replaced"))
             missing = [place for place in places if place not in found]
             if plug_in.is_batched:
                 found |= dict.fromkeys(missing, failed)

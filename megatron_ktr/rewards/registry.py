@@ -14,7 +14,7 @@ from megatron_ktr.config.cli import did_you_mean
 from megatron_ktr.errors import UserError
 from megatron_ktr.rewards.inputs import RewardInput
 from megatron_ktr.rewards.options import RewardOptions
-from megatron_ktr.rewards.plug_in import Failed, PlugIn, Value
+from megatron_ktr.rewards.plug_in import Failed, Form, PlugIn, Value
 
 BUILT_IN = (
     "accuracy",
@@ -112,13 +112,14 @@ class Reward:
     """The short name, that of its metric."""
     options: RewardOptions = field(default_factory=RewardOptions)
     entry: RewardEntry | None = None
-    plug_in: PlugIn | None = None
+    plug_in: Form | None = None
+    """A ``PlugIn`` where it was loaded into this process; else a process of ``pool.py`` has it."""
 
     def score_here(self, inputs: Sequence[RewardInput]) -> list[Value]:
         """The values of the responses of one group, computed in this process."""
         if self.entry is not None:
             return list(self.entry.score(inputs, self.options))
-        assert self.plug_in is not None
+        assert isinstance(self.plug_in, PlugIn), "what a process has loaded runs there"
         seconds = self.options.section.reward_timeout
         found = dict(self.plug_in.score(inputs, timeout_seconds=seconds))
         return [found[index] for index in range(len(inputs))]
@@ -135,8 +136,14 @@ class Reward:
         return value
 
 
-def load_reward(name: str, *, options: RewardOptions | None = None, protocol: str | None = None) -> Reward:
-    """The reward called ``name``: built in, or the user's own ``module:function``, which is imported.
+def load_reward(
+    name: str,
+    *,
+    options: RewardOptions | None = None,
+    protocol: str | None = None,
+    load_own: Callable[[str], Form] = PlugIn.load,
+) -> Reward:
+    """The reward called ``name``: built in, or the user's own ``module:function``, which ``load_own`` imports.
 
     Args:
         protocol: stands for options that differ from the defaults in ``answer_protocol`` alone.
@@ -146,18 +153,20 @@ def load_reward(name: str, *, options: RewardOptions | None = None, protocol: st
     """
     options = options or (RewardOptions.of_protocol(protocol) if protocol else RewardOptions())
     if ":" in name:
-        plug_in = PlugIn.load(name)
+        plug_in = load_own(name)
         return Reward(plug_in.name, options, plug_in=plug_in)
     entry = reward_entry(name)
     entry.check(options)
     return Reward(name, options, entry=entry)
 
 
-def load_rewards(names: Sequence[str], *, options: RewardOptions | None = None) -> dict[str, Reward]:
+def load_rewards(
+    names: Sequence[str], *, options: RewardOptions | None = None, load_own: Callable[[str], Form] = PlugIn.load
+) -> dict[str, Reward]:
     """The rewards by short name; UserError if two have the same short name, because one would hide the other."""
     found: dict[str, Reward] = {}
     for name in names:
-        reward = load_reward(name, options=options)
+        reward = load_reward(name, options=options, load_own=load_own)
         if reward.name in found:
             raise UserError(f"reward_functions: two parts are called {reward.name!r}; rename one of the functions")
         found[reward.name] = reward

@@ -22,7 +22,7 @@ from megatron_ktr.errors import UserError
 from megatron_ktr.rewards import math_answers
 from megatron_ktr.rewards.inputs import RewardInput, inputs_of
 from megatron_ktr.rewards.options import RewardOptions
-from megatron_ktr.rewards.plug_in import Failed, Value
+from megatron_ktr.rewards.plug_in import Failed, PlugIn, Value
 from megatron_ktr.rewards.pool import PlugInPool
 from megatron_ktr.rewards.registry import Reward, load_rewards
 
@@ -63,6 +63,14 @@ class Rewarder:
         rewards = self._rewards(names)
         return [self._rewarded(group, rewards) for group in groups]
 
+    def load(self, names: Sequence[str]) -> None:
+        """Loads rewards, users' own into a process if there are any.
+
+        Raises:
+            UserError: a reward cannot be loaded.
+        """
+        self._rewards(names)
+
     def prepare(self, names: Sequence[str]) -> None:
         """Loads rewards and connects to the servers that they ask.
 
@@ -90,7 +98,8 @@ class Rewarder:
         with self._lock:
             key = tuple(names)
             if key not in self._loaded:
-                self._loaded[key] = load_rewards(key, options=self.options)
+                load_own = PlugIn.load if self._pool is None else self._pool.load
+                self._loaded[key] = load_rewards(key, options=self.options, load_own=load_own)
             return self._loaded[key]
 
     def _rewarded(self, group: RolloutGroup, rewards: Mapping[str, Reward]) -> RolloutGroup:

@@ -3,7 +3,8 @@
 It speaks as ``processes/child.py`` says. A request is pickled:
 
     ("paths", sys.path, directory)                where modules are found, as in the training process
-    ("load", module:function)                     is answered when its module is imported
+    ("load", module:function)                     is answered when its module is imported: how the function is called
+                                                  ({"style": ..., "is_async": ...}), or {"failed": text}
     ("score", module:function, inputs, seconds)   is answered {"index": i, "value": x} for each of the inputs, in any
                                                   order, or {"index": i, "failed": [kind, text]}
 
@@ -15,7 +16,6 @@ from __future__ import annotations
 import os
 import pickle
 import sys
-from contextlib import suppress
 from functools import cache
 from typing import IO, Any
 
@@ -23,6 +23,8 @@ from megatron_ktr.errors import UserError
 from megatron_ktr.processes.child import adopt_orphans, end_with_parent, limit_memory, receive, send, take_pipes
 from megatron_ktr.rewards.plug_in import Failed, PlugIn, Value
 
+_MOST_CHARACTERS = 2000
+"""Of a message."""
 _own_pid = 0
 
 
@@ -41,9 +43,7 @@ def main() -> None:
             os.chdir(arguments[1])
             send(answers, {"kind": "ready"})
         elif kind == "load":
-            with suppress(UserError):  # said again where a value is asked for
-                _loaded(arguments[0])
-            send(answers, {"kind": "ready"})
+            send(answers, _form_of(arguments[0]))
         else:
             _score(answers, *arguments)
 
@@ -62,6 +62,14 @@ def _score(answers: IO[bytes], path: str, inputs: list[Any], seconds: float) -> 
         send(answers, _answer(index, value))
 
 
+def _form_of(path: str) -> dict[str, Any]:
+    try:
+        plug_in = _loaded(path)
+    except UserError as error:
+        return {"failed": str(error)[:_MOST_CHARACTERS]}
+    return {"style": plug_in.style, "is_async": plug_in.is_async}
+
+
 @cache
 def _loaded(path: str) -> PlugIn:
     return PlugIn.load(path)
@@ -69,7 +77,7 @@ def _loaded(path: str) -> PlugIn:
 
 def _answer(index: int, value: Value) -> dict[str, Any]:
     if isinstance(value, Failed):
-        return {"index": index, "failed": [value.kind, value.text[:2000]]}
+        return {"index": index, "failed": [value.kind, value.text[:_MOST_CHARACTERS]]}
     return {"index": index, "value": value}
 
 

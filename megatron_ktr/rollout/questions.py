@@ -168,7 +168,8 @@ def _check(
     command = f"python tools/prepare_dataset.py validate {given.path} --media-root {_media_root(config, given)}"
     problems = RecordProblems("data_path", Path(given.path), remedy=f"all of them: {command}")
     names = () if config.objective.is_supervised else rewards_of(config, given)
-    load_rewards(names, options=reward_options(config))  # raises UserError for an unknown name
+    # Raises UserError for an unknown name. Users' own are loaded once, by ``run/preflight.py``.
+    load_rewards([name for name in names if ":" not in name], options=reward_options(config))
     clips = check_store(
         store,
         problems=problems,

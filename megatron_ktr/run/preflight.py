@@ -7,6 +7,8 @@ the same answer by itself. They also work before the ranks exist, because ``worl
 
 from __future__ import annotations
 
+import contextlib
+
 from megatron_ktr.config import Config
 from megatron_ktr.config.part_options import ModelOptions
 from megatron_ktr.config.pipeline_split import virtual_stages
@@ -15,7 +17,7 @@ from megatron_ktr.distributed.groups import ParallelSizes, check_sizes
 from megatron_ktr.errors import UserError
 from megatron_ktr.objectives import Objective, build_objective
 from megatron_ktr.policy.policy import DTYPES
-from megatron_ktr.rewards import RewardOptions, load_rewards
+from megatron_ktr.rewards import Rewarder, RewardOptions
 from megatron_ktr.rollout.colocated.layout import share_groups
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig, VisionConfig
 from models.qwen2_5_vl.hf_weights import open_hf_weights
@@ -98,9 +100,10 @@ def check_objective(config: Config) -> Objective:
     """
     if config.samples:
         options = RewardOptions(config.reward, config.rollout.max_response_length)
-        load_rewards(config.reward.reward_functions, options=options)
-        for source in config.data.sources:
-            load_rewards(source.reward_functions or (), options=options)
+        with contextlib.closing(Rewarder(options)) as rewarder:
+            rewarder.load(config.reward.reward_functions)
+            for source in config.data.sources:
+                rewarder.load(source.reward_functions or ())
     return build_objective(config.objective, reward=config.reward, rollout=config.rollout)
 
 

@@ -77,7 +77,7 @@ def test_a_ratio_that_cannot_act_and_a_kl_without_gradient_are_said():
     )
     assert "no gradient in expectation" in told("--kl-kind", "k1")[0]
     assert told("--kl-kind", "k1", "--kl-in-reward") == told("--kl-kind", "k1", "--kl-beta", "0") == []
-    assert told("--objective", "rloo", "--kl-beta", "0") == []
+    assert told("--objective", "rloo", "--kl-beta", "0") == ["kl_beta is 0.0 as given; rloo has 0.05"]
     assert "objective dapo has no KL (kl_beta 0)" in told("--objective", "dapo", "--kl-kind", "k2")[0]
     several = ("--objective", "cispo", "--mini-batches", "4")
     assert told(*several) == [] and told(*several, "--clip-high", "5")[0].startswith("clip_high 5: ratio cispo has no")

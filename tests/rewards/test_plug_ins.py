@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import sys
 from collections.abc import Iterator
 
 import psutil
@@ -12,7 +13,7 @@ import pytest
 
 from megatron_ktr.config.reward_section import RewardSection
 from megatron_ktr.errors import UserError
-from megatron_ktr.rewards import Rewarder, RewardOptions, load_reward
+from megatron_ktr.rewards import Rewarder, RewardOptions, load_reward, pool
 from megatron_ktr.rewards.plug_in import PlugIn
 from megatron_ktr.types import Prompt, Rollout, RolloutGroup
 from tests.support.patience import PATIENCE_SECONDS
@@ -58,16 +59,32 @@ def test_every_way_to_write_a_reward_gives_the_same_in_a_process_and_without(wor
 
 
 def test_what_raises_exits_or_gives_no_number_costs_its_response_alone() -> None:
-    texts = ["fine", "raises", "exits", "nan", "text", "huge", "dies", "leaves", "prints", "forks", "fine"]
+    texts = ["fine", "raises", "exits", "nan", "text", "huge", "dies", "leaves", "cannot say why", "prints", "forks"]
     with rewarding() as rewarder:
-        assert values_of(rewarder, "wild", *texts) == [1, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1]
+        assert values_of(rewarder, "wild", *texts, "fine") == [1, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1]
         counts = rewarder.take_counts()
-        assert counts["reward_errors/wild"] == 7 and counts["reward_seconds/wild"] > 0
+        assert counts["reward_errors/wild"] == 8 and counts["reward_seconds/wild"] > 0
         assert "reward_seconds/format" in counts and "reward_timeouts/wild" not in counts
         # A function of the whole group is one call.
         assert values_of(rewarder, "wild_batch", "fine", "fine") == [1.0, 1.0]
         assert values_of(rewarder, "wild_batch", "fine", "dies") == [0.0, 0.0]
         assert values_of(rewarder, "wild_batch", "short", "fine") == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_is_no_list_of_numbers_or_is_cancelled_has_failed_and_records_stay_as_they_are(workers: int) -> None:
+    with rewarding(reward_workers=workers, reward_on_error="stop") as rewarder:
+        for text, words in {
+            "mapping": r"gave \{0: 0.5, 1: 0.5\} .*expected a list with 2 numbers",
+            "set": r"gave \{0.0, 1.0\}",
+            "text": "gave '10'",
+            "raises late": r"failed .*ZeroDivisionError: .*plug_ins.py, line",
+        }.items():
+            with pytest.raises(UserError, match=words):
+                values_of(rewarder, "no_list", text, text)
+        with pytest.raises(UserError, match="'awaited' failed .*CancelledError"):
+            values_of(rewarder, "awaited", "a", "cancels")
+        assert values_of(rewarder, "changes_record", "b", "b") == [1.0, 1.0]
 
 
 def test_what_hangs_is_ended_from_outside_with_all_that_it_has_started(tmp_path) -> None:
@@ -96,6 +113,7 @@ def test_the_policies_stop_in_words_or_make_the_group_even() -> None:
         for text, words in {
             "raises": r"reward 'wild' failed for a response to problem 7: KeyError: 'no such field' \(.*line \d+\)",
             "dies": r"reward 'wild' failed for a response to problem 7: the worker died \(signal 11\)",
+            "interrupts": "the worker ended with code .*: .*nterrupt",
             "sleeps": r"reward 'wild' gave no answer within 2 s \(--reward-timeout\), for a response to problem 7",
             "nan": "reward 'wild' gave nan for a response to problem 7, expected a finite number",
         }.items():
@@ -135,6 +153,20 @@ def test_functions_of_no_known_form_are_refused_at_once() -> None:
             PlugIn.load(f"{HOME}:{name}")
     with pytest.raises(UserError, match="cannot be loaded: ModuleNotFoundError"):
         PlugIn.load("no_such_module:f")
+
+
+def test_an_import_that_hangs_or_ends_its_process_is_refused_in_words(monkeypatch) -> None:
+    with rewarding() as rewarder:
+        with pytest.raises(UserError, match=r"'tests.support.plug_in_that_exits:f' cannot be loaded: .*code 7"):
+            rewarder.load(["accuracy", "tests.support.plug_in_that_exits:f"])
+        with pytest.raises(UserError, match="'no_such_module:f' cannot be loaded: ModuleNotFoundError"):
+            rewarder.load(["no_such_module:f"])
+        monkeypatch.setattr(pool, "_LOAD_SECONDS", QUICK)
+        with pytest.raises(UserError, match="that_hangs:never' cannot be loaded: its module is not imported"):
+            rewarder.load(["tests.support.plug_in_that_hangs:never"])
+        monkeypatch.undo()
+        assert values_of(rewarder, "length", "a") == [1.0], "the next one is not disturbed"
+    assert not {name for name in sys.modules if "plug_in_that" in name}
 
 
 def test_a_closed_rewarder_leaves_no_process() -> None:

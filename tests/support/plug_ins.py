@@ -38,7 +38,14 @@ async def awaited(response: str, record: dict[str, Any]) -> float:
     await asyncio.sleep(3600 if response == "waits" else 0)
     if response == "sleeps":
         time.sleep(3600)
+    if response == "cancels":
+        raise asyncio.CancelledError
     return 1.0
+
+
+class Speechless(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
 
 
 def wild(response: str, record: dict[str, Any]) -> Any:
@@ -80,19 +87,36 @@ def wild(response: str, record: dict[str, Any]) -> Any:
             print("x" * 100_000)
             print("y", file=sys.stderr)
             return 1.0 if sys.stdin.read() == "" else 0.0
-        case "nan":
-            return float("nan")
-        case "text":
-            return "good"
-        case "huge":
-            return 10**400
-    return 1.0
+        case "interrupts":
+            raise KeyboardInterrupt
+        case "cannot say why":
+            raise Speechless
+    return {"nan": float("nan"), "text": "1", "huge": 10**400}.get(response, 1.0)
 
 
 def wild_batch(inputs: list[Any]) -> list[Any]:
     if inputs[0].response == "short":
         return [1.0]
     return [wild(given.response, given.record) for given in inputs]
+
+
+def no_list(inputs: list[Any]) -> Any:
+    """What has as many elements as there are responses, and is no list of numbers."""
+    match inputs[0].response:
+        case "mapping":
+            return {given.index: 0.5 for given in inputs}
+        case "set":
+            return {0.0, 1.0}
+        case "text":
+            return "10"
+    return (1.0 / (1 - given.index) for given in inputs)
+
+
+def changes_record(response: str, record: dict[str, Any]) -> float:
+    """Reads the solution and overwrites it."""
+    right = record["solution"] == response
+    record["solution"] = "changed"
+    return float(right)
 
 
 def needs_state(completions: list[str], trainer_state: Any) -> list[float]:
