@@ -75,7 +75,9 @@ def compared(
             counterfactual_kl_R=mean_by_view(names, statistics.kl_KR),
             counterfactual_hidden_RD={},
         )
-    if objective.needs_divergence and item.divergence_R is None:
+    # One that an earlier pass without gradient has left would stop the gradient that the objective asks for.
+    is_wanted = item.divergence_R is None or objective.needs_divergence_gradient
+    if objective.needs_divergence and is_wanted:
         divergence_R = model.group_divergence(
             hidden_RD,
             statistics.log_normalizer_R,

@@ -216,6 +216,11 @@ def _run(models: Models, ranks: ParallelGroups, **values: Any) -> StepRecord:
             dict(tw_weight_gradient=True, kl_beta=0.0, temperature=0.7, micro_batch_groups=5),
             dict(weight_gradient=True, kl_beta=0.0, temperature=0.7),
         ),
+        # A selection of every token, in a pass without gradient before the update.
+        (
+            dict(tw_weight_gradient=True, selection="signals", signals=("entropy",), selection_ratio=(1.0,)),
+            dict(weight_gradient=True),
+        ),
     ],
     ids=[
         "published",
@@ -223,6 +228,7 @@ def _run(models: Models, ranks: ParallelGroups, **values: Any) -> StepRecord:
         "no KL, all groups in one micro-batch",
         "through weights",
         "through weights, no KL, temperature, one micro-batch",
+        "through weights, after a pass without gradient",
     ],
 )
 def test_update_equals_the_independent_one(
