@@ -221,7 +221,7 @@ class PromptDataset:
             except UnusableSample as error:
                 self.skips.count_skip(error, number=element.record.get("record_number"))
                 fruitless += 1
-                if fruitless >= min(self._order.period + self.skips.min_drawn, _MAX_FRUITLESS_DRAWS):
+                if fruitless >= min(self._order.round + self.skips.min_drawn, _MAX_FRUITLESS_DRAWS):
                     raise UserError(
                         f"no usable prompt among the last {fruitless} samples; the last one: {error}"
                     ) from None
@@ -358,7 +358,7 @@ class PromptDataset:
 
     def _element_at(self, position: int) -> Element:
         """The first element at or after a position that is not left out. It changes nothing."""
-        for later in range(position, position + self._order.period + _MAX_FRUITLESS_DRAWS):
+        for later in range(position, position + self._order.round + _MAX_FRUITLESS_DRAWS):
             draw_number = self._element(later)
             place = self._order.place_of(draw_number)
             source = self.sources[place.source]

@@ -96,6 +96,8 @@ class MixtureOrder:
         """``draws`` and ``num_records`` have one number for each source. ``buckets``: of the only source, whose records
         then come in steps of nearly equal length."""
         self.period = sum(draws)
+        self.round = self.period * max(-(-number // drawn) for number, drawn in zip(num_records, draws, strict=True))
+        """Places in which every source is gone through once. By weights it takes many periods: 1 : 1 has two places."""
         self._draws = np.asarray(draws, dtype=np.int64)
         self._seed = seed
         self._orders: list[EpochOrder] = [

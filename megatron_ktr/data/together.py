@@ -216,7 +216,7 @@ class TogetherDraws:
             found = self._load_new(place, element, num_now, num_step)
         self._loaded[element.draw_number] = found = Drawn(place, element, found.prompt, found.error, found.counts)
         self._num_fruitless = self._num_fruitless + 1 if found.error is not None else 0
-        if self._num_fruitless >= min(self._order.period + self._counts.skips.min_drawn, _MAX_FRUITLESS_DRAWS):
+        if self._num_fruitless >= min(self._order.round + self._counts.skips.min_drawn, _MAX_FRUITLESS_DRAWS):
             raise UserError(
                 f"no usable prompt among the last {self._num_fruitless} samples; the last one: {found.error}"
             )
@@ -239,8 +239,8 @@ class TogetherDraws:
     def _used(self, position: int) -> Iterator[UsedElement]:
         """The elements from ``position`` on that are not passed over."""
         num_passed = 0
-        # Every record returns after this many epochs at the latest.
-        limit = self._order.period * (2 + (0 if self.retirement is None else self.retirement.longest))
+        # Every record returns after this many epochs of its source at the latest.
+        limit = self._order.round * (2 + (0 if self.retirement is None else self.retirement.longest))
         while True:
             source, record, epoch = self._order.visit(position)
             if not self._is_passed_over(source, record, epoch):

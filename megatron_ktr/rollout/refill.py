@@ -166,7 +166,8 @@ class FilteredSource(ReplicaSource):
         if begun is None or not (self.needs_weights and self.lag):
             return state
         self._complete(begun)
-        return {**state, "pending": self.from_local(pending_responses(begun.answered.values()))}
+        pending = pending_responses(begun.answered.values(), questions=begun.questions.values())
+        return {**state, "pending": self.from_local(pending)}
 
     # Rounds
 

@@ -61,11 +61,14 @@ class Question:
     group: RolloutGroup
     """The group with the prompt as the engine sees it. Without responses it is still to be answered."""
     second: Prompt | None = None
+    is_second_answered: bool = False
+    """Whether a checkpoint has the answer to the second prompt. It may be empty: where a reward has failed, no response
+    to a second prompt is left (``rewards/rewarder.py``)."""
 
     @property
     def is_answered(self) -> bool:
-        """Whether the group has all its responses, for instance from a checkpoint."""
-        return bool(self.group.rollouts) and (self.second is None or bool(self.group.shuffled))
+        """Whether the group has all its responses, which are then those of a checkpoint."""
+        return bool(self.group.rollouts) and (self.second is None or self.is_second_answered)
 
 
 def ask_twice(groups: Sequence[RolloutGroup], *, second: SecondPrompt | None, step: int) -> list[Question]:

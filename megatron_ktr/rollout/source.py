@@ -235,7 +235,8 @@ class ReplicaSource:
         if self._drawn is None:
             return self.from_local(None if self.local is None else self.local.state_dict())
         answered = self._answers(self._drawn) if self.needs_weights and self.lag else []
-        return self.from_local({**self._drawn.state_before, "pending": pending_responses(answered)})
+        pending = pending_responses(answered, questions=self._drawn.asked)
+        return self.from_local({**self._drawn.state_before, "pending": pending})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         pending = state.get("pending", {})
@@ -291,9 +292,12 @@ class ReplicaSource:
     def _with_recorded(self, question: Question) -> Question:
         """``question`` with the responses that a checkpoint has for it."""
         rollouts = self._recorded.get(question.group.prompt.identity, ())
-        shuffled = () if question.second is None else self._recorded.get(question.second.identity, ())
+        second = "" if question.second is None else question.second.identity
+        shuffled = self._recorded.get(second, ())
         return dataclasses.replace(
-            question, group=dataclasses.replace(question.group, rollouts=rollouts, shuffled=shuffled)
+            question,
+            group=dataclasses.replace(question.group, rollouts=rollouts, shuffled=shuffled),
+            is_second_answered=second in self._recorded,
         )
 
     def _share_counts(self) -> None:
@@ -324,14 +328,21 @@ class _Draw:
     answers: Future[list[RolloutGroup]] | None = None
 
 
-def pending_responses(groups: Iterable[RolloutGroup]) -> dict[str, list[dict[str, Any]]]:
-    """The responses of ``groups`` by the identity of the prompt they answer, as a dict that JSON can represent."""
+def pending_responses(
+    groups: Iterable[RolloutGroup], *, questions: Iterable[Question]
+) -> dict[str, list[dict[str, Any]]]:
+    """The responses of ``groups`` by the identity of the prompt they answer, as a dict that JSON can represent.
+
+    Every second prompt of ``questions``, which the groups answer, has an entry. It is empty where its rewards have
+    failed; without it, a resumed run would ask again, by other weights.
+    """
+    asked_twice = {question.second.identity for question in questions if question.second is not None}
     pending: dict[str, list[dict[str, Any]]] = {}
     for group in groups:
         pending[group.prompt.identity] = [_plain(rollout) for rollout in group.rollouts]
-        if group.shuffled:
-            second = dataclasses.replace(group.prompt, variant=SHUFFLED)
-            pending[second.identity] = [_plain(rollout) for rollout in group.shuffled]
+        second = dataclasses.replace(group.prompt, variant=SHUFFLED).identity
+        if second in asked_twice:
+            pending[second] = [_plain(rollout) for rollout in group.shuffled]
     return pending
 
 

@@ -75,6 +75,16 @@ def test_a_retired_record_is_passed_over_for_its_epochs_and_comes_back() -> None
     }
 
 
+def test_retirement_by_weights_passes_over_more_than_a_period() -> None:
+    """1 : 1 has a period of two places. When both files are retired, 14 places in a row are passed over."""
+    data = replicas(1, numbers=(7, 7), left_out=(), draws=1)
+    names = " ".join(f"{file}{index}" for file in "ab" for index in range(7))
+    for _ in range(4):
+        assert sorted(draw(data, 14)) == sorted(names.split())
+        settle(data, 14, easy=names)
+    assert data[0].together is not None and data[0].together.values["retirement/passed_over"] == 3 * 14
+
+
 def test_everything_retired_ends_no_run() -> None:
     (one,) = data = replicas(1, numbers=(3,), left_out=(), rule=RetirementRule(0.5, num_epochs=3))
     for _ in range(3):

@@ -11,7 +11,10 @@ import pytest
 import torch
 
 from megatron_ktr.attribution.counterfactuals import draw_permutations
+from megatron_ktr.config.reward_section import RewardSection
 from megatron_ktr.distributed.groups import ParallelSizes
+from megatron_ktr.rewards import Rewarder
+from megatron_ktr.rewards.options import RewardOptions
 from megatron_ktr.rollout import second_prompt
 from megatron_ktr.rollout.base import counts_of
 from megatron_ktr.rollout.sampling import SamplingSettings
@@ -109,7 +112,8 @@ class FramesEngine(FailingEngine):
             (medium,) = prompts[index].media
             tokens = [*medium.frames_FCHW[:, 0, 0, 0].tolist(), step]
             rollouts = group_of(1, responses=[[*tokens, sample] for sample in range(numbers[index])]).rollouts
-            yield index, RolloutGroup(prompts[index], rollouts)
+            named = tuple(dataclasses.replace(rollout, text=prompts[index].variant) for rollout in rollouts)
+            yield index, RolloutGroup(prompts[index], named)
 
 
 def test_only_the_time_in_which_second_prompts_alone_are_answered_is_theirs(monkeypatch) -> None:
@@ -147,6 +151,12 @@ class TogetherEngine(FramesEngine):
 
 
 def constant_reward(response: str, record: dict) -> float:
+    return 0.5
+
+
+def reward_of_ordered(response: str, record: dict) -> float:
+    if response == SHUFFLED:
+        raise ValueError("made so")
     return 0.5
 
 
@@ -216,6 +226,30 @@ def test_second_prompts_are_answered_rewarded_and_resumed_with_the_first(ranks) 
             assert (sorted(frames), step, number) == (ordered, 4, sample) and frames != ordered
         assert all(rollout.reward == 0.5 for rollout in (*group.rollouts, *group.shuffled))
         assert group.num_response_tokens == sum(len(rollout.token_ids) for rollout in group.rollouts)
+
+
+def answered_by_failed_rewards(context) -> list[Any]:
+    """With ``skip_group`` no response to a second prompt is left. The group is answered all the same."""
+    groups = context.init(ParallelSizes())
+    section = RewardSection(reward_on_error="skip_group", reward_workers=0)
+    rewarder = Rewarder(RewardOptions(section=section))
+    engines, found, state = [FramesEngine(), FramesEngine()], [], MixedSource().state_dict()
+    for engine in engines:
+        sampler = Sampler(engine, rewards=(f"{__name__}:reward_of_ordered",), rewarder=rewarder, second=SECOND)
+        source = ReplicaSource(MixedSource(), ranks=groups, sampler=sampler, lag=1)  # pyright: ignore[reportArgumentType]
+        source.load_state_dict(state)
+        source.begin(2, step=4)
+        state = json.loads(json.dumps(source.state_dict()))
+        found.append(answers_of(source.finish()))
+        source.close()
+    return [found, [engine.calls for engine in engines]]
+
+
+def test_a_second_prompt_whose_rewards_failed_is_not_asked_again_after_a_resume(ranks) -> None:
+    """Asked again, its group would have responses of newer weights than the uninterrupted run."""
+    ((found, calls),) = ranks(answered_by_failed_rewards, world_size=1)
+    assert found[0] == found[1] and calls == [[[3, 3, 2]], []]
+    assert [(len(rollouts), shuffled) for _, rollouts, shuffled in found[0]] == [(3, ()), (3, ())]
 
 
 def with_uneven_videos(context) -> list[Any]:

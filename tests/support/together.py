@@ -63,6 +63,7 @@ def replicas(
     left_out: tuple[int, ...] = (2,),
     unusable: tuple[int, ...] = (),
     shuffle: bool = True,
+    draws: int = 0,
 ) -> list[PromptDataset]:
     found = []
     for rank in range(size):
@@ -76,7 +77,7 @@ def replicas(
                 loader,  # type: ignore[arg-type]
                 left_out if name == "a" else (),
                 name=name,
-                draws=number,
+                draws=draws or number,
             )
             for name, number in zip("abc", numbers, strict=False)
         ]
