@@ -5,7 +5,8 @@
                  and micro-batches, however they are packed                                     lr_decay_samples
 
 Samples, as Megatron's options of these names count them, keep a schedule where it is when ``prompts_per_step`` changes.
-An update that trains on the same prompts again counts them again. By default the decay ends with the run.
+An update that trains on the same prompts again counts them again. By default the decay ends with the run, if all its
+steps are full: one that a filter of groups leaves short counts the groups that it trains on.
 """
 
 from __future__ import annotations

@@ -187,7 +187,7 @@ def _read_groups(path: Path, *, step: int, ignored: Collection[str]) -> list[Rec
             responses = record.pop("responses", None)
             if not isinstance(responses, list) or not all(isinstance(item, dict) for item in responses):
                 raise ValueError("expected a list of objects in 'responses'")
-            shuffled = record.pop("shuffled_responses", [])
+            shuffled = record.pop("shuffled_responses", None) or []
             if not isinstance(shuffled, list) or not all(isinstance(item, dict) for item in shuffled):
                 raise ValueError("expected a list of objects in 'shuffled_responses'")
             groups.append(RecordedGroup(step, record, _read_responses(responses), _read_responses(shuffled)))

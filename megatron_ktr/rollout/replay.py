@@ -17,8 +17,8 @@ response; with files that lack it, use ``--length-bonus 0``. ``write_rollouts`` 
 in the same format.
 
 With ``--temporal-bonus`` a question with a video also has ``shuffled_responses``: responses to its frames in random
-order, in the form of ``responses``. The list is empty for a video that has no order to lose. Runs without the bonus do
-not read it.
+order, in the form of ``responses``. The list is empty for a video that has no order to lose, and null where a reward
+of one of them had failed: nothing is then compared. Runs without the bonus do not read it.
 """
 
 from __future__ import annotations
@@ -113,7 +113,8 @@ class ReplayEngine(RolloutEngine):
         )
         self._required = required
         self._rollouts: dict[int, tuple[Rollout, ...]] = {}
-        self._shuffled: dict[int, tuple[Rollout, ...]] = {}
+        self._shuffled: dict[int, tuple[Rollout, ...] | None] = {}
+        """None: there are none, because a reward had failed."""
         for place, record in enumerate(self.records):
             if place in found.places:
                 continue
@@ -152,11 +153,14 @@ class ReplayEngine(RolloutEngine):
             if line not in self._rollouts:
                 raise UserError(f"replay_path: {self.path} has no recorded responses for prompt {prompt.problem_id}")
             rollouts = (self._shuffled if prompt.variant == SHUFFLED else self._rollouts)[line]
+            if rollouts is None:
+                yield index, RolloutGroup(prompt, ())
+                continue
             if not rollouts:
                 raise UserError(
                     f"replay_path: {self.path}, record {line} (problem_id {prompt.problem_id}): its shuffled_responses "
                     "are empty, but its video has an order to lose: frames or sizes differ from those when it was "
-                    "recorded, or their rewards had failed; record it again, or set --temporal-bonus 0"
+                    "recorded; record it again, or set --temporal-bonus 0"
                 )
             if counts is not None and len(rollouts) < counts[index]:
                 raise ValueError(f"prompt {prompt.problem_id} has {len(rollouts)} responses, asked for {counts[index]}")
@@ -176,12 +180,14 @@ class ReplayEngine(RolloutEngine):
         for _ in named_tensors:
             pass
 
-    def _read_shuffled(self, record: Record) -> tuple[Rollout, ...]:
+    def _read_shuffled(self, record: Record) -> tuple[Rollout, ...] | None:
         """The responses to shuffled frames; none where the run does not compare with them, or there is no video."""
-        number, given = self._required.num_shuffled, record.pop(_SHUFFLED_RESPONSES, None)
+        number, given = self._required.num_shuffled, record.pop(_SHUFFLED_RESPONSES, "missing")
         if not number or given == [] or all(kind != "video" for kind, _ in record["media"]):
             return ()
         if given is None:
+            return None
+        if given == "missing":
             raise ValueError(
                 "no 'shuffled_responses', with which --temporal-bonus compares: record them ([] for a video without an "
                 "order to lose), or set --temporal-bonus 0"
@@ -277,8 +283,8 @@ def write_rollouts(
 
     With ``selections`` each response also contains its key tokens (``is_key_token``, ``is_selected`` by signal) and the
     trainer's log-probs (``policy_logprobs``), for reports; a replay ignores them. Numbers that are not finite become
-    null. ``with_shuffled`` says that videos were asked twice: every group then has ``shuffled_responses``, and an empty
-    list says that its prompt has no order to lose. Raises UserError if the file cannot be written.
+    null. ``with_shuffled`` says that videos were asked twice: every group then has ``shuffled_responses``.
+    Raises UserError if the file cannot be written.
     """
     path = Path(path)
     num_written = 0
@@ -288,7 +294,8 @@ def write_rollouts(
             for group, chosen in itertools.zip_longest(groups, selections):
                 line = _group_line(group, chosen)
                 if with_shuffled or group.shuffled:
-                    line[_SHUFFLED_RESPONSES] = [_plain_response(rollout) for rollout in group.shuffled]
+                    found = [_plain_response(rollout) for rollout in group.shuffled]
+                    line[_SHUFFLED_RESPONSES] = found or (None if can_shuffle(group.prompt) else [])
                 file.write(to_json(line, ensure_ascii=False) + "\n")
                 num_written += 1
             file.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -179,6 +180,13 @@ def test_responses_to_shuffled_frames_are_written_and_replay_exactly(tmp_path: P
     assert [(group.rollouts, group.shuffled) for group in again] == [(g.rollouts, g.shuffled) for g in groups]
     # Another objective replays the same file, and passes them over.
     assert [group.shuffled for group in read(tmp_path / "out.jsonl", Required())] == [(), ()]
+    # A run whose rewards of them failed has none left. Its replay compares nothing either.
+    failed = [dataclasses.replace(group, shuffled=()) for group in groups]
+    write_rollouts(tmp_path / "failed.jsonl", failed, with_shuffled=True)
+    assert [json.loads(text)["shuffled_responses"] for text in open(tmp_path / "failed.jsonl")] == [None, []]
+    assert [(group.rollouts, group.shuffled) for group in read(tmp_path / "failed.jsonl")] == [
+        (group.rollouts, ()) for group in groups
+    ]
 
 
 @pytest.mark.parametrize(
