@@ -120,7 +120,7 @@ def _train(config: Config, *, platform: Platform, leave: LeaveRequest) -> bool:
     notes = [] if local_source is None else [f"wording: {line}" for line in local_source.dataset.wordings]
     sets = [one for one in (held_out, responses) if one is not None]
     notes += [line for one in sets for line in one.lines]
-    notes += [f"objective: {line}" for line in policy_gradient_rules.notes(config.objective)]
+    notes += [f"objective: {line}" for line in policy_gradient_rules.notes(config)]
     start = _open_run_directory(given, ranks, num_steps=num_steps_of(config.trainer), notes=notes, held_out=sets)
     trainer = build_trainer(
         config, ranks=ranks, platform=platform, objective=objective, tokenizer=tokenizer, local_source=local_source

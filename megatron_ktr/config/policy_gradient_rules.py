@@ -6,9 +6,11 @@ allowed and yet without effect.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from megatron_ktr.config.objective_registry import objective_entry
 from megatron_ktr.config.sections import ObjectiveSection
 
 if TYPE_CHECKING:
@@ -49,9 +51,12 @@ def problems(config: Config) -> Iterator[str]:
         )
 
 
-def notes(section: ObjectiveSection) -> list[str]:
+def notes(config: Config) -> list[str]:
     """Sentences about options that act on nothing in this run, or not as one may expect."""
-    found = []
+    section = config.objective
+    found = _other_than_preset(config)
+    if section.kl_in_reward and not section.kl_beta:
+        found.append("kl_in_reward: with kl_beta 0 there is no KL, and no reward changes")
     asked = section.ratio != "token" or section.dual_clip is not None
     if asked and not section.is_supervised and section.num_updates == 1:
         option = f"ratio {section.ratio}" if section.ratio != "token" else f"dual_clip {section.dual_clip:g}"
@@ -65,6 +70,26 @@ def notes(section: ObjectiveSection) -> list[str]:
             "and --kl-in-reward is the place of k1"
         )
     return found
+
+
+def _other_than_preset(config: Config) -> list[str]:
+    """Options in which a run differs from its objective's own values. A run file that holds every option, as those do
+    that runs write, leaves an objective nothing but its name."""
+    entry = objective_entry(config.objective.objective)
+    sections = [getattr(config, part.name) for part in dataclasses.fields(config)]
+    given = {name: getattr(part, name) for part in sections for name in entry.defaults if hasattr(part, name)}
+    if "selection" in given:
+        given["selection"] = config.objective.selection_mode  # none stands for the objective's own
+    others = [
+        f"{name} {_as_text(given[name])} (not {_as_text(value)})"
+        for name, value in entry.defaults.items()
+        if given[name] != value
+    ]
+    return [f"{entry.name} with other options than its own: {', '.join(others)}"] if others else []
+
+
+def _as_text(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _supervised(section: ObjectiveSection) -> Iterator[str]:

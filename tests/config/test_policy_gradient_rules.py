@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_ktr.config import load_config
+from megatron_ktr.config.load import save_resolved
 from megatron_ktr.config.objective_registry import BUILT_IN, objective_entry
 from megatron_ktr.config.policy_gradient_rules import notes
 from megatron_ktr.errors import UserError
@@ -62,7 +63,7 @@ def test_one_response_for_each_prompt_is_enough_for_a_batch_advantage():
 
 def test_a_ratio_that_cannot_act_and_a_kl_without_gradient_are_said():
     def told(*flags):
-        return notes(load_config([*MINIMAL, "--prompts-per-step", "8", *flags]).objective)
+        return notes(load_config([*MINIMAL, "--prompts-per-step", "8", *flags]))
 
     (line,) = told("--objective", "gspo")
     assert line.startswith("ratio sequence: with one update per rollout every ratio is 1")
@@ -73,6 +74,20 @@ def test_a_ratio_that_cannot_act_and_a_kl_without_gradient_are_said():
     )
     assert "no gradient in expectation" in told("--kl-kind", "k1")[0]
     assert told("--kl-kind", "k1", "--kl-in-reward") == told("--kl-kind", "k1", "--kl-beta", "0") == []
+
+
+def test_a_preset_whose_options_are_overridden_says_which(tmp_path):
+    grpo = load_config([*MINIMAL, "--objective", "grpo"])
+    save_resolved(grpo, tmp_path / "config.yaml")
+    assert notes(grpo) == []
+    # The file holds every option of GRPO, so that nothing but the name is left of DAPO.
+    (line,) = notes(load_config(["--config", str(tmp_path / "config.yaml"), "--objective", "dapo"]))
+    assert line.startswith("dapo with other options than its own: loss_aggregation sequence (not token), ")
+    for part in ("clip_high 0.2 (not 0.28)", "kl_beta 0.04 (not 0.0)", "filter_groups off (not equal)"):
+        assert part in line
+    assert "clip_low" not in line
+    lines = notes(load_config([*MINIMAL, "--objective", "rloo", "--kl-beta", "0"]))
+    assert any("there is no KL" in line for line in lines)
 
 
 def test_mini_batches_that_leave_a_replica_without_prompts_are_refused():

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from megatron_ktr.accounting.planner import GB
-from megatron_ktr.config import Config
+from megatron_ktr.config import Config, policy_gradient_rules
 from megatron_ktr.config.objective_registry import objective_entry
 from megatron_ktr.config.part_options import EvaluationOptions, ModelOptions
 from megatron_ktr.config.pipeline_split import is_even, split_layers
@@ -276,6 +276,8 @@ def _describe_step(config: Config, objective: Objective, *, page: _Page) -> None
     if config.model.lora_rank:
         words.append(f"adapters of rank {config.model.lora_rank}")
     page.add("objective", f"{entry.title}; {'; '.join(words)}")
+    for note in policy_gradient_rules.notes(config):
+        page.add("objective", note)
     if entry.is_supervised:
         page.add("responses", "given by the data; nothing is sampled and nothing is rewarded")
         return
