@@ -6,8 +6,9 @@ allowed and yet without effect.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megatron_ktr.config.loss_parts import ADVANTAGES, build_part
 from megatron_ktr.config.objective_registry import objective_entry
@@ -52,7 +53,7 @@ def problems(config: Config) -> Iterator[str]:
 def notes(config: Config) -> list[str]:
     """Sentences about options that act on nothing in this run, or not as one may expect."""
     section = config.objective
-    found = [*_given_otherwise(config)]
+    found = _other_than_preset(config)
     asked = section.ratio != "token" or section.dual_clip is not None
     if asked and not section.is_supervised and section.num_updates == 1:
         option = f"ratio {section.ratio}" if section.ratio != "token" else f"dual_clip {section.dual_clip:g}"
@@ -77,16 +78,23 @@ def notes(config: Config) -> list[str]:
     return found
 
 
-def _given_otherwise(config: Config) -> Iterator[str]:
-    """What the objective would set, and the run file or the command line sets otherwise: the run is then not the
-    algorithm as it is known, and no comparison of one line."""
-    values = {name: value for part in vars(config).values() for name, value in vars(part).items()}
-    for name, usual in objective_entry(config.objective.objective).defaults.items():
-        if values[name] != usual:
-            yield f"{name} is {_shown(values[name])} as given; {config.objective.objective} has {_shown(usual)}"
+def _other_than_preset(config: Config) -> list[str]:
+    """Options in which a run differs from its objective's own values. A run file that holds every option, as those do
+    that runs write, leaves an objective nothing but its name."""
+    entry = objective_entry(config.objective.objective)
+    sections = [getattr(config, part.name) for part in dataclasses.fields(config)]
+    given = {name: getattr(part, name) for part in sections for name in entry.defaults if hasattr(part, name)}
+    if "selection" in given:
+        given["selection"] = config.objective.selection_mode  # none stands for the objective's own
+    others = [
+        f"{name} {_as_text(given[name])} (not {_as_text(value)})"
+        for name, value in entry.defaults.items()
+        if given[name] != value
+    ]
+    return [f"{entry.name} with other options than its own: {', '.join(others)}"] if others else []
 
 
-def _shown(value: Any) -> str:
+def _as_text(value: object) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 

@@ -50,17 +50,20 @@ def _parts(config: Config) -> Iterator[str]:
             "--reward-on-error skip_group makes the rewards of a group equal, which --advantage batch does not pass "
             "over: choose zero or stop, or another advantage"
         )
-    yield from _processes(section, has_own=any(":" in name for name in names))
+    yield from _processes(section, has_own=any(":" in name for name in names), has_judge="judge" in names)
     if "overlong" in names:
         yield from _overlong(config)
 
 
-def _processes(section: RewardSection, *, has_own: bool) -> Iterator[str]:
+def _processes(section: RewardSection, *, has_own: bool, has_judge: bool) -> Iterator[str]:
+    timeout = () if has_judge else ("reward_timeout",)
     if not has_own:
         for name in _given(section, _OF_PROCESSES):
             yield f"{_flag(name)} is not read: there are no own reward functions (module:function)"
+        for name in _given(section, timeout):
+            yield f"{_flag(name)} is not read: there is neither an own reward function (module:function) nor a judge"
     elif section.reward_workers == 0:
-        for name in _given(section, ("reward_timeout", "reward_worker_memory_gb")):
+        for name in _given(section, (*timeout, "reward_worker_memory_gb")):
             yield f"{_flag(name)} needs --reward-workers above 0: nothing can end a function in the training process"
 
 

@@ -15,9 +15,10 @@ import json
 import math
 import threading
 from collections.abc import Sequence
-from functools import lru_cache
+from concurrent.futures import CancelledError, Future
 
 from megatron_ktr.config.reward_section import RewardSection
+from megatron_ktr.errors import UserError
 from megatron_ktr.files.json_files import parse_json
 from megatron_ktr.rewards.inputs import RewardInput
 from megatron_ktr.rewards.plug_in import Failed, Value
@@ -31,6 +32,7 @@ KEY_OPTION = "--judge-key-env"
 MOST_CHARACTERS = 20_000
 """Of a response; of a longer one the end is judged."""
 _MOST_TOKENS = 16
+_ENDED = "--judge-url: the run ends while the judge is asked"
 INSTRUCTION = (
     "You grade answers. You get a question, its right answer and the answer of a student. Say how far the student's "
     "answer means the same as the right answer: 1 if it does, 0 if it does not, a number between if it is right in "
@@ -57,6 +59,14 @@ def check(section: RewardSection) -> None:
 def connect(section: RewardSection) -> None:
     """Asks the server for its models. Raises as ``judge`` does."""
     _server(section)
+
+
+def close(section: RewardSection) -> None:
+    """Gives up every question that is open: a server that throttles may let them wait for minutes."""
+    with _making:
+        server = _made.pop(section, None)
+    if server is not None:
+        server.close()
 
 
 def messages_of(given: RewardInput) -> list[dict[str, str]]:
@@ -112,10 +122,29 @@ class _Server:
         self._model, _ = choose_model(models, wanted=section.judge_model, where=address.api, option="--judge-model")
         self._url = f"{address.api}/chat/completions"
         self._open = asyncio.Semaphore(section.judge_concurrency)
+        self._lock = threading.Lock()
+        self._asked: set[Future[Value]] = set()
+        self._is_closed = False
 
     def judge(self, inputs: Sequence[RewardInput]) -> list[Value]:
-        futures = [self._loop.start(self._ask(given)) for given in inputs]
-        return [future.result() for future in futures]
+        with self._lock:
+            if self._is_closed:
+                raise UserError(_ENDED)
+            futures = [self._loop.start(self._ask(given)) for given in inputs]
+            self._asked.update(futures)
+        try:
+            return [future.result() for future in futures]
+        except CancelledError:
+            raise UserError(_ENDED) from None
+        finally:
+            with self._lock:
+                self._asked.difference_update(futures)
+
+    def close(self) -> None:
+        with self._lock:
+            self._is_closed = True
+            for future in self._asked:
+                future.cancel()
 
     async def _ask(self, given: RewardInput) -> Value:
         body = {
@@ -139,16 +168,14 @@ class _Server:
 
 
 _making = threading.Lock()
+_made: dict[RewardSection, _Server] = {}
 
 
 def _server(section: RewardSection) -> _Server:
     with _making:
-        return _made(section)
-
-
-@lru_cache(maxsize=4)
-def _made(section: RewardSection) -> _Server:
-    return _Server(section)
+        if section not in _made:
+            _made[section] = _Server(section)
+        return _made[section]
 
 
 def _address(section: RewardSection) -> Address:

@@ -90,7 +90,8 @@ class PlugInPool:
             answer = self._imported(worker, path)
             if "failed" in answer:
                 raise UserError(str(answer["failed"]))
-            style, is_async = answer.get("style"), answer.get("is_async")
+            style: Any = answer.get("style")
+            is_async = answer.get("is_async")
             if style not in get_args(Style) or not isinstance(is_async, bool):
                 raise WorkerLost("died", "the worker gave a senseless answer")
         except WorkerLost as error:

@@ -53,6 +53,8 @@ class RewardEntry:
     expensive."""
     prepare: Callable[[RewardOptions], None] = lambda options: None
     """Connects to what the reward asks, before the model is built, where rewards are computed. Raises ``UserError``."""
+    close: Callable[[RewardOptions], None] = lambda options: None
+    """Gives up what is still asked, because the run ends. Called in any thread, and more than once."""
 
 
 def each(function: Callable[[RewardInput, RewardOptions], float | None]) -> Score:

@@ -90,7 +90,11 @@ class Rewarder:
             return found | {name: float(number) for name, number in (self._counts + _of_math()).items()}
 
     def close(self) -> None:
-        """Ends the processes of rewards."""
+        """Ends the processes of rewards and whatever else is still asked, so that ``reward`` fails at once where it is
+        running. May be called more than once."""
+        for reward in [reward for rewards in list(self._loaded.values()) for reward in rewards.values()]:
+            if reward.entry is not None:
+                reward.entry.close(self.options)
         if self._pool is not None:
             self._pool.close()
 

@@ -258,6 +258,7 @@ class FilteredSource(ReplicaSource):
                 answer=lambda question: self._answer_one(question, step=begun.step),
                 ask=lambda group: self._with_recorded(self._asked([group], step=begun.step)[0]),
                 is_rejected=lambda group: bool(self.rule.reason(group)),
+                give_up=self.sampler.rewarder.close,
             )
             return
         begun.answered |= {place: question.group for place, question in known.items() if question.is_answered}
@@ -343,10 +344,11 @@ def answered_with_spares(
     answer: Callable[[Question], RolloutGroup],
     ask: Callable[[RolloutGroup], Question],
     is_rejected: Callable[[RolloutGroup], bool],
+    give_up: Callable[[], None] = lambda: None,
 ) -> dict[int, RolloutGroup]:
     """The answers to ``questions`` by place, and those to the first of ``spares``: one more is asked at once, beside
     what is running, whenever a group turns out to be rejected. The result does not depend on which answer comes
-    first."""
+    first. ``give_up`` is called where one fails, so that the others are not waited for."""
     answered: dict[int, RolloutGroup] = {}
     free = iter(spares)
     with ThreadPoolExecutor(max(1, len(questions)), thread_name_prefix="groups") as pool:
@@ -360,7 +362,9 @@ def answered_with_spares(
                     answered[place] = future.result()
                     if is_rejected(answered[place]) and (spare := next(free, None)) is not None:
                         running[pool.submit(answer, ask(spare[1]))] = spare[0]
-        finally:
+        except BaseException:
             for future in running:
                 future.cancel()
+            give_up()
+            raise
     return answered

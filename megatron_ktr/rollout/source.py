@@ -72,10 +72,15 @@ class Sampler:
         with ThreadPoolExecutor(self.rewarder.num_threads, thread_name_prefix="rewards") as pool:
             rewarded: dict[int, Future[list[RolloutGroup]]] = {}
             timed = self.seconds_alone.timed(found, num_first=num_first, num_second=len(prompts) - num_first)
-            for place, group in timed:
-                names = self.rewards_of_source.get(group.prompt.source, self.rewards)
-                rewarded[place] = pool.submit(self.rewarder.reward, [group], names=names)
-            return joined(questions, ((place, result.result()[0]) for place, result in rewarded.items()))
+            try:
+                for place, group in timed:
+                    names = self.rewards_of_source.get(group.prompt.source, self.rewards)
+                    rewarded[place] = pool.submit(self.rewarder.reward, [group], names=names)
+                return joined(questions, ((place, result.result()[0]) for place, result in rewarded.items()))
+            except BaseException:  # the run ends: nobody waits for rewards that hang
+                pool.shutdown(wait=False, cancel_futures=True)
+                self.rewarder.close()
+                raise
 
 
 class ReplicaSource:
@@ -245,13 +250,14 @@ class ReplicaSource:
 
     def close(self) -> None:
         """Ends the engine and the data workers. The groups of a step that has begun are dropped."""
+        if self.sampler is not None:
+            self.sampler.rewarder.close()  # what is answered ahead would wait for it
         if self._background is not None:
             self._background.shutdown(wait=True, cancel_futures=True)
         if self.local is not None:
             self.local.close()
         if self.sampler is not None:
             self.sampler.engine.close()
-            self.sampler.rewarder.close()
 
     def _asked(self, groups: list[RolloutGroup], *, step: int) -> list[Question]:
         """What the engine is asked for ``groups``, with the prompts that it sees."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_ktr.config import load_config
+from megatron_ktr.config.load import save_resolved
 from megatron_ktr.config.objective_registry import BUILT_IN, objective_entry
 from megatron_ktr.config.policy_gradient_rules import notes
 from megatron_ktr.errors import UserError
@@ -77,18 +78,23 @@ def test_a_ratio_that_cannot_act_and_a_kl_without_gradient_are_said():
     )
     assert "no gradient in expectation" in told("--kl-kind", "k1")[0]
     assert told("--kl-kind", "k1", "--kl-in-reward") == told("--kl-kind", "k1", "--kl-beta", "0") == []
-    assert told("--objective", "rloo", "--kl-beta", "0") == ["kl_beta is 0.0 as given; rloo has 0.05"]
     assert "objective dapo has no KL (kl_beta 0)" in told("--objective", "dapo", "--kl-kind", "k2")[0]
     several = ("--objective", "cispo", "--mini-batches", "4")
     assert told(*several) == [] and told(*several, "--clip-high", "5")[0].startswith("clip_high 5: ratio cispo has no")
 
 
-def test_options_that_are_not_the_objectives_are_said():
-    config = load_config([*MINIMAL, "--objective", "dr_grpo", "--kl-beta", "0.04", "--clip-high", "0.28"])
-    assert notes(config) == ["kl_beta is 0.04 as given; dr_grpo has 0.0"]
-    assert notes(load_config([*MINIMAL, "--objective", "vppo", "--signals", "entropy,visual"]))[0] == (
-        "signals is entropy,visual as given; vppo has dependence"
-    )
+def test_a_preset_whose_options_are_overridden_says_which(tmp_path):
+    grpo = load_config([*MINIMAL, "--objective", "grpo"])
+    save_resolved(grpo, tmp_path / "config.yaml")
+    assert notes(grpo) == []
+    # The file holds every option of GRPO, so that nothing but the name is left of DAPO.
+    (line,) = notes(load_config(["--config", str(tmp_path / "config.yaml"), "--objective", "dapo"]))
+    assert line.startswith("dapo with other options than its own: loss_aggregation sequence (not token), ")
+    for part in ("clip_high 0.2 (not 0.28)", "kl_beta 0.04 (not 0.0)", "filter_groups off (not equal)"):
+        assert part in line
+    assert "clip_low" not in line
+    lines = notes(load_config([*MINIMAL, "--objective", "rloo", "--kl-beta", "0"]))
+    assert lines == ["rloo with other options than its own: kl_beta 0.0 (not 0.05)"]
 
 
 def test_mini_batches_that_leave_a_replica_without_prompts_are_refused():

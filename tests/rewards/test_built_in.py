@@ -139,6 +139,7 @@ REPLAYED = {"engine": "replay", "data_path": None, "replay_path": "rollouts.json
         ({"reward_functions": OVERLONG, "overlong_length": 100, "overlong_buffer": 200}, "exceeds the 100 tokens"),
         ({"reward_functions": OVERLONG, "overlong_length": 9000}, "which --max-response-length 768"),
         ({"reward_functions": OWN, "reward_workers": 0, "reward_timeout": 5.0}, "needs --reward-workers"),
+        ({"reward_timeout": 5.0}, "--reward-timeout is not read: there is neither"),
         ({"reward_on_error": "skip_group", "advantage": "batch"}, "--advantage batch does not pass over"),
         ({**REPLAYED, "reward_on_error": "zero"}, "--reward-on-error is not read by --engine replay"),
     ],
@@ -159,6 +160,9 @@ def test_weights_and_options_that_fit_are_accepted() -> None:
     config = config_from_values({"model": "m", "engine": "hf", "data_path": "d", **values})
     check(config)
     assert config.reward.weights == {"format": 0.5, "style": -1.0}
+    # The judge reads the timeout, whoever runs the user's own function.
+    values = {"reward_functions": (*OWN, "judge"), "judge_url": "http://x", "reward_workers": 0, "reward_timeout": 5.0}
+    check(config_from_values({"model": "m", "engine": "hf", "data_path": "d", "length_bonus": 0.0, **values}))
 
 
 def test_a_response_without_weights_is_worth_the_plain_sum() -> None:

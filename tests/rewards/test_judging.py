@@ -10,8 +10,12 @@ from megatron_ktr.config.reward_section import RewardSection
 from megatron_ktr.errors import UserError
 from megatron_ktr.rewards import Rewarder, RewardOptions, load_reward
 from megatron_ktr.rewards.judging import read_score
+from megatron_ktr.rollout.base import RolloutEngine
+from megatron_ktr.rollout.second_prompt import Question
+from megatron_ktr.rollout.source import Sampler
 from megatron_ktr.types import Prompt, Rollout, RolloutGroup
 from tests.support.fake_chat import FakeChat, completion, error
+from tests.support.patience import wait_until
 
 KEY = "sk-Secret0123456789"
 
@@ -69,6 +73,28 @@ def test_a_judge_that_stops_the_run_says_why_without_its_key(server, monkeypatch
     options = RewardOptions(RewardSection(judge_url="http://127.0.0.1:9", judge_retries=0))
     with pytest.raises(UserError, match="http://127.0.0.1:9/v1: no answer after one attempt"):
         Rewarder(options).prepare(["accuracy", "judge"])
+
+
+@pytest.mark.parametrize("error_of_run", [KeyboardInterrupt, UserError])
+def test_a_run_that_ends_waits_for_no_judge_that_throttles(server, error_of_run: type[BaseException]) -> None:
+    server.key = ""
+    server.script.extend([(429, error("slow down"), {"Retry-After": "5"})] * 9)
+
+    class Engine(RolloutEngine):
+        def load_weights(self, named_tensors) -> None:
+            """It has none."""
+
+        def stream(self, prompts, *, step=0, sampling=None, counts=None):
+            yield 0, RolloutGroup(prompts[0], (Rollout((3,), text="a"),))
+            wait_until(lambda: bool(server.bodies))
+            raise error_of_run("the user's ctrl-C, or another error")
+
+    rewarder = Rewarder(RewardOptions(RewardSection(judge_url=server.url, reward_on_error="zero")))
+    sampler = Sampler(Engine(), rewards=("judge",), rewarder=rewarder)
+    group = RolloutGroup(Prompt("7", (1,), record={"problem": "Q", "solution": "b"}), ())
+    with pytest.raises(error_of_run):
+        sampler.answer([Question(group)], step=1)
+    assert len(server.bodies) == 1, "the judge was asked again, after the time that it had named"
 
 
 def test_an_address_or_a_key_that_cannot_work_is_refused_before_anything_is_asked(monkeypatch) -> None:

@@ -11,5 +11,6 @@ register(
         lambda inputs, options: judging.judge(inputs, options.section),
         check=lambda options: judging.check(options.section),
         prepare=lambda options: judging.connect(options.section),
+        close=lambda options: judging.close(options.section),
     )
 )

@@ -278,6 +278,8 @@ def _describe_step(config: Config, objective: Objective, *, page: _Page) -> None
     if config.model.lora_rank:
         words.append(f"adapters of rank {config.model.lora_rank}")
     page.add("objective", f"{entry.title}; {'; '.join(words)}")
+    for note in policy_gradient_rules.notes(config):
+        page.add("objective", note)
     if entry.is_supervised:
         page.add("responses", "given by the data; nothing is sampled and nothing is rewarded")
         return
