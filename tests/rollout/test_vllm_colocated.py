@@ -46,6 +46,11 @@ def uneven_reward(response: str, record: dict) -> float:
     return len(response) % 5 / 5
 
 
+def half_of_the_records(response: str, record: dict) -> float:
+    """The responses of every second record are worth the same."""
+    return int(record["problem_id"].rpartition("-")[2]) % 2 * uneven_reward(response, record)
+
+
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("vllm", reason="the vLLM environment only")
@@ -492,6 +497,15 @@ def train_alone(context: Any, *, inputs: Path, out: Path) -> None:
     train(settings(inputs, out / "features", share_vision_features=True, save_interval=0))
 
 
+def train_by_objective(context: Any, *, inputs: Path, out: Path, rewards: dict[str, str]) -> None:
+    """With every objective, and the reward that it is given."""
+    from megatron_ktr.train import train
+
+    for objective, reward in rewards.items():
+        options = dict(objective=objective, reward_functions=("accuracy", f"{__name__}:{reward}"))
+        train(settings(inputs, out / objective, train_steps=1, save_interval=0, **options))
+
+
 def in_four_ranks(context: Any, *, inputs: Path, out: Path) -> dict[str, Any]:
     """Training from TP2 x PP2 shards, and engines of one and of four ranks; what the last stages found."""
     from megatron_ktr.distributed.groups import ParallelSizes
@@ -592,6 +606,15 @@ def one_rank_runs(ranks: Any, inputs: Path, tmp_path_factory: pytest.TempPathFac
 @pytest.mark.parametrize("run", ["whole", "features"])
 def test_video_ktr_trains_in_one_process_on_pixels_and_on_features(one_rank_runs, run) -> None:
     check_run(one_rank_runs / run)
+
+
+def test_objectives_that_ask_engines_for_more_get_it(ranks: Any, inputs: Path, tmp_path: Path) -> None:
+    """T-GRPO asks a second time with shuffled frames, DAPO once more for each group of equal rewards."""
+    rewards = {"t_grpo": "uneven_reward", "dapo": "half_of_the_records"}
+    ranks(train_by_objective, world_size=1, inputs=inputs, out=tmp_path, rewards=rewards)
+    for objective, count in {"t_grpo": "shuffled/prompts", "dapo": "filter/rejected"}.items():
+        check_run(tmp_path / objective, num_steps=1)
+        assert metrics(tmp_path / objective)[0][count] >= 1
 
 
 def test_a_resumed_run_repeats_the_rollouts(one_rank_runs) -> None:

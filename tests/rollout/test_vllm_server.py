@@ -311,6 +311,11 @@ def uneven_reward(response: str, record: dict) -> float:
     return len(response) % 5 / 5
 
 
+def half_of_the_records(response: str, record: dict) -> float:
+    """The responses of every second record are worth the same."""
+    return int(record["problem_id"].rpartition("-")[2]) % 2 * uneven_reward(response, record)
+
+
 def train_with(context, *, values: dict[str, Any]) -> None:
     from megatron_ktr.train import train
 
@@ -365,6 +370,21 @@ def test_three_steps_with_a_lag_are_one_step_off_and_corrected(ranks, served: Se
     assert [step["has_stepped"] for step in steps] == [1.0] * 3
     gaps = [step["sampler_trainer_logprob_gap"] for step in steps]
     assert gaps[0] < TOLERANCE < min(gaps[1:]), "the first step's weights are current, later ones a step old"
+
+
+@pytest.mark.parametrize(
+    ("objective", "reward", "asked"),
+    [("t_grpo", "uneven_reward", "shuffled/prompts"), ("dapo", "half_of_the_records", "filter/rejected")],
+)
+def test_objectives_that_ask_engines_for_more_get_it(
+    ranks, served: Served, tmp_path: Path, objective: str, reward: str, asked: str
+) -> None:
+    """T-GRPO asks a second time with shuffled frames, DAPO once more for each group of equal rewards."""
+    rewards = ("accuracy", f"{__name__}:{reward}")
+    changes = dict(objective=objective, reward_functions=rewards, train_steps=1)
+    (step,) = run_training(ranks, served, tmp_path / "run", world_size=1, **changes)
+    assert step["has_stepped"] == 1.0 and step["num_prompts"] == 4 and step[asked] >= 1
+    assert step["sampler_trainer_logprob_gap"] < TOLERANCE and not lasting_trouble(step)
 
 
 # --- the last test: it kills a server -------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from tests.support.ranks import RankContext, RankPool
 from tests.support.steps import StepDifference, StepRecord, compare_steps, run_steps
 from tests.support.tiny import save_tiny_hf
 
-HELD_ELSEWHERE = ("video_ktr", "grpo", "tw_grpo", "sft", "vppo")
+HELD_ELSEWHERE = ("video_ktr", "grpo", "vppo")
 """By ``test_training_step.py`` and ``test_context_parallel.py``, in more layouts."""
 NAMES = [name for name in OBJECTIVES if name not in HELD_ELSEWHERE]
 LAYOUTS: dict[str, tuple[Any, dict[str, Any]]] = {
