@@ -221,9 +221,10 @@ class Trainer:
     def _facts(self, groups: Sequence[RolloutGroup], *, step: int) -> BatchFacts:
         """What is known about the rollout of all replicas before anything is scored."""
         lengths = lengths_of(groups)
+        num_responses, num_tokens = self.policy.global_counts([len(lengths), sum(lengths)])
         facts = BatchFacts(
-            num_responses=round(self.policy.global_count(len(lengths))),
-            num_response_tokens=round(self.policy.global_count(sum(lengths))),
+            num_responses=round(num_responses),
+            num_response_tokens=round(num_tokens),
             step=step,
             seed=self.options.trainer.seed,
         )
@@ -246,10 +247,9 @@ class Trainer:
             of_update = facts
             if len(sizes) > 1:
                 lengths = [length for item in items for length in lengths_of(item.groups)]
+                counts = self.policy.global_counts([len(lengths), sum(lengths)])
                 of_update = dataclasses.replace(
-                    facts,
-                    num_responses=round(self.policy.global_count(len(lengths))),
-                    num_response_tokens=round(self.policy.global_count(sum(lengths))),
+                    facts, num_responses=round(counts[0]), num_response_tokens=round(counts[1])
                 )
             found.append((items, self._with_num_tokens(of_update, items)))
         return found
@@ -295,9 +295,9 @@ class Trainer:
         if self.options.num_shuffled:
             metrics.add_max("shuffled/seconds_alone", self.source.shuffled_seconds)
             metrics.merge(shuffled_means(groups))
-        num_tokens = self.policy.global_count(sum(group.num_tokens for group in groups))
+        num_tokens, num_prompts = self.policy.global_counts([sum(one.num_tokens for one in groups), len(groups)])
         values = self.policy.mean_over_replicas(metrics)
-        values["num_prompts"] = self.policy.global_count(len(groups))
+        values["num_prompts"] = num_prompts
         values |= self.policy.sum_over_replicas({"num_skipped": self.source.num_skipped, **self.source.counts})
         values |= self.source.step_values
         if self.options.num_shuffled:
@@ -332,8 +332,7 @@ class Trainer:
         """How often the vision encoder ran for each prompt. Encoding all temporal patches of a prompt's media once
         counts as one run. Empty without media."""
         shown = [medium.grid_thw[0] for group in groups for medium in group.prompt.media]
-        num_units = self.policy.global_count(sum(shown))
-        num_encoded = self.policy.global_count(self.policy.vision.take_counts())
+        num_units, num_encoded = self.policy.global_counts([sum(shown), self.policy.vision.take_counts()])
         return {"vision_runs_per_prompt": num_encoded / num_units} if num_units else {}
 
     def _selections(

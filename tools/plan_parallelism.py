@@ -63,35 +63,7 @@ def _parser() -> Parser:
     def add(flag: str, kind: Callable[[str], Any], default: Any, text: str, **more: Any) -> None:
         parser.add_argument(flag, type=kind, default=default, help=f"{text} (default {default})", **more)
 
-    parser.add_argument("--model", required=True, help="3b, 7b, 32b, 72b, or a Hugging Face directory or config.json")
-    parser.add_argument("--gpus", type=whole(), required=True, help="number of GPUs")
-    parser.add_argument("--gpu-memory", type=number(above=0.0), required=True, help="of one GPU, in 10^9 bytes")
-    parser.add_argument("--frames", type=whole(low=2, even=True), required=True, help="frames of every video, even")
-    add(
-        "--pixels-per-frame",
-        whole(high=2**26),
-        128 * PIXELS_PER_TOKEN,
-        "pixels of a frame; 28 x 28 make one visual token",
-    )
-    add("--text-length", whole(), request["text_length"].default, "prompt tokens that are not visual")
-    add("--response-length", whole(), request["response_length"].default, "tokens of every response")
-    add("--num-generations", whole(high=2**14), request["num_generations"].default, "responses per prompt")
-    add(
-        "--temporal-responses",
-        whole(low=0, high=2**14),
-        None,
-        "per prompt, to shuffled frames; none = as the objective",
-    )
-    add("--prompts-per-step", whole(), request["prompts_per_step"].default, "prompts of a step over all GPUs")
-    objectives = _sampled_objectives()
-    add("--objective", str, "video_ktr", "whose passes a step runs, with its own defaults", choices=objectives)
-    parser.add_argument("--grpo", action="store_const", const="grpo", dest="objective", help="--objective grpo")
-    parser.add_argument("--no-reference", action="store_true", help="no KL term, no reference model")
-    add("--shuffle-unit", str, None, "what a shuffle permutes; none = as the objective", choices=SHUFFLE_UNITS)
-    add("--num-shuffles", whole(), None, "draws per step of each random view; none = as the objective")
-    add("--visual-view", str, None, "what visual scores compare with; none = as the objective", choices=visual_views())
-    temporal = temporal_views()
-    add("--temporal-view", str, None, "what temporal scores compare with; none = as the objective", choices=temporal)
+    _add_request(parser, add)
     add("--freeze", str, "", "parts that are not trained, by comma: vision, merger, language")
     add("--fp8", str, "none", "what runs in FP8: nothing, the whole step, or scoring alone", choices=tuple(FP8))
     parser.add_argument("--fp8-param-gather", action="store_true", help="weights of FP8 products are kept in FP8")
@@ -121,6 +93,40 @@ def _parser() -> Parser:
     add("--rows", whole(low=0), 12, "rows of the table")
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line of output, no table")
     return parser
+
+
+def _add_request(parser: Parser, add: Callable[..., None]) -> None:
+    """The options of what is trained: the model, a prompt's group, and the objective."""
+    request = Request.__dataclass_fields__
+    parser.add_argument("--model", required=True, help="3b, 7b, 32b, 72b, or a Hugging Face directory or config.json")
+    parser.add_argument("--gpus", type=whole(), required=True, help="number of GPUs")
+    parser.add_argument("--gpu-memory", type=number(above=0.0), required=True, help="of one GPU, in 10^9 bytes")
+    parser.add_argument("--frames", type=whole(low=2, even=True), required=True, help="frames of every video, even")
+    add(
+        "--pixels-per-frame",
+        whole(high=2**26),
+        128 * PIXELS_PER_TOKEN,
+        "pixels of a frame; 28 x 28 make one visual token",
+    )
+    add("--text-length", whole(), request["text_length"].default, "prompt tokens that are not visual")
+    add("--response-length", whole(), request["response_length"].default, "tokens of every response")
+    add("--num-generations", whole(high=2**14), request["num_generations"].default, "responses per prompt")
+    add(
+        "--temporal-responses",
+        whole(low=0, high=2**14),
+        None,
+        "per prompt, to shuffled frames; none = as the objective",
+    )
+    add("--prompts-per-step", whole(), request["prompts_per_step"].default, "prompts of a step over all GPUs")
+    objectives = _sampled_objectives()
+    add("--objective", str, "video_ktr", "whose passes a step runs, with its own defaults", choices=objectives)
+    parser.add_argument("--grpo", action="store_const", const="grpo", dest="objective", help="--objective grpo")
+    parser.add_argument("--no-reference", action="store_true", help="no KL term, no reference model")
+    add("--shuffle-unit", str, None, "what a shuffle permutes; none = as the objective", choices=SHUFFLE_UNITS)
+    add("--num-shuffles", whole(), None, "draws per step of each random view; none = as the objective")
+    add("--visual-view", str, None, "what visual scores compare with; none = as the objective", choices=visual_views())
+    temporal = temporal_views()
+    add("--temporal-view", str, None, "what temporal scores compare with; none = as the objective", choices=temporal)
 
 
 def _request(options: argparse.Namespace) -> Request:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from megatron_ktr.distributed.collectives import all_reduce_sum, broadcast_objec
 from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.distributed.platform import Platform
 from megatron_ktr.sums import Metrics
+from megatron_ktr.transfer import send
 
 
 class ReplicaNumbers:
@@ -21,8 +22,13 @@ class ReplicaNumbers:
 
     def global_count(self, value: float) -> float:
         """Sum of a per-replica count over data-parallel replicas, equal on every rank."""
-        total = torch.full((), float(value), dtype=torch.float64, device=self.platform.device)
-        return float(all_reduce_sum(total, self.ranks.data))
+        (total,) = self.global_counts([value])
+        return total
+
+    def global_counts(self, values: Sequence[float]) -> list[float]:
+        """Sums of several per-replica counts over data-parallel replicas, equal on every rank. The host waits once."""
+        totals = send(torch.tensor([float(value) for value in values], dtype=torch.float64), self.platform.device)
+        return all_reduce_sum(totals, self.ranks.data).tolist()
 
     def mean_over_replicas(self, metrics: Metrics) -> dict[str, float]:
         """The means over all replicas, equal on every rank. All ranks of a replica must hold the same ``metrics``."""

@@ -45,6 +45,7 @@ MAY_NAME_CONFIG = (
     "megatron_ktr/run/preflight.py",
     "megatron_ktr/run/directory.py",
     "megatron_ktr/run/dry_run/*",
+    "megatron_ktr/accounting/objective_costs.py",  # builds a configuration of its own for each objective
 )
 """Where the whole ``Config`` is taken apart; what is built there receives its own sections, or facts."""
 MAX_TOP_MODULES = 8

@@ -110,7 +110,7 @@ HEAD = "megatron_ktr/ops/token_statistics.py:backward"
 """Counts the rows that have a gradient: the one number of a micro-batch that the host needs before it can go on."""
 OF_A_STEP = {
     # Counts of groups, responses, tokens and media that replicas agree on.
-    "megatron_ktr/distributed/replicas.py:global_count": 7,
+    "megatron_ktr/distributed/replicas.py:global_counts": 7,
     # Everything that the update has counted, at once.
     "megatron_ktr/sums.py:_read": 1,
     # Of the report, where somebody looks: key tokens, log-probs, marks.
