@@ -283,14 +283,15 @@ def test_an_epoch_of_a_mixture_is_its_period_without_what_is_left_out() -> None:
 
 
 def test_rewards_go_by_the_source_of_a_prompt() -> None:
+    from megatron_ktr.rollout.second_prompt import Question
     from megatron_ktr.rollout.source import Sampler
     from megatron_ktr.types import Rollout, RolloutGroup
 
-    def responses(prompts: list[Prompt], *, step: int) -> Any:
+    def responses(prompts: list[Prompt], *, step: int, counts: Any) -> Any:
         yield from ((index, RolloutGroup(prompt, (Rollout((1,), text="?"),))) for index, prompt in enumerate(prompts))
 
     record = {"solution": "A", "problem_type": "multiple choice"}
-    groups = [RolloutGroup(Prompt(name, (), record=record, source=name), ()) for name in ("a", "b")]
+    questions = [Question(RolloutGroup(Prompt(name, (), record=record, source=name), ())) for name in ("a", "b")]
     engine: Any = SimpleNamespace(stream=responses)
-    answered = Sampler(engine, rewards_of_source={"b": ("format",)}).answer(groups, step=1)
+    answered = Sampler(engine, rewards_of_source={"b": ("format",)}).answer(questions, step=1)
     assert [set(group.rollouts[0].rewards) for group in answered] == [{"accuracy", "format"}, {"format"}]

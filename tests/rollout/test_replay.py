@@ -106,7 +106,7 @@ def test_the_first_responses_are_taken_where_fewer_are_wanted(tmp_path: Path) ->
         ({"responses": [RESPONSES[0], {"reward": 1}]}, "response 2: expected 'text' or 'token_ids'"),
         ({"responses": [{"text": "x"}]}, "'rewards'"),
         ({"responses": [{"text": "x", "rewards": {}}]}, "'rewards'"),
-        ({"responses": [{"text": "x", "rewards": {"a": "1"}}]}, "reward 'a'"),
+        ({"responses": [{"text": "x", "rewards": {"a": "1"}}]}, "finite numbers by name"),
         ({"responses": [{"text": "x", "reward": float("nan")}]}, "finite"),
         ({"responses": [{"token_ids": [VOCAB_SIZE], "reward": 1}]}, "outside the vocabulary"),
         ({"responses": [{"token_ids": [1.5], "reward": 1}]}, "whole numbers"),
@@ -127,8 +127,8 @@ def test_a_response_without_a_required_reward_is_named_with_the_way_out(tmp_path
     path = write_lines(tmp_path / "r.jsonl", [line()])  # its second response has one number for a reward
     because = "the bonus needs it: set --length-bonus 0"
     with pytest.raises(UserError, match="record 1 .*response 2: no reward 'accuracy', only 'reward'; .*-bonus 0"):
-        ReplayEngine(path, tokenizer=TOKENIZER, required=Required(("accuracy",), because))
-    ReplayEngine(path, tokenizer=TOKENIZER, required=Required(("accuracy",)), num_generations=1)
+        ReplayEngine(path, tokenizer=TOKENIZER, required=Required({"accuracy": because}))
+    ReplayEngine(path, tokenizer=TOKENIZER, required=Required({"accuracy": because}), num_generations=1)
     ReplayEngine(path, tokenizer=TOKENIZER)
 
 
@@ -137,7 +137,7 @@ def test_the_documented_example_is_read_as_it_stands_with_the_length_bonus_on(tm
     example = json.loads(block)
     example["responses"][1]["token_ids"] = [5, 6, EOS_ID]  # the tiny vocabulary ends below the real ids
     path = write_lines(tmp_path / "r.jsonl", [example])
-    engine = ReplayEngine(path, tokenizer=TOKENIZER, required=Required(("accuracy",)))
+    engine = ReplayEngine(path, tokenizer=TOKENIZER, required=Required({"accuracy": "the bonus needs it"}))
     first, second = engine.generate([Prompt("7", (1,), record=engine.records[0])])[0].rollouts
     assert (first.reward, second.reward, second.sampler_logprobs) == (2.0, 0.0, (-0.1, -0.7, 0.0))
 

@@ -481,7 +481,7 @@ class _NotFinite(SupervisedFineTuning):
 
 def train_to_infinity(context, *, inputs: Path, run_dir: Path) -> str:
     original = preflight.build_objective
-    preflight.build_objective = lambda section, *, reward: _NotFinite("sequence")
+    preflight.build_objective = lambda section, **_: _NotFinite("sequence")
     data = str(inputs / "data" / "sft.json")
     try:
         train(settings(inputs, run_dir, objective="sft", data_path=data, kl_beta=0.0, save_interval=1))
