@@ -174,5 +174,6 @@ def test_a_closed_rewarder_leaves_no_process() -> None:
         values_of(rewarder, "length", "a", "b")
         mine = psutil.Process(os.getpid()).children(recursive=True)
         workers = [process for process in mine if "megatron_ktr.rewards.worker" in process.cmdline()]
-        assert len(workers) == 2
+        # A worker starts when a response waits for one: a quick first one may serve both.
+        assert len(workers) in (1, 2)
     assert not [process for process in workers if process.is_running()]
