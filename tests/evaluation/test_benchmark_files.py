@@ -251,7 +251,11 @@ def test_any_question_file_is_a_benchmark_of_its_name(tmp_path: Path) -> None:
 BAD_FILES = {
     "empty": ("mine.json", "[]", "no records at all"),
     "no JSON": ("mine.json", "[{", "not valid JSON"),
-    "unknown type": ("mine.json", [video_r1("a.mp4", problem_type="riddle")], "record 1: problem_type 'riddle'"),
+    "unknown type": (
+        "mine.json",
+        [video_r1("a.mp4", problem_type="riddle")],
+        "record 1: evaluation does not know problem_type 'riddle'",
+    ),
     "no such option": ("mine.json", [video_r1("a.mp4", solution="E")], "record 1: the right answer 'E' is not among"),
     "same id": ("mine.json", [video_r1("a.mp4"), video_r1("b.mp4")], "problem_id '7' more than once"),
     "half a character": ("mine.json", [video_r1("a.mp4", problem="\ud800")], "record 1: expected text"),
