@@ -9,7 +9,6 @@ the other lines must stay valid. What is refused is an option that would change 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -22,8 +21,9 @@ from megatron_ktr.config import (
     schedule,
     second_prompt_rules,
 )
+from megatron_ktr.config.given import flag, given
 from megatron_ktr.config.objective_registry import objective_entry, options_of_others
-from megatron_ktr.config.sections import DataSection, ObjectiveSection
+from megatron_ktr.config.sections import DataSection
 from megatron_ktr.config.selection_rules import selection_problems
 from megatron_ktr.errors import UserError
 from megatron_ktr.stack import require_core_0_19
@@ -55,8 +55,6 @@ ABSENT_OPTIONS = {
     "lora_dropout": "adapters have no dropout: scores and updates must see one and the same policy",
 }
 """Options of related projects, and of later versions, that deserve a better answer than the nearest spelling."""
-
-OBJECTIVE_DEFAULTS = {field.name: field.default for field in dataclasses.fields(ObjectiveSection)}
 
 
 def check(config: Config) -> None:
@@ -137,7 +135,7 @@ def media_rules(data: DataSection) -> Iterator[str]:
     for name in ("video_num_frames", "video_max_frames"):
         value = getattr(data, name)
         if value is not None and value % 2:
-            yield f"--{name.replace('_', '-')} must be even (two frames make one temporal patch), got {value}"
+            yield f"{flag(name)} must be even (two frames make one temporal patch), got {value}"
     if data.video_num_frames is not None and data.video_num_frames > data.video_max_frames:
         yield f"--video-num-frames {data.video_num_frames} exceeds --video-max-frames {data.video_max_frames}"
     if data.frame_sampling == "fps" and data.video_num_frames is not None:
@@ -190,22 +188,17 @@ def _offload_during_rollout(config: Config) -> Iterator[str]:
 
 def _objective(config: Config) -> Iterator[str]:
     section = config.objective
-    defaults = {**OBJECTIVE_DEFAULTS, **objective_entry(section.objective).defaults}
     yield from selection_problems(section)
     for rule in objective_entry(section.objective).rules:
         yield from rule(section, config.rollout)
-    for name in options_of_others(section.objective):
-        if getattr(section, name) != defaults[name]:
-            yield f"--{name.replace('_', '-')} is not read by --objective {section.objective}"
+    for name in given(section, options_of_others(section.objective), objective=section.objective):
+        yield f"{flag(name)} is not read by --objective {section.objective}"
     mask = section.importance_mask
     if mask and (len(mask) != 2 or not 0 <= mask[0] < 1 < mask[1]):
         yield f"--importance-mask needs two bounds below and above 1, got {','.join(f'{value:g}' for value in mask)}"
     for name in ("substitute_video", "substitute_image"):
         if getattr(config.data, name) is not None and not section.original_compat:
-            yield (
-                f"--{name.replace('_', '-')} needs --original-compat: it trains on questions beside media that are not "
-                "theirs"
-            )
+            yield (f"{flag(name)} needs --original-compat: it trains on questions beside media that are not theirs")
     if section.is_supervised and config.rollout.temperature != 1.0:
         yield f"--temperature must be 1 for --objective {section.objective}: the likelihood of given responses has none"
     if section.scoring_precision == "bf16" and config.model.params_dtype == "fp16":
@@ -284,7 +277,7 @@ def _fp8(config: Config) -> Iterator[str]:
     if not trains:
         for name in ("fp8_param_gather", "first_last_layers_bf16", "fp8_vision"):
             if getattr(model, name) and not (scores and name == "first_last_layers_bf16"):
-                yield f"--{name.replace('_', '-')} needs --fp8-format"
+                yield f"{flag(name)} needs --fp8-format"
     if not (trains or scores):
         return
     if config.trainer.platform == "cpu":

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from megatron_ktr.config.given import flag
+
 if TYPE_CHECKING:
     from megatron_ktr.config import Config
 
@@ -44,7 +46,7 @@ def _what(config: Config) -> Iterator[str]:
         yield "--eval-max-items needs --eval-data or --eval-benchmark"
     for name in ("eval_frames", "eval_max_tokens", "eval_temperature"):
         if getattr(section, name) is not None and not section.asks:
-            yield f"--{name.replace('_', '-')} needs --eval-data or --eval-benchmark"
+            yield f"{flag(name)} needs --eval-data or --eval-benchmark"
     if section.eval_frames is not None and section.eval_frames % 2:
         yield f"--eval-frames must be even (two frames make one temporal patch), got {section.eval_frames}"
     names = section.set_names

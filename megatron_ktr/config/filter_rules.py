@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from megatron_ktr.config.given import flag, given
 from megatron_ktr.config.rollout_section import RolloutSection
 
 if TYPE_CHECKING:
     from megatron_ktr.config import Config
 
-_DEFAULTS = {field.name: field.default for field in dataclasses.fields(RolloutSection)}
 WHOLE_REWARD, ACCURACY = "reward", "accuracy"
 DEFAULT_PARTS = ("accuracy", "format")
 """The parts of the reward where no file and no option names others (``rewards.DEFAULT_REWARDS``)."""
@@ -39,22 +38,18 @@ def draws_together(rollout: RolloutSection) -> bool:
 
 def problems(config: Config) -> Iterator[str]:
     """What is wrong with these options, one sentence each."""
-    rollout = config.rollout
+    rollout, objective = config.rollout, config.objective.objective
     if config.objective.is_supervised:
-        for name in ("filter_groups", "retire_above"):
-            if getattr(rollout, name) != _DEFAULTS[name]:
-                yield (
-                    f"{_flag(name)} is not read by --objective {config.objective.objective}: given responses have no "
-                    "rewards"
-                )
+        for name in given(rollout, ("filter_groups", "retire_above"), objective=objective):
+            yield f"{flag(name)} is not read by --objective {objective}: given responses have no rewards"
     if rollout.filter_groups == "off":
-        yield from _unread(rollout, ("filter_metric", "min_reward_spread", "filter_max_rounds"), "--filter-groups")
+        yield from _unread(config, ("filter_metric", "min_reward_spread", "filter_max_rounds"), "--filter-groups")
     if rollout.filter_groups != "range":
-        yield from _unread(rollout, ("filter_low", "filter_high"), "--filter-groups range")
+        yield from _unread(config, ("filter_low", "filter_high"), "--filter-groups range")
     elif rollout.filter_low >= rollout.filter_high:
         yield f"--filter-low {rollout.filter_low:g} must be below --filter-high {rollout.filter_high:g}"
     if rollout.retire_above is None:
-        yield from _unread(rollout, ("retire_for", "retire_decay"), "--retire-above")
+        yield from _unread(config, ("retire_for", "retire_decay"), "--retire-above")
     elif rollout.retire_above >= 1:
         yield f"--retire-above {rollout.retire_above:g}: no accuracy is above 1, give a number below it"
     if rollout.retire_decay >= 1:
@@ -63,10 +58,9 @@ def problems(config: Config) -> Iterator[str]:
         yield from _missing_parts(config)
 
 
-def _unread(rollout: RolloutSection, names: Sequence[str], needed: str) -> Iterator[str]:
-    for name in names:
-        if getattr(rollout, name) != _DEFAULTS[name]:
-            yield f"{_flag(name)} needs {needed}"
+def _unread(config: Config, names: Sequence[str], needed: str) -> Iterator[str]:
+    for name in given(config.rollout, names, objective=config.objective.objective):
+        yield f"{flag(name)} needs {needed}"
 
 
 def _missing_parts(config: Config) -> Iterator[str]:
@@ -78,7 +72,3 @@ def _missing_parts(config: Config) -> Iterator[str]:
             if part not in names:
                 where = f"the reward_functions of {source.label}" if source.reward_functions else "--reward-functions"
                 yield f"{why}: add it to {where}, which are {', '.join(names)}"
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"

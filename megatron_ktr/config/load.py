@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from megatron_ktr.config.checks import ABSENT_OPTIONS, check
-from megatron_ktr.config.cli import build_parser, options_of, read_flags, read_yaml, render_markdown
+from megatron_ktr.config.cli import build_parser, options_of, read_flags, read_yaml, render_markdown, show_value
 from megatron_ktr.config.objective_registry import available_objectives, objective_entry
 from megatron_ktr.config.sections import (
     DataSection,
@@ -161,14 +161,7 @@ def _objectives_table() -> str:
         "|---|---|---|---|---|",
     ]
     for entry in map(objective_entry, available_objectives()):
-        sets = ", ".join(f"`{name} {_as_text(value)}`" for name, value in entry.defaults.items())
+        sets = ", ".join(f"`{name} {show_value(value)}`" for name, value in entry.defaults.items())
         own = ", ".join(f"`{name}`" for name in entry.own_options)
         lines.append(f"| `{entry.name}` | {entry.title} | {entry.summary} | {sets or 'none'} | {own or 'none'} |")
     return "\n".join(lines) + "\n"
-
-
-def _as_text(value: Any) -> str:
-    """An option's value as a run file has it."""
-    if isinstance(value, tuple | list):
-        return ",".join(map(_as_text, value))
-    return str(value).lower() if isinstance(value, bool) or value is None else str(value)

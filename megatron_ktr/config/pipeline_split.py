@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megatron_ktr.config.given import flag
 from megatron_ktr.config.sections import ParallelSection
 from megatron_ktr.errors import UserError
 
@@ -117,7 +118,7 @@ def _largest_divisor(split: Split, limit: int) -> int:
 def problems(options: ParallelSection) -> Iterator[str]:
     """The problems of the options that do not depend on the model."""
     ends = [
-        f"--{name.replace('_', '-')}"
+        f"{flag(name)}"
         for name in ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
         if getattr(options, name) is not None
     ]

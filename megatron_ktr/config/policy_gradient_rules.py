@@ -6,10 +6,11 @@ allowed and yet without effect.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from megatron_ktr.config.cli import show_value
+from megatron_ktr.config.given import flag, given, is_given
 from megatron_ktr.config.loss_parts import ADVANTAGES, build_part
 from megatron_ktr.config.objective_registry import objective_entry
 from megatron_ktr.config.sections import ObjectiveSection
@@ -61,12 +62,15 @@ def notes(config: Config) -> list[str]:
             f"{option}: with one update per rollout every ratio is 1, and the gradient is the one of ratio token; "
             "--mini-batches or --updates-per-rollout above 1 make it act"
         )
-    bounds = {f"{name} {getattr(section, name):g}": _is_given(section, name) for name in ("clip_low", "clip_high")}
-    if section.ratio == "cispo" and (given := [bound for bound, is_given in bounds.items() if is_given]):
-        found.append(
-            f"{' and '.join(given)}: ratio cispo has no such bound; its cap is ratio_cap {section.ratio_cap:g}"
-        )
-    if _is_given(section, "kl_kind") and not section.kl_beta and not _is_given(section, "kl_beta"):
+    bounds = given(section, ("clip_low", "clip_high"), objective=section.objective)
+    if section.ratio == "cispo" and bounds:
+        shown = " and ".join(f"{name} {getattr(section, name):g}" for name in bounds)
+        found.append(f"{shown}: ratio cispo has no such bound; its cap is ratio_cap {section.ratio_cap:g}")
+    if (
+        is_given(section, "kl_kind", objective=section.objective)
+        and not section.kl_beta
+        and not is_given(section, "kl_beta", objective=section.objective)
+    ):
         found.append(
             f"kl_kind {section.kl_kind}: objective {section.objective} has no KL (kl_beta 0); --kl-beta above 0 adds it"
         )
@@ -82,27 +86,19 @@ def _other_than_preset(config: Config) -> list[str]:
     """Options in which a run differs from its objective's own values. A run file that holds every option, as those do
     that runs write, leaves an objective nothing but its name."""
     entry = objective_entry(config.objective.objective)
-    sections = [getattr(config, part.name) for part in dataclasses.fields(config)]
-    given = {name: getattr(part, name) for part in sections for name in entry.defaults if hasattr(part, name)}
-    if "selection" in given:
-        given["selection"] = config.objective.selection_mode  # none stands for the objective's own
+    values = {name: value for section in vars(config).values() for name, value in vars(section).items()}
+    values["selection"] = config.objective.selection_mode  # none stands for the objective's own
     others = [
-        f"{name} {_as_text(given[name])} (not {_as_text(value)})"
-        for name, value in entry.defaults.items()
-        if given[name] != value
+        f"{name} {show_value(values[name])} (not {show_value(own)})"
+        for name, own in entry.defaults.items()
+        if values[name] != own
     ]
     return [f"{entry.name} with other options than its own: {', '.join(others)}"] if others else []
 
 
-def _as_text(value: object) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
 def _supervised(section: ObjectiveSection) -> Iterator[str]:
-    defaults = type(section)()
-    for name in NOT_SUPERVISED:
-        if getattr(section, name) != getattr(defaults, name):
-            yield f"--{name.replace('_', '-')} is not read by --objective {section.objective}"
+    for name in given(section, NOT_SUPERVISED, objective=section.objective):
+        yield f"{flag(name)} is not read by --objective {section.objective}"
     if section.loss_aggregation == "constant":
         yield f"--loss-aggregation constant is not read by --objective {section.objective}: choose sequence or token"
 
@@ -130,7 +126,7 @@ def _advantage(config: Config) -> Iterator[str]:
 def _ratio(section: ObjectiveSection) -> Iterator[str]:
     if section.dual_clip is not None and section.ratio != "token":
         yield f"--dual-clip needs --ratio token, got {section.ratio}"
-    if section.ratio_cap != type(section)().ratio_cap and section.ratio != "cispo":
+    if is_given(section, "ratio_cap", objective=section.objective) and section.ratio != "cispo":
         yield f"--ratio-cap needs --ratio cispo, got {section.ratio}"
 
 
@@ -138,18 +134,11 @@ def _kl(section: ObjectiveSection) -> Iterator[str]:
     if section.kl_kind == "full" and not section.kl_beta and not section.is_supervised:
         yield "--kl-kind full needs --kl-beta above 0; --measure-full-kl reports that KL without using it"
     if not section.kl_beta and not section.is_supervised:
-        for name in ("kl_in_reward", "kl_on"):
-            if _is_given(section, name):
-                yield f"--{name.replace('_', '-')} needs --kl-beta above 0: without a weight there is no KL"
+        for name in given(section, ("kl_in_reward", "kl_on"), objective=section.objective):
+            yield f"{flag(name)} needs --kl-beta above 0: without a weight there is no KL"
     if not section.kl_in_reward or not section.kl_beta:
         return
     if section.kl_kind == "k3_plus":
         yield "--kl-in-reward has no gradient, in which alone k3_plus differs from k3: choose --kl-kind k3"
     if section.kl_on == "all":
         yield "--kl-on is not read with --kl-in-reward, which sums over all tokens of a response"
-
-
-def _is_given(section: ObjectiveSection, name: str) -> bool:
-    """Whether an option differs from what it is with this objective where the user gives none."""
-    own = type(section).__dataclass_fields__[name].default
-    return getattr(section, name) != objective_entry(section.objective).defaults.get(name, own)

@@ -6,12 +6,12 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from megatron_ktr.config.reward_section import RewardSection, weight_problems
+from megatron_ktr.config.given import flag, given
+from megatron_ktr.config.reward_section import weight_problems
 
 if TYPE_CHECKING:
     from megatron_ktr.config import Config
 
-_DEFAULTS = {field.name: field.default for field in dataclasses.fields(RewardSection)}
 _OF_BONUS = ("length_bonus", "length_bonus_min", "length_bonus_max")
 _OF_PART = {
     "overlong": ("overlong_length", "overlong_buffer"),
@@ -26,8 +26,9 @@ def problems(config: Config) -> Iterator[str]:
     """One sentence for each rule that is broken."""
     section = config.reward
     if config.rollout.engine == "replay" and not config.objective.is_supervised:
-        for name in _given(section, [name for name in _DEFAULTS if name not in _OF_BONUS]):
-            yield f"{_flag(name)} is not read by --engine replay: rewards come with the recorded rollouts"
+        names = [option.name for option in dataclasses.fields(section) if option.name not in _OF_BONUS]
+        for name in _given(config, names):
+            yield f"{flag(name)} is not read by --engine replay: rewards come with the recorded rollouts"
     elif not config.objective.is_supervised:
         yield from _parts(config)
     yield from _accuracy_for_bonus(config)
@@ -40,8 +41,8 @@ def _parts(config: Config) -> Iterator[str]:
     names = _names_of_run(config)
     short_names = {_short(name) for name in names}
     for part, options in _OF_PART.items():
-        for name in _given(section, options) if part not in names else ():
-            yield f"{_flag(name)} is not read without {part} among --reward-functions"
+        for name in _given(config, options) if part not in names else ():
+            yield f"{flag(name)} is not read without {part} among --reward-functions"
     if "judge" in names and section.judge_url is None:
         yield "--reward-functions judge needs --judge-url, the address of a server with OpenAI's chat API"
     yield from weight_problems(section, short_names)
@@ -50,21 +51,21 @@ def _parts(config: Config) -> Iterator[str]:
             "--reward-on-error skip_group makes the rewards of a group equal, which --advantage batch does not pass "
             "over: choose zero or stop, or another advantage"
         )
-    yield from _processes(section, has_own=any(":" in name for name in names), has_judge="judge" in names)
+    yield from _processes(config, has_own=any(":" in name for name in names), has_judge="judge" in names)
     if "overlong" in names:
         yield from _overlong(config)
 
 
-def _processes(section: RewardSection, *, has_own: bool, has_judge: bool) -> Iterator[str]:
+def _processes(config: Config, *, has_own: bool, has_judge: bool) -> Iterator[str]:
     timeout = () if has_judge else ("reward_timeout",)
     if not has_own:
-        for name in _given(section, _OF_PROCESSES):
-            yield f"{_flag(name)} is not read: there are no own reward functions (module:function)"
-        for name in _given(section, timeout):
-            yield f"{_flag(name)} is not read: there is neither an own reward function (module:function) nor a judge"
-    elif section.reward_workers == 0:
-        for name in _given(section, (*timeout, "reward_worker_memory_gb")):
-            yield f"{_flag(name)} needs --reward-workers above 0: nothing can end a function in the training process"
+        for name in _given(config, _OF_PROCESSES):
+            yield f"{flag(name)} is not read: there are no own reward functions (module:function)"
+        for name in _given(config, timeout):
+            yield f"{flag(name)} is not read: there is neither an own reward function (module:function) nor a judge"
+    elif config.reward.reward_workers == 0:
+        for name in _given(config, (*timeout, "reward_worker_memory_gb")):
+            yield f"{flag(name)} needs --reward-workers above 0: nothing can end a function in the training process"
 
 
 def _overlong(config: Config) -> Iterator[str]:
@@ -113,10 +114,5 @@ def _short(name: str) -> str:
     return name.rpartition(":")[2]
 
 
-def _given(section: RewardSection, names: Sequence[str]) -> list[str]:
-    """Those of these options that differ from their defaults."""
-    return [name for name in names if getattr(section, name) != _DEFAULTS[name]]
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+def _given(config: Config, names: Sequence[str]) -> list[str]:
+    return given(config.reward, names, objective=config.objective.objective)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from megatron_ktr.config.objective_registry import objective_entry
+from megatron_ktr.config.given import flag, is_given
 from megatron_ktr.config.signal_registry import available_signals
 from megatron_ktr.config.view_rules import view_problems
 
@@ -56,7 +56,7 @@ def selection_problems(section: ObjectiveSection) -> Iterator[str]:
     yield from view_problems(section)
     yield from _compat(section)
     reads_dependence = "dependence" in section.signals or section.advantage_shaping == "dependence"
-    if section.dependence != _default(section, "dependence") and not reads_dependence:
+    if is_given(section, "dependence", objective=section.objective) and not reads_dependence:
         yield (
             f"--dependence {section.dependence} is not read: add the signal dependence, or --advantage-shaping "
             "dependence"
@@ -65,8 +65,8 @@ def selection_problems(section: ObjectiveSection) -> Iterator[str]:
 
 def _supervised(section: ObjectiveSection) -> Iterator[str]:
     for name in NOT_SUPERVISED:
-        if getattr(section, name) != _default(section, name):
-            yield f"--{name.replace('_', '-')} is not read by --objective {section.objective}"
+        if is_given(section, name, objective=section.objective):
+            yield f"{flag(name)} is not read by --objective {section.objective}"
 
 
 def _numbers(section: ObjectiveSection) -> Iterator[str]:
@@ -75,13 +75,10 @@ def _numbers(section: ObjectiveSection) -> Iterator[str]:
     for name, least in (("selection_ratio", 1), ("selection_count", 0)):
         values = getattr(section, name)
         if len(values) not in (least, 1, len(section.signals)):
-            yield f"--{name.replace('_', '-')} needs 1 value or one per signal {names}, got {len(values)}"
+            yield f"{flag(name)} needs 1 value or one per signal {names}, got {len(values)}"
         if len(set(values)) > 1 and section.combine == "weighted":
-            yield (
-                f"--{name.replace('_', '-')} needs 1 value with --combine weighted: tokens are selected once, by the "
-                "weighted sum"
-            )
-    if section.selection_count and section.selection_ratio != _default(section, "selection_ratio"):
+            yield (f"{flag(name)} needs 1 value with --combine weighted: tokens are selected once, by the weighted sum")
+    if section.selection_count and is_given(section, "selection_ratio", objective=section.objective):
         yield "--selection-count and --selection-ratio both say how many tokens are selected: give one of them"
 
 
@@ -106,8 +103,8 @@ def _weights(section: ObjectiveSection) -> Iterator[str]:
         yield f"{soft} gives every token a weight: --selection-count is not read with it"
     unread = ("selection_rule",) if section.token_weights == "soft_mask" else ("selection_rule", "selection_ratio")
     for name in unread:
-        if getattr(section, name) != _default(section, name):
-            yield f"{soft} gives every token a weight: --{name.replace('_', '-')} is not read with it"
+        if is_given(section, name, objective=section.objective):
+            yield f"{soft} gives every token a weight: {flag(name)} is not read with it"
 
 
 def _compat(section: ObjectiveSection) -> Iterator[str]:
@@ -129,14 +126,14 @@ def _compat(section: ObjectiveSection) -> Iterator[str]:
         given = getattr(section, name)
         if given != value:
             shown = ",".join(map(str, given)) if isinstance(given, tuple) else given
-            yield f"--original-compat does as the release, which has no --{name.replace('_', '-')} {shown}"
+            yield f"--original-compat does as the release, which has no {flag(name)} {shown}"
 
 
 def _shaping(section: ObjectiveSection) -> Iterator[str]:
     if section.advantage_shaping == "none":
         for name in ("shaping_min", "shaping_max"):
-            if getattr(section, name) != _default(section, name):
-                yield f"--{name.replace('_', '-')} is not read with --advantage-shaping none"
+            if is_given(section, name, objective=section.objective):
+                yield f"{flag(name)} is not read with --advantage-shaping none"
         return
     if section.original_compat:
         yield "--original-compat does as the release of Video-KTR, which has no --advantage-shaping"
@@ -145,9 +142,3 @@ def _shaping(section: ObjectiveSection) -> Iterator[str]:
         yield f"--shaping-min {low:g} exceeds --shaping-max {high:g}"
     if high is None and low > 1:
         yield f"--shaping-min {low:g} is above 1, the mean factor where --shaping-max is none"
-
-
-def _default(section: ObjectiveSection, name: str) -> object:
-    """The value of an option where the user gives none: the objective's, or else the option's own."""
-    own = type(section).__dataclass_fields__[name].default
-    return objective_entry(section.objective).defaults.get(name, own)

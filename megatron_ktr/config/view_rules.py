@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from megatron_ktr.config.objective_registry import objective_entry
+from megatron_ktr.config.given import flag, is_given
 from megatron_ktr.config.view_registry import load_view, temporal_views, visual_views
 
 if TYPE_CHECKING:
@@ -21,9 +21,9 @@ def view_problems(section: ObjectiveSection) -> Iterator[str]:
     read = {name for view in chosen for name in view.own_options}
     others = {name: view for view in (*visual_views(), *temporal_views()) for name in load_view(view).own_options}
     for name in sorted(others.keys() - read):
-        if getattr(section, name) != _default(section, name):
+        if is_given(section, name, objective=section.objective):
             yield (
-                f"--{name.replace('_', '-')} is not read with --visual-view {section.visual_view} and --temporal-view "
+                f"{flag(name)} is not read with --visual-view {section.visual_view} and --temporal-view "
                 f"{section.temporal_view}: add --{_kind(others[name])}-view {others[name]}"
             )
     if section.num_shuffles > 1 and not any(view.is_random for view in chosen):
@@ -44,9 +44,3 @@ def view_problems(section: ObjectiveSection) -> Iterator[str]:
 
 def _kind(view: str) -> str:
     return "temporal" if view in temporal_views() else "visual"
-
-
-def _default(section: ObjectiveSection, name: str) -> object:
-    """The value of an option where the user gives none: the objective's, or else the option's own."""
-    own = type(section).__dataclass_fields__[name].default
-    return objective_entry(section.objective).defaults.get(name, own)

@@ -90,11 +90,11 @@ def test_a_preset_whose_options_are_overridden_says_which(tmp_path):
     # The file holds every option of GRPO, so that nothing but the name is left of DAPO.
     (line,) = notes(load_config(["--config", str(tmp_path / "config.yaml"), "--objective", "dapo"]))
     assert line.startswith("dapo with other options than its own: loss_aggregation sequence (not token), ")
-    for part in ("clip_high 0.2 (not 0.28)", "kl_beta 0.04 (not 0.0)", "filter_groups off (not equal)"):
+    for part in ("clip_high 0.2 (not 0.28)", "kl_beta 0.04 (not 0)", "filter_groups off (not equal)"):
         assert part in line
     assert "clip_low" not in line
     lines = notes(load_config([*MINIMAL, "--objective", "rloo", "--kl-beta", "0"]))
-    assert lines == ["rloo with other options than its own: kl_beta 0.0 (not 0.05)"]
+    assert lines == ["rloo with other options than its own: kl_beta 0 (not 0.05)"]
 
 
 def test_mini_batches_that_leave_a_replica_without_prompts_are_refused():

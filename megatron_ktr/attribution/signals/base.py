@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_ktr.config.view_registry import load_view
 from megatron_ktr.config.words import SHIFTS
 from megatron_ktr.errors import UserError
 from megatron_ktr.types import Prompt, TokenScores, View
@@ -68,6 +69,18 @@ class Comparison:
 
     def __call__(self, scores: TokenScores, dtype: torch.dtype) -> Tensor:
         return _MEASURES[self.measure](scores, self.view, dtype)
+
+
+def comparing(name: str, *, measure: str, view: View, is_zero_in_release: Callable[[Prompt], bool] = nowhere) -> Signal:
+    """The signal that compares with ``view`` by ``measure``. It says nothing where the view does not apply."""
+    return Signal(
+        name,
+        Comparison(measure, view),
+        view=view,
+        needs_kl=measure == "kl",
+        applies=load_view(view).applies,
+        is_zero_in_release=is_zero_in_release,
+    )
 
 
 def _signed(scores: TokenScores, view: View, dtype: torch.dtype) -> Tensor:

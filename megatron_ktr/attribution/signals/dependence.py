@@ -15,9 +15,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megatron_ktr.attribution.signals.base import Comparison, Signal
+from megatron_ktr.attribution.signals.base import Signal, comparing
 from megatron_ktr.config.signal_registry import SignalEntry, register_signal
-from megatron_ktr.config.view_registry import load_view
 
 if TYPE_CHECKING:
     from megatron_ktr.config.objective_section import ObjectiveSection
@@ -25,14 +24,7 @@ if TYPE_CHECKING:
 
 def build_dependence(section: ObjectiveSection) -> Signal:
     """The signal as the options describe it; the shaping of advantages reads it too (``attribution/shaping.py``)."""
-    view = section.visual_view
-    return Signal(
-        "dependence",
-        Comparison(section.dependence, view),
-        view=view,
-        needs_kl=section.dependence == "kl",
-        applies=load_view(view).applies,
-    )
+    return comparing("dependence", measure=section.dependence, view=section.visual_view)
 
 
 register_signal(

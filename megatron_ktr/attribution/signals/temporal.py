@@ -10,9 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from megatron_ktr.attribution.counterfactuals import can_shuffle
-from megatron_ktr.attribution.signals.base import Comparison, Signal
+from megatron_ktr.attribution.signals.base import Signal, comparing
 from megatron_ktr.config.signal_registry import SignalEntry, register_signal
-from megatron_ktr.config.view_registry import load_view
 from megatron_ktr.types import Prompt
 
 if TYPE_CHECKING:
@@ -24,15 +23,7 @@ def _has_fixed_video(prompt: Prompt) -> bool:
 
 
 def _build(section: ObjectiveSection) -> Signal:
-    view = section.temporal_view
-    return Signal(
-        "temporal",
-        Comparison(section.shift, view),
-        view=view,
-        needs_kl=section.shift == "kl",
-        applies=load_view(view).applies,
-        is_zero_in_release=_has_fixed_video,
-    )
+    return comparing("temporal", measure=section.shift, view=section.temporal_view, is_zero_in_release=_has_fixed_video)
 
 
 register_signal(

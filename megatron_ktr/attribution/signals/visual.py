@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megatron_ktr.attribution.signals.base import Comparison, Signal
+from megatron_ktr.attribution.signals.base import Signal, comparing
 from megatron_ktr.config.signal_registry import SignalEntry, register_signal
-from megatron_ktr.config.view_registry import load_view
 from megatron_ktr.types import Prompt
 
 if TYPE_CHECKING:
@@ -22,15 +21,7 @@ def _has_no_media(prompt: Prompt) -> bool:
 
 
 def _build(section: ObjectiveSection) -> Signal:
-    view = section.visual_view
-    return Signal(
-        "visual",
-        Comparison(section.shift, view),
-        view=view,
-        needs_kl=section.shift == "kl",
-        applies=load_view(view).applies,
-        is_zero_in_release=_has_no_media,
-    )
+    return comparing("visual", measure=section.shift, view=section.visual_view, is_zero_in_release=_has_no_media)
 
 
 register_signal(
