@@ -122,7 +122,8 @@ def test_report_names_the_options_to_train_with(capsys, tmp_path) -> None:
 
     assert options("conversations").endswith("--media-root MEDIA_ROOT --objective sft")
     assert "--reward-functions soft_choice,format" in options("tw_grpo")
-    assert options("onethinker").endswith("--problem-types free-form,multiple choice")
+    # Its records of mathematics have a reward of their own, and those of grounding their own prompt.
+    assert options("onethinker").endswith("--media-root MEDIA_ROOT --prompt-template grounding")
     assert "YOUR_MODULE:YOUR_REWARD" in options("charades_sta")
 
 

@@ -135,7 +135,12 @@ def test_an_image_is_one_frame_shown_twice() -> None:
 
 
 @pytest.mark.parametrize(
-    "frames", [torch.zeros(2, 3, 28, 28), torch.zeros(2, 3, 28, 30, dtype=torch.uint8), torch.zeros(3, 28, 28).byte()]
+    "frames",
+    [
+        torch.zeros(2, 3, 28, 28, dtype=torch.float64),
+        torch.zeros(2, 3, 28, 30, dtype=torch.uint8),
+        torch.zeros(3, 28, 28).byte(),
+    ],
 )
 def test_patchify_refuses_frames_of_the_wrong_kind(frames: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="expected"):

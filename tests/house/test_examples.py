@@ -111,7 +111,7 @@ def test_every_run_file_passes_a_dry_run_at_its_real_size(path: Path, made_input
 def test_the_comparison_runs_every_objective_that_samples_and_its_lines_are_valid() -> None:
     folder = REPOSITORY / "examples" / "algorithms"
     text = (folder / "README.md").read_text(encoding="utf-8")
-    (names,) = re.findall(r"^for objective in (.*); do$", text, re.MULTILINE)
+    names, *_ = re.findall(r"^for objective in (.*); do$", text, re.MULTILINE)
     assert names.split() == [name for name in BUILT_IN if not objective_entry(name).is_supervised]
     named = read_yaml(folder / "compare.yaml", options=OPTIONS, notes=ABSENT_OPTIONS)
     for name in BUILT_IN:

@@ -220,7 +220,7 @@ def patchify(
     """
     if frames_FCHW.dtype not in (torch.uint8, torch.float32) or frames_FCHW.ndim != 4:
         raise ValueError(
-            f"expected uint8 frames [F, C, H, W], got {frames_FCHW.dtype} of shape {tuple(frames_FCHW.shape)}"
+            f"expected uint8 or fp32 frames [F, C, H, W], got {frames_FCHW.dtype} of shape {tuple(frames_FCHW.shape)}"
         )
     num_frames, channels, height, width = frames_FCHW.shape
     factor = patch_size * merge_size

@@ -43,6 +43,7 @@ OF_RUNS = (
     "data_path",
     "media_root",
     "shuffle_data",
+    "length_buckets",
     "record_store_dir",
     "max_skip_share",
     "media_cache_gb",
