@@ -124,7 +124,10 @@ def test_report_names_the_options_to_train_with(capsys, tmp_path) -> None:
     assert "--reward-functions soft_choice,format" in options("tw_grpo")
     # Its records of mathematics have a reward of their own, and those of grounding their own prompt.
     assert options("onethinker").endswith("--media-root MEDIA_ROOT --prompt-template grounding")
-    assert "YOUR_MODULE:YOUR_REWARD" in options("charades_sta")
+    assert options("charades_sta").endswith("--media-root MEDIA_ROOT --prompt-template grounding")
+    unjudged = put(tmp_path, [{**VIDEO_R1, "problem_type": "tracking"}], name="unjudged.json")
+    (report,) = convert(capsys, "--from", "video_r1", unjudged, "--out", tmp_path / "out")
+    assert "YOUR_MODULE:YOUR_REWARD" in " ".join(report["options"])
 
 
 @pytest.mark.parametrize(
