@@ -8,7 +8,6 @@ saves a checkpoint after the current step instead and exits with code 75 (``run/
 from __future__ import annotations
 
 import contextlib
-import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -70,6 +69,7 @@ from megatron_ktr.run.directory import RunStart, find_checkpoint, open_run_direc
 from megatron_ktr.run.dry_run.command import dry_run
 from megatron_ktr.run.interruption import LEAVE_SIGNALS, LeaveRequest
 from megatron_ktr.run.preflight import check_run
+from megatron_ktr.terminal import log_to_errors
 from megatron_ktr.trainer import Trainer
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.media import media_spec
@@ -245,7 +245,7 @@ def _open_run_directory(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    log_to_errors()
     with same_on_every_rank():
         config = load_config(sys.argv[1:] if argv is None else argv)
         if config.trainer.dry_run:

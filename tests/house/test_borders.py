@@ -17,7 +17,7 @@ CODE_FOLDERS = ("megatron_ktr", "models", "tools", "examples", "benchmarks")
 ENVIRONMENTS = (".venv", ".git", "build", "dist", "runs")
 
 WINGS = (
-    ("types", "errors", "stack", "transfer", "sums"),
+    ("types", "terminal", "errors", "stack", "transfer", "sums"),
     ("files",),
     ("processes", "web"),
     ("config",),
