@@ -76,7 +76,8 @@ def options_of(case: Case, *, inputs: Path, run_dir: Path, steps: int) -> dict[s
         "lag": case.lag,
         "num-generations": 4,
         "max-response-length": 12,
-        "reward-functions": "accuracy,format",
+        "reward-functions": "accuracy,format,benchmarks.soak.reward:uneven",
+        "lr": 1e-4,
         "kl-beta": 0.04,
         "train-steps": steps,
         "prompts-per-step": 2,
@@ -101,8 +102,12 @@ def run_case(case: Case, *, inputs: Path, folder: Path, steps: int) -> dict[str,
         command = [sys.executable, "-m", "megatron_ktr.train"]
         command += [part for name, value in options.items() for part in (f"--{name}", str(value))]
         log = run_dir.with_suffix(".log")
+        # Also where the package is installed elsewhere: the reward is a file of this repository.
+        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
         with log.open("w") as file:
-            process = stack.enter_context(_ended_at_last(subprocess.Popen(command, stdout=file, stderr=file)))
+            process = stack.enter_context(
+                _ended_at_last(subprocess.Popen(command, stdout=file, stderr=file, env=environment))
+            )
             runs = {"run": psutil.Process(process.pid)} | ({"server": psutil.Process(server.pid)} if server else {})
             holdings = _watch(process, runs, run_dir=run_dir, name=f"{case.engine}:{case.lag}")
         if process.returncode:

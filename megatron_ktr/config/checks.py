@@ -20,6 +20,7 @@ from megatron_ktr.config import (
     reward_rules,
     schedule,
     second_prompt_rules,
+    watch_rules,
 )
 from megatron_ktr.config.given import flag, given
 from megatron_ktr.config.objective_registry import objective_entry, options_of_others
@@ -61,7 +62,7 @@ def check(config: Config) -> None:
     """Raises ``UserError`` with the first rule that ``config`` breaks."""
     training = (_objective, _optimizer, _parallel, _fp8, _frozen_models)
     sampling = (_rollout, second_prompt_rules.problems, reward_rules.problems, filter_rules.problems)
-    for rules in (_required, _data, *sampling, evaluation_rules.problems, *training):
+    for rules in (_required, _data, *sampling, evaluation_rules.problems, watch_rules.problems, *training):
         for problem in rules(config):
             raise UserError(problem)
 

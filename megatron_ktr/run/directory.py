@@ -9,6 +9,9 @@ rollouts/abandoned_after_step_00000010/    rollouts of later steps, which an ear
 eval/step_00000010/                the answers of an evaluation between steps (docs/evaluation.md)
 eval/settings.json                 what each set of held-out questions is, and how it is asked
 eval/abandoned_after_step_00000010/    evaluations of later steps, as with rollouts
+status/rank_00000.json             where each rank is, replaced every few seconds (run/status/heartbeat.py)
+events.jsonl                       what went wrong (run/incidents.py)
+profile/rank_0.json                some steps as a Chrome trace (--profile-steps)
 best.json                          the checkpoint that --keep-best keeps
 checkpoints/step_00000010/         a complete checkpoint: the name appears by a rename, after everything is written
 checkpoints/damaged_step_00000030/ a checkpoint whose files have changed since; a run set it aside and used an older one
@@ -65,7 +68,7 @@ MAY_CHANGE = frozenset(
     "eval_max_items eval_max_tokens eval_temperature keep_best "
     "keep_every export_interval save_failure max_skipped_in_a_row alarm_action alarm_window alarm_grad_norm "
     "alarm_reward_drop alarm_entropy alarm_length alarm_kl replica_check_interval hang_timeout_minutes "
-    "heartbeat_seconds metrics_port wandb_project profile_steps".split()
+    "heartbeat_seconds metrics_port metrics_host wandb_project profile_steps".split()
 )
 """The options that a resumed run may change, besides the parallel ones: where things are, how long and how fast it
 runs, what is watched, and evaluation, which changes nothing in training. (A set of held-out questions must stay what it was as long as
