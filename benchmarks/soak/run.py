@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -42,6 +41,7 @@ from megatron_ktr.data.synthetic import corpus, make_dataset  # noqa: E402
 from megatron_ktr.data.tiny_model import save_tiny_model  # noqa: E402
 from megatron_ktr.distributed import platform as platforms  # noqa: E402
 from megatron_ktr.errors import Parser, UserError, run_cli, whole  # noqa: E402
+from megatron_ktr.files.json_files import to_json  # noqa: E402
 from megatron_ktr.run.metrics import FILE as METRICS  # noqa: E402
 
 ENGINES = ("hf", "vllm_colocated", "vllm_server")
@@ -79,6 +79,7 @@ def options_of(case: Case, *, inputs: Path, run_dir: Path, steps: int) -> dict[s
         "reward-functions": "accuracy,format,benchmarks.soak.reward:uneven",
         "lr": 1e-4,
         "kl-beta": 0.04,
+        "importance-sampling": "token",
         "train-steps": steps,
         "prompts-per-step": 2,
         "data-workers": 1,
@@ -178,20 +179,21 @@ def _ended_at_last(process: subprocess.Popen) -> Iterator[subprocess.Popen]:
         process.wait()
 
 
-def run_benchmark(cases: list[Case], *, steps: int, folder: Path) -> dict[str, Any]:
+def run_benchmark(cases: list[Case], *, steps: int, folder: Path, out: Path | None) -> dict[str, Any]:
+    """The report; ``out`` has it after each case, so that a later one that fails loses nothing."""
     make_inputs(folder)
-    results = []
-    for case in cases:
-        results.append(
-            {"engine": case.engine, "lag": case.lag} | run_case(case, inputs=folder, folder=folder, steps=steps)
-        )
-        say(_line(results[-1]))
-    return {
+    report = {
         "machine": {**about_machine(platforms.start("cpu")), "cores": os.cpu_count()},
         "steps": steps,
         "windows": {"first": [SETTLED + 1, SETTLED + WINDOW], "last": [steps - WINDOW + 1, steps]},
-        "results": results,
+        "results": [],
     }
+    for case in cases:
+        found = run_case(case, inputs=folder, folder=folder, steps=steps)
+        report["results"].append({"engine": case.engine, "lag": case.lag, **found})
+        say(_line(report["results"][-1]))
+        write_report(report, out=out, figure=None, draw=str)
+    return report
 
 
 def _parts(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -227,9 +229,8 @@ def _main() -> int:
     with contextlib.ExitStack() as stack:
         folder = arguments.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
-        report = run_benchmark(cases, steps=arguments.steps, folder=folder)
-    text = write_report(report, out=arguments.out, figure=None, draw=str)
-    print(json.dumps(json.loads(text)) if arguments.json else "\n".join(map(_line, report["results"])))
+        report = run_benchmark(cases, steps=arguments.steps, folder=folder, out=arguments.out)
+    print(to_json(report) if arguments.json else "\n".join(map(_line, report["results"])))
     return 0 if all(part["is_steady"] for one in report["results"] for part in _parts(one).values()) else 1
 
 
