@@ -9,7 +9,7 @@
      "phase": "rollout",              of the step (docs/architecture.md); null between phases: saving, evaluation's end
      "phase_since": 1769860795.0, "step_since": 1769860790.0,
      "last_step_seconds": 9.8,        from the end of the step before to the end of the last one, saving included
-     "median_step_seconds": 9.7,      of the last 20 such times
+     "mean_step_seconds": 9.7,        of the last 20 such times
      "device_memory_peak_bytes": ..., "rss_bytes": ..., "open_files": ..., "threads": ...}
 
 A thread writes the file. Nothing is sent to other ranks, and nothing is read from the device but counters that the host
@@ -39,15 +39,10 @@ from megatron_ktr.distributed.platform import Platform
 from megatron_ktr.files.json_files import to_json
 from megatron_ktr.run.hook import StepHook
 from megatron_ktr.run.metrics import PhaseTimer
+from megatron_ktr.run.status.files import FAILED, FOLDER, LEFT, RUNNING, TRAINED, rank_file
 from megatron_ktr.run.step_report import StepReport
 
-FOLDER = "status"
-RUNNING, TRAINED, LEFT, FAILED = "running", "trained", "left", "failed"
 RECENT_STEPS = 20
-
-
-def rank_file(run_dir: Path, rank: int) -> Path:
-    return run_dir / FOLDER / f"rank_{rank:05d}.json"
 
 
 def oldest_heartbeat(run_dir: Path) -> float | None:
@@ -98,7 +93,7 @@ class Heartbeat(StepHook):
             "phase_since": now,
             "step_since": now,
             "last_step_seconds": None,
-            "median_step_seconds": None,
+            "mean_step_seconds": None,
         }
         """Replaced whole by the main thread, so that the writing thread never sees half of a change."""
         self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
@@ -120,12 +115,12 @@ class Heartbeat(StepHook):
         if report.step > self._facts["first_step"]:  # the first step of a process is longer than all others
             self._recent.append(now - self._ended)
         seconds, self._ended = now - self._ended, now
-        median = statistics.median(self._recent) if self._recent else None
+        mean = statistics.fmean(self._recent) if self._recent else None
         self._place = {
             **self._place,
             "last_done": report.step,
             "last_step_seconds": seconds,
-            "median_step_seconds": median,
+            "mean_step_seconds": mean,
         }
 
     def close(self) -> None:
