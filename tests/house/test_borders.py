@@ -28,7 +28,7 @@ WINGS = (
     ("step",),
     ("rollout",),
     ("run",),
-    ("trainer",),
+    ("trainer", "launching"),
     ("train", "launch"),
 )
 """From the ground up. A wing imports from those below it, never from one beside or above it; within itself as it likes.
