@@ -18,8 +18,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -41,35 +40,12 @@ from megatron_ktr.rollout.second_prompt import shuffled_counts, shuffled_means
 from megatron_ktr.rollout.source import ReplicaSource
 from megatron_ktr.rollout.step_source import StepSource
 from megatron_ktr.run.metrics import PhaseTimer
+from megatron_ktr.run.step_report import StepReport
 from megatron_ktr.step.noise import NoiseMeter
 from megatron_ktr.step.plan import StepBatching
 from megatron_ktr.step.scoring import ScoringPasses
 from megatron_ktr.sums import Metrics
 from megatron_ktr.types import BatchFacts, ResponseSelection, RolloutGroup, TokenScores, TokenStreams
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """The results of one training step, for logs and reports."""
-
-    step: int
-    values: dict[str, float]
-    groups: tuple[RolloutGroup, ...]
-    """The groups this replica trained on, in the order of its micro-batches. Every group of the step is trained on
-    exactly one replica."""
-    gather_selections: Callable[[], tuple[tuple[ResponseSelection, ...], ...]]
-
-    @cached_property
-    def selections(self) -> tuple[tuple[ResponseSelection, ...], ...]:
-        """The selected tokens, by group and by response.
-
-        It is empty when the step took no optimizer step because there was nothing to learn: no group had unequal
-        rewards and there is no KL term.
-
-        The first access gathers the selections and is collective: every rank of the replica must make it. Gathering
-        is lazy so that a step that nobody logs need not copy its marks for every token and signal from the device.
-        """
-        return self.gather_selections()
 
 
 class Trainer:

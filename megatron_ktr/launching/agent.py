@@ -24,9 +24,8 @@ from torch.distributed.elastic.rendezvous import RendezvousClosedError, Rendezvo
 from megatron_ktr.errors import EXIT_USER
 from megatron_ktr.launching.lifeline import with_lifeline
 from megatron_ktr.launching.supervisor import Budget, end_strays
-from megatron_ktr.run.interruption import EXIT_SAVED
+from megatron_ktr.run.interruption import EXIT_ALARM, EXIT_SAVED
 
-EXIT_ALARM = 76
 FINAL_CODES = frozenset({EXIT_USER, EXIT_SAVED, EXIT_ALARM})
 """What a rank ends with if the run shall not be started again: wrong input, saved on request, stopped by an alarm."""
 GRACE_SECONDS = 5.0

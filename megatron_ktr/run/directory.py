@@ -62,10 +62,13 @@ MAY_CHANGE = frozenset(
     "dry_run dry_run_gpus dry_run_gpu_memory_gb "
     "rollout_memory_share rollout_kv_cache_gb rollout_max_num_seqs rollout_eager offload_during_rollout "
     "eval_data eval_loss_data eval_media_root eval_benchmark eval_benchmark_root eval_at_start eval_frames "
-    "eval_max_items eval_max_tokens eval_temperature keep_best".split()
+    "eval_max_items eval_max_tokens eval_temperature keep_best "
+    "keep_every export_interval save_failure max_skipped_in_a_row alarm_action alarm_window alarm_grad_norm "
+    "alarm_reward_drop alarm_entropy alarm_length alarm_kl replica_check_interval hang_timeout_minutes "
+    "heartbeat_seconds metrics_port wandb_project profile_steps".split()
 )
 """The options that a resumed run may change, besides the parallel ones: where things are, how long and how fast it
-runs, and evaluation, which changes nothing in training. (A set of held-out questions must stay what it was as long as
+runs, what is watched, and evaluation, which changes nothing in training. (A set of held-out questions must stay what it was as long as
 it has the same name; ``evaluation/in_training_settings.py`` sees to that.) A change of any other option would make it
 another run and is refused. A new option is refused until it is listed here."""
 

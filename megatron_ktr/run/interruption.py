@@ -18,6 +18,8 @@ from torch.distributed import ProcessGroup
 
 EXIT_SAVED = 75
 """Exit code of a run that left when asked to and is to be started again with ``--resume`` (EX_TEMPFAIL)."""
+EXIT_ALARM = 76
+"""Exit code of a run that an alarm has ended, after a checkpoint where that is sound; a person should look at it."""
 LEAVE_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
 
