@@ -25,11 +25,13 @@ from typing import Any
 
 from megatron_ktr.distributed.roll_call import call_roll
 from megatron_ktr.distributed.waiting import PATIENCE_SECONDS, Deadline, Place, first_line, say_once
-from megatron_ktr.errors import UserError
+from megatron_ktr.errors import LostRankError, UserError
 
 RENDEZVOUS_MINUTES = 10.0
 """How long the processes of a run wait for each other at the start."""
 _TRY_SECONDS = 5.0
+_meetings: list[tuple[Place, str]] = []
+"""Of this process, the last one is the present one: its place, and the prefix of its store."""
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -106,7 +108,9 @@ def meet(place: Place, *, minutes: float = RENDEZVOUS_MINUTES) -> Any:
             raise UserError(f"{place}: rank 0 cannot open its port: {first_line(error)}") from error
     else:
         store = connect(place.address, place.port, deadline=deadline)
-    return call_roll(store, place, deadline=deadline)
+    prefix = call_roll(store, place, deadline=deadline)
+    _meetings.append((place, prefix))
+    return dist.PrefixStore(prefix, store)
 
 
 def join_world(
@@ -133,11 +137,24 @@ def join_world(
             backend, store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=device
         )
     except RuntimeError as error:
-        raise UserError(
+        raise LostRankError(
             f"{place or 'a process alone'}: the ranks met, but cannot connect to each other over {backend}: "
             f"{first_line(error)}; docs/launching.md says which interface each takes (GLOO_SOCKET_IFNAME, "
             "NCCL_SOCKET_IFNAME)"
         ) from error
+
+
+def connect_again(*, timeout_seconds: float) -> Any:
+    """A second connection to the store of the run, for a thread of its own: a client waits for one answer at a time.
+    None if the ranks did not meet here. Raises ``UserError`` if the store does not answer."""
+    import torch.distributed as dist
+
+    if not _meetings:
+        return None
+    place, prefix = _meetings[-1]
+    store = connect(place.address, place.port, deadline=Deadline(timeout_seconds / 60))
+    store.set_timeout(datetime.timedelta(seconds=timeout_seconds))
+    return dist.PrefixStore(prefix, store)
 
 
 def connect(address: str, port: int, *, deadline: Deadline) -> Any:

@@ -14,14 +14,15 @@ import time
 from typing import Any
 
 from megatron_ktr.distributed.waiting import PATIENCE_SECONDS, Deadline, Place, first_line, say_once
-from megatron_ktr.errors import UserError
+from megatron_ktr.errors import LostRankError, UserError
 
 
-def call_roll(store: Any, place: Place, *, deadline: Deadline) -> Any:
-    """Waits until every rank has registered, each exactly once; returns a store that belongs to this meeting alone.
+def call_roll(store: Any, place: Place, *, deadline: Deadline) -> str:
+    """Waits until every rank has registered, each exactly once; returns the prefix of what belongs to this meeting.
 
     Raises:
-        UserError: a rank is missing or there twice, ranks expect different numbers of ranks, or rank 0 is gone.
+        UserError: a rank is missing or there twice, or ranks expect different numbers of ranks.
+        LostRankError: rank 0 is gone.
     """
     import torch.distributed as dist
 
@@ -29,10 +30,10 @@ def call_roll(store: Any, place: Place, *, deadline: Deadline) -> Any:
     try:
         number = _wait_for_all(roll, place, deadline=deadline)
     except (RuntimeError, OSError) as error:
-        raise UserError(
+        raise LostRankError(
             f"{place}: the connection to rank 0 broke while ranks were counted: {first_line(error)}"
         ) from error
-    return dist.PrefixStore(f"meeting {number} complete", store)
+    return f"meeting {number} complete"
 
 
 def _wait_for_all(roll: Any, place: Place, *, deadline: Deadline) -> int:
