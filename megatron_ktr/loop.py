@@ -72,6 +72,7 @@ def run_steps(
             policy=trainer.policy,
             timer=trainer.timer,
             incidents=Incidents(run_dir if ranks.rank == 0 else None),
+            distributed_timeout_minutes=trainer.options.trainer.distributed_timeout_minutes,
         )
     )
     between = BetweenSteps(
