@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -41,7 +41,7 @@ from megatron_ktr.distributed.groups import (
 from megatron_ktr.distributed.platform import Platform
 from megatron_ktr.distributed.shared_verification import SharedVerification
 from megatron_ktr.errors import run_cli, same_on_every_rank
-from megatron_ktr.evaluation.training.between_steps import BetweenSteps, StepEvaluation, build_evaluation
+from megatron_ktr.evaluation.training.between_steps import StepEvaluation, build_evaluation
 from megatron_ktr.evaluation.training.dry_run import find_held_out
 from megatron_ktr.evaluation.training.held_out import (
     HeldOut,
@@ -53,9 +53,9 @@ from megatron_ktr.evaluation.training.held_out import (
 )
 from megatron_ktr.evaluation.training.held_out_loss import HeldOutResponses, LossEvaluation
 from megatron_ktr.files.checksums import require_intact
+from megatron_ktr.loop import run_steps
 from megatron_ktr.objectives import Objective
 from megatron_ktr.policy.policy import Policy
-from megatron_ktr.report.console import selected_tokens_text
 from megatron_ktr.rollout.build import (
     build_local_source,
     build_sampler,
@@ -64,34 +64,29 @@ from megatron_ktr.rollout.build import (
     require_same_questions,
     worker_pool,
 )
-from megatron_ktr.rollout.check.sampler import check_line
 from megatron_ktr.rollout.features import build_feature_sender
 from megatron_ktr.rollout.questions import read_held_out_responses
-from megatron_ktr.rollout.replay import write_rollouts
-from megatron_ktr.run.checkpoint import Checkpoints
-from megatron_ktr.run.directory import RunStart, find_checkpoint, open_run_directory, rollout_file
+from megatron_ktr.run.directory import RunStart, find_checkpoint, open_run_directory
 from megatron_ktr.run.dry_run.command import dry_run
-from megatron_ktr.run.interruption import EXIT_SAVED, LEAVE_SIGNALS, LeaveRequest
-from megatron_ktr.run.kept import open_best
-from megatron_ktr.run.metrics import MetricsWriter, step_line
+from megatron_ktr.run.interruption import LEAVE_SIGNALS, LeaveRequest
 from megatron_ktr.run.preflight import check_run
-from megatron_ktr.trainer import StepReport, Trainer
+from megatron_ktr.trainer import Trainer
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.media import media_spec
 
 
 def train(config: Config) -> int:
-    """Trains; every rank calls it. Returns the exit code: 0, or ``EXIT_SAVED`` if the run was asked to leave early."""
+    """Trains; every rank calls it. Returns the exit code: 0, ``EXIT_SAVED`` if the run was asked to leave early, or
+    ``EXIT_ALARM`` if an alarm has ended it."""
     platform = platforms.start(config.trainer.platform)
     # Plain SGD below fp32 has state that no checkpoint holds (config/checks.py). Such a run cannot save, so signals end
     # it as they end any process.
     can_save = config.optimizer.optimizer != "sgd" or config.model.params_dtype == "fp32"
     with LeaveRequest(LEAVE_SIGNALS if can_save else (), device=platform.device) as leave:
-        is_finished = _train(config, platform=platform, leave=leave)
-    return 0 if is_finished else EXIT_SAVED
+        return _train(config, platform=platform, leave=leave)
 
 
-def _train(config: Config, *, platform: Platform, leave: LeaveRequest) -> bool:
+def _train(config: Config, *, platform: Platform, leave: LeaveRequest) -> int:
     with same_on_every_rank():
         # The sizes need only config.json. All ranks together verify the model's other files below.
         require_intact(config.model.model, option="--model", names=("config.json",))
@@ -127,21 +122,22 @@ def _train(config: Config, *, platform: Platform, leave: LeaveRequest) -> bool:
     )
     # The source is closed also when a step fails: an engine may hold processes and devices that outlive this process.
     with contextlib.closing(trainer.source):
-        is_finished = _run_steps(
+        code = run_steps(
             trainer,
             start=start,
+            resilience=config.resilience,
             checkpointing=CheckpointOptions.of(config),
             tokenizer=tokenizer,
             evaluations=_evaluations(config, asking, held_out, responses, trainer=trainer, tokenizer=tokenizer),
             times=EvaluationTimes.of(config, num_steps=num_steps_of(config.trainer)),
             leave=leave,
         )
-    if not is_finished:
-        return False
+    if code:
+        return code
     trainer.policy.save_hf(start.run_dir / "export")
     if ranks.rank == 0:
         print(f"exported the trained model to {start.run_dir / 'export'}", flush=True)
-    return True
+    return 0
 
 
 def _held_out_responses(config: Config, *, ranks: ParallelGroups, tokenizer: Tokenizer) -> HeldOutResponses | None:
@@ -224,95 +220,6 @@ def build_trainer(
             config, policy=policy, source=source, media=media, tokenizer=tokenizer, send_weights=trainer.send_weights
         )
     return trainer
-
-
-def _run_steps(
-    trainer: Trainer,
-    *,
-    start: RunStart,
-    checkpointing: CheckpointOptions,
-    tokenizer: Tokenizer,
-    evaluations: Sequence[StepEvaluation],
-    times: EvaluationTimes,
-    leave: LeaveRequest,
-) -> bool:
-    """Runs all steps, from the checkpoint that the run starts at (if any) to the last, and writes metrics, rollouts and
-    checkpoints on the way.
-
-    Returns False if the run was asked to leave before the last step; its state is then saved.
-    """
-    options, ranks, run_dir = trainer.options.trainer, trainer.policy.ranks, start.run_dir
-    num_steps = num_steps_of(options)
-    best = open_best(run_dir, metric=checkpointing.keep_best, start_step=start.step, ranks=ranks)
-    checkpoints = Checkpoints(run_dir, policy=trainer.policy, source=trainer, options=checkpointing, best=best)
-    if start.checkpoint is not None:
-        checkpoints.load(start.checkpoint)
-    writer = MetricsWriter(run_dir if ranks.rank == 0 else None, first_step=start.step + 1)
-    between = BetweenSteps(
-        evaluations, times=times, trainer=trainer, writer=writer, checkpoints=checkpoints, leave=leave
-    )
-    if asked_by := between.at_start(start):
-        _leave(checkpoints, step=start.step, is_new=False, asked_by=asked_by)
-    for step in range(start.step + 1, num_steps + 1) if asked_by is None else ():
-        if asked_by := leave.agreed(ranks.world):
-            _leave(checkpoints, step=step - 1, is_new=step - 1 > start.step, asked_by=asked_by)
-            break
-        report = trainer.train_step(step)
-        writer.write(step, report.values)
-        if ranks.rank == 0 and (line := check_line(report.values)):
-            print(line, flush=True)
-        is_last = step == num_steps
-        if is_last:
-            _ = report.selections  # rank 0 shows one, and gathering them is collective: every rank takes part
-        if ranks.rank == 0 and (step % options.log_interval == 0 or is_last):
-            _show(report, num_steps=num_steps, decode=tokenizer.decode)
-        if _is_due(step, options.rollout_log_interval):
-            _log_rollouts(report, run_dir=run_dir, ranks=ranks, with_shuffled=trainer.options.num_shuffled > 0)
-        checkpoints.after_step(step)
-        if asked_by := between.after(step):
-            _leave(checkpoints, step=step, is_new=True, asked_by=asked_by)
-            break
-    checkpoints.close()
-    writer.close()
-    return asked_by is None
-
-
-def _leave(checkpoints: Checkpoints, *, step: int, is_new: bool, asked_by: str) -> None:
-    """Saves the state after ``step``, unless this run has done no step yet."""
-    if is_new:
-        checkpoints.save_and_wait(step)
-    if checkpoints.ranks.rank == 0:
-        done = f"saved after step {step}" if is_new else "nothing to save yet"
-        print(f"{asked_by}: {done}; continue with --resume (exit code {EXIT_SAVED})", flush=True)
-
-
-def _is_due(step: int, interval: int) -> bool:
-    return interval > 0 and (step == 1 or step % interval == 0)
-
-
-def _log_rollouts(report: StepReport, *, run_dir: Path, ranks: ParallelGroups, with_shuffled: bool) -> None:
-    """Writes the step's groups: the reading rank of each replica writes a file of its own. ``with_shuffled`` says that
-    videos were asked twice."""
-    selections = report.selections  # collective: every rank takes part
-
-    def write() -> None:
-        if ranks.is_source:
-            path = rollout_file(run_dir, step=report.step, replica=ranks.data_rank)
-            write_rollouts(path, report.groups, selections=selections, append=False, with_shuffled=with_shuffled)
-
-    on_every_rank(write, ranks=ranks)
-
-
-def _show(report: StepReport, *, num_steps: int, decode: Callable[[Sequence[int]], str]) -> None:
-    """Prints the step's line and, on the last step, one response with its key tokens."""
-    print(step_line(report.step, num_steps, report.values), flush=True)
-    if report.step < num_steps or not report.selections:
-        return
-    group, selections = report.groups[0], report.selections[0]
-    text = selected_tokens_text(group.rollouts[0], selections[0], decode=decode)
-    reward = group.rollouts[0].reward
-    print(f"problem {group.prompt.problem_id}, response 1 (reward {reward:g}), key tokens as [token|signals]:")
-    print(text, flush=True)
 
 
 def _open_run_directory(

@@ -18,8 +18,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from megatron_ktr.batch.packing import MediaSpec
 from megatron_ktr.config.part_options import StepOptions
 from megatron_ktr.config.run_length import num_steps_of
 from megatron_ktr.distributed.collectives import gather_rows
+from megatron_ktr.errors import StepAbandoned
 from megatron_ktr.objectives.base import Objective
 from megatron_ktr.objectives.response_rewards import lengths_of, reward_rows, with_rewards
 from megatron_ktr.policy.finite import require_finite_samples
@@ -41,35 +41,12 @@ from megatron_ktr.rollout.second_prompt import shuffled_counts, shuffled_means
 from megatron_ktr.rollout.source import ReplicaSource
 from megatron_ktr.rollout.step_source import StepSource
 from megatron_ktr.run.metrics import PhaseTimer
+from megatron_ktr.run.step_report import StepReport
 from megatron_ktr.step.noise import NoiseMeter
 from megatron_ktr.step.plan import StepBatching
 from megatron_ktr.step.scoring import ScoringPasses
 from megatron_ktr.sums import Metrics
 from megatron_ktr.types import BatchFacts, ResponseSelection, RolloutGroup, TokenScores, TokenStreams
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """The results of one training step, for logs and reports."""
-
-    step: int
-    values: dict[str, float]
-    groups: tuple[RolloutGroup, ...]
-    """The groups this replica trained on, in the order of its micro-batches. Every group of the step is trained on
-    exactly one replica."""
-    gather_selections: Callable[[], tuple[tuple[ResponseSelection, ...], ...]]
-
-    @cached_property
-    def selections(self) -> tuple[tuple[ResponseSelection, ...], ...]:
-        """The selected tokens, by group and by response.
-
-        It is empty when the step took no optimizer step because there was nothing to learn: no group had unequal
-        rewards and there is no KL term.
-
-        The first access gathers the selections and is collective: every rank of the replica must make it. Gathering
-        is lazy so that a step that nobody logs need not copy its marks for every token and signal from the device.
-        """
-        return self.gather_selections()
 
 
 class Trainer:
@@ -153,7 +130,9 @@ class Trainer:
                 groups = self.source.finish()
         require_finite_samples(groups, step=step, global_count=self.policy.global_count)
         if self.source.lag and step < num_steps_of(self.options.trainer):
-            self._begin_rollouts(step + 1)
+            # Where no server takes the weights, the next step tries again: this one has its responses.
+            with contextlib.suppress(StepAbandoned):
+                self._begin_rollouts(step + 1)
         return groups
 
     def _room_for_engine(self) -> AbstractContextManager:

@@ -20,7 +20,8 @@ from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.distributed.platform import Platform
 from megatron_ktr.objectives import build_objective
 from megatron_ktr.policy.policy import Policy
-from megatron_ktr.trainer import StepReport, Trainer
+from megatron_ktr.run.step_report import StepReport
+from megatron_ktr.trainer import Trainer
 from megatron_ktr.types import RolloutGroup
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.media import media_spec

@@ -26,6 +26,7 @@ from megatron_ktr.config.sections import (
     ObjectiveSection,
     OptimizerSection,
     ParallelSection,
+    ResilienceSection,
     RewardSection,
     RolloutSection,
     TrainerSection,
@@ -50,6 +51,7 @@ class Config:
     parallel: ParallelSection = field(default_factory=ParallelSection)
     trainer: TrainerSection = field(default_factory=TrainerSection)
     evaluation: EvaluationSection = field(default_factory=EvaluationSection)
+    resilience: ResilienceSection = field(default_factory=ResilienceSection)
 
     @property
     def samples(self) -> bool:

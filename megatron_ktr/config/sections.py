@@ -13,6 +13,7 @@ from megatron_ktr.config.data_section import DataSection as DataSection  # a sec
 from megatron_ktr.config.evaluation_section import EvaluationSection as EvaluationSection
 from megatron_ktr.config.objective_section import ObjectiveSection as ObjectiveSection
 from megatron_ktr.config.parallel_section import ParallelSection as ParallelSection
+from megatron_ktr.config.resilience_section import ResilienceSection as ResilienceSection
 from megatron_ktr.config.reward_section import RewardSection as RewardSection
 from megatron_ktr.config.rollout_section import HF_BATCH_RESPONSES as HF_BATCH_RESPONSES
 from megatron_ktr.config.rollout_section import RolloutSection as RolloutSection

@@ -82,3 +82,6 @@ VisionParallel = Literal["tensor", "frame"]
 VISION_PARALLELS: tuple[VisionParallel, ...] = get_args(VisionParallel)
 PlatformName = Literal["auto", "cpu", "cuda"]
 PLATFORM_NAMES: tuple[PlatformName, ...] = get_args(PlatformName)
+# Resilience
+SaveFailure = Literal["stop", "continue"]
+AlarmAction = Literal["warn", "stop"]

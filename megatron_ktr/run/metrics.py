@@ -52,6 +52,7 @@ from typing import IO, Any
 
 from megatron_ktr.files.atomic import write_atomically
 from megatron_ktr.files.json_files import to_json
+from megatron_ktr.processes.frames import place_of_error
 
 FILE = "metrics.jsonl"
 
@@ -66,15 +67,26 @@ class PhaseTimer:
     def __init__(self, synchronize: Callable[[], None] = lambda: None) -> None:
         self.seconds: dict[str, float] = {}
         self._synchronize = synchronize
+        self.listeners: list[Callable[[str | None], None]] = []
+        """Are told the name of each phase when it begins, and None when it ends. They must neither raise nor wait."""
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
+        self._tell(name)
         try:
             yield
             self._synchronize()
+        except Exception as error:
+            error.add_note(f"in phase {name}, {place_of_error(error)}")
+            raise
         finally:
+            self._tell(None)
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+    def _tell(self, name: str | None) -> None:
+        for listener in self.listeners:
+            listener(name)
 
     def pop(self) -> dict[str, float]:
         """Returns the seconds so far as ``{"seconds/<phase>": value}``, and starts again from zero."""

@@ -1,0 +1,74 @@
+"""The options of what a run does when something fails, and of how it can be watched. They are one section of
+``sections.py``, whose docstring applies to all sections."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_ktr.config.cli import option as _option
+from megatron_ktr.config.words import AlarmAction, SaveFailure
+
+
+@dataclass(frozen=True)
+class ResilienceSection:
+    """What is kept, when a run is warned of or stopped, and what it tells about itself."""
+
+    keep_every: int = _option(
+        0, "Checkpoints of steps that are a multiple of this are never removed; 0 = none is kept for that", low=0
+    )
+    export_interval: int = _option(
+        0, "Steps between Hugging Face exports to run_dir/exports; 0 = only the export at the end", low=0
+    )
+    save_failure: SaveFailure = _option(
+        "stop",
+        "What a run does when a checkpoint cannot be written (a full disk): end, or train on and try again later",
+    )
+    max_skipped_in_a_row: int = _option(
+        3,
+        "Updates in a row that may be skipped because the loss or the gradient is not finite; one more ends the run; "
+        "0 = the first one ends it",
+        low=0,
+    )
+    alarm_action: AlarmAction = _option(
+        "warn", "What an alarm does: warn, or also save a checkpoint and end the run with exit code 76"
+    )
+    alarm_window: int = _option(20, "Steps that alarms compare a step with", low=2)
+    alarm_grad_norm: float | None = _option(
+        10.0, "Alarm when the gradient norm is above this many times the window's median; none = no alarm", above=1
+    )
+    alarm_reward_drop: float | None = _option(
+        None, "Alarm when the mean reward has fallen by this share of what it was; none = no alarm", above=0, high=1
+    )
+    alarm_entropy: float | None = _option(
+        None, "Alarm when the policy's mean entropy is below this, in nats; none = no alarm", above=0
+    )
+    alarm_length: float | None = _option(
+        None, "Alarm when responses are this many times as long as the window's median; none = no alarm", above=1
+    )
+    alarm_kl: float | None = _option(
+        None, "Alarm when the KL divergence to the reference model is above this, in nats; none = no alarm", above=0
+    )
+    replica_check_interval: int = _option(
+        0, "Steps between comparisons of the weights of data-parallel replicas; 0 = never", low=0
+    )
+    hang_timeout_minutes: float | None = _option(
+        None,
+        "A rank that stays in one phase of a step for longer ends, with its stack; none = distributed_timeout_minutes",
+        above=0,
+    )
+    heartbeat_seconds: float = _option(
+        10.0, "Seconds between the files in which each rank says where it is (run_dir/status)", low=0.1, high=3600
+    )
+    metrics_port: int | None = _option(
+        None, "Port of rank 0's machine at which Prometheus reads its metrics; none = no port", low=1, high=65535
+    )
+    metrics_host: str = _option(
+        "127.0.0.1", "Address of that port; whoever reaches it reads the metrics. 0.0.0.0 = every network"
+    )
+    wandb_project: str | None = _option(
+        None,
+        "Project of Weights & Biases that metrics also go to (package wandb); none = TensorBoard and metrics.jsonl",
+    )
+    profile_steps: tuple[int, ...] = _option(
+        (), "First and last step that are written as Chrome traces (run_dir/profile), one file per rank; empty = none"
+    )

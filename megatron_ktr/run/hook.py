@@ -1,0 +1,37 @@
+"""What looks at every step of a run from outside the training step: guards, exports, displays.
+
+The loop (``train.py``) calls each hook on every rank, in the same order, so a hook may use collectives. A hook changes
+neither weights nor random states. ``hooks.py`` lists the hooks of a run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_ktr.run.step_report import StepReport
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Why a hook ends the run."""
+
+    reason: str
+    """One line for people."""
+    is_state_sound: bool = True
+    """Whether the state after the step may be saved. Where it may be damaged, the older checkpoints are all there is."""
+
+
+class StepHook:
+    """Does nothing; subclasses override what they need."""
+
+    def before_step(self, step: int) -> None:
+        """``step`` is about to begin."""
+
+    def after_step(self, report: StepReport) -> Stop | None:
+        """The step is trained, and neither recorded nor saved yet; ``report.values`` may be added to.
+
+        Returns the reason to end the run with ``EXIT_ALARM``, the same on every rank; None otherwise.
+        """
+
+    def close(self) -> None:
+        """The run ends, also after an error; then not every rank may be there, so nothing collective belongs here."""

@@ -1,0 +1,33 @@
+"""What one training step has to tell, for logs, reports and whatever watches a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+from megatron_ktr.types import ResponseSelection, RolloutGroup
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """The results of one training step, for logs and reports."""
+
+    step: int
+    values: dict[str, float]
+    groups: tuple[RolloutGroup, ...]
+    """The groups this replica trained on, in the order of its micro-batches. Every group of the step is trained on
+    exactly one replica."""
+    gather_selections: Callable[[], tuple[tuple[ResponseSelection, ...], ...]]
+
+    @cached_property
+    def selections(self) -> tuple[tuple[ResponseSelection, ...], ...]:
+        """The selected tokens, by group and by response.
+
+        It is empty when the step took no optimizer step because there was nothing to learn: no group had unequal
+        rewards and there is no KL term.
+
+        The first access gathers the selections and is collective: every rank of the replica must make it. Gathering
+        is lazy so that a step that nobody logs need not copy its marks for every token and signal from the device.
+        """
+        return self.gather_selections()
