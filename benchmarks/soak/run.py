@@ -61,7 +61,7 @@ def case_of(text: str) -> Case:
 
 
 def make_inputs(folder: Path) -> None:
-    save_tiny_model(folder / "model", corpus=corpus(), num_layers=2, hidden_size=64, ffn_size=96)
+    save_tiny_model(folder / "model", corpus=corpus(), num_layers=2)
     make_dataset(folder / "data", num_train=24, num_eval=1)
 
 
@@ -75,7 +75,9 @@ def options_of(case: Case, *, inputs: Path, run_dir: Path, steps: int) -> dict[s
         "engine": case.engine,
         "lag": case.lag,
         "num-generations": 4,
+        "max-prompt-length": 512,
         "max-response-length": 12,
+        **({"rollout-kv-cache-gb": 0.05} if case.engine == "vllm_colocated" else {}),
         "reward-functions": "accuracy,format,benchmarks.soak.reward:uneven",
         "lr": 1e-4,
         "kl-beta": 0.04,

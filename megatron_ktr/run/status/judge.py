@@ -223,10 +223,9 @@ def _of_metrics(run: RunFacts, per_step: float | None) -> Iterator[Finding]:
         text = f"updates skipped in {len(skipped)} of the last {len(recent)} steps"
         yield Finding(len(skipped) * 2 >= len(recent) or skipped[-1] == last["step"], f"{text}, last in {skipped[-1]}")
     idle = [one for one in recent if one.get("has_stepped") == 0]
-    if len(idle) == len(recent) >= 3:
-        yield Finding(
-            True, f"none of the last {len(recent)} steps had anything to learn: all rewards of a group are equal"
-        )
+    if len(idle) == len(recent) > 1:
+        text = f"none of the last {len(recent)} steps had anything to learn: the rewards within each group are equal"
+        yield Finding(len(recent) >= RECENT_STEPS, text)
     wait = mean_of(recent[1:] if recent[0].get("step") == 1 else recent, "data_wait_fraction")
     if wait is not None and wait >= NOTEWORTHY_WAIT:
         yield Finding(False, f"{wait:.0%} of the recent steps' time is waiting for data: more --data-workers")
