@@ -161,6 +161,8 @@ def _rollout(config: Config) -> Iterator[str]:
     yield from _offload_during_rollout(config)
     if rollout.engine == "vllm_server" and not rollout.server_urls:
         yield "--engine vllm_server needs --server-urls, the addresses of vllm serve processes"
+    if rollout.server_token_env is not None and rollout.server_token_file is not None:
+        yield "--server-token-env and --server-token-file both give the servers' token: leave out one of them"
     if rollout.server_urls and rollout.engine != "vllm_server":
         yield f"--server-urls is not read by --engine {rollout.engine}"
     if rollout.share_vision_features and not is_vllm:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_ktr.config.sections import ResilienceSection
+from megatron_ktr.distributed.rendezvous import connect_again
 from megatron_ktr.policy.policy import Policy
 from megatron_ktr.run.hook import StepHook
 from megatron_ktr.run.incidents import Incidents
@@ -18,6 +19,7 @@ from megatron_ktr.run.status.heartbeat import Heartbeat, oldest_heartbeat
 from megatron_ktr.run.status.prometheus import Endpoint
 from megatron_ktr.run.status.rank_figures import RankFigures
 from megatron_ktr.run.status.wandb_writer import WandbWriter
+from megatron_ktr.run.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,13 @@ class Watched:
     policy: Policy
     timer: PhaseTimer
     incidents: Incidents
+    distributed_timeout_minutes: float
+    """How long a rank waits for others in a collective."""
 
 
 def build_hooks(watched: Watched) -> list[StepHook]:
     """All hooks of a run; every rank builds the same list, but for displays, which rank 0 alone has."""
-    return [*_watches(watched), *_displays(watched)]
+    return [_watchdog(watched), *_watches(watched), *_displays(watched)]
 
 
 def _watches(watched: Watched) -> list[StepHook]:
@@ -78,6 +82,18 @@ def _displays(watched: Watched) -> list[StepHook]:
     if rank == 0 and options.wandb_project is not None:
         found.append(WandbWriter(watched.run_dir, project=options.wandb_project, incidents=watched.incidents))
     return found
+
+
+def _watchdog(watched: Watched) -> Watchdog:
+    ranks, minutes = watched.policy.ranks, watched.options.hang_timeout_minutes
+    return Watchdog(
+        watched.run_dir,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        limit_minutes=watched.distributed_timeout_minutes if minutes is None else minutes,
+        timer=watched.timer,
+        connect=partial(connect_again, timeout_seconds=10.0),
+    )
 
 
 @contextlib.contextmanager
