@@ -345,29 +345,30 @@ def test_options_that_cannot_work_are_refused(values: dict, words: str, monkeypa
 # All of it, in a run
 
 
-def watched_run(context: Any, *, folder: Path) -> list[str]:
-    """Two ranks with everything switched on. Returns the threads of ours that are left."""
-    train(
-        config_from_values(
-            {
-                "model": str(folder / "model"),
-                "data_path": str(folder / "data" / "train.json"),
-                "prompt_template": str(folder / "model" / "prompt_template.txt"),
-                "video_num_frames": 4,
-                "video_max_pixels": 3136,
-                "engine": "hf",
-                "num_generations": 2,
-                "max_response_length": 4,
-                "reward_functions": ("accuracy", "format"),
-                "reward_workers": 0,
-                "train_steps": 3,
-                "prompts_per_step": 2,
-                "run_dir": str(folder / "run"),
-                "profile_steps": (2, 2),
-                "heartbeat_seconds": 0.1,
-            }
+def watched_runs(context: Any, *, folder: Path) -> list[str]:
+    """Two ranks, with everything switched on and without. Returns the threads of ours that are left."""
+    everything = {"profile_steps": (2, 2), "heartbeat_seconds": 0.1}
+    for name, changes in (("run", everything), ("plain", {"heartbeat_seconds": 3600.0})):
+        train(
+            config_from_values(
+                {
+                    "model": str(folder / "model"),
+                    "data_path": str(folder / "data" / "train.json"),
+                    "prompt_template": str(folder / "model" / "prompt_template.txt"),
+                    "video_num_frames": 4,
+                    "video_max_pixels": 3136,
+                    "engine": "hf",
+                    "num_generations": 2,
+                    "max_response_length": 4,
+                    "reward_functions": ("accuracy", "format", "benchmarks.soak.reward:uneven"),
+                    "reward_workers": 0,
+                    "train_steps": 3,
+                    "prompts_per_step": 2,
+                    "run_dir": str(folder / name),
+                    **changes,
+                }
+            )
         )
-    )
     return [thread.name for thread in threading.enumerate() if thread.name in ("heartbeat", "metrics", "wandb")]
 
 
@@ -375,10 +376,14 @@ def watched_run(context: Any, *, folder: Path) -> list[str]:
 def test_a_run_of_two_ranks_leaves_what_run_status_reads(ranks: Any, tmp_path: Path, capsys: Any) -> None:
     save_tiny_model(tmp_path / "model", corpus=corpus(), num_layers=2, hidden_size=64, ffn_size=96)
     make_dataset(tmp_path / "data", num_train=4, num_eval=1)
-    assert ranks(watched_run, 2, folder=tmp_path) == [[], []]
+    assert ranks(watched_runs, 2, folder=tmp_path) == [[], []]
     run_dir = tmp_path / "run"
     assert sorted(path.name for path in (run_dir / "profile").iterdir()) == ["rank_0.json", "rank_1.json"]
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    plain = [json.loads(line) for line in (tmp_path / "plain" / "metrics.jsonl").read_text().splitlines()]
+    assert records[2]["loss"] != records[1]["loss"], "it learns"
+    for name in ("loss", "grad_norm", "reward_mean", "key_token_ratio"):
+        assert [one[name] for one in records] == [one[name] for one in plain], "to the last bit"
     assert all(one["ranks/slowest"] in (0, 1) and one["ranks/device_memory_peak_gb"] > 0.1 for one in records)
     capsys.readouterr()
     assert run_status.main([str(run_dir), "--json"]) == 0
