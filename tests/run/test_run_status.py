@@ -235,6 +235,24 @@ def test_a_run_of_a_version_without_heartbeats(tmp_path: Path) -> None:
     assert verdict_of(run_dir).state == "finished" and run_status.main([str(run_dir)]) == 0
 
 
+def test_a_start_has_half_an_hour_until_its_first_heartbeat(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "run", num_steps=0)
+    for age, state in ((600, "starting"), (2000, "silent")):
+        os.utime(run_dir / "config.yaml", (NOW - age, NOW - age))
+        assert verdict_of(run_dir).state == state and run_status.main([str(run_dir)]) == (state != "starting")
+    # Killed, and started again: the heartbeats that are there are of the part before.
+    write_run(run_dir)
+    heartbeat(run_dir, process_started=1.0, incarnation=repr(NOW - 5000))
+    os.utime(run_dir / "config.yaml", (NOW - 5001, NOW - 5001))
+    assert verdict_of(run_dir).state == "dead"
+    again = run_dir / "config_from_step_00000031.yaml"
+    again.write_text("trainer: {}")
+    os.utime(again, (NOW - 60, NOW - 60))
+    assert verdict_of(run_dir).state == "starting"
+    heartbeat(run_dir, incarnation=repr(NOW - 40), time=NOW)
+    assert verdict_of(run_dir).state == "running"
+
+
 def test_what_is_no_run_directory_is_one_error(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "missing", Path(__file__)):
         with pytest.raises(UserError, match="expected the --run-dir"):

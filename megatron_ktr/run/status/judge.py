@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 from megatron_ktr.run.status.files import FAILED, LEFT, RUNNING, TRAINED
-from megatron_ktr.run.status.read import ALIVE, GONE, RankStatus, RunFacts
+from megatron_ktr.run.status.read import ALIVE, GONE, RECENT_STEPS, RankStatus, RunFacts
 
 STALE_SECONDS = 20.0
 """A heartbeat is old when it is older than three of its intervals and this."""
 EXPORT_SECONDS = 1800.0
 """How long a run of another host may take from its last step to its export."""
+STARTING_SECONDS = 1800.0
+"""How long a run may take from its options to its first heartbeat: it loads model and checkpoint."""
 LONG_PHASE_SECONDS = 300.0
 LONG_PHASE_STEPS = 10
 """A phase is long when it has lasted longer than this many steps and that many seconds."""
@@ -30,7 +32,7 @@ WRONG_INCIDENTS = frozenset(
 )
 """Kinds of incidents that somebody should look at; any other kind is noted."""
 
-ALIVE_STATES = frozenset(("running", "exporting"))
+ALIVE_STATES = frozenset(("starting", "running", "exporting"))
 GOOD_STATES = frozenset((*ALIVE_STATES, "finished", "left"))
 
 
@@ -48,9 +50,9 @@ class Verdict:
     """The state of a run."""
 
     state: str
-    """running; exporting: all steps are done, the export is being written; finished; left: saved and ended when asked
-    to, or before its last step; failed: ended with an error; dead: ended without a word; silent: from a version without
-    heartbeats, or of which nothing is there to tell."""
+    """starting: its options are written, and its ranks have not said anything yet; running; exporting: all steps are
+    done, the export is being written; finished; left: saved and ended when asked to, or by an alarm; failed: ended with
+    an error; dead: ended without a word; silent: from a version without heartbeats, or of which nothing tells."""
     step: int
     """The last step that is done."""
     num_steps: int | None
@@ -145,6 +147,8 @@ def _seconds_per_step(run: RunFacts) -> float | None:
 
 def _state(run: RunFacts, *, step: int, num_steps: int | None) -> str:
     is_done = num_steps is not None and step >= num_steps
+    if _is_newer_than_ranks(run) and run.began is not None and run.now - run.began < STARTING_SECONDS:
+        return "starting"
     if not run.ranks:
         return "finished" if is_done and run.has_export else "silent"
     states = {one.text("state") for one in run.ranks}
@@ -163,6 +167,14 @@ def _state(run: RunFacts, *, step: int, num_steps: int | None) -> str:
     return "silent"
 
 
+def _is_newer_than_ranks(run: RunFacts) -> bool:
+    """Whether the newest part has left no heartbeat yet. Those that are there are then of a part before it."""
+    told = [began for one in run.ranks if (began := _began(one)) is not None]
+    if told:
+        return run.began is not None and run.began > max(told)
+    return not run.records and not run.ranks
+
+
 def _of_state(run: RunFacts, state: str) -> Iterator[Finding]:
     if state == "failed":
         names = [f"rank {one.rank}" for one in run.ranks if one.text("state") == FAILED]
@@ -170,6 +182,9 @@ def _of_state(run: RunFacts, state: str) -> Iterator[Finding]:
     elif state == "dead":
         place = _place(run.ranks[0])
         yield Finding(True, f"ended without a word (killed, out of memory, a machine lost?): {place}")
+    elif state == "starting":
+        age = duration(run.now - (run.began or run.now))
+        yield Finding(False, f"started {age} ago: it loads its model, its checkpoint and its engines")
     elif state == "silent":
         if run.last_write is None:
             yield Finding(True, "no step was recorded, and no heartbeats are there: it never came to its first step")
