@@ -28,7 +28,8 @@ DISK_MARGIN = 1.1
 """Free space, in checkpoints, below which the next one may not fit."""
 
 WRONG_INCIDENTS = frozenset(
-    "alarm hang replica_check no_vision vision save_failure export_failure damaged_checkpoint non_finite".split()
+    "alarm vision hang replica_mismatch save_failure export_failure write_failure damaged_checkpoint "
+    "unverified_checkpoint".split()
 )
 """Kinds of incidents that somebody should look at; any other kind is noted."""
 
