@@ -64,10 +64,10 @@ def _displays(watched: Watched) -> list[StepHook]:
     found: list[StepHook] = []
     if options.profile_steps:
         first, last = options.profile_steps
+        # Each rank writes a file of its own, so each says itself what went wrong with it.
+        incidents = watched.incidents if rank == 0 else Incidents(watched.run_dir)
         found.append(
-            StepTrace(
-                watched.run_dir, first=first, last=last, rank=rank, timer=watched.timer, incidents=watched.incidents
-            )
+            StepTrace(watched.run_dir, first=first, last=last, rank=rank, timer=watched.timer, incidents=incidents)
         )
     if rank == 0 and options.metrics_port is not None:
         found.append(
