@@ -51,6 +51,19 @@ class LostRankError(UserError):
     """Another process of the run is gone. Nothing is wrong with the input: a launcher may start the ranks again."""
 
 
+class StepAbandoned(UserError):
+    """A step that cannot be completed now, for a reason outside of the run: its servers are gone, or it was asked to
+    leave while it waited for them. Nothing of the step has happened, so the state before it may be saved, and a resumed
+    run does it again.
+
+    ``asked_by`` is the name of the signal that ended the wait; None where waiting was in vain.
+    """
+
+    def __init__(self, message: str, *, asked_by: str | None = None) -> None:
+        super().__init__(message)
+        self.asked_by = asked_by
+
+
 @contextmanager
 def same_on_every_rank() -> Iterator[None]:
     """For work that every rank does alike from the same input: a ``UserError`` inside is printed once."""
