@@ -151,7 +151,8 @@ class Watchdog(StepHook):
             store = self._connect()
             if store is not None and store.add("watchdog speaker", 1) > 1:
                 # The launcher ends all ranks soon after the first; that must be the one that speaks.
-                store.wait(["watchdog has spoken"], datetime.timedelta(seconds=_TELLING_SECONDS))
+                with contextlib.suppress(RuntimeError, OSError):
+                    store.wait(["watchdog has spoken"], datetime.timedelta(seconds=_TELLING_SECONDS))
                 return
             others = "" if store is None else self._verdict(store)
         except (UserError, RuntimeError, OSError):
