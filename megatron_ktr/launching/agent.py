@@ -33,8 +33,8 @@ FINAL_CODES = frozenset({EXIT_USER, EXIT_SAVED, EXIT_ALARM})
 GRACE_SECONDS = 5.0
 """The time in which the other ranks of a node may notice by themselves that one has failed."""
 CUT_OFF_SECONDS = 20.0
-"""How long node 0 may take to answer. The other nodes notice after 15 seconds that a node is cut off, and wait 30 more for
-another one; its ranks must have ended by then."""
+"""How long node 0 may take to answer. The other nodes notice after 15 seconds that a node is cut off, and wait 30 more
+for another one; its ranks must have ended by then."""
 _SURE_SECONDS = 3.0
 """A node that changes its place in the rendezvous is in no list for a moment."""
 

@@ -27,6 +27,7 @@ from megatron_ktr.data.synthetic import corpus
 from megatron_ktr.data.tiny_model import save_tiny_model
 from megatron_ktr.launching.arguments import check_arguments, find_meeting, may_restart, prepare_restarts
 from megatron_ktr.launching.lifeline import with_lifeline
+from megatron_ktr.run.preflight import restart_notes
 from tests.support.paths import REPOSITORY
 from tests.support.patience import PATIENCE_SECONDS, wait_until
 from tests.support.replayed import replay_values
@@ -299,6 +300,15 @@ def test_training_that_may_be_restarted_resumes_and_meets_where_nodes_may_leave(
     prepare_restarts(again, find_meeting(again))
     assert "--auto-resume" not in again.training_script_args and "is_host=true" in again.rdzv_conf
     assert capfd.readouterr().err == "", "node 0 alone says what it has added, and only if it has"
+
+
+def test_ranks_that_may_be_restarted_without_resuming_are_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_MAX_RESTARTS", raising=False)
+    assert not restart_notes(resumes=False)
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    assert not restart_notes(resumes=True)
+    (note,) = restart_notes(resumes=False)
+    assert "--max-restarts 3" in note and note.endswith("give --auto-resume")
 
 
 def test_a_rank_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
