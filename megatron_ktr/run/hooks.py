@@ -15,6 +15,7 @@ from megatron_ktr.run.hook import StepHook
 from megatron_ktr.run.incidents import Incidents
 from megatron_ktr.run.metrics import PhaseTimer
 from megatron_ktr.run.profile import StepTrace
+from megatron_ktr.run.rank_monitor import build_rank_monitor
 from megatron_ktr.run.status.heartbeat import Heartbeat, oldest_heartbeat
 from megatron_ktr.run.status.prometheus import Endpoint
 from megatron_ktr.run.status.rank_figures import RankFigures
@@ -40,7 +41,7 @@ class Watched:
 
 def build_hooks(watched: Watched) -> list[StepHook]:
     """All hooks of a run; every rank builds the same list, but for displays, which rank 0 alone has."""
-    return [_watchdog(watched), *_watches(watched), *_displays(watched)]
+    return [_watchdog(watched), *build_rank_monitor(), *_watches(watched), *_displays(watched)]
 
 
 def _watches(watched: Watched) -> list[StepHook]:
