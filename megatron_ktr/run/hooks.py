@@ -9,8 +9,10 @@ from pathlib import Path
 
 from megatron_ktr.config.sections import ResilienceSection
 from megatron_ktr.policy.policy import Policy
+from megatron_ktr.run.exports import ExportHook
 from megatron_ktr.run.hook import StepHook
 from megatron_ktr.run.incidents import Incidents
+from megatron_ktr.run.lease import Lease, LeaseHook
 from megatron_ktr.run.metrics import PhaseTimer
 
 
@@ -26,12 +28,30 @@ class Watched:
     policy: Policy
     timer: PhaseTimer
     incidents: Incidents
+    lease: Lease | None = None
+    """What rank 0 holds while no other run has taken the directory over."""
 
 
 def build_hooks(watched: Watched) -> list[StepHook]:
-    """All hooks of a run; every rank builds the same list."""
-    del watched
-    return []
+    """All hooks of a run; every rank builds the same list. (That of rank 0 has ``LeaseHook`` too, which is not
+    collective.)"""
+    hooks: list[StepHook] = []
+    if watched.lease is not None:
+        hooks.append(LeaseHook(watched.lease))
+    if watched.options.export_interval:
+        hooks.append(_export_hook(watched))
+    return hooks
+
+
+def _export_hook(watched: Watched) -> ExportHook:
+    return ExportHook(
+        watched.run_dir,
+        policy=watched.policy,
+        interval=watched.options.export_interval,
+        num_steps=watched.num_steps,
+        on_failure=watched.options.save_failure,
+        incidents=watched.incidents,
+    )
 
 
 @contextlib.contextmanager
