@@ -56,6 +56,7 @@ from megatron_ktr.files.atomic import write_atomically
 from megatron_ktr.files.json_files import to_json
 from megatron_ktr.files.line_log import LineLog
 from megatron_ktr.run.optional_writes import OptionalWrites
+from megatron_ktr.processes.frames import place_of_error
 
 FILE = "metrics.jsonl"
 
@@ -80,6 +81,9 @@ class PhaseTimer:
         try:
             yield
             self._synchronize()
+        except Exception as error:
+            error.add_note(f"in phase {name}, {place_of_error(error)}")
+            raise
         finally:
             self._tell(None)
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started

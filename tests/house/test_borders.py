@@ -28,7 +28,7 @@ WINGS = (
     ("step",),
     ("rollout",),
     ("run",),
-    ("trainer",),
+    ("trainer", "launching"),
     ("loop",),
     ("train", "launch"),
 )
