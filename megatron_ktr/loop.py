@@ -22,11 +22,7 @@ from megatron_ktr.distributed.agreement import on_every_rank
 from megatron_ktr.distributed.groups import (
     ParallelGroups,
 )
-<<<<<<< HEAD
-from megatron_ktr.errors import UserError, printable
-=======
-from megatron_ktr.errors import StepAbandoned, printable, same_on_every_rank
->>>>>>> int
+from megatron_ktr.errors import StepAbandoned, UserError, printable, same_on_every_rank
 from megatron_ktr.evaluation.training.between_steps import BetweenSteps, StepEvaluation
 from megatron_ktr.report.console import selected_tokens_text
 from megatron_ktr.rollout.check.sampler import check_line
@@ -86,13 +82,9 @@ def run_steps(
             num_steps=num_steps,
             policy=trainer.policy,
             timer=trainer.timer,
-<<<<<<< HEAD
             incidents=incidents,
             lease=start.lease,
-=======
-            incidents=Incidents(run_dir if ranks.rank == 0 else None),
             distributed_timeout_minutes=trainer.options.trainer.distributed_timeout_minutes,
->>>>>>> int
         )
     )
     between = BetweenSteps(

@@ -8,14 +8,9 @@ rollouts/step_00000010_replica_0001.jsonl  rollouts of further data-parallel rep
 rollouts/abandoned_after_step_00000010/    rollouts of later steps, which an earlier part did and a resumed part repeats
 eval/step_00000010/                the answers of an evaluation between steps (docs/evaluation.md)
 eval/settings.json                 what each set of held-out questions is, and how it is asked
-<<<<<<< HEAD
 eval/abandoned_after_step_00000010/    evaluations of later steps, as with rollouts; likewise in exports/
-=======
-eval/abandoned_after_step_00000010/    evaluations of later steps, as with rollouts
 status/rank_00000.json             where each rank is, replaced every few seconds (run/status/heartbeat.py)
-events.jsonl                       what went wrong (run/incidents.py)
 profile/rank_0.json                some steps as a Chrome trace (--profile-steps)
->>>>>>> int
 best.json                          the checkpoint that --keep-best keeps
 checkpoints/step_00000010/         a complete checkpoint: the name appears by a rename, after everything is written
 checkpoints/damaged_step_00000030/ a checkpoint whose files have changed since; a run set it aside and used an older one

@@ -36,20 +36,17 @@ class Watched:
     policy: Policy
     timer: PhaseTimer
     incidents: Incidents
-<<<<<<< HEAD
+    distributed_timeout_minutes: float
+    """How long a rank waits for others in a collective."""
     lease: Lease | None = None
     """What rank 0 holds while no other run has taken the directory over."""
 
 
 def build_hooks(watched: Watched) -> list[StepHook]:
-    """All hooks of a run; every rank builds the same list. (That of rank 0 has ``LeaseHook`` too, which is not
-    collective.)"""
-    hooks: list[StepHook] = []
-    if watched.lease is not None:
-        hooks.append(LeaseHook(watched.lease))
-    if watched.options.export_interval:
-        hooks.append(_export_hook(watched))
-    return hooks
+    """All hooks of a run; every rank builds the same list, but for the lease and displays, which rank 0 alone has."""
+    lease = [] if watched.lease is None else [LeaseHook(watched.lease)]
+    exports = [_export_hook(watched)] if watched.options.export_interval else []
+    return [*lease, _watchdog(watched), *exports, *_watches(watched), *_displays(watched)]
 
 
 def _export_hook(watched: Watched) -> ExportHook:
@@ -60,14 +57,7 @@ def _export_hook(watched: Watched) -> ExportHook:
         num_steps=watched.num_steps,
         on_failure=watched.options.save_failure,
         incidents=watched.incidents,
-=======
-    distributed_timeout_minutes: float
-    """How long a rank waits for others in a collective."""
-
-
-def build_hooks(watched: Watched) -> list[StepHook]:
-    """All hooks of a run; every rank builds the same list, but for displays, which rank 0 alone has."""
-    return [_watchdog(watched), *_watches(watched), *_displays(watched)]
+    )
 
 
 def _watches(watched: Watched) -> list[StepHook]:
@@ -120,7 +110,6 @@ def _watchdog(watched: Watched) -> Watchdog:
         limit_minutes=watched.distributed_timeout_minutes if minutes is None else minutes,
         timer=watched.timer,
         connect=partial(connect_again, timeout_seconds=10.0),
->>>>>>> int
     )
 
 
