@@ -21,6 +21,7 @@ import json
 import math
 import os
 import shutil
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,7 +119,7 @@ def _best_of(run_dir: Path, metric: str, *, until: int) -> BestStep | None:
     best = None
     for record in read_records(run_dir):
         step, value = record["step"], record.get(metric)
-        if step not in kept or not isinstance(value, int | float):
+        if step not in kept or not isinstance(value, int | float) or abs(value) > sys.float_info.max:
             continue
         if best is None or _is_better(value, best.value, metric):
             best = BestStep(step, float(value))

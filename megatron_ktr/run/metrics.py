@@ -44,7 +44,6 @@ Numbers in the file have 8 significant digits. A number that is not finite is nu
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -53,12 +52,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ktr.files.atomic import write_atomically
-from megatron_ktr.files.json_files import to_json
+from megatron_ktr.files.json_files import parse_json, to_json
 from megatron_ktr.files.line_log import LineLog
-from megatron_ktr.run.optional_writes import OptionalWrites
 from megatron_ktr.processes.frames import place_of_error
+from megatron_ktr.run.optional_writes import OptionalWrites
 
 FILE = "metrics.jsonl"
+MOST_STEPS = 10**12
+"""A step of a record is below this."""
 
 
 class PhaseTimer:
@@ -256,16 +257,19 @@ def has_evaluation(run_dir: Path, *, step: int) -> bool:
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in _lines(path) if math.isfinite(_step_of(line))]
+    return [parse_json(line) for line in _lines(path) if math.isfinite(_step_of(line))]
 
 
 def _lines(path: Path) -> list[str]:
-    return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
 
 
 def _step_of(line: str) -> float:
-    """The record's step; infinite for the torn last line of a run that died while writing it."""
+    """The record's step; infinite for what is no record: the torn last line of a run that died while writing it, or
+    what a damaged disk has made of one. A resumed run drops such lines."""
     try:
-        return json.loads(line)["step"]
+        record = parse_json(line)
     except ValueError:
-        return float("inf")
+        return math.inf
+    step = record.get("step") if isinstance(record, dict) else None
+    return step if isinstance(step, int) and not isinstance(step, bool) and abs(step) < MOST_STEPS else math.inf
