@@ -66,9 +66,10 @@ from megatron_ktr.rollout.build import (
 )
 from megatron_ktr.rollout.features import build_feature_sender
 from megatron_ktr.rollout.questions import read_held_out_responses
-from megatron_ktr.run.directory import RunStart, find_checkpoint, open_run_directory
+from megatron_ktr.run.directory import RunStart, check_run_directory, find_checkpoint, open_run_directory
 from megatron_ktr.run.dry_run.command import dry_run
 from megatron_ktr.run.interruption import LEAVE_SIGNALS, LeaveRequest
+from megatron_ktr.run.lease import acquire
 from megatron_ktr.run.preflight import check_run, restart_notes
 from megatron_ktr.trainer import Trainer
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
@@ -83,10 +84,11 @@ def train(config: Config) -> int:
     # it as they end any process.
     can_save = config.optimizer.optimizer != "sgd" or config.model.params_dtype == "fp32"
     with LeaveRequest(LEAVE_SIGNALS if can_save else (), device=platform.device) as leave:
-        return _train(config, platform=platform, leave=leave)
+        with contextlib.ExitStack() as at_end:
+            return _train(config, platform=platform, leave=leave, at_end=at_end)
 
 
-def _train(config: Config, *, platform: Platform, leave: LeaveRequest) -> int:
+def _train(config: Config, *, platform: Platform, leave: LeaveRequest, at_end: contextlib.ExitStack) -> int:
     with same_on_every_rank():
         # The sizes need only config.json. All ranks together verify the model's other files below.
         require_intact(config.model.model, option="--model", names=("config.json",))
@@ -117,6 +119,11 @@ def _train(config: Config, *, platform: Platform, leave: LeaveRequest) -> int:
     notes += [line for one in sets for line in one.lines]
     notes += [f"objective: {line}" for line in policy_gradient_rules.notes(config)]
     notes += restart_notes(resumes=config.trainer.resume or config.trainer.auto_resume)
+    with same_on_every_rank():
+        check_run_directory(config)
+    lease = on_every_rank(lambda: acquire(Path(config.trainer.run_dir)) if ranks.rank == 0 else None, ranks=ranks)
+    if lease is not None:
+        at_end.callback(lease.release)
     start = _open_run_directory(given, ranks, num_steps=num_steps_of(config.trainer), notes=notes, held_out=sets)
     trainer = build_trainer(
         config, ranks=ranks, platform=platform, objective=objective, tokenizer=tokenizer, local_source=local_source
@@ -125,7 +132,7 @@ def _train(config: Config, *, platform: Platform, leave: LeaveRequest) -> int:
     with contextlib.closing(trainer.source):
         code = run_steps(
             trainer,
-            start=start,
+            start=replace(start, lease=lease),
             resilience=config.resilience,
             checkpointing=CheckpointOptions.of(config),
             tokenizer=tokenizer,
