@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import logging
 import math
 import os
 import re
@@ -111,7 +112,7 @@ def _explain(error: Exception) -> int:
         where = "".join(f" {note}" for note in getattr(error, "__notes__", [])[:1])
         _say_error(f"lost another rank{where}, whose own message says why it ended: {_first_line(error)}")
         return EXIT_OTHER_RANK
-    traceback.print_exception(error)
+    _say("".join(traceback.format_exception(error)).rstrip())
     _say_error(
         f"internal error: {type(error).__name__}: {_first_line(error)}. This is a mistake of the program, not of its "
         "input: please report it to the project's issue tracker with the command and the lines above"
@@ -132,16 +133,44 @@ def one_line(error: object) -> str:
 
 
 def printable(text: str) -> str:
-    """A line of text for a terminal: control characters, which could move its cursor, clear it or turn around what
-    follows, as their numbers. Text of data sets and names of files may hold any.
+    """A line of text for a terminal: without secrets, and with control characters, which could move its cursor, clear
+    it or turn around what follows, as their numbers. Text of data sets and names of files may hold any.
 
     >>> printable("a\\x1b[2Jb\\u202ec é")
     'a\\\\x1b[2Jb\\\\u202ec é'
     """
+    text = without_secrets(text)
     return _CONTROL.sub(lambda found: found.group().encode("unicode_escape").decode("ascii"), text)
 
 
+_SECRETS: set[str] = set()
+_LEAST_SECRET = 12
+"""Shorter ones, such as "EMPTY", stand in many a text by chance."""
+HIDDEN = "***"
+
+
+def keep_secret(value: str) -> None:
+    """From now on ``without_secrets`` hides ``value``, a key or a token."""
+    if len(value) >= _LEAST_SECRET:
+        _SECRETS.add(value)
+
+
+def without_secrets(text: str) -> str:
+    """``text`` with every secret of this process hidden: a library or a server may repeat what it was sent."""
+    for secret in _SECRETS:
+        text = text.replace(secret, HIDDEN)
+    return text
+
+
+class SafeFormatter(logging.Formatter):
+    """Hides secrets in what is logged, tracebacks among it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return without_secrets(super().format(record))
+
+
 def _say(line: str) -> None:
+    line = without_secrets(line)
     with suppress(OSError, ValueError):
         print(line, file=sys.stderr, flush=True)
 

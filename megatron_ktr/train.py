@@ -40,7 +40,7 @@ from megatron_ktr.distributed.groups import (
 )
 from megatron_ktr.distributed.platform import Platform
 from megatron_ktr.distributed.shared_verification import SharedVerification
-from megatron_ktr.errors import run_cli, same_on_every_rank
+from megatron_ktr.errors import SafeFormatter, run_cli, same_on_every_rank
 from megatron_ktr.evaluation.training.between_steps import StepEvaluation, build_evaluation
 from megatron_ktr.evaluation.training.dry_run import find_held_out
 from megatron_ktr.evaluation.training.held_out import (
@@ -245,7 +245,9 @@ def _open_run_directory(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(SafeFormatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     with same_on_every_rank():
         config = load_config(sys.argv[1:] if argv is None else argv)
         if config.trainer.dry_run:
