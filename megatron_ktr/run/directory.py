@@ -74,9 +74,9 @@ MAY_CHANGE = frozenset(
     "heartbeat_seconds metrics_port metrics_host wandb_project profile_steps".split()
 )
 """The options that a resumed run may change, besides the parallel ones: where things are, how long and how fast it
-runs, what is watched, and evaluation, which changes nothing in training. (A set of held-out questions must stay what it was as long as
-it has the same name; ``evaluation/in_training_settings.py`` sees to that.) A change of any other option would make it
-another run and is refused. A new option is refused until it is listed here."""
+runs, what is watched, and evaluation, which changes nothing in training. (A set of held-out
+questions must stay what it was as long as it has the same name; ``evaluation/in_training_settings.py`` sees to that.) A
+change of any other option would make it another run and is refused. A new option is refused until it is listed here."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_ktr.run.status.files import FAILED, LEFT, RUNNING, TRAINED
-from megatron_ktr.run.status.read import ALIVE, GONE, RECENT_STEPS, RankStatus, RunFacts
+from megatron_ktr.run.status.read import ALIVE, GONE, RankStatus, RunFacts
 
 STALE_SECONDS = 20.0
 """A heartbeat is old when it is older than three of its intervals and this."""
