@@ -72,6 +72,7 @@ def run_steps(
             policy=trainer.policy,
             timer=trainer.timer,
             incidents=Incidents(run_dir if ranks.rank == 0 else None),
+            resolved=checkpointing.resolved,
         )
     )
     between = BetweenSteps(

@@ -9,9 +9,12 @@ from pathlib import Path
 
 from megatron_ktr.config.sections import ResilienceSection
 from megatron_ktr.policy.policy import Policy
+from megatron_ktr.run.alarms import Alarms
 from megatron_ktr.run.hook import StepHook
 from megatron_ktr.run.incidents import Incidents
 from megatron_ktr.run.metrics import PhaseTimer
+from megatron_ktr.run.replica_check import ReplicaCheck
+from megatron_ktr.run.skipped_updates import SkippedUpdates
 
 
 @dataclass(frozen=True)
@@ -26,12 +29,25 @@ class Watched:
     policy: Policy
     timer: PhaseTimer
     incidents: Incidents
+    resolved: str = ""
+    """Every option of the run, as YAML."""
 
 
 def build_hooks(watched: Watched) -> list[StepHook]:
     """All hooks of a run; every rank builds the same list."""
-    del watched
-    return []
+    options, ranks, incidents = watched.options, watched.policy.ranks, watched.incidents
+    return [
+        SkippedUpdates(
+            options,
+            run_dir=watched.run_dir,
+            policy=watched.policy,
+            incidents=incidents,
+            resolved=watched.resolved,
+            first_step=watched.first_step,
+        ),
+        ReplicaCheck(options.replica_check_interval, policy=watched.policy, incidents=incidents),
+        Alarms(options, run_dir=watched.run_dir, first_step=watched.first_step, ranks=ranks, incidents=incidents),
+    ]
 
 
 @contextlib.contextmanager

@@ -35,6 +35,9 @@ The names of the numbers are stable:
   retirement/passed_over, the draws that passed one over since the run began
 - of steps at which the loss of held-out responses was measured (``evaluation/training/held_out_loss.py``): eval_loss,
   eval/<set>/loss, eval/<set>/loss_skipped
+- skipped_updates and, of those that were, skipped_updates/<reason> and skipped_in_a_row (``batch/skips.py``)
+- only while something is wrong: alarm/<name> (``run/alarms.py``), vision/<fault> (``policy/vision_watch.py``)
+- after comparisons of the weights that ranks hold alike: replica_check/differences (``run/replica_check.py``)
 - with original_compat: responses_without_key_tokens, a share of the step's responses
 
 Numbers in the file have 8 significant digits. A number that is not finite is null there.
