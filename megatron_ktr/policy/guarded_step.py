@@ -4,9 +4,10 @@ megatron-core looks for NaN and infinity only where there is a loss scale (fp16)
 since ``max_norm / NaN < 1`` is false, and the step makes NaN of every weight. So the norm is looked at between the
 moment where it is known and the moment where it is used.
 
-The norm is reduced over the model-parallel ranks, and with the distributed optimizer over the world. Without that
-optimizer each replica finds its own norm, of gradients that should be the same. A replica whose copy alone is damaged
-would skip alone and differ from then on. Hence the ranks of the world agree once more, by one number.
+The norm is reduced over the model-parallel ranks, and with the distributed optimizer over the world. It does not see
+everything: without that optimizer each replica finds its own norm, of gradients that should be the same; and of copies
+that several tensor ranks hold, only one is counted. A rank whose copy alone is damaged would skip alone, or step with
+it. Hence each rank looks at what it alone knows, and the ranks of the world agree by one further number.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_ktr.batch.skips import SkipReason
@@ -47,7 +49,7 @@ def guarded_step(optimizer: Any, *, world: ProcessGroup, device: torch.device) -
 
     def checked_norm() -> float:
         norm = found["norm"] = float(original())
-        if not _is_finite_everywhere(norm, world=world, device=device):
+        if not _is_finite_everywhere(optimizer, norm, world=world, device=device):
             raise _NotFinite
         return norm
 
@@ -72,9 +74,23 @@ def _can_scale_less(optimizer: Any) -> bool:
     return any(float(one.scale) > float(one.min_scale) for one in scalers if hasattr(one, "min_scale"))
 
 
-def _is_finite_everywhere(norm: float, *, world: ProcessGroup, device: torch.device) -> bool:
+def _is_finite_everywhere(optimizer: Any, norm: float, *, world: ProcessGroup, device: torch.device) -> bool:
     if world.size() == 1:
         return math.isfinite(norm)
-    num_not_finite = send(torch.tensor([0.0 if math.isfinite(norm) else 1.0]), device)
-    torch.distributed.all_reduce(num_not_finite, group=world)
-    return not float(num_not_finite)
+    is_damaged = send(torch.tensor(0.0 if math.isfinite(norm) else 1.0), device)
+    if copies := _uncounted_gradients(optimizer):
+        is_damaged += (~torch.stack(torch._foreach_norm(copies)).isfinite()).sum()
+    torch.distributed.all_reduce(is_damaged, group=world)
+    return not float(is_damaged)
+
+
+def _uncounted_gradients(optimizer: Any) -> list[Tensor]:
+    """The gradients on this rank that the norm leaves out, because another tensor rank or stage counts its copy."""
+    found = []
+    for part in optimizer.chained_optimizers:
+        counted = {id(gradient) for gradient in part.get_main_grads_for_grad_norm()}
+        for parameter in part.get_parameters():
+            gradient = parameter.grad if parameter.grad is not None else getattr(parameter, "decoupled_grad", None)
+            if gradient is not None and gradient.numel() and id(gradient) not in counted:
+                found.append(gradient.detach().float())
+    return found

@@ -35,7 +35,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train_to_the_stop(context: RankContext, *, inputs: Path, run_dir: Path) -> tuple[int, str]:
-    """From step 3 on one element of one gradient on rank 1 is NaN. Returns the exit code and the error stream."""
+    """From step 3 on one element of a gradient is NaN, on the rank that has it in its shard. Returns the exit code and
+    the error stream."""
     from megatron_ktr.policy.policy import Policy
     from models.qwen2_5_vl.conversion import named_model_parameters
 
@@ -43,7 +44,7 @@ def train_to_the_stop(context: RankContext, *, inputs: Path, run_dir: Path) -> t
 
     def spoiled(policy: Any, *args: Any, facts: Any, **kwargs: Any) -> Any:
         result = original(policy, *args, facts=facts, **kwargs)
-        if facts.step >= 3 and context.rank == 1:
+        if facts.step >= 3:
             named = dict(named_model_parameters(policy.bare_chunks))
             parameter: Any = next(p for name, p in named.items() if name.endswith(POISONED) and "language" in name)
             parameter.main_grad.view(-1)[-1] = math.nan
