@@ -86,8 +86,8 @@ class _Guard:
 
 @contextlib.contextmanager
 def guarded() -> Iterator[None]:
-    """Inside, what this process prints and logs reaches the terminal without control sequences and secrets. What libraries write
-    past Python, and what child processes write, is not looked at.
+    """Inside, what this process prints and logs reaches the terminal without control sequences and secrets. What
+    libraries write past Python, and what child processes write, is not looked at.
 
     Bytes (``sys.stdout.buffer``) pass as they are: they are no text for a terminal.
     """
