@@ -116,7 +116,7 @@ def _explain(error: Exception) -> int:
         where = "".join(f" {note}" for note in getattr(error, "__notes__", [])[:1])
         _say_error(f"lost another rank{where}, whose own message says why it ended: {_first_line(error)}")
         return EXIT_OTHER_RANK
-    traceback.print_exception(error)
+    _say("".join(traceback.format_exception(error)).rstrip())
     _say_error(
         f"internal error: {type(error).__name__}: {_first_line(error)}. This is a mistake of the program, not of its "
         "input: please report it to the project's issue tracker with the command and the lines above"

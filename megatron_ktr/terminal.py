@@ -1,6 +1,7 @@
 """What reaches a terminal or a log: text of models, of data sets and names of files may hold anything.
 
-printable       a line with its control characters as their numbers
+printable       a line with its control characters as their numbers, and without secrets
+keep_secret     names a secret: nothing here lets it pass from then on
 LineFormatter   a record of ``logging`` as one such line
 guarded         standard output and errors that no control sequence passes, whoever prints
 """
@@ -22,14 +23,33 @@ _PRINTED_BESIDE_BARS = re.compile(f"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f{_UNSEEN
 """The same without the return to the beginning of the line, by which bars of progress are drawn."""
 
 
+_SECRETS: set[str] = set()
+_LEAST_SECRET = 12
+"""Shorter ones, such as "EMPTY", stand in many a text by chance."""
+HIDDEN = "***"
+
+
+def keep_secret(value: str) -> None:
+    """From now on ``without_secrets`` hides ``value``, a key or a token."""
+    if len(value) >= _LEAST_SECRET:
+        _SECRETS.add(value)
+
+
+def without_secrets(text: str) -> str:
+    """``text`` with every secret of this process hidden: a library or a server may repeat what it was sent."""
+    for secret in _SECRETS:
+        text = text.replace(secret, HIDDEN)
+    return text
+
+
 def printable(text: str) -> str:
-    """A line of text for a terminal: control characters, which could move its cursor, clear it or turn around what
-    follows, as their numbers. Text of data sets and names of files may hold any.
+    """A line of text for a terminal: without secrets, and with control characters, which could move its cursor, clear
+    it or turn around what follows, as their numbers. Text of data sets and names of files may hold any.
 
     >>> printable("a\\x1b[2Jb\\u202ec é")
     'a\\\\x1b[2Jb\\\\u202ec é'
     """
-    return _CONTROL.sub(_number, text)
+    return _CONTROL.sub(_number, without_secrets(text))
 
 
 def _number(found: re.Match[str]) -> str:
@@ -47,13 +67,14 @@ class LineFormatter(logging.Formatter):
 
 
 class _Guard:
-    """A stream that writes text to another one, without its control characters but the ends of lines and tabs."""
+    """A stream that writes text to another one: without secrets, and without control characters but the ends of lines
+    and tabs."""
 
     def __init__(self, stream: Any, unwanted: re.Pattern[str]) -> None:
         self._stream, self._unwanted = stream, unwanted
 
     def write(self, text: str) -> int:
-        self._stream.write(self._unwanted.sub(_number, text))
+        self._stream.write(self._unwanted.sub(_number, without_secrets(text)))
         return len(text)
 
     def writelines(self, lines: Any) -> None:
@@ -66,8 +87,8 @@ class _Guard:
 
 @contextlib.contextmanager
 def guarded() -> Iterator[None]:
-    """Inside, what this process prints and logs reaches the terminal without control sequences. What libraries write
-    past Python, and what child processes write, is not looked at.
+    """Inside, what this process prints and logs reaches the terminal without control sequences and secrets. What
+    libraries write past Python, and what child processes write, is not looked at.
 
     Bytes (``sys.stdout.buffer``) pass as they are: they are no text for a terminal.
     """

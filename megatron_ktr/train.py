@@ -66,10 +66,11 @@ from megatron_ktr.rollout.build import (
 )
 from megatron_ktr.rollout.features import build_feature_sender
 from megatron_ktr.rollout.questions import read_held_out_responses
-from megatron_ktr.run.directory import RunStart, find_checkpoint, open_run_directory
+from megatron_ktr.run.directory import RunStart, check_run_directory, find_checkpoint, open_run_directory
 from megatron_ktr.run.dry_run.command import dry_run
 from megatron_ktr.run.interruption import LEAVE_SIGNALS, LeaveRequest
-from megatron_ktr.run.preflight import check_files, check_layout
+from megatron_ktr.run.lease import acquire
+from megatron_ktr.run.preflight import check_files, check_layout, restart_notes
 from megatron_ktr.terminal import log_to_errors
 from megatron_ktr.trainer import Trainer
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
@@ -92,11 +93,18 @@ def train(config: Config) -> int:
     # it as they end any process.
     can_save = config.optimizer.optimizer != "sgd" or config.model.params_dtype == "fp32"
     with LeaveRequest(LEAVE_SIGNALS if can_save else (), device=platform.device) as leave:
-        return _train(config, sizes=sizes, objective=objective, platform=platform, leave=leave)
+        with contextlib.ExitStack() as at_end:
+            return _train(config, sizes=sizes, objective=objective, platform=platform, leave=leave, at_end=at_end)
 
 
 def _train(
-    config: Config, *, sizes: ParallelSizes, objective: Objective, platform: Platform, leave: LeaveRequest
+    config: Config,
+    *,
+    sizes: ParallelSizes,
+    objective: Objective,
+    platform: Platform,
+    leave: LeaveRequest,
+    at_end: contextlib.ExitStack,
 ) -> int:
     with same_on_every_rank():
         model_config = Qwen2_5_VLConfig.from_hf(config.model.model)
@@ -124,6 +132,12 @@ def _train(
     sets = [one for one in (held_out, responses) if one is not None]
     notes += [line for one in sets for line in one.lines]
     notes += [f"objective: {line}" for line in policy_gradient_rules.notes(config)]
+    notes += restart_notes(resumes=config.trainer.resume or config.trainer.auto_resume)
+    with same_on_every_rank():
+        check_run_directory(config)
+    lease = on_every_rank(lambda: acquire(Path(config.trainer.run_dir)) if ranks.rank == 0 else None, ranks=ranks)
+    if lease is not None:
+        at_end.callback(lease.release)
     start = _open_run_directory(given, ranks, num_steps=num_steps_of(config.trainer), notes=notes, held_out=sets)
     trainer = build_trainer(
         config, ranks=ranks, platform=platform, objective=objective, tokenizer=tokenizer, local_source=local_source
@@ -132,7 +146,7 @@ def _train(
     with contextlib.closing(trainer.source):
         code = run_steps(
             trainer,
-            start=start,
+            start=replace(start, lease=lease),
             resilience=config.resilience,
             checkpointing=CheckpointOptions.of(config),
             tokenizer=tokenizer,
