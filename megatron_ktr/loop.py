@@ -29,7 +29,7 @@ from megatron_ktr.rollout.check.sampler import check_line
 from megatron_ktr.rollout.replay import write_rollouts
 from megatron_ktr.run.checkpoint import Checkpoints
 from megatron_ktr.run.directory import RunStart, rollout_file
-from megatron_ktr.run.hook import Stop
+from megatron_ktr.run.hook import StepHook, Stop
 from megatron_ktr.run.hooks import Watched, build_hooks, closing_all
 from megatron_ktr.run.incidents import Incidents
 from megatron_ktr.run.interruption import EXIT_ALARM, EXIT_SAVED, LeaveRequest
@@ -63,47 +63,48 @@ def run_steps(
     if start.checkpoint is not None:
         checkpoints.load(start.checkpoint)
     writer = MetricsWriter(run_dir if ranks.rank == 0 else None, first_step=start.step + 1)
-    hooks = build_hooks(
-        Watched(
-            options=resilience,
-            run_dir=run_dir,
-            first_step=start.step + 1,
-            num_steps=num_steps,
-            policy=trainer.policy,
-            timer=trainer.timer,
-            incidents=Incidents(run_dir if ranks.rank == 0 else None),
-            distributed_timeout_minutes=trainer.options.trainer.distributed_timeout_minutes,
-        )
-    )
+    hooks = _hooks(trainer, start=start, resilience=resilience)
     between = BetweenSteps(
         evaluations, times=times, trainer=trainer, writer=writer, checkpoints=checkpoints, leave=leave
     )
     with contextlib.closing(writer), closing_all(hooks):
         if asked_by := between.at_start(start):
             return _leave(checkpoints, step=start.step, is_new=False, asked_by=asked_by)
-        for step in range(start.step + 1, num_steps + 1):
-            if asked_by := leave.agreed(ranks.world):
-                return _leave(checkpoints, step=step - 1, is_new=step - 1 > start.step, asked_by=asked_by)
-            for hook in hooks:
-                hook.before_step(step)
-            try:
+        done = start.step
+        try:
+            for step in range(start.step + 1, num_steps + 1):
+                if asked_by := leave.agreed(ranks.world):
+                    return _leave(checkpoints, step=done, is_new=done > start.step, asked_by=asked_by)
+                for hook in hooks:
+                    hook.before_step(step)
                 report = trainer.train_step(step)
-            except StepAbandoned as error:
-                is_new = leave.can_save and step - 1 > start.step
-                return _abandon(checkpoints, step=step - 1, is_new=is_new, error=error)
-            stops = [stop for hook in hooks if (stop := hook.after_step(report)) is not None]
-            _record(report, trainer=trainer, writer=writer, run_dir=run_dir, decode=tokenizer.decode)
-            if stops:
-                return _stop(checkpoints, step=step, stops=stops)
-            checkpoints.after_step(step)
-            try:
-                asked_by = between.after(step)
-            except StepAbandoned as error:
-                return _abandon(checkpoints, step=step, is_new=leave.can_save, error=error)
-            if asked_by:
-                return _leave(checkpoints, step=step, is_new=True, asked_by=asked_by)
+                done = step
+                stops = [stop for hook in hooks if (stop := hook.after_step(report)) is not None]
+                _record(report, trainer=trainer, writer=writer, run_dir=run_dir, decode=tokenizer.decode)
+                if stops:
+                    return _stop(checkpoints, step=step, stops=stops)
+                checkpoints.after_step(step)
+                if asked_by := between.after(step):
+                    return _leave(checkpoints, step=step, is_new=True, asked_by=asked_by)
+        except StepAbandoned as error:
+            return _abandon(checkpoints, step=done, is_new=leave.can_save and done > start.step, error=error)
         checkpoints.close()
     return 0
+
+
+def _hooks(trainer: Trainer, *, start: RunStart, resilience: ResilienceSection) -> list[StepHook]:
+    return build_hooks(
+        Watched(
+            options=resilience,
+            run_dir=start.run_dir,
+            first_step=start.step + 1,
+            num_steps=num_steps_of(trainer.options.trainer),
+            policy=trainer.policy,
+            timer=trainer.timer,
+            incidents=Incidents(start.run_dir if trainer.policy.ranks.rank == 0 else None),
+            distributed_timeout_minutes=trainer.options.trainer.distributed_timeout_minutes,
+        )
+    )
 
 
 def _record(
