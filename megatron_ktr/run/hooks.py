@@ -17,6 +17,7 @@ from megatron_ktr.run.incidents import Incidents
 from megatron_ktr.run.lease import Lease, LeaseHook
 from megatron_ktr.run.metrics import PhaseTimer
 from megatron_ktr.run.profile import StepTrace
+from megatron_ktr.run.rank_monitor import build_rank_monitor
 from megatron_ktr.run.status.heartbeat import Heartbeat, oldest_heartbeat
 from megatron_ktr.run.status.prometheus import Endpoint
 from megatron_ktr.run.status.rank_figures import RankFigures
@@ -46,7 +47,7 @@ def build_hooks(watched: Watched) -> list[StepHook]:
     """All hooks of a run; every rank builds the same list, but for the lease and displays, which rank 0 alone has."""
     lease = [] if watched.lease is None else [LeaseHook(watched.lease)]
     exports = [_export_hook(watched)] if watched.options.export_interval else []
-    return [*lease, _watchdog(watched), *exports, *_watches(watched), *_displays(watched)]
+    return [*lease, _watchdog(watched), *build_rank_monitor(), *exports, *_watches(watched), *_displays(watched)]
 
 
 def _export_hook(watched: Watched) -> ExportHook:
@@ -81,10 +82,10 @@ def _displays(watched: Watched) -> list[StepHook]:
     found: list[StepHook] = []
     if options.profile_steps:
         first, last = options.profile_steps
+        # Each rank writes a file of its own, so each says itself what went wrong with it.
+        incidents = watched.incidents if rank == 0 else Incidents(watched.run_dir)
         found.append(
-            StepTrace(
-                watched.run_dir, first=first, last=last, rank=rank, timer=watched.timer, incidents=watched.incidents
-            )
+            StepTrace(watched.run_dir, first=first, last=last, rank=rank, timer=watched.timer, incidents=incidents)
         )
     if rank == 0 and options.metrics_port is not None:
         found.append(

@@ -9,6 +9,8 @@ The names of the numbers are stable:
   clipped_fraction (``objectives/importance.py``)
 - data_wait_fraction: the time in which the reading rank drew the step's prompts (with lag 1 during the step before),
   as a share of the step's time, at most 1; the largest of all replicas
+- ranks/device_memory_peak_gb and ranks/host_memory_gb; with several ranks ranks/slowest and
+  ranks/slowest_behind_seconds (``run/status/rank_figures.py``)
 - in the first record of a run: sampler_check/gap_mean and sampler_check/gap_max, in nats (``rollout/check/sampler.py``)
 - with several replicas: flops_imbalance/before, flops_imbalance/after and groups_moved (``step/plan.py``)
 - under a bound on tokens: num_micro_batches and oversized_groups (``step/plan.py``)
