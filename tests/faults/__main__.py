@@ -1,8 +1,8 @@
 """The fault harness by hand and at night.
 
-    python -m tests.faults                                  the seeds of CI
-    python -m tests.faults --seeds 5000 --json out.json     that many, spread over the areas as in CI
-    python -m tests.faults --area "checkpoint writing" --seed 17      one of them again
+python -m tests.faults                                  the seeds of CI
+python -m tests.faults --seeds 5000 --json out.json     that many, spread over the areas as in CI
+python -m tests.faults --area "checkpoint writing" --seed 17      one of them again
 """
 
 from __future__ import annotations
@@ -22,7 +22,11 @@ def wanted_seeds(number: int | None) -> list[tuple[str, int]]:
     """(area, seed) in turn: ``number`` of them in all, or the quota of CI."""
     total = sum(quota for _, quota in AREAS.values())
     factor = 1.0 if number is None else number / total
-    found = [(seed / (quota * factor), name, seed) for name, (_, quota) in AREAS.items() for seed in range(max(1, round(quota * factor)))]
+    found = [
+        (seed / (quota * factor), name, seed)
+        for name, (_, quota) in AREAS.items()
+        for seed in range(max(1, round(quota * factor)))
+    ]
     return [(name, seed) for _, name, seed in sorted(found)]
 
 

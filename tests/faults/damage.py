@@ -16,9 +16,15 @@ def damage_file(path: Path, rng: random.Random, *, kinds: Sequence[str] = KINDS,
     kind = rng.choice([one for one in kinds if one != "swap" or different])
     place = rng.randrange(len(content)) if content else 0
     if kind == "flip a bit":
-        path.write_bytes(content[:place] + bytes(byte ^ 1 << rng.randrange(8) for byte in content[place : place + 1]) + content[place + 1 :])
+        path.write_bytes(
+            content[:place]
+            + bytes(byte ^ 1 << rng.randrange(8) for byte in content[place : place + 1])
+            + content[place + 1 :]
+        )
     elif kind == "flip 40 bytes":
-        path.write_bytes(content[:place] + bytes(byte ^ 0xFF for byte in content[place : place + 40]) + content[place + 40 :])
+        path.write_bytes(
+            content[:place] + bytes(byte ^ 0xFF for byte in content[place : place + 40]) + content[place + 40 :]
+        )
     elif kind == "cut":
         path.write_bytes(content[:place])
     elif kind == "empty":

@@ -44,7 +44,9 @@ def draw(rng: random.Random, counts: dict[str, int], points: tuple[str, ...], ac
     return Plan(point, rng.randint(1, counts[point]), action)
 
 
-def resume(world: World, rng: random.Random, folder: Path, *, variant: str = "one rank", plan: Plan | None = None) -> None:
+def resume(
+    world: World, rng: random.Random, folder: Path, *, variant: str = "one rank", plan: Plan | None = None
+) -> None:
     """Starts the run again, until it is done, and compares it with the uninterrupted one. With ``plan`` the first
     attempt meets a fault, too."""
     run_dir = folder / "run"
@@ -231,7 +233,9 @@ def conversion(world: World, rng: random.Random, folder: Path) -> str:
         return f"{kind}, source"
     most = {"open": 8, "rename": 1, "sync": 8, "mkdir": 2, "write": 200}
     plan = draw(rng, most, tuple(most), ("kill", "torn", "full", "io", "stop", "interrupt"))
-    ended = finish(world.start(CONVERT, (*command, str(source), "--out", str(out)), folder, "faulted", plan=plan), rng=rng)
+    ended = finish(
+        world.start(CONVERT, (*command, str(source), "--out", str(out)), folder, "faulted", plan=plan), rng=rng
+    )
     check_end(ended)
     if out.exists():
         assert digests(out) == expected, "I2: the target has its name and is not whole"
@@ -246,7 +250,9 @@ def _converted(world: World, command: tuple[str, ...], source: Path) -> Path:
     out = world.folder / command[0]
     with world.making:
         if not out.exists():
-            check_end(world.run(CONVERT, (*command, str(source), "--out", str(out)), world.folder, command[0]), allowed=(0,))
+            check_end(
+                world.run(CONVERT, (*command, str(source), "--out", str(out)), world.folder, command[0]), allowed=(0,)
+            )
     return out
 
 
@@ -255,8 +261,12 @@ def evaluation(world: World, rng: random.Random, folder: Path) -> str:
 
     def arguments(out: Path) -> tuple[str, ...]:
         model = world.inputs / "model"
-        given = dict(model=model, engine="hf", benchmark=world.inputs / "questions.json", frames=4, control="intact,hidden")
-        words = dict(prompt_template=model / "prompt_template.txt", temperature=0, max_tokens=6, data_workers=0, out=out)
+        given = dict(
+            model=model, engine="hf", benchmark=world.inputs / "questions.json", frames=4, control="intact,hidden"
+        )
+        words = dict(
+            prompt_template=model / "prompt_template.txt", temperature=0, max_tokens=6, data_workers=0, out=out
+        )
         return flags_of(given | words)
 
     whole = world.folder / "evaluated"
