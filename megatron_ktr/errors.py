@@ -5,6 +5,7 @@ exit code   what ended the command
 0           nothing
 2           ``UserError``, ``OSError`` (a full disk, a directory that cannot be read), memory that ran out
 3           another rank: the connection to it is lost, and its own message says why
+77          a hang: the rank stayed in one phase for longer than it may (``run/watchdog.py``)
 70          a mistake of the program: traceback, and a last line that says so
 130         ctrl-C
 141         the reader of standard output went away (``| head -1``)
@@ -27,6 +28,7 @@ from typing import NoReturn
 EXIT_USER = 2
 EXIT_OTHER_RANK = 3
 EXIT_INTERNAL = 70
+EXIT_HANG = 77
 EXIT_INTERRUPTED = 130
 EXIT_OUTPUT_CLOSED = 141
 MOST_CHARACTERS = 2000
@@ -43,6 +45,23 @@ class UserError(Exception):
     """
 
     is_on_every_rank = False
+
+
+class LostRankError(UserError):
+    """Another process of the run is gone. Nothing is wrong with the input: a launcher may start the ranks again."""
+
+
+class StepAbandoned(UserError):
+    """A step that cannot be completed now, for a reason outside of the run: its servers are gone, or it was asked to
+    leave while it waited for them. Nothing of the step has happened, so the state before it may be saved, and a resumed
+    run does it again.
+
+    ``asked_by`` is the name of the signal that ended the wait; None where waiting was in vain.
+    """
+
+    def __init__(self, message: str, *, asked_by: str | None = None) -> None:
+        super().__init__(message)
+        self.asked_by = asked_by
 
 
 @contextmanager
@@ -81,7 +100,7 @@ def _explain(error: Exception) -> int:
     """Prints what happened and returns the exit code."""
     if isinstance(error, UserError | OSError):
         _say_error(error)
-        return EXIT_USER
+        return EXIT_OTHER_RANK if isinstance(error, LostRankError) else EXIT_USER
     if is_out_of_memory(error):
         _say_error(
             f"out of memory ({_first_line(error)}): fewer or smaller frames, shorter responses, more ranks "
@@ -89,7 +108,8 @@ def _explain(error: Exception) -> int:
         )
         return EXIT_USER
     if _is_connection_lost(error):
-        _say_error(f"lost another rank, whose own message says why it ended: {_first_line(error)}")
+        where = "".join(f" {note}" for note in getattr(error, "__notes__", [])[:1])
+        _say_error(f"lost another rank{where}, whose own message says why it ended: {_first_line(error)}")
         return EXIT_OTHER_RANK
     traceback.print_exception(error)
     _say_error(

@@ -22,7 +22,7 @@ from megatron_ktr.distributed.agreement import on_every_rank
 from megatron_ktr.distributed.groups import (
     ParallelGroups,
 )
-from megatron_ktr.errors import printable
+from megatron_ktr.errors import StepAbandoned, printable, same_on_every_rank
 from megatron_ktr.evaluation.training.between_steps import BetweenSteps, StepEvaluation
 from megatron_ktr.report.console import selected_tokens_text
 from megatron_ktr.rollout.check.sampler import check_line
@@ -73,6 +73,7 @@ def run_steps(
             timer=trainer.timer,
             incidents=Incidents(run_dir if ranks.rank == 0 else None),
             resolved=checkpointing.resolved,
+            distributed_timeout_minutes=trainer.options.trainer.distributed_timeout_minutes,
         )
     )
     between = BetweenSteps(
@@ -86,13 +87,21 @@ def run_steps(
                 return _leave(checkpoints, step=step - 1, is_new=step - 1 > start.step, asked_by=asked_by)
             for hook in hooks:
                 hook.before_step(step)
-            report = trainer.train_step(step)
+            try:
+                report = trainer.train_step(step)
+            except StepAbandoned as error:
+                is_new = leave.can_save and step - 1 > start.step
+                return _abandon(checkpoints, step=step - 1, is_new=is_new, error=error)
             stops = [stop for hook in hooks if (stop := hook.after_step(report)) is not None]
             _record(report, trainer=trainer, writer=writer, run_dir=run_dir, decode=tokenizer.decode)
             if stops:
                 return _stop(checkpoints, step=step, stops=stops)
             checkpoints.after_step(step)
-            if asked_by := between.after(step):
+            try:
+                asked_by = between.after(step)
+            except StepAbandoned as error:
+                return _abandon(checkpoints, step=step, is_new=leave.can_save, error=error)
+            if asked_by:
                 return _leave(checkpoints, step=step, is_new=True, asked_by=asked_by)
         checkpoints.close()
     return 0
@@ -130,6 +139,21 @@ def _leave(checkpoints: Checkpoints, *, step: int, is_new: bool, asked_by: str) 
         done = f"saved after step {step}" if is_new else "nothing to save yet"
         print(f"{asked_by}: {done}; continue with --resume (exit code {EXIT_SAVED})", flush=True)
     return EXIT_SAVED
+
+
+def _abandon(checkpoints: Checkpoints, *, step: int, is_new: bool, error: StepAbandoned) -> int:
+    """Ends a run whose servers are gone, or that was asked to leave while it waited for them: the state after ``step``
+    is all there is to save. Returns the exit code of a run that was asked to leave, and raises the error otherwise."""
+    if error.asked_by is not None:
+        if checkpoints.ranks.rank == 0:
+            print(f"the step after step {step} is given up: {printable(str(error))}", file=sys.stderr, flush=True)
+        return _leave(checkpoints, step=step, is_new=is_new, asked_by=error.asked_by)
+    if is_new:
+        checkpoints.save_and_wait(step)
+    checkpoints.close()
+    done = f"saved after step {step}, continue with --resume" if is_new else "no new step to save"
+    with same_on_every_rank():
+        raise StepAbandoned(f"{error}; {done}") from error
 
 
 def _stop(checkpoints: Checkpoints, *, step: int, stops: Sequence[Stop]) -> int:

@@ -69,7 +69,7 @@ from megatron_ktr.rollout.questions import read_held_out_responses
 from megatron_ktr.run.directory import RunStart, find_checkpoint, open_run_directory
 from megatron_ktr.run.dry_run.command import dry_run
 from megatron_ktr.run.interruption import LEAVE_SIGNALS, LeaveRequest
-from megatron_ktr.run.preflight import check_run
+from megatron_ktr.run.preflight import check_run, restart_notes
 from megatron_ktr.trainer import Trainer
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.media import media_spec
@@ -116,6 +116,7 @@ def _train(config: Config, *, platform: Platform, leave: LeaveRequest) -> int:
     sets = [one for one in (held_out, responses) if one is not None]
     notes += [line for one in sets for line in one.lines]
     notes += [f"objective: {line}" for line in policy_gradient_rules.notes(config)]
+    notes += restart_notes(resumes=config.trainer.resume or config.trainer.auto_resume)
     start = _open_run_directory(given, ranks, num_steps=num_steps_of(config.trainer), notes=notes, held_out=sets)
     trainer = build_trainer(
         config, ranks=ranks, platform=platform, objective=objective, tokenizer=tokenizer, local_source=local_source

@@ -31,6 +31,7 @@ from megatron_ktr.batch.skips import IN_A_ROW, SkipStreak
 from megatron_ktr.config.part_options import StepOptions
 from megatron_ktr.config.run_length import num_steps_of
 from megatron_ktr.distributed.collectives import gather_rows
+from megatron_ktr.errors import StepAbandoned
 from megatron_ktr.objectives.base import Objective
 from megatron_ktr.objectives.response_rewards import lengths_of, reward_rows, with_rewards
 from megatron_ktr.policy.finite import require_finite_samples
@@ -134,7 +135,9 @@ class Trainer:
                 groups = self.source.finish()
         require_finite_samples(groups, step=step, global_count=self.policy.global_count)
         if self.source.lag and step < num_steps_of(self.options.trainer):
-            self._begin_rollouts(step + 1)
+            # Where no server takes the weights, the next step tries again: this one has its responses.
+            with contextlib.suppress(StepAbandoned):
+                self._begin_rollouts(step + 1)
         return groups
 
     def _room_for_engine(self) -> AbstractContextManager:

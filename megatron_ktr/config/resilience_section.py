@@ -65,13 +65,17 @@ class ResilienceSection:
         above=0,
     )
     heartbeat_seconds: float = _option(
-        10.0, "Seconds between the files in which each rank says where it is (run_dir/status)", above=0
+        10.0, "Seconds between the files in which each rank says where it is (run_dir/status)", low=0.1, high=3600
     )
     metrics_port: int | None = _option(
-        None, "Port of this machine at which Prometheus can read rank 0's metrics; none = no port", low=1, high=65535
+        None, "Port of rank 0's machine at which Prometheus reads its metrics; none = no port", low=1, high=65535
+    )
+    metrics_host: str = _option(
+        "127.0.0.1", "Address of that port; whoever reaches it reads the metrics. 0.0.0.0 = every network"
     )
     wandb_project: str | None = _option(
-        None, "Project of Weights & Biases that metrics also go to; none = TensorBoard and metrics.jsonl alone"
+        None,
+        "Project of Weights & Biases that metrics also go to (package wandb); none = TensorBoard and metrics.jsonl",
     )
     profile_steps: tuple[int, ...] = _option(
         (), "First and last step that are written as Chrome traces (run_dir/profile), one file per rank; empty = none"

@@ -129,7 +129,7 @@ def read_run(run_dir: Path | str) -> RunData:
     if not (run_dir / "metrics.jsonl").is_file():
         raise UserError(f"--run-dir {run_dir} has no metrics.jsonl: expected the --run-dir of a training run")
     by_step: dict[int, Mapping[str, float]] = {}
-    for line, values in _read_lines(run_dir / "metrics.jsonl"):
+    for line, values in read_lines(run_dir / "metrics.jsonl"):
         step = values.get("step")
         numbers = {name: _or_nan(value) for name, value in values.items() if name != "step"}
         if not isinstance(step, int) or not _is_whole(step) or not all(_is_number(value) for value in numbers.values()):
@@ -181,7 +181,7 @@ def _varied(groups: Sequence[RecordedGroup]) -> list[RecordedGroup]:
 
 def _read_groups(path: Path, *, step: int, ignored: Collection[str]) -> list[RecordedGroup]:
     groups = []
-    for line, values in _read_lines(path):
+    for line, values in read_lines(path):
         try:
             record = check_record(values, number=line, needs_solution=False, ignored=ignored)
             responses = record.pop("responses", None)
@@ -258,7 +258,7 @@ def _numbers(item: Mapping[str, Any], name: str, num_tokens: int) -> list[float]
     return values
 
 
-def _read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields (number from 1, object) of each line. Half a line at the end is left out, as it is still being written."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: JSON text may contain U+2028

@@ -22,53 +22,42 @@ training step depends on these random states: rollouts and shuffles are seeded b
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import errno
 import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
-from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
-from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_ktr.config.part_options import CheckpointOptions
 from megatron_ktr.data.reshard import reshard_states
 from megatron_ktr.distributed.agreement import on_every_rank
 from megatron_ktr.distributed.checkpoint_writer import BackgroundSave, Written
-from megatron_ktr.distributed.optimizer_checkpoint import (
-    agreed_steps,
-    load_optimizer_state,
-    optimizer_sharded_state,
-    optimizer_shards,
-)
-from megatron_ktr.distributed.optimizer_shards import stored_keys
 from megatron_ktr.distributed.random_states import RANDOM_STATES, random_states_to_json, read_random_states
 from megatron_ktr.errors import UserError
 from megatron_ktr.files.checksums import Digest, sync, write_hashed, write_manifest
 from megatron_ktr.files.hf_files import copy_side_files
-from megatron_ktr.files.intact_checkpoint import CONFIG_FILE, FORMAT_VERSION, TRAINING_FILE
-from megatron_ktr.files.safe_pickle import UNREADABLE
-from megatron_ktr.files.torch_dist_checks import COMMON_FILE, check_chunks, require_tensors
-from megatron_ktr.files.torch_dist_files import TorchDistReader, torch_saved
+from megatron_ktr.files.intact_checkpoint import CONFIG_FILE, TRAINING_FILE
+from megatron_ktr.files.torch_dist_checks import COMMON_FILE
+from megatron_ktr.files.torch_dist_files import torch_saved
 from megatron_ktr.policy.policy import Policy
 from megatron_ktr.rollout.step_source import ResumableSource
+from megatron_ktr.run.checkpoint_state import (
+    as_user_error,
+    check_tensors,
+    gather_random_states,
+    layout_of,
+    load_sharded_state,
+    read_training_state,
+    state_to_save,
+    training_state,
+)
 from megatron_ktr.run.directory import CHECKPOINTS, SIDE_FILES, list_checkpoints, step_name
 from megatron_ktr.run.kept import BestCheckpoint, remove_checkpoint, remove_oldest
-from megatron_ktr.stack import load_strategy
-from models.qwen2_5_vl.dist_checkpoint import locate_tensors
-from models.qwen2_5_vl.dist_weights import model_sharded_state_dict, require_plain_tensors
-from models.qwen2_5_vl.lora import is_adapter
 
 _log = logging.getLogger(__name__)
 
@@ -127,15 +116,9 @@ class Checkpoints:
         """
         self._complete()
         scratch = self.directory / f".{step_name(step)}"
-        training = self._training_state(step)
-        random_states = self._gather_random_states()
-        state = sharded_state(self.policy)
-        # Weights kept in FP8 are written as plain numbers. Replacing them must come after ``sharded_state``, which
-        # finds the optimizer's state by the parameters themselves.
-        force_all_tensors_to_non_fp8(state)
-        sharded, common = save_preprocess(state, validate_access_integrity=False)
-        assert isinstance(sharded, dict), type(sharded)  # as the state that it is made of
-        common = self._common_of_all(common)
+        training = training_state(self.policy, self.source, step=step)
+        random_states = gather_random_states(self.policy)
+        sharded, common = state_to_save(self.policy)
         self._on_rank_zero(f"save step {step} to", lambda: self._prepare(scratch, training, random_states, common))
         self._on_each_rank(f"save step {step} to", lambda: _require_shared(scratch))
         self._pending = (step, BackgroundSave(sharded, scratch, data_group=self.ranks.data_context))
@@ -156,18 +139,18 @@ class Checkpoints:
         Raises:
             UserError: the checkpoint is of another model or of other data, or holds something else than a run writes.
         """
-        training = self._on_each_rank("read", lambda: _read_training_state(checkpoint))
-        with _as_user_error(checkpoint / TRAINING_FILE):
+        training = self._on_each_rank("read", lambda: read_training_state(checkpoint))
+        with as_user_error(checkpoint / TRAINING_FILE):
             # The source comes before the weights, so that a checkpoint of other data is refused early.
             ranks = self.ranks
             position = reshard_states(training["sources"], rank=ranks.data_rank, size=ranks.data_size)
             self.source.load_state_dict(position)
-        self._on_each_rank("read", lambda: self._check_tensors(checkpoint))
+        self._on_each_rank("read", lambda: check_tensors(self.policy, checkpoint))
         load_sharded_state(self.policy, checkpoint)
         scheduler = self.policy.scheduler
         scheduler.num_steps = 0
         scheduler.step(increment=training["scheduler_steps"])
-        if training["layout"] == self._layout():
+        if training["layout"] == layout_of(self.policy):
             states = self._on_each_rank("read", lambda: read_random_states(checkpoint))
             self._on_each_rank("read", lambda: self._set_random_state(states, checkpoint / RANDOM_STATES))
         elif ranks.rank == 0:
@@ -176,49 +159,11 @@ class Checkpoints:
         return self._complete_step
 
     def _set_random_state(self, states: list[dict[str, Any]], path: Path) -> None:
-        with _as_user_error(path):
+        with as_user_error(path):
             try:
                 self.policy.platform.set_rng_state(states[self.ranks.rank])
             except RuntimeError as error:  # torch raises it for a state of another length
                 raise ValueError(str(error)) from error
-
-    def _check_tensors(self, checkpoint: Path) -> None:
-        reader = TorchDistReader(checkpoint)
-        files = sorted(path.name for path in checkpoint.glob("*.distcp"))
-        check_chunks(checkpoint, files=files[self.ranks.rank :: self.ranks.world_size])
-        if self.policy.lora is None:
-            locate_tensors(reader, config=self.policy.model_config)
-
-    # State
-
-    def _layout(self) -> dict[str, Any]:
-        layout = dataclasses.asdict(self.ranks.sizes)
-        return {**layout, "world": self.ranks.world_size, "platform": self.policy.platform.name}
-
-    def _training_state(self, step: int) -> dict[str, Any]:
-        sources: list[Any] = [None] * self.ranks.data_size
-        torch.distributed.all_gather_object(sources, self.source.state_dict(), group=self.ranks.data)
-        return {
-            "version": FORMAT_VERSION,
-            "step": step,
-            "layout": self._layout(),
-            "scheduler_steps": self.policy.scheduler.num_steps,
-            "sources": sources,
-        }
-
-    def _common_of_all(self, common: dict[str, Any]) -> dict[str, Any]:
-        """The common state for rank 0 to write. Its optimizer settings come from the first rank that trains something,
-        because ranks that train nothing have none to save."""
-        settings = [None] * self.ranks.world_size if self.ranks.rank == 0 else None
-        trains = any(p.requires_grad for chunk in self.policy.chunks for p in chunk.parameters())
-        torch.distributed.gather_object(common.get("optimizer") if trains else None, settings, dst=0)
-        found = next((one for one in settings or [] if one is not None), None)
-        return common if found is None else common | {"optimizer": found}
-
-    def _gather_random_states(self) -> list[Any] | None:
-        states = [None] * self.ranks.world_size if self.ranks.rank == 0 else None
-        torch.distributed.gather_object(self.policy.platform.rng_state(), states, dst=0)
-        return states
 
     # Files
 
@@ -306,88 +251,6 @@ class Checkpoints:
                 raise UserError(f"checkpoints: cannot {what} {self.directory}: {reason}; {intact}") from error
 
         return on_every_rank(guarded, ranks=self.ranks)
-
-
-def sharded_state(policy: Policy, *, is_loading: bool = False) -> dict[str, Any]:
-    """This rank's part of weights and optimizer state, as megatron-core's sharded state; nothing is copied. All ranks
-    together describe the same tensors in every layout.
-
-    If the model has adapters, only the adapters are included; the other weights are those that the run started from.
-    """
-    policy.wait_for_parameters()
-    state = model_sharded_state_dict(policy.chunks)
-    has_optimizer_state = policy.options.optimizer.optimizer != "sgd"
-    # ``agreed_steps`` is collective: a rank with nothing to train calls it, too.
-    num_steps = agreed_steps(policy.optimizer) if has_optimizer_state else None
-    if has_optimizer_state and not getattr(policy.optimizer, "is_stub_optimizer", False):
-        state["optimizer"] = optimizer_sharded_state(
-            policy.optimizer, dict(state), num_steps=num_steps, is_loading=is_loading
-        )
-    for part in [name for name in state if name.startswith("model")]:
-        # Sharded objects are not needed: they are empty on plain torch layers, and on those of Transformer Engine they
-        # hold the history of FP8 scales.
-        state[part] = {
-            name: value
-            for name, value in state[part].items()
-            if not isinstance(value, ShardedObject) and (policy.lora is None or is_adapter(name))
-        }
-    return state
-
-
-@torch.no_grad()
-def load_sharded_state(policy: Policy, checkpoint: Path) -> None:
-    """Fills weights and optimizer from a checkpoint of any layout. Each data-parallel rank reads a part of it."""
-    state = sharded_state(policy, is_loading=True)
-    parts = [name for name in state if name.startswith("model")]
-    shards = optimizer_shards(policy.optimizer, {name: state[name] for name in parts}) if "optimizer" in state else []
-
-    def require_plain() -> None:
-        require_plain_tensors(state, checkpoint)
-        require_tensors(checkpoint, {key for part in shards for key in stored_keys(part)})
-
-    on_every_rank(require_plain, ranks=policy.ranks)
-    try:
-        strategy = FullyParallelLoadStrategyWrapper(load_strategy(str(checkpoint)), policy.ranks.data_context)
-        loaded: Any = dist_checkpointing.load(state, str(checkpoint), sharded_strategy=strategy)
-    except (CheckpointingException, CheckpointException, OSError, *UNREADABLE) as error:
-        raise UserError(f"--resume: {checkpoint} cannot be loaded: {error}") from error
-    for chunk, name in zip(policy.bare_chunks, parts, strict=True):
-        result = chunk.load_state_dict(loaded[name], strict=False)
-        missing = [key for key in result.missing_keys if policy.lora is None or is_adapter(key)]
-        lost = [key for key in missing if not key.endswith("_extra_state")] + result.unexpected_keys
-        if lost:
-            raise RuntimeError(f"parameters that the sharded state does not cover: {', '.join(lost)}")
-    policy.vision.forget()
-    optimizer = policy.optimizer
-
-    def load_optimizer() -> None:
-        # A rank that has nothing to train has no optimizer state.
-        if "optimizer" in state:
-            with _as_user_error(checkpoint / COMMON_FILE):
-                load_optimizer_state(optimizer, loaded["optimizer"], shards=shards, checkpoint=checkpoint)
-
-    on_every_rank(load_optimizer, ranks=policy.ranks)
-
-
-def _read_training_state(checkpoint: Path) -> dict[str, Any]:
-    path = checkpoint / TRAINING_FILE
-    with _as_user_error(path):
-        state = json.loads(path.read_text(encoding="utf-8"))
-        missing = {"step", "layout", "scheduler_steps", "sources"} - state.keys()
-        if missing:
-            raise UserError(f"--resume: {path} lacks {', '.join(sorted(missing))}")
-        if int(state.get("version", 1)) > FORMAT_VERSION:
-            raise UserError(f"--resume: {path} was written by a later version of this program")
-    return state
-
-
-@contextlib.contextmanager
-def _as_user_error(path: Path) -> Iterator[None]:
-    """Turns errors of reading ``path`` into ``UserError``. A file that matches its checksum may still hold anything."""
-    try:
-        yield
-    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-        raise UserError(f"--resume: {path} does not hold what a run writes there: {error!r}") from error
 
 
 def _require_shared(scratch: Path) -> None:

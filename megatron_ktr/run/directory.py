@@ -9,6 +9,9 @@ rollouts/abandoned_after_step_00000010/    rollouts of later steps, which an ear
 eval/step_00000010/                the answers of an evaluation between steps (docs/evaluation.md)
 eval/settings.json                 what each set of held-out questions is, and how it is asked
 eval/abandoned_after_step_00000010/    evaluations of later steps, as with rollouts
+status/rank_00000.json             where each rank is, replaced every few seconds (run/status/heartbeat.py)
+events.jsonl                       what went wrong (run/incidents.py)
+profile/rank_0.json                some steps as a Chrome trace (--profile-steps)
 best.json                          the checkpoint that --keep-best keeps
 checkpoints/step_00000010/         a complete checkpoint: the name appears by a rename, after everything is written
 checkpoints/damaged_step_00000030/ a checkpoint whose files have changed since; a run set it aside and used an older one
@@ -62,15 +65,18 @@ MAY_CHANGE = frozenset(
     "dry_run dry_run_gpus dry_run_gpu_memory_gb "
     "rollout_memory_share rollout_kv_cache_gb rollout_max_num_seqs rollout_eager offload_during_rollout "
     "eval_data eval_loss_data eval_media_root eval_benchmark eval_benchmark_root eval_at_start eval_frames "
+    "server_urls server_max_requests server_timeout_seconds server_max_retries server_wait_minutes server_token_env "
+    "server_token_file weight_transfer weight_directory check_sampler sampler_gap_limit judge_url judge_key_env "
+    "judge_retries judge_concurrency reward_workers reward_worker_memory_gb reward_timeout "
     "eval_max_items eval_max_tokens eval_temperature keep_best "
     "keep_every export_interval save_failure max_skipped_in_a_row alarm_action alarm_window alarm_grad_norm "
     "alarm_reward_drop alarm_entropy alarm_length alarm_kl replica_check_interval hang_timeout_minutes "
-    "heartbeat_seconds metrics_port wandb_project profile_steps".split()
+    "heartbeat_seconds metrics_port metrics_host wandb_project profile_steps".split()
 )
 """The options that a resumed run may change, besides the parallel ones: where things are, how long and how fast it
-runs, what is watched, and evaluation, which changes nothing in training. (A set of held-out questions must stay what it was as long as
-it has the same name; ``evaluation/in_training_settings.py`` sees to that.) A change of any other option would make it
-another run and is refused. A new option is refused until it is listed here."""
+runs, what is watched, and evaluation, which changes nothing in training. (A set of held-out
+questions must stay what it was as long as it has the same name; ``evaluation/in_training_settings.py`` sees to that.) A
+change of any other option would make it another run and is refused. A new option is refused until it is listed here."""
 
 
 @dataclass(frozen=True)

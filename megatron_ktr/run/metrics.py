@@ -9,6 +9,8 @@ The names of the numbers are stable:
   clipped_fraction (``objectives/importance.py``)
 - data_wait_fraction: the time in which the reading rank drew the step's prompts (with lag 1 during the step before),
   as a share of the step's time, at most 1; the largest of all replicas
+- ranks/device_memory_peak_gb and ranks/host_memory_gb; with several ranks ranks/slowest and
+  ranks/slowest_behind_seconds (``run/status/rank_figures.py``)
 - in the first record of a run: sampler_check/gap_mean and sampler_check/gap_max, in nats (``rollout/check/sampler.py``)
 - with several replicas: flops_imbalance/before, flops_imbalance/after and groups_moved (``step/plan.py``)
 - under a bound on tokens: num_micro_batches and oversized_groups (``step/plan.py``)
@@ -55,6 +57,7 @@ from typing import IO, Any
 
 from megatron_ktr.files.atomic import write_atomically
 from megatron_ktr.files.json_files import to_json
+from megatron_ktr.processes.frames import place_of_error
 
 FILE = "metrics.jsonl"
 
@@ -79,6 +82,9 @@ class PhaseTimer:
         try:
             yield
             self._synchronize()
+        except Exception as error:
+            error.add_note(f"in phase {name}, {place_of_error(error)}")
+            raise
         finally:
             self._tell(None)
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started

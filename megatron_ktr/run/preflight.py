@@ -8,6 +8,7 @@ the same answer by itself. They also work before the ranks exist, because ``worl
 from __future__ import annotations
 
 import contextlib
+import os
 
 from megatron_ktr.config import Config
 from megatron_ktr.config.part_options import ModelOptions
@@ -51,6 +52,17 @@ def check_layout(config: Config, model_config: Qwen2_5_VLConfig, *, world_size: 
     if config.has_engine and config.rollout.engine == "vllm_colocated":
         share_groups(sizes, world_size=world_size, engine_size=config.rollout.rollout_tensor_parallel_size)
     return sizes
+
+
+def restart_notes(*, resumes: bool) -> list[str]:
+    """What the user should know about restarts. ``resumes`` says that the run has ``--resume`` or ``--auto-resume``."""
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "").strip()
+    if resumes or not restarts.isdecimal() or not int(restarts):
+        return []
+    return [
+        f"restarts: the launcher may start the ranks again (--max-restarts {restarts}), but they would find a run "
+        "directory that is not empty, and end: give --auto-resume"
+    ]
 
 
 def check_micro_batches(config: Config, *, sizes: ParallelSizes, data_size: int) -> None:

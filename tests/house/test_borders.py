@@ -28,7 +28,7 @@ WINGS = (
     ("step",),
     ("rollout",),
     ("run",),
-    ("trainer",),
+    ("trainer", "launching"),
     ("loop",),
     ("train", "launch"),
 )
@@ -54,7 +54,7 @@ MAX_TOP_MODULES = 9
 MAY_IMPORT = {
     "megatron": (
         "megatron_ktr/policy/policy.py",
-        "megatron_ktr/run/checkpoint.py",
+        "megatron_ktr/run/checkpoint_state.py",
         "megatron_ktr/distributed/*",
         "megatron_ktr/stack.py",
         "models/*",
@@ -64,7 +64,7 @@ MAY_IMPORT = {
         "models/*",
         "tools/*",
         "megatron_ktr/policy/*",
-        "megatron_ktr/run/checkpoint.py",
+        "megatron_ktr/run/checkpoint_state.py",
         "megatron_ktr/run/preflight.py",
         "megatron_ktr/run/dry_run/*",
         "megatron_ktr/train.py",

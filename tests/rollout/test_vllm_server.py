@@ -32,7 +32,7 @@ from megatron_ktr.rollout.check.probes import probe_prompts
 from megatron_ktr.rollout.hf import HFEngine
 from megatron_ktr.rollout.sampling import SamplingSettings
 from megatron_ktr.rollout.server.engine import ServerEngine
-from megatron_ktr.rollout.server.pool import PoolSettings
+from megatron_ktr.rollout.server.member import PoolSettings
 from megatron_ktr.rollout.server.replicas import Replicas
 from megatron_ktr.rollout.server.weights import DirectoryTransfer
 from megatron_ktr.rollout.server.wire import encode_request, medium_item, pack
