@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import random
-import resource
 import shutil
 import time
 import traceback
@@ -14,7 +12,6 @@ from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from tests.faults.scenarios import AREAS
@@ -29,19 +26,21 @@ class Summary:
     """By area and kind of fault."""
     failures: list[dict[str, Any]] = field(default_factory=list)
     """Each with area, seed, what was broken, and the command that repeats it."""
-    cpu_seconds: float = 0.0
+    wall_seconds: float = 0.0
 
     @property
     def num_faults(self) -> int:
         return sum(sum(kinds.values()) for kinds in self.counts.values())
 
     def as_json(self) -> dict[str, Any]:
-        machine = f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}"
+        machine = (
+            f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}"
+        )
         return {
             "machine": machine,
             "num_faults": self.num_faults,
             "num_failures": len(self.failures),
-            "wall_seconds": round(self.cpu_seconds),
+            "wall_seconds": round(self.wall_seconds),
             "counts": {area: dict(sorted(kinds.items())) for area, kinds in self.counts.items()},
             "failures": self.failures,
         }
@@ -65,9 +64,7 @@ def run_seeds(world: World, wanted: Iterable[tuple[str, int]], *, jobs: int = 2,
             kind = AREAS[area][0](world, random.Random(f"{area} {seed}"), folder)
         except Exception as error:
             text = str(error) if isinstance(error, AssertionError) else traceback.format_exc()
-            summary.failures.append(
-                {"area": area, "seed": seed, "text": text, "command": reproduction(area, seed)}
-            )
+            summary.failures.append({"area": area, "seed": seed, "text": text, "command": reproduction(area, seed)})
             if say:
                 say(f"FAILED {area} {seed}: {text}\n  repeat: {reproduction(area, seed)}\n  files: {folder}")
             return
@@ -79,5 +76,5 @@ def run_seeds(world: World, wanted: Iterable[tuple[str, int]], *, jobs: int = 2,
     with ThreadPoolExecutor(jobs) as pool:
         for _ in pool.map(run, wanted):
             pass
-    summary.cpu_seconds = time.monotonic() - started
+    summary.wall_seconds = time.monotonic() - started
     return summary
