@@ -5,6 +5,7 @@ import warnings
 from types import TracebackType
 
 from megatron_ktr.distributed.nvidia_apex import hide_unusable_apex
+from megatron_ktr.distributed.platform_import import import_core_eagerly
 from megatron_ktr.distributed.wheel_cudnn import use_wheels_cudnn
 from megatron_ktr.stack import silence_advice
 
@@ -12,6 +13,7 @@ from megatron_ktr.stack import silence_advice
 hide_unusable_apex()
 # Before megatron-core imports Transformer Engine.
 use_wheels_cudnn()
+import_core_eagerly()
 # On import and on every rank megatron-core advises on optional packages and torch on renamed collectives it calls; a
 # run's console is for the run.
 warnings.filterwarnings("ignore", module=r"megatron\.")

@@ -22,7 +22,8 @@ from megatron_ktr.config.part_options import CheckpointOptions
 from megatron_ktr.data.random_groups import FixedSource
 from megatron_ktr.distributed.groups import ParallelGroups, ParallelSizes, destroy_parallel, init_parallel
 from megatron_ktr.distributed.platform import host_peak_bytes, reset_host_peak
-from megatron_ktr.run.checkpoint import Checkpoints, load_sharded_state
+from megatron_ktr.run.checkpoint import Checkpoints
+from megatron_ktr.run.checkpoint_state import load_sharded_state
 
 NUM_LAYERS, VISION_DEPTH = 4, 4
 

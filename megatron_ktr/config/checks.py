@@ -20,6 +20,7 @@ from megatron_ktr.config import (
     reward_rules,
     schedule,
     second_prompt_rules,
+    watch_rules,
 )
 from megatron_ktr.config.given import flag, given
 from megatron_ktr.config.objective_registry import objective_entry, options_of_others
@@ -27,6 +28,7 @@ from megatron_ktr.config.sections import DataSection
 from megatron_ktr.config.selection_rules import selection_problems
 from megatron_ktr.errors import UserError
 from megatron_ktr.stack import require_core_0_19
+from megatron_ktr.web.address import Address, check_variable_name
 
 if TYPE_CHECKING:
     from megatron_ktr.config import Config
@@ -61,7 +63,7 @@ def check(config: Config) -> None:
     """Raises ``UserError`` with the first rule that ``config`` breaks."""
     training = (_objective, _optimizer, _parallel, _fp8, _frozen_models)
     sampling = (_rollout, second_prompt_rules.problems, reward_rules.problems, filter_rules.problems)
-    for rules in (_required, _data, *sampling, evaluation_rules.problems, *training):
+    for rules in (_required, _data, *sampling, evaluation_rules.problems, watch_rules.problems, *training):
         for problem in rules(config):
             raise UserError(problem)
 
@@ -160,6 +162,12 @@ def _rollout(config: Config) -> Iterator[str]:
     yield from _offload_during_rollout(config)
     if rollout.engine == "vllm_server" and not rollout.server_urls:
         yield "--engine vllm_server needs --server-urls, the addresses of vllm serve processes"
+    if rollout.server_token_env is not None:  # somebody may have given the token itself
+        check_variable_name(rollout.server_token_env, option="--server-token-env")
+    if rollout.server_token_env is not None and rollout.server_token_file is not None:
+        yield "--server-token-env and --server-token-file both give the servers' token: leave out one of them"
+    for url in rollout.server_urls:  # before anything could write down a password in one
+        Address.read(url, option="--server-urls", key_option="--server-token-env")
     if rollout.server_urls and rollout.engine != "vllm_server":
         yield f"--server-urls is not read by --engine {rollout.engine}"
     if rollout.share_vision_features and not is_vllm:

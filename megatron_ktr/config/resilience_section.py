@@ -17,16 +17,19 @@ class ResilienceSection:
         0, "Checkpoints of steps that are a multiple of this are never removed; 0 = none is kept for that", low=0
     )
     export_interval: int = _option(
-        0, "Steps between Hugging Face exports to run_dir/exports; 0 = only the export at the end", low=0
+        0,
+        "Steps between Hugging Face exports to run_dir/exports; 0 = only the export at the end (run_dir/export)",
+        low=0,
     )
     save_failure: SaveFailure = _option(
         "stop",
-        "What a run does when a checkpoint cannot be written (a full disk): end, or train on and try again later",
+        "What a run does when a checkpoint or an export of export_interval cannot be written (a full disk): end, or "
+        "train on and try again when the next one is due",
     )
     max_skipped_in_a_row: int = _option(
         3,
-        "Updates in a row that may be skipped because the loss or the gradient is not finite; one more ends the run; "
-        "0 = the first one ends it",
+        "Updates in a row that may be skipped because log-probs, loss or gradient are not finite; one more ends the "
+        "run; 0 = the first one ends it",
         low=0,
     )
     alarm_action: AlarmAction = _option(
@@ -37,19 +40,27 @@ class ResilienceSection:
         10.0, "Alarm when the gradient norm is above this many times the window's median; none = no alarm", above=1
     )
     alarm_reward_drop: float | None = _option(
-        None, "Alarm when the mean reward has fallen by this share of what it was; none = no alarm", above=0, high=1
+        None,
+        "Alarm when the window's mean reward has fallen by this share of the run's best; none = no alarm",
+        above=0,
+        high=1,
     )
     alarm_entropy: float | None = _option(
-        None, "Alarm when the policy's mean entropy is below this, in nats; none = no alarm", above=0
+        None,
+        "Alarm when the policy's mean entropy is below this, in nats (median of 5 steps); none = no alarm",
+        above=0,
     )
     alarm_length: float | None = _option(
         None, "Alarm when responses are this many times as long as the window's median; none = no alarm", above=1
     )
     alarm_kl: float | None = _option(
-        None, "Alarm when the KL divergence to the reference model is above this, in nats; none = no alarm", above=0
+        None,
+        "Alarm when the KL divergence to the reference model is above this, in nats (median of 5 steps); none = no "
+        "alarm",
+        above=0,
     )
     replica_check_interval: int = _option(
-        0, "Steps between comparisons of the weights of data-parallel replicas; 0 = never", low=0
+        0, "Steps between comparisons of the weights that ranks hold alike (docs/guards.md); 0 = never", low=0
     )
     hang_timeout_minutes: float | None = _option(
         None,
@@ -57,13 +68,17 @@ class ResilienceSection:
         above=0,
     )
     heartbeat_seconds: float = _option(
-        10.0, "Seconds between the files in which each rank says where it is (run_dir/status)", above=0
+        10.0, "Seconds between the files in which each rank says where it is (run_dir/status)", low=0.1, high=3600
     )
     metrics_port: int | None = _option(
-        None, "Port of this machine at which Prometheus can read rank 0's metrics; none = no port", low=1, high=65535
+        None, "Port of rank 0's machine at which Prometheus reads its metrics; none = no port", low=1, high=65535
+    )
+    metrics_host: str = _option(
+        "127.0.0.1", "Address of that port; whoever reaches it reads the metrics. 0.0.0.0 = every network"
     )
     wandb_project: str | None = _option(
-        None, "Project of Weights & Biases that metrics also go to; none = TensorBoard and metrics.jsonl alone"
+        None,
+        "Project of Weights & Biases that metrics also go to (package wandb); none = TensorBoard and metrics.jsonl",
     )
     profile_steps: tuple[int, ...] = _option(
         (), "First and last step that are written as Chrome traces (run_dir/profile), one file per rank; empty = none"

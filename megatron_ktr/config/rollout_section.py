@@ -81,6 +81,16 @@ class RolloutSection:
     server_max_retries: int = _option(
         4, "Failures in a row that a server may have; one more and it is taken out", low=0
     )
+    server_wait_minutes: float = _option(
+        10.0,
+        "How long a run waits when no server is left, or none answers a request; then it saves the state before the "
+        "step and ends",
+        low=0,
+    )
+    server_token_env: str | None = _option(
+        None, "Name of the environment variable that holds the servers' token (not the token itself)"
+    )
+    server_token_file: str | None = _option(None, "File that holds the servers' token, in one line")
     weight_transfer: WeightTransfer = _option(
         "auto", "How servers receive weights: NCCL, or safetensors in weight_directory; auto = NCCL on GPUs"
     )

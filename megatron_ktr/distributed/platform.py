@@ -109,7 +109,8 @@ class _CudaPlatform(Platform):
         torch.cuda.empty_cache()
 
     def peak_memory_bytes(self) -> int:
-        return torch.cuda.max_memory_allocated()
+        # By name: another thread than the main one has another current device.
+        return torch.cuda.max_memory_allocated(self.device)
 
     def reset_peak_memory(self) -> None:
         torch.cuda.reset_peak_memory_stats()

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from megatron_ktr.distributed.platform_import import is_compiled, nothing_compiled
+
 
 def redirect_cuda_to_cpu() -> None:
     """Installs the replacements for the whole process; call it once. Each thread then calls ``CudaToCpu.push_once``."""
@@ -40,6 +42,10 @@ def _cpu_if_cuda(device: Any) -> Any:
     if isinstance(device, int) and not isinstance(device, bool):
         return torch.device("cpu")
     return device
+
+
+_MAY_NAME_A_DEVICE = frozenset({Tensor.cuda, Tensor.pin_memory, Tensor.type, Tensor.to})
+"""Functions that are changed even without keywords."""
 
 
 class CudaToCpu(TorchFunctionMode):
@@ -64,6 +70,9 @@ class CudaToCpu(TorchFunctionMode):
         return any(isinstance(torch._C._get_function_stack_at(i), cls) for i in stack)
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        # Every operator and every look at a shape comes here: what can name no device goes on at once.
+        if not kwargs and func not in _MAY_NAME_A_DEVICE:
+            return func(*args)
         kwargs = dict(kwargs) if kwargs else {}
         if func is Tensor.cuda or func is Tensor.pin_memory:
             return args[0]
@@ -214,26 +223,21 @@ def _copy_storage(target: Tensor, source: Tensor) -> None:
 def _repair_megatron() -> None:
     """Replaces names that megatron-core, without CUDA and TE, leaves undefined or binds too early to be redirected."""
     is_imported = "megatron.core" in sys.modules
-    compile_function = torch.compile
     if not is_imported:
         # Transformer Engine may be installed if this is a GPU machine. megatron-core would then use its optimizers,
         # which are GPU kernels, and its import may need a driver. None in ``sys.modules`` makes it count as absent.
         sys.modules.setdefault("transformer_engine", None)  # type: ignore[arg-type]
-        # megatron-core decorates its fused activations with torch.compile, which costs seconds per rank and needs a C++
-        # compiler.
-        torch.compile = lambda model=None, **kwargs: model if model is not None else (lambda function: function)
-    try:
-        with warnings.catch_warnings():
-            # megatron-core warns four times that Transformer Engine and apex are absent, which is normal on CPU.
-            warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
-            import megatron.core.tensor_parallel.random as tracker
-            from megatron.core.jit import disable_jit_fuser
-    finally:
-        torch.compile = compile_function
-    disable_jit_fuser()
-    if is_imported:
+    # megatron-core decorates its fused activations with torch.compile, which costs seconds per rank and needs a C++
+    # compiler.
+    with contextlib.nullcontext() if is_imported else nothing_compiled(), warnings.catch_warnings():
+        # megatron-core warns four times that Transformer Engine and apex are absent, which is normal on CPU.
+        warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+        import megatron.core.tensor_parallel.random as tracker
+        from megatron.core import jit
+    if is_compiled(jit.jit_fuser):
         # The functions are decorated already, so compiled functions of this process are run eagerly instead.
         torch.compiler.set_stance("force_eager")
+    jit.disable_jit_fuser()
 
     def get_state(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> Tensor:
         return torch.get_rng_state()

@@ -19,48 +19,20 @@ import errno
 import os
 import secrets
 import socket
-import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
-from megatron_ktr.errors import UserError
+from megatron_ktr.distributed.roll_call import call_roll
+from megatron_ktr.distributed.waiting import PATIENCE_SECONDS, Deadline, Place, first_line, say_once
+from megatron_ktr.errors import LostRankError, UserError
 
 RENDEZVOUS_MINUTES = 10.0
 """How long the processes of a run wait for each other at the start."""
-_PATIENCE_SECONDS = 15.0
-"""After this time, one line says who is waited for."""
 _TRY_SECONDS = 5.0
+_meetings: list[tuple[Place, str]] = []
+"""Of this process, the last one is the present one: its place, and the prefix of its store."""
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
-@dataclass(frozen=True)
-class Place:
-    """The rank of this process in the run, and the address at which the processes meet."""
-
-    rank: int
-    world_size: int
-    address: str
-    port: int
-
-    def __str__(self) -> str:
-        return f"MASTER_ADDR {self.address}, MASTER_PORT {self.port}"
-
-
-class Deadline:
-    """The time at which waiting ends."""
-
-    def __init__(self, minutes: float) -> None:
-        self.minutes = minutes
-        self._end = time.monotonic() + minutes * 60
-
-    @property
-    def seconds_left(self) -> float:
-        return max(0.0, self._end - time.monotonic())
-
-    def __str__(self) -> str:
-        return f"{self.minutes:g} minutes"
 
 
 def read_number(name: str, *, low: int, high: int, default: int | None = None) -> int:
@@ -133,10 +105,12 @@ def meet(place: Place, *, minutes: float = RENDEZVOUS_MINUTES) -> Any:
                     wait_for_workers=False,
                 )
         except (RuntimeError, ValueError) as error:
-            raise UserError(f"{place}: rank 0 cannot open its port: {_first_line(error)}") from error
+            raise UserError(f"{place}: rank 0 cannot open its port: {first_line(error)}") from error
     else:
         store = connect(place.address, place.port, deadline=deadline)
-    return _call_roll(store, place, deadline=deadline)
+    prefix = call_roll(store, place, deadline=deadline)
+    _meetings.append((place, prefix))
+    return dist.PrefixStore(prefix, store)
 
 
 def join_world(
@@ -163,11 +137,24 @@ def join_world(
             backend, store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=device
         )
     except RuntimeError as error:
-        raise UserError(
+        raise LostRankError(
             f"{place or 'a process alone'}: the ranks met, but cannot connect to each other over {backend}: "
-            f"{_first_line(error)}; docs/launching.md says which interface each takes (GLOO_SOCKET_IFNAME, "
+            f"{first_line(error)}; docs/launching.md says which interface each takes (GLOO_SOCKET_IFNAME, "
             "NCCL_SOCKET_IFNAME)"
         ) from error
+
+
+def connect_again(*, timeout_seconds: float) -> Any:
+    """A second connection to the store of the run, for a thread of its own: a client waits for one answer at a time.
+    None if the ranks did not meet here. Raises ``UserError`` if the store does not answer."""
+    import torch.distributed as dist
+
+    if not _meetings:
+        return None
+    place, prefix = _meetings[-1]
+    store = connect(place.address, place.port, deadline=Deadline(timeout_seconds / 60))
+    store.set_timeout(datetime.timedelta(seconds=timeout_seconds))
+    return dist.PrefixStore(prefix, store)
 
 
 def connect(address: str, port: int, *, deadline: Deadline) -> Any:
@@ -178,7 +165,7 @@ def connect(address: str, port: int, *, deadline: Deadline) -> Any:
     """
     import torch.distributed as dist
 
-    reason, patience = "", Deadline(_PATIENCE_SECONDS / 60)
+    reason, patience = "", Deadline(PATIENCE_SECONDS / 60)
     while True:
         try:
             # A plain connection is tried first, because torch's own would wait in C++.
@@ -196,13 +183,13 @@ def connect(address: str, port: int, *, deadline: Deadline) -> Any:
         except OSError as error:
             reason = _words(error)
         except RuntimeError as error:
-            reason = f"something else answers there: {_first_line(error)}"
+            reason = f"something else answers there: {first_line(error)}"
         if not deadline.seconds_left:
             raise UserError(
                 f"MASTER_ADDR {address}, MASTER_PORT {port}: not reached within {deadline}: {reason}; is that rank 0's "
                 "machine, has rank 0 started, does a firewall close the port?"
             )
-        patience = _say_once(patience, f"waiting for rank 0 at {address}:{port}: {reason}")
+        patience = say_once(patience, f"waiting for rank 0 at {address}:{port}: {reason}")
         time.sleep(min(1.0, deadline.seconds_left))
 
 
@@ -212,7 +199,7 @@ def check_own_address(address: str, port: int, *, deadline: Deadline) -> None:
     Raises:
         UserError: the port is taken, or the address leads elsewhere or nowhere.
     """
-    reason, patience = "", Deadline(_PATIENCE_SECONDS / 60)
+    reason, patience = "", Deadline(PATIENCE_SECONDS / 60)
     with _open_port(port) as listener:
         while True:
             try:
@@ -229,7 +216,7 @@ def check_own_address(address: str, port: int, *, deadline: Deadline) -> None:
                     f"MASTER_ADDR {address} does not lead to this machine, {socket.gethostname()}, where rank 0 runs "
                     f"(port {port}, tried for {deadline}): {reason}; give rank 0's name or address, as others reach it"
                 )
-            patience = _say_once(patience, f"rank 0 does not reach itself at {address}:{port}: {reason}")
+            patience = say_once(patience, f"rank 0 does not reach itself at {address}:{port}: {reason}")
             time.sleep(min(1.0, deadline.seconds_left))
 
 
@@ -269,71 +256,6 @@ def _leads_here(address: str, port: int, listener: socket.socket) -> bool:
     return False
 
 
-def _call_roll(store: Any, place: Place, *, deadline: Deadline) -> Any:
-    """Waits until every rank has registered, each exactly once."""
-    import torch.distributed as dist
-
-    # The store of a launcher outlives the ranks that it restarts, so every restart uses names of its own.
-    name = f"meeting_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    roll = dist.PrefixStore(name, store)
-    where = f"{socket.gethostname()}, process {os.getpid()}"
-    try:
-        if roll.add(f"rank {place.rank}", 1) > 1:
-            other = roll.get(f"where {place.rank}").decode()
-            raise UserError(
-                f"{place}: rank {place.rank} is there already ({other}; this one is {where}): is NODE_RANK another one "
-                "on every node?"
-            )
-        roll.set(f"where {place.rank}", where)
-        size = int(roll.compare_set("world size", "", str(place.world_size)))
-        if size != place.world_size:
-            raise UserError(
-                f"{place}: this process was told of {place.world_size} ranks, another one of {size}: NNODES and the "
-                "processes per node must be the same everywhere"
-            )
-        if roll.add("number", 1) == place.world_size:
-            roll.set("complete", "yes")
-        _wait_for_all(roll, place, deadline=deadline)
-    except (RuntimeError, OSError) as error:
-        raise UserError(
-            f"{place}: the connection to rank 0 broke while ranks were counted: {_first_line(error)}"
-        ) from error
-    return dist.PrefixStore(f"{name}_complete", store)
-
-
-def _wait_for_all(roll: Any, place: Place, *, deadline: Deadline) -> None:
-    patience = Deadline(_PATIENCE_SECONDS / 60)
-    # This polls in Python, with short pauses, so that signals are handled.
-    pause = 0.01
-    while not roll.check(["complete"]):
-        if deadline.seconds_left:
-            time.sleep(pause)
-            pause = min(1.0, 1.5 * pause)
-            if place.rank == 0:
-                patience = _say_once(patience, f"waiting for {_missing(roll, place)}")
-            continue
-        # Only rank 0 asks which ranks are missing: if a thousand ranks asked, the store would be overloaded.
-        who = _missing(roll, place) if place.rank == 0 else "some ranks (rank 0 says which)"
-        raise UserError(
-            f"{place}: after {deadline} {who} had not come: are NNODES and the processes per node the same everywhere, "
-            "has every node started?"
-        )
-
-
-def _missing(roll: Any, place: Place) -> str:
-    absent = [rank for rank in range(place.world_size) if not roll.check([f"where {rank}"])]
-    shown = ", ".join(map(str, absent[:8])) + (", ..." if len(absent) > 8 else "")
-    return f"{len(absent)} of {place.world_size} ranks ({shown})"
-
-
-def _say_once(patience: Deadline | None, line: str) -> Deadline | None:
-    """Prints ``line`` once ``patience`` has run out. Returns the patience for the next call; None after printing."""
-    if patience is None or patience.seconds_left:
-        return patience
-    print(line, file=sys.stderr, flush=True)
-    return None
-
-
 @contextlib.contextmanager
 def _without_native_messages() -> Iterator[None]:
     """Drops what C++ writes to the error stream. For a failed connection that is a stack trace, which adds nothing to
@@ -351,10 +273,6 @@ def _without_native_messages() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(nowhere)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def _words(error: OSError) -> str:

@@ -109,7 +109,7 @@ class StripFolder:
 def _read(path: Path) -> dict[str, Any] | None:
     """Size and comment of a strip; None if it is not there, or is none of ours."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=("JPEG",)) as image:
             comment = parse_json(bytes(image.info["comment"]).decode("ascii"))
             return {
                 "width": image.width,

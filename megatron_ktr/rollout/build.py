@@ -264,6 +264,7 @@ def build_sampler(config: Config, *, ranks: ParallelGroups, tokenizer: Tokenizer
             tokenizer=tokenizer,
             media=media,
             sampling=sampling,
+            gap_limit=rollout.sampler_gap_limit or DEFAULT_LIMIT[config.model.params_dtype],
         )
         return with_rewards(engine)
     assert rollout.engine == "hf", f"--engine {rollout.engine} has no branch here"

@@ -33,6 +33,7 @@ from typing import Any
 from megatron_ktr.data.source import DatasetSource
 from megatron_ktr.distributed.agreement import gather_objects, on_every_rank
 from megatron_ktr.distributed.groups import ParallelGroups
+from megatron_ktr.errors import StepAbandoned
 from megatron_ktr.rollout.filtering import Decision, FilterRule, Needs, Verdict, decide, spread_evenly, values_of
 from megatron_ktr.rollout.second_prompt import Question
 from megatron_ktr.rollout.source import ReplicaSource, pending_responses
@@ -165,7 +166,10 @@ class FilteredSource(ReplicaSource):
         begun = self._begun
         if begun is None or not (self.needs_weights and self.lag):
             return state
-        self._complete(begun)
+        try:
+            self._complete(begun)
+        except StepAbandoned:  # nobody answers: a resumed run asks anew, with its weights
+            return state
         pending = pending_responses(begun.answered.values(), questions=begun.questions.values())
         return {**state, "pending": self.from_local(pending)}
 
@@ -179,7 +183,11 @@ class FilteredSource(ReplicaSource):
         stays_awake = contextlib.nullcontext() if self.sampler is None else self.sampler.engine.awake()
         with stays_awake:
             while True:
-                on_every_rank(lambda: self._answer(begun), ranks=self._ranks)
+                try:
+                    on_every_rank(lambda: self._answer(begun), ranks=self._ranks)
+                except StepAbandoned:
+                    self._begun = None  # it is not waited for a second time
+                    raise
                 self._judge(begun)
                 verdicts = [verdict for _, verdict in (begun.verdicts[place] for place in sorted(begun.verdicts))]
                 decision = decide(

@@ -14,6 +14,7 @@ An error on one rank is raised on every rank of the world (``on_every_rank``).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ from megatron_ktr.data.source import DatasetSource
 from megatron_ktr.distributed.agreement import on_every_rank
 from megatron_ktr.distributed.collectives import broadcast_object
 from megatron_ktr.distributed.groups import ParallelGroups
+from megatron_ktr.errors import StepAbandoned
 from megatron_ktr.rewards import DEFAULT_REWARDS, Rewarder
 from megatron_ktr.rollout.base import RolloutEngine
 from megatron_ktr.rollout.sampling import SamplingSettings
@@ -173,11 +175,13 @@ class ReplicaSource:
     def finish(self) -> list[RolloutGroup]:
         """The groups whose prompts ``begin`` drew, with responses and rewards. All ranks of a replica get the same."""
         assert self._drawn is not None, "finish() before begin()"
-        drawn, self._drawn = self._drawn, None
+        drawn = self._drawn
         if not self.needs_weights:
+            self._drawn = None
             self._share_counts()
             return drawn.groups
         answered = self._answers(drawn)
+        self._drawn = None  # not before: a step that is abandoned has drawn nothing (``state_dict``)
         found = self.from_local(None if self.local is None else [(one.rollouts, one.shuffled) for one in answered])
         self._share_counts()
         return [
@@ -235,11 +239,14 @@ class ReplicaSource:
         """The reading rank's state, on every rank of the replica.
 
         If a step has begun, the state holds the place in the data before its prompts were drawn. With ``lag`` it also
-        holds the step's responses, because the weights that sampled them are gone when the run resumes.
+        holds the step's responses, because the weights that sampled them are gone when the run resumes. A step that was
+        abandoned has none.
         """
         if self._drawn is None:
             return self.from_local(None if self.local is None else self.local.state_dict())
-        answered = self._answers(self._drawn) if self.needs_weights and self.lag else []
+        answered: list[RolloutGroup] = []
+        with contextlib.suppress(StepAbandoned):  # nobody answers: a resumed run asks anew, with its weights
+            answered = self._answers(self._drawn) if self.needs_weights and self.lag else []
         pending = pending_responses(answered, questions=self._drawn.asked)
         return self.from_local({**self._drawn.state_before, "pending": pending})
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import datetime
 import logging
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from megatron_ktr.errors import printable
 from megatron_ktr.files.json_files import to_json
+from megatron_ktr.terminal import printable, without_secrets
 
 FILE = "events.jsonl"
 _log = logging.getLogger(__name__)
@@ -27,14 +28,18 @@ class Incidents:
         self._path = None if run_dir is None else run_dir / FILE
         self.num_lost = 0
         """Incidents that could not be written, as on a full disk. A run never ends for that."""
+        self.counts: Counter[str] = Counter()
+        """Incidents of this process by kind."""
 
     def add(self, kind: str, text: str, *, step: int | None = None, **facts: Any) -> None:
         """Logs ``text`` as a warning, and appends the incident to the file."""
         if self._path is None:
             return
+        self.counts[kind] += 1
         _log.warning("%s%s", "" if step is None else f"step {step}: ", printable(text))
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        line = to_json({"time": now, "step": step, "kind": kind, "text": text, **facts}) + "\n"
+        line = to_json({"time": now, "step": step, "kind": kind, "text": text, **facts})
+        line = f"{without_secrets(line)}\n"
         try:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(line)

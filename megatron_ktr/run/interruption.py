@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch.distributed import ProcessGroup
 
+from megatron_ktr.web import leaving
+
 EXIT_SAVED = 75
 """Exit code of a run that left when asked to and is to be started again with ``--resume`` (EX_TEMPFAIL)."""
 EXIT_ALARM = 76
@@ -32,6 +34,8 @@ class LeaveRequest:
 
     def __init__(self, signals: Sequence[signal.Signals], *, device: torch.device) -> None:
         self._signals = signals
+        self.can_save = bool(signals)
+        """Whether the run can save its state when it ends early: where it cannot, signals are not caught."""
         self._device = device
         self._received = 0
         self._previous: dict[signal.Signals, Any] = {}
@@ -42,11 +46,13 @@ class LeaveRequest:
         return self
 
     def __exit__(self, *error: object) -> None:
+        leaving.forget()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     def _remember(self, number: int, frame: types.FrameType | None) -> None:
         self._received = self._received or number
+        leaving.ask_to_leave(signal.Signals(number).name)  # a step that waits for a server gives up
 
     def agreed(self, group: ProcessGroup | None) -> str | None:
         """The name of a signal that some rank of ``group`` has received, or None; the same on every rank."""

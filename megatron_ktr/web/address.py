@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import ipaddress
 import os
 import re
+import stat
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
 
 from megatron_ktr.errors import UserError
+from megatron_ktr.terminal import HIDDEN, keep_secret
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _KEY = re.compile(r"[!-~]+")
 """Printable ASCII without blanks. Anything else could not stand in a header, and the error would show it."""
-HIDDEN = "***"
 KEY_OPTION = "--api-key-env"
+_MOST_FILE_BYTES = 4096
 _LEAST_SECRET = 12
 """Keys with fewer characters are left as they are in answers."""
 
@@ -26,6 +31,7 @@ class ApiKey:
 
     def __init__(self, value: str) -> None:
         self._value = value
+        keep_secret(value)
 
     @classmethod
     def from_environment(cls, name: str, *, option: str = KEY_OPTION) -> ApiKey:
@@ -41,6 +47,41 @@ class ApiKey:
         if not _KEY.fullmatch(value):
             raise UserError(f"{option}: the variable's value has blanks, line ends or other than ASCII characters")
         return cls(value)
+
+    @classmethod
+    def from_file(cls, path: Path | str, *, option: str) -> ApiKey:
+        """The key in a file, which may end with a line end.
+
+        Raises:
+            UserError: it cannot be read, or does not hold one key. The message does not repeat what it holds.
+        """
+        try:
+            # Without waiting, should it be a pipe that nobody writes into.
+            with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+                raw = file.read(_MOST_FILE_BYTES + 1) if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else None
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not a path"
+            raise UserError(f"{option}: the file with the token cannot be read: {reason}") from None
+        if raw is None:
+            raise UserError(f"{option}: expected a file with the token, got something else")
+        try:
+            value = raw.decode("ascii").removesuffix("\n").removesuffix("\r")
+        except UnicodeDecodeError:
+            value = ""
+        if len(raw) > _MOST_FILE_BYTES or not _KEY.fullmatch(value):
+            raise UserError(f"{option}: expected a file with one line, the token, without blanks")
+        return cls(value)
+
+    @property
+    def length(self) -> int:
+        return len(self._value)
+
+    def is_in(self, authorization: str) -> bool:
+        """Whether the value of a header ``Authorization`` holds this key. The time it takes does not tell how much of a
+        wrong key is right."""
+        scheme, _, given = authorization.partition(" ")
+        digests = [hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest() for text in (given, self._value)]
+        return hmac.compare_digest(*digests) and scheme.lower() == "bearer"
 
     @property
     def header(self) -> dict[str, str]:
@@ -100,16 +141,16 @@ class Address:
             raise UserError(f"{option}: expected a URL such as http://host:8000, got {url[:200]!r}")
         base = url.rstrip("/").removesuffix("/chat/completions").rstrip("/")
         has_path = bool(urlsplit(base).path)
-        return cls(
-            root=base.removesuffix("/v1"), api=base if has_path else f"{base}/v1", is_loopback=_is_loopback(host)
-        )
+        return cls(root=base.removesuffix("/v1"), api=base if has_path else f"{base}/v1", is_loopback=is_loopback(host))
 
 
 def is_url(text: str) -> bool:
     return text.lower().startswith(("http://", "https://"))
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches ``host``, a name or an address."""
+    host = host.strip("[]")
     if host == "localhost":
         return True
     try:

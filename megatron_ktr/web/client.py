@@ -22,7 +22,9 @@ import httpx
 
 from megatron_ktr.errors import UserError, one_line
 from megatron_ktr.files.json_files import parse_json
+from megatron_ktr.web import leaving
 from megatron_ktr.web.address import Address, ApiKey
+from megatron_ktr.web.reading import PLAIN, Unfit, no_cookies, read_bounded
 
 _RETRIED = frozenset({408, 409, 425, 429})
 _MOST_REPLY_BYTES = 1 << 25
@@ -101,8 +103,8 @@ class Web:
                 limits=limits,
                 # The environment's proxies are meant for the internet.
                 trust_env=not address.is_loopback,
-                # A reply that is unpacked can be a thousand times what was received, before anything looks at it.
-                headers={"Accept-Encoding": "identity"} | ({} if key is None else key.header),
+                headers=PLAIN | ({} if key is None else key.header),
+                cookies=no_cookies(),
             )
         except (ValueError, httpx.InvalidURL) as error:
             raise UserError(f"the environment's proxy settings cannot be used ({type(error).__name__})") from None
@@ -128,6 +130,7 @@ class Web:
         Raises:
             Refusal: the server rejects the request.
             NoReply: the attempts are used up.
+            StepAbandoned: this process is asked to leave while it waits for the next attempt.
         """
         retries = min(self.patience.max_retries, self.patience.max_retries if retries is None else retries)
         problem = Broken("")
@@ -141,7 +144,8 @@ class Web:
             except Broken as error:
                 problem = error
             if attempt < retries:
-                await asyncio.sleep(max(problem.wait_seconds, self.patience.pause(attempt)))
+                seconds = max(problem.wait_seconds, self.patience.pause(attempt))
+                await leaving.pause(seconds, waiting_for=f"{self.address.api}: {problem}")
         attempts = f"{retries + 1} attempts" if retries else "one attempt"
         raise NoReply(f"no answer after {attempts}: {problem}")
 
@@ -152,21 +156,16 @@ class Web:
             # This limits the whole exchange; httpx's own timeouts limit only the silence between two pieces of it.
             async with asyncio.timeout(seconds):
                 async with self._http.stream(method, url, content=body, headers=headers) as reply:
-                    content = bytearray()
-                    encoding = reply.headers.get("content-encoding", "identity")
-                    if encoding.strip().lower() not in ("", "identity"):
-                        raise Broken(self._quoted(f"a reply that is encoded as {encoding}, which was not asked for"))
-                    async for piece in reply.aiter_raw():
-                        content += piece
-                        if len(content) > _MOST_REPLY_BYTES:
-                            raise Broken(f"a reply of more than {_MOST_REPLY_BYTES} bytes")
+                    content = await read_bounded(reply, most_bytes=_MOST_REPLY_BYTES)
         except TimeoutError:
             raise Broken(f"no complete reply within {seconds:g} s ({self._timeout_option})") from None
+        except Unfit as error:
+            raise Broken(self._quoted(str(error))) from None
         except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError) as error:
             raise Broken(self._quoted(f"{type(error).__name__}: {error}")) from None
         if 200 <= reply.status_code < 300:
-            return bytes(content)
-        said, param, code = _error_parts(bytes(content))
+            return content
+        said, param, code = _error_parts(content)
         if 300 <= reply.status_code < 400:
             said = f"it redirects to {reply.headers.get('location', 'nowhere')}"
         message = self._quoted(said) or self._quoted(reply.reason_phrase)

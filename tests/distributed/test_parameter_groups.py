@@ -22,7 +22,8 @@ from megatron_ktr.distributed.groups import ParallelSizes
 from megatron_ktr.distributed.optimizer_checkpoint import agreed_steps
 from megatron_ktr.distributed.platform import current
 from megatron_ktr.policy.policy import Policy
-from megatron_ktr.run.checkpoint import Checkpoints, load_sharded_state
+from megatron_ktr.run.checkpoint import Checkpoints
+from megatron_ktr.run.checkpoint_state import load_sharded_state
 from megatron_ktr.run.directory import step_name
 from models.qwen2_5_vl.conversion import named_model_parameters
 from tests.run.test_checkpoint import NoData

@@ -111,7 +111,7 @@ def test_an_address_that_cannot_be_reached_is_one_line(free_port: int, capfd: An
 
 
 def test_who_is_waited_for_is_said_once_after_a_while(free_port: int, capfd: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(rendezvous, "_PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(rendezvous, "PATIENCE_SECONDS", 0.0)
     with pytest.raises(UserError):
         connect("127.0.0.1", free_port, deadline=Deadline(3 / 60))
     assert capfd.readouterr().err == f"waiting for rank 0 at 127.0.0.1:{free_port}: connection refused\n"

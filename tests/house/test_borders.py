@@ -17,7 +17,7 @@ CODE_FOLDERS = ("megatron_ktr", "models", "tools", "examples", "benchmarks")
 ENVIRONMENTS = (".venv", ".git", "build", "dist", "runs")
 
 WINGS = (
-    ("types", "errors", "stack", "transfer", "sums"),
+    ("types", "terminal", "errors", "stack", "transfer", "sums"),
     ("files",),
     ("processes", "web"),
     ("config",),
@@ -28,7 +28,7 @@ WINGS = (
     ("step",),
     ("rollout",),
     ("run",),
-    ("trainer",),
+    ("trainer", "launching"),
     ("loop",),
     ("train", "launch"),
 )
@@ -49,12 +49,12 @@ MAY_NAME_CONFIG = (
     "megatron_ktr/accounting/objective_costs.py",  # builds a configuration of its own for each objective
 )
 """Where the whole ``Config`` is taken apart; what is built there receives its own sections, or facts."""
-MAX_TOP_MODULES = 9
+MAX_TOP_MODULES = 10
 
 MAY_IMPORT = {
     "megatron": (
         "megatron_ktr/policy/policy.py",
-        "megatron_ktr/run/checkpoint.py",
+        "megatron_ktr/run/checkpoint_state.py",
         "megatron_ktr/distributed/*",
         "megatron_ktr/stack.py",
         "models/*",
@@ -64,7 +64,7 @@ MAY_IMPORT = {
         "models/*",
         "tools/*",
         "megatron_ktr/policy/*",
-        "megatron_ktr/run/checkpoint.py",
+        "megatron_ktr/run/checkpoint_state.py",
         "megatron_ktr/run/preflight.py",
         "megatron_ktr/run/dry_run/*",
         "megatron_ktr/train.py",

@@ -312,7 +312,7 @@ def save_and_resume(context: RankContext, *, hf_dir: Path, path: Path) -> dict[s
     """Two steps, a checkpoint after the first; the second again from there; the checkpoint in another layout."""
     from megatron.core import dist_checkpointing
 
-    from megatron_ktr.run.checkpoint import load_sharded_state, sharded_state
+    from megatron_ktr.run.checkpoint_state import load_sharded_state, sharded_state
 
     found: dict[str, Any] = {}
 

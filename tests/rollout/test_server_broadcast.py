@@ -20,7 +20,7 @@ from megatron_ktr.errors import UserError
 from megatron_ktr.rollout.server import broadcast as server_broadcast
 from megatron_ktr.rollout.server.broadcast import BroadcastTransfer, vllm_connect
 from megatron_ktr.rollout.server.engine import ServerEngine
-from megatron_ktr.rollout.server.pool import PoolSettings
+from megatron_ktr.rollout.server.member import PoolSettings
 from megatron_ktr.rollout.server.replicas import Replicas
 from tests.rollout.test_server_pool import MEDIA, SAMPLING, counts, prompts
 from tests.support.fake_server import FakeServer

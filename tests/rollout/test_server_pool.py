@@ -19,19 +19,19 @@ from megatron_ktr.rollout.refill import answered_with_spares
 from megatron_ktr.rollout.sampling import SamplingSettings
 from megatron_ktr.rollout.second_prompt import SHUFFLED, Question
 from megatron_ktr.rollout.server.engine import ServerEngine
-from megatron_ktr.rollout.server.pool import PoolSettings
+from megatron_ktr.rollout.server.member import PoolSettings
 from megatron_ktr.rollout.server.replicas import Replicas
 from megatron_ktr.rollout.server.weights import DirectoryTransfer
 from megatron_ktr.types import Prompt, RolloutGroup
-from tests.support.fake_server import LOGPROB, MISBEHAVIOUR, FakeServer
+from tests.support.fake_server import LOGPROB, MISBEHAVIOUR, ON_THE_WIRE, FakeServer
 from tests.support.patience import PATIENCE_SECONDS, wait_until
 from tests.support.tiny import EOS_ID, IMAGE_TOKEN_ID, VIDEO_TOKEN_ID, tiny_hf_config
 from tests.support.tokenizer import tiny_tokenizer
 
 SAMPLING = SamplingSettings(num_generations=3, max_response_length=12, seed=7)
 MEDIA = MediaSpec(IMAGE_TOKEN_ID, VIDEO_TOKEN_ID, 14, 2, 2, positions=lambda *a, **k: None, patchify=lambda *a: None)
-FAST = dict(backoff_seconds=0.01, probe_seconds=0.05)
-"""A pool that looks often and hardly waits, for tests."""
+FAST = dict(backoff_seconds=0.01, probe_seconds=0.05, wait_seconds=0.0)
+"""A pool that looks often and waits for nobody, for tests."""
 
 
 def prompts(number: int) -> list[Prompt]:
@@ -207,12 +207,19 @@ def test_a_request_that_hangs_is_sent_to_another_server(start, tmp_path) -> None
     assert other.num_answers >= 3
 
 
-@pytest.mark.parametrize("act", [*MISBEHAVIOUR, "drop", "500", "503"])
-def test_an_answer_that_is_no_answer_is_asked_for_again(start, tmp_path, act: str) -> None:
+@pytest.mark.parametrize("acts", [MISBEHAVIOUR, {"drop": None, "500": None, "503": None, **ON_THE_WIRE}])
+def test_an_answer_that_is_no_answer_is_asked_for_again(start, tmp_path, acts: dict[str, Any]) -> None:
+    """One bad answer at a time; every one is followed by a good one."""
     engine, (server,) = start(1)
-    server.script.append(act)
-    assert engine.generate(prompts(3)) == expected(tmp_path, 3)
-    assert counts(engine) == {"retries": 1} | ({"malformed": 1} if act in MISBEHAVIOUR else {})
+    wanted = expected(tmp_path, 1)
+    for act in acts:
+        before = counts(engine)
+        server.script.append(act)
+        assert engine.generate(prompts(1)) == wanted, act
+        after = {name: number - before.get(name, 0) for name, number in counts(engine).items()}
+        known = {"retries": 1, "taken_out": 0, "resent": 0, "malformed": int(acts is MISBEHAVIOUR)}
+        assert after == {name: number for name, number in known.items() if name in after}, act
+        assert after["retries"] == 1, act
 
 
 def test_a_server_that_only_talks_nonsense_is_taken_out(start, tmp_path) -> None:
@@ -230,13 +237,21 @@ def test_a_request_that_fails_everywhere_ends_with_its_name(start) -> None:
         engine.generate(prompts(1))
 
 
-def test_a_refused_prompt_is_named_and_not_tried_again(start) -> None:
+def test_a_prompt_that_all_servers_refuse_is_named(start) -> None:
     engine, (server, other) = start(2)
-    server.script.append("400")
-    other.script.append("400")
+    server.script.extend(["400"] * 9)
+    other.script.extend(["400"] * 9)
     with pytest.raises(UserError, match=r"prompt p0: .*answered 400: scripted"):
         engine.generate(prompts(1))
-    assert counts(engine) == {}
+    assert 2 <= len(server.bodies) <= 3 and 2 <= len(other.bodies) <= 3, "every server is asked twice"
+
+
+def test_a_server_alone_in_refusing_is_the_sick_one(start, tmp_path) -> None:
+    engine, (mad, sane) = start(2, max_retries=2, probe_seconds=60.0)
+    mad.script.extend(["400"] * 50)
+    assert engine.generate(prompts(12)) == expected(tmp_path, 12)
+    assert counts(engine)["taken_out"] == 1 and counts(engine)["refused"] >= 3
+    assert sane.num_answers == 12
 
 
 def test_a_prompt_too_long_for_the_servers_is_named_before_anything_is_sent(start) -> None:

@@ -32,7 +32,8 @@ from megatron_ktr.objectives import build_objective
 from megatron_ktr.policy.policy import Policy
 from megatron_ktr.rollout.build import build_local_source
 from megatron_ktr.rollout.source import ReplicaSource
-from megatron_ktr.run.checkpoint import Checkpoints, load_sharded_state
+from megatron_ktr.run.checkpoint import Checkpoints
+from megatron_ktr.run.checkpoint_state import load_sharded_state
 from megatron_ktr.run.directory import list_checkpoints, open_run_directory, step_name
 from megatron_ktr.run.metrics import MetricsWriter
 from megatron_ktr.trainer import Trainer

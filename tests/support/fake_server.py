@@ -10,13 +10,15 @@ an answer ends the engine, until the layers are made whole, with whatever was in
 
 from __future__ import annotations
 
+import contextlib
+import gzip
 import json
 import math
 import random
 import socket
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,8 @@ from safetensors import safe_open
 from tests.support.tiny import EOS_ID, FIRST_SPECIAL_ID
 
 LOGPROB = -1.5
+Answer = tuple[int, bytes] | Callable[[Any], None] | None
+"""Status and body; or what writes onto the connection and then closes it; or nothing."""
 RUBBISH = -999.0
 """Weights of layers that were made whole without being loaded."""
 
@@ -43,6 +47,12 @@ class FakeServer:
         self.multimodal: dict[str, Any] = {}
         self.environment: dict[str, Any] = {}
         self.normalises_pixels = False
+        self.token = ""
+        """What requests must carry, but for /health."""
+        self.is_lying = False
+        """Whether it reports that it has loaded weights, and loads none."""
+        self.num_unwelcome = 0
+        """Requests without the token."""
         self.control: list[str] = []
         """Control routes called, in order, with what they were told."""
         self.bodies: list[dict[str, Any]] = []
@@ -98,13 +108,20 @@ class FakeServer:
 
     # --- routes -----------------------------------------------------------------------------------------------
 
-    def answer(self, method: str, path: str, body: Any) -> tuple[int, bytes] | None:
-        """Status and body; None drops the connection."""
+    def answer(self, path: str, body: Any, headers: Mapping[str, str]) -> Answer:
+        """What is sent; None drops the connection."""
         parts = urlsplit(path)
-        if parts.path == "/inference/v1/generate":
-            return self._generate(body)
         if parts.path == "/health":
             return 200, b""
+        if self.token and headers.get("Authorization") != f"Bearer {self.token}":
+            self.num_unwelcome += 1
+            return 401, json.dumps({"error": {"message": f"not {headers.get('Authorization')}"}}).encode()
+        if parts.path == "/inference/v1/generate":
+            if "prompt_logprobs" in body["sampling_params"]:
+                return self._tell_weights(body, headers["X-Request-Id"])
+            return self._generate(body, headers["X-Request-Id"])
+        if parts.path == "/is_paused":
+            return _json({"is_paused": self.paused})
         if parts.path == "/weight_info":
             return _json({"weight_version": self.version})
         if parts.path == "/get_world_size":
@@ -166,10 +183,21 @@ class FakeServer:
         if self.reload_status != 200 or self.is_half_loaded:
             self.is_half_loaded = True
             return max(self.reload_status, 500)
-        self.weights = _first_number(Path(options["weights_path"]))
+        if not self.is_lying:
+            self.weights = _first_number(Path(options["weights_path"]))
         return 200
 
-    def _generate(self, body: Any) -> tuple[int, bytes] | None:
+    def _tell_weights(self, body: Any, name: str) -> Answer:
+        """Log-probs of the prompt's tokens, which differ with the weights."""
+        with self._lock:
+            self._lock.wait_for(lambda: not self.paused)
+        rng = random.Random(f"log-probs {self.weights}")
+        tokens = body["token_ids"]
+        rows = [None, *({str(token): {"logprob": -1 - rng.random(), "rank": 1}} for token in tokens[1:])]
+        choice = {"weight_versions": [{"version": self.version, "start": 0, "end": 1}]}
+        return _json({"request_id": name, "choices": [choice], "prompt_logprobs": rows})
+
+    def _generate(self, body: Any, name: str) -> Answer:
         with self._lock:
             self._lock.wait_for(lambda: not self.paused)
             self.running += 1
@@ -188,7 +216,10 @@ class FakeServer:
             if act.isdigit():
                 return int(act), json.dumps({"error": {"message": "scripted"}}).encode()
             answer = answer_to(body, weights=weights, versions=[version, self.version])
+            answer["request_id"] = f"generate-tokens-{name}"
             self.num_answers += 1
+            if act in ON_THE_WIRE:
+                return ON_THE_WIRE[act]
             return MISBEHAVIOUR[act](answer) if act in MISBEHAVIOUR else _json(answer)
         finally:
             with self._lock:
@@ -206,7 +237,7 @@ def answer_to(body: dict[str, Any], *, weights: float | None, versions: list[str
         tokens = [rng.randrange(1, FIRST_SPECIAL_ID) for _ in range(length)]
         is_finished = length < params["max_tokens"]
         if is_finished:
-            tokens[-1] = EOS_ID
+            tokens[-1] = params["stop_token_ids"][0]
         bounds = [0, length] if versions[0] == versions[1] else [0, 1, length]
         spans = [
             {"version": version, "start": start, "end": end}
@@ -251,8 +282,49 @@ MISBEHAVIOUR: dict[str, Callable[[dict[str, Any]], tuple[int, bytes]]] = {
     "no tokens": _edited(lambda a: a["choices"][0].update(token_ids=[], logprobs={"content": []}, weight_versions=[])),
     "aborted": _edited(lambda answer: answer["choices"][1].update(finish_reason="abort")),
     "no versions": _edited(lambda answer: answer["choices"][1].update(weight_versions=None)),
+    "another request": _edited(lambda answer: answer.update(request_id="generate-tokens-of-another")),
+    "a response twice": _edited(lambda a: a["choices"].__setitem__(1, a["choices"][0])),
+    "too many responses": _edited(lambda a: a["choices"].append({**a["choices"][0], "index": 3})),
+    "a positive log-prob": _edited(lambda a: a["choices"][0]["logprobs"]["content"][0].update(logprob=0.5)),
+    "a log-prob without end": lambda answer: (200, _json(answer)[1].replace(b"-1.5", b"1" + 400 * b"0", 1)),
+    "log-probs in another order": _edited(lambda a: a["choices"][0]["logprobs"]["content"].append(0)),
+    "tokens as text": _edited(lambda a: a["choices"][0].update(token_ids="abc")),
+    "nested too deeply": lambda answer: (200, b"[" * 100_000 + answer["request_id"].encode()),
+    "on after its end": _edited(
+        lambda a: (
+            a["choices"][0]["token_ids"].__setitem__(0, EOS_ID),
+            a["choices"][0]["logprobs"]["content"][0].update(token_id=EOS_ID),
+        )
+    ),
     "another prompt": _edited(lambda answer: answer["usage"].update(prompt_tokens=1)),
 }
+
+
+def _said(head: str, *, body: bytes = b"", again: bytes = b"") -> Callable[[Any], None]:
+    """Writes onto the connection as it is; ``again`` for ever, until the client has had enough."""
+
+    def write(handler: Any) -> None:
+        handler.wfile.write(head.replace("\n", "\r\n").encode() + body)
+        while again:
+            handler.wfile.write(again)
+
+    return write
+
+
+ON_THE_WIRE: dict[str, Callable[[Any], None]] = {
+    "garbage": _said("hello\nworld\n\n"),
+    "endless headers": _said("HTTP/1.1 200 OK\n", again=b"X-Header: " + 1000 * b"x" + b"\r\n"),
+    "an endless header": _said("HTTP/1.1 200 OK\nX-Header: ", again=1000 * b"x"),
+    "an endless reply": _said("HTTP/1.1 200 OK\nContent-Type: application/json\n\n", again=bytes(1 << 16)),
+    "endless chunks": _said("HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n", again=b"ff\r\n" + bytes(255) + b"\r\n"),
+    "too long a length": _said(f"HTTP/1.1 200 OK\nContent-Length: {10**30}\n\n"),
+    "two lengths": _said("HTTP/1.1 200 OK\nContent-Length: 5\nContent-Length: 6\n\nhello!"),
+    "half closed": _said("HTTP/1.1 200 OK\nContent-Length: 500\n\n{"),
+    "packed": _said("HTTP/1.1 200 OK\nContent-Encoding: gzip\n\n", body=gzip.compress(bytes(1 << 20))),
+    "a redirect": _said("HTTP/1.1 307 Away\nLocation: http://127.0.0.1:9/\nContent-Length: 0\n\n"),
+    "cookies": _said("HTTP/1.1 500 No\n" + 100 * "Set-Cookie: a=b\n" + "Content-Length: 0\n\n"),
+}
+"""Misbehaviour below the answer: what is written onto the connection, which is then closed."""
 
 
 def _json(value: Any) -> tuple[int, bytes]:
@@ -292,7 +364,12 @@ def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
             self._respond(json.loads(raw) if raw else None)
 
         def _respond(self, body: Any) -> None:
-            found = server.answer(self.command, self.path, body)
+            found = server.answer(self.path, body, self.headers)
+            if callable(found):
+                self.close_connection = True
+                with contextlib.suppress(OSError):
+                    found(self)
+                return
             if found is None:
                 self.close_connection = True
                 self.connection.shutdown(socket.SHUT_RDWR)

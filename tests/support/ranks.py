@@ -1,7 +1,8 @@
-"""A pool of gloo ranks: processes spawned once per test session, a fresh world for every call.
+"""A pool of gloo ranks: processes made once per test session, a fresh world for every call.
 
-A torchrun of four ranks costs many seconds, nearly all of it imports. The pool pays for them once; a call costs
-what its collectives cost. Use it as the fixture ``ranks``::
+A torchrun of four ranks costs many seconds, nearly all of it imports. One process pays for them once
+(``rank_worker.py``); the ranks are its forks, and a call costs what its collectives cost. Use it as the fixture
+``ranks``::
 
     def add_ranks(context, *, value):            # module level: it is sent by name
         groups = context.init(ParallelSizes(tensor=2))
@@ -14,27 +15,20 @@ what its collectives cost. Use it as the fixture ``ranks``::
 from __future__ import annotations
 
 import contextlib
-import datetime
-import gc
 import multiprocessing
 import os
 import pickle
 import tempfile
-import threading
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
+from multiprocessing.reduction import send_handle
 from typing import Any
 
 import psutil
 
 from tests.support.patience import PATIENCE_SECONDS
-
-COLLECTIVE_TIMEOUT_SECONDS = 0.8 * PATIENCE_SECONDS
-"""Less than the pool waits: the ranks then say what they were waiting in."""
 
 
 class RankError(AssertionError):
@@ -65,51 +59,67 @@ class RankPool:
 
     def __init__(self, max_world_size: int = 4) -> None:
         self._max_world_size = max_world_size
-        self._workers: list[tuple[Any, Connection]] = []
+        self._server: tuple[Any, Any] | None = None
+        self._workers: list[Connection] = []
 
     def __call__(
         self, fn: Callable[..., Any], world_size: int = 4, *, timeout: float = PATIENCE_SECONDS, **kwargs: Any
     ) -> list[Any]:
         if world_size > self._max_world_size:
             raise ValueError(f"the pool has {self._max_world_size} ranks, asked for {world_size}")
-        self._spawn(world_size)
+        while len(self._workers) < world_size:
+            self._workers.append(self._fork())
         with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
             for rank in range(world_size):
                 job = (fn, rank, world_size, os.path.join(folder, "store"), kwargs)
-                self._workers[rank][1].send_bytes(pickle.dumps(job))
+                self._workers[rank].send_bytes(pickle.dumps(job))
             results, errors = self._collect(world_size, timeout=timeout)
         if errors:
-            self.close()
+            self._end_workers()
             raise RankError("\n".join(f"--- rank {rank} ---\n{text}" for rank, text in sorted(errors.items())))
         return [results[rank] for rank in range(world_size)]
 
     def close(self) -> None:
-        """Ends every process of the pool, and what they started: megatron-core's saver keeps a manager, which would
-        stay for good once its parent is killed."""
-        for process, connection in self._workers:
+        """Ends every process of the pool."""
+        if self._server is not None:
+            self._end_workers()
+            process, connection = self._server
             connection.close()
-            with contextlib.suppress(psutil.NoSuchProcess):
-                for child in psutil.Process(process.pid).children(recursive=True):
-                    with contextlib.suppress(psutil.NoSuchProcess):
-                        child.kill()
-            process.kill()
-        for process, _ in self._workers:
             process.join()
-        self._workers = []
+            self._server = None
 
-    def _spawn(self, world_size: int) -> None:
-        spawn = multiprocessing.get_context("spawn")
-        while len(self._workers) < world_size:
+    def _end_workers(self) -> None:
+        """Ends them and what they started: megatron-core's saver keeps a manager, which would stay for good once its
+        parent is killed."""
+        assert self._server is not None
+        for connection in self._workers:
+            connection.close()
+        self._workers = []
+        processes = psutil.Process(self._server[0].pid).children(recursive=True)
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(processes)
+
+    def _fork(self) -> Connection:
+        """A new worker, a fork of the server, which is started first."""
+        if self._server is None:
+            spawn = multiprocessing.get_context("spawn")
             ours, theirs = spawn.Pipe()
-            # Not a daemon: saving a distributed checkpoint starts processes of its own.
-            process = spawn.Process(target=_work, args=(theirs,), daemon=False)
+            # Not daemons: saving a distributed checkpoint starts processes of its own.
+            process = spawn.Process(target=_serve, args=(theirs,), daemon=False)
             with _environment(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""):
                 process.start()
             theirs.close()
-            self._workers.append((process, ours))
+            self._server = process, ours
+        process, connection = self._server
+        ours, theirs = multiprocessing.Pipe()
+        send_handle(connection, theirs.fileno(), process.pid)
+        theirs.close()
+        return ours
 
     def _collect(self, world_size: int, *, timeout: float) -> tuple[dict[int, Any], dict[int, str]]:
-        waiting = {self._workers[rank][1]: rank for rank in range(world_size)}
+        waiting = {self._workers[rank]: rank for rank in range(world_size)}
         results: dict[int, Any] = {}
         errors: dict[int, str] = {}
         deadline = time.monotonic() + timeout
@@ -143,55 +153,7 @@ def _environment(**values: str) -> Any:
                 os.environ[name] = value
 
 
-def _work(connection: Connection) -> None:
-    """A worker: prepares the platform once, then runs one job after the other until the pool hangs up."""
-    import torch
+def _serve(connection: Connection) -> None:
+    from tests.support.rank_worker import serve
 
-    from megatron_ktr.distributed.platform import start
-
-    threading.Thread(target=_leave_with_parent, args=(os.getppid(),), daemon=True).start()
-    torch.set_num_threads(1)
-    start("cpu")
-    while True:
-        try:
-            job = connection.recv_bytes()
-        except (EOFError, OSError):
-            return
-        try:
-            answer = pickle.dumps((False, _run(job)))
-        except BaseException:
-            answer = pickle.dumps((True, traceback.format_exc()))
-        with contextlib.suppress(BrokenPipeError):
-            connection.send_bytes(answer)
-
-
-def _leave_with_parent(parent: int) -> None:
-    """Ends this process once the test session is gone, also one that was killed while ranks waited in a collective."""
-    while os.getppid() == parent:
-        time.sleep(1.0)
-    os._exit(1)
-
-
-def _run(job: bytes) -> Any:
-    import torch
-
-    from megatron_ktr.distributed.groups import destroy_parallel
-
-    fn, rank, world_size, store_path, kwargs = pickle.loads(job)
-    # torchrun's variables too: code under test may read them.
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
-    torch.distributed.init_process_group(
-        "gloo",
-        store=torch.distributed.FileStore(str(Path(store_path)), world_size),
-        rank=rank,
-        world_size=world_size,
-        timeout=datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_SECONDS),
-    )
-    torch.manual_seed(0)
-    result = fn(RankContext(rank=rank, world_size=world_size), **kwargs)
-    # Nobody leaves while another rank still talks to it.
-    torch.distributed.barrier()
-    destroy_parallel()
-    # Models and their hooks are cycles that still hold the groups, and those their threads.
-    gc.collect()
-    return result
+    serve(connection)

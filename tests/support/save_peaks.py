@@ -88,7 +88,8 @@ def measure_peaks(context: Any, *, hf_dir: Path, run_dir: Path, values: dict[str
     """Peaks of this rank in one save, until its files are written, and in loading it: bytes; and its parameters."""
     from megatron_ktr.config.part_options import CheckpointOptions
     from megatron_ktr.distributed import checkpoint_writer
-    from megatron_ktr.run.checkpoint import Checkpoints, load_sharded_state
+    from megatron_ktr.run.checkpoint import Checkpoints
+    from megatron_ktr.run.checkpoint_state import load_sharded_state
     from megatron_ktr.run.directory import list_checkpoints
 
     may_write, save_tensor = threading.Event(), checkpoint_writer.save_tensor

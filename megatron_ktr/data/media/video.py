@@ -24,6 +24,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from megatron_ktr.data.media.names import IS_FOLDER
+from megatron_ktr.data.media.picture_file import open_picture
 from megatron_ktr.data.media.sampling import FrameSampling, FrameSelection, select_frames
 from megatron_ktr.data.media.video_decord import DecordFailed, DecordProcess
 from megatron_ktr.data.media.video_pyav import VideoIndex, decode_frames, index_video
@@ -146,19 +147,16 @@ def read_image(path: Path | str) -> Tensor:
         UnusableMedia: the image is missing, damaged, cut off, or larger than Pillow's limit against malicious files.
     """
     path = regular_file(path)
-    try:
-        with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened)
-            if image.mode.startswith("I;16"):  # Pillow's own conversion clips 16 bits to 8 instead of scaling
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            elif image.mode in ("I", "F"):
-                raise UnusableMedia(path, "has 32 bits a pixel, whose white is not known")
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            pixels_HWC = np.array(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise UnusableMedia(path, f"cannot be read as an image: {error}") from error
+    with open_picture(path) as opened:
+        image = ImageOps.exif_transpose(opened)
+        if image.mode.startswith("I;16"):  # Pillow's own conversion clips 16 bits to 8 instead of scaling
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        elif image.mode in ("I", "F"):
+            raise UnusableMedia(path, "has 32 bits a pixel, whose white is not known")
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        pixels_HWC = np.array(image.convert("RGB"))
     return torch.from_numpy(pixels_HWC).permute(2, 0, 1)[None].contiguous()
 
 

@@ -23,31 +23,13 @@ from typing import Any
 
 import numpy as np
 
+from megatron_ktr.data.media.video_file import VIDEO_ERRORS, best_stream, open_video
 from megatron_ktr.data.unusable import UnusableMedia
-from megatron_ktr.errors import UserError
 
-try:
-    import av
-    import av.error
-    import av.stream
-
-    _ERRORS: tuple[type[Exception], ...] = (av.error.FFmpegError, OSError, ValueError, EOFError, RuntimeError)
-except ModuleNotFoundError:
-    # PyAV is needed only when a video file is opened. Runs without video files work without it.
-    av, _ERRORS = None, ()
-
-_PLAYLIST_FORMATS = ("hls", "dash", "concat", "concatf", "imf", "sdp", "rtsp", "webm_dash_manifest")
-"""Formats of files that refer to other files or hosts. Following them would lead outside the media root."""
-_CONTAINER_OPTIONS = {"protocol_whitelist": "file"}
-_OPEN_TIMEOUT_SECONDS = (30.0, 30.0)
-_DECODER_THREADS = 2
 MOST_WRONG_RATE = 0.1
 """A declared frame rate that is further than this share from the mean of the frames' times is not believed."""
-# Titles and comments in odd encodings must not make a file unusable. PyAV 19 never raises for them, and lacks the
-# argument.
-_LENIENT: dict[str, Any] = (
-    {} if av is None or int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "ignore"}
-)
+MOST_PACKETS = 10_000_000
+"""The most frames of one file: 46 hours at 60 a second."""
 
 
 class _FrameNotFound(Exception):
@@ -94,9 +76,9 @@ def index_video(path: Path) -> VideoIndex:
             declares.
     """
     try:
-        with _open(path) as container:
-            return _index_stream(path, container, _best_stream(path, container))
-    except _ERRORS as error:
+        with open_video(path) as container:
+            return _index_stream(path, container, best_stream(path, container))
+    except VIDEO_ERRORS as error:
         raise UnusableMedia(path, f"cannot be opened as a video: {error}") from error
 
 
@@ -107,9 +89,9 @@ def read_codec(path: Path) -> str:
         UnusableMedia: the file is not a video, or has no decoder.
     """
     try:
-        with _open(path) as container:
-            return _best_stream(path, container).codec_context.codec.canonical_name
-    except _ERRORS as error:
+        with open_video(path) as container:
+            return best_stream(path, container).codec_context.codec.canonical_name
+    except VIDEO_ERRORS as error:
         raise UnusableMedia(path, f"cannot be opened as a video: {error}") from error
 
 
@@ -121,8 +103,8 @@ def decode_frames(index: VideoIndex, wanted: Sequence[int]) -> Iterator[np.ndarr
     """
     num_done = 0
     try:
-        with _open(index.path) as container:
-            stream = _best_stream(index.path, container)
+        with open_video(index.path) as container:
+            stream = best_stream(index.path, container)
             seek_exactly = index.pts is not None
             find = _frames_by_time if seek_exactly else _frames_by_count
             try:
@@ -132,43 +114,15 @@ def decode_frames(index: VideoIndex, wanted: Sequence[int]) -> Iterator[np.ndarr
             except _FrameNotFound:
                 seek_exactly = False
         if num_done < len(wanted):
-            with _open(index.path) as container:
-                stream = _best_stream(index.path, container)
+            with open_video(index.path) as container:
+                stream = best_stream(index.path, container)
                 for frame in _frames_by_count(index, container, stream, wanted[num_done:]):
                     yield _upright(frame, index)
                     num_done += 1
-    except _ERRORS as error:
+    except VIDEO_ERRORS as error:
         raise UnusableMedia(index.path, f"damaged before frame {wanted[num_done]}: {error}") from error
     except _FrameNotFound as error:
         raise UnusableMedia(index.path, f"has no frame {wanted[num_done]} of {index.num_frames}") from error
-
-
-def _open(path: Path) -> Any:
-    if av is None:
-        raise UserError("reading videos needs the package av, which is not installed (pip install av)")
-    container = av.open(str(path), container_options=_CONTAINER_OPTIONS, timeout=_OPEN_TIMEOUT_SECONDS, **_LENIENT)
-    # FFmpeg reads a picture as a video of one frame at 25 a second, whatever the file is called.
-    if container.format.name == "image2" or container.format.name.endswith("_pipe"):
-        container.close()
-        raise UnusableMedia(path, "is a picture, not a video; a list of pictures is one video")
-    if set(container.format.name.split(",")) & set(_PLAYLIST_FORMATS):
-        container.close()
-        raise UnusableMedia(path, f"is a playlist ({container.format.name}), not a video")
-    return container
-
-
-def _best_stream(path: Path, container: Any) -> Any:
-    """The stream that FFmpeg ranks first (by default flag, then size); decord chooses the same."""
-    assert av is not None, "a container was opened with it"
-    stream = container.streams.best("video")
-    if stream is None:
-        raise UnusableMedia(path, "has no video stream")
-    if stream.disposition & av.stream.Disposition.attached_pic:
-        raise UnusableMedia(path, "has no video stream, only a cover picture")
-    if stream.codec_context is None:
-        raise UnusableMedia(path, "no decoder here can read its codec")
-    stream.codec_context.thread_count = _DECODER_THREADS
-    return stream
 
 
 def _index_stream(path: Path, container: Any, stream: Any) -> VideoIndex:
@@ -178,12 +132,14 @@ def _index_stream(path: Path, container: Any, stream: Any) -> VideoIndex:
     for packet in container.demux(stream):
         if packet.size:
             num_stored += 1
+            if num_stored > MOST_PACKETS:
+                raise UnusableMedia(path, f"has more than {MOST_PACKETS} frames")
             if not packet.is_discard:
                 times.append((packet.pts, packet.dts, packet.is_keyframe))
         if first_frame is None:
             try:
                 first_frame = next(iter(packet.decode()), None)
-            except _ERRORS as error:
+            except VIDEO_ERRORS as error:
                 first_error = error
     if first_frame is None:
         raise UnusableMedia(path, f"no frame can be decoded: {first_error or 'the stream is empty'}")
@@ -251,8 +207,8 @@ def _order_frames(
 
 def _count_frames(path: Path) -> int:
     """The number of frames that the decoder returns. It is the only reliable count if packets have no times."""
-    with _open(path) as container:
-        return sum(1 for _ in container.decode(_best_stream(path, container)))
+    with open_video(path) as container:
+        return sum(1 for _ in container.decode(best_stream(path, container)))
 
 
 def _frames_by_time(index: VideoIndex, container: Any, stream: Any, wanted: Sequence[int]) -> Iterator[Any]:

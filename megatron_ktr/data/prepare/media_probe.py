@@ -15,10 +15,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from torch import Tensor
 
 from megatron_ktr.data.media.frames import read_frames
+from megatron_ktr.data.media.picture_file import open_picture
 from megatron_ktr.data.media.preprocess import PreprocessSettings, resize_frames
 from megatron_ktr.data.media.request import MediaSource
 from megatron_ktr.data.media.video import FrameSampling, regular_file, select_frames
@@ -164,21 +164,15 @@ _FUNCTIONS = {Look.HEADER: _open, Look.INDEX: _index, Look.FRAMES: _decode}
 def _codec(task: MediaTask, path: Path) -> str:
     if task.source.kind == "video" and not task.source.is_pictures:
         return read_codec(path)
-    try:
-        with Image.open(path) as image:
-            return str(image.format).lower()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UnusableMedia(path, f"cannot be read as an image: {error}") from error
+    with open_picture(path) as image:
+        return str(image.format).lower()
 
 
 def _picture_size(path: Path) -> tuple[int, int]:
     """(width, height) of a picture after its EXIF rotation, from its header."""
-    try:
-        with Image.open(path) as image:
-            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-            return (image.height, image.width) if turned else (image.width, image.height)
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise UnusableMedia(path, f"cannot be read as an image: {error}") from error
+    with open_picture(path) as image:
+        turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+        return (image.height, image.width) if turned else (image.width, image.height)
 
 
 def _size(paths: Sequence[str]) -> int:

@@ -95,7 +95,12 @@ class ServedAnswers(WebAnswers):
     def _read(self, body: bytes, *, prompt: Prompt, sampling: SamplingSettings) -> Sample:
         try:
             (sample,) = read_answer(
-                body, prompt=prompt, sampling=sampling, mode=self._mode, vocab_size=self._model.vocab_size
+                body,
+                prompt=prompt,
+                sampling=sampling,
+                mode=self._mode,
+                vocab_size=self._model.vocab_size,
+                end_token_ids=self._model.end_token_ids,
             )
         except MalformedAnswer as error:
             raise ValueError(str(error)) from error

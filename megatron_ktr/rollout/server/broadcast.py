@@ -36,9 +36,9 @@ import torch
 from torch import Tensor
 
 from megatron_ktr.distributed.platform import current
-from megatron_ktr.errors import UserError
+from megatron_ktr.errors import StepAbandoned, UserError
 from megatron_ktr.rollout.server.client import ServerClient, ServerProblem
-from megatron_ktr.rollout.server.pool import Give
+from megatron_ktr.rollout.server.member import Give
 from megatron_ktr.rollout.server.weights import Outcome, StartUpdate
 
 CHUNK_BYTES = 1 << 28
@@ -157,7 +157,8 @@ class BroadcastTransfer:
             return
         with contextlib.suppress(ServerProblem):  # what an earlier run, or a failed update, left there
             await client.shutdown_weight_transfer_engine()
-        address, port = _reachable_address(url), _free_port()
+        address = _reachable_address(url)
+        port = _free_port(address)
         world_size = 1 + await client.world_size()
         init_info: dict[str, Any] = {"master_address": address, "master_port": port}
         init_info |= {"rank_offset": 1, "world_size": world_size}
@@ -167,12 +168,12 @@ class BroadcastTransfer:
         self._communicators[url], _ = await asyncio.gather(connecting, client.init_weight_transfer_engine(init_info))
 
     def _succeeded(self, futures: dict[str, Future[None]], label: str) -> list[str]:
-        """The servers whose futures succeeded. Raises UserError if a future is not done in time."""
+        """The servers whose futures succeeded. Raises StepAbandoned if a future is not done in time."""
         deadline = 2 * self.timeout_seconds  # a server first finishes its requests, which may take one timeout
         late = wait(futures.values(), timeout=deadline).not_done
         if late:
             urls = ", ".join(url for url, future in futures.items() if future in late)
-            raise UserError(f"weights {label} did not arrive within {deadline:g} s at {urls}; resume the run")
+            raise StepAbandoned(f"weights {label} did not arrive within {deadline:g} s at {urls}; resume the run")
         return [url for url, future in futures.items() if future.exception() is None]
 
 
@@ -230,7 +231,7 @@ def _reachable_address(url: str) -> str:
         return probe.getsockname()[0]
 
 
-def _free_port() -> int:
+def _free_port(address: str) -> int:
     with socket.socket() as probe:
-        probe.bind(("", 0))
+        probe.bind((address, 0))
         return probe.getsockname()[1]

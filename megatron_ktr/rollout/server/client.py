@@ -9,29 +9,54 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
+from megatron_ktr.errors import one_line
+from megatron_ktr.files.json_files import parse_json
 from megatron_ktr.rollout.vllm.runner import runner_named_by
+from megatron_ktr.web.address import ApiKey
+from megatron_ktr.web.reading import PLAIN, Unfit, no_cookies, read_bounded
 
 CONTROL_SECONDS = 30.0
 """The time limit of routes that do no real work. It is generous, because the server's machine may be busy."""
 
 
+TOKEN_ADVICE = (
+    "the token: --server-token-env NAME or --server-token-file FILE, the one that the server was started with"
+)
+Kind = TypeVar("Kind", str, int, bool)
+MOST_CONTROL_BYTES = 1 << 22
+"""The largest answer of a control route. The settings of a server are the longest of them, with some 50 kB."""
+_MOST_WORDS = 300
+"""Characters of what a server says, in a message."""
+
+
 class ServerProblem(Exception):
-    """A server did not do what it was asked to do. The message says what happened instead."""
+    """A server did not do what it was asked to do. The message says what happened instead, in one line."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message)[: 2 * _MOST_WORDS])
 
 
 class Unreachable(ServerProblem):
     """No connection, or one that broke."""
 
 
+class Mistaken(ServerProblem):
+    """An answer to another request."""
+
+
 class TimedOut(ServerProblem):
     """No answer in time."""
+
+
+class Locked(ServerProblem):
+    """The server wants another token (401, 403)."""
 
 
 class Refused(ServerProblem):
@@ -68,9 +93,10 @@ class ServerFacts:
 class ServerClient:
     """Talks to the server at ``url``; every method raises ``ServerProblem`` or a subclass."""
 
-    def __init__(self, url: str, *, max_requests: int, timeout_seconds: float) -> None:
+    def __init__(self, url: str, *, max_requests: int, timeout_seconds: float, token: ApiKey | None = None) -> None:
         self.url = url.rstrip("/")
         self.timeout_seconds = timeout_seconds
+        self._token = token
         # 8 connections are left for control requests while generation uses all others. ``trust_env=False`` ignores the
         # environment's proxies, which are meant for the internet and not for the nodes of a cluster.
         limits = httpx.Limits(
@@ -80,14 +106,39 @@ class ServerClient:
             # client closes them earlier.
             keepalive_expiry=2.0,
         )
-        self._http = httpx.AsyncClient(base_url=self.url, timeout=None, limits=limits, trust_env=False)
+        self._http = httpx.AsyncClient(
+            base_url=self.url,
+            timeout=None,
+            limits=limits,
+            trust_env=False,
+            # Another address would get the token.
+            follow_redirects=False,
+            headers=PLAIN | ({} if token is None else token.header),
+            cookies=no_cookies(),
+        )
 
     async def close(self) -> None:
         await self._http.aclose()
 
-    async def generate(self, body: bytes) -> bytes:
-        """Sends a body made by ``wire.encode_request`` and returns the raw answer, for ``wire.read_answer``."""
-        return await self._send("POST", "/inference/v1/generate", content=body, seconds=self.timeout_seconds)
+    async def generate(self, body: bytes, *, most_bytes: int = MOST_CONTROL_BYTES) -> bytes:
+        """Sends a body made by ``wire.encode_request`` and returns the raw answer, for ``wire.read_answer``.
+
+        Raises:
+            ServerProblem: also where the answer is not the one to this request. Every request has a random name, which
+                vLLM repeats: a proxy may mix up answers, or keep one.
+        """
+        name = secrets.token_hex(8)
+        answer = await self._send(
+            "POST",
+            "/inference/v1/generate",
+            content=body,
+            seconds=self.timeout_seconds,
+            most_bytes=most_bytes,
+            headers={"X-Request-Id": name},
+        )
+        if name.encode() not in answer:
+            raise Mistaken("an answer without the name of the request: it answers another one")
+        return answer
 
     async def check_health(self) -> None:
         await self._send("GET", "/health")
@@ -95,20 +146,26 @@ class ServerClient:
     async def facts(self) -> ServerFacts:
         body = await self._send("GET", "/server_info?config_format=json", seconds=6 * CONTROL_SECONDS)
         try:
-            return ServerFacts.read(json.loads(body))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            return ServerFacts.read(_parsed(body))
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
             raise ServerProblem(f"unreadable /server_info ({error!r})") from None
 
     async def weight_version(self) -> str:
         """The label of the weights that the server samples from; "default" until a label is set."""
-        return str(await self._json("GET", "/weight_info", key="weight_version"))
+        return await self._json("GET", "/weight_info", key="weight_version", kind=str)
 
     async def set_weight_version(self, label: str) -> None:
         await self._send("POST", "/update_weight_version", {"new_version": label})
 
     async def world_size(self) -> int:
         """The server's number of workers: tensor x pipeline x data parallel."""
-        return int(await self._json("GET", "/get_world_size", key="world_size"))
+        number = await self._json("GET", "/get_world_size", key="world_size", kind=int)
+        if not 0 < number < 2**16:
+            raise ServerProblem(f"it reports {number} workers")
+        return number
+
+    async def is_paused(self) -> bool:
+        return await self._json("GET", "/is_paused", key="is_paused", kind=bool)
 
     async def pause(self, *, keep_requests: bool) -> None:
         """Pauses sampling. With ``keep_requests`` the server stops at once and continues the running requests later;
@@ -145,7 +202,8 @@ class ServerClient:
         """Resets all caches computed with earlier weights. Running requests are computed again from their tokens."""
         await self._send("POST", "/reset_mm_cache")
         await self._send("POST", "/reset_encoder_cache")
-        if not await self._json("POST", "/reset_prefix_cache?reset_running_requests=true", key="success"):
+        path = "/reset_prefix_cache?reset_running_requests=true"
+        if not await self._json("POST", path, key="success", kind=bool):
             raise ServerProblem("its prefix cache could not be reset")
 
     async def init_weight_transfer_engine(self, init_info: Mapping[str, Any]) -> None:
@@ -166,12 +224,15 @@ class ServerClient:
     async def _post_long(self, path: str, json: Mapping[str, Any] | None = None) -> None:
         await self._send("POST", path, json, seconds=self.timeout_seconds)
 
-    async def _json(self, method: str, path: str, *, key: str) -> Any:
+    async def _json(self, method: str, path: str, *, key: str, kind: type[Kind]) -> Kind:
         body = await self._send(method, path)
         try:
-            return json.loads(body)[key]
-        except (ValueError, KeyError, TypeError) as error:
+            value = _parsed(body)[key]
+        except (ValueError, LookupError, TypeError) as error:
             raise ServerProblem(f"unreadable answer of {path} ({error!r})") from None
+        if type(value) is not kind:
+            raise ServerProblem(f"unreadable answer of {path}: {key} is {value!r}")
+        return value
 
     async def _send(
         self,
@@ -180,23 +241,38 @@ class ServerClient:
         json: Mapping[str, Any] | None = None,
         *,
         content: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
         seconds: float = CONTROL_SECONDS,
+        most_bytes: int = MOST_CONTROL_BYTES,
     ) -> bytes:
-        headers = {} if content is None else {"Content-Type": "application/json"}
+        sent = {**(headers or {}), **({} if content is None else {"Content-Type": "application/json"})}
         try:
             # This limits the whole exchange; httpx's own timeouts limit only the silence between two pieces of it.
             async with asyncio.timeout(seconds):
-                answer = await self._http.request(method, path, json=json, content=content, headers=headers)
+                async with self._http.stream(method, path, json=json, content=content, headers=sent) as answer:
+                    body = await read_bounded(answer, most_bytes=most_bytes)
         except TimeoutError:
             raise TimedOut(f"no answer to {path} within {seconds:g} s") from None
-        except httpx.HTTPError as error:
-            raise Unreachable(f"{type(error).__name__} {error}".strip()) from None
-        if answer.status_code == 200:
-            return answer.content
-        problem = f"{path} answered {answer.status_code}: {_message(answer.content)}"
-        if answer.status_code in (400, 413, 422):
+        except Unfit as error:
+            raise ServerProblem(self._hidden(f"{path}: {error}")) from None
+        except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError) as error:
+            raise Unreachable(self._hidden(f"{type(error).__name__} {error}").strip()) from None
+        status = answer.status_code
+        if status == 200:
+            return body
+        problem = self._hidden(f"{path} answered {status}: {_message(body)}")
+        if status == 401 or (status == 403 and not path.startswith("/inference")):
+            raise Locked(f"{problem}; {TOKEN_ADVICE}")
+        if status in (400, 413, 422):
             raise Refused(problem)
-        raise ServerProblem(f"{problem}{_advice(path, answer.status_code)}")
+        raise ServerProblem(f"{problem}{_advice(path, status)}")
+
+    def _hidden(self, text: str) -> str:
+        return text if self._token is None else self._token.hide(text)
+
+
+def _parsed(body: bytes) -> Any:
+    return parse_json(body.decode("utf-8"))
 
 
 def _admits_no_pixels(multimodal: Mapping[str, Any]) -> bool:
@@ -208,13 +284,15 @@ def _admits_no_pixels(multimodal: Mapping[str, Any]) -> bool:
 def _message(body: bytes) -> str:
     """vLLM's error message, or else the start of the body."""
     try:
-        found = json.loads(body)
-        return str((found.get("error") or found).get("message") or found)[:300]
+        found = _parsed(body[:MOST_CONTROL_BYTES])
+        return str((found.get("error") or found).get("message") or found)[:_MOST_WORDS]
     except (ValueError, AttributeError):
-        return body[:200].decode("utf-8", errors="replace")
+        return body[:_MOST_WORDS].decode("utf-8", errors="replace")
 
 
 def _advice(path: str, status: int) -> str:
     if path.startswith("/inference") and status in (403, 404):
         return "; start it with --enable-scale-out"
+    if 300 <= status < 400:
+        return "; redirects are not followed: give the address that answers"
     return "; start it with VLLM_SERVER_DEV_MODE=1" if status in (404, 405) else ""

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import queue
 import shutil
 import threading
@@ -36,17 +37,22 @@ from megatron_ktr.batch.packing import MediaSpec
 from megatron_ktr.config.sections import RolloutSection
 from megatron_ktr.data.tokenizer import Tokenizer
 from megatron_ktr.distributed.platform import current
-from megatron_ktr.errors import UserError
+from megatron_ktr.errors import StepAbandoned, UserError
 from megatron_ktr.files.hf_model import reading_model
 from megatron_ktr.rollout.base import RolloutEngine, counts_of
 from megatron_ktr.rollout.sampling import SamplingSettings, StopStrings, end_token_ids
 from megatron_ktr.rollout.server.client import ServerClient, ServerFacts
-from megatron_ktr.rollout.server.pool import COUNTS, Give, PoolSettings, ServerPool
+from megatron_ktr.rollout.server.fingerprint import Fingerprint, agreed
+from megatron_ktr.rollout.server.member import Give, PoolSettings
+from megatron_ktr.rollout.server.pool import COUNTS, ServerPool
 from megatron_ktr.rollout.server.replicas import Replicas
 from megatron_ktr.rollout.server.weights import DirectoryTransfer, Failed, Outcome, WeightTransfer
-from megatron_ktr.rollout.server.wire import Sample, check_length, encode_request, read_answer
+from megatron_ktr.rollout.server.wire import Sample, check_length, encode_request, most_answer_bytes, read_answer
 from megatron_ktr.rollout.vllm.sampling import LogprobsMode, logprobs_mode, records_logprobs, rollout_of
 from megatron_ktr.types import Prompt, RolloutGroup
+from megatron_ktr.web.address import Address, ApiKey
+
+logger = logging.getLogger(__name__)
 
 
 class ServerEngine(RolloutEngine):
@@ -70,7 +76,9 @@ class ServerEngine(RolloutEngine):
         replicas: Replicas,
         settings: PoolSettings,
         runs_vision_encoder: bool = True,
+        token: ApiKey | None = None,
     ) -> None:
+        self._token = token
         self.runs_vision_encoder = runs_vision_encoder
         self.tokenizer = tokenizer
         self.media = media
@@ -83,6 +91,8 @@ class ServerEngine(RolloutEngine):
         with reading_model(model_dir):
             self.vocab_size = AutoConfig.from_pretrained(model_dir).get_text_config().vocab_size
         self._num_updates = 0
+        self._fingerprints: dict[str, Fingerprint] = {}
+        """Those of the servers after the last update, the same on all ranks."""
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm servers", daemon=True)
         self._thread.start()
@@ -127,7 +137,8 @@ class ServerEngine(RolloutEngine):
         """Gives the servers new weights under a new label.
 
         Raises:
-            UserError: no server has the weights afterwards, or they could not be written; raised on every rank.
+            UserError: the weights could not be written.
+            StepAbandoned: no server has the weights, and none can be given them later. Both are raised on every rank.
         """
         self._num_updates += 1
         label = f"{self.replicas.run}-{self._num_updates}"
@@ -140,19 +151,33 @@ class ServerEngine(RolloutEngine):
         try:
             outcome = self.transfer.send(named_tensors, label=label, start=start)
         except UserError as error:
-            problem = str(error)
+            problem = error
+        for _ in named_tensors:  # other ranks gather every tensor together with this one, before they learn of it
+            pass
         self.replicas.raise_any(problem)
-        for part in self.replicas.gather(outcome):
+        found: dict[str, Fingerprint] = {}
+        for part, fingerprints in self.replicas.gather((outcome, self.pool.fingerprints)):
             outcome = outcome | part
-        self._run(self.pool.adopt(outcome)).result()
+            found |= fingerprints
+        found = {url: one for url, one in sorted(found.items()) if outcome.get(url) is None}
+        near = agreed(found, before=self._fingerprints, limit=self.pool.settings.gap_limit)
+        self._fingerprints = found
+        expected = found[near[0]] if near else None
+        outcome |= {url: _other_weights(found, near) for url in found if near is None or url not in near}
+        self._run(self.pool.adopt(outcome, expected=expected)).result()
         self.transfer.settle()
-        if all(found is not None for found in outcome.values()):
-            errors = "; ".join(f"{url}: {found}" for url, found in outcome.items())
-            raise UserError(f"no vLLM server took the new weights: {errors}")
+        if any(found is None for found in outcome.values()):
+            return
+        errors = "; ".join(f"{url}: {found}" for url, found in outcome.items())
+        can_wait = self.transfer.keeps_weights and self.pool.settings.wait_seconds > 0
+        if not can_wait or (found and near is None):
+            raise StepAbandoned(f"no vLLM server took the new weights: {errors}")
+        # Servers that come back are given the weights; who asks for responses waits for them.
+        logger.warning("no vLLM server took the new weights: %s", errors)
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """server/retries, server/resent, server/taken_out, server/malformed, server/mixed_versions."""
+        """The counts of the pool, as server/retries and so on (docs/rollouts.md)."""
         return {f"server/{name}": self.pool.counts[name] for name in COUNTS}
 
     def close(self) -> None:
@@ -178,8 +203,16 @@ class ServerEngine(RolloutEngine):
                 media=self.media,
                 end_token_ids=self.end_token_ids,
             ),
-            read=partial(read_answer, prompt=prompt, sampling=sampling, mode=self.mode, vocab_size=self.vocab_size),
+            read=partial(
+                read_answer,
+                prompt=prompt,
+                sampling=sampling,
+                mode=self.mode,
+                vocab_size=self.vocab_size,
+                end_token_ids=self.end_token_ids,
+            ),
             name=f"prompt {prompt.problem_id}",
+            most_bytes=most_answer_bytes(sampling),
         )
         rollouts = tuple(
             rollout_of(
@@ -195,7 +228,12 @@ class ServerEngine(RolloutEngine):
 
     async def _make_pool(self, settings: PoolSettings) -> ServerPool:
         clients = [
-            ServerClient(url, max_requests=settings.max_requests, timeout_seconds=settings.timeout_seconds)
+            ServerClient(
+                url,
+                max_requests=settings.max_requests,
+                timeout_seconds=settings.timeout_seconds,
+                token=self._token,
+            )
             for url in settings.urls
         ]
         return ServerPool(clients, settings=settings, check_facts=self._problem_with)
@@ -219,6 +257,12 @@ class ServerEngine(RolloutEngine):
 
     def _run(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+
+def _other_weights(found: Mapping[str, Fingerprint], near: Sequence[str] | None) -> str:
+    if near is None:
+        return f"the servers {', '.join(found)} have the same label of weights and compute different log-probs"
+    return f"it computes other log-probs than {near[0]}, which has the same label of weights"
 
 
 def until_stop(sample: Sample, stop: Sequence[str], *, tokenizer: Tokenizer) -> Sample:
@@ -247,11 +291,20 @@ def server_engine(
     tokenizer: Tokenizer,
     media: MediaSpec,
     sampling: SamplingSettings,
+    gap_limit: float,
 ) -> ServerEngine:
     """The engine that ``rollout`` describes, for a reading rank; ``data_group`` is the process group of all reading
-    ranks. Weights that are sent through files lie below ``run_dir``, unless an option names another directory."""
+    ranks. Weights that are sent through files lie below ``run_dir``, unless an option names another directory.
+    ``gap_limit`` is that of log-probs of the same weights, in nats."""
     replicas = Replicas(data_group)
+    token = server_token(rollout)
     urls = list(dict.fromkeys(url.rstrip("/") for url in rollout.server_urls))
+    if token is None and (open_urls := [url for url in urls if not Address.read(url, **_URL_WORDS).is_loopback]):
+        logger.warning(
+            "--server-urls: no token is sent to %s: whoever reaches a server that wants none can change its weights "
+            "(docs/security.md)",
+            ", ".join(open_urls),
+        )
     owned_urls = replicas.own(urls)
     transfer: WeightTransfer
     if rollout.weight_transfer == "directory" or (rollout.weight_transfer == "auto" and current().name == "cpu"):
@@ -275,7 +328,25 @@ def server_engine(
             max_requests=rollout.server_max_requests,
             max_retries=rollout.server_max_retries,
             timeout_seconds=rollout.server_timeout_seconds,
+            wait_seconds=60 * rollout.server_wait_minutes,
+            gap_limit=gap_limit,
             in_flight_updates=rollout.in_flight_updates,
         ),
         runs_vision_encoder=not rollout.share_vision_features,
+        token=token,
     )
+
+
+_URL_WORDS = {"option": "--server-urls", "key_option": "--server-token-env"}
+
+
+def server_token(rollout: RolloutSection) -> ApiKey | None:
+    """The token that the options name; None if they name none. Raises ``UserError`` if there is none at that place, or
+    an address of a server cannot be used."""
+    for url in rollout.server_urls:
+        Address.read(url, **_URL_WORDS)
+    if rollout.server_token_env is not None:
+        return ApiKey.from_environment(rollout.server_token_env, option="--server-token-env")
+    if rollout.server_token_file is not None:
+        return ApiKey.from_file(rollout.server_token_file, option="--server-token-file")
+    return None

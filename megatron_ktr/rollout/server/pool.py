@@ -7,14 +7,19 @@ A server is *in* while it answers and has the current weights. Requests go only 
                               it is not healthy, does not answer in time, or has old weights
     a server is out           it comes back once it is healthy *and* has the current weights; its owner gives them to it
                               if they are kept on disk
-    no server is left         ``UserError`` names every server with its last error; a request that has failed everywhere
-                              raises it, too
+    a request is refused      (status 400) others are asked: only if all refuse it, twice, the run ends with its name
+    no server is left         the run waits (``wait_seconds``). ``StepAbandoned`` then names every server with its last
+                              error; a request that has failed everywhere for as long raises it, too, and so does a
+                              signal to leave that comes during such a wait
 
 Weights have labels, and vLLM reports under which label each token was sampled. The first answer of a server that was
 restarted or missed an update therefore shows it, even if the server seems healthy. While a server loads weights, it is
 paused and has a label that no rank accepts. If the update fails half-way, the server stays in this state, so that it
 never answers with weights that are neither old nor new. The server keeps this label after the run. It tells the next
 update, by any run, that the last one broke off; that update first repairs the server.
+
+A label can be wrong. After an update, and before a server comes back, it therefore computes the log-probs of a few
+tokens, which must be those of the other servers (``fingerprint.py``).
 
 Everything here runs in one asyncio loop.
 """
@@ -25,62 +30,33 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
 
-from megatron_ktr.errors import UserError
-from megatron_ktr.rollout.server.client import Refused, ServerClient, ServerFacts, ServerProblem, TimedOut, Unreachable
+from megatron_ktr.errors import StepAbandoned, UserError
+from megatron_ktr.rollout.server.client import (
+    Mistaken,
+    Refused,
+    ServerClient,
+    ServerFacts,
+    ServerProblem,
+    TimedOut,
+    Unreachable,
+)
+from megatron_ktr.rollout.server.fingerprint import Fingerprint
+from megatron_ktr.rollout.server.member import Give, Member, PoolSettings
+from megatron_ktr.rollout.server.versions import OldWeights, Versions
 from megatron_ktr.rollout.server.wire import MalformedAnswer, Sample
+from megatron_ktr.web import leaving
 
+_REFUSALS = 2
+"""How often every server must refuse a request: a sick one may refuse anything, once."""
 logger = logging.getLogger(__name__)
 
-COUNTS = ("retries", "resent", "taken_out", "malformed", "mixed_versions")
-LOADING = "-loading"
-"""The end of the label of a server that is loading weights, or in which loading broke off."""
-Give = Callable[[ServerClient, bool], Awaitable[None]]
-"""Makes one paused server load the weights of an update. The flag says whether an earlier update broke off in it."""
-
-
-class OldWeights(ServerProblem):
-    """An answer was sampled from other weights than the current ones."""
+COUNTS = ("retries", "resent", "taken_out", "malformed", "mixed_versions", "refused")
 
 
 class TakenOut(ServerProblem):
     """The request's server was taken out while the request ran."""
-
-
-@dataclass(frozen=True)
-class PoolSettings:
-    """How the servers are asked."""
-
-    urls: tuple[str, ...]
-    """Their addresses, each once."""
-    max_requests: int = 64
-    max_retries: int = 4
-    timeout_seconds: float = 600.0
-    """How long to wait for the first server. The clients have their own time limits."""
-    in_flight_updates: bool = False
-    backoff_seconds: float = 0.5
-    probe_seconds: float = 2.0
-
-
-@dataclass(eq=False)
-class _Server:
-    client: ServerClient
-    is_in: bool = False
-    facts: ServerFacts | None = None
-    num_requests: int = 0
-    failures: int = 0
-    """The number of failures in a row."""
-    missed_probes: int = 0
-    last_error: str = "never answered"
-    running: set[asyncio.Task[bytes]] = field(default_factory=set)
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Is held while the server gets weights, or while it is decided whether the server is in."""
-
-    @property
-    def url(self) -> str:
-        return self.client.url
 
 
 class ServerPool:
@@ -100,13 +76,17 @@ class ServerPool:
         self.settings = settings
         self.counts: Counter[str] = Counter()
         self._check_facts = check_facts
-        self._servers = [_Server(client) for client in clients]
-        self._label: str | None = None
-        self._labels: set[str] = set()
+        self._servers = [Member(client) for client in clients]
+        self._versions = Versions(in_flight_updates=settings.in_flight_updates)
+        self._expected: Fingerprint | None = None
         self._gives: Mapping[str, Give] = {}
+        self._owned: frozenset[str] = frozenset()
         self._is_updating = False
         self._changed = asyncio.Condition()
         self._watcher: asyncio.Task[None] | None = None
+        self._rescuing = asyncio.Lock()
+        self._alone_since: float | None = None
+        """When it was first seen that no server is in."""
 
     @property
     def max_model_len(self) -> int:
@@ -124,7 +104,7 @@ class ServerPool:
             if looks % 30 == 0:
                 logger.warning("waiting for a vLLM server: %s", self._errors())
             looks += 1
-            await asyncio.sleep(self.settings.probe_seconds)
+            await leaving.pause(self.settings.probe_seconds, waiting_for="for the first vLLM server")
         self._refuse_wrong()
         self._watcher = asyncio.create_task(self._watch())
 
@@ -132,6 +112,8 @@ class ServerPool:
         for server in self._servers:
             if server.facts is not None and (problem := self._check_facts(server.facts)):
                 raise UserError(f"--server-urls: {server.url}: {problem}")
+            if server.is_locked:
+                raise UserError(f"--server-urls: {server.url}: {server.last_error}")
 
     async def close(self) -> None:
         """Cancels everything that still runs in this loop."""
@@ -144,39 +126,65 @@ class ServerPool:
 
     # --- requests ---------------------------------------------------------------------------------------------
 
-    async def ask(self, encode: Callable[[], bytes], *, read: Callable[[bytes], list[Sample]], name: str) -> list:
+    async def ask(
+        self,
+        encode: Callable[[], bytes],
+        *,
+        read: Callable[[bytes], list[Sample]],
+        name: str,
+        most_bytes: int,
+    ) -> list[Sample]:
         """The answer to one request, from any server. ``name`` names the request in error messages.
 
-        ``encode`` runs once, in a thread, when a server has room. ``read`` may raise ``MalformedAnswer``.
+        ``encode`` runs once, in a thread, when a server has room. ``read`` may raise ``MalformedAnswer``. An answer has
+        at most ``most_bytes``.
+
+        Raises:
+            UserError: every server refuses the request.
+            StepAbandoned: no server answers it, or none is left.
         """
-        tries, body, last = 0, None, None
+        tries, body, avoid = 0, None, set[str]()
+        refused: Counter[str] = Counter()
+        give_up_at = time.monotonic() + self.settings.wait_seconds
         while True:
-            server = last = await self._acquire(avoid=last)
+            server = await self._acquire(avoid=avoid)
+            avoid = {server.url, *refused}
             try:
                 if body is None:
                     body = await asyncio.to_thread(encode)
-                return await self._attempt(server, body, read)
+                    give_up_at = time.monotonic() + self.settings.wait_seconds
+                samples = await self._attempt(server, body, read, most_bytes)
+                for other in self._servers:  # what one server has answered was no invalid request
+                    if other.url in refused:
+                        await self._blame(other, Refused("it refuses what others take"))
+                return samples
             except Refused as problem:
-                raise UserError(f"{name}: {server.url}: {problem}") from None
+                self.counts["refused"] += 1
+                refused[server.url] += 1
+                if all(refused[other.url] >= _REFUSALS for other in self._servers if other.is_in):
+                    raise UserError(f"{name}: {server.url}: {problem}") from None
+                error = f"{server.url}: {problem}"
             except (ServerProblem, MalformedAnswer) as problem:
-                self.counts["malformed"] += isinstance(problem, MalformedAnswer)
+                self.counts["malformed"] += isinstance(problem, MalformedAnswer | Mistaken)
                 await self._blame(server, problem)
                 error = f"{server.url}: {problem}"
             finally:
                 server.num_requests -= 1
                 await self._notify()
             tries += 1
-            if tries > (self.settings.max_retries + 1) * len(self._servers):
-                raise UserError(f"{name} failed {tries} times on the vLLM servers; the last time {error}")
+            if tries > (self.settings.max_retries + 1) * len(self._servers) and time.monotonic() >= give_up_at:
+                raise StepAbandoned(f"{name} failed {tries} times on the vLLM servers; the last time {error}")
             self.counts["retries"] += 1
-            if server.is_in:
-                await asyncio.sleep(self.settings.backoff_seconds * 2 ** min(tries - 1, 5))
-            else:
-                self.counts["resent"] += 1
+            self.counts["resent"] += not server.is_in
+            if server.is_in or tries > len(self._servers):
+                seconds = self.settings.backoff_seconds * 2 ** min(tries - 1, 5)
+                await leaving.pause(seconds, waiting_for=f"{name}: {error}")
 
-    async def _attempt(self, server: _Server, body: bytes, read: Callable[[bytes], list[Sample]]) -> list[Sample]:
-        label = self._label
-        task = asyncio.create_task(server.client.generate(body))
+    async def _attempt(
+        self, server: Member, body: bytes, read: Callable[[bytes], list[Sample]], most_bytes: int
+    ) -> list[Sample]:
+        label = self._versions.current
+        task = asyncio.create_task(server.client.generate(body, most_bytes=most_bytes))
         server.running.add(task)
         try:
             await asyncio.wait({task})
@@ -186,28 +194,12 @@ class ServerPool:
         if task.cancelled():
             raise TakenOut(server.last_error)
         samples = read(task.result())
-        self._check_versions(samples, started_with=label)
+        self.counts["mixed_versions"] += self._versions.num_mixed(samples, started_with=label)
         server.failures = 0
         return samples
 
-    def _check_versions(self, samples: Sequence[Sample], *, started_with: str | None) -> None:
-        """Raises OldWeights unless the responses were sampled from weights that are allowed.
-
-        With ``in_flight_updates`` a response may mix versions of this run, and such responses are counted. Without,
-        every response must have a single version: the one when the request started, or the current one.
-        """
-        if started_with is None:
-            return
-        mixed = [sample.versions for sample in samples if len(set(sample.versions)) > 1]
-        for versions in (sample.versions for sample in samples):
-            known = self._labels if self.settings.in_flight_updates else {started_with, self._label}
-            is_mixed = len(set(versions)) > 1
-            if not set(versions) <= known or (is_mixed and not self.settings.in_flight_updates):
-                raise OldWeights(f"a response sampled from weights {', '.join(versions)}, expected {started_with}")
-        self.counts["mixed_versions"] += len(mixed)
-
-    async def _acquire(self, *, avoid: _Server | None) -> _Server:
-        """Reserves a place on a server that is in. Raises UserError if no server is in and none comes back."""
+    async def _acquire(self, *, avoid: Collection[str]) -> Member:
+        """Reserves a place on a server that is in. Raises StepAbandoned if no server is in and none comes back."""
         while True:
             async with self._changed:
                 while self._is_updating or not self._free():
@@ -215,30 +207,41 @@ class ServerPool:
                         break
                     await self._changed.wait()
                 else:
-                    server = min(self._free(), key=lambda server: (server is avoid, server.num_requests))
+                    server = min(self._free(), key=lambda server: (server.url in avoid, server.num_requests))
                     server.num_requests += 1
                     return server
             await self._rescue()
 
-    def _free(self) -> list[_Server]:
+    def _free(self) -> list[Member]:
         return [s for s in self._servers if s.is_in and s.num_requests < self.settings.max_requests]
 
     async def _rescue(self) -> None:
-        """Is called when no server is in. It probes all servers a few more times and then raises UserError."""
-        for look in range(self.settings.max_retries + 1):
-            if any(server.is_in for server in self._servers) or await self._probe_all():
-                return
-            if look < self.settings.max_retries:
-                await asyncio.sleep(self.settings.probe_seconds)
-        raise UserError(f"no vLLM server is left: {self._errors()}")
+        """Is called when no server is in. Probes all servers until one is in again, or an update begins, which decides
+        anew who is in. After ``wait_seconds`` it raises StepAbandoned, and when the run is asked to leave."""
+        async with self._rescuing:  # one looks for all who wait
+            while not self._is_updating and not await self._probe_all():
+                now = time.monotonic()
+                if self._alone_since is None:
+                    self._alone_since = now
+                    logger.warning(
+                        "no vLLM server is left (%s): waiting for %g s at most",
+                        self._errors(),
+                        self.settings.wait_seconds,
+                    )
+                if now >= self._alone_since + self.settings.wait_seconds:
+                    raise StepAbandoned(f"no vLLM server is left: {self._errors()}")
+                await leaving.pause(
+                    self.settings.probe_seconds, waiting_for=f"no vLLM server is left: {self._errors()}"
+                )
+            self._alone_since = None
 
     # --- membership -------------------------------------------------------------------------------------------
 
-    async def _blame(self, server: _Server, problem: Exception) -> None:
+    async def _blame(self, server: Member, problem: Exception) -> None:
         if not server.is_in:
             return
         server.failures += 1
-        server.last_error = str(problem)
+        server.failed(problem)
         is_dead = isinstance(problem, TimedOut | OldWeights) or server.failures > self.settings.max_retries
         if not is_dead and isinstance(problem, Unreachable):
             try:
@@ -248,7 +251,7 @@ class ServerPool:
         if is_dead:
             self._take_out(server, str(problem))
 
-    def _take_out(self, server: _Server, reason: str) -> None:
+    def _take_out(self, server: Member, reason: str) -> None:
         server.last_error = reason
         if not server.is_in:
             return
@@ -262,11 +265,17 @@ class ServerPool:
         """Probes the servers that are out, and those that are in and have running requests, again and again."""
         while True:
             await asyncio.sleep(self.settings.probe_seconds)
-            if not self._is_updating:
+            if self._is_updating:
+                continue
+            for server in self._servers:
+                server.rests = max(0, server.rests - 1)
+            try:
                 await self._probe_all()
                 await asyncio.gather(*(self._feel_pulse(s) for s in self._servers if s.is_in and s.running))
+            except Exception:  # whoever is not looked after would never come back
+                logger.exception("looking after the vLLM servers failed")
 
-    async def _feel_pulse(self, server: _Server) -> None:
+    async def _feel_pulse(self, server: Member) -> None:
         """Checks the health of a server with running requests. If its machine vanishes, the connections would show it
         only after many minutes."""
         try:
@@ -284,28 +293,44 @@ class ServerPool:
         await self._notify()
         return any(server.is_in for server in self._servers)
 
-    async def _try_return(self, server: _Server) -> None:
+    async def _try_return(self, server: Member) -> None:
         async with server.lock:
-            if server.is_in or self._is_updating:
+            if server.is_in or self._is_updating or server.rests:
                 return
-            label = self._label
+            label = self._versions.current
             try:
                 await server.client.check_health()
                 if server.facts is None:
                     server.facts = await server.client.facts()
                 if problem := self._check_facts(server.facts):
                     raise ServerProblem(problem)
-                if label is not None and (found := await server.client.weight_version()) != label:
-                    give = self._gives.get(server.url)
-                    if give is None:
-                        raise ServerProblem(f"it has weights {found}, expected {label}; waiting for the next update")
-                    await self._give(server, label, give)
+                if label is not None:
+                    await self._bring_up_to_date(server, label)
             except ServerProblem as problem:
-                server.last_error = str(problem)
+                server.failed(problem)
                 return
-            if label == self._label and not self._is_updating:
-                server.failures = server.missed_probes = 0
-                server.is_in = True
+            if label == self._versions.current and not self._is_updating:
+                server.let_in()
+
+    async def _bring_up_to_date(self, server: Member, label: str) -> None:
+        """Makes sure that a server which is out has the current weights and samples. Its owner gives them to it, if
+        they are kept. Raises ServerProblem if it has not."""
+        give = self._gives.get(server.url)
+        found = await server.client.weight_version()
+        problem = "" if found == label else f"it has weights {found}, expected {label}"
+        if not problem and await server.client.is_paused():
+            problem = "it is paused"  # an update broke off just before its end
+        if not problem:
+            await server.look(label)
+            problem = server.gap_problem(self._expected, limit=self.settings.gap_limit)
+        if not problem:
+            return
+        if give is None:
+            raise ServerProblem(f"{problem}; waiting for the next update")
+        await server.take_weights(label, give, in_flight=self.settings.in_flight_updates)
+        if problem := server.gap_problem(self._expected, limit=self.settings.gap_limit):
+            server.rests = 2
+            raise ServerProblem(problem)
 
     def _errors(self) -> str:
         return "; ".join(f"{server.url}: {server.last_error}" for server in self._servers if not server.is_in)
@@ -331,43 +356,44 @@ class ServerPool:
         servers that come back later. ``failed`` is called as soon as a server has failed.
         """
         self._is_updating = True
-        self._label = label
-        self._labels.add(label)
+        self._versions.add(label)
         self._gives = gives if again else {}
+        self._expected = None
+        self._owned = frozenset(gives)
 
-        async def one(server: _Server) -> str | None:
+        async def one(server: Member) -> str | None:
             async with server.lock:
+                server.fingerprint = None
                 try:
                     await server.client.check_health()
-                    await self._give(server, label, gives[server.url])
-                except ServerProblem as problem:
+                    await server.take_weights(label, gives[server.url], in_flight=self.settings.in_flight_updates)
+                except Exception as problem:  # of a communicator, for example: this server alone has not the weights
+                    words = (
+                        str(problem) if isinstance(problem, ServerProblem) else f"{type(problem).__name__}: {problem}"
+                    )
                     if failed is not None:
-                        failed(server.url, str(problem))
-                    return str(problem)
+                        failed(server.url, words)
+                    return words
             return None
 
         owned = [server for server in self._servers if server.url in gives]
         return dict(zip([s.url for s in owned], await asyncio.gather(*(one(s) for s in owned)), strict=True))
 
-    async def adopt(self, outcome: Mapping[str, str | None]) -> None:
-        """Lets requests start again, on the servers whose owners report that they have the weights."""
+    @property
+    def fingerprints(self) -> dict[str, Fingerprint]:
+        """Those of the servers that this rank gave the weights of the last update."""
+        owned = [server for server in self._servers if server.url in self._owned]
+        return {server.url: server.fingerprint for server in owned if server.fingerprint is not None}
+
+    async def adopt(self, outcome: Mapping[str, str | None], *, expected: Fingerprint | None = None) -> None:
+        """Lets requests start again, on the servers whose owners report that they have the weights. ``expected`` is the
+        fingerprint of these weights, which servers that come back must have."""
+        self._expected = expected
         for server in self._servers:
             problem = outcome.get(server.url, "nobody gave it weights")
             if problem is not None:
                 self._take_out(server, f"it did not take the new weights: {problem}")
             elif server.facts is not None and self._check_facts(server.facts) is None:
-                server.failures = server.missed_probes = 0
-                server.is_in = True
+                server.let_in()
         self._is_updating = False
         await self._notify()
-
-    async def _give(self, server: _Server, label: str, give: Give) -> None:
-        """Gives weights to one server. If it raises ServerProblem, the server stays paused until an update succeeds."""
-        client = server.client
-        broke_off = (await client.weight_version()).endswith(LOADING)
-        await client.pause(keep_requests=self.settings.in_flight_updates)
-        await client.set_weight_version(f"{label}{LOADING}")
-        await give(client, broke_off)
-        await client.reset_caches()
-        await client.set_weight_version(label)
-        await client.resume()

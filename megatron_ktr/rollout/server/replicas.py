@@ -29,9 +29,9 @@ class Replicas:
         """The ``value`` of every rank, in the order of ranks, on every rank."""
         return gather_objects(value, group=self._group)
 
-    def raise_any(self, problem: str | None) -> None:
-        """Raises UserError on all ranks if any rank has a problem."""
-        raise_on_every_rank(None if problem is None else UserError(problem), group=self._group)
+    def raise_any(self, problem: UserError | None) -> None:
+        """Raises it on all ranks if any rank has a problem."""
+        raise_on_every_rank(problem, group=self._group)
 
     def own(self, urls: list[str]) -> list[str]:
         """The servers to which this rank sends weights. Each server has one owner; ranks own about equally many."""

@@ -1,27 +1,43 @@
 """``python -m megatron_ktr.rollout.server.serve MODEL --port N [...]``: ``vllm serve``, set up for training.
 
-All options after the model are passed to vLLM. The options set here are defaults, which the command line overrides. On
-a machine with GPUs this is the same as the ``vllm serve`` command in docs/rollouts.md. The CPU build needs additional
+The options after the model are passed to vLLM, but for two of our own. Those set here are defaults, which the command
+line overrides.
+
+    --token-env NAME     the environment variable with the token without which nobody uses the server (``guard.py``)
+    --token-file FILE    the file with the token
+
+The server listens on 127.0.0.1. Another ``--host`` needs a token, because its routes change weights and run code. The
+token is never a flag: everybody on the machine can read the flags of a process. For the same reason vLLM's --api-key is
+refused; a key in VLLM_API_KEY is taken for the token.
+
+The CPU build needs additional
 preparation (``rollout/vllm/cpu.py`` says why), in the server and in its child processes. Each child process first
 imports this module again, under the name ``__mp_main__``, and is prepared by that import.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from megatron_ktr.errors import UserError, run_cli
 from megatron_ktr.files.checksums import require_intact
 from megatron_ktr.files.hf_model import make_torchvision_importable
+from megatron_ktr.rollout.server import guard
 from megatron_ktr.rollout.vllm.cpu import set_environment
 from megatron_ktr.rollout.vllm.runner import choose_runner
+from megatron_ktr.web.address import is_loopback
 
 TRAINING_FLAGS = {
+    # vLLM itself listens on all addresses of the machine.
+    "--host": "127.0.0.1",
+    "--middleware": guard.PATH,
     # Opens the route that generates from token ids and the model's own inputs.
     "--enable-scale-out": None,
     # The pixels that arrive are normalised already.
@@ -45,6 +61,73 @@ CPU_FLAGS = {
     # above.
     "--no-enable-chunked-prefill": None,
 }
+
+
+def split_token(argv: Sequence[str]) -> tuple[list[str], str]:
+    """``argv`` without the options of the token, and the place of the token for ``guard.SOURCE``.
+
+    Raises:
+        UserError: an option has no value, or both are given.
+    """
+    rest, sources = [], []
+    waiting = iter(argv)
+    for argument in waiting:
+        flag, sign, value = argument.partition("=")
+        if flag not in (guard.ENV_OPTION, guard.FILE_OPTION):
+            rest.append(argument)
+            continue
+        value = value if sign else next(waiting, "")
+        if not value or value.startswith("--"):
+            raise UserError(f"{flag} needs a value: the name of the place where the token is")
+        sources.append(f"env {value}" if flag == guard.ENV_OPTION else f"file {os.path.abspath(value)}")
+    if os.environ.get("VLLM_API_KEY") and "env VLLM_API_KEY" not in sources:
+        sources.append("env VLLM_API_KEY")  # vLLM wants it, too, and a request carries one token
+    if len(sources) > 1:
+        raise UserError(
+            f"the token is given twice: {guard.ENV_OPTION}, {guard.FILE_OPTION} or VLLM_API_KEY, one of them"
+        )
+    return rest, sources[0] if sources else ""
+
+
+def early_options(argv: Sequence[str]) -> argparse.Namespace:
+    """The options that ``check_reach`` looks at, as far as they are flags spelled out in ``argv``."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for flag in ("--host", "--uds"):
+        parser.add_argument(flag, nargs="?")
+    parser.add_argument("--api-key", nargs="*")
+    parser.add_argument("--middleware", action="append", default=[])
+    parser.add_argument("--grpc", action="store_true")
+    parser.add_argument("--grpc-port", nargs="?")
+    options, _ = parser.parse_known_args(
+        [
+            argument.replace("_", "-") if argument.startswith("--") and "=" not in argument else argument
+            for argument in argv
+        ]
+    )
+    options.middleware.append(guard.PATH)  # it is looked for among the parsed options
+    return options
+
+
+def check_reach(options: Any, *, has_token: bool) -> None:
+    """Raises ``UserError`` if the parsed options of ``vllm serve`` would open the server to others without a token, or
+    would show a secret.
+
+    The parsed options are looked at, because a flag may be shortened and a file may hold options, too.
+    """
+    if options.api_key:
+        raise UserError(
+            "--api-key stands in the list of processes, and opens some routes only: give the token by "
+            f"{guard.ENV_OPTION} NAME or {guard.FILE_OPTION} FILE"
+        )
+    if guard.PATH not in options.middleware:
+        raise UserError(f"--middleware: add {guard.PATH}, which asks for the token")
+    if options.grpc_port is not None or options.grpc:
+        raise UserError("--grpc and --grpc-port open a port that no token protects")
+    if options.uds is None and not has_token and not (options.host and is_loopback(options.host)):
+        raise UserError(
+            f"--host {options.host or 'of all addresses'} lets others change weights and run code here: add "
+            f"{guard.ENV_OPTION} NAME or {guard.FILE_OPTION} FILE with a token, or leave out --host"
+        )
 
 
 def arguments(argv: Sequence[str], *, on_cpu: bool) -> list[str]:
@@ -80,7 +163,11 @@ def prepare(*, on_cpu: bool) -> None:
 
 def main() -> None:
     on_cpu = not torch.accelerator.is_available()
-    argv = ["serve", *arguments(sys.argv[1:], on_cpu=on_cpu)]
+    given, source = split_token(sys.argv[1:])
+    argv = ["serve", *arguments(given, on_cpu=on_cpu)]
+    os.environ[guard.SOURCE] = source
+    has_token = guard.read_token(source) is not None
+    check_reach(early_options(argv), has_token=has_token)  # before vLLM is imported, as far as flags show it
     if importlib.util.find_spec("vllm") is None:
         raise UserError("vLLM is not installed here: make setup-vllm puts it in .venv-vllm")
     prepare(on_cpu=on_cpu)
@@ -96,6 +183,7 @@ def main() -> None:
     command = ServeSubcommand()
     command.subparser_init(parser.add_subparsers(dest="subparser"))
     options = parser.parse_args(argv)
+    check_reach(options, has_token=has_token)
     command.validate(options)
     command.cmd(options)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_ktr.errors import UserError
 from megatron_ktr.files.hf_files import new_directory, write_shard
 from megatron_ktr.rollout.server.client import ServerClient
-from megatron_ktr.rollout.server.pool import Give
+from megatron_ktr.rollout.server.member import Give
 from megatron_ktr.rollout.server.replicas import Replicas
 
 SHARD_BYTES = 1 << 28
@@ -71,7 +71,7 @@ class DirectoryTransfer:
                 write_weights(path, named_tensors)
                 self._written.append(path)
             except (UserError, OSError) as error:
-                problem = f"--weight-directory: {error}"
+                problem = UserError(f"--weight-directory: {error}")
         for _ in named_tensors:
             pass
         # All ranks wait here, so that no server is told to read before all files are written.

@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from megatron_ktr.batch.packing import MediaSpec
-from megatron_ktr.errors import UserError
+from megatron_ktr.errors import UserError, one_line
+from megatron_ktr.files.json_files import parse_json
 from megatron_ktr.rollout.sampling import SamplingSettings, sample_seed
 from megatron_ktr.rollout.vllm.sampling import LogprobsMode, records_logprobs, sampling_values
 from megatron_ktr.types import Prompt, VisualInput
@@ -38,8 +39,17 @@ NO_LOGPROB = -9999.0
 """The value that vLLM writes if a log-prob is missing or infinite."""
 
 
+_MOST_WORDS = 300
+"""Characters of a message about an answer, which may quote it."""
+_BYTES_PER_TOKEN = 2048
+"""What vLLM writes about one token has 200 to 400 bytes."""
+
+
 class MalformedAnswer(Exception):
     """An answer is not what was asked for: it is not JSON, lacks fields or log-probs, or has unknown tokens."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message)[:_MOST_WORDS])
 
 
 @dataclass(frozen=True)
@@ -79,6 +89,11 @@ def encode_request(
     return json.dumps(body, separators=(",", ":")).encode()
 
 
+def most_answer_bytes(sampling: SamplingSettings) -> int:
+    """The largest answer that the responses to one prompt can have."""
+    return (1 << 20) + _num_asked(sampling) * sampling.max_response_length * _BYTES_PER_TOKEN
+
+
 def _num_asked(sampling: SamplingSettings) -> int:
     """The number of responses to ask for. It is 1 for greedy sampling, because vLLM refuses several greedy responses,
     which would all be the same."""
@@ -86,7 +101,13 @@ def _num_asked(sampling: SamplingSettings) -> int:
 
 
 def read_answer(
-    body: bytes, *, prompt: Prompt, sampling: SamplingSettings, mode: LogprobsMode, vocab_size: int
+    body: bytes,
+    *,
+    prompt: Prompt,
+    sampling: SamplingSettings,
+    mode: LogprobsMode,
+    vocab_size: int,
+    end_token_ids: Sequence[int],
 ) -> list[Sample]:
     """The G responses of an answer to ``encode_request``, in order.
 
@@ -94,7 +115,7 @@ def read_answer(
         MalformedAnswer: the body is anything else.
     """
     try:
-        answer = json.loads(body)
+        answer = parse_json(body.decode("utf-8"))
         choices = sorted(answer["choices"], key=lambda choice: choice["index"])
         num_prompt_tokens = answer["usage"]["prompt_tokens"]
         expected = _num_asked(sampling)
@@ -103,13 +124,17 @@ def read_answer(
         if num_prompt_tokens != len(prompt.token_ids):
             raise MalformedAnswer(f"{len(prompt.token_ids)} prompt tokens were sent, {num_prompt_tokens} were read")
         samples = [_sample(choice, sampling=sampling, mode=mode, vocab_size=vocab_size) for choice in choices]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        for sample in samples:
+            _check_end(sample, end_token_ids)
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise MalformedAnswer(f"unreadable ({type(error).__name__}: {error})") from None
     return samples * (sampling.num_generations // expected)
 
 
 def _sample(choice: Mapping[str, Any], *, sampling: SamplingSettings, mode: LogprobsMode, vocab_size: int) -> Sample:
     token_ids, reason = choice["token_ids"], choice["finish_reason"]
+    if not isinstance(token_ids, list):
+        raise MalformedAnswer(f"tokens of the type {type(token_ids).__name__}")
     length = len(token_ids)
     if reason not in ("stop", "length"):
         raise MalformedAnswer(f"a response ended by {reason!r}")
@@ -126,6 +151,15 @@ def _sample(choice: Mapping[str, Any], *, sampling: SamplingSettings, mode: Logp
         finish_reason=reason,
         versions=tuple(str(span["version"]) for span in spans),
     )
+
+
+def _check_end(sample: Sample, end_token_ids: Sequence[int]) -> None:
+    """A server that stops elsewhere than it was told to answers as another policy would."""
+    ends = [token in end_token_ids for token in sample.token_ids]
+    if any(ends[:-1]):
+        raise MalformedAnswer("a response that goes on after its end token")
+    if sample.finish_reason == "stop" and not ends[-1]:
+        raise MalformedAnswer(f"a response that stops after token {sample.token_ids[-1]}, which is no end token")
 
 
 def _logprobs(choice: Mapping[str, Any], token_ids: Sequence[int]) -> tuple[float, ...]:

@@ -1,0 +1,213 @@
+"""Servers that lie, stay paused, go away for good, or do anything at random: what is trained on stays right."""
+
+from __future__ import annotations
+
+import random
+import threading
+import tracemalloc
+from pathlib import Path
+
+import pytest
+
+from megatron_ktr.errors import StepAbandoned, UserError
+from megatron_ktr.rollout.server.fingerprint import agreed
+from megatron_ktr.types import RolloutGroup
+from megatron_ktr.web import leaving
+from megatron_ktr.web.address import ApiKey
+from tests.rollout.test_server_pool import (
+    counts,
+    expected,
+    in_background,
+    make_engine,
+    prompts,
+    start,  # noqa: F401 - a fixture
+    tensors,
+)
+from tests.support.fake_server import MISBEHAVIOUR, ON_THE_WIRE, FakeServer
+from tests.support.patience import PATIENCE_SECONDS, wait_until
+
+SEEDS = range(6)
+"""The nightly mode of tests/faults has more."""
+TOKEN = "a-token-of-enough-length"
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_random_faults_change_no_response(start, tmp_path, seed: int) -> None:  # noqa: F811
+    """Five updates and batches on three servers, of which any may misbehave, refuse, load nothing, lie about weights,
+    die and come back empty at any moment, as long as most of them agree. Every response is the one of a healthy
+    server with the weights of its step, and none is missing or there twice."""
+    rng = random.Random(seed)
+    engine, servers = start(3, wait_seconds=PATIENCE_SECONDS, max_retries=1)
+    acts = [*MISBEHAVIOUR, *ON_THE_WIRE, "drop", "500", "503", "400", "401"]
+    for step in range(1, 6):
+        for server in servers:
+            server.script.extend(rng.sample(acts, rng.randrange(3)))
+        victim = rng.choice(servers)
+        kind = rng.choice(["none", "dies", "is restarted", "does not load", "lies"])
+        victim.reload_status = 500 if kind == "does not load" else 200
+        victim.is_lying = kind == "lies"
+        if kind in ("dies", "is restarted"):
+            victim.kill()
+        if kind == "is restarted":
+            victim.restart()
+        engine.load_weights(tensors(float(step)))
+        running = in_background(lambda step=step: engine.generate(prompts(8), step=step))
+        if rng.random() < 0.5 and not victim._is_dead.is_set():
+            victim.kill()
+        assert running() == wanted(tmp_path, step), f"seed {seed}, step {step}, {kind}"
+        if victim._is_dead.is_set():
+            victim.restart()
+        for server in servers:
+            server.script.clear()
+            server.reload_status, server.is_lying = 200, False
+
+
+_WANTED: dict[int, list[RolloutGroup]] = {}
+
+
+def wanted(folder: Path, step: int) -> list[RolloutGroup]:
+    if step not in _WANTED:
+        _WANTED[step] = expected(folder, 8, weights=float(step), step=step)
+    return _WANTED[step]
+
+
+def test_a_server_that_says_it_has_loaded_and_has_not_is_taken_out(start, tmp_path) -> None:  # noqa: F811
+    """Its label is right. Only what it computes tells."""
+    engine, (first, liar) = start(2)
+    engine.load_weights(tensors(1.0))
+    liar.is_lying = True
+    engine.load_weights(tensors(2.0))
+    assert liar.version == first.version and liar.weights == 1.0
+    assert engine.generate(prompts(9)) == expected(tmp_path, 9, weights=2.0)
+    assert liar.num_answers == 0 and counts(engine)["taken_out"] == 1
+    liar.is_lying = False
+    wait_until(lambda: engine.pool._servers[1].is_in)
+    assert liar.weights == 2.0, "its weights were given to it again"
+
+
+def test_two_servers_that_disagree_end_the_run(start) -> None:  # noqa: F811
+    """Nobody can tell which of them is right, and half of the responses would be another policy's. (One that computes
+    what it did before the update is known to be wrong.)"""
+    engine, (_, liar) = start(2)
+    engine.load_weights(tensors(1.0))
+    liar.weights, liar.is_lying = 77.0, True
+    with pytest.raises(StepAbandoned, match="the same label of weights and compute different log-probs"):
+        engine.load_weights(tensors(2.0))
+    assert agreed({"a": (0.0,), "b": (0.01,), "c": (1.0,)}, limit=0.02) == ["a", "b"]
+    assert agreed({"a": (0.0,)}, limit=0.02) == ["a"] and agreed({}, limit=0.02) == []
+
+
+def test_another_server_at_the_same_port_is_not_believed(start, tmp_path) -> None:  # noqa: F811
+    """It has the right label, and another model's weights: they are given to it anew."""
+    engine, (server, other) = start(2)
+    engine.load_weights(tensors(1.0))
+    label = server.version
+    server.kill()
+    engine.generate(prompts(4))
+    server._forget()
+    server.version, server.weights = label, 77.0
+    server._is_dead.clear()
+    server._listen(server.port)
+    wait_until(lambda: engine.pool._servers[0].is_in)
+    assert server.weights == 1.0
+    assert engine.generate(prompts(8)) == expected(tmp_path, 8, weights=1.0)
+    assert other.num_answers < 12, "both are asked"
+
+
+def test_a_server_left_paused_at_the_very_end_of_an_update_is_resumed(start, tmp_path) -> None:  # noqa: F811
+    """It is healthy and has the right label. A request to it would wait for ever."""
+    engine, (server, _) = start(2)
+    engine.load_weights(tensors(1.0))
+    server.kill()
+    engine.generate(prompts(4))
+    server.restart()
+    server.version, server.weights, server.paused = f"{engine.replicas.run}-1", 1.0, True
+    wait_until(lambda: engine.pool._servers[0].is_in)
+    assert not server.paused
+    assert engine.generate(prompts(8)) == expected(tmp_path, 8, weights=1.0)
+
+
+def test_a_run_without_servers_waits_for_one(start, tmp_path) -> None:  # noqa: F811
+    engine, servers = start(2, wait_seconds=PATIENCE_SECONDS)
+    engine.load_weights(tensors(1.0))
+    for server in servers:
+        server.kill()
+    result = in_background(lambda: engine.generate(prompts(4)))
+    wait_until(lambda: engine.pool._alone_since is not None)
+    servers[1].restart()
+    assert result() == expected(tmp_path, 4, weights=1.0)
+    # Weights that nobody takes now are given to whoever comes back.
+    servers[1].kill()
+    engine.load_weights(tensors(2.0))
+    result = in_background(lambda: engine.generate(prompts(4)))
+    servers[0].restart()
+    assert result() == expected(tmp_path, 4, weights=2.0)
+
+
+def test_a_run_that_is_asked_to_leave_does_not_wait_for_servers(start) -> None:  # noqa: F811
+    engine, (server,) = start(1, wait_seconds=PATIENCE_SECONDS)
+    server.kill()
+    failed = in_background(lambda: pytest.raises(StepAbandoned, engine.generate, prompts(4)))
+    wait_until(lambda: engine.pool._alone_since is not None)
+    leaving.ask_to_leave("SIGTERM")
+    try:
+        error = failed().value
+    finally:
+        leaving.forget()
+    assert error.asked_by == "SIGTERM" and "no vLLM server is left" in str(error) and server.url in str(error)
+
+
+def test_the_token_is_sent_everywhere_and_a_wrong_one_ends_the_run_at_the_start(tmp_path, monkeypatch) -> None:
+    server = FakeServer()
+    server.token = TOKEN
+    make = lambda token: make_engine([server], tmp_path)  # noqa: E731
+    with pytest.raises(UserError, match=r"--server-urls: http.*answered 401.*--server-token-env"):
+        make(None)
+    assert server.num_unwelcome == 1, "it is not asked again"
+    monkeypatch.setattr("tests.rollout.test_server_pool.ServerEngine", with_token("another-token-of-length"))
+    with pytest.raises(UserError) as refused:
+        make(None)
+    assert "another-token" not in str(refused.value) and "not Bearer ***" in str(refused.value)
+    monkeypatch.setattr("tests.rollout.test_server_pool.ServerEngine", with_token(TOKEN))
+    before = server.num_unwelcome
+    engine = make(None)
+    engine.load_weights(tensors(1.0))
+    assert len(engine.generate(prompts(3))) == 3 and server.num_unwelcome == before
+    # The answers of a server may hold the token; what is shown of them does not.
+    server.script.extend(["500"] * 50)
+    with pytest.raises(StepAbandoned):
+        engine.generate(prompts(1))
+    engine.close()
+    server.kill()
+
+
+def with_token(token: str):
+    from megatron_ktr.rollout.server.engine import ServerEngine
+
+    return lambda *arguments, **options: ServerEngine(*arguments, token=ApiKey(token), **options)
+
+
+def test_many_failures_leave_nothing_behind(start, tmp_path) -> None:  # noqa: F811
+    """A thousand bad answers, of every kind, keep no memory, no task and no connection."""
+    engine, (server,) = start(1, backoff_seconds=0.0, wait_seconds=PATIENCE_SECONDS, max_retries=10**6)
+    acts = ["cookies", "500", "garbage", "not json", "drop", "a redirect", "another request", "half closed"]
+
+    def fail(number: int) -> None:
+        server.script.extend(acts[index % len(acts)] for index in range(number))
+        assert len(engine.generate(prompts(1))) == 1
+        server.bodies.clear()
+        server._http.connections.clear()
+
+    fail(80)
+    threads = threading.active_count()
+    tracemalloc.start()
+    try:
+        fail(80)
+        first = tracemalloc.get_traced_memory()[0]
+        fail(1000)
+        grown = tracemalloc.get_traced_memory()[0] - first
+    finally:
+        tracemalloc.stop()
+    # 100 bytes for each failure would be a leak; what is seen is noise of some tens of kB.
+    assert grown < 100_000 and threading.active_count() <= threads + 2
+    assert engine.counts["server/retries"] == 1160
