@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,7 @@ def main() -> int:
     parser.add_argument("--area", choices=AREAS, help="only this one")
     parser.add_argument("--seed", type=int, help="only this one; needs --area")
     parser.add_argument("--seeds", type=int, help="in all, instead of CI's")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="after these no further seed begins")
     parser.add_argument("--jobs", type=int, default=2, help="at a time (2)")
     parser.add_argument("--json", type=Path, help="where the summary is written")
     parser.add_argument("--folder", type=Path, help="for scratch files; those of failures stay")
@@ -72,7 +75,7 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     world = World(folder)
     try:
-        summary = run_seeds(world, wanted, jobs=options.jobs, say=lambda line: print(line, flush=True))
+        summary = run_seeds(world, wanted, jobs=options.jobs, say=partial(print, flush=True), minutes=options.minutes)
     finally:
         world.close()
     if options.json:

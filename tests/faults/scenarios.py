@@ -15,6 +15,7 @@ import subprocess
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -35,7 +36,7 @@ from tests.faults.world import CONVERT, EVALUATE, NO_FAULT, NUM_STEPS, TRAIN, Wo
 from tests.faults.zygote import Process
 
 Scenario = Callable[[World, random.Random, Path], str]
-RESUMED = dict(auto_resume=True)
+RESUMED: dict[str, Any] = dict(auto_resume=True)
 FILES = ("open", "sync", "rename", "mkdir", "remove", "write")
 
 
