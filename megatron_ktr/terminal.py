@@ -67,7 +67,8 @@ class LineFormatter(logging.Formatter):
 
 
 class _Guard:
-    """A stream that writes text to another one, without secrets, nor control characters but the ends of lines and tabs."""
+    """A stream that writes text to another one: without secrets, and without control characters but the ends of lines
+    and tabs."""
 
     def __init__(self, stream: Any, unwanted: re.Pattern[str]) -> None:
         self._stream, self._unwanted = stream, unwanted
