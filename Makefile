@@ -28,7 +28,7 @@ PY_VLLM := $(VENV_VLLM)/bin/python
 PIP_FLAGS := --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm quickstart replay test test-fast test-core test-vllm test-3.12 test-both-stacks golden golden-check lint types format docs clean distclean
+.PHONY: help setup setup-vllm quickstart replay test test-fast test-core test-vllm test-3.12 test-both-stacks golden golden-check faults-nightly lint types format docs clean distclean
 .PHONY: same-python same-python-vllm
 
 help: ## list the targets
@@ -101,6 +101,14 @@ golden: $(VENV)/.ready ## write the golden losses anew; the commit says why they
 golden-check: export OMP_NUM_THREADS = 1
 golden-check: $(VENV)/.ready ## compare the golden losses with this code, to the last bit
 	$(PY) -m tests.golden.runs --check
+
+# Each seed is a fault in a real command, with every invariant checked after it; a failure names the command that repeats it.
+KTR_FAULT_SEEDS ?= 5000
+FAULT_SUMMARY ?= runs/faults.json
+faults-nightly: export OMP_NUM_THREADS = 1
+faults-nightly: $(VENV)/.ready ## thousands of seeded faults (KTR_FAULT_SEEDS), counted by kind in runs/faults.json
+	mkdir -p $(dir $(FAULT_SUMMARY))
+	$(PY) -m tests.faults --seeds $(KTR_FAULT_SEEDS) --json $(FAULT_SUMMARY)
 
 lint: $(VENV)/.ready types ## ruff (rules, format) and pyright, without changing anything
 	$(PY) -m ruff check .
