@@ -36,12 +36,12 @@ import torch
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError
+from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError, RendezvousTimeoutError
 from torch.distributed.launcher import api as launcher_api
 
 from megatron_ktr.distributed.rendezvous import check_own_address, connect
 from megatron_ktr.distributed.waiting import Deadline
-from megatron_ktr.errors import EXIT_OTHER_RANK, UserError, run_cli
+from megatron_ktr.errors import EXIT_OTHER_RANK, LostRankError, UserError, run_cli
 from megatron_ktr.launching.agent import Agent, Control, Failure
 from megatron_ktr.launching.arguments import (
     Meeting,
@@ -109,44 +109,44 @@ def _run_agent(arguments: argparse.Namespace, meeting: Meeting | None, control: 
     _Forwarding(control)
     adopt_orphans()
     launcher_api.LocalElasticAgent = partial(Agent, control=control)  # pyright: ignore[reportAttributeAccessIssue]
-    while True:
-        if meeting is not None:
-            _find_node_0(meeting)
-        arguments.max_restarts = control.budget.left
-        try:
-            torchrun.run(arguments)
-            return 0
-        except ChildFailedError as error:
-            return _report(error, control)
-        except SignalException as error:
-            name = error.sigval.name
-            print(f"stopped by {name}: the ranks were ended, nothing was saved", file=sys.stderr, flush=True)
-            return 128 + error.sigval
-        except RendezvousClosedError:
-            print("error: another node has ended the run, and its launcher says why", file=sys.stderr, flush=True)
-            return EXIT_OTHER_RANK
-        except (torch.distributed.DistError, RendezvousError) as error:
-            code = _lost_contact(error, arguments, meeting, control)
-            if code is not None:
-                return code
+    if meeting is not None:
+        _find_node_0(meeting, is_first=control.budget.left == control.budget.total)
+    arguments.max_restarts = control.budget.left
+    try:
+        torchrun.run(arguments)
+    except ChildFailedError as error:
+        return _report(error, control)
+    except SignalException as error:
+        print(f"stopped by {error.sigval.name}: the ranks were ended, nothing was saved", file=sys.stderr, flush=True)
+        return 128 + error.sigval
+    except RendezvousClosedError:
+        print("error: another node has ended the run, and its launcher says why", file=sys.stderr, flush=True)
+        return EXIT_OTHER_RANK
+    except (torch.distributed.DistError, RendezvousError) as error:
+        return _lost_contact(error, arguments, meeting, control)
+    return 0
 
 
-def _find_node_0(meeting: Meeting) -> None:
-    """Waits until the launcher of node 0 can be reached; on node 0, checks that others can reach it.
+def _find_node_0(meeting: Meeting, *, is_first: bool) -> None:
+    """Waits until the launcher of node 0 can be reached; on node 0, checks that others can reach it. ``is_first`` says
+    that the node was never reached before: then its address may be wrong.
 
     torchrun would do this inside C++: it would wait longer than it says, and write stack traces to the error stream.
     """
     deadline = Deadline(meeting.seconds / 60)
-    if meeting.is_host:
-        check_own_address(meeting.address, meeting.port, deadline=deadline)
-    else:
-        connect(meeting.address, meeting.port, deadline=deadline)
+    try:
+        if meeting.is_host:
+            check_own_address(meeting.address, meeting.port, deadline=deadline)
+        else:
+            connect(meeting.address, meeting.port, deadline=deadline)
+    except UserError as error:
+        if is_first:
+            raise
+        raise LostRankError(str(error)) from error
 
 
-def _lost_contact(
-    error: Exception, arguments: argparse.Namespace, meeting: Meeting | None, control: Control
-) -> int | None:
-    """What follows when the nodes cannot meet: an exit code, or None to try again."""
+def _lost_contact(error: Exception, arguments: argparse.Namespace, meeting: Meeting | None, control: Control) -> int:
+    """The exit code when the nodes cannot meet. It tells the supervisor whether to try again."""
     where = arguments.rdzv_endpoint or f"{arguments.master_addr}:{arguments.master_port}"
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if not control.num_starts:
@@ -156,19 +156,11 @@ def _lost_contact(
         ) from error
     if control.failure is not None:
         print(str(control.failure), file=sys.stderr, flush=True)
-    is_hopeless = control.was_asked or meeting is None or meeting.is_host or not control.budget.left
-    if is_hopeless:
+    if meeting is None or meeting.is_host or isinstance(error, RendezvousTimeoutError):
         print(f"error: the nodes did not meet again at {where}: {reason}", file=sys.stderr, flush=True)
-        return EXIT_OTHER_RANK
-    assert meeting is not None
-    control.budget.left -= 1
-    print(
-        f"node 0 at {where} does not answer, and the ranks of this node were ended; when it answers again, within "
-        f"{meeting.seconds} s, all ranks start again from the newest intact checkpoint ({control.budget})",
-        file=sys.stderr,
-        flush=True,
-    )
-    return None
+    else:
+        control.budget.is_cut_off = True
+    return EXIT_OTHER_RANK
 
 
 def _report(error: ChildFailedError, control: Control) -> int:

@@ -22,19 +22,20 @@ from megatron_ktr.distributed.agreement import on_every_rank
 from megatron_ktr.distributed.groups import (
     ParallelGroups,
 )
-from megatron_ktr.errors import StepAbandoned, printable, same_on_every_rank
+from megatron_ktr.errors import StepAbandoned, UserError, printable, same_on_every_rank
 from megatron_ktr.evaluation.training.between_steps import BetweenSteps, StepEvaluation
 from megatron_ktr.report.console import selected_tokens_text
 from megatron_ktr.rollout.check.sampler import check_line
 from megatron_ktr.rollout.replay import write_rollouts
 from megatron_ktr.run.checkpoint import Checkpoints
-from megatron_ktr.run.directory import RunStart, rollout_file
+from megatron_ktr.run.directory import ROLLOUTS, RunStart, rollout_file
 from megatron_ktr.run.hook import Stop
 from megatron_ktr.run.hooks import Watched, build_hooks, closing_all
 from megatron_ktr.run.incidents import Incidents
 from megatron_ktr.run.interruption import EXIT_ALARM, EXIT_SAVED, LeaveRequest
 from megatron_ktr.run.kept import open_best
 from megatron_ktr.run.metrics import MetricsWriter, step_line
+from megatron_ktr.run.optional_writes import OptionalWrites
 from megatron_ktr.run.step_report import StepReport
 from megatron_ktr.trainer import Trainer
 
@@ -59,10 +60,20 @@ def run_steps(
     ranks, run_dir = trainer.policy.ranks, start.run_dir
     num_steps = num_steps_of(trainer.options.trainer)
     best = open_best(run_dir, metric=checkpointing.keep_best, start_step=start.step, ranks=ranks)
-    checkpoints = Checkpoints(run_dir, policy=trainer.policy, source=trainer, options=checkpointing, best=best)
+    incidents = Incidents(run_dir if ranks.rank == 0 else None)
+    checkpoints = Checkpoints(
+        run_dir,
+        policy=trainer.policy,
+        source=trainer,
+        options=checkpointing,
+        best=best,
+        incidents=incidents,
+        lease=start.lease,
+    )
     if start.checkpoint is not None:
         checkpoints.load(start.checkpoint)
-    writer = MetricsWriter(run_dir if ranks.rank == 0 else None, first_step=start.step + 1)
+    optional = OptionalWrites(incidents)
+    writer = MetricsWriter(run_dir if ranks.rank == 0 else None, first_step=start.step + 1, optional=optional)
     hooks = build_hooks(
         Watched(
             options=resilience,
@@ -71,7 +82,8 @@ def run_steps(
             num_steps=num_steps,
             policy=trainer.policy,
             timer=trainer.timer,
-            incidents=Incidents(run_dir if ranks.rank == 0 else None),
+            incidents=incidents,
+            lease=start.lease,
             distributed_timeout_minutes=trainer.options.trainer.distributed_timeout_minutes,
         )
     )
@@ -92,7 +104,8 @@ def run_steps(
                 is_new = leave.can_save and step - 1 > start.step
                 return _abandon(checkpoints, step=step - 1, is_new=is_new, error=error)
             stops = [stop for hook in hooks if (stop := hook.after_step(report)) is not None]
-            _record(report, trainer=trainer, writer=writer, run_dir=run_dir, decode=tokenizer.decode)
+            report.values.update(checkpoints.counts())
+            _record(report, trainer=trainer, writer=writer, run_dir=run_dir, decode=tokenizer.decode, optional=optional)
             if stops:
                 return _stop(checkpoints, step=step, stops=stops)
             checkpoints.after_step(step)
@@ -113,6 +126,7 @@ def _record(
     writer: MetricsWriter,
     run_dir: Path,
     decode: Callable[[Sequence[int]], str],
+    optional: OptionalWrites,
 ) -> None:
     """Writes the step's metrics, its line on the console and, where they are due, its rollouts. Collective."""
     options, ranks, step = trainer.options.trainer, trainer.policy.ranks, report.step
@@ -126,14 +140,17 @@ def _record(
     if ranks.rank == 0 and (step % options.log_interval == 0 or is_last):
         _show(report, num_steps=num_steps, decode=decode)
     if _is_due(step, options.rollout_log_interval):
-        _log_rollouts(report, run_dir=run_dir, ranks=ranks, with_shuffled=trainer.options.num_shuffled > 0)
+        try:
+            _log_rollouts(report, run_dir=run_dir, ranks=ranks, with_shuffled=trainer.options.num_shuffled > 0)
+        except UserError as error:  # on every rank
+            optional.fail(ROLLOUTS, error, step=step)
 
 
 def _leave(checkpoints: Checkpoints, *, step: int, is_new: bool, asked_by: str) -> int:
     """Saves the state after ``step``, unless this run has done no step yet. Returns the exit code."""
     if is_new:
         checkpoints.save_and_wait(step)
-    checkpoints.close()
+    checkpoints.close(is_verifying=False)
     if checkpoints.ranks.rank == 0:
         done = f"saved after step {step}" if is_new else "nothing to save yet"
         print(f"{asked_by}: {done}; continue with --resume (exit code {EXIT_SAVED})", flush=True)
@@ -160,7 +177,7 @@ def _stop(checkpoints: Checkpoints, *, step: int, stops: Sequence[Stop]) -> int:
     is_sound = all(stop.is_state_sound for stop in stops)
     if is_sound:
         checkpoints.save_and_wait(step)
-    checkpoints.close()
+    checkpoints.close(is_verifying=False)
     if checkpoints.ranks.rank == 0:
         done = (
             f"saved after step {step}" if is_sound else f"not saved after step {step}, earlier checkpoints are intact"

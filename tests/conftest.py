@@ -32,9 +32,13 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if "mark.gpu" not in collection_path.read_text(encoding="utf-8") else None
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     # A stable order: the tests of a file stay together, as they are.
     items.sort(key=lambda item: place_of(item.path))
+    if "nightly" not in config.option.markexpr:
+        for item in items:
+            if item.get_closest_marker("nightly"):
+                item.add_marker(pytest.mark.skip(reason="runs at night: pytest -m nightly"))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -8,7 +8,8 @@ Each case is ``engine:lag``. It trains a tiny model for ``--steps`` steps as a p
 with data workers, a frame cache, files of rollouts every 10 steps and a checkpoint every 50. After each step the
 process and all its descendants are looked at from outside (``measures.py``). Memory may grow by less than 2% from steps
 21 to 40 to the last 20 steps, and files and threads not at all; a case that grows ends the command with exit code 1.
-The server of ``vllm_server`` is measured, too, as processes of its own.
+The server of ``vllm_server`` is measured, too, as processes of its own. A training that is sent SIGUSR1 ends early, and
+the report says how many steps it had.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from megatron_ktr.data.tiny_model import save_tiny_model  # noqa: E402
 from megatron_ktr.distributed import platform as platforms  # noqa: E402
 from megatron_ktr.errors import Parser, UserError, run_cli, whole  # noqa: E402
 from megatron_ktr.files.json_files import to_json  # noqa: E402
+from megatron_ktr.run.interruption import EXIT_SAVED  # noqa: E402
 from megatron_ktr.run.metrics import FILE as METRICS  # noqa: E402
 
 ENGINES = ("hf", "vllm_colocated", "vllm_server")
@@ -61,7 +63,7 @@ def case_of(text: str) -> Case:
 
 
 def make_inputs(folder: Path) -> None:
-    save_tiny_model(folder / "model", corpus=corpus(), num_layers=2, hidden_size=64, ffn_size=96)
+    save_tiny_model(folder / "model", corpus=corpus(), num_layers=2)
     make_dataset(folder / "data", num_train=24, num_eval=1)
 
 
@@ -75,7 +77,9 @@ def options_of(case: Case, *, inputs: Path, run_dir: Path, steps: int) -> dict[s
         "engine": case.engine,
         "lag": case.lag,
         "num-generations": 4,
+        "max-prompt-length": 512,
         "max-response-length": 12,
+        **({"rollout-kv-cache-gb": 0.05} if case.engine == "vllm_colocated" else {}),
         "reward-functions": "accuracy,format,benchmarks.soak.reward:uneven",
         "lr": 1e-4,
         "kl-beta": 0.04,
@@ -111,7 +115,7 @@ def run_case(case: Case, *, inputs: Path, folder: Path, steps: int) -> dict[str,
             )
             runs = {"run": psutil.Process(process.pid)} | ({"server": psutil.Process(server.pid)} if server else {})
             holdings = _watch(process, runs, run_dir=run_dir, name=f"{case.engine}:{case.lag}")
-        if process.returncode:
+        if process.returncode not in (0, EXIT_SAVED):
             raise UserError(f"{case.engine}:{case.lag} ended with {process.returncode}: {log.read_text()[-1500:]}")
     return {
         name: {**growth_of(found), "steps": found[-1].step, "samples": thinned(found, every=10)}
@@ -185,7 +189,7 @@ def run_benchmark(cases: list[Case], *, steps: int, folder: Path, out: Path | No
     report = {
         "machine": {**about_machine(platforms.start("cpu")), "cores": os.cpu_count()},
         "steps": steps,
-        "windows": {"first": [SETTLED + 1, SETTLED + WINDOW], "last": [steps - WINDOW + 1, steps]},
+        "windows": {"first_steps": [SETTLED + 1, SETTLED + WINDOW], "last_steps": WINDOW},
         "results": [],
     }
     for case in cases:

@@ -4,14 +4,16 @@
 - When a rank fails, the others of its node may notice for ``GRACE_SECONDS``, and say so. Then they are killed.
 - A node that shows no sign of life is noticed, also while the ranks wait for it in a collective.
 - Ranks end with the agent (``lifeline.py``), and what they have started ends with them.
-- A node that leaves for a while does not close the rendezvous for the others.
+- A node that is cut off ends its ranks, and does not close the rendezvous for the others.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +23,7 @@ from torch.distributed.elastic.agent.server.api import DEFAULT_ROLE, RunResult, 
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError
 
-from megatron_ktr.errors import EXIT_USER
+from megatron_ktr.errors import EXIT_OTHER_RANK, EXIT_USER
 from megatron_ktr.launching.lifeline import with_lifeline
 from megatron_ktr.launching.supervisor import Budget, end_strays
 from megatron_ktr.run.interruption import EXIT_ALARM, EXIT_SAVED
@@ -30,6 +32,9 @@ FINAL_CODES = frozenset({EXIT_USER, EXIT_SAVED, EXIT_ALARM})
 """What a rank ends with if the run shall not be started again: wrong input, saved on request, stopped by an alarm."""
 GRACE_SECONDS = 5.0
 """The time in which the other ranks of a node may notice by themselves that one has failed."""
+CUT_OFF_SECONDS = 20.0
+"""How long node 0 may take to answer. The other nodes notice after 15 seconds that a node is cut off, and wait 30 more
+for another one; its ranks must have ended by then."""
 _SURE_SECONDS = 3.0
 """A node that changes its place in the rendezvous is in no list for a moment."""
 
@@ -68,7 +73,9 @@ class Agent(LocalElasticAgent):
         self._missing_since: float | None = None
         self._failed_at: float | None = None
         self._is_broken = False
+        self._asks_since: float | None = None
         self._wrap_command()
+        threading.Thread(target=self._end_when_cut_off, name="contact", daemon=True).start()
 
     def _wrap_command(self) -> None:
         spec = self._worker_group.spec
@@ -90,6 +97,8 @@ class Agent(LocalElasticAgent):
             if not isinstance(error, RendezvousClosedError):
                 self._leave_open()
             raise
+        finally:
+            self._asks_since = None
 
     def _leave_open(self) -> None:
         """Lets the other nodes meet without this one. torch would close the rendezvous for all of them."""
@@ -124,6 +133,29 @@ class Agent(LocalElasticAgent):
         super()._shutdown(death_sig, min(timeout, int(GRACE_SECONDS)) if self._is_broken else timeout)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        self._asks_since = None
+        result = self._look_at_workers(worker_group)
+        if result.state is WorkerState.HEALTHY:
+            # What torch does next is to ask node 0 whether nodes are waiting.
+            self._asks_since = time.monotonic()
+        return result
+
+    def _end_when_cut_off(self) -> None:
+        """A thread: ends ranks and agent when node 0 has not answered for too long. torch's client has a timeout, but
+        then waits for node 0 to confirm it."""
+        while True:
+            time.sleep(1.0)
+            asks_since = self._asks_since
+            if asks_since is None or time.monotonic() < asks_since + CUT_OFF_SECONDS:
+                continue
+            for pid in self._pcontext.pids().values() if self._pcontext else ():
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(pid, signal.SIGKILL)
+            end_strays()
+            self._control.budget.is_cut_off = True
+            os._exit(EXIT_OTHER_RANK)
+
+    def _look_at_workers(self, worker_group: WorkerGroup) -> RunResult:
         if self._let_others_notice(worker_group):
             return RunResult(state=WorkerState.HEALTHY)
         result = super()._monitor_workers(worker_group)  # pyright: ignore[reportCallIssue]

@@ -1,5 +1,5 @@
 """The process that a user or a scheduler starts. It does nothing but start the agent, hand signals on to it, and start
-it again when it is killed, as the kernel does to a process when memory runs out.
+it again when it is killed, as the kernel does to a process when memory runs out, or when it has lost node 0.
 
 The agent is a fork of this process. It ends with this process, and the ranks end with the agent.
 """
@@ -22,37 +22,48 @@ from megatron_ktr.processes.process import descendants_of
 from megatron_ktr.run.interruption import EXIT_SAVED, LEAVE_SIGNALS
 
 _HANDED_ON = (*LEAVE_SIGNALS, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-_COUNT = struct.Struct("<q")
+_NUMBERS = struct.Struct("<qq")
 _STRAYS_SECONDS = 10.0
 
 
 class Budget:
-    """How often this node may still start anew; agent and supervisor share it."""
+    """How often this node may still start anew. Agent and supervisor share it, and what the agent says as it ends."""
 
     def __init__(self, num_restarts: int) -> None:
         self.total = num_restarts
-        self._memory = mmap.mmap(-1, _COUNT.size)  # shared with forks
-        self.left = num_restarts
+        self._memory = mmap.mmap(-1, _NUMBERS.size)  # shared with forks
+        _NUMBERS.pack_into(self._memory, 0, num_restarts, 0)
 
     @property
     def left(self) -> int:
-        return _COUNT.unpack_from(self._memory)[0]
+        return _NUMBERS.unpack_from(self._memory)[0]
 
     @left.setter
     def left(self, number: int) -> None:
-        _COUNT.pack_into(self._memory, 0, number)
+        _NUMBERS.pack_into(self._memory, 0, number, self.is_cut_off)
+
+    @property
+    def is_cut_off(self) -> bool:
+        """Whether the agent has ended because node 0 does not answer."""
+        return bool(_NUMBERS.unpack_from(self._memory)[1])
+
+    @is_cut_off.setter
+    def is_cut_off(self, value: bool) -> None:
+        _NUMBERS.pack_into(self._memory, 0, self.left, value)
 
     def __str__(self) -> str:
         return f"restart {self.total - self.left} of {self.total}"
 
 
 def supervise(run_agent: Callable[[], int], *, budget: Budget) -> int:
-    """Returns the exit code of ``run_agent``, which runs in a process of its own. If that process is killed it is
-    started again, as long as ``budget`` lasts. In the process of the agent, this returns the agent's code too."""
+    """Returns the exit code of ``run_agent``, which runs in a process of its own. If that process is killed, or loses
+    node 0, it is started again, as long as ``budget`` lasts. In the process of the agent, this returns the agent's code
+    too."""
     adopt_orphans()
     # From here on signals wait until they are asked for, so that none is lost between two looks.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD, *_HANDED_ON})
     while True:
+        budget.is_cut_off = False
         agent = os.fork()
         if agent == 0:
             end_with_parent()
@@ -60,22 +71,21 @@ def supervise(run_agent: Callable[[], int], *, budget: Budget) -> int:
             return run_agent()
         code, was_asked = _wait(agent)
         end_strays()
-        if code >= 0:
+        if code >= 0 and not budget.is_cut_off:
             return code
-        name = signal.Signals(-code).name
-        if was_asked:
+        if code < 0 and was_asked:
             return EXIT_SAVED if -code in LEAVE_SIGNALS else 128 - code
-        if not budget.left:
-            print(f"error: the launcher was killed by {name}, and its ranks with it", file=sys.stderr, flush=True)
-            return 128 - code
-        budget.left -= 1
         where = f"process {agent} on {os.uname().nodename}"
-        print(
-            f"the launcher ({where}) was killed by {name}, and its ranks with it; starting again from the newest "
-            f"intact checkpoint ({budget})",
-            file=sys.stderr,
-            flush=True,
+        reason = (
+            f"the launcher ({where}) was killed by {signal.Signals(-code).name}, and its ranks with it"
+            if code < 0
+            else f"node 0 does not answer, and the launcher ({where}) has ended its ranks"
         )
+        if was_asked or not budget.left:
+            print(f"error: {reason}", file=sys.stderr, flush=True)
+            return 128 - code if code < 0 else code
+        budget.left -= 1
+        print(f"{reason}; starting again from the newest intact checkpoint ({budget})", file=sys.stderr, flush=True)
 
 
 def _wait(agent: int) -> tuple[int, bool]:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import PurePath
 
 _COMMUNICATING = ("/torch/distributed/", "/megatron/core/")
-_WRAPPERS = ("/c10d_logger.py",)
+_WRAPPERS = ("wrapper", "__torch_function__")
+"""Functions that only pass a call on: torch's logging of collectives, the CPU platform's substitutes."""
 _OWN = ("/megatron_ktr/", "/models/qwen2_5_vl/")
 
 
@@ -54,7 +55,7 @@ def place_of_error(error: BaseException) -> Place:
 
 def _place(frames: list[tuple[str, int, str]]) -> Place:
     """``frames`` holds (file, line, function), innermost first."""
-    frames = [frame for frame in frames if not frame[0].replace("\\", "/").endswith(_WRAPPERS)]
+    frames = [frame for frame in frames if frame[2] not in _WRAPPERS]
     if not frames:
         return Place("no Python code", "", False)
     own = next((frame for frame in frames if _is_in(frame, _OWN)), None)

@@ -24,6 +24,7 @@ from megatron_ktr.errors import UserError
 from megatron_ktr.report.curves import NUM_STYLES, Series, line_chart, stacked_chart
 from megatron_ktr.report.evaluation_curves import evaluation_charts
 from megatron_ktr.report.frames import FrameReader
+from megatron_ktr.report.incidents import incident_section
 from megatron_ktr.report.markup import Html, element, format_number
 from megatron_ktr.report.page import whole_page, write_page
 from megatron_ktr.report.rollouts import Decode, group_section, legend, signal_styles
@@ -63,6 +64,8 @@ _LINE_CHARTS = (
     ("Retired records", ("retirement/retired",), "passed over in this epoch or the next"),
     ("Tokens a second", ("tokens_per_second",), ""),
     ("Waiting for data", ("data_wait_fraction",), "share of the step, of the replica that waits longest"),
+    ("Slowest rank", ("ranks/slowest_behind_seconds",), "seconds by which it holds up the others"),
+    ("Memory", ("ranks/device_memory_peak_gb", "ranks/host_memory_gb"), "10^9 bytes, of the rank that has most"),
     ("Learning rate", ("learning_rate",), ""),
 )
 """Each chart as (title, metrics, note). A metric is a name; a name with "/" at its end means a family of metrics."""
@@ -194,6 +197,7 @@ def _stage(
         element("h2", title),
         _facts(run),
         [element("p", note, class_="missing") for note in notes],
+        incident_section(run),
         element("h3", "Curves") if charts else None,
         element("div", charts, class_="charts") if charts else None,
         [element("h3", "Some rollouts"), legend(styles), shown] if shown else None,

@@ -23,6 +23,7 @@ import yaml
 from megatron_ktr.config import read_notes
 from megatron_ktr.data.records import Record, check_record
 from megatron_ktr.errors import UserError
+from megatron_ktr.files.bounded import read_yaml_text
 from megatron_ktr.files.json_files import parse_json
 from megatron_ktr.objectives.bonuses.temporal import TemporalBonus
 from megatron_ktr.types import Prompt, Rollout, RolloutGroup
@@ -129,7 +130,7 @@ def read_run(run_dir: Path | str) -> RunData:
     if not (run_dir / "metrics.jsonl").is_file():
         raise UserError(f"--run-dir {run_dir} has no metrics.jsonl: expected the --run-dir of a training run")
     by_step: dict[int, Mapping[str, float]] = {}
-    for line, values in _read_lines(run_dir / "metrics.jsonl"):
+    for line, values in read_lines(run_dir / "metrics.jsonl"):
         step = values.get("step")
         numbers = {name: _or_nan(value) for name, value in values.items() if name != "step"}
         if not isinstance(step, int) or not _is_whole(step) or not all(_is_number(value) for value in numbers.values()):
@@ -181,7 +182,7 @@ def _varied(groups: Sequence[RecordedGroup]) -> list[RecordedGroup]:
 
 def _read_groups(path: Path, *, step: int, ignored: Collection[str]) -> list[RecordedGroup]:
     groups = []
-    for line, values in _read_lines(path):
+    for line, values in read_lines(path):
         try:
             record = check_record(values, number=line, needs_solution=False, ignored=ignored)
             responses = record.pop("responses", None)
@@ -258,7 +259,7 @@ def _numbers(item: Mapping[str, Any], name: str, num_tokens: int) -> list[float]
     return values
 
 
-def _read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields (number from 1, object) of each line. Half a line at the end is left out, as it is still being written."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: JSON text may contain U+2028
@@ -282,7 +283,7 @@ def _read_config(path: Path) -> dict[str, dict[str, Any]]:
     if not path.is_file():
         return {}
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(read_yaml_text(path))
     except RecursionError:
         raise UserError(f"{path} cannot be read as YAML: nested too deeply") from None
     except (OSError, ValueError, LookupError, AttributeError, yaml.YAMLError) as error:  # a date that is none, ...

@@ -18,7 +18,8 @@ class Stop:
     reason: str
     """One line for people."""
     is_state_sound: bool = True
-    """Whether the state after the step may be saved. Where it may be damaged, the older checkpoints are all there is."""
+    """Whether the state after the step may be saved. Where it may be damaged, only older checkpoints
+    are left."""
 
 
 class StepHook:

@@ -11,10 +11,13 @@ from pathlib import Path
 from megatron_ktr.config.sections import ResilienceSection
 from megatron_ktr.distributed.rendezvous import connect_again
 from megatron_ktr.policy.policy import Policy
+from megatron_ktr.run.exports import ExportHook
 from megatron_ktr.run.hook import StepHook
 from megatron_ktr.run.incidents import Incidents
+from megatron_ktr.run.lease import Lease, LeaseHook
 from megatron_ktr.run.metrics import PhaseTimer
 from megatron_ktr.run.profile import StepTrace
+from megatron_ktr.run.rank_monitor import build_rank_monitor
 from megatron_ktr.run.status.heartbeat import Heartbeat, oldest_heartbeat
 from megatron_ktr.run.status.prometheus import Endpoint
 from megatron_ktr.run.status.rank_figures import RankFigures
@@ -36,11 +39,26 @@ class Watched:
     incidents: Incidents
     distributed_timeout_minutes: float
     """How long a rank waits for others in a collective."""
+    lease: Lease | None = None
+    """What rank 0 holds while no other run has taken the directory over."""
 
 
 def build_hooks(watched: Watched) -> list[StepHook]:
-    """All hooks of a run; every rank builds the same list, but for displays, which rank 0 alone has."""
-    return [_watchdog(watched), *_watches(watched), *_displays(watched)]
+    """All hooks of a run; every rank builds the same list, but for the lease and displays, which rank 0 alone has."""
+    lease = [] if watched.lease is None else [LeaseHook(watched.lease)]
+    exports = [_export_hook(watched)] if watched.options.export_interval else []
+    return [*lease, _watchdog(watched), *build_rank_monitor(), *exports, *_watches(watched), *_displays(watched)]
+
+
+def _export_hook(watched: Watched) -> ExportHook:
+    return ExportHook(
+        watched.run_dir,
+        policy=watched.policy,
+        interval=watched.options.export_interval,
+        num_steps=watched.num_steps,
+        on_failure=watched.options.save_failure,
+        incidents=watched.incidents,
+    )
 
 
 def _watches(watched: Watched) -> list[StepHook]:
@@ -64,10 +82,10 @@ def _displays(watched: Watched) -> list[StepHook]:
     found: list[StepHook] = []
     if options.profile_steps:
         first, last = options.profile_steps
+        # Each rank writes a file of its own, so each says itself what went wrong with it.
+        incidents = watched.incidents if rank == 0 else Incidents(watched.run_dir)
         found.append(
-            StepTrace(
-                watched.run_dir, first=first, last=last, rank=rank, timer=watched.timer, incidents=watched.incidents
-            )
+            StepTrace(watched.run_dir, first=first, last=last, rank=rank, timer=watched.timer, incidents=incidents)
         )
     if rank == 0 and options.metrics_port is not None:
         found.append(

@@ -8,6 +8,7 @@ the same answer by itself. They also work before the ranks exist, because ``worl
 from __future__ import annotations
 
 import contextlib
+import os
 
 from megatron_ktr.config import Config
 from megatron_ktr.config.part_options import ModelOptions
@@ -18,7 +19,8 @@ from megatron_ktr.errors import UserError
 from megatron_ktr.objectives import Objective, build_objective
 from megatron_ktr.policy.policy import DTYPES
 from megatron_ktr.rewards import Rewarder, RewardOptions
-from megatron_ktr.rollout.colocated.layout import share_groups
+from megatron_ktr.rollout.colocated.layout import require_vllm, share_groups
+from megatron_ktr.run.directory import check_run_directory
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig, VisionConfig
 from models.qwen2_5_vl.hf_weights import open_hf_weights
 from models.qwen2_5_vl.transformer_config import language_transformer_config
@@ -53,6 +55,17 @@ def check_layout(config: Config, model_config: Qwen2_5_VLConfig, *, world_size: 
     return sizes
 
 
+def restart_notes(*, resumes: bool) -> list[str]:
+    """What the user should know about restarts. ``resumes`` says that the run has ``--resume`` or ``--auto-resume``."""
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "").strip()
+    if resumes or not restarts.isdecimal() or not int(restarts):
+        return []
+    return [
+        f"restarts: the launcher may start the ranks again (--max-restarts {restarts}), but they would find a run "
+        "directory that is not empty, and end: give --auto-resume"
+    ]
+
+
 def check_micro_batches(config: Config, *, sizes: ParallelSizes, data_size: int) -> None:
     """Refuses prompts that do not make whole micro-batches, and numbers of micro-batches that megatron-core's
     interleaved schedule would refuse in the first step."""
@@ -76,20 +89,33 @@ def check_micro_batches(config: Config, *, sizes: ParallelSizes, data_size: int)
         )
 
 
-def check_run(config: Config, *, world_size: int) -> tuple[ParallelSizes, Objective]:
-    """Runs all checks: those above, and those of the model's files, the objective and the rewards. Loading the rewards
-    may run the user's own code.
+def check_files(config: Config, *, world_size: int) -> tuple[ParallelSizes, Objective]:
+    """All checks that need neither a platform nor other ranks: sizes, the model's files, the run directory, packages of
+    engines, the objective and the rewards. No weight is read, and no device is touched. Loading the rewards may run the
+    user's own code, in processes that see no device.
 
     Raises:
         UserError: names the first thing that is wrong.
     """
+    check_run_directory(config)
     model_config = Qwen2_5_VLConfig.from_hf(config.model.model)
-    sizes = check_layout(config, model_config, world_size=world_size)
+    sizes = parallel_sizes(config, num_layers=model_config.text.num_hidden_layers)
+    check_sizes(sizes, world_size=world_size)
     check_micro_batches(config, sizes=sizes, data_size=world_size // sizes.model)
+    if config.has_engine and config.rollout.engine == "vllm_colocated":
+        require_vllm()
+        share_groups(sizes, world_size=world_size, engine_size=config.rollout.rollout_tensor_parallel_size)
     # This checks the tensors' names and shapes, from the headers of the files.
     open_hf_weights(config.model.model, config=model_config)
     check_patches(PreprocessSettings.from_model(config.model.model), model_config.vision)
     return sizes, check_objective(config)
+
+
+def check_run(config: Config, *, world_size: int) -> tuple[ParallelSizes, Objective]:
+    """``check_files`` and ``check_layout``, for those who have started the platform already."""
+    found = check_files(config, world_size=world_size)
+    check_layout(config, Qwen2_5_VLConfig.from_hf(config.model.model), world_size=world_size)
+    return found
 
 
 def check_objective(config: Config) -> Objective:

@@ -135,28 +135,27 @@ class Watchdog(StepHook):
 
     def _publish(self) -> None:
         """Writes this rank's entry to the store now and then. A store that is gone is no reason to end a run."""
-        store = self._store()
+        store = None
+        with contextlib.suppress(UserError, RuntimeError, OSError):
+            store = self._connect()
         while store is not None and not self._is_closed.wait(self._pause):
             with contextlib.suppress(RuntimeError, OSError):
                 store.set(_key(self._rank), json.dumps(asdict(self._entry())))
-
-    def _store(self) -> Any:
-        with contextlib.suppress(UserError, RuntimeError, OSError):
-            return self._connect()
-        return None
 
     def _tell(self) -> None:
         entry = self._entry()
         with contextlib.suppress(OSError):
             self._write_stacks(entry)
-        store = self._store()
+        store = None
         try:
+            store = self._connect()
             if store is not None and store.add("watchdog speaker", 1) > 1:
                 # The launcher ends all ranks soon after the first; that must be the one that speaks.
-                store.wait(["watchdog has spoken"], datetime.timedelta(seconds=_TELLING_SECONDS))
+                with contextlib.suppress(RuntimeError, OSError):
+                    store.wait(["watchdog has spoken"], datetime.timedelta(seconds=_TELLING_SECONDS))
                 return
             others = "" if store is None else self._verdict(store)
-        except (RuntimeError, OSError):
+        except (UserError, RuntimeError, OSError):
             others = "the store of the run, on rank 0's node, does not answer"
         minutes = self._limit_seconds / 60
         text = f"rank {self._rank} hangs for {minutes:.3g} minutes (hang_timeout_minutes) in {entry}"

@@ -135,7 +135,7 @@ def train_here(context: Any, *, arguments: list[str]) -> None:
 def numbers(run_dir: Path) -> list[dict[str, float]]:
     """The steps' metrics without what measures time."""
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    timed = ("second", "tflops", "mfu", "data_wait")
+    timed = ("second", "ranks/", "tflops", "mfu", "data_wait")
     return [{name: value for name, value in record.items() if not any(t in name for t in timed)} for record in records]
 
 

@@ -335,6 +335,29 @@ def test_the_wording_of_each_run_is_named(tmp_path):
     assert "wording: <b>tw_grpo</b>, digest 1" in page_of(*runs, out=tmp_path / "r.html").text
 
 
+def test_incidents_skipped_updates_alarms_and_restarts_are_told(tmp_path):
+    run = write_run(tmp_path / "run")
+    assert "Incidents" not in {text for _, text in page_of(run, out=tmp_path / "none.html").texts}
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines[1] |= {"skipped_updates": 1.0, "alarm/grad_norm": 1.0}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name in ("config_from_step_00000002.yaml", "config_from_step_00000003.yaml"):
+        (run / name).write_text("trainer: {}")
+    told = [{"time": "2026-01-01T00:00:00+00:00", "step": 2, "kind": "alarm", "text": EVIL}, {"kind": "hang"}]
+    (run / "events.jsonl").write_text("".join(json.dumps(one) + "\n" for one in told) + '{"torn')
+    page = page_of(run, out=tmp_path / "r.html")
+    texts = " ".join(text for _, text in page.texts)
+    for text in (
+        "Taken up again 2 times, at step 2, 3.",
+        f"Updates were skipped in 1 step ({lines[1]['step']}).",
+        f"Alarm grad norm in 1 step ({lines[1]['step']}).",
+        "Incidents: alarm 1, hang 1.",
+        "onerror=z>",
+    ):
+        assert text in texts
+    assert not page.all("script") and page_of(run, out=tmp_path / "again.html").texts == page.texts
+
+
 def damaged(run: Path, name: str, content: str) -> None:
     (run / name).parent.mkdir(exist_ok=True)
     (run / name).write_text(content)

@@ -227,7 +227,7 @@ def _reproducible(run_dir: Path) -> list[dict]:
     """Metrics without what measures time or depends on workers and caches, without the check of the sampler that each
     start makes, and without what features of the frozen reference model, kept since the last epoch, save a run that was
     not interrupted."""
-    left_out = ("second", "tflops", "sampler_check", "vision_runs_per_prompt")
+    left_out = ("second", "ranks/", "tflops", "sampler_check", "vision_runs_per_prompt")
     left_out += ("data_wait_fraction", "data_workers/", "frame_cache/")
     return [
         {name: value for name, value in step.items() if not any(part in name for part in left_out)}

@@ -94,7 +94,7 @@ def train_all(context, *, configs: list[Config]) -> None:
 def metrics(run_dir: Path) -> dict[int, dict[str, Any]]:
     """By step, what two runs can have in common."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    timed = ("seconds", "tokens_per_second", "data_wait", "tflops", "step")
+    timed = ("seconds", "ranks/", "tokens_per_second", "data_wait", "tflops", "step")
     return {line["step"]: {name: value for name, value in line.items() if not name.startswith(timed)} for line in lines}
 
 

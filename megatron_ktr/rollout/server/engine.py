@@ -91,6 +91,8 @@ class ServerEngine(RolloutEngine):
         with reading_model(model_dir):
             self.vocab_size = AutoConfig.from_pretrained(model_dir).get_text_config().vocab_size
         self._num_updates = 0
+        self._fingerprints: dict[str, Fingerprint] = {}
+        """Those of the servers after the last update, the same on all ranks."""
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm servers", daemon=True)
         self._thread.start()
@@ -158,7 +160,8 @@ class ServerEngine(RolloutEngine):
             outcome = outcome | part
             found |= fingerprints
         found = {url: one for url, one in sorted(found.items()) if outcome.get(url) is None}
-        near = agreed(found, limit=self.pool.settings.gap_limit)
+        near = agreed(found, before=self._fingerprints, limit=self.pool.settings.gap_limit)
+        self._fingerprints = found
         expected = found[near[0]] if near else None
         outcome |= {url: _other_weights(found, near) for url in found if near is None or url not in near}
         self._run(self.pool.adopt(outcome, expected=expected)).result()

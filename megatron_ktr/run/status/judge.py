@@ -8,7 +8,7 @@ import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from megatron_ktr.run.status.files import FAILED, LEFT, RUNNING, TRAINED
 from megatron_ktr.run.status.read import ALIVE, GONE, RECENT_STEPS, RankStatus, RunFacts
@@ -17,6 +17,8 @@ STALE_SECONDS = 20.0
 """A heartbeat is old when it is older than three of its intervals and this."""
 EXPORT_SECONDS = 1800.0
 """How long a run of another host may take from its last step to its export."""
+STARTING_SECONDS = 1800.0
+"""How long a run may take from its options to its first heartbeat: it loads model and checkpoint."""
 LONG_PHASE_SECONDS = 300.0
 LONG_PHASE_STEPS = 10
 """A phase is long when it has lasted longer than this many steps and that many seconds."""
@@ -26,11 +28,12 @@ DISK_MARGIN = 1.1
 """Free space, in checkpoints, below which the next one may not fit."""
 
 WRONG_INCIDENTS = frozenset(
-    "alarm hang replica_check no_vision vision save_failure export_failure damaged_checkpoint non_finite".split()
+    "alarm vision hang replica_mismatch save_failure export_failure write_failure damaged_checkpoint "
+    "unverified_checkpoint".split()
 )
 """Kinds of incidents that somebody should look at; any other kind is noted."""
 
-ALIVE_STATES = frozenset(("running", "exporting"))
+ALIVE_STATES = frozenset(("starting", "running", "exporting"))
 GOOD_STATES = frozenset((*ALIVE_STATES, "finished", "left"))
 
 
@@ -48,9 +51,9 @@ class Verdict:
     """The state of a run."""
 
     state: str
-    """running; exporting: all steps are done, the export is being written; finished; left: saved and ended when asked
-    to, or before its last step; failed: ended with an error; dead: ended without a word; silent: from a version without
-    heartbeats, or of which nothing is there to tell."""
+    """starting: its options are written, and its ranks have not said anything yet; running; exporting: all steps are
+    done, the export is being written; finished; left: saved and ended when asked to, or by an alarm; failed: ended with
+    an error; dead: ended without a word; silent: from a version without heartbeats, or of which nothing tells."""
     step: int
     """The last step that is done."""
     num_steps: int | None
@@ -145,6 +148,8 @@ def _seconds_per_step(run: RunFacts) -> float | None:
 
 def _state(run: RunFacts, *, step: int, num_steps: int | None) -> str:
     is_done = num_steps is not None and step >= num_steps
+    if _is_newer_than_ranks(run) and run.began is not None and run.now - run.began < STARTING_SECONDS:
+        return "starting"
     if not run.ranks:
         return "finished" if is_done and run.has_export else "silent"
     states = {one.text("state") for one in run.ranks}
@@ -163,6 +168,14 @@ def _state(run: RunFacts, *, step: int, num_steps: int | None) -> str:
     return "silent"
 
 
+def _is_newer_than_ranks(run: RunFacts) -> bool:
+    """Whether the newest part has left no heartbeat yet. Those that are there are then of a part before it."""
+    told = [began for one in run.ranks if (began := _began(one)) is not None]
+    if told:
+        return run.began is not None and run.began > max(told)
+    return not run.records and not run.ranks
+
+
 def _of_state(run: RunFacts, state: str) -> Iterator[Finding]:
     if state == "failed":
         names = [f"rank {one.rank}" for one in run.ranks if one.text("state") == FAILED]
@@ -170,6 +183,9 @@ def _of_state(run: RunFacts, state: str) -> Iterator[Finding]:
     elif state == "dead":
         place = _place(run.ranks[0])
         yield Finding(True, f"ended without a word (killed, out of memory, a machine lost?): {place}")
+    elif state == "starting":
+        age = duration(run.now - (run.began or run.now))
+        yield Finding(False, f"started {age} ago: it loads its model, its checkpoint and its engines")
     elif state == "silent":
         if run.last_write is None:
             yield Finding(True, "no step was recorded, and no heartbeats are there: it never came to its first step")
@@ -223,10 +239,9 @@ def _of_metrics(run: RunFacts, per_step: float | None) -> Iterator[Finding]:
         text = f"updates skipped in {len(skipped)} of the last {len(recent)} steps"
         yield Finding(len(skipped) * 2 >= len(recent) or skipped[-1] == last["step"], f"{text}, last in {skipped[-1]}")
     idle = [one for one in recent if one.get("has_stepped") == 0]
-    if len(idle) == len(recent) >= 3:
-        yield Finding(
-            True, f"none of the last {len(recent)} steps had anything to learn: all rewards of a group are equal"
-        )
+    if len(idle) == len(recent) > 1:
+        text = f"none of the last {len(recent)} steps had anything to learn: the rewards within each group are equal"
+        yield Finding(len(recent) >= RECENT_STEPS, text)
     wait = mean_of(recent[1:] if recent[0].get("step") == 1 else recent, "data_wait_fraction")
     if wait is not None and wait >= NOTEWORTHY_WAIT:
         yield Finding(False, f"{wait:.0%} of the recent steps' time is waiting for data: more --data-workers")
@@ -311,5 +326,5 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)

@@ -19,6 +19,7 @@ port reads the metrics, and nothing else. A port that is taken is an incident, a
 from __future__ import annotations
 
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -134,6 +135,7 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = MOST_READERS
 
     def __init__(self, address: tuple[str, int], *, text: Callable[[], str]) -> None:
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         super().__init__(address, _Reader)
         self.text = text
         self._room = threading.BoundedSemaphore(MOST_READERS)

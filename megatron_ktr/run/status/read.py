@@ -88,6 +88,8 @@ class RunFacts:
     """All options by name, of the newest part of the run; empty if there is no config."""
     num_parts: int
     """How often the run was begun or taken up again; 0 without a config."""
+    began: float | None
+    """When the newest part wrote its config, before it loaded its model and its checkpoint."""
     records: tuple[Mapping[str, Any], ...]
     """The last records of the metrics, without step 0."""
     last_write: float | None
@@ -135,6 +137,7 @@ def read_run_facts(run_dir: Path, *, verifies: bool = False) -> RunFacts:
         world_size=max(sizes, default=None),
         options=_options(configs),
         num_parts=len(configs),
+        began=_changed(configs[-1]) if configs else None,
         records=tuple(records),
         last_write=_changed(run_dir / METRICS),
         incidents=tuple(one for one in _read_lines(run_dir / INCIDENTS) if isinstance(one.get("kind"), str)),

@@ -1,0 +1,61 @@
+"""The fault harness by hand and at night.
+
+python -m tests.faults                                  the seeds of CI
+python -m tests.faults --seeds 5000 --json out.json     that many, spread over the areas as in CI
+python -m tests.faults --area "checkpoint writing" --seed 17      one of them again
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.faults.harness import run_seeds
+from tests.faults.scenarios import AREAS
+from tests.faults.world import World
+
+
+def wanted_seeds(number: int | None) -> list[tuple[str, int]]:
+    """(area, seed) in turn: ``number`` of them in all, or the quota of CI."""
+    total = sum(quota for _, quota in AREAS.values())
+    factor = 1.0 if number is None else number / total
+    found = [
+        (seed / (quota * factor), name, seed)
+        for name, (_, quota) in AREAS.items()
+        for seed in range(max(1, round(quota * factor)))
+    ]
+    return [(name, seed) for _, name, seed in sorted(found)]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--area", choices=AREAS, help="only this one")
+    parser.add_argument("--seed", type=int, help="only this one; needs --area")
+    parser.add_argument("--seeds", type=int, help="in all, instead of CI's")
+    parser.add_argument("--jobs", type=int, default=2, help="at a time (2)")
+    parser.add_argument("--json", type=Path, help="where the summary is written")
+    parser.add_argument("--folder", type=Path, help="for scratch files; those of failures stay")
+    options = parser.parse_args()
+    wanted = wanted_seeds(options.seeds)
+    if options.area:
+        wanted = [one for one in wanted if one[0] == options.area]
+    if options.seed is not None:
+        wanted = [(options.area, options.seed)]
+    folder = options.folder or Path(tempfile.mkdtemp(prefix="faults-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    world = World(folder)
+    try:
+        summary = run_seeds(world, wanted, jobs=options.jobs, say=lambda line: print(line, flush=True))
+    finally:
+        world.close()
+    if options.json:
+        options.json.write_text(json.dumps(summary.as_json(), indent=1) + "\n", encoding="utf-8")
+    print(f"{summary.num_faults} faults, {len(summary.failures)} failures")
+    return 1 if summary.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""What must hold after every fault. Each check raises ``AssertionError`` in words.
+
+I1  no step is lost beyond the last good checkpoint, and none is done twice
+I2  nothing damaged is used
+I3  the resumed run equals the uninterrupted one to the bit
+I4  nothing is left behind: no process, no scratch file, no lock
+I5  an error is one line with a documented exit code, and nothing that was good is lost
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_ktr.errors import EXIT_INTERRUPTED, EXIT_OTHER_RANK, EXIT_USER
+from megatron_ktr.files.checksums import find_damage
+from megatron_ktr.run.directory import list_checkpoints
+from megatron_ktr.run.interruption import EXIT_SAVED
+from tests.faults.zygote import Ended
+
+DOCUMENTED = {0, EXIT_USER, EXIT_OTHER_RANK, EXIT_SAVED, EXIT_INTERRUPTED, -signal.SIGKILL, -signal.SIGTERM}
+VARIES = ("second", "tflops", "mfu", "sampler_check", "vision_runs_per_prompt", "data_wait_fraction", "data_workers/")
+"""Parts of the names of metrics that measure time, that say what a worker did, or that only the first step after a
+start has."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What two runs are compared by."""
+
+    metrics: dict[int, dict[str, Any]]
+    rollouts: dict[str, Any]
+    weights: dict[str, str]
+
+
+def check_end(ended: Ended, *, allowed: Iterable[int] = DOCUMENTED) -> None:
+    """I5."""
+    said = f"exit code {ended.code}\n{ended.out[-600:]}\n{ended.error[-3000:]}"
+    assert "Traceback" not in ended.error + ended.out, f"I5: a traceback: {said}"
+    assert ended.code in DOCUMENTED, f"I5: no documented exit code: {said}"
+    assert ended.code in set(allowed), f"I5: expected to end with one of {sorted(allowed)}: {said}"
+    errors = [line for line in ended.error.splitlines() if line.startswith("error")]
+    if ended.code in (EXIT_USER, EXIT_OTHER_RANK):
+        assert len(errors) == 1, f"I5: expected one line of error: {said}"
+
+
+def check_checkpoints(run_dir: Path) -> int:
+    """I2: whatever has the name of a checkpoint is whole. Returns the step of the newest, 0 without one."""
+    found = list_checkpoints(run_dir)
+    for _, path in found:
+        damage = find_damage(path)
+        assert not damage, f"I2: {path} has its final name and is damaged: {damage[0]}"
+    return found[-1][0] if found else 0
+
+
+def check_resumed(run_dir: Path, *, step: int, out: str) -> None:
+    """I1: the run went on from the checkpoint of ``step``."""
+    firsts = [line for line in out.splitlines() if line.startswith("[") and "step " in line]
+    if firsts:
+        first = int(firsts[0].split("step ")[1].split("/")[0])
+        assert first == step + 1, f"I1: resumed with step {first}; the newest intact checkpoint is of step {step}"
+    if step:
+        assert list(run_dir.glob(f"config_from_step_{step + 1:08d}*.yaml")), f"I1: not resumed from step {step}"
+
+
+def facts_of(run_dir: Path, *, num_steps: int) -> Facts:
+    """Reads a finished run. I1: every step is recorded once."""
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    steps = [record["step"] for record in records]
+    assert steps == list(range(1, num_steps + 1)), f"I1: metrics.jsonl has the steps {steps}"
+    metrics = {
+        record["step"]: {name: value for name, value in record.items() if not any(part in name for part in VARIES)}
+        for record in records
+    }
+    rollouts = {
+        path.name: [json.loads(line) for line in path.read_text().splitlines()]
+        for path in sorted((run_dir / "rollouts").glob("step_*.jsonl"))
+    }
+    return Facts(metrics, rollouts, digests(run_dir / "export"))
+
+
+def digests(directory: Path) -> dict[str, str]:
+    """Of every file of weights; of an export or a converted checkpoint."""
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(directory.iterdir())
+        if path.suffix in (".safetensors", ".distcp")
+    }
+
+
+def check_same(found: Facts, expected: Facts) -> None:
+    """I3."""
+    for step, record in expected.metrics.items():
+        ours = found.metrics[step]
+        differing = {
+            name: (ours.get(name), record.get(name)) for name in ours | record if ours.get(name) != record.get(name)
+        }
+        assert not differing, f"I3: step {step} differs from the uninterrupted run: {differing}"
+    assert found.rollouts.keys() == expected.rollouts.keys(), f"I3: rollouts of {sorted(found.rollouts)}"
+    for name, lines in expected.rollouts.items():
+        assert found.rollouts[name] == lines, f"I3: {name} differs from the uninterrupted run"
+    assert found.weights and found.weights == expected.weights, "I3: the exported weights differ"
+
+
+def check_clean(*directories: Path) -> None:
+    """I4: no scratch file is left in finished work. Scratch files of this project have hidden names; so has the one
+    file of megatron-core's format that stays."""
+    for directory in directories:
+        left = [path for path in directory.rglob(".*") if path.name != ".metadata"]
+        assert not left, f"I4: left behind: {', '.join(map(str, left))}"

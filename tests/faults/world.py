@@ -1,0 +1,194 @@
+"""What the scenarios share: the zygote, tiny inputs, and uninterrupted runs that the faulted ones must equal."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import socket
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_ktr.data.synthetic import corpus, make_dataset
+from megatron_ktr.data.tiny_model import save_tiny_model
+from tests.faults.injector import Plan
+from tests.faults.invariants import Facts, facts_of
+from tests.faults.zygote import Ended, Job, Process, Zygote
+from tests.support.evaluations import write_questions
+
+NUM_STEPS = 4
+TRAIN = "megatron_ktr.train:main"
+CONVERT = "tools.convert_checkpoint:main"
+EVALUATE = "tools.evaluate:main"
+VARIANTS: dict[str, dict[str, object]] = {
+    "one rank": {},
+    "data workers": {"data_workers": 1},
+    "two ranks": {},
+}
+"""Options beside those of ``World.training``, by the name of the uninterrupted run."""
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """An uninterrupted command."""
+
+    run_dir: Path
+    counts: Mapping[str, int]
+    """Calls of each point of ``injector.py``, on rank 0."""
+    cpu_seconds: float
+    facts: Facts
+
+
+class World:
+    """Everything is made once; ``close`` ends the zygote. Scenarios may use it from several threads."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.zygote = Zygote()
+        self._oracles: dict[str, Oracle] = {}
+        self._lock = threading.Lock()
+        self.making = threading.RLock()
+        """Held while something is made that all scenarios of an area share."""
+        inputs = folder / "inputs"
+        save_tiny_model(inputs / "model", corpus=corpus(), num_layers=2, hidden_size=64, ffn_size=96)
+        make_dataset(inputs / "data", num_train=8, num_eval=1)
+        records = json.loads((inputs / "data" / "train.json").read_text())
+        for name, part in (("a", records[:5]), ("b", records[5:])):
+            (inputs / "data" / f"{name}.json").write_text(json.dumps(part))
+        write_questions(inputs / "questions.json", number=6)
+        self.inputs = inputs
+
+    def close(self) -> None:
+        self.zygote.close()
+
+    def training(self, run_dir: Path, variant: str = "one rank", **more: object) -> tuple[str, ...]:
+        """Flags of a run with lag 1, a mixture and group filtering."""
+        data = self.inputs / "data"
+        values = {
+            "model": self.inputs / "model",
+            "data_path": f"{data}/a.json:0.7,{data}/b.json:0.3",
+            "prompt_template": self.inputs / "model" / "prompt_template.txt",
+            "video_num_frames": 4,
+            "video_max_pixels": 3136,
+            "engine": "hf",
+            "lag": 1,
+            "filter_groups": "equal",
+            "importance_sampling": "token",
+            "num_generations": 3,
+            "max_response_length": 6,
+            "reward_functions": "accuracy,tests.faults.rewards:uneven_reward",
+            "reward_workers": 0,
+            "length_bonus": 0.0,
+            "kl_beta": 0.04,
+            "lr": 0.05,
+            "train_steps": NUM_STEPS,
+            "prompts_per_step": 2,
+            "save_interval": 1,
+            "keep_checkpoints": 3,
+            "rollout_log_interval": 1,
+            "run_dir": run_dir,
+            **VARIANTS[variant],
+            **more,
+        }
+        return flags_of(values)
+
+    def oracle(self, variant: str = "one rank") -> Oracle:
+        """The uninterrupted run of a variant."""
+        with self._lock:
+            if variant not in self._oracles:
+                self._oracles[variant] = self._run_oracle(variant)
+            return self._oracles[variant]
+
+    def _run_oracle(self, variant: str) -> Oracle:
+        folder = self.folder / f"oracle {variant}".replace(" ", "_")
+        arguments = self.training(folder / "run", variant)
+        for name in ("warm", "oracle") if not self._oracles else ("oracle",):
+            shutil.rmtree(folder, ignore_errors=True)
+            seconds = 0.0
+            processes = self.start_ranks(TRAIN, arguments, folder, name, world_size=2 if variant == "two ranks" else 1)
+            while not processes[0].has_ended:
+                seconds = processes[0].cpu_seconds
+                threading.Event().wait(0.01)
+            ended = [process.wait() for process in processes]
+            assert all(one.code == 0 for one in ended), ended
+            label = processes[0].job.label
+            self.warm_from(folder, label)
+        counts = self.counts_of(folder, label)
+        return Oracle(folder / "run", counts, seconds, facts_of(folder / "run", num_steps=NUM_STEPS))
+
+    def warm_from(self, folder: Path, label: str) -> None:
+        """The zygote imports what a counting run imported by itself."""
+        self.zygote.warm((folder / f"{label}.modules").read_text().splitlines())
+
+    def counts_of(self, folder: Path, label: str) -> dict[str, int]:
+        return json.loads((folder / f"{label}.counts").read_text())
+
+    def start(
+        self,
+        entry: str,
+        arguments: Sequence[str],
+        folder: Path,
+        label: str,
+        *,
+        plan: Plan = Plan(k=-1),
+        environment: Mapping[str, str] | None = None,
+    ) -> Process:
+        scratch = folder / "tmp"
+        scratch.mkdir(parents=True, exist_ok=True)
+        environment = {"TMPDIR": str(scratch), **(environment or {})}
+        return self.zygote.start(Job(entry, tuple(arguments), folder, label, plan, environment))
+
+    def run(self, entry: str, arguments: Sequence[str], folder: Path, label: str, *, plan: Plan = Plan(k=-1)) -> Ended:
+        """Runs a command to its end; one that stops itself is let go on."""
+        return finish(self.start(entry, arguments, folder, label, plan=plan))
+
+    def start_ranks(
+        self,
+        entry: str,
+        arguments: Sequence[str],
+        folder: Path,
+        label: str,
+        *,
+        world_size: int,
+        plans: Mapping[int, Plan] | None = None,
+    ) -> list[Process]:
+        """A command on several ranks, as a launcher starts it; the labels are ``<label>0``, ``<label>1``, ..."""
+        if world_size == 1:
+            return [self.start(entry, arguments, folder, label, plan=(plans or {}).get(0, Plan()))]
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        shared = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        return [
+            self.start(
+                entry,
+                arguments,
+                folder,
+                f"{label}{rank}",
+                plan=(plans or {}).get(rank, Plan()),
+                environment={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            )
+            for rank in range(world_size)
+        ]
+
+
+def finish(process: Process, *, rng: random.Random | None = None) -> Ended:
+    """Waits for the end. A process that stops itself goes on, or with ``rng`` may be killed while it stands still."""
+    import signal
+
+    while not process.has_ended:
+        if process.is_stopped:
+            process.send(signal.SIGKILL if rng is not None and rng.random() < 0.5 else signal.SIGCONT)
+        threading.Event().wait(0.005)
+    return process.wait()
+
+
+def flags_of(values: Mapping[str, object]) -> tuple[str, ...]:
+    """Command-line flags; True is a flag without a value."""
+    return tuple(
+        text
+        for name, value in values.items()
+        for text in (f"--{name.replace('_', '-')}", *(() if value is True else (str(value),)))
+    )

@@ -1,0 +1,332 @@
+"""Ranks, launchers and nodes that die in the middle of a step: the run goes on by itself, to the same numbers.
+
+Two nodes are two network namespaces joined by a virtual cable. One run has one fault after the other, each in another
+step, because every start of its ranks costs more than its steps. Limits of time are long and none is checked: on a busy
+machine an honest phase may exceed the limit of a hang, which costs one more restart and changes no number.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+import pytest
+
+from megatron_ktr.config import config_from_values
+from megatron_ktr.data.synthetic import corpus
+from megatron_ktr.data.tiny_model import save_tiny_model
+from megatron_ktr.launching.arguments import check_arguments, find_meeting, may_restart, prepare_restarts
+from megatron_ktr.launching.lifeline import with_lifeline
+from megatron_ktr.run.preflight import restart_notes
+from tests.support.paths import REPOSITORY
+from tests.support.patience import PATIENCE_SECONDS, wait_until
+from tests.support.replayed import replay_values
+
+ADDRESSES = ("10.213.78.1", "10.213.78.2")
+PORT = "29621"
+STEPS = 7
+HANG_MINUTES = 0.25
+
+
+def ip(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["ip", *arguments], capture_output=True, text=True, timeout=PATIENCE_SECONDS)
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[tuple[str, str]]:
+    """Names of two namespaces whose ``eth0`` are the ends of one cable."""
+    if shutil.which("ip") is None:
+        pytest.skip("two nodes need the command ip (iproute2)")
+    names = (f"kte{os.getpid()}a", f"kte{os.getpid()}b")
+    try:
+        for name in names:
+            if (made := ip("netns", "add", name)).returncode:
+                pytest.skip(f"network namespaces may not be made here: {made.stderr.strip()}")
+        cable = ip("-n", names[0], "link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", names[1])
+        if cable.returncode:
+            pytest.skip(f"virtual network cables may not be made here: {cable.stderr.strip()}")
+        for name, address in zip(names, ADDRESSES, strict=True):
+            for arguments in (
+                ("address", "add", f"{address}/30", "dev", "eth0"),
+                ("link", "set", "eth0", "up"),
+                ("link", "set", "lo", "up"),
+            ):
+                assert ip("-n", name, *arguments).returncode == 0
+        yield names
+    finally:
+        for name in names:
+            ip("netns", "delete", name)  # the cable goes with either end
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``model/`` and ``rollouts.jsonl``: text questions with recorded responses, of which some earned more."""
+    folder = tmp_path_factory.mktemp("elastic")
+    save_tiny_model(folder / "model", corpus=corpus(), hidden_size=32, ffn_size=64, num_layers=2, vision_hidden_size=32)
+    words = corpus()[0].split()
+    with (folder / "rollouts.jsonl").open("w") as file:
+        for number in range(8):
+            responses = [{"text": " ".join(words[k : k + 4]), "reward": (number + k) % 3} for k in range(3)]
+            file.write(json.dumps({"problem_id": str(number), "problem": "red", "responses": responses}) + "\n")
+    return folder
+
+
+def values(inputs: Path, run_dir: Path) -> dict[str, Any]:
+    return replay_values(inputs, run_dir, train_steps=STEPS, prompts_per_step=2)
+
+
+def train_whole(context: Any, *, given: dict[str, Any]) -> int:
+    from megatron_ktr.train import train
+
+    return train(config_from_values(given))
+
+
+@dataclass
+class Node:
+    """A launcher on a node, and what it and its ranks have printed."""
+
+    process: subprocess.Popen
+    output: IO[str]
+
+    def text(self) -> str:
+        self.output.seek(0)
+        return self.output.read()
+
+
+def start_node(node: str, rank: int, arguments: list[str], *, nnodes: str = "2") -> Node:
+    launcher = [sys.executable, "-m", "megatron_ktr.launch", "--nnodes", nnodes, "--nproc-per-node", "1"]
+    launcher += ["--node-rank", str(rank), "--master-addr", ADDRESSES[0], "--master-port", PORT]
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    output = tempfile.TemporaryFile("w+", errors="replace")
+    process = subprocess.Popen(
+        ["ip", "netns", "exec", node, *launcher, *arguments],
+        cwd=REPOSITORY,
+        env=environment,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+    )
+    return Node(process, output)
+
+
+def faulty(inputs: Path, folder: Path, faults: list[dict[str, Any]]) -> list[str]:
+    """Arguments of a launcher: more restarts than faults, since a busy machine may need some itself."""
+    (folder / "plan.json").write_text(json.dumps(faults))
+    options = values(inputs, folder / "run") | {
+        "save_interval": 1,
+        "keep_checkpoints": 3,
+        "hang_timeout_minutes": HANG_MINUTES,
+        "distributed_timeout_minutes": 25,
+    }
+    flags = [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    script = str(REPOSITORY / "tests/support/faulty_ranks.py")
+    return ["--max-restarts", "40", script, str(folder / "plan.json"), *flags, "--auto-resume"]
+
+
+@contextlib.contextmanager
+def running(*started: Node) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for node in started:
+            with contextlib.suppress(psutil.Error):
+                for child in psutil.Process(node.process.pid).children(recursive=True):
+                    child.kill()
+            node.process.kill()
+            node.process.wait()
+
+
+def losses(run_dir: Path) -> list[tuple[int, float, float]]:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [(record["step"], record["loss"], record["grad_norm"]) for record in map(json.loads, lines)]
+
+
+def assert_equal_to_whole(run_dir: Path, whole: Path) -> None:
+    assert losses(run_dir) == losses(whole) and len(losses(whole)) == STEPS, "bit for bit, every step once"
+    weights = "export/model.safetensors"
+    assert (run_dir / weights).read_bytes() == (whole / weights).read_bytes()
+
+
+def ranks_of(plan: Path) -> list[str]:
+    """Processes that run a rank of this plan."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            words = process.cmdline()
+            if str(plan) in words and "megatron_ktr.launch" not in words:
+                found.append(" ".join(words))
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(ranks: Any, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run without faults."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    assert ranks(train_whole, world_size=2, given=values(inputs, run_dir)) == [0, 0]
+    return run_dir
+
+
+def run_with(faults: list[dict[str, Any]], nodes: tuple[str, str], inputs: Path, folder: Path) -> list[str]:
+    """What both nodes have printed, when the run has ended well."""
+    arguments = faulty(inputs, folder, faults)
+    first, second = (start_node(node, rank, arguments) for rank, node in enumerate(nodes))
+    with running(first, second):
+        codes = [node.process.wait(timeout=PATIENCE_SECONDS) for node in (first, second)]
+    texts = [first.text(), second.text()]
+    assert codes == [0, 0], "\n".join(text[-3000:] for text in texts)
+    assert not ranks_of(folder / "plan.json"), "no rank outlives its launcher"
+    return texts
+
+
+@pytest.mark.slow
+def test_killed_stopped_and_looping_ranks_and_a_killed_agent_change_no_number(nodes, inputs, whole, tmp_path) -> None:
+    faults = [
+        {"step": 2, "rank": 1, "fault": "kill"},
+        {"step": 3, "rank": 0, "fault": "loop"},
+        {"step": 4, "rank": 1, "fault": "stop"},
+        {"step": 6, "rank": 1, "fault": "kill the agent"},
+    ]
+    first, second = run_with(faults, nodes, inputs, tmp_path)
+    for fault in faults:
+        assert f"fault: {fault['fault']} in step {fault['step']}" in first + second
+    assert "rank 1 (process " in second and "was killed by SIGKILL; all ranks start again" in second
+    assert "the launcher (process " in second and "was killed by SIGKILL, and its ranks with it" in second
+    assert "Traceback" not in first + second
+    told = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
+    hangs = "\n".join(incident["text"] for incident in told if incident["kind"] == "hang")
+    assert "hangs for 0.25 minutes (hang_timeout_minutes) in phase update of step 3" in hangs
+    assert "at support/faulty_ranks.py" in hangs and "which is no collective" in hangs, "the rank that loops"
+    assert "rank 1 shows no sign of life" in hangs, "the rank that is stopped"
+    assert "called by policy/policy.py" in hangs, "where the other one waits"
+    assert_equal_to_whole(tmp_path / "run", whole)
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+def test_a_node_that_is_cut_off_and_a_killed_node_0_change_no_number(nodes, inputs, whole, tmp_path) -> None:
+    faults = [{"step": 3, "rank": 1, "fault": "cut"}, {"step": 5, "rank": 0, "fault": "kill the agent"}]
+    arguments = faulty(inputs, tmp_path, faults)
+    first, second = (start_node(node, rank, arguments) for rank, node in enumerate(nodes))
+    with running(first, second):
+        wait_until(lambda: "node 0 does not answer" in second.text(), pause_seconds=0.2)
+        wait_until(lambda: f"node {ADDRESSES[1]} shows no sign of life" in first.text(), pause_seconds=0.2)
+        assert not any(ip_of in " ".join(ranks_of(tmp_path / "plan.json")) for ip_of in ADDRESSES)
+        assert ip("-n", nodes[1], "link", "set", "eth0", "up").returncode == 0
+        codes = [node.process.wait(timeout=PATIENCE_SECONDS) for node in (first, second)]
+    assert codes == [0, 0], first.text()[-3000:] + second.text()[-3000:]
+    assert "and its ranks with it; starting again" in first.text(), "node 0 comes back by itself"
+    assert_equal_to_whole(tmp_path / "run", whole)
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+def test_a_run_goes_on_with_the_nodes_that_are_left(nodes, inputs, tmp_path) -> None:
+    arguments = faulty(inputs, tmp_path, [{"step": 4, "rank": 1, "fault": "kill the launcher"}])
+    first, second = (start_node(node, rank, arguments, nnodes="1:2") for rank, node in enumerate(nodes))
+    with running(first, second):
+        code = first.process.wait(timeout=PATIENCE_SECONDS)
+    assert code == 0, first.text()[-3000:]
+    assert not ranks_of(tmp_path / "plan.json"), "the ranks of the killed launcher ended with it"
+    assert [step for step, _, _ in losses(tmp_path / "run")] == list(range(1, STEPS + 1))
+
+
+FAILING = """
+import os, pathlib, subprocess, sys, time
+folder, code = pathlib.Path(sys.argv[1]), int(sys.argv[2])
+child = subprocess.Popen(["sleep", "3600"], start_new_session=True)
+(folder / f"child_{os.environ['RANK']}_{os.getpid()}").write_text(str(child.pid))
+if os.environ["RANK"] == "1":
+    while not list(folder.glob("child_0_*")):
+        time.sleep(0.01)
+    sys.exit(code)
+time.sleep(3600)
+"""
+"""Ranks without torch; each leaves a child in a session of its own behind."""
+
+
+@pytest.mark.parametrize(("code", "starts"), [(2, 1), (76, 1), (3, 2)])
+def test_only_what_a_restart_can_help_is_restarted(tmp_path: Path, code: int, starts: int) -> None:
+    (tmp_path / "ranks.py").write_text(FAILING)
+    launcher = [sys.executable, "-m", "megatron_ktr.launch", "--nnodes", "1", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launcher, "--max-restarts", "1", str(tmp_path / "ranks.py"), str(tmp_path), str(code)],
+        cwd=REPOSITORY,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_SECONDS,
+    )
+    assert done.returncode == code
+    *restarts, last = done.stderr.splitlines()
+    assert last.startswith("error: rank 1 ") and f"ended with code {code}" in last
+    assert len(restarts) == starts - 1 and all("start again from the newest intact checkpoint" in r for r in restarts)
+    children = list(tmp_path.glob("child_1_*"))
+    assert len(children) == starts
+    assert not any(psutil.pid_exists(int(child.read_text())) for child in tmp_path.glob("child_*")), "no orphans"
+
+
+def parsed(*arguments: str) -> Any:
+    from torch.distributed import run as torchrun
+
+    found = torchrun.parse_args([*arguments, "-m", "megatron_ktr.train", "--config", "x.yaml"])
+    check_arguments(found)
+    return found
+
+
+def test_training_that_may_be_restarted_resumes_and_meets_where_nodes_may_leave(capfd: Any) -> None:
+    place = ("--master-addr", "127.0.0.1", "--master-port", "29999")
+    assert not may_restart(parsed("--nnodes", "2", *place)) and not may_restart(parsed("--nnodes", "2:2", *place))
+    # A spare node beyond those that are needed.
+    arguments = parsed("--nnodes", "2", "--max-restarts", "3", "--node-rank", "2", *place)
+    assert may_restart(arguments) and may_restart(parsed("--nnodes", "1:2", *place))
+    meeting = find_meeting(arguments)
+    assert meeting is not None and not meeting.is_host and meeting.port == 29999
+    prepare_restarts(arguments, meeting)
+    assert arguments.rdzv_backend == "c10d" and arguments.rdzv_endpoint == "127.0.0.1:29999"
+    assert arguments.local_addr == "127.0.0.1"
+    assert "is_host=false" in arguments.rdzv_conf and "join_timeout=600" in arguments.rdzv_conf
+    assert arguments.training_script_args[-1] == "--auto-resume"
+    again = parsed("--nnodes", "1", "--max-restarts", "1", *place)
+    again.training_script_args.append("--resume")
+    prepare_restarts(again, find_meeting(again))
+    assert "--auto-resume" not in again.training_script_args and "is_host=true" in again.rdzv_conf
+    assert capfd.readouterr().err == "", "node 0 alone says what it has added, and only if it has"
+
+
+def test_ranks_that_may_be_restarted_without_resuming_are_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_MAX_RESTARTS", raising=False)
+    assert not restart_notes(resumes=False)
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    assert not restart_notes(resumes=True)
+    (note,) = restart_notes(resumes=False)
+    assert "--max-restarts 3" in note and note.endswith("give --auto-resume")
+
+
+def test_a_rank_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
+    program = (
+        "import pathlib, subprocess, sys, time\n"
+        "from megatron_ktr.launching.lifeline import with_lifeline\n"
+        "command, arguments = with_lifeline('sleep', ['3600'])\n"
+        "pathlib.Path(sys.argv[1]).write_text(str(subprocess.Popen([command, *arguments]).pid))\n"
+        "time.sleep(3600)\n"
+    )
+    pid_file = tmp_path / "pid"
+    with subprocess.Popen([sys.executable, "-c", program, str(pid_file)], cwd=REPOSITORY) as parent:
+        wait_until(lambda: pid_file.exists() and bool(pid_file.read_text()))
+        child = psutil.Process(int(pid_file.read_text()))
+        wait_until(lambda: child.name() == "sleep")  # it has become the command
+        parent.kill()
+    wait_until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
+    command, arguments = with_lifeline("true", [])
+    # Started by another process than the one that made the command, it does not even begin.
+    done = subprocess.run(["sh", "-c", '"$@"; exit $?', "sh", command, *arguments], timeout=PATIENCE_SECONDS)
+    assert done.returncode == 1

@@ -1,0 +1,139 @@
+"""The watchdog: what it says of a rank that hangs and of those that did not come, and that honest ranks go unharmed."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_ktr.errors import EXIT_HANG
+from megatron_ktr.processes.frames import place_of_error, place_of_main_thread
+from megatron_ktr.run import rank_monitor
+from megatron_ktr.run.metrics import PhaseTimer
+from megatron_ktr.run.watchdog import Entry, Watchdog, missing_ranks
+from tests.support.patience import wait_until
+
+SHORT = 0.2 / 60
+"""Minutes."""
+
+
+def entry(beat: int, *, moves: int = 7, is_collective: bool = True, place: str = "in all_reduce") -> Entry:
+    return Entry(beat, moves, 3, "phase update", is_collective, place)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        ({}, {0: entry(2)}, "rank 1 has never shown a sign of life"),
+        (
+            {0: entry(1), 1: entry(1)},
+            {0: entry(2), 1: entry(1)},
+            "rank 1 shows no sign of life (last seen in phase update of step 3, in all_reduce)",
+        ),
+        (
+            {0: entry(1), 1: entry(1)},
+            {0: entry(2), 1: entry(2, is_collective=False, place="at a.py:1 (f), which is no collective")},
+            "rank 1 did not come: it is in phase update of step 3, at a.py:1 (f), which is no collective",
+        ),
+        (
+            {0: entry(1), 1: entry(1)},
+            {0: entry(2), 1: entry(2, moves=6)},
+            "rank 1 is behind: it is in phase update of step 3, in all_reduce",
+        ),
+        (
+            {0: entry(1), 1: entry(1)},
+            {0: entry(2), 1: entry(2, place="in broadcast")},
+            "rank 0 waits in phase update of step 3, in all_reduce; "
+            "rank 1 waits in phase update of step 3, in broadcast",
+        ),
+        ({0: entry(1), 1: entry(1)}, {0: entry(2), 1: entry(2)}, "all ranks wait in the same place"),
+    ],
+)
+def test_the_rank_that_the_others_wait_for_is_named(
+    before: dict[int, Entry], after: dict[int, Entry], expected: str
+) -> None:
+    assert missing_ranks(before, after, world_size=2, speaker=0) == expected
+
+
+def test_a_verdict_about_many_ranks_names_some() -> None:
+    found = missing_ranks({}, {0: entry(2)}, world_size=100, speaker=0)
+    assert "rank 8 has" in found and "rank 9 has" not in found and found.endswith("; and 91 more")
+
+
+def test_a_rank_that_hangs_says_where_and_ends_with_its_stack_written(tmp_path: Path) -> None:
+    codes: list[int] = []
+    timer, store = PhaseTimer(), torch.distributed.HashStore()
+    watchdog = Watchdog(
+        tmp_path, rank=0, world_size=2, limit_minutes=SHORT, timer=timer, connect=lambda: store, end=codes.append
+    )
+    watchdog.before_step(3)
+    with timer.phase("update"):
+        wait_until(lambda: bool(codes))
+    watchdog.close()
+    assert codes == [EXIT_HANG]
+    (incident,) = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert incident["kind"] == "hang" and incident["rank"] == 0 and incident["step"] == 3
+    assert "in phase update of step 3, at support/patience.py" in incident["text"]
+    assert "rank 1 has never shown a sign of life" in incident["text"]
+    stacks = (tmp_path / "hangs/rank_0.txt").read_text()
+    assert "test_a_rank_that_hangs" in stacks and "wait_until" in stacks
+    # Another rank that hangs then leaves the word to the first.
+    second = Watchdog(
+        tmp_path, rank=1, world_size=2, limit_minutes=SHORT, timer=timer, connect=lambda: store, end=codes.append
+    )
+    wait_until(lambda: len(codes) == 2)
+    second.close()
+    assert len((tmp_path / "events.jsonl").read_text().splitlines()) == 1 and (tmp_path / "hangs/rank_1.txt").exists()
+
+
+def test_many_short_phases_are_no_hang(tmp_path: Path) -> None:
+    """The time of one phase counts, not the time since the start; and a closed watchdog watches nothing."""
+    codes: list[int] = []
+    timer = PhaseTimer()
+    watchdog = Watchdog(tmp_path, rank=0, world_size=1, limit_minutes=60, timer=timer, end=codes.append)
+    before = watchdog._since
+    for _ in range(3):
+        with timer.phase("update"):
+            assert watchdog._phase == "update"
+    assert watchdog._since > before and watchdog._phase is None
+    watchdog.close()
+    assert not timer.listeners and not any(thread.is_alive() for thread in watchdog._threads) and not codes
+    assert not list(tmp_path.iterdir()), "nothing is written while nothing happens"
+
+
+def test_places_name_the_collective_and_who_called_it() -> None:
+    # Without a process group it fails inside torch.distributed.
+    with pytest.raises(ValueError) as failed, PhaseTimer().phase("update"):
+        torch.distributed.all_reduce(torch.zeros(1))
+    (note,) = failed.value.__notes__
+    assert note.startswith("in phase update, in ") and place_of_error(failed.value).is_collective
+    with pytest.raises(ValueError) as other:
+        json.loads("{")
+    assert not place_of_error(other.value).is_collective
+    asked: list[str] = []
+    thread = threading.Thread(target=lambda: asked.append(str(place_of_main_thread())))
+    thread.start()
+    thread.join()
+    assert asked[0].startswith("at ") and "is no collective" in asked[0]
+
+
+class Client:
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda: self.calls.append(name)
+
+
+def test_a_rank_of_ft_launcher_sends_heartbeats_and_others_need_no_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FT_RANK_MONITOR_IPC_SOCKET", raising=False)
+    assert rank_monitor.build_rank_monitor() == []
+    client = Client()
+    monitor = rank_monitor.RankMonitor(client)
+    monitor.before_step(1)
+    monitor.close()
+    assert client.calls == ["init_workload_monitoring", "send_heartbeat", "shutdown_workload_monitoring"]
