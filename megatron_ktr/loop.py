@@ -29,7 +29,7 @@ from megatron_ktr.rollout.check.sampler import check_line
 from megatron_ktr.rollout.replay import write_rollouts
 from megatron_ktr.run.checkpoint import Checkpoints
 from megatron_ktr.run.directory import ROLLOUTS, RunStart, rollout_file
-from megatron_ktr.run.hook import Stop
+from megatron_ktr.run.hook import Stop, look_at
 from megatron_ktr.run.hooks import Watched, build_hooks, closing_all
 from megatron_ktr.run.incidents import Incidents
 from megatron_ktr.run.interruption import EXIT_ALARM, EXIT_SAVED, LeaveRequest
@@ -85,6 +85,7 @@ def run_steps(
             incidents=incidents,
             lease=start.lease,
             distributed_timeout_minutes=trainer.options.trainer.distributed_timeout_minutes,
+            resolved=checkpointing.resolved,
         )
     )
     between = BetweenSteps(
@@ -103,7 +104,7 @@ def run_steps(
             except StepAbandoned as error:
                 is_new = leave.can_save and step - 1 > start.step
                 return _abandon(checkpoints, step=step - 1, is_new=is_new, error=error)
-            stops = [stop for hook in hooks if (stop := hook.after_step(report)) is not None]
+            stops = look_at(report, hooks=hooks)
             report.values.update(checkpoints.counts())
             _record(report, trainer=trainer, writer=writer, run_dir=run_dir, decode=tokenizer.decode, optional=optional)
             if stops:

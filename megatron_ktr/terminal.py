@@ -67,7 +67,8 @@ class LineFormatter(logging.Formatter):
 
 
 class _Guard:
-    """A stream that writes text to another one, without secrets, nor control characters but the ends of lines and tabs."""
+    """A stream that writes text to another one: without secrets, and without control characters but the ends of lines
+    and tabs."""
 
     def __init__(self, stream: Any, unwanted: re.Pattern[str]) -> None:
         self._stream, self._unwanted = stream, unwanted
@@ -86,8 +87,8 @@ class _Guard:
 
 @contextlib.contextmanager
 def guarded() -> Iterator[None]:
-    """Inside, what this process prints and logs reaches the terminal without control sequences and secrets. What libraries write
-    past Python, and what child processes write, is not looked at.
+    """Inside, what this process prints and logs reaches the terminal without control sequences and secrets. What
+    libraries write past Python, and what child processes write, is not looked at.
 
     Bytes (``sys.stdout.buffer``) pass as they are: they are no text for a terminal.
     """

@@ -27,6 +27,7 @@ from torch import Tensor
 from megatron_ktr.accounting.rates import step_rates
 from megatron_ktr.batch.micro_batch import MicroBatch, UpdateResult, together
 from megatron_ktr.batch.packing import MediaSpec
+from megatron_ktr.batch.skips import IN_A_ROW, SkipStreak
 from megatron_ktr.config.part_options import StepOptions
 from megatron_ktr.config.run_length import num_steps_of
 from megatron_ktr.distributed.collectives import gather_rows
@@ -36,6 +37,7 @@ from megatron_ktr.objectives.response_rewards import lengths_of, reward_rows, wi
 from megatron_ktr.policy.finite import require_finite_samples
 from megatron_ktr.policy.policy import Policy
 from megatron_ktr.policy.rollout_offload import optimizer_off_device
+from megatron_ktr.policy.vision_watch import vision_faults
 from megatron_ktr.rollout.check.sampler import SamplerCheck
 from megatron_ktr.rollout.second_prompt import shuffled_counts, shuffled_means
 from megatron_ktr.rollout.source import ReplicaSource
@@ -44,6 +46,7 @@ from megatron_ktr.run.metrics import PhaseTimer
 from megatron_ktr.run.step_report import StepReport
 from megatron_ktr.step.noise import NoiseMeter
 from megatron_ktr.step.plan import StepBatching
+from megatron_ktr.step.score_records import response_scores
 from megatron_ktr.step.scoring import ScoringPasses
 from megatron_ktr.sums import Metrics
 from megatron_ktr.types import BatchFacts, ResponseSelection, RolloutGroup, TokenScores, TokenStreams
@@ -67,6 +70,7 @@ class Trainer:
         """A check that runs once, with the weights of the first step."""
         self._check_values: dict[str, float] = {}
         self.timer = PhaseTimer(policy.platform.synchronize)
+        self.skips = SkipStreak()
         self.prompts_per_rank = options.trainer.prompts_per_replica(policy.ranks.data_size)
 
     def train_step(self, step: int) -> StepReport:
@@ -101,15 +105,16 @@ class Trainer:
         return self._report(step, groups, results=results, num_mini_batches=len(updates))
 
     def state_dict(self) -> dict[str, Any]:
-        """The place in the data and the newest noise of signals, as JSON can represent it; the same on every rank of a
-        replica."""
-        noise = self.noise.state_dict()
-        return self._resumable.state_dict() | ({"noise_floor": noise} if noise else {})
+        """The place in the data, the newest noise of signals, and the updates skipped in a row, as JSON can represent
+        them; the same on every rank of a replica."""
+        others = {"noise_floor": self.noise.state_dict(), IN_A_ROW: self.skips.length}
+        return self._resumable.state_dict() | {name: value for name, value in others.items() if value}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from what ``state_dict`` returned."""
         self._resumable.load_state_dict(state)
         self.noise.load_state_dict(state.get("noise_floor", {}))
+        self.skips.length = int(state.get(IN_A_ROW, 0))
 
     @property
     def _resumable(self) -> ReplicaSource:
@@ -284,10 +289,12 @@ class Trainer:
         values |= self._vision_counts(groups)
         values["tokens_per_second"] = num_tokens / step_seconds
         values["has_stepped"] = float(result is not None and result.has_stepped)
-        values["skipped_updates"] = float(sum(result.is_skipped for result in results))
+        values |= self.skips.add(results)
         if result is not None:
             values |= result.metrics.means()
             values |= {"loss": result.loss, "grad_norm": result.grad_norm, "learning_rate": self.policy.learning_rate}
+            noise = self.noise.floors.get("visual", 0.0)
+            values |= vision_faults(result.watched, has_stepped=result.has_stepped, noise=noise)
             values |= step_rates(
                 self.policy.model_config,
                 groups,
@@ -305,6 +312,8 @@ class Trainer:
             values=values | seconds,
             groups=tuple(groups),
             gather_selections=partial(self._selections, groups, result),
+            gather_scores=partial(response_scores, groups, result, policy=self.policy),
+            noise_floor=dict(self.noise.floors),
         )
 
     def _vision_counts(self, groups: Sequence[RolloutGroup]) -> dict[str, float]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +15,8 @@ from megatron_ktr.sums import Metrics
 from megatron_ktr.transfer import send
 from megatron_ktr.types import PackedBatch, RolloutGroup, Selection, TokenScores, TokenStreams, View
 
+WATCHED = "watched/"
+"""The beginning of the names of an update's numbers that guards look at and that are no metrics."""
 Packed = PackedBatch | Callable[[], PackedBatch]
 """A batch, or a function that packs it on the first call and keeps it. The function defers packing, which is work of
 the host, until the device is busy with an earlier batch."""
@@ -119,18 +122,22 @@ class UpdateResult:
     metrics: Metrics
     num_not_finite: int = 0
     """Response tokens of the global batch whose log-prob is NaN or infinite."""
+    watched: Mapping[str, float] = field(default_factory=dict)
+    """Numbers that are no metrics, for guards: how far features differ, and scores (``policy/vision_watch.py``)."""
     has_stepped: bool = False
+    skip_reason: str | None = None
+    """Why no step was taken although there was a gradient (``batch/skips.py``); None if a step was taken, or there was
+    nothing to learn."""
     grad_norm: float = 0.0
-    """The norm before clipping."""
+    """The norm before clipping; NaN if the update was skipped before it was known."""
     streams: tuple[TokenStreams, ...] = ()
     scores: tuple[TokenScores, ...] = ()
 
     @property
     def is_skipped(self) -> bool:
-        """Whether there was a gradient but no step was taken. There are three causes: the norm was above
-        ``grad_norm_skip_threshold``, the gradient overflowed under the loss scale of fp16, or the loss was NaN and the
-        objective allows that."""
-        return self.has_gradient and not self.has_stepped
+        """Whether there was a gradient but no step was taken; ``skip_reason`` says why. A NaN hides gradients, too, so
+        that an update with one of its reasons is skipped whatever ``has_gradient`` says."""
+        return self.skip_reason is not None or (self.has_gradient and not self.has_stepped)
 
 
 def together(results: Sequence[UpdateResult]) -> UpdateResult:
@@ -146,7 +153,12 @@ def together(results: Sequence[UpdateResult]) -> UpdateResult:
         has_gradient=any(result.has_gradient for result in results),
         metrics=metrics,
         num_not_finite=sum(result.num_not_finite for result in results),
+        watched={
+            name: max(result.watched.get(name, -math.inf) for result in results)
+            for name in dict.fromkeys(name for result in results for name in result.watched)
+        },
         has_stepped=any(result.has_stepped for result in results),
+        skip_reason=next((result.skip_reason for result in results if result.skip_reason is not None), None),
         grad_norm=sum(result.grad_norm for result in results) / len(results),
         streams=tuple(streams for result in results for streams in result.streams),
         scores=tuple(scores for result in results for scores in result.scores),
@@ -167,4 +179,16 @@ def measures(loss: Tensor, scores: TokenScores, *, has_gradient: Tensor) -> Metr
     num_not_finite = (~scores.policy_logprob_R.isfinite()).sum()
     values = torch.stack([loss.detach().double(), num_not_finite.double(), has_gradient.double()])
     found.add_later(["loss", "num_not_finite", "has_gradient"], values)
+    for view, shift in _largest_shifts(scores).items():
+        found.add_later([f"{WATCHED}shift/{view}"], shift, are_maxima=True)
     return found
+
+
+def _largest_shifts(scores: TokenScores) -> dict[View, Tensor]:
+    """By view: the largest score of a token that compares the intact view with it, log-probs or KL; -1 without one."""
+    shifts: dict[View, Tensor] = {
+        view: (scores.policy_logprob_R.float() - logprob_R.float()).abs()
+        for view, logprob_R in scores.logprob_of_view.items()
+    }
+    shifts |= {view: kl_R.float() for view, kl_R in scores.kl_of_view.items() if view not in shifts}
+    return {view: torch.where(shift_R.isfinite(), shift_R, -1.0).amax() for view, shift_R in shifts.items()}

@@ -28,8 +28,8 @@ class ResilienceSection:
     )
     max_skipped_in_a_row: int = _option(
         3,
-        "Updates in a row that may be skipped because the loss or the gradient is not finite; one more ends the run; "
-        "0 = the first one ends it",
+        "Updates in a row that may be skipped because log-probs, loss or gradient are not finite; one more ends the "
+        "run; 0 = the first one ends it",
         low=0,
     )
     alarm_action: AlarmAction = _option(
@@ -40,19 +40,27 @@ class ResilienceSection:
         10.0, "Alarm when the gradient norm is above this many times the window's median; none = no alarm", above=1
     )
     alarm_reward_drop: float | None = _option(
-        None, "Alarm when the mean reward has fallen by this share of what it was; none = no alarm", above=0, high=1
+        None,
+        "Alarm when the window's mean reward has fallen by this share of the run's best; none = no alarm",
+        above=0,
+        high=1,
     )
     alarm_entropy: float | None = _option(
-        None, "Alarm when the policy's mean entropy is below this, in nats; none = no alarm", above=0
+        None,
+        "Alarm when the policy's mean entropy is below this, in nats (median of 5 steps); none = no alarm",
+        above=0,
     )
     alarm_length: float | None = _option(
         None, "Alarm when responses are this many times as long as the window's median; none = no alarm", above=1
     )
     alarm_kl: float | None = _option(
-        None, "Alarm when the KL divergence to the reference model is above this, in nats; none = no alarm", above=0
+        None,
+        "Alarm when the KL divergence to the reference model is above this, in nats (median of 5 steps); none = no "
+        "alarm",
+        above=0,
     )
     replica_check_interval: int = _option(
-        0, "Steps between comparisons of the weights of data-parallel replicas; 0 = never", low=0
+        0, "Steps between comparisons of the weights that ranks hold alike (docs/guards.md); 0 = never", low=0
     )
     hang_timeout_minutes: float | None = _option(
         None,

@@ -1,9 +1,12 @@
-"""Checks that end a run when a number is NaN or infinite, before the run learns from it or saves it.
+"""Checks that find NaN and infinity before a run learns from them or saves them.
 
-Every rank then raises the same error of one line. The checks are needed because NaN hides: every comparison with NaN is
-false, so a token with a NaN score is never a key token, and the loss of a batch without key tokens is a perfect 0.
-Hence NaN is looked for where it can enter: in the weights that a run starts from, in the log-probs of the sampler, and
-in the log-probs of the trainer (``Policy.update``).
+The checks are needed because NaN hides: every comparison with NaN is false, so a token with a NaN score is never a key
+token, and the loss of a batch without key tokens is a perfect 0. Hence NaN is looked for where it can enter:
+
+- In the weights that a run starts from, and in the log-probs of the sampler: the run ends, every rank with the same
+  error of one line. Nothing is skipped there: a sampler whose numbers are not finite samples from weights, or by
+  arithmetic, that are broken, and the next step would sample from the same.
+- In the log-probs of the trainer, the loss and the gradient: the update is skipped (``batch/skips.py``).
 """
 
 from __future__ import annotations
@@ -14,9 +17,12 @@ from pathlib import Path
 
 import torch
 
+from megatron_ktr.batch.micro_batch import UpdateResult
+from megatron_ktr.batch.skips import SkipReason
 from megatron_ktr.distributed.agreement import gather_objects
 from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.errors import UserError, same_on_every_rank
+from megatron_ktr.objectives.base import Objective
 from megatron_ktr.types import RolloutGroup
 from models.qwen2_5_vl.conversion import model_config, named_model_parameters
 from models.qwen2_5_vl.fp8 import plain_tensor
@@ -57,15 +63,15 @@ def require_finite_samples(
             )
 
 
-def require_finite(name: str, value: float) -> None:
-    """Raises ``UserError`` unless ``value`` is finite, so that no checkpoint or export can hold what would follow from
-    it. ``value`` must be the same on every rank."""
-    if not math.isfinite(value):
-        with same_on_every_rank():
-            raise UserError(
-                f"the {name} is {value}: the run stops, earlier checkpoints are intact; lower --lr or --clip-grad, or "
-                "look at the last rollouts"
-            )
+def reason_before_step(result: UpdateResult, objective: Objective) -> SkipReason | None:
+    """Why an update must not reach the optimizer, from its log-probs and its loss; None if it may. The same on every
+    rank, because ``result`` is summed over all of them."""
+    # A finite loss is no proof: a token with NaN scores is no key token, and without key tokens the loss is 0.
+    if result.num_not_finite:
+        return "log_prob"
+    if math.isfinite(result.loss) or not result.has_gradient:
+        return None
+    return "loss" if objective.reason_to_skip(result.metrics) is None else "objective"
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:

@@ -36,12 +36,14 @@ from megatron_ktr.distributed.replicas import ReplicaNumbers
 from megatron_ktr.objectives.base import Objective
 from megatron_ktr.ops.token_statistics import TokenStatistics
 from megatron_ktr.policy.export import export_weights, save_export
-from megatron_ktr.policy.finite import require_finite, require_finite_weights
+from megatron_ktr.policy.finite import reason_before_step, require_finite_weights
+from megatron_ktr.policy.guarded_step import guarded_step
 from megatron_ktr.policy.offload import moments_on_device, moves
 from megatron_ktr.policy.reference import ReferenceModel
 from megatron_ktr.policy.roles import ModelRole
 from megatron_ktr.policy.statistics import compared, comparing
 from megatron_ktr.policy.vision import PolicyVision
+from megatron_ktr.policy.vision_watch import take_watched
 from megatron_ktr.sums import Metrics
 from megatron_ktr.types import BatchFacts, PackedBatch, Prompt, ScoredBatch, TokenScores
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
@@ -218,30 +220,31 @@ class Policy(ReplicaNumbers):
         return list(results)[: len(items)] if results else [None] * len(items)
 
     def update(self, micro_batches: Sequence[MicroBatch], *, objective: Objective, facts: BatchFacts) -> UpdateResult:
-        """One optimizer step: ``backward``, then clipping, optimizer and learning-rate schedule."""
+        """One optimizer step: ``backward``, then clipping, optimizer and learning-rate schedule.
+
+        If a number is not finite, no rank takes the step and nothing changes (``batch/skips.py``).
+        """
         result = self.backward(micro_batches, objective=objective, facts=facts)
-        # A finite loss is no proof: a token with NaN scores is no key token, and without key tokens the loss is 0.
-        require_finite("policy's log-prob of response tokens", math.nan if result.num_not_finite else 0.0)
+        if (skipped := reason_before_step(result, objective)) is not None:
+            return dataclasses.replace(result, skip_reason=skipped, grad_norm=math.nan)
         if not result.has_gradient:
             return result
-        if not math.isfinite(result.loss) and (reason := objective.reason_to_skip(result.metrics)):
-            if self.ranks.rank == 0:
-                _log.warning("no optimizer step: the loss is %s, because %s", result.loss, reason)
-            return result
-        require_finite("loss", result.loss)
         moments: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if self.options.optimizer.offload_optimizer_states:
             moments = moments_on_device(self.optimizer, **moves(self.platform))
         with moments:
-            outcome: Any = self.optimizer.step()  # core declares none
-        succeeded, grad_norm, _ = outcome
-        require_finite("gradient norm", float(grad_norm or 0.0))
-        if succeeded:
+            outcome = guarded_step(self.optimizer, world=self.ranks.world, device=self.platform.device)
+        if outcome.has_stepped:
             is_by_samples = self.options.optimizer.counts_samples
             num_samples = self.global_count(sum(len(item.groups) for item in micro_batches)) if is_by_samples else 1
             self.scheduler.step(increment=round(num_samples))
             self.vision.after_step()
-        return dataclasses.replace(result, grad_norm=float(grad_norm or 0.0), has_stepped=bool(succeeded))
+        return dataclasses.replace(
+            result,
+            grad_norm=outcome.grad_norm,
+            has_stepped=outcome.has_stepped,
+            skip_reason=outcome.skip_reason,
+        )
 
     def backward(self, micro_batches: Sequence[MicroBatch], *, objective: Objective, facts: BatchFacts) -> UpdateResult:
         """Runs the forward, chooses key tokens on the last stage, and runs the backward. Gradients are then reduced
@@ -277,6 +280,7 @@ class Policy(ReplicaNumbers):
         speaks = self.ranks.tensor_rank == self.ranks.context_rank == 0
         for batch_metrics, _, _ in outputs if speaks else ():
             metrics.merge(batch_metrics)
+        metrics.merge(self.vision.watch.take())
         # The one place where the host waits for what the update has computed.
         metrics = reduce_metrics(metrics, self.ranks.world)
         # The parts of the loss are already divided by global counts: they are added, not averaged.
@@ -287,6 +291,7 @@ class Policy(ReplicaNumbers):
             has_gradient=has_gradient > 0,
             metrics=metrics,
             num_not_finite=round(num_not_finite),
+            watched=take_watched(metrics),
             streams=tuple(streams for _, streams, _ in outputs),
             scores=tuple(scores for _, _, scores in outputs),
         )

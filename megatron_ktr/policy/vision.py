@@ -20,6 +20,7 @@ from megatron_ktr.distributed.collectives import broadcast_object
 from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.policy.roles import ModelRole
 from megatron_ktr.policy.vision_pass import VisionPass, sum_gradients
+from megatron_ktr.policy.vision_watch import VisionWatch
 from megatron_ktr.types import PackedBatch, Prompt, VisualInput
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.media import media_spec
@@ -44,6 +45,7 @@ class PolicyVision:
             Qwen2_5_VLConfig.from_hf(hf_dir), patchify=PreprocessSettings.from_model(hf_dir).patchify
         )
         self._encoder = encoder
+        self.watch = VisionWatch()
         self._passes: dict[ModelRole, VisionPass | None]
         self._passes = {ModelRole.POLICY: self._pass(encoder), ModelRole.REFERENCE: None}
 
@@ -59,7 +61,12 @@ class PolicyVision:
         vision = self._passes[model]
         if vision is None or not batch.media:
             return batch
-        return dataclasses.replace(batch, features_ED=vision.features(batch.media))
+        features_ED = vision.features(batch.media)
+        if model is ModelRole.POLICY and torch.is_grad_enabled() and features_ED is not None:
+            sizes = [self._media.num_visual_tokens(medium) for medium in batch.media]
+            keys = [vision.units_of(medium)[0].key for medium in batch.media]
+            self.watch.see(features_ED, keys=keys, sizes=sizes)
+        return dataclasses.replace(batch, features_ED=features_ED)
 
     def prepare(self, batches: Sequence[PackedBatch]) -> None:
         """Runs the encoder over the batches' media before the first pass needs them. Passes without gradient then find

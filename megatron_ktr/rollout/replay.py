@@ -271,6 +271,7 @@ def write_rollouts(
     groups: Sequence[RolloutGroup],
     *,
     selections: Sequence[Sequence[ResponseSelection]] = (),
+    scores: Sequence[Sequence[Mapping[str, Sequence[float]]]] = (),
     append: bool = True,
     with_shuffled: bool = False,
 ) -> int:
@@ -282,27 +283,27 @@ def write_rollouts(
     it trained on. A replay numbers them without gaps, and then shuffles their frames otherwise.)
 
     With ``selections`` each response also contains its key tokens (``is_key_token``, ``is_selected`` by signal) and the
-    trainer's log-probs (``policy_logprobs``), for reports; a replay ignores them. Numbers that are not finite become
-    null. ``with_shuffled`` says that videos were asked twice: every group then has ``shuffled_responses``.
-    Raises UserError if the file cannot be written.
+    trainer's log-probs (``policy_logprobs``), with ``scores`` all of its scores; a replay ignores them. Numbers that
+    are not finite become null. ``with_shuffled``: every group has ``shuffled_responses``. Raises UserError if the file
+    cannot be written.
     """
     path = Path(path)
-    num_written = 0
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a" if append else "w", encoding="utf-8") as file:
-            for group, chosen in itertools.zip_longest(groups, selections):
+            for group, chosen, scored in itertools.zip_longest(groups, selections, scores):
                 line = _group_line(group, chosen)
+                for response, of_response in zip(line[_RESPONSES], scored or (), strict=False):
+                    response["scores"] = of_response
                 if with_shuffled or group.shuffled:
                     found = [_plain_response(rollout) for rollout in group.shuffled]
                     line[_SHUFFLED_RESPONSES] = found or (None if can_shuffle(group.prompt) else [])
                 file.write(to_json(line, ensure_ascii=False) + "\n")
-                num_written += 1
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
         raise UserError(f"rollouts cannot be written to {path}: {error.strerror}") from error
-    return num_written
+    return len(groups)
 
 
 def _group_line(group: RolloutGroup, selections: Sequence[ResponseSelection] | None) -> dict[str, Any]:

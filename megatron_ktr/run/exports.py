@@ -19,6 +19,8 @@ from megatron_ktr.run.step_report import StepReport
 class ExportHook(StepHook):
     """Exports the model where that is due. Collective: every rank holds one."""
 
+    keeps_state = True
+
     def __init__(
         self,
         run_dir: Path,

@@ -11,6 +11,7 @@ from pathlib import Path
 from megatron_ktr.config.sections import ResilienceSection
 from megatron_ktr.distributed.rendezvous import connect_again
 from megatron_ktr.policy.policy import Policy
+from megatron_ktr.run.alarms import Alarms
 from megatron_ktr.run.exports import ExportHook
 from megatron_ktr.run.hook import StepHook
 from megatron_ktr.run.incidents import Incidents
@@ -18,6 +19,8 @@ from megatron_ktr.run.lease import Lease, LeaseHook
 from megatron_ktr.run.metrics import PhaseTimer
 from megatron_ktr.run.profile import StepTrace
 from megatron_ktr.run.rank_monitor import build_rank_monitor
+from megatron_ktr.run.replica_check import ReplicaCheck
+from megatron_ktr.run.skipped_updates import SkippedUpdates
 from megatron_ktr.run.status.heartbeat import Heartbeat, oldest_heartbeat
 from megatron_ktr.run.status.prometheus import Endpoint
 from megatron_ktr.run.status.rank_figures import RankFigures
@@ -39,6 +42,8 @@ class Watched:
     incidents: Incidents
     distributed_timeout_minutes: float
     """How long a rank waits for others in a collective."""
+    resolved: str = ""
+    """Every option of the run, as YAML."""
     lease: Lease | None = None
     """What rank 0 holds while no other run has taken the directory over."""
 
@@ -47,7 +52,25 @@ def build_hooks(watched: Watched) -> list[StepHook]:
     """All hooks of a run; every rank builds the same list, but for the lease and displays, which rank 0 alone has."""
     lease = [] if watched.lease is None else [LeaseHook(watched.lease)]
     exports = [_export_hook(watched)] if watched.options.export_interval else []
-    return [*lease, _watchdog(watched), *build_rank_monitor(), *exports, *_watches(watched), *_displays(watched)]
+    watches = [_watchdog(watched), *build_rank_monitor(), *_watches(watched)]
+    return [*lease, *watches, *_guards(watched), *exports, *_displays(watched)]
+
+
+def _guards(watched: Watched) -> list[StepHook]:
+    """What may end the run for the numbers of a step; before exports, which must not hold what is wrong."""
+    options, ranks, incidents = watched.options, watched.policy.ranks, watched.incidents
+    return [
+        SkippedUpdates(
+            options,
+            run_dir=watched.run_dir,
+            policy=watched.policy,
+            incidents=incidents,
+            resolved=watched.resolved,
+            first_step=watched.first_step,
+        ),
+        ReplicaCheck(options.replica_check_interval, policy=watched.policy, incidents=incidents),
+        Alarms(options, run_dir=watched.run_dir, first_step=watched.first_step, ranks=ranks, incidents=incidents),
+    ]
 
 
 def _export_hook(watched: Watched) -> ExportHook:

@@ -39,6 +39,9 @@ The names of the numbers are stable:
   eval/<set>/loss, eval/<set>/loss_skipped
 - counted since the process began, as far as there are any: save_failures and damaged_checkpoints (``checkpoint.py``),
   export_failures (``exports.py``) and write_failures/<kind> (``optional_writes.py``)
+- skipped_updates and, of those that were, skipped_updates/<reason> and skipped_in_a_row (``batch/skips.py``)
+- only while something is wrong: alarm/<name> (``run/alarms.py``), vision/<fault> (``policy/vision_watch.py``)
+- after comparisons of the weights that ranks hold alike: replica_check/differences (``run/replica_check.py``)
 - with original_compat: responses_without_key_tokens, a share of the step's responses
 
 Numbers in the file have 8 significant digits. A number that is not finite is null there.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
+from megatron_ktr.step.score_records import ResponseScores
 from megatron_ktr.types import ResponseSelection, RolloutGroup
 
 
@@ -19,6 +20,12 @@ class StepReport:
     """The groups this replica trained on, in the order of its micro-batches. Every group of the step is trained on
     exactly one replica."""
     gather_selections: Callable[[], tuple[tuple[ResponseSelection, ...], ...]]
+
+    gather_scores: Callable[[], tuple[tuple[ResponseScores, ...], ...]] = tuple
+    """The scores of every response token, by group and by response; empty like ``selections``. Collective over the
+    replica, and not kept: few steps are looked at so closely."""
+    noise_floor: Mapping[str, float] = field(default_factory=dict)
+    """By signal: the noise that the step selected by (``step/noise.py``)."""
 
     @cached_property
     def selections(self) -> tuple[tuple[ResponseSelection, ...], ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import itertools
 import json
 import math
@@ -29,6 +31,7 @@ from megatron_ktr.errors import UserError
 from megatron_ktr.objectives.sft import SupervisedFineTuning
 from megatron_ktr.report.run_data import read_run
 from megatron_ktr.run import preflight
+from megatron_ktr.run.interruption import EXIT_ALARM
 from megatron_ktr.train import train
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.media import media_spec
@@ -479,22 +482,25 @@ class _NotFinite(SupervisedFineTuning):
         return loss + math.inf, metrics
 
 
-def train_to_infinity(context, *, inputs: Path, run_dir: Path) -> str:
+def train_to_infinity(context, *, inputs: Path, run_dir: Path) -> tuple[int, str]:
+    """The exit code, and what is said on the error stream."""
     original = preflight.build_objective
     preflight.build_objective = lambda section, **_: _NotFinite("sequence")
     data = str(inputs / "data" / "sft.json")
+    said = io.StringIO()
     try:
-        train(settings(inputs, run_dir, objective="sft", data_path=data, kl_beta=0.0, save_interval=1))
-    except UserError as error:
-        return f"{error.is_on_every_rank} {error}"
+        with contextlib.redirect_stderr(said):
+            changes = dict(objective="sft", data_path=data, kl_beta=0.0, save_interval=1, max_skipped_in_a_row=0)
+            return train(settings(inputs, run_dir, **changes)), said.getvalue()
     finally:
         preflight.build_objective = original  # the process serves other tests
-    return "no error"
 
 
 def test_a_loss_that_is_no_number_stops_every_rank_before_anything_is_saved(ranks, inputs, tmp_path) -> None:
-    said = ranks(train_to_infinity, world_size=2, inputs=inputs, run_dir=tmp_path / "run")
-    assert len(set(said)) == 1 and said[0].startswith("True the loss is inf")
+    found = ranks(train_to_infinity, world_size=2, inputs=inputs, run_dir=tmp_path / "run")
+    assert [code for code, _ in found] == [EXIT_ALARM] * 2
+    said = [line for line in found[0][1].splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and "step 1: an update was skipped, because the loss is not finite" in said[0]
     assert not (tmp_path / "run" / "export").exists() and not list((tmp_path / "run").glob("checkpoints/step_*"))
 
 
