@@ -69,7 +69,7 @@ from megatron_ktr.rollout.questions import read_held_out_responses
 from megatron_ktr.run.directory import RunStart, check_run_directory, find_checkpoint, open_run_directory
 from megatron_ktr.run.dry_run.command import dry_run
 from megatron_ktr.run.interruption import LEAVE_SIGNALS, LeaveRequest
-from megatron_ktr.run.lease import acquire
+from megatron_ktr.run.lease import Lease, acquire, patience_of_launch
 from megatron_ktr.run.preflight import check_files, check_layout, restart_notes
 from megatron_ktr.terminal import log_to_errors
 from megatron_ktr.trainer import Trainer
@@ -135,7 +135,7 @@ def _train(
     notes += restart_notes(resumes=config.trainer.resume or config.trainer.auto_resume)
     with same_on_every_rank():
         check_run_directory(config)
-    lease = on_every_rank(lambda: acquire(Path(config.trainer.run_dir)) if ranks.rank == 0 else None, ranks=ranks)
+    lease = on_every_rank(lambda: _lease(config) if ranks.rank == 0 else None, ranks=ranks)
     if lease is not None:
         at_end.callback(lease.release)
     start = _open_run_directory(given, ranks, num_steps=num_steps_of(config.trainer), notes=notes, held_out=sets)
@@ -160,6 +160,10 @@ def _train(
     if ranks.rank == 0:
         print(f"exported the trained model to {start.run_dir / 'export'}", flush=True)
     return 0
+
+
+def _lease(config: Config) -> Lease:
+    return acquire(Path(config.trainer.run_dir), patience_seconds=patience_of_launch())
 
 
 def _held_out_responses(config: Config, *, ranks: ParallelGroups, tokenizer: Tokenizer) -> HeldOutResponses | None:
