@@ -69,7 +69,7 @@ from megatron_ktr.rollout.questions import read_held_out_responses
 from megatron_ktr.run.directory import RunStart, check_run_directory, find_checkpoint, open_run_directory
 from megatron_ktr.run.dry_run.command import dry_run
 from megatron_ktr.run.interruption import LEAVE_SIGNALS, LeaveRequest
-from megatron_ktr.run.lease import Lease, acquire
+from megatron_ktr.run.lease import Lease, acquire, patience_of_launch
 from megatron_ktr.run.preflight import check_files, check_layout, restart_notes
 from megatron_ktr.terminal import log_to_errors
 from megatron_ktr.trainer import Trainer
@@ -168,7 +168,13 @@ def _take_lease(config: Config, *, ranks: ParallelGroups, at_end: contextlib.Exi
     """What keeps other runs out of the run directory, on rank 0; it is given back ``at_end``."""
     with same_on_every_rank():
         check_run_directory(config)
-    lease = on_every_rank(lambda: acquire(Path(config.trainer.run_dir)) if ranks.rank == 0 else None, ranks=ranks)
+
+    def acquire_on_rank_zero() -> Lease | None:
+        if ranks.rank:
+            return None
+        return acquire(Path(config.trainer.run_dir), patience_seconds=patience_of_launch())
+
+    lease = on_every_rank(acquire_on_rank_zero, ranks=ranks)
     if lease is not None:
         at_end.callback(lease.release)
     return lease
