@@ -52,7 +52,9 @@ def train_to_the_stop(context: RankContext, *, inputs: Path, run_dir: Path) -> t
 
     Policy.backward = spoiled  # type: ignore[method-assign]
     said = io.StringIO()
-    changes = dict(train_steps=6, save_interval=1, max_skipped_in_a_row=1, prompts_per_step=2, noise_every=2)
+    changes = dict(
+        train_steps=6, save_interval=1, keep_checkpoints=0, max_skipped_in_a_row=1, prompts_per_step=2, noise_every=2
+    )
     sharded = dict(optimizer="adam", use_distributed_optimizer=True, lr=1e-3)
     try:
         with contextlib.redirect_stderr(said):
