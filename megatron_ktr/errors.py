@@ -17,13 +17,14 @@ import argparse
 import io
 import math
 import os
-import re
 import select
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import NoReturn
+
+from megatron_ktr.terminal import guarded, printable
 
 EXIT_USER = 2
 EXIT_OTHER_RANK = 3
@@ -32,9 +33,6 @@ EXIT_HANG = 77
 EXIT_INTERRUPTED = 130
 EXIT_OUTPUT_CLOSED = 141
 MOST_CHARACTERS = 2000
-
-
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 class UserError(Exception):
@@ -75,12 +73,21 @@ def same_on_every_rank() -> Iterator[None]:
 
 
 def run_cli(main: Callable[[], int | None]) -> NoReturn:
-    """Runs a command's ``main`` and exits with its code, or as the table above says."""
+    """Runs a command's ``main`` and exits with its code, or as the table above says. What it prints and logs holds no
+    control sequences (``terminal.py``)."""
     for stream in (sys.stdout, sys.stderr):
         # A terminal that does not know a character shows its number; a path may hold bytes that are no text.
         with suppress(AttributeError, ValueError):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
+    with guarded():
+        code = _code_of(main)
+        with suppress(OSError, ValueError):
+            sys.stderr.flush()
+    sys.exit(code)
+
+
+def _code_of(main: Callable[[], int | None]) -> int:
     try:
         code = main()
         if sys.stdout is not None:
@@ -91,9 +98,7 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
         code = EXIT_INTERRUPTED
     except Exception as error:
         code = EXIT_OUTPUT_CLOSED if _is_output_closed(error) else _explain(error)
-    with suppress(OSError, ValueError):
-        sys.stderr.flush()
-    sys.exit(code or 0)
+    return code or 0
 
 
 def _explain(error: Exception) -> int:
@@ -111,7 +116,7 @@ def _explain(error: Exception) -> int:
         where = "".join(f" {note}" for note in getattr(error, "__notes__", [])[:1])
         _say_error(f"lost another rank{where}, whose own message says why it ended: {_first_line(error)}")
         return EXIT_OTHER_RANK
-    traceback.print_exception(error)
+    _say("".join(traceback.format_exception(error)).rstrip())
     _say_error(
         f"internal error: {type(error).__name__}: {_first_line(error)}. This is a mistake of the program, not of its "
         "input: please report it to the project's issue tracker with the command and the lines above"
@@ -129,16 +134,6 @@ def one_line(error: object) -> str:
     """What a user reads of it; of endless text, such as a file given as a flag, the beginning and the end."""
     text = printable(" ".join(str(error).split()))
     return text if len(text) <= MOST_CHARACTERS else f"{text[: MOST_CHARACTERS - 500]} ... {text[-500:]}"
-
-
-def printable(text: str) -> str:
-    """A line of text for a terminal: control characters, which could move its cursor, clear it or turn around what
-    follows, as their numbers. Text of data sets and names of files may hold any.
-
-    >>> printable("a\\x1b[2Jb\\u202ec é")
-    'a\\\\x1b[2Jb\\\\u202ec é'
-    """
-    return _CONTROL.sub(lambda found: found.group().encode("unicode_escape").decode("ascii"), text)
 
 
 def _say(line: str) -> None:

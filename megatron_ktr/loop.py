@@ -22,19 +22,20 @@ from megatron_ktr.distributed.agreement import on_every_rank
 from megatron_ktr.distributed.groups import (
     ParallelGroups,
 )
-from megatron_ktr.errors import StepAbandoned, printable, same_on_every_rank
+from megatron_ktr.errors import StepAbandoned, UserError, printable, same_on_every_rank
 from megatron_ktr.evaluation.training.between_steps import BetweenSteps, StepEvaluation
 from megatron_ktr.report.console import selected_tokens_text
 from megatron_ktr.rollout.check.sampler import check_line
 from megatron_ktr.rollout.replay import write_rollouts
 from megatron_ktr.run.checkpoint import Checkpoints
-from megatron_ktr.run.directory import RunStart, rollout_file
-from megatron_ktr.run.hook import Stop
+from megatron_ktr.run.directory import ROLLOUTS, RunStart, rollout_file
+from megatron_ktr.run.hook import StepHook, Stop, look_at
 from megatron_ktr.run.hooks import Watched, build_hooks, closing_all
 from megatron_ktr.run.incidents import Incidents
 from megatron_ktr.run.interruption import EXIT_ALARM, EXIT_SAVED, LeaveRequest
 from megatron_ktr.run.kept import open_best
 from megatron_ktr.run.metrics import MetricsWriter, step_line
+from megatron_ktr.run.optional_writes import OptionalWrites
 from megatron_ktr.run.step_report import StepReport
 from megatron_ktr.trainer import Trainer
 
@@ -59,52 +60,69 @@ def run_steps(
     ranks, run_dir = trainer.policy.ranks, start.run_dir
     num_steps = num_steps_of(trainer.options.trainer)
     best = open_best(run_dir, metric=checkpointing.keep_best, start_step=start.step, ranks=ranks)
-    checkpoints = Checkpoints(run_dir, policy=trainer.policy, source=trainer, options=checkpointing, best=best)
+    incidents = Incidents(run_dir if ranks.rank == 0 else None)
+    checkpoints = Checkpoints(
+        run_dir,
+        policy=trainer.policy,
+        source=trainer,
+        options=checkpointing,
+        best=best,
+        incidents=incidents,
+        lease=start.lease,
+    )
     if start.checkpoint is not None:
         checkpoints.load(start.checkpoint)
-    writer = MetricsWriter(run_dir if ranks.rank == 0 else None, first_step=start.step + 1)
-    hooks = build_hooks(
-        Watched(
-            options=resilience,
-            run_dir=run_dir,
-            first_step=start.step + 1,
-            num_steps=num_steps,
-            policy=trainer.policy,
-            timer=trainer.timer,
-            incidents=Incidents(run_dir if ranks.rank == 0 else None),
-            resolved=checkpointing.resolved,
-            distributed_timeout_minutes=trainer.options.trainer.distributed_timeout_minutes,
-        )
-    )
+    optional = OptionalWrites(incidents)
+    writer = MetricsWriter(run_dir if ranks.rank == 0 else None, first_step=start.step + 1, optional=optional)
+    hooks = _hooks(trainer, start=start, resilience=resilience, incidents=incidents, resolved=checkpointing.resolved)
     between = BetweenSteps(
         evaluations, times=times, trainer=trainer, writer=writer, checkpoints=checkpoints, leave=leave
     )
     with contextlib.closing(writer), closing_all(hooks):
         if asked_by := between.at_start(start):
             return _leave(checkpoints, step=start.step, is_new=False, asked_by=asked_by)
-        for step in range(start.step + 1, num_steps + 1):
-            if asked_by := leave.agreed(ranks.world):
-                return _leave(checkpoints, step=step - 1, is_new=step - 1 > start.step, asked_by=asked_by)
-            for hook in hooks:
-                hook.before_step(step)
-            try:
+        done = start.step
+        try:
+            for step in range(start.step + 1, num_steps + 1):
+                if asked_by := leave.agreed(ranks.world):
+                    return _leave(checkpoints, step=done, is_new=done > start.step, asked_by=asked_by)
+                for hook in hooks:
+                    hook.before_step(step)
                 report = trainer.train_step(step)
-            except StepAbandoned as error:
-                is_new = leave.can_save and step - 1 > start.step
-                return _abandon(checkpoints, step=step - 1, is_new=is_new, error=error)
-            stops = [stop for hook in hooks if (stop := hook.after_step(report)) is not None]
-            _record(report, trainer=trainer, writer=writer, run_dir=run_dir, decode=tokenizer.decode)
-            if stops:
-                return _stop(checkpoints, step=step, stops=stops)
-            checkpoints.after_step(step)
-            try:
-                asked_by = between.after(step)
-            except StepAbandoned as error:
-                return _abandon(checkpoints, step=step, is_new=leave.can_save, error=error)
-            if asked_by:
-                return _leave(checkpoints, step=step, is_new=True, asked_by=asked_by)
+                done = step
+                stops = look_at(report, hooks=hooks)
+                report.values.update(checkpoints.counts())
+                _record(
+                    report, trainer=trainer, writer=writer, run_dir=run_dir, decode=tokenizer.decode, optional=optional
+                )
+                if stops:
+                    return _stop(checkpoints, step=step, stops=stops)
+                checkpoints.after_step(step)
+                if asked_by := between.after(step):
+                    return _leave(checkpoints, step=step, is_new=True, asked_by=asked_by)
+        except StepAbandoned as error:
+            return _abandon(checkpoints, step=done, is_new=leave.can_save and done > start.step, error=error)
         checkpoints.close()
     return 0
+
+
+def _hooks(
+    trainer: Trainer, *, start: RunStart, resilience: ResilienceSection, incidents: Incidents, resolved: str
+) -> list[StepHook]:
+    return build_hooks(
+        Watched(
+            options=resilience,
+            run_dir=start.run_dir,
+            first_step=start.step + 1,
+            num_steps=num_steps_of(trainer.options.trainer),
+            policy=trainer.policy,
+            timer=trainer.timer,
+            incidents=incidents,
+            distributed_timeout_minutes=trainer.options.trainer.distributed_timeout_minutes,
+            resolved=resolved,
+            lease=start.lease,
+        )
+    )
 
 
 def _record(
@@ -114,6 +132,7 @@ def _record(
     writer: MetricsWriter,
     run_dir: Path,
     decode: Callable[[Sequence[int]], str],
+    optional: OptionalWrites,
 ) -> None:
     """Writes the step's metrics, its line on the console and, where they are due, its rollouts. Collective."""
     options, ranks, step = trainer.options.trainer, trainer.policy.ranks, report.step
@@ -127,14 +146,17 @@ def _record(
     if ranks.rank == 0 and (step % options.log_interval == 0 or is_last):
         _show(report, num_steps=num_steps, decode=decode)
     if _is_due(step, options.rollout_log_interval):
-        _log_rollouts(report, run_dir=run_dir, ranks=ranks, with_shuffled=trainer.options.num_shuffled > 0)
+        try:
+            _log_rollouts(report, run_dir=run_dir, ranks=ranks, with_shuffled=trainer.options.num_shuffled > 0)
+        except UserError as error:  # on every rank
+            optional.fail(ROLLOUTS, error, step=step)
 
 
 def _leave(checkpoints: Checkpoints, *, step: int, is_new: bool, asked_by: str) -> int:
     """Saves the state after ``step``, unless this run has done no step yet. Returns the exit code."""
     if is_new:
         checkpoints.save_and_wait(step)
-    checkpoints.close()
+    checkpoints.close(is_verifying=False)
     if checkpoints.ranks.rank == 0:
         done = f"saved after step {step}" if is_new else "nothing to save yet"
         print(f"{asked_by}: {done}; continue with --resume (exit code {EXIT_SAVED})", flush=True)
@@ -161,7 +183,7 @@ def _stop(checkpoints: Checkpoints, *, step: int, stops: Sequence[Stop]) -> int:
     is_sound = all(stop.is_state_sound for stop in stops)
     if is_sound:
         checkpoints.save_and_wait(step)
-    checkpoints.close()
+    checkpoints.close(is_verifying=False)
     if checkpoints.ranks.rank == 0:
         done = (
             f"saved after step {step}" if is_sound else f"not saved after step {step}, earlier checkpoints are intact"

@@ -8,7 +8,6 @@ saves a checkpoint after the current step instead and exits with code 75 (``run/
 from __future__ import annotations
 
 import contextlib
-import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -34,6 +33,7 @@ from megatron_ktr.distributed.agreement import on_every_rank
 from megatron_ktr.distributed.collectives import broadcast_object
 from megatron_ktr.distributed.groups import (
     ParallelGroups,
+    ParallelSizes,
     destroy_parallel,
     init_parallel,
     world_size_from_environment,
@@ -66,10 +66,12 @@ from megatron_ktr.rollout.build import (
 )
 from megatron_ktr.rollout.features import build_feature_sender
 from megatron_ktr.rollout.questions import read_held_out_responses
-from megatron_ktr.run.directory import RunStart, find_checkpoint, open_run_directory
+from megatron_ktr.run.directory import RunStart, check_run_directory, find_checkpoint, open_run_directory
 from megatron_ktr.run.dry_run.command import dry_run
 from megatron_ktr.run.interruption import LEAVE_SIGNALS, LeaveRequest
-from megatron_ktr.run.preflight import check_run, restart_notes
+from megatron_ktr.run.lease import acquire
+from megatron_ktr.run.preflight import check_files, check_layout, restart_notes
+from megatron_ktr.terminal import log_to_errors
 from megatron_ktr.trainer import Trainer
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.media import media_spec
@@ -78,19 +80,33 @@ from models.qwen2_5_vl.media import media_spec
 def train(config: Config) -> int:
     """Trains; every rank calls it. Returns the exit code: 0, ``EXIT_SAVED`` if the run was asked to leave early, or
     ``EXIT_ALARM`` if an alarm has ended it."""
+    with same_on_every_rank():
+        # Before anything touches a device. The sizes need only config.json. All ranks together verify the model's other
+        # files below.
+        require_intact(config.model.model, option="--model", names=("config.json",))
+        world_size = world_size_from_environment()
+        sizes, objective = check_files(config, world_size=world_size)
     platform = platforms.start(config.trainer.platform)
+    with same_on_every_rank():  # what only the platform knows: kernels and precisions
+        check_layout(config, Qwen2_5_VLConfig.from_hf(config.model.model), world_size=world_size)
     # Plain SGD below fp32 has state that no checkpoint holds (config/checks.py). Such a run cannot save, so signals end
     # it as they end any process.
     can_save = config.optimizer.optimizer != "sgd" or config.model.params_dtype == "fp32"
     with LeaveRequest(LEAVE_SIGNALS if can_save else (), device=platform.device) as leave:
-        return _train(config, platform=platform, leave=leave)
+        with contextlib.ExitStack() as at_end:
+            return _train(config, sizes=sizes, objective=objective, platform=platform, leave=leave, at_end=at_end)
 
 
-def _train(config: Config, *, platform: Platform, leave: LeaveRequest) -> int:
+def _train(
+    config: Config,
+    *,
+    sizes: ParallelSizes,
+    objective: Objective,
+    platform: Platform,
+    leave: LeaveRequest,
+    at_end: contextlib.ExitStack,
+) -> int:
     with same_on_every_rank():
-        # The sizes need only config.json. All ranks together verify the model's other files below.
-        require_intact(config.model.model, option="--model", names=("config.json",))
-        sizes, objective = check_run(config, world_size=world_size_from_environment())
         model_config = Qwen2_5_VLConfig.from_hf(config.model.model)
     ranks = init_parallel(
         sizes,
@@ -117,6 +133,11 @@ def _train(config: Config, *, platform: Platform, leave: LeaveRequest) -> int:
     notes += [line for one in sets for line in one.lines]
     notes += [f"objective: {line}" for line in policy_gradient_rules.notes(config)]
     notes += restart_notes(resumes=config.trainer.resume or config.trainer.auto_resume)
+    with same_on_every_rank():
+        check_run_directory(config)
+    lease = on_every_rank(lambda: acquire(Path(config.trainer.run_dir)) if ranks.rank == 0 else None, ranks=ranks)
+    if lease is not None:
+        at_end.callback(lease.release)
     start = _open_run_directory(given, ranks, num_steps=num_steps_of(config.trainer), notes=notes, held_out=sets)
     trainer = build_trainer(
         config, ranks=ranks, platform=platform, objective=objective, tokenizer=tokenizer, local_source=local_source
@@ -125,7 +146,7 @@ def _train(config: Config, *, platform: Platform, leave: LeaveRequest) -> int:
     with contextlib.closing(trainer.source):
         code = run_steps(
             trainer,
-            start=start,
+            start=replace(start, lease=lease),
             resilience=config.resilience,
             checkpointing=CheckpointOptions.of(config),
             tokenizer=tokenizer,
@@ -246,7 +267,7 @@ def _open_run_directory(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    log_to_errors()
     with same_on_every_rank():
         config = load_config(sys.argv[1:] if argv is None else argv)
         if config.trainer.dry_run:

@@ -1,12 +1,17 @@
-"""Checkpoints of a run: which there are, and whether their files are what was written.
+"""Checkpoints of a run: which there are, whether their files are what was written, and exports of them.
 
     python tools/checkpoint.py list RUN [--json]
     python tools/checkpoint.py verify RUN [--json]
+    python tools/checkpoint.py export RUN --out DIR [--step N] [--json]
 
 RUN is a run directory; its checkpoints and exports are looked at. It may also be one checkpoint, a converted one or an
 export. ``list`` reads sizes and the small files that describe a checkpoint; ``verify`` reads every byte, compares with
 ``checksums.json``, and refuses pickles that could run code. Ends with 0 if everything is intact, with 1 if anything is
 damaged or has no checksums, with 2 if there is nothing to look at. With --json the last line is one JSON object.
+
+``export`` writes a Hugging Face directory, which transformers and vLLM load, from any checkpoint: that of step N, or of
+a run the newest. It verifies the checkpoint first, needs one process and no GPU, about the memory of the largest
+tensor, and DIR appears only when it is complete. A checkpoint of adapters (LoRA) holds no whole model and is refused.
 """
 
 from __future__ import annotations
@@ -21,7 +26,7 @@ from pathlib import Path
 # `python tools/X.py` puts tools/ on the path, not the repository.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_ktr.errors import UserError, run_cli  # noqa: E402
+from megatron_ktr.errors import Parser, UserError, run_cli, whole  # noqa: E402
 from megatron_ktr.files.checksums import MANIFEST, Damage, DamagedManifest, find_damage, read_manifest  # noqa: E402
 from megatron_ktr.files.intact_checkpoint import TRAINING_FILE, checkpoint_damage, incompleteness  # noqa: E402
 
@@ -64,7 +69,8 @@ def examine(directory: Path, *, is_thorough: bool) -> Finding:
 
 
 def kind_of(directory: Path) -> str | None:
-    if (directory / TRAINING_FILE).exists() or directory.name.startswith(("step_", "damaged_step_")):
+    is_named = directory.name.startswith(("step_", "damaged_step_")) and directory.parent.name != "exports"
+    if (directory / TRAINING_FILE).exists() or is_named:
         return "training"
     if (directory / "metadata.json").exists():
         return "converted"
@@ -79,7 +85,12 @@ def find_directories(run: Path) -> list[Path]:
     if kind_of(run) is not None:
         return [run]
     inside = run / "checkpoints"
-    found = [*sorted(inside.glob("step_*")), *sorted(inside.glob("damaged_step_*")), *sorted(run.glob("export*"))]
+    found = [
+        *sorted(inside.glob("step_*")),
+        *sorted(inside.glob("damaged_step_*")),
+        *sorted(run.glob("export*")),
+        *sorted(run.glob("exports/step_*")),
+    ]
     found = [path for path in found if path.is_dir() and kind_of(path) is not None]
     if not found:
         raise UserError(
@@ -124,9 +135,41 @@ def _step(directory: Path) -> int | None:
         return None
 
 
+def export(run: Path, out: Path, *, step: int | None, as_json: bool) -> int:
+    """Writes the export of one checkpoint of ``run``, or of the checkpoint ``run`` itself."""
+    # It loads torch and the model's tables, which the other commands do not need.
+    from models.qwen2_5_vl.dist_checkpoint import convert_to_hf
+
+    checkpoint = find_checkpoint(run, step=step)
+    report = convert_to_hf(checkpoint, out, is_export=True)
+    if as_json:
+        print(json.dumps({"checkpoint": str(checkpoint), **dataclasses.asdict(report)}), flush=True)
+    else:
+        print(f"{report.out}: {report.num_tensors} tensors, {report.num_bytes / 1e9:.3f} GB, of {checkpoint}")
+    return 0
+
+
+def find_checkpoint(run: Path, *, step: int | None) -> Path:
+    """The checkpoint that is meant: ``run`` itself if it is one, else that of ``step``, or the newest."""
+    found = [path for path in find_directories(run) if path == run or path.parent == run / "checkpoints"]
+    found = [path for path in found if not path.name.startswith("damaged_") or path == run]
+    found = [path for path in found if kind_of(path) in ("training", "converted")]
+    if step is not None:
+        chosen = [path for path in found if _step(path) == step]
+        if not chosen:
+            known = ", ".join(str(_step(path)) for path in found) or "none"
+            raise UserError(f"--step {step}: no such checkpoint in {run}; there are: {known}")
+        return chosen[0]
+    if not found:
+        raise UserError(f"RUN {run}: no checkpoint in it to export")
+    return found[-1]
+
+
 def main(argv: list[str] | None = None) -> int:
     options = parse_arguments(argv)
     run = Path(options.run)
+    if options.command == "export":
+        return export(run, Path(options.out), step=options.step, as_json=options.json)
     findings = []
     for directory in find_directories(run):
         findings.append(examine(directory, is_thorough=options.command == "verify"))
@@ -147,20 +190,23 @@ def _line(finding: Finding) -> str:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
-    for name, text in (("list", "what there is"), ("verify", "read every byte and compare with the checksums")):
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    texts = {
+        "list": "what there is",
+        "verify": "read every byte and compare with the checksums",
+        "export": "write a Hugging Face directory from a checkpoint",
+    }
+    for name, text in texts.items():
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("run", metavar="RUN", help="run directory, checkpoint, converted checkpoint or export")
         command.add_argument("--json", action="store_true", help="one JSON object on the last line of output")
+        if name == "export":
+            command.add_argument("--out", required=True, metavar="DIR", help="new directory to write")
+            command.add_argument(
+                "--step", type=whole(low=0, high=10**12), metavar="N", help="of this step (the newest)"
+            )
     return parser.parse_args(argv)
-
-
-class _Parser(argparse.ArgumentParser):
-    """Reports bad flags in one line, like every other user error."""
-
-    def error(self, message: str) -> None:
-        raise UserError(f"{message}; see {self.prog} --help")
 
 
 if __name__ == "__main__":

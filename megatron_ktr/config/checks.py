@@ -28,6 +28,7 @@ from megatron_ktr.config.sections import DataSection
 from megatron_ktr.config.selection_rules import selection_problems
 from megatron_ktr.errors import UserError
 from megatron_ktr.stack import require_core_0_19
+from megatron_ktr.web.address import Address, check_variable_name
 
 if TYPE_CHECKING:
     from megatron_ktr.config import Config
@@ -161,8 +162,12 @@ def _rollout(config: Config) -> Iterator[str]:
     yield from _offload_during_rollout(config)
     if rollout.engine == "vllm_server" and not rollout.server_urls:
         yield "--engine vllm_server needs --server-urls, the addresses of vllm serve processes"
+    if rollout.server_token_env is not None:  # somebody may have given the token itself
+        check_variable_name(rollout.server_token_env, option="--server-token-env")
     if rollout.server_token_env is not None and rollout.server_token_file is not None:
         yield "--server-token-env and --server-token-file both give the servers' token: leave out one of them"
+    for url in rollout.server_urls:  # before anything could write down a password in one
+        Address.read(url, option="--server-urls", key_option="--server-token-env")
     if rollout.server_urls and rollout.engine != "vllm_server":
         yield f"--server-urls is not read by --engine {rollout.engine}"
     if rollout.share_vision_features and not is_vllm:

@@ -22,6 +22,7 @@ from typing import Any, Literal, NoReturn
 import yaml
 
 from megatron_ktr.errors import UserError
+from megatron_ktr.files.bounded import read_yaml_text
 
 LARGEST_INTEGER = 2**31 - 1
 SMALLEST_NUMBER, LARGEST_NUMBER = 2.0**-126, 2.0**127
@@ -255,7 +256,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 def read_yaml(path: Path, *, options: Mapping[str, Option], notes: Mapping[str, str]) -> dict[str, Any]:
     """Field values set by a YAML file, by field name, converted and checked."""
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
+        content = yaml.load(read_yaml_text(path), _UniqueKeyLoader)
     except OSError as error:
         raise UserError(f"--config: cannot read {path}: {error.strerror}") from error
     except RecursionError:

@@ -19,6 +19,7 @@ from megatron_ktr.config.sections import (
     ParallelSection,
     TrainerSection,
 )
+from megatron_ktr.config.words import SaveFailure
 
 MOST_QUESTIONS_TOGETHER = 64
 """Of evaluation: their frames are in memory at a time."""
@@ -120,9 +121,13 @@ class CheckpointOptions:
     save_interval: int = 0
     """Steps between two checkpoints; 0 = no checkpoints."""
     keep_checkpoints: int = 0
-    """How many of the newest checkpoints are kept; 0 = all."""
+    """How many of the newest verified checkpoints are kept; 0 = all."""
     keep_best: str | None = None
     """The metric of evaluation whose best checkpoint is kept too."""
+    keep_every: int = 0
+    """Checkpoints of steps that are a multiple of this stay for ever; 0 = none does for that."""
+    save_failure: SaveFailure = "stop"
+    """What a run does when a checkpoint cannot be written."""
 
     @classmethod
     def of(cls, config: Config) -> CheckpointOptions:
@@ -133,6 +138,8 @@ class CheckpointOptions:
             trainer.save_interval,
             trainer.keep_checkpoints,
             config.evaluation.keep_best,
+            config.resilience.keep_every,
+            config.resilience.save_failure,
         )
 
 

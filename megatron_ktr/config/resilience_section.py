@@ -17,11 +17,14 @@ class ResilienceSection:
         0, "Checkpoints of steps that are a multiple of this are never removed; 0 = none is kept for that", low=0
     )
     export_interval: int = _option(
-        0, "Steps between Hugging Face exports to run_dir/exports; 0 = only the export at the end", low=0
+        0,
+        "Steps between Hugging Face exports to run_dir/exports; 0 = only the export at the end (run_dir/export)",
+        low=0,
     )
     save_failure: SaveFailure = _option(
         "stop",
-        "What a run does when a checkpoint cannot be written (a full disk): end, or train on and try again later",
+        "What a run does when a checkpoint or an export of export_interval cannot be written (a full disk): end, or "
+        "train on and try again when the next one is due",
     )
     max_skipped_in_a_row: int = _option(
         3,

@@ -44,7 +44,9 @@ class TrainerSection:
         True, "Whole groups change data-parallel replicas after the rollout, until all have nearly the same FLOPs"
     )
     save_interval: int = _option(0, "Steps between checkpoints, and one after the last step; 0 = none", low=0)
-    keep_checkpoints: int = _option(2, "Newest checkpoints to keep; 0 = all", low=0)
+    keep_checkpoints: int = _option(
+        2, "Newest verified checkpoints to keep (read again after they were written, and intact); 0 = all", low=0
+    )
     eval_interval: int = _option(
         0, "Steps between evaluations (section evaluation), and one after the last step; 0 = none", low=0
     )

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ktr.data.conversation import parts_of, text_of
+from megatron_ktr.data.template_probe import require_bounded
 from megatron_ktr.data.tokenizer import Tokenizer
 from megatron_ktr.data.unusable import UnusableSample
 from megatron_ktr.data.wording import WordingTemplate
@@ -315,11 +316,16 @@ def load_tokenizer(model_dir: Path | str, *, chat_template: Path | str | None = 
         raise UserError(f"model: no usable tokenizer in {model_dir}: {error}") from error
     if chat_template is not None:
         tokenizer.chat_template = read_chat_template(chat_template)
+        require_bounded(tokenizer.chat_template, where=f"chat_template: {chat_template}")
         _check_chat_template(tokenizer, chat_template)
         return tokenizer
     side_file = Path(model_dir) / "chat_template.json"
     if not tokenizer.chat_template and side_file.is_file():
         tokenizer.chat_template = read_json_object(side_file, option="model").get("chat_template")
+    templates = tokenizer.chat_template
+    for template in templates.values() if isinstance(templates, dict) else [templates]:
+        if isinstance(template, str):
+            require_bounded(template, where=f"model: {model_dir}")
     return tokenizer
 
 

@@ -20,6 +20,7 @@ import xxhash
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from megatron_ktr.errors import UserError
+from megatron_ktr.files.bounded import MOST_OPTIONS_BYTES, read_text
 from megatron_ktr.rewards.choices import label_of
 
 FOLDER = Path(__file__).parent / "wordings"
@@ -70,7 +71,9 @@ class WordingTemplate:
         environment.globals["lettered"] = lettered
         try:
             # Some editors write a mark at the beginning of a file, which is no part of the text.
-            self.text = self.path.read_text(encoding="utf-8-sig") if text is None else text
+            if text is None:
+                text = read_text(self.path, most_bytes=MOST_OPTIONS_BYTES, encoding="utf-8-sig")
+            self.text = text
             self._template = environment.from_string(self.text)
             self._syntax = environment.parse(self.text)
         except (OSError, ValueError, jinja2.TemplateError, RecursionError) as error:

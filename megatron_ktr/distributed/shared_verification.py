@@ -14,7 +14,7 @@ from typing import TypeVar
 from megatron_ktr.distributed.agreement import gather_objects, on_every_rank, result_of_rank_zero
 from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.errors import UserError, same_on_every_rank
-from megatron_ktr.files.checksums import MANIFEST, Damage, DamagedManifest, damage_line, find_damage, read_manifest
+from megatron_ktr.files.checksums import MANIFEST, Damage, DamagedManifest, damage_line, file_shares, find_damage
 from megatron_ktr.files.intact_checkpoint import incompleteness
 
 T = TypeVar("T")
@@ -54,21 +54,10 @@ class SharedVerification:
 
 
 def _shares(directory: Path, num_ranks: int) -> list[list[str]] | Damage:
-    """Divides the files among the ranks: each file, the largest first, goes to the rank with the fewest bytes to read.
-    Empty if there are no checksums."""
     try:
-        digests = read_manifest(directory)
+        return file_shares(directory, num_ranks)
     except DamagedManifest as error:
         return Damage(MANIFEST, str(error))
-    if digests is None:
-        return []
-    shares: list[list[str]] = [[] for _ in range(num_ranks)]
-    loads = [0] * num_ranks
-    for name in sorted(digests, key=lambda name: (-digests[name].num_bytes, name)):
-        least = loads.index(min(loads))
-        shares[least].append(name)
-        loads[least] += digests[name].num_bytes
-    return shares
 
 
 def _confirmed(directory: Path, reported: dict[str, int]) -> list[Damage]:

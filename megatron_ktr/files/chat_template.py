@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from megatron_ktr.errors import UserError
+from megatron_ktr.files.bounded import MOST_OPTIONS_BYTES, read_text
 from megatron_ktr.files.json_files import read_json_object
 
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
@@ -21,7 +22,7 @@ def read_chat_template(path: Path | str) -> str:
         UserError: the file cannot be read as text, or is empty.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = read_text(path, most_bytes=MOST_OPTIONS_BYTES, encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise UserError(f"chat_template: {path} cannot be read: {error}") from error
     if not text.strip():

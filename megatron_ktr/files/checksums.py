@@ -163,6 +163,35 @@ class DamagedManifest(Exception):
     """Says what is wrong with ``checksums.json``."""
 
 
+def file_shares(directory: Path, num_shares: int) -> list[list[str]]:
+    """Divides the files that have a checksum among readers: each file, the largest first, goes to the reader with the
+    fewest bytes to read. Empty if there are no checksums.
+
+    Raises:
+        DamagedManifest: as ``read_manifest``.
+    """
+    digests = read_manifest(directory)
+    if digests is None:
+        return []
+    shares: list[list[str]] = [[] for _ in range(num_shares)]
+    loads = [0] * num_shares
+    for name in sorted(digests, key=lambda name: (-digests[name].num_bytes, name)):
+        least = loads.index(min(loads))
+        shares[least].append(name)
+        loads[least] += digests[name].num_bytes
+    return shares
+
+
+def forget_cached(path: Path) -> None:
+    """Lets the system drop what it remembers of a file that is on the disk, so that the next reader asks the disk."""
+    if hasattr(os, "posix_fadvise"):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
+
 def find_damage(directory: Path, *, names: Iterable[str] | None = None) -> list[Damage]:
     """Compares files with their checksums and returns the differences.
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ktr.errors import UserError
+from megatron_ktr.files.bounded import MOST_JSON_BYTES, read_text
 
 
 def parse_json(text: str) -> Any:
@@ -26,7 +27,7 @@ def read_json(path: Path | str, *, option: str = "") -> Any:
         UserError: the file cannot be read, or is not JSON.
     """
     try:
-        return parse_json(Path(path).read_text(encoding="utf-8"))
+        return parse_json(read_text(path, most_bytes=MOST_JSON_BYTES))
     except (OSError, ValueError) as error:
         raise UserError(f"{option and f'{option}: '}{path} cannot be read as JSON: {_words(error)}") from error
 

@@ -14,6 +14,7 @@ Checksums do not replace these checks: whoever writes a hostile file can also wr
 from __future__ import annotations
 
 import pickle
+import pickletools
 import re
 import zipfile
 from pathlib import Path
@@ -83,11 +84,23 @@ def load_metadata(path: Path) -> Any:
     """
     with open(path, "rb") as file:
         try:
+            _require_small_memo(file.read())
+            file.seek(0)
             return _ListedGlobals(file).load()
         except ForbiddenGlobal as error:
             raise UserError(_refusal(path, str(error))) from None
         except UNREADABLE as error:
             raise UserError(f"{path}: damaged: {_first_line(error)}") from None
+
+
+def _require_small_memo(content: bytes) -> None:
+    """Refuses a pickle that stores an object under a number far above its own length: Python makes a table of so many
+    places, so that ten bytes may ask for all memory. The numbers that pickle writes count up from 0."""
+    if b"r" not in content:  # the only such instruction; the other has a byte
+        return
+    for operation, argument, _ in pickletools.genops(content):
+        if operation.name in ("LONG_BINPUT", "PUT") and isinstance(argument, int) and argument > len(content):
+            raise ValueError(f"an object is stored under number {argument}")
 
 
 def load_torch_object(path: Path) -> Any:
@@ -98,11 +111,22 @@ def load_torch_object(path: Path) -> Any:
         OSError: the file cannot be read.
     """
     try:
+        _require_uncompressed(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
         if forbidden := re.search(r"GLOBAL (\S+) ", str(error)):
             raise UserError(_refusal(path, forbidden[1])) from None
         raise UserError(f"{path}: damaged: {_first_line(error)}") from None
+
+
+def _require_uncompressed(path: Path) -> None:
+    """Refuses an archive whose parts claim more bytes than it has: ``torch.save`` never compresses."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        claimed = sum(part.file_size for part in archive.infolist())
+    if claimed > (size := path.stat().st_size):
+        raise ValueError(f"its parts claim {claimed} bytes, it has {size}")
 
 
 def check_torch_object(file: Any, *, where: str) -> None:

@@ -12,7 +12,8 @@ from collections.abc import Iterable
 
 _VOID = {"meta", "img", "br", "input", "link", "path", "polyline", "polygon", "rect", "line", "circle"}
 """Elements without content. Those of SVG are closed as in XML, which HTML accepts."""
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
+"""Also the characters that override the direction of what follows: they would turn around the words of the page."""
 
 
 class Html(str):
@@ -26,7 +27,7 @@ Child = Html | str | int | float | None | Iterable["Child"]
 
 def escape(text: str) -> Html:
     """``text`` as HTML text, also fit for a quoted attribute. Characters that HTML forbids (control characters, lone
-    surrogates) become U+FFFD, so that the page can always be written and parsed.
+    surrogates), and those that override directions, become U+FFFD, so that the page can always be written and parsed.
 
     >>> escape('<b a="1">&')
     '&lt;b a=&quot;1&quot;&gt;&amp;'

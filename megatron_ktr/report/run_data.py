@@ -23,6 +23,7 @@ import yaml
 from megatron_ktr.config import read_notes
 from megatron_ktr.data.records import Record, check_record
 from megatron_ktr.errors import UserError
+from megatron_ktr.files.bounded import read_yaml_text
 from megatron_ktr.files.json_files import parse_json
 from megatron_ktr.objectives.bonuses.temporal import TemporalBonus
 from megatron_ktr.types import Prompt, Rollout, RolloutGroup
@@ -282,7 +283,7 @@ def _read_config(path: Path) -> dict[str, dict[str, Any]]:
     if not path.is_file():
         return {}
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(read_yaml_text(path))
     except RecursionError:
         raise UserError(f"{path} cannot be read as YAML: nested too deeply") from None
     except (OSError, ValueError, LookupError, AttributeError, yaml.YAMLError) as error:  # a date that is none, ...

@@ -1,6 +1,4 @@
-"""What a checkpoint of a running training holds, and how it comes back.
-
-It holds weights, optimizer, data position and random states.
+"""What a checkpoint of a running training holds, and how it comes back: weights, optimizer, data, random states.
 
 ``checkpoint.py`` decides when one is written and makes it appear whole.
 """

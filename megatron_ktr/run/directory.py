@@ -8,14 +8,16 @@ rollouts/step_00000010_replica_0001.jsonl  rollouts of further data-parallel rep
 rollouts/abandoned_after_step_00000010/    rollouts of later steps, which an earlier part did and a resumed part repeats
 eval/step_00000010/                the answers of an evaluation between steps (docs/evaluation.md)
 eval/settings.json                 what each set of held-out questions is, and how it is asked
-eval/abandoned_after_step_00000010/    evaluations of later steps, as with rollouts
+eval/abandoned_after_step_00000010/    evaluations of later steps, as with rollouts; likewise in exports/
 status/rank_00000.json             where each rank is, replaced every few seconds (run/status/heartbeat.py)
-events.jsonl                       what went wrong (run/incidents.py)
 profile/rank_0.json                some steps as a Chrome trace (--profile-steps)
 best.json                          the checkpoint that --keep-best keeps
 checkpoints/step_00000010/         a complete checkpoint: the name appears by a rename, after everything is written
 checkpoints/damaged_step_00000030/ a checkpoint whose files have changed since; a run set it aside and used an older one
 checkpoints/.step_00000020         a checkpoint that was being written when the run stopped; ignored and later removed
+exports/step_00000010/             the model of that step in Hugging Face format, with --export-interval
+events.jsonl                       what went wrong and was survived (``incidents.py``)
+lease.json                         the run that is at work here now (``lease.py``)
 export/                            the trained model in Hugging Face format
 export_until_step_00000020/        the export of an earlier part, which ended at that step
 abandoned_start/                   files of a start that came to no checkpoint, set aside when --auto-resume began anew
@@ -45,16 +47,19 @@ from megatron_ktr.files.intact_checkpoint import (
     unused_path,
 )
 from megatron_ktr.files.json_files import read_json
+from megatron_ktr.run.lease import FILE as LEASE_FILE
+from megatron_ktr.run.lease import Lease
 
 T = TypeVar("T")
 CHECKPOINTS = "checkpoints"
 EVALUATIONS = "eval"
 SIDE_FILES = "hf"
 ROLLOUTS = "rollouts"
+EXPORTS = "exports"
 ABANDONED_START = "abandoned_start"
 STEP_NAME = re.compile(r"step_(\d{8,})")
 STEP_ENTRY = re.compile(r"step_(\d{8,})(?:_replica_\d{4,})?(?:\.jsonl)?")
-"""A file of rollouts, or a directory of an evaluation."""
+"""A file of rollouts, or a directory of an evaluation or an export."""
 
 MAY_CHANGE = frozenset(
     "model transformer_impl gradient_accumulation_fusion "
@@ -74,9 +79,9 @@ MAY_CHANGE = frozenset(
     "heartbeat_seconds metrics_port metrics_host wandb_project profile_steps".split()
 )
 """The options that a resumed run may change, besides the parallel ones: where things are, how long and how fast it
-runs, what is watched, and evaluation, which changes nothing in training. (A set of held-out
-questions must stay what it was as long as it has the same name; ``evaluation/in_training_settings.py`` sees to that.) A
-change of any other option would make it another run and is refused. A new option is refused until it is listed here."""
+runs, what is watched, and evaluation, which changes nothing in training. (A set of held-out questions must stay what it
+was as long as it has the same name; ``evaluation/in_training_settings.py`` sees to that.) A change of any other option
+would make it another run and is refused. A new option is refused until it is listed here."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,8 @@ class RunStart:
     """The checkpoint to continue from; None for a new run."""
     step: int = 0
     """The last step that is done already."""
+    lease: Lease | None = None
+    """What keeps other runs out of the directory; only rank 0 of ``train.py`` holds one."""
 
 
 def step_name(step: int) -> str:
@@ -136,7 +143,7 @@ def check_run_directory(config: Config) -> None:
     if trainer.resume:
         raise _nothing_to_resume(run_dir)
     is_own_start = trainer.auto_resume and (run_dir / CONFIG_FILE).is_file()
-    if run_dir.exists() and any(run_dir.iterdir()) and not is_own_start:
+    if run_dir.exists() and any(path.name != LEASE_FILE for path in run_dir.iterdir()) and not is_own_start:
         raise UserError(f"--run-dir {run_dir} is not empty: choose another, or continue that run with --resume")
 
 
@@ -214,7 +221,7 @@ def _resume(
     if last is not None and step > last:
         raise UserError(f"{length}: the run is at step {step} already ({checkpoint}); raise it")
     _set_aside_export(run_dir / "export", step)
-    for folder in (ROLLOUTS, EVALUATIONS):
+    for folder in (ROLLOUTS, EVALUATIONS, EXPORTS):
         _set_aside_later(run_dir / folder, step)
     save_resolved(config, unused_path(run_dir / f"config_from_{step_name(step + 1)}.yaml"), notes=notes)
     return RunStart(run_dir, checkpoint, step)
@@ -251,13 +258,14 @@ def _set_aside_export(export: Path, step: int) -> None:
 def _set_aside_start(run_dir: Path) -> None:
     """Moves the files of a start without a checkpoint aside. The caller has found ``config.yaml``, which shows that
     they are a run's; any other directory that is not empty is refused."""
-    left = [path for path in sorted(run_dir.iterdir()) if not path.name.startswith(ABANDONED_START)]
+    stays = (ABANDONED_START, LEASE_FILE)
+    left = [path for path in sorted(run_dir.iterdir()) if not path.name.startswith(stays)]
     _move_into(run_dir / ABANDONED_START, left)
 
 
 def _set_aside_later(folder: Path, step: int) -> None:
-    """Moves rollouts or evaluations of steps after ``step`` aside. The resumed run does those steps again and may get
-    different ones, while reports take everything in the folder for that of one run."""
+    """Moves rollouts, evaluations or exports of steps after ``step`` aside. The resumed run does those steps again and
+    may get different ones, while reports take everything in the folder for that of one run."""
     abandoned = [
         path
         for path in sorted(folder.glob("step_*"))

@@ -6,6 +6,7 @@ neither weights nor random states. ``hooks.py`` lists the hooks of a run.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_ktr.run.step_report import StepReport
@@ -25,6 +26,10 @@ class Stop:
 class StepHook:
     """Does nothing; subclasses override what they need."""
 
+    keeps_state = False
+    """Whether it writes the state of the model. It then is passed over where an earlier hook says that the state may be
+    damaged."""
+
     def before_step(self, step: int) -> None:
         """``step`` is about to begin."""
 
@@ -36,3 +41,14 @@ class StepHook:
 
     def close(self) -> None:
         """The run ends, also after an error; then not every rank may be there, so nothing collective belongs here."""
+
+
+def look_at(report: StepReport, *, hooks: Sequence[StepHook]) -> list[Stop]:
+    """Shows a step to all hooks, in their order, and returns the reasons to end the run."""
+    stops: list[Stop] = []
+    for hook in hooks:
+        if hook.keeps_state and not all(stop.is_state_sound for stop in stops):
+            continue
+        if (stop := hook.after_step(report)) is not None:
+            stops.append(stop)
+    return stops

@@ -12,8 +12,10 @@ from megatron_ktr.config.sections import ResilienceSection
 from megatron_ktr.distributed.rendezvous import connect_again
 from megatron_ktr.policy.policy import Policy
 from megatron_ktr.run.alarms import Alarms
+from megatron_ktr.run.exports import ExportHook
 from megatron_ktr.run.hook import StepHook
 from megatron_ktr.run.incidents import Incidents
+from megatron_ktr.run.lease import Lease, LeaseHook
 from megatron_ktr.run.metrics import PhaseTimer
 from megatron_ktr.run.profile import StepTrace
 from megatron_ktr.run.rank_monitor import build_rank_monitor
@@ -42,21 +44,20 @@ class Watched:
     """How long a rank waits for others in a collective."""
     resolved: str = ""
     """Every option of the run, as YAML."""
+    lease: Lease | None = None
+    """What rank 0 holds while no other run has taken the directory over."""
 
 
 def build_hooks(watched: Watched) -> list[StepHook]:
-    """All hooks of a run; every rank builds the same list, but for displays, which rank 0 alone has."""
-    return [
-        _watchdog(watched),
-        *build_rank_monitor(),
-        *_guards(watched),
-        *_watches(watched),
-        *_displays(watched),
-    ]
+    """All hooks of a run; every rank builds the same list, but for the lease and displays, which rank 0 alone has."""
+    lease = [] if watched.lease is None else [LeaseHook(watched.lease)]
+    exports = [_export_hook(watched)] if watched.options.export_interval else []
+    watches = [_watchdog(watched), *build_rank_monitor(), *_watches(watched)]
+    return [*lease, *watches, *_guards(watched), *exports, *_displays(watched)]
 
 
 def _guards(watched: Watched) -> list[StepHook]:
-    """What looks at the numbers of a step, and may end the run."""
+    """What may end the run for the numbers of a step; before exports, which must not hold what is wrong."""
     options, ranks, incidents = watched.options, watched.policy.ranks, watched.incidents
     return [
         SkippedUpdates(
@@ -70,6 +71,17 @@ def _guards(watched: Watched) -> list[StepHook]:
         ReplicaCheck(options.replica_check_interval, policy=watched.policy, incidents=incidents),
         Alarms(options, run_dir=watched.run_dir, first_step=watched.first_step, ranks=ranks, incidents=incidents),
     ]
+
+
+def _export_hook(watched: Watched) -> ExportHook:
+    return ExportHook(
+        watched.run_dir,
+        policy=watched.policy,
+        interval=watched.options.export_interval,
+        num_steps=watched.num_steps,
+        on_failure=watched.options.save_failure,
+        incidents=watched.incidents,
+    )
 
 
 def _watches(watched: Watched) -> list[StepHook]:

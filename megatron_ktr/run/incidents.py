@@ -14,8 +14,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from megatron_ktr.errors import printable
 from megatron_ktr.files.json_files import to_json
+from megatron_ktr.terminal import printable, without_secrets
 
 FILE = "events.jsonl"
 _log = logging.getLogger(__name__)
@@ -38,7 +38,8 @@ class Incidents:
         self.counts[kind] += 1
         _log.warning("%s%s", "" if step is None else f"step {step}: ", printable(text))
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        line = to_json({"time": now, "step": step, "kind": kind, "text": text, **facts}) + "\n"
+        line = to_json({"time": now, "step": step, "kind": kind, "text": text, **facts})
+        line = f"{without_secrets(line)}\n"
         try:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(line)

@@ -1,11 +1,15 @@
-"""Which checkpoints of a run are kept: the newest ones, and with ``--keep-best METRIC`` the best one.
+"""Which checkpoints of a run are kept: the newest ones, those of every N-th step, and the best one.
+
+``--keep-checkpoints`` counts verified ones: checkpoints that were read again after they were written, and were what had
+been written. A checkpoint goes only when so many newer ones are verified, so a damaged one never costs a good one its
+place. Checkpoints of steps that ``--keep-every`` divides stay for ever, and with ``--keep-best METRIC`` the best one.
 
 That is the checkpoint of the step in which a metric of evaluation is highest, or a loss lowest. ``best.json`` names it:
 
     {"metric": "eval/held_out/accuracy", "step": 30, "value": 0.71, "checkpoint": "checkpoints/step_00000030"}
 
 Of equal values the earliest counts, and a value that is not a number never does. A new best step is a candidate until
-its checkpoint is complete. Until then the old best checkpoint stays, and ``best.json`` names it.
+its checkpoint is verified. Until then the old best checkpoint stays, and ``best.json`` names it.
 
 A resumed run takes the best step from ``metrics.jsonl``: of the steps that it does not do again, and whose checkpoints
 are there. So it needs no memory of its own, and ``--keep-best`` may name another metric than before.
@@ -17,7 +21,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+import sys
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,9 +50,9 @@ class BestCheckpoint:
     def __init__(self, metric: str, *, kept: BestStep | None = None) -> None:
         self.metric = metric
         self.kept = kept
-        """The best step whose checkpoint is complete."""
+        """The best step whose checkpoint is verified."""
         self.candidate: BestStep | None = None
-        """A better step whose checkpoint is not complete yet."""
+        """A better step whose checkpoint is not verified yet."""
 
     @property
     def steps(self) -> frozenset[int]:
@@ -67,11 +72,16 @@ class BestCheckpoint:
         return self.candidate is not None and self.candidate.step == step
 
     def publish(self, step: int) -> bool:
-        """The checkpoint of ``step`` is complete. Whether that makes it the best one."""
+        """The checkpoint of ``step`` is verified. Whether that makes it the best one."""
         if not self.is_candidate(step):
             return False
         self.kept, self.candidate = self.candidate, None
         return True
+
+    def drop(self, step: int) -> None:
+        """The checkpoint of ``step`` is damaged: it is a candidate no longer."""
+        if self.is_candidate(step):
+            self.candidate = None
 
     def write(self, run_dir: Path) -> None:
         """Writes ``best.json``, or removes it if there is no best step yet.
@@ -109,7 +119,7 @@ def _best_of(run_dir: Path, metric: str, *, until: int) -> BestStep | None:
     best = None
     for record in read_records(run_dir):
         step, value = record["step"], record.get(metric)
-        if step not in kept or not isinstance(value, int | float):
+        if step not in kept or not isinstance(value, int | float) or abs(value) > sys.float_info.max:
             continue
         if best is None or _is_better(value, best.value, metric):
             best = BestStep(step, float(value))
@@ -121,12 +131,25 @@ def _is_better(value: float, other: float, metric: str) -> bool:
     return value < other if is_loss else value > other
 
 
-def remove_oldest(run_dir: Path, *, number: int, best: BestCheckpoint | None) -> None:
-    """Removes all checkpoints but the ``number`` newest (0: none is removed), and but the best."""
-    kept = frozenset() if best is None else best.steps
-    for step, path in list_checkpoints(run_dir)[: -number if number else 0]:
-        if step not in kept:
-            remove_checkpoint(path)
+def steps_to_remove(
+    steps: Sequence[int], *, verified: Collection[int], number: int, keep_every: int = 0, best: Collection[int] = ()
+) -> list[int]:
+    """Of the ``steps`` that have checkpoints, oldest first, those that may go: older than the ``number`` newest
+    verified ones (0: none may), not a multiple of ``keep_every``, and not among ``best``.
+
+    >>> steps_to_remove([10, 20, 30, 40], verified={10, 20, 30}, number=2)  # 40 is not verified: it does not count
+    [10]
+    >>> steps_to_remove([10, 20, 30, 40], verified={30, 40}, number=1, keep_every=20, best={10})
+    [30]
+    """
+    good = [step for step in steps if step in verified]
+    if not number or len(good) < number:
+        return []
+    return [
+        step
+        for step in steps
+        if step < good[-number] and step not in best and not (keep_every and step % keep_every == 0)
+    ]
 
 
 def remove_checkpoint(checkpoint: Path) -> None:

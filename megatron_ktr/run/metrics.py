@@ -37,6 +37,8 @@ The names of the numbers are stable:
   retirement/passed_over, the draws that passed one over since the run began
 - of steps at which the loss of held-out responses was measured (``evaluation/training/held_out_loss.py``): eval_loss,
   eval/<set>/loss, eval/<set>/loss_skipped
+- counted since the process began, as far as there are any: save_failures and damaged_checkpoints (``checkpoint.py``),
+  export_failures (``exports.py``) and write_failures/<kind> (``optional_writes.py``)
 - skipped_updates and, of those that were, skipped_updates/<reason> and skipped_in_a_row (``batch/skips.py``)
 - only while something is wrong: alarm/<name> (``run/alarms.py``), vision/<fault> (``policy/vision_watch.py``)
 - after comparisons of the weights that ranks hold alike: replica_check/differences (``run/replica_check.py``)
@@ -47,19 +49,22 @@ Numbers in the file have 8 significant digits. A number that is not finite is nu
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from megatron_ktr.files.atomic import write_atomically
-from megatron_ktr.files.json_files import to_json
+from megatron_ktr.files.json_files import parse_json, to_json
+from megatron_ktr.files.line_log import LineLog
 from megatron_ktr.processes.frames import place_of_error
+from megatron_ktr.run.optional_writes import OptionalWrites
 
 FILE = "metrics.jsonl"
+MOST_STEPS = 10**12
+"""A step of a record is below this."""
 
 
 class PhaseTimer:
@@ -106,8 +111,11 @@ class MetricsWriter:
     is replaced by a rename, so that a crash meanwhile leaves the old file.
     """
 
-    def __init__(self, run_dir: Path | None, *, first_step: int = 0) -> None:
-        self._file: IO[str] | None = None
+    def __init__(self, run_dir: Path | None, *, first_step: int = 0, optional: OptionalWrites | None = None) -> None:
+        """``optional`` takes note of what cannot be written. Records wait in memory until there is room again;
+        TensorBoard's events are given up."""
+        self._file: LineLog | None = None
+        self._optional = optional or OptionalWrites()
         self._path: Path | None = None
         self._events = None
         if run_dir is None:
@@ -119,14 +127,19 @@ class MetricsWriter:
         if path.exists():
             kept = [line for line in _lines(path) if _step_of(line) < first_step]
             write_atomically(path, "".join(line + "\n" for line in kept))
-        self._file = path.open("a", encoding="utf-8")
-        self._events = SummaryWriter(log_dir=str(run_dir / "tensorboard"), purge_step=first_step or None)
+        self._file = LineLog(path)
+        try:
+            self._events = SummaryWriter(log_dir=str(run_dir / "tensorboard"), purge_step=first_step or None)
+        except OSError as error:
+            self._optional.fail("tensorboard", error)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        if self._file is None or self._events is None:
+        if self._file is None:
             return
-        self._file.write(to_json({"step": step, **_rounded(values)}) + "\n")
-        self._file.flush()
+        try:
+            self._file.add(to_json({"step": step, **_rounded(values), **self._optional.counts()}))
+        except OSError as error:
+            self._optional.fail(FILE, error, step=step)
         self._show(step, values)
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
@@ -141,21 +154,35 @@ class MetricsWriter:
         seconds = {name: record[name] for name in values if name.startswith("seconds/") and name in record}
         values = {name: value + seconds.get(name, 0.0) for name, value in values.items()}
         record.update(_rounded(values))
-        self._file.close()
-        write_atomically(self._path, "".join(to_json(one) + "\n" for one in records))
-        self._file = self._path.open("a", encoding="utf-8")
+        try:
+            self._file.flush()
+            write_atomically(self._path, "".join(to_json(one) + "\n" for one in records))
+        except OSError as error:
+            self._optional.fail(FILE, error, step=step)
+        else:
+            self._file.close()
+            self._file = LineLog(self._path)
         self._show(step, values)
 
     def _show(self, step: int, values: Mapping[str, float]) -> None:
-        assert self._events is not None
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+        if self._events is None:
+            return
+        try:
+            for name, value in values.items():
+                self._events.add_scalar(name, value, step)
+        except OSError as error:  # of its thread, some steps later
+            self._events = None
+            self._optional.fail("tensorboard", error, step=step)
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
         if self._events is not None:
-            self._events.close()
+            try:
+                self._events.close()
+            except OSError as error:
+                self._optional.fail("tensorboard", error)
+            self._events = None
 
 
 NOTEWORTHY_WAIT = 0.1
@@ -235,16 +262,19 @@ def has_evaluation(run_dir: Path, *, step: int) -> bool:
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in _lines(path) if math.isfinite(_step_of(line))]
+    return [parse_json(line) for line in _lines(path) if math.isfinite(_step_of(line))]
 
 
 def _lines(path: Path) -> list[str]:
-    return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
 
 
 def _step_of(line: str) -> float:
-    """The record's step; infinite for the torn last line of a run that died while writing it."""
+    """The record's step; infinite for what is no record: the torn last line of a run that died while writing it, or
+    what a damaged disk has made of one. A resumed run drops such lines."""
     try:
-        return json.loads(line)["step"]
+        record = parse_json(line)
     except ValueError:
-        return float("inf")
+        return math.inf
+    step = record.get("step") if isinstance(record, dict) else None
+    return step if isinstance(step, int) and not isinstance(step, bool) and abs(step) < MOST_STEPS else math.inf

@@ -16,10 +16,12 @@ from megatron_ktr.config.pipeline_split import virtual_stages
 from megatron_ktr.data.media.preprocess import PreprocessSettings
 from megatron_ktr.distributed.groups import ParallelSizes, check_sizes
 from megatron_ktr.errors import UserError
+from megatron_ktr.files.chat_template import read_chat_template
 from megatron_ktr.objectives import Objective, build_objective
 from megatron_ktr.policy.policy import DTYPES
 from megatron_ktr.rewards import Rewarder, RewardOptions
-from megatron_ktr.rollout.colocated.layout import share_groups
+from megatron_ktr.rollout.colocated.layout import require_vllm, share_groups
+from megatron_ktr.run.directory import check_run_directory
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig, VisionConfig
 from models.qwen2_5_vl.hf_weights import open_hf_weights
 from models.qwen2_5_vl.transformer_config import language_transformer_config
@@ -88,20 +90,35 @@ def check_micro_batches(config: Config, *, sizes: ParallelSizes, data_size: int)
         )
 
 
-def check_run(config: Config, *, world_size: int) -> tuple[ParallelSizes, Objective]:
-    """Runs all checks: those above, and those of the model's files, the objective and the rewards. Loading the rewards
-    may run the user's own code.
+def check_files(config: Config, *, world_size: int) -> tuple[ParallelSizes, Objective]:
+    """All checks that need neither a platform nor other ranks: sizes, the model's files, the run directory, packages of
+    engines, the objective and the rewards. No weight is read, and no device is touched. Loading the rewards may run the
+    user's own code, in processes that see no device.
 
     Raises:
         UserError: names the first thing that is wrong.
     """
+    check_run_directory(config)
+    if config.data.chat_template is not None:
+        read_chat_template(config.data.chat_template)
     model_config = Qwen2_5_VLConfig.from_hf(config.model.model)
-    sizes = check_layout(config, model_config, world_size=world_size)
+    sizes = parallel_sizes(config, num_layers=model_config.text.num_hidden_layers)
+    check_sizes(sizes, world_size=world_size)
     check_micro_batches(config, sizes=sizes, data_size=world_size // sizes.model)
+    if config.has_engine and config.rollout.engine == "vllm_colocated":
+        require_vllm()
+        share_groups(sizes, world_size=world_size, engine_size=config.rollout.rollout_tensor_parallel_size)
     # This checks the tensors' names and shapes, from the headers of the files.
     open_hf_weights(config.model.model, config=model_config)
     check_patches(PreprocessSettings.from_model(config.model.model), model_config.vision)
     return sizes, check_objective(config)
+
+
+def check_run(config: Config, *, world_size: int) -> tuple[ParallelSizes, Objective]:
+    """``check_files`` and ``check_layout``, for those who have started the platform already."""
+    found = check_files(config, world_size=world_size)
+    check_layout(config, Qwen2_5_VLConfig.from_hf(config.model.model), world_size=world_size)
+    return found
 
 
 def check_objective(config: Config) -> Objective:

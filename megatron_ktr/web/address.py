@@ -15,11 +15,11 @@ from urllib.parse import urlsplit
 import httpx
 
 from megatron_ktr.errors import UserError
+from megatron_ktr.terminal import HIDDEN, keep_secret
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _KEY = re.compile(r"[!-~]+")
 """Printable ASCII without blanks. Anything else could not stand in a header, and the error would show it."""
-HIDDEN = "***"
 KEY_OPTION = "--api-key-env"
 _MOST_FILE_BYTES = 4096
 _LEAST_SECRET = 12
@@ -31,6 +31,7 @@ class ApiKey:
 
     def __init__(self, value: str) -> None:
         self._value = value
+        keep_secret(value)
 
     @classmethod
     def from_environment(cls, name: str, *, option: str = KEY_OPTION) -> ApiKey:

@@ -295,10 +295,16 @@ def _write_hf_directory(
     directory: Path, tensors: Iterator[tuple[str, Tensor]], infos: list[TensorInfo], *, max_shard_bytes: int
 ) -> None:
     """Completes a directory that has all side files."""
-    _set_config_dtype(directory / "config.json", infos[-1].dtype)
-    _complete_processor_files(directory)
+    complete_side_files(directory, dtype=infos[-1].dtype)
     digests = SafetensorsWriter(directory, infos, max_shard_bytes=max_shard_bytes).write(tensors)
     write_manifest(directory, known=digests)
+
+
+def complete_side_files(directory: Path, *, dtype: torch.dtype) -> None:
+    """Makes the copied side files those of an export: config.json names the dtype of the weights that were written, and
+    processor files say what they left to defaults."""
+    _set_config_dtype(directory / "config.json", dtype)
+    _complete_processor_files(directory)
 
 
 def _set_config_dtype(path: Path, dtype: torch.dtype) -> None:

@@ -24,6 +24,7 @@ from megatron_ktr.files.intact_checkpoint import require_intact_checkpoint
 from megatron_ktr.files.torch_dist_checks import check_chunks
 from megatron_ktr.files.torch_dist_files import TorchDistReader, TorchDistWriter
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
+from models.qwen2_5_vl.conversion import complete_side_files
 from models.qwen2_5_vl.hf_weights import list_some, open_hf_weights
 from models.qwen2_5_vl.weight_map import TE_NAMES, Shape, WeightSpec, weight_specs
 
@@ -124,6 +125,7 @@ def convert_to_hf(
     *,
     side_files_dir: Path | str | None = None,
     max_shard_bytes: int = 5_000_000_000,
+    is_export: bool = False,
 ) -> ConversionReport:
     """Writes a Hugging Face directory from a Megatron checkpoint that any layout may have saved.
 
@@ -134,6 +136,7 @@ def convert_to_hf(
         out_dir: new directory.
         side_files_dir: the directory of config.json, tokenizer, ...; default: ``hf/`` in the checkpoint.
         max_shard_bytes: size of one safetensors file.
+        is_export: side files are completed as those of a run's own export are, rather than copied byte for byte.
 
     Raises:
         UserError: not a checkpoint, missing, extra or misshapen tensors, existing target, full disk.
@@ -157,6 +160,8 @@ def convert_to_hf(
     num_bytes = sum(info.num_bytes for info in infos)
     with new_directory(out_dir, option="--out", need_bytes=num_bytes) as scratch:
         copy_side_files(side_files, scratch)
+        if is_export:
+            complete_side_files(scratch, dtype=infos[-1].dtype)
         writer = SafetensorsWriter(scratch, infos, max_shard_bytes=max_shard_bytes)
         write_manifest(scratch, known=writer.write(_hf_tensors(specs, places, reader)))
     return ConversionReport(len(infos), num_bytes, str(out_dir))

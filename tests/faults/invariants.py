@@ -1,10 +1,10 @@
 """What must hold after every fault. Each check raises ``AssertionError`` in words.
 
-    I1  no step is lost beyond the last good checkpoint, and none is done twice
-    I2  nothing damaged is used
-    I3  the resumed run equals the uninterrupted one to the bit
-    I4  nothing is left behind: no process, no scratch file, no lock
-    I5  an error is one line with a documented exit code, and nothing that was good is lost
+I1  no step is lost beyond the last good checkpoint, and none is done twice
+I2  nothing damaged is used
+I3  the resumed run equals the uninterrupted one to the bit
+I4  nothing is left behind: no process, no scratch file, no lock
+I5  an error is one line with a documented exit code, and nothing that was good is lost
 """
 
 from __future__ import annotations
@@ -24,7 +24,16 @@ from megatron_ktr.run.interruption import EXIT_SAVED
 from tests.faults.zygote import Ended
 
 DOCUMENTED = {0, EXIT_USER, EXIT_OTHER_RANK, EXIT_SAVED, EXIT_INTERRUPTED, -signal.SIGKILL, -signal.SIGTERM}
-VARIES = ("second", "tflops", "mfu", "sampler_check", "vision_runs_per_prompt", "data_wait_fraction", "data_workers/")
+VARIES = (
+    "second",
+    "ranks/",
+    "tflops",
+    "mfu",
+    "sampler_check",
+    "vision_runs_per_prompt",
+    "data_wait_fraction",
+    "data_workers/",
+)
 """Parts of the names of metrics that measure time, that say what a worker did, or that only the first step after a
 start has."""
 
@@ -97,7 +106,9 @@ def check_same(found: Facts, expected: Facts) -> None:
     """I3."""
     for step, record in expected.metrics.items():
         ours = found.metrics[step]
-        differing = {name: (ours.get(name), record.get(name)) for name in ours | record if ours.get(name) != record.get(name)}
+        differing = {
+            name: (ours.get(name), record.get(name)) for name in ours | record if ours.get(name) != record.get(name)
+        }
         assert not differing, f"I3: step {step} differs from the uninterrupted run: {differing}"
     assert found.rollouts.keys() == expected.rollouts.keys(), f"I3: rollouts of {sorted(found.rollouts)}"
     for name, lines in expected.rollouts.items():

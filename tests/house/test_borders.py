@@ -17,7 +17,7 @@ CODE_FOLDERS = ("megatron_ktr", "models", "tools", "examples", "benchmarks")
 ENVIRONMENTS = (".venv", ".git", "build", "dist", "runs")
 
 WINGS = (
-    ("types", "errors", "stack", "transfer", "sums"),
+    ("types", "terminal", "errors", "stack", "transfer", "sums"),
     ("files",),
     ("processes", "web"),
     ("config",),
@@ -49,7 +49,7 @@ MAY_NAME_CONFIG = (
     "megatron_ktr/accounting/objective_costs.py",  # builds a configuration of its own for each objective
 )
 """Where the whole ``Config`` is taken apart; what is built there receives its own sections, or facts."""
-MAX_TOP_MODULES = 9
+MAX_TOP_MODULES = 10
 
 MAY_IMPORT = {
     "megatron": (

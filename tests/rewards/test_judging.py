@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from megatron_ktr.config.reward_section import RewardSection
-from megatron_ktr.errors import UserError
+from megatron_ktr.errors import StepAbandoned, UserError
 from megatron_ktr.rewards import Rewarder, RewardOptions, load_reward
 from megatron_ktr.rewards.judging import read_score
 from megatron_ktr.rollout.base import RolloutEngine
 from megatron_ktr.rollout.second_prompt import Question
 from megatron_ktr.rollout.source import Sampler
 from megatron_ktr.types import Prompt, Rollout, RolloutGroup
+from megatron_ktr.web import leaving
 from tests.support.fake_chat import FakeChat, completion, error
-from tests.support.patience import wait_until
+from tests.support.patience import PATIENCE_SECONDS, wait_until
 
 KEY = "sk-Secret0123456789"
 
@@ -121,3 +123,22 @@ def test_only_a_number_from_0_to_1_is_a_score() -> None:
     for text in ("", "yes", "-1", "1.01", "nan", "inf", "{}", "[1]", '{"score": true}', "{", "1/2", "1e999"):
         with pytest.raises(ValueError, match="expected a number from 0 to 1|Expecting"):
             read_score(text)
+
+
+def test_a_run_that_is_asked_to_leave_waits_for_no_judge_that_throttles(server) -> None:
+    """The step is given up rather than rewarded by nobody, and its pause of ten minutes with it."""
+    server.key = ""
+    server.script.extend([(429, error("slow down"), {"Retry-After": "600"})] * 9)
+    rewarder = Rewarder(RewardOptions(RewardSection(judge_url=server.url, reward_on_error="zero")))
+    group = RolloutGroup(Prompt("7", (1,), record={"solution": "B"}), (Rollout((3,), text="a"),))
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(rewarder.reward, [group], names=["judge"])
+        wait_until(lambda: bool(server.bodies))
+        leaving.ask_to_leave("SIGTERM")
+        try:
+            with pytest.raises(StepAbandoned, match="SIGTERM while waiting: .*status 429") as left:
+                found.result(PATIENCE_SECONDS)
+        finally:
+            leaving.forget()
+    assert left.value.asked_by == "SIGTERM"
+    rewarder.close()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import threading
-import tracemalloc
+from pathlib import Path
 
 import pytest
 
 from megatron_ktr.errors import StepAbandoned, UserError
 from megatron_ktr.rollout.server.fingerprint import agreed
+from megatron_ktr.rollout.server.pool import COUNTS
+from megatron_ktr.types import RolloutGroup
 from megatron_ktr.web import leaving
 from megatron_ktr.web.address import ApiKey
 from tests.rollout.test_server_pool import (
@@ -32,21 +35,19 @@ TOKEN = "a-token-of-enough-length"
 @pytest.mark.parametrize("seed", SEEDS)
 def test_random_faults_change_no_response(start, tmp_path, seed: int) -> None:  # noqa: F811
     """Five updates and batches on three servers, of which any may misbehave, refuse, load nothing, lie about weights,
-    die and come back empty at any moment, as long as one of them is left. Every response is the one of a healthy
+    die and come back empty at any moment, as long as most of them agree. Every response is the one of a healthy
     server with the weights of its step, and none is missing or there twice."""
     rng = random.Random(seed)
     engine, servers = start(3, wait_seconds=PATIENCE_SECONDS, max_retries=1)
     acts = [*MISBEHAVIOUR, *ON_THE_WIRE, "drop", "500", "503", "400", "401"]
-    good = servers[0]  # it answers wrongly, too, but neither lies nor dies
     for step in range(1, 6):
         for server in servers:
-            server.script.extend(rng.choice(acts) for _ in range(rng.randrange(3)))
-        for server in servers[1:]:
-            server.reload_status = rng.choice([200, 200, 500])
-            server.is_lying = rng.random() < 0.2
-        victim = rng.choice(servers[1:])
-        kind = rng.choice(["none", "dies", "is restarted"])
-        if kind != "none":
+            server.script.extend(rng.sample(acts, rng.randrange(3)))
+        victim = rng.choice(servers)
+        kind = rng.choice(["none", "dies", "is restarted", "does not load", "lies"])
+        victim.reload_status = 500 if kind == "does not load" else 200
+        victim.is_lying = kind == "lies"
+        if kind in ("dies", "is restarted"):
             victim.kill()
         if kind == "is restarted":
             victim.restart()
@@ -54,16 +55,26 @@ def test_random_faults_change_no_response(start, tmp_path, seed: int) -> None:  
         running = in_background(lambda step=step: engine.generate(prompts(8), step=step))
         if rng.random() < 0.5 and not victim._is_dead.is_set():
             victim.kill()
-        groups = running()
-        assert groups == expected(tmp_path, 8, weights=float(step), step=step), f"seed {seed}, step {step}, {kind}"
+        assert running() == wanted(tmp_path, step), f"seed {seed}, step {step}, {kind}"
         if victim._is_dead.is_set():
             victim.restart()
-        good.script.clear()
+        for server in servers:
+            server.script.clear()
+            server.reload_status, server.is_lying = 200, False
+
+
+_WANTED: dict[int, list[RolloutGroup]] = {}
+
+
+def wanted(folder: Path, step: int) -> list[RolloutGroup]:
+    if step not in _WANTED:
+        _WANTED[step] = expected(folder, 8, weights=float(step), step=step)
+    return _WANTED[step]
 
 
 def test_a_server_that_says_it_has_loaded_and_has_not_is_taken_out(start, tmp_path) -> None:  # noqa: F811
     """Its label is right. Only what it computes tells."""
-    engine, (first, liar, third) = start(3)
+    engine, (first, liar) = start(2)
     engine.load_weights(tensors(1.0))
     liar.is_lying = True
     engine.load_weights(tensors(2.0))
@@ -76,14 +87,15 @@ def test_a_server_that_says_it_has_loaded_and_has_not_is_taken_out(start, tmp_pa
 
 
 def test_two_servers_that_disagree_end_the_run(start) -> None:  # noqa: F811
-    """Nobody can tell which of them is right, and half of the responses would be another policy's."""
+    """Nobody can tell which of them is right, and half of the responses would be another policy's. (One that computes
+    what it did before the update is known to be wrong.)"""
     engine, (_, liar) = start(2)
     engine.load_weights(tensors(1.0))
-    liar.is_lying = True
+    liar.weights, liar.is_lying = 77.0, True
     with pytest.raises(StepAbandoned, match="the same label of weights and compute different log-probs"):
         engine.load_weights(tensors(2.0))
     assert agreed({"a": (0.0,), "b": (0.01,), "c": (1.0,)}, limit=0.02) == ["a", "b"]
-    assert agreed({"a": (0.0,)}, limit=0.02) == ["a"] and agreed({}, limit=0.02) is None
+    assert agreed({"a": (0.0,)}, limit=0.02) == ["a"] and agreed({}, limit=0.02) == []
 
 
 def test_another_server_at_the_same_port_is_not_believed(start, tmp_path) -> None:  # noqa: F811
@@ -146,38 +158,26 @@ def test_a_run_that_is_asked_to_leave_does_not_wait_for_servers(start) -> None: 
     assert error.asked_by == "SIGTERM" and "no vLLM server is left" in str(error) and server.url in str(error)
 
 
-def test_the_token_is_sent_everywhere_and_a_wrong_one_ends_the_run_at_the_start(tmp_path, monkeypatch) -> None:
+def test_the_token_is_sent_everywhere_and_a_wrong_one_ends_the_run_at_the_start(tmp_path) -> None:
     server = FakeServer()
     server.token = TOKEN
-    make = lambda token: make_engine([server], tmp_path)  # noqa: E731
     with pytest.raises(UserError, match=r"--server-urls: http.*answered 401.*--server-token-env"):
-        make(None)
+        make_engine([server], tmp_path)
     assert server.num_unwelcome == 1, "it is not asked again"
-    monkeypatch.setattr("tests.rollout.test_server_pool.ServerEngine", with_token("another-token-of-length"))
     with pytest.raises(UserError) as refused:
-        make(None)
+        make_engine([server], tmp_path, token=ApiKey("another-token-of-length"))
     assert "another-token" not in str(refused.value) and "not Bearer ***" in str(refused.value)
-    monkeypatch.setattr("tests.rollout.test_server_pool.ServerEngine", with_token(TOKEN))
     before = server.num_unwelcome
-    engine = make(None)
+    engine = make_engine([server], tmp_path, token=ApiKey(TOKEN))
     engine.load_weights(tensors(1.0))
     assert len(engine.generate(prompts(3))) == 3 and server.num_unwelcome == before
-    # The answers of a server may hold the token; what is shown of them does not.
-    server.script.extend(["500"] * 50)
-    with pytest.raises(StepAbandoned):
-        engine.generate(prompts(1))
+    assert TOKEN not in repr(engine.pool.settings)
     engine.close()
     server.kill()
 
 
-def with_token(token: str):
-    from megatron_ktr.rollout.server.engine import ServerEngine
-
-    return lambda *arguments, **options: ServerEngine(*arguments, token=ApiKey(token), **options)
-
-
 def test_many_failures_leave_nothing_behind(start, tmp_path) -> None:  # noqa: F811
-    """A thousand bad answers, of every kind, keep no memory, no task and no connection."""
+    """A thousand bad answers, of every kind, keep no object, no task and no connection."""
     engine, (server,) = start(1, backoff_seconds=0.0, wait_seconds=PATIENCE_SECONDS, max_retries=10**6)
     acts = ["cookies", "500", "garbage", "not json", "drop", "a redirect", "another request", "half closed"]
 
@@ -188,15 +188,11 @@ def test_many_failures_leave_nothing_behind(start, tmp_path) -> None:  # noqa: F
         server._http.connections.clear()
 
     fail(80)
-    threads = threading.active_count()
-    tracemalloc.start()
-    try:
-        fail(80)
-        first = tracemalloc.get_traced_memory()[0]
-        fail(1000)
-        grown = tracemalloc.get_traced_memory()[0] - first
-    finally:
-        tracemalloc.stop()
-    # 100 bytes for each failure would be a leak; what is seen is noise of some tens of kB.
-    assert grown < 100_000 and threading.active_count() <= threads + 2
-    assert engine.counts["server/retries"] == 1160
+    gc.collect()
+    threads, objects = threading.active_count(), len(gc.get_objects())
+    fail(1000)
+    gc.collect()
+    # One object for each failure would be a thousand.
+    assert len(gc.get_objects()) < objects + 500 and threading.active_count() <= threads + 2
+    assert len(engine.counts) == len(COUNTS) and not engine.pool._servers[0].running
+    assert engine.counts["server/retries"] == 1080

@@ -9,15 +9,17 @@ from __future__ import annotations
 import base64
 import contextlib
 import dataclasses
+import ipaddress
 import json
 import subprocess
 import threading
-import urllib.request
+import urllib.error
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -37,8 +39,9 @@ from megatron_ktr.rollout.server.replicas import Replicas
 from megatron_ktr.rollout.server.weights import DirectoryTransfer
 from megatron_ktr.rollout.server.wire import encode_request, medium_item, pack
 from megatron_ktr.types import Prompt, RolloutGroup
+from megatron_ktr.web.address import ApiKey
 from tests.support.patience import PATIENCE_SECONDS, wait_until
-from tests.support.serving import free_port, kill, start_server, wait_for
+from tests.support.serving import TOKEN, free_port, kill, open_url, start_server, wait_for
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -75,6 +78,7 @@ class Served:
             settings=PoolSettings(
                 urls=tuple(urls),
                 timeout_seconds=PATIENCE_SECONDS,
+                token=ApiKey(TOKEN),
                 in_flight_updates=settings.pop("in_flight", False),
                 **settings,
             ),
@@ -98,7 +102,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     model_dir = folder / "model"
     save_tiny_model(model_dir, corpus=corpus())
     ports = [free_port(), free_port()]
-    processes = [start_server(model_dir, port, folder / f"{port}.log") for port in ports]
+    processes = [start_server(model_dir, port, folder / f"{port}.log", with_token=True) for port in ports]
     tokenizer = load_tokenizer(model_dir)
     media = media_spec(Qwen2_5_VLConfig.from_hf(model_dir), patchify=PreprocessSettings.from_model(model_dir).patchify)
     builder = PromptBuilder(
@@ -124,7 +128,7 @@ def lasting_trouble(counts: Mapping[str, float]) -> list[str]:
 
 def num_sampled(url: str) -> float:
     """Tokens the server has sampled since it started."""
-    lines = urllib.request.urlopen(f"{url}/metrics", timeout=PATIENCE_SECONDS).read().decode().splitlines()
+    lines = open_url(f"{url}/metrics").decode().splitlines()
     return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:generation_tokens_total"))
 
 
@@ -160,6 +164,26 @@ def test_media_are_packed_as_vllm_unpacks_them(served: Served) -> None:
             assert found[name].field.keep_on_cpu == entry["field"][1]["keep_on_cpu"]
         if medium.kind == "video":
             assert found["second_per_grid_ts"].data.item() == medium.seconds_per_grid
+
+
+def test_no_route_answers_without_the_token_and_nothing_listens_beyond_this_machine(served: Served) -> None:
+    """Every route that vLLM has, and every socket of the server's processes."""
+    url = served.urls[0]
+    routes = json.loads(open_url(f"{url}/openapi.json"))["paths"]
+    control = {"/collective_rpc", "/pause", "/resume", "/sleep", "/start_weight_update", "/reset_prefix_cache"}
+    assert control <= set(routes), "they are open in vLLM itself, also with its --api-key"
+    for path, method in ((path, method) for path, methods in routes.items() for method in methods):
+        for token in ("", f"{TOKEN}x"):
+            if (path, method) != ("/health", "get"):
+                with pytest.raises(urllib.error.HTTPError) as refused:
+                    open_url(f"{url}{path}", method=method.upper(), token=token)
+                assert refused.value.code == 401, path
+    processes = [psutil.Process(served.processes[0].pid)]
+    processes += processes[0].children(recursive=True)
+    listening = [one for process in processes for one in process.net_connections("inet") if one.status == "LISTEN"]
+    assert {ipaddress.ip_address(one.laddr.ip).is_loopback for one in listening} == {True}
+    assert int(url.rpartition(":")[2]) in {one.laddr.port for one in listening}
+    assert not [process for process in processes if TOKEN in " ".join(process.cmdline())]
 
 
 def test_greedy_tokens_are_hugging_faces_and_an_update_reaches_both_servers(served: Served) -> None:
@@ -200,12 +224,8 @@ def test_seeds_repeat_responses_and_each_sample_has_its_own(served: Served) -> N
         )
     params = body["sampling_params"]
     params |= {"n": 1, "seed": params["seed"] + 2}
-    request = urllib.request.Request(
-        f"{served.urls[0]}/inference/v1/generate",
-        data=json.dumps(body).encode(),
-        headers={"Content-Type": "application/json"},
-    )
-    answer = json.loads(urllib.request.urlopen(request, timeout=PATIENCE_SECONDS).read())
+    url = f"{served.urls[0]}/inference/v1/generate"
+    answer = json.loads(open_url(url, method="POST", data=json.dumps(body).encode()))
     assert tuple(answer["choices"][0]["token_ids"]) == first[3].rollouts[2].token_ids
 
 
@@ -323,6 +343,7 @@ def train_with(context, *, values: dict[str, Any]) -> None:
 
 
 def run_training(ranks, served: Served, run_dir: Path, *, world_size: int, **changes: Any) -> list[dict[str, Any]]:
+    (served.folder / "token").write_text(f"{TOKEN}\n")
     data = served.folder / "data"
     if not data.exists():
         make_dataset(data, num_train=8, num_eval=1)
@@ -335,6 +356,7 @@ def run_training(ranks, served: Served, run_dir: Path, *, world_size: int, **cha
         "max_prompt_length": 512,
         "engine": "vllm_server",
         "server_urls": tuple(served.urls),
+        "server_token_file": str(served.folder / "token"),
         "num_generations": 3,
         "max_response_length": 16,
         "top_p": 1.0,

@@ -237,7 +237,7 @@ def answer_to(body: dict[str, Any], *, weights: float | None, versions: list[str
         tokens = [rng.randrange(1, FIRST_SPECIAL_ID) for _ in range(length)]
         is_finished = length < params["max_tokens"]
         if is_finished:
-            tokens[-1] = EOS_ID
+            tokens[-1] = params["stop_token_ids"][0]
         bounds = [0, length] if versions[0] == versions[1] else [0, 1, length]
         spans = [
             {"version": version, "start": start, "end": end}

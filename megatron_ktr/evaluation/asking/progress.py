@@ -9,6 +9,8 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from megatron_ktr.terminal import printable
+
 _LINE_SECONDS = 30.0
 
 
@@ -56,6 +58,7 @@ class Progress:
         return text + (f", {self._num_failed} failed so far" if self._num_failed else "")
 
     def say(self, line: str) -> None:
+        line = printable(line)
         if self._bar is not None:
             self._bar.write(line, file=self._stream)
         else:

@@ -23,7 +23,6 @@ these calls.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -41,7 +40,7 @@ from megatron_ktr.distributed.platform import current
 from megatron_ktr.errors import UserError
 from megatron_ktr.rollout.base import RolloutEngine, counts_of
 from megatron_ktr.rollout.colocated.inputs import FEATURE_OPTIONS, engine_input
-from megatron_ktr.rollout.colocated.layout import Share, share_groups, split_work
+from megatron_ktr.rollout.colocated.layout import Share, require_vllm, share_groups, split_work
 from megatron_ktr.rollout.colocated.responses import Answer, Asked, GroupCollector, GrowingResponse
 from megatron_ktr.rollout.colocated.weights import load_weights, stored_names, without_encoder
 from megatron_ktr.rollout.sampling import SamplingSettings, StopStrings, end_token_ids, sample_seed
@@ -367,8 +366,7 @@ def colocated_engine(
     Raises:
         UserError: vLLM is not installed, or cannot serve this model with these options.
     """
-    if importlib.util.find_spec("vllm") is None:
-        raise UserError("--engine vllm_colocated needs vLLM: pip install '.[vllm]', or make setup-vllm on CPU")
+    require_vllm()
     sizes = PreprocessSettings.from_model(model.model, **pixel_limits(data))
     num_grids = -(-data.video_max_frames // media.temporal_patch_size)
     largest = max(num_grids * sizes.max_frame_tokens("video"), sizes.max_frame_tokens("image"))

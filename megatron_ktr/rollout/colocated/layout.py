@@ -14,6 +14,7 @@ Worked example, 8 ranks, tensor 2, pipeline 2 (replica 0 has ranks 0 1 4 5, repl
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,6 +43,12 @@ class ShareGroup:
     def is_first_of_engine(self, rank: int) -> bool:
         """Whether ``rank`` reports its engine's responses. All ranks of an engine hold the same ones."""
         return self.ranks.index(rank) % self.engine_size == 0
+
+
+def require_vllm() -> None:
+    """Raises ``UserError`` if vLLM is not installed."""
+    if importlib.util.find_spec("vllm") is None:
+        raise UserError("--engine vllm_colocated needs vLLM: pip install '.[vllm]', or make setup-vllm on CPU")
 
 
 def share_groups(sizes: ParallelSizes, *, world_size: int, engine_size: int) -> list[ShareGroup]:

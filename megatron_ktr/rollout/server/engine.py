@@ -76,9 +76,7 @@ class ServerEngine(RolloutEngine):
         replicas: Replicas,
         settings: PoolSettings,
         runs_vision_encoder: bool = True,
-        token: ApiKey | None = None,
     ) -> None:
-        self._token = token
         self.runs_vision_encoder = runs_vision_encoder
         self.tokenizer = tokenizer
         self.media = media
@@ -91,6 +89,8 @@ class ServerEngine(RolloutEngine):
         with reading_model(model_dir):
             self.vocab_size = AutoConfig.from_pretrained(model_dir).get_text_config().vocab_size
         self._num_updates = 0
+        self._fingerprints: dict[str, Fingerprint] = {}
+        """Those of the servers after the last update, the same on all ranks."""
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm servers", daemon=True)
         self._thread.start()
@@ -158,7 +158,8 @@ class ServerEngine(RolloutEngine):
             outcome = outcome | part
             found |= fingerprints
         found = {url: one for url, one in sorted(found.items()) if outcome.get(url) is None}
-        near = agreed(found, limit=self.pool.settings.gap_limit)
+        near = agreed(found, before=self._fingerprints, limit=self.pool.settings.gap_limit)
+        self._fingerprints = found
         expected = found[near[0]] if near else None
         outcome |= {url: _other_weights(found, near) for url in found if near is None or url not in near}
         self._run(self.pool.adopt(outcome, expected=expected)).result()
@@ -229,7 +230,7 @@ class ServerEngine(RolloutEngine):
                 url,
                 max_requests=settings.max_requests,
                 timeout_seconds=settings.timeout_seconds,
-                token=self._token,
+                token=settings.token,
             )
             for url in settings.urls
         ]
@@ -328,9 +329,9 @@ def server_engine(
             wait_seconds=60 * rollout.server_wait_minutes,
             gap_limit=gap_limit,
             in_flight_updates=rollout.in_flight_updates,
+            token=token,
         ),
         runs_vision_encoder=not rollout.share_vision_features,
-        token=token,
     )
 
 

@@ -67,17 +67,29 @@ def distance(one: Fingerprint, other: Fingerprint) -> float:
     return sum(abs(a - b) for a, b in zip(one, other, strict=True)) / len(one)
 
 
-def agreed(found: Mapping[str, Fingerprint], *, limit: float) -> list[str] | None:
-    """The servers whose fingerprints are within ``limit`` of each other and that are more than half of all; None if
-    there are no such servers. A lone server agrees with itself.
+def agreed(
+    found: Mapping[str, Fingerprint], *, before: Mapping[str, Fingerprint] | None = None, limit: float
+) -> list[str] | None:
+    """The servers to believe after an update: all if their fingerprints are within ``limit`` of one another, or more
+    than half; None if there are no such servers. A lone server agrees with itself.
+
+    Where they disagree, those are left out first that compute to the last bit what they did ``before`` the update,
+    unless all do: they have not loaded anything.
 
     >>> agreed({"a": (1.0,), "b": (1.0,), "c": (3.0,)}, limit=0.1)
     ['a', 'b']
     >>> agreed({"a": (1.0,), "b": (3.0,)}, limit=0.1) is None
     True
+    >>> agreed({"a": (1.0,), "b": (3.0,)}, before={"a": (1.0,), "b": (1.0,)}, limit=0.1)
+    ['b']
     """
-    for one in found:
-        near = [url for url, other in found.items() if distance(found[one], other) <= limit]
-        if 2 * len(near) > len(found):
+    urls = list(found)
+    if all(distance(found[urls[0]], found[url]) <= limit for url in urls):
+        return urls
+    has_changed = [url for url in urls if found[url] != (before or {}).get(url)]
+    believed = has_changed or urls
+    for one in believed:
+        near = [url for url in believed if distance(found[one], found[url]) <= limit]
+        if 2 * len(near) > len(believed):
             return near
     return None

@@ -7,7 +7,7 @@ A server is *in* while it answers and has the current weights. Requests go only 
                               it is not healthy, does not answer in time, or has old weights
     a server is out           it comes back once it is healthy *and* has the current weights; its owner gives them to it
                               if they are kept on disk
-    a request is refused      (status 400) another server is asked: only if all refuse it, the run ends with its name
+    a request is refused      (status 400) others are asked: only if all refuse it, twice, the run ends with its name
     no server is left         the run waits (``wait_seconds``). ``StepAbandoned`` then names every server with its last
                               error; a request that has failed everywhere for as long raises it, too, and so does a
                               signal to leave that comes during such a wait
@@ -48,6 +48,8 @@ from megatron_ktr.rollout.server.versions import OldWeights, Versions
 from megatron_ktr.rollout.server.wire import MalformedAnswer, Sample
 from megatron_ktr.web import leaving
 
+_REFUSALS = 2
+"""How often every server must refuse a request: a sick one may refuse anything, once."""
 logger = logging.getLogger(__name__)
 
 COUNTS = ("retries", "resent", "taken_out", "malformed", "mixed_versions", "refused")
@@ -142,7 +144,7 @@ class ServerPool:
             StepAbandoned: no server answers it, or none is left.
         """
         tries, body, avoid = 0, None, set[str]()
-        refused: dict[str, Exception] = {}
+        refused: Counter[str] = Counter()
         give_up_at = time.monotonic() + self.settings.wait_seconds
         while True:
             server = await self._acquire(avoid=avoid)
@@ -152,12 +154,14 @@ class ServerPool:
                     body = await asyncio.to_thread(encode)
                     give_up_at = time.monotonic() + self.settings.wait_seconds
                 samples = await self._attempt(server, body, read, most_bytes)
-                await self._blame_refusals(refused)
+                for other in self._servers:  # what one server has answered was no invalid request
+                    if other.url in refused:
+                        await self._blame(other, Refused("it refuses what others take"))
                 return samples
             except Refused as problem:
                 self.counts["refused"] += 1
-                refused[server.url] = problem
-                if all(other.url in refused for other in self._servers if other.is_in):
+                refused[server.url] += 1
+                if all(refused[other.url] >= _REFUSALS for other in self._servers if other.is_in):
                     raise UserError(f"{name}: {server.url}: {problem}") from None
                 error = f"{server.url}: {problem}"
             except (ServerProblem, MalformedAnswer) as problem:
@@ -193,12 +197,6 @@ class ServerPool:
         self.counts["mixed_versions"] += self._versions.num_mixed(samples, started_with=label)
         server.failures = 0
         return samples
-
-    async def _blame_refusals(self, refused: Mapping[str, Exception]) -> None:
-        """What another server has answered was no invalid request."""
-        for server in self._servers:
-            if server.url in refused:
-                await self._blame(server, refused[server.url])
 
     async def _acquire(self, *, avoid: Collection[str]) -> Member:
         """Reserves a place on a server that is in. Raises StepAbandoned if no server is in and none comes back."""

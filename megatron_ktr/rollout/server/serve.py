@@ -17,6 +17,7 @@ imports this module again, under the name ``__mp_main__``, and is prepared by th
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
 import sys
@@ -88,6 +89,25 @@ def split_token(argv: Sequence[str]) -> tuple[list[str], str]:
     return rest, sources[0] if sources else ""
 
 
+def early_options(argv: Sequence[str]) -> argparse.Namespace:
+    """The options that ``check_reach`` looks at, as far as they are flags spelled out in ``argv``."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for flag in ("--host", "--uds"):
+        parser.add_argument(flag, nargs="?")
+    parser.add_argument("--api-key", nargs="*")
+    parser.add_argument("--middleware", action="append", default=[])
+    parser.add_argument("--grpc", action="store_true")
+    parser.add_argument("--grpc-port", nargs="?")
+    options, _ = parser.parse_known_args(
+        [
+            argument.replace("_", "-") if argument.startswith("--") and "=" not in argument else argument
+            for argument in argv
+        ]
+    )
+    options.middleware.append(guard.PATH)  # it is looked for among the parsed options
+    return options
+
+
 def check_reach(options: Any, *, has_token: bool) -> None:
     """Raises ``UserError`` if the parsed options of ``vllm serve`` would open the server to others without a token, or
     would show a secret.
@@ -147,6 +167,7 @@ def main() -> None:
     argv = ["serve", *arguments(given, on_cpu=on_cpu)]
     os.environ[guard.SOURCE] = source
     has_token = guard.read_token(source) is not None
+    check_reach(early_options(argv), has_token=has_token)  # before vLLM is imported, as far as flags show it
     if importlib.util.find_spec("vllm") is None:
         raise UserError("vLLM is not installed here: make setup-vllm puts it in .venv-vllm")
     prepare(on_cpu=on_cpu)

@@ -1,0 +1,45 @@
+"""Reads text files of a bounded size: a device or a file that is no text must not fill the memory."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+MOST_JSON_BYTES = 1 << 30
+"""Larger than any tokenizer, index of weights or file of results."""
+MOST_OPTIONS_BYTES = 1 << 20
+"""Run files and templates have some kilobytes. YAML of this size takes seconds to be read."""
+_MOST_DEPTH = 100
+_BRACKET = re.compile(r"[\[\]{}]")
+
+
+def read_text(path: Path | str, *, most_bytes: int, encoding: str = "utf-8") -> str:
+    """The text of a file, with newlines at the ends of its lines.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is larger than ``most_bytes``, or no text.
+    """
+    most_bytes = _most(most_bytes)
+    with open(path, "rb") as file:
+        content = file.read(most_bytes + 1)
+    if len(content) > most_bytes:
+        raise ValueError(f"larger than the {most_bytes} bytes that such a file may have")
+    return content.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_yaml_text(path: Path | str) -> str:
+    """The text of a run file. Raises as ``read_text`` does, and ``ValueError`` for brackets within more brackets than
+    any run file has: PyYAML looks at all open brackets for every word behind them."""
+    text = read_text(path, most_bytes=MOST_OPTIONS_BYTES)
+    depth = 0
+    for bracket in _BRACKET.findall(text):
+        depth = depth + 1 if bracket in "[{" else max(depth - 1, 0)
+        if depth > _MOST_DEPTH:
+            raise ValueError(f"nested too deeply: more than {_MOST_DEPTH} open brackets")
+    return text
+
+
+def _most(limit: int) -> int:
+    """The limit; tests lower it."""
+    return limit

@@ -1,0 +1,63 @@
+"""Exports of a running training in Hugging Face format: ``exports/step_00000010`` in the run directory, every
+``--export-interval`` steps. Each appears by a rename, with checksums; the model after the last step is in ``export``.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from megatron_ktr.config.words import SaveFailure
+from megatron_ktr.errors import UserError
+from megatron_ktr.policy.policy import Policy
+from megatron_ktr.run.directory import EXPORTS, step_name
+from megatron_ktr.run.hook import StepHook, Stop
+from megatron_ktr.run.incidents import Incidents
+from megatron_ktr.run.step_report import StepReport
+
+
+class ExportHook(StepHook):
+    """Exports the model where that is due. Collective: every rank holds one."""
+
+    keeps_state = True
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        policy: Policy,
+        interval: int,
+        num_steps: int,
+        on_failure: SaveFailure,
+        incidents: Incidents,
+    ) -> None:
+        self._directory = run_dir / EXPORTS
+        self._policy = policy
+        self._interval = interval
+        self._num_steps = num_steps
+        self._on_failure = on_failure
+        self._incidents = incidents
+        self._num_failures = 0
+        if policy.ranks.rank == 0:
+            for left in self._directory.glob(".step_*.partial-*"):  # of a run that died while it exported
+                shutil.rmtree(left, ignore_errors=True)
+
+    def after_step(self, report: StepReport) -> Stop | None:
+        """Adds ``export_failures`` to the step's values once an export has failed.
+
+        Raises:
+            UserError: on every rank, if the export cannot be written and ``save_failure`` is "stop". An ``OSError`` is
+                raised by the rank that writes, and a ``UserError`` by the others.
+        """
+        step = report.step
+        if step % self._interval == 0 and step != self._num_steps:
+            try:
+                self._policy.save_hf(self._directory / step_name(step))
+            except (UserError, OSError) as error:
+                if self._on_failure == "stop":
+                    raise
+                self._num_failures += 1
+                self._incidents.add("export_failure", f"the export failed: {error}", step=step)
+        if self._num_failures:
+            report.values["export_failures"] = float(self._num_failures)
+        return None
