@@ -55,6 +55,7 @@ from megatron_ktr.policy.policy import Policy  # noqa: E402
 from megatron_ktr.rollout.questions import source_loader  # noqa: E402
 from megatron_ktr.rollout.replay import ReplayEngine  # noqa: E402
 from megatron_ktr.run.checkpoint import load_sharded_state  # noqa: E402
+from megatron_ktr.run.directory import list_checkpoints  # noqa: E402
 from megatron_ktr.run.dumps import CONFIG, FACTS, VERSION  # noqa: E402
 from megatron_ktr.run.step_report import StepReport  # noqa: E402
 from megatron_ktr.trainer import Trainer  # noqa: E402
@@ -123,9 +124,16 @@ def config_of(dump: Path, facts: dict[str, Any], options: argparse.Namespace) ->
 def checkpoint_of(dump: Path, facts: dict[str, Any], options: argparse.Namespace) -> Path | None:
     """The intact checkpoint whose weights are used; None for those of the model."""
     named = facts.get("checkpoint")
-    if options.model is not None or (options.checkpoint is None and named is None):
+    if options.model is not None or (options.checkpoint is None and named is None and not facts.get("last_change")):
         return None
-    checkpoint = options.checkpoint or dump.resolve().parents[1] / str(named)
+    run_dir = dump.resolve().parents[1]
+    checkpoint = options.checkpoint or run_dir / str(named)
+    if options.checkpoint is None:
+        # A checkpoint of the step before may have been completed only after the dump was written.
+        low, high = facts.get("last_change", facts["step"]), facts["step"]
+        exact = [path for saved, path in list_checkpoints(run_dir) if low <= saved < high]
+        if exact:
+            checkpoint, facts["is_exact"] = exact[-1], True
     if not checkpoint.is_dir():
         raise UserError(f"{checkpoint}: no such checkpoint (it may have been removed): give --checkpoint or --model")
     if damage := checkpoint_damage(checkpoint):
