@@ -153,6 +153,7 @@ def disk(world: World, rng: random.Random, folder: Path) -> str:
         resume(world, rng, folder)
         return "disk full, as if"
     try:
+        (place / "run").mkdir()
         (folder / "run").symlink_to(place / "run")
         check_end(finish(world.start(TRAIN, world.training(folder / "run"), folder, "faulted")), allowed=(0, EXIT_USER))
         subprocess.run(["mount", "-o", f"remount,size={4 * used}", place], check=True)
