@@ -106,7 +106,6 @@ class Checkpoints:
         """The steps of checkpoints that are verified; the same on every rank."""
         self._digests: dict[str, Digest] = {}
         """The checksums of the files that ``_prepare`` wrote, by name."""
-        self._on_rank_zero("clear", self._remove_leftovers)
 
     def counts(self) -> dict[str, float]:
         """The metrics of what went wrong so far; empty if nothing did."""
@@ -222,10 +221,6 @@ class Checkpoints:
         }
         contents = {name: text.encode() for name, text in texts.items()} | {COMMON_FILE: torch_saved(common)}
         self._digests = {name: write_hashed(scratch / name, content) for name, content in contents.items()}
-
-    def _remove_leftovers(self) -> None:
-        for path in self.directory.glob(".step_*"):
-            shutil.rmtree(path)
 
     def _all_ranks(self, is_so: bool) -> bool:
         is_not = torch.tensor(0 if is_so else 1, device=self.policy.platform.device)
