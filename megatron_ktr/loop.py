@@ -29,7 +29,7 @@ from megatron_ktr.rollout.check.sampler import check_line
 from megatron_ktr.rollout.replay import write_rollouts
 from megatron_ktr.run.checkpoint import Checkpoints
 from megatron_ktr.run.directory import ROLLOUTS, RunStart, rollout_file
-from megatron_ktr.run.hook import Stop, look_at
+from megatron_ktr.run.hook import StepHook, Stop, look_at
 from megatron_ktr.run.hooks import Watched, build_hooks, closing_all
 from megatron_ktr.run.incidents import Incidents
 from megatron_ktr.run.interruption import EXIT_ALARM, EXIT_SAVED, LeaveRequest
@@ -74,50 +74,55 @@ def run_steps(
         checkpoints.load(start.checkpoint)
     optional = OptionalWrites(incidents)
     writer = MetricsWriter(run_dir if ranks.rank == 0 else None, first_step=start.step + 1, optional=optional)
-    hooks = build_hooks(
-        Watched(
-            options=resilience,
-            run_dir=run_dir,
-            first_step=start.step + 1,
-            num_steps=num_steps,
-            policy=trainer.policy,
-            timer=trainer.timer,
-            incidents=incidents,
-            lease=start.lease,
-            distributed_timeout_minutes=trainer.options.trainer.distributed_timeout_minutes,
-            resolved=checkpointing.resolved,
-        )
-    )
+    hooks = _hooks(trainer, start=start, resilience=resilience, incidents=incidents, resolved=checkpointing.resolved)
     between = BetweenSteps(
         evaluations, times=times, trainer=trainer, writer=writer, checkpoints=checkpoints, leave=leave
     )
     with contextlib.closing(writer), closing_all(hooks):
         if asked_by := between.at_start(start):
             return _leave(checkpoints, step=start.step, is_new=False, asked_by=asked_by)
-        for step in range(start.step + 1, num_steps + 1):
-            if asked_by := leave.agreed(ranks.world):
-                return _leave(checkpoints, step=step - 1, is_new=step - 1 > start.step, asked_by=asked_by)
-            for hook in hooks:
-                hook.before_step(step)
-            try:
+        done = start.step
+        try:
+            for step in range(start.step + 1, num_steps + 1):
+                if asked_by := leave.agreed(ranks.world):
+                    return _leave(checkpoints, step=done, is_new=done > start.step, asked_by=asked_by)
+                for hook in hooks:
+                    hook.before_step(step)
                 report = trainer.train_step(step)
-            except StepAbandoned as error:
-                is_new = leave.can_save and step - 1 > start.step
-                return _abandon(checkpoints, step=step - 1, is_new=is_new, error=error)
-            stops = look_at(report, hooks=hooks)
-            report.values.update(checkpoints.counts())
-            _record(report, trainer=trainer, writer=writer, run_dir=run_dir, decode=tokenizer.decode, optional=optional)
-            if stops:
-                return _stop(checkpoints, step=step, stops=stops)
-            checkpoints.after_step(step)
-            try:
-                asked_by = between.after(step)
-            except StepAbandoned as error:
-                return _abandon(checkpoints, step=step, is_new=leave.can_save, error=error)
-            if asked_by:
-                return _leave(checkpoints, step=step, is_new=True, asked_by=asked_by)
+                done = step
+                stops = look_at(report, hooks=hooks)
+                report.values.update(checkpoints.counts())
+                _record(
+                    report, trainer=trainer, writer=writer, run_dir=run_dir, decode=tokenizer.decode, optional=optional
+                )
+                if stops:
+                    return _stop(checkpoints, step=step, stops=stops)
+                checkpoints.after_step(step)
+                if asked_by := between.after(step):
+                    return _leave(checkpoints, step=step, is_new=True, asked_by=asked_by)
+        except StepAbandoned as error:
+            return _abandon(checkpoints, step=done, is_new=leave.can_save and done > start.step, error=error)
         checkpoints.close()
     return 0
+
+
+def _hooks(
+    trainer: Trainer, *, start: RunStart, resilience: ResilienceSection, incidents: Incidents, resolved: str
+) -> list[StepHook]:
+    return build_hooks(
+        Watched(
+            options=resilience,
+            run_dir=start.run_dir,
+            first_step=start.step + 1,
+            num_steps=num_steps_of(trainer.options.trainer),
+            policy=trainer.policy,
+            timer=trainer.timer,
+            incidents=incidents,
+            distributed_timeout_minutes=trainer.options.trainer.distributed_timeout_minutes,
+            resolved=resolved,
+            lease=start.lease,
+        )
+    )
 
 
 def _record(

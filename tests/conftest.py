@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 from megatron_ktr.doctor.requirements import installed_version
 from megatron_ktr.files.hf_model import make_torchvision_importable
+from tests.support.dear_files import place_of
 from tests.support.ranks import RankPool
 
 # In the vllm environment transformers' models import torchvision, which does not load by itself beside a CPU torch.
@@ -31,6 +33,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # A stable order: the tests of a file stay together, as they are.
+    items.sort(key=lambda item: place_of(item.path))
     if "nightly" not in config.option.markexpr:
         for item in items:
             if item.get_closest_marker("nightly"):
@@ -39,6 +43,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays. Garbage collections, of which some tests ask for many, need not look at it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 MOST_JSON_BYTES = 1 << 30
 """Larger than any tokenizer, index of weights or file of results."""
 MOST_OPTIONS_BYTES = 1 << 20
 """Run files and templates have some kilobytes. YAML of this size takes seconds to be read."""
-_MOST_BRACKETS = 10_000
+_MOST_DEPTH = 100
+_BRACKET = re.compile(r"[\[\]{}]")
 
 
 def read_text(path: Path | str, *, most_bytes: int, encoding: str = "utf-8") -> str:
@@ -27,11 +29,14 @@ def read_text(path: Path | str, *, most_bytes: int, encoding: str = "utf-8") -> 
 
 
 def read_yaml_text(path: Path | str) -> str:
-    """The text of a run file. Raises as ``read_text`` does, and ``ValueError`` for more brackets than any run file has:
-    reading them takes a time that grows with the square of their depth."""
+    """The text of a run file. Raises as ``read_text`` does, and ``ValueError`` for brackets within more brackets than
+    any run file has: PyYAML looks at all open brackets for every word behind them."""
     text = read_text(path, most_bytes=MOST_OPTIONS_BYTES)
-    if text.count("[") + text.count("{") > _MOST_BRACKETS:
-        raise ValueError(f"has more than {_MOST_BRACKETS} brackets")
+    depth = 0
+    for bracket in _BRACKET.findall(text):
+        depth = depth + 1 if bracket in "[{" else max(depth - 1, 0)
+        if depth > _MOST_DEPTH:
+            raise ValueError(f"nested too deeply: more than {_MOST_DEPTH} open brackets")
     return text
 
 

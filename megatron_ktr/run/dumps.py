@@ -49,6 +49,8 @@ def write_dump(
     directory, ranks = dump_of(run_dir, report.step), policy.ranks
     gradients = tensor_gradients(policy)
     selections, scores = report.selections, report.gather_scores()
+    own = {str(group.prompt.draw_number): group.prompt.source for group in report.groups}
+    sources = {number: name for part in gather_objects(own, group=ranks.world) for number, name in part.items()}
 
     def write() -> None:
         if ranks.is_source:
@@ -65,7 +67,7 @@ def write_dump(
                 "num_ranks": ranks.world_size,
                 "layout": asdict(ranks.sizes),
                 "noise_floor": dict(report.noise_floor),
-                "sources": {str(group.prompt.draw_number): group.prompt.source for group in report.groups},
+                "sources": sources,
                 "values": report.values,
                 "gradients": {name: asdict(found) for name, found in gradients.items()},
             }

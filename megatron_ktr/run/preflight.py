@@ -16,6 +16,7 @@ from megatron_ktr.config.pipeline_split import virtual_stages
 from megatron_ktr.data.media.preprocess import PreprocessSettings
 from megatron_ktr.distributed.groups import ParallelSizes, check_sizes
 from megatron_ktr.errors import UserError
+from megatron_ktr.files.chat_template import read_chat_template
 from megatron_ktr.objectives import Objective, build_objective
 from megatron_ktr.policy.policy import DTYPES
 from megatron_ktr.rewards import Rewarder, RewardOptions
@@ -98,6 +99,8 @@ def check_files(config: Config, *, world_size: int) -> tuple[ParallelSizes, Obje
         UserError: names the first thing that is wrong.
     """
     check_run_directory(config)
+    if config.data.chat_template is not None:
+        read_chat_template(config.data.chat_template)
     model_config = Qwen2_5_VLConfig.from_hf(config.model.model)
     sizes = parallel_sizes(config, num_layers=model_config.text.num_hidden_layers)
     check_sizes(sizes, world_size=world_size)

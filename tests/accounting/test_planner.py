@@ -22,6 +22,7 @@ from megatron_ktr.accounting.work import EACH_ONCE, GroupWork, StepSettings
 from megatron_ktr.config import load_config
 from megatron_ktr.errors import UserError
 from models.qwen2_5_vl.published import PUBLISHED_CONFIGS
+from tests.support.commands import run_tool
 from tests.support.paths import REPOSITORY
 from tests.support.patience import PATIENCE_SECONDS
 from tests.support.tiny import save_tiny_hf
@@ -288,7 +289,8 @@ def test_all_flags_of_all_layouts_parse():
 
 def test_table_shows_parts_and_flags(tmp_path):
     save_tiny_hf(tmp_path)
-    done = plan("--model", str(tmp_path), *"--gpus 2 --gpu-memory 16 --frames 8 --grpo --temporal-responses 4".split())
+    sizes = "--gpus 2 --gpu-memory 16 --frames 8 --grpo --temporal-responses 4"
+    done = run_tool("plan_parallelism", "--model", tmp_path, *sizes.split())
     assert done.returncode == 0, done.stderr
     for text in (
         "weigh",
@@ -320,7 +322,7 @@ def test_table_shows_parts_and_flags(tmp_path):
     ],
 )
 def test_impossible_requests_get_one_line_that_says_what_is_nearest(arguments, expected):
-    done = plan(*arguments.split())
+    done = run_tool("plan_parallelism", *arguments.split())
     assert done.returncode == 2 and done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ") and expected in line

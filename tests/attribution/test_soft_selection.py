@@ -25,6 +25,7 @@ from megatron_ktr.config.objective_section import ObjectiveSection
 from megatron_ktr.types import BatchFacts, ScoredBatch, TokenScores
 from tests.support.groups import MEDIA, group_of, video
 from tests.support.objectives import key_tokens_of
+from tests.support.patience import PATIENCE_SECONDS
 
 NAN, INF = float("nan"), float("inf")
 SCORES = [0.1, 0.5, 0.3, 0.4, 0.2, 0.6]
@@ -195,9 +196,9 @@ def on_every_replica(number, run):
     def of_rank(rank):
         def gather(tensor):
             slots[rank] = tensor
-            barrier.wait(timeout=60)
+            barrier.wait(timeout=PATIENCE_SECONDS)
             every = torch.cat(slots)
-            barrier.wait(timeout=60)
+            barrier.wait(timeout=PATIENCE_SECONDS)
             return every
 
         return run(rank, gather)

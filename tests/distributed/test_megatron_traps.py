@@ -19,6 +19,7 @@ import torch
 from megatron_ktr.distributed.groups import ParallelSizes, pipeline_comm_settings
 from megatron_ktr.distributed.platform import start
 from megatron_ktr.errors import UserError
+from tests.support.patience import PATIENCE_SECONDS
 from tests.support.ranks import RankContext, RankPool
 
 ROUNDING = 1e-5
@@ -334,7 +335,9 @@ print(forms)
 def test_of_the_compiled_fusions_only_bias_and_dropout_would_pass_torchs_limit() -> None:
     """It stops at 8 forms of a function, and runs the rest as they are written: hence ``residual.py``. In a process of
     its own, where nothing has replaced ``torch.compile``."""
-    done = subprocess.run([sys.executable, "-c", COMPILED_FORMS], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED_FORMS], capture_output=True, text=True, timeout=PATIENCE_SECONDS
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     forms = ast.literal_eval(done.stdout.splitlines()[-1])
     assert forms.pop("bias_dropout_add_fused_train") > 8

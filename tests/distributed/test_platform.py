@@ -113,6 +113,18 @@ def test_other_libraries_still_see_a_machine_without_cuda() -> None:
     assert torch.equal(torch.rand(4), seeded)
 
 
+@pytest.mark.skipif(torch.version.cuda is not None, reason="a build for GPUs imports megatron-core as it is")
+def test_megatron_core_is_imported_without_the_compiler() -> None:
+    """Also here, where test modules imported it before any platform was started."""
+    from megatron.core import jit
+    from megatron.core.fusions import fused_bias_swiglu
+
+    function = fused_bias_swiglu.swiglu
+    assert torch.compile(function) is not function and hasattr(torch.compile(function), "_torchdynamo_orig_callable")
+    assert not hasattr(function, "_torchdynamo_orig_callable")
+    assert jit.jit_fuser(function) is function
+
+
 def test_only_megatron_callers_are_told_cuda_tensor_types() -> None:
     scope = {"__name__": "megatron.core.pretend", "tensor": torch.ones(2, dtype=torch.bfloat16)}
     assert eval("tensor.type()", scope) == "torch.cuda.BFloat16Tensor"

@@ -29,7 +29,7 @@ def test_answers_are_those_of_hugging_face_with_pixels_and_with_the_trainers_fea
         "max_prompt_length": 256,
         "max_response_length": 12,
         "rollout_kv_cache_gb": 0.03,
-        "reward_functions": ("tests.rollout.test_vllm_colocated:uneven_reward",),
+        "reward_functions": ("tests.support.colocated:uneven_reward",),
         "reward_workers": 0,
         "prompts_per_step": 2,
         "train_steps": 1,

@@ -3,25 +3,34 @@
 python -m tests.faults                                  the seeds of CI
 python -m tests.faults --seeds 5000 --json out.json     that many, spread over the areas as in CI
 python -m tests.faults --area "checkpoint writing" --seed 17      one of them again
+python -m tests.faults --markdown                       the table of docs/reliability.md, from the stored results
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import tempfile
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tests.faults.harness import run_seeds
 from tests.faults.scenarios import AREAS
 from tests.faults.world import World
+from tests.support.paths import REPOSITORY
+
+RESULTS = REPOSITORY / "benchmarks" / "results" / "faults_cpu.json"
 
 
 def wanted_seeds(number: int | None) -> list[tuple[str, int]]:
     """(area, seed) in turn: ``number`` of them in all, or the quota of CI."""
     total = sum(quota for _, quota in AREAS.values())
     factor = 1.0 if number is None else number / total
+    # Those of every area are spread evenly, so that a night that is cut short has something of each.
     found = [
         (seed / (quota * factor), name, seed)
         for name, (_, quota) in AREAS.items()
@@ -30,15 +39,33 @@ def wanted_seeds(number: int | None) -> list[tuple[str, int]]:
     return [(name, seed) for _, name, seed in sorted(found)]
 
 
+def table(results: Mapping[str, Any]) -> str:
+    """Faults by area and kind, as Markdown."""
+    lines = ["| area | kind of fault | faults |", "|---|---|---:|"]
+    for area, kinds in results["counts"].items():
+        lines += [f"| {area} | {kind} | {number} |" for kind, number in kinds.items()]
+    lines.append(f"| all | | {results['num_faults']} |")
+    lines.append("")
+    lines.append(f"Invariants broken: {results['num_failures']}. Machine: {results['machine']}.")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--area", choices=AREAS, help="only this one")
     parser.add_argument("--seed", type=int, help="only this one; needs --area")
     parser.add_argument("--seeds", type=int, help="in all, instead of CI's")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="after these no further seed begins")
     parser.add_argument("--jobs", type=int, default=2, help="at a time (2)")
     parser.add_argument("--json", type=Path, help="where the summary is written")
     parser.add_argument("--folder", type=Path, help="for scratch files; those of failures stay")
+    parser.add_argument("--markdown", action="store_true", help="print the table of the stored results")
     options = parser.parse_args()
+    if options.markdown:
+        print(table(json.loads(RESULTS.read_text(encoding="utf-8"))), end="")
+        return 0
+    if options.seed is not None and options.area is None:
+        parser.error("--seed needs --area")
     wanted = wanted_seeds(options.seeds)
     if options.area:
         wanted = [one for one in wanted if one[0] == options.area]
@@ -48,7 +75,7 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     world = World(folder)
     try:
-        summary = run_seeds(world, wanted, jobs=options.jobs, say=lambda line: print(line, flush=True))
+        summary = run_seeds(world, wanted, jobs=options.jobs, say=partial(print, flush=True), minutes=options.minutes)
     finally:
         world.close()
     if options.json:

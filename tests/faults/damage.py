@@ -15,16 +15,10 @@ def damage_file(path: Path, rng: random.Random, *, kinds: Sequence[str] = KINDS,
     different = [one for one in others if one.read_bytes() != content]
     kind = rng.choice([one for one in kinds if one != "swap" or different])
     place = rng.randrange(len(content)) if content else 0
-    if kind == "flip a bit":
-        path.write_bytes(
-            content[:place]
-            + bytes(byte ^ 1 << rng.randrange(8) for byte in content[place : place + 1])
-            + content[place + 1 :]
-        )
-    elif kind == "flip 40 bytes":
-        path.write_bytes(
-            content[:place] + bytes(byte ^ 0xFF for byte in content[place : place + 40]) + content[place + 40 :]
-        )
+    if kind in ("flip a bit", "flip 40 bytes"):
+        length, mask = (1, 1 << rng.randrange(8)) if kind == "flip a bit" else (40, 0xFF)
+        flipped = bytes(byte ^ mask for byte in content[place : place + length])
+        path.write_bytes(content[:place] + flipped + content[place + length :])
     elif kind == "cut":
         path.write_bytes(content[:place])
     elif kind == "empty":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import random
@@ -9,7 +10,7 @@ import shutil
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +27,7 @@ class Summary:
     """By area and kind of fault."""
     failures: list[dict[str, Any]] = field(default_factory=list)
     """Each with area, seed, what was broken, and the command that repeats it."""
-    cpu_seconds: float = 0.0
+    wall_seconds: float = 0.0
 
     @property
     def num_faults(self) -> int:
@@ -40,7 +41,7 @@ class Summary:
             "machine": machine,
             "num_faults": self.num_faults,
             "num_failures": len(self.failures),
-            "wall_seconds": round(self.cpu_seconds),
+            "wall_seconds": round(self.wall_seconds),
             "counts": {area: dict(sorted(kinds.items())) for area, kinds in self.counts.items()},
             "failures": self.failures,
         }
@@ -50,12 +51,22 @@ def reproduction(area: str, seed: int) -> str:
     return f"python -m tests.faults --area '{area}' --seed {seed}"
 
 
-def run_seeds(world: World, wanted: Iterable[tuple[str, int]], *, jobs: int = 2, say: Any = None) -> Summary:
-    """Every (area, seed), ``jobs`` of them at a time. Broken invariants are collected, with the folder kept."""
+def run_seeds(
+    world: World,
+    wanted: Iterable[tuple[str, int]],
+    *,
+    jobs: int = 2,
+    say: Callable[[str], None] = lambda line: None,
+    minutes: float = math.inf,
+) -> Summary:
+    """Every (area, seed), ``jobs`` of them at a time. Broken invariants are collected, with the folder kept. After
+    ``minutes`` no further seed begins."""
     summary = Summary()
     started = time.monotonic()
 
     def run(one: tuple[str, int]) -> None:
+        if time.monotonic() > started + 60 * minutes:
+            return
         area, seed = one
         folder = world.folder / f"{area} {seed}".replace(" ", "_")
         shutil.rmtree(folder, ignore_errors=True)
@@ -65,16 +76,14 @@ def run_seeds(world: World, wanted: Iterable[tuple[str, int]], *, jobs: int = 2,
         except Exception as error:
             text = str(error) if isinstance(error, AssertionError) else traceback.format_exc()
             summary.failures.append({"area": area, "seed": seed, "text": text, "command": reproduction(area, seed)})
-            if say:
-                say(f"FAILED {area} {seed}: {text}\n  repeat: {reproduction(area, seed)}\n  files: {folder}")
+            say(f"FAILED {area} {seed}: {text}\n  repeat: {reproduction(area, seed)}\n  files: {folder}")
             return
         summary.counts.setdefault(area, Counter())[kind] += 1
         shutil.rmtree(folder, ignore_errors=True)
-        if say:
-            say(f"{area} {seed}: {kind}")
+        say(f"{area} {seed}: {kind}")
 
     with ThreadPoolExecutor(jobs) as pool:
         for _ in pool.map(run, wanted):
             pass
-    summary.cpu_seconds = time.monotonic() - started
+    summary.wall_seconds = time.monotonic() - started
     return summary

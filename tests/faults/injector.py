@@ -15,7 +15,8 @@ tells how many calls a command makes, and a seed draws k from that.
     phase        a phase of the training step begins or ends
 
     action       what happens there, before the call
-    count        nothing
+    none         nothing
+    count        nothing; the numbers of calls are written at the end
     kill         SIGKILL to this process
     term         SIGTERM to this process
     stop         SIGSTOP to this process; the harness lets it go on or kills it
@@ -88,7 +89,7 @@ class Injector:
             return False
         if self.plan.action in ERRNO and point != "open":
             raise self.error()
-        return self.plan.action != "count"
+        return self.plan.action not in ("count", "none")
 
     def error(self) -> OSError:
         number = ERRNO[self.plan.action]

@@ -24,7 +24,16 @@ from megatron_ktr.run.interruption import EXIT_SAVED
 from tests.faults.zygote import Ended
 
 DOCUMENTED = {0, EXIT_USER, EXIT_OTHER_RANK, EXIT_SAVED, EXIT_INTERRUPTED, -signal.SIGKILL, -signal.SIGTERM}
-VARIES = ("second", "tflops", "mfu", "sampler_check", "vision_runs_per_prompt", "data_wait_fraction", "data_workers/")
+VARIES = (
+    "second",
+    "ranks/",
+    "tflops",
+    "mfu",
+    "sampler_check",
+    "vision_runs_per_prompt",
+    "data_wait_fraction",
+    "data_workers/",
+)
 """Parts of the names of metrics that measure time, that say what a worker did, or that only the first step after a
 start has."""
 

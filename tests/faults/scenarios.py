@@ -6,6 +6,7 @@ fault, for the table, and raises ``AssertionError`` if an invariant is broken.
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -14,6 +15,7 @@ import subprocess
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -29,11 +31,12 @@ from tests.faults.invariants import (
     digests,
     facts_of,
 )
-from tests.faults.world import CONVERT, EVALUATE, NUM_STEPS, TRAIN, World, finish, flags_of
+from tests.faults.serving import serving
+from tests.faults.world import CONVERT, EVALUATE, NO_FAULT, NUM_STEPS, TRAIN, World, finish, flags_of
 from tests.faults.zygote import Process
 
 Scenario = Callable[[World, random.Random, Path], str]
-RESUMED = dict(auto_resume=True)
+RESUMED: dict[str, Any] = dict(auto_resume=True)
 FILES = ("open", "sync", "rename", "mkdir", "remove", "write")
 
 
@@ -53,7 +56,7 @@ def resume(
     arguments = world.training(run_dir, variant, **RESUMED)
     for attempt, fault in enumerate((plan, None) if plan else (None,)):
         step = check_checkpoints(run_dir) if run_dir.exists() else 0
-        process = world.start(TRAIN, arguments, folder, f"resumed{attempt}", plan=fault or Plan(k=-1))
+        process = world.start(TRAIN, arguments, folder, f"resumed{attempt}", plan=fault or NO_FAULT)
         ended = finish(process, rng=rng if fault else None)
         check_end(ended, **({} if fault else {"allowed": (0,)}))
         if ended.code == 0:
@@ -261,13 +264,9 @@ def evaluation(world: World, rng: random.Random, folder: Path) -> str:
 
     def arguments(out: Path) -> tuple[str, ...]:
         model = world.inputs / "model"
-        given = dict(
-            model=model, engine="hf", benchmark=world.inputs / "questions.json", frames=4, control="intact,hidden"
-        )
-        words = dict(
-            prompt_template=model / "prompt_template.txt", temperature=0, max_tokens=6, data_workers=0, out=out
-        )
-        return flags_of(given | words)
+        asked = dict(benchmark=world.inputs / "questions.json", frames=4, control="intact,hidden", data_workers=0)
+        words = dict(prompt_template=model / "prompt_template.txt", temperature=0, max_tokens=6)
+        return flags_of(dict(model=model, engine="hf", out=out) | asked | words)
 
     whole = world.folder / "evaluated"
     with world.making:
@@ -289,8 +288,6 @@ ACTIONS_OF_TOOLS = ("kill", "torn", "full", "io", "stop", "term", "interrupt")
 
 
 def read_answers(out: Path) -> list[tuple[str, ...]]:
-    import json
-
     lines = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
     keys = ("benchmark", "item_id", "condition")
     return sorted((*(str(line[key]) for key in keys), str(line["answer"]["text"])) for line in lines)
@@ -355,5 +352,6 @@ AREAS: dict[str, tuple[Scenario, int]] = {
     "conversion": (conversion, 24),
     "evaluation": (evaluation, 16),
     "data workers": (workers, 8),
+    "rollout serving": (serving, 24),
 }
 """By name: the scenario, and how many seeds CI runs."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import signal
 import socket
 import threading
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ NUM_STEPS = 4
 TRAIN = "megatron_ktr.train:main"
 CONVERT = "tools.convert_checkpoint:main"
 EVALUATE = "tools.evaluate:main"
+NO_FAULT = Plan(action="none")
 VARIANTS: dict[str, dict[str, object]] = {
     "one rank": {},
     "data workers": {"data_workers": 1},
@@ -52,6 +54,7 @@ class World:
         self.making = threading.RLock()
         """Held while something is made that all scenarios of an area share."""
         inputs = folder / "inputs"
+        shutil.rmtree(inputs, ignore_errors=True)
         save_tiny_model(inputs / "model", corpus=corpus(), num_layers=2, hidden_size=64, ffn_size=96)
         make_dataset(inputs / "data", num_train=8, num_eval=1)
         records = json.loads((inputs / "data" / "train.json").read_text())
@@ -132,7 +135,7 @@ class World:
         folder: Path,
         label: str,
         *,
-        plan: Plan = Plan(k=-1),
+        plan: Plan = NO_FAULT,
         environment: Mapping[str, str] | None = None,
     ) -> Process:
         scratch = folder / "tmp"
@@ -140,7 +143,7 @@ class World:
         environment = {"TMPDIR": str(scratch), **(environment or {})}
         return self.zygote.start(Job(entry, tuple(arguments), folder, label, plan, environment))
 
-    def run(self, entry: str, arguments: Sequence[str], folder: Path, label: str, *, plan: Plan = Plan(k=-1)) -> Ended:
+    def run(self, entry: str, arguments: Sequence[str], folder: Path, label: str, *, plan: Plan = NO_FAULT) -> Ended:
         """Runs a command to its end; one that stops itself is let go on."""
         return finish(self.start(entry, arguments, folder, label, plan=plan))
 
@@ -154,9 +157,11 @@ class World:
         world_size: int,
         plans: Mapping[int, Plan] | None = None,
     ) -> list[Process]:
-        """A command on several ranks, as a launcher starts it; the labels are ``<label>0``, ``<label>1``, ..."""
+        """A command on several ranks, as a launcher starts it; the labels are ``<label>0``, ``<label>1``, ...
+        Where no plans are given, calls are counted."""
+        plain = NO_FAULT if plans is not None else Plan()
         if world_size == 1:
-            return [self.start(entry, arguments, folder, label, plan=(plans or {}).get(0, Plan()))]
+            return [self.start(entry, arguments, folder, label, plan=(plans or {}).get(0, plain))]
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -167,7 +172,7 @@ class World:
                 arguments,
                 folder,
                 f"{label}{rank}",
-                plan=(plans or {}).get(rank, Plan()),
+                plan=(plans or {}).get(rank, plain),
                 environment={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             )
             for rank in range(world_size)
@@ -176,8 +181,6 @@ class World:
 
 def finish(process: Process, *, rng: random.Random | None = None) -> Ended:
     """Waits for the end. A process that stops itself goes on, or with ``rng`` may be killed while it stands still."""
-    import signal
-
     while not process.has_ended:
         if process.is_stopped:
             process.send(signal.SIGKILL if rng is not None and rng.random() < 0.5 else signal.SIGCONT)

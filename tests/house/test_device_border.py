@@ -119,6 +119,8 @@ OF_A_STEP = {
     # The gradient norm.
     "megatron/core/optimizer/clip_grads.py:get_grad_norm_fp32": 1,
     "megatron/core/utils.py:local_multi_tensor_l2_norm": 1,
+    # Whether any rank has found a gradient that is not finite, which decides whether all of them step.
+    "megatron_ktr/policy/guarded_step.py:_is_finite_everywhere": 1,
     # What ranks tell each other: groups' metrics and the report.
     "megatron_ktr/distributed/collectives.py:broadcast_object": 4,
     "megatron_ktr/distributed/collectives.py:reduce_metrics": 8,

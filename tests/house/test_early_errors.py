@@ -69,6 +69,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "nothing to resume": (["--resume", "--run-dir", "{model}/none"], "no complete checkpoint"),
     "a reward that is not there": (["--reward-functions", "accuracy,no_such_module:reward"], "no_such_module"),
     "an engine that is not there": (["--engine", "vllm_colocated"], "needs vLLM"),
+    "no chat template": (["--chat-template", "no/such/template"], "no/such/template"),
     "odd frames": (["--video-max-frames", "3"], "video.max.frames"),
     "contradicting pixels": (["--video-min-pixels", "1000000", "--video-max-pixels", "1000"], "pixels"),
     "no run file": (["--config", "no/such/file.yaml"], "no/such/file.yaml"),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.dear_files import DEAREST_FIRST, place_of
 from tests.support.paths import REPOSITORY
 from tests.support.patience import PATIENCE_SECONDS
 
@@ -60,3 +61,10 @@ def test_the_newer_stack_is_not_tested_with_an_older_python(tmp_path: Path) -> N
     old.chmod(0o755)
     for target in ("test-3.12", "test-both-stacks"):
         assert "3.12" in refusal(target, f"PYTHON_312={old}", f"VENV={tmp_path / 'none'}")
+
+
+def test_the_files_that_are_started_first_are_there() -> None:
+    assert not [name for name in DEAREST_FIRST if not (REPOSITORY / "tests" / name).is_file()]
+    assert len(set(DEAREST_FIRST)) == len(DEAREST_FIRST)
+    first = REPOSITORY / "tests" / DEAREST_FIRST[0]
+    assert place_of(first) == 0 < place_of(first.with_name("test_of_another_name.py"))

@@ -26,6 +26,7 @@ from megatron_ktr.evaluation.results.page import write_page_of
 from megatron_ktr.evaluation.results.statistics import Resampling
 from megatron_ktr.report.strips import LONG_SIDE, MOST_FRAMES, MediaPlace, StripFolder
 from tests.support.made_outcomes import INTACT, evaluation_of, item_of, outcome_of
+from tests.support.patience import PATIENCE_SECONDS
 from tests.support.videos import numbered_frames, write_video
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -150,7 +151,7 @@ def opened(page: Path, address: str, profile: Path) -> str:
     """The document after the script has run, as Chromium writes it out."""
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}"]
     command += ["--virtual-time-budget=10000", "--dump-dom", f"{page.as_uri()}{address}"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=True).stdout
 
 
 def count_of(document: str) -> str:

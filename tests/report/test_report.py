@@ -20,6 +20,7 @@ from megatron_ktr.report.curves import MAX_POINTS, Scale, Series, downsample, li
 from megatron_ktr.report.html import Most, write_report
 from megatron_ktr.report.run_data import choose_groups, read_run
 from megatron_ktr.report.summary import summary_section
+from tests.support.commands import run_tool
 from tests.support.paths import REPOSITORY
 from tests.support.videos import numbered_frames, write_video
 
@@ -400,7 +401,7 @@ def test_command_line_writes_the_page_and_reports_bad_input_in_one_line(tmp_path
     assert Path(written["out"]) == run / "report.html"
     assert written["num_bytes"] == (run / "report.html").stat().st_size
     assert "90.0%" in (run / "report.html").read_text()
-    failed = subprocess.run([*command, str(tmp_path / "none")], capture_output=True, text=True, cwd=tmp_path)
+    failed = run_tool("report", "--json", "--run-dir", tmp_path / "none")
     assert failed.returncode == 2 and failed.stdout == ""
     assert failed.stderr.startswith("error: --run-dir") and failed.stderr.count("\n") == 1
 

@@ -12,6 +12,7 @@ from megatron_ktr.report.console import token_texts
 from megatron_ktr.rewards import official, overlap, standard
 from megatron_ktr.rewards.truth import Truth
 from megatron_ktr.rollout.sampling import StopStrings
+from tests.support.patience import PATIENCE_SECONDS
 
 LENGTH = 200_000
 
@@ -104,7 +105,9 @@ for name, text in adversarial_texts().items():
 def test_every_reward_reads_every_adversarial_text_of_200_000_characters() -> None:
     """Expressions that backtrack needed hours for one of these texts; all of them together take about a minute now. The
     limit is far from both, so that a busy machine passes."""
-    done = subprocess.run([sys.executable, "-c", READ_EVERYTHING], capture_output=True, text=True, timeout=1200)
+    done = subprocess.run(
+        [sys.executable, "-c", READ_EVERYTHING], capture_output=True, text=True, timeout=PATIENCE_SECONDS
+    )
     assert done.returncode == 0, done.stdout[-200:] + done.stderr[-2000:]
 
 

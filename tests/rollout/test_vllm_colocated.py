@@ -1,216 +1,36 @@
-"""The colocated vLLM engine: in one process and in four gloo ranks, against the trainer and the Hugging Face engine.
+"""The colocated vLLM engine in one process, against the trainer and the Hugging Face engine.
 
-The trainer's log-probs of the sampled responses are the measure throughout: stale, misplaced or mixed-up weights,
-another video or another position move them by far more than the tolerance (asserted below).
+``test_vllm_colocated_ranks.py`` has the engines of several ranks, and training.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from megatron_ktr.batch.packing import MediaSpec, pack_groups
-from megatron_ktr.config import Config, config_from_values
-from megatron_ktr.config.part_options import PolicyOptions
-from megatron_ktr.data.dataset import PromptDataset
-from megatron_ktr.data.media.preprocess import PreprocessSettings
-from megatron_ktr.data.records import read_records
-from megatron_ktr.data.skips import SkipCounter
-from megatron_ktr.data.synthetic import corpus, make_dataset
-from megatron_ktr.data.template import load_tokenizer
-from megatron_ktr.data.tiny_model import save_tiny_model
 from megatron_ktr.errors import UserError
 from megatron_ktr.rollout.sampling import SamplingSettings
-from megatron_ktr.types import Prompt, RolloutGroup
+from tests.support.colocated import LENGTH, MAX_TOLERANCE, MEAN_TOLERANCE, Side, check, lone_engine, write_inputs
 
 pytestmark = pytest.mark.vllm
-
-MEAN_TOLERANCE, MAX_TOLERANCE = 1e-4, 5e-4
-"""Nats per token: both sides compute in fp32 in different orders; 1e-5 is seen. Old weights move 0.05 and more."""
-LENGTH = 12
-STEPS = 3
-
-
-def uneven_reward(response: str, record: dict) -> float:
-    """An untrained model earns nothing; this gives its responses something to differ by."""
-    return len(response) % 5 / 5
-
-
-def half_of_the_records(response: str, record: dict) -> float:
-    """The responses of every second record are worth the same."""
-    return int(record["problem_id"].rpartition("-")[2]) % 2 * uneven_reward(response, record)
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("vllm", reason="the vLLM environment only")
-    folder = tmp_path_factory.mktemp("colocated")
-    save_tiny_model(folder / "model", corpus=corpus(), num_layers=2)
-    # Norms and biases are ones and zeros in a new model, which would hide a mix-up.
-    weights = folder / "model" / "model.safetensors"
-    generator = torch.Generator().manual_seed(3)
-    tensors = {
-        name: tensor + 0.05 * torch.randn(tensor.shape, generator=generator)
-        for name, tensor in load_file(weights).items()
-    }
-    save_file(tensors, weights, metadata={"format": "pt"})
-    # As published: sampling defaults that would change the distribution if anything read them.
-    generation = json.loads((folder / "model" / "generation_config.json").read_text())
-    generation |= {"repetition_penalty": 1.5, "temperature": 0.1, "top_k": 1, "top_p": 0.1}
-    (folder / "model" / "generation_config.json").write_text(json.dumps(generation))
-    # Not as published: mean and deviation of pixels are left to transformers' defaults.
-    for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
-        processor = json.loads((folder / "model" / name).read_text())
-        del processor["image_mean"], processor["image_std"]
-        (folder / "model" / name).write_text(json.dumps(processor))
-    make_dataset(folder / "data", num_train=8, num_eval=1)
-    return folder
-
-
-def settings(inputs: Path, run_dir: Path, **changes: Any) -> Config:
-    return config_from_values(
-        {
-            "model": str(inputs / "model"),
-            "data_path": str(inputs / "data" / "train.json"),
-            "prompt_template": str(inputs / "model" / "prompt_template.txt"),
-            "video_num_frames": 8,
-            "video_max_pixels": 3136,
-            "image_max_pixels": 3136,
-            "max_prompt_length": 256,
-            "engine": "vllm_colocated",
-            "num_generations": 3,
-            "max_response_length": LENGTH,
-            "rollout_kv_cache_gb": 0.03,
-            "reward_functions": ("accuracy", "format", f"{__name__}:uneven_reward"),
-            "reward_workers": 0,
-            "length_bonus": 0.0,
-            "kl_beta": 0.04,
-            "optimizer": "sgd",
-            "use_distributed_optimizer": False,
-            "lr": 0.1,
-            "lr_decay_style": "constant",
-            "train_steps": STEPS,
-            "prompts_per_step": 2,
-            "save_interval": 1,
-            "keep_checkpoints": 0,
-            "rollout_log_interval": 1,
-            "platform": "cpu",
-            "run_dir": str(run_dir),
-            **changes,
-        }
-    )
-
-
-@dataclass
-class Side:
-    """What the trainer's side of a comparison needs."""
-
-    config: Config
-    policy: Any
-    tokenizer: Any
-    media: MediaSpec
-    prompts: list[Prompt]
-
-    def engine(self, **changes: Any) -> Any:
-        """A new colocated engine, as a run with these options would build it."""
-        from megatron_ktr.rollout.build import build_sampler
-
-        config = config_from_values({**flat(self.config), **changes})
-        sampler = build_sampler(config, ranks=self.policy.ranks, tokenizer=self.tokenizer, media=self.media)
-        return sampler.engine
-
-    def difference(self, groups: Sequence[RolloutGroup] | None) -> Tensor | None:
-        """|sampler - trainer| log-prob of every response token, on the last stage; collective over the replica, whose
-        reading rank has the groups."""
-        from megatron_ktr.distributed.collectives import broadcast_object
-
-        model = self.policy.ranks.model
-        groups = broadcast_object(groups, group=model, source=torch.distributed.get_global_rank(model, 0))
-        vision = "media" if self.policy.ranks.is_first_stage else "none"
-        batch = pack_groups(groups, view="intact", media=self.media, vision=vision)
-        (statistics,) = self.policy.score([batch])
-        if statistics is None:
-            return None
-        sampled = [rollout.sampler_logprobs for group in groups for rollout in group.rollouts]
-        return (statistics.logprob_R - torch.tensor([value for values in sampled for value in values])).abs()
-
-    def change_weights(self, factor: float) -> None:
-        """Other weights in any layout, as each element changes by itself."""
-        with torch.no_grad():
-            for chunk in self.policy.bare_chunks:
-                for parameter in chunk.parameters():
-                    parameter.mul_(factor)
-        self.policy.vision.forget()
-
-
-def flat(config: Config) -> dict[str, Any]:
-    return {name: value for section in dataclasses.asdict(config).values() for name, value in section.items()}
-
-
-def make_side(config: Config, groups: Any) -> Side:
-    from megatron_ktr.distributed.platform import current
-    from megatron_ktr.policy.policy import Policy
-    from megatron_ktr.rollout.questions import prompt_loader
-    from models.qwen2_5_vl.config import Qwen2_5_VLConfig
-    from models.qwen2_5_vl.media import media_spec
-
-    directory = config.model.model
-    tokenizer = load_tokenizer(directory)
-    dataset = PromptDataset(
-        read_records(config.data.data_path),
-        loader=prompt_loader(config, tokenizer=tokenizer),
-        seed=0,
-        shuffle=True,
-        rank=groups.data_rank,
-        size=groups.data_size,
-        skips=SkipCounter(max_skip_share=0.0),
-    )
-    video, second = dataset.next(2)
-    text = dataclasses.replace(
-        second, problem_id="text", media=(), token_ids=tuple(tokenizer("which colour")["input_ids"])
-    )
-    return Side(
-        config=config,
-        policy=Policy(directory, options=PolicyOptions.of(config), ranks=groups, platform=current(), num_steps=1),
-        tokenizer=tokenizer,
-        media=media_spec(
-            Qwen2_5_VLConfig.from_hf(directory), patchify=PreprocessSettings.from_model(directory).patchify
-        ),
-        prompts=[video, second, text],
-    )
-
-
-def check(difference_R: Tensor) -> None:
-    print(f"{len(difference_R)} log-probs: mean {difference_R.mean():.1e}, max {difference_R.max():.1e}")
-    assert difference_R.mean() < MEAN_TOLERANCE and difference_R.max() < MAX_TOLERANCE
-
-
-# One process
+    return write_inputs(tmp_path_factory.mktemp("colocated"))
 
 
 @pytest.fixture(scope="module")
 def lone(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Side, Any]]:
-    from megatron_ktr.distributed.groups import ParallelSizes, destroy_parallel, init_parallel
-    from megatron_ktr.distributed.platform import start
-
-    groups = init_parallel(ParallelSizes(), platform=start("cpu"))
-    side = make_side(settings(inputs, tmp_path_factory.mktemp("unused")), groups)
-    # One group at a time: the others wait.
-    engine = side.engine(rollout_max_num_seqs=3)
-    engine.load_weights(side.policy.export())
-    yield side, engine
-    engine.close()
-    destroy_parallel()
+    with lone_engine(inputs, tmp_path_factory.mktemp("unused")) as side_and_engine:
+        yield side_and_engine
 
 
 def test_logprobs_of_video_responses_are_the_trainers_before_and_after_new_weights(lone) -> None:
@@ -483,160 +303,3 @@ def test_on_a_gpu_the_engine_sleeps_except_while_it_loads_and_generates(lone, mo
             "step",
             "sleep 2",
         ]
-
-
-# Training, in one rank and in four
-
-
-def train_alone(context: Any, *, inputs: Path, out: Path) -> None:
-    from megatron_ktr.train import train
-
-    train(settings(inputs, out / "whole"))
-    train(settings(inputs, out / "resumed", train_steps=2))
-    train(settings(inputs, out / "resumed", resume=True))
-    train(settings(inputs, out / "features", share_vision_features=True, save_interval=0))
-
-
-def train_by_objective(context: Any, *, inputs: Path, out: Path, rewards: dict[str, str]) -> None:
-    """With every objective, and the reward that it is given."""
-    from megatron_ktr.train import train
-
-    for objective, reward in rewards.items():
-        options = dict(objective=objective, reward_functions=("accuracy", f"{__name__}:{reward}"))
-        train(settings(inputs, out / objective, train_steps=1, save_interval=0, **options))
-
-
-def in_four_ranks(context: Any, *, inputs: Path, out: Path) -> dict[str, Any]:
-    """Training from TP2 x PP2 shards, and engines of one and of four ranks; what the last stages found."""
-    from megatron_ktr.distributed.groups import ParallelSizes
-    from megatron_ktr.train import train
-
-    shards = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
-    train(settings(inputs, out / "run", rollout_tensor_parallel_size=2, save_interval=0, **shards))
-    train(settings(inputs, out / "features", share_vision_features=True, train_steps=1, save_interval=0, **shards))
-    found: dict[str, Any] = {}
-    layouts = {
-        "4 engines, 1 replica": (shards, ParallelSizes(tensor=2, pipeline=2), 1),
-        "1 engine, 2 replicas": ({"tensor_model_parallel_size": 2}, ParallelSizes(tensor=2), 4),
-    }
-    for name, (options, sizes, engine_size) in layouts.items():
-        side = make_side(settings(inputs, out / "unused", **options), context.init(sizes))
-        side.change_weights(1.1)
-        if engine_size == 1:
-            with pytest.raises(UserError, match="--rollout-tensor-parallel-size 3 must divide"):
-                side.engine(rollout_tensor_parallel_size=3)
-        engine = side.engine(rollout_tensor_parallel_size=engine_size)
-        engine.load_weights(side.policy.export(gather_to=engine.gather_weights_to))
-        groups = engine.generate(side.prompts)
-        assert bool(groups) == side.policy.ranks.is_source
-        found[name] = {
-            "problems": [group.prompt.problem_id for group in groups],
-            "responses": sum(len(group.rollouts) for group in groups),
-            "difference": side.difference(groups),
-        }
-        # Only the first replica has a second prompt; engines that several replicas share answer it all the same.
-        more = [dataclasses.replace(side.prompts[2], variant="shuffled")] if side.policy.ranks.data_rank == 0 else []
-        twice = dict(engine.stream([*side.prompts, *more], counts=[3, 3, 3, *[2 for _ in more]]))
-        tokens = [[rollout.token_ids for rollout in twice[place].rollouts] for place in sorted(twice)]
-        assert tokens[: len(groups)] == [[rollout.token_ids for rollout in group.rollouts] for group in groups]
-        assert [len(responses) for responses in tokens[3:]] == [2 for _ in more if groups]
-        if engine_size == 1:
-            # One engine refuses its part; the others learn it instead of waiting for answers.
-            long = dataclasses.replace(side.prompts[2], problem_id="long", token_ids=side.prompts[2].token_ids * 200)
-            with pytest.raises(UserError, match="prompt long has 400 tokens"):
-                engine.generate([*side.prompts, long])
-            assert [group.rollouts for group in engine.generate(side.prompts)] == [group.rollouts for group in groups]
-        engine.close()
-    return found
-
-
-@pytest.fixture(scope="module")
-def four_ranks(ranks: Any, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
-    out = tmp_path_factory.mktemp("four")
-    return out, ranks(in_four_ranks, world_size=4, inputs=inputs, out=out)
-
-
-def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def check_run(run_dir: Path, *, num_steps: int = STEPS) -> None:
-    steps = metrics(run_dir)
-    assert [step["has_stepped"] for step in steps] == [1.0] * num_steps
-    assert [step["num_prompts"] for step in steps] == [2.0] * num_steps
-    for step in steps:
-        print(f"step {step['step']}: gap {step['sampler_trainer_logprob_gap']:.1e}, grad norm {step['grad_norm']:.2f}")
-        assert step["sampler_trainer_logprob_gap"] < MEAN_TOLERANCE
-        assert 0 < step["key_token_ratio"] <= 1
-
-
-def test_video_ktr_trains_from_two_by_two_shards_with_engines_of_two_ranks(four_ranks) -> None:
-    out, _ = four_ranks
-    check_run(out / "run")
-    assert (out / "run" / "export" / "model.safetensors").exists()
-
-
-def test_engines_on_every_stage_answer_with_the_trainers_vision_features(four_ranks) -> None:
-    out, _ = four_ranks
-    check_run(out / "features", num_steps=1)
-
-
-@pytest.mark.parametrize("layout", ["4 engines, 1 replica", "1 engine, 2 replicas"])
-def test_shares_of_the_work_come_back_to_the_ranks_that_read_the_prompts(four_ranks, layout) -> None:
-    _, results = four_ranks
-    found = [result[layout] for result in results]
-    readers = [0] if layout == "4 engines, 1 replica" else [0, 2]
-    for rank, result in enumerate(found):
-        assert result["responses"] == (9 if rank in readers else 0)
-    differences = [result["difference"] for result in found if result["difference"] is not None]
-    assert differences
-    for difference_R in differences:
-        check(difference_R)
-    problems = [tuple(found[rank]["problems"][:2]) for rank in readers]
-    assert len(set(problems)) == len(readers), "each replica has prompts of its own"
-
-
-@pytest.fixture(scope="module")
-def one_rank_runs(ranks: Any, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("one")
-    ranks(train_alone, world_size=1, inputs=inputs, out=out)
-    return out
-
-
-@pytest.mark.parametrize("run", ["whole", "features"])
-def test_video_ktr_trains_in_one_process_on_pixels_and_on_features(one_rank_runs, run) -> None:
-    check_run(one_rank_runs / run)
-
-
-def test_objectives_that_ask_engines_for_more_get_it(ranks: Any, inputs: Path, tmp_path: Path) -> None:
-    """T-GRPO asks a second time with shuffled frames, DAPO once more for each group of equal rewards."""
-    rewards = {"t_grpo": "uneven_reward", "dapo": "half_of_the_records"}
-    ranks(train_by_objective, world_size=1, inputs=inputs, out=tmp_path, rewards=rewards)
-    for objective, count in {"t_grpo": "shuffled/prompts", "dapo": "filter/rejected"}.items():
-        check_run(tmp_path / objective, num_steps=1)
-        assert metrics(tmp_path / objective)[0][count] >= 1
-
-
-def test_a_resumed_run_repeats_the_rollouts(one_rank_runs) -> None:
-    name = f"rollouts/step_{STEPS:08d}.jsonl"
-    whole, resumed = ((one_rank_runs / run / name).read_text() for run in ("whole", "resumed"))
-    assert whole == resumed and len(whole.splitlines()) == 2
-    assert metrics(one_rank_runs / "whole")[-1]["loss"] == metrics(one_rank_runs / "resumed")[-1]["loss"]
-
-
-def test_the_export_of_a_run_is_a_model_vllm_starts_from(four_ranks, lone, monkeypatch) -> None:
-    """As ``vllm serve`` would by default: pixels are normalised in the model, by what the export's files say."""
-    from megatron_ktr.rollout.colocated import engine as vllm_colocated
-    from models.qwen2_5_vl.conversion import load_hf_weights
-
-    start = partial(vllm_colocated.start_vllm_on_cpu, mm_device_do_normalize=True)
-    monkeypatch.setattr(vllm_colocated, "start_vllm_on_cpu", start)
-
-    out, _ = four_ranks
-    side, _ = lone
-    export = out / "run" / "export"
-    load_hf_weights(side.policy.bare_chunks, export, ranks=side.policy.ranks)
-    side.policy.vision.forget()
-    engine = side.engine(model=str(export))  # no weights are sent: it has them from the directory
-    check(side.difference(engine.generate(side.prompts)))
-    engine.close()

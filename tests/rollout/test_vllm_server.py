@@ -75,10 +75,10 @@ class Served:
             sampling=SAMPLING,
             transfer=transfer or DirectoryTransfer(self.folder / "weights", owned_urls=urls, replicas=replicas),
             replicas=replicas,
-            token=ApiKey(TOKEN),
             settings=PoolSettings(
                 urls=tuple(urls),
                 timeout_seconds=PATIENCE_SECONDS,
+                token=ApiKey(TOKEN),
                 in_flight_updates=settings.pop("in_flight", False),
                 **settings,
             ),

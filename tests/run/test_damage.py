@@ -26,6 +26,7 @@ from megatron_ktr.run.checkpoint import Checkpoints
 from megatron_ktr.run.directory import find_checkpoint, list_checkpoints
 from models.qwen2_5_vl.dist_checkpoint import convert_to_hf, convert_to_megatron
 from tests.run.test_checkpoint import NoData, step_on_noise
+from tests.support.commands import run_tool
 from tests.support.paths import REPOSITORY
 from tests.support.patience import PATIENCE_SECONDS
 from tests.support.tiny import save_tiny_hf
@@ -288,14 +289,14 @@ def test_checkpoint_command_lists_and_verifies(saved, tmp_path):
     content = bytearray((tmp_path / "run/checkpoints/step_00000002/__0_0.distcp").read_bytes())
     content[len(content) // 2] ^= 1
     (tmp_path / "run/checkpoints/step_00000002/__0_0.distcp").write_bytes(content)
-    verified = command("verify", tmp_path / "run", "--json")
+    verified = run_tool("checkpoint", "verify", tmp_path / "run", "--json")
     report = json.loads(verified.stdout.splitlines()[-1])
     assert verified.returncode == 1 and not report["ok"]
     assert [one["status"] for one in report["directories"]] == ["intact", "damaged", "intact"]
     assert report["directories"][1]["damage"] == [{"file": "__0_0.distcp", "reason": "other content than was written"}]
     shutil.rmtree(tmp_path / "run/checkpoints/step_00000002")
-    assert command("verify", tmp_path / "run").returncode == 0
+    assert run_tool("checkpoint", "verify", tmp_path / "run").returncode == 0
     for arguments in (["verify", tmp_path / "nothing"], ["verify", tmp_path], ["verify"], ["mend", tmp_path]):
-        wrong = command(*arguments)
+        wrong = run_tool("checkpoint", *arguments)
         assert wrong.returncode == 2 and wrong.stderr.startswith("error: ") and wrong.stderr.count("\n") == 1
     assert "verify RUN" in command("--help").stdout

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import json
 import os
 import random
 import socket
+import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import pytest
 from megatron_ktr.errors import UserError
 from megatron_ktr.run.status.judge import Verdict, judge
 from megatron_ktr.run.status.read import read_run_facts
+from tests.support.patience import wait_until
 from tools import run_status
 
 NOW = 1_800_000_000.0
@@ -75,10 +78,10 @@ def write_run(run_dir: Path, *, num_steps: int = 30, every: Mapping[str, Any] | 
     return run_dir
 
 
-def incident(run_dir: Path, kind: str, text: str, *, at: float = NOW - 60) -> None:
+def incident(run_dir: Path, kind: str, text: str, *, at: float = NOW - 60, step: int = 30, **facts: str) -> None:
     moment = datetime.datetime.fromtimestamp(at, datetime.UTC).isoformat()
     with (run_dir / "events.jsonl").open("a") as file:
-        file.write(json.dumps({"time": moment, "step": 30, "kind": kind, "text": text}) + "\n")
+        file.write(json.dumps({"time": moment, "step": step, "kind": kind, "text": text, **facts}) + "\n")
 
 
 def verdict_of(run_dir: Path, **options: Any) -> Verdict:
@@ -133,11 +136,28 @@ STATES = {
 @pytest.mark.parametrize("name", STATES)
 def test_state_and_what_is_wrong(name: str, tmp_path: Path) -> None:
     changes, state, text = STATES[name]
+    text = text.replace("HOST", socket.gethostname())
     run_dir = write_run(tmp_path / "run")
-    heartbeat(run_dir, **changes)
-    verdict = verdict_of(run_dir)
-    assert verdict.state == state and text in wrong(verdict) and bool(wrong(verdict)) == bool(text)
-    assert run_status.main([str(run_dir)]) == (1 if text else 0)
+    with stopped_process() if changes.get("pid") == "stopped" else contextlib.nullcontext() as process:
+        if process is not None:
+            changes = {"pid": process.pid, "process_started": process.create_time()}
+        heartbeat(run_dir, **changes)
+        verdict = verdict_of(run_dir)
+        assert verdict.state == state and text in wrong(verdict) and bool(wrong(verdict)) == bool(text)
+        assert run_status.main([str(run_dir)]) == (1 if text else 0)
+
+
+@contextlib.contextmanager
+def stopped_process() -> Iterator[psutil.Process]:
+    child = subprocess.Popen(["sleep", "3600"])
+    try:
+        process = psutil.Process(child.pid)
+        process.suspend()
+        wait_until(lambda: process.status() == psutil.STATUS_STOPPED)
+        yield process
+    finally:
+        child.kill()
+        child.wait()
 
 
 def test_a_rank_that_is_gone_is_named_while_others_run(tmp_path: Path) -> None:
@@ -190,6 +210,17 @@ def test_incidents_count_from_the_last_start_on(tmp_path: Path, capsys: Any) -> 
     shown = capsys.readouterr().out
     assert "alarm 2, wandb 1 (2 since the last start)" in shown and "WRONG  alarm (once, in step 30)" in shown
     assert "\x1b" not in shown and "\\x1b[2J" in shown and "note   wandb" in shown
+
+
+def test_an_alarm_of_long_ago_is_only_noted_and_each_alarm_is_named(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "run", num_steps=300)
+    heartbeat(run_dir, last_done=300, num_steps=900)
+    incident(run_dir, "alarm", "it was high", step=150, name="kl")
+    verdict = verdict_of(run_dir)
+    assert [one.text for one in verdict.findings] == ["alarm kl (once, in step 150): it was high"]
+    assert not verdict.looks_wrong
+    incident(run_dir, "alarm", "it is high", step=299, name="grad_norm")
+    assert wrong(verdict_of(run_dir)) == "alarm grad_norm (once, in step 299): it is high"
 
 
 def write_checkpoint(run_dir: Path, content: bytes) -> Path:

@@ -103,15 +103,18 @@ def test_adding_to_main_grad_gives_the_gradients_of_the_plain_path(
 def test_step_is_the_same_with_each_implementation(
     ranks: RankPool, directories: dict[bool, Path], is_tied: bool, fuses: bool
 ) -> None:
+    """What is left to choose is the chunked one where there is no GPU; below are the interpreted kernels."""
+    from megatron_ktr.ops.token_statistics import find_implementation
+
+    assert find_implementation("auto", like=torch.zeros(1)) is find_implementation("chunked", like=torch.zeros(1))
     for shift in ("signed", "kl"):
         values = dict(shift=shift, gradient_accumulation_fusion=None if fuses else False)
         options = dict(sizes=sizes_of(2), hf_dir=directories[is_tied])
         expected = ranks(_steps, 2, **options, values={**values, "token_statistics_impl": "naive"})
-        for impl in ("chunked", "auto"):
-            found = ranks(_steps, 2, **options, values={**values, "token_statistics_impl": impl})
-            for (ours, _), (naive, _) in zip(found, expected, strict=True):
-                assert ours.chosen.keys() == naive.chosen.keys()
-                _assert_same_step(ours, naive, f"{impl} {shift}")
+        found = ranks(_steps, 2, **options, values=values)
+        for (ours, _), (naive, _) in zip(found, expected, strict=True):
+            assert ours.chosen.keys() == naive.chosen.keys()
+            _assert_same_step(ours, naive, shift)
 
 
 @pytest.mark.parametrize("values", [{}, dict(updates_per_rollout=2, loss_aggregation="token")], ids=["once", "twice"])

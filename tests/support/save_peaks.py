@@ -71,7 +71,7 @@ class NoData:
         return {}
 
 
-def _policy(context: Any, *, hf_dir: Path, run_dir: Path, values: dict[str, Any]) -> Any:
+def _policy(context: Any, *, hf_dir: Path, run_dir: Path, values: dict[str, Any], sizes: Any = None) -> Any:
     from megatron_ktr.config import config_from_values
     from megatron_ktr.config.part_options import PolicyOptions
     from megatron_ktr.distributed.optimizer_state import prepare_optimizer_for_load
@@ -79,7 +79,9 @@ def _policy(context: Any, *, hf_dir: Path, run_dir: Path, values: dict[str, Any]
     from megatron_ktr.policy.policy import Policy
 
     config = config_from_values(dict(model=str(hf_dir), run_dir=str(run_dir), params_dtype="bf16") | values)
-    policy = Policy(hf_dir, options=PolicyOptions.of(config), ranks=context.init(), platform=current(), num_steps=5)
+    policy = Policy(
+        hf_dir, options=PolicyOptions.of(config), ranks=context.init(sizes), platform=current(), num_steps=5
+    )
     prepare_optimizer_for_load(policy.optimizer)  # moments, as after a step
     return policy
 
@@ -130,3 +132,62 @@ def measure_stall(context: Any, *, hf_dir: Path, run_dir: Path, values: dict[str
         checkpoints.close()
         wholes.append(time.perf_counter() - start)
     return {"stall_seconds": stalls, "complete_seconds": wholes}
+
+
+def measure_waits(context: Any, *, hf_dir: Path, run_dir: Path, values: dict[str, Any], repeats: int) -> dict[str, Any]:
+    """CPU seconds of a step (a pass without gradient over one group, and an optimizer step), and of what the main
+    thread does for an asynchronous and this process for a synchronous save; of each repeat."""
+    from megatron_ktr.config.part_options import CheckpointOptions
+    from megatron_ktr.run.checkpoint import Checkpoints
+    from tests.support.parity import make_group, pack
+
+    policy = _policy(context, hf_dir=hf_dir, run_dir=run_dir, values=values)
+    group = make_group(policy.model_config, media=(), response_lengths=(40, 30, 50), seed=0)
+    options = CheckpointOptions(resolved="", keep_checkpoints=1)
+    checkpoints = Checkpoints(run_dir, policy=policy, source=NoData(), options=options)
+    found: dict[str, list[float]] = {"step": [], "asynchronous": [], "synchronous": []}
+    for repeat in range(repeats):
+        begin = time.process_time()
+        policy.score([pack([group])])
+        policy.optimizer.step()
+        found["step"].append(time.process_time() - begin)
+        begin = time.thread_time()
+        checkpoints.save(2 * repeat + 1)
+        found["asynchronous"].append(time.thread_time() - begin)
+        checkpoints.close()
+        begin = time.process_time()
+        checkpoints.save(2 * repeat + 2)
+        checkpoints.close()
+        found["synchronous"].append(time.process_time() - begin)
+    return found
+
+
+def measure_loads(context: Any, *, hf_dir: Path, run_dir: Path, values: dict[str, Any], repeats: int) -> dict[str, Any]:
+    """CPU seconds of loading the checkpoint in ``run_dir``, of each repeat. Where there is none, this layout saves it
+    first."""
+    from megatron_ktr.config.part_options import CheckpointOptions
+    from megatron_ktr.distributed.groups import ParallelSizes
+    from megatron_ktr.run.checkpoint import Checkpoints
+    from megatron_ktr.run.checkpoint_state import load_sharded_state
+    from megatron_ktr.run.directory import list_checkpoints
+
+    sizes = ParallelSizes(
+        tensor=values.get("tensor_model_parallel_size", 1), pipeline=values.get("pipeline_model_parallel_size", 1)
+    )
+    policy = _policy(context, hf_dir=hf_dir, run_dir=run_dir, values=values, sizes=sizes)
+    torch.distributed.barrier()
+    is_there = bool(list_checkpoints(run_dir))
+    torch.distributed.barrier()
+    if not is_there:
+        options = CheckpointOptions(resolved="")
+        checkpoints = Checkpoints(run_dir, policy=policy, source=NoData(), options=options)
+        checkpoints.save_and_wait(1)
+        checkpoints.close()
+    ((_, checkpoint),) = list_checkpoints(run_dir)
+    seconds = []
+    for _ in range(repeats):
+        torch.distributed.barrier()
+        begin = time.process_time()
+        load_sharded_state(policy, checkpoint)
+        seconds.append(time.process_time() - begin)
+    return {"load": seconds}

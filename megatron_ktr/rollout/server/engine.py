@@ -76,9 +76,7 @@ class ServerEngine(RolloutEngine):
         replicas: Replicas,
         settings: PoolSettings,
         runs_vision_encoder: bool = True,
-        token: ApiKey | None = None,
     ) -> None:
-        self._token = token
         self.runs_vision_encoder = runs_vision_encoder
         self.tokenizer = tokenizer
         self.media = media
@@ -232,7 +230,7 @@ class ServerEngine(RolloutEngine):
                 url,
                 max_requests=settings.max_requests,
                 timeout_seconds=settings.timeout_seconds,
-                token=self._token,
+                token=settings.token,
             )
             for url in settings.urls
         ]
@@ -331,9 +329,9 @@ def server_engine(
             wait_seconds=60 * rollout.server_wait_minutes,
             gap_limit=gap_limit,
             in_flight_updates=rollout.in_flight_updates,
+            token=token,
         ),
         runs_vision_encoder=not rollout.share_vision_features,
-        token=token,
     )
 
 

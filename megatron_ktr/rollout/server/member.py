@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from megatron_ktr.rollout.server.client import Locked, Refused, ServerClient, ServerFacts, ServerProblem
 from megatron_ktr.rollout.server.fingerprint import Fingerprint, distance, probe_body, read_fingerprint
 from megatron_ktr.rollout.server.wire import MalformedAnswer
+from megatron_ktr.web.address import ApiKey
 
 LOADING = "-loading"
 """The end of the label of a server that is loading weights, or in which loading broke off."""
@@ -34,6 +35,8 @@ class PoolSettings:
     in_flight_updates: bool = False
     backoff_seconds: float = 0.5
     probe_seconds: float = 2.0
+    token: ApiKey | None = None
+    """Is sent to every server with every request."""
 
 
 @dataclass(eq=False)

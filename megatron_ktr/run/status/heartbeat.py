@@ -43,6 +43,8 @@ from megatron_ktr.run.status.files import FAILED, FOLDER, LEFT, RUNNING, TRAINED
 from megatron_ktr.run.step_report import StepReport
 
 RECENT_STEPS = 20
+CLOSING_SECONDS = 10.0
+"""How long the end of a run waits for a heartbeat that a file server does not take."""
 
 
 def oldest_heartbeat(run_dir: Path) -> float | None:
@@ -125,7 +127,7 @@ class Heartbeat(StepHook):
 
     def close(self) -> None:
         self._stopping.set()
-        self._thread.join()
+        self._thread.join(CLOSING_SECONDS)
         is_last = self._place["last_done"] == self._facts["num_steps"]
         state = FAILED if sys.exc_info()[1] is not None else TRAINED if is_last else LEFT
         self._place = {**self._place, "state": state, "phase": None, "phase_since": time.time()}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 from megatron_ktr.run.status.files import FAILED, LEFT, RUNNING, TRAINED
-from megatron_ktr.run.status.read import ALIVE, GONE, RECENT_STEPS, RankStatus, RunFacts
+from megatron_ktr.run.status.read import ALIVE, ELSEWHERE, GONE, RECENT_STEPS, STOPPED, RankStatus, RunFacts
 
 STALE_SECONDS = 20.0
 """A heartbeat is old when it is older than three of its intervals and this."""
@@ -32,6 +32,9 @@ WRONG_INCIDENTS = frozenset(
     "unverified_checkpoint".split()
 )
 """Kinds of incidents that somebody should look at; any other kind is noted."""
+
+RECENT_INCIDENT_STEPS = 100
+"""So many steps after an incident the run no longer looks wrong for it."""
 
 ALIVE_STATES = frozenset(("starting", "running", "exporting"))
 GOOD_STATES = frozenset((*ALIVE_STATES, "finished", "left"))
@@ -79,7 +82,7 @@ def judge(run: RunFacts) -> Verdict:
         *_of_state(run, state),
         *(_of_ranks(run, per_step) if state == "running" else ()),
         *_of_metrics(run, per_step),
-        *_of_incidents(run),
+        *_of_incidents(run, step),
         *_of_storage(run, state),
     ]
     return Verdict(state, step, num_steps, per_step, left, tuple(findings))
@@ -126,7 +129,7 @@ def _moment(incident: Mapping[str, Any]) -> float:
 def _last_step(run: RunFacts) -> int:
     told = [int(done) for one in run.ranks if (done := one.number("last_done")) is not None]
     recorded = run.records[-1]["step"] if run.records else 0
-    return max([*told, 0]) if told else int(recorded)
+    return max([*told, int(recorded), 0])
 
 
 def _num_steps(run: RunFacts) -> int | None:
@@ -153,7 +156,7 @@ def _state(run: RunFacts, *, step: int, num_steps: int | None) -> str:
     if not run.ranks:
         return "finished" if is_done and run.has_export else "silent"
     states = {one.text("state") for one in run.ranks}
-    lives = [one for one in run.ranks if one.process == ALIVE or (one.process != GONE and not is_stale(one))]
+    lives = [one for one in run.ranks if one.process in (ALIVE, STOPPED) or (one.process != GONE and not is_stale(one))]
     if FAILED in states:
         return "failed"
     if RUNNING in states:
@@ -164,7 +167,7 @@ def _state(run: RunFacts, *, step: int, num_steps: int | None) -> str:
         if run.has_export:
             return "finished"
         may_export = [one for one in run.ranks if one.process != GONE and one.age_seconds < EXPORT_SECONDS]
-        return "exporting" if may_export or any(one.process == ALIVE for one in run.ranks) else "dead"
+        return "exporting" if may_export or any(one.process in (ALIVE, STOPPED) for one in run.ranks) else "dead"
     return "silent"
 
 
@@ -195,15 +198,17 @@ def _of_state(run: RunFacts, state: str) -> Iterator[Finding]:
                 run.now - run.last_write > LONG_PHASE_SECONDS,
                 f"no heartbeats (an earlier version?): the last step was recorded {age} ago, more is not known",
             )
-    hosts = sorted({one.text("host") for one in run.ranks if one.process not in (ALIVE, GONE)})
+    hosts = sorted({one.text("host") for one in run.ranks if one.process == ELSEWHERE})
     if hosts and state in ALIVE_STATES:
         yield Finding(False, f"processes of {_some(hosts)} cannot be seen from here: judged by their heartbeats alone")
 
 
 def _of_ranks(run: RunFacts, per_step: float | None) -> Iterator[Finding]:
-    gone = [one for one in run.ranks if one.text("state") == RUNNING and (one.process == GONE or is_stale(one))]
+    running = [one for one in run.ranks if one.text("state") == RUNNING]
+    gone = [one for one in running if one.process in (GONE, STOPPED) or is_stale(one)]
     for one in gone[:8]:
-        why = "its process is gone" if one.process == GONE else f"no heartbeat for {duration(one.age_seconds)}"
+        silent = f"no heartbeat for {duration(one.age_seconds)}"
+        why = f"its process is {one.process}" if one.process in (GONE, STOPPED) else silent
         yield Finding(True, f"rank {one.rank} ({one.text('host')}): {why}, {_place(one)}")
     if len(gone) > 8:
         yield Finding(True, f"and {len(gone) - 8} further ranks")
@@ -261,15 +266,19 @@ def _of_slowest(recent: Sequence[Mapping[str, Any]], per_step: float | None) -> 
         )
 
 
-def _of_incidents(run: RunFacts) -> Iterator[Finding]:
+def _of_incidents(run: RunFacts, step: int) -> Iterator[Finding]:
     by_kind: dict[str, list[Mapping[str, Any]]] = {}
     for one in incidents_of_this_part(run):
-        by_kind.setdefault(str(one["kind"]), []).append(one)
-    for kind, found in by_kind.items():
+        name = one.get("name")
+        by_kind.setdefault(f"{one['kind']} {name}" if isinstance(name, str) else str(one["kind"]), []).append(one)
+    for title, found in by_kind.items():
         last = found[-1]
-        where = f" in step {last['step']}" if isinstance(last.get("step"), int) else ""
+        at = last.get("step")
+        where = f" in step {at}" if isinstance(at, int) else ""
         times = f"{len(found)} times, last" if len(found) > 1 else "once,"
-        yield Finding(kind in WRONG_INCIDENTS, f"{kind} ({times}{where}): {last.get('text', '')}")
+        is_recent = not isinstance(at, int) or at > step - RECENT_INCIDENT_STEPS
+        is_wrong = last["kind"] in WRONG_INCIDENTS and is_recent
+        yield Finding(is_wrong, f"{title} ({times}{where}): {last.get('text', '')}")
 
 
 def _of_storage(run: RunFacts, state: str) -> Iterator[Finding]:

@@ -32,7 +32,8 @@ TAIL_BYTES = 4_000_000
 RECENT_STEPS = 20
 MOST_FILE_BYTES = 1_000_000
 
-ALIVE, GONE, ELSEWHERE = "alive", "gone", "on another host"
+ALIVE, STOPPED, GONE, ELSEWHERE = "alive", "stopped", "gone", "on another host"
+"""Stopped: by a signal (SIGSTOP), or by a debugger; it may go on."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class RankStatus:
     age_seconds: float
     """How long ago it was written, by this machine's clock."""
     process: str
-    """ALIVE, GONE or, if its process cannot be seen from here, ELSEWHERE."""
+    """ALIVE, STOPPED, GONE or, if its process cannot be seen from here, ELSEWHERE."""
 
     def number(self, name: str) -> float | None:
         value = self.facts.get(name)
@@ -170,10 +171,12 @@ def _process_of(facts: Mapping[str, Any]) -> str:
         return GONE
     try:
         process = psutil.Process(pid)
-        is_same = abs(process.create_time() - started) < 2 and process.status() != psutil.STATUS_ZOMBIE
+        is_same, status = abs(process.create_time() - started) < 2, process.status()
     except (psutil.Error, OSError, ValueError, OverflowError):
         return GONE
-    return ALIVE if is_same else GONE
+    if not is_same or status in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+        return GONE
+    return STOPPED if status in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP) else ALIVE
 
 
 def _read_object(path: Path) -> dict[str, Any]:
