@@ -20,7 +20,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 # `python tools/X.py` puts tools/ on the path, not the repository.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -37,7 +37,7 @@ from megatron_ktr.config.part_options import PolicyOptions, StepOptions  # noqa:
 from megatron_ktr.config.schedule import schedule_length  # noqa: E402
 from megatron_ktr.config.sections import ParallelSection  # noqa: E402
 from megatron_ktr.config.view_registry import load_view  # noqa: E402
-from megatron_ktr.config.words import PlatformName  # noqa: E402
+from megatron_ktr.config.words import PLATFORM_NAMES  # noqa: E402
 from megatron_ktr.data.media.preprocess import PreprocessSettings  # noqa: E402
 from megatron_ktr.data.random_groups import FixedSource  # noqa: E402
 from megatron_ktr.data.template import load_tokenizer  # noqa: E402
@@ -73,7 +73,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument("--checkpoint", type=Path, help="a checkpoint of the run, in place of the one the dump names")
     weights.add_argument("--model", type=Path, help="a Hugging Face directory whose weights are used, no checkpoint")
-    parser.add_argument("--platform", choices=get_args(PlatformName), help="where it runs, in place of the run's own")
+    parser.add_argument("--platform", choices=PLATFORM_NAMES, help="where it runs, in place of the run's own")
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line, no table")
     return parser.parse_args(argv)
 

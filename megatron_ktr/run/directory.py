@@ -252,8 +252,8 @@ def _show(value: Any) -> str:
 
 
 def remove_scratch(run_dir: Path) -> None:
-    """Removes what an earlier part of the run had begun to write when it died: unfinished checkpoints and exports, which
-    nothing reads. The caller holds the lease of the directory."""
+    """Removes what an earlier part of the run had begun to write when it died: unfinished checkpoints and exports,
+    which nothing reads. The caller holds the lease of the directory."""
     for pattern in (f"{CHECKPOINTS}/.step_*", f"{EXPORTS}/.step_*.partial-*", ".export.partial-*"):
         for path in run_dir.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
