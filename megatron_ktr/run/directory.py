@@ -19,6 +19,7 @@ exports/step_00000010/             the model of that step in Hugging Face format
 events.jsonl                       what went wrong and was survived (``incidents.py``)
 lease.json                         the run that is at work here now (``lease.py``)
 export/                            the trained model in Hugging Face format
+.export.partial-4711/              one that was being written when the run stopped; removed when the run is resumed
 export_until_step_00000020/        the export of an earlier part, which ended at that step
 abandoned_start/                   files of a start that came to no checkpoint, set aside when --auto-resume began anew
 
@@ -30,6 +31,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,6 +222,7 @@ def _resume(
     last = trainer.train_steps or num_steps
     if last is not None and step > last:
         raise UserError(f"{length}: the run is at step {step} already ({checkpoint}); raise it")
+    _remove_partial_exports(run_dir)
     _set_aside_export(run_dir / "export", step)
     for folder in (ROLLOUTS, EVALUATIONS, EXPORTS):
         _set_aside_later(run_dir / folder, step)
@@ -247,6 +250,12 @@ def _flat(config: Config) -> dict[str, Any]:
 
 def _show(value: Any) -> str:
     return ",".join(map(str, value)) or "empty" if isinstance(value, tuple) else str(value)
+
+
+def _remove_partial_exports(run_dir: Path) -> None:
+    """Removes what a run that died while it exported has left: it may be as large as the model."""
+    for left in (*run_dir.glob(".export.partial-*"), *(run_dir / EXPORTS).glob(".step_*.partial-*")):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _set_aside_export(export: Path, step: int) -> None:
