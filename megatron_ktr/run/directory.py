@@ -19,6 +19,7 @@ exports/step_00000010/             the model of that step in Hugging Face format
 events.jsonl                       what went wrong and was survived (``incidents.py``)
 lease.json                         the run that is at work here now (``lease.py``)
 export/                            the trained model in Hugging Face format
+.export.partial-4711/              one that was being written when the run stopped; removed when the run is resumed
 export_until_step_00000020/        the export of an earlier part, which ended at that step
 abandoned_start/                   files of a start that came to no checkpoint, set aside when --auto-resume began anew
 

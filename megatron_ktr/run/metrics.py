@@ -50,9 +50,11 @@ Numbers in the file have 8 significant digits. A number that is not finite is nu
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +120,7 @@ class MetricsWriter:
         self._optional = optional or OptionalWrites()
         self._path: Path | None = None
         self._events = None
+        self._hook_before: Callable[[Any], object] | None = None
         if run_dir is None:
             return
         from torch.utils.tensorboard import SummaryWriter
@@ -128,6 +131,8 @@ class MetricsWriter:
             kept = [line for line in _lines(path) if _step_of(line) < first_step]
             write_atomically(path, "".join(line + "\n" for line in kept))
         self._file = LineLog(path)
+        self._hook_before = threading.excepthook
+        threading.excepthook = partial(_say_but_of_events, say=self._hook_before)
         try:
             self._events = SummaryWriter(log_dir=str(run_dir / "tensorboard"), purge_step=first_step or None)
         except OSError as error:
@@ -183,6 +188,15 @@ class MetricsWriter:
             except OSError as error:
                 self._optional.fail("tensorboard", error)
             self._events = None
+        if self._hook_before is not None:
+            threading.excepthook, self._hook_before = self._hook_before, None
+
+
+def _say_but_of_events(ended: Any, *, say: Callable[[Any], object]) -> None:
+    """A hook for threads that end with an error. That of TensorBoard's thread is said in words already."""
+    is_of_events = type(ended.thread).__module__.startswith("tensorboard.")
+    if not (is_of_events and issubclass(ended.exc_type, OSError)):
+        say(ended)
 
 
 NOTEWORTHY_WAIT = 0.1

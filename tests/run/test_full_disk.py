@@ -6,6 +6,7 @@ import contextlib
 import os
 import subprocess
 from collections.abc import Iterator
+import threading
 from pathlib import Path
 
 import pytest
@@ -136,7 +137,10 @@ def test_records_wait_for_room_and_what_is_optional_is_said_once(small, caplog):
     assert caplog.text.count("metrics.jsonl cannot be written, the run goes on without") == 1
 
 
-def test_events_of_tensorboard_are_given_up_in_words(small, capfd):
+def test_events_of_tensorboard_are_given_up_in_words(small, capfd, monkeypatch):
+    ended: list[object] = []
+    say = ended.append
+    monkeypatch.setattr(threading, "excepthook", say)
     optional = OptionalWrites(Incidents(small))
     writer = MetricsWriter(small, optional=optional)
     with full(small):
@@ -145,3 +149,5 @@ def test_events_of_tensorboard_are_given_up_in_words(small, capfd):
         writer.close()
     assert optional.counts()["write_failures/tensorboard"] == 1.0
     assert "Traceback" not in capfd.readouterr().err
+    assert not ended, "its thread ends with a traceback, which Python would print"
+    assert threading.excepthook is say
