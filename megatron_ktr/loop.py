@@ -55,8 +55,8 @@ def run_steps(
     """Runs all steps, from the checkpoint that the run starts at (if any) to the last, and writes metrics, rollouts and
     checkpoints on the way.
 
-    Returns the exit code: not 0 if the run was asked to leave before the last step, or an alarm has ended it; its state
-    is then saved.
+    Returns the exit code. It is 0 after the last step, 75 if the run was asked to leave before it, and 76 if a hook has
+    ended it. In the last case the state is saved only if every hook calls it sound (``Stop.is_state_sound``).
     """
     ranks, run_dir = trainer.policy.ranks, start.run_dir
     best = open_best(run_dir, metric=checkpointing.keep_best, start_step=start.step, ranks=ranks)
