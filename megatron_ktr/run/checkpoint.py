@@ -212,7 +212,8 @@ class Checkpoints:
 
     def _prepare(self, scratch: Path, training: dict[str, Any], random_states: Any, common: dict[str, Any]) -> None:
         self._require_lease()
-        shutil.rmtree(scratch, ignore_errors=True)
+        for left in self.directory.glob(".step_*"):  # also of a save that failed, and could not be removed then
+            shutil.rmtree(left, ignore_errors=True)
         scratch.mkdir(parents=True)
         copy_side_files(self.policy.hf_dir, scratch / SIDE_FILES, chat_template=self.policy.options.chat_template)
         texts = {

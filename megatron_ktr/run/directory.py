@@ -63,6 +63,9 @@ STEP_NAME = re.compile(r"step_(\d{8,})")
 STEP_ENTRY = re.compile(r"step_(\d{8,})(?:_replica_\d{4,})?(?:\.jsonl)?")
 """A file of rollouts, or a directory of an evaluation or an export."""
 
+SCRATCH_FILE = re.compile(r"\..+\.\d+")
+"""What ``files/atomic.py`` calls a file before it has its name."""
+
 MAY_CHANGE = frozenset(
     "model transformer_impl gradient_accumulation_fusion "
     "data_path media_root prompt_template chat_template record_store_dir max_skip_share media_cache_gb replay_path "
@@ -258,6 +261,9 @@ def remove_scratch(run_dir: Path) -> None:
     for pattern in (f"{CHECKPOINTS}/.step_*", f"{EXPORTS}/.step_*.partial-*", ".export.partial-*"):
         for path in run_dir.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
+    for path in run_dir.glob(".*"):
+        if SCRATCH_FILE.fullmatch(path.name) and path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def _set_aside_export(export: Path, step: int) -> None:
