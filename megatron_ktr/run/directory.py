@@ -63,8 +63,8 @@ STEP_NAME = re.compile(r"step_(\d{8,})")
 STEP_ENTRY = re.compile(r"step_(\d{8,})(?:_replica_\d{4,})?(?:\.jsonl)?")
 """A file of rollouts, or a directory of an evaluation or an export."""
 
-SCRATCH_FILE = re.compile(r"\..+\.\d+")
-"""What ``files/atomic.py`` calls a file before it has its name."""
+SCRATCH_FILE = re.compile(r"\..+\.(\d+|[0-9a-f]{32})")
+"""What ``files/atomic.py`` and ``lease.py`` call a file before it has its name."""
 
 MAY_CHANGE = frozenset(
     "model transformer_impl gradient_accumulation_fusion "
