@@ -199,6 +199,12 @@ def test_what_the_metrics_say(name: str, tmp_path: Path) -> None:
     assert verdict.looks_wrong == (name in ("loss", "updates", "nothing")), "waiting is slow, not wrong"
 
 
+def test_steps_whose_updates_are_skipped_had_something_to_learn(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "run", every=dict(has_stepped=0.0, skipped_updates=1.0))
+    heartbeat(run_dir)
+    assert "anything to learn" not in wrong(verdict_of(run_dir))
+
+
 def test_incidents_count_from_the_last_start_on(tmp_path: Path, capsys: Any) -> None:
     run_dir = write_run(tmp_path / "run")
     heartbeat(run_dir)

@@ -243,7 +243,7 @@ def _of_metrics(run: RunFacts, per_step: float | None) -> Iterator[Finding]:
     if skipped:
         text = f"updates skipped in {len(skipped)} of the last {len(recent)} steps"
         yield Finding(len(skipped) * 2 >= len(recent) or skipped[-1] == last["step"], f"{text}, last in {skipped[-1]}")
-    idle = [one for one in recent if one.get("has_stepped") == 0]
+    idle = [one for one in recent if one.get("has_stepped") == 0 and not one.get("skipped_updates")]
     if len(idle) == len(recent) > 1:
         text = f"none of the last {len(recent)} steps had anything to learn: the rewards within each group are equal"
         yield Finding(len(recent) >= RECENT_STEPS, text)
