@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from megatron_ktr.config.part_options import (
@@ -54,11 +55,10 @@ def run_steps(
     """Runs all steps, from the checkpoint that the run starts at (if any) to the last, and writes metrics, rollouts and
     checkpoints on the way.
 
-    Returns the exit code: not 0 if the run was asked to leave before the last step, or an alarm has ended it; its state
-    is then saved.
+    Returns the exit code. It is 0 after the last step, 75 if the run was asked to leave before it, and 76 if a hook has
+    ended it. In the last case the state is saved only if every hook calls it sound (``Stop.is_state_sound``).
     """
     ranks, run_dir = trainer.policy.ranks, start.run_dir
-    num_steps = num_steps_of(trainer.options.trainer)
     best = open_best(run_dir, metric=checkpointing.keep_best, start_step=start.step, ranks=ranks)
     incidents = Incidents(run_dir if ranks.rank == 0 else None)
     checkpoints = Checkpoints(
@@ -78,31 +78,54 @@ def run_steps(
     between = BetweenSteps(
         evaluations, times=times, trainer=trainer, writer=writer, checkpoints=checkpoints, leave=leave
     )
+    record = partial(
+        _record, trainer=trainer, writer=writer, run_dir=run_dir, decode=tokenizer.decode, optional=optional
+    )
     with contextlib.closing(writer), closing_all(hooks):
         if asked_by := between.at_start(start):
             return _leave(checkpoints, step=start.step, is_new=False, asked_by=asked_by)
-        done = start.step
-        try:
-            for step in range(start.step + 1, num_steps + 1):
-                if asked_by := leave.agreed(ranks.world):
-                    return _leave(checkpoints, step=done, is_new=done > start.step, asked_by=asked_by)
-                for hook in hooks:
-                    hook.before_step(step)
-                report = trainer.train_step(step)
-                done = step
-                stops = look_at(report, hooks=hooks)
-                report.values.update(checkpoints.counts())
-                _record(
-                    report, trainer=trainer, writer=writer, run_dir=run_dir, decode=tokenizer.decode, optional=optional
-                )
-                if stops:
-                    return _stop(checkpoints, step=step, stops=stops)
-                checkpoints.after_step(step)
-                if asked_by := between.after(step):
-                    return _leave(checkpoints, step=step, is_new=True, asked_by=asked_by)
-        except StepAbandoned as error:
-            return _abandon(checkpoints, step=done, is_new=leave.can_save and done > start.step, error=error)
-        checkpoints.close()
+        return _each_step(
+            trainer,
+            first=start.step + 1,
+            hooks=hooks,
+            checkpoints=checkpoints,
+            between=between,
+            record=record,
+            leave=leave,
+        )
+
+
+def _each_step(
+    trainer: Trainer,
+    *,
+    first: int,
+    hooks: Sequence[StepHook],
+    checkpoints: Checkpoints,
+    between: BetweenSteps,
+    record: Callable[[StepReport], None],
+    leave: LeaveRequest,
+) -> int:
+    """The steps from ``first`` to the last. Returns the exit code."""
+    done = first - 1
+    try:
+        for step in range(first, num_steps_of(trainer.options.trainer) + 1):
+            if asked_by := leave.agreed(trainer.policy.ranks.world):
+                return _leave(checkpoints, step=done, is_new=done >= first, asked_by=asked_by)
+            for hook in hooks:
+                hook.before_step(step)
+            report = trainer.train_step(step)
+            done = step
+            report.values.update(checkpoints.counts())
+            stops = look_at(report, hooks=hooks)
+            record(report)
+            if stops:
+                return _stop(checkpoints, step=step, stops=stops)
+            checkpoints.after_step(step)
+            if asked_by := between.after(step):
+                return _leave(checkpoints, step=step, is_new=True, asked_by=asked_by)
+    except StepAbandoned as error:
+        return _abandon(checkpoints, step=done, is_new=leave.can_save and done >= first, error=error)
+    checkpoints.close()
     return 0
 
 

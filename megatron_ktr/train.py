@@ -69,7 +69,7 @@ from megatron_ktr.rollout.questions import read_held_out_responses
 from megatron_ktr.run.directory import RunStart, check_run_directory, find_checkpoint, open_run_directory
 from megatron_ktr.run.dry_run.command import dry_run
 from megatron_ktr.run.interruption import LEAVE_SIGNALS, LeaveRequest
-from megatron_ktr.run.lease import acquire
+from megatron_ktr.run.lease import Lease, acquire, patience_of_launch
 from megatron_ktr.run.preflight import check_files, check_layout, restart_notes
 from megatron_ktr.terminal import log_to_errors
 from megatron_ktr.trainer import Trainer
@@ -108,14 +108,7 @@ def _train(
 ) -> int:
     with same_on_every_rank():
         model_config = Qwen2_5_VLConfig.from_hf(config.model.model)
-    ranks = init_parallel(
-        sizes,
-        platform=platform,
-        seed=config.trainer.seed,
-        timeout_minutes=config.trainer.distributed_timeout_minutes,
-    )
-    platform.seed(config.trainer.seed)
-    SharedVerification(ranks).require_intact(Path(config.model.model), option="--model")
+    ranks = _join(config, sizes=sizes, platform=platform)
     vocab_size = model_config.text.vocab_size
     with same_on_every_rank():
         tokenizer = load_tokenizer(config.model.model, chat_template=config.data.chat_template)
@@ -133,11 +126,7 @@ def _train(
     notes += [line for one in sets for line in one.lines]
     notes += [f"objective: {line}" for line in policy_gradient_rules.notes(config)]
     notes += restart_notes(resumes=config.trainer.resume or config.trainer.auto_resume)
-    with same_on_every_rank():
-        check_run_directory(config)
-    lease = on_every_rank(lambda: acquire(Path(config.trainer.run_dir)) if ranks.rank == 0 else None, ranks=ranks)
-    if lease is not None:
-        at_end.callback(lease.release)
+    lease = _take_lease(config, ranks=ranks, at_end=at_end)
     start = _open_run_directory(given, ranks, num_steps=num_steps_of(config.trainer), notes=notes, held_out=sets)
     trainer = build_trainer(
         config, ranks=ranks, platform=platform, objective=objective, tokenizer=tokenizer, local_source=local_source
@@ -160,6 +149,35 @@ def _train(
     if ranks.rank == 0:
         print(f"exported the trained model to {start.run_dir / 'export'}", flush=True)
     return 0
+
+
+def _join(config: Config, *, sizes: ParallelSizes, platform: Platform) -> ParallelGroups:
+    """The ranks of the run, of which all have verified the files of the model together."""
+    ranks = init_parallel(
+        sizes,
+        platform=platform,
+        seed=config.trainer.seed,
+        timeout_minutes=config.trainer.distributed_timeout_minutes,
+    )
+    platform.seed(config.trainer.seed)
+    SharedVerification(ranks).require_intact(Path(config.model.model), option="--model")
+    return ranks
+
+
+def _take_lease(config: Config, *, ranks: ParallelGroups, at_end: contextlib.ExitStack) -> Lease | None:
+    """What keeps other runs out of the run directory, on rank 0; it is given back ``at_end``."""
+    with same_on_every_rank():
+        check_run_directory(config)
+
+    def acquire_on_rank_zero() -> Lease | None:
+        if ranks.rank:
+            return None
+        return acquire(Path(config.trainer.run_dir), patience_seconds=patience_of_launch())
+
+    lease = on_every_rank(acquire_on_rank_zero, ranks=ranks)
+    if lease is not None:
+        at_end.callback(lease.release)
+    return lease
 
 
 def _held_out_responses(config: Config, *, ranks: ParallelGroups, tokenizer: Tokenizer) -> HeldOutResponses | None:

@@ -38,6 +38,7 @@ from megatron_ktr.config.part_options import PolicyOptions, StepOptions  # noqa:
 from megatron_ktr.config.schedule import schedule_length  # noqa: E402
 from megatron_ktr.config.sections import ParallelSection  # noqa: E402
 from megatron_ktr.config.view_registry import load_view  # noqa: E402
+from megatron_ktr.config.words import PLATFORM_NAMES  # noqa: E402
 from megatron_ktr.data.media.preprocess import PreprocessSettings  # noqa: E402
 from megatron_ktr.data.random_groups import FixedSource  # noqa: E402
 from megatron_ktr.data.template import load_tokenizer  # noqa: E402
@@ -55,6 +56,7 @@ from megatron_ktr.policy.policy import Policy  # noqa: E402
 from megatron_ktr.rollout.questions import source_loader  # noqa: E402
 from megatron_ktr.rollout.replay import ReplayEngine  # noqa: E402
 from megatron_ktr.run.checkpoint import load_sharded_state  # noqa: E402
+from megatron_ktr.run.directory import list_checkpoints  # noqa: E402
 from megatron_ktr.run.dumps import CONFIG, FACTS, VERSION  # noqa: E402
 from megatron_ktr.run.step_report import StepReport  # noqa: E402
 from megatron_ktr.trainer import Trainer  # noqa: E402
@@ -72,7 +74,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument("--checkpoint", type=Path, help="a checkpoint of the run, in place of the one the dump names")
     weights.add_argument("--model", type=Path, help="a Hugging Face directory whose weights are used, no checkpoint")
-    parser.add_argument("--platform", choices=("auto", "cpu", "cuda"), help="where it runs, in place of the run's own")
+    parser.add_argument("--platform", choices=PLATFORM_NAMES, help="where it runs, in place of the run's own")
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line, no table")
     return parser.parse_args(argv)
 
@@ -123,9 +125,16 @@ def config_of(dump: Path, facts: dict[str, Any], options: argparse.Namespace) ->
 def checkpoint_of(dump: Path, facts: dict[str, Any], options: argparse.Namespace) -> Path | None:
     """The intact checkpoint whose weights are used; None for those of the model."""
     named = facts.get("checkpoint")
-    if options.model is not None or (options.checkpoint is None and named is None):
+    if options.model is not None or (options.checkpoint is None and named is None and not facts.get("last_change")):
         return None
-    checkpoint = options.checkpoint or dump.resolve().parents[1] / str(named)
+    run_dir = dump.resolve().parents[1]
+    checkpoint = options.checkpoint or run_dir / str(named)
+    if options.checkpoint is None:
+        # A checkpoint of the step before may have been completed only after the dump was written.
+        low, high = facts.get("last_change", facts["step"]), facts["step"]
+        exact = [path for saved, path in list_checkpoints(run_dir) if low <= saved < high]
+        if exact:
+            checkpoint, facts["is_exact"] = exact[-1], True
     if not checkpoint.is_dir():
         raise UserError(f"{checkpoint}: no such checkpoint (it may have been removed): give --checkpoint or --model")
     if damage := checkpoint_damage(checkpoint):

@@ -19,6 +19,7 @@ exports/step_00000010/             the model of that step in Hugging Face format
 events.jsonl                       what went wrong and was survived (``incidents.py``)
 lease.json                         the run that is at work here now (``lease.py``)
 export/                            the trained model in Hugging Face format
+.export.partial-4711/              one that was being written when the run stopped; removed when the run is resumed
 export_until_step_00000020/        the export of an earlier part, which ended at that step
 abandoned_start/                   files of a start that came to no checkpoint, set aside when --auto-resume began anew
 
@@ -30,6 +31,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +62,9 @@ ABANDONED_START = "abandoned_start"
 STEP_NAME = re.compile(r"step_(\d{8,})")
 STEP_ENTRY = re.compile(r"step_(\d{8,})(?:_replica_\d{4,})?(?:\.jsonl)?")
 """A file of rollouts, or a directory of an evaluation or an export."""
+
+SCRATCH_FILE = re.compile(r"\..+\.\d+")
+"""What ``files/atomic.py`` calls a file before it has its name."""
 
 MAY_CHANGE = frozenset(
     "model transformer_impl gradient_accumulation_fusion "
@@ -220,6 +225,7 @@ def _resume(
     last = trainer.train_steps or num_steps
     if last is not None and step > last:
         raise UserError(f"{length}: the run is at step {step} already ({checkpoint}); raise it")
+    remove_scratch(run_dir)
     _set_aside_export(run_dir / "export", step)
     for folder in (ROLLOUTS, EVALUATIONS, EXPORTS):
         _set_aside_later(run_dir / folder, step)
@@ -249,6 +255,17 @@ def _show(value: Any) -> str:
     return ",".join(map(str, value)) or "empty" if isinstance(value, tuple) else str(value)
 
 
+def remove_scratch(run_dir: Path) -> None:
+    """Removes what an earlier part of the run had begun to write when it died: unfinished checkpoints and exports,
+    which nothing reads. The caller holds the lease of the directory."""
+    for pattern in (f"{CHECKPOINTS}/.step_*", f"{EXPORTS}/.step_*.partial-*", ".export.partial-*"):
+        for path in run_dir.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
+    for path in run_dir.glob(".*"):
+        if SCRATCH_FILE.fullmatch(path.name) and path.is_file():
+            path.unlink(missing_ok=True)
+
+
 def _set_aside_export(export: Path, step: int) -> None:
     """Renames the export of an earlier part, because the run will export again."""
     if export.exists():
@@ -259,6 +276,7 @@ def _set_aside_start(run_dir: Path) -> None:
     """Moves the files of a start without a checkpoint aside. The caller has found ``config.yaml``, which shows that
     they are a run's; any other directory that is not empty is refused."""
     stays = (ABANDONED_START, LEASE_FILE)
+    remove_scratch(run_dir)
     left = [path for path in sorted(run_dir.iterdir()) if not path.name.startswith(stays)]
     _move_into(run_dir / ABANDONED_START, left)
 

@@ -61,6 +61,7 @@ def write_dump(
                 "step": report.step,
                 **about,
                 **_weights_before(run_dir, report.step, last_change=last_change),
+                "last_change": last_change,
                 "model": str(policy.hf_dir),
                 "num_replicas": ranks.data_size,
                 "num_ranks": ranks.world_size,

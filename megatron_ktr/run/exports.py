@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from megatron_ktr.config.words import SaveFailure
@@ -38,9 +37,6 @@ class ExportHook(StepHook):
         self._on_failure = on_failure
         self._incidents = incidents
         self._num_failures = 0
-        if policy.ranks.rank == 0:
-            for left in self._directory.glob(".step_*.partial-*"):  # of a run that died while it exported
-                shutil.rmtree(left, ignore_errors=True)
 
     def after_step(self, report: StepReport) -> Stop | None:
         """Adds ``export_failures`` to the step's values once an export has failed.

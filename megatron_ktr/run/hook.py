@@ -1,6 +1,6 @@
 """What looks at every step of a run from outside the training step: guards, exports, displays.
 
-The loop (``train.py``) calls each hook on every rank, in the same order, so a hook may use collectives. A hook changes
+The loop (``loop.py``) calls each hook on every rank, in the same order, so a hook may use collectives. A hook changes
 neither weights nor random states. ``hooks.py`` lists the hooks of a run.
 """
 

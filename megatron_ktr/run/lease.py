@@ -10,6 +10,9 @@ touches the file every few seconds. Another run that finds it there
 - watches the file where the process is on another machine: it is refused if the file is touched meanwhile, and takes it
   over otherwise.
 
+Ranks that torchrun has started again wait for a while instead of being refused: what holds the lease may be their own
+earlier part, on a node that was cut off, until its timeout ends it.
+
 A run that was taken for dead and wakes up again (a machine that was cut off, a process that was stopped) finds another
 token in the file. It looks before and after each step and before everything it does to checkpoints, and then ends. What
 it had begun to write at that moment may still arrive: checkpoints appear by a rename after such a look, so that leaves
@@ -38,6 +41,8 @@ FILE = "lease.json"
 BEAT_SECONDS = 5.0
 STALE_SECONDS = 30.0
 """For how long a lease of another machine must stay untouched before it is taken over."""
+RESTART_PATIENCE_SECONDS = 600.0
+"""For how long ranks that were started again wait for a run that is alive."""
 _MOST_BYTES = 4096
 _log = logging.getLogger(__name__)
 
@@ -105,22 +110,31 @@ def acquire(
     *,
     beat_seconds: float = BEAT_SECONDS,
     stale_seconds: float = STALE_SECONDS,
+    patience_seconds: float = 0.0,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Lease:
-    """Takes the lease of ``run_dir``, which is made if it does not exist.
+    """Takes the lease of ``run_dir``, which is made if it does not exist. For ``patience_seconds`` it waits for a run
+    that is alive.
 
     Raises:
         UserError: another run is at work there, or the file cannot be written.
     """
     path = run_dir / FILE
     token = uuid.uuid4().hex
+    waited = 0.0
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         while True:
             try:
                 descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
             except FileExistsError:
-                _remove_if_stale(path, token=token, stale_seconds=stale_seconds, sleep=sleep)
+                try:
+                    _remove_if_stale(path, token=token, stale_seconds=stale_seconds, sleep=sleep)
+                except UserError:
+                    if waited >= patience_seconds:
+                        raise
+                    sleep(1.0)
+                    waited += 1.0
                 continue
             break
         try:
@@ -133,6 +147,12 @@ def acquire(
     except OSError as error:
         raise UserError(f"--run-dir {run_dir} cannot be used: {FILE}: {error.strerror or error}") from error
     return Lease(path, token=token, descriptor=descriptor, beat_seconds=beat_seconds)
+
+
+def patience_of_launch() -> float:
+    """The seconds to wait for a run that is alive: some where torchrun has started these ranks again, else none."""
+    count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "").strip()
+    return RESTART_PATIENCE_SECONDS if count.isdecimal() and int(count) > 0 else 0.0
 
 
 def _remove_if_stale(path: Path, *, token: str, stale_seconds: float, sleep: Callable[[float], None]) -> None:

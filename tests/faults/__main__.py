@@ -46,7 +46,8 @@ def table(results: Mapping[str, Any]) -> str:
         lines += [f"| {area} | {kind} | {number} |" for kind, number in kinds.items()]
     lines.append(f"| all | | {results['num_faults']} |")
     lines.append("")
-    lines.append(f"Invariants broken: {results['num_failures']}. Machine: {results['machine']}.")
+    failed = f"Seeds that failed: {results['num_failures']} (causes in the results file)."
+    lines.append(f"{failed} Machine: {results['machine']}.")
     return "\n".join(lines) + "\n"
 
 

@@ -17,8 +17,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from megatron_ktr.errors import EXIT_USER
 from tests.faults.damage import damage_checkpoint, damage_file
 from tests.faults.injector import Plan
@@ -153,6 +151,7 @@ def disk(world: World, rng: random.Random, folder: Path) -> str:
         resume(world, rng, folder)
         return "disk full, as if"
     try:
+        (place / "run").mkdir()
         (folder / "run").symlink_to(place / "run")
         check_end(finish(world.start(TRAIN, world.training(folder / "run"), folder, "faulted")), allowed=(0, EXIT_USER))
         subprocess.run(["mount", "-o", f"remount,size={4 * used}", place], check=True)
@@ -299,20 +298,20 @@ def workers(world: World, rng: random.Random, folder: Path) -> str:
     process = world.start(TRAIN, world.training(folder / "run", "data workers"), folder, "faulted")
     moment = rng.uniform(0.0, oracle.cpu_seconds)
     action = rng.choice(("SIGKILL", "SIGSTOP", "SIGSEGV", "run killed"))
-    children: list[psutil.Process] = []
+    children: list[int] = []
     while not process.has_ended and not (children and process.cpu_seconds >= moment):
-        children = [psutil.Process(pid) for pid in _children_of(process.pid)]
+        children = _children_of(process.pid)
         threading.Event().wait(0.002)
     if not process.has_ended:
         if action == "run killed":
             process.send(signal.SIGKILL)
         else:
             for child in children:
-                _signal(child.pid, signal.Signals[action])
+                _signal(child, signal.Signals[action])
     if action == "SIGSTOP":
         threading.Event().wait(rng.uniform(0.0, 0.3))
         for child in children:
-            _signal(child.pid, signal.SIGCONT)
+            _signal(child, signal.SIGCONT)
     ended = finish(process)
     check_end(ended)
     if action == "run killed":

@@ -7,6 +7,7 @@ import re
 import subprocess
 from collections.abc import Iterator
 from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,12 @@ def imported_packages(tree: ast.AST) -> Iterator[tuple[str, int]]:
                 yield str(node.args[0].value).split(".")[0], node.lineno
 
 
+@cache
+def packages_of(path: Path) -> tuple[tuple[str, int], ...]:
+    """``imported_packages`` of a file, which several rules look at."""
+    return tuple(imported_packages(ast.parse(path.read_text(encoding="utf-8"))))
+
+
 def device_names(tree: ast.AST) -> Iterator[tuple[str, int]]:
     """Identifiers and strings that name a device or backend; docstrings and comments may talk about them."""
     pattern = re.compile(r"\b(cuda|nccl|gloo)\b")
@@ -139,7 +146,7 @@ def test_package_is_imported_only_inside_its_border(package):
     offenders = [
         f"{name_of(path)}:{line}"
         for path in code_files()
-        for found, line in imported_packages(ast.parse(path.read_text(encoding="utf-8")))
+        for found, line in packages_of(path)
         if found == package and not any(fnmatch(name_of(path), pattern) for pattern in MAY_IMPORT[package])
     ]
     assert not offenders, f"{package} may be imported only by {MAY_IMPORT[package]}"
@@ -224,7 +231,7 @@ def test_no_module_imports_the_packages_that_were_replaced():
     offenders = [
         f"{name_of(path)}:{line} {found}"
         for path in code_files()
-        for found, line in imported_packages(ast.parse(path.read_text(encoding="utf-8")))
+        for found, line in packages_of(path)
         if found in unwanted and name_of(path) != "benchmarks/data.py"  # what decoding is measured against
     ]
     assert not offenders

@@ -195,4 +195,6 @@ def test_many_failures_leave_nothing_behind(start, tmp_path) -> None:  # noqa: F
     # One object for each failure would be a thousand.
     assert len(gc.get_objects()) < objects + 500 and threading.active_count() <= threads + 2
     assert len(engine.counts) == len(COUNTS) and not engine.pool._servers[0].running
-    assert engine.counts["server/retries"] == 1080
+    assert (
+        engine.counts["server/retries"] >= 1080
+    )  # a busy machine adds some, of connections that were closed meanwhile

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import types
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from megatron_ktr.errors import UserError
+from megatron_ktr.errors import UserError, run_cli
 from megatron_ktr.rollout.server import guard
 from megatron_ktr.rollout.server.serve import arguments, check_reach, early_options, split_token
+from megatron_ktr.run.incidents import Incidents
 from megatron_ktr.web.address import ApiKey, is_loopback
 
 TOKEN = "t0ken-of-enough-length"
@@ -90,6 +92,24 @@ def test_a_token_comes_from_a_place_and_is_long_enough(tmp_path: Path, monkeypat
         assert "secret" not in str(refused.value) and TOKEN not in str(refused.value)
     with pytest.raises(TypeError):
         ApiKey(TOKEN).__reduce__()
+
+
+def test_a_secret_is_hidden_wherever_a_library_repeats_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In tracebacks, the last line of a command, and the incidents of a run."""
+    secret = "canary-5ecret-of-enough-length"
+    ApiKey(secret)
+
+    def main() -> None:
+        raise RuntimeError(f"a library shows {secret}")
+
+    with pytest.raises(SystemExit) as ended:
+        run_cli(main)
+    shown = capsys.readouterr().err
+    assert ended.value.code == 70 and "Traceback" in shown and shown.count("a library shows ***") >= 2
+    Incidents(tmp_path).add("server", f"it said {secret}", step=3, url=f"http://x/{secret}")
+    (line,) = (tmp_path / "events.jsonl").read_text().splitlines()
+    assert json.loads(line)["text"] == "it said ***" and json.loads(line)["url"] == "http://x/***"
+    assert secret not in shown + line
 
 
 def test_the_start_command_takes_the_place_of_the_token_and_leaves_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,7 @@ def engine_of(folder: Path, servers: list[FakeServer], *, sampling: SamplingSett
         tokenizer=tiny_tokenizer(),
         media=MEDIA,
         sampling=sampling,
+        gap_limit=0.05,
     )
 
 

@@ -174,7 +174,7 @@ ONE_NODE = dict(NNODES="1", NODE_RANK="0", MASTER_ADDR="127.0.0.1")
     [
         ({}, ["--config", "x"], "not set: NNODES NODE_RANK MASTER_ADDR"),
         ({"NNODES": "2", "MASTER_ADDR": "a"}, ["--config", "x"], "not set: NODE_RANK;"),
-        ({**ONE_NODE, "NNODES": "two"}, ["--config", "x"], "NNODES must be a number of nodes, got 'two'"),
+        ({**ONE_NODE, "NNODES": "two"}, ["--config", "x"], "NNODES must be a number of nodes, or MIN:MAX, got 'two'"),
         ({**ONE_NODE, "NODE_RANK": "1"}, ["--config", "x"], "NODE_RANK must be 0 .. 0 (NNODES=1), got '1'"),
         (ONE_NODE, [], "nothing to run"),
         ({**ONE_NODE, "PATH": "/usr/bin:/bin"}, ["--config", "x"], "set NPROC_PER_NODE"),

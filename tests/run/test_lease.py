@@ -80,7 +80,7 @@ def watching(path: Path, *, beats: bool) -> tuple[list[float], Callable[[float],
     def sleep(seconds: float) -> None:
         slept.append(seconds)
         if beats:
-            os.utime(path, ns=(0, len(slept)))
+            os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
 
     return slept, sleep
 
@@ -92,6 +92,11 @@ def test_a_run_of_another_machine_is_watched(tmp_path):
     with pytest.raises(UserError, match=r"process \d+ on node7\) is at work there"):
         acquire(tmp_path, stale_seconds=30, sleep=sleep)
     assert len(slept) == 1
+    # Ranks that were started again wait for it: it may be their own earlier part.
+    slept, sleep = watching(tmp_path / FILE, beats=True)
+    with pytest.raises(UserError, match="is at work there"):
+        acquire(tmp_path, stale_seconds=30, patience_seconds=3, sleep=sleep)
+    assert len(slept) == 7, "four looks, and three pauses between them"
     slept, sleep = watching(tmp_path / FILE, beats=False)
     second = acquire(tmp_path, stale_seconds=2.5, sleep=sleep)
     assert sum(slept) == 2.5 and second.is_held() and not first.is_held()

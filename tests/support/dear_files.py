@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import PurePath
 
 DEAREST_FIRST = (
+    "house/test_commands.py",
     "step/test_training_step.py",
     "step/test_head_in_training.py",
     "run/test_checkpoint.py",
@@ -18,7 +19,6 @@ DEAREST_FIRST = (
     "benchmarks/test_training_step_benchmark.py",
     "step/test_every_objective_in_layouts.py",
     "house/test_both_stacks.py",
-    "house/test_commands.py",
     "distributed/test_two_nodes.py",
     "evaluation/test_end_to_end.py",
     "run/test_elastic.py",
