@@ -200,6 +200,24 @@ def test_what_the_metrics_say(name: str, tmp_path: Path) -> None:
     assert verdict.looks_wrong == (name in ("loss", "updates", "nothing")), "waiting is slow, not wrong"
 
 
+def test_steps_whose_updates_are_skipped_had_something_to_learn(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "run", every=dict(has_stepped=0.0, skipped_updates=1.0))
+    heartbeat(run_dir)
+    assert "anything to learn" not in wrong(verdict_of(run_dir))
+
+
+def test_a_loss_scale_that_is_looked_for_is_not_wrong(tmp_path: Path) -> None:
+    scaled = {"has_stepped": 0.0, "skipped_updates": 1.0, "skipped_updates/loss_scale": 1.0, "grad_norm": None}
+    run_dir = write_run(tmp_path / "run", every=scaled)
+    heartbeat(run_dir)
+    verdict = verdict_of(run_dir)
+    assert not verdict.looks_wrong and "for the loss scale of fp16 alone" in "".join(f.text for f in verdict.findings)
+    write_run(run_dir, every=scaled, num_steps=60)
+    assert "updates skipped in 20 of the last 20 steps, for the loss scale" in wrong(verdict_of(run_dir))
+    write_run(run_dir, every={**scaled, "skipped_updates": 2.0, "skipped_updates/log_prob": 1.0})
+    assert "updates skipped in 20 of the last 20 steps, last in 30" in wrong(verdict_of(run_dir))
+
+
 def test_incidents_count_from_the_last_start_on(tmp_path: Path, capsys: Any) -> None:
     run_dir = write_run(tmp_path / "run")
     heartbeat(run_dir)

@@ -168,6 +168,14 @@ def test_prometheus_reads_the_last_step(endpoint: Endpoint, tmp_path: Path) -> N
     assert endpoint.address in listening and all(address.ip == "127.0.0.1" for address in listening)
 
 
+def test_a_run_that_goes_on_shows_the_steps_that_are_done(tmp_path: Path) -> None:
+    found = Endpoint("127.0.0.1", 0, num_steps=9, first_step=5, incidents=Incidents(tmp_path))
+    try:
+        assert "ktr_step 4.0" in found.text().splitlines()
+    finally:
+        found.close()
+
+
 def test_readers_that_say_nothing_keep_nobody_waiting(endpoint: Endpoint) -> None:
     assert endpoint.address is not None
     with contextlib.ExitStack() as stack:

@@ -47,13 +47,14 @@ class Endpoint(StepHook):
         port: int,
         *,
         num_steps: int,
+        first_step: int = 1,
         incidents: Incidents,
         oldest_heartbeat: Callable[[], float | None] = lambda: None,
     ) -> None:
         self._num_steps, self._incidents = num_steps, incidents
         self._oldest_heartbeat = oldest_heartbeat
         self._values: Mapping[str, float] = {}
-        self._step, self._ended = 0, time.time()
+        self._step, self._ended = first_step - 1, time.time()
         self._server: _Server | None = None
         try:
             self._server = _Server((host, port), text=self.text)
