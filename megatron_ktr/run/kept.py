@@ -114,7 +114,9 @@ def open_best(run_dir: Path, *, metric: str | None, start_step: int, ranks: Para
     """What a run that continues after ``start_step`` (0: a new one) knows of its best checkpoint; None without a
     metric. ``best.json`` says the same afterwards. Collective over the world."""
 
-    found = [] if metric is None else result_of_rank_zero(lambda: _found(run_dir, metric, until=start_step), ranks=ranks)
+    found = (
+        [] if metric is None else result_of_rank_zero(lambda: _found(run_dir, metric, until=start_step), ranks=ranks)
+    )
     shared, kept = SharedVerification(ranks), None
     for best, is_verified in found:
         path = run_dir / CHECKPOINTS / step_name(best.step)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-from collections.abc import Iterator
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,13 +29,13 @@ from tests.run.test_checkpoint_policy import opened, steps
 
 @pytest.fixture
 def small(tmp_path) -> Iterator[Path]:
-    """A file system of 4 MB and 64 files."""
+    """A file system of 8 MB and 64 files: room for two checkpoints."""
     if os.geteuid() != 0:
         pytest.skip("mounting a small file system needs root")
     where = tmp_path / "small"
     where.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=4m,nr_inodes=64", "tmpfs", str(where)], capture_output=True, text=True
+        ["mount", "-t", "tmpfs", "-o", "size=8m,nr_inodes=64", "tmpfs", str(where)], capture_output=True, text=True
     )
     if mounted.returncode:
         pytest.skip(f"this machine lets nobody mount: {mounted.stderr.strip()}")
@@ -133,8 +133,21 @@ def test_records_wait_for_room_and_what_is_optional_is_said_once(small, caplog):
     writer.close()
     records = read_records(small)
     assert [record["step"] for record in records] == [1, 2, 3, 4]
+    assert records[2]["loss"] == 3.0 and records[2]["eval/a/accuracy"] == 0.5
     assert records[-1]["write_failures/metrics.jsonl"] == 3.0
     assert caplog.text.count("metrics.jsonl cannot be written, the run goes on without") == 1
+
+
+def test_values_that_come_late_wait_for_room_too(small):
+    """The record is in the file already, which is to be replaced as a whole."""
+    writer = MetricsWriter(small)
+    writer.write(1, {"loss": 1.0, "seconds/evaluate": 1.0})
+    with full(small):
+        writer.add(1, {"eval/a/accuracy": 0.5, "seconds/evaluate": 2.0})
+        assert read_records(small) == [{"step": 1, "loss": 1.0, "seconds/evaluate": 1.0}]
+    writer.write(2, {"loss": 2.0})
+    assert read_records(small)[0] == {"step": 1, "loss": 1.0, "seconds/evaluate": 3.0, "eval/a/accuracy": 0.5}
+    assert [record["step"] for record in read_records(small)] == [1, 2]
 
 
 def test_events_of_tensorboard_are_given_up_in_words(small, capfd, monkeypatch):
