@@ -51,6 +51,7 @@ from megatron_ktr.files.intact_checkpoint import (
 from megatron_ktr.files.json_files import read_json
 from megatron_ktr.run.lease import FILE as LEASE_FILE
 from megatron_ktr.run.lease import Lease
+from megatron_ktr.run.metrics import read_records
 
 T = TypeVar("T")
 CHECKPOINTS = "checkpoints"
@@ -222,8 +223,9 @@ def _resume(
     last = trainer.train_steps or num_steps
     if last is not None and step > last:
         raise UserError(f"{length}: the run is at step {step} already ({checkpoint}); raise it")
-    _remove_partial_exports(run_dir)
-    _set_aside_export(run_dir / "export", step)
+    _remove_partial(run_dir)
+    # The export was made after the last step that is recorded. That is a later one where its checkpoint is damaged.
+    _set_aside_export(run_dir / "export", max([step, *(record["step"] for record in read_records(run_dir))]))
     for folder in (ROLLOUTS, EVALUATIONS, EXPORTS):
         _set_aside_later(run_dir / folder, step)
     save_resolved(config, unused_path(run_dir / f"config_from_{step_name(step + 1)}.yaml"), notes=notes)
@@ -252,10 +254,16 @@ def _show(value: Any) -> str:
     return ",".join(map(str, value)) or "empty" if isinstance(value, tuple) else str(value)
 
 
-def _remove_partial_exports(run_dir: Path) -> None:
-    """Removes what a run that died while it exported has left: it may be as large as the model."""
-    for left in (*run_dir.glob(".export.partial-*"), *(run_dir / EXPORTS).glob(".step_*.partial-*")):
-        shutil.rmtree(left, ignore_errors=True)
+def _remove_partial(run_dir: Path) -> None:
+    """Removes what a run that died was writing, which may be as large as the model and its optimizer."""
+    places = (
+        (run_dir, ".export.partial-*"),
+        (run_dir / EXPORTS, ".step_*.partial-*"),
+        (run_dir / CHECKPOINTS, ".step_*"),
+    )
+    for folder, pattern in places:
+        for left in folder.glob(pattern):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _set_aside_export(export: Path, step: int) -> None:
@@ -267,6 +275,7 @@ def _set_aside_export(export: Path, step: int) -> None:
 def _set_aside_start(run_dir: Path) -> None:
     """Moves the files of a start without a checkpoint aside. The caller has found ``config.yaml``, which shows that
     they are a run's; any other directory that is not empty is refused."""
+    _remove_partial(run_dir)
     stays = (ABANDONED_START, LEASE_FILE)
     left = [path for path in sorted(run_dir.iterdir()) if not path.name.startswith(stays)]
     _move_into(run_dir / ABANDONED_START, left)
