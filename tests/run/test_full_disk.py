@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
 import threading
@@ -136,6 +137,16 @@ def test_records_wait_for_room_and_what_is_optional_is_said_once(small, caplog):
     assert records[2]["loss"] == 3.0 and records[2]["eval/a/accuracy"] == 0.5
     assert records[-1]["write_failures/metrics.jsonl"] == 3.0
     assert caplog.text.count("metrics.jsonl cannot be written, the run goes on without") == 1
+
+
+def test_an_incident_that_does_not_fit_spoils_no_later_one(small):
+    incidents = Incidents(small)
+    incidents.add("first", "x" * 3900)  # its line ends a little before the page does
+    with full(small):
+        incidents.add("lost", "y" * 3900)
+    incidents.add("last", "z")
+    kinds = [json.loads(line)["kind"] for line in (small / "events.jsonl").read_text().splitlines()]
+    assert kinds == ["first", "last"] and incidents.num_lost == 1
 
 
 def test_values_that_come_late_wait_for_room_too(small):
