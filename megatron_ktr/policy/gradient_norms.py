@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,18 @@ class TensorGradient:
     norm: float
     """Over its finite elements."""
     num_not_finite: int
+    """Of the whole tensor; if only copies of it are damaged, of the copy that is damaged most."""
+    ranks_not_finite: tuple[int, ...] = ()
+    """The ranks that hold such elements: with one copy among several, look at that rank's memory and device."""
+
+
+@dataclass
+class _Part:
+    """What one rank knows of a tensor."""
+
+    is_copy: bool
+    squares: float = 0.0
+    num_not_finite: int = 0
 
 
 @torch.no_grad()
@@ -30,36 +42,42 @@ def tensor_gradients(policy: Policy) -> dict[str, TensorGradient]:
     """By name of the weight table: the gradient that the last backward left, over the ranks that share it. A step of
     the optimizer since then has clipped it. The same on every rank; collective over the world."""
     scale = float(policy.optimizer.get_loss_scale())
-    own: dict[str, tuple[float, int]] = {}
-    for name, gradient in _own_gradients(policy):
-        squares, num_not_finite = 0.0, 0
-        for part in gradient.reshape(-1).split(_CHUNK):
-            is_finite = part.isfinite()
-            squares += float(torch.where(is_finite, part, 0.0).double().square().sum())
-            num_not_finite += part.numel() - int(is_finite.sum())
-        before = own.get(name, (0.0, 0))
-        own[name] = (before[0] + squares / scale**2, before[1] + num_not_finite)
-    total: dict[str, tuple[float, int]] = {}
-    for of_rank in gather_objects(own, group=policy.ranks.world):
-        for name, (squares, number) in of_rank.items():
-            before = total.get(name, (0.0, 0))
-            total[name] = (before[0] + squares, before[1] + number)
-    return {name: TensorGradient(math.sqrt(squares), number) for name, (squares, number) in total.items()}
+    own: dict[str, _Part] = {}
+    for name, gradient, is_copy in _own_gradients(policy):
+        part = own.setdefault(name, _Part(is_copy))
+        for piece in gradient.reshape(-1).split(_CHUNK):
+            is_finite = piece.isfinite()
+            part.squares += float(torch.where(is_finite, piece, 0.0).double().square().sum()) / scale**2
+            part.num_not_finite += piece.numel() - int(is_finite.sum())
+    by_rank = gather_objects(own, group=policy.ranks.world)
+    names = dict.fromkeys(name for of_rank in by_rank for name in of_rank)
+    return {name: _joined({rank: one[name] for rank, one in enumerate(by_rank) if name in one}) for name in names}
 
 
-def _own_gradients(policy: Policy) -> Iterator[tuple[str, Tensor]]:
-    """What this rank adds: its shard with the distributed optimizer, else the whole gradient on one of the ranks that
-    hold it."""
+def _joined(parts: Mapping[int, _Part]) -> TensorGradient:
+    """One tensor, from the parts and copies of it by rank."""
+    counted = [part for part in parts.values() if not part.is_copy]
+    in_copies = max((part.num_not_finite for part in parts.values() if part.is_copy), default=0)
+    return TensorGradient(
+        norm=math.sqrt(sum(part.squares for part in counted)),
+        num_not_finite=sum(part.num_not_finite for part in counted) or in_copies,
+        ranks_not_finite=tuple(rank for rank, part in parts.items() if part.num_not_finite),
+    )
+
+
+def _own_gradients(policy: Policy) -> Iterator[tuple[str, Tensor, bool]]:
+    """What this rank has, and whether it is a copy of what another one adds: its shard with the distributed optimizer,
+    else the whole gradient."""
     ranks, is_sharded = policy.ranks, policy.options.optimizer.use_distributed_optimizer
-    if not is_sharded and (ranks.data_rank or ranks.context_rank):
-        return
     for adapters in (False, True):
         for name, parameter in named_model_parameters(policy.bare_chunks, adapters=adapters):
-            is_copy = ranks.tensor_rank > 0 and not getattr(parameter, "tensor_model_parallel", False)
-            if not parameter.requires_grad or is_copy or getattr(parameter, "shared", False):
+            if not parameter.requires_grad:
                 continue
+            is_copy = ranks.tensor_rank > 0 and not getattr(parameter, "tensor_model_parallel", False)
+            is_copy = is_copy or bool(getattr(parameter, "shared", False))
+            is_copy = is_copy or (not is_sharded and bool(ranks.data_rank or ranks.context_rank))
             gradient = main_gradient(parameter)
-            yield name, _own_shard(gradient, parameter, policy.optimizer) if is_sharded else gradient
+            yield name, _own_shard(gradient, parameter, policy.optimizer) if is_sharded else gradient, is_copy
 
 
 def _own_shard(gradient: Tensor, parameter: torch.nn.Parameter, optimizer: Any) -> Tensor:

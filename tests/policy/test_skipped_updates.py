@@ -163,6 +163,47 @@ def test_a_step_whose_last_update_alone_is_skipped_has_changed_the_weights(ranks
     assert math.isnan(metrics["grad_norm"])
 
 
+def damaged_gradients(context: RankContext, *, hf_dir: Path, sizes: ParallelSizes) -> dict[str, dict[str, Any]]:
+    """Where a dump would see bad elements in the gradients, if the copies of a norm on the last rank alone had one."""
+    from megatron_ktr.policy.gradient_norms import tensor_gradients
+
+    found: dict[str, dict[str, Any]] = {}
+
+    def prepare(policy: Any) -> None:
+        backward = policy.backward
+
+        def spoiled(*args: Any, **kwargs: Any) -> UpdateResult:
+            result = backward(*args, **kwargs)
+            if context.rank == context.world_size - 1:
+                names = dict(policy.bare_chunks[0].named_parameters())
+                next(names[name] for name in names if name.endswith("final_layernorm.weight")).main_grad[3] = math.nan
+            gradients = tensor_gradients(policy)
+            found.update({name: dataclasses.asdict(one) for name, one in gradients.items() if one.num_not_finite})
+            assert all(math.isfinite(one.norm) for one in gradients.values())
+            return result
+
+        policy.backward = spoiled
+
+    run_steps(
+        context.init(sizes),
+        hf_dir=hf_dir,
+        rollout_groups=example_groups("mixed", "long video"),
+        values=ADAM,
+        before=prepare,
+    )
+    return found
+
+
+@pytest.mark.parametrize("sizes", [ParallelSizes(), sizes_of(2)], ids=["dp2", "tp2"])
+def test_gradients_of_a_dump_name_the_rank_whose_copy_alone_is_damaged(
+    ranks: RankPool, hf_dir: Path, sizes: ParallelSizes
+) -> None:
+    for found in ranks(damaged_gradients, 2, hf_dir=hf_dir, sizes=sizes):
+        ((name, one),) = found.items()
+        assert name.endswith("final_layernorm.weight") and one["norm"] > 0
+        assert (one["num_not_finite"], one["ranks_not_finite"]) == (1, (1,))
+
+
 def _result(reason: str | None = None, *, has_stepped: bool = False) -> UpdateResult:
     return UpdateResult(1.0, True, Metrics(), has_stepped=has_stepped, skip_reason=reason)
 
