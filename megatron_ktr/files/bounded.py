@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import re
+import stat
+from contextlib import suppress
 from pathlib import Path
+
+from megatron_ktr.errors import UserError
 
 MOST_JSON_BYTES = 1 << 30
 """Larger than any tokenizer, index of weights or file of results."""
@@ -38,6 +42,16 @@ def read_yaml_text(path: Path | str) -> str:
         if depth > _MOST_DEPTH:
             raise ValueError(f"nested too deeply: more than {_MOST_DEPTH} open brackets")
     return text
+
+
+def refuse_pipes(model: Path) -> None:
+    """Raises ``UserError`` for a pipe, a socket or a device as ``model``, or among the files of that directory: whoever
+    reads a pipe waits for its writer, and only rank 0 would get what it wrote."""
+    for path in [model, *(sorted(model.iterdir()) if model.is_dir() else ())]:
+        with suppress(OSError):  # a link that leads nowhere, as any other missing file
+            mode = path.stat().st_mode
+            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+                raise UserError(f"{path} is a pipe, a socket or a device; a model is a directory of files")
 
 
 def _most(limit: int) -> int:

@@ -138,7 +138,8 @@ class Address:
         if parts.username is not None or parts.password is not None or "?" in url or "#" in url:
             raise UserError(f"{option}: a URL without user, password, query and fragment; keys: {key_option} NAME")
         if parts.scheme not in ("http", "https") or not host or port == 0:
-            raise UserError(f"{option}: expected a URL such as http://host:8000, got {url[:200]!r}")
+            shown = HIDDEN if "@" in url else repr(url[:200])  # user:password@host without its scheme
+            raise UserError(f"{option}: expected a URL such as http://host:8000, got {shown}")
         base = url.rstrip("/").removesuffix("/chat/completions").rstrip("/")
         has_path = bool(urlsplit(base).path)
         return cls(root=base.removesuffix("/v1"), api=base if has_path else f"{base}/v1", is_loopback=is_loopback(host))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ktr.errors import UserError
+from megatron_ktr.files.bounded import refuse_pipes
 from megatron_ktr.files.json_files import read_json_object
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig, TextConfig, VisionConfig
 
@@ -53,6 +54,7 @@ def _load(source: Path | str | Mapping[str, Any]) -> tuple[Mapping[str, Any], st
     if isinstance(source, Mapping):
         return source, "config"
     path = Path(source)
+    refuse_pipes(path)
     path = path / "config.json" if path.is_dir() else path
     if not path.exists():
         raise UserError(f"{path}: no such file; --model must be a directory with a config.json")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -196,3 +198,11 @@ def test_missing_and_broken_files_are_user_errors(tmp_path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="JSON"):
         Qwen2_5_VLConfig.from_hf(tmp_path)
+
+
+def test_a_pipe_as_a_model_or_in_its_directory_is_an_error_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "tokenizer.json")
+    (tmp_path / "nowhere").symlink_to("absent")
+    for path in (tmp_path, tmp_path / "tokenizer.json"):
+        with pytest.raises(UserError, match="tokenizer.json is a pipe"):
+            Qwen2_5_VLConfig.from_hf(path)

@@ -103,6 +103,7 @@ def test_an_address_or_a_key_that_cannot_work_is_refused_before_anything_is_aske
     monkeypatch.delenv("JUDGE_KEY", raising=False)
     for values, words in (
         ({"judge_url": "ftp://x"}, "--judge-url: expected a URL"),
+        ({"judge_url": f"user:{KEY}@x:80"}, "--judge-url: expected a URL"),
         ({"judge_url": "http://user:word@x"}, "--judge-url: .*keys: --judge-key-env NAME"),
         ({"judge_url": "http://x", "judge_key_env": "JUDGE_KEY"}, "--judge-key-env: .* is not set"),
         ({"judge_url": "http://x", "judge_key_env": KEY}, "--judge-key-env takes the NAME"),

@@ -92,6 +92,14 @@ def test_an_answer_is_read_whole_or_refused(body: bytes) -> None:
         assert sample.versions and all(isinstance(version, str) for version in sample.versions)
 
 
+def test_a_log_prob_that_is_no_number_or_that_no_float_holds_is_refused() -> None:
+    for value in (10**400, -(10**400), False, "-0.5", None, [], math.nan, -math.inf, 1):
+        answer = copy.deepcopy(GOOD)
+        answer["choices"][0]["logprobs"]["content"][0]["logprob"] = value
+        with pytest.raises(MalformedAnswer):
+            read(json.dumps(answer).encode())
+
+
 @settings(max_examples=150, deadline=None)
 @given(altered(TOLD))
 @example(json.dumps(TOLD).encode())

@@ -69,6 +69,11 @@ def test_without_a_token_web_pages_are_kept_out(guarded) -> None:
     app = guarded("")
     assert ask(app, "/pause", Origin="http://somewhere") == 403
     assert ask(app, "/pause") == 200
+    # A page reads without an Origin what its own name leads to; that name is the host.
+    for host in ("somewhere", "somewhere:8000", "127.0.0.1.somewhere", "localhost.somewhere:80", "10.0.0.1", "[", ""):
+        assert ask(app, "/server_info", method="GET", Host=host) == 403, host
+    for host in ("localhost", "localhost:8000", "127.0.0.1:8000", "127.0.1.1", "[::1]:8000"):
+        assert ask(app, "/server_info", method="GET", Host=host) == 200, host
 
 
 def test_a_token_comes_from_a_place_and_is_long_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,8 @@ engine or call methods of its workers (``/collective_rpc``) stay open. This midd
 
     with a token       every request must carry it (``Authorization: Bearer``), else 401; /health alone is open
     without a token    the server listens on this machine alone (``serve.py`` sees to that), and requests that a browser
-                       sends for a page are refused with 403: a page from anywhere could otherwise reach it
+                       sends for a page are refused with 403: a page from anywhere could otherwise reach it, also
+                       under a name of its own that leads to this machine
 
 ``serve.py`` names the place of the token in an environment variable, which the server's processes inherit; the token
 itself is read by each of them. Nothing here imports torch or vLLM.
@@ -17,9 +18,10 @@ import json
 import os
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
+from urllib.parse import urlsplit
 
 from megatron_ktr.errors import UserError
-from megatron_ktr.web.address import ApiKey
+from megatron_ktr.web.address import ApiKey, is_loopback
 
 SOURCE = "MEGATRON_KTR_SERVER_TOKEN_SOURCE"
 """Set by ``serve.py``: ``env NAME``, ``file PATH``, or nothing."""
@@ -57,7 +59,10 @@ class Guard:
 
     def __init__(self, app: App) -> None:
         self._app = app
-        self._token = read_token(os.environ.get(SOURCE, ""))
+        source = os.environ.get(SOURCE)
+        self._token = read_token(source or "")
+        self._is_local = source == ""
+        """``serve.py`` has seen to it that only this machine reaches the server."""
 
     async def __call__(
         self,
@@ -77,10 +82,21 @@ class Guard:
         headers = [(name.lower(), value.decode("latin-1")) for name, value in scope["headers"]]
         given = [value for name, value in headers if name == b"authorization"]
         if self._token is None:
-            return 403 if any(name == b"origin" for name, _ in headers) else 200
+            # A page whose name leads to this machine sends no Origin with what it reads, but its own name as the host.
+            hosts = [value for name, value in headers if name == b"host"] if self._is_local else []
+            is_page = any(name == b"origin" for name, _ in headers) or not all(map(_is_this_machine, hosts))
+            return 403 if is_page else 200
         if scope["type"] == "http" and scope["method"] == "GET" and scope["path"] in OPEN_PATHS:
             return 200
         return 200 if len(given) == 1 and self._token.is_in(given[0]) else 401
+
+
+def _is_this_machine(host: str) -> bool:
+    """Whether the value of a header ``Host`` is a name or an address of loopback."""
+    try:
+        return is_loopback(urlsplit(f"//{host}").hostname or "")
+    except ValueError:
+        return False
 
 
 async def _refuse(send: Callable[[Message], Awaitable[None]], status: int) -> None:

@@ -166,7 +166,10 @@ def _logprobs(choice: Mapping[str, Any], token_ids: Sequence[int]) -> tuple[floa
     content = choice["logprobs"]["content"]
     if [entry["token_id"] for entry in content] != token_ids:
         raise MalformedAnswer(f"{len(token_ids)} tokens with the log-probs of {len(content)} tokens, or of others")
-    logprobs = tuple(float(entry["logprob"]) for entry in content)
+    given = [entry["logprob"] for entry in content]
+    if strange := [value for value in given if type(value) not in (int, float)]:  # float() would read false and "-1"
+        raise MalformedAnswer(f"a log-prob of the type {type(strange[0]).__name__}")
+    logprobs = tuple(map(float, given))
     # The log-prob of a token with probability 1 may be a little above 0 by rounding.
     if bad := [value for value in logprobs if not math.isfinite(value) or not NO_LOGPROB < value < 1e-3]:
         raise MalformedAnswer(f"a log-prob of {bad[0]}")
