@@ -117,6 +117,7 @@ def _displays(watched: Watched) -> list[StepHook]:
                 options.metrics_port,
                 num_steps=watched.num_steps,
                 incidents=watched.incidents,
+                first_step=watched.first_step,
                 oldest_heartbeat=partial(oldest_heartbeat, watched.run_dir),
             )
         )

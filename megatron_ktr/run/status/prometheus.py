@@ -48,12 +48,13 @@ class Endpoint(StepHook):
         *,
         num_steps: int,
         incidents: Incidents,
+        first_step: int = 1,
         oldest_heartbeat: Callable[[], float | None] = lambda: None,
     ) -> None:
         self._num_steps, self._incidents = num_steps, incidents
         self._oldest_heartbeat = oldest_heartbeat
         self._values: Mapping[str, float] = {}
-        self._step, self._ended = 0, time.time()
+        self._step, self._ended = first_step - 1, time.time()
         self._server: _Server | None = None
         try:
             self._server = _Server((host, port), text=self.text)
@@ -131,7 +132,6 @@ def _number(value: float) -> str:
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
-    allow_reuse_address = True  # a run that is started again finds its port in TIME_WAIT
     request_queue_size = MOST_READERS
 
     def __init__(self, address: tuple[str, int], *, text: Callable[[], str]) -> None:
@@ -141,6 +141,8 @@ class _Server(ThreadingHTTPServer):
         self._room = threading.BoundedSemaphore(MOST_READERS)
 
     def server_bind(self) -> None:
+        # A run that is started again finds its port in TIME_WAIT.
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         # The base class would ask a name server for this machine's name.
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
