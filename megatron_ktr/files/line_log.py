@@ -24,11 +24,6 @@ class LineLog:
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         self._waiting: deque[bytes] = deque(maxlen=MOST_WAITING)
 
-    @property
-    def num_waiting(self) -> int:
-        """The lines that are not in the file yet."""
-        return len(self._waiting)
-
     def add(self, line: str) -> None:
         """Adds a line, after those that wait.
 
