@@ -117,8 +117,8 @@ def _each_step(
                 hook.before_step(step)
             report = trainer.train_step(step)
             done = step
-            stops = look_at(report, hooks=hooks)
             report.values.update(checkpoints.counts())
+            stops = look_at(report, hooks=hooks)
             record(report)
             if stops:
                 return _stop(checkpoints, step=step, stops=stops)

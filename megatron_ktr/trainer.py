@@ -27,7 +27,7 @@ from torch import Tensor
 from megatron_ktr.accounting.rates import step_rates
 from megatron_ktr.batch.micro_batch import MicroBatch, UpdateResult, together
 from megatron_ktr.batch.packing import MediaSpec
-from megatron_ktr.batch.skips import IN_A_ROW, SkipStreak
+from megatron_ktr.batch.skips import FAULTS, IN_A_ROW, SkipStreak
 from megatron_ktr.config.part_options import StepOptions
 from megatron_ktr.config.run_length import num_steps_of
 from megatron_ktr.distributed.collectives import gather_rows
@@ -35,6 +35,7 @@ from megatron_ktr.errors import StepAbandoned
 from megatron_ktr.objectives.base import Objective
 from megatron_ktr.objectives.response_rewards import lengths_of, reward_rows, with_rewards
 from megatron_ktr.policy.finite import require_finite_samples
+from megatron_ktr.policy.gradient_norms import TensorGradient, tensor_gradients
 from megatron_ktr.policy.policy import Policy
 from megatron_ktr.policy.rollout_offload import optimizer_off_device
 from megatron_ktr.policy.vision_watch import vision_faults
@@ -97,12 +98,9 @@ class Trainer:
             micro_batches, facts = self.scoring.with_selection(micro_batches, facts)
             updates = self._updates(micro_batches, facts, sizes=[len(of_update) for of_update in by_update])
         with self.timer.phase("update"):
-            results = [
-                self.policy.update(items, objective=self.objective, facts=of_update)
-                for _ in range(self.options.objective.updates_per_rollout)
-                for items, of_update in updates
-            ]
-        return self._report(step, groups, results=results, num_mini_batches=len(updates))
+            results, gradients = self._update(updates * self.options.objective.updates_per_rollout)
+        report = self._report(step, groups, results=results, num_mini_batches=len(updates))
+        return dataclasses.replace(report, gather_gradients=gradients)
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the data, the newest noise of signals, and the updates skipped in a row, as JSON can represent
@@ -238,6 +236,19 @@ class Trainer:
             found.append((items, self._with_num_tokens(of_update, items)))
         return found
 
+    def _update(
+        self, updates: Sequence[tuple[Sequence[MicroBatch], BatchFacts]]
+    ) -> tuple[list[UpdateResult], Callable[[], dict[str, TensorGradient]]]:
+        """Takes the optimizer steps. Returns their results, and what finds the gradient of the first that was skipped
+        for a fault, or else of the last: a later update overwrites the gradients, so that they are looked at before."""
+        results: list[UpdateResult] = []
+        found: Callable[[], dict[str, TensorGradient]] | None = None
+        for items, facts in updates:
+            results.append(self.policy.update(items, objective=self.objective, facts=facts))
+            if found is None and results[-1].skip_reason in FAULTS and len(results) < len(updates):
+                found = partial(dict, tensor_gradients(self.policy))
+        return results, found or partial(tensor_gradients, self.policy)
+
     def _with_num_tokens(self, facts: BatchFacts, micro_batches: Sequence[MicroBatch]) -> BatchFacts:
         """``facts`` with the number of tokens that the loss is divided by. It is counted over all micro-batches and
         replicas before the first forward, so that the losses of micro-batches and ranks simply add up."""
@@ -288,7 +299,7 @@ class Trainer:
             values |= self.policy.sum_over_replicas(shuffled_counts(groups))
         values |= self._vision_counts(groups)
         values["tokens_per_second"] = num_tokens / step_seconds
-        values["has_stepped"] = float(result is not None and result.has_stepped)
+        values["has_stepped"] = float(any(update.has_stepped for update in results))
         values |= self.skips.add(results)
         if result is not None:
             values |= result.metrics.means()

@@ -31,6 +31,7 @@ import megatron_ktr  # noqa: E402, F401
 warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed\.")
 logging.getLogger("megatron").setLevel(logging.ERROR)
 
+from megatron_ktr.batch.micro_batch import UpdateResult  # noqa: E402
 from megatron_ktr.config import Config, read_saved  # noqa: E402
 from megatron_ktr.config.data_sources import DataSource  # noqa: E402
 from megatron_ktr.config.part_options import PolicyOptions, StepOptions  # noqa: E402
@@ -166,12 +167,25 @@ def read_groups(dump: Path, facts: dict[str, Any], config: Config, tokenizer: To
     return groups
 
 
+class WatchedPolicy(Policy):
+    """Looks at the gradients of each update before the optimizer clips them."""
+
+    first_gradients: dict[str, TensorGradient] = {}  # noqa: RUF012
+    """Of the first update some of whose gradient is not finite, or else of the last."""
+
+    def backward(self, *args: Any, **kwargs: Any) -> UpdateResult:
+        result = super().backward(*args, **kwargs)
+        if not any(one.num_not_finite for one in self.first_gradients.values()):
+            self.first_gradients = tensor_gradients(self)
+        return result
+
+
 def run_again(config: Config, groups: list[RolloutGroup], facts: dict[str, Any], checkpoint: Path | None) -> Replayed:
     """Runs the step in this process."""
     platform = platforms.start(config.trainer.platform)
     ranks = init_parallel(ParallelSizes(), platform=platform, seed=config.trainer.seed)
     platform.seed(config.trainer.seed)
-    policy = Policy(
+    policy = WatchedPolicy(
         config.model.model,
         options=PolicyOptions.of(config),
         ranks=ranks,
@@ -193,7 +207,7 @@ def run_again(config: Config, groups: list[RolloutGroup], facts: dict[str, Any],
     trainer.noise.load_state_dict(facts["noise_floor"])
     with watching(policy) as first:
         report = trainer.train_step(facts["step"])
-    return Replayed(report, first, tensor_gradients(policy))
+    return Replayed(report, first, policy.first_gradients)
 
 
 @dataclasses.dataclass(frozen=True)

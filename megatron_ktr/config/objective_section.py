@@ -42,7 +42,7 @@ def parse_min_shift(value: Any) -> float | str:
         return AUTO
     try:
         number = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
-    except ValueError:
+    except (ValueError, OverflowError):  # no number, or a whole one that no float holds
         number = math.nan
     if not 0 <= number < LARGEST_NUMBER:
         raise ValueError(f"expected a number >= 0, or {AUTO}, got {shorten(value)}")

@@ -21,8 +21,19 @@ class LineLog:
             OSError: the file cannot be opened.
         """
         self.path = path
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-        self._waiting: deque[bytes] = deque(maxlen=MOST_WAITING)
+        self._descriptor = _open(path)
+        self.waiting: deque[str] = deque(maxlen=MOST_WAITING)
+        """The lines that are not in the file yet. They may be changed."""
+
+    def reopen(self) -> None:
+        """Goes on with the file that has taken the place of the one before; lines that wait go on waiting.
+
+        Raises:
+            OSError: the file cannot be opened; the one before stays open.
+        """
+        descriptor = _open(self.path)
+        os.close(self._descriptor)
+        self._descriptor = descriptor
 
     def add(self, line: str) -> None:
         """Adds a line, after those that wait.
@@ -30,7 +41,7 @@ class LineLog:
         Raises:
             OSError: it waits, because it cannot be written now.
         """
-        self._waiting.append(line.encode("utf-8", "backslashreplace") + b"\n")
+        self.waiting.append(line)
         self.flush()
 
     def flush(self) -> None:
@@ -39,8 +50,8 @@ class LineLog:
         Raises:
             OSError: some still wait.
         """
-        while self._waiting:
-            line = self._waiting[0]
+        while self.waiting:
+            line = self.waiting[0].encode("utf-8", "backslashreplace") + b"\n"
             size = os.fstat(self._descriptor).st_size
             try:
                 written = os.write(self._descriptor, line)
@@ -52,7 +63,7 @@ class LineLog:
                 with contextlib.suppress(OSError):
                     os.ftruncate(self._descriptor, size)
                 raise
-            self._waiting.popleft()
+            self.waiting.popleft()
 
     def close(self) -> None:
         """Closes the file; lines that still wait are lost. Closing twice does nothing."""
@@ -61,3 +72,7 @@ class LineLog:
                 self.flush()
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+def _open(path: Path) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)

@@ -21,14 +21,14 @@ _CHUNK = 2**24
 @dataclass(frozen=True)
 class TensorGradient:
     norm: float
-    """Over its finite elements, before clipping."""
+    """Over its finite elements."""
     num_not_finite: int
 
 
 @torch.no_grad()
 def tensor_gradients(policy: Policy) -> dict[str, TensorGradient]:
-    """By name of the weight table: the gradient that the last backward left, over the ranks that share it. The same on
-    every rank; collective over the world."""
+    """By name of the weight table: the gradient that the last backward left, over the ranks that share it. A step of
+    the optimizer since then has clipped it. The same on every rank; collective over the world."""
     scale = float(policy.optimizer.get_loss_scale())
     own: dict[str, tuple[float, int]] = {}
     for name, gradient in _own_gradients(policy):

@@ -13,8 +13,11 @@ ranks whether any of them has found something.
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,7 +59,8 @@ def guarded_step(optimizer: Any, *, world: ProcessGroup, device: torch.device) -
 
     optimizer.get_grad_norm = checked_norm
     try:
-        succeeded, grad_norm, _ = optimizer.step()
+        with _agreeing_on_overflow(optimizer, world=world, device=device):
+            succeeded, grad_norm, _ = optimizer.step()
     except _NotFinite:
         norm = found["norm"]
         return StepOutcome(False, math.nan if math.isfinite(norm) else norm, "gradient")
@@ -67,6 +71,27 @@ def guarded_step(optimizer: Any, *, world: ProcessGroup, device: torch.device) -
     if grad_norm is None:
         return StepOutcome(False, math.nan, "loss_scale" if _can_scale_less(optimizer) else "gradient")
     return StepOutcome(False, float(grad_norm), "threshold")
+
+
+@contextlib.contextmanager
+def _agreeing_on_overflow(optimizer: Any, *, world: ProcessGroup, device: torch.device) -> Iterator[None]:
+    """Lets each part with a loss scale find an overflow if it finds one on any rank of ``world``, so that all of them
+    skip and scale alike. Parts that look over the whole world by themselves stay as they are."""
+    scaled = [part for part in optimizer.chained_optimizers if getattr(part, "grad_scaler", None) is not None]
+    parts = [part for part in scaled if part.get_grad_stats_parallel_group().size() < world.size()]
+
+    def found_anywhere(original: Any) -> bool:
+        has_overflow = send(torch.tensor(float(original())), device)
+        torch.distributed.all_reduce(has_overflow, group=world)
+        return float(has_overflow) > 0
+
+    for part in parts:
+        part._unscale_main_grads_and_check_for_nan = partial(found_anywhere, part._unscale_main_grads_and_check_for_nan)
+    try:
+        yield
+    finally:
+        for part in parts:
+            del part._unscale_main_grads_and_check_for_nan
 
 
 def _can_scale_less(optimizer: Any) -> bool:

@@ -43,7 +43,7 @@ from megatron_ktr.policy.reference import ReferenceModel
 from megatron_ktr.policy.roles import ModelRole
 from megatron_ktr.policy.statistics import compared, comparing
 from megatron_ktr.policy.vision import PolicyVision
-from megatron_ktr.policy.vision_watch import take_watched
+from megatron_ktr.policy.vision_watch import media_pull, take_watched
 from megatron_ktr.sums import Metrics
 from megatron_ktr.types import BatchFacts, PackedBatch, Prompt, ScoredBatch, TokenScores
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
@@ -263,6 +263,7 @@ class Policy(ReplicaNumbers):
             streams = objective.token_streams(scored, facts, selection=item.selection)
             loss, metrics = objective.loss(statistics, streams, scores)
             metrics.merge(measures(loss, scores, has_gradient=objective.any_gradient(streams, scores)))
+            metrics.merge(media_pull(objective, streams, scores, groups=item.groups))
             no_tokens = torch.zeros((), dtype=torch.int, device=loss.device)
             return loss, no_tokens, (metrics, streams.detach(), scores.detach())
 

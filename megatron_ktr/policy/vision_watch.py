@@ -5,13 +5,15 @@
 Of an update: ``token_spread`` is the spread over the visual tokens of a micro-batch, the largest of all micro-batches;
 ``video_spread`` that over the mean features of the different media of the step on this rank (there is none with a
 single medium); ``gradient_max`` the largest element of the loss's gradient with respect to features, where the encoder
-is trained. Real features have spreads near 1; equal ones have 0 or what rounding leaves.
+is trained; ``media_pull`` whether any response to media may have a gradient at all. Real features have spreads near 1;
+equal ones have 0 or what rounding leaves.
 
 Everything is found on the device in passes that run anyway, and read with the update's other numbers.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -19,7 +21,10 @@ from torch import Tensor
 
 from megatron_ktr.batch.micro_batch import WATCHED
 from megatron_ktr.config.view_registry import visual_views
+from megatron_ktr.objectives.base import Objective
 from megatron_ktr.sums import Metrics
+from megatron_ktr.transfer import send
+from megatron_ktr.types import RolloutGroup, TokenScores, TokenStreams
 
 ALIKE = 0.02
 """A spread up to this is no difference: twice what rounding to bf16 leaves."""
@@ -62,6 +67,30 @@ class VisionWatch:
 
 
 @torch.no_grad()
+def media_pull(
+    objective: Objective, streams: TokenStreams, scores: TokenScores, *, groups: Sequence[RolloutGroup]
+) -> Metrics:
+    """Whether any response that was given media may have a gradient, the largest number ``media_pull``; nothing without
+    media. Only then should a gradient come to the features: beside texts, all answers to a video may be as good."""
+    lengths = [(bool(one.prompt.media), len(answer.token_ids)) for one in groups for answer in one.rollouts]
+    found = Metrics()
+    if not any(has_media for has_media, _ in lengths):
+        return found
+    if not all(has_media for has_media, _ in lengths):
+        shown = torch.tensor([float(has_media) for has_media, length in lengths for _ in range(length)])
+        shown_R = send(shown, streams.weight_R.device)
+        every_R = streams.all_weight_R
+        streams = dataclasses.replace(
+            streams,
+            weight_R=streams.weight_R * shown_R,
+            all_weight_R=None if every_R is None else every_R * shown_R,
+        )
+    pull = objective.any_gradient(streams, scores).float()
+    found.add_later([f"{WATCHED}media_pull"], pull, are_maxima=True)
+    return found
+
+
+@torch.no_grad()
 def spread(rows_ND: Tensor) -> Tensor:
     """The spread of the rows (see above), fp32 []."""
     low_D, high_D = torch.aminmax(rows_ND, dim=0)
@@ -90,7 +119,7 @@ def vision_faults(watched: Mapping[str, float], *, has_stepped: bool, noise: flo
     is_found = (
         watched["token_spread"] <= ALIKE,
         watched.get("video_spread", 1.0) <= ALIKE,
-        has_stepped and watched.get("gradient_max", 1.0) == 0.0,
+        has_stepped and watched.get("media_pull", 1.0) > 0.0 and watched.get("gradient_max", 1.0) == 0.0,
         bool(shifts) and max(shifts) <= max(NO_SHIFT, noise),
     )
     return {name: 1.0 for name, is_fault in zip(FAULTS, is_found, strict=True) if is_fault}

@@ -99,7 +99,7 @@ class Checkpoints:
         self._lease = lease
         self._pending: tuple[int, BackgroundSave] | None = None
         self._complete_step: int | None = None
-        """The step of the newest complete checkpoint."""
+        """The step of the newest complete checkpoint; None, too, if that is found to be damaged."""
         self._checks: list[tuple[int, BackgroundCheck]] = []
         """Complete checkpoints that are being read again, oldest first."""
         self._verified: set[int] = set()
@@ -161,6 +161,7 @@ class Checkpoints:
         Raises:
             UserError: on every rank, if it cannot be written, whatever ``save_failure`` says: the run is about to end.
         """
+        self._conclude_checks()
         if step == self._complete_step:
             return
         if self._pending is None or self._pending[0] != step:
@@ -211,7 +212,8 @@ class Checkpoints:
 
     def _prepare(self, scratch: Path, training: dict[str, Any], random_states: Any, common: dict[str, Any]) -> None:
         self._require_lease()
-        shutil.rmtree(scratch, ignore_errors=True)
+        for left in self.directory.glob(".step_*"):  # also of a save that failed, and could not be removed then
+            shutil.rmtree(left, ignore_errors=True)
         scratch.mkdir(parents=True)
         copy_side_files(self.policy.hf_dir, scratch / SIDE_FILES, chat_template=self.policy.options.chat_template)
         texts = {
@@ -246,6 +248,8 @@ class Checkpoints:
             raise error
         self._on_rank_zero("look after", self._require_lease)  # who has lost it does not go on
         self.num_failures += 1
+        if self.best is not None and step is not None:
+            self.best.drop(step)  # or no later step could be the best one that is worse than this one
         self._incidents.add("save_failure", str(error), step=step)
 
     def _complete(self) -> None:
@@ -288,6 +292,8 @@ class Checkpoints:
                 continue
             if self.best is not None:
                 self.best.drop(step)
+            if damage and step == self._complete_step:
+                self._complete_step = None  # a run that leaves now saves the step again
             name = step_name(step)
             if damage:
                 self.num_damaged += 1
@@ -301,12 +307,17 @@ class Checkpoints:
         """The checkpoint of ``step`` is verified: if it is the best one, the run says so. Others may have to go."""
         self._verified.add(step)
         best, run_dir = self.best, self.directory.parent
-        is_best = best is not None and best.publish(step)
+        if best is not None:
+            best.publish(step)
 
         def settle() -> None:
             self._require_lease()
-            if best is not None and is_best:
-                best.write(run_dir)
+            failure = None
+            if best is not None and best.named != best.kept:
+                try:
+                    best.write(run_dir)
+                except UserError as error:  # what goes may be what makes room for it
+                    failure = error
             found = dict(list_checkpoints(run_dir))
             for old in steps_to_remove(
                 list(found),
@@ -316,6 +327,8 @@ class Checkpoints:
                 best=() if best is None else best.steps,
             ):
                 remove_checkpoint(found[old])
+            if failure is not None:
+                raise failure
 
         try:
             self._on_rank_zero("tidy", settle)

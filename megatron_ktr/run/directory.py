@@ -19,6 +19,7 @@ exports/step_00000010/             the model of that step in Hugging Face format
 events.jsonl                       what went wrong and was survived (``incidents.py``)
 lease.json                         the run that is at work here now (``lease.py``)
 export/                            the trained model in Hugging Face format
+.export.partial-4711/              one that was being written when the run stopped; removed when the run is resumed
 export_until_step_00000020/        the export of an earlier part, which ended at that step
 abandoned_start/                   files of a start that came to no checkpoint, set aside when --auto-resume began anew
 
@@ -61,6 +62,9 @@ ABANDONED_START = "abandoned_start"
 STEP_NAME = re.compile(r"step_(\d{8,})")
 STEP_ENTRY = re.compile(r"step_(\d{8,})(?:_replica_\d{4,})?(?:\.jsonl)?")
 """A file of rollouts, or a directory of an evaluation or an export."""
+
+SCRATCH_FILE = re.compile(r"\..+\.(\d+|[0-9a-f]{32})")
+"""What ``files/atomic.py`` and ``lease.py`` call a file before it has its name."""
 
 MAY_CHANGE = frozenset(
     "model transformer_impl gradient_accumulation_fusion "
@@ -257,6 +261,9 @@ def remove_scratch(run_dir: Path) -> None:
     for pattern in (f"{CHECKPOINTS}/.step_*", f"{EXPORTS}/.step_*.partial-*", ".export.partial-*"):
         for path in run_dir.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
+    for path in run_dir.glob(".*"):
+        if SCRATCH_FILE.fullmatch(path.name) and path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def _set_aside_export(export: Path, step: int) -> None:

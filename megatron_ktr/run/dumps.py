@@ -21,7 +21,6 @@ from megatron_ktr.distributed.agreement import gather_objects
 from megatron_ktr.errors import UserError
 from megatron_ktr.files.atomic import write_atomically
 from megatron_ktr.files.json_files import to_json
-from megatron_ktr.policy.gradient_norms import tensor_gradients
 from megatron_ktr.policy.policy import Policy
 from megatron_ktr.rollout.replay import write_rollouts
 from megatron_ktr.run.directory import list_checkpoints, step_name
@@ -47,7 +46,7 @@ def write_dump(
         last_change: the newest step before this one after which weights had changed; 0 if none had.
     """
     directory, ranks = dump_of(run_dir, report.step), policy.ranks
-    gradients = tensor_gradients(policy)
+    gradients = report.gather_gradients()
     selections, scores = report.selections, report.gather_scores()
     own = {str(group.prompt.draw_number): group.prompt.source for group in report.groups}
     sources = {number: name for part in gather_objects(own, group=ranks.world) for number, name in part.items()}

@@ -116,8 +116,8 @@ def _displays(watched: Watched) -> list[StepHook]:
                 options.metrics_host,
                 options.metrics_port,
                 num_steps=watched.num_steps,
-                incidents=watched.incidents,
                 first_step=watched.first_step,
+                incidents=watched.incidents,
                 oldest_heartbeat=partial(oldest_heartbeat, watched.run_dir),
             )
         )

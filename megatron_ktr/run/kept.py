@@ -12,12 +12,14 @@ Of equal values the earliest counts, and a value that is not a number never does
 its checkpoint is verified. Until then the old best checkpoint stays, and ``best.json`` names it.
 
 A resumed run takes the best step from ``metrics.jsonl``: of the steps that it does not do again, and whose checkpoints
-are there. So it needs no memory of its own, and ``--keep-best`` may name another metric than before.
+are there. So it needs no memory of its own, and ``--keep-best`` may name another metric than before. A checkpoint that
+``best.json`` does not name is verified first: the part of the run that wrote it may not have come to that.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -26,14 +28,17 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ktr.distributed.agreement import result_of_rank_zero
+from megatron_ktr.distributed.agreement import on_every_rank, result_of_rank_zero
 from megatron_ktr.distributed.groups import ParallelGroups
+from megatron_ktr.distributed.shared_verification import SharedVerification
 from megatron_ktr.errors import UserError
 from megatron_ktr.files.atomic import write_atomically
+from megatron_ktr.files.json_files import parse_json
 from megatron_ktr.run.directory import CHECKPOINTS, list_checkpoints, step_name
 from megatron_ktr.run.metrics import read_records, rounded
 
 FILE = "best.json"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,11 +58,13 @@ class BestCheckpoint:
         """The best step whose checkpoint is verified."""
         self.candidate: BestStep | None = None
         """A better step whose checkpoint is not verified yet."""
+        self.named = kept
+        """The step that ``best.json`` names, on the rank that writes it. It is behind while the disk is full."""
 
     @property
     def steps(self) -> frozenset[int]:
         """The steps whose checkpoints must stay."""
-        return frozenset(best.step for best in (self.kept, self.candidate) if best is not None)
+        return frozenset(best.step for best in (self.kept, self.candidate, self.named) if best is not None)
 
     def take(self, step: int, values: Mapping[str, float]) -> bool:
         """Whether ``step`` is the best so far. It is then the candidate, until ``publish``."""
@@ -79,7 +86,7 @@ class BestCheckpoint:
         return True
 
     def drop(self, step: int) -> None:
-        """The checkpoint of ``step`` is damaged: it is a candidate no longer."""
+        """The checkpoint of ``step`` is damaged, or could not be written: it is a candidate no longer."""
         if self.is_candidate(step):
             self.candidate = None
 
@@ -93,10 +100,12 @@ class BestCheckpoint:
         try:
             if self.kept is None:
                 path.unlink(missing_ok=True)
+                self.named = None
                 return
             checkpoint = f"{CHECKPOINTS}/{step_name(self.kept.step)}"
             content = {"metric": self.metric, "step": self.kept.step, "value": self.kept.value}
             write_atomically(path, json.dumps({**content, "checkpoint": checkpoint}, indent=1) + "\n")
+            self.named = self.kept
         except OSError as error:
             raise UserError(f"--run-dir: cannot write {path}: {error.strerror}") from error
 
@@ -105,30 +114,54 @@ def open_best(run_dir: Path, *, metric: str | None, start_step: int, ranks: Para
     """What a run that continues after ``start_step`` (0: a new one) knows of its best checkpoint; None without a
     metric. ``best.json`` says the same afterwards. Collective over the world."""
 
-    def find() -> BestStep | None:
-        kept = None if metric is None else _best_of(run_dir, metric, until=start_step)
-        BestCheckpoint(metric or "", kept=kept).write(run_dir)
-        return kept
-
-    kept = result_of_rank_zero(find, ranks=ranks)
+    found = (
+        [] if metric is None else result_of_rank_zero(lambda: _found(run_dir, metric, until=start_step), ranks=ranks)
+    )
+    shared, kept = SharedVerification(ranks), None
+    for best, is_verified in found:
+        path = run_dir / CHECKPOINTS / step_name(best.step)
+        damage = [] if is_verified or best.step == start_step else shared.verify(path)
+        if not damage:
+            kept = best
+            break
+        if ranks.rank == 0:
+            _log.warning("%s is damaged (%s): another checkpoint is the best one", path, damage[0])
+    on_every_rank(
+        lambda: BestCheckpoint(metric or "", kept=kept).write(run_dir) if ranks.rank == 0 else None, ranks=ranks
+    )
     return None if metric is None else BestCheckpoint(metric, kept=kept)
 
 
-def _best_of(run_dir: Path, metric: str, *, until: int) -> BestStep | None:
+def _found(run_dir: Path, metric: str, *, until: int) -> list[tuple[BestStep, bool]]:
+    """The evaluated steps whose checkpoints are there, the best one first, and whether ``best.json`` names the step, as
+    it does only for verified checkpoints."""
     kept = {step for step, _ in list_checkpoints(run_dir) if step <= until}
-    best = None
+    named = _named(run_dir, metric)
+    values: dict[int, float] = {}
     for record in read_records(run_dir):
         step, value = record["step"], record.get(metric)
-        if step not in kept or not isinstance(value, int | float) or abs(value) > sys.float_info.max:
-            continue
-        if best is None or _is_better(value, best.value, metric):
-            best = BestStep(step, float(value))
-    return best
+        if step in kept and isinstance(value, int | float) and abs(value) <= sys.float_info.max:
+            values.setdefault(step, float(value))
+    sign = 1 if _is_loss(metric) else -1
+    ordered = sorted(values.items(), key=lambda one: (sign * one[1], one[0]))
+    return [(BestStep(step, value), step == named) for step, value in ordered]
+
+
+def _named(run_dir: Path, metric: str) -> int | None:
+    """The step that ``best.json`` names for ``metric``; None if it names none, or is no such file."""
+    try:
+        content = parse_json((run_dir / FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content.get("step") if isinstance(content, dict) and content.get("metric") == metric else None
 
 
 def _is_better(value: float, other: float, metric: str) -> bool:
-    is_loss = metric == "eval_loss" or (metric.startswith("eval/") and metric.split("/")[2:] == ["loss"])
-    return value < other if is_loss else value > other
+    return value < other if _is_loss(metric) else value > other
+
+
+def _is_loss(metric: str) -> bool:
+    return metric == "eval_loss" or (metric.startswith("eval/") and metric.split("/")[2:] == ["loss"])
 
 
 def steps_to_remove(

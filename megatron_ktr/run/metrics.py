@@ -49,10 +49,13 @@ Numbers in the file have 8 significant digits. A number that is not finite is nu
 
 from __future__ import annotations
 
+import json
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +121,7 @@ class MetricsWriter:
         self._optional = optional or OptionalWrites()
         self._path: Path | None = None
         self._events = None
+        self._hook_before: Callable[[Any], object] | None = None
         if run_dir is None:
             return
         from torch.utils.tensorboard import SummaryWriter
@@ -128,6 +132,8 @@ class MetricsWriter:
             kept = [line for line in _lines(path) if _step_of(line) < first_step]
             write_atomically(path, "".join(line + "\n" for line in kept))
         self._file = LineLog(path)
+        self._hook_before = threading.excepthook
+        threading.excepthook = partial(_say_but_of_events, say=self._hook_before)
         try:
             self._events = SummaryWriter(log_dir=str(run_dir / "tensorboard"), purge_step=first_step or None)
         except OSError as error:
@@ -147,21 +153,25 @@ class MetricsWriter:
         replaced as a whole. The record is made if it is lost, as when the file was removed before a run was resumed."""
         if self._path is None or self._file is None:
             return
+        with suppress(OSError):  # then they go on waiting, for this step's record too
+            self._file.flush()
+        waiting = {_step_of(line): index for index, line in enumerate(self._file.waiting)}
+        if step in waiting:
+            record = json.loads(self._file.waiting[waiting[step]])
+            values = _added(record, values)
+            self._file.waiting[waiting[step]] = to_json(record)
+            return self._show(step, values)
         records = _records(self._path)
         record = next((one for one in records if one["step"] == step), None)
         if record is None:
             return self.write(step, values)
-        seconds = {name: record[name] for name in values if name.startswith("seconds/") and name in record}
-        values = {name: value + seconds.get(name, 0.0) for name, value in values.items()}
-        record.update(_rounded(values))
+        values = _added(record, values)
         try:
-            self._file.flush()
             write_atomically(self._path, "".join(to_json(one) + "\n" for one in records))
         except OSError as error:
             self._optional.fail(FILE, error, step=step)
         else:
-            self._file.close()
-            self._file = LineLog(self._path)
+            self._file.reopen()
         self._show(step, values)
 
     def _show(self, step: int, values: Mapping[str, float]) -> None:
@@ -183,6 +193,15 @@ class MetricsWriter:
             except OSError as error:
                 self._optional.fail("tensorboard", error)
             self._events = None
+        if self._hook_before is not None:
+            threading.excepthook, self._hook_before = self._hook_before, None
+
+
+def _say_but_of_events(ended: Any, *, say: Callable[[Any], object]) -> None:
+    """A hook for threads that end with an error. That of TensorBoard's thread is said in words already."""
+    is_of_events = type(ended.thread).__module__.startswith("tensorboard.")
+    if not (is_of_events and issubclass(ended.exc_type, OSError)):
+        say(ended)
 
 
 NOTEWORTHY_WAIT = 0.1
@@ -243,6 +262,14 @@ def evaluation_line(step: int, values: Mapping[str, float], *, note: str = "") -
 def rounded(value: float) -> float:
     """A number as the file holds it."""
     return float(f"{value:.8g}")
+
+
+def _added(record: dict[str, Any], values: Mapping[str, float]) -> dict[str, float]:
+    """Puts ``values`` into a record, and returns them with its seconds added."""
+    seconds = {name: record[name] for name in values if name.startswith("seconds/") and name in record}
+    added = {name: value + seconds.get(name, 0.0) for name, value in values.items()}
+    record.update(_rounded(added))
+    return added
 
 
 def _rounded(values: Mapping[str, float]) -> dict[str, float]:

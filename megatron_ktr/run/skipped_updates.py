@@ -56,7 +56,7 @@ class SkippedUpdates(StepHook):
         found = [reason for reason in sorted(FAULTS) if report.values.get(f"skipped_updates/{reason}")]
         why = " and ".join(_WORDS[reason] for reason in found)
         is_last = in_a_row > self._most
-        is_first = in_a_row <= round(report.values["skipped_updates"])
+        is_first = in_a_row <= round(sum(report.values[f"skipped_updates/{reason}"] for reason in found))
         facts = {"reason": found, "in_a_row": in_a_row}
         where = ""
         # Every rank decides alike, so the bound is on what this run has written, not on what is there now.

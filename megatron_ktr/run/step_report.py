@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from megatron_ktr.policy.gradient_norms import TensorGradient
 from megatron_ktr.step.score_records import ResponseScores
 from megatron_ktr.types import ResponseSelection, RolloutGroup
 
@@ -24,6 +25,9 @@ class StepReport:
     gather_scores: Callable[[], tuple[tuple[ResponseScores, ...], ...]] = tuple
     """The scores of every response token, by group and by response; empty like ``selections``. Collective over the
     replica, and not kept: few steps are looked at so closely."""
+    gather_gradients: Callable[[], dict[str, TensorGradient]] = dict
+    """The gradient of every tensor in numbers, of the first update that was skipped for a fault, or else of the last
+    (which clips it where it takes its step). Collective over the world; to be asked before the next step begins."""
     noise_floor: Mapping[str, float] = field(default_factory=dict)
     """By signal: the noise that the step selected by (``step/noise.py``)."""
 

@@ -44,6 +44,8 @@ _MOST_SECONDS_BETWEEN_LOOKS = 5.0
 _TELLING_SECONDS = 30.0
 """How long the store or the disk may take while a rank ends. It ends in any case."""
 _CLOSE_SECONDS = 2.0
+_BUSY_SECONDS = 10.0
+"""So much later than it wanted may a thread wake up on a busy machine."""
 _MOST_NAMED = 8
 
 
@@ -117,8 +119,14 @@ class Watchdog(StepHook):
         self._moves += 1
 
     def _watch(self) -> None:
+        looked = time.monotonic()
         while not self._is_closed.wait(self._pause / 4):
-            if time.monotonic() - self._since < self._limit_seconds:
+            now = time.monotonic()
+            if stopped := stopped_seconds(now - looked, wanted=self._pause / 4):
+                # A process that was stopped (ctrl-Z, a frozen container) has not hung meanwhile.
+                self._since += stopped
+            looked = now
+            if now - self._since < self._limit_seconds:
                 continue
             # A store or a disk that does not answer must not keep this rank alive.
             teller = threading.Thread(target=self._tell, name="watchdog_tell", daemon=True)
@@ -187,6 +195,12 @@ class Watchdog(StepHook):
             if store.check([_key(rank)]):
                 found[rank] = Entry(**parse_json(store.get(_key(rank)).decode()))
         return found
+
+
+def stopped_seconds(passed: float, *, wanted: float) -> float:
+    """For how long this process stood still, if a thread that wanted to sleep for ``wanted`` seconds has slept for
+    ``passed``. A busy machine lets it sleep somewhat longer; that is not counted."""
+    return passed - wanted if passed > 2 * wanted + _BUSY_SECONDS else 0.0
 
 
 def missing_ranks(before: dict[int, Entry], after: dict[int, Entry], *, world_size: int, speaker: int) -> str:

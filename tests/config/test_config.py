@@ -74,6 +74,14 @@ def test_number_without_a_dot_is_a_number_although_yaml_reads_text(tmp_path):
     assert config.optimizer.lr == 2e-7
 
 
+def test_a_number_that_no_float_holds_is_refused_by_every_option(tmp_path):
+    file = tmp_path / "run.yaml"
+    for name in OPTIONS:
+        file.write_text(f"{name}: {'9' * 400}\n")
+        with pytest.raises(UserError, match=name):
+            load_config(["--config", str(file)])
+
+
 def test_lists_are_comma_separated_or_repeated():
     assert load_config([*MINIMAL, "--signals", "visual,temporal"]).objective.signals == ("visual", "temporal")
     assert load_config([*MINIMAL, "--signals", "visual", "--signals", "entropy"]).objective.signals == (

@@ -47,14 +47,24 @@ def _state_of(policy: Any) -> list[torch.Tensor]:
 
 
 def steps_with_faults(
-    context: RankContext, *, hf_dir: Path, sizes: ParallelSizes, values: dict[str, Any], plan: tuple[str, ...]
+    context: RankContext,
+    *,
+    hf_dir: Path,
+    sizes: ParallelSizes,
+    values: dict[str, Any],
+    plan: tuple[str, ...],
+    loss_scale: float | None = None,
+    num_steps: int | None = None,
 ) -> list[tuple[dict[str, float], bool]]:
-    """The metrics of each step of ``plan``, and whether the step has left every bit as it was."""
+    """The metrics of each step of ``plan``, and whether the step has left every bit as it was. With ``num_steps``,
+    ``plan`` is of updates."""
     kept: list[bool] = []
 
     def prepare(policy: Any) -> None:
         backward, update = policy.backward, policy.update
         faults = iter(plan)
+        for part in policy.optimizer.chained_optimizers if loss_scale else ():
+            part.grad_scaler._scale.fill_(loss_scale)
 
         def spoiled(*args: Any, **kwargs: Any) -> UpdateResult:
             result, fault = backward(*args, **kwargs), next(faults)
@@ -83,10 +93,10 @@ def steps_with_faults(
         hf_dir=hf_dir,
         rollout_groups=groups,
         values=values,
-        num_steps=len(plan),
+        num_steps=num_steps or len(plan),
         before=prepare,
     )
-    return [(record.values, is_kept) for record, is_kept in zip(records, kept, strict=True)]
+    return [(record.values, is_kept) for record, is_kept in zip(records, kept, strict=num_steps is None)]
 
 
 LAYOUTS = {
@@ -120,6 +130,37 @@ def test_an_overflow_under_the_loss_scale_is_how_the_scale_is_found_and_no_fault
     ]:
         assert metrics["skipped_updates/loss_scale"] == metrics["skipped_updates"] == 1.0
         assert IN_A_ROW not in metrics
+
+
+FP16_LAYOUTS = {
+    "dp2, whole copies": (ParallelSizes(), {"use_distributed_optimizer": False}),
+    "dp2, shards": (ParallelSizes(), {"use_distributed_optimizer": True}),
+    "tp2": (sizes_of(2), {"use_distributed_optimizer": False}),
+}
+
+
+@pytest.mark.parametrize("name", FP16_LAYOUTS)
+def test_an_overflow_of_one_rank_alone_scales_less_on_all(ranks: RankPool, hf_dir: Path, name: str) -> None:
+    """megatron-core looks for it over model-parallel ranks alone, and leaves the step before the norm is agreed on."""
+    sizes, changes = FP16_LAYOUTS[name]
+    plan = ("", "gradient", "gradient", "gradient", "")
+    arguments: dict[str, Any] = dict(values={**ADAM, **changes, "params_dtype": "fp16"}, plan=plan, loss_scale=2.0)
+    for steps in ranks(steps_with_faults, 2, hf_dir=hf_dir, sizes=sizes, **arguments):
+        assert [metrics["has_stepped"] for metrics, _ in steps] == [1.0, 0.0, 0.0, 0.0, 1.0]
+        assert [is_unchanged for _, is_unchanged in steps] == [False, True, True, True, False]
+        assert steps[1][0]["skipped_updates/loss_scale"] == 1.0 and IN_A_ROW not in steps[1][0]
+        # At the smallest scale there is nothing to scale: it is a fault.
+        assert [metrics.get(IN_A_ROW) for metrics, _ in steps[2:]] == [1.0, 2.0, None]
+
+
+def test_a_step_whose_last_update_alone_is_skipped_has_changed_the_weights(ranks: RankPool, hf_dir: Path) -> None:
+    """A dump after it must not take the checkpoint before it for the weights of its own step."""
+    values = {**ADAM, "updates_per_rollout": 2}
+    context: dict[str, Any] = dict(values=values, plan=("", "gradient"), num_steps=1)
+    (steps,) = ranks(steps_with_faults, 1, hf_dir=hf_dir, sizes=ParallelSizes(), **context)
+    metrics = steps[0][0]
+    assert (metrics["has_stepped"], metrics["skipped_updates"], metrics[IN_A_ROW]) == (1.0, 1.0, 1.0)
+    assert math.isnan(metrics["grad_norm"])
 
 
 def _result(reason: str | None = None, *, has_stepped: bool = False) -> UpdateResult:

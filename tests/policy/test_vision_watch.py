@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 from megatron_ktr.policy.vision_watch import ALIKE, FAULTS, NO_SHIFT, spread, vision_faults
+from megatron_ktr.types import RolloutGroup
 from tests.support.layouts import sizes_of
 from tests.support.ranks import RankContext, RankPool
 from tests.support.steps import example_groups, run_steps
 from tests.support.tiny import save_tiny_hf
 
-ALIKE_FAULTS = {"vision/tokens_alike", "vision/videos_alike", "vision/no_gradient"}
+ALIKE_FAULTS = {"vision/tokens_alike", "vision/videos_alike"}
 CASES: dict[str, tuple[str, tuple[str, ...], dict[str, Any], set[str]]] = {
     # name: how the model is broken, groups, options, what is found
     "as it should be": ("", ("mixed", "long video"), {}, set()),
@@ -27,10 +28,22 @@ CASES: dict[str, tuple[str, tuple[str, ...], dict[str, Any], set[str]]] = {
         "constant",
         ("mixed", "long video"),
         dict(freeze=("vision", "merger"), objective="grpo"),
-        {"vision/tokens_alike", "vision/videos_alike"},
+        ALIKE_FAULTS,
+    ),
+    "a video whose answers are all as good, beside a text": (
+        "equal",
+        ("text", "long video"),
+        dict(objective="grpo", kl_beta=0.0),
+        set(),
     ),
     "features that the model drops": ("dropped", ("mixed", "long video"), {}, {"vision/no_gradient"}),
 }
+
+
+def _with_equal_rewards(group: RolloutGroup) -> RolloutGroup:
+    rewards = group.rollouts[0].rewards
+    rollouts = tuple(dataclasses.replace(one, rewards=rewards) for one in group.rollouts)
+    return dataclasses.replace(group, rollouts=rollouts)
 
 
 def faults_of(context: RankContext, *, hf_dir: Path) -> dict[str, tuple[set[str], dict[str, float]]]:
@@ -62,6 +75,8 @@ def faults_of(context: RankContext, *, hf_dir: Path) -> dict[str, tuple[set[str]
                 policy.vision.with_features = dropped
 
         numbered = [group for i, one in enumerate(groups) for group in example_groups(one, problem_suffix=str(i))]
+        if broken == "equal":
+            numbered = [group if not group.prompt.media else _with_equal_rewards(group) for group in numbered]
         records = run_steps(parallel, hf_dir=hf_dir, rollout_groups=numbered, values=values, before=break_model)
         found[name] = {one for one in FAULTS if records[0].values.get(one)}, watched
         assert not [one for one in records[0].values if one.startswith("watched/")]

@@ -21,7 +21,7 @@ from megatron_ktr.run.checkpoint import Checkpoints
 from megatron_ktr.run.directory import list_checkpoints
 from megatron_ktr.run.exports import ExportHook
 from megatron_ktr.run.incidents import Incidents
-from megatron_ktr.run.kept import BestCheckpoint, steps_to_remove
+from megatron_ktr.run.kept import BestCheckpoint, BestStep, open_best, steps_to_remove
 from megatron_ktr.run.step_report import StepReport
 from tests.run.test_checkpoint import NoData
 from tests.support.tiny import save_tiny_hf
@@ -122,6 +122,77 @@ def test_a_damaged_candidate_does_not_replace_the_best(policy, tmp_path, monkeyp
     assert json.loads((run_dir / "best.json").read_text())["step"] == 1
 
 
+def evaluated(checkpoints: Checkpoints, values: dict[int, float], run_dir: Path) -> None:
+    best = checkpoints.best
+    assert best is not None
+    for step, value in values.items():
+        with (run_dir / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, best.metric: value}) + "\n")
+        checkpoints.after_step(step)
+        best.take(step, {best.metric: value})
+        checkpoints.after_evaluation(step)
+        checkpoints.close()
+
+
+def test_a_resumed_run_takes_no_damaged_checkpoint_for_its_best(policy, one_rank, tmp_path, monkeypatch, caplog):
+    """Neither one that was found to be damaged, nor one that nobody had read again when the run left."""
+    run_dir, metric = tmp_path / "run", "eval/a/accuracy"
+    damaging(monkeypatch, 2)
+    checkpoints = opened(policy, run_dir, best=BestCheckpoint(metric), keep_checkpoints=1)
+    evaluated(checkpoints, {1: 0.5, 2: 0.9, 3: 0.4}, run_dir)
+    assert steps(run_dir) == [1, 3]
+    shutil.copytree(run_dir / "checkpoints/step_00000001", run_dir / "checkpoints/step_00000002")
+    (run_dir / "checkpoints/step_00000002/common.pt").write_bytes(b"")
+    again = open_best(run_dir, metric=metric, start_step=3, ranks=one_rank)
+    assert again is not None and again.kept == BestStep(1, 0.5) and "step_00000002 is damaged" in caplog.text
+    evaluated(opened(policy, run_dir, best=again, keep_checkpoints=1), {4: 0.3}, run_dir)
+    assert steps(run_dir) == [1, 4] and json.loads((run_dir / "best.json").read_text())["step"] == 1
+
+
+def test_a_best_step_that_could_not_be_saved_hides_no_later_one(policy, tmp_path, monkeypatch):
+    run_dir = tmp_path / "run"
+    best = BestCheckpoint("eval/a/accuracy")
+    checkpoints = opened(policy, run_dir, best=best, keep_checkpoints=1, save_failure="continue")
+    evaluated(checkpoints, {1: 0.5}, run_dir)
+    with monkeypatch.context() as broken:
+        broken.setattr("megatron_ktr.distributed.checkpoint_writer.save_tensor", _fail)
+        evaluated(checkpoints, {2: 0.9}, run_dir)
+    assert steps(run_dir) == [1]
+    evaluated(checkpoints, {3: 0.6, 4: 0.1}, run_dir)
+    assert steps(run_dir) == [3, 4] and json.loads((run_dir / "best.json").read_text())["step"] == 3
+
+
+def test_best_json_that_could_not_be_written_is_written_later(policy, tmp_path, monkeypatch):
+    """Until then, the checkpoint that it names stays."""
+    run_dir = tmp_path / "run"
+    best = BestCheckpoint("eval/a/accuracy")
+    checkpoints = opened(policy, run_dir, best=best, keep_checkpoints=1, save_failure="continue")
+    evaluated(checkpoints, {1: 0.5, 2: 0.1}, run_dir)
+    with monkeypatch.context() as broken:
+        broken.setattr("megatron_ktr.run.kept.write_atomically", _fail)
+        evaluated(checkpoints, {3: 0.9, 4: 0.1}, run_dir)
+    assert steps(run_dir) == [1, 3, 4] and json.loads((run_dir / "best.json").read_text())["step"] == 1
+    evaluated(checkpoints, {5: 0.1}, run_dir)
+    assert json.loads((run_dir / "best.json").read_text())["step"] == 3
+    assert steps(run_dir) == [3, 5]
+
+
+def test_a_run_that_leaves_saves_a_step_again_whose_checkpoint_is_damaged(policy, tmp_path, monkeypatch):
+    run_dir = tmp_path / "run"
+    with monkeypatch.context() as broken:
+        damaging(broken, 1)
+        checkpoints = opened(policy, run_dir, keep_checkpoints=1)
+        checkpoints.save_and_wait(1)
+        checkpoints.close()
+    assert checkpoint_damage(list_checkpoints(run_dir)[0][1])
+    checkpoints.save_and_wait(1)
+    assert checkpoint_damage(list_checkpoints(run_dir)[0][1]) == []
+
+
+def _fail(*args: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 def test_a_checkpoint_that_cannot_be_read_again_is_not_verified(policy, tmp_path, monkeypatch):
     run_dir = tmp_path / "run"
     checkpoints = opened(policy, run_dir, keep_checkpoints=1)
@@ -196,7 +267,6 @@ def test_exports_during_a_run_load_and_a_failed_one_is_survived(policy, tmp_path
     def report(step: int) -> StepReport:
         return StepReport(step, {}, (), lambda: ())
 
-    (tmp_path / "exports/.step_00000002.partial-1").mkdir(parents=True)
     going_on = hook("continue")
     for step in (1, 2, 6):
         assert going_on.after_step(report(step)) is None

@@ -33,9 +33,13 @@ def test_resume_takes_the_newest_complete_checkpoint(data_dir, tmp_path):
     newest = fake_checkpoint(tmp_path / "run", config, 2)
     (fake_checkpoint(tmp_path / "run", config, 3) / ".metadata").unlink()
     (tmp_path / "run/export").mkdir()
+    partial = [tmp_path / "run/.export.partial-1", tmp_path / "run/exports/.step_00000001.partial-1"]
+    for left in partial:  # a run died while it exported
+        left.mkdir(parents=True)
     start = open_run_directory(run_config(data_dir, tmp_path / "run", resume=True, train_steps=9, log_interval=3))
     assert (start.checkpoint, start.step) == (newest, 2)
     assert (tmp_path / "run/export_until_step_00000002").is_dir()
+    assert not any(left.exists() for left in partial)
 
 
 def test_resuming_twice_at_one_step_overwrites_no_config(data_dir, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,13 +29,13 @@ from tests.run.test_checkpoint_policy import opened, steps
 
 @pytest.fixture
 def small(tmp_path) -> Iterator[Path]:
-    """A file system of 4 MB and 64 files."""
+    """A file system of 8 MB and 64 files: room for three checkpoints of the tiny model."""
     if os.geteuid() != 0:
         pytest.skip("mounting a small file system needs root")
     where = tmp_path / "small"
     where.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=4m,nr_inodes=64", "tmpfs", str(where)], capture_output=True, text=True
+        ["mount", "-t", "tmpfs", "-o", "size=8m,nr_inodes=64", "tmpfs", str(where)], capture_output=True, text=True
     )
     if mounted.returncode:
         pytest.skip(f"this machine lets nobody mount: {mounted.stderr.strip()}")
@@ -132,11 +133,15 @@ def test_records_wait_for_room_and_what_is_optional_is_said_once(small, caplog):
     writer.close()
     records = read_records(small)
     assert [record["step"] for record in records] == [1, 2, 3, 4]
-    assert records[-1]["write_failures/metrics.jsonl"] == 3.0
+    assert records[-1]["write_failures/metrics.jsonl"] == 2.0
+    assert records[2]["eval/a/accuracy"] == 0.5 and records[2]["loss"] == 3.0, "a record that waits is added to"
     assert caplog.text.count("metrics.jsonl cannot be written, the run goes on without") == 1
 
 
-def test_events_of_tensorboard_are_given_up_in_words(small, capfd):
+def test_events_of_tensorboard_are_given_up_in_words(small, capfd, monkeypatch):
+    ended: list[object] = []
+    say = ended.append
+    monkeypatch.setattr(threading, "excepthook", say)
     optional = OptionalWrites(Incidents(small))
     writer = MetricsWriter(small, optional=optional)
     with full(small):
@@ -145,3 +150,5 @@ def test_events_of_tensorboard_are_given_up_in_words(small, capfd):
         writer.close()
     assert optional.counts()["write_failures/tensorboard"] == 1.0
     assert "Traceback" not in capfd.readouterr().err
+    assert not ended, "its thread ends with a traceback, which Python would print"
+    assert threading.excepthook is say

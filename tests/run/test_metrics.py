@@ -6,12 +6,17 @@ import json
 import math
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from megatron_ktr.loop import _each_step
 from megatron_ktr.report.run_data import read_run
+from megatron_ktr.run.hook import StepHook
 from megatron_ktr.run.metrics import MetricsWriter
+from megatron_ktr.run.step_report import StepReport
 from megatron_ktr.sums import Metrics
 
 
@@ -134,3 +139,27 @@ def test_figures_are_added_to_the_record_of_a_step_or_make_it_if_it_is_lost(tmp_
     writer.add(2, {"eval/a/accuracy": 0.25})
     writer.close()
     assert records(tmp_path) == [{"step": 2, "eval/a/accuracy": 0.25}]
+
+
+def test_displays_are_shown_the_counts_of_saves_that_failed() -> None:
+    shown: list[dict[str, float]] = []
+
+    class Display(StepHook):
+        def after_step(self, report: StepReport) -> None:
+            shown.append(dict(report.values))
+
+    class Trainer:
+        options = SimpleNamespace(trainer=SimpleNamespace(train_steps=1))
+        policy = SimpleNamespace(ranks=SimpleNamespace(world=None))
+
+        def train_step(self, step: int) -> StepReport:
+            return StepReport(step, {"loss": 1.0}, (), tuple)
+
+    nothing = lambda *_: None  # noqa: E731
+    counts = dict(counts=lambda: {"save_failures": 2.0}, after_step=nothing, close=nothing)
+    checkpoints, leave = SimpleNamespace(**counts), SimpleNamespace(agreed=nothing, can_save=True)
+    recorded: list[dict[str, float]] = []
+    steps: dict[str, Any] = dict(trainer=Trainer(), hooks=[Display()], checkpoints=checkpoints, leave=leave)
+    steps["between"] = SimpleNamespace(after=nothing)
+    _each_step(**steps, first=1, record=lambda report: recorded.append(dict(report.values)))
+    assert shown == recorded == [{"loss": 1.0, "save_failures": 2.0}]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import math
 import shutil
@@ -34,17 +35,20 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train_to_the_stop(context: RankContext, *, inputs: Path, run_dir: Path) -> tuple[int, str]:
-    """From step 3 on one element of a gradient is NaN, on the rank that has it in its shard. Returns the exit code and
-    the error stream."""
+def train_to_the_stop(
+    context: RankContext, *, inputs: Path, run_dir: Path, most: int | None = None, **options: Any
+) -> tuple[int, str]:
+    """From step 3 on one element of a gradient is NaN, on the rank that has it in its shard; of at most ``most``
+    updates. Returns the exit code and the error stream."""
     from megatron_ktr.policy.policy import Policy
     from models.qwen2_5_vl.conversion import named_model_parameters
 
     original = Policy.backward
+    spoils = itertools.count()
 
     def spoiled(policy: Any, *args: Any, facts: Any, **kwargs: Any) -> Any:
         result = original(policy, *args, facts=facts, **kwargs)
-        if facts.step >= 3:
+        if facts.step >= 3 and (most is None or next(spoils) < most):
             named = dict(named_model_parameters(policy.bare_chunks))
             parameter: Any = next(p for name, p in named.items() if name.endswith(POISONED) and "language" in name)
             parameter.main_grad.view(-1)[-1] = math.nan
@@ -52,9 +56,9 @@ def train_to_the_stop(context: RankContext, *, inputs: Path, run_dir: Path) -> t
 
     Policy.backward = spoiled  # type: ignore[method-assign]
     said = io.StringIO()
-    changes = dict(
-        train_steps=6, save_interval=1, keep_checkpoints=0, max_skipped_in_a_row=1, prompts_per_step=2, noise_every=2
-    )
+    changes: dict[str, Any] = dict(train_steps=6, save_interval=1, keep_checkpoints=0, max_skipped_in_a_row=1)
+    changes.update(prompts_per_step=2, noise_every=2)
+    changes.update(options)
     sharded = dict(optimizer="adam", use_distributed_optimizer=True, lr=1e-3)
     try:
         with contextlib.redirect_stderr(said):
@@ -141,6 +145,21 @@ def test_the_dump_alone_is_enough_to_run_the_step_again(
     assert "layers.1.mlp" in bad["first_tensor"]["name"]
     assert bad["first_token"]["response"] == bad["first_token"]["token"] == 1
     assert "first not finite" in bad_table and "not known to be those of the step" in bad_table
+
+
+def test_the_dump_shows_the_gradient_of_the_mini_batch_that_was_skipped(
+    inputs: Path, ranks: RankPool, tmp_path: Path
+) -> None:
+    """The mini-batch after it takes its step, and leaves other gradients behind, which are finite and clipped."""
+    run_dir = tmp_path / "run"
+    options: dict[str, Any] = dict(inputs=inputs, run_dir=run_dir, most=1, mini_batches=2, train_steps=3)
+    assert ranks(train_to_the_stop, 1, **options, clip_grad=1e-3)[0][0] == 0
+    facts = read_facts(run_dir / "dumps" / "step_00000003")
+    assert facts["values"]["has_stepped"] == facts["values"]["skipped_updates/gradient"] == 1.0
+    assert sum(one["num_not_finite"] for one in facts["gradients"].values()) == 1
+    assert math.hypot(*(one["norm"] for one in facts["gradients"].values())) > 0.01
+    ((good, _),) = ranks(replays, 1, arguments=[[str(run_dir / "dumps" / "step_00000003")]])[0]
+    assert good["has_stepped"] and math.hypot(*(one["norm"] for one in good["gradients"].values())) > 0.01
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import datetime
 import json
+import math
 import os
 import random
 import socket
@@ -199,6 +200,24 @@ def test_what_the_metrics_say(name: str, tmp_path: Path) -> None:
     assert verdict.looks_wrong == (name in ("loss", "updates", "nothing")), "waiting is slow, not wrong"
 
 
+def test_steps_whose_updates_are_skipped_had_something_to_learn(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "run", every=dict(has_stepped=0.0, skipped_updates=1.0))
+    heartbeat(run_dir)
+    assert "anything to learn" not in wrong(verdict_of(run_dir))
+
+
+def test_a_loss_scale_that_is_looked_for_is_not_wrong(tmp_path: Path) -> None:
+    scaled = {"has_stepped": 0.0, "skipped_updates": 1.0, "skipped_updates/loss_scale": 1.0, "grad_norm": None}
+    run_dir = write_run(tmp_path / "run", every=scaled)
+    heartbeat(run_dir)
+    verdict = verdict_of(run_dir)
+    assert not verdict.looks_wrong and "for the loss scale of fp16 alone" in "".join(f.text for f in verdict.findings)
+    write_run(run_dir, every=scaled, num_steps=60)
+    assert "updates skipped in 20 of the last 20 steps, for the loss scale" in wrong(verdict_of(run_dir))
+    write_run(run_dir, every={**scaled, "skipped_updates": 2.0, "skipped_updates/log_prob": 1.0})
+    assert "updates skipped in 20 of the last 20 steps, last in 30" in wrong(verdict_of(run_dir))
+
+
 def test_incidents_count_from_the_last_start_on(tmp_path: Path, capsys: Any) -> None:
     run_dir = write_run(tmp_path / "run")
     heartbeat(run_dir)
@@ -316,6 +335,38 @@ def test_torn_and_senseless_files_never_end_it(seed: int, tmp_path: Path, capsys
         for flags in ([], ["--json"], ["--verify"]):
             assert run_status.main([str(run_dir), *flags]) in (0, 1)
         assert "\x1b" not in capsys.readouterr().out
+
+
+ODD_NUMBERS = (10**400, -(10**400), 1e308, -1e308, math.nan, math.inf, -math.inf, 2**63, 1e15, True)
+
+
+def test_no_number_of_a_heartbeat_or_a_record_ends_it(tmp_path: Path, capsys: Any) -> None:
+    """JSON holds whole numbers that no float can hold, and Python's reader takes NaN; each value in turn."""
+    every = {"ranks/slowest": 0, "ranks/slowest_behind_seconds": 1.0, "data_wait_fraction": 0.1, "num_skipped": 1}
+    run_dir = write_run(tmp_path / "run", num_steps=3, every=every)
+    heartbeat(run_dir)
+    whole = json.loads((run_dir / "status" / "rank_00000.json").read_text())
+    for name in whole:
+        for value in ODD_NUMBERS:
+            heartbeat(run_dir, **{name: value} if name != "rank" else {})
+            assert run_status.main([str(run_dir)]) in (0, 1), (name, value)
+    heartbeat(run_dir)
+    for name in {**record(1), **every}:
+        for value in ODD_NUMBERS:
+            lines = [record(step, **every) for step in (1, 2)] + [record(3, **every) | {name: value}]
+            (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+            assert run_status.main([str(run_dir)]) in (0, 1), (name, value)
+    assert "is not a finite number" in capsys.readouterr().out
+
+
+def test_pipes_and_endless_brackets_count_as_not_there(tmp_path: Path) -> None:
+    """PyYAML takes hours for a megabyte of open brackets; a pipe that nobody writes to is never read."""
+    run_dir = write_run(tmp_path / "run")
+    (run_dir / "config.yaml").write_text("[" * 900_000)
+    (run_dir / "status").mkdir()
+    os.mkfifo(run_dir / "status" / "rank_00000.json")
+    os.mkfifo(run_dir / "events.jsonl")
+    assert verdict_of(run_dir).step == 30
 
 
 def test_watching_ends_when_the_run_does(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:

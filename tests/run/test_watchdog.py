@@ -14,7 +14,7 @@ from megatron_ktr.errors import EXIT_HANG
 from megatron_ktr.processes.frames import place_of_error, place_of_main_thread
 from megatron_ktr.run import rank_monitor
 from megatron_ktr.run.metrics import PhaseTimer
-from megatron_ktr.run.watchdog import Entry, Watchdog, missing_ranks
+from megatron_ktr.run.watchdog import Entry, Watchdog, missing_ranks, stopped_seconds
 from tests.support.patience import wait_until
 
 SHORT = 0.2 / 60
@@ -57,6 +57,11 @@ def test_the_rank_that_the_others_wait_for_is_named(
     before: dict[int, Entry], after: dict[int, Entry], expected: str
 ) -> None:
     assert missing_ranks(before, after, world_size=2, speaker=0) == expected
+
+
+@pytest.mark.parametrize(("passed", "expected"), [(1.25, 0.0), (12.0, 0.0), (3601.25, 3600.0)])
+def test_the_time_in_which_the_process_was_stopped_does_not_count(passed: float, expected: float) -> None:
+    assert stopped_seconds(passed, wanted=1.25) == expected
 
 
 def test_a_verdict_about_many_ranks_names_some() -> None:

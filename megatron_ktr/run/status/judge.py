@@ -26,6 +26,9 @@ LONG_PHASE_STEPS = 10
 DISK_MARGIN = 1.1
 """Free space, in checkpoints, below which the next one may not fit."""
 
+SCALE_STEPS = 40
+"""Steps in which fp16 may still look for its loss scale, which begins at 2^32 and is halved at each overflow."""
+
 WRONG_INCIDENTS = frozenset(
     "alarm hang replica_mismatch save_failure export_failure write_failure damaged_checkpoint "
     "unverified_checkpoint".split()
@@ -239,13 +242,20 @@ def _of_metrics(run: RunFacts, per_step: float | None) -> Iterator[Finding]:
         return
     last = recent[-1]
     broken = [name for name in ("loss", "grad_norm", "kl", "reward_mean") if name in last and last[name] is None]
+    if broken == ["grad_norm"] and _only_scales(last):
+        broken = []  # of an overflow it is not known
     if broken:
         yield Finding(True, f"{_some(broken)} of step {last['step']} is not a finite number")
     skipped = [one["step"] for one in recent if _is_number(one.get("skipped_updates")) and one["skipped_updates"] > 0]
     if skipped:
         text = f"updates skipped in {len(skipped)} of the last {len(recent)} steps"
-        yield Finding(len(skipped) * 2 >= len(recent) or skipped[-1] == last["step"], f"{text}, last in {skipped[-1]}")
-    idle = [one for one in recent if one.get("has_stepped") == 0]
+        if all(_only_scales(one) for one in recent if one["step"] in skipped):
+            text += ", for the loss scale of fp16 alone"
+            is_wrong = len(skipped) * 2 >= len(recent) and last["step"] > SCALE_STEPS
+        else:
+            is_wrong = len(skipped) * 2 >= len(recent) or skipped[-1] == last["step"]
+        yield Finding(is_wrong, f"{text}, last in {skipped[-1]}")
+    idle = [one for one in recent if one.get("has_stepped") == 0 and not one.get("skipped_updates")]
     if len(idle) == len(recent) > 1:
         text = f"none of the last {len(recent)} steps had anything to learn: the rewards within each group are equal"
         yield Finding(len(recent) >= RECENT_STEPS, text)
@@ -253,6 +263,11 @@ def _of_metrics(run: RunFacts, per_step: float | None) -> Iterator[Finding]:
     if wait is not None and wait >= NOTEWORTHY_WAIT:
         yield Finding(False, f"{wait:.0%} of the recent steps' time is waiting for data: more --data-workers")
     yield from _of_slowest(recent, per_step)
+
+
+def _only_scales(record: Mapping[str, Any]) -> bool:
+    """Whether updates of the step were skipped, and all of them for the loss scale of fp16."""
+    return bool(record.get("skipped_updates")) and record.get("skipped_updates/loss_scale") == record["skipped_updates"]
 
 
 def _of_slowest(recent: Sequence[Mapping[str, Any]], per_step: float | None) -> Iterator[Finding]:

@@ -47,8 +47,8 @@ class Endpoint(StepHook):
         port: int,
         *,
         num_steps: int,
-        incidents: Incidents,
         first_step: int = 1,
+        incidents: Incidents,
         oldest_heartbeat: Callable[[], float | None] = lambda: None,
     ) -> None:
         self._num_steps, self._incidents = num_steps, incidents

@@ -19,6 +19,7 @@ import psutil
 import yaml
 
 from megatron_ktr.errors import UserError
+from megatron_ktr.files.bounded import read_yaml_text
 from megatron_ktr.files.checksums import MANIFEST, DamagedManifest, read_manifest
 from megatron_ktr.files.intact_checkpoint import checkpoint_damage, incompleteness
 from megatron_ktr.files.json_files import parse_json
@@ -31,6 +32,9 @@ TAIL_BYTES = 4_000_000
 """The end of a file of lines that is read: enough for more than a thousand steps."""
 RECENT_STEPS = 20
 MOST_FILE_BYTES = 1_000_000
+MOST_NUMBER = 1e300
+"""A number that is larger counts as none: the sum of a thousand such numbers still fits into a float."""
+MOST_WORLD_SIZE = 1_000_000
 
 ALIVE, STOPPED, GONE, ELSEWHERE = "alive", "stopped", "gone", "on another host"
 """Stopped: by a signal (SIGSTOP), or by a debugger; it may go on."""
@@ -50,7 +54,7 @@ class RankStatus:
 
     def number(self, name: str) -> float | None:
         value = self.facts.get(name)
-        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+        return float(value) if _is_number(value) else None
 
     def text(self, name: str) -> str:
         value = self.facts.get(name)
@@ -128,7 +132,7 @@ def read_run_facts(run_dir: Path, *, verifies: bool = False) -> RunFacts:
     ranks = _read_ranks(run_dir, now=now)
     newest = max((one.text("incarnation") for one in ranks), key=_as_time, default="")
     current = [one for one in ranks if one.text("incarnation") == newest]
-    sizes = [int(size) for one in current if (size := one.number("world_size")) is not None]
+    sizes = [int(size) for one in current if (size := one.number("world_size")) and size <= MOST_WORLD_SIZE]
     records = [one for one in _read_lines(run_dir / METRICS) if _is_step(one.get("step"))]
     return RunFacts(
         run_dir=run_dir,
@@ -155,7 +159,7 @@ def _read_ranks(run_dir: Path, *, now: float) -> list[RankStatus]:
         facts = _read_object(path)
         number = path.stem.removeprefix("rank_")
         written = facts.get("time")
-        if not number.isdecimal() or not isinstance(written, int | float):
+        if not number.isdecimal() or not _is_number(written):
             continue
         found.append(RankStatus(int(number), facts, max(0.0, now - written), _process_of(facts)))
     return sorted(found, key=lambda one: one.rank)
@@ -181,16 +185,32 @@ def _process_of(facts: Mapping[str, Any]) -> str:
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        if path.stat().st_size > MOST_FILE_BYTES:
+        if not path.is_file() or path.stat().st_size > MOST_FILE_BYTES:  # a pipe would be waited for
             return {}
         found = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return _sound(found) if isinstance(found, dict) else {}
+
+
+def _sound(found: dict[str, Any]) -> dict[str, Any]:
+    """``found`` with None for numbers that are not finite or larger than any that means something, which would be
+    errors wherever one computes with them."""
+    return {name: None if _is_any_number(value) and not _is_number(value) else value for name, value in found.items()}
+
+
+def _is_any_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_any_number(value) and abs(value) <= MOST_NUMBER  # false for NaN, too
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of the last lines of a file, without what is torn or no object."""
+    if not path.is_file():
+        return []
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -205,12 +225,12 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
         if isinstance(value, dict):
-            found.append(value)
+            found.append(_sound(value))
     return found
 
 
 def _is_step(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**63
 
 
 def _as_time(incarnation: str) -> float:
@@ -230,13 +250,13 @@ def _options(configs: Sequence[Path]) -> dict[str, Any]:
     if not configs:
         return {}
     try:
-        if configs[-1].stat().st_size > MOST_FILE_BYTES:
+        if not configs[-1].is_file():
             return {}
-        content = yaml.safe_load(configs[-1].read_text(encoding="utf-8"))
+        content = yaml.safe_load(read_yaml_text(configs[-1]))
         sections = [section for section in content.values() if isinstance(section, dict)]
-    except (OSError, ValueError, LookupError, AttributeError, RecursionError, yaml.YAMLError):
+    except (OSError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError, yaml.YAMLError):
         return {}
-    return {str(name): value for section in sections for name, value in section.items()}
+    return _sound({str(name): value for section in sections for name, value in section.items()})
 
 
 def _changed(path: Path) -> float | None:

@@ -25,12 +25,14 @@ from megatron_ktr.run.status.read import RankStatus, RunFacts
 MOST_RANKS = 8
 """Ranks that the table lists: those whose heartbeats are oldest."""
 MOST_INCIDENTS = 5
+MOST_SECONDS_LEFT = 1e10
+"""Three hundred years: an end that is later is no estimate, and no date far beyond it can be shown."""
 _SHOWN = ("reward_mean", "loss", "grad_norm", "kl", "entropy", "response_length", "key_token_ratio", "learning_rate")
 
 
 def table(run: RunFacts, verdict: Verdict) -> str:
     rows = [("run", str(run.run_dir)), ("state", _state(verdict)), ("step", _step(run, verdict))]
-    if verdict.seconds_left is not None:
+    if verdict.seconds_left is not None and verdict.seconds_left <= MOST_SECONDS_LEFT:
         end = datetime.datetime.fromtimestamp(run.now + verdict.seconds_left).astimezone()
         rows.append(("ends", f"in about {duration(verdict.seconds_left)}, {end:%Y-%m-%d %H:%M %Z}"))
     if run.num_parts > 1:
