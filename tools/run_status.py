@@ -8,8 +8,8 @@ hosts it sees only the heartbeats. --verify reads every byte of the newest check
 compared with checksums.json. --watch prints anew every few seconds for as long as the run is alive. With --json the
 last line is one JSON object.
 
-Exit code: 0 the run is alive, finished, or left when it was asked to; 1 something looks wrong (the lines that begin
-with WRONG); 2 RUN is no run directory.
+Exit code: 0 the run is alive, finished, or left when it was asked to; 1 something looks wrong (the run failed, died or
+is silent, or a line begins with WRONG); 2 RUN is no run directory.
 """
 
 from __future__ import annotations

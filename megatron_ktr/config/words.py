@@ -48,7 +48,6 @@ SELECTIONS: tuple[Selection, ...] = get_args(Selection)
 SelectionRule = Literal["quantile", "rank"]
 Scope = Literal["response", "prompt", "batch"]
 """The sets of tokens whose scores are compared (``attribution/scopes.py``)."""
-SCOPES: tuple[Scope, ...] = get_args(Scope)
 Combine = Literal["union", "intersection", "weighted"]
 TokenWeights = Literal["hard", "rank", "sigmoid", "softmax", "soft_mask"]
 TOKEN_WEIGHTS: tuple[TokenWeights, ...] = get_args(TokenWeights)

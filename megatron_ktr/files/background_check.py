@@ -1,8 +1,8 @@
 """Reads a checkpoint again after it was published, in a thread, and compares it with its checksums.
 
-Its files were hashed on their way out, so this finds what a failing disk, a full one or a file server made of them.
-Each rank reads a share; files that the system still remembers are dropped from its memory first, where it can do that
-(Linux, local disks), so that the disk is asked.
+Its files were hashed while they were written, so this finds damage by a failing disk, a full one or a file server. Each
+rank reads a share. What the system keeps of the files in memory is dropped first, where that is possible (Linux, local
+disks), so that the disk itself is read.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """torch's elastic agent, which starts the ranks of a node and looks after them, with what a training run needs.
 
 - A rank that ends with a code of ``FINAL_CODES`` ends the run: starting it again would give the same.
-- When a rank fails, the others of its node may notice for ``GRACE_SECONDS``, and say so. Then they are killed.
-- A node that shows no sign of life is noticed, also while the ranks wait for it in a collective.
+- When a rank fails, the others of its node have ``GRACE_SECONDS`` to notice it and to say so. Then they are killed.
+- It notices a node that shows no sign of life, even while the ranks wait for that node in a collective.
 - Ranks end with the agent (``lifeline.py``), and what they have started ends with them.
 - A node that is cut off ends its ranks, and does not close the rendezvous for the others.
 """

@@ -7,7 +7,8 @@ moment where it is known and the moment where it is used.
 The norm is reduced over the model-parallel ranks, and with the distributed optimizer over the world. It does not see
 everything: without that optimizer each replica finds its own norm, of gradients that should be the same; and of copies
 that several tensor ranks hold, only one is counted. A rank whose copy alone is damaged would skip alone, or step with
-it. Hence each rank looks at what it alone knows, and the ranks of the world agree by one further number.
+it. Hence each rank also looks at the gradients that the norm leaves out, and one further sum over the world tells all
+ranks whether any of them has found something.
 """
 
 from __future__ import annotations

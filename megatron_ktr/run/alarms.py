@@ -1,12 +1,13 @@
 """Raises alarms while a run trains: gradient norm, reward, entropy, length, KL, and vision that reaches no loss.
 
-The rules are in ``alarm_rules.py``. An alarm that is on is the metric ``alarm/<name>`` of value 1 at each step. It is
-raised, as a warning on the console and an incident, when it goes on; again only if it was off for ``alarm_window``
-steps in between, or, for a fault that a run does not leave by itself, each ``alarm_window`` steps.
+The rules are in ``alarm_rules.py``. While an alarm is on, each step has the metric ``alarm/<name>`` of value 1. When it
+goes on it is raised: that is a warning on the console and an incident. It is raised again only if it was off for
+``alarm_window`` steps in between. The alarm ``vision`` is different, because a run does not recover from it by itself:
+as long as it is on, it is raised every ``alarm_window`` steps.
 
 With ``alarm_action: stop`` an alarm that is raised also saves a checkpoint and ends the run. A run that is resumed
-reads the metrics of the steps before, and so raises exactly what an uninterrupted one would raise: not once more what
-had ended it.
+reads the metrics of the steps before. So it raises exactly what an uninterrupted run would raise, and does not raise
+again what had ended it.
 """
 
 from __future__ import annotations

@@ -2,8 +2,19 @@
 
     {"time": "2026-01-31T12:00:00+00:00", "step": 12, "kind": "alarm", "text": "gradient norm 50 ...", "name": ...}
 
-``kind`` is one word for what happened (``alarm``, ``skipped_update``, ``save_failure``, ...), ``text`` one line for
-people; a kind may have facts of its own beside them. Lines are only ever added, also by resumed runs.
+``kind`` is one word for what happened, ``text`` one line for people. A kind may have facts of its own beside them.
+Lines are only ever added, also by resumed runs. The kinds, and where each comes from:
+
+    alarm                                    alarms.py
+    skipped_update                           skipped_updates.py
+    replica_mismatch                         replica_check.py
+    hang                                     watchdog.py, from the rank that hangs
+    save_failure                             checkpoint.py: a checkpoint could not be written
+    damaged_checkpoint                       checkpoint.py: one was not what had been written when it was read again
+    unverified_checkpoint                    checkpoint.py: one could not be read again
+    export_failure                           exports.py
+    write_failure                            optional_writes.py: a file that the run can do without
+    metrics_port, wandb, profile             status/prometheus.py, status/wandb_writer.py, profile.py: a display is off
 """
 
 from __future__ import annotations

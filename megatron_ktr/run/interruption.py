@@ -1,9 +1,9 @@
 """Early exit on request: when any rank gets SIGUSR1 or SIGTERM, the run saves after the current step and ends.
 
 Schedulers send a signal some time before they take a machine away. The rank that gets it only remembers it. Before each
-step all ranks compare the signals they have received, one integer each, so that all of them stop after the same step,
-whichever got the signal. The trainer then saves a checkpoint and exits with ``EXIT_SAVED``. ``--resume`` continues from
-there.
+step all ranks compare the signals that they have received, one integer each. So all of them stop after the same step,
+whichever rank got the signal. The run then saves a checkpoint and exits with ``EXIT_SAVED``. ``--resume`` continues
+from there.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ earlier part, on a node that was cut off, until its timeout ends it.
 
 A run that was taken for dead and wakes up again (a machine that was cut off, a process that was stopped) finds another
 token in the file. It looks before and after each step and before everything it does to checkpoints, and then ends. What
-it had begun to write at that moment may still arrive: checkpoints appear by a rename after such a look, so that leaves
-a window of one rename, not of one checkpoint.
+it had begun to write at that moment may still arrive. Checkpoints appear by a rename right after such a look, so only
+the time of that rename is unguarded, and not the time in which the checkpoint is written.
 """
 
 from __future__ import annotations

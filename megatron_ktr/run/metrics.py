@@ -218,7 +218,8 @@ def _say_but_of_events(ended: Any, *, say: Callable[[Any], object]) -> None:
 
 
 NOTEWORTHY_WAIT = 0.1
-"""The share of a step spent waiting for data from which the console mentions it. The first step always waits."""
+"""The share of a step spent waiting for data from which the console and ``tools/run_status.py`` mention it; the latter
+also takes it for waiting for the slowest rank. The first step always waits."""
 
 
 def step_line(step: int, num_steps: int, values: Mapping[str, float]) -> str:

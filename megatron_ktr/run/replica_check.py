@@ -1,8 +1,9 @@
 """Compares the copies of the weights that ranks hold, every few steps, and ends the run where they differ.
 
-Copies are made equal by the same arithmetic on the same numbers. If they differ, a bit has changed in a memory or on a
-wire, or a processor has computed something else: silent data corruption. Every later step would mix the wrong copy into
-all others, so the run ends without saving; the checkpoints of the steps up to the last comparison are sound.
+Copies stay equal because every rank does the same arithmetic on the same numbers. If they differ, a bit has changed in
+a memory or on a wire, or a processor has computed a wrong number: silent data corruption. Every later step would mix
+the wrong copy into all others, so the run ends without saving; the checkpoints of the steps up to the last comparison
+are sound.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Watches for updates that were skipped because a number was not finite: dumps the step, and ends the run in time.
 
-A single one is survived: the update is dropped on all ranks and the run goes on (``batch/skips.py``). It is an
-incident, and the first of a row leaves a dump. More than ``max_skipped_in_a_row`` end the run, with a dump of the last
-one. The state is then not saved: these weights are what gives such numbers again and again.
+After a single one the run goes on, because the update is dropped on all ranks (``batch/skips.py``). Each is an
+incident, and the first of a row leaves a dump. More than ``max_skipped_in_a_row`` in a row end the run, with a dump of
+the last one. The state is then not saved, because these weights give such numbers again and again.
 """
 
 from __future__ import annotations

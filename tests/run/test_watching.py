@@ -168,6 +168,19 @@ def test_prometheus_reads_the_last_step(endpoint: Endpoint, tmp_path: Path) -> N
     assert endpoint.address in listening and all(address.ip == "127.0.0.1" for address in listening)
 
 
+def test_a_run_that_is_started_again_gets_its_port_again(endpoint: Endpoint, tmp_path: Path) -> None:
+    """Its port is in TIME_WAIT, because the server closes connections first."""
+    assert endpoint.address is not None
+    read(endpoint.address)
+    endpoint.close()
+    again = Endpoint(*endpoint.address, num_steps=9, incidents=Incidents(tmp_path))
+    try:
+        assert again.address == endpoint.address and not again._incidents.counts
+        assert "ktr_step 0.0" in read(endpoint.address)[0].splitlines()
+    finally:
+        again.close()
+
+
 def test_a_run_that_goes_on_shows_the_steps_that_are_done(tmp_path: Path) -> None:
     found = Endpoint("127.0.0.1", 0, num_steps=9, first_step=5, incidents=Incidents(tmp_path))
     try:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
+from megatron_ktr.run.metrics import NOTEWORTHY_WAIT
 from megatron_ktr.run.status.files import FAILED, LEFT, RUNNING, TRAINED
 from megatron_ktr.run.status.read import ALIVE, ELSEWHERE, GONE, RECENT_STEPS, STOPPED, RankStatus, RunFacts
 
@@ -22,8 +23,6 @@ STARTING_SECONDS = 1800.0
 LONG_PHASE_SECONDS = 300.0
 LONG_PHASE_STEPS = 10
 """A phase is long when it has lasted longer than this many steps and that many seconds."""
-NOTEWORTHY_WAIT = 0.1
-"""The share of a step in which it waits for data, or for the slowest rank."""
 DISK_MARGIN = 1.1
 """Free space, in checkpoints, below which the next one may not fit."""
 

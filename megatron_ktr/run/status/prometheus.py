@@ -132,7 +132,6 @@ def _number(value: float) -> str:
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
-    allow_reuse_address = True  # a run that is started again finds its port in TIME_WAIT
     request_queue_size = MOST_READERS
 
     def __init__(self, address: tuple[str, int], *, text: Callable[[], str]) -> None:
@@ -142,6 +141,8 @@ class _Server(ThreadingHTTPServer):
         self._room = threading.BoundedSemaphore(MOST_READERS)
 
     def server_bind(self) -> None:
+        # A run that is started again finds its port in TIME_WAIT.
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         # The base class would ask a name server for this machine's name.
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()

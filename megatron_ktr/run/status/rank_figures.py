@@ -8,7 +8,7 @@
 
 A rank's own part is what it does before the update: rollout, balance, pack, vision and score. Every rank waits for the
 others after the rollout and in the update, so that whole steps take equally long on all of them. Ranks of one replica
-also wait for each other inside these phases: the figures tell replicas apart, not the ranks of one replica.
+also wait for each other inside these phases. So the figures find the slow replica, but not the slow rank inside it.
 
 All ranks exchange their two or three numbers in one small sum of 24 bytes a rank; the host waits for it once a step,
 after the step's own numbers have been read.

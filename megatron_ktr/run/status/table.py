@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import math
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from megatron_ktr.errors import printable
@@ -47,7 +48,7 @@ def table(run: RunFacts, verdict: Verdict) -> str:
         here = len(incidents_of_this_part(run))
         counts = ", ".join(f"{kind} {number}" for kind, number in kinds.most_common())
         rows.append(("incidents", f"{counts} ({here} since the last start)"))
-        rows += [("", f"{one.get('time')} step {one.get('step')}: {one.get('text')}") for one in _last(run)]
+        rows += [("", _incident(one)) for one in _last(run)]
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {text}" for name, text in rows]
     lines += ["", *_ranks(run)] if run.ranks else []
@@ -149,6 +150,11 @@ def _checkpoint(run: RunFacts) -> str:
         return "none"
     note = "; tools/run_status.py --verify reads every byte" if one.verdict == "complete" else ""
     return f"step {one.step}, {duration(one.age_seconds)} old, {size(one.num_bytes)}, {one.verdict}{note}"
+
+
+def _incident(one: Mapping[str, Any]) -> str:
+    at = "" if one.get("step") is None else f" step {one['step']}"
+    return f"{one.get('time')}{at}: {one.get('text')}"
 
 
 def _last(run: RunFacts) -> list[Any]:

@@ -1,8 +1,8 @@
 """Metrics to Weights & Biases as well, for ``--wandb-project NAME``; the package ``wandb`` is optional.
 
-The run's id is kept in ``run_dir/wandb.json``, so that a resumed run continues the same curves. wandb takes steps in
-rising order alone: steps that are done again keep what they showed first. wandb's own environment variables hold
-(``WANDB_MODE=offline``, ``WANDB_API_KEY``); no key passes through this program. Its files go to ``run_dir/wandb``.
+The run's id is kept in ``run_dir/wandb.json``, so that a resumed run continues the same curves. wandb takes steps only
+in rising order, so steps that are done again keep the values that were sent first. wandb's own environment variables
+hold (``WANDB_MODE=offline``, ``WANDB_API_KEY``); no key passes through this program. Its files go to ``run_dir/wandb``.
 
 A thread talks to wandb, through a queue of bounded length: a server that is slow, away or refuses never slows or stops
 a run. What is lost that way is counted and is an incident once. The end of a run waits for wandb for at most
