@@ -160,6 +160,8 @@ def _remove_if_stale(path: Path, *, token: str, stale_seconds: float, sleep: Cal
     try:
         holder, touched = _read(path), _touched(path)
     except FileNotFoundError:
+        if path.is_symlink():
+            raise UserError(f"--run-dir {path.parent}: {path} is a link that leads nowhere; delete it") from None
         return
     if holder.get("machine") == _machine():
         pid = holder.get("pid")

@@ -120,6 +120,12 @@ def test_what_is_no_lease_is_watched_too(tmp_path):
         lease.release()
 
 
+def test_a_lease_that_is_a_link_to_nothing_is_refused(tmp_path):
+    (tmp_path / "lease.json").symlink_to("nowhere")
+    with pytest.raises(UserError, match="leads nowhere"):
+        acquire(tmp_path)
+
+
 def test_the_faster_of_two_that_take_over_keeps_it(tmp_path, monkeypatch):
     path = tmp_path / FILE
     path.write_text("{}")
