@@ -72,6 +72,8 @@ def run_steps(
     )
     if start.checkpoint is not None:
         checkpoints.load(start.checkpoint)
+        if ranks.rank == 0:
+            print(f"continues after step {start.step}, from {start.checkpoint}", flush=True)
     optional = OptionalWrites(incidents)
     writer = MetricsWriter(run_dir if ranks.rank == 0 else None, first_step=start.step + 1, optional=optional)
     hooks = _hooks(trainer, start=start, resilience=resilience, incidents=incidents, resolved=checkpointing.resolved)
@@ -241,5 +243,5 @@ def _show(report: StepReport, *, num_steps: int, decode: Callable[[Sequence[int]
     group, selections = report.groups[0], report.selections[0]
     text = selected_tokens_text(group.rollouts[0], selections[0], decode=decode)
     reward = group.rollouts[0].reward
-    print(f"problem {group.prompt.problem_id}, response 1 (reward {reward:g}), key tokens as [token|signals]:")
+    print(f"problem {group.prompt.problem_id}, response 1 (reward {reward:g}), key tokens as [token|signals' letters]:")
     print(text, flush=True)

@@ -21,19 +21,13 @@ class LineLog:
             OSError: the file cannot be opened.
         """
         self.path = path
-        self._descriptor = _open(path)
-        self.waiting: deque[str] = deque(maxlen=MOST_WAITING)
-        """The lines that are not in the file yet. They may be changed."""
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        self._waiting: deque[bytes] = deque(maxlen=MOST_WAITING)
 
-    def reopen(self) -> None:
-        """Goes on with the file that has taken the place of the one before; lines that wait go on waiting.
-
-        Raises:
-            OSError: the file cannot be opened; the one before stays open.
-        """
-        descriptor = _open(self.path)
-        os.close(self._descriptor)
-        self._descriptor = descriptor
+    @property
+    def num_waiting(self) -> int:
+        """The lines that are not in the file yet."""
+        return len(self._waiting)
 
     def add(self, line: str) -> None:
         """Adds a line, after those that wait.
@@ -41,7 +35,7 @@ class LineLog:
         Raises:
             OSError: it waits, because it cannot be written now.
         """
-        self.waiting.append(line)
+        self._waiting.append(line.encode("utf-8", "backslashreplace") + b"\n")
         self.flush()
 
     def flush(self) -> None:
@@ -50,8 +44,8 @@ class LineLog:
         Raises:
             OSError: some still wait.
         """
-        while self.waiting:
-            line = self.waiting[0].encode("utf-8", "backslashreplace") + b"\n"
+        while self._waiting:
+            line = self._waiting[0]
             size = os.fstat(self._descriptor).st_size
             try:
                 written = os.write(self._descriptor, line)
@@ -63,7 +57,7 @@ class LineLog:
                 with contextlib.suppress(OSError):
                     os.ftruncate(self._descriptor, size)
                 raise
-            self.waiting.popleft()
+            self._waiting.popleft()
 
     def close(self) -> None:
         """Closes the file; lines that still wait are lost. Closing twice does nothing."""
@@ -72,7 +66,3 @@ class LineLog:
                 self.flush()
             os.close(self._descriptor)
             self._descriptor = -1
-
-
-def _open(path: Path) -> int:
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)

@@ -68,12 +68,15 @@ class FrameReader:
         if media_root is None:
             media_root = _media_root_of(run)
         data: Mapping[str, Any] = run.config.get("data", {})
-        sampling = FrameSampling(
-            fps=data.get("video_fps", FrameSampling.fps),
-            num_frames=data.get("video_num_frames"),
-            max_frames=data.get("video_max_frames", 16),
-            rule=data.get("frame_sampling"),
-        )
+        try:
+            sampling = FrameSampling(
+                fps=data.get("video_fps", FrameSampling.fps),
+                num_frames=data.get("video_num_frames"),
+                max_frames=data.get("video_max_frames", 16),
+                rule=data.get("frame_sampling"),
+            )
+        except TypeError:
+            raise UserError(f"{run.path / 'config.yaml'}: expected numbers in data.video_fps and the like") from None
         return cls(media_root, sampling, max_frames=max_frames)
 
     def strips_of(self, record: Mapping[str, Any]) -> list[Strip]:

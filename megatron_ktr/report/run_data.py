@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ from megatron_ktr.errors import UserError
 from megatron_ktr.files.bounded import read_yaml_text
 from megatron_ktr.files.json_files import parse_json
 from megatron_ktr.objectives.bonuses.temporal import TemporalBonus
+from megatron_ktr.run.metrics import MOST_STEPS
 from megatron_ktr.types import Prompt, Rollout, RolloutGroup
 
 _STEP_FILE = re.compile(r"step_(\d+)(?:_replica_\d+)?\.jsonl")
@@ -133,7 +135,8 @@ def read_run(run_dir: Path | str) -> RunData:
     for line, values in read_lines(run_dir / "metrics.jsonl"):
         step = values.get("step")
         numbers = {name: _or_nan(value) for name, value in values.items() if name != "step"}
-        if not isinstance(step, int) or not _is_whole(step) or not all(_is_number(value) for value in numbers.values()):
+        is_step = isinstance(step, int) and _is_whole(step) and abs(step) < MOST_STEPS
+        if not is_step or not all(_is_number(value) for value in numbers.values()):
             raise UserError(f"{run_dir / 'metrics.jsonl'}, line {line}: expected a whole 'step' and numbers")
         by_step[step] = numbers
     steps = tuple(sorted(by_step))
@@ -308,4 +311,5 @@ def _is_whole(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float)
+    """Whether it is a number that a float can hold; JSON has whole numbers that none can."""
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) <= sys.float_info.max)

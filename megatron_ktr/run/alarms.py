@@ -11,6 +11,7 @@ had ended it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,7 +93,13 @@ class Alarms(StepHook):
 def earlier_values(run_dir: Path, *, names: frozenset[str], before: int) -> Sequence[Mapping[str, float | None]]:
     """The values called ``names`` of the steps 1 .. ``before`` - 1 of a run, as far as they are recorded."""
     return [
-        {name: record[name] for name in names if name in record}
+        {name: _sound(record[name]) for name in names if name in record}
         for record in read_records(run_dir)
         if 0 < record["step"] < before
     ]
+
+
+def _sound(value: object) -> float | None:
+    """A recorded value, or None for what is no number that a float can hold: a damaged line must not end a run."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    return float(value) if is_number else None

@@ -51,6 +51,7 @@ from megatron_ktr.files.intact_checkpoint import (
 from megatron_ktr.files.json_files import read_json
 from megatron_ktr.run.lease import FILE as LEASE_FILE
 from megatron_ktr.run.lease import Lease
+from megatron_ktr.run.metrics import read_records
 
 T = TypeVar("T")
 CHECKPOINTS = "checkpoints"
@@ -63,8 +64,8 @@ STEP_NAME = re.compile(r"step_(\d{8,})")
 STEP_ENTRY = re.compile(r"step_(\d{8,})(?:_replica_\d{4,})?(?:\.jsonl)?")
 """A file of rollouts, or a directory of an evaluation or an export."""
 
-SCRATCH_FILE = re.compile(r"\..+\.\d+")
-"""What ``files/atomic.py`` calls a file before it has its name."""
+SCRATCH_FILE = re.compile(r"\..+\.(\d+|[0-9a-f]{32})")
+"""What ``files/atomic.py`` and ``lease.py`` call a file before it has its name."""
 
 MAY_CHANGE = frozenset(
     "model transformer_impl gradient_accumulation_fusion "
@@ -226,7 +227,8 @@ def _resume(
     if last is not None and step > last:
         raise UserError(f"{length}: the run is at step {step} already ({checkpoint}); raise it")
     remove_scratch(run_dir)
-    _set_aside_export(run_dir / "export", step)
+    # The export was made after the last step that is recorded. That is a later one where its checkpoint is damaged.
+    _set_aside_export(run_dir / "export", max([step, *(record["step"] for record in read_records(run_dir))]))
     for folder in (ROLLOUTS, EVALUATIONS, EXPORTS):
         _set_aside_later(run_dir / folder, step)
     save_resolved(config, unused_path(run_dir / f"config_from_{step_name(step + 1)}.yaml"), notes=notes)

@@ -8,6 +8,7 @@ people; a kind may have facts of its own beside them. Lines are only ever added,
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import logging
 from collections import Counter
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ktr.files.json_files import to_json
+from megatron_ktr.files.line_log import LineLog
 from megatron_ktr.terminal import printable, without_secrets
 
 FILE = "events.jsonl"
@@ -39,10 +41,10 @@ class Incidents:
         _log.warning("%s%s", "" if step is None else f"step {step}: ", printable(text))
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         line = to_json({"time": now, "step": step, "kind": kind, "text": text, **facts})
-        line = f"{without_secrets(line)}\n"
         try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(line)
+            # Half a line of a disk that becomes full would make the next one unreadable, too.
+            with contextlib.closing(LineLog(self._path)) as file:
+                file.add(without_secrets(line))
         except OSError as error:
             self.num_lost += 1
             _log.warning("%s cannot be written: %s", self._path, error.strerror)

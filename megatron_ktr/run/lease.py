@@ -178,7 +178,7 @@ def _remove_if_stale(path: Path, *, token: str, stale_seconds: float, sleep: Cal
                     raise _refusal(path, holder)
             except FileNotFoundError:
                 return
-    _log.warning("%s is of %s, which is dead: taking the run over", path, _words(holder))
+    _log.warning("%s was left by %s, which is dead: this run takes the directory over", path, _process(holder))
     aside = path.with_name(f".{path.name}.{token}")
     try:
         path.rename(aside)
@@ -199,7 +199,11 @@ def _refusal(path: Path, holder: dict[str, Any]) -> UserError:
 
 
 def _words(holder: dict[str, Any]) -> str:
-    return f"another run (process {holder.get('pid', '?')} on {holder.get('host', 'an unknown machine')})"
+    return f"another run ({_process(holder)})"
+
+
+def _process(holder: dict[str, Any]) -> str:
+    return f"process {holder.get('pid', '?')} on {holder.get('host', 'an unknown machine')}"
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -49,12 +49,11 @@ Numbers in the file have 8 significant digits. A number that is not finite is nu
 
 from __future__ import annotations
 
-import json
 import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -121,6 +120,8 @@ class MetricsWriter:
         self._optional = optional or OptionalWrites()
         self._path: Path | None = None
         self._events = None
+        self._late: list[tuple[int, Mapping[str, float]]] = []
+        """Steps and what is to be added to their records."""
         self._hook_before: Callable[[Any], object] | None = None
         if run_dir is None:
             return
@@ -146,33 +147,37 @@ class MetricsWriter:
             self._file.add(to_json({"step": step, **_rounded(values), **self._optional.counts()}))
         except OSError as error:
             self._optional.fail(FILE, error, step=step)
+        else:
+            self._settle()
         self._show(step, values)
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
-        """Adds values to the record of a step that is written already; seconds of the same phase add up. The file is
-        replaced as a whole. The record is made if it is lost, as when the file was removed before a run was resumed."""
-        if self._path is None or self._file is None:
+        """Adds values to the record of a step that is written already, or waits to be; seconds of the same phase add
+        up. The file is replaced as a whole; where it cannot be, the values wait for the next record. The record is made
+        if it is lost, as when the file was removed before a run was resumed."""
+        if self._file is None:
             return
-        with suppress(OSError):  # then they go on waiting, for this step's record too
-            self._file.flush()
-        waiting = {_step_of(line): index for index, line in enumerate(self._file.waiting)}
-        if step in waiting:
-            record = json.loads(self._file.waiting[waiting[step]])
-            values = _added(record, values)
-            self._file.waiting[waiting[step]] = to_json(record)
-            return self._show(step, values)
-        records = _records(self._path)
-        record = next((one for one in records if one["step"] == step), None)
-        if record is None:
-            return self.write(step, values)
-        values = _added(record, values)
-        try:
-            write_atomically(self._path, "".join(to_json(one) + "\n" for one in records))
-        except OSError as error:
-            self._optional.fail(FILE, error, step=step)
-        else:
-            self._file.reopen()
+        self._late.append((step, values))
+        self._settle()
         self._show(step, values)
+
+    def _settle(self) -> None:
+        """Writes the values that came late, if any, into their records."""
+        if not self._late or self._path is None or self._file is None:
+            return
+        try:
+            self._file.flush()
+            records = {one["step"]: one for one in _records(self._path)}
+            for step, values in self._late:
+                _join(records.setdefault(step, {"step": step}), values)
+            ordered = sorted(records.values(), key=lambda one: one["step"])
+            write_atomically(self._path, "".join(to_json(one) + "\n" for one in ordered))
+        except OSError as error:
+            self._optional.fail(FILE, error, step=self._late[-1][0])
+            return
+        self._late.clear()
+        self._file.close()
+        self._file = LineLog(self._path)
 
     def _show(self, step: int, values: Mapping[str, float]) -> None:
         if self._events is None:
@@ -186,6 +191,7 @@ class MetricsWriter:
 
     def close(self) -> None:
         if self._file is not None:
+            self._settle()
             self._file.close()
         if self._events is not None:
             try:
@@ -195,6 +201,13 @@ class MetricsWriter:
             self._events = None
         if self._hook_before is not None:
             threading.excepthook, self._hook_before = self._hook_before, None
+
+
+def _join(record: dict[str, Any], values: Mapping[str, float]) -> None:
+    """Adds ``values`` to ``record``; seconds of the same phase add up."""
+    for name, value in values.items():
+        before = record.get(name, 0.0) if name.startswith("seconds/") else 0.0
+        record[name] = rounded(value + before)
 
 
 def _say_but_of_events(ended: Any, *, say: Callable[[Any], object]) -> None:
@@ -261,14 +274,6 @@ def evaluation_line(step: int, values: Mapping[str, float], *, note: str = "") -
 def rounded(value: float) -> float:
     """A number as the file holds it."""
     return float(f"{value:.8g}")
-
-
-def _added(record: dict[str, Any], values: Mapping[str, float]) -> dict[str, float]:
-    """Puts ``values`` into a record, and returns them with its seconds added."""
-    seconds = {name: record[name] for name in values if name.startswith("seconds/") and name in record}
-    added = {name: value + seconds.get(name, 0.0) for name, value in values.items()}
-    record.update(_rounded(added))
-    return added
 
 
 def _rounded(values: Mapping[str, float]) -> dict[str, float]:

@@ -46,8 +46,9 @@ def table(results: Mapping[str, Any]) -> str:
         lines += [f"| {area} | {kind} | {number} |" for kind, number in kinds.items()]
     lines.append(f"| all | | {results['num_faults']} |")
     lines.append("")
-    failed = f"Seeds that failed: {results['num_failures']} (causes in the results file)."
-    lines.append(f"{failed} Machine: {results['machine']}.")
+    stored = f"benchmarks/results/{RESULTS.name}"
+    failed = f"Further seeds, which failed: {results['num_failures']}. `{stored}` has their causes."
+    lines.append(" ".join(filter(None, [failed, results.get("note"), f"Machine: {results['machine']}."])))
     return "\n".join(lines) + "\n"
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from megatron_ktr.config.sections import ResilienceSection
 from megatron_ktr.run.alarm_rules import Fall, Level, Spike, Unseen, build_rules
-from megatron_ktr.run.alarms import AlarmBoard, Alarms
+from megatron_ktr.run.alarms import AlarmBoard, Alarms, earlier_values
 from megatron_ktr.run.hook import Stop
 from megatron_ktr.run.incidents import Incidents
 from megatron_ktr.run.metrics import MetricsWriter
@@ -176,3 +176,11 @@ def test_runs_that_go_well_raise_no_alarm_and_runs_that_break_raise_theirs() -> 
         assert raised <= {name}
         num_found[name] += name in raised
     assert set(num_found.values()) == {20}
+
+
+def test_a_damaged_record_does_not_end_a_run_that_resumes(tmp_path: Path) -> None:
+    values = [1.5, 10**400, "x", None, True, [1], math.inf]
+    lines = [json.dumps({"step": step, "grad_norm": value}) for step, value in enumerate(values, start=1)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    found = earlier_values(tmp_path, names=frozenset({"grad_norm"}), before=100)
+    assert [one["grad_norm"] for one in found] == [1.5, *[None] * 6]

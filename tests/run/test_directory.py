@@ -42,6 +42,29 @@ def test_resume_takes_the_newest_complete_checkpoint(data_dir, tmp_path):
     assert not any(left.exists() for left in partial)
 
 
+def test_an_export_has_the_name_of_the_step_that_it_was_made_after(data_dir, tmp_path):
+    """The run goes on from an older step than that, because the newest checkpoint is damaged."""
+    run_dir = tmp_path / "run"
+    config = run_config(data_dir, run_dir)
+    open_run_directory(config)
+    fake_checkpoint(run_dir, config, 2)
+    (fake_checkpoint(run_dir, config, 4) / ".metadata").unlink()
+    (run_dir / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in (1, 2, 3, 4)))
+    (run_dir / "export").mkdir()
+    assert open_run_directory(run_config(data_dir, run_dir, resume=True)).step == 2
+    assert (run_dir / "export_until_step_00000004").is_dir() and not (run_dir / "export").exists()
+
+
+def test_what_a_start_was_writing_when_it_died_is_not_kept(data_dir, tmp_path):
+    run_dir = tmp_path / "run"
+    open_run_directory(run_config(data_dir, run_dir))
+    for name in ("checkpoints/.step_00000001", "exports/.step_00000001.partial-7", "rollouts"):
+        (run_dir / name).mkdir(parents=True)
+    open_run_directory(run_config(data_dir, run_dir, auto_resume=True))
+    assert (run_dir / "abandoned_start/rollouts").is_dir()
+    assert not list(run_dir.rglob(".step_*"))
+
+
 def test_resuming_twice_at_one_step_overwrites_no_config(data_dir, tmp_path):
     run_dir = tmp_path / "run"
     open_run_directory(run_config(data_dir, run_dir))

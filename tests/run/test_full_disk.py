@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
 import threading
@@ -29,7 +30,7 @@ from tests.run.test_checkpoint_policy import opened, steps
 
 @pytest.fixture
 def small(tmp_path) -> Iterator[Path]:
-    """A file system of 8 MB and 64 files: room for three checkpoints of the tiny model."""
+    """A file system of 8 MB and 64 files: room for two checkpoints."""
     if os.geteuid() != 0:
         pytest.skip("mounting a small file system needs root")
     where = tmp_path / "small"
@@ -133,9 +134,31 @@ def test_records_wait_for_room_and_what_is_optional_is_said_once(small, caplog):
     writer.close()
     records = read_records(small)
     assert [record["step"] for record in records] == [1, 2, 3, 4]
-    assert records[-1]["write_failures/metrics.jsonl"] == 2.0
-    assert records[2]["eval/a/accuracy"] == 0.5 and records[2]["loss"] == 3.0, "a record that waits is added to"
+    assert records[2]["loss"] == 3.0 and records[2]["eval/a/accuracy"] == 0.5
+    assert records[-1]["write_failures/metrics.jsonl"] == 3.0
     assert caplog.text.count("metrics.jsonl cannot be written, the run goes on without") == 1
+
+
+def test_an_incident_that_does_not_fit_spoils_no_later_one(small):
+    incidents = Incidents(small)
+    incidents.add("first", "x" * 3900)  # its line ends a little before the page does
+    with full(small):
+        incidents.add("lost", "y" * 3900)
+    incidents.add("last", "z")
+    kinds = [json.loads(line)["kind"] for line in (small / "events.jsonl").read_text().splitlines()]
+    assert kinds == ["first", "last"] and incidents.num_lost == 1
+
+
+def test_values_that_come_late_wait_for_room_too(small):
+    """The record is in the file already, which is to be replaced as a whole."""
+    writer = MetricsWriter(small)
+    writer.write(1, {"loss": 1.0, "seconds/evaluate": 1.0})
+    with full(small):
+        writer.add(1, {"eval/a/accuracy": 0.5, "seconds/evaluate": 2.0})
+        assert read_records(small) == [{"step": 1, "loss": 1.0, "seconds/evaluate": 1.0}]
+    writer.write(2, {"loss": 2.0})
+    assert read_records(small)[0] == {"step": 1, "loss": 1.0, "seconds/evaluate": 3.0, "eval/a/accuracy": 0.5}
+    assert [record["step"] for record in read_records(small)] == [1, 2]
 
 
 def test_events_of_tensorboard_are_given_up_in_words(small, capfd, monkeypatch):

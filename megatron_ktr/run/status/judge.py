@@ -31,7 +31,7 @@ SCALE_STEPS = 40
 """Steps in which fp16 may still look for its loss scale, which begins at 2^32 and is halved at each overflow."""
 
 WRONG_INCIDENTS = frozenset(
-    "alarm vision hang replica_mismatch save_failure export_failure write_failure damaged_checkpoint "
+    "alarm hang replica_mismatch save_failure export_failure write_failure damaged_checkpoint "
     "unverified_checkpoint".split()
 )
 """Kinds of incidents that somebody should look at; any other kind is noted."""
@@ -187,8 +187,9 @@ def _of_state(run: RunFacts, state: str) -> Iterator[Finding]:
         names = [f"rank {one.rank}" for one in run.ranks if one.text("state") == FAILED]
         yield Finding(True, f"ended with an error on {_some(names)}: its message is on the error stream of the run")
     elif state == "dead":
-        place = _place(run.ranks[0])
-        yield Finding(True, f"ended without a word (killed, out of memory, a machine lost?): {place}")
+        first = run.ranks[0]
+        heard = f"its last heartbeat, {duration(first.age_seconds)} ago, was in {_where(first)}"
+        yield Finding(True, f"ended without a word (killed, out of memory, a machine lost?): {heard}")
     elif state == "starting":
         age = duration(run.now - (run.began or run.now))
         yield Finding(False, f"started {age} ago: it loads its model, its checkpoint and its engines")
@@ -201,6 +202,8 @@ def _of_state(run: RunFacts, state: str) -> Iterator[Finding]:
                 run.now - run.last_write > LONG_PHASE_SECONDS,
                 f"no heartbeats (an earlier version?): the last step was recorded {age} ago, more is not known",
             )
+    if state in ("dead", "failed", "left") and run.checkpoint is not None:
+        yield Finding(False, f"to go on after step {run.checkpoint.step}: the same command again, with --resume")
     hosts = sorted({one.text("host") for one in run.ranks if one.process == ELSEWHERE})
     if hosts and state in ALIVE_STATES:
         yield Finding(False, f"processes of {_some(hosts)} cannot be seen from here: judged by their heartbeats alone")
@@ -315,11 +318,14 @@ def _of_storage(run: RunFacts, state: str) -> Iterator[Finding]:
         yield Finding(False, "no checkpoints (--save-interval 0): if it dies, everything is lost")
 
 
-def _place(rank: RankStatus) -> str:
+def _where(rank: RankStatus) -> str:
     step, phase = rank.number("step"), rank.text("phase")
-    where = f"in phase {phase}" if phase else "between phases"
+    return f"step {int(step or 0)}, " + (f"in phase {phase}" if phase else "between phases")
+
+
+def _place(rank: RankStatus) -> str:
     seconds = rank.seconds_since("phase_since")
-    return f"step {int(step or 0)}, {where}" + ("" if seconds is None else f" for {duration(seconds)}")
+    return _where(rank) + ("" if seconds is None else f" for {duration(seconds)}")
 
 
 def duration(seconds: float) -> str:

@@ -8,6 +8,7 @@ from collections import Counter
 from typing import Any
 
 from megatron_ktr.errors import printable
+from megatron_ktr.run.status.files import RUNNING
 from megatron_ktr.run.status.judge import (
     GOOD_STATES,
     Verdict,
@@ -37,6 +38,8 @@ def table(run: RunFacts, verdict: Verdict) -> str:
         rows.append(("parts", f"{run.num_parts}: begun once, taken up {run.num_parts - 1} times"))
     rows += [("last values", text) for text in _values(run)]
     rows += [("left out", text) for text in _skipped(run)]
+    if (wait := mean_of(run.recent, "data_wait_fraction")) is not None:
+        rows.append(("waiting", f"for data {wait:.0%} of the time"))
     rows += [("memory", text) for text in _memory(run)]
     rows += [("checkpoint", _checkpoint(run)), ("disk", f"{size(run.free_bytes or 0)} free")]
     kinds = Counter(str(one["kind"]) for one in run.incidents)
@@ -98,7 +101,10 @@ def _step(run: RunFacts, verdict: Verdict) -> str:
         first = run.ranks[0]
         phase, seconds = first.text("phase"), first.seconds_since("phase_since")
         since = "" if seconds is None else f" for {duration(seconds)}"
-        text += f"; now step {int(first.number('step') or 0)}, {f'phase {phase}' if phase else 'between phases'}{since}"
+        at = int(first.number("step") or 0)
+        # A heartbeat is some seconds old, and the metrics of a later step may be there already.
+        when = "now" if at > verdict.step else f"{duration(first.age_seconds)} ago"
+        text += f"; {when} step {at}, {f'phase {phase}' if phase else 'between phases'}{since}"
     return text
 
 
@@ -127,8 +133,6 @@ def _skipped(run: RunFacts) -> list[str]:
         values = [one[name] for one in run.records if isinstance(one.get(name), int | float)]
         if values and (total := math.fsum(values)):
             parts.append(f"{word} {_number(total)} in the last {len(values)} steps")
-    if (wait := mean_of(run.recent, "data_wait_fraction")) is not None:
-        parts.append(f"waiting for data {wait:.0%} of the time")
     return ["; ".join(parts)] if parts else []
 
 
@@ -174,7 +178,7 @@ def _rank_row(one: RankStatus) -> tuple[str, ...]:
             one.process,
             f"{duration(one.age_seconds)} ago",
             _number(one.number("step")),
-            one.text("phase") or one.text("state"),
+            one.text("phase") or ("between phases" if one.text("state") == RUNNING else one.text("state")),
             "-" if seconds is None else duration(seconds),
             "-" if rss is None else size(rss),
             _number(one.number("open_files")),
