@@ -146,14 +146,27 @@ def load_optimizer_state(
             inner = own.get("optimizer", own)
             inner["param_groups"] = _with_own_settings(inner["param_groups"], settings)
             has_count = has_count or any(group.get("step") is not None for group in inner["param_groups"])
+            has_count = has_count or "common_step" in inner.get("state", {})
+            if not isinstance(part, DistributedOptimizer):
+                _fill_count(inner, part)
             part.load_state_dict(own)
         if isinstance(part, DistributedOptimizer):
             read_shards(part, own_shards, TorchDistReader(checkpoint))
-            if not has_count and _has_moments(part):
-                raise UserError(
-                    f"--resume: {checkpoint} has moments of the optimizer and no count of its steps, so they cannot be "
-                    "continued; it is of a version that lost the count where the first pipeline stage trains nothing"
-                )
+        if not has_count and _has_moments(part):
+            raise UserError(
+                f"--resume: {checkpoint} has moments of the optimizer and no count of its steps, so they cannot be "
+                "continued; it is of a version that lost the count where the first pipeline stage trains nothing"
+            )
+
+
+def _fill_count(inner: dict[str, Any], part: MegatronOptimizer) -> None:
+    """Gives torch's Adam a count of steps where none is stored. megatron-core leaves out a count of 0: that of a run
+    whose updates were all skipped so far, or had nothing to learn."""
+    state = inner.get("state")
+    if not state or "common_step" in state or not isinstance(part.optimizer, torch.optim.Adam):
+        return
+    counts = [group["step"] for group in inner["param_groups"] if group.get("step") is not None]
+    state["common_step"] = torch.tensor(float(counts[0] if counts else 0))
 
 
 def _has_moments(part: DistributedOptimizer) -> bool:
