@@ -33,6 +33,9 @@ from megatron_ktr.config.words import (
     TransformerImpl,
 )
 
+MOST_LR = 1e6
+"""No learning rate of any use; Adam divides it by 1 - beta, and cannot where that is no number of 32 bits."""
+
 
 @dataclass(frozen=True)
 class ModelSection:
@@ -99,9 +102,11 @@ class OptimizerSection:
     """Optimizer and learning-rate schedule."""
 
     optimizer: OptimizerName = _option("adam", "adam is AdamW; sgd has no momentum")
-    lr: float = _option(2e-6, "Highest learning rate", above=0)
-    vision_lr: float | None = _option(None, "Highest learning rate of the vision encoder; none = lr", low=0)
-    min_lr: float = _option(0.0, "Learning rate at the end of the decay", low=0)
+    lr: float = _option(2e-6, "Highest learning rate", above=0, high=MOST_LR)
+    vision_lr: float | None = _option(
+        None, "Highest learning rate of the vision encoder; none = lr", low=0, high=MOST_LR
+    )
+    min_lr: float = _option(0.0, "Learning rate at the end of the decay", low=0, high=MOST_LR)
     lr_decay_style: DecayStyle = _option("cosine", "Shape of the decay, which ends with the run")
     lr_warmup_steps: int = _option(0, "Steps of linear warm-up from 0", low=0)
     lr_warmup_samples: int | None = _option(

@@ -82,6 +82,11 @@ def test_a_number_that_no_float_holds_is_refused_by_every_option(tmp_path):
             load_config(["--config", str(file)])
 
 
+def test_a_learning_rate_that_adam_cannot_divide_is_refused():
+    for flag in ("--lr", "--vision-lr", "--min-lr"):
+        assert flag in error_of([*MINIMAL, flag, "1.7e38"])
+
+
 def test_lists_are_comma_separated_or_repeated():
     assert load_config([*MINIMAL, "--signals", "visual,temporal"]).objective.signals == ("visual", "temporal")
     assert load_config([*MINIMAL, "--signals", "visual", "--signals", "entropy"]).objective.signals == (
