@@ -169,7 +169,7 @@ def _fill_count(inner: dict[str, Any], part: MegatronOptimizer) -> None:
     state["common_step"] = torch.tensor(float(counts[0] if counts else 0))
 
 
-def _has_moments(part: DistributedOptimizer) -> bool:
+def _has_moments(part: Any) -> bool:
     """Whether a step was taken, as far as the moments show. A step whose gradients were all zero does not show, but
     does no harm either."""
     return any(bool(state["exp_avg"].any()) for state in part.optimizer.state.values() if "exp_avg" in state)
