@@ -135,8 +135,12 @@ def read_run(run_dir: Path | str) -> RunData:
     for line, values in read_lines(run_dir / "metrics.jsonl"):
         step = values.get("step")
         numbers = {name: _or_nan(value) for name, value in values.items() if name != "step"}
-        is_step = isinstance(step, int) and _is_whole(step) and abs(step) < MOST_STEPS
-        if not is_step or not all(_is_number(value) for value in numbers.values()):
+        if (
+            not isinstance(step, int)
+            or isinstance(step, bool)
+            or abs(step) >= MOST_STEPS
+            or not all(_is_number(value) for value in numbers.values())
+        ):
             raise UserError(f"{run_dir / 'metrics.jsonl'}, line {line}: expected a whole 'step' and numbers")
         by_step[step] = numbers
     steps = tuple(sorted(by_step))

@@ -102,5 +102,6 @@ def earlier_values(run_dir: Path, *, names: frozenset[str], before: int) -> Sequ
 
 def _sound(value: object) -> float | None:
     """A recorded value, or None for what is no number that a float can hold: a damaged line must not end a run."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-    return float(value) if is_number else None
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    return float(value) if abs(value) <= sys.float_info.max else None
