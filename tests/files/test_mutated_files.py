@@ -30,7 +30,7 @@ from megatron_ktr.files.hf_files import SafetensorsReader
 from megatron_ktr.files.intact_checkpoint import checkpoint_damage
 from megatron_ktr.files.safe_pickle import load_metadata, load_torch_object
 from megatron_ktr.run.checkpoint_state import read_training_state
-from megatron_ktr.run.kept import _best_of
+from megatron_ktr.run.kept import _found
 from megatron_ktr.run.metrics import MetricsWriter, read_records
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 
@@ -278,7 +278,7 @@ def test_records_of_a_run(tmp_path):
 
     def read() -> None:
         assert all(isinstance(record["step"], int) for record in read_records(tmp_path))
-        _best_of(tmp_path, "eval/a/accuracy", until=3)
+        _found(tmp_path, "eval/a/accuracy", until=3)
 
     @fuzzed(100)
     @given(change=byte_changes(), nasty=st.sampled_from([*NASTY, {"step": "x"}, {"step": True}, {"step": 10**400}]))
