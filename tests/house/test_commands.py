@@ -141,7 +141,7 @@ def test_recorded_rollouts_train_under_torchrun_as_in_one_process(tmp_path) -> N
         assert four["loss"] == pytest.approx(one["loss"], abs=1e-3)
         assert four["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
         assert four["key_token_ratio"] == pytest.approx(one["key_token_ratio"], abs=0.05)
-    assert "[token|signals]" in console and (tmp_path / "parallel" / "export" / "config.json").is_file()
+    assert "[token|signals' letters]" in console and (tmp_path / "parallel" / "export" / "config.json").is_file()
     # Loading, too, is as quiet as training and saving.
     for command in (alone, parallel):
         run_quietly(*command, "--resume", "--train-steps", "3")
