@@ -30,7 +30,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from megatron_ktr.errors import StepAbandoned, UserError
 from megatron_ktr.rollout.server.client import (
@@ -143,12 +143,11 @@ class ServerPool:
             UserError: every server refuses the request.
             StepAbandoned: no server answers it, or none is left.
         """
-        tries, body, avoid = 0, None, set[str]()
+        tries, body, avoid = 0, None, Counter[str]()
         refused: Counter[str] = Counter()
         give_up_at = time.monotonic() + self.settings.wait_seconds
         while True:
             server = await self._acquire(avoid=avoid)
-            avoid = {server.url, *refused}
             try:
                 if body is None:
                     body = await asyncio.to_thread(encode)
@@ -172,6 +171,8 @@ class ServerPool:
                 server.num_requests -= 1
                 await self._notify()
             tries += 1
+            # Another server is asked than the last one, and first those that have refused the request least often.
+            avoid = refused + Counter([server.url])
             if tries > (self.settings.max_retries + 1) * len(self._servers) and time.monotonic() >= give_up_at:
                 raise StepAbandoned(f"{name} failed {tries} times on the vLLM servers; the last time {error}")
             self.counts["retries"] += 1
@@ -198,7 +199,7 @@ class ServerPool:
         server.failures = 0
         return samples
 
-    async def _acquire(self, *, avoid: Collection[str]) -> Member:
+    async def _acquire(self, *, avoid: Counter[str]) -> Member:
         """Reserves a place on a server that is in. Raises StepAbandoned if no server is in and none comes back."""
         while True:
             async with self._changed:
@@ -207,7 +208,7 @@ class ServerPool:
                         break
                     await self._changed.wait()
                 else:
-                    server = min(self._free(), key=lambda server: (server.url in avoid, server.num_requests))
+                    server = min(self._free(), key=lambda server: (avoid[server.url], server.num_requests))
                     server.num_requests += 1
                     return server
             await self._rescue()
