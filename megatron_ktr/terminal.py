@@ -24,14 +24,14 @@ _PRINTED_BESIDE_BARS = re.compile(f"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f{_UNSEEN
 
 
 _SECRETS: set[str] = set()
-_LEAST_SECRET = 12
+LEAST_SECRET = 12
 """Shorter ones, such as "EMPTY", stand in many a text by chance."""
 HIDDEN = "***"
 
 
 def keep_secret(value: str) -> None:
     """From now on ``without_secrets`` hides ``value``, a key or a token."""
-    if len(value) >= _LEAST_SECRET:
+    if len(value) >= LEAST_SECRET:
         _SECRETS.add(value)
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from megatron_ktr.accounting.rates import step_rates
 from megatron_ktr.batch.micro_batch import MicroBatch, UpdateResult, together
 from megatron_ktr.batch.packing import MediaSpec
-from megatron_ktr.batch.skips import FAULTS, IN_A_ROW, SkipStreak
+from megatron_ktr.batch.skips import IN_A_ROW, NOT_FINITE, SkipStreak
 from megatron_ktr.config.part_options import StepOptions
 from megatron_ktr.config.run_length import num_steps_of
 from megatron_ktr.distributed.collectives import gather_rows
@@ -245,7 +245,7 @@ class Trainer:
         found: Callable[[], dict[str, TensorGradient]] | None = None
         for items, facts in updates:
             results.append(self.policy.update(items, objective=self.objective, facts=facts))
-            if found is None and results[-1].skip_reason in FAULTS and len(results) < len(updates):
+            if found is None and results[-1].skip_reason in NOT_FINITE and len(results) < len(updates):
                 found = partial(dict, tensor_gradients(self.policy))
         return results, found or partial(tensor_gradients, self.policy)
 

@@ -27,13 +27,13 @@ from typing import Literal
 from megatron_ktr.batch.micro_batch import UpdateResult
 
 SkipReason = Literal["log_prob", "loss", "gradient", "loss_scale", "objective", "threshold"]
-FAULTS: frozenset[SkipReason] = frozenset({"log_prob", "loss", "gradient"})
+NOT_FINITE: frozenset[SkipReason] = frozenset({"log_prob", "loss", "gradient"})
 """The reasons that count in a row. No option and no algorithm asks for these skips."""
 IN_A_ROW = "skipped_in_a_row"
 
 
 class SkipStreak:
-    """Counts the updates in a row that were skipped for one of ``FAULTS``. An update that takes a step ends the row;
+    """Counts the updates in a row that were skipped for one of ``NOT_FINITE``. An update that takes a step ends the row;
     one that has nothing to learn, or is skipped for another reason, leaves it as it is."""
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class SkipStreak:
     def add(self, results: Sequence[UpdateResult]) -> dict[str, float]:
         """Takes the updates of a step, in order; returns the step's metrics about skips.
 
-        ``skipped_in_a_row`` is there only if an update was skipped for one of ``FAULTS``. It is the longest row that
+        ``skipped_in_a_row`` is there only if an update was skipped for one of ``NOT_FINITE``. It is the longest row that
         reaches into the step, since a later update of the same step may end the row.
         """
         counts = {"skipped_updates": float(sum(result.is_skipped for result in results))}
@@ -50,7 +50,7 @@ class SkipStreak:
         for result in results:
             if result.has_stepped:
                 self.length = 0
-            elif result.skip_reason in FAULTS:
+            elif result.skip_reason in NOT_FINITE:
                 self.length += 1
                 longest = max(longest, self.length)
             if result.is_skipped and result.skip_reason is not None:

@@ -30,7 +30,7 @@ ALIKE = 0.02
 """A spread up to this is no difference: twice what rounding to bf16 leaves."""
 NO_SHIFT = 1e-4
 """Nats: log-probs that differ by less do so by rounding, in fp32."""
-FAULTS = ("vision/tokens_alike", "vision/videos_alike", "vision/no_gradient", "vision/no_shift")
+VISION_FAULTS = ("vision/tokens_alike", "vision/videos_alike", "vision/no_gradient", "vision/no_shift")
 
 
 class VisionWatch:
@@ -106,7 +106,7 @@ def take_watched(metrics: Metrics) -> dict[str, float]:
 
 
 def vision_faults(watched: Mapping[str, float], *, has_stepped: bool, noise: float = 0.0) -> dict[str, float]:
-    """Those of ``FAULTS`` that the update shows, as metrics of value 1; none of an update without media.
+    """Those of ``VISION_FAULTS`` that the update shows, as metrics of value 1; none of an update without media.
 
     Args:
         watched: the numbers that ``take_watched`` returned.
@@ -122,4 +122,4 @@ def vision_faults(watched: Mapping[str, float], *, has_stepped: bool, noise: flo
         has_stepped and watched.get("media_pull", 1.0) > 0.0 and watched.get("gradient_max", 1.0) == 0.0,
         bool(shifts) and max(shifts) <= max(NO_SHIFT, noise),
     )
-    return {name: 1.0 for name, is_fault in zip(FAULTS, is_found, strict=True) if is_fault}
+    return {name: 1.0 for name, is_fault in zip(VISION_FAULTS, is_found, strict=True) if is_fault}

@@ -31,7 +31,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, median
 
 from megatron_ktr.config.sections import ResilienceSection
-from megatron_ktr.policy.vision_watch import FAULTS
+from megatron_ktr.policy.vision_watch import VISION_FAULTS
 
 LEVEL_STEPS = 5
 """Values whose median is compared with a level; the value of a single step would be too noisy."""
@@ -139,15 +139,15 @@ class Unseen(AlarmRule):
     """On if each of the last ``STEPS`` steps showed the same fault of vision. A step without media shows none."""
 
     name = "vision"
-    metrics = FAULTS
+    metrics = VISION_FAULTS
     is_repeated = True
     STEPS = 3
 
     def __init__(self) -> None:
-        self._in_a_row = dict.fromkeys(FAULTS, 0)
+        self._in_a_row = dict.fromkeys(VISION_FAULTS, 0)
 
     def read(self, values: Mapping[str, float | None]) -> str | None:
-        for fault in FAULTS:
+        for fault in VISION_FAULTS:
             self._in_a_row[fault] = self._in_a_row[fault] + 1 if values.get(fault) else 0
         found = [_UNSEEN[fault] for fault, number in self._in_a_row.items() if number >= self.STEPS]
         if not found:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_ktr.batch.skips import FAULTS, IN_A_ROW
+from megatron_ktr.batch.skips import IN_A_ROW, NOT_FINITE
 from megatron_ktr.config.sections import ResilienceSection
 from megatron_ktr.policy.policy import Policy
 from megatron_ktr.run.dumps import DUMPS, write_dump
@@ -53,7 +53,7 @@ class SkippedUpdates(StepHook):
         return stop
 
     def _skipped(self, report: StepReport, in_a_row: int) -> Stop | None:
-        found = [reason for reason in sorted(FAULTS) if report.values.get(f"skipped_updates/{reason}")]
+        found = [reason for reason in sorted(NOT_FINITE) if report.values.get(f"skipped_updates/{reason}")]
         why = " and ".join(_WORDS[reason] for reason in found)
         is_last = in_a_row > self._most
         is_first = in_a_row <= round(sum(report.values[f"skipped_updates/{reason}"] for reason in found))

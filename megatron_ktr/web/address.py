@@ -15,15 +15,13 @@ from urllib.parse import urlsplit
 import httpx
 
 from megatron_ktr.errors import UserError
-from megatron_ktr.terminal import HIDDEN, keep_secret
+from megatron_ktr.terminal import HIDDEN, LEAST_SECRET, keep_secret
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _KEY = re.compile(r"[!-~]+")
 """Printable ASCII without blanks. Anything else could not stand in a header, and the error would show it."""
 KEY_OPTION = "--api-key-env"
 _MOST_FILE_BYTES = 4096
-_LEAST_SECRET = 12
-"""Keys with fewer characters are left as they are in answers."""
 
 
 class ApiKey:
@@ -94,7 +92,7 @@ class ApiKey:
     def hide_in_answer(self, text: str) -> str:
         """The same for what a model says. Servers of one's own often have keys such as "EMPTY", which an answer may
         hold by chance, and must keep."""
-        return self.hide(text) if len(self._value) >= _LEAST_SECRET else text
+        return self.hide(text) if len(self._value) >= LEAST_SECRET else text
 
     def __repr__(self) -> str:
         return f"ApiKey({HIDDEN})"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,43 +19,17 @@ from typing import Any
 import pytest
 
 from megatron_ktr.config import load_config
+from tests.support.nodes import ip, must, two_nodes
 from tests.support.paths import REPOSITORY
 from tests.support.patience import PATIENCE_SECONDS
 
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
 
 
-def ip(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(["ip", *arguments], capture_output=True, text=True, timeout=PATIENCE_SECONDS)
-
-
-def must(done: subprocess.CompletedProcess) -> str:
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[tuple[str, str]]:
-    """Names of two namespaces whose ``eth0`` are the ends of one cable."""
-    if shutil.which("ip") is None:
-        pytest.skip("two nodes need the command ip (iproute2)")
-    names = (f"ktr{os.getpid()}a", f"ktr{os.getpid()}b")
-    try:
-        for name in names:
-            made = ip("netns", "add", name)
-            if made.returncode:
-                pytest.skip(f"network namespaces may not be made here: {made.stderr.strip()}")
-        cable = ip("-n", names[0], "link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", names[1])
-        if cable.returncode:
-            pytest.skip(f"virtual network cables may not be made here: {cable.stderr.strip()}")
-        for name, address in zip(names, ADDRESSES, strict=True):
-            must(ip("-n", name, "address", "add", f"{address}/30", "dev", "eth0"))
-            must(ip("-n", name, "link", "set", "eth0", "up"))
-            must(ip("-n", name, "link", "set", "lo", "up"))
+    with two_nodes("ktr", addresses=ADDRESSES) as names:
         yield names
-    finally:
-        for name in names:
-            ip("netns", "delete", name)  # the cable goes with either end
 
 
 @pytest.fixture(scope="module")

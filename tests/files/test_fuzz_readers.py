@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 
 from megatron_ktr.config import load_config
 from megatron_ktr.data.media.preprocess import PreprocessSettings
@@ -28,6 +28,7 @@ from megatron_ktr.files.json_files import read_json, read_json_object
 from megatron_ktr.report.html import write_report
 from megatron_ktr.rollout.replay import ReplayEngine
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
+from tests.support.fuzzing import fuzzed
 from tests.support.hostile_text import HOSTILE_BYTES, changed
 from tests.support.tokenizer import tiny_tokenizer
 
@@ -124,16 +125,6 @@ def test_a_hostile_file_is_read_or_costs_one_line(tmp_path: Path, name: str) -> 
         path.write_bytes(content)
         outcomes.append(told(READERS[name], path))
     assert any(outcomes) or name == "answers", "what is no answer is passed over, and asked again"
-
-
-def fuzzed(num_examples: int) -> Any:
-    return settings(
-        max_examples=num_examples,
-        derandomize=True,
-        deadline=None,
-        database=None,
-        suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-    )
 
 
 @fuzzed(80)

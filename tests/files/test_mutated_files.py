@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ktr.data.media.preprocess import PreprocessSettings
@@ -33,6 +33,7 @@ from megatron_ktr.run.checkpoint_state import read_training_state
 from megatron_ktr.run.kept import _found
 from megatron_ktr.run.metrics import MetricsWriter, read_records
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
+from tests.support.fuzzing import fuzzed
 
 NASTY: list[Any] = [
     *(None, True, "", "x" * 1000, "\x1b[2J", -1, 0, 2**63, 10**400, 1e308, float("nan"), float("-inf"), [], {}),
@@ -111,16 +112,6 @@ def read_or_refuse(read: Callable[[], Any]) -> None:
 
 def with_mutation(source: Path, target: Path, change: Callable[[bytes], bytes]) -> None:
     target.write_bytes(change(source.read_bytes()))
-
-
-def fuzzed(num_examples: int) -> Any:
-    return settings(
-        max_examples=num_examples,
-        derandomize=True,
-        deadline=None,
-        database=None,
-        suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-    )
 
 
 @pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json"])

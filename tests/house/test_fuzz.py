@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from megatron_ktr.config import OPTIONS, Config, config_from_values, load_config
@@ -19,19 +19,10 @@ from megatron_ktr.data.synthetic import corpus
 from megatron_ktr.data.tiny_model import save_tiny_model
 from megatron_ktr.errors import UserError, one_line
 from megatron_ktr.run.preflight import check_run
+from tests.support.fuzzing import fuzzed
 
 NUM_HEADS, NUM_KV_HEADS, NUM_LAYERS, NUM_VISION_HEADS = 8, 2, 4, 4
 SECTIONS = sorted({option.section for option in OPTIONS.values()})
-
-
-def fuzzed(num_examples: int) -> Any:
-    return settings(
-        max_examples=num_examples,
-        derandomize=True,
-        deadline=None,
-        database=None,
-        suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-    )
 
 
 @pytest.fixture(scope="module")

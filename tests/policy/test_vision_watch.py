@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megatron_ktr.policy.vision_watch import ALIKE, FAULTS, NO_SHIFT, spread, vision_faults
+from megatron_ktr.policy.vision_watch import ALIKE, NO_SHIFT, VISION_FAULTS, spread, vision_faults
 from megatron_ktr.types import RolloutGroup
 from tests.support.layouts import sizes_of
 from tests.support.ranks import RankContext, RankPool
@@ -78,7 +78,7 @@ def faults_of(context: RankContext, *, hf_dir: Path) -> dict[str, tuple[set[str]
         if broken == "equal":
             numbered = [group if not group.prompt.media else _with_equal_rewards(group) for group in numbered]
         records = run_steps(parallel, hf_dir=hf_dir, rollout_groups=numbered, values=values, before=break_model)
-        found[name] = {one for one in FAULTS if records[0].values.get(one)}, watched
+        found[name] = {one for one in VISION_FAULTS if records[0].values.get(one)}, watched
         assert not [one for one in records[0].values if one.startswith("watched/")]
     return found
 

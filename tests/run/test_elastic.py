@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,14 +22,13 @@ import psutil
 import pytest
 
 from megatron_ktr.config import config_from_values
-from megatron_ktr.data.synthetic import corpus
-from megatron_ktr.data.tiny_model import save_tiny_model
 from megatron_ktr.launching.arguments import check_arguments, find_meeting, may_restart, prepare_restarts
 from megatron_ktr.launching.lifeline import with_lifeline
 from megatron_ktr.run.preflight import restart_notes
+from tests.support.nodes import ip, two_nodes
 from tests.support.paths import REPOSITORY
 from tests.support.patience import PATIENCE_SECONDS, wait_until
-from tests.support.replayed import replay_values
+from tests.support.replayed import replay_values, write_text_replay
 
 ADDRESSES = ("10.213.78.1", "10.213.78.2")
 PORT = "29621"
@@ -38,47 +36,17 @@ STEPS = 7
 HANG_MINUTES = 0.25
 
 
-def ip(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(["ip", *arguments], capture_output=True, text=True, timeout=PATIENCE_SECONDS)
-
-
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[tuple[str, str]]:
-    """Names of two namespaces whose ``eth0`` are the ends of one cable."""
-    if shutil.which("ip") is None:
-        pytest.skip("two nodes need the command ip (iproute2)")
-    names = (f"kte{os.getpid()}a", f"kte{os.getpid()}b")
-    try:
-        for name in names:
-            if (made := ip("netns", "add", name)).returncode:
-                pytest.skip(f"network namespaces may not be made here: {made.stderr.strip()}")
-        cable = ip("-n", names[0], "link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", names[1])
-        if cable.returncode:
-            pytest.skip(f"virtual network cables may not be made here: {cable.stderr.strip()}")
-        for name, address in zip(names, ADDRESSES, strict=True):
-            for arguments in (
-                ("address", "add", f"{address}/30", "dev", "eth0"),
-                ("link", "set", "eth0", "up"),
-                ("link", "set", "lo", "up"),
-            ):
-                assert ip("-n", name, *arguments).returncode == 0
+    with two_nodes("kte", addresses=ADDRESSES) as names:
         yield names
-    finally:
-        for name in names:
-            ip("netns", "delete", name)  # the cable goes with either end
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``model/`` and ``rollouts.jsonl``: text questions with recorded responses, of which some earned more."""
     folder = tmp_path_factory.mktemp("elastic")
-    save_tiny_model(folder / "model", corpus=corpus(), hidden_size=32, ffn_size=64, num_layers=2, vision_hidden_size=32)
-    words = corpus()[0].split()
-    with (folder / "rollouts.jsonl").open("w") as file:
-        for number in range(8):
-            responses = [{"text": " ".join(words[k : k + 4]), "reward": (number + k) % 3} for k in range(3)]
-            file.write(json.dumps({"problem_id": str(number), "problem": "red", "responses": responses}) + "\n")
-    return folder
+    return write_text_replay(folder)
 
 
 def values(inputs: Path, run_dir: Path) -> dict[str, Any]:

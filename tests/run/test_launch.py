@@ -17,14 +17,12 @@ import pytest
 from megatron_ktr.config import Config, config_from_values
 from megatron_ktr.data.media.video_decord import DecordProcess
 from megatron_ktr.data.media.video_pyav import index_video
-from megatron_ktr.data.synthetic import corpus
-from megatron_ktr.data.tiny_model import save_tiny_model
 from megatron_ktr.errors import UserError
 from megatron_ktr.run.directory import list_checkpoints, open_run_directory
 from megatron_ktr.run.interruption import EXIT_SAVED, LEAVE_SIGNALS
 from tests.support.paths import REPOSITORY
 from tests.support.patience import PATIENCE_SECONDS, wait_until
-from tests.support.replayed import replay_values
+from tests.support.replayed import replay_values, write_text_replay
 from tests.support.videos import numbered_frames, write_video
 
 LAUNCH = REPOSITORY / "examples" / "launch"
@@ -42,13 +40,7 @@ def free_port() -> int:
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``model/`` and ``rollouts.jsonl``: text questions with recorded responses, of which some earned more."""
     folder = tmp_path_factory.mktemp("launch")
-    save_tiny_model(folder / "model", corpus=corpus(), hidden_size=32, ffn_size=64, num_layers=2, vision_hidden_size=32)
-    words = corpus()[0].split()
-    with (folder / "rollouts.jsonl").open("w") as file:
-        for number in range(8):
-            responses = [{"text": " ".join(words[k : k + 4]), "reward": (number + k) % 3} for k in range(3)]
-            file.write(json.dumps({"problem_id": str(number), "problem": "red", "responses": responses}) + "\n")
-    return folder
+    return write_text_replay(folder)
 
 
 def values(inputs: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:

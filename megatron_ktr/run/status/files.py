@@ -7,6 +7,8 @@ from pathlib import Path
 FOLDER = "status"
 RUNNING, TRAINED, LEFT, FAILED = "running", "trained", "left", "failed"
 """The states of a rank: trained = the last step is done; left = ended before it, when asked to or by an alarm."""
+RECENT_STEPS = 20
+"""The last steps, by which the pace of a run and what looks wrong are judged."""
 
 
 def rank_file(run_dir: Path, rank: int) -> Path:

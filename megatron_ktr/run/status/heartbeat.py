@@ -39,10 +39,9 @@ from megatron_ktr.distributed.platform import Platform
 from megatron_ktr.files.json_files import to_json
 from megatron_ktr.run.hook import StepHook
 from megatron_ktr.run.metrics import PhaseTimer
-from megatron_ktr.run.status.files import FAILED, FOLDER, LEFT, RUNNING, TRAINED, rank_file
+from megatron_ktr.run.status.files import FAILED, FOLDER, LEFT, RECENT_STEPS, RUNNING, TRAINED, rank_file
 from megatron_ktr.run.step_report import StepReport
 
-RECENT_STEPS = 20
 CLOSING_SECONDS = 10.0
 """How long the end of a run waits for a heartbeat that a file server does not take."""
 

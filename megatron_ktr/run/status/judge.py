@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 from megatron_ktr.run.metrics import NOTEWORTHY_WAIT
-from megatron_ktr.run.status.files import FAILED, LEFT, RUNNING, TRAINED
-from megatron_ktr.run.status.read import ALIVE, ELSEWHERE, GONE, RECENT_STEPS, STOPPED, RankStatus, RunFacts
+from megatron_ktr.run.status.files import FAILED, LEFT, RECENT_STEPS, RUNNING, TRAINED
+from megatron_ktr.run.status.read import ALIVE, ELSEWHERE, GONE, STOPPED, RankStatus, RunFacts
 
 STALE_SECONDS = 20.0
 """A heartbeat is old when it is older than three of its intervals and this."""

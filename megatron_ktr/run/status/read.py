@@ -26,11 +26,10 @@ from megatron_ktr.files.json_files import parse_json
 from megatron_ktr.run.directory import CHECKPOINTS, list_checkpoints
 from megatron_ktr.run.incidents import FILE as INCIDENTS
 from megatron_ktr.run.metrics import FILE as METRICS
-from megatron_ktr.run.status.files import FOLDER
+from megatron_ktr.run.status.files import FOLDER, RECENT_STEPS
 
 TAIL_BYTES = 4_000_000
 """The end of a file of lines that is read: enough for more than a thousand steps."""
-RECENT_STEPS = 20
 MOST_FILE_BYTES = 1_000_000
 MOST_NUMBER = 1e300
 """A number that is larger counts as none: the sum of a thousand such numbers still fits into a float."""
