@@ -33,7 +33,7 @@ IN_A_ROW = "skipped_in_a_row"
 
 
 class SkipStreak:
-    """Counts the updates in a row that were skipped for one of ``NOT_FINITE``. An update that takes a step ends the row;
+    """Counts the updates in a row that were skipped for one of ``NOT_FINITE``. An update that steps ends the row;
     one that has nothing to learn, or is skipped for another reason, leaves it as it is."""
 
     def __init__(self) -> None:
@@ -42,8 +42,8 @@ class SkipStreak:
     def add(self, results: Sequence[UpdateResult]) -> dict[str, float]:
         """Takes the updates of a step, in order; returns the step's metrics about skips.
 
-        ``skipped_in_a_row`` is there only if an update was skipped for one of ``NOT_FINITE``. It is the longest row that
-        reaches into the step, since a later update of the same step may end the row.
+        ``skipped_in_a_row`` is there only if an update was skipped for one of ``NOT_FINITE``. It is the longest row
+        that reaches into the step, since a later update of the same step may end the row.
         """
         counts = {"skipped_updates": float(sum(result.is_skipped for result in results))}
         longest = 0
