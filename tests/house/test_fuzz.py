@@ -94,7 +94,7 @@ def fitting_value(option: Option) -> st.SearchStrategy[Any]:
     else:
         low = option.low if option.low is not None else 0
         high = option.high if option.high is not None else low + 8
-        one = st.integers(int(low), max(int(low), int(high))) if option.kind is int else st.floats(low, high, width=32)
+        one = st.integers(int(low), max(int(low), int(high))) if option.kind is int else st.floats(low, high)
     one = st.lists(one, max_size=3) if option.is_list else one
     return st.one_of(st.none(), one) if option.is_optional else one
 
