@@ -36,7 +36,8 @@ from tests.support.ranks import RankPool  # noqa: E402
 from tests.support.save_peaks import measure_loads, measure_peaks, measure_waits  # noqa: E402
 from tests.support.tiny import save_tiny_hf  # noqa: E402
 
-MODEL = dict(num_layers=4, hidden_size=256, ffn_size=768, vocab_size=8209, vision_depth=2)
+MODEL = dict(num_layers=8, hidden_size=512, ffn_size=1536, vocab_size=16411, vision_depth=2)
+"""Smaller ones would measure how long planning takes."""
 TENSOR, PIPELINE = dict(tensor_model_parallel_size=2), dict(pipeline_model_parallel_size=2)
 LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
     "1 rank": (1, {}),

@@ -146,9 +146,11 @@ class Watchdog(StepHook):
         store = None
         with contextlib.suppress(UserError, RuntimeError, OSError):
             store = self._connect()
-        while store is not None and not self._is_closed.wait(self._pause):
+        while store is not None:
             with contextlib.suppress(RuntimeError, OSError):
                 store.set(_key(self._rank), json.dumps(asdict(self._entry())))
+            if self._is_closed.wait(self._pause):
+                return
 
     def _tell(self) -> None:
         entry = self._entry()

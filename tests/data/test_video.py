@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import av
@@ -47,7 +48,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a fresh process: nothing logged or learnt yet."""
     monkeypatch.setattr(video_module, "_REASONS_SAID", set())
-    monkeypatch.setattr(video_module, "_CODECS_WITHOUT_DECORD", set())
+    monkeypatch.setattr(video_module, "_FAILED_OPENINGS", Counter())
 
 
 # --- which frames ---------------------------------------------------------------------------------------------
@@ -162,6 +163,7 @@ def test_both_decoders_give_the_same_frames(videos: dict[str, Path], name: str) 
 @pytest.mark.parametrize(
     ("name", "backend"), [("h264", "decord"), ("vp9", "decord"), ("hevc open gop", "pyav"), ("av1", "pyav")]
 )
+@pytest.mark.usefixtures("nothing_said")
 def test_decord_decodes_what_it_can_be_trusted_with(videos: dict[str, Path], name: str, backend: str) -> None:
     decoded = read_video(videos[name], sampling=FrameSampling())
     assert decoded.backend == backend
@@ -184,6 +186,26 @@ def test_fallback_is_said_once_and_returned_every_time(
     results = [read_video(videos["av1"], sampling=FrameSampling()) for _ in range(3)]
     assert [result.fallback_reason for result in results] == ["decord cannot open av1"] * 3
     assert len([record for record in caplog.records if "decord cannot open av1" in record.getMessage()]) == 1
+
+
+def test_decord_is_given_up_for_a_codec_only_after_several_files_and_none_that_it_decoded(
+    videos: dict[str, Path], nothing_said: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failure, asked = DecordFailed("open", "an odd file"), []
+
+    class Refusing:
+        def read_frames(self, path: Path, *args: object, **kwargs: object) -> np.ndarray:
+            asked.append(path)
+            raise failure
+
+    monkeypatch.setattr(video_module, "_has_decord", lambda: True)
+    monkeypatch.setattr(video_module, "_decord_process", lambda process_id: Refusing())
+    reasons = [read_video(videos["h264"], sampling=FrameSampling()).fallback_reason for _ in range(5)]
+    assert reasons == ["decord cannot open h264"] * 5 and len(asked) == 3
+    video_module._FAILED_OPENINGS["h264"] = -1  # one was decoded
+    for _ in range(5):
+        read_video(videos["h264"], sampling=FrameSampling())
+    assert len(asked) == 8, "odd files cost the others nothing"
 
 
 def test_pyav_alone_is_enough(videos: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -343,6 +365,7 @@ def test_damaged_bytes_give_frames_or_unusable_media_and_nothing_else(videos: di
         ("print('not json', flush=True)", "crash", "decord crashed"),
     ],
 )
+@pytest.mark.usefixtures("nothing_said")
 def test_a_decoder_that_hangs_or_crashes_is_replaced_and_pyav_decodes(
     videos: dict[str, Path], monkeypatch: pytest.MonkeyPatch, program: str, stage: str, reason: str
 ) -> None:

@@ -43,7 +43,7 @@ def judged(fake: FakeChat, *texts: str, monkeypatch: pytest.MonkeyPatch, **optio
 def test_the_judge_sees_question_truth_and_answer_and_gives_a_number(server, monkeypatch) -> None:
     server.script.extend([(200, completion("1")), (200, completion(' {"score": 0.25} '))])
     values, counts = judged(server, "<think>secret</think><answer>blue</answer>", "no block", monkeypatch=monkeypatch)
-    assert values == [1.0, 0.25] and set(counts) == {"reward_seconds/judge"}
+    assert values == [1.0, 0.25] and {name for name in counts if name.endswith("/judge")} == {"reward_seconds/judge"}
     first, second = server.bodies
     assert first["temperature"] == 0 and first["model"] == "tiny" and first["max_tokens"] == 16
     asked = first["messages"][-1]["content"]

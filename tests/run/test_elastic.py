@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -173,7 +174,8 @@ def test_killed_stopped_and_looping_ranks_and_a_killed_agent_change_no_number(no
     hangs = "\n".join(incident["text"] for incident in told if incident["kind"] == "hang")
     assert "hangs for 0.25 minutes (hang_timeout_minutes) in phase update of step 3" in hangs
     assert "at support/faulty_ranks.py" in hangs and "which is no collective" in hangs, "the rank that loops"
-    assert "rank 1 shows no sign of life" in hangs, "the rank that is stopped"
+    # On a busy machine it may have been stopped before its first sign of life.
+    assert re.search("rank 1 (shows no|has never shown a) sign of life", hangs), "the rank that is stopped"
     assert "called by policy/policy.py" in hangs, "where the other one waits"
     assert_equal_to_whole(tmp_path / "run", whole)
 

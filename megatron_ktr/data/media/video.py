@@ -13,6 +13,7 @@ import functools
 import logging
 import os
 import stat
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,7 +127,9 @@ def _decode(
     reason = _why_not_decord(index) if backend == "auto" else ""
     if backend == "decord" or (backend == "auto" and not reason):
         try:
-            return collect(_decord_chunks(index, wanted)), "decord", reason
+            decoded = collect(_decord_chunks(index, wanted))
+            _FAILED_OPENINGS[index.codec] = -1
+            return decoded, "decord", reason
         except DecordFailed as error:
             if backend == "decord":
                 raise UnusableMedia(index.path, f"decord: {error}") from error
@@ -134,8 +137,8 @@ def _decode(
     frames_FCHW = collect(_pyav_chunks(index, wanted))
     if reason:
         say_fallback_once(reason, str(index.path))
-        if reason.startswith("decord cannot open"):
-            _CODECS_WITHOUT_DECORD.add(index.codec)
+        if reason.startswith("decord cannot open") and _FAILED_OPENINGS[index.codec] >= 0:
+            _FAILED_OPENINGS[index.codec] += 1
     return frames_FCHW, "pyav", reason
 
 
@@ -181,7 +184,7 @@ def _why_not_decord(index: VideoIndex) -> str:
     """The reason why decord must not decode this file; empty if it may."""
     if not _has_decord():
         return "decord is not installed"
-    if index.codec in _CODECS_WITHOUT_DECORD:
+    if _FAILED_OPENINGS[index.codec] >= _MOST_FAILED_OPENINGS:
         return f"decord cannot open {index.codec}"
     if index.pts is None:
         return "decord needs presentation times, which this file lacks"
@@ -227,8 +230,11 @@ def _chunks(index: VideoIndex, wanted: list[int]) -> Iterator[list[int]]:
         yield wanted[start : start + size]
 
 
-_CODECS_WITHOUT_DECORD: set[str] = set()
-"""The codecs that decord has failed to open. Each costs one attempt per process, not one per video."""
+_FAILED_OPENINGS: Counter[str] = Counter()
+"""By codec: how many files decord has failed to open in this process, or -1 once it has decoded one."""
+_MOST_FAILED_OPENINGS = 3
+"""After so many files that decord cannot open, it is taken to lack their codec, and is no longer tried for it. One file
+alone may be an odd one."""
 _REASONS_SAID: set[str] = set()
 
 
