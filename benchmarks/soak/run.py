@@ -5,7 +5,7 @@
     python benchmarks/soak/run.py --steps 300 --out FILE.json
 
 Each case is ``engine:lag``. It trains a tiny model for ``--steps`` steps as a process of its own, the way a user does:
-with data workers, a frame cache, files of rollouts every 10 steps and a checkpoint every 50. After each step the
+with data workers, a frame cache, files of rollouts every 10 steps and a checkpoint every 10. After each step the
 process and all its descendants are looked at from outside (``measures.py``). Memory may grow by less than 2% from steps
 21 to 40 to the last 20 steps, and files and threads not at all; a case that grows ends the command with exit code 1.
 The server of ``vllm_server`` is measured, too, as processes of its own. A training that is sent SIGUSR1 ends early, and
@@ -88,7 +88,7 @@ def options_of(case: Case, *, inputs: Path, run_dir: Path, steps: int) -> dict[s
         "prompts-per-step": 2,
         "data-workers": 1,
         "frame-cache-dir": run_dir.with_name(f"{run_dir.name}_frames"),
-        "save-interval": 50,
+        "save-interval": 10,
         "rollout-log-interval": 10,
         "log-interval": 50,
         "run-dir": run_dir,
@@ -156,7 +156,8 @@ def _server(model: Path, *, log: Path) -> Iterator[tuple[subprocess.Popen, str]]
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "megatron_ktr.rollout.server.serve", str(model), "--port", str(port)]
-    command += ["--host", "127.0.0.1", "--max-model-len", "1024"]
+    # The cache is small, so that every page of it has been touched before the first window.
+    command += ["--host", "127.0.0.1", "--max-model-len", "1024", "--kv-cache-memory-bytes", str(1 << 25)]
     with log.open("w") as file, _ended_at_last(subprocess.Popen(command, stdout=file, stderr=file)) as server:
         url = f"http://127.0.0.1:{port}"
         while True:

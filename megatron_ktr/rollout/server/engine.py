@@ -23,7 +23,7 @@ import queue
 import shutil
 import threading
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -52,6 +52,8 @@ from megatron_ktr.rollout.vllm.sampling import LogprobsMode, logprobs_mode, reco
 from megatron_ktr.types import Prompt, RolloutGroup
 from megatron_ktr.web.address import Address, ApiKey
 
+_ENCODERS = 2
+"""Threads that encode requests. More would only take turns at Python's lock."""
 logger = logging.getLogger(__name__)
 
 
@@ -92,6 +94,7 @@ class ServerEngine(RolloutEngine):
         self._fingerprints: dict[str, Fingerprint] = {}
         """Those of the servers after the last update, the same on all ranks."""
         self._loop = asyncio.new_event_loop()
+        self._loop.set_default_executor(ThreadPoolExecutor(_ENCODERS, thread_name_prefix="requests"))
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm servers", daemon=True)
         self._thread.start()
         self.pool = self._run(self._make_pool(settings)).result()
