@@ -64,7 +64,10 @@ def check_checkpoints(run_dir: Path) -> int:
 
 
 def check_resumed(run_dir: Path, *, step: int, out: str) -> None:
-    """I1: the run went on from the checkpoint of ``step``."""
+    """I1: the run went on from the checkpoint of ``step``, or said that nothing is left to do after it."""
+    if "the run is finished" in out:
+        assert f"all {step} steps are done" in out, f"I1: the newest intact checkpoint is of step {step}: {out}"
+        return
     firsts = [line for line in out.splitlines() if line.startswith("[") and "step " in line]
     if firsts:
         first = int(firsts[0].split("step ")[1].split("/")[0])
