@@ -4,6 +4,7 @@ traceback, for whatever a user did.
 exit code   what ended the command
 0           nothing
 2           ``UserError``, ``OSError`` (a full disk, a directory that cannot be read), memory that ran out
+74          an error of a disk or of a file server that may pass (``is_transient``): the same command may work later
 3           another rank: the connection to it is lost, and its own message says why
 77          a hang: the rank stayed in one phase for longer than it may (``run/watchdog.py``)
 70          a mistake of the program: traceback, and a last line that says so
@@ -14,6 +15,7 @@ exit code   what ended the command
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import math
 import os
@@ -29,6 +31,7 @@ from megatron_ktr.terminal import guarded, printable
 EXIT_USER = 2
 EXIT_OTHER_RANK = 3
 EXIT_INTERNAL = 70
+EXIT_TRANSIENT = 74
 EXIT_HANG = 77
 EXIT_INTERRUPTED = 130
 EXIT_OUTPUT_CLOSED = 141
@@ -43,6 +46,11 @@ class UserError(Exception):
     """
 
     is_on_every_rank = False
+
+
+class TransientError(UserError):
+    """An error of a disk or of a file server that may pass. Nothing is wrong with the input: a launcher may start the
+    ranks again."""
 
 
 class LostRankError(UserError):
@@ -60,6 +68,28 @@ class StepAbandoned(UserError):
     def __init__(self, message: str, *, asked_by: str | None = None) -> None:
         super().__init__(message)
         self.asked_by = asked_by
+
+
+_TRANSIENT = frozenset(
+    getattr(errno, name)
+    for name in (
+        "EIO EINTR EAGAIN EBUSY ENFILE ENOLCK ESTALE EREMOTEIO ETIMEDOUT ENOTCONN ESHUTDOWN ECOMM ENOLINK ECONNABORTED "
+        "ECONNRESET EHOSTDOWN EHOSTUNREACH ENETDOWN ENETUNREACH"
+    ).split()
+    if hasattr(errno, name)
+)
+"""What the system says where a file server does not answer, or a disk fails to read or to write. It does not hold what
+stays as it is until somebody mends it: no room, no permission, no such file."""
+
+
+def is_transient(error: BaseException | None) -> bool:
+    """Whether ``error`` may pass by itself: it is such an error of the system, or was raised from one. A step that was
+    given up has rules of its own."""
+    if isinstance(error, StepAbandoned | LostRankError):
+        return False
+    if isinstance(error, TransientError) or (isinstance(error, OSError) and error.errno in _TRANSIENT):
+        return True
+    return error is not None and is_transient(error.__cause__)
 
 
 @contextmanager
@@ -105,6 +135,8 @@ def _explain(error: Exception) -> int:
     """Prints what happened and returns the exit code."""
     if isinstance(error, UserError | OSError):
         _say_error(error)
+        if is_transient(error):
+            return EXIT_TRANSIENT
         return EXIT_OTHER_RANK if isinstance(error, LostRankError) else EXIT_USER
     if is_out_of_memory(error):
         _say_error(

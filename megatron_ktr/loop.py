@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -41,6 +42,16 @@ from megatron_ktr.run.step_report import StepReport
 from megatron_ktr.trainer import Trainer
 
 
+@dataclass(frozen=True)
+class End:
+    """How the steps of a run have ended; the same on every rank."""
+
+    code: int
+    """The exit code."""
+    unsaved: UserError | None = None
+    """Why the checkpoint of the last step, which was due, is missing or damaged; None if it is there."""
+
+
 def run_steps(
     trainer: Trainer,
     *,
@@ -51,12 +62,12 @@ def run_steps(
     evaluations: Sequence[StepEvaluation],
     times: EvaluationTimes,
     leave: LeaveRequest,
-) -> int:
+) -> End:
     """Runs all steps, from the checkpoint that the run starts at (if any) to the last, and writes metrics, rollouts and
     checkpoints on the way.
 
-    Returns the exit code. It is 0 after the last step, 75 if the run was asked to leave before it, and 76 if a hook has
-    ended it. In the last case the state is saved only if every hook calls it sound (``Stop.is_state_sound``).
+    The exit code is 0 after the last step, 75 if the run was asked to leave before it, and 76 if a hook has ended it.
+    In the last case the state is saved only if every hook calls it sound (``Stop.is_state_sound``).
     """
     ranks, run_dir = trainer.policy.ranks, start.run_dir
     best = open_best(run_dir, metric=checkpointing.keep_best, start_step=start.step, ranks=ranks)
@@ -85,8 +96,8 @@ def run_steps(
     )
     with contextlib.closing(writer), closing_all(hooks):
         if asked_by := between.at_start(start):
-            return _leave(checkpoints, step=start.step, is_new=False, asked_by=asked_by)
-        return _each_step(
+            return End(_leave(checkpoints, step=start.step, is_new=False, asked_by=asked_by))
+        code = _each_step(
             trainer,
             first=start.step + 1,
             hooks=hooks,
@@ -95,6 +106,7 @@ def run_steps(
             record=record,
             leave=leave,
         )
+    return End(code, unsaved=None if code else checkpoints.missing(num_steps_of(trainer.options.trainer)))
 
 
 def _each_step(

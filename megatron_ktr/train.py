@@ -40,7 +40,7 @@ from megatron_ktr.distributed.groups import (
 )
 from megatron_ktr.distributed.platform import Platform
 from megatron_ktr.distributed.shared_verification import SharedVerification
-from megatron_ktr.errors import run_cli, same_on_every_rank
+from megatron_ktr.errors import UserError, run_cli, same_on_every_rank
 from megatron_ktr.evaluation.training.between_steps import StepEvaluation, build_evaluation
 from megatron_ktr.evaluation.training.dry_run import find_held_out
 from megatron_ktr.evaluation.training.held_out import (
@@ -66,8 +66,9 @@ from megatron_ktr.rollout.build import (
 )
 from megatron_ktr.rollout.features import build_feature_sender
 from megatron_ktr.rollout.questions import read_held_out_responses
-from megatron_ktr.run.directory import RunStart, check_run_directory, find_checkpoint, open_run_directory
+from megatron_ktr.run.directory import EXPORT, RunStart, check_run_directory, find_checkpoint, open_run_directory
 from megatron_ktr.run.dry_run.command import dry_run
+from megatron_ktr.run.finished import finished_line, write_finished
 from megatron_ktr.run.interruption import LEAVE_SIGNALS, LeaveRequest
 from megatron_ktr.run.lease import Lease, acquire, patience_of_launch
 from megatron_ktr.run.preflight import check_files, check_layout, restart_notes
@@ -78,8 +79,8 @@ from models.qwen2_5_vl.media import media_spec
 
 
 def train(config: Config) -> int:
-    """Trains; every rank calls it. Returns the exit code: 0, ``EXIT_SAVED`` if the run was asked to leave early, or
-    ``EXIT_ALARM`` if an alarm has ended it."""
+    """Trains; every rank calls it. Returns the exit code: 0, also of a run that was finished already, ``EXIT_SAVED`` if
+    the run was asked to leave early, or ``EXIT_ALARM`` if an alarm has ended it."""
     with same_on_every_rank():
         # Before anything touches a device. The sizes need only config.json. All ranks together verify the model's other
         # files below.
@@ -109,6 +110,12 @@ def _train(
     with same_on_every_rank():
         model_config = Qwen2_5_VLConfig.from_hf(config.model.model)
     ranks = _join(config, sizes=sizes, platform=platform)
+    shared = SharedVerification(ranks)
+    if line := finished_line(config, verify=shared.find_damage, agree=shared.agree):
+        if ranks.rank == 0:
+            print(line, flush=True)
+        return 0
+    shared.require_intact(Path(config.model.model), option="--model")
     vocab_size = model_config.text.vocab_size
     with same_on_every_rank():
         tokenizer = load_tokenizer(config.model.model, chat_template=config.data.chat_template)
@@ -133,7 +140,7 @@ def _train(
     )
     # The source is closed also when a step fails: an engine may hold processes and devices that outlive this process.
     with contextlib.closing(trainer.source):
-        code = run_steps(
+        end = run_steps(
             trainer,
             start=replace(start, lease=lease),
             resilience=config.resilience,
@@ -143,16 +150,32 @@ def _train(
             times=EvaluationTimes.of(config, num_steps=num_steps_of(config.trainer)),
             leave=leave,
         )
-    if code:
-        return code
-    trainer.policy.save_hf(start.run_dir / "export")
-    if ranks.rank == 0:
-        print(f"exported the trained model to {start.run_dir / 'export'}", flush=True)
-    return 0
+    if not end.code:
+        last, epochs = num_steps_of(config.trainer), given.trainer.train_epochs
+        _finish(trainer.policy, start.run_dir, step=last, epochs=epochs, unsaved=end.unsaved)
+    return end.code
+
+
+def _finish(policy: Policy, run_dir: Path, *, step: int, epochs: float | None, unsaved: UserError | None) -> None:
+    """Exports the trained model, and notes that the run, of ``step`` steps or of so many ``epochs``, is finished.
+
+    Raises:
+        UserError: on every rank, if the checkpoint of the last step is ``unsaved``. The export is there then.
+    """
+    export = run_dir / EXPORT
+    policy.save_hf(export)
+    if policy.ranks.rank == 0:
+        print(f"exported the trained model to {export}", flush=True)
+    if unsaved is not None:
+        with same_on_every_rank():
+            raise UserError(
+                f"the trained model is in {export}, but the checkpoint of the last step is missing: {unsaved}"
+            ) from unsaved
+    if policy.ranks.rank == 0:
+        write_finished(run_dir, step=step, epochs=epochs)
 
 
 def _join(config: Config, *, sizes: ParallelSizes, platform: Platform) -> ParallelGroups:
-    """The ranks of the run, of which all have verified the files of the model together."""
     ranks = init_parallel(
         sizes,
         platform=platform,
@@ -160,7 +183,6 @@ def _join(config: Config, *, sizes: ParallelSizes, platform: Platform) -> Parall
         timeout_minutes=config.trainer.distributed_timeout_minutes,
     )
     platform.seed(config.trainer.seed)
-    SharedVerification(ranks).require_intact(Path(config.model.model), option="--model")
     return ranks
 
 

@@ -18,7 +18,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_ktr.distributed.collectives import broadcast_object
 from megatron_ktr.distributed.groups import ParallelGroups
-from megatron_ktr.errors import StepAbandoned, UserError, same_on_every_rank
+from megatron_ktr.errors import StepAbandoned, TransientError, UserError, is_transient, same_on_every_rank
 
 T = TypeVar("T")
 
@@ -36,20 +36,22 @@ def raise_on_every_rank(failure: Exception | None, *, group: ProcessGroup | None
     """If any rank passes a failure, every rank raises a ``UserError`` with the message of the first rank that failed.
 
     A rank whose own failure is not a ``UserError`` raises that failure instead, with its traceback. Where ranks fail in
-    no other way than by ``StepAbandoned``, every rank raises that.
+    no other way than by errors that may pass (``is_transient``), every rank raises ``TransientError``; where they fail
+    in no other way than by ``StepAbandoned``, that.
     """
     own = failure if isinstance(failure, StepAbandoned) else None
-    found = gather_objects((None if failure is None else str(failure), own and (own.asked_by,)), group=group)
+    mine = None if failure is None else (str(failure), own and (own.asked_by,), is_transient(failure))
+    failed = [one for one in gather_objects(mine, group=group) if one is not None]
     if failure is not None and not isinstance(failure, UserError):
         raise failure
-    failed = [(message, abandoned) for message, abandoned in found if message is not None]
-    for message, abandoned in sorted(failed, key=lambda one: one[1] is not None):
+    # First what no new start can mend.
+    for message, abandoned, may_pass in sorted(failed, key=lambda one: (one[1] is not None, one[2])):
         with same_on_every_rank():
             if abandoned is not None:
                 # A signal that one rank got is that of the run (``run/interruption.py``).
-                signals = [other[0] for _, other in failed if other is not None and other[0] is not None]
+                signals = [other[0] for _, other, _ in failed if other is not None and other[0] is not None]
                 raise StepAbandoned(message, asked_by=signals[0] if signals else None)
-            raise UserError(message)
+            raise TransientError(message) if may_pass else UserError(message)
 
 
 def on_every_rank(action: Callable[[], T], *, ranks: ParallelGroups) -> T:

@@ -283,10 +283,10 @@ def _narrowed(tensor: Tensor, starts: Sequence[int], lengths: Sequence[int]) -> 
 def _require_checkpoint(directory: Path) -> None:
     try:
         found = json.loads((directory / FORMAT_FILE).read_text(encoding="utf-8"))["sharded_backend"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         inside = sorted(path.parent.name for path in directory.glob(f"*/{FORMAT_FILE}"))
         hint = f"; it contains checkpoints: {', '.join(inside)}" if inside else ""
-        raise UserError(f"{directory}: not a Megatron distributed checkpoint (no valid {FORMAT_FILE}){hint}") from None
+        raise UserError(f"{directory}: not a Megatron distributed checkpoint (no valid {FORMAT_FILE}){hint}") from error
     if found != FORMAT["sharded_backend"]:
         raise UserError(f"{directory}: expected a checkpoint of format torch_dist, got {found!r}")
 
@@ -296,4 +296,4 @@ def _reporting_damage(directory: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, *UNREADABLE) as error:
-        raise UserError(f"{directory}: damaged or incomplete checkpoint: {error}") from None
+        raise UserError(f"{directory}: damaged or incomplete checkpoint: {error}") from error

@@ -39,7 +39,7 @@ from megatron_ktr.data.reshard import reshard_states
 from megatron_ktr.distributed.agreement import gather_objects, on_every_rank
 from megatron_ktr.distributed.checkpoint_writer import BackgroundSave, Written
 from megatron_ktr.distributed.random_states import RANDOM_STATES, random_states_to_json, read_random_states
-from megatron_ktr.errors import UserError
+from megatron_ktr.errors import TransientError, UserError
 from megatron_ktr.files.background_check import BackgroundCheck
 from megatron_ktr.files.checksums import Digest, sync, write_hashed, write_manifest
 from megatron_ktr.files.hf_files import copy_side_files
@@ -104,6 +104,8 @@ class Checkpoints:
         """Complete checkpoints that are being read again, oldest first."""
         self._verified: set[int] = set()
         """The steps of checkpoints that are verified; the same on every rank."""
+        self._failure: UserError | None = None
+        """Why the newest save that came to nothing did; the same on every rank."""
         self._digests: dict[str, Digest] = {}
         """The checksums of the files that ``_prepare`` wrote, by name."""
 
@@ -111,6 +113,12 @@ class Checkpoints:
         """The metrics of what went wrong so far; empty if nothing did."""
         found = {"save_failures": self.num_failures, "damaged_checkpoints": self.num_damaged}
         return {name: float(value) for name, value in found.items() if value}
+
+    def missing(self, step: int) -> UserError | None:
+        """Why there is no intact checkpoint of ``step``, the last one, after ``close``; None if there is one, or none
+        was due."""
+        is_there = self._complete_step == step
+        return None if is_there or not self.options.save_interval else self._failure
 
     def after_step(self, step: int) -> None:
         """Completes the pending save if its files are written, and takes note of what was verified. Starts a save every
@@ -248,6 +256,7 @@ class Checkpoints:
             raise error
         self._on_rank_zero("look after", self._require_lease)  # who has lost it does not go on
         self.num_failures += 1
+        self._failure = error
         if self.best is not None and step is not None:
             self.best.drop(step)  # or no later step could be the best one that is worse than this one
         self._incidents.add("save_failure", str(error), step=step)
@@ -289,6 +298,8 @@ class Checkpoints:
             errors = [result.error for result in results if result.error is not None]
             if not damage and not errors:
                 self._accept(step)
+                if self.ranks.rank == 0:
+                    print(f"saved and verified {self.directory / step_name(step)}", flush=True)
                 continue
             if self.best is not None:
                 self.best.drop(step)
@@ -298,6 +309,7 @@ class Checkpoints:
             if damage:
                 self.num_damaged += 1
                 text = f"checkpoint {name} is damaged: {damage[0]}; older checkpoints stay"
+                self._failure = TransientError(text)  # what is saved anew may be intact
                 self._incidents.add("damaged_checkpoint", text, step=step)
             else:
                 text = f"checkpoint {name} could not be verified: {errors[0]}; older checkpoints stay"

@@ -29,7 +29,7 @@ from megatron_ktr.distributed.optimizer_checkpoint import (
     optimizer_shards,
 )
 from megatron_ktr.distributed.optimizer_shards import stored_keys
-from megatron_ktr.errors import UserError
+from megatron_ktr.errors import UserError, is_transient
 from megatron_ktr.files.intact_checkpoint import FORMAT_VERSION, TRAINING_FILE
 from megatron_ktr.files.safe_pickle import UNREADABLE
 from megatron_ktr.files.torch_dist_checks import COMMON_FILE, check_chunks, require_tensors
@@ -84,7 +84,7 @@ def load_sharded_state(policy: Policy, checkpoint: Path) -> None:
         strategy = FullyParallelLoadStrategyWrapper(load_strategy(str(checkpoint)), policy.ranks.data_context)
         loaded: Any = dist_checkpointing.load(state, str(checkpoint), sharded_strategy=strategy)
     except (CheckpointingException, CheckpointException, OSError, *UNREADABLE) as error:
-        raise UserError(f"--resume: {checkpoint} cannot be loaded: {error}") from error
+        raise UserError(f"--resume: {checkpoint} cannot be loaded: {error}") from _cause_of(error)
     for chunk, name in zip(policy.bare_chunks, parts, strict=True):
         result = chunk.load_state_dict(loaded[name], strict=False)
         missing = [key for key in result.missing_keys if policy.lora is None or is_adapter(key)]
@@ -101,6 +101,12 @@ def load_sharded_state(policy: Policy, checkpoint: Path) -> None:
                 load_optimizer_state(optimizer, loaded["optimizer"], shards=shards, checkpoint=checkpoint)
 
     on_every_rank(load_optimizer, ranks=policy.ranks)
+
+
+def _cause_of(error: BaseException) -> BaseException:
+    """Of what the ranks failed by together, an error that may pass, if there is one."""
+    failures = error.failures if isinstance(error, CheckpointException) else {}
+    return next((one for one, _ in failures.values() if is_transient(one)), error)
 
 
 def layout_of(policy: Policy) -> dict[str, Any]:

@@ -17,6 +17,7 @@ checkpoints/damaged_step_00000030/ a checkpoint whose files have changed since; 
 checkpoints/.step_00000020         a checkpoint that was being written when the run stopped; ignored and later removed
 exports/step_00000010/             the model of that step in Hugging Face format, with --export-interval
 events.jsonl                       what went wrong and was survived (``incidents.py``)
+finished.json                      the last step, which is done, and a checksum of its export (``finished.py``)
 lease.json                         the run that is at work here now (``lease.py``)
 export/                            the trained model in Hugging Face format
 .export.partial-4711/              one that was being written when the run stopped; removed when the run is resumed
@@ -59,6 +60,8 @@ EVALUATIONS = "eval"
 SIDE_FILES = "hf"
 ROLLOUTS = "rollouts"
 EXPORTS = "exports"
+EXPORT = "export"
+FINISHED_FILE = "finished.json"
 ABANDONED_START = "abandoned_start"
 STEP_NAME = re.compile(r"step_(\d{8,})")
 STEP_ENTRY = re.compile(r"step_(\d{8,})(?:_replica_\d{4,})?(?:\.jsonl)?")
@@ -150,7 +153,9 @@ def check_run_directory(config: Config) -> None:
         raise _nothing_to_resume(run_dir)
     is_own_start = trainer.auto_resume and (run_dir / CONFIG_FILE).is_file()
     if run_dir.exists() and any(path.name != LEASE_FILE for path in run_dir.iterdir()) and not is_own_start:
-        raise UserError(f"--run-dir {run_dir} is not empty: choose another, or continue that run with --resume")
+        raise UserError(
+            f"--run-dir {run_dir} is not empty: choose another, or continue that run with --auto-resume or --resume"
+        )
 
 
 def _nothing_to_resume(run_dir: Path) -> UserError:
@@ -228,7 +233,7 @@ def _resume(
         raise UserError(f"{length}: the run is at step {step} already ({checkpoint}); raise it")
     remove_scratch(run_dir)
     # The export was made after the last step that is recorded. That is a later one where its checkpoint is damaged.
-    _set_aside_export(run_dir / "export", max([step, *(record["step"] for record in read_records(run_dir))]))
+    _set_aside_export(run_dir / EXPORT, max([step, *(record["step"] for record in read_records(run_dir))]))
     for folder in (ROLLOUTS, EVALUATIONS, EXPORTS):
         _set_aside_later(run_dir / folder, step)
     save_resolved(config, unused_path(run_dir / f"config_from_{step_name(step + 1)}.yaml"), notes=notes)
@@ -237,16 +242,22 @@ def _resume(
 
 def check_same_run(config: Config, checkpoint: Path) -> None:
     """Raises ``UserError`` naming the first option by which ``config`` is not a continuation of ``checkpoint``."""
-    saved, current = _flat(read_saved(checkpoint / CONFIG_FILE)), _flat(config)
-    for name, option in OPTIONS.items():
-        if name not in MAY_CHANGE and option.section != "parallel" and saved[name] != current[name]:
-            raise UserError(
-                f"--resume: {option.flag} was {_show(saved[name])} when {checkpoint} was saved, now it is "
-                f"{_show(current[name])}; a resumed run cannot change it"
-            )
+    require_same_options(config, checkpoint / CONFIG_FILE)
     ours = Path(config.model.model) / "config.json"
     if read_json(ours) != read_json(checkpoint / SIDE_FILES / "config.json"):
         raise UserError(f"--resume: {ours} differs from the one of the model in {checkpoint}")
+
+
+def require_same_options(config: Config, saved_config: Path) -> None:
+    """Raises ``UserError`` naming the first option that a resumed run may not change and that ``config`` has changed
+    since ``saved_config`` was written."""
+    saved, current = _flat(read_saved(saved_config)), _flat(config)
+    for name, option in OPTIONS.items():
+        if name not in MAY_CHANGE and option.section != "parallel" and saved[name] != current[name]:
+            raise UserError(
+                f"--resume: {option.flag} was {_show(saved[name])} when {saved_config.parent} was saved, now it is "
+                f"{_show(current[name])}; a resumed run cannot change it"
+            )
 
 
 def _flat(config: Config) -> dict[str, Any]:
@@ -272,6 +283,7 @@ def _set_aside_export(export: Path, step: int) -> None:
     """Renames the export of an earlier part, because the run will export again."""
     if export.exists():
         rename_path(export, unused_path(export.with_name(f"{export.name}_until_{step_name(step)}")))
+    (export.parent / FINISHED_FILE).unlink(missing_ok=True)  # it speaks of that export
 
 
 def _set_aside_start(run_dir: Path) -> None:

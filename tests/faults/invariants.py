@@ -18,13 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_ktr.errors import EXIT_INTERRUPTED, EXIT_OTHER_RANK, EXIT_USER
+from megatron_ktr.errors import EXIT_INTERRUPTED, EXIT_OTHER_RANK, EXIT_TRANSIENT, EXIT_USER
 from megatron_ktr.files.checksums import find_damage
 from megatron_ktr.run.directory import ABANDONED_START, list_checkpoints
 from megatron_ktr.run.interruption import EXIT_SAVED
 from tests.faults.zygote import Ended
 
-DOCUMENTED = {0, EXIT_USER, EXIT_OTHER_RANK, EXIT_SAVED, EXIT_INTERRUPTED, -signal.SIGKILL, -signal.SIGTERM}
+ERRORS = {EXIT_USER, EXIT_TRANSIENT, EXIT_OTHER_RANK}
+DOCUMENTED = {0, *ERRORS, EXIT_SAVED, EXIT_INTERRUPTED, -signal.SIGKILL, -signal.SIGTERM}
 VARIES = (
     *("second", "tflops", "mfu", "sampler_check", "vision_runs_per_prompt", "data_wait_fraction"),
     *("data_workers/", "ranks/"),
@@ -49,7 +50,7 @@ def check_end(ended: Ended, *, allowed: Iterable[int] = DOCUMENTED) -> None:
     assert ended.code in DOCUMENTED, f"I5: no documented exit code: {said}"
     assert ended.code in set(allowed), f"I5: expected to end with one of {sorted(allowed)}: {said}"
     errors = [line for line in ended.error.splitlines() if line.startswith("error")]
-    if ended.code in (EXIT_USER, EXIT_OTHER_RANK):
+    if ended.code in ERRORS:
         assert len(errors) == 1, f"I5: expected one line of error: {said}"
 
 
@@ -63,7 +64,10 @@ def check_checkpoints(run_dir: Path) -> int:
 
 
 def check_resumed(run_dir: Path, *, step: int, out: str) -> None:
-    """I1: the run went on from the checkpoint of ``step``."""
+    """I1: the run went on from the checkpoint of ``step``, or said that nothing is left to do after it."""
+    if "the run is finished" in out:
+        assert f"all {step} steps are done" in out, f"I1: the newest intact checkpoint is of step {step}: {out}"
+        return
     firsts = [line for line in out.splitlines() if line.startswith("[") and "step " in line]
     if firsts:
         first = int(firsts[0].split("step ")[1].split("/")[0])

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ktr.errors import EXIT_USER
+from megatron_ktr.run.directory import FINISHED_FILE
 from tests.faults.damage import damage_checkpoint, damage_file
 from tests.faults.injector import Plan
 from tests.faults.invariants import (
@@ -204,6 +205,8 @@ def export(world: World, rng: random.Random, folder: Path) -> str:
     shutil.copytree(world.oracle().run_dir, folder / "run")
     if rng.random() < 0.5:
         shutil.rmtree(folder / "run" / "export")
+    else:
+        (folder / "run" / FINISHED_FILE).unlink()
     plan = Plan(rng.choice(("open", "rename", "sync", "mkdir", "write")), 0, rng.choice(("kill", "torn", "full", "io")))
     if plan.action == "torn" and plan.point not in ("open", "write"):
         plan = Plan("open", 0, "torn")

@@ -46,6 +46,7 @@ MAY_NAME_CONFIG = (
     "megatron_ktr/rollout/questions.py",
     "megatron_ktr/run/preflight.py",
     "megatron_ktr/run/directory.py",
+    "megatron_ktr/run/finished.py",
     "megatron_ktr/run/dry_run/*",
     "megatron_ktr/accounting/objective_costs.py",  # builds a configuration of its own for each objective
 )

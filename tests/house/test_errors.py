@@ -28,6 +28,7 @@ def raising(error: BaseException) -> Any:
     [
         (UserError("two\nlines"), 2, "error: two lines"),
         (OSError(28, "No space left on device", "/run/x"), 2, "error: [Errno 28] No space left on device: '/run/x'"),
+        (OSError(116, "Stale file handle", "/run/x"), 74, "error: [Errno 116] Stale file handle: '/run/x'"),
         (BrokenPipeError(32, "Broken pipe"), 2, "error: [Errno 32] Broken pipe"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (MemoryError(), 2, "error: out of memory (MemoryError): fewer or smaller frames"),

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_ktr.config import config_from_values
+from megatron_ktr.config import config_from_values, save_resolved
 from megatron_ktr.config.part_options import CheckpointOptions, PolicyOptions
+from megatron_ktr.distributed.agreement import raise_on_every_rank
 from megatron_ktr.distributed.platform import current
-from megatron_ktr.errors import UserError
+from megatron_ktr.errors import UserError, is_transient
 from megatron_ktr.files import background_check
 from megatron_ktr.files.intact_checkpoint import checkpoint_damage
 from megatron_ktr.policy.policy import Policy
@@ -22,6 +25,7 @@ from megatron_ktr.run.directory import list_checkpoints
 from megatron_ktr.run.exports import ExportHook
 from megatron_ktr.run.incidents import Incidents
 from megatron_ktr.run.kept import BestCheckpoint, BestStep, open_best, steps_to_remove
+from megatron_ktr.run.lease import acquire
 from megatron_ktr.run.step_report import StepReport
 from tests.run.test_checkpoint import NoData
 from tests.support.tiny import save_tiny_hf
@@ -92,7 +96,7 @@ def test_only_older_ones_than_enough_verified_ones_may_go(verified, options, gon
     assert steps_to_remove([1, 2, 3, 4], verified=verified, **options) == gone
 
 
-def test_a_damaged_checkpoint_costs_no_good_one_its_place(policy, tmp_path, monkeypatch):
+def test_a_damaged_checkpoint_costs_no_good_one_its_place(policy, tmp_path, monkeypatch, capsys):
     run_dir = tmp_path / "run"
     damaging(monkeypatch, 3)
     checkpoints = opened(policy, run_dir, keep_checkpoints=1)
@@ -103,9 +107,13 @@ def test_a_damaged_checkpoint_costs_no_good_one_its_place(policy, tmp_path, monk
     assert incidents(run_dir) == [("damaged_checkpoint", 3)]
     assert checkpoints.counts() == {"damaged_checkpoints": 1.0}
     assert checkpoint_damage(list_checkpoints(run_dir)[0][1]) == []
+    missing = checkpoints.missing(3)
+    assert "step_00000003 is damaged" in str(missing) and is_transient(missing), "saved anew it may be intact"
     checkpoints.save_and_wait(4)
     checkpoints.close()
-    assert steps(run_dir) == [4]
+    assert steps(run_dir) == [4] and checkpoints.missing(4) is None
+    said = [f"saved and verified {run_dir}/checkpoints/step_0000000{step}" for step in (1, 2, 4)]
+    assert capsys.readouterr().out.splitlines() == said
 
 
 def test_a_damaged_candidate_does_not_replace_the_best(policy, tmp_path, monkeypatch):
@@ -242,13 +250,41 @@ def test_a_failed_save_is_survived_counted_and_tried_again(policy, tmp_path, mon
         checkpoints.close()
         assert steps(run_dir) == [1] and incidents(run_dir) == [("save_failure", 2)]
         assert checkpoints.counts() == {"save_failures": 1.0}
+        assert "cannot save step 2" in str(checkpoints.missing(2)) and not is_transient(checkpoints.missing(2))
         # A run that is asked to leave must not say that it has saved.
         with pytest.raises(UserError, match="disk full; the last complete checkpoint is .*step_00000001"):
             checkpoints.save_and_wait(3)
     assert not list((run_dir / "checkpoints").glob(".step_*")), "what was written is no loss, and takes room"
     checkpoints.after_step(4)
     checkpoints.close()
-    assert steps(run_dir) == [4]
+    assert steps(run_dir) == [4] and checkpoints.missing(4) is None
+
+
+def test_what_may_pass_is_told_from_what_somebody_must_mend(policy, tmp_path, monkeypatch):
+    """By every writer that can end a run: a launcher starts the ranks again in the first case."""
+    config = config_from_values(dict(model="m", run_dir="unused"))
+    best = BestCheckpoint("eval/a/accuracy", kept=BestStep(1, 0.5))
+    (tmp_path / "run").mkdir()
+    writers: dict[str, Callable[[], Any]] = {
+        "checkpoint": lambda: opened(policy, tmp_path / "run").save_and_wait(1),
+        "export": lambda: policy.save_hf(tmp_path / "run/export"),
+        "best.json": lambda: best.write(tmp_path / "run"),
+        "lease": lambda: acquire(tmp_path / "run"),
+        "config": lambda: save_resolved(config, tmp_path / "run/config.yaml"),
+    }
+    for code in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+
+        def fail(descriptor: int, code: int = code) -> None:
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr(os, "fsync", fail)
+        for name, write in writers.items():
+            with pytest.raises((UserError, OSError)) as failed:
+                write()
+            assert is_transient(failed.value) == (code in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)), (name, code)
+            with pytest.raises((UserError, OSError)) as told:
+                raise_on_every_rank(failed.value, group=None)
+            assert is_transient(told.value) == is_transient(failed.value), "what the other ranks hear"
 
 
 def test_exports_during_a_run_load_and_a_failed_one_is_survived(policy, tmp_path, monkeypatch, caplog):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -92,10 +93,45 @@ def test_one_asked_rank_makes_all_leave_saved_and_the_resumed_run_equals_the_uni
     assert run("asked", asked={3: 0}, auto_resume=True, save_interval=3) == [EXIT_SAVED, EXIT_SAVED]
     assert [step for step, _ in list_checkpoints(tmp_path / "asked")] == [2, 3]
     assert run("asked", asked={4: 1}, auto_resume=True) == [0, 0]
+    # A finished run has nothing left to do, not even an export.
+    left = {path: path.stat().st_mtime_ns for path in (tmp_path / "asked").rglob("*")}
+    assert run("asked", asked={}, auto_resume=True) == [0, 0]
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "asked").rglob("*")} == left
     whole = losses(tmp_path / "whole")
     assert losses(tmp_path / "asked") == whole, "bit for bit"
     assert len({norm for _, _, norm in whole}) == STEPS, "a run that moves"
     assert (tmp_path / "asked/export/config.json").is_file()
+
+
+def train_on_a_full_disk(context: Any, *, config: Config) -> tuple[str, bool]:
+    """The message that the run ends with, and whether it may pass. No tensor of a checkpoint can be written."""
+    from megatron_ktr.distributed import checkpoint_writer
+    from megatron_ktr.errors import is_transient
+    from megatron_ktr.train import train
+
+    def fail(*args: Any) -> None:
+        raise OSError(errno.EIO if context.rank else errno.ENOSPC, "as if")
+
+    original, checkpoint_writer.save_tensor = checkpoint_writer.save_tensor, fail
+    try:
+        train(config)
+    except UserError as error:
+        return str(error), is_transient(error)
+    finally:
+        checkpoint_writer.save_tensor = original
+    return "", False
+
+
+def test_a_last_checkpoint_that_is_missing_is_an_error_after_the_export(ranks, inputs, tmp_path):
+    """Also where a run goes on without the checkpoints that it cannot write."""
+    run_dir = tmp_path / "run"
+    changes: dict[str, Any] = dict(train_steps=1, save_interval=1, save_failure="continue")
+    config = config_from_values(values(inputs, run_dir, **changes))
+    first, second = ranks(train_on_a_full_disk, world_size=2, config=config)
+    start = f"the trained model is in {run_dir / 'export'}, but the checkpoint of the last step is missing: "
+    assert first == second and first[0].startswith(start) and "cannot save step 1" in first[0], first
+    assert "disk full" in first[0] and not first[1], "what no new start mends is said before what may pass"
+    assert (run_dir / "export/config.json").is_file() and not (run_dir / "finished.json").exists()
 
 
 @pytest.mark.skipif(not DecordProcess.is_installed(), reason="decord has no wheel for this machine")

@@ -1,0 +1,109 @@
+"""Whether a run has nothing left to do: ``finished.json`` names the step whose weights ``export`` holds.
+
+    {"step": 40, "train_epochs": null, "checksums": "…"}
+
+It is written after the export of the last step, if the checkpoint of that step is there too. ``checksums`` is the
+checksum of ``export/checksums.json``, so another export in that place is not taken for this one. A run that was
+finished by an earlier version has no such file, and is exported again when it is resumed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_ktr.config import Config
+from megatron_ktr.errors import UserError
+from megatron_ktr.files.atomic import write_atomically
+from megatron_ktr.files.bounded import MOST_JSON_BYTES, read_text
+from megatron_ktr.files.checksums import MANIFEST, Damage, file_digest
+from megatron_ktr.files.intact_checkpoint import CONFIG_FILE
+from megatron_ktr.files.json_files import parse_json
+from megatron_ktr.run.directory import EXPORT, FINISHED_FILE, Agree, require_same_options
+from megatron_ktr.run.metrics import has_evaluation
+
+_log = logging.getLogger(__name__)
+
+
+def write_finished(run_dir: Path, *, step: int, epochs: float | None) -> None:
+    """Notes that ``run_dir/export`` is complete and of the last step. ``epochs`` is the length of a run that is given
+    in epochs. Without the file, which a full disk may prevent, a resumed run only exports again."""
+    path, content = run_dir / FINISHED_FILE, {"step": step, "train_epochs": epochs}
+    try:
+        content["checksums"] = file_digest(run_dir / EXPORT / MANIFEST).value
+        write_atomically(path, json.dumps(content) + "\n")
+    except OSError as error:
+        _log.warning(
+            "%s cannot be written: %s; a resumed run would export again", run_dir / FINISHED_FILE, error.strerror
+        )
+
+
+def finished_line(config: Config, *, verify: Callable[[Path], list[Damage]], agree: Agree) -> str | None:
+    """What to say of the run that ``config`` resumes if it is finished: its last step is done, and its export is what
+    was written. None for any other run. Nothing is changed. ``verify`` and ``agree`` are those of
+    ``distributed/shared_verification.py``; then this is collective.
+
+    Raises:
+        UserError: a file exists and cannot be read.
+    """
+    if not (config.trainer.resume or config.trainer.auto_resume):
+        return None
+    step = agree(lambda: _finished_step(config))
+    if step is None:
+        return None
+    export = Path(config.trainer.run_dir) / EXPORT
+    if damage := verify(export):
+        agree(lambda: _log.warning("%s is damaged (%s): the model is exported again", export, damage[0]))
+        return None
+    return f"the run is finished: all {step} steps are done, and its export is in {export}"
+
+
+def _finished_step(config: Config) -> int | None:
+    """The last step of the run that ``config`` describes, if ``finished.json`` says that it is done; else None."""
+    trainer, run_dir = config.trainer, Path(config.trainer.run_dir)
+    try:
+        content = _read(run_dir / FINISHED_FILE)
+        is_its_export = content is not None and _digest_of(run_dir / EXPORT / MANIFEST) == content.get("checksums")
+    except OSError as error:
+        raise UserError(f"--run-dir: {error.filename} cannot be read: {error.strerror}") from error
+    if content is None or not is_its_export:
+        return None
+    step = content.get("step")
+    is_as_long = (
+        trainer.train_steps == step
+        if trainer.train_epochs is None
+        else content.get("train_epochs") == trainer.train_epochs
+    )
+    if not isinstance(step, int) or not is_as_long or _lacks_evaluation(config, step):
+        return None
+    try:
+        require_same_options(config, run_dir / CONFIG_FILE)
+    except UserError:  # what resumes says so, once it has found a checkpoint
+        return None
+    return step
+
+
+def _lacks_evaluation(config: Config, step: int) -> bool:
+    asked = config.evaluation
+    is_asked = bool(asked.eval_data or asked.eval_benchmark or asked.eval_loss_data)
+    is_due = is_asked and config.trainer.eval_interval > 0
+    return is_due and not has_evaluation(Path(config.trainer.run_dir), step=step)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """The content; None if there is no such file, or it is no note of this kind."""
+    try:
+        content = parse_json(read_text(path, most_bytes=MOST_JSON_BYTES))
+    except (FileNotFoundError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _digest_of(path: Path) -> str | None:
+    try:
+        return file_digest(path).value
+    except FileNotFoundError:
+        return None

@@ -1,0 +1,65 @@
+"""A run that is finished says so when it is resumed, and only then."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from megatron_ktr.config import config_from_values, save_resolved
+from megatron_ktr.files.checksums import find_damage, write_manifest
+from megatron_ktr.run.finished import finished_line, write_finished
+
+DONE = dict(train_steps=4, auto_resume=True)
+
+
+def line(run_dir: Path, **values: Any) -> str | None:
+    config = config_from_values(dict(model="m", run_dir=str(run_dir), **(DONE | values)))
+    return finished_line(config, verify=find_damage, agree=lambda action: action())
+
+
+def finish(run_dir: Path, *, weights: bytes = b"of step 4", step: int = 4, epochs: float | None = None) -> Path:
+    export = run_dir / "export"
+    export.mkdir(parents=True, exist_ok=True)
+    (export / "model.safetensors").write_bytes(weights)
+    write_manifest(export)
+    save_resolved(config_from_values(dict(model="m", run_dir=str(run_dir), **DONE)), run_dir / "config.yaml")
+    write_finished(run_dir, step=step, epochs=epochs)
+    return export
+
+
+def test_a_finished_run_is_finished_until_it_is_asked_for_more(tmp_path, caplog):
+    export = finish(tmp_path / "run")
+    said = f"the run is finished: all 4 steps are done, and its export is in {export}"
+    assert line(tmp_path / "run") == line(tmp_path / "run", auto_resume=False, resume=True) == said
+    assert line(tmp_path / "run", log_interval=7) == said, "what a resumed run may change"
+    assert line(tmp_path / "run", auto_resume=False) is None, "refused, as the directory is not empty"
+    assert line(tmp_path / "run", train_steps=5) is None
+    assert line(tmp_path / "run", train_steps=None, train_epochs=2.0) is None
+    assert line(tmp_path / "run", lr=0.5) is None, "another run, which is refused later"
+    evaluated = dict(eval_data=("questions.jsonl",), eval_interval=4)
+    assert line(tmp_path / "run", **evaluated) is None, "figures of the last step are missing"
+    (tmp_path / "run/metrics.jsonl").write_text('{"step": 4, "eval/questions/accuracy": 1.0}\n')
+    assert line(tmp_path / "run", **evaluated) == said
+    finish(tmp_path / "run", epochs=2.0)
+    assert line(tmp_path / "run", train_steps=None, train_epochs=2.0) == said
+    assert line(tmp_path / "run", train_steps=None, train_epochs=3.0) is None
+    assert not caplog.text
+
+
+def test_only_the_export_of_the_last_step_counts_and_only_whole(tmp_path, caplog):
+    run_dir = tmp_path / "run"
+    export = finish(run_dir)
+    (export / "model.safetensors").write_bytes(b"of step 5")  # a bit has changed
+    assert line(run_dir) is None
+    assert f"{export} is damaged (model.safetensors: other content than was written)" in caplog.text
+    write_manifest(export)  # an export, but not the one that the run has made
+    assert line(run_dir) is None
+    finish(run_dir)
+    assert line(run_dir) is not None
+    for hostile in ("", "[]", "{}", '{"step": "4"}', '{"step": true}', "\x00", "[" * 100_000):
+        (run_dir / "finished.json").write_text(hostile)
+        assert line(run_dir) is None, hostile[:20]
+    finish(run_dir)
+    shutil.rmtree(export)
+    assert line(run_dir) is None
