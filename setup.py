@@ -58,6 +58,8 @@ EXTRAS_REQUIRE = {
     "vllm": ["vllm==0.32.0"],
     # Whether two mathematical answers are the same (problem_type math, the reward math).
     "math": [MATH_VERIFY],
+    # What --wandb-project sends metrics with (docs/watching.md). Nothing else needs it.
+    "wandb": ["wandb>=0.19"],
     # NVIDIA's ft_launcher, which watches the heartbeats of ranks (docs/launching.md). Our own needs none of it.
     "resiliency": ["nvidia-resiliency-ext>=0.4.1"],
     # For CUDA 13, as torch's wheels are: the newest that 0.16.1 accepts, and the middle of 0.19.2's 2.14 to 2.20. Here

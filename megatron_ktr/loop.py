@@ -31,6 +31,7 @@ from megatron_ktr.rollout.check.sampler import check_line
 from megatron_ktr.rollout.replay import write_rollouts
 from megatron_ktr.run.checkpoint import Checkpoints
 from megatron_ktr.run.directory import ROLLOUTS, RunStart, rollout_file
+from megatron_ktr.run.dumps import replay_obstacle
 from megatron_ktr.run.hook import StepHook, Stop, look_at
 from megatron_ktr.run.hooks import Watched, build_hooks, closing_all
 from megatron_ktr.run.incidents import Incidents
@@ -88,6 +89,7 @@ def run_steps(
     optional = OptionalWrites(incidents)
     writer = MetricsWriter(run_dir if ranks.rank == 0 else None, first_step=start.step + 1, optional=optional)
     hooks = _hooks(trainer, start=start, resilience=resilience, incidents=incidents, resolved=checkpointing.resolved)
+    writer.listeners += [hook.on_record for hook in hooks]
     between = BetweenSteps(
         evaluations, times=times, trainer=trainer, writer=writer, checkpoints=checkpoints, leave=leave
     )
@@ -157,6 +159,7 @@ def _hooks(
             incidents=incidents,
             distributed_timeout_minutes=trainer.options.trainer.distributed_timeout_minutes,
             resolved=resolved,
+            replay_obstacle=replay_obstacle(trainer.objective, options=trainer.options),
             lease=start.lease,
         )
     )

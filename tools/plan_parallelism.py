@@ -41,6 +41,8 @@ MEMORY_PARTS = (
 )
 FP8 = {"none": {}, "step": {"trains_in_fp8": True}, "scoring": {"scores_in_fp8": True}}
 OF_VIEWS = ("shuffle_unit", "num_shuffles", "visual_view", "temporal_view")
+MOST_RESPONSES = 2**11
+"""Of a prompt: the search looks at every response, for every layout."""
 TIME_PARTS = ("compute", "bubble", "tensor", "context", "pipeline", "data")
 
 
@@ -110,10 +112,10 @@ def _add_request(parser: Parser, add: Callable[..., None]) -> None:
     )
     add("--text-length", whole(), request["text_length"].default, "prompt tokens that are not visual")
     add("--response-length", whole(), request["response_length"].default, "tokens of every response")
-    add("--num-generations", whole(high=2**14), request["num_generations"].default, "responses per prompt")
+    add("--num-generations", whole(high=MOST_RESPONSES), request["num_generations"].default, "responses per prompt")
     add(
         "--temporal-responses",
-        whole(low=0, high=2**14),
+        whole(low=0, high=MOST_RESPONSES),
         None,
         "per prompt, to shuffled frames; none = as the objective",
     )
@@ -123,7 +125,7 @@ def _add_request(parser: Parser, add: Callable[..., None]) -> None:
     parser.add_argument("--grpo", action="store_const", const="grpo", dest="objective", help="--objective grpo")
     parser.add_argument("--no-reference", action="store_true", help="no KL term, no reference model")
     add("--shuffle-unit", str, None, "what a shuffle permutes; none = as the objective", choices=SHUFFLE_UNITS)
-    add("--num-shuffles", whole(), None, "draws per step of each random view; none = as the objective")
+    add("--num-shuffles", whole(high=1000), None, "draws per step of each random view; none = as the objective")
     add("--visual-view", str, None, "what visual scores compare with; none = as the objective", choices=visual_views())
     temporal = temporal_views()
     add("--temporal-view", str, None, "what temporal scores compare with; none = as the objective", choices=temporal)

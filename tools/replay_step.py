@@ -37,7 +37,6 @@ from megatron_ktr.config.data_sources import DataSource  # noqa: E402
 from megatron_ktr.config.part_options import PolicyOptions, StepOptions  # noqa: E402
 from megatron_ktr.config.schedule import schedule_length  # noqa: E402
 from megatron_ktr.config.sections import ParallelSection  # noqa: E402
-from megatron_ktr.config.view_registry import load_view  # noqa: E402
 from megatron_ktr.config.words import PLATFORM_NAMES  # noqa: E402
 from megatron_ktr.data.media.preprocess import PreprocessSettings  # noqa: E402
 from megatron_ktr.data.random_groups import FixedSource  # noqa: E402
@@ -57,7 +56,7 @@ from megatron_ktr.rollout.questions import source_loader  # noqa: E402
 from megatron_ktr.rollout.replay import ReplayEngine  # noqa: E402
 from megatron_ktr.run.checkpoint import load_sharded_state  # noqa: E402
 from megatron_ktr.run.directory import list_checkpoints  # noqa: E402
-from megatron_ktr.run.dumps import CONFIG, FACTS, VERSION  # noqa: E402
+from megatron_ktr.run.dumps import CONFIG, FACTS, VERSION, replay_obstacle  # noqa: E402
 from megatron_ktr.run.step_report import StepReport  # noqa: E402
 from megatron_ktr.trainer import Trainer  # noqa: E402
 from megatron_ktr.types import RolloutGroup  # noqa: E402
@@ -100,13 +99,9 @@ def config_of(dump: Path, facts: dict[str, Any], options: argparse.Namespace) ->
         UserError: the step needs what a dump does not hold.
     """
     config = read_saved(dump / CONFIG)
-    if config.objective.is_supervised:
-        raise UserError(f"{dump}: steps of --objective {config.objective.objective} cannot be run again from a dump")
-    if config.rollout.num_shuffled:
-        raise UserError(f"{dump}: steps that ask videos twice (--temporal-bonus) cannot be run again from a dump")
     objective = build_objective(config.objective, reward=config.reward, rollout=config.rollout)
-    if any(load_view(view).needs_other_media for view in objective.views):
-        raise UserError(f"{dump}: steps that show the media of other questions cannot be run again from a dump")
+    if obstacle := replay_obstacle(objective, options=StepOptions.of(config)):
+        raise UserError(f"{dump}: {obstacle}")
     kept = ("recompute_granularity", "recompute_modules", "recompute_method", "recompute_num_layers", "mlp_chunks")
     kept += ("recompute_vision", "vision_cache_gb")
     return dataclasses.replace(

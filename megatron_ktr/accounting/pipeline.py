@@ -63,8 +63,12 @@ def peak_in_flight(
     All arguments are bytes of one micro-batch, by chunk of the rank. ``saved_bytes`` are kept until backward,
     ``extra_bytes`` is what backward needs besides, and ``forward_bytes`` is the most that forward needs before its end.
     """
+    p = layout.pipeline
+    # Less than two rounds of p micro-batches warm up. From then on each round is like the one before, so that two more
+    # rounds hold the peak of any number of them.
+    shown = min(num_micro_batches, 4 * p + num_micro_batches % p)
     kept = peak = 0.0
-    for direction, chunk in _schedule(layout.pipeline, layout.virtual, rank, num_micro_batches):
+    for direction, chunk in _schedule(p, layout.virtual, rank, shown):
         if direction == "F":
             peak = max(peak, kept + forward_bytes[chunk] if forward_bytes else 0.0)
             kept += saved_bytes[chunk]

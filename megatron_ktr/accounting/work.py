@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 from megatron_ktr.attribution.views.base import ViewCost
@@ -52,12 +53,16 @@ class GroupWork:
             return shown
         return dataclasses.replace(shown, image_grids=(), video_grids=shown.video_grids * (view.encodes == "videos"))
 
-    @property
+    @cached_property
     def num_response_tokens(self) -> int:
         return sum(self.response_lengths)
 
+    @cached_property
+    def _num_patches(self) -> int:
+        return num_patches(self.grids)
+
     def num_visual_tokens(self, vision: VisionConfig) -> int:
-        return num_patches(self.grids) // vision.merge_unit
+        return self._num_patches // vision.merge_unit
 
     def prompt_length(self, config: Qwen2_5_VLConfig) -> int:
         return self.text_length + self.num_visual_tokens(config.vision)

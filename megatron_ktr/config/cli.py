@@ -21,12 +21,12 @@ from typing import Any, Literal, NoReturn
 
 import yaml
 
+from megatron_ktr.config.limits import LARGEST_INTEGER as LARGEST_INTEGER
 from megatron_ktr.errors import UserError
 from megatron_ktr.files.bounded import read_yaml_text
 
-LARGEST_INTEGER = 2**31 - 1
 SMALLEST_NUMBER, LARGEST_NUMBER = 2.0**-126, 2.0**127
-"""The limits of every number, besides an option's own: torch and the libraries behind it store numbers in 32 bits."""
+"""The limits of every number beside an option's own: torch and the libraries behind it store numbers in 32 bits."""
 
 
 def option(
@@ -88,7 +88,7 @@ class Option:
         else:
             words = {str: "text", int: "an integer", float: "a number", bool: "true or false"}[self.kind]
         limits = [
-            f"{sign} {limit:g}"
+            f"{sign} {limit if isinstance(limit, int) else format(limit, 'g')}"
             for sign, limit in ((">=", self.low), (">", self.above), ("<=", self.high))
             if limit is not None
         ]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from megatron_ktr.config.cli import option as _option
 from megatron_ktr.config.data_sources import DataSource, parse_data_path, sources_of
+from megatron_ktr.config.limits import MOST_FRAMES, MOST_GB, MOST_PIXELS, MOST_SECONDS, MOST_TOKENS
 from megatron_ktr.config.words import FrameRule
 
 
@@ -53,14 +54,21 @@ class DataSection:
         low=0,
         high=1,
     )
-    max_prompt_length: int = _option(16384, "Longest prompt in tokens; longer ones are skipped and counted", low=1)
+    max_prompt_length: int = _option(
+        16384, "Longest prompt in tokens; longer ones are skipped and counted", low=1, high=MOST_TOKENS
+    )
     media_cache_gb: float = _option(
-        0.5, "Resized media kept in memory between epochs on each reading rank, in 10^9 bytes; 0 = none", low=0
+        0.5,
+        "Resized media kept in memory between epochs on each reading rank, in 10^9 bytes; 0 = none",
+        low=0,
+        high=MOST_GB,
     )
     frame_cache_dir: str | None = _option(
         None, "Directory of decoded frames, kept for other epochs, runs and nodes, which may share it; none = no cache"
     )
-    frame_cache_gb: float = _option(100.0, "About the most that the frame cache takes, in 10^9 bytes", above=0)
+    frame_cache_gb: float = _option(
+        100.0, "About the most that the frame cache takes, in 10^9 bytes", above=0, high=MOST_GB
+    )
     data_workers: int | None = _option(
         None,
         "Processes on each reading rank that decode beside training; 0 = the training process decodes; none = 0 with "
@@ -75,7 +83,10 @@ class DataSection:
         high=1000,
     )
     data_timeout_seconds: float = _option(
-        300.0, "Longest time for decoding the media of one question in a worker; then it is skipped", above=0
+        300.0,
+        "Longest time for decoding the media of one question in a worker; then it is skipped",
+        above=0,
+        high=MOST_SECONDS,
     )
     data_worker_memory_gb: float = _option(
         8.0, "Most memory of one worker, in 10^9 bytes; a question that needs more is skipped", low=1, high=1e6
@@ -86,18 +97,29 @@ class DataSection:
         "fixed = video_num_frames; resampled = video_num_frames of those that fps takes; none = fixed where "
         "video_num_frames is given, else fps",
     )
-    video_fps: float = _option(2.0, "Frames sampled per second of video", above=0)
+    video_fps: float = _option(2.0, "Frames sampled per second of video", above=0, high=1000)
     video_num_frames: int | None = _option(
-        None, "Fixed number of frames, for the frame_sampling fixed and resampled; even", low=2
+        None, "Fixed number of frames, for the frame_sampling fixed and resampled; even", low=2, high=MOST_FRAMES
     )
-    video_max_frames: int = _option(16, "Most frames of one video; even", low=2)
-    video_min_pixels: int = _option(4 * 28 * 28, "Frames with fewer pixels are enlarged to it or just above it", low=1)
-    video_max_pixels: int = _option(128 * 28 * 28, "Frames with more pixels are reduced to it or just below it", low=1)
+    video_max_frames: int = _option(16, "Most frames of one video; even", low=2, high=MOST_FRAMES)
+    video_min_pixels: int = _option(
+        4 * 28 * 28, "Frames with fewer pixels are enlarged to it or just above it", low=1, high=MOST_PIXELS
+    )
+    video_max_pixels: int = _option(
+        128 * 28 * 28, "Frames with more pixels are reduced to it or just below it", low=1, high=MOST_PIXELS
+    )
     video_total_pixels: int = _option(
-        int(128000 * 28 * 28 * 0.9), "Pixels that all pairs of frames of a video share (docs/preprocessing.md)", low=1
+        int(128000 * 28 * 28 * 0.9),
+        "Pixels that all pairs of frames of a video share (docs/preprocessing.md)",
+        low=1,
+        high=MOST_PIXELS,
     )
-    image_min_pixels: int = _option(4 * 28 * 28, "Images with fewer pixels are enlarged to it or just above it", low=1)
-    image_max_pixels: int = _option(1280 * 28 * 28, "Images with more pixels are reduced to it or just below it", low=1)
+    image_min_pixels: int = _option(
+        4 * 28 * 28, "Images with fewer pixels are enlarged to it or just above it", low=1, high=MOST_PIXELS
+    )
+    image_max_pixels: int = _option(
+        1280 * 28 * 28, "Images with more pixels are reduced to it or just below it", low=1, high=MOST_PIXELS
+    )
     substitute_video: str | None = _option(
         None,
         "With original_compat: a video below media_root that takes the place of every video that cannot be used, as in "

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ktr.config.cli import option as _option
+from megatron_ktr.config.limits import MOST_FRAMES, MOST_SAMPLES, MOST_TOKENS, MOST_WEIGHT
 
 
 @dataclass(frozen=True)
@@ -35,19 +36,26 @@ class EvaluationSection:
     )
     eval_at_start: bool = _option(False, "Evaluate the model before the first step too, as step 0 of the curve")
     eval_frames: int | None = _option(
-        None, "Most frames of one video in evaluation; even; none = video_num_frames, else video_max_frames", low=2
+        None,
+        "Most frames of one video in evaluation; even; none = video_num_frames, else video_max_frames",
+        low=2,
+        high=MOST_FRAMES,
     )
     eval_max_items: int | None = _option(
-        None, "Questions or records of each file or benchmark, always the same ones, drawn at random; none = all", low=1
+        None,
+        "Questions or records of each file or benchmark, always the same ones, drawn at random; none = all",
+        low=1,
+        high=MOST_SAMPLES,
     )
     eval_max_tokens: int | None = _option(
-        None, "Longest response in evaluation, in tokens; none = max_response_length", low=1
+        None, "Longest response in evaluation, in tokens; none = max_response_length", low=1, high=MOST_TOKENS
     )
     eval_temperature: float | None = _option(
         None,
         "Sampling temperature of evaluation, without top-p; 0 = the most likely tokens; none = as the benchmark says, "
         "which for files of one's own is 0.1 with top-p 0.001, as good as 0",
         low=0,
+        high=MOST_WEIGHT,
     )
     keep_best: str | None = _option(
         None,

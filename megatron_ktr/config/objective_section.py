@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_ktr.config.cli import LARGEST_NUMBER, shorten
 from megatron_ktr.config.cli import option as _option
+from megatron_ktr.config.limits import MOST_PROMPTS, MOST_STEPS, MOST_THRESHOLD, MOST_TOKENS, MOST_WEIGHT
 from megatron_ktr.config.loss_parts import advantage_names, ratio_names
 from megatron_ktr.config.objective_registry import available_objectives, objective_entry
 from megatron_ktr.config.signal_registry import available_signals
@@ -75,6 +76,7 @@ class ObjectiveSection:
         "Number of tokens each signal selects in every scope, in place of a share: one for all, or one per signal; "
         "empty = selection_ratio",
         low=1,
+        high=MOST_TOKENS,
     )
     selection_rule: SelectionRule = _option(
         "quantile",
@@ -92,7 +94,7 @@ class ObjectiveSection:
         "sum of the signals' ranks",
     )
     signal_weights: tuple[float, ...] = _option(
-        (), "combine weighted: the weight of each signal; empty = all alike", above=0
+        (), "combine weighted: the weight of each signal; empty = all alike", above=0, high=MOST_WEIGHT
     )
     token_weights: TokenWeights = _option(
         "hard",
@@ -100,7 +102,9 @@ class ObjectiveSection:
         "scope (rank = linear; sigmoid = the release's form), by softmax of the score, or by VPPO's soft mask, whose "
         "mean is selection_ratio; the first three have mean 1",
     )
-    weight_temperature: float = _option(1.0, "token_weights softmax: the scores are divided by it", above=0)
+    weight_temperature: float = _option(
+        1.0, "token_weights softmax: the scores are divided by it", above=0, high=MOST_WEIGHT
+    )
     dependence: Dependence = _option(
         "kl",
         "The signal dependence, and shaping by it: KL from the intact to the visual view over the whole vocabulary, or "
@@ -111,10 +115,13 @@ class ObjectiveSection:
         "dependence = multiply advantages by a factor that grows with the response's mean dependence (VPPO)",
     )
     shaping_min: float = _option(
-        0.9, "Factor of the response of the global batch that depends least on what it saw", low=0
+        0.9, "Factor of the response of the global batch that depends least on what it saw", low=0, high=MOST_WEIGHT
     )
     shaping_max: float | None = _option(
-        None, "Factor of the one that depends most; none = such that the mean over the batch is 1", low=0
+        None,
+        "Factor of the one that depends most; none = such that the mean over the batch is 1",
+        low=0,
+        high=MOST_WEIGHT,
     )
     shift: Shift = _option(
         "signed",
@@ -124,7 +131,10 @@ class ObjectiveSection:
         "frame", "What the temporal counterfactual permutes: decoded frames, or pairs of frames already encoded"
     )
     num_shuffles: int = _option(
-        1, "Draws of each random view (orders of frames, black patches, noise) whose scores are averaged", low=1
+        1,
+        "Draws of each random view (orders of frames, black patches, noise) whose scores are averaged",
+        low=1,
+        high=1000,
     )
     visual_view: str = _option(
         "hidden",
@@ -142,13 +152,17 @@ class ObjectiveSection:
         "merged", "visual_view patches: what is black as a whole, a visual token's square or a patch of the encoder"
     )
     noise_std: float = _option(
-        2.0, "visual_view noise: standard deviation, in those of natural pictures (normalised pixels)", above=0
+        2.0,
+        "visual_view noise: standard deviation, in those of natural pictures (normalised pixels)",
+        above=0,
+        high=MOST_WEIGHT,
     )
     noise_every: int = _option(
         0,
         "Steps between two measurements of how much the scores of signals change by rounding alone, each two more "
         "intact passes without gradient; 0 = never",
         low=0,
+        high=MOST_STEPS,
     )
     min_shift: float | str = _option(
         0.0,
@@ -161,22 +175,28 @@ class ObjectiveSection:
         "Products of the counterfactual passes: as in training, in bf16 (under an fp32 model, or one that trains in "
         "FP8), or in FP8 by fp8_recipe",
     )
-    kl_beta: float = _option(0.04, "Weight of the KL term to the reference model; 0 = no reference model", low=0)
+    kl_beta: float = _option(
+        0.04, "Weight of the KL term to the reference model; 0 = no reference model", low=0, high=MOST_WEIGHT
+    )
     clip_low: float = _option(0.2, "Probability ratio is clipped below at 1 - clip_low", low=0, high=1)
-    clip_high: float = _option(0.2, "Probability ratio is clipped above at 1 + clip_high", low=0)
+    clip_high: float = _option(0.2, "Probability ratio is clipped above at 1 + clip_high", low=0, high=MOST_WEIGHT)
     updates_per_rollout: int = _option(
         1,
         "How often a step's responses are trained on; clipping acts from 2 optimizer steps on (see mini_batches)",
         low=1,
+        high=1000,
     )
     importance_sampling: ImportanceLevel = _option(
         "none",
         "Weigh each token's policy gradient by trainer / sampler probability, of the token or of its whole response, "
         "truncated at importance_cap",
     )
-    importance_cap: float = _option(2.0, "Largest importance weight", above=0)
+    importance_cap: float = _option(2.0, "Largest importance weight", above=0, high=MOST_THRESHOLD)
     importance_mask: tuple[float, ...] = _option(
-        (), "Two bounds, e.g. 0.5,5: tokens whose trainer / sampler probability lies outside carry no loss; empty = off"
+        (),
+        "Two bounds, e.g. 0.5,5: tokens whose trainer / sampler probability lies outside carry no loss; empty = off",
+        low=0,
+        high=MOST_THRESHOLD,
     )
     loss_aggregation: LossAggregation = _option(
         "sequence",
@@ -184,7 +204,10 @@ class ObjectiveSection:
         "loss_constant)",
     )
     loss_constant: int | None = _option(
-        None, "With loss_aggregation constant: tokens that every response counts as; none = max_response_length", low=1
+        None,
+        "With loss_aggregation constant: tokens that every response counts as; none = max_response_length",
+        low=1,
+        high=MOST_TOKENS,
     )
     masked_denominator: TokenSet = _option(
         "key", "Tokens that the means of the loss divide by: those that carry the policy gradient, or all"
@@ -205,9 +228,12 @@ class ObjectiveSection:
         "with each token's own gradient), or as a capped constant (CISPO)",
         choices=ratio_names,
     )
-    ratio_cap: float = _option(5.0, "With ratio cispo: largest ratio", above=0)
+    ratio_cap: float = _option(5.0, "With ratio cispo: largest ratio", above=0, high=MOST_THRESHOLD)
     dual_clip: float | None = _option(
-        None, "With ratio token: largest ratio of a token of negative advantage, e.g. 3; none = no limit", above=1
+        None,
+        "With ratio token: largest ratio of a token of negative advantage, e.g. 3; none = no limit",
+        above=1,
+        high=MOST_THRESHOLD,
     )
     kl_kind: KlKind = _option(
         "k3",
@@ -224,19 +250,26 @@ class ObjectiveSection:
         "kl_full, whatever the loss uses; kl_kind full reports it anyway",
     )
     entropy_bonus: float = _option(
-        0.0, "Weight of the mean entropy of the key tokens, which the loss raises; 0 = off", low=0
+        0.0, "Weight of the mean entropy of the key tokens, which the loss raises; 0 = off", low=0, high=MOST_WEIGHT
     )
     sampled_entropy_penalty: float = _option(
-        0.0, "Weight of the mean -log-prob of all response tokens, which the loss lowers; 0 = off", low=0
+        0.0,
+        "Weight of the mean -log-prob of all response tokens, which the loss lowers; 0 = off",
+        low=0,
+        high=MOST_WEIGHT,
     )
     mini_batches: int = _option(
         1,
         "Parts of equal size into which the prompts of a step are split, in the order they were drawn; each takes an "
         "optimizer step of its own, with ratios to the policy before the first",
         low=1,
+        high=MOST_PROMPTS,
     )
     tw_alpha: float = _option(
-        1.7, "tw_grpo: weight of the position where a group's responses differ most; where least, it is 1", low=1
+        1.7,
+        "tw_grpo: weight of the position where a group's responses differ most; where least, it is 1",
+        low=1,
+        high=MOST_WEIGHT,
     )
     tw_weight_gradient: bool = _option(
         False,

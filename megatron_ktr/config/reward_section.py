@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from megatron_ktr.config.cli import option as _option
+from megatron_ktr.config.limits import MOST_GB, MOST_SECONDS, MOST_TOKENS, MOST_TRIES, MOST_WEIGHT
 from megatron_ktr.config.words import AnswerProtocol, RewardErrorPolicy
 
 
@@ -30,9 +31,11 @@ class RewardSection:
         low=0,
         high=256,
     )
-    reward_timeout: float = _option(30.0, "Longest time for the reward of one response, in seconds", above=0)
+    reward_timeout: float = _option(
+        30.0, "Longest time for the reward of one response, in seconds", above=0, high=MOST_SECONDS
+    )
     reward_worker_memory_gb: float = _option(
-        4.0, "Most memory of one reward process with what it starts, in 10^9 bytes", above=0
+        4.0, "Most memory of one reward process with what it starts, in 10^9 bytes", above=0, high=MOST_GB
     )
     reward_on_error: RewardErrorPolicy = _option(
         "stop",
@@ -50,20 +53,29 @@ class RewardSection:
         "Added to a correct response of length_bonus_min..length_bonus_max tokens where more than one response of "
         "the group is correct; 0 = off",
         low=0,
+        high=MOST_WEIGHT,
     )
     length_bonus_min: int = _option(
-        320, "Shortest response that gets the length bonus, and the reward length, in tokens", low=0
+        320, "Shortest response that gets the length bonus, and the reward length, in tokens", low=0, high=MOST_TOKENS
     )
     length_bonus_max: int = _option(
-        512, "Longest response that gets the length bonus, and the reward length, in tokens", low=0
+        512, "Longest response that gets the length bonus, and the reward length, in tokens", low=0, high=MOST_TOKENS
     )
     overlong_length: int | None = _option(
-        None, "Length from which the reward overlong is -1, in tokens; none = max_response_length", low=1
+        None,
+        "Length from which the reward overlong is -1, in tokens; none = max_response_length",
+        low=1,
+        high=MOST_TOKENS,
     )
     overlong_buffer: int | None = _option(
-        None, "Tokens before overlong_length over which overlong falls from 0 to -1; none = a fifth of it", low=1
+        None,
+        "Tokens before overlong_length over which overlong falls from 0 to -1; none = a fifth of it",
+        low=1,
+        high=MOST_TOKENS,
     )
-    repetition_ngram: int = _option(3, "Tokens of the pieces whose repetition the reward repetition counts", low=1)
+    repetition_ngram: int = _option(
+        3, "Tokens of the pieces whose repetition the reward repetition counts", low=1, high=100_000
+    )
     judge_url: str | None = _option(
         None, "Server with OpenAI's chat API whose model gives the reward judge, e.g. http://node7:8000"
     )
@@ -71,7 +83,9 @@ class RewardSection:
     judge_key_env: str | None = _option(
         None, "Name of the environment variable that holds the server's key (not the key itself)"
     )
-    judge_retries: int = _option(3, "How often a question is put to the judge again after no or no usable reply", low=0)
+    judge_retries: int = _option(
+        3, "How often a question is put to the judge again after no or no usable reply", low=0, high=MOST_TRIES
+    )
     judge_concurrency: int = _option(16, "Questions open at the judge's server for each replica", low=1, high=1024)
 
     @property

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from megatron_ktr.config.cli import option as _option
 from megatron_ktr.config.data_section import DataSection as DataSection  # a section in a file of its own
 from megatron_ktr.config.evaluation_section import EvaluationSection as EvaluationSection
+from megatron_ktr.config.limits import MOST_LAYERS, MOST_SAMPLES, MOST_STEPS, MOST_THRESHOLD, MOST_WEIGHT
 from megatron_ktr.config.objective_section import ObjectiveSection as ObjectiveSection
 from megatron_ktr.config.parallel_section import ParallelSection as ParallelSection
 from megatron_ktr.config.resilience_section import ResilienceSection as ResilienceSection
@@ -76,8 +77,8 @@ class ModelSection:
         False, "Keep the weights of FP8 layers in FP8 and gather them so; the optimizer's fp32 copy stays exact"
     )
     first_last_layers_bf16: bool = _option(False, "Under FP8, keep the first and last language layers in BF16")
-    num_layers_at_start_in_bf16: int = _option(1, "See first_last_layers_bf16", low=0)
-    num_layers_at_end_in_bf16: int = _option(1, "See first_last_layers_bf16", low=0)
+    num_layers_at_start_in_bf16: int = _option(1, "See first_last_layers_bf16", low=0, high=MOST_LAYERS)
+    num_layers_at_end_in_bf16: int = _option(1, "See first_last_layers_bf16", low=0, high=MOST_LAYERS)
     fp8_vision: bool = _option(
         False, "The vision encoder's layers in FP8 too, its MLP (3420 in 3B and 7B) padded with zeros to what fits"
     )
@@ -88,9 +89,12 @@ class ModelSection:
         False, "Keep the reference model in host memory, and on the device only for its pass"
     )
     lora_rank: int = _option(
-        0, "Train adapters of this rank on the language model's layers, and nothing else; 0 = train the weights", low=0
+        0,
+        "Train adapters of this rank on the language model's layers, and nothing else; 0 = train the weights",
+        low=0,
+        high=100_000,
     )
-    lora_alpha: float = _option(32.0, "Adapters are scaled by lora_alpha / lora_rank", above=0)
+    lora_alpha: float = _option(32.0, "Adapters are scaled by lora_alpha / lora_rank", above=0, high=MOST_WEIGHT)
     lora_targets: tuple[LoraTarget, ...] = _option(LORA_TARGETS, "Layers with adapters, by Megatron's names")
     lora_export: LoraExport = _option(
         "merged", "What a run ends with: the whole model with adapters merged into it, or adapters alone, as PEFT's"
@@ -108,32 +112,35 @@ class OptimizerSection:
     )
     min_lr: float = _option(0.0, "Learning rate at the end of the decay", low=0, high=MOST_LR)
     lr_decay_style: DecayStyle = _option("cosine", "Shape of the decay, which ends with the run")
-    lr_warmup_steps: int = _option(0, "Steps of linear warm-up from 0", low=0)
+    lr_warmup_steps: int = _option(0, "Steps of linear warm-up from 0", low=0, high=MOST_STEPS)
     lr_warmup_samples: int | None = _option(
         None,
         "In place of lr_warmup_steps: the schedule counts samples, the prompts or records of each optimizer step over "
         "all replicas, and warms up over so many of them",
         low=0,
+        high=MOST_SAMPLES,
     )
     lr_decay_samples: int | None = _option(
         None,
         "Samples at which the decay ends and the learning rate is min_lr; the schedule counts samples then; none = "
         "those of the whole run",
         low=1,
+        high=MOST_SAMPLES,
     )
     weight_decay: float = _option(
-        0.01, "Decoupled weight decay; not on biases, on norms with weight_decay_norms", low=0
+        0.01, "Decoupled weight decay; not on biases, on norms with weight_decay_norms", low=0, high=MOST_WEIGHT
     )
     weight_decay_norms: bool = _option(False, "Decay the weights of norms too, as the releases do")
     adam_beta1: float = _option(0.9, "Decay of the first moment", low=0, high=1)
     adam_beta2: float = _option(0.999, "Decay of the second moment", low=0, high=1)
-    adam_eps: float = _option(1e-8, "Added to the denominator of Adam", above=0)
-    clip_grad: float = _option(5.0, "Gradient norm is clipped to this; 0 = never", low=0)
+    adam_eps: float = _option(1e-8, "Added to the denominator of Adam", above=0, high=MOST_WEIGHT)
+    clip_grad: float = _option(5.0, "Gradient norm is clipped to this; 0 = never", low=0, high=MOST_THRESHOLD)
     grad_norm_skip_threshold: float | None = _option(
         None,
         "Take no optimizer step where the gradient norm, before clipping, is above this; the update is counted "
         "(skipped_updates) and its gradient dropped, the schedule stays where it is (megatron-core 0.19); none = never",
         above=0,
+        high=MOST_THRESHOLD,
     )
     use_distributed_optimizer: bool = _option(True, "Split optimizer states over data-parallel ranks")
     offload_optimizer_states: bool = _option(

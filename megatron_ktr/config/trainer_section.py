@@ -5,6 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_ktr.config.cli import option as _option
+from megatron_ktr.config.limits import (
+    LARGEST_INTEGER,
+    MOST_GB,
+    MOST_MINUTES,
+    MOST_PROMPTS,
+    MOST_SAMPLES,
+    MOST_STEPS,
+    MOST_THRESHOLD,
+)
 from megatron_ktr.config.words import PlatformName
 from megatron_ktr.errors import UserError
 
@@ -23,7 +32,10 @@ class TrainerSection:
         "which start the same command again",
     )
     train_steps: int | None = _option(
-        None, "Rollout steps of the whole run; none = what train_epochs comes to, without it 1000", low=1
+        None,
+        "Rollout steps of the whole run; none = what train_epochs comes to, without it 1000",
+        low=1,
+        high=MOST_STEPS,
     )
     train_epochs: float | None = _option(
         None,
@@ -32,39 +44,57 @@ class TrainerSection:
         above=0,
         high=1e6,
     )
-    prompts_per_step: int = _option(32, "Prompts per step over all ranks (P x data-parallel size)", low=1)
-    micro_batch_groups: int = _option(1, "Prompt groups per micro-batch; a group is never split", low=1)
+    prompts_per_step: int = _option(
+        32, "Prompts per step over all ranks (P x data-parallel size)", low=1, high=MOST_PROMPTS
+    )
+    micro_batch_groups: int = _option(
+        1, "Prompt groups per micro-batch; a group is never split", low=1, high=MOST_PROMPTS
+    )
     max_tokens_per_microbatch: int | None = _option(
         None,
         "In place of micro_batch_groups: as many groups as have this many tokens together (each prompt once, and its "
         "responses); a group of more is a micro-batch of its own, and counted",
         low=1,
+        high=MOST_SAMPLES,
     )
     balance_replicas: bool = _option(
         True, "Whole groups change data-parallel replicas after the rollout, until all have nearly the same FLOPs"
     )
-    save_interval: int = _option(0, "Steps between checkpoints, and one after the last step; 0 = none", low=0)
+    save_interval: int = _option(
+        0, "Steps between checkpoints, and one after the last step; 0 = none", low=0, high=MOST_STEPS
+    )
     keep_checkpoints: int = _option(
-        2, "Newest verified checkpoints to keep (read again after they were written, and intact); 0 = all", low=0
+        2,
+        "Newest verified checkpoints to keep (read again after they were written, and intact); 0 = all",
+        low=0,
+        high=1_000_000,
     )
     eval_interval: int = _option(
-        0, "Steps between evaluations (section evaluation), and one after the last step; 0 = none", low=0
+        0,
+        "Steps between evaluations (section evaluation), and one after the last step; 0 = none",
+        low=0,
+        high=MOST_STEPS,
     )
     rollout_log_interval: int = _option(
         10,
         "Steps between files of rollouts and key tokens in run_dir/rollouts, one per replica; 1 = all; 0 = none",
         low=0,
+        high=MOST_STEPS,
     )
-    log_interval: int = _option(1, "Steps between lines on the console", low=1)
+    log_interval: int = _option(1, "Steps between lines on the console", low=1, high=MOST_STEPS)
     peak_tflops: float | None = _option(
         None,
         "Dense peak of one device in TFLOP/s (H100 in bf16: 989), for the metric mfu; none = no metric",
         above=0,
+        high=MOST_THRESHOLD,
     )
-    seed: int = _option(0, "Seed of data order, shuffled views and sampling", low=0)
+    seed: int = _option(0, "Seed of data order, shuffled views and sampling", low=0, high=LARGEST_INTEGER)
     platform: PlatformName = _option("auto", "Devices to run on; auto takes CUDA where it is found")
     distributed_timeout_minutes: int = _option(
-        60, "How long a rank waits for the others, also while one of them generates, before it gives up", low=1
+        60,
+        "How long a rank waits for the others, also while one of them generates, before it gives up",
+        low=1,
+        high=MOST_MINUTES,
     )
     dry_run: bool = _option(
         False,
@@ -79,7 +109,7 @@ class TrainerSection:
         high=2**20,
     )
     dry_run_gpu_memory_gb: float = _option(
-        80.0, "Read by dry_run alone: the memory of one of these GPUs, in 10^9 bytes", above=0
+        80.0, "Read by dry_run alone: the memory of one of these GPUs, in 10^9 bytes", above=0, high=MOST_GB
     )
 
     def __post_init__(self) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from megatron_ktr.errors import UserError
+from megatron_ktr.files.bounded import open_file
 from megatron_ktr.files.json_files import parse_json
 
 T = TypeVar("T")
@@ -40,7 +41,7 @@ def iter_raw_records(path: Path | str, *, option: str = "data_path") -> Iterator
     """
     path = Path(path)
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             window = _Window(file)
             if window.skip_blank_lines() == "[":
                 yield from _array_items(window, path=path, option=option)
@@ -58,7 +59,7 @@ def iter_raw_entries(path: Path | str, *, option: str = "data_path") -> Iterator
     """
     path = Path(path)
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             yield from _object_entries(_Window(file), path=path, option=option)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{option}: {path} cannot be read: {error}") from error

@@ -1,11 +1,15 @@
-"""Reads text files of a bounded size: a device or a file that is no text must not fill the memory."""
+"""Opens files that a user names, and reads text of a bounded size: a pipe without a writer must not be waited for, and
+a device or a file that is no text must not fill the memory."""
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import stat
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from megatron_ktr.errors import UserError
 
@@ -17,6 +21,32 @@ _MOST_DEPTH = 100
 _BRACKET = re.compile(r"[\[\]{}]")
 
 
+def open_file(path: Path | str) -> BinaryIO:
+    """Opens a file for reading. It never waits, and reads nothing that is not a file: what a pipe such as that of
+    ``<(command)`` holds can be read once, and by one process, while every rank and every worker reads what an option
+    names. ``/dev/stdin`` is a file where a file is its source.
+
+    Raises:
+        OSError: it cannot be read, or is a pipe, a socket or a device, which ``strerror`` says.
+    """
+    _require_file(os.stat(path), path)  # first, because opening a device may have effects
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        _require_file(os.fstat(descriptor), path)
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _require_file(status: os.stat_result, path: Path | str) -> None:
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(status.st_mode):
+        text = "a pipe, a socket or a device, and no file; write what it gives to a file first"
+        raise OSError(errno.EINVAL, text, str(path))
+
+
 def read_text(path: Path | str, *, most_bytes: int, encoding: str = "utf-8") -> str:
     """The text of a file, with newlines at the ends of its lines.
 
@@ -25,7 +55,7 @@ def read_text(path: Path | str, *, most_bytes: int, encoding: str = "utf-8") -> 
         ValueError: it is larger than ``most_bytes``, or no text.
     """
     most_bytes = _most(most_bytes)
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         content = file.read(most_bytes + 1)
     if len(content) > most_bytes:
         raise ValueError(f"larger than the {most_bytes} bytes that such a file may have")

@@ -28,6 +28,7 @@ from typing import Any
 import xxhash
 
 from megatron_ktr.errors import UserError
+from megatron_ktr.files.bounded import open_file
 
 MANIFEST = "checksums.json"
 ALGORITHM = "xxh3_128"
@@ -102,7 +103,7 @@ def write_hashed(path: Path, content: bytes) -> Digest:
 
 def file_digest(path: Path) -> Digest:
     hasher, num_bytes, block = xxhash.xxh3_128(), 0, bytearray(_BLOCK_BYTES)
-    with open(path, "rb", buffering=0) as file:
+    with open_file(path) as file:
         while count := file.readinto(block):
             hasher.update(memoryview(block)[:count])
             num_bytes += count
@@ -140,7 +141,8 @@ def read_manifest(directory: Path) -> dict[str, Digest] | None:
         DamagedManifest: the file exists, but cannot be what was written.
     """
     try:
-        text = (directory / MANIFEST).read_bytes()
+        with open_file(directory / MANIFEST) as file:
+            text = file.read()
     except FileNotFoundError:
         return None
     try:

@@ -24,7 +24,7 @@ import yaml
 from megatron_ktr.config import read_notes
 from megatron_ktr.data.records import Record, check_record
 from megatron_ktr.errors import UserError
-from megatron_ktr.files.bounded import read_yaml_text
+from megatron_ktr.files.bounded import open_file, read_yaml_text
 from megatron_ktr.files.json_files import parse_json
 from megatron_ktr.objectives.bonuses.temporal import TemporalBonus
 from megatron_ktr.run.metrics import MOST_STEPS
@@ -269,7 +269,8 @@ def _numbers(item: Mapping[str, Any], name: str, num_tokens: int) -> list[float]
 def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields (number from 1, object) of each line. Half a line at the end is left out, as it is still being written."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: JSON text may contain U+2028
+        with open_file(path) as file:
+            lines = file.read().decode("utf-8").split("\n")  # not splitlines: JSON text may contain U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     for number, line in enumerate(lines, start=1):

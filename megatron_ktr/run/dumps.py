@@ -17,10 +17,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megatron_ktr.config.part_options import StepOptions
+from megatron_ktr.config.view_registry import load_view
 from megatron_ktr.distributed.agreement import gather_objects
 from megatron_ktr.errors import UserError
 from megatron_ktr.files.atomic import write_atomically
 from megatron_ktr.files.json_files import to_json
+from megatron_ktr.objectives import Objective
 from megatron_ktr.policy.policy import Policy
 from megatron_ktr.rollout.replay import write_rollouts
 from megatron_ktr.run.directory import list_checkpoints, step_name
@@ -32,6 +35,17 @@ VERSION = 1
 
 def dump_of(run_dir: Path, step: int) -> Path:
     return run_dir / DUMPS / step_name(step)
+
+
+def replay_obstacle(objective: Objective, *, options: StepOptions) -> str | None:
+    """Why a step of such a run cannot be run again from its dump; None if it can."""
+    if options.objective.is_supervised:
+        return f"steps of --objective {options.objective.objective} cannot be run again from a dump"
+    if options.num_shuffled:
+        return "steps that ask videos twice (--temporal-bonus) cannot be run again from a dump"
+    if any(load_view(view).needs_other_media for view in objective.views):
+        return "steps that show the media of other questions cannot be run again from a dump"
+    return None
 
 
 def write_dump(

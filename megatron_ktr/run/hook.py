@@ -6,7 +6,7 @@ neither weights nor random states. ``hooks.py`` lists the hooks of a run.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_ktr.run.step_report import StepReport
@@ -38,6 +38,11 @@ class StepHook:
 
         Returns the reason to end the run with ``EXIT_ALARM``, the same on every rank; None otherwise.
         """
+
+    def on_record(self, step: int, values: Mapping[str, float]) -> None:
+        """``values`` went into the record of ``step`` in ``metrics.jsonl``, or would have, on a full disk. Only rank 0
+        is told, so nothing collective belongs here. A step comes first with all that training it gave; what is measured
+        afterwards, as an evaluation, comes later with the same step."""
 
     def close(self) -> None:
         """The run ends, also after an error; then not every rank may be there, so nothing collective belongs here."""

@@ -44,6 +44,8 @@ class Watched:
     """How long a rank waits for others in a collective."""
     resolved: str = ""
     """Every option of the run, as YAML."""
+    replay_obstacle: str | None = None
+    """Why a dump of a step cannot be run again, if it cannot."""
     lease: Lease | None = None
     """What rank 0 holds while no other run has taken the directory over."""
 
@@ -66,6 +68,7 @@ def _guards(watched: Watched) -> list[StepHook]:
             policy=watched.policy,
             incidents=incidents,
             resolved=watched.resolved,
+            replay_obstacle=watched.replay_obstacle,
             first_step=watched.first_step,
         ),
         ReplicaCheck(options.replica_check_interval, policy=watched.policy, incidents=incidents),
@@ -100,7 +103,7 @@ def _watches(watched: Watched) -> list[StepHook]:
 
 
 def _displays(watched: Watched) -> list[StepHook]:
-    """Who is shown the metrics of a step, when all other hooks have added theirs."""
+    """Who is shown what a step took, and its record."""
     options, rank = watched.options, watched.policy.ranks.rank
     found: list[StepHook] = []
     if options.profile_steps:

@@ -122,6 +122,8 @@ class MetricsWriter:
         self._events = None
         self._late: list[tuple[int, Mapping[str, float]]] = []
         """Steps and what is to be added to their records."""
+        self.listeners: list[Callable[[int, Mapping[str, float]], None]] = []
+        """Are told on rank 0 what goes into the record of a step: displays show the same as the file."""
         self._hook_before: Callable[[Any], object] | None = None
         if run_dir is None:
             return
@@ -140,11 +142,11 @@ class MetricsWriter:
         except OSError as error:
             self._optional.fail("tensorboard", error)
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
+    def write(self, step: int, values: dict[str, float]) -> None:
         if self._file is None:
             return
         try:
-            self._file.add(to_json({"step": step, **_rounded(values), **self._optional.counts()}))
+            self._file.add(to_json({"step": step, **_rounded(values | self._optional.counts())}))
         except OSError as error:
             self._optional.fail(FILE, error, step=step)
         else:
@@ -180,6 +182,9 @@ class MetricsWriter:
         self._file = LineLog(self._path)
 
     def _show(self, step: int, values: Mapping[str, float]) -> None:
+        values = {**values, **self._optional.counts()}
+        for tell in self.listeners:
+            tell(step, values)
         if self._events is None:
             return
         try:

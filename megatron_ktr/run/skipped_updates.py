@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megatron_ktr.batch.skips import IN_A_ROW, NOT_FINITE
 from megatron_ktr.config.sections import ResilienceSection
+from megatron_ktr.distributed.agreement import result_of_rank_zero
 from megatron_ktr.policy.policy import Policy
 from megatron_ktr.run.dumps import DUMPS, write_dump
 from megatron_ktr.run.hook import StepHook, Stop
@@ -37,12 +38,18 @@ class SkippedUpdates(StepHook):
         policy: Policy,
         incidents: Incidents,
         resolved: str,
+        replay_obstacle: str | None = None,
         first_step: int,
     ) -> None:
+        """Collective. ``replay_obstacle`` says why a dump of this run cannot be run again, if it cannot."""
         self._most = options.max_skipped_in_a_row
         self._run_dir, self._policy, self._incidents, self._resolved = run_dir, policy, incidents, resolved
         self._last_change = first_step - 1
-        self._num_dumps = sum(1 for _ in (run_dir / DUMPS).glob("step_*"))
+        self._obstacle = replay_obstacle
+        # Of one rank: whether a dump is written, which is collective, must not hang on what each machine sees there.
+        self._num_dumps = result_of_rank_zero(
+            lambda: sum(1 for _ in (run_dir / DUMPS).glob("step_*")), ranks=policy.ranks
+        )
 
     def after_step(self, report: StepReport) -> Stop | None:
         values = report.values
@@ -70,7 +77,7 @@ class SkippedUpdates(StepHook):
                 about={**facts, "text": why},
                 last_change=self._last_change,
             )
-            where = f"; {written}" if isinstance(written, str) else f"; tools/replay_step.py {written} runs it again"
+            where = f"; {written}" if isinstance(written, str) else f"; {self._use_of(written)}"
         count = f"{in_a_row} updates in a row were" if in_a_row > 1 else "an update was"
         text = f"{count} skipped, because {why}{where}"
         self._incidents.add("skipped_update", text, step=report.step, **facts)
@@ -78,3 +85,8 @@ class SkippedUpdates(StepHook):
             return None
         advice = f"--max-skipped-in-a-row {self._most} allows no more: lower --lr or --clip-grad, or look at the dump"
         return Stop(f"step {report.step}: {text}; {advice}", is_state_sound=False)
+
+    def _use_of(self, dump: Path) -> str:
+        if self._obstacle is None:
+            return f"tools/replay_step.py {dump} runs it again"
+        return f"its numbers are in {dump}; {self._obstacle}"

@@ -15,9 +15,13 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from megatron_ktr.config import config_from_values
+from megatron_ktr.config.part_options import StepOptions
 from megatron_ktr.data.synthetic import corpus, make_dataset
 from megatron_ktr.data.tiny_model import save_tiny_model
 from megatron_ktr.errors import UserError
+from megatron_ktr.objectives import build_objective
+from megatron_ktr.run.dumps import replay_obstacle
 from megatron_ktr.run.interruption import EXIT_ALARM
 from megatron_ktr.train import train
 from tests.run.test_online_training import settings
@@ -103,6 +107,7 @@ def test_a_run_survives_one_update_and_stops_at_more_than_it_may_skip(
         (3, 1, ["gradient"]),
         (4, 2, ["gradient"]),
     ]
+    assert all(event["text"].endswith("runs it again") for event in skipped)
     facts = read_facts(run_dir / "dumps" / "step_00000004")
     assert facts["last_change"] == 2, "the weights of step 4 are those after step 2"
     damaged = {name: one["num_not_finite"] for name, one in facts["gradients"].items() if one["num_not_finite"]}
@@ -160,6 +165,22 @@ def test_the_dump_shows_the_gradient_of_the_mini_batch_that_was_skipped(
     assert math.hypot(*(one["norm"] for one in facts["gradients"].values())) > 0.01
     ((good, _),) = ranks(replays, 1, arguments=[[str(run_dir / "dumps" / "step_00000003")]])[0]
     assert good["has_stepped"] and math.hypot(*(one["norm"] for one in good["gradients"].values())) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"objective": "video_ktr"}, None),
+        ({"objective": "sft"}, "--objective sft"),
+        ({"objective": "t_grpo"}, "--temporal-bonus"),
+        ({"objective": "video_ktr", "visual_view": "other_video"}, "media of other questions"),
+    ],
+)
+def test_no_run_advises_a_replay_that_the_tool_refuses(values: dict[str, Any], words: str | None) -> None:
+    config = config_from_values({"model": "m", **values})
+    objective = build_objective(config.objective, reward=config.reward, rollout=config.rollout)
+    found = replay_obstacle(objective, options=StepOptions.of(config))
+    assert (found is None) == (words is None) and (words or "") in (found or "")
 
 
 @pytest.mark.parametrize(

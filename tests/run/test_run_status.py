@@ -145,6 +145,10 @@ def test_state_and_what_is_wrong(name: str, tmp_path: Path) -> None:
         heartbeat(run_dir, **changes)
         verdict = verdict_of(run_dir)
         assert verdict.state == state and text in wrong(verdict) and bool(wrong(verdict)) == bool(text)
+        is_held_up = bool(text) and "heartbeats could not be written" not in text
+        assert (verdict.seconds_left is not None) == (state == "running" and not is_held_up), (
+            "nobody knows when it ends"
+        )
         assert run_status.main([str(run_dir)]) == (1 if text else 0)
 
 

@@ -26,7 +26,8 @@ from megatron_ktr.data.tiny_model import save_tiny_model
 from megatron_ktr.distributed.platform import current
 from megatron_ktr.errors import UserError
 from megatron_ktr.run.incidents import Incidents
-from megatron_ktr.run.metrics import PhaseTimer
+from megatron_ktr.run.metrics import MetricsWriter, PhaseTimer
+from megatron_ktr.run.optional_writes import OptionalWrites
 from megatron_ktr.run.profile import StepTrace
 from megatron_ktr.run.status import wandb_writer
 from megatron_ktr.run.status.heartbeat import Heartbeat
@@ -154,7 +155,7 @@ def test_prometheus_reads_the_last_step(endpoint: Endpoint, tmp_path: Path) -> N
     assert endpoint.address is not None
     endpoint._incidents.add("alarm", "something")
     values = {"loss": float("nan"), "seconds/rollout": 2.0, "reward/a b": -1e-9, 'decoder/pyav: "x\\y"\n\udcff': 3.0}
-    endpoint.after_step(report(4, **values))
+    endpoint.on_record(4, values)
     text, kind = read(endpoint.address)
     assert kind.startswith("text/plain; version=0.0.4")
     lines = [line for line in text.splitlines() if not line.startswith("#")]
@@ -206,7 +207,7 @@ def test_a_port_that_is_taken_is_an_incident_and_no_end(endpoint: Endpoint, tmp_
         taken.listen()
         port = taken.getsockname()[1]
         second = Endpoint("127.0.0.1", port, num_steps=9, incidents=Incidents(tmp_path))
-        second.after_step(report(1))
+        second.on_record(1, {})
         second.close()
     (incident,) = incidents_of(tmp_path)
     assert incident["kind"] == "metrics_port" and str(port) in incident["text"] and second.address is None
@@ -269,7 +270,7 @@ def use(monkeypatch: pytest.MonkeyPatch, fake: FakeWandb) -> FakeWandb:
 def send(run_dir: Path, steps: range) -> WandbWriter:
     writer = WandbWriter(run_dir, project="videos", incidents=Incidents(run_dir))
     for step in steps:
-        writer.after_step(report(step, loss=float(step)))
+        writer.on_record(step, {"loss": float(step)})
     writer.close()
     return writer
 
@@ -303,6 +304,40 @@ def test_wandb_that_hangs_holds_up_neither_steps_nor_the_end(monkeypatch: pytest
     writer = send(tmp_path, range(1, 9))
     assert writer.num_lost == 5, "three wait"
     hanging.set()
+
+
+# All displays
+
+
+def test_displays_show_what_metrics_has_evaluations_and_counts_of_trouble_included(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fake = use(monkeypatch, FakeWandb())
+    incidents = Incidents(tmp_path)
+    optional = OptionalWrites(incidents)
+    endpoint = Endpoint("127.0.0.1", 0, num_steps=9, incidents=incidents)
+    displays = [endpoint, WandbWriter(tmp_path, project="videos", incidents=incidents)]
+    writer = MetricsWriter(tmp_path, optional=optional)
+    writer.listeners += [one.on_record for one in displays]
+    writer.write(0, {"eval/set/accuracy": 0.1})
+    writer.write(1, {"loss": 1.0, "save_failures": 2.0})
+    optional.fail("rollouts", OSError("full"))
+    writer.write(2, {"loss": 2.0})
+    writer.add(2, {"eval/set/accuracy": 0.5, "seconds/evaluate": 3.0})
+    optional.fail("rollouts", OSError("full"))
+    writer.write(3, {"loss": 3.0})
+    writer.close()
+    shown = endpoint.text().splitlines()
+    for one in displays:
+        one.close()
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    sent: dict[int, dict[str, float]] = {}
+    for step, values in fake.logged:
+        sent.setdefault(step, {"step": step}).update(values)
+    assert sent == {one["step"]: one for one in records} and sorted(sent) == [0, 1, 2, 3]
+    wanted = ["ktr_step 3.0", "ktr_evaluation_step 2.0", "ktr_loss 3.0", 'ktr_eval{part="set/accuracy"} 0.5']
+    wanted += ['ktr_write_failures{part="rollouts"} 2.0', 'ktr_incidents_total{kind="write_failure"} 1.0']
+    assert set(wanted) <= set(shown)
 
 
 # Traces
@@ -366,9 +401,13 @@ def test_options_that_cannot_work_are_refused(values: dict, words: str, monkeypa
 # All of it, in a run
 
 
-def watched_runs(context: Any, *, folder: Path) -> list[str]:
-    """Two ranks, with everything switched on and without. Returns the threads of ours that are left."""
-    everything = {"profile_steps": (2, 2), "heartbeat_seconds": 0.1}
+def watched_runs(context: Any, *, folder: Path) -> tuple[list[str], list[tuple[int, float]]]:
+    """Two ranks, with everything switched on and without. Returns the threads of ours that are left, and the steps and
+    accuracies that this rank has sent to wandb."""
+    fake = FakeWandb()
+    sys.modules["wandb"] = fake
+    evaluated = {"eval_data": (str(folder / "data" / "eval.json"),), "eval_interval": 2, "eval_at_start": True}
+    everything = {"profile_steps": (2, 2), "heartbeat_seconds": 0.1, "wandb_project": "videos", **evaluated}
     for name, changes in (("run", everything), ("plain", {"heartbeat_seconds": 3600.0})):
         train(
             config_from_values(
@@ -390,17 +429,22 @@ def watched_runs(context: Any, *, folder: Path) -> list[str]:
                 }
             )
         )
-    return [thread.name for thread in threading.enumerate() if thread.name in ("heartbeat", "metrics", "wandb")]
+    del sys.modules["wandb"]
+    left = [thread.name for thread in threading.enumerate() if thread.name in ("heartbeat", "metrics", "wandb")]
+    accuracy = "eval/eval/accuracy"
+    return left, [(step, values[accuracy]) for step, values in fake.logged if accuracy in values]
 
 
 @pytest.mark.slow
 def test_a_run_of_two_ranks_leaves_what_run_status_reads(ranks: Any, tmp_path: Path, capsys: Any) -> None:
     save_tiny_model(tmp_path / "model", corpus=corpus(), num_layers=2, hidden_size=64, ffn_size=96)
     make_dataset(tmp_path / "data", num_train=4, num_eval=1)
-    assert ranks(watched_runs, 2, folder=tmp_path) == [[], []]
+    (left, sent), (also_left, sent_by_other) = ranks(watched_runs, 2, folder=tmp_path)
+    assert left == also_left == sent_by_other == []
     run_dir = tmp_path / "run"
     assert sorted(path.name for path in (run_dir / "profile").iterdir()) == ["rank_0.json", "rank_1.json"]
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    start, *records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert sent == [(one["step"], one["eval/eval/accuracy"]) for one in (start, records[1], records[2])]
     plain = [json.loads(line) for line in (tmp_path / "plain" / "metrics.jsonl").read_text().splitlines()]
     assert records[2]["loss"] != records[1]["loss"], "it learns"
     for name in ("loss", "grad_norm", "reward_mean", "key_token_ratio"):

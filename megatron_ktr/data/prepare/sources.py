@@ -15,6 +15,7 @@ from megatron_ktr.data.prepare import tables
 from megatron_ktr.data.prepare.layout import Keyed, Unreadable
 from megatron_ktr.data.raw_records import MAX_RECORD_CHARS, iter_raw_entries, iter_raw_records
 from megatron_ktr.errors import UserError
+from megatron_ktr.files.bounded import open_file
 from megatron_ktr.files.json_files import parse_json
 
 OPTION = "convert"
@@ -65,7 +66,7 @@ def _is_one_object(path: Path) -> bool:
     Its first line tells: in JSONL it is an object by itself, and further lines follow or its values are no objects.
     """
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             # An array may be one line of the whole file, which is not worth reading for its first character.
             if file.read(_BEGINNING).removeprefix(_MARK).lstrip()[:1] not in (b"{", b""):
                 return False
@@ -129,4 +130,4 @@ def _text_rows(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _open_text(path: Path, *, newline: str | None) -> io.TextIOWrapper:
-    return path.open(encoding="utf-8-sig", newline=newline)
+    return io.TextIOWrapper(open_file(path), encoding="utf-8-sig", newline=newline)

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_ktr.errors import UserError
+from megatron_ktr.files.bounded import open_file
 from megatron_ktr.files.json_files import read_json_object
 
 OPTION = "convert"
@@ -46,6 +47,7 @@ def iter_table_rows(path: Path, *, split: str | None) -> Iterator[tuple[int, dic
 
 
 def _file_rows(path: Path) -> Iterator[dict[str, Any]]:
+    open_file(path).close()  # the libraries below would wait for the writer of a pipe
     if path.suffix.lower() == ".parquet":
         with pq.ParquetFile(path, pre_buffer=False) as file:
             for batch in file.iter_batches(batch_size=_num_rows(file.schema_arrow)):

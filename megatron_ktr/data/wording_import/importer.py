@@ -19,6 +19,7 @@ from megatron_ktr.data.wording_import.messages import Question, text_of_messages
 from megatron_ktr.data.wording_import.pieces import constant_text, jinja_template, texts_of
 from megatron_ktr.data.wording_import.releases import RELEASES, Part
 from megatron_ktr.errors import UserError
+from megatron_ktr.files.bounded import open_file
 
 MOST_SOURCE_BYTES = 2_000_000
 _MARKERS = ("<image>", "<video>")
@@ -87,7 +88,8 @@ def _read_source(checkout: Path, place: Part, *, looked_for: str) -> tuple[Path,
         try:
             if path.stat().st_size > MOST_SOURCE_BYTES:
                 raise UserError(f"RELEASE_DIR: {path} has more than {MOST_SOURCE_BYTES} bytes")
-            source = path.read_bytes()
+            with open_file(path) as file:
+                source = file.read()
             return path, source, ast.parse(source)
         except (OSError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
             raise UserError(f"RELEASE_DIR: {path} cannot be read as Python: {error}") from error

@@ -28,6 +28,7 @@ from megatron_ktr.evaluation.item import Answer, Condition, Evaluation, Item, Ou
 from megatron_ktr.evaluation.protocols import has_format, judge_all
 from megatron_ktr.evaluation.registry import BENCHMARKS, load_benchmark
 from megatron_ktr.files.atomic import write_atomically
+from megatron_ktr.files.bounded import open_file
 from megatron_ktr.files.json_files import parse_json
 
 ITEMS_FILE = "items.jsonl"
@@ -134,7 +135,9 @@ def read_items(directory: Path, settings: EvaluationSettings) -> list[Item]:
     items: dict[tuple[str, str], Item] = {}
     num_lines = 0
     try:
-        for line in path.read_text(encoding="utf-8").split("\n"):
+        with open_file(path) as file:
+            lines = file.read().decode("utf-8").split("\n")
+        for line in lines:
             if line and (item := _item_of(parse_json(line))).benchmark in settings.benchmarks:
                 items[item.benchmark, item.item_id] = item
                 num_lines += 1
@@ -155,7 +158,7 @@ def read_items(directory: Path, settings: EvaluationSettings) -> list[Item]:
 def has_items(directory: Path) -> bool:
     """Whether the directory's file of items was written by an evaluation, as far as its first line tells."""
     try:
-        with (directory / ITEMS_FILE).open(encoding="utf-8") as file:
+        with open_file(directory / ITEMS_FILE) as file:
             _item_of(parse_json(file.readline()))
     except (OSError, ValueError, TypeError):
         return False

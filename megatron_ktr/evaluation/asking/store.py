@@ -26,6 +26,7 @@ from megatron_ktr.errors import UserError
 from megatron_ktr.evaluation.asking.stored import made_of
 from megatron_ktr.evaluation.item import Answer
 from megatron_ktr.files.atomic import written_whole
+from megatron_ktr.files.bounded import open_file
 from megatron_ktr.files.json_files import parse_json, to_json
 
 FILE = "answers.jsonl"
@@ -174,10 +175,15 @@ def read_answers(directory: Path) -> dict[str, Answer]:
     """
     path = directory / FILE
     try:
-        content = path.read_bytes() if path.exists() else b""
+        content = _content_of(path) if path.exists() else b""
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     return answers_in(content[: content.rfind(b"\n") + 1], path=path)
+
+
+def _content_of(path: Path) -> bytes:
+    with open_file(path) as file:
+        return file.read()
 
 
 def answers_in(content: bytes, *, path: Path) -> dict[str, Answer]:

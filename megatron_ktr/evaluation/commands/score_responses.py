@@ -21,6 +21,7 @@ from megatron_ktr.evaluation.benchmark import Judge
 from megatron_ktr.evaluation.item import Item, Verdict
 from megatron_ktr.evaluation.judges import video_r1
 from megatron_ktr.evaluation.protocols import JUDGES, PROTOCOL_NAMES, has_format
+from megatron_ktr.files.bounded import open_file
 from megatron_ktr.files.json_files import parse_json, to_json
 from megatron_ktr.rewards.accuracy import known_types
 
@@ -80,7 +81,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """(number, line) of all lines that are not blank."""
     number = 0
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             while line := file.readline(MAX_RECORD_CHARS + 1):
                 number += 1
                 if len(line) > MAX_RECORD_CHARS:

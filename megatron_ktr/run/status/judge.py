@@ -64,7 +64,7 @@ class Verdict:
     num_steps: int | None
     seconds_per_step: float | None
     seconds_left: float | None
-    """Until the last step, of a run that is alive."""
+    """Until the last step, of a run that is alive and whose ranks nothing holds up."""
     findings: tuple[Finding, ...]
 
     @property
@@ -76,13 +76,16 @@ def judge(run: RunFacts) -> Verdict:
     step, num_steps = _last_step(run), _num_steps(run)
     state = _state(run, step=step, num_steps=num_steps)
     per_step = _seconds_per_step(run)
+    of_ranks = list(_of_ranks(run, per_step)) if state == "running" else []
+    is_held_up = any(finding.is_wrong for finding in of_ranks)
     left = None
-    if state == "running" and per_step is not None and num_steps is not None:
+    if state == "running" and not is_held_up and per_step is not None and num_steps is not None:
         since = (run.ranks[0].seconds_since("step_since") if run.ranks else None) or 0.0
         left = max(0.0, (num_steps - step) * per_step - min(since, per_step))
     findings = [
         *_of_state(run, state),
-        *(_of_ranks(run, per_step) if state == "running" else ()),
+        *of_ranks,
+        *(_of_heartbeats(run) if state == "running" else ()),
         *_of_metrics(run, per_step),
         *_of_incidents(run, step),
         *_of_storage(run, state),
@@ -209,6 +212,7 @@ def _of_state(run: RunFacts, state: str) -> Iterator[Finding]:
 
 
 def _of_ranks(run: RunFacts, per_step: float | None) -> Iterator[Finding]:
+    """What holds up a running run: ranks that are gone, have ended, are missing, or stay where they are."""
     running = [one for one in run.ranks if one.text("state") == RUNNING]
     gone = [one for one in running if one.process in (GONE, STOPPED) or is_stale(one)]
     for one in gone[:8]:
@@ -231,6 +235,9 @@ def _of_ranks(run: RunFacts, per_step: float | None) -> Iterator[Finding]:
         yield Finding(
             per_step is not None, f"{_place(stuck[0])} on {_some([f'rank {one.rank}' for one in stuck])}: {steps}"
         )
+
+
+def _of_heartbeats(run: RunFacts) -> Iterator[Finding]:
     missed = sum(int(one.number("missed") or 0) for one in run.ranks)
     if missed:
         yield Finding(True, f"{missed} heartbeats could not be written: is the disk full?")

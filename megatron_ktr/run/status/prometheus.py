@@ -3,15 +3,18 @@
 The text format 0.0.4 of Prometheus, without a library. The names:
 
     ktr_step, ktr_num_steps                     the last step that is done, the last of the run
+    ktr_evaluation_step                         the step whose model was evaluated last, once one was
     ktr_incidents_total{kind="alarm"}           incidents of events.jsonl since this start
+    ktr_incidents_lost_total                    incidents that could not be written there
     ktr_rank_heartbeat_age_seconds              the age of the oldest heartbeat of all ranks, when asked
     ktr_last_step_age_seconds                   how long ago the last step ended, when asked
-    ktr_reward_mean, ktr_loss, ...              each metric of metrics.jsonl by its name
+    ktr_reward_mean, ktr_loss, ...              each metric of metrics.jsonl by its name: those of the last step, and
+                                                those of the last evaluation until the next one
     ktr_seconds{part="rollout"}, ...            the part of a name after its first "/" is the label ``part``
 
-Characters that a name may not have become "_". All of them are gauges but ``ktr_incidents_total``.
+Characters that a name may not have become "_". All of them are gauges but those that end with ``_total``.
 
-A thread answers, from numbers that the main thread leaves after each step, so that a slow reader never slows a run. It
+A thread answers, from numbers that the main thread leaves with each record, so that a slow reader never slows a run. It
 listens on ``--metrics-host``, which is loopback unless told otherwise, and has no access control: whoever reaches the
 port reads the metrics, and nothing else. A port that is taken is an incident, and the run goes on without the endpoint.
 """
@@ -27,7 +30,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from megatron_ktr.run.hook import StepHook
 from megatron_ktr.run.incidents import Incidents
-from megatron_ktr.run.step_report import StepReport
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 PATIENCE_SECONDS = 10.0
@@ -54,6 +56,8 @@ class Endpoint(StepHook):
         self._num_steps, self._incidents = num_steps, incidents
         self._oldest_heartbeat = oldest_heartbeat
         self._values: Mapping[str, float] = {}
+        self._evaluated: dict[str, float] = {}
+        self._evaluated_step: int | None = None
         self._step, self._ended = first_step - 1, time.time()
         self._server: _Server | None = None
         try:
@@ -69,8 +73,14 @@ class Endpoint(StepHook):
         """Where it listens; None if it could not."""
         return None if self._server is None else self._server.server_address[:2]  # type: ignore[return-value]
 
-    def after_step(self, report: StepReport) -> None:
-        self._values, self._step, self._ended = dict(report.values), report.step, time.time()
+    def on_record(self, step: int, values: Mapping[str, float]) -> None:
+        # New dictionaries each time, because a reader may be going through the old ones.
+        if step > self._step:
+            self._evaluated = {name: value for name, value in self._evaluated.items() if name not in values}
+            self._values, self._step, self._ended = dict(values), step, time.time()
+        else:
+            self._evaluated = {**self._evaluated, **values}
+            self._evaluated_step = step
 
     def close(self) -> None:
         if self._server is not None:
@@ -86,9 +96,13 @@ class Endpoint(StepHook):
         ]
         if (age := self._oldest_heartbeat()) is not None:
             samples.append(("ktr_rank_heartbeat_age_seconds", {}, age))
+        if self._evaluated_step is not None:
+            samples.append(("ktr_evaluation_step", {}, self._evaluated_step))
         counts = dict(self._incidents.counts)  # a copy: the main thread adds to it
         samples += [("ktr_incidents_total", {"kind": kind}, number) for kind, number in sorted(counts.items())]
-        samples += [sample_of(name, value) for name, value in self._values.items()]
+        samples.append(("ktr_incidents_lost_total", {}, self._incidents.num_lost))
+        shown = {**self._values, **self._evaluated}
+        samples += [sample_of(name, value) for name, value in shown.items()]
         return exposition(samples)
 
 

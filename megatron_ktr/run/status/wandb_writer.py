@@ -1,8 +1,9 @@
 """Metrics to Weights & Biases as well, for ``--wandb-project NAME``; the package ``wandb`` is optional.
 
 The run's id is kept in ``run_dir/wandb.json``, so that a resumed run continues the same curves. wandb takes steps only
-in rising order, so steps that are done again keep the values that were sent first. wandb's own environment variables
-hold (``WANDB_MODE=offline``, ``WANDB_API_KEY``); no key passes through this program. Its files go to ``run_dir/wandb``.
+in rising order, so steps that are done again keep the values that were sent first. What an evaluation adds to the step
+that was sent last joins that step. wandb's own environment variables hold (``WANDB_MODE=offline``, ``WANDB_API_KEY``);
+no key passes through this program. Its files go to ``run_dir/wandb``.
 
 A thread talks to wandb, through a queue of bounded length: a server that is slow, away or refuses never slows or stops
 a run. What is lost that way is counted and is an incident once. The end of a run waits for wandb for at most
@@ -16,6 +17,7 @@ import json
 import queue
 import secrets
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,6 @@ import yaml
 from megatron_ktr.files.atomic import write_atomically
 from megatron_ktr.run.hook import StepHook
 from megatron_ktr.run.incidents import Incidents
-from megatron_ktr.run.step_report import StepReport
 
 FILE = "wandb.json"
 MOST_WAITING = 1000
@@ -32,21 +33,21 @@ CLOSING_SECONDS = 60.0
 
 
 class WandbWriter(StepHook):
-    """Sends each step's metrics; built on rank 0 alone."""
+    """Sends each record; built on rank 0 alone."""
 
     def __init__(self, run_dir: Path, *, project: str, incidents: Incidents) -> None:
         self._run_dir, self._project, self._incidents = run_dir, project, incidents
         self.num_lost = 0
-        """Steps that did not reach wandb."""
+        """Records that did not reach wandb."""
         self._queue: queue.Queue[tuple[int, dict[str, float]] | None] = queue.Queue(MOST_WAITING)
         self._thread = threading.Thread(target=self._send, name="wandb", daemon=True)
         self._thread.start()
 
-    def after_step(self, report: StepReport) -> None:
+    def on_record(self, step: int, values: Mapping[str, float]) -> None:
         try:
-            self._queue.put_nowait((report.step, dict(report.values)))
+            self._queue.put_nowait((step, dict(values)))
         except queue.Full:
-            self._lose(f"{MOST_WAITING} steps wait for it", step=report.step)
+            self._lose(f"{MOST_WAITING} records wait for it", step=step)
 
     def close(self) -> None:
         try:
