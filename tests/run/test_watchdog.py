@@ -121,7 +121,8 @@ def test_many_short_phases_are_no_hang(tmp_path: Path) -> None:
             assert watchdog._phase == "update"
     assert watchdog._since > before and watchdog._phase is None
     watchdog.close()
-    assert not timer.listeners and not any(thread.is_alive() for thread in watchdog._threads) and not codes
+    wait_until(lambda: not any(thread.is_alive() for thread in watchdog._threads))
+    assert not timer.listeners and not codes
     assert not list(tmp_path.iterdir()), "nothing is written while nothing happens"
 
 
