@@ -123,13 +123,20 @@ class Agent(LocalElasticAgent):
         return super()._start_workers(worker_group)  # pyright: ignore[reportCallIssue]
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
-        if self._control.failure is None and self._failed_ranks(worker_group):
-            # It failed after the last look. torch starts all ranks again for nodes that wait, and does not count it.
-            reason = f"{self._control.failure}; all ranks start again, as those of other nodes do"
-            print(reason, file=sys.stderr, flush=True)
         present = self._present_nodes()
+        lost = frozenset() if present is None else self._nodes - present
+        # torch starts all ranks again for nodes that wait, maybe before we have looked, and does not count it.
+        if self._control.failure is None and self._failed_ranks(worker_group):
+            print(
+                f"{self._control.failure}; all ranks start again, as those of other nodes do",
+                file=sys.stderr,
+                flush=True,
+            )
+        elif lost and not self._is_broken:
+            reason = f"node {_addresses(lost)} shows no sign of life; all ranks start again, with a node that waited"
+            print(reason, file=sys.stderr, flush=True)
         # A node more is a reason to save first. Without a node that belongs to them, the ranks can only wait.
-        self._is_broken = self._is_broken or (present is not None and not self._nodes <= present)
+        self._is_broken = self._is_broken or bool(lost)
         self._shutdown(timeout=self._shutdown_timeout)
         end_strays()
 
@@ -244,7 +251,7 @@ class Agent(LocalElasticAgent):
         self._missing_since = self._missing_since or now
         if now < self._missing_since + _SURE_SECONDS:
             return ""
-        return ", ".join(sorted(node.addr for node in self._nodes - present))
+        return _addresses(self._nodes - present)
 
     def _present_nodes(self) -> frozenset[Any] | None:
         """The nodes that the rendezvous knows to live; None where it is static and knows nothing of them."""
@@ -253,3 +260,7 @@ class Agent(LocalElasticAgent):
             return None
         state = holder.state
         return frozenset(state.participants) | frozenset(state.wait_list)
+
+
+def _addresses(nodes: frozenset[Any]) -> str:
+    return ", ".join(sorted(node.addr for node in nodes))

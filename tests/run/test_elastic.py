@@ -224,6 +224,10 @@ def test_a_spare_node_takes_the_place_of_a_lost_one(nodes, inputs, whole, tmp_pa
         wait_until(lambda: sum(node.process.poll() == 0 for node in started) == 2, pause_seconds=0.2)
         lost = next(node for node in started if node.process.poll() != 0)
         assert f"fault: {fault} in step 4" in lost.text(), "\n".join(node.text()[-3000:] for node in started)
+        address = ADDRESSES[started.index(lost)]
+        # The connections of a process that is killed are closed, so the other rank notices, mostly before its launcher.
+        told = "(lost another rank in phase|" if fault == "kill the launcher" else "("
+        assert any(re.search(f"{told}node {address} shows no sign of life)", node.text()) for node in started)
     assert_equal_to_whole(tmp_path / "run", whole)
 
 
