@@ -146,7 +146,10 @@ def _explain(error: Exception) -> int:
         return EXIT_USER
     if _is_connection_lost(error):
         where = "".join(f" {note}" for note in getattr(error, "__notes__", [])[:1])
-        _say_error(f"lost another rank{where}, whose own message says why it ended: {_first_line(error)}")
+        what = f"lost another rank{where}, whose own message says why it ended"
+        if _TIMED_OUT in str(error):
+            what = f"waited for another rank{where} for longer than --distributed-timeout-minutes"
+        _say_error(f"{what}: {_first_line(error)}")
         return EXIT_OTHER_RANK
     _say("".join(traceback.format_exception(error)).rstrip())
     _say_error(
@@ -206,11 +209,14 @@ def is_out_of_memory(error: Exception) -> bool:
     )
 
 
+_TIMED_OUT = "Timed out waiting"
+
+
 def _is_connection_lost(error: Exception) -> bool:
     """Whether a collective failed because another rank is gone: one backend says so by a type, the other by a text."""
     if "DistError" in {base.__name__ for base in type(error).__mro__}:
         return True
-    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
+    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", _TIMED_OUT)
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 

@@ -124,8 +124,19 @@ class Agent(LocalElasticAgent):
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
         present = self._present_nodes()
+        lost = frozenset() if present is None else self._nodes - present
+        # torch starts all ranks again for nodes that wait, maybe before we have looked, and does not count it.
+        if self._control.failure is None and self._failed_ranks(worker_group):
+            print(
+                f"{self._control.failure}; all ranks start again, as those of other nodes do",
+                file=sys.stderr,
+                flush=True,
+            )
+        elif lost and not self._is_broken:
+            reason = f"node {_addresses(lost)} shows no sign of life; all ranks start again, with a node that waited"
+            print(reason, file=sys.stderr, flush=True)
         # A node more is a reason to save first. Without a node that belongs to them, the ranks can only wait.
-        self._is_broken = self._is_broken or (present is not None and not self._nodes <= present)
+        self._is_broken = self._is_broken or bool(lost)
         self._shutdown(timeout=self._shutdown_timeout)
         end_strays()
 
@@ -164,12 +175,16 @@ class Agent(LocalElasticAgent):
             self._say_restart(f"node {lost} shows no sign of life")
             return RunResult(state=WorkerState.UNHEALTHY)
         if result.state is WorkerState.FAILED:
-            self._judge(result)
+            self._judge(result, worker_group)
         return result
 
-    def _judge(self, result: RunResult) -> None:
+    def _judge(self, result: RunResult, worker_group: WorkerGroup) -> None:
         """Decides whether the ranks are started again."""
         self._is_broken = True
+        if self._control.failure is None and result.failures:  # it failed after our look and before torch's
+            local_rank, first = min(result.failures.items(), key=lambda item: item[1].timestamp)
+            rank = worker_group.workers[local_rank].global_rank
+            self._control.failure = Failure(rank=rank, pid=first.pid, code=first.exitcode)
         codes = {failure.exitcode for failure in result.failures.values()}
         if self._control.failure is not None:
             codes.add(self._control.failure.code)
@@ -194,18 +209,11 @@ class Agent(LocalElasticAgent):
     def _let_others_notice(self, worker_group: WorkerGroup) -> bool:
         """Whether a rank has failed and the others may still say what they know of it. Kills them when their time is
         over: they wait for the failed one, and would not leave on SIGTERM."""
-        handlers = getattr(self._pcontext, "subprocess_handlers", None)
-        if not handlers or self._control.was_asked:
+        codes = self._failed_ranks(worker_group)
+        if not codes:
             return False
-        codes = {local_rank: handler.proc.poll() for local_rank, handler in handlers.items()}
-        failed = [local_rank for local_rank, code in codes.items() if code]
-        if not failed:
-            return False
-        if self._control.failure is None:
-            first = failed[0]
-            rank = worker_group.workers[first].global_rank
-            self._control.failure = Failure(rank=rank, pid=handlers[first].proc.pid, code=codes[first])
-            self._failed_at = time.monotonic()
+        pcontext: Any = self._pcontext
+        handlers = pcontext.subprocess_handlers
         running = [handlers[local_rank] for local_rank, code in codes.items() if code is None]
         # Ranks that leave on request do so one after the other, each when its files are written.
         if not running or EXIT_SAVED in codes.values():
@@ -218,6 +226,21 @@ class Agent(LocalElasticAgent):
             handler.proc.wait()
         return False
 
+    def _failed_ranks(self, worker_group: WorkerGroup) -> dict[int, int | None]:
+        """The exit codes of this node's ranks, by local rank, None for those that run; empty if none has failed. The
+        first that has is remembered."""
+        handlers = getattr(self._pcontext, "subprocess_handlers", None)
+        if not handlers or self._control.was_asked:
+            return {}
+        codes = {local_rank: handler.proc.poll() for local_rank, handler in handlers.items()}
+        failed = [local_rank for local_rank, code in codes.items() if code]
+        if failed and self._control.failure is None:
+            first = failed[0]
+            rank = worker_group.workers[first].global_rank
+            self._control.failure = Failure(rank=rank, pid=handlers[first].proc.pid, code=codes[first])
+            self._failed_at = time.monotonic()
+        return codes if failed else {}
+
     def _lost_nodes(self) -> str:
         """The nodes of this start that are gone, or ""."""
         present = self._present_nodes()
@@ -228,7 +251,7 @@ class Agent(LocalElasticAgent):
         self._missing_since = self._missing_since or now
         if now < self._missing_since + _SURE_SECONDS:
             return ""
-        return ", ".join(sorted(node.addr for node in self._nodes - present))
+        return _addresses(self._nodes - present)
 
     def _present_nodes(self) -> frozenset[Any] | None:
         """The nodes that the rendezvous knows to live; None where it is static and knows nothing of them."""
@@ -237,3 +260,7 @@ class Agent(LocalElasticAgent):
             return None
         state = holder.state
         return frozenset(state.participants) | frozenset(state.wait_list)
+
+
+def _addresses(nodes: frozenset[Any]) -> str:
+    return ", ".join(sorted(node.addr for node in nodes))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import threading
 import types
@@ -12,6 +13,8 @@ _COMMUNICATING = ("/torch/distributed/", "/megatron/core/")
 _WRAPPERS = ("wrapper", "__torch_function__")
 """Functions that only pass a call on: torch's logging of collectives, the CPU platform's substitutes."""
 _OWN = ("/megatron_ktr/", "/models/qwen2_5_vl/")
+_PASSES_ON = ("/megatron_ktr/distributed/",)
+"""Helpers that many call: that one of them waits does not say what for."""
 
 
 @dataclass(frozen=True)
@@ -19,9 +22,11 @@ class Place:
     """A point of a stack. Innermost first, it is ``function`` that ``caller`` waits for."""
 
     function: str
-    """The innermost function, or the collective."""
+    """The innermost function, or the collective: the innermost public function of torch.distributed or megatron-core,
+    ``recv_forward`` rather than ``_communicate``."""
     caller: str
-    """File, line and function of this project's innermost frame; "" if there is none."""
+    """File, line and function of this project's innermost frame, where there is one outside the helpers of
+    collectives; "" if this project has no frame."""
     is_collective: bool
     """Whether ``function`` is one of torch.distributed or megatron-core, which waits for other ranks."""
 
@@ -58,10 +63,13 @@ def _place(frames: list[tuple[str, int, str]]) -> Place:
     frames = [frame for frame in frames if frame[2] not in _WRAPPERS]
     if not frames:
         return Place("no Python code", "", False)
-    own = next((frame for frame in frames if _is_in(frame, _OWN)), None)
-    caller = _words(own) if own is not None else ""
+    own = [frame for frame in frames if _is_in(frame, _OWN)]
+    callers = [frame for frame in own if not _is_in(frame, _PASSES_ON)] or own
+    caller = _words(callers[0]) if callers else ""
     if _is_in(frames[0], _COMMUNICATING):
-        return Place(frames[0][2], caller, True)
+        inner = itertools.takewhile(lambda frame: not _is_in(frame, _OWN), frames)
+        names = [frame[2] for frame in inner if _is_in(frame, _COMMUNICATING)]
+        return Place(next((name for name in names if not name.startswith("_")), names[0]), caller, True)
     return Place(_words(frames[0]), caller, False)
 
 

@@ -207,7 +207,7 @@ def stopped_seconds(passed: float, *, wanted: float) -> float:
 
 def missing_ranks(before: dict[int, Entry], after: dict[int, Entry], *, world_size: int, speaker: int) -> str:
     """Which ranks the others wait for, and where those are, from the entries of all ranks at two times. Every rank that
-    lives has written a new entry between the two."""
+    lives has written a new entry between the two. Of ``speaker`` it is known already where it is."""
     silent, busy = [], []
     for rank in range(world_size):
         if rank == speaker and rank not in after:
@@ -216,10 +216,12 @@ def missing_ranks(before: dict[int, Entry], after: dict[int, Entry], *, world_si
             silent.append(f"rank {rank} has never shown a sign of life")
         elif rank != speaker and rank in before and before[rank].beat == after[rank].beat:
             silent.append(f"rank {rank} shows no sign of life (last seen in {after[rank]})")
-        elif not after[rank].is_collective:
+        elif rank != speaker and not after[rank].is_collective:
             busy.append(f"rank {rank} did not come: it is in {after[rank]}")
     if silent or busy:
         return _listed([*silent, *busy])
+    if speaker in after and not after[speaker].is_collective:
+        return "the other ranks wait for it" if world_size > 1 else ""
     least = min((entry.moves for entry in after.values()), default=0)
     behind = [rank for rank, entry in after.items() if entry.moves == least]
     if len(behind) < len(after):

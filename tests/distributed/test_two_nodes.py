@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from megatron_ktr.config import load_config
-from tests.support.nodes import ip, must, two_nodes
+from tests.support.nodes import ip, joined_nodes, must
 from tests.support.paths import REPOSITORY
 from tests.support.patience import PATIENCE_SECONDS
 
@@ -27,8 +27,8 @@ ADDRESSES = ("10.213.77.1", "10.213.77.2")
 
 
 @pytest.fixture(scope="module")
-def nodes() -> Iterator[tuple[str, str]]:
-    with two_nodes("ktr", addresses=ADDRESSES) as names:
+def nodes() -> Iterator[tuple[str, ...]]:
+    with joined_nodes("ktr", addresses=ADDRESSES) as names:
         yield names
 
 
@@ -58,7 +58,7 @@ def flags(example: Path, run_dir: Path, layout: dict[str, int]) -> list[str]:
 
 
 def run_on_nodes(
-    nodes: tuple[str, str], arguments: list[str], *, ranks_per_node: int, folder: Path, may_fail: bool = False
+    nodes: tuple[str, ...], arguments: list[str], *, ranks_per_node: int, folder: Path, may_fail: bool = False
 ) -> list[str]:
     """``examples/launch/torchrun.sh`` on both nodes; what each printed. ``may_fail``: this machine's disk may be
     slow, and the doctor says so with its exit code."""

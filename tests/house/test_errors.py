@@ -34,6 +34,7 @@ def raising(error: BaseException) -> Any:
         (MemoryError(), 2, "error: out of memory (MemoryError): fewer or smaller frames"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 2, "error: out of memory (Default"),
         (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer"), 3, "error: lost another rank, "),
+        (RuntimeError("[gloo] Timed out waiting 9ms for recv"), 3, "error: waited for another rank for longer than"),
     ],
 )
 def test_what_is_no_mistake_of_ours_is_one_line(capsys: Any, error: BaseException, code: int, start: str) -> None:

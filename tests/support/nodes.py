@@ -1,4 +1,4 @@
-"""Two nodes on one machine: two network namespaces joined by a virtual cable, each with a loopback of its own."""
+"""Nodes on one machine: network namespaces, each with a loopback of its own, joined by a virtual switch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 
@@ -23,25 +23,32 @@ def must(done: subprocess.CompletedProcess) -> str:
 
 
 @contextlib.contextmanager
-def two_nodes(prefix: str, *, addresses: tuple[str, str]) -> Iterator[tuple[str, str]]:
-    """Names of two namespaces whose ``eth0`` are the ends of one cable, with these addresses. Skips the test where the
-    machine lets nobody make them."""
+def joined_nodes(prefix: str, *, addresses: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """Names of one namespace for each of ``addresses``, which are of one network of 256. Each has a cable ``eth0`` to a
+    switch in a namespace of its own. Skips the test where the machine lets nobody make them."""
     if shutil.which("ip") is None:
-        pytest.skip("two nodes need the command ip (iproute2)")
-    names = (f"{prefix}{os.getpid()}a", f"{prefix}{os.getpid()}b")
+        pytest.skip("nodes of a test need the command ip (iproute2)")
+    names = tuple(f"{prefix}{os.getpid()}{chr(ord('a') + place)}" for place in range(len(addresses)))
+    switch = f"{prefix}{os.getpid()}switch"
     try:
-        for name in names:
+        for name in (switch, *names):
             made = ip("netns", "add", name)
             if made.returncode:
                 pytest.skip(f"network namespaces may not be made here: {made.stderr.strip()}")
-        cable = ip("-n", names[0], "link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", names[1])
-        if cable.returncode:
-            pytest.skip(f"virtual network cables may not be made here: {cable.stderr.strip()}")
-        for name, address in zip(names, addresses, strict=True):
-            must(ip("-n", name, "address", "add", f"{address}/30", "dev", "eth0"))
+        made = ip("-n", switch, "link", "add", "switch", "type", "bridge")
+        if made.returncode:
+            pytest.skip(f"virtual switches may not be made here: {made.stderr.strip()}")
+        must(ip("-n", switch, "link", "set", "switch", "up"))
+        for place, (name, address) in enumerate(zip(names, addresses, strict=True)):
+            port = f"port{place}"
+            cable = ip("-n", name, "link", "add", "eth0", "type", "veth", "peer", "name", port, "netns", switch)
+            if cable.returncode:
+                pytest.skip(f"virtual network cables may not be made here: {cable.stderr.strip()}")
+            must(ip("-n", switch, "link", "set", port, "master", "switch", "up"))
+            must(ip("-n", name, "address", "add", f"{address}/24", "dev", "eth0"))
             must(ip("-n", name, "link", "set", "eth0", "up"))
             must(ip("-n", name, "link", "set", "lo", "up"))
         yield names
     finally:
-        for name in names:
-            ip("netns", "delete", name)  # the cable goes with either end
+        for name in (*names, switch):
+            ip("netns", "delete", name)  # the cables go with either end
