@@ -66,7 +66,14 @@ from megatron_ktr.rollout.build import (
 )
 from megatron_ktr.rollout.features import build_feature_sender
 from megatron_ktr.rollout.questions import read_held_out_responses
-from megatron_ktr.run.directory import EXPORT, RunStart, check_run_directory, find_checkpoint, open_run_directory
+from megatron_ktr.run.directory import (
+    EXPORT,
+    RunStart,
+    check_run_directory,
+    find_checkpoint,
+    open_run_directory,
+    remove_scratch,
+)
 from megatron_ktr.run.dry_run.command import dry_run
 from megatron_ktr.run.finished import finished_line, write_finished
 from megatron_ktr.run.interruption import LEAVE_SIGNALS, LeaveRequest
@@ -112,6 +119,8 @@ def _train(
     ranks = _join(config, sizes=sizes, platform=platform)
     shared = SharedVerification(ranks)
     if line := finished_line(config, verify=shared.find_damage, agree=shared.agree):
+        _take_lease(config, ranks=ranks, at_end=at_end)
+        shared.agree(lambda: remove_scratch(Path(config.trainer.run_dir)))  # what the part before could not remove
         if ranks.rank == 0:
             print(line, flush=True)
         return 0
