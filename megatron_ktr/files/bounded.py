@@ -8,8 +8,8 @@ import os
 import re
 import stat
 from contextlib import suppress
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from megatron_ktr.errors import UserError
 
@@ -21,7 +21,7 @@ _MOST_DEPTH = 100
 _BRACKET = re.compile(r"[\[\]{}]")
 
 
-def open_file(path: Path | str) -> BinaryIO:
+def open_file(path: Path | str) -> BufferedReader:
     """Opens a file for reading. It never waits, and reads nothing that is not a file: what a pipe such as that of
     ``<(command)`` holds can be read once, and by one process, while every rank and every worker reads what an option
     names. ``/dev/stdin`` is a file where a file is its source.

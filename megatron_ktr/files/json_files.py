@@ -12,7 +12,7 @@ from megatron_ktr.errors import UserError
 from megatron_ktr.files.bounded import MOST_JSON_BYTES, read_text
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str | bytes) -> Any:
     """``json.loads`` that raises only ``ValueError``, even for JSON that is nested too deeply for Python."""
     try:
         return json.loads(text)
