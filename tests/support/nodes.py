@@ -22,21 +22,39 @@ def must(done: subprocess.CompletedProcess) -> str:
     return done.stdout
 
 
+class NoNodesError(Exception):
+    """The machine lets nobody make network namespaces; the message says why."""
+
+
 @contextlib.contextmanager
 def two_nodes(prefix: str, *, addresses: tuple[str, str]) -> Iterator[tuple[str, str]]:
-    """Names of two namespaces whose ``eth0`` are the ends of one cable, with these addresses. Skips the test where the
-    machine lets nobody make them."""
+    """As ``cabled_nodes``. Skips the test where the machine lets nobody make them."""
+    with contextlib.ExitStack() as stack:
+        try:
+            names = stack.enter_context(cabled_nodes(prefix, addresses=addresses))
+        except NoNodesError as error:
+            pytest.skip(str(error))
+        yield names
+
+
+@contextlib.contextmanager
+def cabled_nodes(prefix: str, *, addresses: tuple[str, str]) -> Iterator[tuple[str, str]]:
+    """Names of two namespaces whose ``eth0`` are the ends of one cable, with these addresses.
+
+    Raises:
+        NoNodesError: they cannot be made here.
+    """
     if shutil.which("ip") is None:
-        pytest.skip("two nodes need the command ip (iproute2)")
+        raise NoNodesError("two nodes need the command ip (iproute2)")
     names = (f"{prefix}{os.getpid()}a", f"{prefix}{os.getpid()}b")
     try:
         for name in names:
             made = ip("netns", "add", name)
             if made.returncode:
-                pytest.skip(f"network namespaces may not be made here: {made.stderr.strip()}")
+                raise NoNodesError(f"network namespaces may not be made here: {made.stderr.strip()}")
         cable = ip("-n", names[0], "link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", names[1])
         if cable.returncode:
-            pytest.skip(f"virtual network cables may not be made here: {cable.stderr.strip()}")
+            raise NoNodesError(f"virtual network cables may not be made here: {cable.stderr.strip()}")
         for name, address in zip(names, addresses, strict=True):
             must(ip("-n", name, "address", "add", f"{address}/30", "dev", "eth0"))
             must(ip("-n", name, "link", "set", "eth0", "up"))
