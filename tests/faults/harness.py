@@ -31,7 +31,7 @@ class Summary:
     missed: Counter[str] = field(default_factory=Counter)
     """By area: seeds whose command ended before its moment came, so that nothing happened to it."""
     left_out: dict[str, str] = field(default_factory=dict)
-    """By area: why this machine cannot have these faults."""
+    """By area, or by part of a check: why this machine cannot have it."""
     failures: list[dict[str, Any]] = field(default_factory=list)
     """Each with area, seed, what was broken, and the command that repeats it."""
     jobs: int = 1
@@ -92,6 +92,8 @@ def run_seeds(
             strays = world.zygote.strays()
             assert not strays, f"I4: still running: {strays}"
             check_nothing_left(folder / SCRATCH, folder / SHARED_MEMORY)
+            if (folder / SCRATCH).exists() and not (folder / SHARED_MEMORY).exists():
+                summary.left_out["what stays in shared memory"] = "nobody may mount here"
         except NoNodesError as error:
             summary.left_out[area] = str(error)
             return

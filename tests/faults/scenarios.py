@@ -339,7 +339,7 @@ AREAS: dict[str, tuple[Scenario, int]] = {
     "checkpoint writing": (checkpoint, 40),
     "resume": (resuming, 24),
     "two ranks": (two_ranks, 8),
-    "network": (network, 8),
+    "network": (network, 6),
     "full disk": (disk, 8),
     "damaged checkpoints": (corruption, 24),
     "damaged records": (records, 12),
