@@ -20,6 +20,7 @@ from tests.faults.scenarios import AREAS
 from tests.faults.world import SCRATCH, World
 from tests.faults.zygote import SHARED_MEMORY
 from tests.support.nodes import NoNodesError
+from tests.support.paths import REPOSITORY
 
 
 @dataclass
@@ -55,7 +56,7 @@ class Summary:
             "num_failures": len(self.failures),
             "num_missed": self.missed.total(),
             "wall_seconds": round(self.wall_seconds),
-            "counts": {area: dict(sorted(kinds.items())) for area, kinds in self.counts.items()},
+            "counts": {area: dict(sorted(self.counts[area].items())) for area in AREAS if area in self.counts},
             "missed": dict(self.missed),
             "left_out": self.left_out,
             "failures": self.failures,
@@ -99,7 +100,9 @@ def run_seeds(
             return
         except Exception as error:
             text = str(error) if isinstance(error, AssertionError) else traceback.format_exc()
-            summary.failures.append({"area": area, "seed": seed, "text": text, "command": reproduction(area, seed)})
+            # What is stored names no directory of this machine.
+            kept = text.replace(f"{world.folder}/", "").replace(f"{REPOSITORY}/", "")
+            summary.failures.append({"area": area, "seed": seed, "text": kept, "command": reproduction(area, seed)})
             say(f"FAILED {area} {seed}: {text}\n  repeat: {reproduction(area, seed)}\n  files: {folder}")
             return
         if fault.has_fired:

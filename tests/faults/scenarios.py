@@ -147,7 +147,7 @@ def disk(world: World, rng: random.Random, folder: Path) -> Fault:
     place = folder / "disk"
     place.mkdir()
     used = sum(path.stat().st_size for path in world.oracle().run_dir.rglob("*") if path.is_file())
-    size = rng.randint(used // 20, used)
+    size = rng.randint(used // 20, 3 * used // 4)
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], capture_output=True)
     if mounted.returncode:  # only root may; a disk that says it is full is the next best
         plan = draw(rng, world.oracle().counts, ("open", "sync", "mkdir", "write"), ("full",))
