@@ -30,7 +30,7 @@ PY_VLLM := $(VENV_VLLM)/bin/python
 PIP_FLAGS := --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm quickstart replay test test-fast test-core test-vllm test-3.12 test-both-stacks golden golden-check faults-nightly lint types format docs clean distclean
+.PHONY: help setup setup-vllm quickstart replay test test-fast test-core test-vllm test-3.12 test-both-stacks golden golden-check faults faults-nightly lint types format docs clean distclean
 .PHONY: same-python same-python-vllm
 
 help: ## list the targets
@@ -109,6 +109,10 @@ golden-check: $(VENV)/.ready ## compare the golden losses with this code, to the
 	$(PY) -m tests.golden.runs --check
 
 # Each seed is a fault in a real command, with every invariant checked after it; a failure names the command that repeats it.
+faults: export OMP_NUM_THREADS = 1
+faults: $(VENV)/.ready ## the seeded faults of CI; writes their counts anew (benchmarks/results, docs/reliability.md)
+	$(PY) -m tests.faults --store
+
 KTR_FAULT_SEEDS ?= 5000
 FAULT_SUMMARY ?= runs/faults.json
 faults-nightly: export OMP_NUM_THREADS = 1

@@ -151,8 +151,8 @@ def check_run_directory(config: Config) -> None:
         return
     if trainer.resume:
         raise _nothing_to_resume(run_dir)
-    is_own_start = trainer.auto_resume and (run_dir / CONFIG_FILE).is_file()
-    if run_dir.exists() and any(path.name != LEASE_FILE for path in run_dir.iterdir()) and not is_own_start:
+    is_used = run_dir.exists() and any(path.name != LEASE_FILE for path in run_dir.iterdir())
+    if is_used and not (trainer.auto_resume and _is_own_start(run_dir)):
         raise UserError(
             f"--run-dir {run_dir} is not empty: choose another, or continue that run with --auto-resume or --resume"
         )
@@ -207,7 +207,7 @@ def open_run_directory(
     if checkpoint is not None:
         return _resume(config, run_dir, checkpoint, num_steps=num_steps, notes=notes)
     check_run_directory(config)
-    if config.trainer.auto_resume and (run_dir / CONFIG_FILE).is_file():
+    if config.trainer.auto_resume and run_dir.is_dir() and _is_own_start(run_dir):
         _set_aside_start(run_dir)
         save_resolved(config, run_dir / CONFIG_FILE, notes=notes)
         return RunStart(run_dir)
@@ -286,13 +286,28 @@ def _set_aside_export(export: Path, step: int) -> None:
     (export.parent / FINISHED_FILE).unlink(missing_ok=True)  # it speaks of that export
 
 
+def _is_own_start(run_dir: Path) -> bool:
+    """Whether a run of ours has begun here: it has left ``config.yaml``, or died while it wrote that and has left no
+    other file than such a run does."""
+    if (run_dir / CONFIG_FILE).is_file():
+        return True
+    return all(
+        path.name.startswith((ABANDONED_START, LEASE_FILE))
+        or (path.name.startswith(f".{CONFIG_FILE}.") and SCRATCH_FILE.fullmatch(path.name))
+        for path in run_dir.iterdir()
+    )
+
+
 def _set_aside_start(run_dir: Path) -> None:
-    """Moves the files of a start without a checkpoint aside. The caller has found ``config.yaml``, which shows that
-    they are a run's; any other directory that is not empty is refused."""
+    """Moves the files of a start without a checkpoint aside. The caller knows that they are a run's
+    (``_is_own_start``); any other directory that is not empty is refused."""
     stays = (ABANDONED_START, LEASE_FILE)
     remove_scratch(run_dir)
     left = [path for path in sorted(run_dir.iterdir()) if not path.name.startswith(stays)]
-    _move_into(run_dir / ABANDONED_START, left)
+    # The mark of a run goes last: a start that dies between two moves is known as one.
+    left.sort(key=lambda path: path.name == CONFIG_FILE)
+    if left:
+        _move_into(run_dir / ABANDONED_START, left)
 
 
 def _set_aside_later(folder: Path, step: int) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -24,6 +24,7 @@ from megatron_ktr.data.prepare.tally import Tally
 from megatron_ktr.data.prepare.unique_ids import UniqueIds
 from megatron_ktr.errors import UserError
 from tests.support.conversions import convert, converted, lines, put, tool
+from tests.support.fuzzing import fuzzed
 from tests.support.paths import REPOSITORY
 from tests.support.patience import PATIENCE_SECONDS
 from tests.support.published import (
@@ -261,7 +262,7 @@ def _changed(value: Any, path: tuple[Any, ...], new: Any) -> Any:
 
 
 @pytest.mark.parametrize("layout", layouts.NAMES)
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@fuzzed(60)
 @given(data=st.data())
 def test_whatever_a_record_holds_it_is_written_well_or_skipped(tmp_path, layout, data) -> None:
     row = data.draw(st.sampled_from(_RAW[layout]))

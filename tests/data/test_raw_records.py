@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ktr.data import raw_records
 from megatron_ktr.data.raw_records import iter_raw_records
 from megatron_ktr.errors import UserError
+from tests.support.fuzzing import fuzzed
 
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -39,7 +40,7 @@ def streamed(path: Path) -> list[tuple[int, Any]] | str:
         return str(error)
 
 
-@settings(max_examples=60, deadline=None)
+@fuzzed(60)
 @given(
     values=st.lists(JSON_VALUES, max_size=5),
     indent=st.sampled_from([None, 1]),

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -25,6 +25,7 @@ from megatron_ktr.evaluation.item import Answer
 from megatron_ktr.web.address import Address, ApiKey
 from megatron_ktr.web.client import Patience, _retry_after
 from tests.support.fake_chat import FakeChat, completion, error, parts_of
+from tests.support.fuzzing import fuzzed
 from tests.support.patience import PATIENCE_SECONDS
 from tests.support.questions import DRAWN, GREEDY, question, video
 
@@ -342,7 +343,7 @@ def test_addresses(url, api, root):
     assert Address.read("http://127.0.0.1:1").is_loopback and Address.read("http://localhost").is_loopback
 
 
-@settings(max_examples=200, deadline=None)
+@fuzzed(200)
 @given(st.text(max_size=30) | st.text(max_size=20).map(lambda text: f"http://{text}"))
 def test_any_text_is_an_address_or_a_user_error(text):
     try:
@@ -380,7 +381,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@fuzzed(300)
 @given(JSON)
 def test_any_json_is_a_reply_or_a_value_error(value):
     for found in (value, {"choices": [value]}, {"choices": [{"message": value}], "usage": value}):

@@ -9,12 +9,13 @@ import resource
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ktr.errors import UserError
 from megatron_ktr.evaluation.asking.store import AnswerStore, DirectoryLock, answers_in, read_answers
 from megatron_ktr.evaluation.item import Answer
+from tests.support.fuzzing import fuzzed
 
 FACTS = {"benchmark": "own", "item_id": "1"}
 ANSWERS = {f"key {number}": Answer(f"text {number}\n\u2028é", num_tokens=number) for number in range(4)}
@@ -51,7 +52,7 @@ def test_the_first_of_several_answers_with_one_key_counts(tmp_path):
     assert answers_in(first + changed, path=Path("x")) == ANSWERS
 
 
-@settings(max_examples=100, deadline=None)
+@fuzzed(100)
 @given(damage=st.binary(max_size=40), place=st.integers(0, 3))
 def test_lines_that_are_no_answers_are_passed_over(tmp_path_factory, damage, place):
     lines = fill(tmp_path_factory.mktemp("store")).splitlines(keepends=True)

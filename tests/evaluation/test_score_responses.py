@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ktr.errors import UserError
 from megatron_ktr.evaluation.commands.score_responses import run, score_responses
 from megatron_ktr.evaluation.protocols import PROTOCOL_NAMES
+from tests.support.fuzzing import fuzzed
 
 QUESTION = {"problem_type": "multiple choice", "solution": "<answer>B</answer>", "options": ["A. red", "B. blue"]}
 
@@ -90,7 +91,7 @@ values = st.recursive(
 
 
 @given(values, values, st.sampled_from(PROTOCOL_NAMES), st.sampled_from(["regression", "numerical", "OCR", None]))
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@fuzzed(200)
 def test_any_json_scores_or_is_refused(tmp_path: Path, question: Any, output: Any, protocol: str, kind: Any) -> None:
     question = {**question, "problem_type": kind} if isinstance(question, dict) and kind else question
     path = tmp_path / "responses.jsonl"

@@ -3,7 +3,8 @@
 python -m tests.faults                                  the seeds of CI
 python -m tests.faults --seeds 5000 --json out.json     that many, spread over the areas as in CI
 python -m tests.faults --area "checkpoint writing" --seed 17      one of them again
-python -m tests.faults --markdown                       the table of docs/reliability.md, from the stored results
+python -m tests.faults --store                          the seeds of CI; keeps summary and table in the repository
+python -m tests.faults --markdown                       that table, from the stored summary
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from tests.faults.world import World
 from tests.support.paths import REPOSITORY
 
 RESULTS = REPOSITORY / "benchmarks" / "results" / "faults_cpu.json"
+DOCUMENT = REPOSITORY / "docs" / "reliability.md"
+BEGIN, END = "<!-- faults:begin -->\n", "<!-- faults:end -->"
+"""The table stands between these lines of the document."""
 
 
 def wanted_seeds(number: int | None) -> list[tuple[str, int]]:
@@ -45,11 +49,29 @@ def table(results: Mapping[str, Any]) -> str:
     for area, kinds in results["counts"].items():
         lines += [f"| {area} | {kind} | {number} |" for kind, number in kinds.items()]
     lines.append(f"| all | | {results['num_faults']} |")
-    lines.append("")
-    stored = f"benchmarks/results/{RESULTS.name}"
-    failed = f"Further seeds, which failed: {results['num_failures']}. `{stored}` has their causes."
-    lines.append(" ".join(filter(None, [failed, results.get("note"), f"Machine: {results['machine']}."])))
+    lines += ["", " ".join(_sentences(results))]
     return "\n".join(lines) + "\n"
+
+
+def _sentences(results: Mapping[str, Any]) -> list[str]:
+    failed, missed = results["num_failures"], results["num_missed"]
+    said = [f"Seeds after which a check failed: {failed}."]
+    if failed:
+        said.append(f"`benchmarks/results/{RESULTS.name}` has what was broken, and the commands that repeat them.")
+    said.append(f"Seeds whose command ended before the moment of its fault: {missed}; they are not in the table.")
+    said += [f"Left out on this machine: {area} ({why})." for area, why in results["left_out"].items()]
+    seeds = f"{results['num_seeds']} of {results['num_wanted']} seeds"
+    said.append(f"{seeds} were run in {results['wall_seconds']} s, {results['jobs']} at a time.")
+    return [*said, f"Machine: {results['machine']}."]
+
+
+def store(results: Mapping[str, Any]) -> None:
+    """Keeps the summary, and writes its table into the documentation."""
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    head, begin, rest = DOCUMENT.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    assert begin and end, f"{DOCUMENT} has no place for the table"
+    DOCUMENT.write_text(head + begin + table(results) + end + tail, encoding="utf-8")
 
 
 def main() -> int:
@@ -60,6 +82,9 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=math.inf, help="after these no further seed begins")
     parser.add_argument("--jobs", type=int, default=2, help="at a time (2)")
     parser.add_argument("--json", type=Path, help="where the summary is written")
+    parser.add_argument(
+        "--store", action="store_true", help="keep summary and table in the repository; CI's seeds only"
+    )
     parser.add_argument("--folder", type=Path, help="for scratch files; those of failures stay")
     parser.add_argument("--markdown", action="store_true", help="print the table of the stored results")
     options = parser.parse_args()
@@ -68,6 +93,8 @@ def main() -> int:
         return 0
     if options.seed is not None and options.area is None:
         parser.error("--seed needs --area")
+    if options.store and (options.area or options.seeds is not None):
+        parser.error("--store is for the seeds of CI")
     wanted = wanted_seeds(options.seeds)
     if options.area:
         wanted = [one for one in wanted if one[0] == options.area]
@@ -82,7 +109,9 @@ def main() -> int:
         world.close()
     if options.json:
         options.json.write_text(json.dumps(summary.as_json(), indent=1) + "\n", encoding="utf-8")
-    print(f"{summary.num_faults} faults, {len(summary.failures)} failures")
+    if options.store:
+        store(summary.as_json())
+    print(f"{summary.num_faults} faults, {summary.missed.total()} that never came, {len(summary.failures)} failures")
     return 1 if summary.failures else 0
 
 

@@ -2,7 +2,8 @@
 
 A moment of wall time is another moment on every machine; the k-th call of a point is not. ``install`` wraps the points
 in the process that is to fail, from outside; the product knows nothing of it. A counting run (``action`` "count")
-tells how many calls a command makes, and a seed draws k from that.
+tells how many calls a command makes, and a seed draws k from that. When the moment has come, the injector makes a file
+that says so: a fault that never happened is no fault that was survived.
 
     point        calls that count
     rename       os.rename, os.replace
@@ -12,6 +13,7 @@ tells how many calls a command makes, and a seed draws k from that.
     mkdir        os.mkdir
     remove       os.unlink, os.remove, os.rmdir
     collective   a call of torch.distributed
+    exchange     the same, inside a phase of a training step
     phase        a phase of the training step begins or ends
 
     action       what happens there, before the call
@@ -33,6 +35,7 @@ import functools
 import io
 import json
 import os
+import random
 import signal
 import threading
 from collections import Counter
@@ -68,12 +71,22 @@ class Plan:
         return f"{self.action} at {self.point} {self.k}"
 
 
+def draw(rng: random.Random, counts: dict[str, int], points: tuple[str, ...], actions: tuple[str, ...]) -> Plan:
+    """A plan at one of ``points`` that the command reaches."""
+    point = rng.choice([name for name in points if counts.get(name)])
+    action = rng.choice([name for name in actions if name != "torn" or point in ("open", "write")])
+    return Plan(point, rng.randint(1, counts[point]), action)
+
+
 class Injector:
     """Counts the calls of every point, and does what the plan says at one of them."""
 
-    def __init__(self, plan: Plan, *, root: str) -> None:
+    def __init__(self, plan: Plan, *, root: str, fired: Path) -> None:
         self.plan = plan
         self.root = root
+        self.fired = fired
+        """Is made when the fault happens."""
+        self.is_in_phase = False
         self.counts: Counter[str] = Counter()
         self._lock = threading.Lock()
 
@@ -85,11 +98,16 @@ class Injector:
         if not is_moment:
             return False
         if (number := SIGNALS.get(self.plan.action)) is not None:
+            self.fire()
             os.kill(os.getpid(), number)
             return False
         if self.plan.action in ERRNO and point != "open":
+            self.fire()
             raise self.error()
         return self.plan.action not in ("count", "none")
+
+    def fire(self) -> None:
+        os.close(os.open(self.fired, os.O_CREAT | os.O_WRONLY, 0o600))
 
     def error(self) -> OSError:
         number = ERRNO[self.plan.action]
@@ -108,6 +126,7 @@ class _Failing:
         self._injector = injector
 
     def write(self, data: Any) -> int:
+        self._injector.fire()
         if self._injector.plan.action != "torn":
             raise self._injector.error()
         _tear(self._file, data)
@@ -133,9 +152,9 @@ def _tear(file: Any, data: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def install(plan: Plan, *, root: Path) -> Injector:
-    """Wraps every point in this process, for good."""
-    injector = Injector(plan, root=str(root))
+def install(plan: Plan, *, root: Path, fired: Path) -> Injector:
+    """Wraps every point in this process, for good. The file ``fired`` is made when the fault happens."""
+    injector = Injector(plan, root=str(root), fired=fired)
     for module, names, point in (
         (os, ("rename", "replace"), "rename"),
         (os, ("fsync",), "sync"),
@@ -158,13 +177,22 @@ def install(plan: Plan, *, root: Path) -> Injector:
     return injector
 
 
-def _wrap(module: Any, name: str, injector: Injector, point: str, *, only_ours: bool = False) -> None:
+def _wrap(
+    module: Any,
+    name: str,
+    injector: Injector,
+    point: str,
+    *,
+    only_ours: bool = False,
+    is_due: Callable[[], bool] = lambda: True,
+) -> None:
     original: Callable[..., Any] = getattr(module, name)
 
     @functools.wraps(original)
     def wrapped(*arguments: Any, **options: Any) -> Any:
         # A path relative to an open directory is one of ``shutil.rmtree``.
-        if not only_ours or options.get("dir_fd") is not None or injector.is_ours(arguments[0]):
+        is_counted = not only_ours or options.get("dir_fd") is not None or injector.is_ours(arguments[0])
+        if is_counted and is_due():
             injector.reach(point)
         return original(*arguments, **options)
 
@@ -178,11 +206,13 @@ def _wrap_product(injector: Injector) -> None:
     from megatron_ktr.run.metrics import PhaseTimer
 
     for name in COLLECTIVES:
+        _wrap(torch.distributed, name, injector, "exchange", is_due=lambda: injector.is_in_phase)
         _wrap(torch.distributed, name, injector, "collective")
-    write, phase = HashingFile.write, PhaseTimer.phase
+    write, phase, tell = HashingFile.write, PhaseTimer.phase, PhaseTimer._tell
 
     def written(self: Any, data: Any) -> int:
         if injector.reach("write"):
+            injector.fire()
             _tear(self._file, memoryview(data).cast("B"))
         return write(self, data)
 
@@ -190,7 +220,11 @@ def _wrap_product(injector: Injector) -> None:
         injector.reach("phase")
         return phase(self, name)
 
-    HashingFile.write, PhaseTimer.phase = written, entered  # ty: ignore
+    def told(self: Any, name: str | None) -> None:
+        injector.is_in_phase = name is not None
+        tell(self, name)
+
+    HashingFile.write, PhaseTimer.phase, PhaseTimer._tell = written, entered, told  # ty: ignore
 
 
 def write_counts(injector: Injector, path: Path) -> None:

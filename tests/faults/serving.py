@@ -10,6 +10,7 @@ import random
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,7 +21,7 @@ from megatron_ktr.rollout.server.pool import PoolSettings
 from megatron_ktr.rollout.server.replicas import Replicas
 from megatron_ktr.rollout.server.weights import DirectoryTransfer
 from megatron_ktr.types import Prompt
-from tests.faults.world import World
+from tests.faults.world import Fault, World
 from tests.support.fake_server import MISBEHAVIOUR, FakeServer
 from tests.support.patience import PATIENCE_SECONDS
 from tests.support.tiny import IMAGE_TOKEN_ID, VIDEO_TOKEN_ID, tiny_hf_config
@@ -30,8 +31,9 @@ MEDIA = MediaSpec(IMAGE_TOKEN_ID, VIDEO_TOKEN_ID, 14, 2, 2, positions=lambda *a,
 NUM_PROMPTS = 12
 
 
-def serving(world: World, rng: random.Random, folder: Path) -> str:
-    """Three steps with new weights each; in every step one server misbehaves. Returns the kind of the first."""
+def serving(world: World, rng: random.Random, folder: Path) -> Fault:
+    """Three steps with new weights each; in every step one server misbehaves. The fault counts as that of the first
+    step in which the batch met it."""
     del world
     servers, calm = [FakeServer(), FakeServer()], FakeServer()
     engine, expected = _engine(servers, folder / "faulted"), _engine([calm], folder / "expected")
@@ -43,16 +45,16 @@ def serving(world: World, rng: random.Random, folder: Path) -> str:
             victim = rng.choice(servers)
             kind = rng.choice(("answers wrongly", "dies and comes back"))
             if kind == "answers wrongly":
-                victim.script.extend(
-                    rng.choice((*MISBEHAVIOUR, "drop", "500", "503")) for _ in range(rng.randint(1, 3))
-                )
+                acts = [rng.choice((*MISBEHAVIOUR, "drop", "500", "503")) for _ in range(rng.randint(1, 3))]
+                victim.script.extend(acts)
                 found = engine.generate(_prompts(), step=step)
+                has_fired = len(victim.script) < len(acts)
             else:
-                found = _while_one_dies(engine, victim, rng, step=step)
+                found, has_fired = _while_one_dies(engine, victim, rng, step=step)
                 victim.restart()
             wanted = expected.generate(_prompts(), step=step)
             assert found == wanted, f"I2: step {step}: responses of other weights or prompts after: {kind}"
-            kinds.append(kind)
+            kinds += [kind] if has_fired else []
     finally:
         for server in (*servers, calm):
             server.release()
@@ -61,20 +63,21 @@ def serving(world: World, rng: random.Random, folder: Path) -> str:
         for server in (*servers, calm):
             server.kill()
     assert not list((folder / "faulted").rglob(".*")), "I4: scratch files of weights are left"
-    return f"server {kinds[0]}, of three in a run"
+    return Fault(f"server {kinds[0] if kinds else 'misbehaves'}, of three in a run", bool(kinds))
 
 
-def _while_one_dies(engine: ServerEngine, victim: FakeServer, rng: random.Random, *, step: int):
-    """The server dies after a drawn number of answers, in the middle of the batch."""
+def _while_one_dies(engine: ServerEngine, victim: FakeServer, rng: random.Random, *, step: int) -> tuple[Any, bool]:
+    """The server dies after a drawn number of answers. Returns the responses, and whether the batch was under way."""
     victim.hold(after=rng.randint(0, 4))
     found = []
     thread = threading.Thread(target=lambda: found.append(engine.generate(_prompts(), step=step)), daemon=True)
     thread.start()
     threading.Event().wait(rng.uniform(0.0, 0.1))
+    has_fired = thread.is_alive()
     victim.kill()
     thread.join(PATIENCE_SECONDS)
     assert found, "I4: the batch does not end, or failed"
-    return found[0]
+    return found[0], has_fired
 
 
 def _engine(servers: list[FakeServer], folder: Path) -> ServerEngine:

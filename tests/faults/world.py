@@ -15,7 +15,14 @@ from pathlib import Path
 from megatron_ktr.data.synthetic import corpus, make_dataset
 from megatron_ktr.data.tiny_model import save_tiny_model
 from tests.faults.injector import Plan
-from tests.faults.invariants import Facts, facts_of
+from tests.faults.invariants import (
+    Facts,
+    check_checkpoints,
+    check_clean,
+    check_same,
+    check_same_but_for_skips,
+    facts_of,
+)
 from tests.faults.zygote import Ended, Job, Process, Zygote
 from tests.support.evaluations import write_questions
 
@@ -24,6 +31,9 @@ TRAIN = "megatron_ktr.train:main"
 CONVERT = "tools.convert_checkpoint:main"
 EVALUATE = "tools.evaluate:main"
 NO_FAULT = Plan(action="none")
+SCRATCH = "tmp"
+"""The part of a scenario's folder that is the TMPDIR of its commands."""
+NODE_ADDRESSES = ("10.213.79.1", "10.213.79.2")
 VARIANTS: dict[str, dict[str, object]] = {
     "one rank": {},
     "data workers": {"data_workers": 1},
@@ -37,10 +47,25 @@ class Oracle:
     """An uninterrupted command."""
 
     run_dir: Path
-    counts: Mapping[str, int]
-    """Calls of each point of ``injector.py``, on rank 0."""
+    counts_of_ranks: tuple[Mapping[str, int], ...]
+    """Calls of each point of ``injector.py``, on every rank."""
     cpu_seconds: float
     facts: Facts
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Those of rank 0."""
+        return dict(self.counts_of_ranks[0])
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What a scenario did."""
+
+    kind: str
+    """For the table."""
+    has_fired: bool = True
+    """False where the command ended before its moment came, so that nothing happened to it."""
 
 
 class World:
@@ -116,10 +141,27 @@ class World:
                 threading.Event().wait(0.01)
             ended = [process.wait() for process in processes]
             assert all(one.code == 0 for one in ended), ended
-            label = processes[0].job.label
-            self.warm_from(folder, label)
-        counts = self.counts_of(folder, label)
+            self.warm_from(folder, processes[0].job.label)
+        counts = tuple(self.counts_of(folder, process.job.label) for process in processes)
         return Oracle(folder / "run", counts, seconds, facts_of(folder / "run", num_steps=NUM_STEPS))
+
+    def copy_run(self, folder: Path, *, without: Sequence[str] = ()) -> Path:
+        """The uninterrupted run again, as ``folder/run``, without some of its parts."""
+        run_dir = folder / "run"
+        shutil.copytree(self.oracle().run_dir, run_dir)
+        for path in (run_dir / name for name in without):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return run_dir
+
+    def counts_of_resumed(self, *, without: Sequence[str] = ()) -> dict[str, int]:
+        """Calls of a run that was done but for some of its parts, and is started again."""
+        folder = self.folder / "_".join(("resumed", *without)).replace("/", "_")
+        with self.making:
+            if not folder.exists():
+                arguments = self.training(self.copy_run(folder, without=without), auto_resume=True)
+                ended = self.run(TRAIN, arguments, folder, "resumed", plan=Plan())
+                assert ended.code == 0, ended
+        return self.counts_of(folder, "resumed")
 
     def warm_from(self, folder: Path, label: str) -> None:
         """The zygote imports what a counting run imported by itself."""
@@ -137,11 +179,12 @@ class World:
         *,
         plan: Plan = NO_FAULT,
         environment: Mapping[str, str] | None = None,
+        network: str | None = None,
     ) -> Process:
-        scratch = folder / "tmp"
+        scratch = folder / SCRATCH
         scratch.mkdir(parents=True, exist_ok=True)
         environment = {"TMPDIR": str(scratch), **(environment or {})}
-        return self.zygote.start(Job(entry, tuple(arguments), folder, label, plan, environment))
+        return self.zygote.start(Job(entry, tuple(arguments), folder, label, plan, environment, network))
 
     def run(self, entry: str, arguments: Sequence[str], folder: Path, label: str, *, plan: Plan = NO_FAULT) -> Ended:
         """Runs a command to its end; one that stops itself is let go on."""
@@ -156,16 +199,20 @@ class World:
         *,
         world_size: int,
         plans: Mapping[int, Plan] | None = None,
+        nodes: Sequence[str] = (),
     ) -> list[Process]:
         """A command on several ranks, as a launcher starts it; the labels are ``<label>0``, ``<label>1``, ...
-        Where no plans are given, calls are counted."""
+        Where no plans are given, calls are counted. ``nodes`` are network namespaces, one for each rank."""
         plain = NO_FAULT if plans is not None else Plan()
         if world_size == 1:
             return [self.start(entry, arguments, folder, label, plan=(plans or {}).get(0, plain))]
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        shared = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        address = NODE_ADDRESSES[0] if nodes else "127.0.0.1"
+        shared = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": address, "MASTER_PORT": str(port)}
+        if nodes:
+            shared["GLOO_SOCKET_IFNAME"] = "eth0"
         return [
             self.start(
                 entry,
@@ -173,7 +220,8 @@ class World:
                 folder,
                 f"{label}{rank}",
                 plan=(plans or {}).get(rank, plain),
-                environment={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                environment={**shared, "RANK": str(rank), "LOCAL_RANK": str(0 if nodes else rank)},
+                network=nodes[rank] if nodes else None,
             )
             for rank in range(world_size)
         ]
@@ -195,3 +243,12 @@ def flags_of(values: Mapping[str, object]) -> tuple[str, ...]:
         for name, value in values.items()
         for text in (f"--{name.replace('_', '-')}", *(() if value is True else (str(value),)))
     )
+
+
+def check_finished(world: World, folder: Path, *, variant: str = "one rank") -> None:
+    """The run in ``folder`` is done, equals the uninterrupted one, and left nothing else."""
+    run_dir = folder / "run"
+    check_checkpoints(run_dir)
+    check = check_same_but_for_skips if variant == "data workers" else check_same
+    check(facts_of(run_dir, num_steps=NUM_STEPS), world.oracle(variant).facts)
+    check_clean(run_dir)

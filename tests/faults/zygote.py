@@ -41,6 +41,8 @@ PRELOAD = (
     "tools.evaluate",
     "tools.checkpoint",
 )
+SHARED_MEMORY = "shm"
+"""The part of a job's folder that the process finds at /dev/shm."""
 _PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -55,6 +57,8 @@ class Job:
     label: str
     plan: Plan = Plan()
     environment: Mapping[str, str] = field(default_factory=dict)
+    network: str | None = None
+    """The network namespace that the process lives in, by the name that ``ip netns`` knows."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,11 @@ class Process:
         return bool(select.select([self._descriptor], [], [], 0.0)[0])
 
     @property
+    def has_fired(self) -> bool:
+        """Whether the moment of its plan came."""
+        return _fired(self.job).exists()
+
+    @property
     def cpu_seconds(self) -> float:
         fields = self._stat()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
@@ -105,6 +114,10 @@ class Process:
         code = self._zygote.ask("reap", self.pid)
         texts = [(self.job.folder / f"{self.job.label}.{end}").read_text(errors="replace") for end in ("out", "err")]
         return Ended(code, *texts)
+
+
+def _fired(job: Job) -> Path:
+    return job.folder / f"{job.label}.fired"
 
 
 def _stacks(pid: int) -> str:
@@ -218,6 +231,7 @@ def _strays(running: set[int]) -> list[str]:
 def _become(job: Job) -> None:
     """In the fork: the command, to its end."""
     from tests.faults.injector import install, write_counts
+    from tests.faults.isolation import enter_network, with_shared_memory_in
 
     code = 99
     try:
@@ -226,12 +240,15 @@ def _become(job: Job) -> None:
         for number, name in enumerate((os.devnull, f"{job.label}.out", f"{job.label}.err")):
             flags = os.O_RDWR | (os.O_CREAT | os.O_TRUNC if number else 0)
             os.dup2(os.open(job.folder / name if number else name, flags, 0o644), number)
+        if job.network:
+            enter_network(job.network)
+        with_shared_memory_in(job.folder / SHARED_MEMORY)
         for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
             os.environ.pop(variable, None)
         os.environ.update(job.environment)
         module, function = job.entry.split(":")
         sys.argv = [module, *job.arguments]
-        injector = install(job.plan, root=job.folder)
+        injector = install(job.plan, root=job.folder, fired=_fired(job))
         before = set(sys.modules)
         try:
             from megatron_ktr.errors import run_cli

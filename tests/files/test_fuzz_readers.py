@@ -167,10 +167,17 @@ def test_damaged_tables_are_read_or_cost_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["JSON", "run file", "wording", "chat template"])
-def test_a_device_or_a_file_without_end_fills_no_memory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_or_a_file_without_end_fills_no_memory(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(bounded, "_most", lambda limit: min(limit, 1 << 16))
     line = told(READERS[name], Path("/dev/zero"))
-    assert line is not None and "/dev/zero" in line and "larger than the" in line
+    assert line is not None and "/dev/zero" in line and "a device" in line
+    path = tmp_path / "sparse"
+    path.touch()
+    os.truncate(path, 1 << 40)  # a hole: a terabyte of NUL
+    line = told(READERS[name], path)
+    assert line is not None and "sparse" in line and "larger than the" in line
 
 
 def test_a_line_without_end_is_refused_after_a_bounded_part_of_it(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from megatron_ktr.rollout.server.client import ServerFacts, ServerProblem, _message
@@ -17,6 +17,7 @@ from megatron_ktr.rollout.server.wire import MalformedAnswer, most_answer_bytes,
 from megatron_ktr.types import Prompt
 from tests.rollout.test_server_pool import SAMPLING
 from tests.support.fake_server import answer_to
+from tests.support.fuzzing import fuzzed
 from tests.support.tiny import EOS_ID
 
 VOCAB = 256
@@ -71,7 +72,7 @@ def read(body: bytes) -> Any:
     return read_answer(body, **options)  # pyright: ignore[reportArgumentType]
 
 
-@settings(max_examples=300, deadline=None)
+@fuzzed(300)
 @given(altered(GOOD))
 @example(b"")
 @example(json.dumps(GOOD).encode())
@@ -100,7 +101,7 @@ def test_a_log_prob_that_is_no_number_or_that_no_float_holds_is_refused() -> Non
             read(json.dumps(answer).encode())
 
 
-@settings(max_examples=150, deadline=None)
+@fuzzed(150)
 @given(altered(TOLD))
 @example(json.dumps(TOLD).encode())
 def test_a_fingerprint_is_read_whole_or_refused(body: bytes) -> None:
@@ -111,7 +112,7 @@ def test_a_fingerprint_is_read_whole_or_refused(body: bytes) -> None:
     assert len(found) == len(TOKENS) - 1 and all(math.isfinite(value) for value in found)
 
 
-@settings(max_examples=150, deadline=None)
+@fuzzed(150)
 @given(altered(FACTS))
 def test_settings_are_read_or_refused_by_errors_that_the_client_expects(body: bytes) -> None:
     try:

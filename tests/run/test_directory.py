@@ -10,6 +10,7 @@ import pytest
 from megatron_ktr.config import Config, save_resolved
 from megatron_ktr.errors import UserError
 from megatron_ktr.report.run_data import read_run
+from megatron_ktr.run import directory
 from megatron_ktr.run.directory import open_run_directory, step_name
 from tests.run.test_checkpoint import data_dir as data_dir  # a fixture
 from tests.run.test_checkpoint import run_config
@@ -63,6 +64,41 @@ def test_what_a_start_was_writing_when_it_died_is_not_kept(data_dir, tmp_path):
     open_run_directory(run_config(data_dir, run_dir, auto_resume=True))
     assert (run_dir / "abandoned_start/rollouts").is_dir()
     assert not list(run_dir.rglob(".step_*"))
+
+
+def test_a_start_that_died_before_it_had_its_config_is_begun_anew(data_dir, tmp_path, monkeypatch):
+    """While it wrote config.yaml, or while it moved the files of an earlier start aside."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / ".config.yaml.7").write_text("trainer:")
+    again = run_config(data_dir, run_dir, auto_resume=True)
+    open_run_directory(again)
+    assert [path.name for path in run_dir.iterdir()] == ["config.yaml"]
+    for name in ("a", "metrics.jsonl"):
+        (run_dir / name).touch()
+    moves, rename = [], directory.rename_path
+
+    def rename_once(path, target):
+        if moves:
+            raise UserError("killed")
+        moves.append(path)
+        rename(path, target)
+
+    with monkeypatch.context() as patched, pytest.raises(UserError, match="killed"):
+        patched.setattr(directory, "rename_path", rename_once)
+        open_run_directory(again)
+    open_run_directory(again)
+    (run_dir / "config.yaml").unlink()
+    (run_dir / ".config.yaml.7").write_text("trainer:")
+    open_run_directory(again)
+    assert sorted(path.name for path in run_dir.rglob("*") if path.is_file()) == [
+        "a",
+        *["config.yaml"] * 2,
+        "metrics.jsonl",
+    ]
+    (run_dir / "config.yaml").rename(run_dir / "notes")
+    with pytest.raises(UserError, match="is not empty"):
+        open_run_directory(again)
 
 
 def test_resuming_twice_at_one_step_overwrites_no_config(data_dir, tmp_path):
