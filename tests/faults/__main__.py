@@ -76,8 +76,8 @@ def store(results: Mapping[str, Any]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--area", choices=AREAS, help="only this one")
-    parser.add_argument("--seed", type=int, help="only this one; needs --area")
+    parser.add_argument("--area", choices=AREAS, action="append", help="only this one; may be given again")
+    parser.add_argument("--seed", type=int, help="only this one; needs one --area")
     parser.add_argument("--seeds", type=int, help="in all, instead of CI's")
     parser.add_argument("--minutes", type=float, default=math.inf, help="after these no further seed begins")
     parser.add_argument("--jobs", type=int, default=2, help="at a time (2)")
@@ -91,15 +91,15 @@ def main() -> int:
     if options.markdown:
         print(table(json.loads(RESULTS.read_text(encoding="utf-8"))), end="")
         return 0
-    if options.seed is not None and options.area is None:
-        parser.error("--seed needs --area")
+    if options.seed is not None and len(options.area or ()) != 1:
+        parser.error("--seed needs one --area")
     if options.store and (options.area or options.seeds is not None):
         parser.error("--store is for the seeds of CI")
     wanted = wanted_seeds(options.seeds)
     if options.area:
-        wanted = [one for one in wanted if one[0] == options.area]
+        wanted = [one for one in wanted if one[0] in options.area]
     if options.seed is not None:
-        wanted = [(options.area, options.seed)]
+        wanted = [(options.area[0], options.seed)]
     folder = options.folder or Path(tempfile.mkdtemp(prefix="faults-"))
     folder.mkdir(parents=True, exist_ok=True)
     world = World(folder)
