@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ktr import errors
 from tests.faults.__main__ import BEGIN, DOCUMENT, END, RESULTS, table
 from tests.faults.damage import KINDS, damage_file
 from tests.faults.harness import run_seeds
@@ -63,6 +64,8 @@ def test_the_codes_of_the_program_are_those_of_the_documentation() -> None:
     table_of_codes = text.partition("| exit code | meaning |\n|---|---|\n")[2].partition("\n\n")[0]
     first_cells = " ".join(line.split("|")[1] for line in table_of_codes.splitlines())
     assert {int(number) for number in re.findall(r"\d+", first_cells)} == DOCUMENTED
+    of_code = (errors.__doc__ or "").partition("what ended the command\n")[2].partition("\n\n")[0]
+    assert [int(line.split()[0]) for line in of_code.splitlines()] == sorted(DOCUMENTED)
 
 
 def test_a_fault_whose_moment_never_comes_is_not_counted(tmp_path: Path) -> None:
