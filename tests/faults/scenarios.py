@@ -100,8 +100,9 @@ def training(world: World, rng: random.Random, folder: Path) -> Fault:
 
 
 def _wait_for_moment(process: Process, cpu_seconds: float) -> None:
-    while not process.has_ended and process.cpu_seconds < cpu_seconds:
-        threading.Event().wait(0.002)
+    for _ in process.looks(0.002):
+        if process.cpu_seconds >= cpu_seconds:
+            return
 
 
 def checkpoint(world: World, rng: random.Random, folder: Path) -> Fault:
@@ -294,9 +295,10 @@ def workers(world: World, rng: random.Random, folder: Path) -> Fault:
     moment = rng.uniform(0.0, oracle.cpu_seconds)
     action = rng.choice(("SIGKILL", "SIGSTOP", "SIGSEGV", "run killed"))
     children: list[int] = []
-    while not process.has_ended and not (children and process.cpu_seconds >= moment):
+    for _ in process.looks(0.002):
         children = _children_of(process.pid)
-        threading.Event().wait(0.002)
+        if children and process.cpu_seconds >= moment:
+            break
     has_fired = False
     if not process.has_ended:
         if action == "run killed":
