@@ -4,12 +4,16 @@ traceback, for whatever a user did.
 exit code   what ended the command
 0           nothing
 2           ``UserError``, ``OSError`` (a full disk, a directory that cannot be read), memory that ran out
-74          an error of a disk or of a file server that may pass (``is_transient``): the same command may work later
 3           another rank: the connection to it is lost, and its own message says why
-77          a hang: the rank stayed in one phase for longer than it may (``run/watchdog.py``)
 70          a mistake of the program: traceback, and a last line that says so
+74          an error of a disk or of a file server that may pass (``is_transient``): the same command may work later
+75          a signal that asked it to leave (``run/interruption.py``); a run has saved its state
+76          a guard: an alarm, skipped updates, or replicas that differ (``run/interruption.py``)
+77          a hang: the rank stayed in one phase for longer than it may (``run/watchdog.py``)
 130         ctrl-C
 141         the reader of standard output went away (``| head -1``)
+
+``docs/launching.md`` has the same codes for users. CONTRIBUTING.md says what a new code needs.
 """
 
 from __future__ import annotations

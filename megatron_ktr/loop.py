@@ -1,7 +1,7 @@
 """The loop over the steps of a run: train, let hooks look, record, save, evaluate, and leave when asked to.
 
 ``train.py`` builds what this file connects. A run that receives SIGUSR1 or SIGTERM saves after the current step and
-ends with code 75 (``run/interruption.py``); one that a hook ends (``run/hook.py``) has code 76.
+ends with code 75 (``run/interruption.py``); one that a hook ends with a reason (``run/hook.py``) has code 76.
 """
 
 from __future__ import annotations
@@ -225,9 +225,7 @@ def _stop(checkpoints: Checkpoints, *, step: int, stops: Sequence[Stop]) -> int:
         checkpoints.save_and_wait(step)
     checkpoints.close(is_verifying=False)
     if checkpoints.ranks.rank == 0:
-        done = (
-            f"saved after step {step}" if is_sound else f"not saved after step {step}, earlier checkpoints are intact"
-        )
+        done = f"saved after step {step}" if is_sound else f"not saved after step {step}, older checkpoints stay"
         reasons = "; ".join(stop.reason for stop in stops)
         print(f"error: {printable(reasons)}: {done} (exit code {EXIT_ALARM})", file=sys.stderr, flush=True)
     return EXIT_ALARM

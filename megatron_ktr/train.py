@@ -87,7 +87,7 @@ from models.qwen2_5_vl.media import media_spec
 
 def train(config: Config) -> int:
     """Trains; every rank calls it. Returns the exit code: 0, also of a run that was finished already, ``EXIT_SAVED`` if
-    the run was asked to leave early, or ``EXIT_ALARM`` if an alarm has ended it."""
+    the run was asked to leave early, or ``EXIT_ALARM`` if a guard has ended it."""
     with same_on_every_rank():
         # Before anything touches a device. The sizes need only config.json. All ranks together verify the model's other
         # files below.

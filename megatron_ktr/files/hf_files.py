@@ -268,11 +268,11 @@ def new_directory(target: Path | str, *, option: str, need_bytes: int = 0) -> It
         yield scratch
         os.rename(scratch, target)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno == errno.ENOSPC:
             raise UserError(
                 f"{target.parent}: disk full while writing {target.name}; choose another {option}"
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        if error.errno in (errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
             raise UserError(f"{target}: cannot be written: {error.strerror}; choose another {option}") from error
         raise
     finally:

@@ -29,7 +29,7 @@ from megatron_ktr.launching.supervisor import Budget, end_strays
 from megatron_ktr.run.interruption import EXIT_ALARM, EXIT_SAVED
 
 FINAL_CODES = frozenset({EXIT_USER, EXIT_SAVED, EXIT_ALARM})
-"""What a rank ends with if the run shall not be started again: wrong input, saved on request, stopped by an alarm."""
+"""What a rank ends with if the run shall not be started again: wrong input, saved on request, ended by a guard."""
 GRACE_SECONDS = 5.0
 """The time in which the other ranks of a node may notice by themselves that one has failed."""
 CUT_OFF_SECONDS = 20.0

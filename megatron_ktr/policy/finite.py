@@ -59,7 +59,7 @@ def require_finite_samples(
         with same_on_every_rank():
             raise UserError(
                 f"step {step}: the sampler's log-probs of {total:.0f} responses are not finite: the weights it was "
-                "sent, or its own arithmetic, hold NaN or infinity; the run stops, earlier checkpoints are intact"
+                "sent, or its own arithmetic, hold NaN or infinity; the run stops, older checkpoints stay"
             )
 
 

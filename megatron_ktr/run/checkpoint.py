@@ -376,7 +376,7 @@ class Checkpoints:
                 return action()
             except OSError as error:
                 reason = error.strerror or str(error)
-                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                if error.errno == errno.ENOSPC:  # a quota is no full disk: who looks would find room there
                     reason = "disk full"
                 kept = list_checkpoints(self.directory.parent)
                 intact = f"the last complete checkpoint is {kept[-1][1]}" if kept else "there is no older checkpoint"

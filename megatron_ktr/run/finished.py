@@ -36,9 +36,7 @@ def write_finished(run_dir: Path, *, step: int, epochs: float | None) -> None:
         content["checksums"] = file_digest(run_dir / EXPORT / MANIFEST).value
         write_atomically(path, json.dumps(content) + "\n")
     except OSError as error:
-        _log.warning(
-            "%s cannot be written: %s; a resumed run would export again", run_dir / FINISHED_FILE, error.strerror
-        )
+        _log.warning("%s cannot be written: %s; a resumed run would export again", path, error.strerror)
 
 
 def finished_line(config: Config, *, verify: Callable[[Path], list[Damage]], agree: Agree) -> str | None:

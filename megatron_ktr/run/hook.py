@@ -1,7 +1,8 @@
-"""What looks at every step of a run from outside the training step: guards, exports, displays.
+"""What looks at every step of a run from outside the training step: guards, watches, exports, displays.
 
-The loop (``loop.py``) calls each hook on every rank, in the same order, so a hook may use collectives. A hook changes
-neither weights nor random states. ``hooks.py`` lists the hooks of a run.
+The loop (``loop.py``) calls the hooks of a rank in the same order on every rank. A hook that every rank has may use
+collectives; one that only some ranks have, such as a display, must not. A hook changes neither weights nor random
+states. ``hooks.py`` lists the hooks of a run.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class StepHook:
     """Does nothing; subclasses override what they need."""
 
     keeps_state = False
-    """Whether it writes the state of the model. It then is passed over where an earlier hook says that the state may be
+    """Whether it writes the state of the model. It is then passed over if an earlier hook says that the state may be
     damaged."""
 
     def before_step(self, step: int) -> None:

@@ -1,4 +1,5 @@
-"""The hooks of a run, in the order in which they are called. A new one is a file and a line here."""
+"""The hooks of a run, in the order in which they are called. A new one is a class in a file of its own and a line in
+one of the lists here: ``_guards``, ``_watches`` or ``_displays``."""
 
 from __future__ import annotations
 
@@ -51,7 +52,8 @@ class Watched:
 
 
 def build_hooks(watched: Watched) -> list[StepHook]:
-    """All hooks of a run; every rank builds the same list, but for the lease and displays, which rank 0 alone has."""
+    """All hooks of this rank, in the same order on every rank. Rank 0 alone has the lease, the port of Prometheus and
+    wandb; all other hooks are on every rank."""
     lease = [] if watched.lease is None else [LeaseHook(watched.lease)]
     exports = [_export_hook(watched)] if watched.options.export_interval else []
     watches = [_watchdog(watched), *build_rank_monitor(), *_watches(watched)]
@@ -59,7 +61,7 @@ def build_hooks(watched: Watched) -> list[StepHook]:
 
 
 def _guards(watched: Watched) -> list[StepHook]:
-    """What may end the run for the numbers of a step; before exports, which must not hold what is wrong."""
+    """What may end the run because of a step's numbers. It comes before exports, which must not hold wrong weights."""
     options, ranks, incidents = watched.options, watched.policy.ranks, watched.incidents
     return [
         SkippedUpdates(
@@ -103,7 +105,7 @@ def _watches(watched: Watched) -> list[StepHook]:
 
 
 def _displays(watched: Watched) -> list[StepHook]:
-    """Who is shown what a step took, and its record."""
+    """What shows a step to people: traces of its time, and its record of metrics in Prometheus and wandb."""
     options, rank = watched.options, watched.policy.ranks.rank
     found: list[StepHook] = []
     if options.profile_steps:

@@ -32,7 +32,8 @@ class ReplicaCheck(StepHook):
         report.values["replica_check/differences"] = float(len(differences))
         if not differences:
             return None
-        text = describe(differences)
+        # Named because a start loads one copy into all ranks: no later comparison would see the damage.
+        text = f"{describe(differences)}; checkpoints of steps after {report.step - self._interval} may hold the damage"
         self._incidents.add(
             "replica_mismatch",
             text,

@@ -56,8 +56,9 @@ def network(world: World, rng: random.Random, folder: Path) -> Fault:
 
 def _cut_when_it_stops(process: Process, node: str, *, seconds: float | None) -> None:
     """Waits for the moment of the plan, and cuts the cable at this node. It is whole again after ``seconds``."""
-    while not process.has_ended and not process.is_stopped:
-        threading.Event().wait(0.005)
+    for _ in process.looks(0.005):
+        if process.is_stopped:
+            break
     if process.has_ended:
         return
     must(ip("-n", node, "link", "set", "eth0", "down"))

@@ -100,8 +100,9 @@ def training(world: World, rng: random.Random, folder: Path) -> Fault:
 
 
 def _wait_for_moment(process: Process, cpu_seconds: float) -> None:
-    while not process.has_ended and process.cpu_seconds < cpu_seconds:
-        threading.Event().wait(0.002)
+    for _ in process.looks(0.002):
+        if process.cpu_seconds >= cpu_seconds:
+            return
 
 
 def checkpoint(world: World, rng: random.Random, folder: Path) -> Fault:
@@ -135,7 +136,8 @@ def two_ranks(world: World, rng: random.Random, folder: Path) -> Fault:
     processes = world.start_ranks(TRAIN, arguments, folder, "faulted", world_size=2, plans={rank: plan})
     for process in (processes[rank], processes[1 - rank]):
         check_end(finish(process, rng=rng))
-    check_checkpoints(folder / "run") if (folder / "run").exists() else 0
+    if (folder / "run").exists():
+        check_checkpoints(folder / "run")
     again = world.training(folder / "run", "two ranks", **RESUMED)
     for process in world.start_ranks(TRAIN, again, folder, "resumed", world_size=2):
         check_end(process.wait(), allowed=(0,))
@@ -165,7 +167,8 @@ def disk(world: World, rng: random.Random, folder: Path) -> Fault:
         resume(world, rng, folder)
     finally:
         subprocess.run(["umount", "--lazy", place], check=True)
-    return Fault("small file system", os.strerror(errno.ENOSPC) in ended.error)
+    # Checkpoints and exports say it in words of their own.
+    return Fault("small file system", "disk full" in ended.error or os.strerror(errno.ENOSPC) in ended.error)
 
 
 def corruption(world: World, rng: random.Random, folder: Path) -> Fault:
@@ -188,7 +191,7 @@ def corruption(world: World, rng: random.Random, folder: Path) -> Fault:
 
 
 def records(world: World, rng: random.Random, folder: Path) -> Fault:
-    """metrics.jsonl, a file of rollouts, config.yaml or best.json is damaged: a line of error, or a run to the end."""
+    """metrics.jsonl, a file of rollouts or config.yaml is damaged: a line of error, or a run to the end."""
     run_dir = world.copy_run(folder, without=LAST_STEP)
     names = ["metrics.jsonl", "config.yaml", "rollouts/step_00000002.jsonl", "rollouts/step_00000004.jsonl"]
     path = run_dir / rng.choice(names)
@@ -292,9 +295,10 @@ def workers(world: World, rng: random.Random, folder: Path) -> Fault:
     moment = rng.uniform(0.0, oracle.cpu_seconds)
     action = rng.choice(("SIGKILL", "SIGSTOP", "SIGSEGV", "run killed"))
     children: list[int] = []
-    while not process.has_ended and not (children and process.cpu_seconds >= moment):
+    for _ in process.looks(0.002):
         children = _children_of(process.pid)
-        threading.Event().wait(0.002)
+        if children and process.cpu_seconds >= moment:
+            break
     has_fired = False
     if not process.has_ended:
         if action == "run killed":

@@ -9,11 +9,16 @@ import contextlib
 import json
 import random
 import re
+import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
+from megatron_ktr import errors
+from tests.faults import zygote
 from tests.faults.__main__ import BEGIN, DOCUMENT, END, RESULTS, table
 from tests.faults.damage import KINDS, damage_file
 from tests.faults.harness import run_seeds
@@ -27,8 +32,8 @@ from tests.faults.invariants import (
     check_same_but_for_skips,
 )
 from tests.faults.scenarios import AREAS
-from tests.faults.world import World
-from tests.faults.zygote import Ended
+from tests.faults.world import World, finish
+from tests.faults.zygote import Ended, Job, Process
 from tests.support.paths import REPOSITORY
 
 
@@ -63,6 +68,8 @@ def test_the_codes_of_the_program_are_those_of_the_documentation() -> None:
     table_of_codes = text.partition("| exit code | meaning |\n|---|---|\n")[2].partition("\n\n")[0]
     first_cells = " ".join(line.split("|")[1] for line in table_of_codes.splitlines())
     assert {int(number) for number in re.findall(r"\d+", first_cells)} == DOCUMENTED
+    of_code = (errors.__doc__ or "").partition("what ended the command\n")[2].partition("\n\n")[0]
+    assert [int(line.split()[0]) for line in of_code.splitlines()] == sorted(DOCUMENTED)
 
 
 def test_a_fault_whose_moment_never_comes_is_not_counted(tmp_path: Path) -> None:
@@ -72,6 +79,17 @@ def test_a_fault_whose_moment_never_comes_is_not_counted(tmp_path: Path) -> None
         with contextlib.suppress(OSError):
             injector.reach("rename")
         assert injector.fired.exists() == has_fired
+
+
+def test_a_command_that_hangs_is_seen_and_does_not_hang_the_harness(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(zygote, "PATIENCE_SECONDS", 0.0)
+    with subprocess.Popen(["sleep", "infinity"]) as child:
+        process = Process(cast(Any, None), Job("", (), tmp_path, "faulted"), child.pid)
+        with pytest.raises(AssertionError, match="I5: faulted in .* does not end"):
+            finish(process)
+    assert child.returncode == -signal.SIGKILL
 
 
 def test_whatever_is_left_in_scratch_or_shared_memory_is_seen(tmp_path: Path) -> None:

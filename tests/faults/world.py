@@ -136,9 +136,8 @@ class World:
             shutil.rmtree(folder, ignore_errors=True)
             seconds = 0.0
             processes = self.start_ranks(TRAIN, arguments, folder, name, world_size=2 if variant == "two ranks" else 1)
-            while not processes[0].has_ended:
+            for _ in processes[0].looks(0.01):
                 seconds = processes[0].cpu_seconds
-                threading.Event().wait(0.01)
             ended = [process.wait() for process in processes]
             assert all(one.code == 0 for one in ended), ended
             self.warm_from(folder, processes[0].job.label)
@@ -229,10 +228,9 @@ class World:
 
 def finish(process: Process, *, rng: random.Random | None = None) -> Ended:
     """Waits for the end. A process that stops itself goes on, or with ``rng`` may be killed while it stands still."""
-    while not process.has_ended:
+    for _ in process.looks(0.005):
         if process.is_stopped:
             process.send(signal.SIGKILL if rng is not None and rng.random() < 0.5 else signal.SIGCONT)
-        threading.Event().wait(0.005)
     return process.wait()
 
 

@@ -21,11 +21,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from tests.faults.injector import Plan
 from tests.support.paths import REPOSITORY
@@ -104,12 +104,25 @@ class Process:
     def _stat(self) -> list[str]:
         return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
 
+    def looks(self, pause_seconds: float) -> Iterator[None]:
+        """For a loop that looks at the process again and again until it has ended. One that does not end within
+        ``PATIENCE_SECONDS`` hangs, which is a finding of the harness and must not hang the harness itself."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not self.has_ended:
+            if time.monotonic() >= deadline:
+                self._give_up()
+            yield
+            time.sleep(pause_seconds)
+
+    def _give_up(self) -> NoReturn:
+        stacks = _stacks(self.pid)
+        self.send(signal.SIGKILL)
+        raise AssertionError(f"I5: {self.job.label} in {self.job.folder} does not end: {stacks}")
+
     def wait(self) -> Ended:
         """Waits for the end, at most ``PATIENCE_SECONDS``, and reaps the process."""
         if not select.select([self._descriptor], [], [], PATIENCE_SECONDS)[0]:
-            stacks = _stacks(self.pid)
-            self.send(signal.SIGKILL)
-            raise AssertionError(f"{self.job.label} in {self.job.folder} does not end: {stacks}")
+            self._give_up()
         os.close(self._descriptor)
         code = self._zygote.ask("reap", self.pid)
         texts = [(self.job.folder / f"{self.job.label}.{end}").read_text(errors="replace") for end in ("out", "err")]

@@ -282,6 +282,7 @@ def test_what_may_pass_is_told_from_what_somebody_must_mend(policy, tmp_path, mo
             with pytest.raises((UserError, OSError)) as failed:
                 write()
             assert is_transient(failed.value) == (code in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)), (name, code)
+            assert code != errno.EDQUOT or "quota" in str(failed.value), f"{name}: a quota is no full disk"
             with pytest.raises((UserError, OSError)) as told:
                 raise_on_every_rank(failed.value, group=None)
             assert is_transient(told.value) == is_transient(failed.value), "what the other ranks hear"

@@ -67,6 +67,7 @@ def _only(found: list[list[Any]], case: int) -> tuple[Difference, str]:
         assert of_rank[case] == found[0][case]
     differences, reason, is_sound = found[0][case]
     assert len(differences) == 1 and reason is not None and not is_sound
+    assert reason.endswith("; checkpoints of steps after 0 may hold the damage"), "step 3 was the first to be compared"
     return differences[0], reason
 
 
