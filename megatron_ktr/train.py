@@ -118,11 +118,7 @@ def _train(
         model_config = Qwen2_5_VLConfig.from_hf(config.model.model)
     ranks = _join(config, sizes=sizes, platform=platform)
     shared = SharedVerification(ranks)
-    if line := finished_line(config, verify=shared.find_damage, agree=shared.agree):
-        _take_lease(config, ranks=ranks, at_end=at_end)
-        shared.agree(lambda: remove_scratch(Path(config.trainer.run_dir)))  # what the part before could not remove
-        if ranks.rank == 0:
-            print(line, flush=True)
+    if _is_finished(config, ranks=ranks, at_end=at_end):
         return 0
     shared.require_intact(Path(config.model.model), option="--model")
     vocab_size = model_config.text.vocab_size
@@ -134,6 +130,8 @@ def _train(
     )
     require_same_questions(local_source, ranks=ranks)
     given, config = config, _with_steps(config, local_source, ranks)
+    if config is not given and _is_finished(config, ranks=ranks, at_end=at_end):
+        return 0
     asking = EvaluationOptions.of(config, data_parallel_size=ranks.data_size)
     held_out = held_out_of_run(asking, ranks=ranks)
     responses = _held_out_responses(config, ranks=ranks, tokenizer=tokenizer)
@@ -160,13 +158,25 @@ def _train(
             leave=leave,
         )
     if not end.code:
-        last, epochs = num_steps_of(config.trainer), given.trainer.train_epochs
-        _finish(trainer.policy, start.run_dir, step=last, epochs=epochs, unsaved=end.unsaved)
+        _finish(trainer.policy, start.run_dir, step=num_steps_of(config.trainer), unsaved=end.unsaved)
     return end.code
 
 
-def _finish(policy: Policy, run_dir: Path, *, step: int, epochs: float | None, unsaved: UserError | None) -> None:
-    """Exports the trained model, and notes that the run, of ``step`` steps or of so many ``epochs``, is finished.
+def _is_finished(config: Config, *, ranks: ParallelGroups, at_end: contextlib.ExitStack) -> bool:
+    """Whether the run that ``config`` resumes has nothing left to do, which rank 0 then says. Collective."""
+    shared = SharedVerification(ranks)
+    line = finished_line(config, verify=shared.find_damage, agree=shared.agree)
+    if line is None:
+        return False
+    _take_lease(config, ranks=ranks, at_end=at_end)
+    shared.agree(lambda: remove_scratch(Path(config.trainer.run_dir)))  # what the part before could not remove
+    if ranks.rank == 0:
+        print(line, flush=True)
+    return True
+
+
+def _finish(policy: Policy, run_dir: Path, *, step: int, unsaved: UserError | None) -> None:
+    """Exports the trained model, and notes that the run, of ``step`` steps, is finished.
 
     Raises:
         UserError: on every rank, if the checkpoint of the last step is ``unsaved``. The export is there then.
@@ -181,7 +191,7 @@ def _finish(policy: Policy, run_dir: Path, *, step: int, epochs: float | None, u
                 f"the trained model is in {export}, but the checkpoint of the last step is missing: {unsaved}"
             ) from unsaved
     if policy.ranks.rank == 0:
-        write_finished(run_dir, step=step, epochs=epochs)
+        write_finished(run_dir, step=step)
 
 
 def _join(config: Config, *, sizes: ParallelSizes, platform: Platform) -> ParallelGroups:

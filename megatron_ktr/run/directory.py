@@ -22,7 +22,8 @@ lease.json                         the run that is at work here now (``lease.py`
 export/                            the trained model in Hugging Face format
 .export.partial-4711/              one that was being written when the run stopped; removed when the run is resumed
 export_until_step_00000020/        the export of an earlier part, which ended at that step
-abandoned_start/                   files of a start that came to no checkpoint, set aside when --auto-resume began anew
+abandoned_start/                   files of a start that came to no checkpoint, set aside when --auto-resume began anew;
+                                   what no run writes stays where it is
 
 A resumed run overwrites no file of an earlier part; a file that is in its way is renamed. The one exception is the file
 of metrics: it is replaced as a whole, without the steps that are done again, so that every step appears once.
@@ -38,8 +39,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import yaml
+
 from megatron_ktr.config import OPTIONS, Config, read_saved, save_resolved
 from megatron_ktr.errors import UserError
+from megatron_ktr.files.bounded import MOST_OPTIONS_BYTES, read_text
 from megatron_ktr.files.intact_checkpoint import (
     CONFIG_FILE,
     Verify,
@@ -67,7 +71,17 @@ STEP_NAME = re.compile(r"step_(\d{8,})")
 STEP_ENTRY = re.compile(r"step_(\d{8,})(?:_replica_\d{4,})?(?:\.jsonl)?")
 """A file of rollouts, or a directory of an evaluation or an export."""
 
-SCRATCH_FILE = re.compile(r"\..+\.(\d+|[0-9a-f]{32})")
+_FILES = r"config(_from_step_\d{8,}(_\d+)?)?\.yaml|(metrics|events)\.jsonl|(best|finished|wandb)\.json|" + re.escape(
+    LEASE_FILE
+)
+_FOLDERS = (
+    r"tensorboard|rollouts|eval|status|profile|checkpoints|exports|export(_until_step_\d{8,}(_\d+)?)?|dumps|hangs|"
+    "wandb|server_weights"
+)
+RUN_ENTRY = re.compile(f"{_FILES}|{_FOLDERS}")
+"""What a run writes at the top of its directory. Anything else there is the user's, and stays as it is."""
+
+SCRATCH_FILE = re.compile(rf"\.({_FILES})\.(\d+|[0-9a-f]{{32}})")
 """What ``files/atomic.py`` and ``lease.py`` call a file before it has its name."""
 
 MAY_CHANGE = frozenset(
@@ -287,10 +301,10 @@ def _set_aside_export(export: Path, step: int) -> None:
 
 
 def _is_own_start(run_dir: Path) -> bool:
-    """Whether a run of ours has begun here: it has left ``config.yaml``, or died while it wrote that and has left no
-    other file than such a run does."""
+    """Whether a run of ours has begun here: it has left its ``config.yaml``, or died while it wrote that and has left
+    no other file than such a run does. A user's own ``config.yaml`` is not taken for that of a run."""
     if (run_dir / CONFIG_FILE).is_file():
-        return True
+        return _is_saved_by_run(run_dir / CONFIG_FILE)
     return all(
         path.name.startswith((ABANDONED_START, LEASE_FILE))
         or (path.name.startswith(f".{CONFIG_FILE}.") and SCRATCH_FILE.fullmatch(path.name))
@@ -298,12 +312,23 @@ def _is_own_start(run_dir: Path) -> bool:
     )
 
 
+def _is_saved_by_run(path: Path) -> bool:
+    """Whether ``save_resolved`` wrote the file: it names every option, also two of which a user gives one at most."""
+    try:
+        content = yaml.safe_load(read_text(path, most_bytes=MOST_OPTIONS_BYTES))
+    except OSError as error:
+        raise UserError(f"--run-dir: {path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UserError, ValueError, RecursionError):
+        return False
+    trainer = content.get("trainer") if isinstance(content, dict) else None
+    return isinstance(trainer, dict) and trainer.keys() >= {"run_dir", "resume", "auto_resume"}
+
+
 def _set_aside_start(run_dir: Path) -> None:
-    """Moves the files of a start without a checkpoint aside. The caller knows that they are a run's
-    (``_is_own_start``); any other directory that is not empty is refused."""
-    stays = (ABANDONED_START, LEASE_FILE)
+    """Moves the files of a start without a checkpoint aside. The caller knows that a run has begun here
+    (``_is_own_start``); what no run writes stays, since a user may have put it there."""
     remove_scratch(run_dir)
-    left = [path for path in sorted(run_dir.iterdir()) if not path.name.startswith(stays)]
+    left = [path for path in sorted(run_dir.iterdir()) if RUN_ENTRY.fullmatch(path.name) and path.name != LEASE_FILE]
     # The mark of a run goes last: a start that dies between two moves is known as one.
     left.sort(key=lambda path: path.name == CONFIG_FILE)
     if left:

@@ -1,6 +1,6 @@
 """Whether a run has nothing left to do: ``finished.json`` names the step whose weights ``export`` holds.
 
-    {"step": 40, "train_epochs": null, "checksums": "…"}
+    {"step": 40, "checksums": "…"}
 
 It is written after the export of the last step, if the checkpoint of that step is there too. ``checksums`` is the
 checksum of ``export/checksums.json``, so another export in that place is not taken for this one. A run that was
@@ -28,12 +28,12 @@ from megatron_ktr.run.metrics import has_evaluation
 _log = logging.getLogger(__name__)
 
 
-def write_finished(run_dir: Path, *, step: int, epochs: float | None) -> None:
-    """Notes that ``run_dir/export`` is complete and of the last step. ``epochs`` is the length of a run that is given
-    in epochs. Without the file, which a full disk may prevent, a resumed run only exports again."""
-    path, content = run_dir / FINISHED_FILE, {"step": step, "train_epochs": epochs}
+def write_finished(run_dir: Path, *, step: int) -> None:
+    """Notes that ``run_dir/export`` is complete and of the last step. Without the file, which a full disk may prevent,
+    a resumed run only exports again."""
+    path = run_dir / FINISHED_FILE
     try:
-        content["checksums"] = file_digest(run_dir / EXPORT / MANIFEST).value
+        content = {"step": step, "checksums": file_digest(run_dir / EXPORT / MANIFEST).value}
         write_atomically(path, json.dumps(content) + "\n")
     except OSError as error:
         _log.warning("%s cannot be written: %s; a resumed run would export again", path, error.strerror)
@@ -41,13 +41,14 @@ def write_finished(run_dir: Path, *, step: int, epochs: float | None) -> None:
 
 def finished_line(config: Config, *, verify: Callable[[Path], list[Damage]], agree: Agree) -> str | None:
     """What to say of the run that ``config`` resumes if it is finished: its last step is done, and its export is what
-    was written. None for any other run. Nothing is changed. ``verify`` and ``agree`` are those of
-    ``distributed/shared_verification.py``; then this is collective.
+    was written. None for any other run, and while the length is known in epochs alone: data, which may have become
+    more, tell how many steps those are (``config/run_length.py``). Nothing is changed. ``verify`` and ``agree``
+    are those of ``distributed/shared_verification.py``; then this is collective.
 
     Raises:
         UserError: a file exists and cannot be read.
     """
-    if not (config.trainer.resume or config.trainer.auto_resume):
+    if not (config.trainer.resume or config.trainer.auto_resume) or config.trainer.train_steps is None:
         return None
     step = agree(lambda: _finished_step(config))
     if step is None:
@@ -64,18 +65,13 @@ def _finished_step(config: Config) -> int | None:
     trainer, run_dir = config.trainer, Path(config.trainer.run_dir)
     try:
         content = _read(run_dir / FINISHED_FILE)
-        is_its_export = content is not None and _digest_of(run_dir / EXPORT / MANIFEST) == content.get("checksums")
+        digest = _digest_of(run_dir / EXPORT / MANIFEST)
     except OSError as error:
         raise UserError(f"--run-dir: {error.filename} cannot be read: {error.strerror}") from error
-    if content is None or not is_its_export:
+    if content is None or digest is None or digest != content.get("checksums"):
         return None
     step = content.get("step")
-    is_as_long = (
-        trainer.train_steps == step
-        if trainer.train_epochs is None
-        else content.get("train_epochs") == trainer.train_epochs
-    )
-    if not isinstance(step, int) or not is_as_long or _lacks_evaluation(config, step):
+    if not isinstance(step, int) or step != trainer.train_steps or _lacks_evaluation(config, step):
         return None
     try:
         require_same_options(config, run_dir / CONFIG_FILE)
@@ -103,5 +99,5 @@ def _read(path: Path) -> dict[str, Any] | None:
 def _digest_of(path: Path) -> str | None:
     try:
         return file_digest(path).value
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None

@@ -74,7 +74,7 @@ def test_a_start_that_died_before_it_had_its_config_is_begun_anew(data_dir, tmp_
     again = run_config(data_dir, run_dir, auto_resume=True)
     open_run_directory(again)
     assert [path.name for path in run_dir.iterdir()] == ["config.yaml"]
-    for name in ("a", "metrics.jsonl"):
+    for name in ("best.json", "metrics.jsonl"):
         (run_dir / name).touch()
     moves, rename = [], directory.rename_path
 
@@ -92,13 +92,35 @@ def test_a_start_that_died_before_it_had_its_config_is_begun_anew(data_dir, tmp_
     (run_dir / ".config.yaml.7").write_text("trainer:")
     open_run_directory(again)
     assert sorted(path.name for path in run_dir.rglob("*") if path.is_file()) == [
-        "a",
+        "best.json",
         *["config.yaml"] * 2,
         "metrics.jsonl",
     ]
     (run_dir / "config.yaml").rename(run_dir / "notes")
     with pytest.raises(UserError, match="is not empty"):
         open_run_directory(again)
+
+
+def test_what_a_user_has_put_there_is_neither_moved_nor_removed(data_dir, tmp_path):
+    """Not even where a file is called ``config.yaml``, or like one that a run was writing."""
+    run_dir = tmp_path / "run"
+    again = run_config(data_dir, run_dir, auto_resume=True)
+    run_dir.mkdir()
+    theirs = ("thesis.tex", ".notes.2024", "export_of_mine/a", "abandoned_start_notes")
+    for name in theirs:
+        (run_dir / name).parent.mkdir(exist_ok=True)
+        (run_dir / name).write_text("precious")
+    for content in ("name: thesis", "trainer: {run_dir: here, auto_resume: true}", "[", "- 1", "\x00", ""):
+        (run_dir / "config.yaml").write_text(content)
+        with pytest.raises(UserError, match="is not empty"):
+            open_run_directory(again)
+        assert (run_dir / "config.yaml").read_text() == content
+    (run_dir / "config.yaml").unlink()
+    save_resolved(again, run_dir / "config.yaml", notes=["of the data"])
+    (run_dir / "metrics.jsonl").touch()
+    open_run_directory(again)
+    assert all((run_dir / name).read_text() == "precious" for name in theirs)
+    assert sorted(path.name for path in (run_dir / "abandoned_start").iterdir()) == ["config.yaml", "metrics.jsonl"]
 
 
 def test_resuming_twice_at_one_step_overwrites_no_config(data_dir, tmp_path):

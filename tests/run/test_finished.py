@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ktr.config import config_from_values, save_resolved
+from megatron_ktr.config.run_length import with_steps
 from megatron_ktr.files.checksums import find_damage, write_manifest
 from megatron_ktr.run.finished import finished_line, write_finished
 
@@ -18,13 +19,13 @@ def line(run_dir: Path, **values: Any) -> str | None:
     return finished_line(config, verify=find_damage, agree=lambda action: action())
 
 
-def finish(run_dir: Path, *, weights: bytes = b"of step 4", step: int = 4, epochs: float | None = None) -> Path:
+def finish(run_dir: Path, *, weights: bytes = b"of step 4", step: int = 4) -> Path:
     export = run_dir / "export"
     export.mkdir(parents=True, exist_ok=True)
     (export / "model.safetensors").write_bytes(weights)
     write_manifest(export)
     save_resolved(config_from_values(dict(model="m", run_dir=str(run_dir), **DONE)), run_dir / "config.yaml")
-    write_finished(run_dir, step=step, epochs=epochs)
+    write_finished(run_dir, step=step)
     return export
 
 
@@ -35,16 +36,27 @@ def test_a_finished_run_is_finished_until_it_is_asked_for_more(tmp_path, caplog)
     assert line(tmp_path / "run", log_interval=7) == said, "what a resumed run may change"
     assert line(tmp_path / "run", auto_resume=False) is None, "refused, as the directory is not empty"
     assert line(tmp_path / "run", train_steps=5) is None
-    assert line(tmp_path / "run", train_steps=None, train_epochs=2.0) is None
     assert line(tmp_path / "run", lr=0.5) is None, "another run, which is refused later"
     evaluated = dict(eval_data=("questions.jsonl",), eval_interval=4)
     assert line(tmp_path / "run", **evaluated) is None, "figures of the last step are missing"
     (tmp_path / "run/metrics.jsonl").write_text('{"step": 4, "eval/questions/accuracy": 1.0}\n')
     assert line(tmp_path / "run", **evaluated) == said
-    finish(tmp_path / "run", epochs=2.0)
-    assert line(tmp_path / "run", train_steps=None, train_epochs=2.0) == said
-    assert line(tmp_path / "run", train_steps=None, train_epochs=3.0) is None
     assert not caplog.text
+
+
+def test_epochs_are_done_only_while_the_data_are_as_many(tmp_path):
+    finish(tmp_path / "run")
+    values = dict(model="m", run_dir=str(tmp_path / "run"), replay_path=str(tmp_path / "rollouts.jsonl"))
+    epochs = config_from_values(values | dict(train_epochs=2.0, auto_resume=True))
+    prompts = epochs.trainer.prompts_per_step
+
+    def line_with(num_records: int) -> str | None:
+        config = with_steps(epochs, num_records=num_records)
+        return finished_line(config, verify=find_damage, agree=lambda action: action())
+
+    assert finished_line(epochs, verify=find_damage, agree=lambda action: action()) is None, "data are not read yet"
+    assert line_with(2 * prompts) is not None
+    assert line_with(3 * prompts) is None
 
 
 def test_only_the_export_of_the_last_step_counts_and_only_whole(tmp_path, caplog):
@@ -62,4 +74,9 @@ def test_only_the_export_of_the_last_step_counts_and_only_whole(tmp_path, caplog
         assert line(run_dir) is None, hostile[:20]
     finish(run_dir)
     shutil.rmtree(export)
+    assert line(run_dir) is None
+    for content in ('{"step": 4}', '{"step": 4, "checksums": null}'):
+        (run_dir / "finished.json").write_text(content)
+        assert line(run_dir) is None, "there is no export"
+    export.write_text("a file")
     assert line(run_dir) is None
