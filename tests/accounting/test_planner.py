@@ -48,6 +48,10 @@ def seconds(
     ), flops
 
 
+def test_pairs_of_tokens_of_responses_are_counted_by_hand():
+    assert GroupWork(text_length=7, response_lengths=(3, 5)).num_response_pairs == 9 + 25
+
+
 # Time
 
 
