@@ -24,6 +24,7 @@ from megatron_ktr.errors import UserError
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 
 RECOMPUTES: tuple[Recompute, ...] = ("none", "selective", "full")
+CONTEXTS = (1, 2, 4, 8, 16)
 PIXELS_PER_TOKEN = 28 * 28
 GB = 1e9
 
@@ -173,7 +174,7 @@ def layouts(request: Request) -> Iterator[Layout]:
     vision_choices = (False,) if request.settings.is_vision_frozen else (False, True)
     for tensor in _divisors(request.machine.gpus_per_node):
         for pipeline in _divisors(num_layers):
-            for context in (1, 2, 4, 8, 16):
+            for context in CONTEXTS:
                 model = tensor * pipeline * context
                 if num_gpus % model or request.prompts_per_step % (num_gpus // model):
                     continue
@@ -314,20 +315,31 @@ def _nothing_divides(request: Request) -> str:
     def works(num_gpus: int) -> bool:
         return any(True for _ in layouts(dataclasses.replace(request, num_gpus=num_gpus)))
 
-    near = [n for n in range(1, 2 * request.num_gpus + 1) if works(n)]
-    below = [n for n in near if n < request.num_gpus][-1:]
-    above = [n for n in near if n > request.num_gpus][:1]
+    near = _products(request)
+    below = itertools.islice((n for n in reversed(near) if n < request.num_gpus and works(n)), 1)
+    above = itertools.islice((n for n in near if n > request.num_gpus and works(n)), 1)
     return (
         f"no layout divides {request.num_gpus} GPUs: tensor (a divisor of {request.machine.gpus_per_node}) x pipeline "
         f"(a divisor of {request.config.text.num_hidden_layers} layers) x context x data, data a divisor of "
         f"--prompts-per-step {request.prompts_per_step}; nearest --gpus that work: "
-        f"{' and '.join(map(str, below + above)) or 'none'}"
+        f"{' and '.join(map(str, [*below, *above])) or 'none'}"
     )
+
+
+def _products(request: Request) -> list[int]:
+    """The numbers of GPUs, up to twice those of the request, that sizes of some layout may multiply to, rising. Looking
+    at these alone takes moments for any number of GPUs."""
+    most = 2 * request.num_gpus
+    layers = request.config.text.num_hidden_layers
+    sizes = itertools.product(_divisors(request.machine.gpus_per_node), _divisors(layers), CONTEXTS)
+    models = {math.prod(size) for size in sizes}
+    products = {model * data for data in _divisors(request.prompts_per_step) for model in models}
+    return sorted(number for number in products if number <= most)
 
 
 def _nothing_fits(request: Request, memory: Memory, layout: Layout) -> str:
     needed = memory.total / GB
-    hints = [f"--gpu-memory {math.ceil(10 * needed) / 10:g}"]
+    hints = [f"--gpu-memory {math.ceil(10 * needed) / 10:.12g}"]
     more = next((n for n in _doubled(request.num_gpus) if _fits(dataclasses.replace(request, num_gpus=n))), None)
     if more:
         hints.append(f"--gpus {more}")
@@ -348,7 +360,14 @@ def _doubled(num_gpus: int) -> list[int]:
 
 
 def _fits(request: Request) -> bool:
-    return any(memory_of(request, layout).total <= request.gpu_memory_gb * GB for layout in layouts(request))
+    """Whether a layout fits that recomputes all it can and has no virtual stages: the others rarely need less, and to
+    look at them too takes minutes."""
+    recomputes_vision = not request.settings.is_vision_frozen
+    return any(
+        memory_of(request, layout).total <= request.gpu_memory_gb * GB
+        for layout in layouts(request)
+        if layout.virtual == 1 and layout.recompute == "full" and layout.recompute_vision == recomputes_vision
+    )
 
 
 def _divisors(number: int) -> list[int]:

@@ -34,7 +34,10 @@ def share_rows(config: Qwen2_5_VLConfig, groups: Sequence[GroupWork], layout: La
     """
     multiple = layout.tensor if layout.sequence_parallel else 1
     prompts = tuple(group.prompt_length(config) for group in groups)
-    lengths = tuple(length for group in groups for length in group.response_lengths)
+    # The planner asks thousands of times for one group, whose responses may be thousands.
+    lengths = (
+        groups[0].response_lengths if len(groups) == 1 else tuple(n for one in groups for n in one.response_lengths)
+    )
     rows, predicted = _shares(prompts, lengths, layout.context)
     padded = max(1, -(-max(rows) // multiple)) * multiple
     return Rows(padded, padded // multiple, predicted[context_rank], max(predicted))

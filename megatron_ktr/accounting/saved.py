@@ -98,8 +98,11 @@ def language_layer(
     qkv = rows * (2 * width + 3 * kv) * b + 4 * rows * text.head_size * b
     inner = rows * width * b + 4 * rows * text.num_attention_heads / tp
     if kernels.gathers_keys or kernels.has_masks:
-        pairs = sum(n * (group.prompt_length(config) + n) for group in groups for n in group.response_lengths)
-        copied = sum(group.prompt_length(config) + n for group in groups for n in group.response_lengths)
+        pairs = copied = 0
+        for group in groups:
+            prompt, tokens = group.prompt_length(config), group.num_response_tokens
+            pairs += prompt * tokens + group.num_response_pairs
+            copied += prompt * len(group.response_lengths) + tokens
         inner += (copied * 2 * kv * kernels.gathers_keys + pairs * kernels.has_masks) * b / layout.context
     if layout.context > 1:
         inner += rows * layout.context * 2 * kv * b  # keys and values of all context ranks

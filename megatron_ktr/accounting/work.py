@@ -58,6 +58,11 @@ class GroupWork:
         return sum(self.response_lengths)
 
     @cached_property
+    def num_response_pairs(self) -> int:
+        """Pairs of two tokens of one response."""
+        return sum(length * length for length in self.response_lengths)
+
+    @cached_property
     def _num_patches(self) -> int:
         return num_patches(self.grids)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import re
 import reprlib
 import types
 import typing
@@ -182,13 +183,11 @@ def _convert_one(option: Option, value: Any, *, source: str) -> Any:
             result = option.kind(value) if isinstance(value, str) or option.kind is float else value
         except (ValueError, OverflowError):  # no number, or one with too many digits
             _refuse(option, value, source=source)
-        if option.kind is int and not isinstance(result, int):
+        if (option.kind is int and not isinstance(result, int)) or not _in_range(option, result):
             _refuse(option, value, source=source)
         if not _is_representable(option, result):
             sizes = f"1 to {LARGEST_INTEGER}" if option.kind is int else "1.2e-38 to 1.7e+38"
             _refuse(option, value, source=source, reason=f"; numbers are 0, or of a size from {sizes}")
-        if not _in_range(option, result):
-            _refuse(option, value, source=source)
     if result is None or (option.choices and result not in option.choices):
         _refuse(option, value, source=source)
     return result
@@ -322,6 +321,7 @@ def build_parser(
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
         description="Defaults < YAML file < flags. Lists are comma-separated or given by repeating the flag.",
     )
+    parser._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$", re.IGNORECASE)  # -1e-3 is one, too
     parser.add_argument("--config", metavar="FILE", help="YAML file with options by section; flags override it")
     groups: dict[str, Any] = {}
     for item in options.values():

@@ -48,6 +48,10 @@ def seconds(
     ), flops
 
 
+def test_pairs_of_tokens_of_responses_are_counted_by_hand():
+    assert GroupWork(text_length=7, response_lengths=(3, 5)).num_response_pairs == 9 + 25
+
+
 # Time
 
 
@@ -317,6 +321,7 @@ def test_table_shows_parts_and_flags(tmp_path):
         ("--model 7b --gpus 8 --gpu-memory 80 --frames 32 --fp8 scoring --grpo", "--fp8 scoring does not go with"),
         ("--model 7b --gpus 8 --gpu-memory 80 --frames 32 --fp8-vision", "--fp8-vision needs --fp8 step"),
         ("--model 7b --gpus 11 --gpu-memory 80 --frames 32", "nearest --gpus that work: 8 and 14"),
+        ("--model 7b --gpus 1048575 --gpu-memory 80 --frames 32", "nearest --gpus that work: 57344"),
         ("--model 7b --gpus 1 --gpu-memory 80 --frames 32", "--gpus 4"),
         ("--model 3b --gpus 1 --gpu-memory 80 --frames 768 --freeze vision,merger", "--frames"),
     ],

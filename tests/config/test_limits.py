@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_ktr.config import OPTIONS, config_from_values
+from megatron_ktr.config import OPTIONS, config_from_values, load_config
 from megatron_ktr.config.checks import check
 from megatron_ktr.config.cli import Option, convert
 from megatron_ktr.errors import UserError, one_line
@@ -47,3 +47,18 @@ def test_a_number_of_any_size_is_a_configuration_or_one_line(option: Option) -> 
                 check(config_from_values({"model": "m", **base, option.name: converted}))
             except UserError as error:
                 assert one_line(error)
+
+
+def test_a_number_beyond_every_limit_is_told_the_limit_of_its_option_alone() -> None:
+    option = OPTIONS["prompts_per_step"]
+    for value in (10**18, 10**400):
+        with pytest.raises(UserError, match=f"<= {option.high}, got") as refused:
+            convert(option, value, source="here")
+        assert str(2**31 - 1) not in one_line(refused.value)
+
+
+def test_a_negative_number_is_a_value_in_every_form_that_a_run_file_may_have() -> None:
+    rule = ("--filter-groups", "range")
+    for text in ("-1", "-0.5", "-1e-3", "-.5E+1", "-2.e0"):
+        config = load_config(["--model", "m", "--engine", "hf", "--data-path", "d.json", *rule, "--filter-low", text])
+        assert config.rollout.filter_low == float(text)

@@ -23,6 +23,7 @@ from megatron_ktr.files.chat_template import read_chat_template
 from megatron_ktr.files.checksums import MANIFEST, find_damage
 from megatron_ktr.files.json_files import read_json
 from megatron_ktr.report.run_data import read_lines
+from megatron_ktr.run.status.wandb_writer import newest_options
 
 Reader = Callable[[Path], object]
 READERS: dict[str, tuple[str, Reader]] = {
@@ -87,3 +88,8 @@ def test_devices_and_what_a_shell_substitutes_are_refused_and_files_are_read(tmp
         assert read_json(f"/dev/fd/{file.fileno()}") == [1]
     with pytest.raises(UserError, match="is a directory"):
         read_json(tmp_path)
+
+
+def test_options_shown_to_wandb_are_not_waited_for(tmp_path: Path, writers: Callable[[Path], None]) -> None:
+    writers(tmp_path / "config.yaml")
+    assert newest_options(tmp_path) == {}

@@ -24,6 +24,7 @@ from typing import Any
 import yaml
 
 from megatron_ktr.files.atomic import write_atomically
+from megatron_ktr.files.bounded import MOST_OPTIONS_BYTES, read_text, read_yaml_text
 from megatron_ktr.run.hook import StepHook
 from megatron_ktr.run.incidents import Incidents
 
@@ -101,7 +102,7 @@ def run_id(run_dir: Path) -> str:
     """The id by which wandb knows the run; made at its first start."""
     path = run_dir / FILE
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))["id"]
+        found = json.loads(read_text(path, most_bytes=MOST_OPTIONS_BYTES))["id"]
         if isinstance(found, str) and found.isalnum():
             return found
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
@@ -115,7 +116,7 @@ def newest_options(run_dir: Path) -> dict[str, Any]:
     """The options by section of the newest part of a run, as it wrote them; empty if they cannot be read."""
     paths = [*run_dir.glob("config.yaml"), *run_dir.glob("config_from_step_*.yaml")]
     try:
-        found = yaml.safe_load(max(paths, key=lambda path: path.stat().st_mtime).read_text(encoding="utf-8"))
+        found = yaml.safe_load(read_yaml_text(max(paths, key=lambda path: path.stat().st_mtime)))
     except (OSError, ValueError, LookupError, AttributeError, RecursionError, yaml.YAMLError):
         return {}
     return found if isinstance(found, dict) else {}
