@@ -6,10 +6,10 @@
 
 Each case is ``engine:lag``. It trains a tiny model for ``--steps`` steps as a process of its own, the way a user does:
 with data workers, a frame cache, files of rollouts every 10 steps and a checkpoint every 10. After each step the
-process and all its descendants are looked at from outside (``measures.py``). Memory may grow by less than 2% from steps
-21 to 40 to the last 20 steps, and files and threads not at all; a case that grows ends the command with exit code 1.
-The server of ``vllm_server`` is measured, too, as processes of its own. A training that is sent SIGUSR1 ends early, and
-the report says how many steps it had.
+process and all its descendants are looked at from outside (``measures.py``). Memory, files and threads may grow by less
+than 2% from steps 21 to 40 to the last 20 steps; a case that grows ends the command with exit code 1. The server of
+``vllm_server`` is measured, too, as processes of its own. A training that is sent SIGUSR1 ends early, and the report
+says how many steps it had.
 """
 
 from __future__ import annotations

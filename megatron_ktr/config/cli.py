@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import difflib
 import re
-import reprlib
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,6 +22,7 @@ from typing import Any, Literal, NoReturn
 import yaml
 
 from megatron_ktr.config.limits import LARGEST_INTEGER as LARGEST_INTEGER
+from megatron_ktr.config.yaml_values import RunFileLoader, shorten
 from megatron_ktr.errors import UserError
 from megatron_ktr.files.bounded import read_yaml_text
 
@@ -213,49 +213,10 @@ def _refuse(option: Option, value: Any, *, source: str, reason: str = "") -> NoR
     raise UserError(f"{source}: {option.key} ({option.flag}) expects {option.expected}, got {shorten(value)}{reason}")
 
 
-def shorten(value: Any) -> str:
-    """``value`` as Python writes it, cut to what fits a line."""
-    try:
-        text = _SHORT.repr(value)
-    except ValueError:  # an integer of more digits than Python prints
-        return f"{type(value).__name__} of endless length"
-    return text if len(text) <= 120 else f"{text[:117]}..."
-
-
-_SHORT = reprlib.Repr()
-"""Looks at the beginning alone: a few lines of YAML can stand for a list of any size."""
-_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 120
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Safe loader that refuses a key given twice (plain YAML silently keeps the last), and whose errors are all YAML's:
-    values that look like a date or a number, and are none, raise whatever Python raises."""
-
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        try:
-            return super().construct_object(node, deep)
-        except (ValueError, ArithmeticError, LookupError, AttributeError) as error:
-            kind = node.tag.rpartition(":")[2]
-            raise yaml.constructor.ConstructorError(
-                None, None, f"{shorten(node.value)} is no {kind} ({error})", node.start_mark
-            ) from error
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":  # << takes in what another mapping has
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, (str, int, float)) and key in seen:
-                raise UserError(f"line {key_node.start_mark.line + 1}: {key} is given twice")
-            seen.add(key if isinstance(key, (str, int, float)) else id(key_node))
-        return super().construct_mapping(node, deep)
-
-
 def read_yaml(path: Path, *, options: Mapping[str, Option], notes: Mapping[str, str]) -> dict[str, Any]:
     """Field values set by a YAML file, by field name, converted and checked."""
     try:
-        content = yaml.load(read_yaml_text(path), _UniqueKeyLoader)
+        content = yaml.load(read_yaml_text(path), RunFileLoader)
     except OSError as error:
         raise UserError(f"--config: cannot read {path}: {error.strerror}") from error
     except RecursionError:
