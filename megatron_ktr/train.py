@@ -66,6 +66,7 @@ from megatron_ktr.rollout.build import (
 )
 from megatron_ktr.rollout.features import build_feature_sender
 from megatron_ktr.rollout.questions import read_held_out_responses
+from megatron_ktr.run.checkpoint_state import require_same_data
 from megatron_ktr.run.directory import (
     EXPORT,
     RunStart,
@@ -141,7 +142,9 @@ def _train(
     notes += [f"objective: {line}" for line in policy_gradient_rules.notes(config)]
     notes += restart_notes(resumes=config.trainer.resume or config.trainer.auto_resume)
     lease = _take_lease(config, ranks=ranks, at_end=at_end)
-    start = _open_run_directory(given, ranks, num_steps=num_steps_of(config.trainer), notes=notes, held_out=sets)
+    start = _open_run_directory(
+        given, ranks, local_source, num_steps=num_steps_of(config.trainer), notes=notes, held_out=sets
+    )
     trainer = build_trainer(
         config, ranks=ranks, platform=platform, objective=objective, tokenizer=tokenizer, local_source=local_source
     )
@@ -304,9 +307,16 @@ def build_trainer(
 
 
 def _open_run_directory(
-    config: Config, ranks: ParallelGroups, *, num_steps: int, notes: Sequence[str], held_out: Sequence[HeldOutSets]
+    config: Config,
+    ranks: ParallelGroups,
+    local_source: DatasetSource | None,
+    *,
+    num_steps: int,
+    notes: Sequence[str],
+    held_out: Sequence[HeldOutSets],
 ) -> RunStart:
-    """Rank 0, which reads questions, prints ``notes`` and writes them into the run directory."""
+    """Rank 0, which reads questions, prints ``notes`` and writes them into the run directory. A run that is refused
+    because its data have changed leaves the directory as it is."""
     shared = SharedVerification(ranks)
     with same_on_every_rank():
         checkpoint = find_checkpoint(config, verify=shared.verify, agree=shared.agree)
@@ -314,6 +324,8 @@ def _open_run_directory(
     def open_directory() -> RunStart:
         for one in held_out if checkpoint is not None else ():
             require_unchanged(Path(config.trainer.run_dir), one)
+        if checkpoint is not None and local_source is not None:
+            require_same_data(checkpoint, local_source, ranks=ranks)
         start = open_run_directory(config, checkpoint=checkpoint, num_steps=num_steps, notes=notes)
         for one in held_out:
             write_settings(start.run_dir, one)

@@ -261,7 +261,20 @@ class PromptDataset:
         return [self.num_given[source.name] for source in self.sources]
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues exactly where ``state_dict`` was taken.
+        """Continues exactly where ``state_dict`` was taken. Raises as ``require_same`` does."""
+        self.require_same(state)
+        self.position = int(state["position"])
+        if self.together is not None:
+            self.together.load_state_dict(state)
+        self.skips.load_state_dict(state["skips"])
+        self.loader.counts.clear()
+        self.loader.counts.update({str(name): int(count) for name, count in state["counts"].items()})
+        given = zip(self.sources, state.get("num_given", []), strict=False)
+        self.num_given.clear()
+        self.num_given.update({source.name: int(number) for source, number in given})
+
+    def require_same(self, state: Mapping[str, Any]) -> None:
+        """Refuses a place in other data; changes nothing.
 
         Raises:
             UserError: the state is from a run with other data, another seed or shuffling, or another number of
@@ -290,15 +303,6 @@ class PromptDataset:
                 "run: media were exchanged, or became readable or unreadable (records left out count too); restore "
                 "them, or start anew from the export"
             )
-        self.position = int(state["position"])
-        if self.together is not None:
-            self.together.load_state_dict(state)
-        self.skips.load_state_dict(state["skips"])
-        self.loader.counts.clear()
-        self.loader.counts.update({str(name): int(count) for name, count in state["counts"].items()})
-        given = zip(self.sources, state.get("num_given", []), strict=False)
-        self.num_given.clear()
-        self.num_given.update({source.name: int(number) for source, number in given})
 
     @cached_property
     def records_digest(self) -> str:

@@ -59,6 +59,10 @@ class DatasetSource:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.dataset.load_state_dict(state)
 
+    def require_same(self, state: Mapping[str, Any]) -> None:
+        """Raises ``UserError`` for a place in other data; changes nothing."""
+        self.dataset.require_same(state)
+
     def close(self) -> None:
         """Ends the worker processes."""
         self.dataset.close()

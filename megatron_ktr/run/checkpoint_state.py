@@ -21,7 +21,10 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_ktr.data.reshard import reshard_states
+from megatron_ktr.data.source import DatasetSource
 from megatron_ktr.distributed.agreement import on_every_rank
+from megatron_ktr.distributed.groups import ParallelGroups
 from megatron_ktr.distributed.optimizer_checkpoint import (
     agreed_steps,
     load_optimizer_state,
@@ -177,6 +180,13 @@ def read_training_state(checkpoint: Path) -> dict[str, Any]:
         if int(state.get("version", 1)) > FORMAT_VERSION:
             raise UserError(f"--resume: {path} was written by a later version of this program")
     return state
+
+
+def require_same_data(checkpoint: Path, source: DatasetSource, *, ranks: ParallelGroups) -> None:
+    """Raises ``UserError`` if the run that saved ``checkpoint`` had other data than ``source``; changes nothing."""
+    training = read_training_state(checkpoint)
+    with as_user_error(checkpoint / TRAINING_FILE):
+        source.require_same(reshard_states(training["sources"], rank=ranks.data_rank, size=ranks.data_size))
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from megatron_ktr.run.directory import list_checkpoints, open_run_directory
 from megatron_ktr.run.interruption import EXIT_SAVED, LEAVE_SIGNALS
 from tests.support.paths import REPOSITORY
 from tests.support.patience import PATIENCE_SECONDS, wait_until
+from tests.support.ranks import RankError
 from tests.support.replayed import replay_values, write_text_replay
 from tests.support.videos import numbered_frames, write_video
 
@@ -97,6 +98,13 @@ def test_one_asked_rank_makes_all_leave_saved_and_the_resumed_run_equals_the_uni
     left = {path: path.stat().st_mtime_ns for path in (tmp_path / "asked").rglob("*")}
     assert run("asked", asked={}, auto_resume=True) == [0, 0]
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "asked").rglob("*")} == left
+    # One that is to go on with other data is refused before anything of it is moved.
+    other = tmp_path / "other.jsonl"
+    other.write_text("\n".join(reversed((inputs / "rollouts.jsonl").read_text().splitlines())) + "\n")
+    with pytest.raises(RankError, match="records are not those of the saved run"):
+        run("asked", asked={}, auto_resume=True, train_steps=STEPS + 1, replay_path=str(other))
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "asked").rglob("*") if path.is_file()}
+    assert {path: time for path, time in left.items() if path.is_file()} == kept
     whole = losses(tmp_path / "whole")
     assert losses(tmp_path / "asked") == whole, "bit for bit"
     assert len({norm for _, _, norm in whole}) == STEPS, "a run that moves"
