@@ -32,7 +32,7 @@ from megatron_ktr.rollout.replay import write_rollouts
 from megatron_ktr.run.checkpoint import Checkpoints
 from megatron_ktr.run.directory import ROLLOUTS, RunStart, rollout_file
 from megatron_ktr.run.dumps import replay_obstacle
-from megatron_ktr.run.hook import StepHook, Stop, look_at
+from megatron_ktr.run.hook import StateUnsoundError, StepHook, Stop, look_at, require_sound
 from megatron_ktr.run.hooks import Watched, build_hooks, closing_all
 from megatron_ktr.run.incidents import Incidents
 from megatron_ktr.run.interruption import EXIT_ALARM, EXIT_SAVED, LeaveRequest
@@ -90,6 +90,7 @@ def run_steps(
     writer = MetricsWriter(run_dir if ranks.rank == 0 else None, first_step=start.step + 1, optional=optional)
     hooks = _hooks(trainer, start=start, resilience=resilience, incidents=incidents, resolved=checkpointing.resolved)
     writer.listeners += [hook.on_record for hook in hooks]
+    checkpoints.before_save = partial(require_sound, hooks=hooks)
     between = BetweenSteps(
         evaluations, times=times, trainer=trainer, writer=writer, checkpoints=checkpoints, leave=leave
     )
@@ -99,15 +100,18 @@ def run_steps(
     with contextlib.closing(writer), closing_all(hooks):
         if asked_by := between.at_start(start):
             return End(_leave(checkpoints, step=start.step, is_new=False, asked_by=asked_by))
-        code = _each_step(
-            trainer,
-            first=start.step + 1,
-            hooks=hooks,
-            checkpoints=checkpoints,
-            between=between,
-            record=record,
-            leave=leave,
-        )
+        try:
+            code = _each_step(
+                trainer,
+                first=start.step + 1,
+                hooks=hooks,
+                checkpoints=checkpoints,
+                between=between,
+                record=record,
+                leave=leave,
+            )
+        except StateUnsoundError as error:
+            code = _stop(checkpoints, step=error.step, stops=error.stops)
     return End(code, unsaved=None if code else checkpoints.missing(num_steps_of(trainer.options.trainer)))
 
 

@@ -75,7 +75,8 @@ class ResilienceSection:
     )
     replica_check_interval: int = _option(
         0,
-        "Steps between comparisons of the weights that ranks hold alike (docs/guards.md); 0 = never",
+        "Steps between comparisons of the weights that ranks hold alike, which also come before every checkpoint and "
+        "export (docs/guards.md); 0 = never",
         low=0,
         high=MOST_STEPS,
     )

@@ -91,6 +91,8 @@ class Checkpoints:
         self.policy = policy
         self.source = source
         self.ranks = policy.ranks
+        self.before_save: Callable[[int], None] = lambda step: None
+        """Called with the step whose state is about to be saved; what it raises ends the save. Collective."""
         self.num_failures = 0
         """Checkpoints that could not be written, since the process began."""
         self.num_damaged = 0
@@ -150,6 +152,7 @@ class Checkpoints:
             UserError: on every rank, if the disk is full or cannot be written; older checkpoints stay as they are.
         """
         self._finish_pending()
+        self.before_save(step)
         scratch = self.directory / f".{step_name(step)}"
         training = training_state(self.policy, self.source, step=step)
         random_states = gather_random_states(self.policy)

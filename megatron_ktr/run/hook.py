@@ -24,6 +24,14 @@ class Stop:
     are left."""
 
 
+class StateUnsoundError(Exception):
+    """The state after ``step`` must not be saved. Raised on every rank."""
+
+    def __init__(self, step: int, stops: Sequence[Stop]) -> None:
+        self.step, self.stops = step, stops
+        super().__init__("; ".join(stop.reason for stop in stops))
+
+
 class StepHook:
     """Does nothing; subclasses override what they need."""
 
@@ -40,6 +48,12 @@ class StepHook:
         Returns the reason to end the run with ``EXIT_ALARM``, the same on every rank; None otherwise.
         """
 
+    def before_save(self, step: int) -> Stop | None:
+        """A checkpoint of the state after ``step`` is about to be saved, because it is due or because the run ends.
+
+        Returns the reason to end the run without saving it, the same on every rank; None if it may be saved.
+        """
+
     def on_record(self, step: int, values: Mapping[str, float]) -> None:
         """``values`` went into the record of ``step`` in ``metrics.jsonl``, or would have, on a full disk. Only rank 0
         is told, so nothing collective belongs here. A step comes first with all that training it gave; what is measured
@@ -47,6 +61,17 @@ class StepHook:
 
     def close(self) -> None:
         """The run ends, also after an error; then not every rank may be there, so nothing collective belongs here."""
+
+
+def require_sound(step: int, *, hooks: Sequence[StepHook]) -> None:
+    """Asks all hooks whether the state after ``step`` may be saved.
+
+    Raises:
+        StateUnsoundError: it may not.
+    """
+    stops = [stop for hook in hooks if (stop := hook.before_save(step)) is not None]
+    if stops:
+        raise StateUnsoundError(step, stops)
 
 
 def look_at(report: StepReport, *, hooks: Sequence[StepHook]) -> list[Stop]:

@@ -73,7 +73,13 @@ def _guards(watched: Watched) -> list[StepHook]:
             replay_obstacle=watched.replay_obstacle,
             first_step=watched.first_step,
         ),
-        ReplicaCheck(options.replica_check_interval, policy=watched.policy, incidents=incidents),
+        ReplicaCheck(
+            options.replica_check_interval,
+            policy=watched.policy,
+            incidents=incidents,
+            export_interval=options.export_interval,
+            num_steps=watched.num_steps,
+        ),
         Alarms(options, run_dir=watched.run_dir, first_step=watched.first_step, ranks=ranks, incidents=incidents),
     ]
 

@@ -2,8 +2,10 @@
 
 Copies stay equal because every rank does the same arithmetic on the same numbers. If they differ, a bit has changed in
 a memory or on a wire, or a processor has computed a wrong number: silent data corruption. Every later step would mix
-the wrong copy into all others, so the run ends without saving; the checkpoints of the steps up to the last comparison
-are sound.
+the wrong copy into all others, so the run ends without saving.
+
+A checkpoint and an export hold one copy. A start loads it into all ranks, after which no comparison would see the
+damage. So the copies are also compared before anything of them is saved.
 """
 
 from __future__ import annotations
@@ -22,22 +24,41 @@ MOST_NAMED = 5
 class ReplicaCheck(StepHook):
     """The check; ``interval`` 0 means never. Collective over the world."""
 
-    def __init__(self, interval: int, *, policy: Policy, incidents: Incidents) -> None:
+    def __init__(
+        self, interval: int, *, policy: Policy, incidents: Incidents, export_interval: int = 0, num_steps: int = 0
+    ) -> None:
+        """``export_interval`` and ``num_steps`` say after which steps the model is exported."""
         self._interval, self._policy, self._incidents = interval, policy, incidents
+        self._export_interval, self._num_steps = export_interval, num_steps
+        self._compared_step = 0
+        """The last step after which the copies were compared."""
 
     def after_step(self, report: StepReport) -> Stop | None:
-        if not self._interval or report.step % self._interval:
+        step = report.step
+        is_exported = step == self._num_steps or (self._export_interval and step % self._export_interval == 0)
+        if not self._interval or not (step % self._interval == 0 or is_exported):
             return None
-        differences = differences_of(self._policy)
+        differences = self._compare(step)
         report.values["replica_check/differences"] = float(len(differences))
+        return self._stop(step, differences)
+
+    def before_save(self, step: int) -> Stop | None:
+        if not self._interval or step == self._compared_step:
+            return None
+        return self._stop(step, self._compare(step))
+
+    def _compare(self, step: int) -> list[Difference]:
+        self._compared_step = step
+        return differences_of(self._policy)
+
+    def _stop(self, step: int, differences: list[Difference]) -> Stop | None:
         if not differences:
             return None
-        # Named because a start loads one copy into all ranks: no later comparison would see the damage.
-        text = f"{describe(differences)}; checkpoints of steps after {report.step - self._interval} may hold the damage"
+        text = describe(differences)
         self._incidents.add(
             "replica_mismatch",
             text,
-            step=report.step,
+            step=step,
             tensors=[one.name for one in differences[:MOST_NAMED]],
             num_tensors=len(differences),
             ranks=sorted({rank for one in differences for rank in one.suspects}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,13 +10,17 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_ktr.config import Config, config_from_values
 from megatron_ktr.config.part_options import PolicyOptions
 from megatron_ktr.distributed.groups import ParallelSizes
 from megatron_ktr.distributed.replica_checksums import Difference, _combined, checksum
+from megatron_ktr.run.directory import list_checkpoints
+from megatron_ktr.run.interruption import EXIT_ALARM
 from megatron_ktr.run.replica_check import describe
 from megatron_ktr.run.step_report import StepReport
 from tests.support.layouts import sizes_of
 from tests.support.ranks import RankContext, RankPool
+from tests.support.replayed import replay_values, write_text_replay
 from tests.support.steps import make_config
 from tests.support.tiny import save_tiny_hf
 
@@ -54,6 +59,8 @@ def flips(
             bits[7] ^= 1
         assert check.after_step(StepReport(2, {}, (), tuple)) is None, "not due"
         stop = check.after_step(StepReport(3, {}, (), tuple))
+        assert check.before_save(3) is None, "compared already"
+        assert check.before_save(4) == stop, "a step that is due to be saved and not to be compared"
         found.append((differences_of(policy), stop and stop.reason, stop is None or stop.is_state_sound))
         if context.rank == rank:
             bits[7] ^= 1
@@ -67,7 +74,6 @@ def _only(found: list[list[Any]], case: int) -> tuple[Difference, str]:
         assert of_rank[case] == found[0][case]
     differences, reason, is_sound = found[0][case]
     assert len(differences) == 1 and reason is not None and not is_sound
-    assert reason.endswith("; checkpoints of steps after 0 may hold the damage"), "step 3 was the first to be compared"
     return differences[0], reason
 
 
@@ -109,6 +115,39 @@ def test_copies_within_a_replica_are_compared_too(ranks: RankPool, hf_dir: Path,
         assert found[0][1] == ([], None, True), "a split matrix has no copy"
     else:
         assert _only(found, 1)[0].suspects == (1, 3)
+
+
+def train_with_a_flip(context: RankContext, *, config: Config, rank: int, step: int) -> int:
+    """The training command's function. After ``step`` one bit of a weight of ``rank`` changes."""
+    from megatron_ktr.train import train
+    from megatron_ktr.trainer import Trainer
+
+    original = Trainer.train_step
+
+    def step_and_flip(self: Trainer, number: int) -> Any:
+        report = original(self, number)
+        if (number, context.rank) == (step, rank):
+            parameter = next(p for p in self.policy.bare_chunks[0].parameters() if p.requires_grad and p.dim() == 2)
+            parameter.detach().view(-1).view(torch.int32)[7] ^= 1
+        return report
+
+    Trainer.train_step = step_and_flip
+    try:
+        return train(config)
+    finally:
+        Trainer.train_step = original
+
+
+def test_what_differs_is_not_saved_although_no_comparison_was_due(ranks: RankPool, tmp_path: Path) -> None:
+    """Loaded into all ranks, it could never be found again."""
+    inputs = write_text_replay(tmp_path)
+    changes = dict(train_steps=6, prompts_per_step=2, save_interval=2, replica_check_interval=5)
+    config = config_from_values(replay_values(inputs, tmp_path / "run", **changes))
+    assert ranks(train_with_a_flip, world_size=2, config=config, rank=1, step=4) == [EXIT_ALARM, EXIT_ALARM]
+    assert [step for step, _ in list_checkpoints(tmp_path / "run")] == [2]
+    assert not (tmp_path / "run" / "export").exists()
+    (incident,) = map(json.loads, (tmp_path / "run/events.jsonl").read_text().splitlines())
+    assert (incident["kind"], incident["step"]) == ("replica_mismatch", 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
