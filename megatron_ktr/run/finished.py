@@ -22,7 +22,7 @@ from megatron_ktr.files.bounded import MOST_JSON_BYTES, read_text
 from megatron_ktr.files.checksums import MANIFEST, Damage, file_digest
 from megatron_ktr.files.intact_checkpoint import CONFIG_FILE
 from megatron_ktr.files.json_files import parse_json
-from megatron_ktr.run.directory import EXPORT, FINISHED_FILE, Agree, require_same_options
+from megatron_ktr.run.directory import EXPORT, FINISHED_FILE, Agree, list_checkpoints, require_same_options
 from megatron_ktr.run.metrics import has_evaluation
 
 _log = logging.getLogger(__name__)
@@ -73,6 +73,9 @@ def _finished_step(config: Config) -> int | None:
     step = content.get("step")
     if not isinstance(step, int) or step != trainer.train_steps or _lacks_evaluation(config, step):
         return None
+    saved = [saved_step for saved_step, _ in list_checkpoints(run_dir)]
+    if saved and trainer.save_interval and step not in saved:
+        return None  # somebody took it away, so that the run goes on from an older one
     try:
         require_same_options(config, run_dir / CONFIG_FILE)
     except UserError:  # what resumes says so, once it has found a checkpoint

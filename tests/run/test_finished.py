@@ -44,6 +44,19 @@ def test_a_finished_run_is_finished_until_it_is_asked_for_more(tmp_path, caplog)
     assert not caplog.text
 
 
+def test_a_run_whose_last_checkpoint_was_taken_away_goes_on_from_an_older_one(tmp_path):
+    run_dir = tmp_path / "run"
+    finish(run_dir)
+    for step in (2, 4):
+        (run_dir / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
+    assert line(run_dir, save_interval=2) is not None
+    (run_dir / "checkpoints" / "step_00000004").rmdir()
+    assert line(run_dir, save_interval=2) is None
+    assert line(run_dir) is not None, "none of the last step was due: step 2 is of a run that was asked to leave"
+    (run_dir / "checkpoints" / "step_00000002").rmdir()
+    assert line(run_dir, save_interval=2) is not None, "nothing to go on from"
+
+
 def test_epochs_are_done_only_while_the_data_are_as_many(tmp_path):
     finish(tmp_path / "run")
     values = dict(model="m", run_dir=str(tmp_path / "run"), replay_path=str(tmp_path / "rollouts.jsonl"))

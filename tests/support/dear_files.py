@@ -11,6 +11,7 @@ from pathlib import PurePath
 
 DEAREST_FIRST = (
     "house/test_commands.py",
+    "faults/test_faults.py",
     "step/test_training_step.py",
     "step/test_head_in_training.py",
     "run/test_checkpoint.py",
