@@ -14,7 +14,7 @@ import random
 import shutil
 from pathlib import Path
 
-from megatron_ktr.config.cli import LARGEST_INTEGER
+from megatron_ktr.config.limits import LARGEST_INTEGER
 from megatron_ktr.data.synthetic import DEFAULT_TASKS, corpus, draw_scene, guess, record_of, render, write_video
 from megatron_ktr.data.tiny_model import save_tiny_model
 from megatron_ktr.errors import Parser, UserError, run_cli, whole

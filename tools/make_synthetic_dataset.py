@@ -13,7 +13,7 @@ import argparse
 import json
 from pathlib import Path
 
-from megatron_ktr.config.cli import LARGEST_INTEGER
+from megatron_ktr.config.limits import LARGEST_INTEGER
 from megatron_ktr.data.synthetic import DEFAULT_TASKS, TASKS, corpus, make_dataset
 from megatron_ktr.data.tiny_model import save_tiny_model
 from megatron_ktr.errors import Parser, number, run_cli, whole

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ktr.config import config_from_values
-from megatron_ktr.config.cli import LARGEST_INTEGER
+from megatron_ktr.config.limits import LARGEST_INTEGER
 from megatron_ktr.data.records import read_records
 from megatron_ktr.data.synthetic import corpus, make_dataset
 from megatron_ktr.data.template import load_tokenizer

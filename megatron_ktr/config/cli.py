@@ -21,7 +21,7 @@ from typing import Any, Literal, NoReturn
 
 import yaml
 
-from megatron_ktr.config.limits import LARGEST_INTEGER as LARGEST_INTEGER
+from megatron_ktr.config.limits import LARGEST_INTEGER
 from megatron_ktr.config.yaml_values import RunFileLoader, shorten
 from megatron_ktr.errors import UserError
 from megatron_ktr.files.bounded import read_yaml_text

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_ktr.config.cli import LARGEST_NUMBER, shorten
+from megatron_ktr.config.cli import LARGEST_NUMBER
 from megatron_ktr.config.cli import option as _option
 from megatron_ktr.config.limits import MOST_PROMPTS, MOST_STEPS, MOST_THRESHOLD, MOST_TOKENS, MOST_WEIGHT
 from megatron_ktr.config.loss_parts import advantage_names, ratio_names
@@ -33,6 +33,7 @@ from megatron_ktr.config.words import (
     TokenSet,
     TokenWeights,
 )
+from megatron_ktr.config.yaml_values import shorten
 
 AUTO = "auto"
 

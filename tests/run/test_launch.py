@@ -19,7 +19,7 @@ from megatron_ktr.config import Config, config_from_values
 from megatron_ktr.data.media.video_decord import DecordProcess
 from megatron_ktr.data.media.video_pyav import index_video
 from megatron_ktr.errors import UserError
-from megatron_ktr.run.directory import list_checkpoints, open_run_directory
+from megatron_ktr.run.directory import RUN_ENTRY, list_checkpoints, open_run_directory
 from megatron_ktr.run.interruption import EXIT_SAVED, LEAVE_SIGNALS
 from tests.support.paths import REPOSITORY
 from tests.support.patience import PATIENCE_SECONDS, wait_until
@@ -105,6 +105,7 @@ def test_one_asked_rank_makes_all_leave_saved_and_the_resumed_run_equals_the_uni
         run("asked", asked={}, auto_resume=True, train_steps=STEPS + 1, replay_path=str(other))
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "asked").rglob("*") if path.is_file()}
     assert {path: time for path, time in left.items() if path.is_file()} == kept
+    assert all(RUN_ENTRY.fullmatch(path.name) for path in (tmp_path / "asked").iterdir()), "what --auto-resume may move"
     whole = losses(tmp_path / "whole")
     assert losses(tmp_path / "asked") == whole, "bit for bit"
     assert len({norm for _, _, norm in whole}) == STEPS, "a run that moves"

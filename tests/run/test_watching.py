@@ -25,6 +25,7 @@ from megatron_ktr.data.synthetic import corpus, make_dataset
 from megatron_ktr.data.tiny_model import save_tiny_model
 from megatron_ktr.distributed.platform import current
 from megatron_ktr.errors import UserError
+from megatron_ktr.run.directory import RUN_ENTRY
 from megatron_ktr.run.incidents import Incidents
 from megatron_ktr.run.metrics import MetricsWriter, PhaseTimer
 from megatron_ktr.run.optional_writes import OptionalWrites
@@ -442,6 +443,7 @@ def test_a_run_of_two_ranks_leaves_what_run_status_reads(ranks: Any, tmp_path: P
     (left, sent), (also_left, sent_by_other) = ranks(watched_runs, 2, folder=tmp_path)
     assert left == also_left == sent_by_other == []
     run_dir = tmp_path / "run"
+    assert all(RUN_ENTRY.fullmatch(path.name) for path in run_dir.iterdir()), "what --auto-resume may move"
     assert sorted(path.name for path in (run_dir / "profile").iterdir()) == ["rank_0.json", "rank_1.json"]
     start, *records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert sent == [(one["step"], one["eval/eval/accuracy"]) for one in (start, records[1], records[2])]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_ktr.config.cli import LARGEST_INTEGER
+from megatron_ktr.config.limits import LARGEST_INTEGER
 from megatron_ktr.data.media.preprocess import PreprocessSettings
 from megatron_ktr.errors import UserError, number, whole
 from megatron_ktr.evaluation.asking.scaling import MOST_FRAMES, MOST_VOTES, SPARSE_TO_DENSE, Voting
