@@ -41,6 +41,8 @@ class Rewarder:
         self._loaded: dict[tuple[str, ...], dict[str, Reward]] = {}
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._counts: Counter[str] = Counter()
+        # One process compares the mathematics of everybody here; what others lost to it before is not this object's.
+        self._math_before = Counter(math_answers.counts())
         self._pool: PlugInPool | None = None
         if section.reward_workers:
             self._pool = PlugInPool(
@@ -87,7 +89,9 @@ class Rewarder:
         with self._lock:
             seconds, self._seconds = self._seconds, defaultdict(float)
             found = {f"reward_seconds/{name}": value for name, value in seconds.items()}
-            return found | {name: float(number) for name, number in (self._counts + _of_math()).items()}
+            lost = Counter(math_answers.counts()) - self._math_before
+            counts = self._counts + Counter({f"reward_timeouts/{name}": number for name, number in lost.items()})
+            return found | {name: float(number) for name, number in counts.items()}
 
     def close(self) -> None:
         """Ends the processes of rewards and whatever else is still asked, so that ``reward`` fails at once where it is
@@ -175,7 +179,3 @@ def _of_response(text: str, prompt: Prompt) -> str:
             head, sign, rest = text.partition(end)
             return f"{head} {where}{sign}{rest}"
     return f"{text}, {where}"
-
-
-def _of_math() -> Counter[str]:
-    return Counter({f"reward_timeouts/{name}": number for name, number in math_answers.counts().items() if number})

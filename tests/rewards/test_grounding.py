@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_ktr.rewards import load_reward, math_answers
+from megatron_ktr.rewards import Rewarder, load_reward, math_answers
 from megatron_ktr.rewards.grounding import (
     box_overlap,
     find_last_answer,
@@ -79,6 +79,7 @@ def test_the_official_protocol_reads_the_last_block_for_times_alone() -> None:
 def test_mathematics_that_never_ends_is_wrong_in_time_and_counted(monkeypatch) -> None:
     pytest.importorskip("math_verify")
     before = math_answers.counts().get("math", 0)
+    rewarder = Rewarder()
     monkeypatch.setattr(math_answers, "CPU_SECONDS", 1)
     record = {"problem_type": "math", "solution": "3"}
     score = load_reward("accuracy")
@@ -90,6 +91,8 @@ def test_mathematics_that_never_ends_is_wrong_in_time_and_counted(monkeypatch) -
     monkeypatch.setattr(math_answers, "KILL_SECONDS", 2.0)
     assert score("<answer>$10^{10^{10}}!$</answer>", record) == 0.0
     assert math_answers.counts()["math"] == before + 3
+    assert rewarder.take_counts() == {"reward_timeouts/math": 3}
+    assert Rewarder().take_counts() == {}, "what was lost before it was made is not its own"
     monkeypatch.undo()
     assert score("<answer>\\frac{6}{2}</answer>", record) == 1.0, "the next answer has a process again"
     assert load_reward("math")("<answer>3.0</answer>", {"problem_type": "OCR", "solution": "3"}) == 1.0
