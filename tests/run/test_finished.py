@@ -41,7 +41,7 @@ def test_a_finished_run_is_finished_until_it_is_asked_for_more(tmp_path, caplog)
     assert line(tmp_path / "run", auto_resume=False) is None, "refused, as the directory is not empty"
     assert line(tmp_path / "run", train_steps=5) is None
     assert line(tmp_path / "run", lr=0.5) is None, "another run, which is refused later"
-    best = dict(keep_best="eval/a/accuracy", eval_interval=2, eval_data=("a.json",))
+    best: dict[str, Any] = dict(keep_best="eval/a/accuracy", eval_interval=2, eval_data=("a.json",))
     assert (
         line(tmp_path / "run", **best)
         == f"{said}; --keep-best eval/a/accuracy changes nothing any more, there is no best.json"

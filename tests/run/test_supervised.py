@@ -169,7 +169,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(whole) -> None:
 
 
 def test_a_finished_run_is_measured_on_further_records_and_joins_no_curves(ranks, inputs, whole, tmp_path) -> None:
-    """The run was evaluated on one file alone; ``eval_loss`` was the loss over it."""
+    """The run was evaluated on one file alone; ``eval_loss`` was the loss over it. It goes on with two replicas."""
     run_dir = tmp_path / "run"
     shutil.copytree(whole.with_name("resumed"), run_dir)
     more = tmp_path / "more.json"
@@ -179,8 +179,8 @@ def test_a_finished_run_is_measured_on_further_records_and_joins_no_curves(ranks
     both = settings(inputs, **base, eval_loss_data=files)
     before = metrics(run_dir)
     for best, told in (("eval_loss", "was taken over held_out before and would be over held_out, more"), (None, "")):
-        refused = ranks(train_or_say, world_size=1, config=replace_best(both, best))
-        assert told in refused[0] and bool(refused[0]) == bool(told)
+        said = ranks(train_or_say, world_size=2, config=replace_best(both, best))
+        assert all(told in one and bool(one) == bool(told) for one in said)
     after = metrics(run_dir)
     (added,) = [step for step in after if after[step] != before[step]]
     assert added == STEPS and {name for name in after[added] if name not in before[added]} == {
@@ -189,10 +189,11 @@ def test_a_finished_run_is_measured_on_further_records_and_joins_no_curves(ranks
     }
     assert before[added].items() <= after[added].items(), "what was measured before stays, eval_loss among it"
     finished = (run_dir / "finished.json").stat().st_ino
-    assert ranks(train_or_say, world_size=1, config=both) == [""]
+    assert ranks(train_or_say, world_size=2, config=both) == ["", ""]
     assert (run_dir / "finished.json").stat().st_ino == finished, "it is finished"
     changed = settings(inputs, **base, eval_loss_data=files, eval_max_items=1)
-    assert "evaluation on held_out (loss) had other records" in ranks(train_or_say, world_size=1, config=changed)[0]
+    said = ranks(train_or_say, world_size=2, config=changed)
+    assert all("evaluation on held_out (loss) had other records" in one for one in said)
 
 
 def test_replicas_and_stages_give_the_same_run(ranks, inputs, whole, tmp_path) -> None:
