@@ -386,6 +386,12 @@ def test_media_that_are_not_there_are_refused_if_many_and_named_if_few(inputs, t
     held_out = held_out_of(config)
     assert held_out.missing["held_out"] == (record["problem_id"],)
     assert "the media of 1 of 25 questions" in caplog.text and "count as wrong" in caplog.text
+    (tmp_path / "run").mkdir()
+    write_settings(tmp_path / "run", held_out)
+    require_unchanged(tmp_path / "run", held_out)
+    assert "could not be used before" not in caplog.text
+    require_unchanged(tmp_path / "run", held_out_of(settings(inputs, tmp_path / "run")))
+    assert "evaluation on held_out: 1 records could not be used before, and 0 cannot now" in caplog.text
     shutil.rmtree(tmp_path / "data" / "videos")
     assert "--max-skip-share" in refusal(config) and "--eval-media-root" in refusal(config)
 
@@ -398,7 +404,7 @@ def test_a_fixed_choice_of_questions_is_said_in_words(inputs, tmp_path) -> None:
     assert "7 of 25 questions, the same in every evaluation" in held_out.lines[0]
 
 
-def test_a_set_stays_what_it_is_as_long_as_a_run_is_evaluated_on_it(inputs, tmp_path) -> None:
+def test_a_set_stays_what_it_is_as_long_as_a_run_is_evaluated_on_it(inputs, tmp_path, caplog) -> None:
     run_dir, template = tmp_path / "run", tmp_path / "template.jinja"
     template.write_text("{{ messages[0].content }}")
     run_dir.mkdir()
@@ -421,6 +427,13 @@ def test_a_set_stays_what_it_is_as_long_as_a_run_is_evaluated_on_it(inputs, tmp_
         with pytest.raises(UserError, match="--resume: evaluation on held_out") as refused:
             require_unchanged(run_dir, held_out_of(settings(inputs, run_dir, **changes)))
         assert what in str(refused.value)
+    (run_dir / "metrics.jsonl").write_text('{"step": 2, "eval/held_out/accuracy": 0.5}\n')
+    require_unchanged(run_dir, held_out_of(settings(inputs, run_dir)))
+    assert "does not say of which questions" not in caplog.text
+    (run_dir / "eval" / "settings.json").rename(tmp_path / "settings.json")
+    require_unchanged(run_dir, held_out_of(settings(inputs, run_dir)))
+    assert "metrics.jsonl has figures of held_out, and" in caplog.text
+    (tmp_path / "settings.json").rename(run_dir / "eval" / "settings.json")
     (run_dir / "checkpoints" / "step_00000002").mkdir(parents=True)
     asked = EvaluationOptions.of(settings(inputs, run_dir, eval_frames=4), data_parallel_size=1)
     with pytest.raises(UserError, match="other frames before"):  # a dry run says so, too

@@ -24,9 +24,12 @@ from megatron_ktr.evaluation.registry import BENCHMARKS
 from megatron_ktr.files.atomic import write_atomically
 from megatron_ktr.files.json_files import read_json_object, to_json
 from megatron_ktr.run.directory import EVALUATIONS
-from megatron_ktr.run.metrics import figures_of_step
+from megatron_ktr.run.metrics import FILE as METRICS_FILE
+from megatron_ktr.run.metrics import figures_of_step, read_records
 
 SETTINGS_FILE = "settings.json"
+MISSING = "records that cannot be used"
+"""Stands beside the facts of a set, and may change."""
 _log = logging.getLogger(__name__)
 
 
@@ -79,16 +82,28 @@ def require_same_held_out(held_out: HeldOutSets | None, *, ranks: ParallelGroups
 
 
 def require_unchanged(run_dir: Path, held_out: HeldOutSets, *, keep_best: str | None = None) -> None:
-    """Checks the sets of a resumed run.
+    """Checks the sets of a resumed run. Two things are logged: figures of which the file no longer says what they are
+    of, since they are taken for those of the present sets; and that media were missing, or are, which change figures.
 
     Raises:
         UserError: a set has changed since the run was evaluated on it, or ``keep_best`` is taken over other sets than
             before.
     """
     earlier = _earlier(run_dir)
+    recorded = {name for record in read_records(run_dir) for name in record}
     for name, facts in held_out.facts.items():
+        if name not in earlier and held_out.figures[name] in recorded:
+            _log.warning(
+                "%s has figures of %s, and %s does not say of which questions: they are taken for the present ones",
+                run_dir / METRICS_FILE,
+                name,
+                run_dir / EVALUATIONS / SETTINGS_FILE,
+            )
+        now = len(held_out.missing[name])
+        if (before := earlier.get(name, {}).get(MISSING, now)) != now:
+            _log.warning("evaluation on %s: %s records could not be used before, and %d cannot now", name, before, now)
         for what, value in earlier.get(name, {}).items():
-            if facts.get(what) != value:
+            if what != MISSING and facts.get(what) != value:
                 way_out = "ask it with tools/evaluate.py" if name in BENCHMARKS else "rename the file"
                 raise UserError(
                     f"--resume: evaluation on {name} had other {what} before ({_changes(value, facts.get(what))}), so "
@@ -120,10 +135,11 @@ def measured_totals(run_dir: Path, held_out: HeldOutSets) -> list[str]:
 def write_settings(run_dir: Path, held_out: HeldOutSets) -> None:
     """Writes what the sets are, for a run that continues this one. Sets of earlier parts stay in the file."""
     path = run_dir / EVALUATIONS / SETTINGS_FILE
+    facts = {name: {**facts, MISSING: len(held_out.missing[name])} for name, facts in held_out.facts.items()}
     totals = {_key(metric): {"sets": sorted(names)} for metric, names in held_out.totals.items()}
     try:
         path.parent.mkdir(exist_ok=True)
-        write_atomically(path, to_json({**totals, **_earlier(run_dir), **held_out.facts}, indent=1) + "\n")
+        write_atomically(path, to_json({**totals, **_earlier(run_dir), **facts}, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"--run-dir: cannot write {path}: {error.strerror}") from error
 
