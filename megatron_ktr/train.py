@@ -17,7 +17,6 @@ from pathlib import Path
 from megatron_ktr.config import Config, load_config, policy_gradient_rules
 from megatron_ktr.config.part_options import (
     CheckpointOptions,
-    EvaluationOptions,
     EvaluationTimes,
     PolicyOptions,
     StepOptions,
@@ -41,17 +40,8 @@ from megatron_ktr.distributed.groups import (
 from megatron_ktr.distributed.platform import Platform
 from megatron_ktr.distributed.shared_verification import SharedVerification
 from megatron_ktr.errors import UserError, run_cli, same_on_every_rank
-from megatron_ktr.evaluation.training.between_steps import StepEvaluation, build_evaluation
+from megatron_ktr.evaluation.training.build import RunSets, sets_to_make_up_for
 from megatron_ktr.evaluation.training.dry_run import find_held_out
-from megatron_ktr.evaluation.training.held_out import (
-    HeldOut,
-    HeldOutSets,
-    held_out_of_run,
-    require_same_held_out,
-    require_unchanged,
-    write_settings,
-)
-from megatron_ktr.evaluation.training.held_out_loss import HeldOutResponses, LossEvaluation
 from megatron_ktr.files.checksums import require_intact
 from megatron_ktr.loop import run_steps
 from megatron_ktr.objectives import Objective
@@ -62,10 +52,8 @@ from megatron_ktr.rollout.build import (
     build_sampler_check,
     replica_source,
     require_same_questions,
-    worker_pool,
 )
 from megatron_ktr.rollout.features import build_feature_sender
-from megatron_ktr.rollout.questions import read_held_out_responses
 from megatron_ktr.run.checkpoint_state import require_same_data
 from megatron_ktr.run.directory import (
     EXPORT,
@@ -133,17 +121,14 @@ def _train(
     given, config = config, _with_steps(config, local_source, ranks)
     if config is not given and _is_finished(config, ranks=ranks, at_end=at_end):
         return 0
-    asking = EvaluationOptions.of(config, data_parallel_size=ranks.data_size)
-    held_out = held_out_of_run(asking, ranks=ranks)
-    responses = _held_out_responses(config, ranks=ranks, tokenizer=tokenizer)
+    held_out = RunSets.read(config, ranks=ranks, tokenizer=tokenizer)
     notes = [] if local_source is None else [f"wording: {line}" for line in local_source.dataset.wordings]
-    sets = [one for one in (held_out, responses) if one is not None]
-    notes += [line for one in sets for line in one.lines]
+    notes += held_out.lines
     notes += [f"objective: {line}" for line in policy_gradient_rules.notes(config)]
     notes += restart_notes(resumes=config.trainer.resume or config.trainer.auto_resume)
     lease = _take_lease(config, ranks=ranks, at_end=at_end)
     start = _open_run_directory(
-        given, ranks, local_source, num_steps=num_steps_of(config.trainer), notes=notes, held_out=sets
+        given, ranks, local_source, num_steps=num_steps_of(config.trainer), notes=notes, held_out=held_out
     )
     trainer = build_trainer(
         config, ranks=ranks, platform=platform, objective=objective, tokenizer=tokenizer, local_source=local_source
@@ -156,7 +141,7 @@ def _train(
             resilience=config.resilience,
             checkpointing=CheckpointOptions.of(config),
             tokenizer=tokenizer,
-            evaluations=_evaluations(config, asking, held_out, responses, trainer=trainer, tokenizer=tokenizer),
+            evaluations=held_out.evaluations(config, trainer=trainer, tokenizer=tokenizer),
             times=EvaluationTimes.of(config, num_steps=num_steps_of(config.trainer)),
             leave=leave,
         )
@@ -168,7 +153,12 @@ def _train(
 def _is_finished(config: Config, *, ranks: ParallelGroups, at_end: contextlib.ExitStack) -> bool:
     """Whether the run that ``config`` resumes has nothing left to do, which rank 0 then says. Collective."""
     shared = SharedVerification(ranks)
-    line = finished_line(config, verify=shared.find_damage, agree=shared.agree)
+    line = finished_line(
+        config,
+        verify=shared.find_damage,
+        agree=shared.agree,
+        lacking_sets=partial(sets_to_make_up_for, config=config, ranks=ranks),
+    )
     if line is None:
         return False
     _take_lease(config, ranks=ranks, at_end=at_end)
@@ -222,40 +212,6 @@ def _take_lease(config: Config, *, ranks: ParallelGroups, at_end: contextlib.Exi
     if lease is not None:
         at_end.callback(lease.release)
     return lease
-
-
-def _held_out_responses(config: Config, *, ranks: ParallelGroups, tokenizer: Tokenizer) -> HeldOutResponses | None:
-    """The held-out responses on reading ranks, the same on all of them; None on other ranks, and if there are none."""
-    if not config.evaluation.eval_loss_data:
-        return None
-
-    def read() -> HeldOutResponses | None:
-        if not ranks.is_source:
-            return None
-        sources = read_held_out_responses(config, tokenizer=tokenizer, is_spokesman=ranks.rank == 0)
-        return HeldOutResponses.of(sources, limit=config.evaluation.eval_max_items)
-
-    responses = on_every_rank(read, ranks=ranks)
-    require_same_held_out(responses, ranks=ranks)
-    return responses
-
-
-def _evaluations(
-    config: Config,
-    asking: EvaluationOptions | None,
-    held_out: HeldOut | None,
-    responses: HeldOutResponses | None,
-    *,
-    trainer: Trainer,
-    tokenizer: Tokenizer,
-) -> list[StepEvaluation]:
-    """What is measured between steps: answers to held-out questions, the loss of held-out responses."""
-    found: list[StepEvaluation] = []
-    if asking is not None:
-        found.append(build_evaluation(asking, held_out, trainer=trainer, tokenizer=tokenizer))
-    if config.evaluation.eval_loss_data:
-        found.append(LossEvaluation(responses, trainer=trainer, make_pool=partial(worker_pool, config.data)))
-    return found
 
 
 def _with_steps(config: Config, local_source: DatasetSource | None, ranks: ParallelGroups) -> Config:
@@ -313,7 +269,7 @@ def _open_run_directory(
     *,
     num_steps: int,
     notes: Sequence[str],
-    held_out: Sequence[HeldOutSets],
+    held_out: RunSets,
 ) -> RunStart:
     """Rank 0, which reads questions, prints ``notes`` and writes them into the run directory. A run that is refused
     because its data have changed leaves the directory as it is."""
@@ -322,13 +278,12 @@ def _open_run_directory(
         checkpoint = find_checkpoint(config, verify=shared.verify, agree=shared.agree)
 
     def open_directory() -> RunStart:
-        for one in held_out if checkpoint is not None else ():
-            require_unchanged(Path(config.trainer.run_dir), one)
+        if checkpoint is not None:
+            held_out.require_unchanged(config)
         if checkpoint is not None and local_source is not None:
             require_same_data(checkpoint, local_source, ranks=ranks)
         start = open_run_directory(config, checkpoint=checkpoint, num_steps=num_steps, notes=notes)
-        for one in held_out:
-            write_settings(start.run_dir, one)
+        held_out.write(start.run_dir)
         return start
 
     start = shared.agree(open_directory)

@@ -7,6 +7,7 @@ rollouts/step_00000010.jsonl       rollouts of some steps, with their key tokens
 rollouts/step_00000010_replica_0001.jsonl  rollouts of further data-parallel replicas
 rollouts/abandoned_after_step_00000010/    rollouts of later steps, which an earlier part did and a resumed part repeats
 eval/step_00000010/                the answers of an evaluation between steps (docs/evaluation.md)
+eval/step_00000010_2/              those to further sets, of which a resumed run made up for the evaluation
 eval/settings.json                 what each set of held-out questions is, and how it is asked
 eval/abandoned_after_step_00000010/    evaluations of later steps, as with rollouts; likewise in exports/
 status/rank_00000.json             where each rank is, replaced every few seconds (run/status/heartbeat.py)
@@ -68,7 +69,7 @@ EXPORT = "export"
 FINISHED_FILE = "finished.json"
 ABANDONED_START = "abandoned_start"
 STEP_NAME = re.compile(r"step_(\d{8,})")
-STEP_ENTRY = re.compile(r"step_(\d{8,})(?:_replica_\d{4,})?(?:\.jsonl)?")
+STEP_ENTRY = re.compile(r"step_(\d{8,})(?:_replica_\d{4,}|_\d+)?(?:\.jsonl)?")
 """A file of rollouts, or a directory of an evaluation or an export."""
 
 _FILES = r"config(_from_step_\d{8,}(_\d+)?)?\.yaml|(metrics|events)\.jsonl|(best|finished|wandb)\.json|" + re.escape(
@@ -103,7 +104,7 @@ MAY_CHANGE = frozenset(
 )
 """The options that a resumed run may change, besides the parallel ones: where things are, how long and how fast it
 runs, what is watched, and evaluation, which changes nothing in training. (A set of held-out questions must stay what it
-was as long as it has the same name; ``evaluation/in_training_settings.py`` sees to that.) A change of any other option
+was as long as it has the same name; ``evaluation/training/same_sets.py`` sees to that.) A change of any other option
 would make it another run and is refused. A new option is refused until it is listed here."""
 
 

@@ -12,7 +12,8 @@ Of equal values the earliest counts, and a value that is not a number never does
 its checkpoint is verified. Until then the old best checkpoint stays, and ``best.json`` names it.
 
 A resumed run takes the best step from ``metrics.jsonl``: of the steps that it does not do again, and whose checkpoints
-are there. So it needs no memory of its own, and ``--keep-best`` may name another metric than before. A checkpoint that
+are there. So it needs no memory of its own, and ``--keep-best`` may name another metric than before, which is then
+said. A metric is of one thing as long as the run lasts (``evaluation/training/same_sets.py``). A checkpoint that
 ``best.json`` does not name is verified first: the part of the run that wrote it may not have come to that.
 """
 
@@ -27,6 +28,7 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from megatron_ktr.distributed.agreement import on_every_rank, result_of_rank_zero
 from megatron_ktr.distributed.groups import ParallelGroups
@@ -126,17 +128,25 @@ def open_best(run_dir: Path, *, metric: str | None, start_step: int, ranks: Para
             break
         if ranks.rank == 0:
             _log.warning("%s is damaged (%s): another checkpoint is the best one", path, damage[0])
-    on_every_rank(
-        lambda: BestCheckpoint(metric or "", kept=kept).write(run_dir) if ranks.rank == 0 else None, ranks=ranks
-    )
+    on_every_rank(lambda: _write_best(run_dir, metric, kept) if ranks.rank == 0 else None, ranks=ranks)
     return None if metric is None else BestCheckpoint(metric, kept=kept)
+
+
+def _write_best(run_dir: Path, metric: str | None, kept: BestStep | None) -> None:
+    named = named_best(run_dir)
+    if metric is not None and named is not None and named.metric != metric:
+        now = "there is none so far" if kept is None else f"it is that of step {kept.step}"
+        _log.warning(
+            "%s named the checkpoint of step %s as the best by %s; by %s %s", run_dir / FILE, *named, metric, now
+        )
+    BestCheckpoint(metric or "", kept=kept).write(run_dir)
 
 
 def _found(run_dir: Path, metric: str, *, until: int) -> list[tuple[BestStep, bool]]:
     """The evaluated steps whose checkpoints are there, the best one first, and whether ``best.json`` names the step, as
     it does only for verified checkpoints."""
     kept = {step for step, _ in list_checkpoints(run_dir) if step <= until}
-    named = _named(run_dir, metric)
+    named = named_best(run_dir)
     values: dict[int, float] = {}
     for record in read_records(run_dir):
         step, value = record["step"], record.get(metric)
@@ -144,16 +154,24 @@ def _found(run_dir: Path, metric: str, *, until: int) -> list[tuple[BestStep, bo
             values.setdefault(step, float(value))
     sign = 1 if _is_loss(metric) else -1
     ordered = sorted(values.items(), key=lambda one: (sign * one[1], one[0]))
-    return [(BestStep(step, value), step == named) for step, value in ordered]
+    return [(BestStep(step, value), named == (step, metric)) for step, value in ordered]
 
 
-def _named(run_dir: Path, metric: str) -> int | None:
-    """The step that ``best.json`` names for ``metric``; None if it names none, or is no such file."""
+class NamedBest(NamedTuple):
+    """What ``best.json`` names."""
+
+    step: int
+    metric: str
+
+
+def named_best(run_dir: Path) -> NamedBest | None:
+    """The step and the metric that ``best.json`` names; None if it names none, or is no such file."""
     try:
         content = parse_json((run_dir / FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return content.get("step") if isinstance(content, dict) and content.get("metric") == metric else None
+    step, metric = (content.get("step"), content.get("metric")) if isinstance(content, dict) else (None, None)
+    return NamedBest(step, metric) if isinstance(step, int) and isinstance(metric, str) else None
 
 
 def _is_better(value: float, other: float, metric: str) -> bool:

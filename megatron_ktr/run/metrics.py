@@ -292,11 +292,9 @@ def read_records(run_dir: Path) -> list[dict[str, Any]]:
     return _records(path) if path.exists() else []
 
 
-def has_evaluation(run_dir: Path, *, step: int) -> bool:
-    """Whether the figures of an evaluation after ``step`` are recorded."""
-    return any(
-        record["step"] == step and any(name.startswith("eval/") for name in record) for record in read_records(run_dir)
-    )
+def figures_of_step(run_dir: Path, *, step: int) -> frozenset[str]:
+    """The names of all numbers that are recorded of ``step``; none if it has no record."""
+    return frozenset(name for record in read_records(run_dir) if record["step"] == step for name in record)
 
 
 def _records(path: Path) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,15 @@ from megatron_ktr.data.tiny_model import save_tiny_model
 from megatron_ktr.errors import UserError
 from megatron_ktr.evaluation.asking.outcomes import read_evaluation
 from megatron_ktr.evaluation.engines.prompts import PromptMaker
+from megatron_ktr.evaluation.training.dry_run import find_held_out
 from megatron_ktr.evaluation.training.held_out import (
     HeldOut,
     held_out_of_run,
     read_held_out,
     require_known_metric,
-    require_unchanged,
-    write_settings,
 )
 from megatron_ktr.evaluation.training.in_training import TrainingEvaluation
+from megatron_ktr.evaluation.training.same_sets import require_unchanged, write_settings
 from megatron_ktr.rollout.sampling import SamplingSettings
 from megatron_ktr.run.interruption import EXIT_SAVED, LeaveRequest
 from megatron_ktr.train import train
@@ -271,6 +272,33 @@ def test_an_evaluation_that_was_abandoned_is_done_when_the_run_resumes(ranks, in
     kept = {path.name for path in (left / "checkpoints").glob("step_*")}
     # One more may be there: a checkpoint goes when newer ones have been read again.
     assert kept >= {"step_00000004", Path(best["checkpoint"]).name}
+    a_further_set_is_asked_of_a_finished_run(ranks, inputs, again, other=tmp_path / "other.json")
+
+
+def a_further_set_is_asked_of_a_finished_run(ranks, inputs, config: Config, *, other: Path) -> None:
+    """Of its last step, beside the set that it was evaluated on; and once."""
+    run_dir = Path(config.trainer.run_dir)
+    before = {
+        "metrics": metrics(run_dir)[-1],
+        "answers": answers(run_dir, 4),
+        "best": (run_dir / "best.json").read_text(),
+    }
+    other.write_text(json.dumps(json.loads((inputs / "data" / "held_out.json").read_text())[5:7]))
+    files = (*config.evaluation.eval_data, str(other))
+    section = replace(config.evaluation, eval_data=files, eval_media_root=str(inputs / "data"))
+    both = replace(config, evaluation=section)
+    ranks(train_all, world_size=1, configs=[both])
+    now = metrics(run_dir)[-1]
+    added = {name for name in now if name not in before["metrics"]}
+    assert "eval/other/accuracy" in added and all(name.startswith("eval/other/") for name in added)
+    assert all(now[name] == value for name, value in before["metrics"].items() if not name.startswith("seconds/"))
+    assert list(evaluated(run_dir)) == [2, 4] and "eval/other/accuracy" not in evaluated(run_dir)[2]
+    assert answers(run_dir, 4) == before["answers"] and (run_dir / "best.json").read_text() == before["best"]
+    further = [json.loads(line)["item_id"] for line in (run_dir / "eval/step_00000004_2/answers.jsonl").open()]
+    assert sorted(further) == ["eval-5", "eval-6"]
+    inode = (run_dir / "finished.json").stat().st_ino
+    ranks(train_all, world_size=1, configs=[both])
+    assert (run_dir / "finished.json").stat().st_ino == inode, "it is finished, and not exported again"
 
 
 class _Sleeper:
@@ -358,6 +386,12 @@ def test_media_that_are_not_there_are_refused_if_many_and_named_if_few(inputs, t
     held_out = held_out_of(config)
     assert held_out.missing["held_out"] == (record["problem_id"],)
     assert "the media of 1 of 25 questions" in caplog.text and "count as wrong" in caplog.text
+    (tmp_path / "run").mkdir()
+    write_settings(tmp_path / "run", held_out)
+    require_unchanged(tmp_path / "run", held_out)
+    assert "could not be used before" not in caplog.text
+    require_unchanged(tmp_path / "run", held_out_of(settings(inputs, tmp_path / "run")))
+    assert "evaluation on held_out: 1 records could not be used before, and 0 cannot now" in caplog.text
     shutil.rmtree(tmp_path / "data" / "videos")
     assert "--max-skip-share" in refusal(config) and "--eval-media-root" in refusal(config)
 
@@ -370,8 +404,9 @@ def test_a_fixed_choice_of_questions_is_said_in_words(inputs, tmp_path) -> None:
     assert "7 of 25 questions, the same in every evaluation" in held_out.lines[0]
 
 
-def test_a_set_stays_what_it_is_as_long_as_a_run_is_evaluated_on_it(inputs, tmp_path) -> None:
-    run_dir = tmp_path / "run"
+def test_a_set_stays_what_it_is_as_long_as_a_run_is_evaluated_on_it(inputs, tmp_path, caplog) -> None:
+    run_dir, template = tmp_path / "run", tmp_path / "template.jinja"
+    template.write_text("{{ messages[0].content }}")
     run_dir.mkdir()
     write_settings(run_dir, held_out_of(settings(inputs, run_dir)))
     require_unchanged(run_dir, held_out_of(settings(inputs, run_dir)))
@@ -387,10 +422,22 @@ def test_a_set_stays_what_it_is_as_long_as_a_run_is_evaluated_on_it(inputs, tmp_
         ({"eval_max_tokens": 7}, "max_tokens 24, now 7"),
         ({"prompt_template": "video_r1"}, "other wording before"),
         ({"video_max_pixels": 6272}, "max_pixels 3136, now 6272"),
+        ({"chat_template": str(template)}, "other chat template before (None, now "),
     ):
         with pytest.raises(UserError, match="--resume: evaluation on held_out") as refused:
             require_unchanged(run_dir, held_out_of(settings(inputs, run_dir, **changes)))
         assert what in str(refused.value)
+    (run_dir / "metrics.jsonl").write_text('{"step": 2, "eval/held_out/accuracy": 0.5}\n')
+    require_unchanged(run_dir, held_out_of(settings(inputs, run_dir)))
+    assert "does not say of which questions" not in caplog.text
+    (run_dir / "eval" / "settings.json").rename(tmp_path / "settings.json")
+    require_unchanged(run_dir, held_out_of(settings(inputs, run_dir)))
+    assert "metrics.jsonl has figures of held_out, and" in caplog.text
+    (tmp_path / "settings.json").rename(run_dir / "eval" / "settings.json")
+    (run_dir / "checkpoints" / "step_00000002").mkdir(parents=True)
+    asked = EvaluationOptions.of(settings(inputs, run_dir, eval_frames=4), data_parallel_size=1)
+    with pytest.raises(UserError, match="other frames before"):  # a dry run says so, too
+        find_held_out(asked, True)
 
 
 def read_on_ranks(context, *, configs: list[Config]) -> str:

@@ -139,6 +139,8 @@ def test_rollouts_after_the_resumed_step_are_moved_aside_and_never_overwritten(d
     open_run_directory(run_config(data_dir, run_dir))
     fake_checkpoint(run_dir, run_config(data_dir, run_dir), 2)
     (run_dir / "rollouts").mkdir()
+    for name in ("step_00000002", "step_00000002_2", "step_00000004", "step_00000004_2"):
+        (run_dir / "eval" / name).mkdir(parents=True)
 
     def record(step: int, text: str) -> None:
         (run_dir / "rollouts" / f"{step_name(step)}.jsonl").write_text(text)
@@ -165,6 +167,8 @@ def test_rollouts_after_the_resumed_step_are_moved_aside_and_never_overwritten(d
         f"{aside}/step_00000004.jsonl": "first branch",
         f"{aside}_2/step_00000003.jsonl": "second branch",
     }
+    of_eval = {str(path.relative_to(run_dir / "eval")) for path in (run_dir / "eval").glob("**/step_*")}
+    assert of_eval == {"step_00000002", "step_00000002_2", f"{aside}/step_00000004", f"{aside}/step_00000004_2"}
     (run_dir / "metrics.jsonl").write_text("")
     assert [step for step, _ in read_run(run_dir).rollout_files] == [2], "reports show this branch alone"
 

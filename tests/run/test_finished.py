@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from megatron_ktr.config import config_from_values, save_resolved
 from megatron_ktr.config.run_length import with_steps
+from megatron_ktr.errors import UserError
 from megatron_ktr.files.checksums import find_damage, write_manifest
 from megatron_ktr.run.finished import finished_line, write_finished
 
 DONE = dict(train_steps=4, auto_resume=True)
 
 
-def line(run_dir: Path, **values: Any) -> str | None:
+def line(run_dir: Path, *, lacking_sets: Callable[[int], Sequence[str]] = lambda step: (), **values: Any) -> str | None:
     config = config_from_values(dict(model="m", run_dir=str(run_dir), **(DONE | values)))
-    return finished_line(config, verify=find_damage, agree=lambda action: action())
+    return finished_line(config, verify=find_damage, agree=lambda action: action(), lacking_sets=lacking_sets)
 
 
 def finish(run_dir: Path, *, weights: bytes = b"of step 4", step: int = 4) -> Path:
@@ -37,11 +41,35 @@ def test_a_finished_run_is_finished_until_it_is_asked_for_more(tmp_path, caplog)
     assert line(tmp_path / "run", auto_resume=False) is None, "refused, as the directory is not empty"
     assert line(tmp_path / "run", train_steps=5) is None
     assert line(tmp_path / "run", lr=0.5) is None, "another run, which is refused later"
-    evaluated = dict(eval_data=("questions.jsonl",), eval_interval=4)
-    assert line(tmp_path / "run", **evaluated) is None, "figures of the last step are missing"
-    (tmp_path / "run/metrics.jsonl").write_text('{"step": 4, "eval/questions/accuracy": 1.0}\n')
-    assert line(tmp_path / "run", **evaluated) == said
+    best: dict[str, Any] = dict(keep_best="eval/a/accuracy", eval_interval=2, eval_data=("a.json",))
+    assert (
+        line(tmp_path / "run", **best)
+        == f"{said}; --keep-best eval/a/accuracy changes nothing any more, there is no best.json"
+    )
+    (tmp_path / "run/best.json").write_text('{"metric": "eval/a/accuracy", "step": 2}')
+    assert line(tmp_path / "run", **best) == said
+    (tmp_path / "run/best.json").write_text('{"metric": "eval_loss", "step": 2}')
+    assert str(line(tmp_path / "run", **best)).endswith("any more, best.json names the best by eval_loss")
     assert not caplog.text
+
+
+def test_a_run_that_lacks_an_evaluation_of_its_last_step_is_not_finished(tmp_path):
+    run_dir, asked = tmp_path / "run", []
+    finish(run_dir)
+
+    def lacking(*names: str) -> Callable[[int], Sequence[str]]:
+        return lambda step: asked.append(step) or names
+
+    evaluated = dict(eval_data=("questions.jsonl",), eval_interval=4)
+    assert line(run_dir, lacking_sets=lacking(), **evaluated) is not None and asked == [4]
+    assert line(run_dir, lacking_sets=lacking("a")) is not None, "nothing is asked"
+    at_start = evaluated | dict(eval_interval=0, eval_at_start=True)
+    assert line(run_dir, lacking_sets=lacking("a"), **at_start) is not None, "of the start alone, which is past"
+    (run_dir / "checkpoints/step_00000002").mkdir(parents=True)
+    with pytest.raises(UserError, match="was not evaluated on a, b after step 4, of which it has no checkpoint"):
+        line(run_dir, lacking_sets=lacking("a", "b"), **evaluated)
+    (run_dir / "checkpoints/step_00000004").mkdir()
+    assert line(run_dir, lacking_sets=lacking("a", "b"), **evaluated) is None, "it can be made up for"
 
 
 def test_a_run_whose_last_checkpoint_was_taken_away_goes_on_from_an_older_one(tmp_path):

@@ -50,7 +50,7 @@ def run_steps(checkpoints: Checkpoints, writer: MetricsWriter, values: dict[int,
     checkpoints.close()
 
 
-def test_best_checkpoint_stays_and_a_resumed_run_knows_it(one_rank, data_dir, tmp_path, monkeypatch) -> None:
+def test_best_checkpoint_stays_and_a_resumed_run_knows_it(one_rank, data_dir, tmp_path, monkeypatch, caplog) -> None:
     run_dir = tmp_path / "run"
     policy = lone_policy(data_dir, run_dir, one_rank)
     options = CheckpointOptions(resolved="", num_steps=99, save_interval=3, keep_checkpoints=1)
@@ -93,6 +93,10 @@ def test_best_checkpoint_stays_and_a_resumed_run_knows_it(one_rank, data_dir, tm
     assert not (run_dir / "best.json").exists()
     opened(12)
     assert named(run_dir)[:2] == (12, 0.85)
+    other = open_best(run_dir, metric="eval/other/accuracy", start_step=12, ranks=one_rank)
+    assert other is not None and other.kept is None and "by eval/other/accuracy there is none so far" in caplog.text
+    assert f"named the checkpoint of step 12 as the best by {METRIC}" in caplog.text
+    opened(12)
     assert open_best(run_dir, metric=None, start_step=12, ranks=one_rank) is None
     assert not (run_dir / "best.json").exists()
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_ktr.loop import _each_step
 from megatron_ktr.report.run_data import read_run
@@ -134,6 +135,8 @@ def test_figures_are_added_to_the_record_of_a_step_or_make_it_if_it_is_lost(tmp_
     writer.add(2, {"eval/a/accuracy": 0.25})
     writer.close()
     assert records(tmp_path)[1] == {"step": 2, "loss": 0.5, "eval/a/accuracy": 0.25}
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(one.step, one.value) for one in events.Scalars("eval/a/accuracy")] == [(2, 0.25)], "it is not purged"
     (tmp_path / "metrics.jsonl").unlink()
     writer = MetricsWriter(tmp_path, first_step=3)
     writer.add(2, {"eval/a/accuracy": 0.25})

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,8 @@ from megatron_ktr.data.synthetic import corpus, make_dataset
 from megatron_ktr.data.template import load_tokenizer
 from megatron_ktr.data.tiny_model import save_tiny_model
 from megatron_ktr.errors import UserError
-from megatron_ktr.evaluation.training.held_out import require_unchanged, write_settings
 from megatron_ktr.evaluation.training.held_out_loss import HeldOutResponses
+from megatron_ktr.evaluation.training.same_sets import require_unchanged, write_settings
 from megatron_ktr.rollout.questions import read_held_out_responses
 from megatron_ktr.train import train
 
@@ -91,6 +93,19 @@ def train_all(context, *, configs: list[Config]) -> None:
         train(config)
 
 
+def train_or_say(context, *, config: Config) -> str:
+    """What the run is refused for; empty if it is not."""
+    try:
+        train(config)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def replace_best(config: Config, metric: str | None) -> Config:
+    return replace(config, evaluation=replace(config.evaluation, keep_best=metric))
+
+
 def metrics(run_dir: Path) -> dict[int, dict[str, Any]]:
     """By step, what two runs can have in common."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -151,6 +166,34 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(whole) -> None:
     best = json.loads((resumed / "best.json").read_text())
     losses = {step: values["eval_loss"] for step, values in metrics(whole).items() if step and "eval_loss" in values}
     assert best["step"] == min(losses, key=lambda step: losses[step]), "of losses the lowest is the best"
+
+
+def test_a_finished_run_is_measured_on_further_records_and_joins_no_curves(ranks, inputs, whole, tmp_path) -> None:
+    """The run was evaluated on one file alone; ``eval_loss`` was the loss over it. It goes on with two replicas."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole.with_name("resumed"), run_dir)
+    more = tmp_path / "more.json"
+    more.write_text(json.dumps(json.loads((inputs / "data" / "held_out.json").read_text())[:2]))
+    files = (str(inputs / "data" / "held_out.json"), str(more))
+    base = {"run_dir": run_dir, "save_interval": 2, "resume": True, "eval_media_root": str(inputs / "data")}
+    both = settings(inputs, **base, eval_loss_data=files)
+    before = metrics(run_dir)
+    for best, told in (("eval_loss", "was taken over held_out before and would be over held_out, more"), (None, "")):
+        said = ranks(train_or_say, world_size=2, config=replace_best(both, best))
+        assert all(told in one and bool(one) == bool(told) for one in said)
+    after = metrics(run_dir)
+    (added,) = [step for step in after if after[step] != before[step]]
+    assert added == STEPS and {name for name in after[added] if name not in before[added]} == {
+        "eval/more/loss",
+        "eval/more/loss_skipped",
+    }
+    assert before[added].items() <= after[added].items(), "what was measured before stays, eval_loss among it"
+    finished = (run_dir / "finished.json").stat().st_ino
+    assert ranks(train_or_say, world_size=2, config=both) == ["", ""]
+    assert (run_dir / "finished.json").stat().st_ino == finished, "it is finished"
+    changed = settings(inputs, **base, eval_loss_data=files, eval_max_items=1)
+    said = ranks(train_or_say, world_size=2, config=changed)
+    assert all("evaluation on held_out (loss) had other records" in one for one in said)
 
 
 def test_replicas_and_stages_give_the_same_run(ranks, inputs, whole, tmp_path) -> None:

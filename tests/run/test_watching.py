@@ -11,7 +11,7 @@ import threading
 import types
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -233,11 +233,18 @@ def test_samples_of_a_name_stand_together() -> None:
 
 
 class FakeWandb(types.ModuleType):
-    """Remembers what it is told; ``trouble`` is raised by what it names."""
+    """Remembers what it is told; ``trouble`` is raised by what it names. Like wandb it numbers rows and drops late
+    ones: those below the last one, and in a part that goes on also further values of a row that an earlier part sent.
+    Offline, it does not say where an earlier part ended.
+    """
+
+    is_offline = False
 
     def __init__(self, **trouble: Any) -> None:
         super().__init__("wandb")
-        self.trouble, self.began, self.logged, self.is_finished = trouble, [], [], False
+        self.trouble, self.began, self.axes, self.is_finished = trouble, [], {}, False
+        self.rows: dict[int, dict[str, float]] = {}
+        self.next_row = 0
 
     def Settings(self, **values: Any) -> dict[str, Any]:
         return values
@@ -247,13 +254,27 @@ class FakeWandb(types.ModuleType):
         self.began.append(values)
         return self
 
+    def define_metric(self, name: str, *, step_metric: str | None = None, hidden: bool = False) -> None:
+        self.axes[name] = step_metric
+
     def log(self, values: dict[str, float], *, step: int) -> None:
         self._act("log")
-        self.logged.append((step, values))
+        if step >= self.next_row:
+            self.rows.setdefault(step, {}).update(values)
+            self.next_row = step
 
     def finish(self) -> None:
         self._act("finish")
         self.is_finished = True
+        self.next_row += 1
+
+    @property
+    def step(self) -> int:
+        return 0 if self.is_offline else self.next_row
+
+    @property
+    def sent(self) -> list[dict[str, float]]:
+        return [self.rows[number] for number in sorted(self.rows)]
 
     def _act(self, name: str) -> None:
         if (trouble := self.trouble.get(name)) is not None:
@@ -268,30 +289,44 @@ def use(monkeypatch: pytest.MonkeyPatch, fake: FakeWandb) -> FakeWandb:
     return fake
 
 
-def send(run_dir: Path, steps: range) -> WandbWriter:
+def send(run_dir: Path, records: Iterable[tuple[int, dict[str, float]]]) -> WandbWriter:
     writer = WandbWriter(run_dir, project="videos", incidents=Incidents(run_dir))
-    for step in steps:
-        writer.on_record(step, {"loss": float(step)})
+    for step, values in records:
+        writer.on_record(step, values)
     writer.close()
     return writer
 
 
-def test_wandb_gets_each_step_and_a_resumed_run_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_offline", [False, True])
+def test_wandb_gets_each_step_and_a_resumed_run_goes_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, is_offline: bool
+) -> None:
+    """It makes up for the evaluation of the step that it goes on from, and does a step again."""
     fake = use(monkeypatch, FakeWandb())
+    fake.is_offline = is_offline
     (tmp_path / "config.yaml").write_text("trainer:\n  train_steps: 9\n")
-    send(tmp_path, range(1, 4))
-    send(tmp_path, range(3, 5))
+    send(tmp_path, [(step, {"loss": float(step)}) for step in (1, 2, 3)])
+    send(tmp_path, [(2, {"eval/a/accuracy": 0.5}), (3, {"loss": 3.5}), (4, {"loss": 4.0}), (4, {"eval_loss": 0.1})])
     first, second = fake.began
     assert first["id"] == second["id"] and first["resume"] == "allow" and first["project"] == "videos"
     assert first["config"] == {"trainer": {"train_steps": 9}} and fake.is_finished
-    assert fake.logged == [(step, {"loss": float(step)}) for step in (1, 2, 3, 3, 4)]
+    assert fake.sent == [
+        *({"step": step, "loss": float(step)} for step in (1, 2, 3)),
+        {"step": 2, "eval/a/accuracy": 0.5},
+        {"step": 3, "loss": 3.5},
+        {"step": 4, "loss": 4.0, "eval_loss": 0.1},
+    ]
+    assert fake.axes == {"step": None, "*": "step"} and list(fake.rows)[:3] == [1, 2, 3]
     assert incidents_of(tmp_path) == []
+
+
+LOSSES = [(step, {"loss": float(step)}) for step in range(1, 9)]
 
 
 @pytest.mark.parametrize("place", ["init", "log", "finish"])
 def test_wandb_that_fails_is_said_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: str) -> None:
     use(monkeypatch, FakeWandb(**{place: ConnectionError("no\nnetwork")}))
-    writer = send(tmp_path, range(1, 6))
+    writer = send(tmp_path, LOSSES[:5])
     (incident,) = incidents_of(tmp_path)
     assert incident["kind"] == "wandb" and "ConnectionError: no network" in incident["text"]
     assert writer.num_lost == {"init": 6, "log": 5, "finish": 1}[place]
@@ -302,7 +337,7 @@ def test_wandb_that_hangs_holds_up_neither_steps_nor_the_end(monkeypatch: pytest
     use(monkeypatch, FakeWandb(init=hanging.wait))
     monkeypatch.setattr(wandb_writer, "CLOSING_SECONDS", 0.01)
     monkeypatch.setattr(wandb_writer, "MOST_WAITING", 3)
-    writer = send(tmp_path, range(1, 9))
+    writer = send(tmp_path, LOSSES)
     assert writer.num_lost == 5, "three wait"
     hanging.set()
 
@@ -332,10 +367,7 @@ def test_displays_show_what_metrics_has_evaluations_and_counts_of_trouble_includ
     for one in displays:
         one.close()
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    sent: dict[int, dict[str, float]] = {}
-    for step, values in fake.logged:
-        sent.setdefault(step, {"step": step}).update(values)
-    assert sent == {one["step"]: one for one in records} and sorted(sent) == [0, 1, 2, 3]
+    assert fake.sent == records and [one["step"] for one in records] == [0, 1, 2, 3]
     wanted = ["ktr_step 3.0", "ktr_evaluation_step 2.0", "ktr_loss 3.0", 'ktr_eval{part="set/accuracy"} 0.5']
     wanted += ['ktr_write_failures{part="rollouts"} 2.0', 'ktr_incidents_total{kind="write_failure"} 1.0']
     assert set(wanted) <= set(shown)
@@ -433,7 +465,7 @@ def watched_runs(context: Any, *, folder: Path) -> tuple[list[str], list[tuple[i
     del sys.modules["wandb"]
     left = [thread.name for thread in threading.enumerate() if thread.name in ("heartbeat", "metrics", "wandb")]
     accuracy = "eval/eval/accuracy"
-    return left, [(step, values[accuracy]) for step, values in fake.logged if accuracy in values]
+    return left, [(int(row["step"]), row[accuracy]) for row in fake.sent if accuracy in row]
 
 
 @pytest.mark.slow

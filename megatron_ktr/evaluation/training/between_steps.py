@@ -1,35 +1,35 @@
 """When a training run is evaluated, and what becomes of it: metrics, the best checkpoint, a request to leave.
 
 A run that is asked to leave during an evaluation abandons it and saves. A run that is resumed at a step that is due,
-and whose record has no figures, evaluates it before it goes on: it had left or died, or was not evaluated then.
+and whose record lacks figures of a set, evaluates it on these sets before it goes on: it had left or died, or did not
+have the sets then. That a figure under the name of a set is of this set, ``same_sets.py`` has seen to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
-from megatron_ktr.config.part_options import EvaluationOptions, EvaluationTimes
-from megatron_ktr.data.template import PromptBuilder, VisualTokens
-from megatron_ktr.data.tokenizer import Tokenizer
+from megatron_ktr.config.part_options import EvaluationTimes
 from megatron_ktr.distributed.agreement import result_of_rank_zero
-from megatron_ktr.evaluation.engines.prompts import PromptMaker
-from megatron_ktr.evaluation.training.held_out import HeldOut
-from megatron_ktr.evaluation.training.in_training import TrainingEvaluation
-from megatron_ktr.rollout.build import worker_pool
-from megatron_ktr.rollout.source import ReplicaSource
 from megatron_ktr.run.checkpoint import Checkpoints
 from megatron_ktr.run.directory import RunStart
 from megatron_ktr.run.interruption import LeaveRequest
-from megatron_ktr.run.metrics import MetricsWriter, evaluation_line, has_evaluation
+from megatron_ktr.run.metrics import MetricsWriter, evaluation_line, figures_of_step
 from megatron_ktr.trainer import Trainer
 
 
 class StepEvaluation(Protocol):
     """Something that is measured between steps. Every rank holds one; calls are collective over the world."""
 
-    def __call__(self, step: int, *, is_leaving: Callable[[], bool]) -> dict[str, float] | None:
-        """The metrics of the model that ``step`` left; None if the run is asked to leave meanwhile."""
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """Of each set, a metric that every evaluation of it records."""
+        ...
+
+    def __call__(self, step: int, *, is_leaving: Callable[[], bool], known: Collection[str]) -> dict[str, float] | None:
+        """The metrics of the model that ``step`` left; None if the run is asked to leave meanwhile. Sets whose
+        ``figures`` are among ``known`` are left out."""
         ...
 
 
@@ -53,9 +53,10 @@ class BetweenSteps:
         self._checkpoints = checkpoints
         self._leave = leave
 
-    def after(self, step: int) -> str | None:
-        """Evaluates the model that ``step`` left, if that is due. The step is recorded, and saved if a checkpoint is
-        due, so that a run that dies meanwhile has lost nothing but the evaluation.
+    def after(self, step: int, *, known: Collection[str] = ()) -> str | None:
+        """Evaluates the model that ``step`` left, if that is due, on the sets whose figures are not ``known``. The step
+        is recorded, and saved if a checkpoint is due, so that a run that dies meanwhile has lost nothing but the
+        evaluation.
 
         Returns the signal that made the run abandon the evaluation, if any.
         """
@@ -73,7 +74,7 @@ class BetweenSteps:
         def measure() -> dict[str, float] | None:
             values: dict[str, float] = {}
             for evaluation in self._evaluations:
-                found = evaluation(step, is_leaving=is_leaving)
+                found = evaluation(step, is_leaving=is_leaving, known=known)
                 if found is None:
                     return None
                 values |= found
@@ -99,26 +100,6 @@ class BetweenSteps:
         if not self._evaluations:
             return None
         ranks = self._checkpoints.ranks
-        is_there = result_of_rank_zero(lambda: has_evaluation(start.run_dir, step=start.step), ranks=ranks)
-        return None if is_there else self.after(start.step)
-
-
-def build_evaluation(
-    options: EvaluationOptions, held_out: HeldOut | None, *, trainer: Trainer, tokenizer: Tokenizer
-) -> TrainingEvaluation:
-    """What asks the held-out questions. Collective over the world."""
-    assert isinstance(trainer.source, ReplicaSource)  # other sources have no engine
-    builder = PromptBuilder(
-        tokenizer,
-        visual_tokens=VisualTokens.from_model(options.model, tokenizer),
-        merge_size=trainer.policy.model_config.vision.spatial_merge_size,
-    )
-    return TrainingEvaluation(
-        held_out,
-        options=options,
-        ranks=trainer.policy.ranks,
-        source=trainer.source,
-        prompts=PromptMaker(builder, max_model_len=options.data.max_prompt_length + options.max_tokens),
-        send_weights=trainer.send_weights,
-        make_pool=lambda: worker_pool(options.data),
-    )
+        known = result_of_rank_zero(lambda: figures_of_step(start.run_dir, step=start.step), ranks=ranks)
+        wanted = {figure for evaluation in self._evaluations for figure in evaluation.figures}
+        return self.after(start.step, known=known) if wanted - known else None

@@ -11,6 +11,8 @@ from megatron_ktr.config.sections import EvaluationSection
 from megatron_ktr.evaluation.reading.benchmark_files import place_of
 from megatron_ktr.evaluation.registry import BENCHMARKS
 from megatron_ktr.evaluation.training.held_out import read_held_out, require_known_metric
+from megatron_ktr.evaluation.training.same_sets import require_unchanged
+from megatron_ktr.run.directory import list_checkpoints
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ def find_held_out(options: EvaluationOptions | None, is_model_here: bool) -> Kno
     if here.asks:
         held_out = read_held_out(dataclasses.replace(options, evaluation=here), is_spokesman=True)
         lines = tuple(held_out.lines)
+        if list_checkpoints(Path(options.run_dir)):  # the run is resumed; other runs are refused there
+            require_unchanged(Path(options.run_dir), held_out)
         metric = here.keep_best
         if not missing or any((metric or "").startswith(f"eval/{name}/") for name in here.set_names):
             require_known_metric(metric, held_out, others=here.loss_metrics)

@@ -3,8 +3,7 @@
     --eval-data FILE         asked as the run asks its own questions: its wording, rule for frames, limits of pixels
     --eval-benchmark NAME    asked as the benchmark says; the number of frames is the run's, and so are other pixels
 
-A set of questions must stay what it is as long as a run evaluates on it, or its curve would join figures of different
-things. ``eval/settings.json`` in the run directory says what it is.
+A set of questions must stay what it is as long as a run evaluates on it (``same_sets.py``).
 """
 
 from __future__ import annotations
@@ -12,10 +11,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import xxhash
 
@@ -23,9 +22,9 @@ from megatron_ktr.config.cli import did_you_mean
 from megatron_ktr.config.part_options import EvaluationOptions
 from megatron_ktr.data.media.preprocess import PreprocessSettings, pixel_limits
 from megatron_ktr.data.wording import DEFAULT as DEFAULT_WORDING
-from megatron_ktr.distributed.agreement import gather_objects, on_every_rank
+from megatron_ktr.distributed.agreement import on_every_rank
 from megatron_ktr.distributed.groups import ParallelGroups
-from megatron_ktr.errors import UserError, same_on_every_rank
+from megatron_ktr.errors import UserError
 from megatron_ktr.evaluation.asking.scaling import Voting
 from megatron_ktr.evaluation.asking.settings import BenchmarkSettings, EvaluationSettings, digest_of
 from megatron_ktr.evaluation.benchmark import FrameRule
@@ -39,15 +38,14 @@ from megatron_ktr.evaluation.reading.benchmark_files import (
     read_benchmark,
 )
 from megatron_ktr.evaluation.registry import BENCHMARKS
-from megatron_ktr.files.atomic import write_atomically
-from megatron_ktr.files.json_files import read_json_object, to_json
-from megatron_ktr.run.directory import EVALUATIONS
+from megatron_ktr.evaluation.training.same_sets import require_same_held_out
+from megatron_ktr.files.chat_template import read_chat_template
+from megatron_ktr.files.json_files import to_json
 
 SEED = 0
 """Of the choice of questions and of sampling, in every run: runs with other seeds are evaluated alike."""
 MOST_CATEGORIES = 12
 """An axis with more categories is not logged."""
-SETTINGS_FILE = "settings.json"
 _log = logging.getLogger(__name__)
 
 
@@ -60,6 +58,8 @@ class HeldOut:
     """Of an evaluation, apart from its model."""
     missing: Mapping[str, tuple[str, ...]]
     """By set, the ids of the items of which a medium is not there. They count as wrong."""
+    chat_template: str | None = None
+    """The digest of the chat template that the user has given; None: the model's own."""
 
     @property
     def items(self) -> tuple[Item, ...]:
@@ -72,7 +72,29 @@ class HeldOut:
     @property
     def facts(self) -> dict[str, dict[str, Any]]:
         """By set, what must stay as it is."""
-        return {one.name: _facts(one, self.settings) for one in self.sets}
+        of_all = {"chat template": self.chat_template}
+        return {one.name: _facts(one, self.settings) | of_all for one in self.sets}
+
+    @property
+    def figures(self) -> dict[str, str]:
+        """By set, a metric that every evaluation of it records."""
+        return {one.name: accuracy_of(one.name) for one in self.sets}
+
+    @property
+    def totals(self) -> dict[str, list[str]]:
+        """No figure is taken over several sets."""
+        return {}
+
+    def without(self, names: Collection[str]) -> HeldOut:
+        """The other sets."""
+        settings = dataclasses.replace(
+            self.settings,
+            benchmarks={name: asked for name, asked in self.settings.benchmarks.items() if name not in names},
+            asked=tuple(one for one in self.settings.asked if one[0] not in names),
+        )
+        missing = {name: ids for name, ids in self.missing.items() if name not in names}
+        sets = tuple(one for one in self.sets if one.name not in names)
+        return dataclasses.replace(self, sets=sets, settings=settings, missing=missing)
 
     @property
     def lines(self) -> list[str]:
@@ -89,20 +111,6 @@ class HeldOut:
                 f"wording: {asked.wording}"
             )
         return found
-
-
-class HeldOutSets(Protocol):
-    """Sets of held-out records, as this rank has read them."""
-
-    @property
-    def facts(self) -> Mapping[str, Mapping[str, Any]]:
-        """By set, what must stay as it is as long as a run is evaluated on it."""
-        ...
-
-    @property
-    def missing(self) -> Mapping[str, Sequence[Any]]:
-        """By set, the records that cannot be used on this node."""
-        ...
 
 
 def held_out_of_run(options: EvaluationOptions | None, *, ranks: ParallelGroups) -> HeldOut | None:
@@ -150,7 +158,9 @@ def read_held_out(options: EvaluationOptions, *, is_spokesman: bool) -> HeldOut:
         )
     _require_read_alike(sets, options)
     missing = {one.name: _missing(one, options=options, is_spokesman=is_spokesman) for one in sets}
-    return HeldOut(tuple(sets), _settings(sets, options), missing)
+    template = options.data.chat_template
+    digest = None if template is None else xxhash.xxh3_128(read_chat_template(template).encode()).hexdigest()
+    return HeldOut(tuple(sets), _settings(sets, options), missing, digest)
 
 
 def _require_read_alike(sets: Sequence[ReadBenchmark], options: EvaluationOptions) -> None:
@@ -252,7 +262,7 @@ def _asked(one: ReadBenchmark, options: EvaluationOptions) -> BenchmarkSettings:
     )
 
 
-# What must be the same: on all replicas, and in a resumed run
+# What must be the same (``same_sets.py``)
 
 
 def _facts(one: ReadBenchmark, settings: EvaluationSettings) -> dict[str, Any]:
@@ -270,72 +280,12 @@ def _facts(one: ReadBenchmark, settings: EvaluationSettings) -> dict[str, Any]:
     return json.loads(to_json(facts))  # as they are read again: JSON knows no tuples
 
 
-def require_same_held_out(held_out: HeldOutSets | None, *, ranks: ParallelGroups) -> None:
-    """Compares what the reading ranks have read. Collective over the world.
-
-    Raises:
-        UserError: on every rank, if questions or wordings differ, or if media are missing on one node only: the figure
-            would then depend on the number of replicas.
-    """
-    about = None if held_out is None else (held_out.facts, dict(held_out.missing))
-    first, *others = [one for one in gather_objects(about, group=ranks.world) if one is not None]
-    for replica, other in enumerate(others, start=1):
-        for name in first[0]:
-            what = ""
-            if other[0][name] != first[0][name]:
-                what = "found other questions or another wording"
-            elif other[1][name] != first[1][name]:
-                what = "lacks other media"
-            if what:
-                with same_on_every_rank():
-                    raise UserError(
-                        f"evaluation on {name}: the reading rank of replica {replica} {what} than that of replica 0: "
-                        "the files differ between nodes, or were changed while they were read"
-                    )
-
-
-def require_unchanged(run_dir: Path, held_out: HeldOutSets) -> None:
-    """Checks the sets of a resumed run.
-
-    Raises:
-        UserError: a set has changed since the run was evaluated on it.
-    """
-    earlier = _earlier(run_dir)
-    for name, facts in held_out.facts.items():
-        for what, value in earlier.get(name, {}).items():
-            if facts.get(what) != value:
-                raise UserError(
-                    f"--resume: evaluation on {name} had other {what} before ({_changes(value, facts.get(what))}), so "
-                    "its curve would join figures of different things; evaluate as before, or rename the file"
-                )
-
-
-def write_settings(run_dir: Path, held_out: HeldOutSets) -> None:
-    """Writes what the sets are, for a run that continues this one. Sets of earlier parts stay in the file."""
-    path = run_dir / EVALUATIONS / SETTINGS_FILE
-    try:
-        path.parent.mkdir(exist_ok=True)
-        write_atomically(path, to_json({**_earlier(run_dir), **held_out.facts}, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"--run-dir: cannot write {path}: {error.strerror}") from error
-
-
-def _earlier(run_dir: Path) -> dict[str, dict[str, Any]]:
-    path = run_dir / EVALUATIONS / SETTINGS_FILE
-    found = read_json_object(path) if path.exists() else {}
-    if not all(isinstance(facts, dict) for facts in found.values()):
-        raise UserError(f"{path} does not hold what a run writes there")
-    return found
-
-
-def _changes(old: Any, new: Any) -> str:
-    if not isinstance(old, dict) or not isinstance(new, dict):
-        return f"{old}, now {new}"
-    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-    return ", ".join(f"{name} {old.get(name)}, now {new.get(name)}" for name in names)
-
-
 # Metrics
+
+
+def accuracy_of(name: str) -> str:
+    """The metric that every evaluation of a set records, even of questions none of which could be asked."""
+    return f"eval/{name}/accuracy"
 
 
 def logged_axes(held_out: HeldOut) -> dict[str, dict[str, list[str]]]:

@@ -2,7 +2,8 @@
 
     eval/<set>/loss            -sum_t log p_t / N over the N tokens of the set that a training run would learn: those of
                                the assistant's turns. The mean of tokens, also where training averages responses
-    eval_loss                  the same over all sets together
+    eval_loss                  the same over all sets together; left out once a resumed run has other sets than those
+                               over which the run took it first, and where a set is measured later than the others
     eval/<set>/loss_skipped    share of the set's records that could not be shown (a damaged video, a prompt that is too
                                long); they count nothing
 
@@ -19,7 +20,7 @@ import dataclasses
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from typing import Any
@@ -35,13 +36,16 @@ from megatron_ktr.data.workers.pool import WorkerPool
 from megatron_ktr.distributed.agreement import on_every_rank
 from megatron_ktr.distributed.collectives import broadcast_object
 from megatron_ktr.errors import UserError, same_on_every_rank
-from megatron_ktr.evaluation.training.held_out import SEED, HeldOutSets
+from megatron_ktr.evaluation.training.held_out import SEED
+from megatron_ktr.evaluation.training.same_sets import HeldOutSets
 from megatron_ktr.files.json_files import to_json
 from megatron_ktr.rollout.source import ReplicaSource
 from megatron_ktr.step.balance import pack_by_tokens
 from megatron_ktr.trainer import Trainer
 from megatron_ktr.types import RolloutGroup
 
+TOTAL = "eval_loss"
+"""The metric over all sets together."""
 _log = logging.getLogger(__name__)
 
 
@@ -97,6 +101,14 @@ class HeldOutResponses(HeldOutSets):
         return {f"{one.name} (loss)": one.facts for one in self.sets}
 
     @property
+    def figures(self) -> dict[str, str]:
+        return {f"{one.name} (loss)": _loss_of(one.name) for one in self.sets}
+
+    @property
+    def totals(self) -> dict[str, list[str]]:
+        return {TOTAL: [one.name for one in self.sets]}
+
+    @property
     def missing(self) -> dict[str, list[int]]:
         return {f"{one.name} (loss)": sorted(one.source.left_out) for one in self.sets}
 
@@ -107,6 +119,10 @@ class HeldOutResponses(HeldOutSets):
             f"loss on {one.name}: {len(one.places)} of {len(one.source.records)} records, the same in every evaluation"
             for one in self.sets
         ]
+
+
+def _loss_of(name: str) -> str:
+    return f"eval/{name}/loss"
 
 
 def _rank(place: int) -> int:
@@ -121,23 +137,34 @@ class LossEvaluation:
         held_out: HeldOutResponses | None,
         *,
         trainer: Trainer,
+        has_total: bool = True,
         make_pool: Callable[[], WorkerPool | None] = lambda: None,
     ) -> None:
         """
         Args:
             held_out: the records, on reading ranks; None on the others.
+            has_total: whether the loss over all sets together is measured too.
             make_pool: the processes that decode on a reading rank, or None: the rank decodes by itself.
         """
         assert isinstance(trainer.source, ReplicaSource)  # as ``train.py`` made it
         self._held_out = held_out
         self._trainer = trainer
         self._source = trainer.source
+        self._has_total = has_total
         self._make_pool = make_pool
         sizes = None if held_out is None else {one.name: len(one.places) for one in held_out.sets}
         self._num_records: dict[str, int] = broadcast_object(sizes, group=trainer.policy.ranks.world, source=0)
 
-    def __call__(self, step: int, *, is_leaving: Callable[[], bool]) -> dict[str, float] | None:
-        """The metrics of the model that ``step`` left; None if the run is asked to leave meanwhile.
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """A metric of each set."""
+        return tuple(map(_loss_of, self._num_records))
+
+    def __call__(
+        self, step: int, *, is_leaving: Callable[[], bool], known: Collection[str] = ()
+    ) -> dict[str, float] | None:
+        """The metrics of the model that ``step`` left; None if the run is asked to leave meanwhile. Sets whose
+        ``figures`` are among ``known`` are not measured.
 
         Raises:
             UserError: on every rank: no record of a set could be shown.
@@ -146,6 +173,8 @@ class LossEvaluation:
         total, total_tokens = 0.0, 0.0
         with policy.vision.apart(), self._pool() as pool:
             for index, (name, num_records) in enumerate(self._num_records.items()):
+                if _loss_of(name) in known:
+                    continue
                 found = self._loss_of_set(index, num_records, pool=pool, is_leaving=is_leaving)
                 if found is None:
                     return None
@@ -154,11 +183,12 @@ class LossEvaluation:
                     with same_on_every_rank():
                         raise UserError(f"--eval-loss-data: none of the {num_records} records of {name} could be shown")
                 values |= {
-                    f"eval/{name}/loss": loss / num_tokens,
+                    _loss_of(name): loss / num_tokens,
                     f"eval/{name}/loss_skipped": num_skipped / num_records,
                 }
                 total, total_tokens = total + loss, total_tokens + num_tokens
-        return {"eval_loss": total / total_tokens, **values}
+        has_total = self._has_total and not any(figure in known for figure in self.figures)
+        return ({TOTAL: total / total_tokens} if has_total else {}) | values
 
     def _loss_of_set(
         self, index: int, num_records: int, *, pool: WorkerPool | None, is_leaving: Callable[[], bool]

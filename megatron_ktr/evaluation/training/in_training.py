@@ -6,6 +6,9 @@
             all ranks           the engine answers them with the weights of the last step (``ReplicaSource.sample``)
     rank 0      judges all answers, writes ``eval/step_XXXXXXXX``, and tells everyone the figures
 
+A run that is resumed with further sets asks them alone of the step that it goes on from. Their directory is then
+``eval/step_XXXXXXXX_2``: the answers to the sets of before stay where they are.
+
 Everything but the sampling is what ``tools/evaluate.py`` does. The directory is one of its output directories: its
 ``report`` adds the page, and its ``compare`` reads it. It appears under its name when it is complete.
 
@@ -28,7 +31,7 @@ import itertools
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,12 +46,12 @@ from megatron_ktr.errors import UserError
 from megatron_ktr.evaluation.asking.outcomes import Outcomes, write_items
 from megatron_ktr.evaluation.asking.questions import Made, QuestionMaker, QuestionStream
 from megatron_ktr.evaluation.asking.scaling import Ask
-from megatron_ktr.evaluation.asking.settings import EvaluationSettings
+from megatron_ktr.evaluation.asking.settings import EvaluationSettings, read_settings
 from megatron_ktr.evaluation.asking.store import AnswerStore
 from megatron_ktr.evaluation.engines.prompts import CannotAsk, PromptMaker, answer_of
 from megatron_ktr.evaluation.item import Answer
 from megatron_ktr.evaluation.results.publish import publish
-from megatron_ktr.evaluation.training.held_out import HeldOut, logged_axes
+from megatron_ktr.evaluation.training.held_out import HeldOut, accuracy_of, logged_axes
 from megatron_ktr.rollout.sampling import SamplingSettings
 from megatron_ktr.rollout.source import ReplicaSource
 from megatron_ktr.run.directory import EVALUATIONS, step_name
@@ -119,18 +122,30 @@ class TrainingEvaluation:
         plan = None if held_out is None else Plan.of(held_out)
         self._plan: Plan = broadcast_object(plan, group=ranks.world, source=0)
 
-    def __call__(self, step: int, *, is_leaving: Callable[[], bool]) -> dict[str, float] | None:
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """A metric of each set."""
+        return tuple(map(accuracy_of, self._plan.names))
+
+    def __call__(
+        self, step: int, *, is_leaving: Callable[[], bool], known: Collection[str] = ()
+    ) -> dict[str, float] | None:
         """The metrics of the model that ``step`` left. None if the run is asked to leave before all is answered: then
-        nothing is written, and the run that is resumed evaluates the step again.
+        nothing is written, and the run that is resumed evaluates the step again. Sets whose ``figures`` are among
+        ``known`` are not asked.
 
         Raises:
             UserError: on every rank: the engine failed, or the answers cannot be written.
         """
-        settings = None if self._held_out is None else self._settings_of(self._held_out, step)
+        names = [name for name in self._plan.names if accuracy_of(name) not in known]
+        if not names:
+            return {}
+        held_out = None if self._held_out is None else self._held_out.without(set(self._plan.names) - set(names))
+        settings = None if held_out is None else self._settings_of(held_out, step)
         answers: dict[str, Answer] = {}
         needs_weights = True
-        with contextlib.closing(self._reader(settings)) as reader:
-            for name in self._plan.names:
+        with contextlib.closing(self._reader(held_out, settings)) as reader:
+            for name in names:
                 for _ in range(self._num_rounds(name)):
                     if is_leaving():
                         return None
@@ -140,7 +155,7 @@ class TrainingEvaluation:
                     answers |= self._round(name, reader, step=step)
         gathered = gather_objects(answers, group=self._ranks.world)
         everything = {key: answer for found in gathered for key, answer in found.items()}
-        return result_of_rank_zero(lambda: self._finish(step, settings, everything), ranks=self._ranks)
+        return result_of_rank_zero(lambda: self._finish(step, held_out, settings, everything), ranks=self._ranks)
 
     # Asking
 
@@ -187,21 +202,21 @@ class TrainingEvaluation:
             prompts.append(prompt)
         return asked, prompts, answers
 
-    def _reader(self, settings: EvaluationSettings | None) -> _Reader:
-        if self._held_out is None or settings is None:
+    def _reader(self, held_out: HeldOut | None, settings: EvaluationSettings | None) -> _Reader:
+        if held_out is None or settings is None:
             return _Reader({}, pool=None)
         pool = self._make_pool()
         maker = QuestionMaker(
             settings,
             key_of=settings.key,
             preprocess=PreprocessSettings(**settings.preprocess),
-            media_roots={one.name: one.media_root for one in self._held_out.sets},
-            wordings={one.name: one.wording for one in self._held_out.sets},
+            media_roots={one.name: one.media_root for one in held_out.sets},
+            wordings={one.name: one.wording for one in held_out.sets},
         )
         streams = {}
-        for one in self._held_out.sets:
+        for one in held_out.sets:
             own = one.items[self._ranks.data_rank :: self._ranks.data_size]
-            asks = [Ask(item, self._held_out.condition) for item in own]
+            asks = [Ask(item, held_out.condition) for item in own]
             num_ahead = 2 * pool.num_workers if pool is not None else 1
             streams[one.name] = QuestionStream(maker, asks, pool=pool, num_ahead=num_ahead)
         return _Reader(streams, pool=pool)
@@ -217,13 +232,17 @@ class TrainingEvaluation:
         )
 
     def _finish(
-        self, step: int, settings: EvaluationSettings | None, answers: Mapping[str, Answer]
+        self,
+        step: int,
+        held_out: HeldOut | None,
+        settings: EvaluationSettings | None,
+        answers: Mapping[str, Answer],
     ) -> dict[str, float]:
-        assert settings is not None and self._held_out is not None, "rank 0 reads"
-        target = Path(self.options.run_dir) / EVALUATIONS / step_name(step)
+        assert settings is not None and held_out is not None, "rank 0 reads"
+        target = _place(Path(self.options.run_dir) / EVALUATIONS / step_name(step), settings)
         scratch = target.with_name(f".{target.name}")
-        items = self._held_out.items
-        asks = {settings.key(ask): ask for ask in (Ask(item, self._held_out.condition) for item in items)}
+        items = held_out.items
+        asks = {settings.key(ask): ask for ask in (Ask(item, held_out.condition) for item in items)}
         try:
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir(parents=True)
@@ -242,7 +261,26 @@ class TrainingEvaluation:
         except OSError as error:
             raise UserError(f"--run-dir: cannot write {target}: {error.strerror or error}") from error
         _name_unusable(answers, asks, target)
-        return figures_of_results(results, logged_axes(self._held_out))
+        return figures_of_results(results, logged_axes(held_out))
+
+
+def _place(directory: Path, settings: EvaluationSettings) -> Path:
+    """Where an evaluation is written: ``directory``, or the first free name_2, name_3, ... if that holds answers to
+    other sets. Answers to the same sets are replaced: they are of a run that died before it had recorded the figures,
+    and a set stays what it is as long as the run has it (``same_sets.py``)."""
+    number, place = 1, directory
+    while place.exists() and not _holds(place, settings):
+        number += 1
+        place = directory.with_name(f"{directory.name}_{number}")
+    return place
+
+
+def _holds(directory: Path, settings: EvaluationSettings) -> bool:
+    try:
+        found = read_settings(directory)
+    except UserError:  # damaged: what is left of it stays
+        return False
+    return found is not None and found.benchmarks.keys() == settings.benchmarks.keys()
 
 
 class _Reader:

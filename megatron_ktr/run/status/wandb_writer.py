@@ -1,9 +1,14 @@
 """Metrics to Weights & Biases as well, for ``--wandb-project NAME``; the package ``wandb`` is optional.
 
-The run's id is kept in ``run_dir/wandb.json``, so that a resumed run continues the same curves. wandb takes steps only
-in rising order, so steps that are done again keep the values that were sent first. What an evaluation adds to the step
-that was sent last joins that step. wandb's own environment variables hold (``WANDB_MODE=offline``, ``WANDB_API_KEY``);
-no key passes through this program. Its files go to ``run_dir/wandb``.
+The run's id is kept in ``run_dir/wandb.json``, so that a resumed run continues the same curves. wandb numbers the rows
+that it is sent, and drops a row whose number is not above the last one's. A resumed run may send steps that an earlier
+part has sent: an evaluation that it makes up for, and the steps that it does again. So every row says its step in the
+column ``step``, which is the axis of all curves, and its number is only usually the same: it is the next free one where
+it must be. ``wandb.json`` has the last number, because wandb does not know it offline. Steps that are done again have
+two rows. What an evaluation adds to the step that was sent last joins the row of that step.
+
+wandb's own environment variables hold (``WANDB_MODE=offline``, ``WANDB_API_KEY``); no key passes through this program.
+Its files go to ``run_dir/wandb``.
 
 A thread talks to wandb, through a queue of bounded length: a server that is slow, away or refuses never slows or stops
 a run. What is lost that way is counted and is an incident once. The end of a run waits for wandb for at most
@@ -12,6 +17,7 @@ a run. What is lost that way is counted and is an incident once. The end of a ru
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import queue
@@ -27,8 +33,11 @@ from megatron_ktr.files.atomic import write_atomically
 from megatron_ktr.files.bounded import MOST_OPTIONS_BYTES, read_text, read_yaml_text
 from megatron_ktr.run.hook import StepHook
 from megatron_ktr.run.incidents import Incidents
+from megatron_ktr.run.metrics import MOST_STEPS
 
 FILE = "wandb.json"
+AXIS = "step"
+"""The column that says to which step a row belongs, as in ``metrics.jsonl``."""
 MOST_WAITING = 1000
 CLOSING_SECONDS = 60.0
 
@@ -40,6 +49,8 @@ class WandbWriter(StepHook):
         self._run_dir, self._project, self._incidents = run_dir, project, incidents
         self.num_lost = 0
         """Records that did not reach wandb."""
+        self._row, self._step_of_row = -1, -1
+        """The number of the row that was sent last, and its step; no step: a row of an earlier part."""
         self._queue: queue.Queue[tuple[int, dict[str, float]] | None] = queue.Queue(MOST_WAITING)
         self._thread = threading.Thread(target=self._send, name="wandb", daemon=True)
         self._thread.start()
@@ -68,8 +79,12 @@ class WandbWriter(StepHook):
             if run is None:
                 self.num_lost += 1
                 continue
+            if step != self._step_of_row:
+                self._row, self._step_of_row = max(step, self._row + 1), step
+                with contextlib.suppress(OSError):  # a full disk; the next row has the number again
+                    _write(self._run_dir, id=run_id(self._run_dir), row=self._row)
             try:
-                run.log(values, step=step)
+                run.log({**values, AXIS: step}, step=self._row)
             except Exception as error:
                 self._lose(_words(error), step=step)
         if run is not None:
@@ -82,7 +97,7 @@ class WandbWriter(StepHook):
         wandb = importlib.import_module("wandb")
         folder = self._run_dir / "wandb"
         folder.mkdir(exist_ok=True)
-        return wandb.init(
+        run = wandb.init(
             project=self._project,
             id=run_id(self._run_dir),
             name=self._run_dir.resolve().name,
@@ -91,6 +106,10 @@ class WandbWriter(StepHook):
             config=newest_options(self._run_dir),
             settings=wandb.Settings(console="off", init_timeout=60),
         )
+        run.define_metric(AXIS, hidden=True)
+        run.define_metric("*", step_metric=AXIS)
+        self._row = max(run.step - 1, _last_row(self._run_dir))
+        return run
 
     def _lose(self, reason: str, *, step: int | None) -> None:
         self.num_lost += 1
@@ -100,16 +119,30 @@ class WandbWriter(StepHook):
 
 def run_id(run_dir: Path) -> str:
     """The id by which wandb knows the run; made at its first start."""
-    path = run_dir / FILE
-    try:
-        found = json.loads(read_text(path, most_bytes=MOST_OPTIONS_BYTES))["id"]
-        if isinstance(found, str) and found.isalnum():
-            return found
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        pass
+    found = _kept(run_dir).get("id")
+    if isinstance(found, str) and found.isalnum():
+        return found
     made = secrets.token_hex(8)
-    write_atomically(path, json.dumps({"id": made}) + "\n")
+    _write(run_dir, id=made)
     return made
+
+
+def _last_row(run_dir: Path) -> int:
+    """The number of the last row of earlier parts; -1 if none is known."""
+    found = _kept(run_dir).get("row")
+    return found if isinstance(found, int) and 0 <= found < MOST_STEPS else -1
+
+
+def _kept(run_dir: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(read_text(run_dir / FILE, most_bytes=MOST_OPTIONS_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _write(run_dir: Path, **values: Any) -> None:
+    write_atomically(run_dir / FILE, json.dumps(values) + "\n")
 
 
 def newest_options(run_dir: Path) -> dict[str, Any]:
