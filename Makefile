@@ -76,7 +76,7 @@ IS_NEWER = "$(PYTHON_312)" -c 'import sys; sys.exit(sys.version_info < (3, 12))'
 SETUP_MINUTES_312 ?= 10
 TESTS_312 := $(addprefix tests/,house/test_stack.py house/test_core_border.py house/test_borders.py models/test_hf_parity.py \
     step/test_ktr_update_against_hf.py models/test_mrope.py run/test_checkpoint.py run/test_directory.py files/test_dist_checkpoint.py \
-    models/test_conversion.py distributed/test_parameter_groups.py house/test_newer_core.py run/test_launch.py \
+    models/test_conversion.py distributed/test_parameter_groups.py policy/test_finite.py house/test_newer_core.py run/test_launch.py \
     house/test_both_stacks.py)
 # What the newer stack is compared with: an environment of Python 3.11, where $(VENV) is one; else nothing is compared.
 OLDER_PYTHON = $(shell [ "$$($(PY) $(VERSION_OF))" = 3.11 ] && echo $(abspath $(PY)))

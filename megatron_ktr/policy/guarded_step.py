@@ -114,9 +114,16 @@ def _uncounted_gradients(optimizer: Any) -> list[Tensor]:
     """The gradients on this rank that the norm leaves out, because another tensor rank or stage counts its copy."""
     found = []
     for part in optimizer.chained_optimizers:
-        counted = {id(gradient) for gradient in part.get_main_grads_for_grad_norm()}
+        counted = {id(gradient) for gradient in _counted_gradients(part)}
         for parameter in part.get_parameters():
             gradient = parameter.grad if parameter.grad is not None else getattr(parameter, "decoupled_grad", None)
             if gradient is not None and gradient.numel() and id(gradient) not in counted:
                 found.append(gradient.detach().float())
     return found
+
+
+def _counted_gradients(part: Any) -> list[Tensor]:
+    """The gradients on this rank that the norm is taken of. Each stack has a name of its own for them."""
+    if hasattr(part, "get_grads_for_grad_norm"):
+        return part.get_grads_for_grad_norm()
+    return part.get_main_grads_for_grad_norm()
