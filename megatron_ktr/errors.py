@@ -96,6 +96,13 @@ def is_transient(error: BaseException | None) -> bool:
     return error is not None and is_transient(error.__cause__)
 
 
+def unreadable(path: object, error: OSError, *, option: str = "") -> UserError:
+    """The error to raise from ``error``, which says nothing about the content of ``path``: ``TransientError`` if it may
+    pass, else ``UserError``. ``option`` is the command-line option that names the file."""
+    kind = TransientError if is_transient(error) else UserError
+    return kind(f"{option and f'{option}: '}{path} cannot be read: {error.strerror or error}")
+
+
 @contextmanager
 def same_on_every_rank() -> Iterator[None]:
     """For work that every rank does alike from the same input: a ``UserError`` inside is printed once."""

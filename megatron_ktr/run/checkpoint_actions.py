@@ -35,8 +35,16 @@ class CheckpointActions:
                 reason = error.strerror or str(error)
                 if error.errno == errno.ENOSPC:  # a quota is no full disk: who looks would find room there
                     reason = "disk full"
-                kept = list_checkpoints(self._directory.parent)
-                intact = f"the last complete checkpoint is {kept[-1][1]}" if kept else "there is no older checkpoint"
-                raise UserError(f"checkpoints: cannot {what} {self._directory}: {reason}; {intact}") from error
+                line = f"checkpoints: cannot {what} {self._directory}: {reason}"
+                raise UserError(f"{line}; {_last_complete(self._directory)}") from error
 
         return on_every_rank(guarded, ranks=self._ranks)
+
+
+def _last_complete(directory: Path) -> str:
+    """What is said of the checkpoints that are there, also where the directory cannot be listed for the same reason."""
+    try:
+        kept = list_checkpoints(directory.parent)
+    except UserError:
+        return "older checkpoints stay as they are"
+    return f"the last complete checkpoint is {kept[-1][1]}" if kept else "there is no older checkpoint"

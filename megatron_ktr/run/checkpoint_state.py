@@ -34,8 +34,9 @@ from megatron_ktr.distributed.optimizer_checkpoint import (
 )
 from megatron_ktr.distributed.optimizer_shards import stored_keys
 from megatron_ktr.distributed.random_states import RANDOM_STATES, read_random_states
-from megatron_ktr.errors import UserError, is_transient
+from megatron_ktr.errors import UserError, is_transient, unreadable
 from megatron_ktr.files.intact_checkpoint import FORMAT_VERSION, TRAINING_FILE
+from megatron_ktr.files.listing import paths_in
 from megatron_ktr.files.safe_pickle import UNREADABLE
 from megatron_ktr.files.torch_dist_checks import COMMON_FILE, check_chunks, require_tensors
 from megatron_ktr.files.torch_dist_files import TorchDistReader
@@ -202,7 +203,7 @@ def _common_of_all(policy: Policy, common: dict[str, Any]) -> dict[str, Any]:
 def check_tensors(policy: Policy, checkpoint: Path) -> None:
     """Refuses chunks that are no plain tensors (each rank checks a part), and a checkpoint of another model."""
     reader = TorchDistReader(checkpoint)
-    files = sorted(path.name for path in checkpoint.glob("*.distcp"))
+    files = [path.name for path in paths_in(checkpoint, "*.distcp")]
     check_chunks(checkpoint, files=files[policy.ranks.rank :: policy.ranks.world_size])
     if policy.lora is None:
         locate_tensors(reader, config=policy.model_config)
@@ -211,7 +212,10 @@ def check_tensors(policy: Policy, checkpoint: Path) -> None:
 def read_training_state(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / TRAINING_FILE
     with as_user_error(path):
-        state = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            state = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise unreadable(path, error, option="--resume") from error
         missing = {"step", "layout", "scheduler_steps", "sources"} - state.keys()
         if missing:
             raise UserError(f"--resume: {path} lacks {', '.join(sorted(missing))}")

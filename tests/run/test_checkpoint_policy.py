@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from megatron_ktr.config.part_options import CheckpointOptions, PolicyOptions
 from megatron_ktr.distributed.agreement import raise_on_every_rank
 from megatron_ktr.distributed.platform import current
 from megatron_ktr.errors import UserError, is_transient
-from megatron_ktr.files import background_check
+from megatron_ktr.files import background_check, checksums
 from megatron_ktr.files.intact_checkpoint import checkpoint_damage
 from megatron_ktr.policy.policy import Policy
 from megatron_ktr.run.checkpoint import Checkpoints
@@ -207,10 +208,14 @@ def test_a_checkpoint_that_cannot_be_read_again_is_not_verified(policy, tmp_path
     checkpoints.save_and_wait(1)
     checkpoints.close()
 
-    def away(*args: Any, **options: Any) -> Any:
-        raise UserError("the file server is away")
+    digest = checksums.file_digest
 
-    monkeypatch.setattr(background_check, "find_damage", away)
+    def away(path: Path) -> Any:
+        if threading.current_thread().name == "checkpoint check":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return digest(path)
+
+    monkeypatch.setattr(checksums, "file_digest", away)
     checkpoints.save_and_wait(2)
     checkpoints.close()
     assert steps(run_dir) == [1, 2] and incidents(run_dir) == [("unverified_checkpoint", 2)]

@@ -266,7 +266,10 @@ def _changed(path: Path) -> float | None:
 
 
 def _checkpoint(run_dir: Path, *, now: float, verifies: bool) -> CheckpointStatus | None:
-    checkpoints = list_checkpoints(run_dir)
+    try:
+        checkpoints = list_checkpoints(run_dir)
+    except UserError as error:
+        return CheckpointStatus(CHECKPOINTS, 0, 0.0, 0, f"cannot be read: {error}")
     if not checkpoints:
         return None
     step, path = checkpoints[-1]
@@ -275,6 +278,8 @@ def _checkpoint(run_dir: Path, *, now: float, verifies: bool) -> CheckpointStatu
         verdict = _verdict(path, sizes, verifies=verifies)
     except OSError as error:  # it is being removed
         sizes, verdict = {}, f"cannot be read: {error.strerror}"
+    except UserError as error:  # which says nothing about its content
+        sizes, verdict = {}, f"cannot be read: {error}"
     return CheckpointStatus(path.name, step, max(0.0, now - (_changed(path) or now)), sum(sizes.values()), verdict)
 
 

@@ -99,13 +99,17 @@ class WandbWriter(StepHook):
 
 
 def run_id(run_dir: Path) -> str:
-    """The id by which wandb knows the run; made at its first start."""
+    """The id by which wandb knows the run; made at its first start.
+
+    Raises:
+        OSError: the file cannot be read or written. Another id would cut the curves of the run in two.
+    """
     path = run_dir / FILE
     try:
         found = json.loads(read_text(path, most_bytes=MOST_OPTIONS_BYTES))["id"]
         if isinstance(found, str) and found.isalnum():
             return found
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+    except (FileNotFoundError, ValueError, TypeError, KeyError, RecursionError):
         pass
     made = secrets.token_hex(8)
     write_atomically(path, json.dumps({"id": made}) + "\n")
