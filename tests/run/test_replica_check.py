@@ -14,8 +14,8 @@ from megatron_ktr.config import Config, config_from_values
 from megatron_ktr.config.part_options import PolicyOptions
 from megatron_ktr.distributed.groups import ParallelSizes
 from megatron_ktr.distributed.replica_checksums import Difference, _combined, checksum
+from megatron_ktr.errors import EXIT_ALARM
 from megatron_ktr.run.directory import list_checkpoints
-from megatron_ktr.run.interruption import EXIT_ALARM
 from megatron_ktr.run.replica_check import describe
 from megatron_ktr.run.step_report import StepReport
 from tests.support.layouts import sizes_of
