@@ -23,7 +23,7 @@ from megatron_ktr.files.intact_checkpoint import checkpoint_damage
 from megatron_ktr.policy.policy import Policy
 from megatron_ktr.run.checkpoint import Checkpoints
 from megatron_ktr.run.directory import list_checkpoints
-from megatron_ktr.run.exports import ExportHook
+from megatron_ktr.run.exports import ExportHook, ExportTimes
 from megatron_ktr.run.incidents import Incidents
 from megatron_ktr.run.kept import BestCheckpoint, BestStep, open_best, steps_to_remove
 from megatron_ktr.run.lease import acquire
@@ -300,8 +300,7 @@ def test_exports_during_a_run_load_and_a_failed_one_is_survived(policy, tmp_path
         return ExportHook(
             tmp_path,
             policy=policy,
-            interval=2,
-            num_steps=6,
+            times=ExportTimes(2, num_steps=6),
             on_failure=on_failure,
             incidents=Incidents(tmp_path),
         )
