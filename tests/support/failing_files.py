@@ -16,7 +16,7 @@ import pytest
 
 @contextmanager
 def failing(path: Path, code: int) -> Iterator[None]:
-    """Inside, opening the file or listing the directory ``path`` raises ``OSError`` with ``code``."""
+    """Inside, opening or looking at the file, or listing the directory ``path``, raises ``OSError`` with ``code``."""
     wanted = os.path.abspath(path)
 
     def guarded(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -29,6 +29,7 @@ def failing(path: Path, code: int) -> Iterator[None]:
         return wrapped
 
     with pytest.MonkeyPatch.context() as patch:
-        for module, name in ((os, "open"), (os, "listdir"), (os, "scandir"), (io, "open"), (builtins, "open")):
+        calls = [(os, name) for name in ("open", "listdir", "scandir", "lstat")] + [(io, "open"), (builtins, "open")]
+        for module, name in calls:
             patch.setattr(module, name, guarded(getattr(module, name)))
         yield
