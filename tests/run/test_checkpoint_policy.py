@@ -17,7 +17,7 @@ from megatron_ktr.config import config_from_values, save_resolved
 from megatron_ktr.config.part_options import CheckpointOptions, PolicyOptions
 from megatron_ktr.distributed.agreement import raise_on_every_rank
 from megatron_ktr.distributed.platform import current
-from megatron_ktr.errors import UserError, is_transient
+from megatron_ktr.errors import TransientError, UserError, is_transient
 from megatron_ktr.files import background_check, checksums
 from megatron_ktr.files.intact_checkpoint import checkpoint_damage
 from megatron_ktr.policy.policy import Policy
@@ -29,6 +29,7 @@ from megatron_ktr.run.kept import BestCheckpoint, BestStep, open_best, steps_to_
 from megatron_ktr.run.lease import acquire
 from megatron_ktr.run.step_report import StepReport
 from tests.run.test_checkpoint import NoData
+from tests.support.failing_files import failing
 from tests.support.tiny import save_tiny_hf
 
 
@@ -151,6 +152,11 @@ def test_a_resumed_run_takes_no_damaged_checkpoint_for_its_best(policy, one_rank
     evaluated(checkpoints, {1: 0.5, 2: 0.9, 3: 0.4}, run_dir)
     assert steps(run_dir) == [1, 3]
     shutil.copytree(run_dir / "checkpoints/step_00000001", run_dir / "checkpoints/step_00000002")
+    # What cannot be read now may still be the best one: no other one takes its place, or it could be removed later.
+    named = (run_dir / "best.json").read_text()
+    with failing(run_dir / "checkpoints/step_00000002/common.pt", errno.EIO), pytest.raises(TransientError):
+        open_best(run_dir, metric=metric, start_step=3, ranks=one_rank)
+    assert (run_dir / "best.json").read_text() == named
     (run_dir / "checkpoints/step_00000002/common.pt").write_bytes(b"")
     again = open_best(run_dir, metric=metric, start_step=3, ranks=one_rank)
     assert again is not None and again.kept == BestStep(1, 0.5) and "step_00000002 is damaged" in caplog.text

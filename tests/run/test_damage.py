@@ -250,6 +250,7 @@ def test_an_error_that_may_pass_is_not_taken_for_something_else(saved, tmp_path)
     from megatron_ktr.files.hf_model import reading_model
     from megatron_ktr.files.torch_dist_files import TorchDistReader
     from megatron_ktr.run.status.wandb_writer import run_id
+    from megatron_ktr.web.address import ApiKey
 
     shutil.copytree(saved.run_dir / "export", tmp_path / "export")
     for name in ("sealed", ITEMS_FILE):
@@ -263,6 +264,7 @@ def test_an_error_that_may_pass_is_not_taken_for_something_else(saved, tmp_path)
             except OSError:
                 raise ValueError("not a model") from None
 
+    (tmp_path / "token").write_text("a-token-of-some-length")
     readers: dict[str, tuple[Path, Callable[[], Any]]] = {
         "store of records": (tmp_path / "sealed", lambda: open_sealed(tmp_path / "sealed")),
         "answers": (tmp_path / ITEMS_FILE, lambda: has_items(tmp_path)),
@@ -271,6 +273,7 @@ def test_an_error_that_may_pass_is_not_taken_for_something_else(saved, tmp_path)
         "model": (tmp_path / "export/config.json", read_as_transformers_does),
         "side files": (tmp_path / "export", lambda: copy_side_files(tmp_path / "export", tmp_path)),
         "checksums": (tmp_path / "export", lambda: write_manifest(tmp_path / "export")),
+        "token": (tmp_path / "token", lambda: ApiKey.from_file(tmp_path / "token", option="server_token_file")),
         "converted": (saved.converted / "metadata.json", lambda: TorchDistReader(saved.converted)),
     }
     before = tree(tmp_path)
