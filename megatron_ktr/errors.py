@@ -8,7 +8,7 @@ exit code   what ended the command
 70          a mistake of the program: traceback, and a last line that says so
 74          an error of a disk or of a file server that may pass (``is_transient``): the same command may work later
 75          a signal that asked it to leave (``run/interruption.py``); a run has saved its state
-76          a guard: an alarm, skipped updates, or replicas that differ (``run/interruption.py``)
+76          a guard: an alarm, skipped updates, or replicas that differ (``run/hooks.py``)
 77          a hang: the rank stayed in one phase for longer than it may (``run/watchdog.py``)
 130         ctrl-C
 141         the reader of standard output went away (``| head -1``)
@@ -36,6 +36,11 @@ EXIT_USER = 2
 EXIT_OTHER_RANK = 3
 EXIT_INTERNAL = 70
 EXIT_TRANSIENT = 74
+EXIT_SAVED = 75
+"""Of a run that left when asked to and is to be started again with ``--resume`` (EX_TEMPFAIL)."""
+EXIT_ALARM = 76
+"""Of a run that a guard has ended: an alarm, too many skipped updates in a row, or replicas that differ. The state is
+saved first if it is sound. A person should look at the run."""
 EXIT_HANG = 77
 EXIT_INTERRUPTED = 130
 EXIT_OUTPUT_CLOSED = 141
@@ -94,6 +99,13 @@ def is_transient(error: BaseException | None) -> bool:
     if isinstance(error, TransientError) or (isinstance(error, OSError) and error.errno in _TRANSIENT):
         return True
     return error is not None and is_transient(error.__cause__)
+
+
+def unreadable(path: object, error: OSError, *, option: str = "") -> UserError:
+    """The error to raise from ``error``, which says nothing about the content of ``path``: ``TransientError`` if it may
+    pass, else ``UserError``. ``option`` is the command-line option that names the file."""
+    kind = TransientError if is_transient(error) else UserError
+    return kind(f"{option and f'{option}: '}{path} cannot be read: {error.strerror or error}")
 
 
 @contextmanager

@@ -41,7 +41,7 @@ from torch.distributed.launcher import api as launcher_api
 
 from megatron_ktr.distributed.rendezvous import check_own_address, connect
 from megatron_ktr.distributed.waiting import Deadline
-from megatron_ktr.errors import EXIT_OTHER_RANK, LostRankError, UserError, run_cli
+from megatron_ktr.errors import EXIT_OTHER_RANK, EXIT_SAVED, LostRankError, UserError, run_cli
 from megatron_ktr.launching.agent import Agent, Control, Failure
 from megatron_ktr.launching.arguments import (
     Meeting,
@@ -53,7 +53,7 @@ from megatron_ktr.launching.arguments import (
 )
 from megatron_ktr.launching.supervisor import Budget, supervise
 from megatron_ktr.processes.child import adopt_orphans
-from megatron_ktr.run.interruption import EXIT_SAVED, LEAVE_SIGNALS
+from megatron_ktr.run.interruption import LEAVE_SIGNALS
 
 LEFT_TO_TORCHRUN = "SIGINT,SIGHUP,SIGQUIT"
 """Signals that still end the ranks."""

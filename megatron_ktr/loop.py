@@ -24,7 +24,7 @@ from megatron_ktr.distributed.agreement import on_every_rank
 from megatron_ktr.distributed.groups import (
     ParallelGroups,
 )
-from megatron_ktr.errors import StepAbandoned, UserError, printable, same_on_every_rank
+from megatron_ktr.errors import EXIT_ALARM, EXIT_SAVED, StepAbandoned, UserError, printable, same_on_every_rank
 from megatron_ktr.evaluation.training.between_steps import BetweenSteps, StepEvaluation
 from megatron_ktr.report.console import selected_tokens_text
 from megatron_ktr.rollout.check.sampler import check_line
@@ -35,7 +35,7 @@ from megatron_ktr.run.dumps import replay_obstacle
 from megatron_ktr.run.hook import StateUnsoundError, StepHook, Stop, look_at, require_sound
 from megatron_ktr.run.hooks import Watched, build_hooks, closing_all
 from megatron_ktr.run.incidents import Incidents
-from megatron_ktr.run.interruption import EXIT_ALARM, EXIT_SAVED, LeaveRequest
+from megatron_ktr.run.interruption import LeaveRequest
 from megatron_ktr.run.kept import open_best
 from megatron_ktr.run.metrics import MetricsWriter, step_line
 from megatron_ktr.run.optional_writes import OptionalWrites

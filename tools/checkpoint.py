@@ -7,7 +7,8 @@
 RUN is a run directory; its checkpoints and exports are looked at. It may also be one checkpoint, a converted one or an
 export. ``list`` reads sizes and the small files that describe a checkpoint; ``verify`` reads every byte, compares with
 ``checksums.json``, and refuses pickles that could run code. Ends with 0 if everything is intact, with 1 if anything is
-damaged or has no checksums, with 2 if there is nothing to look at. With --json the last line is one JSON object.
+damaged or has no checksums, with 2 if there is nothing to look at, or a file cannot be read, with 74 where that may
+pass. With --json the last line is one JSON object.
 
 ``export`` writes a Hugging Face directory, which transformers and vLLM load, from any checkpoint: that of step N, or of
 a run the newest. It verifies the checkpoint first, needs one process and no GPU, about the memory of the largest
@@ -29,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron_ktr.errors import Parser, UserError, run_cli, whole  # noqa: E402
 from megatron_ktr.files.checksums import MANIFEST, Damage, DamagedManifest, find_damage, read_manifest  # noqa: E402
 from megatron_ktr.files.intact_checkpoint import TRAINING_FILE, checkpoint_damage, incompleteness  # noqa: E402
+from megatron_ktr.files.listing import paths_in  # noqa: E402
 
 INTACT, COMPLETE, DAMAGED, UNKNOWN = "intact", "complete", "damaged", "no checksums"
 
@@ -86,10 +88,10 @@ def find_directories(run: Path) -> list[Path]:
         return [run]
     inside = run / "checkpoints"
     found = [
-        *sorted(inside.glob("step_*")),
-        *sorted(inside.glob("damaged_step_*")),
-        *sorted(run.glob("export*")),
-        *sorted(run.glob("exports/step_*")),
+        *paths_in(inside, "step_*"),
+        *paths_in(inside, "damaged_step_*"),
+        *paths_in(run, "export*"),
+        *paths_in(run / "exports", "step_*"),
     ]
     found = [path for path in found if path.is_dir() and kind_of(path) is not None]
     if not found:

@@ -41,9 +41,8 @@ from benchmarks.soak.measures import SETTLED, WINDOW, Holding, growth_of, holdin
 from megatron_ktr.data.synthetic import corpus, make_dataset  # noqa: E402
 from megatron_ktr.data.tiny_model import save_tiny_model  # noqa: E402
 from megatron_ktr.distributed import platform as platforms  # noqa: E402
-from megatron_ktr.errors import Parser, UserError, run_cli, whole  # noqa: E402
+from megatron_ktr.errors import EXIT_SAVED, Parser, UserError, run_cli, whole  # noqa: E402
 from megatron_ktr.files.json_files import to_json  # noqa: E402
-from megatron_ktr.run.interruption import EXIT_SAVED  # noqa: E402
 from megatron_ktr.run.metrics import FILE as METRICS  # noqa: E402
 
 ENGINES = ("hf", "vllm_colocated", "vllm_server")

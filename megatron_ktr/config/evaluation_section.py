@@ -34,7 +34,9 @@ class EvaluationSection:
     eval_benchmark_root: str | None = _option(
         None, "Directory in which eval_benchmark looks for benchmarks that are named without a path"
     )
-    eval_at_start: bool = _option(False, "Evaluate the model before the first step too, as step 0 of the curve")
+    eval_at_start: bool = _option(
+        False, "Evaluate the model before the first step of a new run too, as step 0 of the curve"
+    )
     eval_frames: int | None = _option(
         None,
         "Most frames of one video in evaluation; even; none = video_num_frames, else video_max_frames",

@@ -88,7 +88,7 @@ class FrameCache:
             raise UserError(
                 f"frame_cache_dir: {directory} cannot be used: {reason}; name a directory that can be written to and "
                 "has room, or none"
-            ) from None
+            ) from error
 
     def read_through(self, job: MediaJob, decode: Decode) -> LoadedMedia:
         """The media of ``job``: the stored ones, else those of ``decode``, which are then stored.

@@ -17,7 +17,7 @@ from megatron_ktr.data.record_problems import RecordProblems
 from megatron_ktr.data.records import Record
 from megatron_ktr.data.reply import build_reply, check_reply
 from megatron_ktr.data.unusable import UnusableMedia, UnusableSample
-from megatron_ktr.errors import UserError
+from megatron_ktr.errors import TransientError, UserError
 
 
 @dataclass(frozen=True)
@@ -90,11 +90,14 @@ class RecordChecker:
         return None
 
     def find_problem_of_files(self, sources: Sequence[MediaSource]) -> FoundProblem | None:
-        """Whether a path leads out of the media root or to no file."""
+        """Whether a path leads out of the media root or to no file. Raises ``TransientError`` where that cannot be seen
+        now."""
         for source in sources:
             for written in source.paths:
                 try:
                     self._files.check(written)
+                except TransientError:
+                    raise
                 except UnusableMedia as error:
                     if source.kind not in self.loader.substitutes:  # a substitute would be shown instead
                         return FoundProblem(f"{error.source}: {error.reason}", medium=written)

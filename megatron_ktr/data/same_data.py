@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,8 +11,6 @@ import xxhash
 from megatron_ktr.data.mixture import RecordSource
 from megatron_ktr.data.records import digest_of_records
 from megatron_ktr.errors import UserError
-
-_log = logging.getLogger(__name__)
 
 
 def records_digest(sources: Sequence[RecordSource]) -> str:
@@ -32,14 +29,18 @@ def left_out_digest(sources: Sequence[RecordSource]) -> str:
     return _together(xxhash.xxh3_128(np.packbits(source.is_left_out).tobytes()).hexdigest() for source in sources)
 
 
+def has_digests(state: Mapping[str, Any]) -> bool:
+    """Whether a saved state says which records it was trained on."""
+    return "records_digest" in state
+
+
 def require_same_content(state: Mapping[str, Any], *, records: str, wording: str, num_records: int) -> None:
-    """Compares a saved state with the digests of this run.
+    """Compares a saved state with the digests of this run; one of an early version has none, and passes.
 
     Raises:
         UserError: the records, or the wordings, are others.
     """
-    if "records_digest" not in state:
-        _log.warning("resume: the checkpoint does not say which records it was trained on; they are not compared")
+    if not has_digests(state):
         return
     if state["records_digest"] != records:
         raise UserError(

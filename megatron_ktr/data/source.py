@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_ktr.data.dataset import PromptDataset
 from megatron_ktr.data.reply import reply_group
+from megatron_ktr.data.same_data import has_digests
 from megatron_ktr.data.together import TogetherDraws
 from megatron_ktr.types import Prompt, RolloutGroup
+
+_log = logging.getLogger(__name__)
 
 
 class DatasetSource:
@@ -60,8 +64,11 @@ class DatasetSource:
         self.dataset.load_state_dict(state)
 
     def require_same(self, state: Mapping[str, Any]) -> None:
-        """Raises ``UserError`` for a place in other data; changes nothing."""
+        """Raises ``UserError`` for a place in other data; changes nothing. A warning says where that cannot be told.
+        ``load_state_dict`` refuses the same without a warning: every reading rank calls it after this."""
         self.dataset.require_same(state)
+        if not has_digests(state):
+            _log.warning("resume: the checkpoint does not say which records it was trained on; they are not compared")
 
     def close(self) -> None:
         """Ends the worker processes."""

@@ -55,12 +55,12 @@ def raise_on_every_rank(failure: Exception | None, *, group: ProcessGroup | None
 
 
 def on_every_rank(action: Callable[[], T], *, ranks: ParallelGroups) -> T:
-    """Runs ``action`` on every rank and returns its result on this one. If it raises ``UserError`` on any rank, every
-    rank of the world raises that error."""
+    """Runs ``action`` on every rank and returns its result on this one. If it raises ``UserError`` or ``OSError`` on
+    any rank, every rank of the world raises an error with those words."""
     failure, result = None, None
     try:
         result = action()
-    except UserError as error:
+    except (UserError, OSError) as error:
         failure = error
     raise_on_every_rank(failure, group=ranks.world)
     return cast(T, result)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import stat
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -27,12 +28,15 @@ from typing import Any
 
 import xxhash
 
-from megatron_ktr.errors import UserError
+from megatron_ktr.errors import UserError, unreadable
 from megatron_ktr.files.bounded import open_file
+from megatron_ktr.files.listing import paths_below
 
 MANIFEST = "checksums.json"
 ALGORITHM = "xxh3_128"
 _BLOCK_BYTES = 4_000_000
+_NOT_A_FILE = (errno.EISDIR, errno.ENOTDIR, errno.ELOOP)
+"""What the system says where something else stands in the place of a file."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,7 @@ def write_manifest(
     ``is_known_synced`` these files, which may be thousands, are already on the disk and need no wait.
     """
     digests = dict(known or {})
-    for path in sorted(directory.rglob("*")):
+    for path in sorted(paths_below(directory)):
         name = path.relative_to(directory).as_posix()
         if path.is_file() and name != MANIFEST:
             if name not in digests:
@@ -139,12 +143,17 @@ def read_manifest(directory: Path) -> dict[str, Digest] | None:
 
     Raises:
         DamagedManifest: the file exists, but cannot be what was written.
+        UserError: it cannot be read; ``TransientError`` where that may pass.
     """
     try:
         with open_file(directory / MANIFEST) as file:
             text = file.read()
     except FileNotFoundError:
         return None
+    except OSError as error:
+        if error.errno in _NOT_A_FILE:
+            raise DamagedManifest(f"cannot be read: {error.strerror}") from None
+        raise unreadable(directory / MANIFEST, error) from error
     try:
         content = json.loads(text)
         algorithm, files = content["algorithm"], content["files"]
@@ -170,7 +179,7 @@ def file_shares(directory: Path, num_shares: int) -> list[list[str]]:
     fewest bytes to read. Empty if there are no checksums.
 
     Raises:
-        DamagedManifest: as ``read_manifest``.
+        DamagedManifest, UserError: as ``read_manifest``.
     """
     digests = read_manifest(directory)
     if digests is None:
@@ -202,16 +211,15 @@ def find_damage(directory: Path, *, names: Iterable[str] | None = None) -> list[
     without reading it.
 
     Raises:
-        UserError: a file exists but cannot be read for a reason other than damage, such as its permissions.
+        UserError: a file exists but cannot be read for a reason other than damage, such as its permissions;
+            ``TransientError`` where that may pass.
     """
     try:
-        digests = _unless_unreadable(directory / MANIFEST, lambda: read_manifest(directory))
+        digests = read_manifest(directory)
     except DamagedManifest as error:
         return [Damage(MANIFEST, str(error))]
     if digests is None:
         return [] if names is None else [Damage(MANIFEST, "missing")]
-    if isinstance(digests, Damage):
-        return [digests]
     chosen = digests if names is None else {name: digests[name] for name in names if name in digests}
     found = [damage for name, expected in chosen.items() if (damage := _wrong_size(directory, name, expected))]
     cut = {damage.file for damage in found}
@@ -245,13 +253,13 @@ def damage_line(directory: Path, damage: list[Damage], *, option: str) -> str:
 
 def _wrong_size(directory: Path, name: str, expected: Digest) -> Damage | None:
     path = directory / name
-    size = _unless_unreadable(path, lambda: path.stat().st_size, name=name)
-    if isinstance(size, Damage):
-        return size
-    if not path.is_file():
+    status = _unless_unreadable(path, path.stat, name=name)
+    if isinstance(status, Damage):
+        return status
+    if not stat.S_ISREG(status.st_mode):
         return Damage(name, "not a file")
-    if size != expected.num_bytes:
-        return Damage(name, f"{size} bytes, {expected.num_bytes} were written")
+    if status.st_size != expected.num_bytes:
+        return Damage(name, f"{status.st_size} bytes, {expected.num_bytes} were written")
     return None
 
 
@@ -262,17 +270,18 @@ def _wrong_content(directory: Path, name: str, expected: Digest) -> Damage | Non
     return None if digest == expected else Damage(name, "other content than was written")
 
 
-def _unless_unreadable(path: Path, action: Callable[[], Any], *, name: str = MANIFEST) -> Any:
-    """The action's result, or ``Damage`` if the file is missing or the disk cannot read it."""
+def _unless_unreadable(path: Path, action: Callable[[], Any], *, name: str) -> Any:
+    """The action's result, or ``Damage`` if there is no such file."""
     try:
         return action()
     except FileNotFoundError:
         return Damage(name, "missing")
     except OSError as error:
-        if error.errno in (errno.EIO, errno.EISDIR, errno.ENOTDIR, errno.ELOOP):
+        if error.errno in _NOT_A_FILE:
             return Damage(name, f"cannot be read: {error.strerror}")
-        # Other errors say nothing about the content: missing permissions, an unreachable file server.
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+        # Other errors say nothing about the content: missing permissions, an unreachable file server, a disk that fails
+        # once. A disk that fails for good says the same, so a person decides what is given up for it.
+        raise unreadable(path, error) from error
 
 
 def _digest_of_entries(files: Any) -> str:

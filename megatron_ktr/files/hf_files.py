@@ -21,10 +21,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_ktr.errors import UserError
+from megatron_ktr.errors import UserError, unreadable
+from megatron_ktr.files.bounded import open_file
 from megatron_ktr.files.chat_template import set_chat_template
 from megatron_ktr.files.checksums import MANIFEST, Digest, HashingFile
 from megatron_ktr.files.json_files import read_json_object
+from megatron_ktr.files.listing import paths_in
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -76,8 +78,8 @@ class SafetensorsReader:
     ``rename`` maps a stored name to the canonical one. Every file is opened (headers only) at construction.
 
     Raises:
-        UserError: there are no weights, a file that the index names is missing, a file is damaged, or a tensor is
-            stored twice.
+        UserError: there are no weights, a file that the index names is missing, a file is damaged or cannot be read, or
+            a tensor is stored twice.
     """
 
     def __init__(self, directory: Path | str, *, rename=lambda name: name) -> None:
@@ -86,6 +88,7 @@ class SafetensorsReader:
         self._location: dict[str, tuple[Path, str]] = {}
         self._open_files: dict[Path, Any] = {}
         for path in _weight_files(self.directory):
+            _require_readable(path)
             with _reporting_damage(path):
                 handle = self._open_files[path] = safe_open(path, framework="pt")
                 for stored in handle.keys():  # noqa: SIM118 (not a mapping)
@@ -123,10 +126,18 @@ def _weight_files(directory: Path) -> list[Path]:
         if missing:
             raise UserError(f"{index} names files that do not exist: {', '.join(missing)}")
         return [directory / name for name in names]
-    files = sorted(directory.glob("*.safetensors"))
+    files = paths_in(directory, "*.safetensors")
     if not files:
         raise UserError(f"{directory}: no *.safetensors file; expected a Hugging Face model directory with weights")
     return files
+
+
+def _require_readable(path: Path) -> None:
+    """Raises ``UserError`` if the system cannot open the file: safetensors calls any such file missing."""
+    try:
+        open_file(path).close()
+    except OSError as error:
+        raise unreadable(path, error) from error
 
 
 @contextlib.contextmanager
@@ -236,7 +247,7 @@ def copy_side_files(source: Path | str, target: Path | str, *, chat_template: st
     source, target = Path(source), Path(target)
     target.mkdir(parents=True, exist_ok=True)
     for pattern in SIDE_FILE_PATTERNS:
-        for path in sorted(source.glob(pattern)):
+        for path in paths_in(source, pattern):
             if path.is_file() and not path.name.endswith(".index.json") and path.name != MANIFEST:
                 shutil.copyfile(path, target / path.name)
     for name in ("additional_chat_templates", "chat_templates"):

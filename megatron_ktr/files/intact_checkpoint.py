@@ -2,7 +2,7 @@
 
 Newer, damaged checkpoints are renamed, ``step_00000030`` to ``damaged_step_00000030``. Nothing is deleted, and the next
 start does not find them again. If no checkpoint is intact, nothing is changed and the run does not start, because the
-files may hold weeks of work.
+files may hold weeks of work. A file that cannot be read is not damaged: nothing is changed for it either.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ktr.errors import UserError
+from megatron_ktr.errors import TransientError, UserError, is_transient, unreadable
 from megatron_ktr.files.checksums import MANIFEST, Damage, DamagedManifest, damage_line, find_damage, read_manifest
 
 _log = logging.getLogger(__name__)
@@ -42,10 +42,19 @@ def newest_intact(checkpoints: Sequence[Path], *, verify: Verify) -> Verdict:
 
     Raises:
         UserError: there are checkpoints, but none is intact; the message names each with its damage.
+        TransientError: one cannot be read now, which may pass: an older one would cost the steps after it.
     """
     damaged: list[tuple[Path, Damage]] = []
     for path in reversed(checkpoints):
-        found = verify(path)
+        try:
+            found = verify(path)
+        except UserError as error:
+            if not is_transient(error):
+                raise
+            raise TransientError(
+                f"--resume: {error}; nothing was set aside, because that may pass: start again. If it stays so, move "
+                f"{path} away, and the run goes on from an older checkpoint"
+            ) from error
         if not found:
             return Verdict(path, tuple(damaged))
         damaged.append((path, found[0]))
@@ -82,23 +91,30 @@ def incompleteness(checkpoint: Path) -> list[Damage]:
 
     Earlier versions wrote checkpoints without checksums. The version in ``training.json`` distinguishes these from a
     checkpoint that lost its checksums. They are used as they are, and read by the same unpicklers, which run no code.
+
+    Raises:
+        UserError: a file exists and cannot be read; ``TransientError`` where that may pass.
     """
     try:
         manifest = read_manifest(checkpoint)
-    except (DamagedManifest, OSError):
-        return []  # ``find_damage`` reports a damaged ``checksums.json``.
+    except DamagedManifest:
+        return []  # ``find_damage`` reports it.
     if manifest is not None:
         return [Damage(name, f"not in {MANIFEST}") for name in REQUIRED_FILES if name not in manifest]
-    missing = [Damage(name, "missing") for name in REQUIRED_FILES if not (checkpoint / name).is_file()]
-    if missing or _is_without_checksums(checkpoint / TRAINING_FILE):
-        return missing
+    try:
+        missing = [Damage(name, "missing") for name in REQUIRED_FILES if not (checkpoint / name).is_file()]
+        if missing or _is_without_checksums(checkpoint / TRAINING_FILE):
+            return missing
+    except OSError as error:
+        raise unreadable(error.filename or checkpoint, error) from error
     return [Damage(MANIFEST, "missing")]
 
 
 def _is_without_checksums(training_file: Path) -> bool:
+    """Raises ``OSError`` if the file cannot be read."""
     try:
         return int(json.loads(training_file.read_bytes()).get("version", 1)) < 2
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+    except (ValueError, TypeError, AttributeError, RecursionError):
         return False
 
 

@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from megatron_ktr.errors import UserError
+from megatron_ktr.errors import UserError, is_transient, unreadable
 from megatron_ktr.files.checksums import Digest, HashingFile, write_hashed
 from megatron_ktr.files.safe_pickle import UNREADABLE
 from megatron_ktr.files.torch_dist_checks import COMMON_FILE, METADATA_FILE, read_metadata
@@ -283,12 +283,20 @@ def _narrowed(tensor: Tensor, starts: Sequence[int], lengths: Sequence[int]) -> 
 def _require_checkpoint(directory: Path) -> None:
     try:
         found = json.loads((directory / FORMAT_FILE).read_text(encoding="utf-8"))["sharded_backend"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        inside = sorted(path.parent.name for path in directory.glob(f"*/{FORMAT_FILE}"))
-        hint = f"; it contains checkpoints: {', '.join(inside)}" if inside else ""
-        raise UserError(f"{directory}: not a Megatron distributed checkpoint (no valid {FORMAT_FILE}){hint}") from error
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise unreadable(directory / FORMAT_FILE, error) from error
+        raise _no_checkpoint(directory) from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _no_checkpoint(directory) from error
     if found != FORMAT["sharded_backend"]:
         raise UserError(f"{directory}: expected a checkpoint of format torch_dist, got {found!r}")
+
+
+def _no_checkpoint(directory: Path) -> UserError:
+    inside = sorted(path.parent.name for path in directory.glob(f"*/{FORMAT_FILE}"))
+    hint = f"; it contains checkpoints: {', '.join(inside)}" if inside else ""
+    return UserError(f"{directory}: not a Megatron distributed checkpoint (no valid {FORMAT_FILE}){hint}")
 
 
 @contextlib.contextmanager
@@ -296,4 +304,6 @@ def _reporting_damage(directory: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, *UNREADABLE) as error:
+        if isinstance(error, OSError) and is_transient(error):
+            raise unreadable(error.filename or directory, error) from error
         raise UserError(f"{directory}: damaged or incomplete checkpoint: {error}") from error

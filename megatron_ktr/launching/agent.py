@@ -23,10 +23,9 @@ from torch.distributed.elastic.agent.server.api import DEFAULT_ROLE, RunResult, 
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError
 
-from megatron_ktr.errors import EXIT_OTHER_RANK, EXIT_USER
+from megatron_ktr.errors import EXIT_ALARM, EXIT_OTHER_RANK, EXIT_SAVED, EXIT_USER
 from megatron_ktr.launching.lifeline import with_lifeline
 from megatron_ktr.launching.supervisor import Budget, end_strays
-from megatron_ktr.run.interruption import EXIT_ALARM, EXIT_SAVED
 
 FINAL_CODES = frozenset({EXIT_USER, EXIT_SAVED, EXIT_ALARM})
 """What a rank ends with if the run shall not be started again: wrong input, saved on request, ended by a guard."""

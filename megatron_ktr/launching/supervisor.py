@@ -17,9 +17,10 @@ from collections.abc import Callable
 
 import psutil
 
+from megatron_ktr.errors import EXIT_SAVED
 from megatron_ktr.processes.child import adopt_orphans, end_with_parent
 from megatron_ktr.processes.process import descendants_of
-from megatron_ktr.run.interruption import EXIT_SAVED, LEAVE_SIGNALS
+from megatron_ktr.run.interruption import LEAVE_SIGNALS
 
 _HANDED_ON = (*LEAVE_SIGNALS, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 _NUMBERS = struct.Struct("<qq")

@@ -23,9 +23,7 @@ training step depends on these random states: rollouts and shuffles are seeded b
 
 from __future__ import annotations
 
-import errno
 import json
-import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -35,10 +33,9 @@ from typing import Any
 import torch
 
 from megatron_ktr.config.part_options import CheckpointOptions
-from megatron_ktr.data.reshard import reshard_states
-from megatron_ktr.distributed.agreement import gather_objects, on_every_rank
+from megatron_ktr.distributed.agreement import gather_objects
 from megatron_ktr.distributed.checkpoint_writer import BackgroundSave, Written
-from megatron_ktr.distributed.random_states import RANDOM_STATES, random_states_to_json, read_random_states
+from megatron_ktr.distributed.random_states import RANDOM_STATES, random_states_to_json
 from megatron_ktr.errors import TransientError, UserError
 from megatron_ktr.files.background_check import BackgroundCheck
 from megatron_ktr.files.checksums import Digest, sync, write_hashed, write_manifest
@@ -48,22 +45,12 @@ from megatron_ktr.files.torch_dist_checks import COMMON_FILE
 from megatron_ktr.files.torch_dist_files import torch_saved
 from megatron_ktr.policy.policy import Policy
 from megatron_ktr.rollout.step_source import ResumableSource
-from megatron_ktr.run.checkpoint_state import (
-    as_user_error,
-    check_tensors,
-    gather_random_states,
-    layout_of,
-    load_sharded_state,
-    read_training_state,
-    state_to_save,
-    training_state,
-)
+from megatron_ktr.run.checkpoint_actions import CheckpointActions
+from megatron_ktr.run.checkpoint_state import gather_random_states, restore, state_to_save, training_state
 from megatron_ktr.run.directory import CHECKPOINTS, SIDE_FILES, list_checkpoints, step_name
 from megatron_ktr.run.incidents import Incidents
 from megatron_ktr.run.kept import BestCheckpoint, remove_checkpoint, steps_to_remove
 from megatron_ktr.run.lease import Lease
-
-_log = logging.getLogger(__name__)
 
 
 class Checkpoints:
@@ -99,6 +86,7 @@ class Checkpoints:
         """Checkpoints that were not what had been written when they were read again."""
         self._incidents = incidents or Incidents(None)
         self._lease = lease
+        self._actions = CheckpointActions(self.directory, ranks=self.ranks)
         self._pending: tuple[int, BackgroundSave] | None = None
         self._complete_step: int | None = None
         """The step of the newest complete checkpoint; None, too, if that is found to be damaged."""
@@ -159,8 +147,8 @@ class Checkpoints:
         sharded, common = state_to_save(self.policy)
         what = f"save step {step} to"
         try:
-            self._on_rank_zero(what, lambda: self._prepare(scratch, training, random_states, common))
-            self._on_each_rank(what, lambda: _require_shared(scratch))
+            self._actions.on_rank_zero(what, lambda: self._prepare(scratch, training, random_states, common))
+            self._actions.on_each_rank(what, lambda: _require_shared(scratch))
         except UserError:
             self._discard(scratch)
             raise
@@ -192,32 +180,9 @@ class Checkpoints:
         Raises:
             UserError: the checkpoint is of another model or of other data, or holds something else than a run writes.
         """
-        training = self._on_each_rank("read", lambda: read_training_state(checkpoint))
-        with as_user_error(checkpoint / TRAINING_FILE):
-            # The source comes before the weights, so that a checkpoint of other data is refused early.
-            ranks = self.ranks
-            position = reshard_states(training["sources"], rank=ranks.data_rank, size=ranks.data_size)
-            self.source.load_state_dict(position)
-        self._on_each_rank("read", lambda: check_tensors(self.policy, checkpoint))
-        load_sharded_state(self.policy, checkpoint)
-        scheduler = self.policy.scheduler
-        scheduler.num_steps = 0
-        scheduler.step(increment=training["scheduler_steps"])
-        if training["layout"] == layout_of(self.policy):
-            states = self._on_each_rank("read", lambda: read_random_states(checkpoint))
-            self._on_each_rank("read", lambda: self._set_random_state(states, checkpoint / RANDOM_STATES))
-        elif ranks.rank == 0:
-            _log.info("the layout changed since %s was saved: random states start from the seed", checkpoint)
-        step = self._complete_step = int(training["step"])
+        step = self._complete_step = restore(checkpoint, policy=self.policy, source=self.source, actions=self._actions)
         self._verified.add(step)
         return step
-
-    def _set_random_state(self, states: list[dict[str, Any]], path: Path) -> None:
-        with as_user_error(path):
-            try:
-                self.policy.platform.set_rng_state(states[self.ranks.rank])
-            except RuntimeError as error:  # torch raises it for a state of another length
-                raise ValueError(str(error)) from error
 
     # Files
 
@@ -257,7 +222,7 @@ class Checkpoints:
         """A checkpoint could not be written: the run ends, or remembers it and tries again when the next one is due."""
         if self.options.save_failure == "stop":
             raise error
-        self._on_rank_zero("look after", self._require_lease)  # who has lost it does not go on
+        self._actions.on_rank_zero("look after", self._require_lease)  # who has lost it does not go on
         self.num_failures += 1
         self._failure = error
         if self.best is not None and step is not None:
@@ -273,9 +238,9 @@ class Checkpoints:
         save.wait()
         what = f"save step {step} to"
         try:
-            self._on_each_rank(what, lambda: _raise_error(save.error))
+            self._actions.on_each_rank(what, lambda: _raise_error(save.error))
             results = save.gather_results()
-            self._on_rank_zero(what, lambda: self._publish(step, save, results))
+            self._actions.on_rank_zero(what, lambda: self._publish(step, save, results))
         except UserError:
             self._discard(save.directory)
             raise
@@ -346,7 +311,7 @@ class Checkpoints:
                 raise failure
 
         try:
-            self._on_rank_zero("tidy", settle)
+            self._actions.on_rank_zero("tidy", settle)
         except UserError as error:
             self._take_failure(step, error)
 
@@ -365,27 +330,6 @@ class Checkpoints:
         os.rename(save.directory, target)
         # Makes sure that the rename itself reaches the disk.
         sync(self.directory)
-
-    # Errors
-
-    def _on_rank_zero(self, what: str, action: Callable[[], Any]) -> None:
-        self._on_each_rank(what, lambda: action() if self.ranks.rank == 0 else None)
-
-    def _on_each_rank(self, what: str, action: Callable[[], Any]) -> Any:
-        """Runs ``on_every_rank``, and turns errors of the file system into one line for the user."""
-
-        def guarded() -> Any:
-            try:
-                return action()
-            except OSError as error:
-                reason = error.strerror or str(error)
-                if error.errno == errno.ENOSPC:  # a quota is no full disk: who looks would find room there
-                    reason = "disk full"
-                kept = list_checkpoints(self.directory.parent)
-                intact = f"the last complete checkpoint is {kept[-1][1]}" if kept else "there is no older checkpoint"
-                raise UserError(f"checkpoints: cannot {what} {self.directory}: {reason}; {intact}") from error
-
-        return on_every_rank(guarded, ranks=self.ranks)
 
 
 def _require_shared(scratch: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,17 +33,22 @@ from megatron_ktr.distributed.optimizer_checkpoint import (
     optimizer_shards,
 )
 from megatron_ktr.distributed.optimizer_shards import stored_keys
-from megatron_ktr.errors import UserError, is_transient
+from megatron_ktr.distributed.random_states import RANDOM_STATES, read_random_states
+from megatron_ktr.errors import UserError, is_transient, unreadable
 from megatron_ktr.files.intact_checkpoint import FORMAT_VERSION, TRAINING_FILE
+from megatron_ktr.files.listing import paths_in
 from megatron_ktr.files.safe_pickle import UNREADABLE
 from megatron_ktr.files.torch_dist_checks import COMMON_FILE, check_chunks, require_tensors
 from megatron_ktr.files.torch_dist_files import TorchDistReader
 from megatron_ktr.policy.policy import Policy
 from megatron_ktr.rollout.step_source import ResumableSource
+from megatron_ktr.run.checkpoint_actions import CheckpointActions
 from megatron_ktr.stack import load_strategy
 from models.qwen2_5_vl.dist_checkpoint import locate_tensors
 from models.qwen2_5_vl.dist_weights import model_sharded_state_dict, require_plain_tensors
 from models.qwen2_5_vl.lora import is_adapter
+
+_log = logging.getLogger(__name__)
 
 
 def sharded_state(policy: Policy, *, is_loading: bool = False) -> dict[str, Any]:
@@ -112,6 +118,39 @@ def _cause_of(error: BaseException) -> BaseException:
     return next((one for one, _ in failures.values() if is_transient(one)), error)
 
 
+def restore(checkpoint: Path, *, policy: Policy, source: ResumableSource, actions: CheckpointActions) -> int:
+    """Fills policy, source and random states from an intact checkpoint of any layout; returns its step. Collective.
+
+    Raises:
+        UserError: the checkpoint is of another model or of other data, or holds something else than a run writes.
+    """
+    ranks = policy.ranks
+    training = actions.on_each_rank("read", lambda: read_training_state(checkpoint))
+    with as_user_error(checkpoint / TRAINING_FILE):
+        # The source comes before the weights, so that a checkpoint of other data is refused early.
+        source.load_state_dict(reshard_states(training["sources"], rank=ranks.data_rank, size=ranks.data_size))
+    actions.on_each_rank("read", lambda: check_tensors(policy, checkpoint))
+    load_sharded_state(policy, checkpoint)
+    scheduler = policy.scheduler
+    scheduler.num_steps = 0
+    scheduler.step(increment=training["scheduler_steps"])
+    if training["layout"] == layout_of(policy):
+        states = actions.on_each_rank("read", lambda: read_random_states(checkpoint))
+        path = checkpoint / RANDOM_STATES
+        actions.on_each_rank("read", lambda: _set_random_state(policy, states, path=path))
+    elif ranks.rank == 0:
+        _log.info("the layout changed since %s was saved: random states start from the seed", checkpoint)
+    return int(training["step"])
+
+
+def _set_random_state(policy: Policy, states: list[dict[str, Any]], *, path: Path) -> None:
+    with as_user_error(path):
+        try:
+            policy.platform.set_rng_state(states[policy.ranks.rank])
+        except RuntimeError as error:  # torch raises it for a state of another length
+            raise ValueError(str(error)) from error
+
+
 def layout_of(policy: Policy) -> dict[str, Any]:
     """How the ranks share the model and the data; random states continue only in the same layout."""
     ranks = policy.ranks
@@ -164,7 +203,7 @@ def _common_of_all(policy: Policy, common: dict[str, Any]) -> dict[str, Any]:
 def check_tensors(policy: Policy, checkpoint: Path) -> None:
     """Refuses chunks that are no plain tensors (each rank checks a part), and a checkpoint of another model."""
     reader = TorchDistReader(checkpoint)
-    files = sorted(path.name for path in checkpoint.glob("*.distcp"))
+    files = [path.name for path in paths_in(checkpoint, "*.distcp")]
     check_chunks(checkpoint, files=files[policy.ranks.rank :: policy.ranks.world_size])
     if policy.lora is None:
         locate_tensors(reader, config=policy.model_config)
@@ -173,7 +212,10 @@ def check_tensors(policy: Policy, checkpoint: Path) -> None:
 def read_training_state(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / TRAINING_FILE
     with as_user_error(path):
-        state = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            state = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise unreadable(path, error, option="--resume") from error
         missing = {"step", "layout", "scheduler_steps", "sources"} - state.keys()
         if missing:
             raise UserError(f"--resume: {path} lacks {', '.join(sorted(missing))}")

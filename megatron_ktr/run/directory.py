@@ -43,7 +43,7 @@ from typing import Any, Protocol, TypeVar
 import yaml
 
 from megatron_ktr.config import OPTIONS, Config, read_saved, save_resolved
-from megatron_ktr.errors import UserError
+from megatron_ktr.errors import UserError, unreadable
 from megatron_ktr.files.bounded import MOST_OPTIONS_BYTES, read_text
 from megatron_ktr.files.intact_checkpoint import (
     CONFIG_FILE,
@@ -55,6 +55,7 @@ from megatron_ktr.files.intact_checkpoint import (
     unused_path,
 )
 from megatron_ktr.files.json_files import read_json
+from megatron_ktr.files.listing import paths_in
 from megatron_ktr.run.lease import FILE as LEASE_FILE
 from megatron_ktr.run.lease import Lease
 from megatron_ktr.run.metrics import read_records
@@ -136,13 +137,25 @@ def rollout_file(run_dir: Path, *, step: int, replica: int) -> Path:
 
 
 def list_checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
-    """(step, directory) of every checkpoint, oldest first. ``files/intact_checkpoint.py`` tells which are intact."""
+    """(step, directory) of every checkpoint, oldest first. ``files/intact_checkpoint.py`` tells which are intact.
+
+    Raises:
+        UserError: the directory of checkpoints cannot be listed: a run that takes it for empty begins anew.
+            ``TransientError`` where that may pass.
+    """
     found = []
-    for path in (run_dir / CHECKPOINTS).glob("step_*"):
+    for path in paths_in(run_dir / CHECKPOINTS, "step_*"):
         match = STEP_NAME.fullmatch(path.name)
-        if match and path.is_dir():
+        if match and _is_directory(path):
             found.append((int(match[1]), path))
     return sorted(found)
+
+
+def _is_directory(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError as error:
+        raise unreadable(path, error) from error
 
 
 class Agree(Protocol):
@@ -318,7 +331,7 @@ def _is_saved_by_run(path: Path) -> bool:
     try:
         content = yaml.safe_load(read_text(path, most_bytes=MOST_OPTIONS_BYTES))
     except OSError as error:
-        raise UserError(f"--run-dir: {path} cannot be read: {error.strerror}") from error
+        raise unreadable(path, error, option="--run-dir") from error
     except (yaml.YAMLError, UserError, ValueError, RecursionError):
         return False
     trainer = content.get("trainer") if isinstance(content, dict) else None
@@ -341,7 +354,7 @@ def _set_aside_later(folder: Path, step: int) -> None:
     may get different ones, while reports take everything in the folder for that of one run."""
     abandoned = [
         path
-        for path in sorted(folder.glob("step_*"))
+        for path in paths_in(folder, "step_*")
         if (match := STEP_ENTRY.fullmatch(path.name)) and int(match[1]) > step
     ]
     if abandoned:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ktr.config.words import SaveFailure
@@ -13,6 +14,24 @@ from megatron_ktr.run.directory import EXPORTS, step_name
 from megatron_ktr.run.hook import StepHook, Stop
 from megatron_ktr.run.incidents import Incidents
 from megatron_ktr.run.step_report import StepReport
+
+
+@dataclass(frozen=True)
+class ExportTimes:
+    """After which steps a run exports its model."""
+
+    interval: int
+    """Between the first step and the last, after every step that it divides; 0 means never."""
+    num_steps: int
+    """After the last step a run always exports, outside of the steps (``train.py``)."""
+
+    def is_between(self, step: int) -> bool:
+        """Whether ``step`` has an export of its own in ``exports``."""
+        return bool(self.interval) and step % self.interval == 0 and step != self.num_steps
+
+    def is_due(self, step: int) -> bool:
+        """Whether the weights after ``step`` are exported."""
+        return step == self.num_steps or self.is_between(step)
 
 
 class ExportHook(StepHook):
@@ -25,15 +44,13 @@ class ExportHook(StepHook):
         run_dir: Path,
         *,
         policy: Policy,
-        interval: int,
-        num_steps: int,
+        times: ExportTimes,
         on_failure: SaveFailure,
         incidents: Incidents,
     ) -> None:
         self._directory = run_dir / EXPORTS
         self._policy = policy
-        self._interval = interval
-        self._num_steps = num_steps
+        self._times = times
         self._on_failure = on_failure
         self._incidents = incidents
         self._num_failures = 0
@@ -46,7 +63,7 @@ class ExportHook(StepHook):
                 raised by the rank that writes, and a ``UserError`` by the others.
         """
         step = report.step
-        if step % self._interval == 0 and step != self._num_steps:
+        if self._times.is_between(step):
             try:
                 self._policy.save_hf(self._directory / step_name(step))
             except (UserError, OSError) as error:

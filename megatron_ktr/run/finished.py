@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ktr.config import Config
-from megatron_ktr.errors import UserError
+from megatron_ktr.errors import UserError, is_transient, unreadable
 from megatron_ktr.files.atomic import write_atomically
 from megatron_ktr.files.bounded import MOST_JSON_BYTES, read_text
 from megatron_ktr.files.checksums import MANIFEST, Damage, file_digest
@@ -91,7 +91,7 @@ def _finished_step(config: Config) -> int | None:
         content = _read(run_dir / FINISHED_FILE)
         digest = _digest_of(run_dir / EXPORT / MANIFEST)
     except OSError as error:
-        raise UserError(f"--run-dir: {error.filename} cannot be read: {error.strerror}") from error
+        raise unreadable(error.filename or run_dir / FINISHED_FILE, error, option="--run-dir") from error
     if content is None or digest is None or digest != content.get("checksums"):
         return None
     step = content.get("step")
@@ -102,7 +102,9 @@ def _finished_step(config: Config) -> int | None:
         return None  # somebody took it away, so that the run goes on from an older one
     try:
         require_same_options(config, run_dir / CONFIG_FILE)
-    except UserError:  # what resumes says so, once it has found a checkpoint
+    except UserError as error:  # what resumes says so, once it has found a checkpoint
+        if is_transient(error):  # ... but it reads another copy, and a run that goes on makes its export anew
+            raise
         return None
     return step
 

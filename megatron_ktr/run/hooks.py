@@ -13,7 +13,7 @@ from megatron_ktr.config.sections import ResilienceSection
 from megatron_ktr.distributed.rendezvous import connect_again
 from megatron_ktr.policy.policy import Policy
 from megatron_ktr.run.alarms import Alarms
-from megatron_ktr.run.exports import ExportHook
+from megatron_ktr.run.exports import ExportHook, ExportTimes
 from megatron_ktr.run.hook import StepHook
 from megatron_ktr.run.incidents import Incidents
 from megatron_ktr.run.lease import Lease, LeaseHook
@@ -77,19 +77,21 @@ def _guards(watched: Watched) -> list[StepHook]:
             options.replica_check_interval,
             policy=watched.policy,
             incidents=incidents,
-            export_interval=options.export_interval,
-            num_steps=watched.num_steps,
+            exports=_export_times(watched),
         ),
         Alarms(options, run_dir=watched.run_dir, first_step=watched.first_step, ranks=ranks, incidents=incidents),
     ]
+
+
+def _export_times(watched: Watched) -> ExportTimes:
+    return ExportTimes(watched.options.export_interval, num_steps=watched.num_steps)
 
 
 def _export_hook(watched: Watched) -> ExportHook:
     return ExportHook(
         watched.run_dir,
         policy=watched.policy,
-        interval=watched.options.export_interval,
-        num_steps=watched.num_steps,
+        times=_export_times(watched),
         on_failure=watched.options.save_failure,
         incidents=watched.incidents,
     )

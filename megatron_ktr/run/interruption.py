@@ -18,11 +18,6 @@ from torch.distributed import ProcessGroup
 
 from megatron_ktr.web import leaving
 
-EXIT_SAVED = 75
-"""Exit code of a run that left when asked to and is to be started again with ``--resume`` (EX_TEMPFAIL)."""
-EXIT_ALARM = 76
-"""Exit code of a run that a guard has ended: an alarm, too many skipped updates in a row, or replicas that differ. The
-state is saved first if it is sound. A person should look at the run."""
 LEAVE_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
 

@@ -52,12 +52,13 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_ktr.errors import unreadable
 from megatron_ktr.files.atomic import write_atomically
 from megatron_ktr.files.json_files import parse_json, to_json
 from megatron_ktr.files.line_log import LineLog
@@ -131,8 +132,8 @@ class MetricsWriter:
 
         run_dir.mkdir(parents=True, exist_ok=True)
         self._path = path = run_dir / FILE
-        if path.exists():
-            kept = [line for line in _lines(path) if _step_of(line) < first_step]
+        if (lines := _lines_of_run(path)) is not None:
+            kept = [line for line in lines if _step_of(line) < first_step]
             write_atomically(path, "".join(line + "\n" for line in kept))
         self._file = LineLog(path)
         self._hook_before = threading.excepthook
@@ -169,7 +170,7 @@ class MetricsWriter:
             return
         try:
             self._file.flush()
-            records = {one["step"]: one for one in _records(self._path)}
+            records = {one["step"]: one for one in _records_in(_lines(self._path))}
             for step, values in self._late:
                 _join(records.setdefault(step, {"step": step}), values)
             ordered = sorted(records.values(), key=lambda one: one["step"])
@@ -287,9 +288,12 @@ def _rounded(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def read_records(run_dir: Path) -> list[dict[str, Any]]:
-    """The records of a run so far, without a torn last one; empty if it has none."""
-    path = run_dir / FILE
-    return _records(path) if path.exists() else []
+    """The records of a run so far, without a torn last one; empty if it has none.
+
+    Raises:
+        UserError: the file cannot be read; ``TransientError`` where that may pass.
+    """
+    return _records_in(_lines_of_run(run_dir / FILE) or ())
 
 
 def figures_of_step(run_dir: Path, *, step: int) -> frozenset[str]:
@@ -297,8 +301,18 @@ def figures_of_step(run_dir: Path, *, step: int) -> frozenset[str]:
     return frozenset(name for record in read_records(run_dir) if record["step"] == step for name in record)
 
 
-def _records(path: Path) -> list[dict[str, Any]]:
-    return [parse_json(line) for line in _lines(path) if math.isfinite(_step_of(line))]
+def _records_in(lines: Iterable[str]) -> list[dict[str, Any]]:
+    return [parse_json(line) for line in lines if math.isfinite(_step_of(line))]
+
+
+def _lines_of_run(path: Path) -> list[str] | None:
+    """The lines of an earlier part of the run; None if there is no file."""
+    try:
+        return _lines(path)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise unreadable(path, error, option="--run-dir") from error
 
 
 def _lines(path: Path) -> list[str]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from megatron_ktr.distributed.replica_checksums import Difference, find_differences
 from megatron_ktr.policy.policy import Policy
 from megatron_ktr.policy.replicated import replicated_tensors
+from megatron_ktr.run.exports import ExportTimes
 from megatron_ktr.run.hook import StepHook, Stop
 from megatron_ktr.run.incidents import Incidents
 from megatron_ktr.run.step_report import StepReport
@@ -24,19 +25,14 @@ MOST_NAMED = 5
 class ReplicaCheck(StepHook):
     """The check; ``interval`` 0 means never. Collective over the world."""
 
-    def __init__(
-        self, interval: int, *, policy: Policy, incidents: Incidents, export_interval: int = 0, num_steps: int = 0
-    ) -> None:
-        """``export_interval`` and ``num_steps`` say after which steps the model is exported."""
-        self._interval, self._policy, self._incidents = interval, policy, incidents
-        self._export_interval, self._num_steps = export_interval, num_steps
+    def __init__(self, interval: int, *, policy: Policy, incidents: Incidents, exports: ExportTimes) -> None:
+        self._interval, self._policy, self._incidents, self._exports = interval, policy, incidents, exports
         self._compared_step = 0
         """The last step after which the copies were compared."""
 
     def after_step(self, report: StepReport) -> Stop | None:
         step = report.step
-        is_exported = step == self._num_steps or (self._export_interval and step % self._export_interval == 0)
-        if not self._interval or not (step % self._interval == 0 or is_exported):
+        if not self._interval or not (step % self._interval == 0 or self._exports.is_due(step)):
             return None
         differences = self._compare(step)
         report.values["replica_check/differences"] = float(len(differences))

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from megatron_ktr.errors import UserError
+from megatron_ktr.errors import UserError, unreadable
 from megatron_ktr.terminal import HIDDEN, LEAST_SECRET, keep_secret
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -57,9 +57,10 @@ class ApiKey:
             # Without waiting, should it be a pipe that nobody writes into.
             with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
                 raw = file.read(_MOST_FILE_BYTES + 1) if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else None
-        except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "not a path"
-            raise UserError(f"{option}: the file with the token cannot be read: {reason}") from None
+        except OSError as error:
+            raise unreadable("the file with the token", error, option=option) from error
+        except ValueError:
+            raise UserError(f"{option}: the file with the token cannot be read: not a path") from None
         if raw is None:
             raise UserError(f"{option}: expected a file with the token, got something else")
         try:

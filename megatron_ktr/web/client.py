@@ -116,7 +116,7 @@ class Web:
         except OSError as error:
             raise UserError(
                 f"the environment's certificates (SSL_CERT_FILE, SSL_CERT_DIR) cannot be read: {error.strerror}"
-            ) from None
+            ) from error
 
     async def close(self) -> None:
         await self._http.aclose()

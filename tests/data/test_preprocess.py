@@ -221,9 +221,11 @@ def test_options_win_over_the_model_directory_and_drag_the_other_limit_along(tmp
         PreprocessSettings.from_model(tmp_path, video_min_pixels=9 * 784, video_max_pixels=4 * 784)
     with pytest.raises(UserError, match="video_max_pixels of at least one visual token, 28 x 28 = 784 pixels, got 783"):
         PreprocessSettings.from_model(tmp_path, video_max_pixels=783)
-    (tmp_path / "preprocessor_config.json").write_text("{")
-    with pytest.raises(UserError, match="preprocessor_config.json"):
-        PreprocessSettings.from_model(tmp_path)
+    huge = 10**400  # no float holds it
+    for wrong in ("{", json.dumps({"patch_size": huge}), json.dumps({"image_mean": [huge] * 3})):
+        (tmp_path / "preprocessor_config.json").write_text(wrong)
+        with pytest.raises(UserError, match="preprocessor_config.json"):
+            PreprocessSettings.from_model(tmp_path)
 
 
 def test_a_loaded_video_has_grid_and_seconds(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -19,8 +20,10 @@ from megatron_ktr.data.records import check_record
 from megatron_ktr.data.unusable import UnusableMedia
 from megatron_ktr.distributed.agreement import on_every_rank
 from megatron_ktr.distributed.groups import ParallelSizes
-from megatron_ktr.errors import UserError
+from megatron_ktr.errors import TransientError, UserError
+from megatron_ktr.evaluation.reading.benchmark_files import missing_media
 from megatron_ktr.rollout.build import build_local_source
+from tests.support.failing_files import failing
 from tests.support.tiny import VOCAB_SIZE
 from tests.support.tokenizer import save_tiny_tokenizer, tiny_tokenizer
 from tests.support.videos import numbered_frames, write_video
@@ -209,6 +212,23 @@ def test_the_quick_look_at_files_answers_as_the_file_system_does(
         files = MediaFiles(root)
         for name in random.Random(lookups).sample(names, len(names)):
             assert outcome(files.check, name) == outcome(slowly, name), name
+
+
+@pytest.mark.parametrize("lookups", [0, 1000])  # the folder is listed, or each file is looked at
+def test_a_file_server_that_is_away_leaves_no_record_out(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, lookups: int
+) -> None:
+    monkeypatch.setattr("megatron_ktr.data.media.files._LOOKUPS_BEFORE_LISTING", lookups)
+    build(folder, [good(1)])
+    benchmark: Any = SimpleNamespace(
+        media_root=folder, items=[SimpleNamespace(record={"media": [("video", "clip.mp4")]})]
+    )
+    assert not list(missing_media(benchmark))
+    with failing(folder / "clip.mp4" if lookups else folder, errno.ESTALE):
+        with pytest.raises(TransientError, match="media path 'clip.mp4' .*Stale file handle"):
+            build(folder, [good(1)])
+        with pytest.raises(TransientError, match="Stale file handle"):  # the item would count as wrong
+            list(missing_media(benchmark))
 
 
 def bad_on_one_rank(context: Any, folder: str) -> str:

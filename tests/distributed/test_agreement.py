@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from typing import Any
 
 from megatron_ktr.distributed.agreement import gather_objects, on_every_rank, raise_on_every_rank, result_of_rank_zero
@@ -11,6 +13,11 @@ from tests.support.ranks import RankContext, RankPool
 
 def agree(context: RankContext) -> dict[str, Any]:
     ranks = context.init()
+
+    def read_on_rank_one() -> str:
+        if ranks.rank == 1:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return "fine here"
 
     def fail_on_rank_one() -> str:
         if ranks.rank == 1:
@@ -24,6 +31,7 @@ def agree(context: RankContext) -> dict[str, Any]:
     }
     actions = {
         "user error": lambda: on_every_rank(fail_on_rank_one, ranks=ranks),
+        "file server": lambda: on_every_rank(read_on_rank_one, ranks=ranks),
         "mistake": lambda: raise_on_every_rank(KeyError("a bug") if ranks.rank == 0 else None, group=ranks.world),
         "rank 0 fails": lambda: result_of_rank_zero(lambda: int("x") if ranks.rank else fail(), ranks=ranks),
     }
@@ -48,6 +56,7 @@ def test_errors_and_results_are_the_same_on_every_rank(ranks: RankPool) -> None:
         assert found["result"] == rank and found["of rank 0"] == "rank 0"
         assert found["user error"] == ("UserError", "the file is gone", True)
         assert found["rank 0 fails"] == ("UserError", "no such checkpoint", True)
+    assert [found["file server"][0] for found in answers] == ["TransientError", "OSError", "TransientError"]
     # A mistake of the program keeps its traceback where it happened; the others end in words.
     assert [found["mistake"][0] for found in answers] == ["KeyError", "UserError", "UserError"]
 

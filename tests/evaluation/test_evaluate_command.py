@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_ktr.errors import EXIT_INTERRUPTED, EXIT_USER, UserError
+from megatron_ktr.errors import EXIT_INTERRUPTED, EXIT_SAVED, EXIT_USER, UserError
 from megatron_ktr.evaluation.commands import evaluate as command
 from megatron_ktr.evaluation.engines.base import EngineFailed, Question
-from megatron_ktr.run.interruption import EXIT_SAVED
 from tests.support.evaluations import FakeEngine, write_questions
 from tools.evaluate import main
 

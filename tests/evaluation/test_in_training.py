@@ -19,7 +19,7 @@ from megatron_ktr.config.part_options import EvaluationOptions
 from megatron_ktr.data.synthetic import corpus, make_dataset
 from megatron_ktr.data.template import PromptBuilder, VisualTokens, load_tokenizer
 from megatron_ktr.data.tiny_model import save_tiny_model
-from megatron_ktr.errors import UserError
+from megatron_ktr.errors import EXIT_SAVED, UserError
 from megatron_ktr.evaluation.asking.outcomes import read_evaluation
 from megatron_ktr.evaluation.engines.prompts import PromptMaker
 from megatron_ktr.evaluation.training.dry_run import find_held_out
@@ -32,7 +32,7 @@ from megatron_ktr.evaluation.training.held_out import (
 from megatron_ktr.evaluation.training.in_training import TrainingEvaluation
 from megatron_ktr.evaluation.training.same_sets import require_unchanged, write_settings
 from megatron_ktr.rollout.sampling import SamplingSettings
-from megatron_ktr.run.interruption import EXIT_SAVED, LeaveRequest
+from megatron_ktr.run.interruption import LeaveRequest
 from megatron_ktr.train import train
 from megatron_ktr.types import Prompt, Rollout, RolloutGroup
 

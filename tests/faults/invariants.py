@@ -19,18 +19,21 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ktr import errors
-from megatron_ktr.errors import EXIT_HANG, EXIT_INTERNAL, EXIT_OTHER_RANK, EXIT_OUTPUT_CLOSED, EXIT_TRANSIENT, EXIT_USER
+from megatron_ktr.errors import (
+    EXIT_ALARM,
+    EXIT_HANG,
+    EXIT_INTERNAL,
+    EXIT_OTHER_RANK,
+    EXIT_OUTPUT_CLOSED,
+    EXIT_TRANSIENT,
+    EXIT_USER,
+)
 from megatron_ktr.files.checksums import find_damage
-from megatron_ktr.run import interruption
 from megatron_ktr.run.directory import ABANDONED_START, list_checkpoints
-from megatron_ktr.run.interruption import EXIT_ALARM
 from tests.faults.zygote import Ended
 
 ERRORS = {EXIT_USER, EXIT_TRANSIENT, EXIT_OTHER_RANK}
-DOCUMENTED = {
-    0,
-    *(getattr(module, name) for module in (errors, interruption) for name in vars(module) if name.startswith("EXIT_")),
-}
+DOCUMENTED = {0, *(getattr(errors, name) for name in vars(errors) if name.startswith("EXIT_"))}
 """Every code that the program gives itself; ``docs/launching.md`` says what they mean."""
 EXPECTED = DOCUMENTED - {EXIT_INTERNAL, EXIT_ALARM, EXIT_HANG, EXIT_OUTPUT_CLOSED} | {-signal.SIGKILL, -signal.SIGTERM}
 """Those with which a command may end after a fault, where a scenario does not say otherwise: not by a mistake of the

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,18 +17,19 @@ from megatron_ktr.config import config_from_values, save_resolved
 from megatron_ktr.config.part_options import CheckpointOptions, PolicyOptions
 from megatron_ktr.distributed.agreement import raise_on_every_rank
 from megatron_ktr.distributed.platform import current
-from megatron_ktr.errors import UserError, is_transient
-from megatron_ktr.files import background_check
+from megatron_ktr.errors import TransientError, UserError, is_transient
+from megatron_ktr.files import background_check, checksums
 from megatron_ktr.files.intact_checkpoint import checkpoint_damage
 from megatron_ktr.policy.policy import Policy
 from megatron_ktr.run.checkpoint import Checkpoints
 from megatron_ktr.run.directory import list_checkpoints
-from megatron_ktr.run.exports import ExportHook
+from megatron_ktr.run.exports import ExportHook, ExportTimes
 from megatron_ktr.run.incidents import Incidents
 from megatron_ktr.run.kept import BestCheckpoint, BestStep, open_best, steps_to_remove
 from megatron_ktr.run.lease import acquire
 from megatron_ktr.run.step_report import StepReport
 from tests.run.test_checkpoint import NoData
+from tests.support.failing_files import failing
 from tests.support.tiny import save_tiny_hf
 
 
@@ -150,6 +152,11 @@ def test_a_resumed_run_takes_no_damaged_checkpoint_for_its_best(policy, one_rank
     evaluated(checkpoints, {1: 0.5, 2: 0.9, 3: 0.4}, run_dir)
     assert steps(run_dir) == [1, 3]
     shutil.copytree(run_dir / "checkpoints/step_00000001", run_dir / "checkpoints/step_00000002")
+    # What cannot be read now may still be the best one: no other one takes its place, or it could be removed later.
+    named = (run_dir / "best.json").read_text()
+    with failing(run_dir / "checkpoints/step_00000002/common.pt", errno.EIO), pytest.raises(TransientError):
+        open_best(run_dir, metric=metric, start_step=3, ranks=one_rank)
+    assert (run_dir / "best.json").read_text() == named
     (run_dir / "checkpoints/step_00000002/common.pt").write_bytes(b"")
     again = open_best(run_dir, metric=metric, start_step=3, ranks=one_rank)
     assert again is not None and again.kept == BestStep(1, 0.5) and "step_00000002 is damaged" in caplog.text
@@ -207,10 +214,14 @@ def test_a_checkpoint_that_cannot_be_read_again_is_not_verified(policy, tmp_path
     checkpoints.save_and_wait(1)
     checkpoints.close()
 
-    def away(*args: Any, **options: Any) -> Any:
-        raise UserError("the file server is away")
+    digest = checksums.file_digest
 
-    monkeypatch.setattr(background_check, "find_damage", away)
+    def away(path: Path) -> Any:
+        if threading.current_thread().name == "checkpoint check":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return digest(path)
+
+    monkeypatch.setattr(checksums, "file_digest", away)
     checkpoints.save_and_wait(2)
     checkpoints.close()
     assert steps(run_dir) == [1, 2] and incidents(run_dir) == [("unverified_checkpoint", 2)]
@@ -295,8 +306,7 @@ def test_exports_during_a_run_load_and_a_failed_one_is_survived(policy, tmp_path
         return ExportHook(
             tmp_path,
             policy=policy,
-            interval=2,
-            num_steps=6,
+            times=ExportTimes(2, num_steps=6),
             on_failure=on_failure,
             incidents=Incidents(tmp_path),
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -18,15 +20,17 @@ from megatron_ktr.config import Config, config_from_values
 from megatron_ktr.config.part_options import CheckpointOptions, PolicyOptions
 from megatron_ktr.distributed.groups import ParallelSizes
 from megatron_ktr.distributed.platform import current
-from megatron_ktr.errors import UserError
-from megatron_ktr.files.checksums import MANIFEST, file_digest, find_damage, require_intact
+from megatron_ktr.errors import EXIT_TRANSIENT, EXIT_USER, UserError, is_transient, run_cli
+from megatron_ktr.files.checksums import MANIFEST, file_digest, find_damage, require_intact, write_manifest
 from megatron_ktr.files.intact_checkpoint import checkpoint_damage, newest_intact
 from megatron_ktr.policy.policy import Policy
 from megatron_ktr.run.checkpoint import Checkpoints
+from megatron_ktr.run.checkpoint_actions import CheckpointActions
 from megatron_ktr.run.directory import find_checkpoint, list_checkpoints
 from models.qwen2_5_vl.dist_checkpoint import convert_to_hf, convert_to_megatron
 from tests.run.test_checkpoint import NoData, step_on_noise
 from tests.support.commands import run_tool
+from tests.support.failing_files import failing
 from tests.support.paths import REPOSITORY
 from tests.support.patience import PATIENCE_SECONDS
 from tests.support.tiny import save_tiny_hf
@@ -160,7 +164,7 @@ def test_a_digest_is_of_what_was_to_be_written_not_of_what_the_disk_made_of_it(t
         def write(self, data: Any) -> int:
             return self.file.write(bytes([data[0] ^ 1]) + bytes(data[1:]))
 
-    from megatron_ktr.files.checksums import HashingFile, write_manifest
+    from megatron_ktr.files.checksums import HashingFile
 
     with open(tmp_path / "a.distcp", "wb") as opened:
         file = HashingFile(Disk(opened))
@@ -204,23 +208,90 @@ def test_a_checkpoint_of_a_version_without_checksums_is_used_and_said(saved, tmp
     assert find_checkpoint(config) == checkpoint and f"has no checksums ({MANIFEST})" in caplog.text
 
 
-@pytest.mark.parametrize("permission", [True, False])
-def test_a_file_that_cannot_be_read_is_not_taken_for_a_damaged_one(saved, monkeypatch, permission):
-    """A file server that is away must not cost a run its newest checkpoint; a disk that cannot read is damage."""
-    import errno
+def tree(directory: Path) -> dict[str, tuple[int, int]]:
+    """Every file and directory with what changes when it is written."""
+    found = {path.relative_to(directory).as_posix(): path.stat() for path in sorted(directory.rglob("*"))}
+    return {name: (status.st_ino, status.st_mtime_ns) for name, status in found.items()}
 
-    from megatron_ktr.files import checksums
 
-    def fail(path: Path) -> None:
-        raise OSError(errno.EACCES if permission else errno.EIO, "no", str(path))
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EACCES])
+def test_a_file_that_cannot_be_read_is_not_taken_for_a_damaged_one(saved, tmp_path, capsys, code):
+    """A file server that is away, or a disk that fails once, must not cost a run its newest checkpoint, and least of
+    all make it begin anew. The launcher starts the ranks again where that may pass."""
+    shutil.copytree(saved.run_dir, tmp_path / "run")
+    newest = tmp_path / "run/checkpoints/step_00000002"
+    config = config_from_values(dict(model="m", run_dir=str(tmp_path / "run"), auto_resume=True))
 
-    monkeypatch.setattr(checksums, "file_digest", fail)
-    if permission:
-        with pytest.raises(UserError, match="cannot be read: no"):
-            newest_intact(saved.checkpoints, verify=checkpoint_damage)
-    else:
-        with pytest.raises(UserError, match="no checkpoint .* is intact"):
-            newest_intact(saved.checkpoints, verify=checkpoint_damage)
+    def code_of_start(unreadable: Path) -> tuple[int, str]:
+        before = tree(tmp_path)
+        with failing(unreadable, code), pytest.raises(SystemExit) as ended:
+            run_cli(lambda: find_checkpoint(config) and None)
+        assert tree(tmp_path) == before, unreadable
+        return int(str(ended.value)), capsys.readouterr().err
+
+    expected = EXIT_USER if code == errno.EACCES else EXIT_TRANSIENT
+    for unreadable in (newest / "__0_0.distcp", newest / "hf/config.json", newest / MANIFEST, newest.parent):
+        ended, said = code_of_start(unreadable)
+        assert ended == expected and f"{unreadable} cannot be read: {os.strerror(code)}" in said, (unreadable, said)
+        assert said.count("\n") == 1 and "damaged" not in said
+        advises = code != errno.EACCES and unreadable != newest.parent
+        assert (f"move {newest} away" in said) == advises, "a disk that fails for good is for a person to decide"
+    # Whether it is one of a version without checksums is not known then.
+    (newest / MANIFEST).unlink()
+    ended, said = code_of_start(newest / "training.json")
+    assert ended == expected and "training.json cannot be read" in said
+
+
+def test_an_error_that_may_pass_is_not_taken_for_something_else(saved, tmp_path):
+    """By other readers: each raises it as such, so that a launcher starts the ranks again, and changes nothing."""
+    from megatron_ktr.data.store.sealed import open_sealed
+    from megatron_ktr.evaluation.asking.outcomes import ITEMS_FILE, has_items
+    from megatron_ktr.files.hf_files import SafetensorsReader, copy_side_files
+    from megatron_ktr.files.hf_model import reading_model
+    from megatron_ktr.files.torch_dist_files import TorchDistReader
+    from megatron_ktr.run.status.wandb_writer import run_id
+    from megatron_ktr.web.address import ApiKey
+
+    shutil.copytree(saved.run_dir / "export", tmp_path / "export")
+    for name in ("sealed", ITEMS_FILE):
+        (tmp_path / name).write_text("{}" * 20)
+    assert run_id(tmp_path) == run_id(tmp_path)
+
+    def read_as_transformers_does() -> None:
+        with reading_model(tmp_path / "export"):
+            try:
+                (tmp_path / "export/config.json").read_text()
+            except OSError:
+                raise ValueError("not a model") from None
+
+    (tmp_path / "token").write_text("a-token-of-some-length")
+    readers: dict[str, tuple[Path, Callable[[], Any]]] = {
+        "store of records": (tmp_path / "sealed", lambda: open_sealed(tmp_path / "sealed")),
+        "answers": (tmp_path / ITEMS_FILE, lambda: has_items(tmp_path)),
+        "wandb": (tmp_path / "wandb.json", lambda: run_id(tmp_path)),
+        "weights": (tmp_path / "export/model.safetensors", lambda: SafetensorsReader(tmp_path / "export")),
+        "model": (tmp_path / "export/config.json", read_as_transformers_does),
+        "side files": (tmp_path / "export", lambda: copy_side_files(tmp_path / "export", tmp_path)),
+        "checksums": (tmp_path / "export", lambda: write_manifest(tmp_path / "export")),
+        "token": (tmp_path / "token", lambda: ApiKey.from_file(tmp_path / "token", option="server_token_file")),
+        "converted": (saved.converted / "metadata.json", lambda: TorchDistReader(saved.converted)),
+    }
+    before = tree(tmp_path)
+    for name, (path, read) in readers.items():
+        with failing(path, errno.ESTALE), pytest.raises((UserError, OSError)) as failed:
+            read()
+        assert is_transient(failed.value), (name, failed.value)
+        assert "damaged" not in str(failed.value) and "not a M" not in str(failed.value), (name, failed.value)
+        assert tree(tmp_path) == before, name
+
+
+def test_what_cannot_be_done_is_said_where_the_checkpoints_cannot_be_listed_either(one_rank, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    actions = CheckpointActions(tmp_path / "checkpoints", ranks=one_rank)
+    with failing(tmp_path / "checkpoints", errno.EIO), pytest.raises(UserError) as failed:
+        actions.on_rank_zero("save step 3 to", lambda: os.listdir(tmp_path / "checkpoints"))
+    assert "cannot save step 3 to" in str(failed.value) and "older checkpoints stay" in str(failed.value)
+    assert is_transient(failed.value)
 
 
 # All ranks together

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,9 +12,10 @@ import pytest
 
 from megatron_ktr.config import config_from_values, save_resolved
 from megatron_ktr.config.run_length import with_steps
-from megatron_ktr.errors import UserError
+from megatron_ktr.errors import UserError, is_transient
 from megatron_ktr.files.checksums import find_damage, write_manifest
 from megatron_ktr.run.finished import finished_line, write_finished
+from tests.support.failing_files import failing
 
 DONE = dict(train_steps=4, auto_resume=True)
 
@@ -70,6 +72,18 @@ def test_a_run_that_lacks_an_evaluation_of_its_last_step_is_not_finished(tmp_pat
         line(run_dir, lacking_sets=lacking("a", "b"), **evaluated)
     (run_dir / "checkpoints/step_00000004").mkdir()
     assert line(run_dir, lacking_sets=lacking("a", "b"), **evaluated) is None, "it can be made up for"
+
+
+def test_an_error_that_may_pass_does_not_make_a_finished_run_export_anew(tmp_path):
+    export = finish(tmp_path / "run")
+    evaluated = dict(eval_data=("questions.jsonl",), eval_interval=4)
+    assert line(tmp_path / "run", **evaluated) is not None
+    names = ("finished.json", "config.yaml", "export/checksums.json", "export/model.safetensors")
+    for path in (*(tmp_path / "run" / name for name in names), tmp_path / "run/checkpoints"):
+        with failing(path, errno.EIO), pytest.raises(UserError) as failed:
+            line(tmp_path / "run", **evaluated)
+        assert is_transient(failed.value) and str(path) in str(failed.value), path
+    assert export.is_dir()
 
 
 def test_a_run_whose_last_checkpoint_was_taken_away_goes_on_from_an_older_one(tmp_path):

@@ -18,9 +18,9 @@ import pytest
 from megatron_ktr.config import Config, config_from_values
 from megatron_ktr.data.media.video_decord import DecordProcess
 from megatron_ktr.data.media.video_pyav import index_video
-from megatron_ktr.errors import UserError
+from megatron_ktr.errors import EXIT_SAVED, UserError
 from megatron_ktr.run.directory import RUN_ENTRY, list_checkpoints, open_run_directory
-from megatron_ktr.run.interruption import EXIT_SAVED, LEAVE_SIGNALS
+from megatron_ktr.run.interruption import LEAVE_SIGNALS
 from tests.support.paths import REPOSITORY
 from tests.support.patience import PATIENCE_SECONDS, wait_until
 from tests.support.ranks import RankError

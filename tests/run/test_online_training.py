@@ -27,11 +27,10 @@ from megatron_ktr.data.tiny_model import save_tiny_model
 from megatron_ktr.data.wording import DEFAULT as DEFAULT_WORDING
 from megatron_ktr.distributed.agreement import on_every_rank
 from megatron_ktr.distributed.groups import ParallelSizes
-from megatron_ktr.errors import UserError
+from megatron_ktr.errors import EXIT_ALARM, UserError
 from megatron_ktr.objectives.sft import SupervisedFineTuning
 from megatron_ktr.report.run_data import read_run
 from megatron_ktr.run import preflight
-from megatron_ktr.run.interruption import EXIT_ALARM
 from megatron_ktr.train import train
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from models.qwen2_5_vl.media import media_spec

@@ -19,10 +19,9 @@ from megatron_ktr.config import config_from_values
 from megatron_ktr.config.part_options import StepOptions
 from megatron_ktr.data.synthetic import corpus, make_dataset
 from megatron_ktr.data.tiny_model import save_tiny_model
-from megatron_ktr.errors import UserError
+from megatron_ktr.errors import EXIT_ALARM, UserError
 from megatron_ktr.objectives import build_objective
 from megatron_ktr.run.dumps import replay_obstacle
-from megatron_ktr.run.interruption import EXIT_ALARM
 from megatron_ktr.train import train
 from tests.run.test_online_training import settings
 from tests.support.ranks import RankContext, RankPool

@@ -14,8 +14,8 @@ from megatron_ktr.config import Config, config_from_values
 from megatron_ktr.config.part_options import PolicyOptions
 from megatron_ktr.distributed.groups import ParallelSizes
 from megatron_ktr.distributed.replica_checksums import Difference, _combined, checksum
+from megatron_ktr.errors import EXIT_ALARM
 from megatron_ktr.run.directory import list_checkpoints
-from megatron_ktr.run.interruption import EXIT_ALARM
 from megatron_ktr.run.replica_check import describe
 from megatron_ktr.run.step_report import StepReport
 from tests.support.layouts import sizes_of
@@ -41,13 +41,15 @@ def flips(
     the run, and whether its state may be saved. The bit is put back afterwards, and then nothing is found."""
     from megatron_ktr.distributed.platform import current
     from megatron_ktr.policy.policy import Policy
+    from megatron_ktr.run.exports import ExportTimes
     from megatron_ktr.run.replica_check import ReplicaCheck, differences_of
     from models.qwen2_5_vl.conversion import named_model_parameters
 
     ranks = context.init(sizes)
     config = make_config(hf_dir, values, num_prompts=2, sizes=sizes)
     policy = Policy(hf_dir, options=PolicyOptions.of(config), ranks=ranks, platform=current(), num_steps=1)
-    check = ReplicaCheck(3, policy=policy, incidents=SimpleNamespace(add=lambda *args, **facts: None))  # type: ignore[arg-type]
+    incidents: Any = SimpleNamespace(add=lambda *args, **facts: None)
+    check = ReplicaCheck(3, policy=policy, incidents=incidents, exports=ExportTimes(5, num_steps=7))
     found = []
     for rank, ending in cases:
         named = list(named_model_parameters(policy.bare_chunks))
@@ -61,6 +63,7 @@ def flips(
         stop = check.after_step(StepReport(3, {}, (), tuple))
         assert check.before_save(3) is None, "compared already"
         assert check.before_save(4) == stop, "a step that is due to be saved and not to be compared"
+        assert all(check.after_step(StepReport(step, {}, (), tuple)) == stop for step in (5, 7)), "before an export"
         found.append((differences_of(policy), stop and stop.reason, stop is None or stop.is_state_sound))
         if context.rank == rank:
             bits[7] ^= 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import errno
 import json
 import math
 import os
@@ -22,6 +23,7 @@ import pytest
 from megatron_ktr.errors import UserError
 from megatron_ktr.run.status.judge import Verdict, judge
 from megatron_ktr.run.status.read import read_run_facts
+from tests.support.failing_files import failing
 from tests.support.patience import wait_until
 from tools import run_status
 
@@ -265,6 +267,9 @@ def test_the_newest_checkpoint_is_complete_verified_or_damaged(tmp_path: Path, m
     path = write_checkpoint(run_dir, b"a" * 1000)
     assert read_run_facts(run_dir).checkpoint.verdict == "complete"
     assert read_run_facts(run_dir, verifies=True).checkpoint.verdict == "verified"
+    for unreadable in (path / "__0_0.distcp", path.parent):
+        with failing(unreadable, errno.EIO):
+            assert f"{unreadable} cannot be read: Input/output error" in wrong(verdict_of(run_dir, verifies=True))
     (path / "__0_0.distcp").write_bytes(b"a" * 999 + b"b")
     assert read_run_facts(run_dir).checkpoint.verdict == "complete", "only reading finds it"
     assert "__0_0.distcp" in wrong(verdict_of(run_dir, verifies=True))

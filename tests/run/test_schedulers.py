@@ -16,7 +16,7 @@ from megatron_ktr.accounting.layout import Layout, why_not
 from megatron_ktr.accounting.planner import GB, Request, judge
 from megatron_ktr.config import load_config
 from megatron_ktr.doctor.requirements import declared_requirements
-from megatron_ktr.run.interruption import EXIT_SAVED
+from megatron_ktr.errors import EXIT_SAVED
 from models.qwen2_5_vl.published import PUBLISHED_CONFIGS
 from tests.run.test_launch import LAUNCH, launch_environment
 from tests.support.paths import REPOSITORY

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_ktr.data.synthetic import corpus, make_dataset
 from megatron_ktr.data.tiny_model import save_tiny_model
-from megatron_ktr.run.interruption import EXIT_ALARM
+from megatron_ktr.errors import EXIT_ALARM
 from megatron_ktr.train import train
 from tests.run.test_online_training import settings
 from tests.support.ranks import RankContext, RankPool

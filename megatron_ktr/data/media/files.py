@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from pathlib import Path, PurePosixPath
 
 from megatron_ktr.data.media.folder import list_pictures
 from megatron_ktr.data.media.names import IS_FOLDER, names_folder
 from megatron_ktr.data.media.request import MediaSource
 from megatron_ktr.data.unusable import UnusableMedia
-from megatron_ktr.errors import UserError
+from megatron_ktr.errors import TransientError, UserError, is_transient
 
 _UNUSUAL = re.compile(r"[\\:\0]|\.\.|/\.?/|/\.?$|^\.?$|^\./\.|^\s*$")
 """Spellings of paths that need a closer look: schemes, drives, "..", doubled separators, folders."""
@@ -63,8 +64,18 @@ class MediaFiles:
     def check(self, written: str) -> None:
         """Raises ``UserError`` as ``resolve_media_path`` does, and ``UnusableMedia`` if there is no such file.
 
-        A path that ends in "/" must be a folder of pictures. It is listed, but no picture is opened.
+        A path that ends in "/" must be a folder of pictures. It is listed, but no picture is opened. An error that may
+        pass is ``TransientError``: a file server that is away for a moment must not leave records out of a whole run.
         """
+        try:
+            self._check(written)
+        except (UnusableMedia, OSError) as error:
+            if is_transient(error):
+                what = f"media path {_short(written)} below media_root {self._media_root}"
+                raise TransientError(f"{what}: {error}") from error
+            raise
+
+    def _check(self, written: str) -> None:
         path = self._quickly_below(written)
         parent, _, name = path.rpartition("/")
         folder = self._folders.get(parent)
@@ -111,10 +122,13 @@ class _Folder:
             self._listing = self._list()
         if self._listing is not None:
             return self._listing.get(name, "nothing")
-        path = os.path.join(self._path, name)
-        if os.path.islink(path):
-            return "link"
-        return "folder" if os.path.isdir(path) else "file" if os.path.lexists(path) else "nothing"
+        try:
+            mode = os.lstat(os.path.join(self._path, name)).st_mode
+        except (OSError, ValueError) as error:
+            if is_transient(error):
+                raise
+            return "nothing"
+        return "link" if stat.S_ISLNK(mode) else "folder" if stat.S_ISDIR(mode) else "file"
 
     def _list(self) -> dict[str, str]:
         try:
@@ -125,7 +139,9 @@ class _Folder:
                 }
         except FileNotFoundError:
             return {}
-        except OSError:  # a folder that may be entered and not listed
+        except OSError as error:  # a folder that may be entered and not listed
+            if is_transient(error):
+                raise
             self._num_lookups = -(1 << 60)
             return None  # type: ignore[return-value]
 

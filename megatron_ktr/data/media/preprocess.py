@@ -17,6 +17,7 @@ visual token are neighbours, and an image is a video of one frame shown tp times
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -338,17 +339,20 @@ def _part(values: Mapping[str, Any], name: str, *, path: Path) -> Mapping[str, A
     return part
 
 
+def _is_finite(value: Any) -> bool:
+    """Whether ``value`` is a number that a float can hold: JSON may have whole numbers of any length."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
 def _size(value: Any, name: str, *, path: Path) -> int:
-    is_whole = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_whole or value != int(value) or not 0 < value < 2**63:
+    if not _is_finite(value) or value != int(value) or not 0 < value < 2**63:
         raise UserError(f"model: expected a positive whole number in {name} of {path}, got {value!r}")
     return int(value)
 
 
 def _channels(value: Any, name: str, *, path: Path) -> tuple[float, ...]:
     numbers = value if isinstance(value, list) else []
-    are_fine = all(isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) for x in numbers)
-    if len(numbers) != 3 or not are_fine or (name == "image_std" and min(numbers) <= 0):
+    if len(numbers) != 3 or not all(map(_is_finite, numbers)) or (name == "image_std" and min(numbers) <= 0):
         least = ", each above 0" if name == "image_std" else ""
         raise UserError(f"model: expected three numbers{least} in {name} of {path}, got {value!r}")
     return tuple(float(x) for x in numbers)

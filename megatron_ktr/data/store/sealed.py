@@ -18,7 +18,7 @@ from typing import BinaryIO
 import pyarrow as pa
 import xxhash
 
-from megatron_ktr.errors import UserError
+from megatron_ktr.errors import UserError, is_transient, unreadable
 
 _PIECE_BYTES = 1024 * 1024
 _SEAL_BYTES = 16
@@ -94,7 +94,12 @@ def write_sealed(path: Path, *, schema: pa.Schema, write: Callable[[pa.ipc.Recor
 
 
 def open_sealed(path: Path) -> pa.Table | None:
-    """The table in a file that ``write_sealed`` wrote, mapped into memory; None if there is none or it is damaged."""
+    """The table in a file that ``write_sealed`` wrote, mapped into memory; None if there is none or it is damaged, so
+    that it has to be written anew.
+
+    Raises:
+        UserError: it cannot be read now, which may pass.
+    """
     try:
         num_bytes = path.stat().st_size - _SEAL_BYTES
         if num_bytes <= 0:
@@ -104,7 +109,9 @@ def open_sealed(path: Path) -> pa.Table | None:
                 return None
         with pa.memory_map(str(path)) as mapped:
             return pa.ipc.open_file(pa.BufferReader(mapped.read_buffer(num_bytes))).read_all()
-    except (OSError, pa.ArrowException):
+    except (OSError, pa.ArrowException) as error:
+        if isinstance(error, OSError) and is_transient(error):
+            raise unreadable(path, error, option="record_store_dir") from error
         return None
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ktr.data.records import check_record
-from megatron_ktr.errors import UserError
+from megatron_ktr.errors import UserError, is_transient, unreadable
 from megatron_ktr.evaluation.asking.scaling import Ask, known_rounds, outcome_of
 from megatron_ktr.evaluation.asking.settings import EvaluationSettings, read_settings
 from megatron_ktr.evaluation.asking.store import read_answers
@@ -156,11 +156,18 @@ def read_items(directory: Path, settings: EvaluationSettings) -> list[Item]:
 
 
 def has_items(directory: Path) -> bool:
-    """Whether the directory's file of items was written by an evaluation, as far as its first line tells."""
+    """Whether the directory's file of items was written by an evaluation, as far as its first line tells.
+
+    Raises:
+        UserError: it cannot be read now, which may pass.
+    """
+    path = directory / ITEMS_FILE
     try:
-        with open_file(directory / ITEMS_FILE) as file:
+        with open_file(path) as file:
             _item_of(parse_json(file.readline()))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError) as error:
+        if isinstance(error, OSError) and is_transient(error):
+            raise unreadable(path, error) from error
         return False
     return True
 

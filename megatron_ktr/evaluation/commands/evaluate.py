@@ -17,7 +17,7 @@ from megatron_ktr.data.media.preprocess import PreprocessSettings
 from megatron_ktr.data.media_reader import MediaReader
 from megatron_ktr.data.workers.cores import num_cores
 from megatron_ktr.data.workers.pool import WorkerPool
-from megatron_ktr.errors import EXIT_INTERRUPTED, EXIT_USER, UserError, printable
+from megatron_ktr.errors import EXIT_INTERRUPTED, EXIT_SAVED, EXIT_USER, UserError, printable
 from megatron_ktr.evaluation.asking.directory import OutputDirectory, check_is_ours
 from megatron_ktr.evaluation.asking.questions import QuestionMaker, frame_sampling, limited
 from megatron_ktr.evaluation.asking.run import Left, Publisher, evaluate, leaving_on_signals
@@ -50,7 +50,6 @@ from megatron_ktr.evaluation.reading.benchmark_files import (
 from megatron_ktr.evaluation.results.publish import PAGE_FILE, TABLE_FILE, headline_of, publish, summary_of
 from megatron_ktr.files.json_files import to_json
 from megatron_ktr.report.strips import StripFolder
-from megatron_ktr.run.interruption import EXIT_SAVED
 
 _MEMORY_BYTES = 1_000_000_000
 """For frames that several questions about a video share."""

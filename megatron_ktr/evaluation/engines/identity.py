@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_ktr.errors import UserError
 from megatron_ktr.files.checksums import file_digest, require_intact
+from megatron_ktr.files.listing import paths_in
 
 _WEIGHTS = ("*.safetensors",)
 _CONFIG = ("config.json", "generation_config.json", "*preprocessor_config.json", "processor_config.json")
@@ -34,7 +35,7 @@ def model_identity(directory: Path | str) -> dict[str, str]:
         UserError: there are no weights, a file cannot be read, or a file differs from its checksum.
     """
     directory = Path(directory)
-    if not any(directory.glob("*.safetensors")):
+    if not paths_in(directory, "*.safetensors"):
         raise UserError(f"--model: {directory} has no weights (*.safetensors)")
     require_intact(directory, option="--model")
     parts = {"weights": _WEIGHTS, "config": _CONFIG, "tokenizer": _TOKENIZER}
@@ -42,7 +43,7 @@ def model_identity(directory: Path | str) -> dict[str, str]:
 
 
 def _digest(directory: Path, patterns: Iterable[str]) -> str:
-    paths = sorted({path for pattern in patterns for path in directory.glob(pattern) if path.is_file()})
+    paths = sorted({path for pattern in patterns for path in paths_in(directory, pattern) if path.is_file()})
     try:
         with ThreadPoolExecutor(_THREADS) as pool:
             found = [

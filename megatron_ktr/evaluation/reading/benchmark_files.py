@@ -14,7 +14,7 @@ from megatron_ktr.data.media.request import media_sources
 from megatron_ktr.data.template import question_turns
 from megatron_ktr.data.unusable import UnusableSample
 from megatron_ktr.data.wording import WordingTemplate
-from megatron_ktr.errors import UserError
+from megatron_ktr.errors import TransientError, UserError
 from megatron_ktr.evaluation.benchmark import Benchmark
 from megatron_ktr.evaluation.item import Item
 from megatron_ktr.evaluation.reading.media_places import place_media
@@ -138,13 +138,16 @@ def _rank(item: Item, seed: int) -> bytes:
 
 
 def missing_media(read: ReadBenchmark) -> Iterator[tuple[Item, str]]:
-    """The items with a medium that is not there, and what is wrong with it."""
+    """The items with a medium that is not there, and what is wrong with it. Raises ``TransientError`` where that cannot
+    be seen now: such an item would count as wrong."""
     files = MediaFiles(read.media_root)
     for item in read.items:
         for source in media_sources(item.record):
             try:
                 for path in source.paths:
                     files.check(path)
+            except TransientError:
+                raise
             except (UnusableSample, UserError) as error:
                 yield item, str(error)
                 break

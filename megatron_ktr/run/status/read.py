@@ -23,6 +23,7 @@ from megatron_ktr.files.bounded import read_yaml_text
 from megatron_ktr.files.checksums import MANIFEST, DamagedManifest, read_manifest
 from megatron_ktr.files.intact_checkpoint import checkpoint_damage, incompleteness
 from megatron_ktr.files.json_files import parse_json
+from megatron_ktr.files.listing import paths_in
 from megatron_ktr.run.directory import CHECKPOINTS, list_checkpoints
 from megatron_ktr.run.incidents import FILE as INCIDENTS
 from megatron_ktr.run.metrics import FILE as METRICS
@@ -146,7 +147,7 @@ def read_run_facts(run_dir: Path, *, verifies: bool = False) -> RunFacts:
         last_write=_changed(run_dir / METRICS),
         incidents=tuple(one for one in _read_lines(run_dir / INCIDENTS) if isinstance(one.get("kind"), str)),
         checkpoint=_checkpoint(run_dir, now=now, verifies=verifies),
-        num_damaged_checkpoints=len(list((run_dir / CHECKPOINTS).glob("damaged_step_*"))),
+        num_damaged_checkpoints=_num_damaged(run_dir / CHECKPOINTS),
         free_bytes=_free_bytes(run_dir),
         has_export=(run_dir / "export" / MANIFEST).is_file(),
     )
@@ -266,7 +267,10 @@ def _changed(path: Path) -> float | None:
 
 
 def _checkpoint(run_dir: Path, *, now: float, verifies: bool) -> CheckpointStatus | None:
-    checkpoints = list_checkpoints(run_dir)
+    try:
+        checkpoints = list_checkpoints(run_dir)
+    except UserError as error:
+        return CheckpointStatus(CHECKPOINTS, 0, 0.0, 0, f"cannot be read: {error}")
     if not checkpoints:
         return None
     step, path = checkpoints[-1]
@@ -275,7 +279,16 @@ def _checkpoint(run_dir: Path, *, now: float, verifies: bool) -> CheckpointStatu
         verdict = _verdict(path, sizes, verifies=verifies)
     except OSError as error:  # it is being removed
         sizes, verdict = {}, f"cannot be read: {error.strerror}"
+    except UserError as error:  # which says nothing about its content
+        sizes, verdict = {}, f"cannot be read: {error}"
     return CheckpointStatus(path.name, step, max(0.0, now - (_changed(path) or now)), sum(sizes.values()), verdict)
+
+
+def _num_damaged(checkpoints: Path) -> int:
+    try:
+        return len(paths_in(checkpoints, "damaged_step_*"))
+    except UserError:  # ``_checkpoint`` says so
+        return 0
 
 
 def _verdict(path: Path, sizes: Mapping[str, int], *, verifies: bool) -> str:

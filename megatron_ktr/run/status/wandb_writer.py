@@ -118,7 +118,11 @@ class WandbWriter(StepHook):
 
 
 def run_id(run_dir: Path) -> str:
-    """The id by which wandb knows the run; made at its first start."""
+    """The id by which wandb knows the run; made at its first start.
+
+    Raises:
+        OSError: the file cannot be read or written. Another id would cut the curves of the run in two.
+    """
     found = _kept(run_dir).get("id")
     if isinstance(found, str) and found.isalnum():
         return found
@@ -136,7 +140,7 @@ def _last_row(run_dir: Path) -> int:
 def _kept(run_dir: Path) -> dict[str, Any]:
     try:
         found = json.loads(read_text(run_dir / FILE, most_bytes=MOST_OPTIONS_BYTES))
-    except (OSError, ValueError, RecursionError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
