@@ -54,7 +54,7 @@ from megatron_ktr.policy.gradient_norms import TensorGradient, tensor_gradients 
 from megatron_ktr.policy.policy import Policy  # noqa: E402
 from megatron_ktr.rollout.questions import source_loader  # noqa: E402
 from megatron_ktr.rollout.replay import ReplayEngine  # noqa: E402
-from megatron_ktr.run.checkpoint import load_sharded_state  # noqa: E402
+from megatron_ktr.run.checkpoint_state import load_sharded_state  # noqa: E402
 from megatron_ktr.run.directory import list_checkpoints  # noqa: E402
 from megatron_ktr.run.dumps import CONFIG, FACTS, VERSION, replay_obstacle  # noqa: E402
 from megatron_ktr.run.step_report import StepReport  # noqa: E402
