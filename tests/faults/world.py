@@ -6,7 +6,6 @@ import json
 import random
 import shutil
 import signal
-import socket
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from tests.faults.invariants import (
 )
 from tests.faults.zygote import Ended, Job, Process, Zygote
 from tests.support.evaluations import write_questions
+from tests.support.ports import free_port
 
 NUM_STEPS = 4
 TRAIN = "megatron_ktr.train:main"
@@ -205,11 +205,8 @@ class World:
         plain = NO_FAULT if plans is not None else Plan()
         if world_size == 1:
             return [self.start(entry, arguments, folder, label, plan=(plans or {}).get(0, plain))]
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         address = NODE_ADDRESSES[0] if nodes else "127.0.0.1"
-        shared = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": address, "MASTER_PORT": str(port)}
+        shared = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": address, "MASTER_PORT": str(free_port())}
         if nodes:
             shared["GLOO_SOCKET_IFNAME"] = "eth0"
         return [
