@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 import subprocess
@@ -203,6 +204,18 @@ def test_missing_double_and_differently_counted_ranks_are_named(
 # The launcher
 
 
+@pytest.fixture
+def launching(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a launcher sets for itself and its ranks is taken back: launchers of other tests are started from here."""
+    monkeypatch.setenv("TORCHELASTIC_SIGNALS_TO_HANDLE", "")
+    monkeypatch.delenv("TORCHELASTIC_SIGNALS_TO_HANDLE")
+    logger = logging.getLogger("torch.distributed.elastic")
+    level = logger.level
+    yield
+    logger.setLevel(level)
+
+
+@pytest.mark.usefixtures("launching")
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
