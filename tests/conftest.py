@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import gc
+import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from megatron_ktr.doctor.requirements import installed_version
 from megatron_ktr.files.hf_model import make_torchvision_importable
+from tests.support import ports
 from tests.support.dear_files import place_of
 from tests.support.ranks import RankPool
 
@@ -70,6 +74,24 @@ def one_rank() -> Iterator[object]:
     platform.seed(0)
     yield init_parallel(ParallelSizes(), platform=platform)
     destroy_parallel()
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port of this machine on which nobody listens."""
+    return ports.free_port()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_learnt() -> Iterator[None]:
+    """Decoding goes on as in a fresh process: a process gives decord up for a codec of which it could not open a few
+    files, and says once why. What the tests before have opened must not decide what this one decodes with."""
+    video: Any = sys.modules.get("megatron_ktr.data.media.video")  # a machine for GPU tests may lack what it imports
+    with pytest.MonkeyPatch.context() as patch:
+        if video is not None:
+            patch.setattr(video, "_FAILED_OPENINGS", Counter())
+            patch.setattr(video, "_REASONS_SAID", set())
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -20,6 +20,7 @@ from megatron_ktr.data.media.video import FrameSampling
 from megatron_ktr.data.records import check_record, record_digest
 from megatron_ktr.data.unusable import UnusableMedia
 from megatron_ktr.errors import UserError
+from tests.support.fuzzing import fuzzed
 from tests.support.tokenizer import save_tiny_tokenizer
 from tests.support.videos import numbered_frames
 
@@ -70,7 +71,7 @@ def test_records_of_different_folders_are_different_records() -> None:
 
 
 @given(st.lists(st.integers(0, 10**6), min_size=2, max_size=20, unique=True))
-@settings(max_examples=50, deadline=None)
+@fuzzed(50)
 def test_numbers_in_names_order_as_numbers(numbers: list[int]) -> None:
     names = [f"a1_{number}b.jpg" for number in numbers]
     assert sorted(names, key=natural_key) == [f"a1_{number}b.jpg" for number in sorted(numbers)]

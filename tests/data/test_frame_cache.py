@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from megatron_ktr.data import frame_cache as frame_cache_module
+from megatron_ktr.data import frame_cache_space
 from megatron_ktr.data.frame_cache import FrameCache
 from megatron_ktr.data.frame_cache_space import SCRATCH_PREFIX, CacheSpace
 from megatron_ktr.data.media.job import MediaJob
@@ -26,6 +27,7 @@ from megatron_ktr.data.media.preprocess import LoadedMedia
 from megatron_ktr.data.unusable import UnusableMedia
 from megatron_ktr.errors import UserError
 from tests.support.media_jobs import facts, outcome, video_job
+from tests.support.patience import PATIENCE_SECONDS
 from tests.support.videos import numbered_frames, write_video
 
 PLENTY = 1 << 30
@@ -344,14 +346,15 @@ def test_a_use_makes_an_entry_young(tmp_path: Path, video: Path) -> None:
     assert sorted(path.stat().st_mtime > 1e9 for path in entries(tmp_path)) == [False, True]
 
 
-def test_writing_past_the_limit_leads_to_removal(tmp_path: Path, video: Path) -> None:
+def test_writing_past_the_limit_leads_to_removal(tmp_path: Path, video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frame_cache_space, "_SECONDS_BETWEEN_SCANS", PATIENCE_SECONDS)
     cache = FrameCache(tmp_path, max_bytes=20_000)
     cache.read_through(video_job(video, nframes=6), MediaJob.load)
     thread = cache._space._thread
     assert thread is not None
     thread.join()
     assert entries(tmp_path) == [] and cache.counts()["frame_cache/evicted"] >= 1
-    # Half a minute has to pass before somebody looks again.
+    # Some time has to pass before somebody looks again.
     cache.read_through(video_job(video, nframes=6), MediaJob.load)
     cache._space._thread.join()
     assert len(entries(tmp_path)) == 1

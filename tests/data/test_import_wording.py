@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ktr.data.records import check_record
@@ -23,6 +23,7 @@ from megatron_ktr.data.wording import WordingTemplate
 from megatron_ktr.data.wording_import.importer import import_wording
 from megatron_ktr.errors import UserError
 from megatron_ktr.types import VisualInput
+from tests.support.fuzzing import fuzzed
 from tests.support.releases import COMMIT, FILES, VIDEO_R1, write_release
 from tests.support.tokenizer import tiny_tokenizer
 from tools import import_wording as tool
@@ -162,7 +163,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40).filter(la
 
 
 @given(before=texts, after=texts, of_type=texts)
-@settings(max_examples=80, deadline=None)
+@fuzzed(80)
 def test_any_text_is_imported_character_by_character(
     tmp_path_factory: pytest.TempPathFactory, before: str, after: str, of_type: str
 ) -> None:

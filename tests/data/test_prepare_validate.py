@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ktr.config import config_from_values
@@ -28,6 +28,7 @@ from megatron_ktr.data.prepare.task_pool import TaskFailed, run_tasks
 from megatron_ktr.data.prepare.validation import MediaOptions, validate
 from megatron_ktr.errors import UserError, one_line
 from megatron_ktr.rollout.questions import prompt_loader, read_questions
+from tests.support.fuzzing import fuzzed
 from tests.support.paths import REPOSITORY
 from tests.support.patience import PATIENCE_SECONDS
 from tests.support.pool_tasks import behave
@@ -199,7 +200,7 @@ RECORDS = st.one_of(
 
 
 @given(records=st.lists(RECORDS, max_size=6), wants_types=st.booleans())
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@fuzzed(60)
 def test_fuzzed_records_are_left_out_exactly_where_training_leaves_them_out(folder, records, wants_types) -> None:
     file = write_jsonl(folder / "fuzzed.jsonl", [good_record(1), *records])
     types = ("numerical", "multiple choice") if wants_types else ()

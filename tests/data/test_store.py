@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ktr.data.record_check import check_questions
@@ -28,6 +28,7 @@ from megatron_ktr.data.store.record_store import RecordRules, RecordStore, open_
 from megatron_ktr.data.wording import WordingTemplate
 from megatron_ktr.errors import UserError
 from megatron_ktr.rollout.questions import prompt_loader
+from tests.support.fuzzing import fuzzed
 from tests.support.paths import REPOSITORY
 from tests.support.tokenizer import save_tiny_tokenizer, tiny_tokenizer
 
@@ -98,7 +99,7 @@ def _is_untyped(raw: Any) -> bool:
     return isinstance(raw, dict) and not raw.get("problem_type")
 
 
-@settings(max_examples=80, deadline=None)
+@fuzzed(80)
 @given(records=st.lists(RECORDS, max_size=6), types=st.sampled_from([(), ("numerical",), ("OCR", "essay")]))
 def test_any_record_gives_what_reading_the_whole_file_gives(folder: Path, records: list[Any], types: Any) -> None:
     """Records, digest, problems, message and clips, or the same refusal of the whole file."""

@@ -7,7 +7,6 @@ import os
 import random
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import av
@@ -42,13 +41,6 @@ NUM_FRAMES = 25
 def videos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("codecs")
     return {name: write_codec(folder, name, numbered_frames(NUM_FRAMES)) for name in CODECS}
-
-
-@pytest.fixture
-def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a fresh process: nothing logged or learnt yet."""
-    monkeypatch.setattr(video_module, "_REASONS_SAID", set())
-    monkeypatch.setattr(video_module, "_FAILED_OPENINGS", Counter())
 
 
 # --- which frames ---------------------------------------------------------------------------------------------
@@ -163,7 +155,6 @@ def test_both_decoders_give_the_same_frames(videos: dict[str, Path], name: str) 
 @pytest.mark.parametrize(
     ("name", "backend"), [("h264", "decord"), ("vp9", "decord"), ("hevc open gop", "pyav"), ("av1", "pyav")]
 )
-@pytest.mark.usefixtures("nothing_said")
 def test_decord_decodes_what_it_can_be_trusted_with(videos: dict[str, Path], name: str, backend: str) -> None:
     decoded = read_video(videos[name], sampling=FrameSampling())
     assert decoded.backend == backend
@@ -181,7 +172,7 @@ def test_decord_alone_miscounts_open_groups_of_pictures(videos: dict[str, Path])
 
 @needs_decord
 def test_fallback_is_said_once_and_returned_every_time(
-    videos: dict[str, Path], nothing_said: None, caplog: pytest.LogCaptureFixture
+    videos: dict[str, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     results = [read_video(videos["av1"], sampling=FrameSampling()) for _ in range(3)]
     assert [result.fallback_reason for result in results] == ["decord cannot open av1"] * 3
@@ -189,7 +180,7 @@ def test_fallback_is_said_once_and_returned_every_time(
 
 
 def test_decord_is_given_up_for_a_codec_only_after_several_files_and_none_that_it_decoded(
-    videos: dict[str, Path], nothing_said: None, monkeypatch: pytest.MonkeyPatch
+    videos: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failure, asked = DecordFailed("open", "an odd file"), []
 
@@ -365,7 +356,6 @@ def test_damaged_bytes_give_frames_or_unusable_media_and_nothing_else(videos: di
         ("print('not json', flush=True)", "crash", "decord crashed"),
     ],
 )
-@pytest.mark.usefixtures("nothing_said")
 def test_a_decoder_that_hangs_or_crashes_is_replaced_and_pyav_decodes(
     videos: dict[str, Path], monkeypatch: pytest.MonkeyPatch, program: str, stage: str, reason: str
 ) -> None:

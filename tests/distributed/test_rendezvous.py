@@ -3,37 +3,45 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
 from megatron_ktr import launch
-from megatron_ktr.distributed import rendezvous
-from megatron_ktr.distributed.rendezvous import Deadline, Place, check_own_address, connect, meet, read_place
+from megatron_ktr.distributed import rendezvous, roll_call
+from megatron_ktr.distributed.rendezvous import Deadline, Place, check_own_address, connect, meet, read_place, say_once
 from megatron_ktr.errors import UserError
 from tests.support.paths import REPOSITORY
 from tests.support.patience import PATIENCE_SECONDS
 
 SHORT = 1 / 60
-"""Minutes."""
+"""Minutes, for what never comes."""
+LONG = PATIENCE_SECONDS / 60
 
 
-@pytest.fixture
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+class Until(Deadline):
+    """Ends as soon as something has happened, however long that takes."""
+
+    def __init__(self, has_happened: Callable[[], bool]) -> None:
+        super().__init__(LONG)
+        self._has_happened = has_happened
+
+    @property
+    def seconds_left(self) -> float:
+        return 0.0 if self._has_happened() else super().seconds_left
 
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendezvous, "_meetings", [])
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE"):
         monkeypatch.delenv(name, raising=False)
 
@@ -111,14 +119,21 @@ def test_an_address_that_cannot_be_reached_is_one_line(free_port: int, capfd: An
 
 
 def test_who_is_waited_for_is_said_once_after_a_while(free_port: int, capfd: Any, monkeypatch: Any) -> None:
+    asked: list[str] = []
+
+    def note(patience: Deadline | None, line: str) -> Deadline | None:
+        asked.append(line)
+        return say_once(patience, line)
+
     monkeypatch.setattr(rendezvous, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(rendezvous, "say_once", note)
     with pytest.raises(UserError):
-        connect("127.0.0.1", free_port, deadline=Deadline(3 / 60))
+        connect("127.0.0.1", free_port, deadline=Until(lambda: len(asked) == 2))
     assert capfd.readouterr().err == f"waiting for rank 0 at 127.0.0.1:{free_port}: connection refused\n"
 
 
 def test_rank_0_makes_sure_that_its_address_leads_to_it(free_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_own_address("127.0.0.1", free_port, deadline=Deadline(SHORT))
+    check_own_address("127.0.0.1", free_port, deadline=Deadline(LONG))
     with server(b"") as port, pytest.raises(UserError, match=f"MASTER_PORT {port} cannot be opened .* already in use"):
         check_own_address("127.0.0.1", port, deadline=Deadline(SHORT))
     with pytest.raises(UserError, match="no.such.invalid does not lead to this machine"):
@@ -130,12 +145,12 @@ def test_rank_0_makes_sure_that_its_address_leads_to_it(free_port: int, monkeypa
             check_own_address("node7", free_port, deadline=Deadline(SHORT))
 
 
-def meet_all(*places: Place, minutes: float = 0.5) -> list[Any]:
+def meet_all(*places: Place) -> list[Any]:
     """What each rank got: a store, or its error."""
 
     def come(place: Place) -> Any:
         try:
-            return meet(place, minutes=minutes)
+            return meet(place, minutes=LONG)
         except UserError as error:
             return str(error)
 
@@ -149,16 +164,38 @@ def test_ranks_that_all_come_share_a_store(free_port: int) -> None:
     assert second.get("key") == third.get("key") == b"value"
 
 
-def test_missing_double_and_differently_counted_ranks_are_named(free_port: int) -> None:
+def meet_in_vain(*places: Place, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What each rank got, whose time was over when all of these had registered or been refused."""
+    registered: list[Place] = []
+    register = roll_call._register
+
+    def note(roll: Any, place: Place, number: int) -> bool:
+        try:
+            return register(roll, place, number)
+        finally:
+            registered.append(place)
+
+    def deadline(minutes: float) -> Deadline:
+        return Until(lambda: len(registered) == len(places)) if minutes == LONG else Deadline(minutes)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(roll_call, "_register", note)
+        patch.setattr(rendezvous, "Deadline", deadline)
+        return meet_all(*places)
+
+
+def test_missing_double_and_differently_counted_ranks_are_named(
+    free_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     place = Place(0, 4, "127.0.0.1", free_port)
-    found = meet_all(place, Place(2, 4, "127.0.0.1", free_port), minutes=3 / 60)
+    found = meet_in_vain(place, Place(2, 4, "127.0.0.1", free_port), monkeypatch=monkeypatch)
     assert "2 of 4 ranks (1, 3) had not come" in found[0]
     assert "some ranks (rank 0 says which) had not come" in found[1] or "connection to rank 0 broke" in found[1]
     place = Place(0, 3, "127.0.0.1", free_port)
-    found = meet_all(place, *[Place(1, 3, "127.0.0.1", free_port)] * 2, minutes=3 / 60)
+    found = meet_in_vain(place, *[Place(1, 3, "127.0.0.1", free_port)] * 2, monkeypatch=monkeypatch)
     assert any("rank 1 is there already" in str(answer) for answer in found[1:])
     place = Place(0, 2, "127.0.0.1", free_port)
-    found = meet_all(place, Place(1, 3, "127.0.0.1", free_port), minutes=3 / 60)
+    found = meet_in_vain(place, Place(1, 3, "127.0.0.1", free_port), monkeypatch=monkeypatch)
     assert any("told of 2 ranks, another one of 3" in str(answer) for answer in found) or any(
         "told of 3 ranks, another one of 2" in str(answer) for answer in found
     )
@@ -167,6 +204,18 @@ def test_missing_double_and_differently_counted_ranks_are_named(free_port: int) 
 # The launcher
 
 
+@pytest.fixture
+def launching(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a launcher sets for itself and its ranks is taken back: launchers of other tests are started from here."""
+    monkeypatch.setenv("TORCHELASTIC_SIGNALS_TO_HANDLE", "")
+    monkeypatch.delenv("TORCHELASTIC_SIGNALS_TO_HANDLE")
+    logger = logging.getLogger("torch.distributed.elastic")
+    level = logger.level
+    yield
+    logger.setLevel(level)
+
+
+@pytest.mark.usefixtures("launching")
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

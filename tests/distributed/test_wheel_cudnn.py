@@ -28,7 +28,8 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     # A package without __init__ has all places of its name: only the first here.
     (tmp_path / "nvidia" / "__init__.py").write_text("")
-    monkeypatch.delenv("CUDNN_HOME", raising=False)
+    monkeypatch.setenv("CUDNN_HOME", "")  # so that what is set here is taken back
+    monkeypatch.delenv("CUDNN_HOME")
     monkeypatch.setenv("LD_LIBRARY_PATH", f"{os.pathsep}/system/lib")
     yield folder
     for name in ("nvidia", "nvidia.cudnn"):

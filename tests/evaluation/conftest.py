@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.serving import free_port, kill, start_server, wait_for
+from tests.support.ports import free_port
+from tests.support.serving import kill, start_server, wait_for
 from tests.support.speaking_model import save_speaking_model
 
 

@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import pickle
+import re
 import socket
 from collections.abc import Iterator
 
@@ -113,8 +114,8 @@ def test_a_fault_is_repeated_and_the_answer_is_that_of_the_server(fake, fault):
 def test_a_server_that_never_completes_its_reply_is_a_failure_in_time(fake, fault):
     fake.script.extend([fault] * 9)
     answer = ask(fake, question("a"), patience=BRIEF)["a"]
-    assert isinstance(answer, EngineFailed) and "--request-timeout" in str(answer)
-    assert len(fake.bodies) == 4
+    assert isinstance(answer, EngineFailed)
+    assert re.search(r"no answer after 4 attempts: no complete reply within 0.3 s \(--request-timeout\)", str(answer))
 
 
 def test_what_fails_at_every_attempt_is_a_failure_and_never_an_empty_answer(fake):

@@ -16,6 +16,7 @@ from megatron_ktr.errors import UserError
 from megatron_ktr.evaluation.asking.store import AnswerStore, DirectoryLock, answers_in, read_answers
 from megatron_ktr.evaluation.item import Answer
 from tests.support.fuzzing import fuzzed
+from tests.support.patience import PATIENCE_SECONDS
 
 FACTS = {"benchmark": "own", "item_id": "1"}
 ANSWERS = {f"key {number}": Answer(f"text {number}\n\u2028é", num_tokens=number) for number in range(4)}
@@ -103,7 +104,7 @@ def test_answers_are_forgotten_and_asked_again(tmp_path):
 def hold_lock(directory: Path, is_held: object, may_end: object) -> None:
     DirectoryLock(directory)
     is_held.set()
-    may_end.wait(60)
+    may_end.wait(PATIENCE_SECONDS)
     os._exit(0)
 
 
@@ -112,7 +113,7 @@ def test_two_processes_do_not_write_to_one_directory(tmp_path):
     is_held, may_end = context.Event(), context.Event()
     child = context.Process(target=hold_lock, args=(tmp_path, is_held, may_end))
     child.start()
-    assert is_held.wait(60)
+    assert is_held.wait(PATIENCE_SECONDS)
     with pytest.raises(UserError, match=f"another evaluation is writing to it .process {child.pid} on"):
         DirectoryLock(tmp_path)
     child.kill()

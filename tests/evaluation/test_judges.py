@@ -6,7 +6,7 @@ import json
 import re
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ktr.evaluation.commands.score_responses import iter_verdicts
@@ -15,6 +15,7 @@ from megatron_ktr.evaluation.judges import mmmu, mvbench, tempcompass, video_hol
 from megatron_ktr.evaluation.judges.reading import without_reasoning
 from megatron_ktr.evaluation.protocols import has_format, judge_all, mean_relative_accuracy
 from megatron_ktr.evaluation.registry import BENCHMARKS, load_benchmark
+from tests.support.fuzzing import fuzzed
 from tests.support.videos import SHARED_VIDEOS_VARIABLE, shared_data
 
 TEXTS = {"A": "A dog", "B": "A man", "C": "A cat", "D": "The CIA"}
@@ -171,7 +172,7 @@ def test_holmes_takes_the_first_letter_of_the_alphabet(response: str, letter: st
 
 
 @given(st.lists(st.sampled_from(["<answer>", "</answer>", " ", "\n", "A", "B:", "x"]), max_size=12).map("".join))
-@settings(max_examples=200, deadline=None)
+@fuzzed(200)
 def test_blocks_are_those_of_the_harnesses_expressions(response: str) -> None:
     found = re.findall(r"<answer>\s*(.*?)\s*</answer>", response, re.DOTALL)
     assert video_holmes.find_answer(response) == (found[-1] if found else response)
@@ -299,7 +300,7 @@ texts = st.one_of(st.text(max_size=60), st.lists(st.sampled_from(PIECES), max_si
 
 
 @given(texts, st.sampled_from(sorted(BENCHMARKS)), st.sampled_from(["choice", "regression", "numerical", "free-form"]))
-@settings(max_examples=300, deadline=None)
+@fuzzed(300)
 def test_no_response_breaks_a_judge(response: str, name: str, kind: str) -> None:
     item = choice() if kind == "choice" else number("12.5", kind)
     for verdict in judge_all(load_benchmark(name), item, response).values():

@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ktr.evaluation.results.statistics import (
@@ -20,6 +20,7 @@ from megatron_ktr.evaluation.results.statistics import (
     resample_group_means,
     rounded,
 )
+from tests.support.fuzzing import fuzzed
 
 
 def wilson_interval(num_right: int, num: int, z: float = 1.959964) -> tuple[float, float]:
@@ -62,7 +63,7 @@ def test_holm_steps_down_and_never_decreases():
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@fuzzed(50)
 def test_holm_lies_between_the_p_value_and_bonferroni(p_values):
     for p_value, adjusted in zip(p_values, holm(p_values), strict=True):
         assert p_value <= adjusted <= min(len(p_values) * p_value, 1)

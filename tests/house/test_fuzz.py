@@ -3,6 +3,7 @@ everything that runs before the model is built. Examples are the same in every r
 
 from __future__ import annotations
 
+import re
 import string
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from megatron_ktr.data.tiny_model import save_tiny_model
 from megatron_ktr.errors import UserError, one_line
 from megatron_ktr.run.preflight import check_run
 from tests.support.fuzzing import fuzzed
+from tests.support.paths import REPOSITORY
 
 NUM_HEADS, NUM_KV_HEADS, NUM_LAYERS, NUM_VISION_HEADS = 8, 2, 4, 4
 SECTIONS = sorted({option.section for option in OPTIONS.values()})
@@ -296,3 +298,13 @@ def test_a_layout_is_accepted_exactly_where_everything_divides(model: Path, **si
     except UserError as error:
         accepted, why = False, told(error)
     assert accepted == fits, why or "accepted"
+
+
+def test_every_test_draws_the_same_inputs_in_every_run() -> None:
+    """hypothesis' own settings draw anew in each run, and begin with what failed in the one before."""
+    texts = {path: path.read_text(encoding="utf-8") for path in (REPOSITORY / "tests").rglob("*.py")}
+    drawing = {path: text for path, text in texts.items() if re.search(r"^ *@given\(", text, re.MULTILINE)}
+    assert len(drawing) > 10
+    for path, text in drawing.items():
+        given_, fuzzed_ = (re.findall(rf"^ *@{name}\(", text, re.MULTILINE) for name in ("given", "fuzzed"))
+        assert len(given_) == len(fuzzed_), f"{path}: a test without @fuzzed (tests/support/fuzzing.py)"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ktr.rewards import Rewarder, load_reward, math_answers
@@ -23,6 +23,7 @@ from megatron_ktr.rewards.grounding import (
 )
 from megatron_ktr.rewards.protocols import PROTOCOLS
 from megatron_ktr.rewards.truth import Truth
+from tests.support.fuzzing import fuzzed
 
 PIECES = (
     *("from ", " to ", "-", "–", ":", ".", ",", "{", "}", "[", "]", "(", ")", '"time"', '"boxes"', " seconds", "秒"),
@@ -43,7 +44,7 @@ def test_overlaps_are_the_hand_worked_ones_and_symmetric() -> None:
 
 
 @given(TEXTS)
-@settings(max_examples=60, deadline=None)
+@fuzzed(60)
 def test_no_text_stops_a_reader_and_every_score_is_a_share(pieces: list[str]) -> None:
     text = "".join(pieces)
     for read in (read_span, read_span_strictly):
@@ -58,7 +59,7 @@ def test_no_text_stops_a_reader_and_every_score_is_a_share(pieces: list[str]) ->
 
 
 @given(st.floats(0, 1e4), st.floats(0.1, 1e4))
-@settings(max_examples=50, deadline=None)
+@fuzzed(50)
 def test_a_span_is_read_as_it_was_written(start: float, length: float) -> None:
     start, end = round(start, 2), round(start + length, 2)
     for text in (f"from {start} to {end} seconds", f"{start}s-{end}s", f'{{"time": [{start}, {end}]}}'):

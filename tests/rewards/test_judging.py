@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,7 +11,7 @@ import pytest
 
 from megatron_ktr.config.reward_section import RewardSection
 from megatron_ktr.errors import StepAbandoned, UserError
-from megatron_ktr.rewards import Rewarder, RewardOptions, load_reward
+from megatron_ktr.rewards import Rewarder, RewardOptions, judging, load_reward
 from megatron_ktr.rewards.judging import read_score
 from megatron_ktr.rollout.base import RolloutEngine
 from megatron_ktr.rollout.second_prompt import Question
@@ -30,14 +32,24 @@ def server() -> Iterator[FakeChat]:
 
 
 def judged(fake: FakeChat, *texts: str, monkeypatch: pytest.MonkeyPatch, **options: object):
-    """(values, counts) of a group, one question open at a time, so that the script's answers come in order."""
+    """(values, counts) of a group."""
+    with contextlib.closing(asking(fake, monkeypatch=monkeypatch, **options)) as rewarder:
+        return values_of(rewarder, *texts), rewarder.take_counts()
+
+
+def asking(fake: FakeChat, *, monkeypatch: pytest.MonkeyPatch, **options: object) -> Rewarder:
+    """One question is open at a time, so that the script's answers come in order."""
     monkeypatch.setenv("JUDGE_KEY", KEY)
     values = {"judge_url": fake.url, "judge_key_env": "JUDGE_KEY", "judge_concurrency": 1, "judge_retries": 1}
-    rewarder = Rewarder(RewardOptions(RewardSection(**{"reward_on_error": "zero", **values, **options})))
+    values |= {"reward_on_error": "zero", "reward_timeout": PATIENCE_SECONDS}
+    return Rewarder(RewardOptions(RewardSection(**{**values, **options})))
+
+
+def values_of(rewarder: Rewarder, *texts: str) -> list[float]:
     record = {"problem": "Which colour?", "options": ["A. red", "B. blue"], "solution": "<answer>B</answer>"}
     group = RolloutGroup(Prompt("7", (1,), record=record), tuple(Rollout((3,), text=text) for text in texts))
     (found,) = rewarder.reward([group], names=["judge"])
-    return [rollout.rewards["judge"] for rollout in found.rollouts], rewarder.take_counts()
+    return [rollout.rewards["judge"] for rollout in found.rollouts]
 
 
 def test_the_judge_sees_question_truth_and_answer_and_gives_a_number(server, monkeypatch) -> None:
@@ -55,10 +67,28 @@ def test_the_judge_sees_question_truth_and_answer_and_gives_a_number(server, mon
 def test_a_judge_that_throttles_is_asked_again_and_one_that_fails_costs_its_response(server, monkeypatch) -> None:
     busy = (429, error("slow down"), {"Retry-After": "0"})
     server.script.extend([busy, (200, completion("1")), (200, completion("well, maybe")), (200, completion("7"))])
-    server.script.extend([(400, error("no")), "hang", "hang", (200, completion("0"))])
-    values, counts = judged(server, "a", "b", "c", "d", "e", monkeypatch=monkeypatch, reward_timeout=1.0)
-    assert values == [1.0, 0.0, 0.0, 0.0, 0.0] and not server.script and len(server.bodies) == 8
-    assert counts["reward_errors/judge"] == 2 and counts["reward_timeouts/judge"] == 1
+    server.script.extend([(400, error("no")), (200, completion("0.5"))])
+    values, counts = judged(server, "a", "b", "c", "d", monkeypatch=monkeypatch)
+    assert values == [1.0, 0.0, 0.0, 0.5] and not server.script and len(server.bodies) == 6
+    assert counts["reward_errors/judge"] == 2 and "reward_timeouts/judge" not in counts
+
+
+def test_a_judge_that_hangs_costs_its_response(server, monkeypatch) -> None:
+    with contextlib.closing(asking(server, monkeypatch=monkeypatch)) as rewarder:
+        rewarder.prepare(["judge"])
+        web = judging._server(rewarder.options.section)._web
+        patience = web.patience
+        server.script.extend(["hang"] * 9)
+        web.patience = dataclasses.replace(patience, request_timeout=0.3)  # what answers has far more
+        assert values_of(rewarder, "a") == [0.0]
+        server.script.clear()
+        server.released.set()
+        web.patience = patience
+        # One for each question that was given up and may still arrive.
+        server.script.extend([(200, completion("0.5"))] * 3)
+        assert values_of(rewarder, "b") == [0.5]
+        counts = rewarder.take_counts()
+    assert counts["reward_timeouts/judge"] == 1 and "reward_errors/judge" not in counts
 
 
 def test_a_judge_that_stops_the_run_says_why_without_its_key(server, monkeypatch) -> None:

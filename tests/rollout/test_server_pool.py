@@ -23,6 +23,7 @@ from megatron_ktr.rollout.server.member import PoolSettings
 from megatron_ktr.rollout.server.replicas import Replicas
 from megatron_ktr.rollout.server.weights import DirectoryTransfer
 from megatron_ktr.types import Prompt, RolloutGroup
+from megatron_ktr.web import leaving
 from tests.support.fake_server import LOGPROB, MISBEHAVIOUR, ON_THE_WIRE, FakeServer
 from tests.support.patience import PATIENCE_SECONDS, wait_until
 from tests.support.tiny import EOS_ID, IMAGE_TOKEN_ID, VIDEO_TOKEN_ID, tiny_hf_config
@@ -223,7 +224,7 @@ def test_an_answer_that_is_no_answer_is_asked_for_again(start, tmp_path, acts: d
 
 
 def test_a_server_that_only_talks_nonsense_is_taken_out(start, tmp_path) -> None:
-    engine, (mad, sane) = start(2, max_retries=2, probe_seconds=60.0)
+    engine, (mad, sane) = start(2, max_retries=2, probe_seconds=PATIENCE_SECONDS)
     mad.script.extend(["not json"] * 50)
     assert engine.generate(prompts(12)) == expected(tmp_path, 12)
     assert counts(engine)["taken_out"] == 1 and counts(engine)["malformed"] >= 3
@@ -247,7 +248,7 @@ def test_a_prompt_that_all_servers_refuse_is_named(start) -> None:
 
 
 def test_a_server_alone_in_refusing_is_the_sick_one(start, tmp_path) -> None:
-    engine, (mad, sane) = start(2, max_retries=2, probe_seconds=60.0)
+    engine, (mad, sane) = start(2, max_retries=2, probe_seconds=PATIENCE_SECONDS)
     mad.script.extend(["400"] * 50)
     assert engine.generate(prompts(12)) == expected(tmp_path, 12)
     assert counts(engine)["taken_out"] == 1 and counts(engine)["refused"] >= 3
@@ -322,11 +323,20 @@ def test_a_server_that_never_answers_is_named(tmp_path) -> None:
         make_engine([server], tmp_path, timeout_seconds=0.0)
 
 
-def test_the_engine_waits_for_a_server_that_is_still_loading(tmp_path) -> None:
+def test_the_engine_waits_for_a_server_that_is_still_loading(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     server = FakeServer()
     server.kill()
-    threading.Timer(0.4, server.restart).start()
+    pause, waited_for = leaving.pause, []
+
+    async def pause_and_load(seconds: float, *, waiting_for: str) -> None:
+        await pause(seconds, waiting_for=waiting_for)
+        waited_for.append(waiting_for)
+        if len(waited_for) == 2:
+            server.restart()
+
+    monkeypatch.setattr(leaving, "pause", pause_and_load)
     engine = make_engine([server], tmp_path)
+    assert waited_for == ["for the first vLLM server"] * 2
     assert len(engine.generate(prompts(2))) == 2
     engine.close()
     server.kill()

@@ -41,7 +41,8 @@ from megatron_ktr.rollout.server.wire import encode_request, medium_item, pack
 from megatron_ktr.types import Prompt, RolloutGroup
 from megatron_ktr.web.address import ApiKey
 from tests.support.patience import PATIENCE_SECONDS, wait_until
-from tests.support.serving import TOKEN, free_port, kill, open_url, start_server, wait_for
+from tests.support.ports import free_port
+from tests.support.serving import TOKEN, kill, open_url, start_server, wait_for
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

@@ -31,13 +31,6 @@ LAUNCH = REPOSITORY / "examples" / "launch"
 STEPS = 4
 
 
-@pytest.fixture
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``model/`` and ``rollouts.jsonl``: text questions with recorded responses, of which some earned more."""

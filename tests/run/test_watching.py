@@ -90,7 +90,7 @@ def test_a_rank_says_where_it_is_without_being_asked(one_rank: Any, tmp_path: Pa
     found = beat_of(tmp_path)
     assert (found["state"], found["last_done"]) == ("trained", 6) and found["mean_step_seconds"] > 0
     assert [path.name for path in (tmp_path / "status").iterdir()] == ["rank_00000.json"], "no scratch file"
-    assert "heartbeat" not in {thread.name for thread in threading.enumerate()}
+    wait_until(lambda: not heartbeat._thread.is_alive())
 
 
 @pytest.mark.parametrize(("error", "state"), [(None, "left"), (RuntimeError("broken"), "failed")])
@@ -166,8 +166,9 @@ def test_prometheus_reads_the_last_step(endpoint: Endpoint, tmp_path: Path) -> N
     assert set(wanted) <= set(lines) and 'ktr_decoder{part="pyav: \\"x\\\\y\\"\\n?"} 3.0' in lines
     with pytest.raises(urllib.error.HTTPError, match="404"):
         read(endpoint.address, "/../secrets")
+    # Other tests of this process may have left sockets open.
     listening = [one.laddr for one in psutil.Process().net_connections("inet") if one.status == psutil.CONN_LISTEN]
-    assert endpoint.address in listening and all(address.ip == "127.0.0.1" for address in listening)
+    assert [address.ip for address in listening if address.port == endpoint.address[1]] == ["127.0.0.1"]
 
 
 def test_a_run_that_is_started_again_gets_its_port_again(endpoint: Endpoint, tmp_path: Path) -> None:
@@ -437,7 +438,7 @@ def test_options_that_cannot_work_are_refused(values: dict, words: str, monkeypa
 def watched_runs(context: Any, *, folder: Path) -> tuple[list[str], list[tuple[int, float]]]:
     """Two ranks, with everything switched on and without. Returns the threads of ours that are left, and the steps and
     accuracies that this rank has sent to wandb."""
-    fake = FakeWandb()
+    fake, before = FakeWandb(), threading.enumerate()
     sys.modules["wandb"] = fake
     evaluated = {"eval_data": (str(folder / "data" / "eval.json"),), "eval_interval": 2, "eval_at_start": True}
     everything = {"profile_steps": (2, 2), "heartbeat_seconds": 0.1, "wandb_project": "videos", **evaluated}
@@ -463,7 +464,8 @@ def watched_runs(context: Any, *, folder: Path) -> tuple[list[str], list[tuple[i
             )
         )
     del sys.modules["wandb"]
-    left = [thread.name for thread in threading.enumerate() if thread.name in ("heartbeat", "metrics", "wandb")]
+    new = [thread.name for thread in threading.enumerate() if thread not in before]
+    left = [name for name in new if name in ("heartbeat", "metrics", "wandb")]
     accuracy = "eval/eval/accuracy"
     return left, [(int(row["step"]), row[accuracy]) for row in fake.sent if accuracy in row]
 

@@ -27,6 +27,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from safetensors import safe_open
 
+from tests.support.ports import free_port
 from tests.support.tiny import EOS_ID, FIRST_SPECIAL_ID
 
 LOGPROB = -1.5
@@ -61,7 +62,7 @@ class FakeServer:
         self._lock = threading.Condition()
         self._is_dead = threading.Event()
         self._forget()
-        self._listen(0)
+        self._listen(free_port())  # nobody is given it while this server is dead
 
     @property
     def url(self) -> str:
@@ -314,6 +315,9 @@ def _said(head: str, *, body: bytes = b"", again: bytes = b"") -> Callable[[Any]
     return write
 
 
+_LAST = "Connection: close\n"
+"""Of replies that are whole: a client would else send its next request into a connection that is just being closed."""
+
 ON_THE_WIRE: dict[str, Callable[[Any], None]] = {
     "garbage": _said("hello\nworld\n\n"),
     "endless headers": _said("HTTP/1.1 200 OK\n", again=b"X-Header: " + 1000 * b"x" + b"\r\n"),
@@ -324,8 +328,8 @@ ON_THE_WIRE: dict[str, Callable[[Any], None]] = {
     "two lengths": _said("HTTP/1.1 200 OK\nContent-Length: 5\nContent-Length: 6\n\nhello!"),
     "half closed": _said("HTTP/1.1 200 OK\nContent-Length: 500\n\n{"),
     "packed": _said("HTTP/1.1 200 OK\nContent-Encoding: gzip\n\n", body=gzip.compress(bytes(1 << 20))),
-    "a redirect": _said("HTTP/1.1 307 Away\nLocation: http://127.0.0.1:9/\nContent-Length: 0\n\n"),
-    "cookies": _said("HTTP/1.1 500 No\n" + 100 * "Set-Cookie: a=b\n" + "Content-Length: 0\n\n"),
+    "a redirect": _said(f"HTTP/1.1 307 Away\nLocation: http://127.0.0.1:9/\n{_LAST}Content-Length: 0\n\n"),
+    "cookies": _said("HTTP/1.1 500 No\n" + 100 * "Set-Cookie: a=b\n" + f"{_LAST}Content-Length: 0\n\n"),
 }
 """Misbehaviour below the answer: what is written onto the connection, which is then closed."""
 

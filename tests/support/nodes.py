@@ -51,6 +51,7 @@ def linked_nodes(prefix: str, *, addresses: Sequence[str]) -> Iterator[tuple[str
     switch = f"{prefix}{os.getpid()}switch"
     try:
         for name in (switch, *names):
+            ip("netns", "delete", name)  # left by a process of the same number that was killed
             made = ip("netns", "add", name)
             if made.returncode:
                 raise NoNodesError(f"network namespaces may not be made here: {made.stderr.strip()}")
