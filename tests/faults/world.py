@@ -25,6 +25,7 @@ from tests.faults.invariants import (
 )
 from tests.faults.zygote import Ended, Job, Process, Zygote
 from tests.support.evaluations import write_questions
+from tests.support.fake_server import FakeServer
 
 NUM_STEPS = 4
 TRAIN = "megatron_ktr.train:main"
@@ -38,6 +39,8 @@ VARIANTS: dict[str, dict[str, object]] = {
     "one rank": {},
     "data workers": {"data_workers": 1},
     "two ranks": {},
+    "servers": {"engine": "vllm_server", "no_check_sampler": True},
+    "servers, no lag": {"engine": "vllm_server", "no_check_sampler": True, "lag": 0},
 }
 """Options beside those of ``World.training``, by the name of the uninterrupted run."""
 
@@ -131,7 +134,9 @@ class World:
 
     def _run_oracle(self, variant: str) -> Oracle:
         folder = self.folder / f"oracle {variant}".replace(" ", "_")
-        arguments = self.training(folder / "run", variant)
+        server = FakeServer() if variant.startswith("servers") else None
+        more = {} if server is None else {"server_urls": server.url}
+        arguments = self.training(folder / "run", variant, **more)
         for name in ("warm", "oracle") if not self._oracles else ("oracle",):
             shutil.rmtree(folder, ignore_errors=True)
             seconds = 0.0
@@ -141,6 +146,8 @@ class World:
             ended = [process.wait() for process in processes]
             assert all(one.code == 0 for one in ended), ended
             self.warm_from(folder, processes[0].job.label)
+        if server is not None:
+            server.kill()
         counts = tuple(self.counts_of(folder, process.job.label) for process in processes)
         return Oracle(folder / "run", counts, seconds, facts_of(folder / "run", num_steps=NUM_STEPS))
 

@@ -7,8 +7,8 @@ A server is *in* while it answers and has the current weights. Requests go only 
                               it is not healthy, does not answer in time, or has old weights
     a server is out           it comes back once it is healthy *and* has the current weights; its owner gives them to it
                               if they are kept on disk
-    a server says nothing     it is taken out after two checks of its health, also while it gets weights; nobody waits for
-                              it then, as long as another one is in
+    a server says nothing     it is taken out after two checks of its health, also while it gets weights; then nobody
+                              waits for it, as long as another one is in
     a request is refused      (status 400) others are asked: only if all refuse it, twice, the run ends with its name
     no server is left         the run waits (``wait_seconds``). ``StepAbandoned`` then names every server with its last
                               error; a request that has failed everywhere for as long raises it, too, and so does a
