@@ -40,10 +40,10 @@ EXPECTED = DOCUMENTED - {EXIT_INTERNAL, EXIT_ALARM, EXIT_HANG, EXIT_OUTPUT_CLOSE
 program, nor by an alarm or a hang that nobody has caused."""
 VARIES = (
     *("second", "tflops", "mfu", "sampler_check", "vision_runs_per_prompt", "data_wait_fraction"),
-    *("data_workers/", "ranks/"),
+    *("data_workers/", "ranks/", "server/"),
 )
-"""Parts of the names of metrics that measure time or memory, that say what a worker did, or that only the first step
-after a start has."""
+"""Parts of the names of metrics that measure time or memory, that say what a worker or a server did, or that only the
+first step after a start has."""
 
 
 @dataclass(frozen=True)

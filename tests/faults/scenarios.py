@@ -30,6 +30,7 @@ from tests.faults.invariants import (
     digests,
 )
 from tests.faults.network import network
+from tests.faults.server_cuts import server_network
 from tests.faults.serving import serving
 from tests.faults.world import (
     CONVERT,
@@ -353,5 +354,6 @@ AREAS: dict[str, tuple[Scenario, int]] = {
     "evaluation": (evaluation, 16),
     "data workers": (workers, 8),
     "rollout serving": (serving, 24),
+    "server network": (server_network, 8),
 }
 """By name: the scenario, and how many seeds CI runs."""

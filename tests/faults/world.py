@@ -24,6 +24,7 @@ from tests.faults.invariants import (
 )
 from tests.faults.zygote import Ended, Job, Process, Zygote
 from tests.support.evaluations import write_questions
+from tests.support.fake_server import FakeServer
 from tests.support.ports import free_port
 
 NUM_STEPS = 4
@@ -38,6 +39,8 @@ VARIANTS: dict[str, dict[str, object]] = {
     "one rank": {},
     "data workers": {"data_workers": 1},
     "two ranks": {},
+    "servers": {"engine": "vllm_server", "no_check_sampler": True},
+    "servers, no lag": {"engine": "vllm_server", "no_check_sampler": True, "lag": 0},
 }
 """Options beside those of ``World.training``, by the name of the uninterrupted run."""
 
@@ -131,14 +134,18 @@ class World:
 
     def _run_oracle(self, variant: str) -> Oracle:
         folder = self.folder / f"oracle {variant}".replace(" ", "_")
-        arguments = self.training(folder / "run", variant)
         for name in ("first", "oracle"):
             shutil.rmtree(folder, ignore_errors=True)
             seconds = 0.0
+            server = FakeServer() if variant.startswith("servers") else None
+            more = {} if server is None else {"server_urls": server.url}
+            arguments = self.training(folder / "run", variant, **more)
             processes = self.start_ranks(TRAIN, arguments, folder, name, world_size=2 if variant == "two ranks" else 1)
             for _ in processes[0].looks(0.01):
                 seconds = processes[0].cpu_seconds
             ended = [process.wait() for process in processes]
+            if server is not None:
+                server.kill()
             assert all(one.code == 0 for one in ended), ended
             # What it imported by itself took time that the commands after it do not need: the moments of their faults
             # would lie behind their end.

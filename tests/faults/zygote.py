@@ -243,11 +243,16 @@ def _strays(running: set[int]) -> list[str]:
 
 def _become(job: Job) -> None:
     """In the fork: the command, to its end."""
+    import torch
+
     from tests.faults.injector import install, write_counts
     from tests.faults.isolation import enter_network, with_shared_memory_in
 
     code = 99
     try:
+        # torch makes its pool of threads anew in a fork. Two threads that are the first to need it at the same time
+        # would meet in that ("Invalid thread pool!"), so it is made here, while there is one.
+        torch.set_num_threads(1)
         os.setsid()
         signal.signal(signal.SIGINT, signal.default_int_handler)
         for number, name in enumerate((os.devnull, f"{job.label}.out", f"{job.label}.err")):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import random
+import socket
 import threading
 from pathlib import Path
 
 import pytest
 
 from megatron_ktr.errors import StepAbandoned, UserError
+from megatron_ktr.rollout.server.client import ServerClient
 from megatron_ktr.rollout.server.fingerprint import agreed
 from megatron_ktr.rollout.server.pool import COUNTS
 from megatron_ktr.types import RolloutGroup
@@ -156,6 +159,75 @@ def test_a_run_that_is_asked_to_leave_does_not_wait_for_servers(start) -> None: 
     finally:
         leaving.forget()
     assert error.asked_by == "SIGTERM" and "no vLLM server is left" in str(error) and server.url in str(error)
+
+
+def test_an_update_waits_neither_for_a_silent_server_nor_for_who_looks_after_it(start, tmp_path) -> None:  # noqa: F811
+    """Its network is cut: requests go out, and nothing comes back. The others get their weights, and come back
+    themselves, while somebody still waits for its answer."""
+    engine, (mute, well) = start(2, wait_seconds=PATIENCE_SECONDS)
+    engine.load_weights(tensors(1.0))
+    mute.mute_at = "/inference/v1/generate"
+    silent = engine.pool._servers[0]
+    silent.client.timeout_seconds = silent.client.control_seconds = 0.2
+    assert engine.generate(prompts(6)) == expected(tmp_path, 6, weights=1.0)
+    silent.client.control_seconds, before = PATIENCE_SECONDS, silent.returning
+    wait_until(lambda: silent.returning is not before and silent.lock.locked())
+    engine.load_weights(tensors(2.0))
+    assert silent.lock.locked() and well.weights == 2.0 and mute.weights == 1.0
+    assert engine.generate(prompts(6)) == expected(tmp_path, 6, weights=2.0)
+    well.kill()
+    result = in_background(lambda: engine.generate(prompts(6)))
+    wait_until(lambda: not engine.pool._servers[1].is_in)
+    well.restart()
+    assert result() == expected(tmp_path, 6, weights=2.0) and silent.lock.locked()
+
+
+@pytest.mark.parametrize("route", ["/pause", "/collective_rpc", "/resume"])
+def test_a_server_that_vanishes_in_an_update_does_not_hold_it_up(
+    start,  # noqa: F811
+    tmp_path,
+    caplog,
+    route: str,
+) -> None:
+    """Draining and loading may take as long as a request, so only its health tells. When it is back it gets the
+    weights, wherever the update broke off."""
+    engine, (mute, well) = start(2, wait_seconds=PATIENCE_SECONDS)
+    engine.load_weights(tensors(1.0))
+    mute.mute_at, mute.breaks_off_health = route, True
+    engine.load_weights(tensors(2.0))
+    assert well.weights == 2.0 and counts(engine) == {"taken_out": 1}
+    assert "not healthy while it was given weights" in caplog.text, "nobody has waited for its answer"
+    assert engine.generate(prompts(6)) == expected(tmp_path, 6, weights=2.0) and not mute.num_answers
+    mute.mute_at, mute.is_mute = "", False
+    wait_until(lambda: engine.pool._servers[0].is_in)
+    assert mute.weights == 2.0 and not mute.paused
+    assert engine.generate(prompts(12)) == expected(tmp_path, 12, weights=2.0)
+
+
+def test_a_request_that_was_given_up_is_not_delivered_later() -> None:
+    """A machine takes part of it, and no more. Should the kernel keep the rest and go on trying, a reload of old
+    weights could arrive after one of new weights."""
+
+    async def give_up(listener: socket.socket) -> socket.socket:
+        port = listener.getsockname()[1]
+        client = ServerClient(f"http://127.0.0.1:{port}", max_requests=1, timeout_seconds=PATIENCE_SECONDS)
+        request = asyncio.create_task(client.generate(b"x" * (1 << 18)))
+        connection, _ = await asyncio.get_running_loop().sock_accept(listener)
+        connection.setblocking(True)
+        await asyncio.to_thread(connection.recv, 1, socket.MSG_PEEK)
+        request.cancel()
+        await asyncio.gather(request, return_exceptions=True)
+        await client.close()
+        return connection
+
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        listener.setblocking(False)
+        with asyncio.run(give_up(listener)) as connection, pytest.raises(ConnectionResetError):
+            while connection.recv(1 << 16):
+                pass
 
 
 def test_the_token_is_sent_everywhere_and_a_wrong_one_ends_the_run_at_the_start(tmp_path) -> None:

@@ -40,6 +40,8 @@ RUBBISH = -999.0
 class FakeServer:
     """Listens on a port of its own from the start; ``kill`` breaks all connections, ``restart`` comes back empty."""
 
+    host = "127.0.0.1"
+
     def __init__(self) -> None:
         self._num_allowed: float = math.inf
         """Answers it may still give."""
@@ -53,6 +55,12 @@ class FakeServer:
         """What requests must carry, but for /health."""
         self.is_lying = False
         """Whether it reports that it has loaded weights, and loads none."""
+        self.is_mute = False
+        """Whether it takes requests and says nothing to them, as if its network were cut."""
+        self.mute_at = ""
+        """The route that makes it mute."""
+        self.breaks_off_health = False
+        """Whether it breaks connections that ask for its health while it is mute, so that nobody waits for a limit."""
         self.num_unwelcome = 0
         """Requests without the token."""
         self.control: list[str] = []
@@ -66,7 +74,7 @@ class FakeServer:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.host}:{self.port}"
 
     def hold(self, *, after: int = 0) -> None:
         """Gives ``after`` more answers; further requests run until ``release``."""
@@ -104,15 +112,23 @@ class FakeServer:
         """Whether new requests wait, and whether running ones do."""
 
     def _listen(self, port: int) -> None:
-        self._http = _Listener(("127.0.0.1", port), _handler(self))
+        self._http = self._bind(port)
         self.port = self._http.server_address[1]
         threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+
+    def _bind(self, port: int) -> Listener:
+        return Listener((self.host, port), _handler(self))
 
     # --- routes -----------------------------------------------------------------------------------------------
 
     def answer(self, path: str, body: Any, headers: Mapping[str, str]) -> Answer:
         """What is sent; None drops the connection."""
         parts = urlsplit(path)
+        self.is_mute = self.is_mute or parts.path == self.mute_at
+        if self.is_mute:
+            if not (self.breaks_off_health and parts.path == "/health"):
+                self._is_dead.wait()
+            return None
         if parts.path == "/health":
             return 200, b""
         if self.token and headers.get("Authorization") != f"Bearer {self.token}":
@@ -343,7 +359,7 @@ def _first_number(directory: Path) -> float:
         return float(file.get_tensor(sorted(file.keys())[0]).flatten()[0])
 
 
-class _Listener(ThreadingHTTPServer):
+class Listener(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, *args: Any) -> None:

@@ -66,6 +66,7 @@ def _reap(*_: object) -> None:
 
 def _work(connection: Connection) -> None:
     """Runs one job after the other until the pool hangs up."""
+    torch.set_num_threads(1)  # makes torch's own pool of threads anew; two threads at once would fail in that
     threading.Thread(target=_leave_with_parent, args=(os.getppid(),), daemon=True).start()
     while True:
         try:

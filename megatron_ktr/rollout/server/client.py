@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
+import socket
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -32,6 +34,10 @@ TOKEN_ADVICE = (
 Kind = TypeVar("Kind", str, int, bool)
 MOST_CONTROL_BYTES = 1 << 22
 """The largest answer of a control route. The settings of a server are the longest of them, with some 50 kB."""
+_FORGETS = ((socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)),)
+"""Closing a connection drops what it has not delivered. By default the kernel goes on sending for minutes: a request to
+load weights that was given up because the network was cut would arrive when the network is back, maybe after newer
+weights did, and leave the old ones under the label of the new ones."""
 _MOST_WORDS = 300
 """Characters of what a server says, in a message."""
 
@@ -96,6 +102,7 @@ class ServerClient:
     def __init__(self, url: str, *, max_requests: int, timeout_seconds: float, token: ApiKey | None = None) -> None:
         self.url = url.rstrip("/")
         self.timeout_seconds = timeout_seconds
+        self.control_seconds = CONTROL_SECONDS
         self._token = token
         # 8 connections are left for control requests while generation uses all others. ``trust_env=False`` ignores the
         # environment's proxies, which are meant for the internet and not for the nodes of a cluster.
@@ -109,7 +116,7 @@ class ServerClient:
         self._http = httpx.AsyncClient(
             base_url=self.url,
             timeout=None,
-            limits=limits,
+            transport=httpx.AsyncHTTPTransport(limits=limits, trust_env=False, socket_options=_FORGETS),
             trust_env=False,
             # Another address would get the token.
             follow_redirects=False,
@@ -144,7 +151,7 @@ class ServerClient:
         await self._send("GET", "/health")
 
     async def facts(self) -> ServerFacts:
-        body = await self._send("GET", "/server_info?config_format=json", seconds=6 * CONTROL_SECONDS)
+        body = await self._send("GET", "/server_info?config_format=json", seconds=6 * self.control_seconds)
         try:
             return ServerFacts.read(_parsed(body))
         except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
@@ -242,9 +249,10 @@ class ServerClient:
         *,
         content: bytes | None = None,
         headers: Mapping[str, str] | None = None,
-        seconds: float = CONTROL_SECONDS,
+        seconds: float | None = None,
         most_bytes: int = MOST_CONTROL_BYTES,
     ) -> bytes:
+        seconds = self.control_seconds if seconds is None else seconds
         sent = {**(headers or {}), **({} if content is None else {"Content-Type": "application/json"})}
         try:
             # This limits the whole exchange; httpx's own timeouts limit only the silence between two pieces of it.

@@ -6,7 +6,15 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
-from megatron_ktr.rollout.server.client import Locked, Refused, ServerClient, ServerFacts, ServerProblem
+from megatron_ktr.rollout.server.client import (
+    Locked,
+    Refused,
+    ServerClient,
+    ServerFacts,
+    ServerProblem,
+    TimedOut,
+    Unreachable,
+)
 from megatron_ktr.rollout.server.fingerprint import Fingerprint, distance, probe_body, read_fingerprint
 from megatron_ktr.rollout.server.wire import MalformedAnswer
 from megatron_ktr.web.address import ApiKey
@@ -15,6 +23,8 @@ LOADING = "-loading"
 """The end of the label of a server that is loading weights, or in which loading broke off."""
 Give = Callable[[ServerClient, bool], Awaitable[None]]
 """Makes one paused server load the weights of an update. The flag says whether an earlier update broke off in it."""
+SILENCE = (TimedOut, Unreachable)
+"""Problems of a server from which nothing came."""
 _MOST_RESTS = 32
 
 
@@ -57,8 +67,12 @@ class Member:
     last_error: str = "never answered"
     is_locked: bool = False
     """Whether the last error is a refused token."""
+    is_silent: bool = False
+    """Whether nothing came from it when it was asked last. Nobody can tell how long its next answer would take."""
     fingerprint: Fingerprint | None = None
     running: set[asyncio.Task[bytes]] = field(default_factory=set)
+    returning: asyncio.Task[None] | None = None
+    """The last attempt to take the server back."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Is held while the server gets weights, or while it is decided whether the server is in."""
 
@@ -69,10 +83,48 @@ class Member:
     def failed(self, problem: Exception) -> None:
         self.last_error = str(problem)
         self.is_locked = isinstance(problem, Locked)
+        self.is_silent = isinstance(problem, SILENCE)
 
     def let_in(self) -> None:
         self.failures = self.missed_probes = self.num_broken_updates = self.rests = 0
-        self.is_in = True
+        self.is_in, self.is_silent = True, False
+
+    def refuse_silence(self, can_spare: bool) -> None:
+        """Raises ServerProblem if the server is silent and out, and the run can do without it."""
+        if can_spare and self.is_silent and not self.is_in:
+            raise Unreachable(self.last_error)
+
+    async def has_pulse(self) -> bool:
+        """Checks its health. False after two failures in a row, and ``last_error`` then says what is wrong. If its
+        machine vanishes, the connections would show it only after many minutes."""
+        try:
+            await self.client.check_health()
+            self.missed_probes = 0
+        except ServerProblem as problem:
+            self.missed_probes += 1
+            self.last_error = str(problem)
+        return self.missed_probes < 2
+
+    async def bring_up_to_date(
+        self, label: str, give: Give | None, *, expected: Fingerprint | None, settings: PoolSettings
+    ) -> None:
+        """Makes sure that a server which is out has the weights of ``label`` and samples. ``give`` gives them to it;
+        None if they are not kept. ``expected`` is their fingerprint. Raises ServerProblem if it has not."""
+        found = await self.client.weight_version()
+        problem = "" if found == label else f"it has weights {found}, expected {label}"
+        if not problem and await self.client.is_paused():
+            problem = "it is paused"  # an update broke off just before its end
+        if not problem:
+            await self.look(label)
+            problem = self.gap_problem(expected, limit=settings.gap_limit)
+        if not problem:
+            return
+        if give is None:
+            raise ServerProblem(f"{problem}; waiting for the next update")
+        await self.take_weights(label, give, settings=settings)
+        if problem := self.gap_problem(expected, limit=settings.gap_limit):
+            self.rests = 2
+            raise ServerProblem(problem)
 
     def gap_problem(self, expected: Fingerprint | None, *, limit: float) -> str:
         """Says that it computes other log-probs than others with the same label; empty if it does not."""
@@ -81,23 +133,43 @@ class Member:
         gap = distance(self.fingerprint, expected)
         return "" if gap <= limit else f"its log-probs are {gap:.3g} nats from those of the same weights elsewhere"
 
-    async def take_weights(self, label: str, give: Give, *, in_flight: bool) -> None:
+    async def take_weights(self, label: str, give: Give, *, settings: PoolSettings) -> None:
         """Gives it weights. If this raises ServerProblem, the server stays paused, or under a label that nobody
         accepts, until an update succeeds. Afterwards ``fingerprint`` is that of the new weights."""
-        client = self.client
+        taking = asyncio.create_task(self._take(label, give, in_flight=settings.in_flight_updates))
+        silence = asyncio.create_task(self._find_silence(settings.probe_seconds))
         try:
-            broke_off = (await client.weight_version()).endswith(LOADING)
-            await client.pause(keep_requests=in_flight)
-            await client.set_weight_version(f"{label}{LOADING}")
-            await give(client, broke_off)
-            await client.reset_caches()
-            await client.set_weight_version(label)
-            await client.resume()
-            await self.look(label)
+            await asyncio.wait({taking, silence}, return_when=asyncio.FIRST_COMPLETED)
+            if not taking.done():
+                raise Unreachable(f"not healthy while it was given weights: {self.last_error}")
+            await taking
         except ServerProblem:
             self.num_broken_updates += 1
             self.rests = min(_MOST_RESTS, 2**self.num_broken_updates)
             raise
+        finally:
+            taking.cancel()
+            silence.cancel()
+            await asyncio.gather(taking, silence, return_exceptions=True)
+
+    async def _take(self, label: str, give: Give, *, in_flight: bool) -> None:
+        client = self.client
+        broke_off = (await client.weight_version()).endswith(LOADING)
+        await client.pause(keep_requests=in_flight)
+        await client.set_weight_version(f"{label}{LOADING}")
+        await give(client, broke_off)
+        await client.reset_caches()
+        await client.set_weight_version(label)
+        await client.resume()
+        await self.look(label)
+
+    async def _find_silence(self, pause_seconds: float) -> None:
+        """Returns when the server is not healthy any more. Draining, loading and the transfer may take long, and a
+        machine that vanished meanwhile would be waited for as long."""
+        self.missed_probes = 0
+        await asyncio.sleep(pause_seconds)
+        while await self.has_pulse():
+            await asyncio.sleep(pause_seconds)
 
     async def look(self, label: str) -> None:
         """Finds ``fingerprint``; None if the server refuses to tell.

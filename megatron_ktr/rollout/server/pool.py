@@ -7,6 +7,8 @@ A server is *in* while it answers and has the current weights. Requests go only 
                               it is not healthy, does not answer in time, or has old weights
     a server is out           it comes back once it is healthy *and* has the current weights; its owner gives them to it
                               if they are kept on disk
+    a server says nothing     it is taken out after two checks of its health, also while it gets weights; then nobody
+                              waits for it, as long as another one is in
     a request is refused      (status 400) others are asked: only if all refuse it, twice, the run ends with its name
     no server is left         the run waits (``wait_seconds``). ``StepAbandoned`` then names every server with its last
                               error; a request that has failed everywhere for as long raises it, too, and so does a
@@ -43,7 +45,7 @@ from megatron_ktr.rollout.server.client import (
     Unreachable,
 )
 from megatron_ktr.rollout.server.fingerprint import Fingerprint
-from megatron_ktr.rollout.server.member import Give, Member, PoolSettings
+from megatron_ktr.rollout.server.member import SILENCE, Give, Member, PoolSettings
 from megatron_ktr.rollout.server.versions import OldWeights, Versions
 from megatron_ktr.rollout.server.wire import MalformedAnswer, Sample
 from megatron_ktr.web import leaving
@@ -83,7 +85,7 @@ class ServerPool:
         self._owned: frozenset[str] = frozenset()
         self._is_updating = False
         self._changed = asyncio.Condition()
-        self._watcher: asyncio.Task[None] | None = None
+        self._watchers: list[asyncio.Task[None]] = []
         self._rescuing = asyncio.Lock()
         self._alone_since: float | None = None
         """When it was first seen that no server is in."""
@@ -97,7 +99,7 @@ class ServerPool:
         """Waits for the first server. Raises UserError if none comes, or if a server is not set up for training."""
         looks = 0
         deadline = time.monotonic() + self.settings.timeout_seconds
-        while not await self._probe_all():  # at least one probe, so that an error message can name a reason
+        while not await self._probe_all(to_the_last=True):  # at least one probe, so that an error can name a reason
             self._refuse_wrong()
             if time.monotonic() > deadline:
                 raise UserError(f"--server-urls: no vLLM server answered: {self._errors()}")
@@ -106,7 +108,7 @@ class ServerPool:
             looks += 1
             await leaving.pause(self.settings.probe_seconds, waiting_for="for the first vLLM server")
         self._refuse_wrong()
-        self._watcher = asyncio.create_task(self._watch())
+        self._watchers = [asyncio.create_task(self._watch(server)) for server in self._servers]
 
     def _refuse_wrong(self) -> None:
         for server in self._servers:
@@ -204,7 +206,7 @@ class ServerPool:
         while True:
             async with self._changed:
                 while self._is_updating or not self._free():
-                    if not self._is_updating and not any(server.is_in for server in self._servers):
+                    if not self._is_updating and not self._is_any_in():
                         break
                     await self._changed.wait()
                 else:
@@ -244,11 +246,12 @@ class ServerPool:
         server.failures += 1
         server.failed(problem)
         is_dead = isinstance(problem, TimedOut | OldWeights) or server.failures > self.settings.max_retries
+        server.is_silent = isinstance(problem, TimedOut)
         if not is_dead and isinstance(problem, Unreachable):
             try:
                 await server.client.check_health()
             except ServerProblem:
-                is_dead = True
+                is_dead = server.is_silent = True
         if is_dead:
             self._take_out(server, str(problem))
 
@@ -262,37 +265,43 @@ class ServerPool:
         for task in server.running:
             task.cancel()
 
-    async def _watch(self) -> None:
-        """Probes the servers that are out, and those that are in and have running requests, again and again."""
+    async def _watch(self, server: Member) -> None:
+        """Probes one server again and again while it is out, or has running requests. Each server has a watcher of its
+        own, so that one that keeps silent does not keep the others waiting."""
         while True:
             await asyncio.sleep(self.settings.probe_seconds)
             if self._is_updating:
                 continue
-            for server in self._servers:
-                server.rests = max(0, server.rests - 1)
+            server.rests = max(0, server.rests - 1)
             try:
-                await self._probe_all()
-                await asyncio.gather(*(self._feel_pulse(s) for s in self._servers if s.is_in and s.running))
+                if not server.is_in:
+                    await asyncio.wait({self._returning(server)})
+                elif server.running and not await server.has_pulse():
+                    server.is_silent = True
+                    self._take_out(server, f"not healthy: {server.last_error}")
+                    await self._notify()
             except Exception:  # whoever is not looked after would never come back
-                logger.exception("looking after the vLLM servers failed")
+                logger.exception("looking after the vLLM server %s failed", server.url)
 
-    async def _feel_pulse(self, server: Member) -> None:
-        """Checks the health of a server with running requests. If its machine vanishes, the connections would show it
-        only after many minutes."""
-        try:
-            await server.client.check_health()
-            server.missed_probes = 0
-        except ServerProblem as problem:
-            server.missed_probes += 1
-            if server.missed_probes > 1:
-                self._take_out(server, f"not healthy: {problem}")
-                await self._notify()
+    async def _probe_all(self, *, to_the_last: bool = False) -> bool:
+        """Takes back servers that can be in again. Returns once one is in, or an update begins, or all have been looked
+        at; with ``to_the_last`` not before all have been. True if any server is in then."""
+        pending = {self._returning(server) for server in self._servers if not server.is_in}
+        while pending and (to_the_last or not (self._is_updating or self._is_any_in())):
+            # It looks up now and then, because a watcher may have taken back a server that was looked at too early.
+            _, pending = await asyncio.wait(
+                pending, timeout=self.settings.probe_seconds, return_when=asyncio.FIRST_COMPLETED
+            )
+        return self._is_any_in()
 
-    async def _probe_all(self) -> bool:
-        """Takes back all servers that can be in again. True if any server is in afterwards."""
-        await asyncio.gather(*(self._try_return(server) for server in self._servers))
-        await self._notify()
+    def _is_any_in(self) -> bool:
         return any(server.is_in for server in self._servers)
+
+    def _returning(self, server: Member) -> asyncio.Task[None]:
+        """The attempt to take a server back that is under way, or a new one."""
+        if server.returning is None or server.returning.done():
+            server.returning = asyncio.create_task(self._try_return(server))
+        return server.returning
 
     async def _try_return(self, server: Member) -> None:
         async with server.lock:
@@ -301,37 +310,23 @@ class ServerPool:
             label = self._versions.current
             try:
                 await server.client.check_health()
+                server.is_silent = False
                 if server.facts is None:
                     server.facts = await server.client.facts()
                 if problem := self._check_facts(server.facts):
                     raise ServerProblem(problem)
                 if label is not None:
-                    await self._bring_up_to_date(server, label)
+                    give = self._gives.get(server.url)
+                    await server.bring_up_to_date(label, give, expected=self._expected, settings=self.settings)
             except ServerProblem as problem:
                 server.failed(problem)
                 return
+            except Exception:
+                logger.exception("looking after the vLLM server %s failed", server.url)
+                return
             if label == self._versions.current and not self._is_updating:
                 server.let_in()
-
-    async def _bring_up_to_date(self, server: Member, label: str) -> None:
-        """Makes sure that a server which is out has the current weights and samples. Its owner gives them to it, if
-        they are kept. Raises ServerProblem if it has not."""
-        give = self._gives.get(server.url)
-        found = await server.client.weight_version()
-        problem = "" if found == label else f"it has weights {found}, expected {label}"
-        if not problem and await server.client.is_paused():
-            problem = "it is paused"  # an update broke off just before its end
-        if not problem:
-            await server.look(label)
-            problem = server.gap_problem(self._expected, limit=self.settings.gap_limit)
-        if not problem:
-            return
-        if give is None:
-            raise ServerProblem(f"{problem}; waiting for the next update")
-        await server.take_weights(label, give, in_flight=self.settings.in_flight_updates)
-        if problem := server.gap_problem(self._expected, limit=self.settings.gap_limit):
-            server.rests = 2
-            raise ServerProblem(problem)
+                await self._notify()
 
     def _errors(self) -> str:
         return "; ".join(f"{server.url}: {server.last_error}" for server in self._servers if not server.is_in)
@@ -354,27 +349,31 @@ class ServerPool:
         address; None where it worked.
 
         No request starts before ``adopt`` says which servers have the weights. With ``again``, ``gives`` is kept for
-        servers that come back later. ``failed`` is called as soon as a server has failed.
+        servers that come back later. ``failed`` is called as soon as a server has failed. Nobody waits for a server
+        that kept silent when it was last probed, unless no other one is left.
         """
         self._is_updating = True
         self._versions.add(label)
         self._gives = gives if again else {}
         self._expected = None
         self._owned = frozenset(gives)
+        can_spare = self._is_any_in()
 
         async def one(server: Member) -> str | None:
-            async with server.lock:
-                server.fingerprint = None
-                try:
+            try:
+                # Asked before the lock, too: who tries to take a silent server back may hold it for long.
+                server.refuse_silence(can_spare)
+                async with server.lock:
+                    server.refuse_silence(can_spare)
+                    server.fingerprint = None
                     await server.client.check_health()
-                    await server.take_weights(label, gives[server.url], in_flight=self.settings.in_flight_updates)
-                except Exception as problem:  # of a communicator, for example: this server alone has not the weights
-                    words = (
-                        str(problem) if isinstance(problem, ServerProblem) else f"{type(problem).__name__}: {problem}"
-                    )
-                    if failed is not None:
-                        failed(server.url, words)
-                    return words
+                    await server.take_weights(label, gives[server.url], settings=self.settings)
+            except Exception as problem:  # of a communicator, for example: this server alone has not the weights
+                words = str(problem) if isinstance(problem, ServerProblem) else f"{type(problem).__name__}: {problem}"
+                server.is_silent = isinstance(problem, SILENCE)
+                if failed is not None:
+                    failed(server.url, words)
+                return words
             return None
 
         owned = [server for server in self._servers if server.url in gives]
