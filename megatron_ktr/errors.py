@@ -110,7 +110,18 @@ def unreadable(path: object, error: OSError, *, option: str = "") -> UserError:
 
 @contextmanager
 def same_on_every_rank() -> Iterator[None]:
-    """For work that every rank does alike from the same input: a ``UserError`` inside is printed once."""
+    """For work that every rank does alike from the same input: a ``UserError`` inside is printed once. An error that
+    may pass does not come from the input. One rank alone may have it, and says so."""
+    try:
+        yield
+    except UserError as error:
+        error.is_on_every_rank |= not is_transient(error)
+        raise
+
+
+@contextmanager
+def told_to_every_rank() -> Iterator[None]:
+    """For raising what all ranks have heard from one of them: a ``UserError`` inside is printed once."""
     try:
         yield
     except UserError as error:

@@ -98,8 +98,11 @@ def run_steps(
         _record, trainer=trainer, writer=writer, run_dir=run_dir, decode=tokenizer.decode, optional=optional
     )
     with contextlib.closing(writer), closing_all(hooks):
-        if asked_by := between.at_start(start):
-            return End(_leave(checkpoints, step=start.step, is_new=False, asked_by=asked_by))
+        try:
+            if asked_by := between.at_start(start):
+                return End(_leave(checkpoints, step=start.step, is_new=False, asked_by=asked_by))
+        except StepAbandoned as error:
+            return End(_abandon(checkpoints, step=start.step, is_new=False, error=error))
         try:
             code = _each_step(
                 trainer,
@@ -208,11 +211,12 @@ def _leave(checkpoints: Checkpoints, *, step: int, is_new: bool, asked_by: str) 
 
 
 def _abandon(checkpoints: Checkpoints, *, step: int, is_new: bool, error: StepAbandoned) -> int:
-    """Ends a run whose servers are gone, or that was asked to leave while it waited for them: the state after ``step``
-    is all there is to save. Returns the exit code of a run that was asked to leave, and raises the error otherwise."""
+    """Ends a run whose servers are gone, or that was asked to leave while it waited for them, in a step or in an
+    evaluation: the state after ``step`` is all there is to save. Returns the exit code of a run that was asked to
+    leave, and raises the error otherwise."""
     if error.asked_by is not None:
         if checkpoints.ranks.rank == 0:
-            print(f"the step after step {step} is given up: {printable(str(error))}", file=sys.stderr, flush=True)
+            print(f"what came after step {step} is given up: {printable(str(error))}", file=sys.stderr, flush=True)
         return _leave(checkpoints, step=step, is_new=is_new, asked_by=error.asked_by)
     if is_new:
         checkpoints.save_and_wait(step)

@@ -39,7 +39,7 @@ from megatron_ktr.distributed.groups import (
 )
 from megatron_ktr.distributed.platform import Platform
 from megatron_ktr.distributed.shared_verification import SharedVerification
-from megatron_ktr.errors import UserError, run_cli, same_on_every_rank
+from megatron_ktr.errors import UserError, run_cli, same_on_every_rank, told_to_every_rank
 from megatron_ktr.evaluation.training.build import RunSets, sets_to_make_up_for
 from megatron_ktr.evaluation.training.dry_run import find_held_out
 from megatron_ktr.files.checksums import require_intact
@@ -111,8 +111,10 @@ def _train(
         return 0
     shared.require_intact(Path(config.model.model), option="--model")
     vocab_size = model_config.text.vocab_size
+    tokenizer = on_every_rank(
+        lambda: load_tokenizer(config.model.model, chat_template=config.data.chat_template), ranks=ranks
+    )
     with same_on_every_rank():
-        tokenizer = load_tokenizer(config.model.model, chat_template=config.data.chat_template)
         check_vocabulary(tokenizer, vocab_size=vocab_size)
     local_source = on_every_rank(
         lambda: build_local_source(config, ranks=ranks, tokenizer=tokenizer, vocab_size=vocab_size), ranks=ranks
@@ -179,7 +181,7 @@ def _finish(policy: Policy, run_dir: Path, *, step: int, unsaved: UserError | No
     if policy.ranks.rank == 0:
         print(f"exported the trained model to {export}", flush=True)
     if unsaved is not None:
-        with same_on_every_rank():
+        with told_to_every_rank():
             raise UserError(
                 f"the trained model is in {export}, but the checkpoint of the last step is missing: {unsaved}"
             ) from unsaved
@@ -200,8 +202,7 @@ def _join(config: Config, *, sizes: ParallelSizes, platform: Platform) -> Parall
 
 def _take_lease(config: Config, *, ranks: ParallelGroups, at_end: contextlib.ExitStack) -> Lease | None:
     """What keeps other runs out of the run directory, on rank 0; it is given back ``at_end``."""
-    with same_on_every_rank():
-        check_run_directory(config)
+    on_every_rank(lambda: check_run_directory(config), ranks=ranks)
 
     def acquire_on_rank_zero() -> Lease | None:
         if ranks.rank:

@@ -18,7 +18,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_ktr.distributed.collectives import broadcast_object
 from megatron_ktr.distributed.groups import ParallelGroups
-from megatron_ktr.errors import StepAbandoned, TransientError, UserError, is_transient, same_on_every_rank
+from megatron_ktr.errors import StepAbandoned, TransientError, UserError, is_transient, told_to_every_rank
 
 T = TypeVar("T")
 
@@ -46,7 +46,7 @@ def raise_on_every_rank(failure: Exception | None, *, group: ProcessGroup | None
         raise failure
     # First what no new start can mend.
     for message, abandoned, may_pass in sorted(failed, key=lambda one: (one[1] is not None, one[2])):
-        with same_on_every_rank():
+        with told_to_every_rank():
             if abandoned is not None:
                 # A signal that one rank got is that of the run (``run/interruption.py``).
                 signals = [other[0] for _, other, _ in failed if other is not None and other[0] is not None]

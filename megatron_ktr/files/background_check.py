@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ktr.errors import UserError
+from megatron_ktr.errors import UserError, is_transient
 from megatron_ktr.files.checksums import MANIFEST, Damage, DamagedManifest, file_shares, find_damage, forget_cached
 from megatron_ktr.files.intact_checkpoint import incompleteness
 
@@ -24,6 +24,8 @@ class CheckResult:
     damage: tuple[Damage, ...] = ()
     error: str | None = None
     """Why the share could not be read, for a reason other than damage, such as a file server that is away."""
+    may_pass: bool = False
+    """Whether that reason may pass by itself."""
 
 
 class BackgroundCheck:
@@ -50,7 +52,7 @@ class BackgroundCheck:
         try:
             self.result = CheckResult(tuple(self._find()))
         except (UserError, OSError) as error:
-            self.result = CheckResult(error=str(error))
+            self.result = CheckResult(error=str(error), may_pass=is_transient(error))
         except Exception as error:  # whatever it is, the checkpoint is not verified, and the run goes on
             self.result = CheckResult(error=repr(error))
 

@@ -89,7 +89,7 @@ class Checkpoints:
         self._actions = CheckpointActions(self.directory, ranks=self.ranks)
         self._pending: tuple[int, BackgroundSave] | None = None
         self._complete_step: int | None = None
-        """The step of the newest complete checkpoint; None, too, if that is found to be damaged."""
+        """The step of the newest complete checkpoint; None, too, if that is damaged or cannot be read again."""
         self._checks: list[tuple[int, BackgroundCheck]] = []
         """Complete checkpoints that are being read again, oldest first."""
         self._verified: set[int] = set()
@@ -263,25 +263,23 @@ class Checkpoints:
             del self._checks[0]
             results = gather_objects(check.result, group=self.ranks.world)
             damage = [one for result in results for one in result.damage]
-            errors = [result.error for result in results if result.error is not None]
-            if not damage and not errors:
+            failed = [result for result in results if result.error is not None]
+            if not damage and not failed:
                 self._accept(step)
                 if self.ranks.rank == 0:
                     print(f"saved and verified {self.directory / step_name(step)}", flush=True)
                 continue
             if self.best is not None:
                 self.best.drop(step)
-            if damage and step == self._complete_step:
+            if step == self._complete_step:
                 self._complete_step = None  # a run that leaves now saves the step again
-            name = step_name(step)
-            if damage:
-                self.num_damaged += 1
-                text = f"checkpoint {name} is damaged: {damage[0]}; older checkpoints stay"
-                self._failure = TransientError(text)  # what is saved anew may be intact
-                self._incidents.add("damaged_checkpoint", text, step=step)
-            else:
-                text = f"checkpoint {name} could not be verified: {errors[0]}; older checkpoints stay"
-                self._incidents.add("unverified_checkpoint", text, step=step)
+            self.num_damaged += bool(damage)
+            what = f"is damaged: {damage[0]}" if damage else f"could not be verified: {failed[0].error}"
+            text = f"checkpoint {step_name(step)} {what}; older checkpoints stay"
+            # What is saved anew instead of a damaged one may be intact.
+            may_pass = bool(damage) or all(one.may_pass for one in failed)
+            self._failure = TransientError(text) if may_pass else UserError(text)
+            self._incidents.add("damaged_checkpoint" if damage else "unverified_checkpoint", text, step=step)
 
     def _accept(self, step: int) -> None:
         """The checkpoint of ``step`` is verified: if it is the best one, the run says so. Others may have to go."""

@@ -11,7 +11,16 @@ from typing import Any
 
 import pytest
 
-from megatron_ktr.errors import Parser, UserError, number, run_cli, same_on_every_rank, whole
+from megatron_ktr.errors import (
+    Parser,
+    TransientError,
+    UserError,
+    number,
+    run_cli,
+    same_on_every_rank,
+    told_to_every_rank,
+    whole,
+)
 from tests.support.paths import REPOSITORY
 from tests.support.patience import PATIENCE_SECONDS, wait_until
 
@@ -56,12 +65,17 @@ def test_a_mistake_of_ours_keeps_its_traceback_and_says_what_to_do(capsys: Any) 
 def test_a_rank_speaks_unless_rank_0_says_the_same(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "3")
     own, common = UserError("own"), UserError("common")
+    passing, heard = TransientError("passing"), TransientError("heard")
     with pytest.raises(UserError), same_on_every_rank():
         raise common
-    for error in (own, common):
+    with pytest.raises(UserError), same_on_every_rank():
+        raise passing  # of this rank alone, perhaps
+    with pytest.raises(UserError), same_on_every_rank(), told_to_every_rank():
+        raise heard
+    for error in (own, common, passing, heard):
         with pytest.raises(SystemExit):
             run_cli(raising(error))
-    assert capsys.readouterr().err == "error [rank 3]: own\n"
+    assert capsys.readouterr().err == "error [rank 3]: own\nerror [rank 3]: passing\n"
     monkeypatch.setenv("RANK", "third")
     with pytest.raises(SystemExit):
         run_cli(raising(own))

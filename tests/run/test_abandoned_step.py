@@ -1,5 +1,5 @@
-"""A run whose servers go away in a step: the state before it is saved, and a resumed run gives the numbers of one that
-was never disturbed. What it leaves behind has no secrets in it."""
+"""A run whose servers go away in a step or an evaluation: the state before it is saved, and a resumed run gives the
+numbers of one that was never disturbed. What it leaves behind has no secrets in it."""
 
 from __future__ import annotations
 
@@ -105,12 +105,12 @@ def test_a_step_without_servers_is_given_up_saved_before_and_done_again(ranks, t
 
     assert run("whole")() == ["0", "0"]
 
-    def disturbed(after: int, **changes: Any) -> list[str]:
+    def disturbed(after: int, *, name: str = "disturbed", **changes: Any) -> list[str]:
         """Runs until ``after`` answers are given and the others of the step are waited for; then the server dies."""
         server.restart() if server._is_dead.is_set() else None
         server.hold(after=after)
         found: list[Any] = []
-        thread = threading.Thread(target=lambda: found.append(run("disturbed", **changes)()), daemon=True)
+        thread = threading.Thread(target=lambda: found.append(run(name, **changes)()), daemon=True)
         thread.start()
         wait_until(lambda: server.running + server.num_answers >= after + 1 and server._num_allowed <= 0)
         server.kill()
@@ -129,6 +129,10 @@ def test_a_step_without_servers_is_given_up_saved_before_and_done_again(ranks, t
     again = disturbed(PROMPTS + 1, server_wait_minutes=FOR_EVER, signal_file=str(go), resume=True)
     assert again == ["75", "75"]
     assert [step for step, _ in list_checkpoints(tmp_path / "disturbed")] == [1, 2]
+    # In the evaluation before the first step, too.
+    asked: dict[str, Any] = dict(eval_data=(str(tmp_path / "data" / "eval.json"),), eval_at_start=True)
+    asked |= dict(server_wait_minutes=FOR_EVER, signal_file=str(tmp_path / "go again"))
+    assert disturbed(0, name="asked at the start", **asked) == ["75", "75"]
     server.restart()
     assert run("disturbed", resume=True)() == ["0", "0"]
     server.kill()

@@ -22,7 +22,7 @@ from megatron_ktr.files import background_check, checksums
 from megatron_ktr.files.intact_checkpoint import checkpoint_damage
 from megatron_ktr.policy.policy import Policy
 from megatron_ktr.run.checkpoint import Checkpoints
-from megatron_ktr.run.directory import list_checkpoints
+from megatron_ktr.run.directory import CHECKPOINTS, list_checkpoints, step_name
 from megatron_ktr.run.exports import ExportHook, ExportTimes
 from megatron_ktr.run.incidents import Incidents
 from megatron_ktr.run.kept import BestCheckpoint, BestStep, open_best, steps_to_remove
@@ -225,6 +225,14 @@ def test_a_checkpoint_that_cannot_be_read_again_is_not_verified(policy, tmp_path
     checkpoints.save_and_wait(2)
     checkpoints.close()
     assert steps(run_dir) == [1, 2] and incidents(run_dir) == [("unverified_checkpoint", 2)]
+    missing = checkpoints.missing(2)
+    assert is_transient(missing) and "step_00000002 could not be verified" in str(missing), "it may be lost for good"
+    saved = (run_dir / CHECKPOINTS / step_name(2)).stat().st_ino
+    monkeypatch.undo()
+    checkpoints.save_and_wait(2)
+    checkpoints.close()
+    assert (run_dir / CHECKPOINTS / step_name(2)).stat().st_ino != saved and checkpoints.missing(2) is None
+    assert steps(run_dir) == [2], "what is saved again is verified"
 
 
 def test_every_nth_stays_and_a_resumed_run_counts_what_it_loaded(policy, tmp_path):

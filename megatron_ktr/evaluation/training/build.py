@@ -12,7 +12,6 @@ from megatron_ktr.data.template import PromptBuilder, VisualTokens, load_tokeniz
 from megatron_ktr.data.tokenizer import Tokenizer
 from megatron_ktr.distributed.agreement import on_every_rank, result_of_rank_zero
 from megatron_ktr.distributed.groups import ParallelGroups
-from megatron_ktr.errors import same_on_every_rank
 from megatron_ktr.evaluation.engines.prompts import PromptMaker
 from megatron_ktr.evaluation.training.between_steps import StepEvaluation
 from megatron_ktr.evaluation.training.held_out import HeldOut, held_out_of_run
@@ -103,8 +102,9 @@ def sets_to_make_up_for(step: int, *, config: Config, ranks: ParallelGroups) -> 
     Raises:
         UserError: on every rank: a set cannot be read, or is not what the run was evaluated on under its name.
     """
-    with same_on_every_rank():
-        tokenizer = load_tokenizer(config.model.model, chat_template=config.data.chat_template)
+    tokenizer = on_every_rank(
+        lambda: load_tokenizer(config.model.model, chat_template=config.data.chat_template), ranks=ranks
+    )
     sets = RunSets.read(config, ranks=ranks, tokenizer=tokenizer)
 
     def find() -> list[str]:
