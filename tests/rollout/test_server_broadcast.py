@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from megatron_ktr.rollout.server.member import PoolSettings
 from megatron_ktr.rollout.server.replicas import Replicas
 from tests.rollout.test_server_pool import MEDIA, SAMPLING, counts, prompts
 from tests.support.fake_server import FakeServer
-from tests.support.patience import PATIENCE_SECONDS
+from tests.support.patience import PATIENCE_SECONDS, wait_until
 from tests.support.tiny import tiny_hf_config
 from tests.support.tokenizer import tiny_tokenizer
 
@@ -149,6 +149,29 @@ def test_a_server_that_fails_an_update_is_left_out_until_the_next_one(made) -> N
     engine.load_weights(iter(weights(4.0).items()))
     engine.generate(prompts(6))
     assert bad.num_answers > before and counts(engine) == {"taken_out": 1}
+
+
+def test_nothing_is_sent_to_a_server_that_vanished_between_two_chunks(made) -> None:
+    """It has taken one and waits for the next, while the other server is still busy with the first."""
+    engine, (gone, slow), recorders = made
+
+    def take_and_vanish(path: str, body: Any, headers: Any, answer: Callable[..., Any] = gone.answer) -> Any:
+        found = answer(path, body, headers)
+        if path == "/update_weights":
+            gone.is_mute = gone.breaks_off_health = True
+        return found
+
+    def take_slowly(path: str, body: Any, headers: Any, answer: Callable[..., Any] = slow.answer) -> Any:
+        if path == "/update_weights":
+            wait_until(lambda: engine.pool._servers[0].is_silent)
+        return answer(path, body, headers)
+
+    gone.answer, slow.answer = take_and_vanish, take_slowly
+    engine.load_weights(iter(weights(1.0).items()))
+    sent = {recorder.joined["master_port"]: len(recorder.sent) for recorder in recorders}
+    ports = [told(server, "init_weight_transfer_engine")[0]["init_info"]["master_port"] for server in (gone, slow)]
+    assert [sent[port] for port in ports] == [1, 3] and counts(engine) == {"taken_out": 1}
+    assert len(engine.generate(prompts(4))) == 4 and slow.num_answers == 4
 
 
 def test_no_server_that_takes_weights_is_an_error(made) -> None:

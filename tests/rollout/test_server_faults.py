@@ -7,7 +7,9 @@ import gc
 import random
 import socket
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -202,6 +204,64 @@ def test_a_server_that_vanishes_in_an_update_does_not_hold_it_up(
     wait_until(lambda: engine.pool._servers[0].is_in)
     assert mute.weights == 2.0 and not mute.paused
     assert engine.generate(prompts(12)) == expected(tmp_path, 12, weights=2.0)
+
+
+@pytest.mark.parametrize("route", ["/server_info", "/inference/v1/generate"])
+def test_a_server_that_vanishes_on_its_way_back_does_not_hold_an_update_up(start, tmp_path, route: str) -> None:  # noqa: F811
+    """It is healthy again, and is cut off once more before it has told its settings or computed log-probs."""
+    engine, (mute, well) = start(2, wait_seconds=PATIENCE_SECONDS)
+    engine.load_weights(tensors(1.0))
+    server = engine.pool._servers[0]
+    server.client.timeout_seconds = server.client.control_seconds = 9 * PATIENCE_SECONDS
+    mute.is_mute = mute.breaks_off_health = True
+    assert engine.generate(prompts(6)) == expected(tmp_path, 6, weights=1.0)
+    server.facts, mute.mute_at, mute.is_mute = None, route, False
+    wait_until(lambda: mute.is_mute)
+    wait_until(lambda: server.is_silent)
+    engine.load_weights(tensors(2.0))
+    assert well.weights == 2.0 and mute.weights == 1.0
+    mute.mute_at, mute.is_mute = "", False
+    wait_until(lambda: server.is_in)
+    assert mute.weights == 2.0
+
+
+@pytest.mark.parametrize("route", ["/health", "/weight_info"])
+def test_a_server_on_its_way_back_gets_no_weights_during_an_update_nor_under_an_older_label(
+    start,  # noqa: F811
+    route: str,
+) -> None:
+    """The update begins while the restarted server is about to answer. It does not wait for its health, which is
+    silence until now, and the server's answer comes in the middle of it."""
+    engine, (late, well) = start(2, wait_seconds=PATIENCE_SECONDS)
+    engine.load_weights(tensors(1.0))
+    late.kill()
+    engine.generate(prompts(4))
+    late.control.clear()
+    server, in_the_middle, told = engine.pool._servers[0], threading.Event(), []
+
+    def answer_late(path: str, body: Any, headers: Any, answer: Callable[..., Any] = late.answer) -> Any:
+        if path == route:
+            asked.append(server.returning)
+            in_the_middle.wait(PATIENCE_SECONDS)
+        return answer(path, body, headers)
+
+    def load(path: str, body: Any, headers: Any, answer: Callable[..., Any] = well.answer) -> Any:
+        if path == "/collective_rpc":
+            in_the_middle.set()
+            wait_until(asked[0].done)
+            told.extend(late.control)
+        return answer(path, body, headers)
+
+    asked: list[asyncio.Task[None]] = []
+    late.answer, well.answer = answer_late, load
+    late.restart()
+    wait_until(lambda: bool(asked))
+    engine.load_weights(tensors(2.0))
+    wait_until(lambda: server.is_in)
+    assert not told or route != "/health", "whoever is silent has no part in the update"
+    new = f"{engine.replicas.run}-2"
+    assert [call for call in late.control if "version" in call] == [f"version {new}-loading", f"version {new}"]
+    assert late.weights == 2.0
 
 
 def test_a_request_that_was_given_up_is_not_delivered_later() -> None:

@@ -124,7 +124,8 @@ class FakeServer:
     def answer(self, path: str, body: Any, headers: Mapping[str, str]) -> Answer:
         """What is sent; None drops the connection."""
         parts = urlsplit(path)
-        self.is_mute = self.is_mute or parts.path == self.mute_at
+        if parts.path == self.mute_at:
+            self.is_mute = True
         if self.is_mute:
             if not (self.breaks_off_health and parts.path == "/health"):
                 self._is_dead.wait()

@@ -27,6 +27,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from typing import Any, Protocol
@@ -58,25 +59,38 @@ rank 0."""
 
 
 class _Feed:
-    """One update of one server. The main thread announces tensors; the server's coroutine tells the server."""
+    """One update of one server. The main thread announces tensors; the server's coroutine tells the server. It may fail
+    at any moment, also between two chunks: the watch on silent servers ends it wherever it is."""
 
     def __init__(self) -> None:
         self.begun: Future[None] = Future()
         """Done once the server waits for tensors."""
         self._chunks: asyncio.Queue[tuple[dict[str, Any] | None, Future[None]]] = asyncio.Queue()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._lock = threading.Lock()
         self._told: list[Future[None]] = [self.begun]
+        self._problem: str | None = None
 
     def tell(self, update_info: dict[str, Any] | None) -> Future[None]:
         """Announces a chunk; None announces the end. Call it only after ``begun``. The future is done once the server
-        has taken the chunk."""
+        has taken the chunk; after ``fail`` it has failed at once."""
         assert self._loop is not None
         done: Future[None] = Future()
-        self._told.append(done)
+        with self._lock:
+            if self._problem is not None:
+                done.set_exception(ServerProblem(self._problem))
+                return done
+            self._told.append(done)
         self._loop.call_soon_threadsafe(self._chunks.put_nowait, (update_info, done))
         return done
 
+    @property
+    def has_failed(self) -> bool:
+        return self._problem is not None
+
     def fail(self, problem: str) -> None:
+        with self._lock:  # whoever is told later, fails in ``tell``
+            self._problem = problem
         for done in self._told:
             if not done.done():
                 done.set_exception(ServerProblem(problem))
@@ -135,7 +149,8 @@ class BroadcastTransfer:
             told = {url: feeds[url].tell(update_info) for url in live}
             packed = _packed([tensor for _, tensor in chunk])
             for url in live:
-                self._communicators[url].broadcast(packed, src=0)
+                if not feeds[url].has_failed:  # nobody would enter the collective
+                    self._communicators[url].broadcast(packed, src=0)
             current().synchronize()
             live = self._succeeded(told, label)
         self._succeeded({url: feeds[url].tell(None) for url in live}, label)

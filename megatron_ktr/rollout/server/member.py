@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from megatron_ktr.rollout.server.client import (
     Locked,
@@ -26,6 +27,11 @@ Give = Callable[[ServerClient, bool], Awaitable[None]]
 SILENCE = (TimedOut, Unreachable)
 """Problems of a server from which nothing came."""
 _MOST_RESTS = 32
+Found = TypeVar("Found")
+
+
+class TakenOut(ServerProblem):
+    """The request's server was taken out while the request ran."""
 
 
 @dataclass(frozen=True)
@@ -105,11 +111,27 @@ class Member:
             self.last_error = str(problem)
         return self.missed_probes < 2
 
+    async def meet(self, check_facts: Callable[[ServerFacts], str | None]) -> None:
+        """Raises ServerProblem if it is not healthy, or not set up for the run. Its settings are asked for once."""
+        await self.client.check_health()
+        self.is_silent = False
+        if self.facts is None:
+            self.facts = await self.client.facts()
+        if problem := check_facts(self.facts):
+            raise ServerProblem(problem)
+
     async def bring_up_to_date(
-        self, label: str, give: Give | None, *, expected: Fingerprint | None, settings: PoolSettings
+        self,
+        label: str,
+        give: Give | None,
+        *,
+        expected: Fingerprint | None,
+        is_outdated: Callable[[], bool],
+        settings: PoolSettings,
     ) -> None:
         """Makes sure that a server which is out has the weights of ``label`` and samples. ``give`` gives them to it;
-        None if they are not kept. ``expected`` is their fingerprint. Raises ServerProblem if it has not."""
+        None if they are not kept. ``expected`` is their fingerprint. Once ``is_outdated`` it loads nothing: the next
+        update has newer ones for it, and would have to wait. Raises ServerProblem if it has not the weights."""
         found = await self.client.weight_version()
         problem = "" if found == label else f"it has weights {found}, expected {label}"
         if not problem and await self.client.is_paused():
@@ -121,6 +143,8 @@ class Member:
             return
         if give is None:
             raise ServerProblem(f"{problem}; waiting for the next update")
+        if is_outdated():
+            return
         await self.take_weights(label, give, settings=settings)
         if problem := self.gap_problem(expected, limit=settings.gap_limit):
             self.rests = 2
@@ -136,21 +160,12 @@ class Member:
     async def take_weights(self, label: str, give: Give, *, settings: PoolSettings) -> None:
         """Gives it weights. If this raises ServerProblem, the server stays paused, or under a label that nobody
         accepts, until an update succeeds. Afterwards ``fingerprint`` is that of the new weights."""
-        taking = asyncio.create_task(self._take(label, give, in_flight=settings.in_flight_updates))
-        silence = asyncio.create_task(self._find_silence(settings.probe_seconds))
         try:
-            await asyncio.wait({taking, silence}, return_when=asyncio.FIRST_COMPLETED)
-            if not taking.done():
-                raise Unreachable(f"not healthy while it was given weights: {self.last_error}")
-            await taking
-        except ServerProblem:
+            await self._take(label, give, in_flight=settings.in_flight_updates)
+        except (ServerProblem, asyncio.CancelledError):  # it is cancelled when the server says nothing any more
             self.num_broken_updates += 1
             self.rests = min(_MOST_RESTS, 2**self.num_broken_updates)
             raise
-        finally:
-            taking.cancel()
-            silence.cancel()
-            await asyncio.gather(taking, silence, return_exceptions=True)
 
     async def _take(self, label: str, give: Give, *, in_flight: bool) -> None:
         client = self.client
@@ -163,9 +178,24 @@ class Member:
         await client.resume()
         await self.look(label)
 
+    async def while_heard(self, work: Coroutine[Any, Any, Found], *, doing: str, settings: PoolSettings) -> Found:
+        """The result of ``work`` with this server, which is cancelled when the server is not healthy any more.
+        Draining, loading, the transfer and long answers may take their time, and a machine that vanished meanwhile
+        would be waited for as long. Raises Unreachable then; ``doing`` names the work in its message."""
+        working = asyncio.create_task(work)
+        silence = asyncio.create_task(self._find_silence(settings.probe_seconds))
+        try:
+            await asyncio.wait({working, silence}, return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                raise Unreachable(f"not healthy while {doing}: {self.last_error}")
+            return await working
+        finally:
+            working.cancel()
+            silence.cancel()
+            await asyncio.gather(working, silence, return_exceptions=True)
+
     async def _find_silence(self, pause_seconds: float) -> None:
-        """Returns when the server is not healthy any more. Draining, loading and the transfer may take long, and a
-        machine that vanished meanwhile would be waited for as long."""
+        """Returns when the server is not healthy any more."""
         self.missed_probes = 0
         await asyncio.sleep(pause_seconds)
         while await self.has_pulse():

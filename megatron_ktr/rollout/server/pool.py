@@ -7,8 +7,8 @@ A server is *in* while it answers and has the current weights. Requests go only 
                               it is not healthy, does not answer in time, or has old weights
     a server is out           it comes back once it is healthy *and* has the current weights; its owner gives them to it
                               if they are kept on disk
-    a server says nothing     it is taken out after two checks of its health, also while it gets weights; then nobody
-                              waits for it, as long as another one is in
+    a server says nothing     it is taken out after two checks of its health, also while it gets weights or comes back;
+                              then nobody waits for it, as long as another one is in
     a request is refused      (status 400) others are asked: only if all refuse it, twice, the run ends with its name
     no server is left         the run waits (``wait_seconds``). ``StepAbandoned`` then names every server with its last
                               error; a request that has failed everywhere for as long raises it, too, and so does a
@@ -45,7 +45,7 @@ from megatron_ktr.rollout.server.client import (
     Unreachable,
 )
 from megatron_ktr.rollout.server.fingerprint import Fingerprint
-from megatron_ktr.rollout.server.member import SILENCE, Give, Member, PoolSettings
+from megatron_ktr.rollout.server.member import SILENCE, Give, Member, PoolSettings, TakenOut
 from megatron_ktr.rollout.server.versions import OldWeights, Versions
 from megatron_ktr.rollout.server.wire import MalformedAnswer, Sample
 from megatron_ktr.web import leaving
@@ -55,10 +55,6 @@ _REFUSALS = 2
 logger = logging.getLogger(__name__)
 
 COUNTS = ("retries", "resent", "taken_out", "malformed", "mixed_versions", "refused")
-
-
-class TakenOut(ServerProblem):
-    """The request's server was taken out while the request ran."""
 
 
 class ServerPool:
@@ -307,17 +303,9 @@ class ServerPool:
         async with server.lock:
             if server.is_in or self._is_updating or server.rests:
                 return
-            label = self._versions.current
             try:
-                await server.client.check_health()
-                server.is_silent = False
-                if server.facts is None:
-                    server.facts = await server.client.facts()
-                if problem := self._check_facts(server.facts):
-                    raise ServerProblem(problem)
-                if label is not None:
-                    give = self._gives.get(server.url)
-                    await server.bring_up_to_date(label, give, expected=self._expected, settings=self.settings)
+                returned = self._bring_back(server)
+                label = await server.while_heard(returned, doing="it was taken back", settings=self.settings)
             except ServerProblem as problem:
                 server.failed(problem)
                 return
@@ -327,6 +315,18 @@ class ServerPool:
             if label == self._versions.current and not self._is_updating:
                 server.let_in()
                 await self._notify()
+
+    async def _bring_back(self, server: Member) -> str | None:
+        """The label of the weights that it was to have. Raises ServerProblem if it has not, or cannot be in."""
+        await server.meet(self._check_facts)
+        # Only now: an update does not wait for a silent server, and may have begun, or ended, since it was asked.
+        if self._is_updating or (label := self._versions.current) is None:
+            return None
+        give = self._gives.get(server.url)
+        await server.bring_up_to_date(
+            label, give, expected=self._expected, is_outdated=lambda: self._is_updating, settings=self.settings
+        )
+        return label
 
     def _errors(self) -> str:
         return "; ".join(f"{server.url}: {server.last_error}" for server in self._servers if not server.is_in)
@@ -367,7 +367,8 @@ class ServerPool:
                     server.refuse_silence(can_spare)
                     server.fingerprint = None
                     await server.client.check_health()
-                    await server.take_weights(label, gives[server.url], settings=self.settings)
+                    taken = server.take_weights(label, gives[server.url], settings=self.settings)
+                    await server.while_heard(taken, doing="it was given weights", settings=self.settings)
             except Exception as problem:  # of a communicator, for example: this server alone has not the weights
                 words = str(problem) if isinstance(problem, ServerProblem) else f"{type(problem).__name__}: {problem}"
                 server.is_silent = isinstance(problem, SILENCE)
