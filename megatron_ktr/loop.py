@@ -99,14 +99,9 @@ def run_steps(
     )
     with contextlib.closing(writer), closing_all(hooks):
         try:
-            if asked_by := between.at_start(start):
-                return End(_leave(checkpoints, step=start.step, is_new=False, asked_by=asked_by))
-        except StepAbandoned as error:
-            return End(_abandon(checkpoints, step=start.step, is_new=False, error=error))
-        try:
             code = _each_step(
                 trainer,
-                first=start.step + 1,
+                start=start,
                 hooks=hooks,
                 checkpoints=checkpoints,
                 between=between,
@@ -121,16 +116,18 @@ def run_steps(
 def _each_step(
     trainer: Trainer,
     *,
-    first: int,
+    start: RunStart,
     hooks: Sequence[StepHook],
     checkpoints: Checkpoints,
     between: BetweenSteps,
     record: Callable[[StepReport], None],
     leave: LeaveRequest,
 ) -> int:
-    """The steps from ``first`` to the last. Returns the exit code."""
-    done = first - 1
+    """The steps after ``start`` to the last, and the evaluation before them. Returns the exit code."""
+    done, first = start.step, start.step + 1
     try:
+        if asked_by := between.at_start(start):
+            return _leave(checkpoints, step=done, is_new=False, asked_by=asked_by)
         for step in range(first, num_steps_of(trainer.options.trainer) + 1):
             if asked_by := leave.agreed(trainer.policy.ranks.world):
                 return _leave(checkpoints, step=done, is_new=done >= first, asked_by=asked_by)
