@@ -94,11 +94,30 @@ stays as it is until somebody mends it: no room, no permission, no such file."""
 def is_transient(error: BaseException | None) -> bool:
     """Whether ``error`` may pass by itself: it is such an error of the system, or was raised from one. A step that was
     given up has rules of its own."""
-    if isinstance(error, StepAbandoned | LostRankError):
-        return False
-    if isinstance(error, TransientError) or (isinstance(error, OSError) and error.errno in _TRANSIENT):
-        return True
-    return error is not None and is_transient(error.__cause__)
+    for found in _chain(error, with_contexts=False):
+        if isinstance(found, StepAbandoned | LostRankError):
+            return False
+        if isinstance(found, TransientError) or (isinstance(found, OSError) and found.errno in _TRANSIENT):
+            return True
+    return False
+
+
+def passing_cause(error: BaseException) -> OSError | None:
+    """The error of the system that may pass behind ``error``, whether or not it was named as the cause: a library often
+    raises another error than the one of the file server that it got."""
+    passing = (e for e in _chain(error, with_contexts=True) if isinstance(e, OSError) and is_transient(e))
+    return next(passing, None)
+
+
+def _chain(error: BaseException | None, *, with_contexts: bool) -> Iterator[BaseException]:
+    """``error`` and the errors it was raised from, or with ``with_contexts`` also those it was raised while handling.
+    ``raise error from error`` makes a ring, which is gone round once."""
+    seen: set[int] = set()
+    while error is not None:
+        yield error
+        seen.add(id(error))
+        further = (error.__cause__, error.__context__ if with_contexts else None)
+        error = next((one for one in further if one is not None and id(one) not in seen), None)
 
 
 def unreadable(path: object, error: OSError, *, option: str = "") -> UserError:

@@ -57,6 +57,7 @@ from megatron_ktr.distributed.groups import (  # noqa: E402
 from megatron_ktr.distributed.platform import Platform  # noqa: E402
 from megatron_ktr.errors import Parser, UserError, run_cli, same_on_every_rank, whole  # noqa: E402
 from megatron_ktr.files.json_files import to_json  # noqa: E402
+from megatron_ktr.files.listing import paths_in  # noqa: E402
 from megatron_ktr.objectives import build_objective  # noqa: E402
 from megatron_ktr.policy.policy import Policy  # noqa: E402
 from megatron_ktr.run.preflight import check_layout, check_micro_batches  # noqa: E402
@@ -185,7 +186,7 @@ def _model_directory(options: argparse.Namespace) -> Iterator[tuple[Path, bool]]
             model_config, has_weights = SIZES[options.model.lower()], False
         elif Path(options.model).is_dir():
             model_config = Qwen2_5_VLConfig.from_hf(options.model)
-            has_weights = options.num_layers is None and any(Path(options.model).glob("*.safetensors"))
+            has_weights = options.num_layers is None and bool(paths_in(Path(options.model), "*.safetensors"))
         else:
             sizes = ", ".join(SIZES)
             raise UserError(f"--model {options.model}: neither one of {sizes} nor a directory with a config.json")

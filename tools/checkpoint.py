@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron_ktr.errors import Parser, UserError, run_cli, whole  # noqa: E402
 from megatron_ktr.files.checksums import MANIFEST, Damage, DamagedManifest, find_damage, read_manifest  # noqa: E402
 from megatron_ktr.files.intact_checkpoint import TRAINING_FILE, checkpoint_damage, incompleteness  # noqa: E402
-from megatron_ktr.files.listing import paths_in  # noqa: E402
+from megatron_ktr.files.listing import paths_below, paths_in  # noqa: E402
 
 INTACT, COMPLETE, DAMAGED, UNKNOWN = "intact", "complete", "damaged", "no checksums"
 
@@ -55,7 +55,7 @@ def examine(directory: Path, *, is_thorough: bool) -> Finding:
     kind = kind_of(directory)
     assert kind is not None
     damage = _damage(directory, kind, is_thorough=is_thorough)
-    files = [path for path in directory.rglob("*") if path.is_file()]
+    files = [path for path in paths_below(directory) if path.is_file()]
     status = DAMAGED if damage else INTACT if is_thorough else COMPLETE
     if not damage and not (directory / MANIFEST).exists():
         status = UNKNOWN
@@ -76,7 +76,7 @@ def kind_of(directory: Path) -> str | None:
         return "training"
     if (directory / "metadata.json").exists():
         return "converted"
-    is_model = (directory / MANIFEST).exists() or any(directory.glob("*.safetensors"))
+    is_model = (directory / MANIFEST).exists() or bool(paths_in(directory, "*.safetensors"))
     return "export" if is_model else None
 
 

@@ -17,12 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from megatron_ktr.data.conversation import parts_of, text_of
 from megatron_ktr.data.template_probe import require_bounded
 from megatron_ktr.data.tokenizer import Tokenizer
 from megatron_ktr.data.unusable import UnusableSample
 from megatron_ktr.data.wording import WordingTemplate
-from megatron_ktr.errors import UserError
+from megatron_ktr.errors import UserError, passing_cause, unreadable
 from megatron_ktr.files.chat_template import read_chat_template
 from megatron_ktr.files.json_files import read_json_object
 from megatron_ktr.types import Prompt, VisualInput
@@ -306,13 +308,15 @@ def load_tokenizer(model_dir: Path | str, *, chat_template: Path | str | None = 
 
     Raises:
         UserError: there is no tokenizer that transformers can load, or ``chat_template`` is not a template that shows
-            what it is given.
+            what it is given. ``TransientError`` where an error that may pass was behind it.
     """
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(model_dir), local_files_only=True)
     except Exception as error:  # transformers raises many kinds
+        if (passing := passing_cause(error)) is not None:
+            raise unreadable(model_dir, passing, option="model") from passing
         raise UserError(f"model: no usable tokenizer in {model_dir}: {error}") from error
     if chat_template is not None:
         tokenizer.chat_template = read_chat_template(chat_template)
@@ -327,6 +331,14 @@ def load_tokenizer(model_dir: Path | str, *, chat_template: Path | str | None = 
         if isinstance(template, str):
             require_bounded(template, where=f"model: {model_dir}")
     return tokenizer
+
+
+def chat_format_digest(tokenizer: Tokenizer) -> str:
+    """A digest of the chat format of ``PromptBuilder.render``, whoever gave it."""
+    template = getattr(tokenizer, "chat_template", None)
+    if isinstance(template, Mapping):  # of several, by name
+        template = template.get("default")
+    return xxhash.xxh3_128(str(template or "Qwen2.5-VL's").encode(errors="surrogatepass")).hexdigest()
 
 
 def _check_chat_template(tokenizer: Tokenizer, path: Path | str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from megatron_ktr.errors import UserError, is_out_of_memory, is_transient, unreadable
+from megatron_ktr.errors import UserError, is_out_of_memory, passing_cause, unreadable
 
 _TORCHVISION_SCHEMAS = {
     "nms": "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -43,21 +43,10 @@ def reading_model(model_dir: Path | str) -> Iterator[None]:
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        # It often raises another error than the one of the file server that it got.
-        if (passing := _passing_cause(error)) is not None:
+        if (passing := passing_cause(error)) is not None:
             raise unreadable(model_dir, passing, option="model") from passing
         text = (str(error).strip().splitlines() or [""])[0][:300]
         raise UserError(f"model: transformers cannot read {model_dir}: {type(error).__name__}: {text}") from error
-
-
-def _passing_cause(error: BaseException) -> OSError | None:
-    """The error of the system that may pass behind ``error``, whether or not it was named as the cause."""
-    found: BaseException | None = error
-    while found is not None:
-        if isinstance(found, OSError) and is_transient(found):
-            return found
-        found = found.__cause__ or found.__context__
-    return None
 
 
 def make_torchvision_importable() -> None:

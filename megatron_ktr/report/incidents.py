@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_ktr.files.listing import paths_in
 from megatron_ktr.report.markup import Html, element, format_number
 from megatron_ktr.report.run_data import RunData, read_lines
 from megatron_ktr.run.incidents import FILE
@@ -46,7 +47,7 @@ def _table(incidents: Sequence[Mapping[str, Any]]) -> Html:
 
 def _restarts(run: RunData) -> list[str]:
     """The first steps of the parts in which the run was taken up again, from the names of their files of options."""
-    numbers = [_first_step(path) for path in sorted(run.path.glob("config_from_step_*.yaml"))]
+    numbers = [_first_step(path) for path in paths_in(run.path, "config_from_step_*.yaml")]
     steps = [str(number) for number in numbers if number is not None]
     times = "once" if len(steps) == 1 else f"{len(steps)} times"
     return [f"Taken up again {times}, at step {', '.join(steps[:MOST_STEPS])}."] if steps else []

@@ -26,6 +26,7 @@ from megatron_ktr.data.records import Record, check_record
 from megatron_ktr.errors import UserError
 from megatron_ktr.files.bounded import open_file, read_yaml_text
 from megatron_ktr.files.json_files import parse_json
+from megatron_ktr.files.listing import paths_in
 from megatron_ktr.objectives.bonuses.temporal import TemporalBonus
 from megatron_ktr.run.metrics import MOST_STEPS
 from megatron_ktr.types import Prompt, Rollout, RolloutGroup
@@ -147,7 +148,7 @@ def read_run(run_dir: Path | str) -> RunData:
     names = dict.fromkeys(name for step in steps for name in by_step[step])
     found = [
         (int(match[1]), path)
-        for path in (run_dir / "rollouts").glob("step_*.jsonl")
+        for path in paths_in(run_dir / "rollouts", "step_*.jsonl")
         if (match := _STEP_FILE.fullmatch(path.name))
     ]
     return RunData(

@@ -12,6 +12,7 @@ from pathlib import Path
 from megatron_ktr.batch.skips import IN_A_ROW, NOT_FINITE
 from megatron_ktr.config.sections import ResilienceSection
 from megatron_ktr.distributed.agreement import result_of_rank_zero
+from megatron_ktr.files.listing import paths_in
 from megatron_ktr.policy.policy import Policy
 from megatron_ktr.run.dumps import DUMPS, write_dump
 from megatron_ktr.run.hook import StepHook, Stop
@@ -47,9 +48,7 @@ class SkippedUpdates(StepHook):
         self._last_change = first_step - 1
         self._obstacle = replay_obstacle
         # Of one rank: whether a dump is written, which is collective, must not hang on what each machine sees there.
-        self._num_dumps = result_of_rank_zero(
-            lambda: sum(1 for _ in (run_dir / DUMPS).glob("step_*")), ranks=policy.ranks
-        )
+        self._num_dumps = result_of_rank_zero(lambda: len(paths_in(run_dir / DUMPS, "step_*")), ranks=policy.ranks)
 
     def after_step(self, report: StepReport) -> Stop | None:
         values = report.values

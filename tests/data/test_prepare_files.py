@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import subprocess
@@ -20,10 +21,12 @@ from megatron_ktr.data.prepare import layouts
 from megatron_ktr.data.prepare.conversion import Conversion
 from megatron_ktr.data.prepare.embedded import EmbeddedMedia
 from megatron_ktr.data.prepare.layout import Keyed, Options
+from megatron_ktr.data.prepare.tables import iter_table_rows
 from megatron_ktr.data.prepare.tally import Tally
 from megatron_ktr.data.prepare.unique_ids import UniqueIds
-from megatron_ktr.errors import UserError
+from megatron_ktr.errors import TransientError, UserError
 from tests.support.conversions import convert, converted, lines, put, tool
+from tests.support.failing_files import failing
 from tests.support.fuzzing import fuzzed
 from tests.support.paths import REPOSITORY
 from tests.support.patience import PATIENCE_SECONDS
@@ -71,6 +74,13 @@ def test_tables_give_the_records_of_the_json_file(capsys, tmp_path) -> None:
         assert lines(report["out"]) == expected
     with pytest.raises(UserError, match="has several splits; test, train; name one with --split"):
         tool.main(["convert", "--from", "video_r1", str(tmp_path / "tables" / "splits"), "--out", str(tmp_path / "x")])
+
+
+def test_tables_that_a_file_server_does_not_list_are_not_taken_for_none(tmp_path) -> None:
+    snapshot = tables(tmp_path / "tables", SAMPLES["video_r1"])["snapshot"]
+    for lost in (snapshot / "data", snapshot):
+        with failing(lost, errno.ESTALE), pytest.raises(TransientError, match="Stale file handle"):
+            list(iter_table_rows(snapshot, split=None))
 
 
 def test_embedded_media_are_written_once_by_content(capsys, tmp_path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_ktr.data.records import check_record
-from megatron_ktr.errors import UserError
+from megatron_ktr.errors import TransientError, UserError
 from megatron_ktr.evaluation.benchmark import Benchmark
 from megatron_ktr.evaluation.protocols import PROTOCOL_NAMES, judge_all
 from megatron_ktr.evaluation.reading.media_places import place_media
 from megatron_ktr.evaluation.registry import BENCHMARKS, load_benchmark
 from tests.support.benchmark_files import TEMPCOMPASS, VIDEO_HOLMES, VIDEOMME, write_benchmark
+from tests.support.failing_files import failing
 from tests.support.videos import SHARED_VIDEOS_VARIABLE, shared_data
 
 EXPECTED: dict[str, list[tuple[str, str, dict[str, str], str, str]]] = {
@@ -322,6 +325,40 @@ def test_parts_of_a_benchmark_that_are_not_there_are_named(tmp_path: Path, caplo
     assert "has no table for Adaptation" in caplog.text
     assert len(load_benchmark("mvbench").read(write_benchmark(tmp_path, "mvbench"))) == 3
     assert "has no file for action_prediction, fine_grained_action" in caplog.text
+
+
+def test_a_folder_that_a_file_server_does_not_list_is_not_taken_for_a_missing_part(tmp_path: Path) -> None:
+    lectures = write_benchmark(tmp_path, "video_mmmu")
+    # A link to a folder is followed if it has the name of a track.
+    (tmp_path / "aside").mkdir()
+    shutil.move(lectures / "Adaptation", tmp_path / "aside")
+    (lectures / "inner").mkdir()
+    (lectures / "inner" / "Adaptation").symlink_to(tmp_path / "aside" / "Adaptation")
+    assert len(load_benchmark("video_mmmu").read(lectures)) == 4
+    tables = tmp_path / "hub"
+    for task in ("multi-choice", "yes_no"):
+        (tables / task).mkdir(parents=True)
+    holmes = write_benchmark(tmp_path, "video_holmes")
+    for name, folder, lost in (
+        ("video_mmmu", lectures, lectures / "inner" / "Adaptation"),
+        ("video_mmmu", lectures, lectures / "inner"),
+        ("tempcompass", tables, tables / "yes_no"),
+        ("video_holmes", holmes, holmes / "Benchmark"),
+    ):
+        with failing(lost, errno.ESTALE), pytest.raises(TransientError, match="Stale file handle"):
+            load_benchmark(name).read(folder)
+
+
+def test_a_video_that_a_file_server_does_not_show_is_not_looked_for_elsewhere(tmp_path: Path, monkeypatch) -> None:
+    benchmark = load_benchmark("video_holmes")
+    items = benchmark.read(write_benchmark(tmp_path, "video_holmes"))
+
+    def fails(path: Path, **_: Any) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(Path, "stat", fails)
+    with pytest.raises(TransientError, match="RSm.mp4 cannot be read: Stale"):
+        place_media(items, benchmark.media_folders, media_root=tmp_path)
 
 
 def test_videos_are_found_where_a_download_has_them(tmp_path: Path) -> None:

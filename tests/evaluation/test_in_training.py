@@ -31,7 +31,9 @@ from megatron_ktr.evaluation.training.held_out import (
 )
 from megatron_ktr.evaluation.training.in_training import TrainingEvaluation
 from megatron_ktr.evaluation.training.same_sets import require_unchanged, write_settings
+from megatron_ktr.files.chat_template import set_chat_template
 from megatron_ktr.rollout.sampling import SamplingSettings
+from megatron_ktr.run.dry_run.model import find_model
 from megatron_ktr.run.interruption import LeaveRequest
 from megatron_ktr.train import train
 from megatron_ktr.types import Prompt, Rollout, RolloutGroup
@@ -156,7 +158,8 @@ def test_fine_tuning_is_evaluated_by_an_engine_of_its_own(tuned) -> None:
 def held_out_of(config: Config) -> HeldOut:
     options = EvaluationOptions.of(config, data_parallel_size=1)
     assert options is not None
-    return read_held_out(options, is_spokesman=True)
+    tokenizer = load_tokenizer(options.model, chat_template=options.data.chat_template)
+    return read_held_out(options, tokenizer=tokenizer, is_spokesman=True)
 
 
 def evaluate_export(context, *, argv: list[str]) -> int:
@@ -406,7 +409,9 @@ def test_a_fixed_choice_of_questions_is_said_in_words(inputs, tmp_path) -> None:
 
 def test_a_set_stays_what_it_is_as_long_as_a_run_is_evaluated_on_it(inputs, tmp_path, caplog) -> None:
     run_dir, template = tmp_path / "run", tmp_path / "template.jinja"
-    template.write_text("{{ messages[0].content }}")
+    own = str(load_tokenizer(inputs / "model").chat_template)
+    template.write_text(own + "{# another #}")
+    copy_of_model(inputs / "model", tmp_path / "other_model", chat_template=template.read_text())
     run_dir.mkdir()
     write_settings(run_dir, held_out_of(settings(inputs, run_dir)))
     require_unchanged(run_dir, held_out_of(settings(inputs, run_dir)))
@@ -422,7 +427,8 @@ def test_a_set_stays_what_it_is_as_long_as_a_run_is_evaluated_on_it(inputs, tmp_
         ({"eval_max_tokens": 7}, "max_tokens 24, now 7"),
         ({"prompt_template": "video_r1"}, "other wording before"),
         ({"video_max_pixels": 6272}, "max_pixels 3136, now 6272"),
-        ({"chat_template": str(template)}, "other chat template before (None, now "),
+        ({"chat_template": str(template)}, "other chat template before ("),
+        ({"model": str(tmp_path / "other_model")}, "other chat template before ("),
     ):
         with pytest.raises(UserError, match="--resume: evaluation on held_out") as refused:
             require_unchanged(run_dir, held_out_of(settings(inputs, run_dir, **changes)))
@@ -434,16 +440,29 @@ def test_a_set_stays_what_it_is_as_long_as_a_run_is_evaluated_on_it(inputs, tmp_
     require_unchanged(run_dir, held_out_of(settings(inputs, run_dir)))
     assert "metrics.jsonl has figures of held_out, and" in caplog.text
     (tmp_path / "settings.json").rename(run_dir / "eval" / "settings.json")
+    # Given as a file, it is the same one; and a run of an earlier version knew the files alone.
+    (tmp_path / "own.jinja").write_text(own)
+    require_unchanged(run_dir, held_out_of(settings(inputs, run_dir, chat_template=str(tmp_path / "own.jinja"))))
+    before = json.loads((run_dir / "eval" / "settings.json").read_text())
+    before["held_out"]["chat template"] = None
+    (run_dir / "eval" / "settings.json").write_text(json.dumps(before))
+    require_unchanged(run_dir, held_out_of(settings(inputs, run_dir)))
+    with pytest.raises(UserError, match="other chat template before .None, now "):
+        require_unchanged(run_dir, held_out_of(settings(inputs, run_dir, chat_template=str(template))))
     (run_dir / "checkpoints" / "step_00000002").mkdir(parents=True)
-    asked = EvaluationOptions.of(settings(inputs, run_dir, eval_frames=4), data_parallel_size=1)
     with pytest.raises(UserError, match="other frames before"):  # a dry run says so, too
-        find_held_out(asked, True)
+        find_held_out(settings(inputs, run_dir, eval_frames=4), find_model(str(inputs / "model")))
+
+
+def copy_of_model(model: Path, other: Path, *, chat_template: str) -> None:
+    shutil.copytree(model, other)
+    set_chat_template(other, chat_template)
 
 
 def read_on_ranks(context, *, configs: list[Config]) -> str:
     options = EvaluationOptions.of(configs[context.rank], data_parallel_size=context.world_size)
     try:
-        held_out_of_run(options, ranks=context.init())
+        held_out_of_run(options, ranks=context.init(), tokenizer=load_tokenizer(configs[0].model.model))
     except UserError as error:
         return f"{error.is_on_every_rank} {error}"
     return "no error"

@@ -45,6 +45,7 @@ MAY_NAME_CONFIG = (
     "megatron_ktr/rollout/build.py",
     "megatron_ktr/rollout/questions.py",
     "megatron_ktr/evaluation/training/build.py",
+    "megatron_ktr/evaluation/training/dry_run.py",
     "megatron_ktr/run/preflight.py",
     "megatron_ktr/run/directory.py",
     "megatron_ktr/run/finished.py",

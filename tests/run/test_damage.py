@@ -20,7 +20,7 @@ from megatron_ktr.config import Config, config_from_values
 from megatron_ktr.config.part_options import CheckpointOptions, PolicyOptions
 from megatron_ktr.distributed.groups import ParallelSizes
 from megatron_ktr.distributed.platform import current
-from megatron_ktr.errors import EXIT_TRANSIENT, EXIT_USER, UserError, is_transient, run_cli
+from megatron_ktr.errors import EXIT_TRANSIENT, EXIT_USER, TransientError, UserError, is_transient, run_cli
 from megatron_ktr.files.checksums import MANIFEST, file_digest, find_damage, require_intact, write_manifest
 from megatron_ktr.files.intact_checkpoint import checkpoint_damage, newest_intact
 from megatron_ktr.policy.policy import Policy
@@ -283,6 +283,26 @@ def test_an_error_that_may_pass_is_not_taken_for_something_else(saved, tmp_path)
         assert is_transient(failed.value), (name, failed.value)
         assert "damaged" not in str(failed.value) and "not a M" not in str(failed.value), (name, failed.value)
         assert tree(tmp_path) == before, name
+
+
+def test_an_error_that_may_pass_is_found_behind_those_of_a_library(tmp_path, monkeypatch):
+    from transformers import AutoTokenizer
+
+    from megatron_ktr.data.template import load_tokenizer
+
+    def fails(*_: Any, **__: Any) -> None:
+        try:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        except OSError:
+            error = ValueError("no tokenizer")
+            raise error from error  # a ring
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", fails)
+    with pytest.raises(TransientError, match=f"model: {tmp_path} cannot be read: Stale file handle"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(ValueError) as failed:
+        fails()
+    assert not is_transient(failed.value), "what came before a mistake is not behind it"
 
 
 def test_what_cannot_be_done_is_said_where_the_checkpoints_cannot_be_listed_either(one_rank, tmp_path):

@@ -6,24 +6,29 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import xxhash
 from safetensors.torch import load_file
 
 from megatron_ktr.config import Config, config_from_values, load_config
 from megatron_ktr.config.checks import check
 from megatron_ktr.config.run_length import with_steps
 from megatron_ktr.config.schedule import schedule_length
+from megatron_ktr.data.records import record_digest
 from megatron_ktr.data.synthetic import corpus, make_dataset
 from megatron_ktr.data.template import load_tokenizer
 from megatron_ktr.data.tiny_model import save_tiny_model
 from megatron_ktr.errors import UserError
+from megatron_ktr.evaluation.training.dry_run import find_held_out
 from megatron_ktr.evaluation.training.held_out_loss import HeldOutResponses
 from megatron_ktr.evaluation.training.same_sets import require_unchanged, write_settings
 from megatron_ktr.rollout.questions import read_held_out_responses
+from megatron_ktr.run.dry_run.model import find_model
 from megatron_ktr.train import train
 
 STEPS = 4
@@ -193,7 +198,7 @@ def test_a_finished_run_is_measured_on_further_records_and_joins_no_curves(ranks
     assert (run_dir / "finished.json").stat().st_ino == finished, "it is finished"
     changed = settings(inputs, **base, eval_loss_data=files, eval_max_items=1)
     said = ranks(train_or_say, world_size=2, config=changed)
-    assert all("evaluation on held_out (loss) had other records" in one for one in said)
+    assert all("evaluation on held_out (loss) had other number of records" in one for one in said)
 
 
 def test_replicas_and_stages_give_the_same_run(ranks, inputs, whole, tmp_path) -> None:
@@ -229,7 +234,9 @@ def test_held_out_records_stay_what_they_are(inputs, tmp_path) -> None:
     (tmp_path / "eval").mkdir()
     write_settings(tmp_path, HeldOutResponses.of(sources, limit=3))
     require_unchanged(tmp_path, HeldOutResponses.of(sources, limit=3))
-    with pytest.raises(UserError, match=r"evaluation on held_out \(loss\) had other records before"):
+    with pytest.raises(
+        UserError, match=r"evaluation on held_out \(loss\) had other number of records before \(3, now 4"
+    ):
         require_unchanged(tmp_path, HeldOutResponses.of(sources, limit=4))
     with pytest.raises(UserError, match="pixels before"):
         other = read_sources(inputs, video_max_pixels=6272)
@@ -237,6 +244,67 @@ def test_held_out_records_stay_what_they_are(inputs, tmp_path) -> None:
     with pytest.raises(UserError, match="eval_loss_data: .*no response to imitate"):
         (tmp_path / "bare.json").write_text(json.dumps([{"problem": "Q", "solution": "A", "data_type": "text"}]))
         read_sources(inputs, eval_loss_data=(str(tmp_path / "bare.json"),))
+
+
+def test_a_clip_of_held_out_responses_that_comes_back_is_told_and_other_records_are_refused(
+    inputs, tmp_path, caplog
+) -> None:
+    shutil.copytree(inputs / "data", tmp_path / "data")
+    path = tmp_path / "data" / "held_out.json"
+    records = json.loads(path.read_text())
+    read = partial(read_sources, inputs, eval_loss_data=(str(path),), max_skip_share=0.5)
+    clip = tmp_path / "data" / "broken.mp4"
+    clip.rename(tmp_path / "away.mp4")
+    lacking = HeldOutResponses.of(read(), limit=None)
+    assert len(lacking.sets[0].places) == len(records) - 1
+    (tmp_path / "eval").mkdir()
+    write_settings(tmp_path, lacking)
+    # As an earlier version wrote it: of what was measured alone.
+    file = tmp_path / "eval" / "settings.json"
+    older = json.loads(file.read_text())
+    digests = [record_digest(record) for record in records if record.get("path") != clip.name]
+    older["held_out (loss)"] |= {
+        "records": xxhash.xxh3_128("".join(digests).encode()).hexdigest(),
+        "number of records": len(records) - 1,
+    }
+    del older["held_out (loss)"]["chat template"]
+    assert older != json.loads(file.read_text())
+    today = file.read_text()
+    file.write_text(json.dumps(older))
+    require_unchanged(tmp_path, lacking)
+    file.write_text(today)
+    assert "could not be used before" not in caplog.text
+    (tmp_path / "away.mp4").rename(clip)
+    whole = HeldOutResponses.of(read(), limit=None)
+    assert len(whole.sets[0].places) == len(records)
+    require_unchanged(tmp_path, whole)
+    assert "evaluation on held_out (loss): 1 records could not be used before, and 0 cannot now" in caplog.text
+    path.write_text(json.dumps([*records[1:], records[0]]))
+    with pytest.raises(UserError, match="had other records before"):
+        require_unchanged(tmp_path, HeldOutResponses.of(read(), limit=None))
+    a_dry_run_of_the_resumed_run_refuses_the_same(inputs, tmp_path, records=records)
+
+
+def a_dry_run_of_the_resumed_run_refuses_the_same(inputs: Path, run_dir: Path, *, records: list[Any]) -> None:
+    path, other = run_dir / "data" / "held_out.json", run_dir / "data" / "other.json"
+    given = {"eval_loss_data": (str(path),), "keep_best": "eval_loss", "save_interval": 2, "max_skip_share": 0.5}
+    model = find_model(str(inputs / "model"))
+
+    def look(**changes: Any) -> str:
+        found = find_held_out(settings(inputs, run_dir, **given | changes), model)
+        return " ".join([*found.lines, *found.not_checked])
+
+    look()  # a new run is refused elsewhere, for its directory
+    (run_dir / "checkpoints" / "step_00000002").mkdir(parents=True)
+    with pytest.raises(UserError, match="had other records before"):
+        look()
+    path.write_text(json.dumps(records))
+    assert look() == f"loss on held_out: {len(records)} records, 0 left out"
+    both = {"eval_loss_data": (str(path), str(other))}
+    assert "other.json, which is not there whether --keep-best eval_loss is taken over" in look(**both)
+    other.write_text(path.read_text())
+    with pytest.raises(UserError, match="taken over held_out before and would be over held_out, other now"):
+        look(**both)
 
 
 COMMON = ["--model", "m", "--data-path", "d.json", "--objective", "sft", "--kl-beta", "0", "--train-steps", "10"]

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from megatron_ktr.errors import UserError
 from megatron_ktr.files.bounded import open_file
 from megatron_ktr.files.json_files import read_json_object
+from megatron_ktr.files.listing import paths_in
 
 OPTION = "convert"
 SUFFIXES = (".parquet", ".arrow")
@@ -131,13 +132,13 @@ def _plain_name(name: Any) -> str:
 
 def _published_splits(folder: Path) -> dict[str, list[Path]]:
     """Split -> parquet files of a folder, or of its only folder that has some."""
-    if files := sorted(folder.glob("*.parquet")):
+    if files := paths_in(folder, "*.parquet"):
         splits: dict[str, list[Path]] = {}
         for file in files:
             match = _SHARD.fullmatch(file.stem)
             splits.setdefault(match.group(1) if match else file.stem, []).append(file)
         return splits
-    inner = sorted(inner for inner in folder.iterdir() if inner.is_dir() and any(inner.glob("*.parquet")))
+    inner = [inner for inner in paths_in(folder) if inner.is_dir() and paths_in(inner, "*.parquet")]
     if len(inner) > 1:
         raise UserError(f"{OPTION}: {folder} has several tables; name one of the folders {[one.name for one in inner]}")
     return _published_splits(inner[0]) if inner else {}

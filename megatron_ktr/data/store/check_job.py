@@ -21,6 +21,7 @@ from megatron_ktr.data.reward_checks import reward_checks
 from megatron_ktr.data.store.record_store import FORMAT, RecordRules, RecordStore, StoreFile
 from megatron_ktr.data.template import PromptBuilder
 from megatron_ktr.errors import UserError
+from megatron_ktr.files.listing import paths_below
 from megatron_ktr.rewards.accuracy import known_types
 
 CHUNK = 4096
@@ -110,7 +111,9 @@ def _code_digest() -> str:
     """A digest of the code that checks, so that no other version's results are taken for its own."""
     digest = xxhash.xxh3_128()
     package = Path(megatron_ktr.__file__).parent
-    for path in sorted(file for wing in ("data", "rewards") for file in (package / wing).rglob("*.py")):
+    for path in sorted(file for wing in ("data", "rewards") for file in paths_below(package / wing)):
+        if path.suffix != ".py":
+            continue
         try:
             digest.update(path.read_bytes())
         except OSError as error:

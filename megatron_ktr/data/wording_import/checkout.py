@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from megatron_ktr.errors import UserError
+from megatron_ktr.errors import UserError, is_transient, unreadable
 
 MOST_FOLDERS = 20_000
 """How many folders of a checkout are searched for a file that is not at its usual place."""
@@ -30,12 +30,17 @@ def find_file(checkout: Path, wanted: str) -> tuple[Path | None, list[Path]]:
 
 
 def _files_named(checkout: Path, name: str) -> Iterator[Path]:
-    for number, (folder, folders, files) in enumerate(os.walk(checkout)):
+    for number, (folder, folders, files) in enumerate(os.walk(checkout, onerror=_refuse)):
         if number == MOST_FOLDERS:
             raise UserError(f"RELEASE_DIR: {checkout} has more than {MOST_FOLDERS} folders: is it one repository?")
         folders[:] = sorted(inner for inner in folders if not inner.startswith("."))
         if name in files:
             yield Path(folder) / name
+
+
+def _refuse(error: OSError) -> None:
+    if is_transient(error):  # the file would be taken for missing, or another one for the only one
+        raise unreadable(error.filename, error) from error
 
 
 def commit_of(checkout: Path) -> str | None:

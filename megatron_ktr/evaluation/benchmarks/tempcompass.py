@@ -32,6 +32,7 @@ from megatron_ktr.evaluation.reading.records import (
     read_items,
     written_video,
 )
+from megatron_ktr.files.listing import paths_in_folders_below
 
 NAME = "tempcompass"
 TASKS = ("multi-choice", "yes_no", "caption_matching")
@@ -49,9 +50,7 @@ def read(path: Path) -> list[Item]:
         )
     folder = path / "questions" if (path / "questions").is_dir() else path
     tasks = [folder / f"{task}.json" for task in TASKS]
-    found = [file for file in tasks if file.is_file()] or [
-        table for task in TASKS for table in sorted(path.glob(f"**/{task}/*.parquet"))
-    ]
+    found = [file for file in tasks if file.is_file()] or paths_in_folders_below(path, TASKS, "*.parquet")
     found = found or question_files(
         path, benchmark=NAME, patterns=("questions/multi-choice.json", "eval_tempcompass.json")
     )

@@ -29,6 +29,7 @@ from megatron_ktr.evaluation.reading.records import (
     stem,
     written_video,
 )
+from megatron_ktr.files.listing import paths_in_folders_below
 
 NAME = "video_mmmu"
 TRACKS = ("Perception", "Comprehension", "Adaptation")
@@ -53,7 +54,7 @@ def read(path: Path) -> list[Item]:
 
     A table does not say its track: the name of the file or of its folder must.
     """
-    tables = [table for track in TRACKS for table in sorted(path.glob(f"**/{track}/*.parquet"))]
+    tables = paths_in_folders_below(path, TRACKS, "*.parquet")
     found = tables or question_files(path, benchmark=NAME, patterns=("*.parquet", "eval_videommmu.json"))
     note_missing(path, benchmark=NAME, wanted=TRACKS, found=[_track(table) for table in tables], what="table")
     files = [QuestionFile(file, {"track": _track(file)}) for file in found]

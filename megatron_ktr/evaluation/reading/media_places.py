@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from megatron_ktr.data.records import check_record
+from megatron_ktr.errors import is_transient, unreadable
 from megatron_ktr.evaluation.item import Item
 
 SUFFIXES = (".mp4", ".MP4", ".mkv", ".webm", ".avi")
@@ -20,6 +20,9 @@ def place_media(items: Sequence[Item], folders: Sequence[str], *, media_root: Pa
     A path that begins with ``folders[0]`` is looked for in each of the folders (``Benchmark.media_folders``), in their
     order, and there with each of ``SUFFIXES``. A video that is nowhere keeps its path, so that whoever reads it says
     that it is missing. The path that is chosen does not change the item's id.
+
+    Raises:
+        TransientError: a file server does not say whether a video is there.
     """
     found: dict[str, str] = {}
     placed = []
@@ -30,12 +33,22 @@ def place_media(items: Sequence[Item], folders: Sequence[str], *, media_root: Pa
             continue
         if written not in found:
             places = _places(written, folders)
-            found[written] = next((place for place in places if os.path.exists(media_root / place)), written)
+            found[written] = next((place for place in places if _is_there(media_root / place)), written)
         if found[written] != written:
             record = check_record({**item.record, "video": found[written]}, number=item.record.get("record_number", 1))
             item = dataclasses.replace(item, record=record)
         placed.append(item)
     return placed
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        path.stat()
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and is_transient(error):  # it would be looked for elsewhere
+            raise unreadable(path, error) from error
+        return False
+    return True
 
 
 def _places(written: str, folders: Sequence[str]) -> Iterator[str]:

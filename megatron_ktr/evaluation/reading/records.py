@@ -24,6 +24,7 @@ from megatron_ktr.data.records import Record, check_record, check_writable
 from megatron_ktr.data.reward_checks import check_answer_is_an_option
 from megatron_ktr.errors import UserError
 from megatron_ktr.evaluation.item import Item
+from megatron_ktr.files.listing import paths_in
 
 OPTION = "--benchmark"
 MOST_UNREADABLE = 0.01
@@ -195,7 +196,8 @@ def question_files(path: Path, *, benchmark: str, patterns: Sequence[str]) -> li
     """
     if path.is_dir():
         for pattern in patterns:
-            if found := sorted(inner for inner in path.glob(pattern) if inner.is_file()):
+            folder, name = (path / pattern).parent, Path(pattern).name  # only names hold wildcards
+            if found := [inner for inner in paths_in(folder, name) if inner.is_file()]:
                 return found
         raise UserError(f"{OPTION} {benchmark}: looked in {path} for {' or '.join(patterns)}, and found none")
     if not path.exists():

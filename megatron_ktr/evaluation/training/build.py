@@ -49,7 +49,7 @@ class RunSets:
             UserError: on every rank.
         """
         asking = EvaluationOptions.of(config, data_parallel_size=ranks.data_size)
-        questions = held_out_of_run(asking, ranks=ranks)
+        questions = held_out_of_run(asking, ranks=ranks, tokenizer=tokenizer)
         return cls(asking, questions, _responses(config, ranks=ranks, tokenizer=tokenizer))
 
     @property

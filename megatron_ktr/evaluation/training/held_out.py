@@ -21,6 +21,8 @@ import xxhash
 from megatron_ktr.config.cli import did_you_mean
 from megatron_ktr.config.part_options import EvaluationOptions
 from megatron_ktr.data.media.preprocess import PreprocessSettings, pixel_limits
+from megatron_ktr.data.template import chat_format_digest
+from megatron_ktr.data.tokenizer import Tokenizer
 from megatron_ktr.data.wording import DEFAULT as DEFAULT_WORDING
 from megatron_ktr.distributed.agreement import on_every_rank
 from megatron_ktr.distributed.groups import ParallelGroups
@@ -39,7 +41,6 @@ from megatron_ktr.evaluation.reading.benchmark_files import (
 )
 from megatron_ktr.evaluation.registry import BENCHMARKS
 from megatron_ktr.evaluation.training.same_sets import require_same_held_out
-from megatron_ktr.files.chat_template import read_chat_template
 from megatron_ktr.files.json_files import to_json
 
 SEED = 0
@@ -58,8 +59,10 @@ class HeldOut:
     """Of an evaluation, apart from its model."""
     missing: Mapping[str, tuple[str, ...]]
     """By set, the ids of the items of which a medium is not there. They count as wrong."""
-    chat_template: str | None = None
-    """The digest of the chat template that the user has given; None: the model's own."""
+    chat_template: str
+    """The digest of the chat template that is used."""
+    is_template_given: bool = False
+    """Whether it is the user's; else it is the model's own."""
 
     @property
     def items(self) -> tuple[Item, ...]:
@@ -74,6 +77,11 @@ class HeldOut:
         """By set, what must stay as it is."""
         of_all = {"chat template": self.chat_template}
         return {one.name: _facts(one, self.settings) | of_all for one in self.sets}
+
+    @property
+    def facts_before(self) -> dict[str, dict[str, Any]]:
+        """See ``HeldOutSets``: of the model's own chat template there was no digest."""
+        return {} if self.is_template_given else {one.name: {"chat template": None} for one in self.sets}
 
     @property
     def figures(self) -> dict[str, str]:
@@ -113,7 +121,9 @@ class HeldOut:
         return found
 
 
-def held_out_of_run(options: EvaluationOptions | None, *, ranks: ParallelGroups) -> HeldOut | None:
+def held_out_of_run(
+    options: EvaluationOptions | None, *, ranks: ParallelGroups, tokenizer: Tokenizer
+) -> HeldOut | None:
     """The held-out questions on reading ranks, checked and the same on all of them. None on other ranks, and if the run
     is not evaluated. Collective over the world.
 
@@ -126,7 +136,7 @@ def held_out_of_run(options: EvaluationOptions | None, *, ranks: ParallelGroups)
     def read() -> HeldOut | None:
         if not ranks.is_source:
             return None
-        held_out = read_held_out(options, is_spokesman=ranks.rank == 0)
+        held_out = read_held_out(options, tokenizer=tokenizer, is_spokesman=ranks.rank == 0)
         require_known_metric(options.evaluation.keep_best, held_out, others=options.evaluation.loss_metrics)
         return held_out
 
@@ -135,7 +145,7 @@ def held_out_of_run(options: EvaluationOptions | None, *, ranks: ParallelGroups)
     return held_out
 
 
-def read_held_out(options: EvaluationOptions, *, is_spokesman: bool) -> HeldOut:
+def read_held_out(options: EvaluationOptions, *, tokenizer: Tokenizer, is_spokesman: bool) -> HeldOut:
     """Reads and checks all sets.
 
     Raises:
@@ -158,9 +168,13 @@ def read_held_out(options: EvaluationOptions, *, is_spokesman: bool) -> HeldOut:
         )
     _require_read_alike(sets, options)
     missing = {one.name: _missing(one, options=options, is_spokesman=is_spokesman) for one in sets}
-    template = options.data.chat_template
-    digest = None if template is None else xxhash.xxh3_128(read_chat_template(template).encode()).hexdigest()
-    return HeldOut(tuple(sets), _settings(sets, options), missing, digest)
+    return HeldOut(
+        tuple(sets),
+        _settings(sets, options),
+        missing,
+        chat_format_digest(tokenizer),
+        is_template_given=options.data.chat_template is not None,
+    )
 
 
 def _require_read_alike(sets: Sequence[ReadBenchmark], options: EvaluationOptions) -> None:

@@ -30,7 +30,9 @@ import xxhash
 
 from megatron_ktr.batch.packing import plan_micro_batches
 from megatron_ktr.data.mixture import RecordSource
+from megatron_ktr.data.records import digest_of_records
 from megatron_ktr.data.reply import reply_group
+from megatron_ktr.data.template import chat_format_digest
 from megatron_ktr.data.unusable import UnusableSample
 from megatron_ktr.data.workers.pool import WorkerPool
 from megatron_ktr.distributed.agreement import on_every_rank
@@ -56,6 +58,8 @@ class LossSet:
     source: RecordSource
     places: tuple[int, ...]
     """Indices of the records whose loss is measured, in the order of the file."""
+    limit: int | None = None
+    """How many were asked for; None: all."""
 
     @property
     def name(self) -> str:
@@ -65,16 +69,26 @@ class LossSet:
     def facts(self) -> dict[str, Any]:
         """What decides the figure beside the model."""
         loader, records = self.source.loader, self.source.records
-        digests = "".join(str(records[place]["record_digest"]) for place in self.places)
         facts = {
-            "records": xxhash.xxh3_128(digests.encode()).hexdigest(),
-            "number of records": len(self.places),
+            # Of the whole file: which of them can be used changes with the media that are there, and may.
+            "records": digest_of_records(records),
+            "number of records": len(records) if self.limit is None else min(self.limit, len(records)),
             "rule for frames": dataclasses.asdict(loader.sampling),
             "pixels": dataclasses.asdict(loader.settings),
             "wording": loader.wording_digest,
             "longest prompt": loader.max_prompt_length,
+            "chat template": chat_format_digest(loader.builder.tokenizer),
         }
         return json.loads(to_json(facts))  # as they are read again: JSON knows no tuples
+
+    @property
+    def facts_before(self) -> dict[str, Any]:
+        """See ``HeldOutSets``: only the records that were measured counted."""
+        digests = "".join(str(self.source.records[place]["record_digest"]) for place in self.places)
+        return {
+            "records": xxhash.xxh3_128(digests.encode()).hexdigest(),
+            "number of records": len(self.places),
+        }
 
 
 @dataclass(frozen=True)
@@ -92,13 +106,17 @@ class HeldOutResponses(HeldOutSets):
             usable = [place for place in range(len(source.records)) if not source.is_left_out[place]]
             if limit is not None:
                 usable = sorted(sorted(usable, key=lambda place: (_rank(place), place))[:limit])
-            sets.append(LossSet(source, tuple(usable)))
+            sets.append(LossSet(source, tuple(usable), limit))
         return cls(tuple(sets))
 
     @property
     def facts(self) -> dict[str, dict[str, Any]]:
         """See ``HeldOutSets``. The questions of a file may be answered too, under its name alone."""
         return {f"{one.name} (loss)": one.facts for one in self.sets}
+
+    @property
+    def facts_before(self) -> dict[str, dict[str, Any]]:
+        return {f"{one.name} (loss)": one.facts_before for one in self.sets}
 
     @property
     def figures(self) -> dict[str, str]:

@@ -12,7 +12,7 @@ from typing import Protocol
 from megatron_ktr.accounting.planner import GB
 from megatron_ktr.config import Config, policy_gradient_rules
 from megatron_ktr.config.objective_registry import objective_entry
-from megatron_ktr.config.part_options import EvaluationOptions, ModelOptions
+from megatron_ktr.config.part_options import ModelOptions
 from megatron_ktr.config.pipeline_split import is_even, split_layers
 from megatron_ktr.config.run_length import length_line, with_steps
 from megatron_ktr.distributed import platform as platforms
@@ -22,7 +22,7 @@ from megatron_ktr.errors import UserError
 from megatron_ktr.objectives import Objective
 from megatron_ktr.rewards import DEFAULT_REWARDS
 from megatron_ktr.run.directory import check_run_directory, check_same_run, list_checkpoints
-from megatron_ktr.run.dry_run.data import KnownData, find_data, find_held_out_responses
+from megatron_ktr.run.dry_run.data import KnownData, find_data
 from megatron_ktr.run.dry_run.estimate import Estimate, estimate_run, require_fits
 from megatron_ktr.run.dry_run.model import KnownModel, find_model, parameters_by_stage, plain_layers
 from megatron_ktr.run.preflight import check_layout, check_micro_batches, check_objective, parallel_sizes
@@ -53,8 +53,8 @@ class _Page:
             )
 
 
-class KnownQuestions(Protocol):
-    """What is known of the held-out questions: lines for the console, and what could not be checked."""
+class KnownHeldOut(Protocol):
+    """What is known of the held-out questions and responses: lines for the console, and what could not be checked."""
 
     @property
     def lines(self) -> Sequence[str]: ...
@@ -63,11 +63,11 @@ class KnownQuestions(Protocol):
     def not_checked(self) -> Sequence[str]: ...
 
 
-def dry_run(config: Config, *, find_held_out: Callable[[EvaluationOptions | None, bool], KnownQuestions]) -> str:
+def dry_run(config: Config, *, find_held_out: Callable[[Config, KnownModel], KnownHeldOut]) -> str:
     """The text that ``--dry-run`` prints. Nothing is written, and no weight is read.
 
     Args:
-        find_held_out: checks the questions of evaluation; it is told whether the model's directory is here.
+        find_held_out: checks what the run is evaluated on.
 
     Raises:
         UserError: training would refuse the run, its layout does not fit the GPUs on paper, or this is one of several
@@ -94,10 +94,9 @@ def dry_run(config: Config, *, find_held_out: Callable[[EvaluationOptions | None
     page.not_checked += data.not_checked
     for line in data.lines:
         page.add("data", line)
-    held_out = find_held_out(EvaluationOptions.of(config, data_parallel_size=1), model.is_here)
-    responses = find_held_out_responses(config, model)
-    page.not_checked += [*held_out.not_checked, *responses.not_checked]
-    _describe_evaluation(config, [*held_out.lines, *responses.lines], page=page)
+    held_out = find_held_out(config, model)
+    page.not_checked += held_out.not_checked
+    _describe_evaluation(config, held_out.lines, page=page)
     _describe_length(config, data, estimate, page=page)
     _describe_step(config, objective, page=page)
     page.add("result", "this run is sound, as far as can be told here")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from megatron_ktr.data.dataset import PromptDataset
 from megatron_ktr.data.skips import SkipCounter
 from megatron_ktr.data.template import check_vocabulary, load_tokenizer
 from megatron_ktr.data.tokenizer import Tokenizer
-from megatron_ktr.rollout.questions import draws_of, open_records, read_held_out_responses, read_questions
+from megatron_ktr.rollout.questions import draws_of, open_records, read_questions
 from megatron_ktr.run.dry_run.model import KnownModel
 
 
@@ -51,32 +50,15 @@ def find_data(config: Config, model: KnownModel) -> KnownData:
     return KnownData(lines, sum(draws_of(sources, numbers)), not_checked=not_checked)
 
 
-def find_held_out_responses(config: Config, model: KnownModel) -> KnownData:
-    """The same for the files of ``eval_loss_data``; ``num_records`` is None.
-
-    Raises:
-        UserError: training would refuse a file.
-    """
-    paths = config.evaluation.eval_loss_data
-    missing = [path for path in paths if not Path(path).exists()]
-    if paths and not model.is_here:
-        return KnownData((), None, not_checked=("the held-out responses, without the model",))
-    words = f"the held-out responses of {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not there"
-    here = tuple(path for path in paths if path not in missing)
-    config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, eval_loss_data=here))
-    sources = read_held_out_responses(config, tokenizer=_tokenizer(config, model), is_spokesman=True) if here else ()
-    lines = (f"loss on {one.name}: {len(one.records)} records, {len(one.left_out)} left out" for one in sources)
-    return KnownData(tuple(lines), None, not_checked=(words,) if missing else ())
-
-
-def _tokenizer(config: Config, model: KnownModel) -> Tokenizer:
+def tokenizer_of(config: Config, model: KnownModel) -> Tokenizer:
+    """The tokenizer of a model that is here, as training reads it."""
     tokenizer = load_tokenizer(config.model.model, chat_template=config.data.chat_template)
     check_vocabulary(tokenizer, vocab_size=model.config.text.vocab_size)
     return tokenizer
 
 
 def _read(config: Config, model: KnownModel) -> KnownData:
-    vocab_size, tokenizer = model.config.text.vocab_size, _tokenizer(config, model)
+    vocab_size, tokenizer = model.config.text.vocab_size, tokenizer_of(config, model)
     questions = read_questions(config, tokenizer=tokenizer, vocab_size=vocab_size, is_spokesman=True)
     dataset = PromptDataset.of_sources(
         questions.sources,

@@ -16,6 +16,7 @@ from megatron_ktr.distributed.platform import Platform
 from megatron_ktr.distributed.pretended import pretended_ranks
 from megatron_ktr.errors import UserError
 from megatron_ktr.files.checksums import require_intact
+from megatron_ktr.files.listing import paths_in
 from megatron_ktr.policy.policy import DTYPES
 from megatron_ktr.run.preflight import check_patches
 from models.qwen2_5_vl.config import Qwen2_5_VLConfig
@@ -51,7 +52,7 @@ def find_model(name: str) -> KnownModel:
     require_intact(path, option="--model", names=("config.json",))
     config = Qwen2_5_VLConfig.from_hf(path)
     check_patches(PreprocessSettings.from_model(path), config.vision)
-    if any(path.glob("*.safetensors")):
+    if paths_in(path, "*.safetensors"):
         open_hf_weights(path, config=config)
         return KnownModel(config, is_here=True, origin=str(path))
     missing = f"the weights of {path}, which are not there"

@@ -23,7 +23,7 @@ from megatron_ktr.files.bounded import read_yaml_text
 from megatron_ktr.files.checksums import MANIFEST, DamagedManifest, read_manifest
 from megatron_ktr.files.intact_checkpoint import checkpoint_damage, incompleteness
 from megatron_ktr.files.json_files import parse_json
-from megatron_ktr.files.listing import paths_in
+from megatron_ktr.files.listing import paths_below, paths_in
 from megatron_ktr.run.directory import CHECKPOINTS, list_checkpoints
 from megatron_ktr.run.incidents import FILE as INCIDENTS
 from megatron_ktr.run.metrics import FILE as METRICS
@@ -155,7 +155,7 @@ def read_run_facts(run_dir: Path, *, verifies: bool = False) -> RunFacts:
 
 def _read_ranks(run_dir: Path, *, now: float) -> list[RankStatus]:
     found = []
-    for path in sorted((run_dir / FOLDER).glob("rank_*.json")):
+    for path in paths_in(run_dir / FOLDER, "rank_*.json"):
         facts = _read_object(path)
         number = path.stem.removeprefix("rank_")
         written = facts.get("time")
@@ -242,7 +242,7 @@ def _as_time(incarnation: str) -> float:
 
 def _configs(run_dir: Path) -> list[Path]:
     """The options of all parts of the run, the newest part last."""
-    paths = [*run_dir.glob("config.yaml"), *run_dir.glob("config_from_step_*.yaml")]
+    paths = [*paths_in(run_dir, "config.yaml"), *paths_in(run_dir, "config_from_step_*.yaml")]
     return sorted(paths, key=lambda path: _changed(path) or 0.0)
 
 
@@ -275,7 +275,7 @@ def _checkpoint(run_dir: Path, *, now: float, verifies: bool) -> CheckpointStatu
         return None
     step, path = checkpoints[-1]
     try:
-        sizes = {one.relative_to(path).as_posix(): one.stat().st_size for one in path.rglob("*") if one.is_file()}
+        sizes = {one.relative_to(path).as_posix(): one.stat().st_size for one in paths_below(path) if one.is_file()}
         verdict = _verdict(path, sizes, verifies=verifies)
     except OSError as error:  # it is being removed
         sizes, verdict = {}, f"cannot be read: {error.strerror}"
