@@ -279,7 +279,10 @@ class Checkpoints:
             # What is saved anew instead of a damaged one may be intact.
             may_pass = bool(damage) or all(one.may_pass for one in failed)
             self._failure = TransientError(text) if may_pass else UserError(text)
-            self._incidents.add("damaged_checkpoint" if damage else "unverified_checkpoint", text, step=step)
+            if damage:
+                self._incidents.add("damaged_checkpoint", text, step=step)
+            else:
+                self._incidents.add("unverified_checkpoint", text, step=step)
 
     def _accept(self, step: int) -> None:
         """The checkpoint of ``step`` is verified: if it is the best one, the run says so. Others may have to go."""

@@ -163,6 +163,6 @@ def test_displays_are_shown_the_counts_of_saves_that_failed() -> None:
     checkpoints, leave = SimpleNamespace(**counts), SimpleNamespace(agreed=nothing, can_save=True)
     recorded: list[dict[str, float]] = []
     steps: dict[str, Any] = dict(trainer=Trainer(), hooks=[Display()], checkpoints=checkpoints, leave=leave)
-    steps["between"] = SimpleNamespace(after=nothing)
-    _each_step(**steps, first=1, record=lambda report: recorded.append(dict(report.values)))
+    steps |= dict(between=SimpleNamespace(at_start=nothing, after=nothing), start=SimpleNamespace(step=0))
+    _each_step(**steps, record=lambda report: recorded.append(dict(report.values)))
     assert shown == recorded == [{"loss": 1.0, "save_failures": 2.0}]
